@@ -1,0 +1,32 @@
+"""Fused low-rank adaptation for PyTorch: layers, whole models, and PEFT models and files."""
+
+from pathlib import Path as _Path
+
+# In a source checkout the kernels lie beside this package, in `kernels/` (setup.py says why).
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "kernels" / "lora_linear.py").is_file():
+    __path__.append(str(_checkout))
+
+from fastlora import functional  # noqa: E402  # the path above comes first
+from fastlora.config import LoraConfig  # noqa: E402
+from fastlora.layers import FastLoraLinear  # noqa: E402
+from fastlora.model import LoraModel, get_peft_model  # noqa: E402
+from fastlora.patch import patch, unpatch  # noqa: E402
+from fastlora.report import FusionReport, fusion_report  # noqa: E402
+from fastlora.validation import FastLoraError  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FastLoraError",
+    "FastLoraLinear",
+    "FusionReport",
+    "LoraConfig",
+    "LoraModel",
+    "__version__",
+    "functional",
+    "fusion_report",
+    "get_peft_model",
+    "patch",
+    "unpatch",
+]

@@ -1,0 +1,28 @@
+"""Every environment variable that fastlora reads, in one place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def triton_interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` makes Triton kernels run on the CPU (for tests only)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def cache_dir() -> Path:
+    """Returns the folder for files that can be made again (``$XDG_CACHE_HOME/fastlora``)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastlora"
+
+
+def prepare_demo_process() -> None:
+    """Sets what the demo needs before its imports: no network, no banners on stderr.
+
+    The model lies on the disk, so nothing may ask the Hub; kineto (`torch.profiler`) would print
+    two lines for every memory measurement.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,0 +1,186 @@
+"""Public functions: they validate, choose an implementation, and call it."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora import autograd, ops
+from fastlora.validation import check_dropout, check_floating, check_same_device, check_shape
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    plan: str = "auto",
+) -> torch.Tensor:
+    """Computes ``x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+
+    The low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors as PEFT
+    lays them out. Differentiable once in x, weight, bias, lora_a and lora_b. Under autocast, x and
+    weight are taken in the autocast dtype.
+
+    Args:
+        x: Input, ``[..., K]``, fp16, bf16, fp32 or fp64.
+        weight: Base weight, ``[N, K]``, in x's dtype.
+        lora_a: Down projection, ``[R, K]``, any floating dtype; rounded to x's for the product.
+        lora_b: Up projection, ``[N, R]``, any floating dtype; rounded to x's for the product.
+        scaling: A number, or a tensor of 1 or R numbers (one per rank row).
+        bias: Base bias, ``[N]``, or None.
+        dropout_p: Probability in [0, 1) of dropping an element of x before lora_a; the base layer
+            sees all of x. The mask comes from torch's default generator. 0 means no dropout: pass
+            0 in evaluation.
+        impl: ``"triton"`` or ``"eager"``, or ``"auto"``: Triton on a GPU it supports, else eager.
+        plan: What the Triton implementation launches: ``"fused"`` (one GEMM with the LoRA term in
+            its epilogue), ``"split"`` (cuBLAS, then an in-place update), or ``"auto"``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or a named option does not exist.
+        TypeError: A tensor is not floating point, or weight's dtype is not x's.
+        ImplementationError: ``impl="triton"`` cannot run here.
+    """
+    dropout_p = check_dropout(dropout_p)
+    if plan not in ops.PLANS:
+        raise ValueError(f"plan must be one of {', '.join(ops.PLANS)}, got {plan!r}")
+    _check_factors(x, lora_a, lora_b)
+    check_floating("weight", weight)
+    check_shape("weight", weight, (lora_b.shape[0], x.shape[-1]))
+    check_same_device(x, weight=weight, bias=bias)
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
+    scaling = _scaling_tensor(scaling, x, lora_a.shape[0])
+    return linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, plan)
+
+
+def lora_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Computes ``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+
+    For a base layer that is called as it is (quantised, tensor parallel) and made ``y`` from ``x``.
+
+    Args:
+        y: The base layer's output, ``[..., N]``.
+        x: Its input, ``[..., K]``, same leading dimensions.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        scaling: A number, or a tensor of 1 or R numbers.
+        dropout_p: As in `lora_linear`.
+        impl: As in `lora_linear`.
+        inplace: Whether y may be overwritten where no gradient is recorded; it is then returned.
+
+    Returns:
+        ``[..., N]`` in y's dtype.
+
+    Raises:
+        ValueError: Shapes or devices do not fit.
+        TypeError: A tensor is not floating point.
+        ImplementationError: ``impl="triton"`` cannot run here.
+    """
+    dropout_p = check_dropout(dropout_p)
+    _check_factors(x, lora_a, lora_b)
+    check_floating("y", y)
+    check_shape("y", y, (*x.shape[:-1], lora_b.shape[0]))
+    check_same_device(x, y=y)
+    scaling = _scaling_tensor(scaling, x, lora_a.shape[0])
+    return add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace)
+
+
+def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_floating(name, tensor)
+    if x.dim() < 1:
+        raise ValueError("x has no dimensions, expected [..., K]")
+    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] < 1:
+        raise ValueError(
+            f"lora_a and lora_b have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, "
+            "expected [R, K] and [N, R] with R >= 1"
+        )
+    check_shape("lora_a", lora_a, (lora_a.shape[0], x.shape[-1]))
+    check_shape("lora_b", lora_b, (lora_b.shape[0], lora_a.shape[0]))
+    check_same_device(x, lora_a=lora_a, lora_b=lora_b)
+
+
+def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(scaling, torch.Tensor):
+        return torch.full((1,), float(scaling), dtype=dtype, device=x.device)
+    if scaling.numel() not in (1, rank) or scaling.dim() > 1:
+        raise ValueError(
+            f"scaling has shape {tuple(scaling.shape)}, expected 1 number or one per rank row "
+            f"({rank})"
+        )
+    check_same_device(x, scaling=scaling)
+    return scaling.to(dtype).reshape(-1)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    plan: str = "auto",
+) -> torch.Tensor:
+    """`lora_linear` for layers, which know that their tensors fit; scaling is a tensor."""
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    x = _autocast(x)
+    impl = ops.resolve_impl(impl, x)
+    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
+    if _wants_grad(x, weight, bias, lora_a, lora_b):
+        return autograd.LoraLinear.apply(*args)
+    return autograd.forward_linear(*args)[0]
+
+
+def add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    inplace: bool = False,
+) -> torch.Tensor:
+    """`lora_add` for layers, which know that their tensors fit; scaling is a tensor."""
+    x = _autocast(x)
+    impl = ops.resolve_impl(impl, x)
+    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
+    if _wants_grad(y, x, lora_a, lora_b):
+        return autograd.LoraAdd.apply(*args)
+    return autograd.forward_add(*args, inplace)[0]

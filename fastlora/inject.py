@@ -1,0 +1,253 @@
+"""Putting adapters into a model and taking them out: whole, or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastlora.config import LoraConfig
+from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.linear import why_not_plain
+from fastlora.layers.wrapped import linear_features
+from fastlora.targets import find_modules_to_save, find_targets
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will touch: module names, in the model's order."""
+
+    targets: list[str]
+    modules_to_save: list[str]
+
+
+def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
+    """Finds what a config names and checks that LoRA can go there; changes nothing.
+
+    Raises:
+        TargetNotFoundError: Nothing matches.
+        UnsupportedLayerError: A target is not a linear layer.
+    """
+    plan = Plan(find_targets(model, config), find_modules_to_save(model, config))
+    for name in plan.targets:
+        module = model.get_submodule(name)
+        if not isinstance(module, LoraLayer) and linear_features(module) is None:
+            raise UnsupportedLayerError(
+                f"target module {name!r} is a {type(module).__name__}; fastlora adapts linear "
+                "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
+            )
+    return plan
+
+
+def add_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    config: LoraConfig,
+    plan: Plan,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Adds an adapter to every module of the plan, inactive; on failure the model is as before.
+
+    Args:
+        model: The base model, with or without adapters.
+        adapter_name: A name that it does not have.
+        config: Rank, alpha, dropout, ...
+        plan: From `plan_adapter` on the same model and config.
+        autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
+    """
+    replaced: list[tuple[str, nn.Module]] = []
+    try:
+        for name in plan.targets:
+            module = model.get_submodule(name)
+            if not isinstance(module, LoraLayer):
+                layer = _make_layer(module)
+                replaced.append((name, module))
+                _set_submodule(model, name, layer)
+                module = layer
+            _add_to_layer(module, adapter_name, name, config, autocast_adapter_dtype)
+        for name in plan.modules_to_save:
+            module = model.get_submodule(name)
+            if not isinstance(module, ModulesToSaveWrapper):
+                wrapper = ModulesToSaveWrapper(module)
+                replaced.append((name, module))
+                _set_submodule(model, name, wrapper)
+                module = wrapper
+            module.add_adapter(adapter_name)
+    except BaseException:
+        delete_adapter(model, adapter_name)
+        for name, module in replaced:
+            _set_submodule(model, name, module)
+        raise
+
+
+def _make_layer(module: nn.Module) -> LoraLayer:
+    if why_not_plain(module):
+        return FastLoraWrapper(module)
+    return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
+
+
+def _add_to_layer(
+    layer: LoraLayer, adapter_name: str, name: str, config: LoraConfig, autocast: bool
+) -> None:
+    layer.add_adapter(
+        adapter_name,
+        r=config.rank_for(name),
+        lora_alpha=config.alpha_for(name),
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        init_lora_weights=config.effective_init,
+    )
+    if autocast:
+        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if factor.weight.dtype in _HALF_DTYPES:
+                factor.to(torch.float32)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Removes an adapter from wherever it is; the layers stay.
+
+    Raises:
+        AdapterStateError: It is merged somewhere; nothing has changed then.
+    """
+    holders = [m for m in lora_layers(model) if adapter_name in m.lora_A]
+    if any(adapter_name in layer.merged_adapters for layer in holders):
+        raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+    for layer in holders:
+        layer.delete_adapter(adapter_name)
+    for wrapper in saved_modules(model):
+        if adapter_name in wrapper.modules_to_save:
+            wrapper.delete_adapter(adapter_name)
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """Yields every LoRA layer of a model."""
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
+    """Yields every module that adapters own copies of."""
+    return (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+
+
+def set_trainable(model: nn.Module, active: list[str], configs: dict[str, LoraConfig]) -> None:
+    """Freezes the base model, all but the biases that the active adapters' configs train."""
+    inside = tuple(
+        f"{name}.{part}."
+        for name, module in model.named_modules()
+        for part in _adapter_parts(module)
+    )
+    modes = {configs[name].bias for name in active if not configs[name].inference_mode}
+    targets = {
+        id(bias)
+        for layer in lora_layers(model)
+        if (bias := getattr(layer.get_base_layer(), "bias", None)) is not None
+    }
+    for name, parameter in model.named_parameters():
+        if name.startswith(inside):
+            continue
+        is_bias = name == "bias" or name.endswith(".bias")
+        trains = is_bias and ("all" in modes or ("lora_only" in modes and id(parameter) in targets))
+        parameter.requires_grad_(trains)
+
+
+def _adapter_parts(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, LoraLayer):
+        return ("lora_A", "lora_B")
+    return ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
+
+
+def unload(
+    model: nn.Module,
+    *,
+    merge: bool,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+    progressbar: bool = False,
+) -> nn.Module:
+    """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
+
+    Every check comes first, so a refused merge changes nothing.
+
+    Raises:
+        AdapterStateError: A merge is refused; see `LoraLayer.merge`.
+        UnsupportedLayerError: A base weight cannot take an update.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if merge:
+        for _, layer in layers:
+            names = present(layer, adapter_names)
+            layer.check_merge(safe_merge, names)
+    for name, layer in _progress(layers, progressbar, "Merging" if merge else "Unloading"):
+        if merge:
+            _untie(model, name, layer)
+            layer.merge(adapter_names=present(layer, adapter_names), keep_base=False)
+            layer._unmerged = None
+        elif layer.merged:
+            layer.unmerge()
+        base = layer.to_linear() if isinstance(layer, FastLoraLinear) else layer.get_base_layer()
+        _set_submodule(model, name, base)
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    for name, wrapper in wrappers:
+        _set_submodule(model, name, wrapper.current())
+    return model
+
+
+def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | None:
+    if adapter_names is None:
+        return None
+    return [name for name in adapter_names if name in layer.lora_A]
+
+
+def shared_with(model: nn.Module, layer: LoraLayer) -> str | None:
+    """Returns the name of another module that holds the layer's base weight, if one does."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    for name, module in model.named_modules():
+        own = module is layer or module is layer.get_base_layer()
+        if not own and any(p is weight for p in module._parameters.values()):
+            return name
+    return None
+
+
+def _untie(model: nn.Module, name: str, layer: LoraLayer) -> None:
+    """Gives a layer its own weight before a merge that would also change, say, the embedding."""
+    other = shared_with(model, layer)
+    if other is None or not layer.check_merge():
+        return
+    base = layer.get_base_layer()
+    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    warnings.warn(
+        f"{name} shared its weight with {other}; it has its own now, with the adapter merged in",
+        stacklevel=3,
+    )
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]  # getattr found it
+
+
+def _progress(
+    layers: list[tuple[str, LoraLayer]], show: bool, what: str
+) -> Iterator[tuple[str, LoraLayer]]:
+    if show:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            yield from tqdm(layers, desc=what, unit="layer")
+            return
+    yield from layers
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    if not name:
+        raise ConfigError("the model itself is the target; wrap it in a module first")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,110 @@
+"""Subclasses of PEFT's LoRA layer and tuner that compute through fastlora.
+
+`fastlora.patch` turns PEFT's objects into these by changing their class: parameters, hooks, state
+and every method of PEFT's stay where they are, and only the forward is new.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel as PeftLoraModel
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from torch import nn
+
+from fastlora.layers.compute import lora_added_forward, lora_forward
+from fastlora.layers.linear import why_not_plain
+
+
+class FastPeftLinear(PeftLinear):
+    """PEFT's LoRA linear with a fused forward; what that cannot do goes to PEFT's own."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `peft.tuners.lora.layer.Linear.forward`."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed or self.disable_adapters or self.merged or not names or self._why_peft(names):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        if not args and not kwargs and not why_not_plain(base):
+            return lora_forward(self, x, base.weight, base.bias, names, "auto")
+        kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
+        y = base(x, *args, **kwargs)
+        return lora_added_forward(self, y, x, names, "auto", inplace=False)
+
+    def _why_peft(self, names: list[str]) -> str:
+        """Returns why adapters must run in PEFT's forward, or an empty string."""
+        for name in names:
+            if name in self.lora_variant:
+                return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+            for factor in (self.lora_A[name], self.lora_B[name]):
+                why = why_not_plain(factor)
+                if why:
+                    return f"adapter {name!r}: {why.replace('base', 'factor')}"
+        return ""
+
+    def fusion(self) -> tuple[bool, str]:
+        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        why = self._why_peft(names) or why_not_plain(self.base_layer)
+        return not why, why
+
+
+# Arguments of PEFT's variants and mixed batches, which the base layer does not take.
+_NOT_FOR_BASE = ("adapter_names", "alora_offsets")
+
+
+class FastPeftLoraModel(PeftLoraModel):
+    """PEFT's tuner, whose new layers are patched as they are made."""
+
+    @staticmethod
+    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
+        module = PeftLoraModel._create_new_module(*args, **kwargs)
+        patch_layer(module)
+        return module
+
+
+def patch_layer(module: nn.Module) -> None:
+    """Makes PEFT's own LoRA linear a `FastPeftLinear`; leaves any other module."""
+    if type(module) is PeftLinear:
+        module.__class__ = FastPeftLinear
+
+
+def unpatch_layer(module: nn.Module) -> None:
+    """Undoes `patch_layer`."""
+    if type(module) is FastPeftLinear:
+        module.__class__ = PeftLinear
+        module.__dict__.pop("_scaling_rows", None)
+
+
+def patch_model(model: nn.Module) -> int:
+    """Patches every layer and tuner in a model; returns the number of PEFT LoRA layers seen."""
+    seen = 0
+    for module in model.modules():
+        if isinstance(module, PeftLoraLayer):
+            seen += 1
+            patch_layer(module)
+        elif type(module) is PeftLoraModel:
+            module.__class__ = FastPeftLoraModel
+    return seen
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Undoes `patch_model`."""
+    for module in model.modules():
+        unpatch_layer(module)
+        if type(module) is FastPeftLoraModel:
+            module.__class__ = PeftLoraModel
+
+
+def layer_fusion(module: nn.Module) -> tuple[bool, str] | None:
+    """Returns ``(fused, why not)`` for a LoRA layer of PEFT's, or None for any other module."""
+    if isinstance(module, FastPeftLinear):
+        return module.fusion()
+    if type(module) is PeftLinear:
+        return False, "PEFT's own layer; fastlora.patch(model) fuses it"
+    if isinstance(module, PeftLoraLayer):
+        return False, f"PEFT's {type(module).__name__} layer, left to PEFT"
+    return None

@@ -1,0 +1,156 @@
+"""`FastLoraLinear`: an `nn.Linear` with adapters, computed in one fused call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.compute import lora_forward
+from fastlora.validation import UnsupportedLayerError
+
+DEFAULT_ADAPTER = "default"
+
+
+def why_not_plain(module: nn.Module) -> str:
+    """Returns why a module cannot be computed from its weight alone, or an empty string.
+
+    Only a true `nn.Linear` that nothing has hooked into is plain: a subclass, a parametrization, a
+    forward hook (accelerate's offloading) or a replaced forward must go on being called.
+    """
+    if type(module) is not nn.Linear:
+        return f"its base layer is {type(module).__name__}, called as it is"
+    if "forward" in module.__dict__:
+        return "its base layer's forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "its base layer has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "its base layer has backward hooks"
+    if type(module.weight) is not nn.Parameter:
+        return f"its base weight is a {type(module.weight).__name__}"
+    if not module.weight.is_floating_point() or module.weight.itemsize < 2:
+        return f"its base weight is {module.weight.dtype}"
+    return ""
+
+
+class FastLoraLinear(LoraLayer, nn.Linear):
+    """``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+
+    An `nn.Linear` in every other respect: ``weight [N, K]`` and ``bias [N]`` keep their names and
+    are frozen; the adapter (called ``"default"``) is trainable.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether the base layer has a bias.
+        r: Rank of the first adapter.
+        lora_alpha: Numerator of its scaling.
+        lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)``.
+        lora_bias: Give lora_B a bias.
+        init_lora_weights: As in `LoraLayer.add_adapter`.
+        device: Of all parameters.
+        dtype: Of all parameters.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_adapters()
+        self._freeze_base()
+        self.add_adapter(
+            DEFAULT_ADAPTER,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            lora_bias=lora_bias,
+            init_lora_weights=init_lora_weights,
+        )
+        self.set_adapter(DEFAULT_ADAPTER)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, adapter_name: str | None = DEFAULT_ADAPTER, **adapter: Any
+    ) -> FastLoraLinear:
+        """Makes a layer that shares ``linear``'s weight and bias (and freezes them).
+
+        Args:
+            linear: A plain `nn.Linear`.
+            adapter_name: Name of the first adapter; None for none yet.
+            **adapter: ``r``, ``lora_alpha``, ... as in `LoraLayer.add_adapter`.
+
+        Raises:
+            UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
+            ConfigError: A value is out of range; ``linear`` is then as it was.
+        """
+        why = why_not_plain(linear)
+        if why:
+            raise UnsupportedLayerError(f"from_linear takes a plain nn.Linear; {why}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        self._init_adapters()
+        if adapter_name is not None:
+            self.add_adapter(adapter_name, **adapter)
+            self.set_adapter(adapter_name)
+        self._freeze_base()
+        return self
+
+    def to_linear(self) -> nn.Linear:
+        """Returns an `nn.Linear` that shares the weight and bias as they are now."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def _freeze_base(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
+        names = self._acting()
+        if not names:
+            return F.linear(x, self.weight, self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]"
+            )
+        return lora_forward(self, x, self.weight, self.bias, names, self.impl)
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the layer itself: it is its own base layer."""
+        return self
+
+    def fusion(self) -> tuple[bool, str]:
+        """Fused, whatever the adapters."""
+        return True, ""
+
+    def _mergeable(self) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+        return self.weight, self.bias, False
+
+    def extra_repr(self) -> str:
+        """Adds the adapters' ranks to what `nn.Linear` prints."""
+        return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

@@ -1,0 +1,75 @@
+"""`ModulesToSaveWrapper`: a module trained whole, one copy for each adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """Runs the active adapter's copy of a module, or the original where no adapter is active.
+
+    Structure and names are PEFT's, so that parameters are found under the same names.
+
+    Args:
+        original_module: The module to copy.
+
+    Raises:
+        UnsupportedLayerError: The module is a container without a forward.
+    """
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+        if isinstance(original_module, containers):
+            raise UnsupportedLayerError(
+                f"modules_to_save needs modules that can be called, got "
+                f"{type(original_module).__name__}"
+            )
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.training = original_module.training
+        self._active_adapters: list[str] = []
+        self._disabled = False
+        original_module.requires_grad_(False)
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """Copies the original module for an adapter."""
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        self._activate(self._active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drops an adapter's copy."""
+        if adapter_name not in self.modules_to_save:
+            raise AdapterNotFoundError(f"no copy for adapter {adapter_name!r}")
+        del self.modules_to_save[adapter_name]
+        self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
+
+    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+        self._active_adapters = list(names)
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in names and not inference_mode)
+
+    def current(self) -> nn.Module:
+        """Returns the module that the next forward runs."""
+        names = [name for name in self._active_adapters if name in self.modules_to_save]
+        if self._disabled or not names:
+            return self.original_module
+        return self.modules_to_save[names[0]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the current module."""
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "original_module" not in self._modules:
+                raise
+            return getattr(self.current(), name)

@@ -1,0 +1,91 @@
+"""`FastLoraWrapper`: adapters beside a base layer that is called as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.compute import lora_added_forward
+from fastlora.layers.linear import why_not_plain
+from fastlora.validation import UnsupportedLayerError
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns ``(in_features, out_features)`` of a linear-like module, or None for any other.
+
+    Linear-like is what says so itself (`nn.Linear`, quantised linears of bitsandbytes, torchao,
+    GPTQ and others), and Hugging Face's Conv1D, whose weight is ``[K, N]``.
+    """
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
+        k, n = module.weight.shape
+        return int(k), int(n)
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    return None
+
+
+class FastLoraWrapper(LoraLayer):
+    """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+
+    For base layers that are not plain `nn.Linear`: quantised, tensor parallel, offloaded by hooks,
+    Hugging Face's Conv1D. The update goes into the base layer's output in place where that is safe.
+
+    Args:
+        base_layer: Any linear-like module.
+
+    Raises:
+        UnsupportedLayerError: ``base_layer`` is not linear-like.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        features = linear_features(base_layer)
+        if features is None:
+            raise UnsupportedLayerError(
+                f"LoRA needs a layer with in_features and out_features, got "
+                f"{type(base_layer).__name__}"
+            )
+        self.in_features, self.out_features = features
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self._init_adapters()
+        base_layer.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
+        y = self.base_layer(x, *args, **kwargs)
+        names = self._acting()
+        if not names:
+            return y
+        if not self.lora_A[names[0]].weight.dtype.is_floating_point:
+            raise UnsupportedLayerError("adapter weights must be floating point")
+        return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
+
+    def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether the base layer's output is ours to overwrite: nobody else may have seen it."""
+        hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
+        return not (hooked or y is x or y._is_view())
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the wrapped module."""
+        return self.base_layer
+
+    def fusion(self) -> tuple[bool, str]:
+        """Not fused; says what the base layer is."""
+        return False, why_not_plain(self.base_layer)
+
+    def _mergeable(self) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+        weight = getattr(self.base_layer, "weight", None)
+        transposed = type(self.base_layer).__name__ == "Conv1D"
+        expected = (self.out_features, self.in_features)
+        plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+        if not plain or tuple(weight.t().shape if transposed else weight.shape) != expected:
+            raise UnsupportedLayerError(
+                f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
+                "floating-point matrix (dequantise the base model first)"
+            )
+        return weight, getattr(self.base_layer, "bias", None), transposed

@@ -1,0 +1,285 @@
+"""The registered operators: schemas, fakes, implementations, and which of them runs where.
+
+One opaque operator is crossed per forward of a layer, so that `torch.compile` sees neither Triton
+nor the choice of a plan. Nothing here imports Triton before a kernel runs.
+
+Shapes everywhere: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``,
+``s [M, R]``, ``y [M, N]``, ``scaling [1]`` or ``[R]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora import env, reference
+from fastlora.validation import ImplementationError
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+PLANS = ("auto", "fused", "split")
+
+# Up to here a linear is bound by its weight's bytes and one fused kernel wins; above it cuBLAS is
+# ahead of a Triton GEMM (design, section 5). The default for hardware that nobody measured.
+_FUSED_MAX_ROWS = 64
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = env.triton_interpreted()
+
+
+# --------------------------------------------------------------------------- which implementation
+
+
+@functools.cache
+def _gpu_status(index: int) -> tuple[bool, str]:
+    """Whether GPU ``index`` is one that the kernels are built for."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return arch in ("gfx942", "gfx950"), f"{properties.name} ({arch})"
+    arch = f"sm_{properties.major}{properties.minor}"
+    if properties.major < 8:
+        return False, f"{properties.name} is {arch}; the kernels need sm_80 or newer"
+    return True, f"{properties.name} ({arch})"
+
+
+@torch.compiler.assume_constant_result
+def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
+    """Returns whether the Triton kernels can run on a device, and why or why not.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"`` (also ROCm), or any other device type of torch.
+        index: Which device of that type.
+    """
+    if not _HAS_TRITON:
+        return False, "triton is not installed"
+    if device_type == "cuda":
+        return _gpu_status(index)
+    if _INTERPRETED:
+        return True, "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
+    return False, f"no Triton kernels for device type {device_type!r}"
+
+
+def resolve_impl(impl: str, x: torch.Tensor) -> str:
+    """Returns ``"triton"`` or ``"eager"`` for what the caller asked.
+
+    Raises:
+        ValueError: ``impl`` is not one of `IMPLEMENTATIONS`.
+        ImplementationError: ``impl="triton"`` cannot run on x; a named implementation is never
+            replaced by another.
+    """
+    if impl == "eager":
+        return impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    device_type = x.device.type
+    if impl == "auto" and device_type != "cuda":
+        return "eager"
+    runs, why = triton_status(device_type, x.device.index or 0)
+    if runs and x.dtype not in _TRITON_DTYPES:
+        runs, why = False, f"the kernels take fp16, bf16 and fp32, got {x.dtype}"
+    if runs:
+        return "triton"
+    if impl == "triton":
+        raise ImplementationError(f"impl='triton' cannot run: {why}")
+    return "eager"
+
+
+def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
+    """Draws a dropout seed (one int64) from torch's default generator.
+
+    It stays on the device for kernels, so nothing waits, and on the CPU for the eager path. Drawn
+    from the global generator, it repeats when activation checkpointing restores that.
+    """
+    device = x.device if impl == "triton" else torch.device("cpu")
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------------------------- operators
+
+_LIBRARY = torch.library.Library("fastlora", "DEF")
+_LIBRARY.define(
+    "lora_shrink(Tensor x, Tensor lora_a, Tensor? seed, float dropout_p, str impl) -> Tensor"
+)
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b,"
+    " Tensor scaling, Tensor? seed, float dropout_p, str impl, str plan) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_expand_(Tensor(a!) y, Tensor s, Tensor lora_b, Tensor scaling, str impl) -> ()"
+)
+_LIBRARY.define("lora_dropout(Tensor x, Tensor seed, float dropout_p, str impl) -> Tensor")
+
+
+def _implements(name: str) -> Any:
+    return torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
+
+
+def _triton_shrink(
+    x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Runs shrink, and its reduction where K was split; returns s ``[M, R]`` in x's dtype."""
+    from fastlora.kernels import configs, lora_shrink
+
+    (m, k), r = x.shape, lora_a.shape[0]
+    config = configs.shrink_config(configs.chip_of(x.device), m, k, r, x.dtype)
+    s = x.new_empty(m, r)
+    if config.splits == 1:
+        lora_shrink.launch_lora_shrink(
+            s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config
+        )
+        return s
+    planes = x.new_empty(config.splits, m, r, dtype=torch.float32)
+    lora_shrink.launch_lora_shrink(
+        planes, x, lora_a, seed=seed, dropout_p=dropout_p, config=config
+    )
+    lora_shrink.launch_lora_shrink_reduce(s, planes, config=config)
+    return s
+
+
+def _triton_expand_(
+    y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+) -> None:
+    from fastlora.kernels import configs, lora_expand
+
+    config = configs.expand_config(
+        configs.chip_of(y.device), y.shape[0], y.shape[1], s.shape[1], s.dtype
+    )
+    lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
+
+
+def _triton_fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two launches: shrink, then the base GEMM with the LoRA term in its epilogue.
+
+    Where shrink splits K, its planes go straight into that epilogue, which sums them.
+    """
+    from fastlora.kernels import configs, lora_linear, lora_shrink
+
+    (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
+    chip = configs.chip_of(x.device)
+    shrink_config = configs.shrink_config(chip, m, k, r, x.dtype)
+    linear_config = configs.linear_config(chip, m, n, k, r, x.dtype)
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    split = shrink_config.splits > 1
+    shrunk = x.new_empty(shrink_config.splits, m, r, dtype=torch.float32) if split else s
+    lora_shrink.launch_lora_shrink(
+        shrunk, x, lora_a, seed=seed, dropout_p=dropout_p, config=shrink_config
+    )
+    lora_linear.launch_lora_linear(
+        y,
+        x,
+        weight,
+        shrunk,
+        lora_b,
+        scaling,
+        bias=bias,
+        s_out=s if split else None,
+        config=linear_config,
+        pdl=configs.has_pdl(chip),
+    )
+    return y, s
+
+
+@_implements("lora_shrink")
+def _lora_shrink(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    impl: str,
+) -> torch.Tensor:
+    if impl == "triton":
+        return _triton_shrink(x, lora_a, seed, dropout_p)
+    dropped = x if seed is None else reference.lora_dropout(x, seed, dropout_p)
+    return reference.lora_shrink(dropped, lora_a)
+
+
+@_implements("lora_linear")
+def _lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    impl: str,
+    plan: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if impl == "triton":
+        if plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
+            return _triton_fused_linear(
+                x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p
+            )
+        s = _triton_shrink(x, lora_a, seed, dropout_p)
+        y = F.linear(x, weight, bias)
+        _triton_expand_(y, s, lora_b, scaling)
+        return y, s
+    s = _lora_shrink(x, lora_a, seed, dropout_p, impl)
+    return reference.lora_linear(x, weight, bias, s, lora_b, scaling), s
+
+
+@_implements("lora_expand_")
+def _lora_expand_(
+    y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, impl: str
+) -> None:
+    if impl == "triton":
+        _triton_expand_(y, s, lora_b, scaling)
+    else:
+        reference.lora_expand_(y, s, lora_b, scaling)
+
+
+@_implements("lora_dropout")
+def _lora_dropout(
+    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: str
+) -> torch.Tensor:
+    if impl == "triton":
+        from fastlora.kernels import configs, lora_dropout
+
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        lora_dropout.launch_lora_dropout(
+            out,
+            x,
+            seed=seed,
+            dropout_p=dropout_p,
+            config=configs.dropout_config(configs.chip_of(x.device), x.dtype),
+        )
+        return out
+    return reference.lora_dropout(x.contiguous(), seed, dropout_p)
+
+
+@torch.library.register_fake("fastlora::lora_shrink")
+def _(x: torch.Tensor, lora_a: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+@torch.library.register_fake("fastlora::lora_linear")
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, lora_a: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m = x.shape[0]
+    return x.new_empty(m, weight.shape[0]), x.new_empty(m, lora_a.shape[0])
+
+
+@torch.library.register_fake("fastlora::lora_expand_")
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fastlora::lora_dropout")
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

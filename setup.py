@@ -1,0 +1,19 @@
+"""Package layout: the top-level folder ``kernels/`` installs as ``fastlora.kernels``.
+
+``kernels`` is also the name of a package of Hugging Face that transformers looks for, so the folder
+has no ``__init__.py``: started in the repository root, transformers sees a bare namespace, which it
+ignores. Everything else about the project stands in ``pyproject.toml``.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "fastlora",
+        "fastlora.integrations",
+        "fastlora.kernels",
+        "fastlora.layers",
+    ],
+    package_dir={"fastlora": "fastlora", "fastlora.kernels": "kernels"},
+    package_data={"fastlora": ["py.typed"]},
+)
