@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.checkpoint import KEY_PREFIX, AdapterFile
 from fastlora.config import LoraConfig
 from fastlora.inject import Plan
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.wrapped import linear_features
 from fastlora.validation import CheckpointError
-
-# What PEFT puts before a module's name, in files and in memory.
-PREFIX = "base_model.model."
 
 
 def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
@@ -28,7 +26,7 @@ def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
-        at = f"{PREFIX}{name}."
+        at = f"{KEY_PREFIX}{name}."
         if isinstance(module, LoraLayer):
             inside.append(f"{name}.")
             if adapter_name in module.lora_A:
@@ -48,7 +46,7 @@ def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
     if config.bias == "all":
         for name, _ in model.named_parameters():
             if name.endswith("bias") and not name.startswith(tuple(inside)):
-                keys[f"{PREFIX}{name}"] = f"{PREFIX}{name}"
+                keys[f"{KEY_PREFIX}{name}"] = f"{KEY_PREFIX}{name}"
     return keys
 
 
@@ -56,20 +54,17 @@ def check_fit(
     model: nn.Module,
     plan: Plan,
     config: LoraConfig,
-    tensors: dict[str, torch.Tensor],
-    path: Path,
-    adapter_name: str | None = None,
+    file: AdapterFile,
 ) -> None:
     """Raises `CheckpointError` unless a file's tensors are what the plan needs, shape by shape.
 
     Args:
         model: The base model, with or without adapters.
         plan: What the file's config touches in it.
-        config: The file's config.
-        tensors: By file key.
-        path: The folder, for messages.
-        adapter_name: Where given and the model has it already, its ranks must be the file's.
+        config: The file's config, targets resolved.
+        file: What was read.
     """
+    tensors, path = file.tensors, file.path
     expected = _expected_shapes(model, plan, config)
     missing = [key for key in expected if key not in tensors]
     if missing:
@@ -79,23 +74,42 @@ def check_fit(
     optional = _optional_shapes(model, plan, config)
     for key, tensor in tensors.items():
         shape = expected.get(key, optional.get(key))
+        if file.keys[key].kind == "base":
+            shape = _base_weight_shape(model, file.keys[key].module)
         if shape is None:
-            raise CheckpointError(
-                f"{path} has a tensor {key!r} for which this model has no place"
-            )
+            raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{path}: {key!r} has shape {tuple(tensor.shape)}, this model expects {shape}"
             )
-    for name in plan.targets if adapter_name is not None else ():
-        layer = model.get_submodule(name)
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-            r = layer.r[adapter_name]
-            if r != config.rank_for(name):
-                raise CheckpointError(
-                    f"{path}: rank {config.rank_for(name)} on {name}, where the loaded adapter "
-                    f"{adapter_name!r} has {r}; load it under another name"
-                )
+
+
+def check_same_adapter(
+    model: nn.Module, adapter_name: str, plan: Plan, config: LoraConfig, path: Path
+) -> None:
+    """Raises `CheckpointError` unless a file can overwrite a loaded adapter in place.
+
+    That takes the same modules, and on each the same rank and scaling.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+    }
+    loaded = {n: (m.r[adapter_name], m.scaling[adapter_name]) for n, m in layers.items()}
+    if set(loaded) != set(plan.targets):
+        differing = sorted(set(loaded) ^ set(plan.targets))
+        raise CheckpointError(
+            f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
+            f"({differing[0]} differs); load it under another name"
+        )
+    for name in plan.targets:
+        found = (config.rank_for(name), config.scaling_for(name))
+        if found != loaded[name]:
+            raise CheckpointError(
+                f"{path}: rank and scaling on {name} are {found}, where the loaded adapter "
+                f"{adapter_name!r} has {loaded[name]}; load it under another name"
+            )
 
 
 def _expected_shapes(
@@ -108,16 +122,16 @@ def _expected_shapes(
         if features is None:
             continue
         k, n = features
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = (r, k)
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = (n, r)
+        shapes[f"{KEY_PREFIX}{name}.lora_A.weight"] = (r, k)
+        shapes[f"{KEY_PREFIX}{name}.lora_B.weight"] = (n, r)
         if config.lora_bias:
-            shapes[f"{PREFIX}{name}.lora_B.bias"] = (n,)
+            shapes[f"{KEY_PREFIX}{name}.lora_B.bias"] = (n,)
     for name in plan.modules_to_save:
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         for key, tensor in module.state_dict().items():
-            shapes[f"{PREFIX}{name}.{key}"] = tuple(tensor.shape)
+            shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
     return shapes
 
 
@@ -131,19 +145,47 @@ def _optional_shapes(
     for name in plan.targets:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        if getattr(base, "bias", None) is not None:
-            shapes[f"{PREFIX}{name}.base_layer.bias"] = tuple(base.bias.shape)
+        bias = getattr(base, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            shapes[f"{KEY_PREFIX}{name}.base_layer.bias"] = tuple(bias.shape)
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                shapes[f"{PREFIX}{name}"] = tuple(parameter.shape)
+                shapes[f"{KEY_PREFIX}{name}"] = tuple(parameter.shape)
     return shapes
 
 
+def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
+    """The weight of a module's base layer, or None where there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, LoraLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _base_weight_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    weight = _base_weight(model, name)
+    return None if weight is None else tuple(weight.shape)
+
+
 @torch.no_grad()
-def load(lora_model: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies a checked file's tensors into an adapter's parameters, in their own dtypes."""
+def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
+    """Copies a checked file's tensors into an adapter's parameters, in their own dtypes.
+
+    An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
+    """
     state = lora_model.state_dict()
     for disk, key in key_map(lora_model, adapter_name).items():
-        if disk in tensors:
-            state[key].copy_(tensors[disk])
+        if disk in file.tensors:
+            state[key].copy_(file.tensors[disk])
+    for disk, parts in file.keys.items():
+        if parts.kind == "base":
+            weight = _base_weight(lora_model.get_base_model(), parts.module)
+            if weight is not None:
+                weight.copy_(file.tensors[disk])

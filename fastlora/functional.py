@@ -122,25 +122,22 @@ def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) 
 def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(scaling, torch.Tensor):
-        return torch.full((1,), float(scaling), dtype=dtype, device=x.device)
+        return torch.full((), float(scaling), dtype=dtype, device=x.device)
     if scaling.numel() not in (1, rank) or scaling.dim() > 1:
         raise ValueError(
             f"scaling has shape {tuple(scaling.shape)}, expected 1 number or one per rank row "
             f"({rank})"
         )
     check_same_device(x, scaling=scaling)
-    return scaling.to(dtype).reshape(-1)
+    return scaling.to(dtype).reshape(() if scaling.numel() == 1 else (-1,))
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """Returns x in the autocast dtype where autocast is on."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device_type))
     return x
-
-
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def linear(
@@ -154,14 +151,23 @@ def linear(
     impl: str = "auto",
     plan: str = "auto",
 ) -> torch.Tensor:
-    """`lora_linear` for layers, which know that their tensors fit; scaling is a tensor."""
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    """`lora_linear` for layers, which know that their tensors fit.
+
+    ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x).
+    """
+    cast = _autocast(x)
+    if cast is x and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    x = _autocast(x)
-    impl = ops.resolve_impl(impl, x)
-    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
-    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
-    if _wants_grad(x, weight, bias, lora_a, lora_b):
+    impl = ops.resolve_impl(impl, cast)
+    seed = ops.draw_seed(cast, impl) if dropout_p > 0.0 else None
+    args = (cast, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         return autograd.LoraLinear.apply(*args)
     return autograd.forward_linear(*args)[0]
 
@@ -176,11 +182,11 @@ def add(
     impl: str = "auto",
     inplace: bool = False,
 ) -> torch.Tensor:
-    """`lora_add` for layers, which know that their tensors fit; scaling is a tensor."""
+    """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
     x = _autocast(x)
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
-    if _wants_grad(y, x, lora_a, lora_b):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
         return autograd.LoraAdd.apply(*args)
     return autograd.forward_add(*args, inplace)[0]

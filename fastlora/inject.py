@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -221,15 +222,15 @@ def _untie(model: nn.Module, name: str, layer: LoraLayer) -> None:
     other = shared_with(model, layer)
     if other is None or not layer.check_merge():
         return
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
     warnings.warn(
         f"{name} shared its weight with {other}; it has its own now, with the adapter merged in",
         stacklevel=3,
     )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]  # getattr found it
+        config.tie_word_embeddings = False
 
 
 def _progress(

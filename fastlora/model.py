@@ -274,7 +274,8 @@ class LoraModel(nn.Module):
         layers = list(inject.lora_layers(model))
         chosen = [inject.present(layer, adapter_names) for layer in layers]
         for layer, names in zip(layers, chosen, strict=True):
-            tied = inject.shared_with(model, layer) if layer.check_merge(safe_merge, names) else None
+            merges = layer.check_merge(safe_merge, names)
+            tied = inject.shared_with(model, layer) if merges else None
             if tied:
                 raise AdapterStateError(
                     f"a target shares its weight with {tied}, which merging would change too; "
@@ -344,15 +345,13 @@ class LoraModel(nn.Module):
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
                 The model is unchanged after any of these.
         """
-        file = load_adapter_folder(Path(model_id))
+        file = load_adapter_folder(model_id)
         config = copy.deepcopy(file.config)
         config.inference_mode = not is_trainable
         plan_config, plan = cls._plan(model, adapter_name, config, loading=True)
-        adapter_state.check_fit(model, plan, plan_config, file.tensors, Path(model_id))
-        self = cls(
-            model, plan_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-        )
-        adapter_state.load(self, adapter_name, file.tensors)
+        adapter_state.check_fit(model, plan, plan_config, file)
+        self = cls(model, plan_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        adapter_state.load(self, adapter_name, file)
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -364,30 +363,35 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         **_: Any,
     ) -> None:
-        """Loads a PEFT adapter folder, as a new adapter or over one of the same name.
+        """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
 
         Args:
             model_id: As in `from_pretrained`.
             adapter_name: A new name, or that of an adapter to overwrite in place.
-            is_trainable: Whether it may be trained.
+            is_trainable: Whether to go on training; else a new adapter is frozen, and the model
+                goes into evaluation mode.
             autocast_adapter_dtype: See `get_peft_model`.
 
         Raises:
             CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
         """
-        file = load_adapter_folder(Path(model_id))
+        file = load_adapter_folder(model_id)
         model = self.get_base_model()
         config = copy.deepcopy(file.config)
         config.inference_mode = not is_trainable
         config, plan = self._plan(model, adapter_name, config, loading=True)
-        adapter_state.check_fit(model, plan, config, file.tensors, Path(model_id), adapter_name)
-        if adapter_name not in self._configs:
+        adapter_state.check_fit(model, plan, config, file)
+        if adapter_name in self._configs:
+            adapter_state.check_same_adapter(model, adapter_name, plan, config, Path(model_id))
+        else:
             inject.add_adapter(
                 model, adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
             )
-        self._configs[adapter_name] = config
-        adapter_state.load(self, adapter_name, file.tensors)
-        self._activate(self._active)
+            self._configs[adapter_name] = config
+            self._activate(self._active)
+        adapter_state.load(self, adapter_name, file)
+        if not is_trainable:
+            self.eval()
 
     def save_pretrained(
         self,
@@ -421,12 +425,11 @@ class LoraModel(nn.Module):
             return
         source = self.state_dict() if state_dict is None else state_dict
         for name in names:
-            config = copy.deepcopy(self._configs[name])
-            config.inference_mode = True
             folder = Path(save_directory)
             folder = folder if name == DEFAULT_ADAPTER else folder / name
             keys = adapter_state.key_map(self, name)
-            save_adapter_folder(folder, config, {disk: source[key] for disk, key in keys.items()})
+            tensors = {disk: source[key] for disk, key in keys.items()}
+            save_adapter_folder(folder, self._configs[name], tensors)
 
     # --------------------------------------------------------------------------- as a module
 

@@ -4,7 +4,7 @@ One opaque operator is crossed per forward of a layer, so that `torch.compile` s
 nor the choice of a plan. Nothing here imports Triton before a kernel runs.
 
 Shapes everywhere: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``,
-``s [M, R]``, ``y [M, N]``, ``scaling [1]`` or ``[R]``.
+``s [M, R]``, ``y [M, N]``, ``scaling`` without dimensions or ``[R]``.
 """
 
 from __future__ import annotations
@@ -129,14 +129,10 @@ def _triton_shrink(
     config = configs.shrink_config(configs.chip_of(x.device), m, k, r, x.dtype)
     s = x.new_empty(m, r)
     if config.splits == 1:
-        lora_shrink.launch_lora_shrink(
-            s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config
-        )
+        lora_shrink.launch_lora_shrink(s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config)
         return s
     planes = x.new_empty(config.splits, m, r, dtype=torch.float32)
-    lora_shrink.launch_lora_shrink(
-        planes, x, lora_a, seed=seed, dropout_p=dropout_p, config=config
-    )
+    lora_shrink.launch_lora_shrink(planes, x, lora_a, seed=seed, dropout_p=dropout_p, config=config)
     lora_shrink.launch_lora_shrink_reduce(s, planes, config=config)
     return s
 
@@ -222,9 +218,7 @@ def _lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if impl == "triton":
         if plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
-            return _triton_fused_linear(
-                x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p
-            )
+            return _triton_fused_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p)
         s = _triton_shrink(x, lora_a, seed, dropout_p)
         y = F.linear(x, weight, bias)
         _triton_expand_(y, s, lora_b, scaling)
@@ -244,9 +238,7 @@ def _lora_expand_(
 
 
 @_implements("lora_dropout")
-def _lora_dropout(
-    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: str
-) -> torch.Tensor:
+def _lora_dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: str) -> torch.Tensor:
     if impl == "triton":
         from fastlora.kernels import configs, lora_dropout
 

@@ -1,8 +1,8 @@
 """The ops in plain PyTorch: what runs wherever no kernel does, on any device.
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
-``y [M, N]``, ``scaling [1]`` or ``[R]``. Factors are rounded to x's dtype; nothing of size
-``M x N`` is allocated beside the result, and x is never cast or copied.
+``y [M, N]``, ``scaling`` without dimensions or ``[R]``. Factors are rounded to x's dtype; nothing
+of size ``M x N`` is allocated beside the result, and x is never cast or copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LANES_PER_WORD = 64 // _LANE_BITS
 
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     """Returns ``s = x @ lora_a.T`` in x's dtype, shape ``[M, R]``."""
-    return F.linear(x, lora_a.to(x.dtype))
+    return F.linear(x, lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype))
 
 
 def lora_linear(
@@ -36,7 +36,9 @@ def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
     """Adds ``(scaling * s) @ lora_b.T`` to ``y [M, N]`` in place and returns it."""
-    return y.addmm_((s * scaling).to(y.dtype), lora_b.to(y.dtype).t())
+    # A scaling without dimensions leaves s in its dtype; one per rank row is fp32.
+    scaled = (s * scaling).to(y.dtype)
+    return y.addmm_(scaled, lora_b.to(y.dtype).t())
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

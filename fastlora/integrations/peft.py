@@ -27,7 +27,7 @@ class FastPeftLinear(PeftLinear):
         mixed = kwargs.get("adapter_names") is not None
         if mixed or self.disable_adapters or self.merged or not names or self._why_peft(names):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
+        base: Any = self.base_layer
         if not args and not kwargs and not why_not_plain(base):
             return lora_forward(self, x, base.weight, base.bias, names, "auto")
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
@@ -75,8 +75,8 @@ def patch_layer(module: nn.Module) -> None:
 def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if type(module) is FastPeftLinear:
-        module.__class__ = PeftLinear
-        module.__dict__.pop("_scaling_rows", None)
+        module.__class__ = PeftLinear  # type: ignore[assignment]  # mypy took the narrowed type
+        module.__dict__.pop("_scaling_tensors", None)
 
 
 def patch_model(model: nn.Module) -> int:
@@ -96,7 +96,7 @@ def unpatch_model(model: nn.Module) -> None:
     for module in model.modules():
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:
-            module.__class__ = PeftLoraModel
+            module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
 def layer_fusion(module: nn.Module) -> tuple[bool, str] | None:

@@ -33,7 +33,7 @@ def _transformers_lora_model() -> type:
 
     from fastlora.model import LoraModel
 
-    class TransformersLoraModel(LoraModel, PeftModel):
+    class TransformersLoraModel(LoraModel, PeftModel):  # type: ignore[misc, override]  # ours win
         """A `LoraModel` on a transformers model; see the module's docstring."""
 
         _is_prompt_learning = False

@@ -61,7 +61,7 @@ class LoraLayer(nn.Module):
         """Returns the module that the adapters modify."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
-    def _mergeable(self) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
@@ -158,9 +158,7 @@ class LoraLayer(nn.Module):
             del modules[adapter_name]
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
-    def set_adapter(
-        self, adapter_names: str | list[str], *, inference_mode: bool = False
-    ) -> None:
+    def set_adapter(self, adapter_names: str | list[str], *, inference_mode: bool = False) -> None:
         """Makes these adapters act, and them alone trainable.
 
         Args:
@@ -301,7 +299,7 @@ class LoraLayer(nn.Module):
 
         And ``sign * scaling * lora_bias`` to ``bias [N]``.
         """
-        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        lora_a, lora_b, lora_bias = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
         alpha = sign * self.scaling[name]
         lora_a = lora_a.to(compute)
@@ -312,17 +310,20 @@ class LoraLayer(nn.Module):
                 rows.addmm_(factor, lora_a, alpha=alpha)
             else:
                 rows.copy_(torch.addmm(rows.to(compute), factor, lora_a, alpha=alpha))
-        lora_bias = self.lora_B[name].bias
         if lora_bias is not None and bias is not None:
             bias.add_(lora_bias * alpha)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns lora_a ``[R, K]``, lora_b ``[N, R]`` and lora_bias ``[N]`` or None."""
+        up: Any = self.lora_B[name]
+        down: Any = self.lora_A[name]
+        return down.weight, up.weight, up.bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns ``scaling * B @ A``, ``[N, K]``, in the factors' dtype."""
         self._check_known(adapter_name)
-        lora_a, lora_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        delta = torch.zeros(
-            self.out_features, self.in_features, dtype=lora_b.dtype, device=lora_b.device
-        )
+        _, lora_b, _ = self._factors(adapter_name)
+        delta = lora_b.new_zeros(self.out_features, self.in_features)
         self._add_delta(delta, None, adapter_name, 1.0)
         return delta
 

@@ -6,78 +6,76 @@ adapter name: ours, and PEFT's own layers after `fastlora.patch`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastlora import functional
 
 
-def _dropout_p(layer: Any, name: str) -> float:
-    """The probability that acts now: 0 in evaluation, and where PEFT put an Identity."""
-    dropout = layer.lora_dropout[name]
-    return float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+class _Branch(NamedTuple):
+    """What one call of `fastlora.functional` takes from a layer's adapters.
 
-
-def _scaling_rows(layer: Any, names: list[str], x: torch.Tensor) -> torch.Tensor:
-    """Returns the scaling of the adapters' rank rows: ``[1]`` for one adapter, else ``[sum R]``.
-
-    Made once and kept on the layer until a value, a rank, the device or the dtype changes.
+    Attributes:
+        lora_a: ``[R, K]``; several adapters are their rank rows side by side.
+        lora_b: ``[N, R]``.
+        scaling: No dimensions for one adapter, else ``[R]``.
+        lora_bias: ``[N]``, scaled, or None.
+        dropout_p: Probability that acts now.
     """
-    values = [layer.scaling[name] for name in names]
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: torch.Tensor
+    lora_bias: torch.Tensor | None
+    dropout_p: float
+
+
+def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch:
+    """Returns one adapter's branch."""
+    up, dropout, scaling = layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+    lora_bias = up.bias
+    if lora_bias is not None:
+        lora_bias = lora_bias * scaling
+    # PEFT has an Identity where there is no dropout.
+    dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    rows = _scaling_tensor(layer, name, scaling, x)
+    return _Branch(layer.lora_A[name].weight, up.weight, rows, lora_bias, dropout_p)
+
+
+def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+    """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if any(isinstance(value, torch.Tensor) for value in values):  # PEFT's compiled hot swap
-        rows = [
-            torch.as_tensor(value, dtype=dtype, device=x.device).expand(_rank(layer, name))
-            for name, value in zip(names, values, strict=True)
-        ]
-        return torch.cat(rows)
-    ranks = [1] if len(names) == 1 else [_rank(layer, name) for name in names]
-    key = (values, ranks, x.device, dtype)
-    cached = layer.__dict__.get("_scaling_rows")
-    if cached is not None and cached[0] == key:
-        return cached[1]
-    rows = [
-        torch.full((rank,), value, dtype=dtype, device=x.device)
-        for rank, value in zip(ranks, values, strict=True)
+    if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
+        return value.to(device=x.device, dtype=dtype).reshape(())
+    cache = layer.__dict__.setdefault("_scaling_tensors", {})
+    cached = cache.get(name)
+    if cached is not None:
+        known, tensor = cached
+        if known == value and tensor.device == x.device and tensor.dtype == dtype:
+            return tensor
+    tensor = torch.full((), value, dtype=dtype, device=x.device)
+    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+        cache[name] = (value, tensor)
+    return tensor
+
+
+def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch]:
+    """Returns the active adapters as few branches: one, unless dropout masks x for each alone."""
+    branches = [_branch(layer, name, x) for name in names]
+    if len(branches) == 1 or any(branch.dropout_p for branch in branches):
+        return branches
+    biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
+    return [
+        _Branch(
+            torch.cat([branch.lora_a for branch in branches]),
+            torch.cat([branch.lora_b for branch in branches], dim=1),
+            torch.cat([b.scaling.expand(b.lora_a.shape[0]) for b in branches]),
+            sum(biases[1:], biases[0]) if biases else None,
+            0.0,
+        )
     ]
-    scaling = rows[0] if len(rows) == 1 else torch.cat(rows)
-    if type(scaling) is torch.Tensor and not torch.compiler.is_compiling():
-        layer.__dict__["_scaling_rows"] = (key, scaling)
-    return scaling
-
-
-def _rank(layer: Any, name: str) -> int:
-    return layer.lora_A[name].weight.shape[0]
-
-
-def _factors(layer: Any, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``lora_a [sum R, K]`` and ``lora_b [N, sum R]``: rank rows side by side."""
-    if len(names) == 1:
-        return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    lora_a = torch.cat([layer.lora_A[name].weight for name in names])
-    lora_b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
-    return lora_a, lora_b
-
-
-def _plus_lora_bias(
-    layer: Any, names: list[str], bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Returns ``bias + sum of scaling * lora_bias``, ``[N]``."""
-    for name in names:
-        lora_bias = layer.lora_B[name].bias
-        if lora_bias is not None:
-            update = lora_bias * layer.scaling[name]
-            bias = update if bias is None else bias + update
-    return bias
-
-
-def _groups(layer: Any, names: list[str]) -> list[tuple[list[str], float]]:
-    """Splits active adapters into calls: all at once, unless dropout masks x for each alone."""
-    dropout = [_dropout_p(layer, name) for name in names]
-    if not any(dropout):
-        return [(names, 0.0)]
-    return [([name], p) for name, p in zip(names, dropout, strict=True)]
 
 
 def lora_forward(
@@ -98,34 +96,27 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    bias = _plus_lora_bias(layer, names, bias)
-    (first, dropout_p), *others = _groups(layer, names)
-    lora_a, lora_b = _factors(layer, first)
-    scaling = _scaling_rows(layer, first, x)
+    first, *others = _branches(layer, x, names)
+    lora_a, lora_b, scaling, lora_bias, dropout_p = first
+    if lora_bias is not None:
+        bias = lora_bias if bias is None else bias + lora_bias
     y = functional.linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl)
-    return _add_groups(layer, y, x, others, impl, inplace=True)
+    return _add(y, x, others, impl, inplace=True) if others else y
 
 
 def lora_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
-    y = _add_groups(layer, y, x, _groups(layer, names), impl, inplace)
-    lora_bias = _plus_lora_bias(layer, names, None)
-    return y if lora_bias is None else y + lora_bias.to(y.dtype)
+    return _add(y, x, _branches(layer, x, names), impl, inplace)
 
 
-def _add_groups(
-    layer: Any,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    groups: list[tuple[list[str], float]],
-    impl: str,
-    inplace: bool,
+def _add(
+    y: torch.Tensor, x: torch.Tensor, branches: list[_Branch], impl: str, inplace: bool
 ) -> torch.Tensor:
-    for names, dropout_p in groups:
-        lora_a, lora_b = _factors(layer, names)
-        scaling = _scaling_rows(layer, names, x)
+    for lora_a, lora_b, scaling, lora_bias, dropout_p in branches:
         y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace)
+        if lora_bias is not None:
+            y = y + lora_bias.to(y.dtype)
         inplace = True
     return y

@@ -135,9 +135,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         if not names:
             return F.linear(x, self.weight, self.bias)
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]"
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         return lora_forward(self, x, self.weight, self.bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:
@@ -148,7 +146,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Fused, whatever the adapters."""
         return True, ""
 
-    def _mergeable(self) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
+    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         return self.weight, self.bias, False
 
     def extra_repr(self) -> str:

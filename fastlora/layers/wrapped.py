@@ -19,8 +19,9 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     Linear-like is what says so itself (`nn.Linear`, quantised linears of bitsandbytes, torchao,
     GPTQ and others), and Hugging Face's Conv1D, whose weight is ``[K, N]``.
     """
-    if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
-        k, n = module.weight.shape
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+        k, n = weight.shape
         return int(k), int(n)
     features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int):
@@ -61,8 +62,6 @@ class FastLoraWrapper(LoraLayer):
         names = self._acting()
         if not names:
             return y
-        if not self.lora_A[names[0]].weight.dtype.is_floating_point:
-            raise UnsupportedLayerError("adapter weights must be floating point")
         return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
@@ -78,8 +77,9 @@ class FastLoraWrapper(LoraLayer):
         """Not fused; says what the base layer is."""
         return False, why_not_plain(self.base_layer)
 
-    def _mergeable(self) -> tuple[nn.Parameter, nn.Parameter | None, bool]:
-        weight = getattr(self.base_layer, "weight", None)
+    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        weight: Any = getattr(self.base_layer, "weight", None)
+        bias: Any = getattr(self.base_layer, "bias", None)
         transposed = type(self.base_layer).__name__ == "Conv1D"
         expected = (self.out_features, self.in_features)
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
@@ -88,4 +88,4 @@ class FastLoraWrapper(LoraLayer):
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
                 "floating-point matrix (dequantise the base model first)"
             )
-        return weight, getattr(self.base_layer, "bias", None), transposed
+        return weight, bias, transposed

@@ -1,0 +1,361 @@
+"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+import traceback
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastlora.validation import CheckpointError, FastLoraError
+
+_DISTRIBUTIONS = {
+    "fastlora": "fastlora-triton",
+    "torch": "torch",
+    "triton": "triton",
+    "safetensors": "safetensors",
+    "transformers": "transformers",
+    "peft": "peft",
+}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What a tokenizer is saved as, over all of transformers' tokenizer classes.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
+)
+
+
+class CommandError(FastLoraError):
+    """A command cannot do what it was asked."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 1 for an error, 2 for wrong usage.
+
+    Args:
+        argv: The arguments; None for those of the process.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [a for a in given if a != "--debug"]
+    debug = arguments != given
+    try:
+        if arguments[:1] == ["demo"]:
+            # Its own parser, and nothing heavy imported before it has set the environment.
+            return _demo(arguments[1:])
+        args = _parser().parse_args(arguments)
+        code: int = args.run(args)
+        return code
+    except (FastLoraError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"fastlora: error: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastlora: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlora",
+        description="Low-rank adapters in PEFT's format: look at them, merge them, try them.",
+        epilog="`fastlora COMMAND --help` describes a command. Exit codes: 0 done, 1 error, "
+        "2 wrong usage.",
+    )
+    version = f"fastlora {_version('fastlora-triton') or '(not installed)'}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and which implementation would run on each, and why",
+        description="Prints versions, devices, and which implementation would run on each.",
+    )
+    info.set_defaults(run=_info)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter folder holds",
+        description="Checks an adapter folder and prints rank, scaling, targets, parameters, bytes "
+        "and a table of its modules. No tensor is loaded.",
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER_DIR", help="a local PEFT adapter folder")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser(
+        "merge",
+        help="write a base model with an adapter merged into its weights",
+        description="Loads a causal language model with transformers, merges an adapter into its "
+        "weights, and writes the result with the tokenizer. A failure leaves no OUT behind.",
+    )
+    merge.add_argument("base", metavar="BASE", help="folder or name of the base model")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a local PEFT adapter folder")
+    merge.add_argument("out", metavar="OUT", help="new (or empty) folder for the result")
+    merge.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="dtype to load, merge and save in (default: auto, the base model's own)",
+    )
+    merge.set_defaults(run=_merge)
+
+    for command in (info, inspect):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser(
+        "demo",
+        help="fine-tune a small model, save it, load it with PEFT (own options: demo --help)",
+        add_help=False,
+    )
+    return parser
+
+
+def _demo(arguments: list[str]) -> int:
+    from fastlora import env
+
+    env.prepare_demo_process()
+    from fastlora.demo import main as run_demo
+
+    return run_demo(arguments)
+
+
+# ---------------------------------------------------------------------------------------- info
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(dist) for name, dist in _DISTRIBUTIONS.items()},
+        "devices": list(_devices()),
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"python        {facts['python']} on {facts['platform']}")
+    for name, version in facts["versions"].items():
+        print(f"{name:<13} {version or 'not installed'}")
+    print()
+    for device in facts["devices"]:
+        print(f"{device['device']:<8} {device['implementation']:<8} {device['why']}")
+    return 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[dict[str, str]]:
+    import torch
+
+    from fastlora.ops import triton_status
+
+    names = ["cpu"]
+    names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if other is not None and other.type != "cuda":
+        names.append(other.type)
+    for name in names:
+        device = torch.device(name)
+        runs, why = triton_status(device.type, device.index or 0)
+        if runs and device.type != "cuda":
+            why = f"{why}, when impl='triton' is asked for"
+        # impl="auto" takes Triton on a GPU only.
+        chosen = "triton" if runs and device.type == "cuda" else "eager"
+        yield {"device": name, "implementation": chosen, "why": why}
+
+
+# ------------------------------------------------------------------------------------- inspect
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    facts = adapter_facts(args.adapter)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for key in ("path", "base_model", "task_type", "r", "lora_alpha", "use_rslora", "lora_dropout"):
+        print(f"{key:<16} {_shown(facts[key])}")
+    for key in ("bias", "lora_bias", "target_modules", "modules_to_save"):
+        print(f"{key:<16} {_shown(facts[key])}")
+    print(f"{'parameters':<16} {facts['parameters']:,}")
+    print(f"{'bytes':<16} {facts['bytes']:,}")
+    print()
+    rows = [
+        [m["name"], m["kind"], m["rank"], m["alpha"], m["scaling"], _size(m), m["dtype"]]
+        + [f"{m['parameters']:,}", f"{m['bytes']:,}"]
+        for m in facts["modules"]
+    ]
+    header = ["module", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters"]
+    _print_table([*header, "bytes"], [[_shown(cell) for cell in row] for row in rows])
+    return 0
+
+
+def adapter_facts(path: str) -> dict[str, Any]:
+    """Returns what ``fastlora inspect --json`` prints about an adapter folder.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged.
+    """
+    from fastlora.checkpoint import inspect_adapter_folder
+
+    header = inspect_adapter_folder(path)
+    config = header.config
+    modules: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, (module, kind) in header.keys.items():
+        info = header.infos[key]
+        lora = kind.startswith("lora_")
+        name = (module, "lora" if lora else kind)
+        rank = config.rank_for(module) if lora else None
+        row = modules.setdefault(
+            name,
+            {
+                "name": module,
+                "kind": name[1],
+                "rank": rank,
+                "alpha": config.alpha_for(module) if lora else None,
+                "scaling": config.scaling_for(module) if lora else None,
+                "shape": [None, None] if lora else list(info.shape),
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "parameters": 0,
+                "bytes": 0,
+            },
+        )
+        if kind.endswith("_A"):
+            row["shape"][0] = info.shape[1]
+        elif kind.endswith("_B"):
+            row["shape"][1] = info.shape[0]
+        row["parameters"] += info.nbytes // info.dtype.itemsize
+        row["bytes"] += info.nbytes
+    data = config.to_dict()
+    fields = ("task_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "lora_bias")
+    return {
+        "path": str(header.path),
+        "base_model": config.base_model_name_or_path,
+        **{field: data[field] for field in fields},
+        "target_modules": data["target_modules"],
+        "modules_to_save": data["modules_to_save"],
+        "rank_pattern": data["rank_pattern"],
+        "alpha_pattern": data["alpha_pattern"],
+        "parameters": sum(m["parameters"] for m in modules.values()),
+        "bytes": sum(m["bytes"] for m in modules.values()),
+        "modules": sorted(modules.values(), key=lambda m: (m["kind"] != "lora", m["name"])),
+    }
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def _size(module: dict[str, Any]) -> str:
+    return (" -> " if module["kind"] == "lora" else " x ").join(map(str, module["shape"]))
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+# --------------------------------------------------------------------------------------- merge
+
+
+def _merge(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    # The cheap checks first: nobody waits for a large model to learn of a typing error.
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CommandError(f"{out}: exists and is not an empty folder; expected a new one")
+    from fastlora.checkpoint import inspect_adapter_folder
+
+    adapter = inspect_adapter_folder(args.adapter).path
+    model = _load_base(args.base, args.dtype)
+    from fastlora import LoraModel
+
+    _step(f"merging {adapter}")
+    adapted = LoraModel.from_pretrained(model, adapter)
+    merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
+    with _new_folder(out) as partial:
+        _step(f"writing {out}")
+        merged.save_pretrained(partial)
+        copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
+        if not copied and not _save_tokenizer(args.base, partial):
+            _step(f"no tokenizer found beside {args.base}; {out} has none")
+    _step("done")
+    return 0
+
+
+def _load_base(base: str, dtype: str) -> Any:
+    if base.startswith((".", "/", "~")) and not Path(base).exists():
+        raise CommandError(f"{base}: no such folder")
+    _step(f"loading {base}")
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise CommandError(
+            "merge needs transformers; install it with: pip install 'fastlora-triton[hf]'"
+        ) from error
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{base}: cannot be loaded as a causal language model ({error})"
+        ) from error
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder beside ``out`` that takes its name on success and is gone on failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{uuid.uuid4().hex}.tmp"
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()  # empty, or this fails
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copies tokenizer files, the adapter's own before the base model's, and says if there were."""
+    if not (source / "tokenizer_config.json").is_file():
+        return False
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    return True
+
+
+def _save_tokenizer(base: str, target: Path) -> bool:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _step(text: str) -> None:
+    print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""Two implementations compared in one process: paired step times, and peak memory of a step.
+
+Speed is a median of paired ratios: the two sides run one right after the other, the order flips
+every round, and each round gives one ratio, so that whatever slows the machine down for a while
+slows both. Memory is the peak of live bytes that the allocator hands out within a step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+class PairedRatio(NamedTuple):
+    """What `paired_ratio` measured.
+
+    Attributes:
+        ratio: Median over the rounds of time of ``fn_a`` / time of ``fn_b``.
+        times_a: Seconds of ``fn_a`` in each round.
+        times_b: Seconds of ``fn_b`` in each round.
+    """
+
+    ratio: float
+    times_a: list[float]
+    times_b: list[float]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Runs the body with ``count`` intra-op CPU threads, then restores the number before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def paired_ratio(
+    fn_a: Callable[[], object],
+    fn_b: Callable[[], object],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> PairedRatio:
+    """Times two functions against each other.
+
+    On a CPU the clock is the time that this process spent on a core (`time.process_time`, all its
+    threads together): other processes don't count, which on a shared machine is the only number
+    that repeats. Run it on one thread (`torch_threads`), where it equals the undisturbed wall time.
+    On a GPU it is the time between two CUDA events around the call.
+
+    Args:
+        fn_a: The side whose cost is asked for.
+        fn_b: The side it is compared with.
+        rounds: How many pairs are timed, at least 1.
+        warmup: How many calls of each side go before, untimed.
+        device: Where the work runs.
+
+    Raises:
+        ValueError: ``rounds`` is below 1 or ``warmup`` below 0.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds!r}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup!r}")
+    timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    for _ in range(warmup):
+        fn_a()
+        fn_b()
+    times_a: list[float] = []
+    times_b: list[float] = []
+    for index in range(rounds):
+        if index % 2:
+            times_b.append(timed(fn_b))
+            times_a.append(timed(fn_a))
+        else:
+            times_a.append(timed(fn_a))
+            times_b.append(timed(fn_b))
+    ratio = statistics.median(a / b for a, b in zip(times_a, times_b, strict=True))
+    return PairedRatio(ratio, times_a, times_b)
+
+
+def peak_step_bytes(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
+    """Returns the peak of bytes that one call of ``fn`` holds on top of what was there before.
+
+    Counts the bytes that tensors ask for, not the pages behind them, so the number repeats exactly
+    where the resident size of the process does not. On a CPU it is rebuilt from the allocations
+    that `torch.profiler` records; memory from before the step that ``fn`` frees makes no room
+    there, since the profiler doesn't know its size. On a GPU it is the caching allocator's peak.
+
+    Args:
+        fn: One step; call it once before, so that caches and lazily made buffers are not counted.
+        device: Where the work runs.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        fn()
+    live: dict[int, int] = {}
+    held = peak = 0
+    for pointer, size in _allocations(recorded):
+        if size > 0:
+            live[pointer] = size
+            held += size
+            peak = max(peak, held)
+        else:
+            held -= live.pop(pointer, 0)
+    return peak
+
+
+def _allocations(recorded: profile) -> Iterator[tuple[int, int]]:
+    """Yields (address, bytes) in order of time; a negative size is a release."""
+    results = getattr(recorded.profiler, "kineto_results", None)
+    if results is None:
+        raise RuntimeError("torch.profiler recorded nothing; is another profiler running?")
+    stack = list(reversed(results.experimental_event_tree()))
+    found = []
+    while stack:
+        event = stack.pop()
+        stack.extend(reversed(event.children))
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    for _, pointer, size in sorted(found, key=lambda item: item[0]):
+        yield pointer, size
+
+
+def _cpu_seconds(fn: Callable[[], object]) -> float:
+    start = time.process_time()
+    fn()
+    return time.process_time() - start
+
+
+def _cuda_seconds(fn: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

