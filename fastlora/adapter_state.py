@@ -149,7 +149,7 @@ def _optional_shapes(
         if isinstance(bias, torch.Tensor):
             shapes[f"{KEY_PREFIX}{name}.base_layer.bias"] = tuple(bias.shape)
     if config.bias == "all":
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name.endswith("bias"):
                 shapes[f"{KEY_PREFIX}{name}"] = tuple(parameter.shape)
     return shapes

@@ -9,8 +9,7 @@ Method: PEFT 0.21.2, ``utils/save_and_load.py``.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,45 +212,6 @@ def check_tensors(
         if kind == "lora_B_bias" and not config.lora_bias:
             raise CheckpointError(f"{source}: found {key!r}, but the config says lora_bias=False")
     return keys
-
-
-def disk_key(parameter: str, adapter: str) -> str | None:
-    """Returns the key on disk of a parameter, or None where it is not the adapter's.
-
-    Only the place behind the LoRA attribute is taken for the adapter's name, so an adapter may be
-    called like a module.
-
-    Args:
-        parameter: Name in the adapted base model: ``m.lora_A.<adapter>.weight``,
-            ``m.lora_B.<adapter>.bias``, ``m.lora_embedding_A.<adapter>`` or
-            ``m.modules_to_save.<adapter>.weight``.
-        adapter: The adapter's name.
-    """
-    name = re.escape(adapter)
-    match = re.fullmatch(rf"(.+\.lora_[AB])\.{name}\.(weight|bias)", parameter)
-    match = match or re.fullmatch(rf"(.+)\.modules_to_save\.{name}\.(.+)", parameter)
-    if match:
-        return f"{KEY_PREFIX}{match[1]}.{match[2]}"
-    match = re.fullmatch(rf"(.+\.lora_embedding_[AB])\.{name}", parameter)
-    return f"{KEY_PREFIX}{match[1]}" if match else None
-
-
-def parameter_name(key: str, adapter: str, saved_modules: Iterable[str] = ()) -> str:
-    """Returns the parameter that a key on disk belongs to; the inverse of `disk_key`.
-
-    Args:
-        key: The key.
-        adapter: Name that the adapter has in memory.
-        saved_modules: Names of the modules in ``modules_to_save`` (`targets.find_modules_to_save`).
-    """
-    name = key.removeprefix(KEY_PREFIX)
-    for module in saved_modules:
-        if name.startswith(f"{module}."):
-            return f"{module}.modules_to_save.{adapter}{name[len(module) :]}"
-    match = re.fullmatch(r"(.+\.lora_[AB])\.(weight|bias)", name)
-    if match:
-        return f"{match[1]}.{adapter}.{match[2]}"
-    return f"{name}.{adapter}" if re.fullmatch(r".+\.lora_embedding_[AB]", name) else name
 
 
 def _check_folder(folder: Path) -> None:

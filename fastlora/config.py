@@ -199,6 +199,16 @@ class LoraConfig:
         """How to fill factors that a file will overwrite: True where the real way is missing."""
         return self.init_lora_weights if self.init_lora_weights in IMPLEMENTED_INITS else True
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always False, as `is_prompt_learning`."""
+        return False
+
     def rank_for(self, name: str) -> int:
         """Returns the rank of the module called ``name``."""
         key = pattern_key(self.rank_pattern, name)
@@ -242,6 +252,8 @@ class LoraConfig:
             initialised: Its adapter sits in a model already, so how it was initialised is of no
                 interest.
         """
+        if not callable(getattr(peft_config, "to_dict", None)):
+            raise ConfigError(f"expected a LoraConfig, got {peft_config!r}")
         data = dict(peft_config.to_dict())
         config = cls._build(data, "live" if initialised else "new")
         runtime = getattr(peft_config, "runtime_config", None)
@@ -253,15 +265,6 @@ class LoraConfig:
     def _build(cls: type[_T], data: Mapping[str, Any], stage: Stage) -> _T:
         config = object.__new__(cls)  # __init__ would check for a new adapter
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - set(fields))
-        if unknown:
-            warnings.warn(
-                f"ignoring the config keys {unknown}: LoraConfig has no such fields; "
-                "the file is probably from a newer PEFT",
-                stacklevel=3,
-            )
-        if "runtime_config" in data:
-            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=3)
         for name, f in fields.items():
             if name in data and name != "runtime_config":
                 value = data[name]
@@ -271,6 +274,15 @@ class LoraConfig:
                 value = f.default
             setattr(config, name, value)
         config._finish(stage)
+        unknown = sorted(set(data) - set(fields))
+        if unknown:
+            warnings.warn(
+                f"ignoring the config keys {unknown}: LoraConfig has no such fields; "
+                "the file is probably from a newer PEFT",
+                stacklevel=3,
+            )
+        if "runtime_config" in data:
+            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=3)
         return config
 
     def save_pretrained(

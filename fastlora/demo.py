@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
         _heading("3  Saved in PEFT's format, loaded back with PEFT")
         model.save_pretrained(str(args.out))
-        _say("\n".join(f"{p}  {p.stat().st_size:,} bytes" for p in sorted(args.out.glob("adapter_*"))))
+        for path in sorted(args.out.glob("adapter_*")):
+            _say(f"{path}  {path.stat().st_size:,} bytes")
         twin, agrees = load_in_peft(model, fresh_base, args.out, batches[0])
 
     _heading("4  What is fused")

@@ -104,11 +104,22 @@ class LoraModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
     ) -> None:
+        config, plan = self._plan(model, adapter_name, peft_config)
+        self._install(model, config, plan, adapter_name, autocast_adapter_dtype)
+
+    def _install(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        plan: inject.Plan,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+    ) -> None:
+        """Wraps ``model`` and gives it its first adapter, active."""
         if any(True for _ in inject.lora_layers(model)):
             raise AdapterStateError(
                 "the model has LoRA layers already; use add_adapter(), or unload() it first"
             )
-        config, plan = self._plan(model, adapter_name, peft_config)
         nn.Module.__init__(self)
         inject.add_adapter(
             model, adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
@@ -118,7 +129,7 @@ class LoraModel(nn.Module):
         self._active: list[str] = []
         self._activate([adapter_name])
         self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", False):
+        if _is_checkpointing(model):
             model.enable_input_require_grads()  # type: ignore[operator]  # transformers' method
 
     # ------------------------------------------------------------------------------ adapters
@@ -348,9 +359,10 @@ class LoraModel(nn.Module):
         file = load_adapter_folder(model_id)
         config = copy.deepcopy(file.config)
         config.inference_mode = not is_trainable
-        plan_config, plan = cls._plan(model, adapter_name, config, loading=True)
-        adapter_state.check_fit(model, plan, plan_config, file)
-        self = cls(model, plan_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        config, plan = cls._plan(model, adapter_name, config, loading=True)
+        adapter_state.check_fit(model, plan, config, file)
+        self = cls.__new__(cls, model)
+        self._install(model, config, plan, adapter_name, autocast_adapter_dtype)
         adapter_state.load(self, adapter_name, file)
         return self if is_trainable else self.eval()
 
@@ -468,6 +480,14 @@ class LoraModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    # transformers 5 renamed the attribute, and warns about the old one.
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(model, name):
+            return bool(getattr(model, name))
+    return False
 
 
 def _refuse_mixed(kwargs: dict[str, Any]) -> None:

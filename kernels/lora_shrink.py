@@ -1,0 +1,235 @@
+"""``s = dropout(x) @ lora_a.T``: x ``[M, K]``, lora_a ``[R, K]``, s ``[M, R]``.
+
+Split along K when the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]``
+of ``[splits, M, R]``, summed in a fixed order by `lora_linear`'s epilogue or by the reduction here.
+
+Bytes moved, e an element: ``e (M K + R K + M R)``, x read once per ``BLOCK_R`` rank rows; with
+planes ``8 splits M R`` in place of ``e M R``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import ShrinkConfig
+from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.rank_rows import load_shrunk
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    # tensors
+    out_ptr,
+    x_ptr,
+    lora_a_ptr,
+    seed_ptr,
+    # scalars
+    M,
+    K,
+    R,
+    k_per_split,
+    threshold,
+    inv_keep,
+    # strides
+    stride_op,
+    stride_om,
+    stride_or,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    LAUNCH_DEPENDENTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    if LAUNCH_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    num_pid_r = tl.cdiv(R, BLOCK_R)
+    first_m = (pid // num_pid_r) * BLOCK_M
+    first_r = (pid % num_pid_r) * BLOCK_R
+    first_k = split * k_per_split
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M - first_m
+    mask_r = offs_r < R - first_r
+    x_ptr += tl.cast(first_m, tl.int64) * stride_xm + tl.cast(first_k, tl.int64) * stride_xk
+    lora_a_ptr += tl.cast(first_r, tl.int64) * stride_ar + tl.cast(first_k, tl.int64) * stride_ak
+    offs_x = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    offs_a = offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_a = mask_r[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_x = mask_x & mask_k[None, :]
+            mask_a = mask_a & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        a = tl.load(lora_a_ptr + offs_a, mask=mask_a, other=0.0)
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
+        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        lora_a_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
+
+    if HAS_DROPOUT:
+        acc *= tl.cast(inv_keep, tl.float32)
+    out_ptr += tl.cast(split, tl.int64) * stride_op + tl.cast(first_m, tl.int64) * stride_om
+    out_ptr += tl.cast(first_r, tl.int64) * stride_or
+    # s: [BLOCK_M, BLOCK_R]
+    tl.store(
+        out_ptr + offs_m[:, None] * stride_om + offs_r[None, :] * stride_or,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_r[None, :],
+    )
+
+
+@triton.jit
+def _lora_shrink_reduce_kernel(
+    # tensors
+    s_ptr,
+    planes_ptr,
+    # scalars
+    M,
+    R,
+    # strides
+    stride_sm,
+    stride_sr,
+    stride_pp,
+    stride_pm,
+    stride_pr,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    num_pid_r = tl.cdiv(R, BLOCK_R)
+    first_m = (pid // num_pid_r) * BLOCK_M
+    first_r = (pid % num_pid_r) * BLOCK_R
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M - first_m
+    # s: [BLOCK_M, BLOCK_R]
+    s = load_shrunk(
+        planes_ptr + tl.cast(first_m, tl.int64) * stride_pm,
+        first_r,
+        R,
+        mask_m,
+        stride_pp,
+        stride_pm,
+        stride_pr,
+        dtype=s_ptr.dtype.element_ty,
+        BLOCK_M=BLOCK_M,
+        BLOCK_R=BLOCK_R,
+        PLANES=PLANES,
+    )
+    s_ptr += tl.cast(first_m, tl.int64) * stride_sm
+    tl.store(
+        s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr,
+        s,
+        mask=mask_m[:, None] & (offs_r < R)[None, :],
+    )
+
+
+def launch_lora_shrink(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    *,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    config: ShrinkConfig,
+) -> None:
+    """Writes ``dropout(x) @ lora_a.T``.
+
+    Args:
+        out: ``[M, R]`` in x's dtype when ``config.splits == 1``, else fp32 ``[splits, M, R]``.
+        x: ``[M, K]``, any strides.
+        lora_a: ``[R, K]``, any strides, x's dtype or one that is cast to it at the load.
+        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
+        config: From `shrink_config`.
+    """
+    m, k = x.shape
+    r = lora_a.shape[0]
+    if m == 0:
+        return
+    blocks_k = triton.cdiv(k, config.block_k)
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(r, config.block_r), config.splits)
+    _lora_shrink_kernel[grid](
+        out_ptr=out,
+        x_ptr=x,
+        lora_a_ptr=lora_a,
+        seed_ptr=seed if dropout_p > 0.0 else None,
+        M=m,
+        K=k,
+        R=r,
+        k_per_split=triton.cdiv(blocks_k, config.splits) * config.block_k,
+        threshold=round(dropout_p * 65536),
+        inv_keep=1.0 / (1.0 - dropout_p),
+        stride_op=out.stride(0) if config.splits > 1 else 0,
+        stride_om=out.stride(-2),
+        stride_or=out.stride(-1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_ar=lora_a.stride(0),
+        stride_ak=lora_a.stride(1),
+        BLOCK_M=config.block_m,
+        BLOCK_R=config.block_r,
+        BLOCK_K=config.block_k,
+        EVEN_K=k % config.block_k == 0,
+        HAS_DROPOUT=dropout_p > 0.0,
+        LAUNCH_DEPENDENTS=config.launch_dependents,
+        INPUT_PRECISION=config.input_precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def launch_lora_shrink_reduce(
+    s: torch.Tensor, planes: torch.Tensor, *, config: ShrinkConfig
+) -> None:
+    """Writes the sum of the planes of a split shrink.
+
+    Args:
+        s: ``[M, R]`` in x's dtype.
+        planes: fp32 ``[splits, M, R]``.
+        config: The one that made the planes.
+    """
+    splits, m, r = planes.shape
+    if m == 0:
+        return
+    grid = (triton.cdiv(m, config.reduce_block_m) * triton.cdiv(r, config.block_r),)
+    _lora_shrink_reduce_kernel[grid](
+        s_ptr=s,
+        planes_ptr=planes,
+        M=m,
+        R=r,
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_pp=planes.stride(0),
+        stride_pm=planes.stride(1),
+        stride_pr=planes.stride(2),
+        BLOCK_M=config.reduce_block_m,
+        BLOCK_R=config.block_r,
+        PLANES=splits,
+        num_warps=4,
+    )

@@ -1,0 +1,83 @@
+"""Rank rows: what shrink, linear and expand share about the factors of a tile's adapter.
+
+A rank row is one row of ``lora_a [P, K]`` with its column of ``lora_b [N, P]`` and its scaling.
+An adapter owns ``rank`` neighbouring rank rows from ``first_row`` on; one adapter alone is
+``first_row = 0`` and ``rank = P``. Within ``s [M, R]`` an adapter's columns always start at 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rank_columns(
+    lora_b_ptr,
+    scaling_ptr,
+    first_row,
+    start,
+    rank,
+    mask_n,
+    stride_bn,
+    stride_br,
+    stride_scaling,
+    dtype: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Returns the adapter's columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
+
+    ``lora_b_ptr`` points at the tile's first output row. Columns past ``rank`` are zeros.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_r = start + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < rank
+    # b: [BLOCK_R, BLOCK_N]
+    b = tl.load(
+        lora_b_ptr + offs_n[None, :] * stride_bn + (first_row + offs_r)[:, None] * stride_br,
+        mask=mask_r[:, None] & mask_n[None, :],
+        other=0.0,
+    ).to(dtype)
+    # scale: [BLOCK_R]
+    scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
+    return b, scale
+
+
+@triton.jit
+def load_shrunk(
+    s_ptr,
+    start,
+    rank,
+    mask_m,
+    stride_sp,
+    stride_sm,
+    stride_sr,
+    dtype: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Returns columns ``start`` to ``start + BLOCK_R`` of s in ``dtype``, ``[BLOCK_M, BLOCK_R]``.
+
+    ``s_ptr`` points at the tile's first row. The planes of a split shrink are summed in fp32, in
+    their order, and rounded once.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_r = start + tl.arange(0, BLOCK_R)
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    mask = mask_m[:, None] & (offs_r < rank)[None, :]
+    s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    # A loop keeps the loads in their own layout; four in flight bound the registers.
+    for plane in tl.range(0, PLANES, num_stages=1, loop_unroll_factor=4):
+        # s: [BLOCK_M, BLOCK_R]
+        s += tl.load(s_ptrs + tl.cast(plane, tl.int64) * stride_sp, mask=mask, other=0.0)
+    return s.to(dtype)
+
+
+@triton.jit
+def add_rank_rows(acc, s, scale, b, INPUT_PRECISION: tl.constexpr):
+    """Returns ``acc + (scale * s) @ b``: ``[BLOCK_M, BLOCK_N]``, the scale folded into s."""
+    scaled = (s.to(tl.float32) * scale[None, :]).to(s.dtype)
+    # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+    return tl.dot(scaled, b, acc, input_precision=INPUT_PRECISION)

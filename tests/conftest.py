@@ -1,0 +1,63 @@
+"""What every test run shares: offline, one thread, and the real model, loaded when a test asks."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch and the tokenizers start, so before the first import of them. Threads that spin
+# while they wait make small operations several times slower on a shared machine.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """One intra-op thread, unless OMP_NUM_THREADS asks for more: results and times that repeat."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """Folder of SmolLM2-135M-Instruct as safetensors (converted on the first use on a machine)."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from fastlora import smollm2
+
+    try:
+        return smollm2.model_dir(progress=False)
+    except smollm2.ModelNotFoundError as error:
+        if os.environ.get("CI"):
+            raise  # there, a run without the real model proves too little to be green
+        pytest.skip(f"the real model is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir: Path) -> Any:
+    """The tokenizer of SmolLM2-135M-Instruct."""
+    from fastlora import smollm2
+
+    return smollm2.load_tokenizer(smollm2_dir)
+
+
+@pytest.fixture(scope="session")
+def fresh_smollm2(smollm2_dir: Path) -> Callable[..., Any]:
+    """``fresh_smollm2(dtype=torch.float32)`` gives a new model that the test owns."""
+    from fastlora import smollm2
+
+    def make(dtype: torch.dtype = torch.float32) -> Any:
+        return smollm2.load_model(smollm2_dir, dtype)
+
+    return make

@@ -1,0 +1,326 @@
+"""The command as a user meets it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora import cli
+from fastlora.checkpoint import WEIGHTS_NAME, save_adapter_folder
+from fastlora.config import LoraConfig
+
+PRE = "base_model.model."
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    config = LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=["q", "v"],
+        rank_pattern={"v": 1},
+        modules_to_save=["head"],
+        base_model_name_or_path="org/base",
+    )
+    tensors = {
+        f"{PRE}q.lora_A.weight": torch.zeros(2, 4),
+        f"{PRE}q.lora_B.weight": torch.zeros(5, 2),
+        f"{PRE}v.lora_A.weight": torch.zeros(1, 4, dtype=torch.bfloat16),
+        f"{PRE}v.lora_B.weight": torch.zeros(6, 1, dtype=torch.bfloat16),
+        f"{PRE}head.weight": torch.zeros(3, 5),
+    }
+    save_adapter_folder(tmp_path / "adapter", config, tensors)
+    return tmp_path / "adapter"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(a) for a in arguments]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("fastlora: error: ")]
+    assert len(errors) == 1 and errors[0] == lines[-1]
+    assert "Traceback" not in "".join(lines)
+    return errors[0]
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def test_module_and_command_run(adapter: Path) -> None:
+    for command in (
+        [sys.executable, "-m", "fastlora"],
+        [sys.executable, "-c", "import sys; from fastlora.cli import main; sys.exit(main())"],
+    ):
+        done = subprocess.run(
+            [*command, "inspect", str(adapter)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and "rank" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "inspect", "nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("fastlora: error: nowhere: no such folder")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["inspect"], ["merge", "a", "b"]])
+def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: fastlora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["info", "inspect", "merge", "demo", "Exit codes"]),
+        (["merge", "--help"], ["BASE", "ADAPTER", "OUT", "--dtype"]),
+        (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
+        (["demo", "--help"], ["--steps"]),
+    ],
+)
+def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert not [word for word in words if word not in text]
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--debug", "inspect", "nowhere"]) == 1
+    assert cli.main(["inspect", "nowhere", "--debug"]) == 1
+    assert capsys.readouterr().err.count("Traceback") >= 2
+
+
+def test_demo_gets_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fastlora.demo
+
+    monkeypatch.setattr(fastlora.demo, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
+    assert cli.main(["demo", "--steps", "3", "--", "x"]) == 7
+    assert capsys.readouterr().out == "['--steps', '3', '--', 'x']"
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_info", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "fastlora: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------ info
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastlora.ops import resolve_impl, triton_status
+
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0] or (
+        facts["versions"]["torch"] == torch.__version__
+    )
+    assert facts["versions"]["fastlora"] == fastlora.__version__
+    for device in facts["devices"]:
+        name = device["device"]
+        assert device["implementation"] == resolve_impl("auto", torch.empty(0, device=name))
+        assert device["why"].startswith(triton_status(torch.device(name).type)[1])
+    assert [d["device"] for d in facts["devices"]][0] == "cpu"
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "eager" in text and facts["devices"][0]["why"] in text
+
+
+def test_info_without_a_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli._DISTRIBUTIONS, "peft", "no-such-distribution")
+    assert cli.main(["info"]) == 0
+    assert "peft          not installed" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ inspect
+
+
+def test_inspect_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--json", str(adapter)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    stored = load_file(adapter / WEIGHTS_NAME)
+    assert facts["parameters"] == sum(t.numel() for t in stored.values())
+    assert facts["bytes"] == sum(t.nbytes for t in stored.values())
+    assert (facts["r"], facts["lora_alpha"], facts["base_model"]) == (2, 6, "org/base")
+    assert facts["target_modules"] == ["q", "v"]
+    q, v, head = facts["modules"]
+    assert q == {
+        "name": "q",
+        "kind": "lora",
+        "rank": 2,
+        "alpha": 6,
+        "scaling": 3.0,
+        "shape": [4, 5],
+        "dtype": "float32",
+        "parameters": 18,
+        "bytes": 72,
+    }
+    assert (v["rank"], v["scaling"], v["dtype"], v["bytes"]) == (1, 6.0, "bfloat16", 20)
+    assert (head["kind"], head["rank"], head["shape"]) == ("saved", None, [3, 5])
+
+
+def test_inspect_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(adapter)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["parameters", "43"] in lines and ["target_modules", "q,", "v"] in lines
+    assert ["q", "lora", "2", "6", "3", "4", "->", "5", "float32", "18", "72"] in lines
+
+
+def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "snapshot_download" in fails(capsys, "inspect", "org/adapter")
+    assert "in its subfolders adapter" in fails(capsys, "inspect", tmp_path)
+    path = adapter / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "truncated" in fails(capsys, "inspect", adapter, "--json")
+
+
+# ------------------------------------------------------------------------------------ merge
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        tie_word_embeddings=False,
+    )
+    path = tmp_path_factory.mktemp("models") / "base"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    (path / "tokenizer_config.json").write_text('{"a": 1}')
+    (path / "tokenizer.json").write_text('{"b": 2}')
+    (path / "unrelated.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of PEFT with something in it, and PEFT's own merge beside it."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(
+        r=3, target_modules="all-linear", task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(0, 0.1)
+    path = tmp_path_factory.mktemp("adapters")
+    model.save_pretrained(path / "a")
+    model.merge_and_unload().save_pretrained(path / "merged")
+    return path / "a"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_merge_is_pefts(base: Path, trained: Path, tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "deep" / "out"
+    assert cli.main(["merge", str(base), str(trained), str(out), "--dtype", dtype]) == 0
+    ours = load_file(out / "model.safetensors")
+    theirs = load_file(trained.parent / "merged" / "model.safetensors")
+    bare = load_file(base / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        expected = torch.float32 if dtype == "auto" else torch.bfloat16
+        assert ours[name].dtype == expected
+        # Twice the rounding of the largest weight: once for the base, once for the sum.
+        budget = 2 * torch.finfo(expected).eps * tensor.abs().max()
+        assert (ours[name].float() - tensor).abs().max() <= budget, name
+        if name.endswith("proj.weight") or name == "lm_head.weight":
+            assert (tensor - bare[name]).abs().max() > 10 * budget, name
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_text() == (base / name).read_text()
+    assert not (out / "unrelated.json").exists()
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_the_adapters_tokenizer_comes_first(base: Path, trained: Path, tmp_path: Path) -> None:
+    (trained / "tokenizer_config.json").write_text('{"own": true}')
+    try:
+        (tmp_path / "out").mkdir()  # an empty folder is fine
+        assert cli.main(["merge", str(base), str(trained), str(tmp_path / "out")]) == 0
+    finally:
+        (trained / "tokenizer_config.json").unlink()
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"own": true}'
+
+
+def test_merge_refuses_what_exists(
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_load_base", None)  # too early to load anything
+    (tmp_path / "keep").write_text("x")
+    assert "not an empty folder" in fails(capsys, "merge", base, trained, tmp_path)
+    assert "not an empty folder" in fails(capsys, "merge", base, trained, tmp_path / "keep")
+    assert "no such folder" in fails(capsys, "merge", base, "nowhere", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["keep"] and (tmp_path / "keep").read_text() == "x"
+
+
+def test_merge_with_a_base_that_is_missing_or_wrong(
+    base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert "./nowhere: no such folder" in fails(capsys, "merge", "./nowhere", trained, out)
+    (tmp_path / "empty").mkdir()
+    message = fails(capsys, "merge", tmp_path / "empty", trained, out)
+    assert "cannot be loaded as a causal language model" in message
+    assert not out.exists()
+
+
+def test_merge_of_weights_that_are_not_finite_leaves_nothing(
+    base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    tensors = load_file(trained / WEIGHTS_NAME)
+    name = next(k for k in tensors if "lora_B" in k)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, bad / WEIGHTS_NAME)
+    (bad / "adapter_config.json").write_text((trained / "adapter_config.json").read_text())
+    assert "finite" in fails(capsys, "merge", base, bad, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_merge_that_cannot_be_written_leaves_nothing(
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(source: object, target: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_copy_tokenizer", fail)
+    assert "No space left" in fails(capsys, "merge", base, trained, tmp_path / "out")
+    assert os.listdir(tmp_path) == []

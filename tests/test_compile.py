@@ -1,0 +1,139 @@
+"""torch.compile, activation checkpointing and opcheck on the CPU path."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora.functional  # noqa: F401  # registers the operators
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+
+IDS = torch.randint(0, 49_000, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def two_layers(p: float) -> nn.Sequential:
+    """Two layers with random factors."""
+    torch.manual_seed(0)
+    layers = [FastLoraLinear(64, 96, r=3, lora_dropout=p), FastLoraLinear(96, 64, r=5, bias=False)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    return nn.Sequential(layers[0], nn.SiLU(), layers[1])
+
+
+def run(function: Any, x: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Output and gradients, from the same random state."""
+    torch.manual_seed(9)
+    y = function(x)
+    return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), parameters)]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that train."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compile_of_two_layers(backend: str, p: float) -> None:
+    """Full graph, forward and backward, dropout included, in train and in inference mode."""
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("inductor needs a C++ compiler")
+    model, x = two_layers(p), torch.randn(7, 64)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    parameters = trainable(model)
+    for mine, plain in zip(run(compiled, x, parameters), run(model, x, parameters), strict=True):
+        torch.testing.assert_close(mine, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(x), model.eval()(x))
+
+
+def test_compile_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:
+    """SmolLM2 with adapters on every linear compiles without a break; loss and gradients equal."""
+    model = get_peft_model(
+        fresh_smollm2(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    parameters = trainable(model)
+
+    def losses(m: Any) -> torch.Tensor:
+        return m(input_ids=IDS, labels=IDS).loss
+
+    results = [run(lambda _, m=m: losses(m), IDS, parameters) for m in (compiled, model)]
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    """Recomputed, the dropout masks are those of the forward: gradients equal the plain run's."""
+    model = two_layers(0.3)
+    x = torch.randn(7, 64, requires_grad=True)
+    plain = run(model, x, trainable(model))
+    again = (
+        run(lambda x: checkpoint(model, x, use_reentrant=use_reentrant), x, trainable(model))
+        if not use_reentrant
+        else None
+    )
+    if again is None:  # the reentrant kind supports backward() only
+        torch.manual_seed(9)
+        y = checkpoint(model, x, use_reentrant=True)
+        y.pow(2).sum().backward()
+        again = [y.detach(), *(p.grad for p in trainable(model))]
+    for mine, expected in zip(again, plain, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_checkpointing_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:
+    """SmolLM2's own gradient checkpointing, with dropout: the same gradients."""
+    model = get_peft_model(
+        fresh_smollm2(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
+    ).train()
+    parameters = trainable(model)
+
+    def loss(_: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+    plain = run(loss, IDS, parameters)
+    model.gradient_checkpointing_enable()
+    for mine, expected in zip(run(loss, IDS, parameters), plain, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def operands() -> dict[str, torch.Tensor]:
+    """One small problem."""
+    return {
+        "x": torch.randn(6, 16),
+        "weight": torch.randn(24, 16),
+        "lora_a": torch.randn(3, 16),
+        "lora_b": torch.randn(24, 3),
+        "scaling": torch.tensor(0.5),
+        "seed": torch.tensor([7]),
+        "s": torch.randn(6, 3),
+        "y": torch.randn(6, 24),
+    }
+
+
+CALLS: dict[str, Callable[[dict[str, torch.Tensor]], tuple[Any, ...]]] = {
+    "lora_shrink": lambda t: (t["x"], t["lora_a"], t["seed"], 0.5, "eager"),
+    "lora_linear": lambda t: (
+        *(t["x"], t["weight"], torch.randn(24), t["lora_a"], t["lora_b"], t["scaling"]),
+        *(None, 0.0, "eager", "auto"),
+    ),
+    "lora_expand_": lambda t: (t["y"], t["s"], t["lora_b"], t["scaling"], "eager"),
+    "lora_dropout": lambda t: (t["x"], t["seed"], 0.5, "eager"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    """Schema, fake and dispatch of every operator agree with what it does."""
+    torch.library.opcheck(getattr(torch.ops.fastlora, name).default, CALLS[name](operands()))

@@ -1,0 +1,233 @@
+"""`fastlora.functional` against float64 truth: values, every gradient, dropout, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlora.functional import lora_add, lora_linear
+from fastlora.testing import assert_within_budget
+from fastlora.validation import ConfigError, ImplementationError
+
+# M, N, K, R: pairwise over the sizes that matter (empty, one row, around a tile, off the tile).
+SHAPES = [
+    (0, 33, 40, 4),
+    (1, 64, 48, 1),
+    (15, 40, 33, 3),
+    (16, 33, 64, 16),
+    (17, 96, 40, 24),
+    (127, 40, 96, 64),
+    (300, 130, 65, 8),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Operands in ``dtype`` that all require gradients."""
+    operands = {
+        "x": torch.randn(m, k),
+        "weight": torch.randn(n, k) / k**0.5,
+        "bias": torch.randn(n),
+        "lora_a": torch.randn(r, k) / k**0.5,
+        "lora_b": torch.randn(n, r) / r**0.5,
+    }
+    return {name: t.to(dtype).requires_grad_() for name, t in operands.items()}
+
+
+def plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """The expression as anybody would write it."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Value and all five gradients stay within the error budget of the same-dtype expression."""
+    operands = make(*shape, dtype)
+    dy = torch.randn(shape[0], shape[1]).to(dtype)
+    truth_in = {n: t.detach().double().requires_grad_() for n, t in operands.items()}
+    same_in = {n: t.detach().clone().requires_grad_() for n, t in operands.items()}
+    truth, same = plain(**truth_in, scaling=1.7), plain(**same_in, scaling=1.7)
+    actual = lora_linear(scaling=1.7, **operands)
+    assert_within_budget(actual.detach(), same.detach(), truth.detach(), "y")
+    for y, grad in ((truth, dy.double()), (same, dy), (actual, dy)):
+        y.backward(grad)
+    for name, operand in operands.items():
+        assert_within_budget(operand.grad, same_in[name].grad, truth_in[name].grad, f"d_{name}")
+
+
+def test_gradcheck() -> None:
+    """Numerical derivatives agree in float64, for linear and add, with a scaling per rank row."""
+    operands = make(5, 9, 7, 3, torch.float64)
+    scaling = torch.tensor([0.5, 2.0, 1 / 3], dtype=torch.float64)
+    x, weight, bias, lora_a, lora_b = operands.values()
+
+    def linear(*tensors: torch.Tensor) -> torch.Tensor:
+        x, weight, bias, lora_a, lora_b = tensors
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias)
+
+    def dropped(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        x, weight, bias, lora_a, lora_b = tensors
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(linear, (x, weight, bias, lora_a, lora_b))
+    assert torch.autograd.gradcheck(dropped, (x, weight, bias, lora_a, lora_b))
+    y = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda y, x, a, b: lora_add(y, x, a, b, 0.5), (y, x, lora_a, lora_b)
+    )
+
+
+def test_strided_expanded_and_three_dimensional_inputs() -> None:
+    """Layout is of no consequence: not for x, not for the incoming gradient."""
+    operands = make(24, 40, 32, 4, torch.float32)
+    x = operands.pop("x").detach()
+    expected = lora_linear(x, scaling=0.5, **operands)
+    strided = x.t().contiguous().t().requires_grad_()
+    cube = x.view(2, 3, 4, 32)
+    torch.testing.assert_close(lora_linear(strided, scaling=0.5, **operands), expected)
+    torch.testing.assert_close(
+        lora_linear(cube, scaling=0.5, **operands), expected.view(2, 3, 4, 40)
+    )
+    lora_linear(strided, scaling=0.5, **operands).sum().backward()  # a gradient of stride 0
+    base = torch.ones(24, 40) @ operands["weight"]
+    lora = 0.5 * torch.ones(24, 40) @ operands["lora_b"] @ operands["lora_a"]
+    torch.testing.assert_close(strided.grad, (base + lora).detach())
+
+
+def test_fp32_factors_on_a_16_bit_base() -> None:
+    """Factors are rounded to x's dtype for the product and get gradients in their own."""
+    operands = make(40, 48, 32, 8, torch.bfloat16)
+    masters = {n: operands[n].detach().float().requires_grad_() for n in ("lora_a", "lora_b")}
+    y = lora_linear(**{**operands, **masters}, scaling=2.0)
+    torch.testing.assert_close(y, lora_linear(**operands, scaling=2.0), rtol=0, atol=0)
+    y.sum().backward()
+    assert masters["lora_a"].grad.dtype == masters["lora_b"].grad.dtype == torch.float32
+    assert operands["x"].grad.dtype == torch.bfloat16
+
+
+def test_only_what_needs_a_gradient_is_saved() -> None:
+    """Saved for backward: x, s, seed, scaling and parameters; nothing else of x's or y's size."""
+    m, n, k, r = 64, 48, 32, 4
+    operands = make(m, n, k, r, torch.float32)
+    operands["weight"].requires_grad_(False)
+    operands["bias"].requires_grad_(False)
+    packed: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        lora_linear(**operands, scaling=2.0, dropout_p=0.5)
+    shapes = sorted(tuple(t.shape) for t in packed)
+    assert shapes == sorted([(m, k), (n, k), (r, k), (n, r), (m, r), (), (1,)])
+    assert any(t.data_ptr() == operands["x"].data_ptr() for t in packed)
+
+
+def test_frozen_factors_save_no_activations() -> None:
+    """A frozen adapter in a trained model keeps neither x nor s."""
+    operands = make(64, 48, 32, 4, torch.float32)
+    for name in ("weight", "bias", "lora_a", "lora_b"):
+        operands[name].requires_grad_(False)
+    packed: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = lora_linear(**operands, scaling=2.0)
+    assert all(64 not in t.shape for t in packed)
+    y.sum().backward()
+    expected = operands["weight"] + 2.0 * operands["lora_b"] @ operands["lora_a"]
+    torch.testing.assert_close(operands["x"].grad, expected.sum(0).expand(64, -1))
+
+
+def test_dropout_touches_the_lora_branch_only() -> None:
+    """With B at zero dropout changes nothing; with an identity A it is a mask of the right rate."""
+    m, k = 400, 64
+    x, weight = torch.randn(m, k), torch.randn(k, k)
+    zero, eye = torch.zeros(k, k), torch.eye(k)
+    y = lora_linear(x, weight, eye, zero, 1.0, dropout_p=0.25)
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=0)
+    delta = lora_linear(x, zero, eye, eye, 1.0, dropout_p=0.25)
+    kept = delta != 0
+    torch.testing.assert_close(delta[kept], (x / 0.75)[kept])
+    # Five standard deviations of a binomial: one in two million draws would lie outside.
+    rate, spread = kept.double().mean().item(), (0.25 * 0.75 / (m * k)) ** 0.5
+    assert abs(rate - 0.75) < 5 * spread
+
+
+def test_dropout_follows_torchs_generator() -> None:
+    """The same seed gives the same mask, the next call another one."""
+    operands = make(32, 40, 24, 4, torch.float32)
+    torch.manual_seed(3)
+    first, second = (lora_linear(**operands, scaling=1.0, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    again = lora_linear(**operands, scaling=1.0, dropout_p=0.5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_add_in_place_and_out_of_place() -> None:
+    """`lora_add` overwrites y only where it is told to and no gradient is recorded."""
+    operands = make(16, 40, 24, 4, torch.float32)
+    x, lora_a, lora_b = (operands[n].detach() for n in ("x", "lora_a", "lora_b"))
+    y = torch.randn(16, 40)
+    expected = y + 0.5 * x @ lora_a.t() @ lora_b.t()
+    kept = y.clone()
+    torch.testing.assert_close(lora_add(y, x, lora_a, lora_b, 0.5), expected)
+    assert torch.equal(y, kept)
+    result = lora_add(y, x, lora_a, lora_b, 0.5, inplace=True)
+    assert result.data_ptr() == y.data_ptr()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """Under autocast an fp32 layer computes as one in the autocast dtype, gradients in fp32."""
+    operands = make(20, 40, 32, 4, torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = lora_linear(**operands, scaling=2.0)
+    assert y.dtype == dtype
+    halves = {name: t.detach().to(dtype) for name, t in operands.items()}
+    torch.testing.assert_close(y.detach(), lora_linear(**halves, scaling=2.0), rtol=0, atol=0)
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in operands.values())
+
+
+BAD = {
+    "lora_a": ({"lora_a": torch.zeros(4, 31)}, ValueError, r"lora_a has shape \(4, 31\)"),
+    "lora_b": ({"lora_b": torch.zeros(40, 5)}, ValueError, r"lora_b has shape \(40, 5\)"),
+    "weight": ({"weight": torch.zeros(41, 32)}, ValueError, r"weight has shape \(41, 32\)"),
+    "bias": ({"bias": torch.zeros(39)}, ValueError, r"bias has shape \(39,\), expected \(40,\)"),
+    "dtype": (
+        {"weight": torch.zeros(40, 32).double()},
+        TypeError,
+        "weight has dtype torch.float64",
+    ),
+    "integer": ({"x": torch.zeros(8, 32).long()}, TypeError, "x has dtype torch.int64"),
+    "device": ({"lora_b": torch.zeros(40, 4, device="meta")}, ValueError, "lora_b is on meta"),
+    "rank": ({"lora_a": torch.zeros(0, 32), "lora_b": torch.zeros(40, 0)}, ValueError, "R >= 1"),
+    "dropout": ({"dropout_p": 1.0}, ConfigError, r"in \[0, 1\), got 1.0"),
+    "scaling": ({"scaling": torch.ones(3)}, ValueError, r"scaling has shape \(3,\)"),
+    "impl": ({"impl": "cuda"}, ValueError, "impl must be one of"),
+    "plan": ({"plan": "best"}, ValueError, "plan must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_refusals_name_the_value(case: str) -> None:
+    """Every wrong argument raises one typed error that says what was found and expected."""
+    change, error, message = BAD[case]
+    operands = make(8, 40, 32, 4, torch.float32)
+    arguments = {n: t.detach() for n, t in operands.items()} | {"scaling": 1.0} | change
+    with pytest.raises(error, match=message):
+        lora_linear(**arguments)
+
+
+def test_a_named_implementation_is_never_replaced() -> None:
+    """Asking for Triton where it cannot run raises and says why."""
+    operands = make(8, 40, 32, 4, torch.float32)
+    with pytest.raises(ImplementationError, match="impl='triton' cannot run: "):
+        lora_linear(**operands, scaling=1.0, impl="triton")

@@ -1,0 +1,195 @@
+"""`fastlora.patch`: a PEFT model stays one in every way, next to an unpatched twin."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TwoLayers, randomise, tiny_llama
+
+import fastlora
+from fastlora.validation import UnsupportedLayerError
+
+peft = pytest.importorskip("peft", reason="patches PEFT models")
+pytest.importorskip("transformers", reason="uses a Llama")
+
+IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def peft_model(**config: Any) -> Any:
+    """A PEFT model with one random adapter."""
+    torch.manual_seed(1)
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **config}
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config))
+    randomise(model)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Logits in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def assert_same(model: Any, twin: Any) -> None:
+    """Equal state, equal outputs to fp32 rounding."""
+    mine, theirs = model.state_dict(), twin.state_dict()
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-5, atol=2e-5)
+
+
+def test_the_whole_life_of_a_model(tmp_path: Path) -> None:
+    """Train, add, set, merge, unmerge, delete, save, load: what the unpatched twin gives."""
+    model, twin = peft_model(), peft_model()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+
+    def step() -> None:
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            m.train()
+            m(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    report = fastlora.patch(model)
+    assert report.fused == len(report.rows) == 6
+    assert isinstance(model, peft.PeftModel)
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters  # optimizer state holds
+    step()
+    assert_same(model, twin)
+
+    for m in (model, twin):
+        torch.manual_seed(5)
+        # New modules too: o_proj was not adapted before.
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
+        m.add_adapter("b", config)
+        randomise(m, seed=3)
+    assert fastlora.fusion_report(model).fused == 8
+    assert_same(model, twin)
+    for action in (
+        lambda m: m.set_adapter("b"),
+        lambda m: m.base_model.set_adapter(["default", "b"]),
+        lambda m: m.merge_adapter(),
+        lambda m: m.unmerge_adapter(),
+        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 3.0),
+        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 1.0),
+        lambda m: m.delete_adapter("default"),
+    ):
+        for m in (model, twin):
+            action(m)
+        assert_same(model, twin)
+
+    model.save_pretrained(tmp_path / "a")
+    twin.save_pretrained(tmp_path / "b")
+    for folder in ("a", "b"):
+        loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / folder / "b")
+        fastlora.patch(loaded)
+        torch.testing.assert_close(logits(loaded), logits(twin), rtol=1e-5, atol=2e-5)
+    assert_same(model.merge_and_unload(), twin.merge_and_unload())
+
+
+def test_disabling_and_mixed_batches() -> None:
+    """disable_adapter and PEFT's adapter_names go on working."""
+    model, twin = peft_model(), peft_model()
+    fastlora.patch(model)
+    for m in (model, twin):
+        torch.manual_seed(5)
+        m.add_adapter("b", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        randomise(m, seed=3)
+    with model.disable_adapter(), twin.disable_adapter():
+        assert torch.equal(logits(model), logits(twin))
+    names = {"adapter_names": ["b", "__base__"]}
+    with torch.no_grad():
+        mine, theirs = (m.eval()(input_ids=IDS, **names).logits for m in (model, twin))
+    assert torch.equal(mine, theirs)
+
+
+def test_copies_and_unpatch() -> None:
+    """deepcopy and pickle keep the patch; unpatch gives PEFT's classes back."""
+    model = peft_model()
+    classes = [type(m) for m in model.modules()]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    fastlora.patch(model)
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fastlora.fusion_report(other).fused == 6
+        assert torch.equal(logits(other), expected)
+    fastlora.patch(model)  # again: nothing more to do
+    fastlora.unpatch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert fastlora.fusion_report(model).fused == 0
+    assert "fastlora.patch(model) fuses it" in str(fastlora.fusion_report(model))
+
+
+def hook(model: Any) -> None:
+    """A hook on one base layer."""
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.register_forward_hook(
+        lambda *_: None
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "fused", "reason"),
+    [
+        ({"use_dora": True}, None, 0, "DoraLinearVariant"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, None, 2, "PEFT's Embedding layer"),
+        ({}, hook, 5, "its base layer has forward hooks"),
+        ({"lora_dropout": 0.1, "lora_bias": True}, None, 6, None),
+    ],
+)
+def test_what_is_not_fused_says_why(
+    config: dict[str, Any],
+    change: Callable[[Any], None] | None,
+    fused: int,
+    reason: str | None,
+) -> None:
+    """A layer that cannot be fused runs as PEFT's or around its base, and the report says so."""
+    model, twin = peft_model(**config), peft_model(**config)
+    for m in (model, twin):
+        if change is not None:
+            change(m)
+    report = fastlora.patch(model)
+    assert report.fused == fused
+    reasons = {row.reason for row in report.rows if not row.fused}
+    assert (not reasons) if reason is None else any(reason in r for r in reasons)
+    assert_same(model, twin)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_gradients_equal_pefts() -> None:
+    """Every gradient of a patched model is the unpatched one's, with several active adapters."""
+    model, twin = peft_model(lora_bias=True), peft_model(lora_bias=True)
+    fastlora.patch(model)
+    for m in (model, twin):
+        torch.manual_seed(5)
+        m.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+        randomise(m, seed=3)
+        m.base_model.set_adapter(["default", "b"])
+        m(input_ids=IDS, labels=IDS).loss.backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = theirs[name].grad.abs().max().item()
+            torch.testing.assert_close(
+                parameter.grad, theirs[name].grad, rtol=0, atol=1e-5 * scale, msg=name
+            )
+
+
+def test_nothing_to_patch() -> None:
+    """A model without PEFT layers is refused and named."""
+    with pytest.raises(UnsupportedLayerError, match="got a TwoLayers without any"):
+        fastlora.patch(TwoLayers())
+    fastlora.unpatch(nn.Linear(2, 2))  # harmless
