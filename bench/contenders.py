@@ -7,9 +7,12 @@ the base alone). Products of a ``"part"`` contender start from ``problem.y``.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -155,11 +158,7 @@ class _AddmmFunction(torch.autograd.Function):
 
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
     lora_a, lora_b = p.factors(fp32)
-    return (
-        functional.linear(
-            p.x, p.weight, None, lora_a, lora_b, p.scaling, 0.0, p.impl, plan
-        ),
-    )
+    return (functional.linear(p.x, p.weight, None, lora_a, lora_b, p.scaling, 0.0, p.impl, plan),)
 
 
 def _shrink_expand(p: Problem) -> Results:
@@ -168,36 +167,31 @@ def _shrink_expand(p: Problem) -> Results:
     return (p.y,)
 
 
-def _fused_without(p: Problem, feature: str) -> Results:
-    """The fused plan with one feature switched off, straight from the launchers."""
-    from fastlora.kernels import configs, lora_linear, lora_shrink
+@functools.cache
+def _without(feature: str) -> tuple[Any, ...]:
+    """Returns (object, attribute, replacement) that switch a feature of the fused plan off."""
+    from fastlora.kernels import configs, lora_linear
 
-    (m, k), n, r = p.x.shape, p.weight.shape[0], p.lora_a.shape[0]
-    chip = configs.chip_of(p.x.device)
-    shrink_config = configs.shrink_config(chip, m, k, r, p.x.dtype)
+    choose, launch = configs.shrink_config, lora_linear.launch_lora_linear
+    changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
+
+    def shrink_config(*args: Any, **kwargs: Any) -> Any:
+        return replace(choose(*args, **kwargs), **changes)
+
+    def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
+        launch(*args, **{**kwargs, "pdl": False})
+
+    patches: tuple[Any, ...] = ((configs, "shrink_config", shrink_config),)
     if feature == "pdl":
-        shrink_config = replace(shrink_config, launch_dependents=False)
-    else:
-        shrink_config = replace(shrink_config, splits=1)
-    y, s = p.x.new_empty(m, n), p.x.new_empty(m, r)
-    split = shrink_config.splits > 1
-    shrunk = p.x.new_empty(shrink_config.splits, m, r, dtype=torch.float32) if split else s
-    lora_shrink.launch_lora_shrink(
-        shrunk, p.x, p.lora_a, seed=None, dropout_p=0.0, config=shrink_config
-    )
-    lora_linear.launch_lora_linear(
-        y,
-        p.x,
-        p.weight,
-        shrunk,
-        p.lora_b,
-        p.scaling,
-        bias=None,
-        s_out=s if split else None,
-        config=configs.linear_config(chip, m, n, k, r, p.x.dtype),
-        pdl=feature != "pdl" and chip.has_pdl,
-    )
-    return (y,)
+        patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
+    return patches
+
+
+def _fused_without(p: Problem, feature: str) -> Results:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in _without(feature):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        return _linear(p, "fused")
 
 
 # ----------------------------------------------------------------------------------------- tables

@@ -1,4 +1,4 @@
-"""The measuring itself: checks against float64, timing, the machine's roofs, and the CSV.
+"""The measuring itself: checks against float64, timing, and the CSV.
 
 On a GPU a contender is captured in a CUDA graph that runs through several sets of operands, more
 than its L2 cache holds, and the graphs of all contenders of a point are replayed in turn. On a CPU
@@ -8,33 +8,35 @@ than its L2 cache holds, and the graphs of all contenders of a point are replaye
 from __future__ import annotations
 
 import csv
-import hashlib
+import json
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from contenders import YARDSTICK, Contender, Problem, Results, truths
-from shapes import Point, Roofs
+from shapes import Point
 
 from fastlora import testing
 
+# fmt: off
 COLUMNS = (
-    "card sms driver cuda torch triton commit dtype mode model layer M K N r contender impl"
-    " median_us p20_us p80_us floor_us ratio_to_base ratio_to_floor sets calls rounds"
-    " copy_gb_s matmul_tflop_s status tests"
-).split()
+    "card", "sms", "driver", "cuda", "torch", "triton", "commit",
+    "dtype", "mode", "model", "layer", "M", "K", "N", "r", "contender", "impl",
+    "median_us", "p20_us", "p80_us", "floor_us", "ratio_to_base", "ratio_to_floor",
+    "sets", "calls", "rounds", "copy_gb_s", "matmul_tflop_s", "status", "tests",
+)
+# fmt: on
 
 MAX_SETS = 128
 MAX_CALLS = 512
 GRAPH_US = 2000.0  # a replay this long makes what it costs to start one negligible
 MAX_ROUNDS, MIN_ROUNDS = 20, 5
-POINT_US = 1e6  # how long the rounds of one point may take, at MIN_ROUNDS or more
+POINT_US = 6e5  # how long the rounds of one point may take, at MIN_ROUNDS or more
 DRY_ROUNDS = 3
 
 
@@ -48,116 +50,6 @@ class Timing(NamedTuple):
 
 class DeviceLostError(RuntimeError):
     """The GPU refuses all further work of this process (an illegal address, for example)."""
-
-
-# ------------------------------------------------------------------------------------ the machine
-
-
-def machine(device: torch.device, checkout: Path) -> dict[str, Any]:
-    """Returns the columns that are the same in every row: card, versions, commit."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    card, sms, driver = "cpu", torch.get_num_threads(), "none"
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        card, sms, driver = properties.name, properties.multi_processor_count, _driver()
-    return {
-        "card": card,
-        "sms": sms,
-        "driver": driver,
-        "cuda": torch.version.cuda or torch.version.hip or "none",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": commit(checkout),
-    }
-
-
-def _driver() -> str:
-    with suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        return answer.stdout.split()[0]
-    with suppress(OSError, IndexError):
-        words = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()
-        return next(word for word in words if word[0].isdigit())
-    return "unknown"
-
-
-def commit(checkout: Path) -> str:
-    """Returns the commit, or a digest of the sources where they differ from one or have none."""
-    git = ["git", "-c", "safe.directory=*", "-C", str(checkout)]
-    with suppress(OSError, subprocess.SubprocessError):
-        head, changes = (
-            subprocess.run([*git, *args], capture_output=True, text=True, timeout=20, check=True)
-            for args in (
-                ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "--", "fastlora", "kernels", "bench"),
-            )
-        )
-        if not changes.stdout.strip():
-            return head.stdout.strip()
-        return f"{head.stdout.strip()}-dirty-{_digest(checkout)}"
-    return f"source-{_digest(checkout)}"
-
-
-def _digest(checkout: Path) -> str:
-    digest = hashlib.sha256()
-    for folder in ("fastlora", "kernels", "bench"):
-        for path in sorted((checkout / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(checkout)}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def measure_roofs(device: torch.device) -> tuple[Roofs, Timing, Timing]:
-    """Measures a large copy and a large bf16 GEMM (fp32 on a CPU), on random data.
-
-    Returns:
-        The roofs, and the times of one copy and one GEMM.
-    """
-    on_gpu = device.type == "cuda"
-    size, side = (2**30, 8192) if on_gpu else (2**22, 256)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    source = torch.randn(size // 4, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    copy = _time_plain(lambda: target.copy_(source), device)
-    del source, target
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    gemm = _time_plain(lambda: a @ b, device)
-    roofs = Roofs(2 * size / (copy.median * 1e-6), 2 * side**3 / (gemm.median * 1e-6))
-    return roofs, copy, gemm
-
-
-def _time_plain(fn: Callable[[], Any], device: torch.device) -> Timing:
-    """Times calls one by one, each long enough that a launch costs nothing beside it."""
-    for _ in range(3):
-        fn()
-    times = []
-    if device.type != "cuda":
-        for _ in range(DRY_ROUNDS):
-            start = time.perf_counter()
-            fn()
-            times.append((time.perf_counter() - start) * 1e6)
-        return summary(times)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(MAX_ROUNDS + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
-        fn()
-        event.record()
-    torch.cuda.synchronize()
-    pairs = zip(events, events[1:], strict=False)
-    return summary([start.elapsed_time(end) * 1e3 for start, end in pairs])
-
-
-def summary(times: Sequence[float]) -> Timing:
-    """Returns the median and the 20th and 80th percentile of at least two times."""
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return Timing(statistics.median(times), fifths[0], fifths[3])
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -183,9 +75,7 @@ class Checker:
         self.problem = problem
         self.truths = truths(point, problem)
         by_name = {contender.name: contender for contender in contenders}
-        self.same_dtype = {
-            kind: self._results(by_name[YARDSTICK[kind]]) for kind in self.truths
-        }
+        self.same_dtype = {kind: self._results(by_name[YARDSTICK[kind]]) for kind in self.truths}
 
     def _results(self, contender: Contender) -> Results:
         before = self.problem.y.clone()
@@ -214,6 +104,34 @@ class Checker:
 
 
 # ------------------------------------------------------------------------------------- the timing
+
+
+def time_plain(fn: Callable[[], Any], device: torch.device) -> Timing:
+    """Times calls one by one, each long enough that a launch costs nothing beside it."""
+    for _ in range(3):
+        fn()
+    times = []
+    if device.type != "cuda":
+        for _ in range(DRY_ROUNDS):
+            start = time.perf_counter()
+            fn()
+            times.append((time.perf_counter() - start) * 1e6)
+        return summary(times)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(MAX_ROUNDS + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        fn()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events, events[1:], strict=False)
+    return summary([start.elapsed_time(end) * 1e3 for start, end in pairs])
+
+
+def summary(times: Sequence[float]) -> Timing:
+    """Returns the median and the 20th and 80th percentile of at least two times."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3])
 
 
 def count_sets(point: Point, element: int, device: torch.device) -> int:
@@ -284,34 +202,43 @@ def _clock(contenders: Sequence[Contender], problems: Sequence[Problem]) -> dict
 
 
 def time_contenders(
-    contenders: Sequence[Contender], problems: Sequence[Problem], call_us: float
-) -> tuple[dict[str, Timing | str], int, int]:
+    contenders: Sequence[Contender],
+    problems: Sequence[Problem],
+    call_us: float,
+    note: Callable[[str], None],
+    outcome: dict[str, Any],
+) -> tuple[int, int]:
     """Times contenders against each other, one process, in turns.
 
     Args:
         contenders: All of them have passed their check.
         problems: Sets of operands.
         call_us: About how long a call takes.
+        note: Called with a contender's name before it gets the device to itself.
+        outcome: Receives by name the `Timing`, or a text that says why there is none.
 
     Returns:
-        By name the timing, or why there is none; then calls in a replay, and rounds.
+        Calls in a replay, and rounds.
 
     Raises:
         DeviceLostError: The GPU takes no more work from this process.
     """
     device = problems[0].x.device
     if device.type != "cuda":
-        times = _clock(contenders, problems)
-        return {name: summary(t) for name, t in times.items()}, len(problems), DRY_ROUNDS
+        outcome.update({name: summary(t) for name, t in _clock(contenders, problems).items()})
+        return len(problems), DRY_ROUNDS
     calls = count_calls(len(problems), call_us)
-    outcome: dict[str, Timing | str] = {}
-    graphs = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for contender in contenders:
+        note(contender.name)
         with guarded(device, contender.name, outcome):
-            graphs[contender.name] = _capture(contender, problems, calls)
+            graph = _capture(contender, problems, calls)
+            graph.replay()
+            torch.cuda.synchronize()
+            graphs[contender.name] = graph
     times = _replay(graphs, calls) if graphs else {}
     outcome.update({name: summary(t) for name, t in times.items()})
-    return outcome, calls, len(next(iter(times.values()), []))
+    return calls, len(next(iter(times.values()), []))
 
 
 @contextmanager
@@ -322,13 +249,26 @@ def guarded(device: torch.device, name: str, outcome: dict[str, Any]) -> Iterato
         if device.type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
-        outcome[name] = f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        if device.type == "cuda":
-            try:
-                torch.cuda.synchronize()
-                torch.zeros(1, device=device).add_(1.0).item()
-            except RuntimeError as lost:
-                raise DeviceLostError(name) from lost
+        outcome[name] = error_text(error)
+        if is_lost(device):
+            raise DeviceLostError(name) from error
+
+
+def error_text(error: Exception) -> str:
+    """Returns an exception as one short line."""
+    return f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU refuses further work of this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).add_(1.0).item()
+    except RuntimeError:
+        return True
+    return False
 
 
 # --------------------------------------------------------------------------------------- the file
@@ -339,28 +279,48 @@ class ResultFile:
 
     def __init__(self, path: Path, resume: bool, common: dict[str, Any]) -> None:
         self.common = common
-        self.earlier: list[dict[str, str]] = []
+        self.rows: list[dict[str, str]] = []
+        self._journal = path.with_suffix(".current")
         if resume and path.exists():
             with path.open(newline="") as file:
-                self.earlier = list(csv.DictReader(file))
-        fresh = not self.earlier
+                self.rows = list(csv.DictReader(file))
+        fresh = not self.rows
         self._file = path.open("w" if fresh else "a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
         if fresh:
             self._writer.writeheader()
             self._file.flush()
 
+    def close(self) -> None:
+        """Closes the file, and says that this process came to its end."""
+        self._file.close()
+        self._journal.unlink(missing_ok=True)
+
+    def note(self, point: Point, contender: str) -> None:
+        """Keeps on the disk what runs now, for the process that comes after a crash or a hang."""
+        self._journal.write_text(json.dumps([*point, contender]))
+
+    def blame(self) -> tuple[Point, str] | None:
+        """Returns what an earlier process was at when it died, if one did."""
+        if not self.rows or not self._journal.exists():
+            return None
+        *point, contender = json.loads(self._journal.read_text())
+        self._journal.unlink()
+        return Point(*point), contender
+
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; columns it lacks stay empty."""
-        self._writer.writerow({**self.common, **row})
+        row = {**self.common, **row}
+        self._writer.writerow(row)
         self._file.flush()
+        self.rows.append({column: str(row.get(column, "")) for column in COLUMNS})
 
     def done(self, point: Point) -> dict[str, str]:
-        """Returns contender and status of the rows that an earlier process wrote for a point."""
+        """Returns contender and status of the rows of a point that are in the file."""
         key = {"mode": point.mode, "model": point.model, "layer": point.layer}
         key |= {"M": str(point.m), "r": str(point.r)}
         return {
             row["contender"]: row["status"]
-            for row in self.earlier
+            for row in self.rows
             if all(row[column] == value for column, value in key.items())
         }

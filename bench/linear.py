@@ -8,33 +8,37 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import os
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Problem, contenders_for
+from contenders import Contender, Problem, contenders_for
 from harness import (
     Checker,
     DeviceLostError,
     ResultFile,
     Timing,
     count_sets,
+    error_text,
     guarded,
-    machine,
-    measure_roofs,
+    is_lost,
     time_contenders,
 )
+from machine import describe, measure_roofs
 from shapes import Point, Roofs, all_points, floor_us, tiny_points
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+WRONG = 3  # exit code: it came to its end, and a contender failed or gave wrong numbers
 START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go on
-WRONG = 1  # exit code: a contender failed or gave wrong numbers
 LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
-# What a point takes at most before any was measured; afterwards the slowest one so far counts.
+# What a point may take before any was measured; afterwards the slowest one so far counts as well.
 FIRST_POINT_SECONDS = 5.0
+HANG_SECONDS = 45.0
 
 
 class Bench:
@@ -44,26 +48,38 @@ class Bench:
         self.device = torch.device(args.device)
         self.impl = args.impl
         self.dtype = getattr(torch, args.dtype)
-        common = machine(self.device, CHECKOUT) | {"tests": args.tests}
+        common = describe(self.device, CHECKOUT) | {"tests": args.tests}
         self.file = ResultFile(args.out, args.resume, common)
-        self.failed = any(row["status"] != "ok" for row in self.file.earlier)
-        self.roofs = self._roofs()
+        resumed = bool(self.file.rows)
+        self.roofs = self._roofs(resumed)
         self.file.common |= {
             "dtype": args.dtype,
             "copy_gb_s": f"{self.roofs.bytes_per_s / 1e9:.1f}",
             "matmul_tflop_s": f"{self.roofs.flop_per_s / 1e12:.2f}",
         }
+        if blamed := self.file.blame():
+            point, name = blamed
+            outcome = {name: "error: the process crashed or hung here"}
+            self._write(point, contenders_for(point, self.impl), outcome, {})
 
-    def _roofs(self) -> Roofs:
-        roofs, copy, gemm = measure_roofs(self.device)
+    @property
+    def failed(self) -> bool:
+        """Whether any row is not what it should be."""
+        return any(row["status"] != "ok" for row in self.file.rows)
+
+    def _roofs(self, resumed: bool) -> Roofs:
+        roofs, copy, gemm = measure_roofs(self.device, self.dtype)
         print(
             f"{self.file.common['card']}: copy {roofs.bytes_per_s / 1e9:.0f} GB/s, "
             f"matmul {roofs.flop_per_s / 1e12:.1f} TFLOP/s",
             flush=True,
         )
-        if not self.file.earlier:
+        if not resumed:
             for name, timing in (("copy", copy), ("matmul", gemm)):
                 row = {"mode": "roof", "contender": name, "impl": "torch", "status": "ok"}
+                row["dtype"] = "float32" if name == "copy" else str(self.dtype).split(".")[1]
+                    "float32" if name == "copy" or self.device.type == "cpu" else "bfloat16"
+                )
                 row["copy_gb_s"] = f"{roofs.bytes_per_s / 1e9:.1f}"
                 row["matmul_tflop_s"] = f"{roofs.flop_per_s / 1e12:.2f}"
                 self.file.write(row | _times(timing))
@@ -73,34 +89,56 @@ class Bench:
         """Checks and times every contender of a point, writes the rows, returns a line on them."""
         before = self.file.done(point)
         contenders = [c for c in contenders_for(point, self.impl) if c.name not in before]
-        element = self.dtype.itemsize
-        problem = Problem.random(point, self.dtype, self.device, self.impl)
+        counts = {"sets": count_sets(point, self.dtype.itemsize, self.device)}
         outcome: dict[str, Any] = {}
-        sets, calls, rounds = count_sets(point, element, self.device), 0, 0
         try:
-            checker = Checker(point, problem, contenders)
-            for contender in contenders:
-                with guarded(self.device, contender.name, outcome):
-                    if fault := checker.fault(contender):
-                        outcome[contender.name] = fault
-            del checker
-            good = [contender for contender in contenders if contender.name not in outcome]
-            problems = [problem] + [
-                Problem.random(point, self.dtype, self.device, self.impl) for _ in range(sets - 1)
-            ]
-            call_us = floor_us("base", point, element, self.roofs) + LAUNCH_US
-            timings, calls, rounds = time_contenders(good, problems, call_us)
-            outcome.update(timings)
+            self._measure(point, contenders, outcome, counts)
         except DeviceLostError:
             # The rest of this point is measured by the next process, without the culprit.
             outcome = {name: text for name, text in outcome.items() if isinstance(text, str)}
             raise
+        except Exception as error:  # out of memory, above all: the next point may fit
+            text = error_text(error)
+            outcome = {contender.name: text for contender in contenders} | outcome
+            if is_lost(self.device):
+                raise DeviceLostError("something") from error
         finally:
-            self._write(point, contenders, outcome, {"sets": sets, "calls": calls, "rounds": rounds})
+            self._write(point, contenders, outcome, counts)
         return _line(outcome)
 
+    def _measure(
+        self,
+        point: Point,
+        contenders: Sequence[Contender],
+        outcome: dict[str, Any],
+        counts: dict[str, int],
+    ) -> None:
+        def note(name: str) -> None:
+            self.file.note(point, name)
+
+        note("base")
+        problem = Problem.random(point, self.dtype, self.device, self.impl)
+        checker = Checker(point, problem, contenders)
+        for contender in contenders:
+            note(contender.name)
+            with guarded(self.device, contender.name, outcome):
+                if fault := checker.fault(contender):
+                    outcome[contender.name] = fault
+        del checker
+        good = [contender for contender in contenders if contender.name not in outcome]
+        problems = [problem]
+        while len(problems) < counts["sets"]:
+            problems.append(Problem.random(point, self.dtype, self.device, self.impl))
+        call_us = floor_us("base", point, self.dtype.itemsize, self.roofs) + LAUNCH_US
+        calls, rounds = time_contenders(good, problems, call_us, note, outcome)
+        counts |= {"calls": calls, "rounds": rounds}
+
     def _write(
-        self, point: Point, contenders: Any, outcome: dict[str, Any], counts: dict[str, int]
+        self,
+        point: Point,
+        contenders: Sequence[Contender],
+        outcome: dict[str, Any],
+        counts: dict[str, int],
     ) -> None:
         mode, model, layer, m, k, n, r = point
         shape = {"mode": mode, "model": model, "layer": layer, "M": m, "K": k, "N": n, "r": r}
@@ -122,7 +160,6 @@ class Bench:
                     row["ratio_to_base"] = f"{result.median / base.median:.4f}"
             else:
                 row["status"] = result
-                self.failed = True
             self.file.write(shape | counts | row)
 
 
@@ -157,15 +194,16 @@ def main() -> int:
     parser.add_argument("--impl", default="triton", choices=("triton", "eager"))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; times mean nothing")
     parser.add_argument("--max-points", type=int, help="only the first ones")
-    parser.add_argument("--resume", action="store_true", help="go on with the CSV of a lost process")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the CSV of a lost process"
+    )
     args = parser.parse_args()
 
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
     bench = Bench(args)
     points = (tiny_points() if args.dry_run else all_points())[: args.max_points]
-    gc.freeze()  # what is imported by now need not be looked at again
-    slowest = FIRST_POINT_SECONDS if not args.dry_run else 0.0
+    slowest = 0.0 if args.dry_run else FIRST_POINT_SECONDS
     for index, point in enumerate(points):
         if "base" in bench.file.done(point):
             continue
@@ -174,16 +212,29 @@ def main() -> int:
             skipped = points[index:]
             print(f"deadline: {len(skipped)} of {len(points)} points skipped, from {skipped[0]}")
             break
+        watchdog = threading.Timer(HANG_SECONDS, _give_up, (point,))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             line = bench.measure(point)
         except DeviceLostError as lost:
             print(f"{point}: {lost} took the GPU down", flush=True)
+            bench.file.close()
             return START_AGAIN
+        finally:
+            watchdog.cancel()
         seconds = time.monotonic() - start
-        if index:
-            slowest = max(slowest, seconds) if slowest != FIRST_POINT_SECONDS else seconds
+        if index:  # the first one also loads libraries
+            slowest = max(slowest, seconds)
         print(f"[{index + 1}/{len(points)}, {seconds:.1f} s] {point}: {line}", flush=True)
+    bench.file.close()
     return WRONG if bench.failed else 0
+
+
+def _give_up(point: Point) -> None:
+    """Ends a process whose kernel does not; the journal says which contender it was."""
+    print(f"{point}: no end after {HANG_SECONDS:.0f} s", flush=True)
+    os._exit(START_AGAIN)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def tiny_points() -> list[Point]:
     ]
 
 
-def distinct_forward(points: list[Point]) -> list[Point]:
+def distinct_problems(points: list[Point]) -> list[Point]:
     """Returns one point for each problem, whatever layers have it: what must be compiled."""
     seen: dict[tuple[str, int, int, int, int], Point] = {}
     for point in points:

@@ -9,6 +9,7 @@ Shapes everywhere: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from typing import Any
@@ -38,13 +39,12 @@ _INTERPRETED = env.triton_interpreted()
 def _gpu_status(index: int) -> tuple[bool, str]:
     """Whether GPU ``index`` is one that the kernels are built for."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-        return arch in ("gfx942", "gfx950"), f"{properties.name} ({arch})"
-    arch = f"sm_{properties.major}{properties.minor}"
-    if properties.major < 8:
-        return False, f"{properties.name} is {arch}; the kernels need sm_80 or newer"
-    return True, f"{properties.name} ({arch})"
+    from fastlora.kernels import configs
+
+    chip = configs.chip_of(torch.device("cuda", index))
+    if not chip.is_supported:
+        return False, f"{properties.name} is {chip.arch}, for which there are no kernel configs"
+    return True, f"{properties.name} ({chip.arch})"
 
 
 @torch.compiler.assume_constant_result
@@ -119,6 +119,16 @@ def _implements(name: str) -> Any:
     return torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
 
 
+def _precision() -> str:
+    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _triton_shrink(
     x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
@@ -126,7 +136,8 @@ def _triton_shrink(
     from fastlora.kernels import configs, lora_shrink
 
     (m, k), r = x.shape, lora_a.shape[0]
-    config = configs.shrink_config(configs.chip_of(x.device), m, k, r, x.dtype)
+    chip = configs.chip_of(x.device)
+    config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=_precision())
     s = x.new_empty(m, r)
     if config.splits == 1:
         lora_shrink.launch_lora_shrink(s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config)
@@ -142,9 +153,8 @@ def _triton_expand_(
 ) -> None:
     from fastlora.kernels import configs, lora_expand
 
-    config = configs.expand_config(
-        configs.chip_of(y.device), y.shape[0], y.shape[1], s.shape[1], s.dtype
-    )
+    chip, (m, n), r = configs.chip_of(y.device), y.shape, s.shape[1]
+    config = configs.expand_config(chip, m, n, r, s.dtype, input_precision=_precision())
     lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
 
 
@@ -165,9 +175,9 @@ def _triton_fused_linear(
     from fastlora.kernels import configs, lora_linear, lora_shrink
 
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
-    chip = configs.chip_of(x.device)
-    shrink_config = configs.shrink_config(chip, m, k, r, x.dtype)
-    linear_config = configs.linear_config(chip, m, n, k, r, x.dtype)
+    chip, precision = configs.chip_of(x.device), _precision()
+    shrink_config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=precision)
+    linear_config = configs.linear_config(chip, m, n, k, r, x.dtype, input_precision=precision)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     split = shrink_config.splits > 1
     shrunk = x.new_empty(shrink_config.splits, m, r, dtype=torch.float32) if split else s
@@ -184,8 +194,28 @@ def _triton_fused_linear(
         bias=bias,
         s_out=s if split else None,
         config=linear_config,
-        pdl=configs.has_pdl(chip),
+        pdl=chip.has_pdl,
     )
+    return y, s
+
+
+def _triton_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    plan: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses and runs a plan; see `PLANS`."""
+    if plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
+        return _triton_fused_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p)
+    s = _triton_shrink(x, lora_a, seed, dropout_p)
+    y = F.linear(x, weight, bias)
+    _triton_expand_(y, s, lora_b, scaling)
     return y, s
 
 
@@ -198,7 +228,8 @@ def _lora_shrink(
     impl: str,
 ) -> torch.Tensor:
     if impl == "triton":
-        return _triton_shrink(x, lora_a, seed, dropout_p)
+        with _on_device(x):
+            return _triton_shrink(x, lora_a, seed, dropout_p)
     dropped = x if seed is None else reference.lora_dropout(x, seed, dropout_p)
     return reference.lora_shrink(dropped, lora_a)
 
@@ -217,12 +248,8 @@ def _lora_linear(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if impl == "triton":
-        if plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
-            return _triton_fused_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p)
-        s = _triton_shrink(x, lora_a, seed, dropout_p)
-        y = F.linear(x, weight, bias)
-        _triton_expand_(y, s, lora_b, scaling)
-        return y, s
+        with _on_device(x):
+            return _triton_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan)
     s = _lora_shrink(x, lora_a, seed, dropout_p, impl)
     return reference.lora_linear(x, weight, bias, s, lora_b, scaling), s
 
@@ -232,7 +259,8 @@ def _lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, impl: str
 ) -> None:
     if impl == "triton":
-        _triton_expand_(y, s, lora_b, scaling)
+        with _on_device(y):
+            _triton_expand_(y, s, lora_b, scaling)
     else:
         reference.lora_expand_(y, s, lora_b, scaling)
 
@@ -243,13 +271,9 @@ def _lora_dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: s
         from fastlora.kernels import configs, lora_dropout
 
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        lora_dropout.launch_lora_dropout(
-            out,
-            x,
-            seed=seed,
-            dropout_p=dropout_p,
-            config=configs.dropout_config(configs.chip_of(x.device), x.dtype),
-        )
+        config = configs.dropout_config(configs.chip_of(x.device), *x.shape, x.dtype)
+        with _on_device(x):
+            lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
         return out
     return reference.lora_dropout(x.contiguous(), seed, dropout_p)
 

@@ -24,10 +24,9 @@ from fastlora.kernels.config_tables import (
     ShrinkTile,
 )
 
-BLOCKS_R = (16, 32, 64, 128)
 # Ranks past a tile's largest BLOCK_R go in chunks of at most this many: the loop over chunks hoists
 # its addresses into registers.
-CHUNK_R = 32
+_MAX_CHUNK_R = 32
 # Each plane is read back by every column of linear's tiles, so the shrink splits no further.
 MAX_SPLITS = 8
 # Steps of the K loop below which a split is not worth a program.
@@ -45,7 +44,7 @@ _SHARED_LIMITS = {
     "gfx950": 160 * _KIB,
 }
 _FAMILIES = {
-    "interpreter": "sm_80",
+    "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
     "sm_80": "sm_80",
     "sm_86": "sm_86",
     "sm_87": "sm_80",
@@ -179,8 +178,7 @@ def shrink_config(
     kind = _kind(chip, dtype, input_precision)
 
     def programs(tile: ShrinkTile) -> int:
-        block_r = min(_block_r(r), tile.max_block_r)
-        return _cdiv(m, tile.block_m) * _cdiv(r, block_r)
+        return _cdiv(m, tile.block_m) * _cdiv(r, _block_r(r, tile.blocks_r))
 
     tile = _widest_that_fills(
         chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t)
@@ -189,7 +187,7 @@ def shrink_config(
     splits = 1
     while not _fills(chip, splits * programs(tile)) and 2 * splits <= most:
         splits *= 2
-    return _shrink(chip, kind, tile, min(_block_r(r), tile.max_block_r), splits)
+    return _shrink(chip, kind, tile, _block_r(r, tile.blocks_r), splits)
 
 
 def linear_config(
@@ -203,7 +201,7 @@ def linear_config(
         LINEAR[chip.family][kind],
         lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
     )
-    return _linear(kind, tile, _chunk_r(r, tile.max_block_r))
+    return _linear(kind, tile, _chunk_r(r, tile.blocks_r))
 
 
 def expand_config(
@@ -217,7 +215,7 @@ def expand_config(
         EXPAND[chip.family][kind],
         lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
     )
-    return _expand(kind, tile, _chunk_r(r, tile.max_block_r))
+    return _expand(kind, tile, _chunk_r(r, tile.blocks_r))
 
 
 def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
@@ -253,24 +251,22 @@ def is_valid(chip: Chip, config: ShrinkConfig | LinearConfig | ExpandConfig, wid
 
 
 def all_shipped(chip: Chip) -> Iterator[Shipped]:
-    """Yields every config that a launch may take on ``chip``, each once.
+    """Yields every config that a launch may take on ``chip``, each once, with the hardest rank.
 
-    Of a split shrink the most splits stand for all: the kernel is the same. Linear and expand add
-    a rank past the tile's largest BLOCK_R, which takes chunks.
+    Of a split shrink the most splits stand for all: the kernel is the same. A BLOCK_R that also
+    serves as the chunk of larger ranks comes with such a rank.
     """
     family = chip.family
     for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)):
         for shrink in SHRINK[family].get(kind, ()):
-            for block_r in _up_to(shrink.max_block_r):
-                config = _shrink(chip, kind, shrink, block_r, MAX_SPLITS)
-                yield Shipped("lora_shrink", dtype, block_r, config)
+            for r in shrink.blocks_r:
+                config = _shrink(chip, kind, shrink, r, MAX_SPLITS)
+                yield Shipped("lora_shrink", dtype, r, config)
         for linear in LINEAR[family].get(kind, ()):
-            for r in (*_up_to(linear.max_block_r), 4 * BLOCKS_R[-1]):
-                block_r = _chunk_r(r, linear.max_block_r)
+            for block_r, r in _hardest_ranks(linear.blocks_r):
                 yield Shipped("lora_linear", dtype, r, _linear(kind, linear, block_r))
         for expand in EXPAND[family].get(kind, ()):
-            for r in (*_up_to(expand.max_block_r), 4 * BLOCKS_R[-1]):
-                block_r = _chunk_r(r, expand.max_block_r)
+            for block_r, r in _hardest_ranks(expand.blocks_r):
                 yield Shipped("lora_expand", dtype, r, _expand(kind, expand, block_r))
     for dtype in (torch.bfloat16, torch.float32):
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
@@ -339,18 +335,23 @@ def _expand(kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
     )
 
 
-def _block_r(r: int) -> int:
+def _block_r(r: int, blocks_r: tuple[int, ...]) -> int:
     """Returns the smallest BLOCK_R that holds ``r`` rank rows, or the largest there is."""
-    return next((block for block in BLOCKS_R if r <= block), BLOCKS_R[-1])
+    return next((block for block in blocks_r if r <= block), blocks_r[-1])
 
 
-def _chunk_r(r: int, max_block_r: int) -> int:
+def _chunk_r(r: int, blocks_r: tuple[int, ...]) -> int:
     """Returns BLOCK_R of a kernel that takes all ranks in one program, in chunks if need be."""
-    return _block_r(r) if r <= max_block_r else min(CHUNK_R, max_block_r)
+    if r <= blocks_r[-1]:
+        return _block_r(r, blocks_r)
+    return max(block for block in blocks_r if block <= _MAX_CHUNK_R)
 
 
-def _up_to(max_block_r: int) -> tuple[int, ...]:
-    return tuple(block for block in BLOCKS_R if block <= max_block_r)
+def _hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yields each BLOCK_R with a rank that takes it: one past all blocks for the chunk's."""
+    beyond = 4 * blocks_r[-1]
+    for block_r in blocks_r:
+        yield block_r, beyond if block_r == _chunk_r(beyond, blocks_r) else block_r
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import fastlora.functional  # noqa: F401  # registers the operators
@@ -45,12 +46,24 @@ def test_compile_of_two_layers(backend: str, p: float) -> None:
     if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("inductor needs a C++ compiler")
     model, x = two_layers(p), torch.randn(7, 64)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
     parameters = trainable(model)
-    for mine, plain in zip(run(compiled, x, parameters), run(model, x, parameters), strict=True):
-        torch.testing.assert_close(mine, plain)
+    # Inductor has a random stream of its own, unless it is told to take torch's.
+    with inductor_config.patch(fallback_random=True):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        results = run(compiled, x, parameters)
+        with torch.no_grad():
+            inferred = compiled.eval()(x)
+    model.train()
+    for mine, plain in zip(results, run(model, x, parameters), strict=True):
+        close(mine, plain)
     with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(x), model.eval()(x))
+        close(inferred, model.eval()(x))
+
+
+def close(mine: torch.Tensor, plain: torch.Tensor) -> None:
+    """Equal but for the order of fp32 sums, at the size of the tensor."""
+    eps = torch.finfo(torch.float32).eps
+    assert (mine - plain).norm() <= 16 * eps * plain.norm()
 
 
 def test_compile_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:

@@ -1,0 +1,237 @@
+#!/usr/bin/env bash
+# Tests on a GPU, then the benchmarks, in under 9 minutes and without a network.
+#
+#   bash bench/gpu.sh [--out DIR] [--seconds N] [--tests PATH] [--dry-run]
+#
+#   --out DIR     where results go (default: $OUT, else bench/results/<card>-<date>)
+#   --seconds N   end by then (default 525)
+#   --tests PATH  what pytest runs (default tests/kernels)
+#   --dry-run     the same steps on a CPU, tiny shapes, into a temporary folder; its times mean nothing
+#
+# Needs python3 (or $PYTHON) with torch, triton, pytest, numpy and safetensors. Exit code 0 only when
+# the tests are green and every contender gave right numbers. See bench/README.md.
+set -uo pipefail
+
+checkout=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+budget=525
+out='' tests='' dry=''
+
+die() {
+    echo "bench/gpu.sh: $*" >&2
+    exit 2
+}
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+while (($#)); do
+    case $1 in
+        --dry-run) dry=1 ;;
+        --out | --seconds | --tests)
+            (($# > 1)) || die "$1 needs a value"
+            case $1 in
+                --out) out=$2 ;;
+                --seconds) budget=$2 ;;
+                --tests) tests=$2 ;;
+            esac
+            shift
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) die "unknown argument $1; see --help" ;;
+    esac
+    shift
+done
+[[ $budget =~ ^[1-9][0-9]*$ ]] || die "--seconds must be a whole number above 0, got $budget"
+[[ -z $tests || -e $tests ]] || die "--tests: $tests does not exist"
+[[ -z $tests ]] || tests=$(cd -- "$(dirname -- "$tests")" && pwd -P)/$(basename -- "$tests")
+python=$(command -v "${PYTHON:-python3}") || die "no ${PYTHON:-python3} on PATH; set PYTHON"
+# The steps change folders. A link stays one: behind it a virtual environment would not be seen.
+[[ $python == /* ]] || python=$(cd -- "$(dirname -- "$python")" && pwd)/$(basename -- "$python")
+
+# Nothing is written into the checkout, which may be read-only, nor into the home folder.
+scratch=$(mktemp -d) || die "no temporary folder"
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=$scratch/triton
+export HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+unset TRITON_INTERPRET
+
+# One line: cores, whether xdist is there, card (or "none"). Fails with the name of what is missing.
+probe=$(
+    "$python" - <<'PY'
+import importlib.util, os, re, sys
+needed = ("torch", "triton", "pytest", "numpy", "safetensors")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}")
+import torch
+card = "none"
+if torch.cuda.is_available():
+    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+print(cores, int(importlib.util.find_spec("xdist") is not None), card)
+PY
+) || die "this Python will not do"
+read -r cores xdist card <<<"${probe##*$'\n'}"
+[[ -n $dry || $card != none ]] || die "torch sees no GPU; --dry-run runs the steps on a CPU"
+
+if [[ -n $dry ]]; then
+    out=${out:-$(mktemp -d)}
+    where=(--device cpu --dry-run)
+else
+    out=${out:-${OUT:-$checkout/bench/results/$card-$(date +%Y%m%d-%H%M%S)}}
+    where=(--device cuda)
+fi
+if ! mkdir -p "$out" 2>/dev/null || [[ ! -w $out ]]; then
+    echo "cannot write to $out"
+    out=$(mktemp -d) || die "no temporary folder"
+fi
+out=$(cd -- "$out" && pwd -P)
+
+left() { echo $((budget - SECONDS)); }
+say() { echo "--- [$SECONDS s] $*"; }
+
+# boxed LIMIT COMMAND...: runs it for LIMIT seconds at most, and never past the end
+boxed() {
+    local limit=$1 rest
+    shift
+    rest=$(left)
+    ((limit < rest)) || limit=$rest
+    ((limit > 0)) || return 124
+    timeout -k 5 "$limit" "$@"
+}
+
+install_checkout() {
+    local source=$scratch/source site=$scratch/site file
+    mkdir -p "$source"
+    for file in fastlora kernels setup.py pyproject.toml README.md LICENSE; do
+        [[ ! -e $checkout/$file ]] || cp -R "$checkout/$file" "$source/"
+    done
+    # Into a folder, not an environment: a venv made from a venv does not see the packages of that.
+    if boxed 90 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+        --no-cache-dir --no-compile --target "$site" "$source" >"$scratch/pip.txt" 2>&1; then
+        export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    else
+        tail -n 3 "$scratch/pip.txt"
+        echo "pip cannot install the checkout here; importing it as it lies"
+        export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
+    fi
+    (cd "$scratch" && "$python" -c \
+        'import fastlora, fastlora.kernels.lora_linear; print("fastlora from", fastlora.__file__)')
+}
+
+run_tests() {
+    local arguments=(-q -rfE -p no:cacheprovider --durations=5) code
+    if [[ -n $tests ]]; then
+        arguments+=("$tests")
+    else
+        arguments+=(tests/kernels)
+        [[ -z $dry ]] || arguments+=(--collect-only)
+    fi
+    ((xdist == 0 || cores < 4)) || [[ -n $dry ]] || arguments+=(-n $((cores < 8 ? cores : 8)))
+    # What was installed comes before the checkout, where only `tests` is looked for.
+    (
+        cd "$checkout" || exit 2
+        export PYTHONSAFEPATH=1 PYTHONPATH=$PYTHONPATH:$checkout OMP_NUM_THREADS=1
+        [[ -z $dry ]] || export TRITON_INTERPRET=1
+        boxed 240 "$python" -m pytest "${arguments[@]}"
+    ) >"$out/tests.txt" 2>&1
+    code=$?
+    grep -E '^(FAILED|ERROR) ' "$out/tests.txt" | head -n 20
+    tail -n 1 "$out/tests.txt"
+    ((code != 124 && code != 137)) || echo "stopped at the time limit"
+    # Green means that some ran: a run that skips everything proves nothing.
+    ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$out/tests.txt"
+}
+
+# measure SECONDS ARGUMENT...: starts anew after a crash or a hang, without what caused it
+measure() {
+    local end=$((SECONDS + $1)) code=0 resume='' attempt seconds
+    shift
+    for attempt in 1 2 3 4 5 6; do
+        seconds=$((end - SECONDS))
+        ((attempt == 1 || seconds > 15)) || break
+        ((seconds > 0)) || seconds=0
+        boxed $((seconds + 60)) "$python" "$checkout/bench/linear.py" --tests "$verdict" \
+            --seconds "$seconds" ${resume:+--resume} "$@"
+        code=$?
+        ((code != 0 && code != 3)) || break # it came to its end; 3: some numbers were wrong
+        echo "the benchmark ended with code $code (attempt $attempt)"
+        resume=1
+    done
+    return $code
+}
+
+sanitize() {
+    # Once without the sanitizer, which then finds all kernels compiled.
+    boxed 40 "$python" "$checkout/bench/sanitize.py" || return
+    boxed 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" "$checkout/bench/sanitize.py"
+}
+
+main() {
+    local failed=() verdict=fail reserve=10 code
+    say "results go to $out"
+    {
+        date -u +%FT%TZ
+        "$python" -V
+        timeout 20 nvidia-smi || echo "no nvidia-smi"
+    } >"$out/machine.txt" 2>&1
+    [[ -n $dry ]] || ! command -v compute-sanitizer >/dev/null || reserve=80
+
+    say "install"
+    install_checkout || failed+=(install)
+
+    say "compile the kernels of the benchmark"
+    if [[ -n $dry ]]; then
+        boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}" --impl eager
+    else
+        boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}"
+    fi || failed+=(precompile)
+
+    say "tests (at most 240 s)"
+    if run_tests; then verdict=pass; else failed+=(tests); fi
+    echo "tests: $verdict"
+
+    say "benchmark"
+    if [[ -n $dry ]]; then
+        measure $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" \
+            --dtype float32 --impl eager || failed+=(benchmark)
+        say "benchmark of the kernels in Triton's interpreter"
+        TRITON_INTERPRET=1 measure $(($(left) - reserve)) "${where[@]}" \
+            --out "$out/interpreted.csv" --dtype float32 --max-points 2 || failed+=(interpreted)
+    else
+        measure $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" || failed+=(benchmark)
+    fi
+
+    if [[ -n $dry ]]; then
+        say "the cases for compute-sanitizer, without it"
+        TRITON_INTERPRET=1 boxed 60 "$python" "$checkout/bench/sanitize.py" --device cpu ||
+            failed+=(sanitizer)
+    elif ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not on PATH" | tee "$out/sanitizer.txt"
+    elif (($(left) < 30)); then
+        echo "no time left for compute-sanitizer" | tee "$out/sanitizer.txt"
+    else
+        say "compute-sanitizer (at most 60 s)"
+        sanitize >"$out/sanitizer.txt" 2>&1
+        code=$?
+        tail -n 3 "$out/sanitizer.txt"
+        if ((code == 124 || code == 137)); then
+            echo "stopped at the time limit" | tee -a "$out/sanitizer.txt"
+        elif ((code != 0)); then
+            failed+=(sanitizer)
+        fi
+    fi
+
+    say "done: $out"
+    if ((${#failed[@]})); then
+        echo "FAILED: ${failed[*]}"
+        return 1
+    fi
+    echo "all green"
+}
+
+main 2>&1 | tee "$out/log.txt"
+exit "${PIPESTATUS[0]}"

@@ -1,0 +1,77 @@
+"""Compiles the kernels of every point beforehand, many at a time, by running them once.
+
+What is compiled lands in Triton's cache on the disk, where the benchmark finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from contenders import Problem, contenders_for
+from shapes import Point, all_points, distinct_problems, tiny_points
+
+MAX_PROCESSES = 16
+BYTES_A_PROCESS = 4 * 2**30  # a context, the operands of the largest point, and its results
+
+
+def compile_point(point: Point, device: str, impl: str) -> str:
+    """Runs fastlora's contenders of a point once; returns what went wrong, or ""."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.set_num_threads(1)
+    try:
+        problem = Problem.random(point, dtype, torch.device(device), impl)
+        for contender in contenders_for(point, impl):
+            if contender.ours:
+                contender.run(problem)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+def _processes(device: str) -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if device != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(cores, MAX_PROCESSES, free // BYTES_A_PROCESS))
+
+
+def main() -> int:
+    """Compiles for all points; returns 0 also where some failed: the benchmark reports those."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--impl", default="triton", choices=("triton", "eager"))
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes")
+    args = parser.parse_args()
+    start = time.monotonic()
+    points = distinct_problems(tiny_points() if args.dry_run else all_points())
+    workers = _processes(args.device)
+    failures = 0
+    # Spawned: a forked child cannot use a GPU that its parent has touched.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(compile_point, p, args.device, args.impl): p for p in points}
+        for future in as_completed(futures):
+            try:
+                fault = future.result()
+            except Exception as error:  # the process died, and the pool with it
+                fault = f"{type(error).__name__}: {error}"
+            if fault:
+                failures += 1
+                print(f"{futures[future]}: {fault}", flush=True)
+    seconds = time.monotonic() - start
+    print(f"{len(points)} problems in {workers} processes, {seconds:.0f} s, {failures} failed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What is installed: the kernels under `fastlora.kernels`, and nothing that confuses anybody."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORT_KERNELS = """
+import fastlora, fastlora.kernels.lora_linear as kernel
+print(fastlora.__file__, kernel.__file__)
+"""
+
+
+def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
+    """Runs code in a new interpreter and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the sources alone, without the network."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("fastlora", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--no-index", "-w", str(out), str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(out.glob("fastlora_triton-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked where nothing else is."""
+    target = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_wheel_holds_every_source_file(wheel: Path) -> None:
+    """Every file of fastlora/ and kernels/, the type marker, and no tests."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {
+        f"fastlora/{p.relative_to(ROOT / 'fastlora')}" for p in ROOT.glob("fastlora/**/*.py")
+    }
+    sources |= {f"fastlora/kernels/{p.name}" for p in ROOT.glob("kernels/*.py")}
+    assert sources | {"fastlora/py.typed"} <= names
+    assert not [n for n in names if not n.startswith(("fastlora/", "fastlora_triton-"))]
+
+
+def test_wheel_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
+    """From anywhere, the wheel's own files."""
+    package, kernel = python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(installed)).split()
+    assert Path(package).is_relative_to(installed)
+    assert Path(kernel) == installed / "fastlora" / "kernels" / "lora_linear.py"
+
+
+def test_checkout_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
+    """In the repository root ./fastlora comes first, and finds the kernels beside it."""
+    _, kernel = python(IMPORT_KERNELS, ROOT, PYTHONPATH=str(installed)).split()
+    assert Path(kernel) == ROOT / "kernels" / "lora_linear.py"
+    _, kernel = python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(ROOT)).split()
+    assert Path(kernel) == ROOT / "kernels" / "lora_linear.py"
+
+
+def test_editable_install_imports_its_kernels(tmp_path: Path) -> None:
+    """The install that the Makefile makes, from a folder that has nothing to do with it."""
+    import importlib.metadata
+
+    try:
+        importlib.metadata.distribution("fastlora-triton")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastlora-triton is not installed")
+    assert "lora_linear.py" in python(IMPORT_KERNELS, tmp_path)
+
+
+def test_without_triton_it_is_eager_only(installed: Path, tmp_path: Path) -> None:
+    """Where triton is missing the import works, auto is eager, and asking for triton says why."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.lower().startswith(("triton", "fastlora", "__editable__")):
+            (packages / entry.name).symlink_to(entry)
+    code = """
+import importlib.util, torch, fastlora
+from fastlora.functional import lora_linear
+assert importlib.util.find_spec("triton") is None
+x, w, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+assert lora_linear(x, w, a, b, 0.5).tolist() == [[6.0] * 3] * 2
+try:
+    lora_linear(x, w, a, b, 0.5, impl="triton")
+except fastlora.FastLoraError as error:
+    print(error)
+"""
+    path = f"{installed}{os.pathsep}{packages}"
+    printed = python(code, tmp_path, "-S", PYTHONPATH=path)
+    assert printed == "impl='triton' cannot run: triton is not installed\n"
+
+
+def test_missing_kernels_raise(installed: Path, tmp_path: Path) -> None:
+    """A broken install is an error, never a silent eager path."""
+    broken = tmp_path / "broken"
+    shutil.copytree(installed, broken)
+    shutil.rmtree(broken / "fastlora" / "kernels")
+    code = """
+import torch, fastlora.functional as f
+try:
+    f.lora_linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1), 1.0,
+                  impl="triton")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    pytest.importorskip("triton", reason="the kernels need it")
+    printed = python(code, tmp_path, PYTHONPATH=str(broken), TRITON_INTERPRET="1")
+    assert printed == "No module named 'fastlora.kernels'\n"
+
+
+def test_transformers_ignores_our_kernels_folder() -> None:
+    """Started in the repository root, transformers does not take kernels/ for the hub's package."""
+    pytest.importorskip("transformers")
+    code = """
+import importlib.metadata
+from transformers.utils import is_kernels_available
+import transformers.integrations.hub_kernels
+from transformers import LlamaForCausalLM
+try:
+    importlib.metadata.version("kernels")
+except importlib.metadata.PackageNotFoundError:
+    assert not is_kernels_available()
+import fastlora.kernels.lora_linear
+print("ok")
+"""
+    assert python(code, ROOT) == "ok\n"
