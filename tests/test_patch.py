@@ -169,6 +169,49 @@ def test_what_is_not_fused_says_why(
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
 
 
+def quantised(kind: str) -> nn.Module:
+    """A TwoLayers whose q is quantised."""
+    torch.manual_seed(0)
+    model = TwoLayers()
+    if kind == "bitsandbytes":
+        bnb = pytest.importorskip("bitsandbytes")
+        q = bnb.nn.Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
+        q.load_state_dict(model.q.state_dict())
+        model.q = q.to("cpu")
+        model.is_loaded_in_4bit = True
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.q, torchao.Int8WeightOnlyConfig(version=2))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
+def test_quantised_base_layers(kind: str) -> None:
+    """Ours and a patched PEFT model over a quantised linear give PEFT's outputs and gradients."""
+    config = {"r": 4, "target_modules": ["q", "v"]}
+    ours = fastlora.get_peft_model(quantised(kind), fastlora.LoraConfig(**config))
+    twin = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    report = fastlora.patch(patched)
+    assert [row.fused for row in report.rows] == [False, True]
+    assert type(patched.base_model.model.q).__name__.startswith("Fast")
+    x = torch.randn(3, 16)
+    results = []
+    for model in (ours, twin, patched):
+        factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        generator = torch.Generator().manual_seed(3)
+        for parameter in factors.values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        y = model(x)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), list(factors.values()))])
+    for mine in (results[0], results[2]):
+        for value, expected in zip(mine, results[1], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(UnsupportedLayerError, match="dequantise"):
+        ours.merge_and_unload()
+    assert fastlora.fusion_report(ours).fused == 1  # v; nothing was merged
+
+
 def test_gradients_equal_pefts() -> None:
     """Every gradient of a patched model is the unpatched one's, with several active adapters."""
     model, twin = peft_model(lora_bias=True), peft_model(lora_bias=True)

@@ -6,6 +6,8 @@ and every method of PEFT's stay where they are, and only the forward is new.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -18,23 +20,26 @@ from fastlora.layers.compute import lora_added_forward, lora_forward
 from fastlora.layers.linear import why_not_plain
 
 
-class FastPeftLinear(PeftLinear):
-    """PEFT's LoRA linear with a fused forward; what that cannot do goes to PEFT's own."""
+class _FastForward:
+    """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `peft.tuners.lora.layer.Linear.forward`."""
+    Comes before a LoRA layer class of PEFT's among the bases.
+    """
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the forward of PEFT's layer."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
         if mixed or self.disable_adapters or self.merged or not names or self._why_peft(names):
-            return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+        base = self.base_layer
         if not args and not kwargs and not why_not_plain(base):
             return lora_forward(self, x, base.weight, base.bias, names, "auto")
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         y = base(x, *args, **kwargs)
         return lora_added_forward(self, y, x, names, "auto", inplace=False)
 
-    def _why_peft(self, names: list[str]) -> str:
+    def _why_peft(self: Any, names: list[str]) -> str:
         """Returns why adapters must run in PEFT's forward, or an empty string."""
         for name in names:
             if name in self.lora_variant:
@@ -45,11 +50,41 @@ class FastPeftLinear(PeftLinear):
                     return f"adapter {name!r}: {why.replace('base', 'factor')}"
         return ""
 
-    def fusion(self) -> tuple[bool, str]:
+    def fusion(self: Any) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         why = self._why_peft(names) or why_not_plain(self.base_layer)
         return not why, why
+
+
+class FastPeftLinear(_FastForward, PeftLinear):
+    """PEFT's LoRA linear with a fused forward."""
+
+
+# PEFT's layers over quantised linears: module and class. Their base layer is called as it is.
+_QUANTISED = (
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+)
+
+
+@functools.cache
+def _fast_class(peft_class: type) -> type | None:
+    """Returns the patched counterpart of one of PEFT's layer classes, or None if it has none."""
+    if peft_class is PeftLinear:
+        return FastPeftLinear
+    if (peft_class.__module__, peft_class.__name__) not in _QUANTISED:
+        return None
+    # Importable under its name, so that patched models can be pickled: see __getattr__.
+    return type(f"Fast{peft_class.__name__}", (_FastForward, peft_class), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    for module, class_name in _QUANTISED:
+        if name == f"Fast{class_name}":
+            return _fast_class(getattr(importlib.import_module(module), class_name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Arguments of PEFT's variants and mixed batches, which the base layer does not take.
@@ -67,15 +102,16 @@ class FastPeftLoraModel(PeftLoraModel):
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Makes PEFT's own LoRA linear a `FastPeftLinear`; leaves any other module."""
-    if type(module) is PeftLinear:
-        module.__class__ = FastPeftLinear
+    """Gives a LoRA layer of PEFT's its patched class, if there is one; leaves any other module."""
+    fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+    if fast is not None:
+        module.__class__ = fast
 
 
 def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
-    if type(module) is FastPeftLinear:
-        module.__class__ = PeftLinear  # type: ignore[assignment]  # mypy took the narrowed type
+    if isinstance(module, _FastForward):
+        module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
         module.__dict__.pop("_scaling_tensors", None)
 
 
@@ -101,9 +137,9 @@ def unpatch_model(model: nn.Module) -> None:
 
 def layer_fusion(module: nn.Module) -> tuple[bool, str] | None:
     """Returns ``(fused, why not)`` for a LoRA layer of PEFT's, or None for any other module."""
-    if isinstance(module, FastPeftLinear):
+    if isinstance(module, _FastForward):
         return module.fusion()
-    if type(module) is PeftLinear:
+    if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above
         return False, "PEFT's own layer; fastlora.patch(model) fuses it"
     if isinstance(module, PeftLoraLayer):
         return False, f"PEFT's {type(module).__name__} layer, left to PEFT"

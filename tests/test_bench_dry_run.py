@@ -1,0 +1,312 @@
+"""The benchmark without a GPU: the whole flow on tiny shapes, and its rules one by one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "gpu.sh"
+CPU = torch.device("cpu")
+
+# What stands in for Python in the tests of the script: it notes its arguments and plays its part.
+STUB = """#!{python}
+import json, os, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(json.dumps([arguments, os.environ.get("PYTHONPATH", "")]) + "\\n")
+plan = json.loads({plan!r})
+text, code = "", 0
+if arguments[0] == "-":
+    text = plan.get("probe", "16 1 some-card")
+elif arguments[:2] == ["-m", "pytest"]:
+    text, code = plan.get("pytest", ["3 passed in 0.1s", 0])
+elif arguments[:2] == ["-m", "pip"]:
+    code = plan.get("pip", 0)
+elif arguments[0].endswith("linear.py"):
+    codes = plan.get("linear", [0])
+    code = codes[min(open({log!r}).read().count("linear.py"), len(codes)) - 1]
+print(text)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of ``bench/``, which import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import contenders
+    import harness
+    import linear
+    import shapes
+
+    class Modules:
+        pass
+
+    for module in (contenders, harness, linear, shapes):
+        setattr(Modules, module.__name__, module)
+    return Modules
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _by_contender(rows: list[dict[str, str]], layer: str, mode: str) -> dict[str, dict[str, str]]:
+    return {r["contender"]: r for r in rows if r["layer"] == layer and r["mode"] == mode}
+
+
+def test_dry_run(tmp_path: Path, bench: Any) -> None:
+    result = subprocess.run(
+        ["bash", str(SCRIPT), "--dry-run", "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all green" in result.stdout
+    assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"results.csv", "interpreted.csv", "tests.txt", "machine.txt", "log.txt"}
+
+    rows = _rows(tmp_path / "out" / "results.csv")
+    assert tuple(rows[0]) == bench.harness.COLUMNS
+    assert [row["contender"] for row in rows if row["mode"] == "roof"] == ["copy", "matmul"]
+    forward = {contender.name for contender in bench.contenders.FORWARD}
+    for layer in ("a", "b"):
+        assert set(_by_contender(rows, layer, "forward")) == forward
+    train = {contender.name for contender in bench.contenders.TRAIN}
+    assert set(_by_contender(rows, "a", "train")) == train
+
+    interpreted = _rows(tmp_path / "out" / "interpreted.csv")
+    variants = {contender.name for contender in bench.contenders.FUSED_VARIANTS}
+    assert set(_by_contender(interpreted, "a", "forward")) == forward | variants
+    assert {row["impl"] for row in interpreted} == {"triton", "torch"}
+    assert {row["impl"] for row in rows} == {"eager", "torch"}
+
+    for row in rows + interpreted:
+        # "ok" says that the numbers were right: only then is a contender timed.
+        assert (row["status"], row["tests"]) == ("ok", "pass")
+        assert row["torch"] == torch.__version__
+        times = [float(row[name]) for name in ("p20_us", "median_us", "p80_us")]
+        assert times == sorted(times)
+        assert all(math.isfinite(value) and value > 0 for value in times)
+        if row["mode"] != "roof":
+            ratio = float(row["median_us"]) / float(row["floor_us"])
+            assert float(row["ratio_to_floor"]) == pytest.approx(ratio, rel=0.05)
+            assert float(row["ratio_to_base"]) > 0
+
+
+# ------------------------------------------------------------------------------- the script's rules
+
+
+def _stubbed(
+    tmp_path: Path, plan: dict[str, Any], *arguments: str
+) -> tuple[subprocess.CompletedProcess[str], list[Any]]:
+    stub, log = tmp_path / "python-stub", tmp_path / "calls"
+    stub.write_text(STUB.format(python=sys.executable, log=str(log), plan=json.dumps(plan)))
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    result = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return result, calls
+
+
+def _measurements(calls: list[Any]) -> list[list[str]]:
+    return [arguments[1:] for arguments, _ in calls if arguments[0].endswith("linear.py")]
+
+
+def test_green_on_a_gpu(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {})
+    assert result.returncode == 0, result.stdout + result.stderr
+    (arguments,) = _measurements(calls)
+    assert arguments[arguments.index("--tests") + 1] == "pass"
+    assert arguments[arguments.index("--device") + 1] == "cuda"
+    assert float(arguments[arguments.index("--seconds") + 1]) > 300
+    pytest_call = next(arguments for arguments, _ in calls if arguments[:2] == ["-m", "pytest"])
+    assert pytest_call[-3:] == ["tests/kernels", "-n", "8"]
+
+
+@pytest.mark.parametrize("outcome", [["1 failed, 9 passed in 1s", 1], ["7 skipped in 1s", 0]])
+def test_red_or_empty_tests_mark_the_rows_and_the_exit_code(
+    tmp_path: Path, outcome: list[Any]
+) -> None:
+    result, calls = _stubbed(tmp_path, {"pytest": outcome})
+    assert result.returncode == 1
+    assert "FAILED: tests" in result.stdout
+    (arguments,) = _measurements(calls)
+    assert arguments[arguments.index("--tests") + 1] == "fail"
+
+
+def test_a_crash_is_resumed_and_wrong_numbers_are_not(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"linear": [139, 75, 3]})
+    assert result.returncode == 1
+    assert "FAILED: benchmark" in result.stdout
+    assert ["--resume" in arguments for arguments in _measurements(calls)] == [False, True, True]
+
+
+def test_without_pip_the_checkout_is_imported(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"pip": 1})
+    assert result.returncode == 0, result.stdout
+    last_path = calls[-1][1].split(os.pathsep)
+    assert last_path[0] == str(ROOT)
+
+
+def test_no_gpu_and_bad_arguments_are_refused(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"probe": "2 0 none"})
+    assert (result.returncode, len(calls)) == (2, 1)
+    assert "torch sees no GPU" in result.stderr
+    for arguments in (("--fast",), ("--seconds", "0"), ("--seconds",), ("--tests", "nowhere")):
+        result, _ = _stubbed(tmp_path, {}, *arguments)
+        assert result.returncode == 2
+        assert arguments[0] in result.stderr
+
+
+# ------------------------------------------------------------------------------ the harness's rules
+
+
+@pytest.mark.parametrize("bad", [lambda y: y * 1.01, torch.empty_like, lambda y: y[:, :1] * y])
+def test_wrong_results_are_caught(bench: Any, bad: Any) -> None:
+    point = bench.shapes.tiny_points()[0]
+    problem = bench.contenders.Problem.random(point, torch.float32, CPU, "eager")
+    contenders = bench.contenders.FORWARD
+    checker = bench.harness.Checker(point, problem, contenders)
+    assert [checker.fault(contender) for contender in contenders] == [""] * len(contenders)
+    fused = next(contender for contender in contenders if contender.name == "fused")
+    broken = replace(fused, run=lambda p: tuple(bad(y) for y in fused.run(p)))
+    assert checker.fault(broken).startswith("wrong: result 0")
+
+
+def _main(bench: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
+    fixed = f"--out {out} --tests pass --device cpu --dtype float32 --impl eager --dry-run"
+    monkeypatch.setattr(sys, "argv", ["linear.py", *fixed.split(), *arguments])
+    return bench.linear.main()
+
+
+def test_the_deadline_skips_and_says_so(
+    bench: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _main(bench, monkeypatch, tmp_path / "r.csv", "--seconds", "0") == 0
+    assert "deadline: 3 of 3 points skipped" in capsys.readouterr().out
+    assert {row["mode"] for row in _rows(tmp_path / "r.csv")} == {"roof"}
+
+
+def test_a_run_resumes_without_what_crashed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.csv"
+    assert _main(bench, monkeypatch, out, "--max-points", "1") == 0
+    assert not out.with_suffix(".current").exists()
+    first = _rows(out)
+    crashed = bench.shapes.tiny_points()[1]
+    out.with_suffix(".current").write_text(json.dumps([*crashed, "fused"]))
+    assert _main(bench, monkeypatch, out, "--resume") == bench.linear.WRONG
+    rows = _rows(out)
+    assert rows[: len(first)] == first
+    keys = [(row["mode"], row["layer"], row["contender"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {c.name for c in bench.contenders.FORWARD} == set(_by_contender(rows, "b", "forward"))
+    bad = [row for row in rows if row["status"] != "ok"]
+    assert [(row["layer"], row["contender"]) for row in bad] == [("b", "fused")]
+    assert "crashed or hung" in bad[0]["status"]
+    assert bad[0]["median_us"] == ""
+
+
+def test_replays_take_turns_and_give_the_time_of_a_call(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]  # milliseconds of a GPU that does one thing after the other
+    replayed: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    class Graph:
+        def __init__(self, name: str, milliseconds: float) -> None:
+            self.name, self.milliseconds = name, milliseconds
+
+        def replay(self) -> None:
+            replayed.append(self.name)
+            clock[0] += self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graphs = {"base": Graph("base", 2.0), "fused": Graph("fused", 3.0), "slow": Graph("slow", 75.0)}
+    times = bench.harness._replay(graphs, calls=4)
+    # 80 ms a round: as many rounds as fit, none of them the first.
+    rounds = int(bench.harness.POINT_US / 80e3)
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(graphs, rounds)
+    assert times["base"] == pytest.approx([500.0] * rounds)
+    assert times["slow"] == pytest.approx([18750.0] * rounds)
+    firsts = [replayed[index + 1] for index in range(0, len(replayed), 4)]  # behind the filler
+    assert set(firsts) == set(graphs)
+
+
+def test_calls_are_whole_turns_through_the_sets(bench: Any) -> None:
+    assert bench.harness.count_calls(2, 1300.0) == 2
+    assert bench.harness.count_calls(50, 4.0) == 500
+    assert bench.harness.count_calls(128, 1.0) == 512
+    for sets in (2, 3, 7, 48, 128):
+        assert bench.harness.count_calls(sets, 5.0) % sets == 0
+
+
+def test_floors(bench: Any) -> None:
+    roofs = bench.shapes.Roofs(bytes_per_s=1e12, flop_per_s=1e15)
+    decode = bench.shapes.Point("forward", "", "", 1, 4096, 4096, 16)
+    assert bench.shapes.floor_us("base", decode, 2, roofs) == pytest.approx(33.57, rel=1e-3)
+    # 2 * 16 * 8192 bytes of factors and 64 of s more, at a byte a picosecond
+    more = bench.shapes.floor_us("full", decode, 2, roofs) - 33.570816
+    assert more == pytest.approx(0.262208, rel=1e-3)
+    prefill = decode._replace(m=8192)
+    assert bench.shapes.floor_us("base", prefill, 2, roofs) == pytest.approx(274.88, rel=1e-3)
+    assert bench.shapes.floor_us("full", prefill, 2, roofs) == pytest.approx(274.88, rel=1e-3)
+    train = prefill._replace(mode="train")
+    assert bench.shapes.floor_us("train", train, 2, roofs) == pytest.approx(549.76, rel=1e-3)
+
+
+def test_points_are_distinct_and_cover_the_grid(bench: Any) -> None:
+    points = bench.shapes.all_points()
+    assert len(set(points)) == len(points)
+    forward = [point for point in points if point.mode == "forward"]
+    assert {point.m for point in forward} == {1, 16, 64, 2048, 8192}
+    assert {point.r for point in forward} == {16, 64}
+    layers = {(point.model, point.k, point.n) for point in forward}
+    assert {(k, n) for model, k, n in layers if model == "Llama-3.1-8B"} == {
+        (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096),
+    }  # fmt: skip
+    assert {(k, n) for model, k, n in layers if model == "Qwen3-0.6B"} == {
+        (1024, 2048), (2048, 1024), (1024, 1024), (1024, 3072), (3072, 1024),
+    }  # fmt: skip
+    assert len(forward) == 9 * 5 * 2
