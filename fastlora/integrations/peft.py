@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 
-from fastlora.layers.compute import lora_added_forward, lora_forward
+from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
 
 
@@ -44,11 +44,7 @@ class _FastForward:
         for name in names:
             if name in self.lora_variant:
                 return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-            for factor in (self.lora_A[name], self.lora_B[name]):
-                why = why_not_plain(factor)
-                if why:
-                    return f"adapter {name!r}: {why.replace('base', 'factor')}"
-        return ""
+        return why_not_fused(self, names)
 
     def fusion(self: Any) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""

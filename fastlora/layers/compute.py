@@ -9,9 +9,48 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastlora import functional
+
+
+def why_not_fused(layer: Any, names: list[str]) -> str:
+    """Returns why adapters cannot run as bare tensors, or an empty string.
+
+    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
+    libraries live there.
+    """
+    for name in names:
+        for module in (layer.lora_A[name], layer.lora_B[name]):
+            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+                return f"adapter {name!r} has a factor that is not a plain linear"
+            if _is_hooked(module):
+                return f"adapter {name!r} has hooks on a factor"
+        dropout = layer.lora_dropout[name]
+        if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
+            return f"adapter {name!r} has its own dropout module, or hooks on it"
+    return ""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Adds adapters by calling their modules one by one, as PEFT does."""
+    for name in names:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        inner = x.to(down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        update = up(down(layer.lora_dropout[name](inner))) * layer.scaling[name]
+        y = (y + update).to(y.dtype)
+    return y
 
 
 class _Branch(NamedTuple):
@@ -55,7 +94,8 @@ def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch
         known, tensor = cached
         if known == value and tensor.device == x.device and tensor.dtype == dtype:
             return tensor
-    tensor = torch.full((), value, dtype=dtype, device=x.device)
+    with torch.inference_mode(False):  # it will be saved for a backward one day
+        tensor = torch.full((), value, dtype=dtype, device=x.device)
     if type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
         cache[name] = (value, tensor)
     return tensor
@@ -96,6 +136,8 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
+    if why_not_fused(layer, names):
+        return _called(layer, F.linear(x, weight, bias), x, names)
     first, *others = _branches(layer, x, names)
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
     if lora_bias is not None:
@@ -108,6 +150,8 @@ def lora_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
+    if why_not_fused(layer, names):
+        return _called(layer, y, x, names)
     return _add(y, x, _branches(layer, x, names), impl, inplace)
 
 

@@ -10,6 +10,14 @@ from torch import nn
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
+def check_copyable(module: nn.Module) -> None:
+    """Raises `UnsupportedLayerError` for a container without a forward."""
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+        raise UnsupportedLayerError(
+            f"modules_to_save needs modules that can be called, got {type(module).__name__}"
+        )
+
+
 class ModulesToSaveWrapper(nn.Module):
     """Runs the active adapter's copy of a module, or the original where no adapter is active.
 
@@ -24,12 +32,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
-        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-        if isinstance(original_module, containers):
-            raise UnsupportedLayerError(
-                f"modules_to_save needs modules that can be called, got "
-                f"{type(original_module).__name__}"
-            )
+        check_copyable(original_module)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.training = original_module.training
@@ -39,8 +42,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add_adapter(self, adapter_name: str) -> None:
         """Copies the original module for an adapter."""
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
-        self._activate(self._active_adapters)
+        module = copy.deepcopy(self.original_module)
+        self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drops an adapter's copy."""
