@@ -166,7 +166,8 @@ def linear(
         x = x.to(dtype)
     elif weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    if lora_a.device != x.device or lora_b.device != x.device:
+    device = x.device
+    if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
@@ -196,7 +197,8 @@ def add(
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    if lora_a.device != x.device or lora_b.device != x.device:
+    device = x.device
+    if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None

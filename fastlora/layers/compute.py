@@ -22,11 +22,8 @@ def why_not_fused(layer: Any, names: list[str]) -> str:
     libraries live there.
     """
     for name in names:
-        for module in (layer.lora_A[name], layer.lora_B[name]):
-            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
-                return f"adapter {name!r} has a factor that is not a plain linear"
-            if _is_hooked(module):
-                return f"adapter {name!r} has hooks on a factor"
+        if _plain_weight(layer.lora_A[name]) is None or _plain_weight(layer.lora_B[name]) is None:
+            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
         dropout = layer.lora_dropout[name]
         if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
             return f"adapter {name!r} has its own dropout module, or hooks on it"
@@ -41,6 +38,14 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """Returns the weight of a linear that nothing has hooked into, else None."""
+    if type(module) is not nn.Linear or _is_hooked(module):
+        return None
+    weight = module._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter else None
 
 
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -71,39 +76,50 @@ class _Branch(NamedTuple):
     dropout_p: float
 
 
-def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch:
-    """Returns one adapter's branch."""
-    up, dropout, scaling = layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
-    lora_bias = up.bias
+def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch | None:
+    """Returns one adapter's branch, or None where its modules must be called."""
+    # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
+    modules = layer._modules
+    up = modules["lora_B"]._modules[name]
+    lora_a, lora_b = _plain_weight(modules["lora_A"]._modules[name]), _plain_weight(up)
+    dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
+        return None
+    if lora_a is None or lora_b is None or _is_hooked(dropout):
+        return None
+    scaling = layer.scaling[name]
+    lora_bias = up._parameters["bias"]
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
-    # PEFT has an Identity where there is no dropout.
-    dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-    rows = _scaling_tensor(layer, name, scaling, x)
-    return _Branch(layer.lora_A[name].weight, up.weight, rows, lora_bias, dropout_p)
+    return _Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
 
 
 def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
-        return value.to(device=x.device, dtype=dtype).reshape(())
+        return value.to(device=device, dtype=dtype).reshape(())
     cache = layer.__dict__.setdefault("_scaling_tensors", {})
     cached = cache.get(name)
-    if cached is not None:
-        known, tensor = cached
-        if known == value and tensor.device == x.device and tensor.dtype == dtype:
-            return tensor
+    if cached is not None and cached[:3] == (value, device, dtype):
+        return cached[3]
     with torch.inference_mode(False):  # it will be saved for a backward one day
-        tensor = torch.full((), value, dtype=dtype, device=x.device)
+        tensor = torch.full((), value, dtype=dtype, device=device)
     if type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
-        cache[name] = (value, tensor)
+        cache[name] = (value, device, dtype, tensor)
     return tensor
 
 
-def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch]:
-    """Returns the active adapters as few branches: one, unless dropout masks x for each alone."""
-    branches = [_branch(layer, name, x) for name in names]
+def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch] | None:
+    """Returns the active adapters as few branches: one, unless dropout masks x for each alone.
+
+    None where the modules of one of them must be called.
+    """
+    branches = [branch for name in names if (branch := _branch(layer, name, x)) is not None]
+    if len(branches) != len(names):
+        return None
     if len(branches) == 1 or any(branch.dropout_p for branch in branches):
         return branches
     biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
@@ -136,9 +152,10 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    if why_not_fused(layer, names):
+    branches = _branches(layer, x, names)
+    if branches is None:
         return _called(layer, F.linear(x, weight, bias), x, names)
-    first, *others = _branches(layer, x, names)
+    first, *others = branches
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
     if lora_bias is not None:
         bias = lora_bias if bias is None else bias + lora_bias
@@ -150,9 +167,10 @@ def lora_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
-    if why_not_fused(layer, names):
+    branches = _branches(layer, x, names)
+    if branches is None:
         return _called(layer, y, x, names)
-    return _add(y, x, _branches(layer, x, names), impl, inplace)
+    return _add(y, x, branches, impl, inplace)
 
 
 def _add(
