@@ -17,7 +17,7 @@ from fastlora.measure import paired_ratio, peak_step_bytes, torch_threads
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
 MAX_RATIO = 1.02
-ROUNDS = 7
+ROUNDS = 5
 # A median above the bound is measured again, since noise goes both ways; a slow path stays slow.
 ATTEMPTS = 3
 
@@ -38,12 +38,12 @@ def test_forward_and_step_against_peft(
     theirs = peft.get_peft_model(
         fresh_smollm2(dtype), peft.LoraConfig(**config), autocast_adapter_dtype=fp32_adapters
     )
-    ids = torch.randint(0, 49_000, (2, 64))
+    ids = torch.randint(0, 49_000, (2, 128))
 
     def forward(model: Any) -> Callable[[], object]:
         def call() -> None:
             with torch.no_grad():
-                model(input_ids=ids, logits_to_keep=1)
+                model(input_ids=ids)
 
         return call
 

@@ -117,9 +117,12 @@ def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch] | 
 
     None where the modules of one of them must be called.
     """
-    branches = [branch for name in names if (branch := _branch(layer, name, x)) is not None]
-    if len(branches) != len(names):
-        return None
+    branches = []
+    for name in names:
+        branch = _branch(layer, name, x)
+        if branch is None:
+            return None
+        branches.append(branch)
     if len(branches) == 1 or any(branch.dropout_p for branch in branches):
         return branches
     biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
