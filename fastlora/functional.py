@@ -132,7 +132,7 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
     return scaling.to(dtype).reshape(() if scaling.numel() == 1 else (-1,))
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def autocast(x: torch.Tensor) -> torch.Tensor:
     """Returns x in the autocast dtype where autocast is on."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
@@ -155,7 +155,7 @@ def linear(
 
     ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x).
     """
-    cast = _autocast(x)
+    cast = autocast(x)
     if cast is x and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     impl = ops.resolve_impl(impl, cast)
@@ -183,7 +183,7 @@ def add(
     inplace: bool = False,
 ) -> torch.Tensor:
     """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
-    x = _autocast(x)
+    x = autocast(x)
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)

@@ -138,6 +138,13 @@ def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
     return (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
 
 
+def routed_modules(model: nn.Module) -> Iterator[LoraLayer | ModulesToSaveWrapper]:
+    """Yields, in the model's order, every module whose adapters a mixed batch chooses by row."""
+    for module in model.modules():
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            yield module
+
+
 def set_trainable(model: nn.Module, active: list[str], configs: dict[str, LoraConfig]) -> None:
     """Freezes the base model, all but the biases that the active adapters' configs train."""
     inside = tuple(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora import functional
+from fastlora import functional, mixed
+from fastlora.routing import Routing, RowRouting, layer_seed
 
 
 class _Branch(NamedTuple):
@@ -120,3 +121,66 @@ def _add(
             y = y + lora_bias.to(y.dtype)
         inplace = True
     return y
+
+
+def mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+) -> torch.Tensor:
+    """Runs a plain linear base layer, each row with its own adapter.
+
+    Args:
+        layer: Holds the adapters; rows whose adapter it lacks are base rows.
+        x: ``[..., K]``.
+        weight: Base weight ``[N, K]``.
+        bias: Base bias ``[N]`` or None.
+        routing: The batch's.
+        projection: The layer's number in its model, which makes its dropout its own.
+    """
+    x = functional.autocast(x)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if _wants_grad(x, weight, bias, *factors):
+        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
+    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+
+
+def mixed_added_forward(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, projection: int
+) -> torch.Tensor:
+    """Adds each row's own adapter to the output ``y`` of a base layer called as it is."""
+    x = functional.autocast(x)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if not shares:
+        return y
+    if _wants_grad(y, x, *factors):
+        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+    return mixed.forward_add(y, x, rows, shares, factors)[0]
+
+
+def _shares(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
+    """Returns what each adapter with rows here contributes, and all their factors in turn."""
+    shares: list[mixed.Share] = []
+    factors: list[torch.Tensor] = []
+    for segment in rows.segments:
+        name = routing.names[segment.slot]
+        if name not in layer.lora_A:
+            continue
+        up, dropout = layer.lora_B[name], layer.lora_dropout[name]
+        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        seed = layer_seed(routing.seeds[segment.slot], projection) if dropout_p else None
+        scaling = _scaling_tensor(layer, name, layer.scaling[name], x)
+        shares.append(mixed.Share(segment, scaling, seed, dropout_p))
+        factors += [layer.lora_A[name].weight, up.weight, up.bias]
+    return shares, tuple(factors)
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
