@@ -78,8 +78,6 @@ class Bench:
             for name, timing in (("copy", copy), ("matmul", gemm)):
                 row = {"mode": "roof", "contender": name, "impl": "torch", "status": "ok"}
                 row["dtype"] = "float32" if name == "copy" else str(self.dtype).split(".")[1]
-                    "float32" if name == "copy" or self.device.type == "cpu" else "bfloat16"
-                )
                 row["copy_gb_s"] = f"{roofs.bytes_per_s / 1e9:.1f}"
                 row["matmul_tflop_s"] = f"{roofs.flop_per_s / 1e12:.2f}"
                 self.file.write(row | _times(timing))
@@ -151,7 +149,7 @@ class Bench:
             row = {
                 "contender": contender.name,
                 "impl": self.impl if contender.ours else "torch",
-                "floor_us": f"{floor:.3f}",
+                "floor_us": f"{floor:.5g}",
                 "status": "ok",
             }
             if isinstance(result, Timing):

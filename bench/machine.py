@@ -55,7 +55,7 @@ def commit(checkout: Path) -> str:
             subprocess.run([*git, *args], capture_output=True, text=True, timeout=20, check=True)
             for args in (
                 ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "--", "fastlora", "kernels", "bench"),
+                ("status", "--porcelain", "--", "fastlora", "kernels", "bench", ":!bench/results"),
             )
         )
         if not changes.stdout.strip():

@@ -18,6 +18,7 @@ from shapes import Point, all_points, distinct_problems, tiny_points
 
 MAX_PROCESSES = 16
 BYTES_A_PROCESS = 4 * 2**30  # a context, the operands of the largest point, and its results
+MAX_SHOWN = 10
 
 
 def compile_point(point: Point, device: str, impl: str) -> str:
@@ -67,7 +68,8 @@ def main() -> int:
                 fault = f"{type(error).__name__}: {error}"
             if fault:
                 failures += 1
-                print(f"{futures[future]}: {fault}", flush=True)
+                if failures <= MAX_SHOWN:
+                    print(f"{futures[future]}: {fault}", flush=True)
     seconds = time.monotonic() - start
     print(f"{len(points)} problems in {workers} processes, {seconds:.0f} s, {failures} failed")
     return 0

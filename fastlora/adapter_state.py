@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,73 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
 def _base_weight_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
     weight = _base_weight(model, name)
     return None if weight is None else tuple(weight.shape)
+
+
+def collect(
+    lora_model: Any,
+    adapter_name: str,
+    source: dict[str, torch.Tensor],
+    save_embedding_layers: bool | str,
+) -> dict[str, torch.Tensor]:
+    """Returns an adapter's tensors by file key.
+
+    Args:
+        lora_model: The model.
+        adapter_name: Whose.
+        source: Tensors by their names in the model's ``state_dict()``.
+        save_embedding_layers: See `LoraModel.save_pretrained`.
+
+    Raises:
+        CheckpointError: ``source`` lacks one (trained biases may be absent).
+    """
+    tensors = {}
+    for disk, key in key_map(lora_model, adapter_name).items():
+        if key in source:
+            tensors[disk] = source[key]
+        elif not disk.endswith("bias") or ".lora_B." in disk:
+            raise CheckpointError(f"state_dict has no {key!r}, a tensor of {adapter_name!r}")
+    model, config = lora_model.get_base_model(), lora_model.peft_config[adapter_name]
+    embeddings = _embeddings(model)
+    save = save_embedding_layers
+    if save == "auto":
+        targeted = any(isinstance(module, LoraLayer) for module in embeddings.values())
+        save = targeted or _is_resized(model, config)
+        if save:
+            warnings.warn(
+                "the base model's embeddings are saved along: one is a target, or resized",
+                stacklevel=4,
+            )
+    if save:
+        for name, module in embeddings.items():
+            if isinstance(module, ModulesToSaveWrapper):
+                continue  # its copy is saved
+            inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
+            weight = _base_weight(model, name)
+            if weight is not None:
+                tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
+    return tensors
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Input and output embedding of a transformers model, by name."""
+    found = [
+        getattr(model, method)()
+        for method in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, method)
+    ]
+    return {
+        name: module for name, module in model.named_modules() if any(module is f for f in found)
+    }
+
+
+def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether the vocabulary is not that of the base model's folder, where there is one."""
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not config.base_model_name_or_path or not path.is_file() or size is None:
+        return False
+    original = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", size)
+    return bool(original != size)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, `
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +140,20 @@ def _backward_lora(
     return dx, d_lora_a, d_lora_b
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Any:
+    """A backward computes in the dtypes of its forward, whatever surrounds it."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: torch.Tensor) -> Any:
+        device_type = grad.device.type
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return backward(ctx, grad)
+        return backward(ctx, grad)
+
+    return run
+
+
 class LoraLinear(torch.autograd.Function):
     """``y = x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
@@ -175,6 +191,7 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
@@ -222,6 +239,7 @@ class LoraAdd(torch.autograd.Function):
         return result
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad

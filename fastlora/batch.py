@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastlora import inject, recompute
+from fastlora import recompute
 from fastlora.routing import make_routing, routed
 from fastlora.validation import AdapterStateError
 
@@ -41,17 +41,15 @@ def adapters(
         AdapterStateError: An adapter is merged.
         ValueError, TypeError: ``ids`` is not as described.
     """
-    base = model.get_base_model()
-    layers = {}
-    for number, module in enumerate(inject.routed_modules(base)):
+    tuner = model.base_model
+    for module in tuner.routed:
         merged = getattr(module, "merged_adapters", None)
         if merged:
             raise AdapterStateError(
                 f"adapters {merged} are merged into the base weights, which every row shares; "
                 "call unmerge_adapter() first"
             )
-        layers[id(module)] = number
-    routing = make_routing(layers, list(model.peft_config), ids, seeds)
+    routing = make_routing(tuner.group, list(model.peft_config), ids, seeds)
     if torch.is_grad_enabled():
         recompute.keep_routing()
     with routed(routing):

@@ -70,7 +70,7 @@ def validate(config: LoraConfig) -> None:
             raise ConfigError(f"{name} must be True or False, got {getattr(config, name)!r}")
     check_rank(config.r)
     _check_number("lora_alpha", config.lora_alpha)
-    config.lora_dropout = check_dropout(config.lora_dropout)
+    config.lora_dropout = check_dropout("lora_dropout", config.lora_dropout)
     _validate_init(config)
     _validate_names(config)
     _validate_layers(config)

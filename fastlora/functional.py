@@ -48,7 +48,7 @@ def lora_linear(
         TypeError: A tensor is not floating point, or weight's dtype is not x's.
         ImplementationError: ``impl="triton"`` cannot run here.
     """
-    dropout_p = check_dropout(dropout_p)
+    dropout_p = check_dropout("dropout_p", dropout_p)
     if plan not in ops.PLANS:
         raise ValueError(f"plan must be one of {', '.join(ops.PLANS)}, got {plan!r}")
     _check_factors(x, lora_a, lora_b)
@@ -95,7 +95,7 @@ def lora_add(
         TypeError: A tensor is not floating point.
         ImplementationError: ``impl="triton"`` cannot run here.
     """
-    dropout_p = check_dropout(dropout_p)
+    dropout_p = check_dropout("dropout_p", dropout_p)
     _check_factors(x, lora_a, lora_b)
     check_floating("y", y)
     check_shape("y", y, (*x.shape[:-1], lora_b.shape[0]))
@@ -122,7 +122,11 @@ def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) 
 def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(scaling, torch.Tensor):
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+            raise TypeError(f"scaling is {scaling!r}, expected a number or a tensor")
         return torch.full((), float(scaling), dtype=dtype, device=x.device)
+    if scaling.requires_grad:
+        raise ValueError("scaling requires a gradient, which is not computed; detach it")
     if scaling.numel() not in (1, rank) or scaling.dim() > 1:
         raise ValueError(
             f"scaling has shape {tuple(scaling.shape)}, expected 1 number or one per rank row "
@@ -132,12 +136,14 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
     return scaling.to(dtype).reshape(() if scaling.numel() == 1 else (-1,))
 
 
-def autocast(x: torch.Tensor) -> torch.Tensor:
-    """Returns x in the autocast dtype where autocast is on."""
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Returns the dtype to compute in where autocast is on for x, else None."""
     device_type = x.device.type
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return None
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def linear(
@@ -155,12 +161,17 @@ def linear(
 
     ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x).
     """
-    cast = autocast(x)
-    if cast is x and weight.dtype != x.dtype:
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    elif weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    impl = ops.resolve_impl(impl, cast)
-    seed = ops.draw_seed(cast, impl) if dropout_p > 0.0 else None
-    args = (cast, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
+    device = x.device
+    if lora_a.device != device or lora_b.device != device:
+        check_same_device(x, lora_a=lora_a, lora_b=lora_b)
+    impl = ops.resolve_impl(impl, x)
+    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_a.requires_grad
@@ -183,7 +194,12 @@ def add(
     inplace: bool = False,
 ) -> torch.Tensor:
     """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
-    x = autocast(x)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    device = x.device
+    if lora_a.device != device or lora_b.device != device:
+        check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import nn
 from fastlora.config import LoraConfig
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.linear import why_not_plain
+from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.wrapped import linear_features
 from fastlora.targets import find_modules_to_save, find_targets
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
-
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,25 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 f"target module {name!r} is a {type(module).__name__}; fastlora adapts linear "
                 "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
             )
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+            raise UnsupportedLayerError(
+                f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
+                "reads its weight and never calls it"
+            )
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            warnings.warn(
+                f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
+                "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
+                stacklevel=4,
+            )
+    for name in plan.modules_to_save:
+        module = model.get_submodule(name)
+        check_copyable(module)
+        if any(isinstance(inner, LoraLayer) for inner in module.modules()):
+            raise UnsupportedLayerError(
+                f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
+            )
     return plan
 
 
@@ -64,6 +82,7 @@ def add_adapter(
         autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
     """
     replaced: list[tuple[str, nn.Module]] = []
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for name in plan.targets:
             module = model.get_submodule(name)
@@ -85,6 +104,8 @@ def add_adapter(
         delete_adapter(model, adapter_name)
         for name, module in replaced:
             _set_submodule(model, name, module)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
 
 
@@ -108,7 +129,7 @@ def _add_to_layer(
     )
     if autocast:
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-            if factor.weight.dtype in _HALF_DTYPES:
+            if all(p.itemsize < torch.float32.itemsize for p in factor.parameters()):
                 factor.to(torch.float32)
 
 
@@ -138,21 +159,20 @@ def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
     return (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
 
 
-def routed_modules(model: nn.Module) -> Iterator[LoraLayer | ModulesToSaveWrapper]:
-    """Yields, in the model's order, every module whose adapters a mixed batch chooses by row."""
-    for module in model.modules():
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-            yield module
+def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Returns name and module of all whose adapters a mixed batch chooses by row."""
+    kinds = (LoraLayer, ModulesToSaveWrapper)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def set_trainable(model: nn.Module, active: list[str], configs: dict[str, LoraConfig]) -> None:
-    """Freezes the base model, all but the biases that the active adapters' configs train."""
+def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
+    """Freezes the base model, all but the biases that a config trains; leaves adapters alone."""
     inside = tuple(
         f"{name}.{part}."
         for name, module in model.named_modules()
         for part in _adapter_parts(module)
     )
-    modes = {configs[name].bias for name in active if not configs[name].inference_mode}
+    modes = {config.bias for config in configs if not config.inference_mode}
     targets = {
         id(bias)
         for layer in lora_layers(model)
@@ -182,7 +202,8 @@ def unload(
 ) -> nn.Module:
     """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
 
-    Every check comes first, so a refused merge changes nothing.
+    A module of ``modules_to_save`` becomes the active adapter's copy. Every check comes first, so a
+    refused merge changes nothing.
 
     Raises:
         AdapterStateError: A merge is refused; see `LoraLayer.merge`.
@@ -195,8 +216,9 @@ def unload(
             layer.check_merge(safe_merge, names)
     for name, layer in _progress(layers, progressbar, "Merging" if merge else "Unloading"):
         if merge:
-            _untie(model, name, layer)
-            layer.merge(adapter_names=present(layer, adapter_names), keep_base=False)
+            names = present(layer, adapter_names)
+            _untie(model, name, layer, names)
+            layer.merge(adapter_names=names, keep_base=False)
             layer._unmerged = None
         elif layer.merged:
             layer.unmerge()
@@ -204,11 +226,27 @@ def unload(
         _set_submodule(model, name, base)
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     for name, wrapper in wrappers:
-        _set_submodule(model, name, wrapper.current())
+        current = wrapper.current()
+        tied = getattr(wrapper.original_module, "weight", None)
+        if current is not wrapper.original_module and _is_used(model, tied, wrapper):
+            _declare_untied(model)
+        _set_submodule(model, name, current)
     return model
 
 
+def _is_used(model: nn.Module, weight: object, wrapper: nn.Module) -> bool:
+    """Whether a module outside ``wrapper`` holds this very parameter."""
+    inside = {id(module) for module in wrapper.modules()}
+    return weight is not None and any(
+        parameter is weight
+        for module in model.modules()
+        if id(module) not in inside
+        for parameter in module._parameters.values()
+    )
+
+
 def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | None:
+    """Returns those of the names that a layer has; None, for the active ones, stays None."""
     if adapter_names is None:
         return None
     return [name for name in adapter_names if name in layer.lora_A]
@@ -224,10 +262,10 @@ def shared_with(model: nn.Module, layer: LoraLayer) -> str | None:
     return None
 
 
-def _untie(model: nn.Module, name: str, layer: LoraLayer) -> None:
+def _untie(model: nn.Module, name: str, layer: LoraLayer, names: list[str] | None) -> None:
     """Gives a layer its own weight before a merge that would also change, say, the embedding."""
     other = shared_with(model, layer)
-    if other is None or not layer.check_merge():
+    if other is None or not layer.check_merge(adapter_names=names):
         return
     base: Any = layer.get_base_layer()
     base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
@@ -235,6 +273,10 @@ def _untie(model: nn.Module, name: str, layer: LoraLayer) -> None:
         f"{name} shared its weight with {other}; it has its own now, with the adapter merged in",
         stacklevel=3,
     )
+    _declare_untied(model)
+
+
+def _declare_untied(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False

@@ -64,7 +64,8 @@ def forward_linear(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns y ``[..., N]`` and each share's s, without recording a graph.
 
-    ``factors`` holds ``lora_a, lora_b, lora_bias`` of each share in turn; lora_bias may be None.
+    ``factors`` holds ``lora_a, lora_b, lora_bias`` of each share in turn; lora_bias is scaled and
+    may be None.
     """
     flat = _in_order(x.reshape(-1, x.shape[-1]), rows)
     y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -102,7 +103,7 @@ def _add_shares(
         s = reference.lora_shrink(share.dropped(share.rows_of(x)), lora_a)
         reference.lora_expand_(part, s, lora_b, share.scaling)
         if lora_bias is not None:
-            part += (lora_bias * share.scaling).to(y.dtype)
+            part += lora_bias.to(y.dtype)
         shrunk.append(s)
     return shrunk
 
@@ -207,7 +208,7 @@ def _backward_shares(
             scaled = (s * share.scaling).to(rows.dtype)
             d_lora_b = (rows.t() @ scaled).to(lora_b.dtype)
         if needs_bias:
-            d_lora_bias = rows.sum(0).to(lora_bias.dtype).mul_(share.scaling)
+            d_lora_bias = rows.sum(0).to(lora_bias.dtype)
         if needs_a or dx is not None:
             ds = (rows @ lora_b.to(rows.dtype)).mul_(share.scaling)
             if needs_a:

@@ -1,9 +1,9 @@
 """Activation checkpoints in mixed batches: a recomputed forward has the routing of the first.
 
 A checkpoint runs a function again in the backward, when the block that set the routing has closed
-and maybe in another thread. So what `torch.utils.checkpoint` keeps to run again is the function with
-its routing, for either kind of checkpoint and whoever calls it (transformers, accelerate, a user).
-torch has no hook for this: the two names that its `checkpoint` looks up at each call are replaced.
+and maybe in another thread. So what `torch.utils.checkpoint` keeps to run again is the function
+with its routing, for either kind of checkpoint and whoever calls it (transformers, a user). torch
+has no hook for this: the two names that its `checkpoint` looks up at each call are replaced.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def keep_routing() -> None:
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return other(_with_routing(function), *args, **kwargs)
 
-    torch_checkpoint.CheckpointFunction = CheckpointFunction  # type: ignore[misc]  # on purpose
-    torch_checkpoint._checkpoint_without_reentrant_generator = generator
+    module: Any = torch_checkpoint
+    module.CheckpointFunction = CheckpointFunction
+    module._checkpoint_without_reentrant_generator = generator
 
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:

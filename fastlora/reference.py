@@ -36,9 +36,12 @@ def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
     """Adds ``(scaling * s) @ lora_b.T`` to ``y [M, N]`` in place and returns it."""
+    if y.dtype == torch.float16:
+        # scaling * s can leave fp16's range where the product does not.
+        scaled_b = (lora_b.float() * scaling).to(y.dtype)
+        return y.addmm_(s.to(y.dtype), scaled_b.t())
     # A scaling without dimensions leaves s in its dtype; one per rank row is fp32.
-    scaled = (s * scaling).to(y.dtype)
-    return y.addmm_(scaled, lora_b.to(y.dtype).t())
+    return y.addmm_((s * scaling).to(y.dtype), lora_b.to(y.dtype).t())
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

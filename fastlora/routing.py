@@ -1,8 +1,8 @@
 """Which adapter each row of a forward uses: one immutable object for the whole model.
 
-Inside ``with fastlora.adapters(model, ids):`` every LoRA layer of the model takes its rows' adapters
-from a `Routing` that this module keeps for each thread. Layers see rows in any shape: ids are per
-sample or per token, and a layer with M rows and B ids gives each id M / B rows in sequence.
+Inside ``with fastlora.adapters(model, ids):`` every LoRA layer of the model takes its rows'
+adapters from a `Routing` that this module keeps for each thread. Layers see rows in any shape: ids
+are per sample or per token, and a layer with M rows and B ids gives each id M / B rows in sequence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,10 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Group:
+    """What the layers of one model have in common, and other models' do not."""
+
+
 @dataclass(frozen=True, eq=False)
 class RowRouting:
     """A routing spread over the M rows of one layer's input.
@@ -62,13 +66,13 @@ class Routing:
     """Adapters of a batch.
 
     Attributes:
-        layers: Number of each layer that takes part, by ``id``; others ignore the routing.
+        group: The layers that take part; others ignore the routing.
         names: Adapter of each slot.
         ids: Slot of each sample or token, ``[B]`` int64 on the CPU; -1 for none.
         seeds: Dropout seed of each slot, for this forward.
     """
 
-    layers: Mapping[int, int]
+    group: Group
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: tuple[int, ...]
@@ -121,7 +125,7 @@ def layer_seed(seed: int, projection: int) -> torch.Tensor:
 
 
 def make_routing(
-    layers: Mapping[int, int],
+    group: Group,
     known: Sequence[str],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None = None,
@@ -129,7 +133,7 @@ def make_routing(
     """Checks ids and makes a routing.
 
     Args:
-        layers: Number of each layer that takes part, by ``id``.
+        group: The layers that take part.
         known: Names of the model's adapters; an id given as a number is an index into them.
         ids: A name or None (or ``"__base__"``) for each sample; or an int tensor of slots, one for
             each sample or token, -1 for none.
@@ -174,7 +178,7 @@ def make_routing(
     drawn = torch.randint(0, 2**_SEED_BITS, (len(names),)).tolist() if names else []
     given = seeds or {}
     chosen = tuple(given.get(n, d) for n, d in zip(names, drawn, strict=True))
-    return Routing(layers, names, numbers, chosen)
+    return Routing(group, names, numbers, chosen)
 
 
 # ------------------------------------------------------------------------- the routing in force
@@ -187,13 +191,12 @@ def current_routing() -> Routing | None:
     return getattr(_thread, "routing", None)
 
 
-def routing_of(layer: object) -> tuple[Routing, int] | None:
-    """Returns the routing in force for a layer, and the layer's number in it; or None."""
+def routing_of(layer: Any) -> tuple[Routing, int] | None:
+    """Returns the routing in force for a layer, and the layer's number; or None."""
     routing = getattr(_thread, "routing", None)
-    if routing is None:
+    if routing is None or layer.routed_by is not routing.group:
         return None
-    number = routing.layers.get(id(layer))
-    return None if number is None else (routing, number)
+    return routing, layer.routed_as
 
 
 @contextlib.contextmanager

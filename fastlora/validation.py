@@ -57,10 +57,10 @@ def check_rank(r: object) -> int:
     return r
 
 
-def check_dropout(p: object) -> float:
+def check_dropout(name: str, p: object) -> float:
     """Returns ``p`` as a float if it lies in [0, 1), else raises `ConfigError`."""
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
-        raise ConfigError(f"lora_dropout must be a number in [0, 1), got {p!r}")
+        raise ConfigError(f"{name} must be a number in [0, 1), got {p!r}")
     return float(p)
 
 

@@ -1,7 +1,7 @@
 """The tables behind `fastlora.kernels.configs`: tiles by arch family and kind of arithmetic.
 
 A kind is "half" (fp16 and bf16), or one of fp32's two precisions, "tf32" and "ieee". Rows run from
-the widest tile to the narrowest; ``blocks_r`` lists the BLOCK_R at which the tile's kernel spills no
+the widest tile to the narrowest; ``blocks_r`` lists the BLOCK_R at which the tile spills no
 register (the ahead-of-time test holds every row to that).
 """
 
@@ -108,9 +108,9 @@ LINEAR: dict[str, LinearTable] = {
             LinearTile(128, 128, 64, 8, 4, _R16_64),
             LinearTile(64, 128, 128, 4, 4, _R16_64),
             LinearTile(64, 64, 128, 4, 4, _R16_128),
-            LinearTile(32, 64, 128, 4, 4, _R16_128),
+            LinearTile(32, 64, 128, 4, 4, _R16_64),
             LinearTile(32, 32, 128, 4, 5, _R16_128),
-            LinearTile(16, 64, 256, 4, 4, _R16_128),
+            LinearTile(16, 64, 128, 4, 5, _R16_128),
             LinearTile(16, 32, 256, 4, 4, _R16_128),
             LinearTile(16, 16, 256, 4, 5, _R16_128),
         ),
@@ -122,9 +122,9 @@ LINEAR: dict[str, LinearTable] = {
             LinearTile(128, 256, 64, 8, 3, _R16_64),
             LinearTile(128, 128, 64, 8, 4, _R16_64),
             LinearTile(64, 64, 128, 4, 4, _R16_128),
-            LinearTile(32, 64, 128, 4, 4, _R16_128),
+            LinearTile(32, 64, 128, 4, 4, _R16_64),
             LinearTile(32, 32, 128, 4, 5, _R16_128),
-            LinearTile(16, 64, 256, 4, 4, _R16_128),
+            LinearTile(16, 64, 128, 4, 5, _R16_128),
             LinearTile(16, 32, 256, 4, 4, _R16_128),
             LinearTile(16, 16, 256, 4, 5, _R16_128),
         ),

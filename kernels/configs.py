@@ -84,6 +84,15 @@ class Chip(NamedTuple):
         return _SHARED_LIMITS[self.family]
 
     @property
+    def max_registers(self) -> int | None:
+        """Registers a thread may use; None on AMD, where the compiler has no such option.
+
+        Left alone, ptxas stores a register or two to memory to reach the next step of occupancy
+        (triton 3.9: 8 or 16 bytes in 12 of 580 kernels; in none once the limit is said).
+        """
+        return None if self.family.startswith("gfx") else 255
+
+    @property
     def has_pdl(self) -> bool:
         """Whether a kernel may be launched as a programmatic dependent of the one before."""
         return self.arch in _PDL_ARCHS
@@ -106,56 +115,63 @@ def _gpu(index: int) -> Chip:
     return Chip(arch, properties.multi_processor_count)
 
 
-@dataclass(frozen=True)
-class ShrinkConfig:
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """What every kernel's config has: the options that Triton takes beside the arguments."""
+
+    num_warps: int
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """The keyword arguments of a launch that are no kernel arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig(KernelConfig):
     """How `launch_lora_shrink` and `launch_lora_shrink_reduce` run."""
 
     block_m: int
     block_k: int
     block_r: int
-    num_warps: int
-    num_stages: int
     splits: int = 1
-    reduce_block_m: int = 16
     launch_dependents: bool = False
     input_precision: str = "ieee"
 
 
-@dataclass(frozen=True)
-class LinearConfig:
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(KernelConfig):
     """How `launch_lora_linear` runs."""
 
     block_m: int
     block_n: int
     block_k: int
     block_r: int
-    num_warps: int
-    num_stages: int
     group_m: int = 8
     input_precision: str = "ieee"
 
 
-@dataclass(frozen=True)
-class ExpandConfig:
+@dataclass(frozen=True, kw_only=True)
+class ExpandConfig(KernelConfig):
     """How `launch_lora_expand` runs."""
 
     block_m: int
     block_n: int
     block_r: int
-    num_warps: int
     input_precision: str = "ieee"
 
 
-@dataclass(frozen=True)
-class DropoutConfig:
+@dataclass(frozen=True, kw_only=True)
+class DropoutConfig(KernelConfig):
     """How `launch_lora_dropout` runs."""
 
     block_m: int
     block_k: int
-    num_warps: int
-
-
-Config = ShrinkConfig | LinearConfig | ExpandConfig | DropoutConfig
 
 
 class Shipped(NamedTuple):
@@ -167,6 +183,11 @@ class Shipped(NamedTuple):
     config: ShrinkConfig | LinearConfig | ExpandConfig | DropoutConfig
 
 
+# Each choice is a pure function of its arguments, asked for on every launch.
+_remembered = functools.lru_cache(maxsize=4096)
+
+
+@_remembered
 def shrink_config(
     chip: Chip, m: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> ShrinkConfig:
@@ -190,6 +211,7 @@ def shrink_config(
     return _shrink(chip, kind, tile, _block_r(r, tile.blocks_r), splits)
 
 
+@_remembered
 def linear_config(
     chip: Chip, m: int, n: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> LinearConfig:
@@ -201,9 +223,10 @@ def linear_config(
         LINEAR[chip.family][kind],
         lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
     )
-    return _linear(kind, tile, _chunk_r(r, tile.blocks_r))
+    return _linear(chip, kind, tile, _chunk_r(r, tile.blocks_r))
 
 
+@_remembered
 def expand_config(
     chip: Chip, m: int, n: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> ExpandConfig:
@@ -215,7 +238,7 @@ def expand_config(
         EXPAND[chip.family][kind],
         lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
     )
-    return _expand(kind, tile, _chunk_r(r, tile.blocks_r))
+    return _expand(chip, kind, tile, _chunk_r(r, tile.blocks_r))
 
 
 def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
@@ -237,7 +260,7 @@ def is_valid(chip: Chip, config: ShrinkConfig | LinearConfig | ExpandConfig, wid
         sides.append(config.block_n)
     else:
         sides.append(config.block_k)
-        # AMD's pipeliner and Ampere's keep the stage in use in registers.
+        # At least: Ampere and AMD keep the stage in use in registers, Hopper does not.
         stages = max(config.num_stages - 1, 1)
         per_column = rows * width
         if isinstance(config, LinearConfig):
@@ -257,17 +280,18 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
     serves as the chunk of larger ranks comes with such a rank.
     """
     family = chip.family
-    for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)):
-        for shrink in SHRINK[family].get(kind, ()):
+    for kind in LINEAR[family]:
+        dtype = torch.bfloat16 if kind == "half" else torch.float32
+        for shrink in SHRINK[family][kind]:
             for r in shrink.blocks_r:
                 config = _shrink(chip, kind, shrink, r, MAX_SPLITS)
                 yield Shipped("lora_shrink", dtype, r, config)
-        for linear in LINEAR[family].get(kind, ()):
+        for linear in LINEAR[family][kind]:
             for block_r, r in _hardest_ranks(linear.blocks_r):
-                yield Shipped("lora_linear", dtype, r, _linear(kind, linear, block_r))
-        for expand in EXPAND[family].get(kind, ()):
+                yield Shipped("lora_linear", dtype, r, _linear(chip, kind, linear, block_r))
+        for expand in EXPAND[family][kind]:
             for block_r, r in _hardest_ranks(expand.blocks_r):
-                yield Shipped("lora_expand", dtype, r, _expand(kind, expand, block_r))
+                yield Shipped("lora_expand", dtype, r, _expand(chip, kind, expand, block_r))
     for dtype in (torch.bfloat16, torch.float32):
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
 
@@ -306,6 +330,7 @@ def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) 
         block_k=tile.block_k,
         block_r=block_r,
         num_warps=tile.num_warps,
+        max_registers=chip.max_registers,
         num_stages=tile.num_stages,
         splits=splits,
         launch_dependents=chip.has_pdl,
@@ -313,24 +338,26 @@ def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) 
     )
 
 
-def _linear(kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
+def _linear(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
     return LinearConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
         block_k=tile.block_k,
         block_r=block_r,
         num_warps=tile.num_warps,
+        max_registers=chip.max_registers,
         num_stages=tile.num_stages,
         input_precision="tf32" if kind == "tf32" else "ieee",
     )
 
 
-def _expand(kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
+def _expand(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
     return ExpandConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
         block_r=block_r,
         num_warps=tile.num_warps,
+        max_registers=chip.max_registers,
         input_precision="tf32" if kind == "tf32" else "ieee",
     )
 

@@ -13,7 +13,8 @@ from fastlora.kernels.configs import DropoutConfig
 from fastlora.kernels.philox import philox_keep_mask
 
 
-@triton.jit
+# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_dropout_kernel(
     # tensors
     out_ptr,
@@ -90,5 +91,5 @@ def launch_lora_dropout(
         stride_xk=x.stride(1),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
+        **config.launch_options,
     )

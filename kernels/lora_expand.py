@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import ExpandConfig
-from fastlora.kernels.rank_rows import add_rank_rows, load_rank_columns, load_shrunk
+from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk
 
 
-@triton.jit
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M"])
 def _lora_expand_kernel(
     # tensors
     y_ptr,
@@ -63,34 +64,35 @@ def _lora_expand_kernel(
     s_ptr += first_m * stride_sm
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-        b, scale = load_rank_columns(
+        b = load_rank_columns(
             lora_b_ptr,
             scaling_ptr,
-            0,
-            start,
-            R,
-            mask_n,
-            stride_bn,
-            stride_br,
-            stride_scaling,
-            dtype,
-            BLOCK_N,
-            BLOCK_R,
+            first_row=0,
+            start=start,
+            rank=R,
+            mask_n=mask_n,
+            stride_bn=stride_bn,
+            stride_br=stride_br,
+            stride_scaling=stride_scaling,
+            dtype=dtype,
+            BLOCK_N=BLOCK_N,
+            BLOCK_R=BLOCK_R,
         )
         s = load_shrunk(
             s_ptr,
-            start,
-            R,
-            mask_m,
-            0,
-            stride_sm,
-            stride_sr,
-            dtype,
-            BLOCK_M,
-            BLOCK_R,
+            start=start,
+            rank=R,
+            mask_m=mask_m,
+            stride_sp=0,
+            stride_sm=stride_sm,
+            stride_sr=stride_sr,
+            dtype=dtype,
+            BLOCK_M=BLOCK_M,
+            BLOCK_R=BLOCK_R,
             PLANES=1,
         )
-        acc = add_rank_rows(acc, s, scale, b, INPUT_PRECISION)
+        # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -136,5 +138,5 @@ def launch_lora_expand(
         BLOCK_R=config.block_r,
         ONE_RANK_CHUNK=r <= config.block_r,
         INPUT_PRECISION=config.input_precision,
-        num_warps=config.num_warps,
+        **config.launch_options,
     )

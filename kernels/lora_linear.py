@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import LinearConfig
-from fastlora.kernels.rank_rows import add_rank_rows, load_rank_columns, load_shrunk
+from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk
 
 
 @triton.jit
@@ -31,7 +31,8 @@ def _grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
     return first_m + pid_in_group % group_m, pid_in_group // group_m
 
 
-@triton.jit
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M"])
 def _lora_linear_kernel(
     # tensors
     y_ptr,
@@ -92,19 +93,19 @@ def _lora_linear_kernel(
 
     # The factor's first columns do not depend on the shrink: their latency hides behind the K loop.
     lora_b_ptr += first_n * stride_bn
-    b, scale = load_rank_columns(
+    b = load_rank_columns(
         lora_b_ptr,
         scaling_ptr,
-        0,
-        0,
-        R,
-        mask_n,
-        stride_bn,
-        stride_br,
-        stride_scaling,
-        dtype,
-        BLOCK_N,
-        BLOCK_R,
+        first_row=0,
+        start=0,
+        rank=R,
+        mask_n=mask_n,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
+        stride_scaling=stride_scaling,
+        dtype=dtype,
+        BLOCK_N=BLOCK_N,
+        BLOCK_R=BLOCK_R,
     )
     if HAS_BIAS:
         # bias: [BLOCK_N]
@@ -138,37 +139,38 @@ def _lora_linear_kernel(
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
         s = load_shrunk(
             s_ptr,
-            start,
-            R,
-            mask_m,
-            stride_sp,
-            stride_sm,
-            stride_sr,
-            dtype,
-            BLOCK_M,
-            BLOCK_R,
-            PLANES,
+            start=start,
+            rank=R,
+            mask_m=mask_m,
+            stride_sp=stride_sp,
+            stride_sm=stride_sm,
+            stride_sr=stride_sr,
+            dtype=dtype,
+            BLOCK_M=BLOCK_M,
+            BLOCK_R=BLOCK_R,
+            PLANES=PLANES,
         )
         if STORE_S:  # noqa: SIM102 - this one is decided at compile time
             if pid_n == 0:
                 offs_r = start + tl.arange(0, BLOCK_R)
                 mask_s = mask_m[:, None] & (offs_r < R)[None, :]
                 tl.store(s_out_ptr + s_out_offs + offs_r[None, :] * stride_or, s, mask=mask_s)
-        acc = add_rank_rows(acc, s, scale, b, INPUT_PRECISION)
+        # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
         if not ONE_RANK_CHUNK:
-            b, scale = load_rank_columns(
+            b = load_rank_columns(
                 lora_b_ptr,
                 scaling_ptr,
-                0,
-                start + BLOCK_R,
-                R,
-                mask_n,
-                stride_bn,
-                stride_br,
-                stride_scaling,
-                dtype,
-                BLOCK_N,
-                BLOCK_R,
+                first_row=0,
+                start=start + BLOCK_R,
+                rank=R,
+                mask_n=mask_n,
+                stride_bn=stride_bn,
+                stride_br=stride_br,
+                stride_scaling=stride_scaling,
+                dtype=dtype,
+                BLOCK_N=BLOCK_N,
+                BLOCK_R=BLOCK_R,
             )
 
     if HAS_BIAS:
@@ -256,7 +258,6 @@ def launch_lora_linear(
         STORE_S=s_out is not None,
         PDL=pdl,
         INPUT_PRECISION=config.input_precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options,
         **({"launch_pdl": True} if pdl else {}),
     )

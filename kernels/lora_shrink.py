@@ -17,8 +17,11 @@ from fastlora.kernels.configs import ShrinkConfig
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_shrunk
 
+_REDUCE_BLOCK_M = 16
 
-@triton.jit
+
+# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_shrink_kernel(
     # tensors
     out_ptr,
@@ -101,7 +104,7 @@ def _lora_shrink_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_shrink_reduce_kernel(
     # tensors
     s_ptr,
@@ -199,8 +202,7 @@ def launch_lora_shrink(
         HAS_DROPOUT=dropout_p > 0.0,
         LAUNCH_DEPENDENTS=config.launch_dependents,
         INPUT_PRECISION=config.input_precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options,
     )
 
 
@@ -217,7 +219,7 @@ def launch_lora_shrink_reduce(
     splits, m, r = planes.shape
     if m == 0:
         return
-    grid = (triton.cdiv(m, config.reduce_block_m) * triton.cdiv(r, config.block_r),)
+    grid = (triton.cdiv(m, _REDUCE_BLOCK_M) * triton.cdiv(r, config.block_r),)
     _lora_shrink_reduce_kernel[grid](
         s_ptr=s,
         planes_ptr=planes,
@@ -228,7 +230,7 @@ def launch_lora_shrink_reduce(
         stride_pp=planes.stride(0),
         stride_pm=planes.stride(1),
         stride_pr=planes.stride(2),
-        BLOCK_M=config.reduce_block_m,
+        BLOCK_M=_REDUCE_BLOCK_M,
         BLOCK_R=config.block_r,
         PLANES=splits,
         num_warps=4,

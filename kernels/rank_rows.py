@@ -26,9 +26,11 @@ def load_rank_columns(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Returns the adapter's columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
+    """Returns ``scaling * lora_b`` for the adapter's columns ``start`` to ``start + BLOCK_R``.
 
-    ``lora_b_ptr`` points at the tile's first output row. Columns past ``rank`` are zeros.
+    ``lora_b_ptr`` points at the tile's first output row. Columns past ``rank`` are zeros. The
+    scaling goes into lora_b, not into s: it waits for no shrink, fp32 masters are rounded once, and
+    fp16 s stays in range.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = start + tl.arange(0, BLOCK_R)
@@ -38,10 +40,10 @@ def load_rank_columns(
         lora_b_ptr + offs_n[None, :] * stride_bn + (first_row + offs_r)[:, None] * stride_br,
         mask=mask_r[:, None] & mask_n[None, :],
         other=0.0,
-    ).to(dtype)
+    )
     # scale: [BLOCK_R]
     scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
-    return b, scale
+    return (b.to(tl.float32) * scale[:, None]).to(dtype)
 
 
 @triton.jit
@@ -73,11 +75,3 @@ def load_shrunk(
         # s: [BLOCK_M, BLOCK_R]
         s += tl.load(s_ptrs + tl.cast(plane, tl.int64) * stride_sp, mask=mask, other=0.0)
     return s.to(dtype)
-
-
-@triton.jit
-def add_rank_rows(acc, s, scale, b, INPUT_PRECISION: tl.constexpr):
-    """Returns ``acc + (scale * s) @ b``: ``[BLOCK_M, BLOCK_N]``, the scale folded into s."""
-    scaled = (s.to(tl.float32) * scale[None, :]).to(s.dtype)
-    # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-    return tl.dot(scaled, b, acc, input_precision=INPUT_PRECISION)

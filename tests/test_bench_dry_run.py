@@ -50,11 +50,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     import harness
     import linear
     import shapes
+    import summary
 
     class Modules:
         pass
 
-    for module in (contenders, harness, linear, shapes):
+    for module in (contenders, harness, linear, shapes, summary):
         setattr(Modules, module.__name__, module)
     return Modules
 
@@ -80,6 +81,9 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all green" in result.stdout
+    assert "3 problems in 1 processes" in result.stdout
+    assert " 0 failed" in result.stdout
+    assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"results.csv", "interpreted.csv", "tests.txt", "machine.txt", "log.txt"}
@@ -237,6 +241,40 @@ def test_a_run_resumes_without_what_crashed(
     assert bad[0]["median_us"] == ""
 
 
+def test_fused_variants_launch_without_their_feature(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastlora import ops
+    from fastlora.kernels import configs, lora_linear, lora_shrink
+
+    seen: dict[str, Any] = {}
+    chip = configs.Chip("sm_90", 132)
+    monkeypatch.setattr(configs, "chip_of", lambda device: chip)
+    monkeypatch.setattr(ops, "resolve_impl", lambda impl, x: "triton")
+    monkeypatch.setattr(
+        lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)
+    )
+    monkeypatch.setattr(
+        lora_linear, "launch_lora_linear", lambda *_, pdl, **__: seen.update(pdl=pdl)
+    )
+    bench.contenders._without.cache_clear()
+    point = bench.shapes.Point("forward", "", "", 1, 4096, 64, 16)
+    problem = bench.contenders.Problem.random(point, torch.bfloat16, CPU, "triton")
+    runs = {c.name: c.run for c in (*bench.contenders.FORWARD, *bench.contenders.FUSED_VARIANTS)}
+    features = {}
+    for name in ("fused", "fused_no_pdl", "fused_no_split_k"):
+        runs[name](problem)
+        config = seen["shrink"]
+        features[name] = (seen["pdl"], config.launch_dependents, config.splits > 1)
+    bench.contenders._without.cache_clear()
+    assert features == {
+        "fused": (True, True, True),
+        "fused_no_pdl": (False, False, True),
+        "fused_no_split_k": (True, True, False),
+    }
+
+
 def test_replays_take_turns_and_give_the_time_of_a_call(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +332,42 @@ def test_floors(bench: Any) -> None:
     assert bench.shapes.floor_us("full", prefill, 2, roofs) == pytest.approx(274.88, rel=1e-3)
     train = prefill._replace(mode="train")
     assert bench.shapes.floor_us("train", train, 2, roofs) == pytest.approx(549.76, rel=1e-3)
+
+
+def test_summary_and_plot(
+    bench: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = {"mode": "forward", "model": "tiny", "M": "1", "r": "4", "card": "C", "tests": "pass"}
+    common |= {"K": "8", "N": "8", "commit": "abc", "dtype": "float32", "torch": "2", "triton": "3"}
+    rows = [
+        {"layer": "a", "contender": "base", "ratio_to_base": "1.0", "status": "ok"},
+        {"layer": "a", "contender": "fused", "ratio_to_base": "2.0", "status": "ok"},
+        {"layer": "a", "contender": "peft", "ratio_to_base": "3.0", "status": "ok"},
+        {"layer": "b", "contender": "base", "ratio_to_base": "1.0", "status": "ok"},
+        {"layer": "b", "contender": "fused", "ratio_to_base": "8.0", "status": "ok"},
+        {"layer": "b", "contender": "peft", "ratio_to_base": "", "status": "wrong: far off"},
+    ]
+    path = tmp_path / "results.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, bench.harness.COLUMNS)
+        writer.writeheader()
+        writer.writerows({**common, **row} for row in rows)
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(path)])
+    assert bench.summary.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["forward", "r", "M", "shapes", "fused", "peft"]
+    assert lines[2].split() == ["tiny", "4", "1", "2", "4.00", "3.00*"]
+    assert "forward tiny b M=1 r=4 peft: wrong: far off" in lines
+
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    import plot
+
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
+    assert plot.main() == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_points_are_distinct_and_cover_the_grid(bench: Any) -> None:

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 
-from fastlora.layers.compute import lora_added_forward, lora_forward
+from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
 
 
@@ -30,7 +30,8 @@ class _FastForward:
         """As the forward of PEFT's layer."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
-        if mixed or self.disable_adapters or self.merged or not names or self._why_peft(names):
+        variant = any(name in self.lora_variant for name in names)
+        if mixed or self.disable_adapters or self.merged or not names or variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
         base = self.base_layer
         if not args and not kwargs and not why_not_plain(base):
@@ -39,21 +40,13 @@ class _FastForward:
         y = base(x, *args, **kwargs)
         return lora_added_forward(self, y, x, names, "auto", inplace=False)
 
-    def _why_peft(self: Any, names: list[str]) -> str:
-        """Returns why adapters must run in PEFT's forward, or an empty string."""
-        for name in names:
-            if name in self.lora_variant:
-                return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-            for factor in (self.lora_A[name], self.lora_B[name]):
-                why = why_not_plain(factor)
-                if why:
-                    return f"adapter {name!r}: {why.replace('base', 'factor')}"
-        return ""
-
     def fusion(self: Any) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        why = self._why_peft(names) or why_not_plain(self.base_layer)
+        for name in names:
+            if name in self.lora_variant:
+                return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+        why = why_not_fused(self, names) or why_not_plain(self.base_layer)
         return not why, why
 
 

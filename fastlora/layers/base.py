@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.routing import Group
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -52,8 +53,13 @@ class LoraLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapters: list[str] = []
         self._disabled = False
-        # (weight, bias) as they were before the first merge, only while merged.
+        # The model's group of layers, and this one's number, once it is in a model.
+        self.routed_by: Group | None = None
+        self.routed_as = 0
+        # (weight, bias) as they were before the first merge, only while merged, and the versions
+        # of the parameters behind the last one.
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._merged_versions: tuple[int, ...] = ()
 
     # ------------------------------------------------------------------ what subclasses provide
 
@@ -121,8 +127,12 @@ class LoraLayer(nn.Module):
             raise ConfigError(
                 f"adapter_name must be a non-empty string without dots, got {adapter_name!r}"
             )
+        if hasattr(nn.ModuleDict, adapter_name):
+            raise ConfigError(f"adapter_name cannot be {adapter_name!r}, a method of nn.ModuleDict")
         check_rank(r)
-        check_dropout(lora_dropout)
+        check_dropout("lora_dropout", lora_dropout)
+        if not math.isfinite(lora_alpha):
+            raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)
@@ -138,7 +148,8 @@ class LoraLayer(nn.Module):
         self.lora_dropout[adapter_name] = dropout.train(self.training)
         self.lora_A[adapter_name] = lora_a.train(self.training)
         self.lora_B[adapter_name] = lora_b.train(self.training)
-        self._set_trainable(self._active_adapters)
+        for factor in (lora_a, lora_b):
+            factor.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -193,11 +204,26 @@ class LoraLayer(nn.Module):
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
         self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
 
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters."""
+        for name in self._active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters, or sets it back to what the config gives."""
+        for name in self._active_adapters:
+            if name in self.scaling:
+                if scale is None:
+                    self.set_scale(name, 1.0)
+                else:
+                    self.scaling[name] /= scale
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the layer is its base layer; a merge is undone and done again."""
         merged, kept = list(self.merged_adapters), self._unmerged is not None
-        was_disabled = self._disabled
+        active, was_disabled = self._active_adapters, self._disabled
         if merged:
             self.unmerge()
         self._disabled = True
@@ -205,7 +231,8 @@ class LoraLayer(nn.Module):
             yield
         finally:
             self._disabled = was_disabled
-            if merged:
+            # Where other adapters were set active meanwhile, these are to act.
+            if merged and self._active_adapters == active:
                 self.merge(adapter_names=merged, keep_base=kept)
 
     def _acting(self) -> list[str]:
@@ -249,6 +276,7 @@ class LoraLayer(nn.Module):
         for name in names:
             self._add_delta(weight.t() if transposed else weight, bias, name, 1.0)
         self.merged_adapters.extend(names)
+        self._merged_versions = _versions(weight, bias)
 
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -258,7 +286,11 @@ class LoraLayer(nn.Module):
         if adapter_names is not None:
             for name in names:
                 self._check_known(name)
-        names = [n for n in names if n in self.lora_A and n not in self.merged_adapters]
+        names = [
+            name
+            for name in dict.fromkeys(names)
+            if name in self.lora_A and name not in self.merged_adapters
+        ]
         if not names:
             return []
         weight, bias, transposed = self._mergeable()
@@ -279,11 +311,15 @@ class LoraLayer(nn.Module):
         return names
 
     def unmerge(self) -> None:
-        """Takes every merged adapter out of the base weight again (exactly, with ``keep_base``)."""
+        """Takes every merged adapter out of the base weight again.
+
+        Exactly, with ``keep_base``; unless the weight or bias was written to while merged (a loaded
+        state, a trained bias): then the update is subtracted, so that what was written stays.
+        """
         if not self.merged:
             return
         weight, bias, transposed = self._mergeable()
-        if self._unmerged is not None:
+        if self._unmerged is not None and _versions(weight, bias) == self._merged_versions:
             _restore(weight, bias, self._unmerged)
         else:
             for name in reversed(self.merged_adapters):
@@ -340,16 +376,27 @@ class LoraLayer(nn.Module):
     def _factor_like(self) -> torch.Tensor | None:
         """A tensor whose device and dtype new factors take, or None for torch's defaults."""
         for parameter in self.get_base_layer().parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.itemsize >= 2:  # fp8 cannot train
                 return parameter
         return None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
         if self._unmerged is not None:
+            unwritten = _versions(*self._mergeable()[:2]) == self._merged_versions
             weight, bias = self._unmerged
             self._unmerged = (fn(weight), None if bias is None else fn(bias))
+            super()._apply(fn, recurse)
+            if unwritten:
+                self._merged_versions = _versions(*self._mergeable()[:2])
+            return self
+        super()._apply(fn, recurse)
         return self
+
+
+def _versions(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
+    """How often each tensor was written in place (inference tensors are not counted: 0)."""
+    tensors = [weight] if bias is None else [weight, bias]
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def _all_finite(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

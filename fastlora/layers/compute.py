@@ -9,10 +9,55 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastlora import functional, mixed
 from fastlora.routing import Routing, RowRouting, layer_seed
+from fastlora.validation import UnsupportedLayerError
+
+
+def why_not_fused(layer: Any, names: list[str]) -> str:
+    """Returns why adapters cannot run as bare tensors, or an empty string.
+
+    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
+    libraries live there.
+    """
+    for name in names:
+        if _plain_weight(layer.lora_A[name]) is None or _plain_weight(layer.lora_B[name]) is None:
+            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
+        dropout = layer.lora_dropout[name]
+        if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
+            return f"adapter {name!r} has its own dropout module, or hooks on it"
+    return ""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """Returns the weight of a linear that nothing has hooked into, else None."""
+    if type(module) is not nn.Linear or _is_hooked(module):
+        return None
+    weight = module._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter else None
+
+
+def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Adds adapters by calling their modules one by one, as PEFT does."""
+    for name in names:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        inner = x.to(down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        update = up(down(layer.lora_dropout[name](inner))) * layer.scaling[name]
+        y = (y + update).to(y.dtype)
+    return y
 
 
 class _Branch(NamedTuple):
@@ -33,38 +78,50 @@ class _Branch(NamedTuple):
     dropout_p: float
 
 
-def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch:
-    """Returns one adapter's branch."""
-    up, dropout, scaling = layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
-    lora_bias = up.bias
+def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch | None:
+    """Returns one adapter's branch, or None where its modules must be called."""
+    # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
+    modules = layer._modules
+    up = modules["lora_B"]._modules[name]
+    lora_a, lora_b = _plain_weight(modules["lora_A"]._modules[name]), _plain_weight(up)
+    dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
+        return None
+    if lora_a is None or lora_b is None or _is_hooked(dropout):
+        return None
+    scaling = layer.scaling[name]
+    lora_bias = up._parameters["bias"]
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
-    # PEFT has an Identity where there is no dropout.
-    dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-    rows = _scaling_tensor(layer, name, scaling, x)
-    return _Branch(layer.lora_A[name].weight, up.weight, rows, lora_bias, dropout_p)
+    return _Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
 
 
 def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
-        return value.to(device=x.device, dtype=dtype).reshape(())
+        return value.to(device=device, dtype=dtype).reshape(())
     cache = layer.__dict__.setdefault("_scaling_tensors", {})
     cached = cache.get(name)
-    if cached is not None:
-        known, tensor = cached
-        if known == value and tensor.device == x.device and tensor.dtype == dtype:
-            return tensor
-    tensor = torch.full((), value, dtype=dtype, device=x.device)
+    if cached is not None and cached[:3] == (value, device, dtype):
+        return cached[3]
+    with torch.inference_mode(False):  # it will be saved for a backward one day
+        tensor = torch.full((), value, dtype=dtype, device=device)
     if type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
-        cache[name] = (value, tensor)
+        cache[name] = (value, device, dtype, tensor)
     return tensor
 
 
-def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch]:
-    """Returns the active adapters as few branches: one, unless dropout masks x for each alone."""
-    branches = [_branch(layer, name, x) for name in names]
+def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch] | None:
+    """Returns the active adapters as few branches: one, unless dropout masks x for each alone.
+
+    None where the modules of one of them must be called.
+    """
+    branches = [branch for name in names if (branch := _branch(layer, name, x)) is not None]
+    if len(branches) != len(names):
+        return None
     if len(branches) == 1 or any(branch.dropout_p for branch in branches):
         return branches
     biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
@@ -97,7 +154,10 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    first, *others = _branches(layer, x, names)
+    branches = _branches(layer, x, names)
+    if branches is None:
+        return _called(layer, F.linear(x, weight, bias), x, names)
+    first, *others = branches
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
     if lora_bias is not None:
         bias = lora_bias if bias is None else bias + lora_bias
@@ -109,7 +169,10 @@ def lora_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
-    return _add(y, x, _branches(layer, x, names), impl, inplace)
+    branches = _branches(layer, x, names)
+    if branches is None:
+        return _called(layer, y, x, names)
+    return _add(y, x, branches, impl, inplace)
 
 
 def _add(
@@ -141,7 +204,11 @@ def mixed_forward(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
     """
-    x = functional.autocast(x)
+    dtype = functional.autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    elif weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if _wants_grad(x, weight, bias, *factors):
@@ -153,7 +220,7 @@ def mixed_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, projection: int
 ) -> torch.Tensor:
     """Adds each row's own adapter to the output ``y`` of a base layer called as it is."""
-    x = functional.autocast(x)
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if not shares:
@@ -168,18 +235,22 @@ def _shares(
 ) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
     """Returns what each adapter with rows here contributes, and all their factors in turn."""
     shares: list[mixed.Share] = []
-    factors: list[torch.Tensor] = []
+    factors: list[torch.Tensor | None] = []
+    present = layer._modules["lora_A"]._modules
     for segment in rows.segments:
         name = routing.names[segment.slot]
-        if name not in layer.lora_A:
+        if name not in present:
             continue
-        up, dropout = layer.lora_B[name], layer.lora_dropout[name]
-        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        seed = layer_seed(routing.seeds[segment.slot], projection) if dropout_p else None
-        scaling = _scaling_tensor(layer, name, layer.scaling[name], x)
-        shares.append(mixed.Share(segment, scaling, seed, dropout_p))
-        factors += [layer.lora_A[name].weight, up.weight, up.bias]
-    return shares, tuple(factors)
+        branch = _branch(layer, name, x)
+        if branch is None:
+            raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+        seed = None
+        if branch.dropout_p:
+            seed = layer_seed(routing.seeds[segment.slot], projection)
+        shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
+        # lora_bias is scaled already.
+        factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
+    return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:

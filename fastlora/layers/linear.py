@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward, mixed_forward
+from fastlora.layers.compute import lora_forward, mixed_forward, why_not_fused
 from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
 
@@ -30,6 +30,10 @@ def why_not_plain(module: nn.Module) -> str:
         return "its base layer has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "its base layer has backward hooks"
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return "its base layer has state-dict hooks"
+    if len(module._parameters) != 2 or module._buffers or module._modules:
+        return "its base layer holds more than a weight and a bias"
     if type(module.weight) is not nn.Parameter:
         return f"its base weight is a {type(module.weight).__name__}"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
@@ -112,6 +116,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
+        # Not a submodule: it comes back, as it is, when the adapters go.
+        self.__dict__["_linear"] = (linear,)
         self._init_adapters()
         if adapter_name is not None:
             self.add_adapter(adapter_name, **adapter)
@@ -120,8 +126,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Returns an `nn.Linear` that shares the weight and bias as they are now."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        """Returns the `nn.Linear` this was made from, or a new one, with weight and bias shared."""
+        (linear,) = self.__dict__.get("_linear", (None,))
+        if linear is None:
+            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
@@ -147,10 +155,20 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def fusion(self) -> tuple[bool, str]:
-        """Fused, whatever the adapters."""
-        return True, ""
+        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        names = self._acting()
+        why = why_not_fused(self, names)
+        drops = [n for n in names if isinstance(self.lora_dropout[n], nn.Dropout)]
+        if not why and drops and len(names) > 1:
+            why = "several active adapters with dropout: the first is fused, others are added to it"
+        return not why, why
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        if type(self._parameters.get("weight")) is not nn.Parameter:
+            raise UnsupportedLayerError(
+                "cannot merge into this layer: its weight is computed from other parameters "
+                "(a parametrization or pruning; remove it first)"
+            )
         return self.weight, self.bias, False
 
     def extra_repr(self) -> str:

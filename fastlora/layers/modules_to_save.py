@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.routing import NO_ADAPTER, Routing, routing_of
+from fastlora.routing import NO_ADAPTER, Group, Routing, routing_of
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
+
+
+def check_copyable(module: nn.Module) -> None:
+    """Raises `UnsupportedLayerError` for a container without a forward."""
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+        raise UnsupportedLayerError(
+            f"modules_to_save needs modules that can be called, got {type(module).__name__}"
+        )
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -26,23 +34,21 @@ class ModulesToSaveWrapper(nn.Module):
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
-        containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-        if isinstance(original_module, containers):
-            raise UnsupportedLayerError(
-                f"modules_to_save needs modules that can be called, got "
-                f"{type(original_module).__name__}"
-            )
+        check_copyable(original_module)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.training = original_module.training
         self._active_adapters: list[str] = []
         self._disabled = False
+        # The model's group of layers, and this one's number, once it is in a model.
+        self.routed_by: Group | None = None
+        self.routed_as = 0
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str) -> None:
         """Copies the original module for an adapter."""
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
-        self._activate(self._active_adapters)
+        module = copy.deepcopy(self.original_module)
+        self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drops an adapter's copy."""
@@ -71,7 +77,13 @@ class ModulesToSaveWrapper(nn.Module):
         return self._mixed(routed[0], *args, **kwargs)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs the copy of each adapter on its own rows along x's first dimension."""
+        """Runs the copy of each adapter on its own rows along x's first dimension.
+
+        With ids per token, rows are those of ``x [..., K]`` flattened.
+        """
+        if x.shape[0] % routing.ids.numel():
+            flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
+            return flat.view(*x.shape[:-1], *flat.shape[1:])
         rows = routing.rows(x.shape[0], x.device)
         slots = [
             slot if name in self.modules_to_save else NO_ADAPTER

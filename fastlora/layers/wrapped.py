@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_added_forward, mixed_added_forward
+from fastlora.layers.compute import lora_added_forward, mixed_added_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
+
+# Libraries whose linear layers return a tensor that they have just made and keep no reference to.
+_MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -34,7 +37,8 @@ class FastLoraWrapper(LoraLayer):
     """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
     For base layers that are not plain `nn.Linear`: quantised, tensor parallel, offloaded by hooks,
-    Hugging Face's Conv1D. The update goes into the base layer's output in place where that is safe.
+    Hugging Face's Conv1D. Without gradients the update goes into the base layer's output in place
+    where that is safe.
 
     Args:
         base_layer: Any linear-like module.
@@ -69,9 +73,20 @@ class FastLoraWrapper(LoraLayer):
         return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Whether the base layer's output is ours to overwrite: nobody else may have seen it."""
+        """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
+        known = type(self.base_layer).__module__.startswith(_MAKE_FRESH_OUTPUTS)
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
-        return not (hooked or y is x or y._is_view())
+        return known and not (hooked or y is x or y._is_view())
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.base_layer.bias
 
     def get_base_layer(self) -> nn.Module:
         """Returns the wrapped module."""
@@ -79,7 +94,7 @@ class FastLoraWrapper(LoraLayer):
 
     def fusion(self) -> tuple[bool, str]:
         """Not fused; says what the base layer is."""
-        return False, why_not_plain(self.base_layer)
+        return False, why_not_plain(self.base_layer) or why_not_fused(self, self._acting())
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         weight: Any = getattr(self.base_layer, "weight", None)

@@ -97,19 +97,21 @@ class Resources:
 
 
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
-    """Returns every case: each config in its heaviest variant, and plain ones on sm_90.
+    """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
-    "heavy" is fp32 factors, planes, s_out, a bias and dropout; "plain" has none of them; "uneven"
-    has sizes and strides that divide by nothing.
+    "heavy" is fp32 factors, planes, s_out, a bias and dropout, at a size that the tiles divide;
+    "plain" has none of these; "ragged" is heavy at sizes that 16 divides but no tile does; "uneven"
+    is heavy at odd sizes, where nothing can be vectorised.
     """
     result = []
     for chip in chips:
         for shipped in configs.all_shipped(chip):
             result.append(Case(chip.arch, shipped, "heavy"))
-            narrow = shipped.config.block_m <= 128 and shipped.r == 64
-            if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and narrow:
+            if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
                 result.append(Case(chip.arch, shipped, "plain"))
-                result.append(Case(chip.arch, shipped, "uneven"))
+                result.append(Case(chip.arch, shipped, "ragged"))
+                if shipped.config.block_m == 16:
+                    result.append(Case(chip.arch, shipped, "uneven"))
     return result
 
 
@@ -117,10 +119,9 @@ def record(case: Case) -> Launch:
     """Returns the launch that the case's launcher makes."""
     shipped, config = case.shipped, case.shipped.config
     heavy = case.variant != "plain"
-    uneven = case.variant == "uneven"
     chip = next(chip for chip in CHIPS if chip.arch == case.arch)
-    m = config.block_m
-    n, k, r = (4097, 4099, shipped.r - 1) if uneven else (4096, 4096, shipped.r)
+    m, r = config.block_m, shipped.r - (case.variant == "uneven")
+    n = k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
     factor_dtype = torch.float32 if heavy else shipped.dtype
 
     def empty(*shape: int, dtype: torch.dtype = shipped.dtype) -> torch.Tensor:

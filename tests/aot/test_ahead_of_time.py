@@ -1,0 +1,117 @@
+"""Every shipped config compiles for every chip, without a GPU, and keeps to the chip's means.
+
+No register spills, shared memory within the limit, tensor cores in use, asynchronous copies where
+the K loop is pipelined. The compile runs in a process of its own, where Triton is no interpreter.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastlora.kernels.configs import Chip  # noqa: E402
+
+COMPILE = Path(__file__).with_name("compile_kernels.py")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+Row = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """The table of `compile_kernels.py`: a row for each kernel, config and chip."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, COMPILE], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def of(rows: list[Row], **values: str) -> list[Row]:
+    """The rows with these values; fails where there is none, so that no test passes on nothing."""
+    found = [row for row in rows if all(row[key] == value for key, value in values.items())]
+    assert found, f"no kernel was compiled with {values}"
+    return found
+
+
+def is_fma(row: Row) -> bool:
+    """Whether it is fp32 in full precision on NVIDIA, which no tensor core computes."""
+    return row["dtype"] == "fp32" and row["precision"] == "ieee" and row["arch"].startswith("sm_")
+
+
+def has_dot(row: Row) -> bool:
+    return row["kernel"] != "lora_dropout"
+
+
+def has_loop(row: Row) -> bool:
+    """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
+    return row["kernel"] in ("lora_shrink", "lora_linear") and row["variant"] != "uneven"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(rows: list[Row], arch: str) -> None:
+    # At odd sizes every element is a load of its own: the compiler spills there, at no great loss.
+    spilled = [
+        row
+        for row in of(rows, arch=arch)
+        if int(row["spilled_bytes"]) and not is_fma(row) and row["variant"] != "uneven"
+    ]
+    assert not spilled, spilled
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shared_memory_is_within_the_limit(rows: list[Row], arch: str) -> None:
+    # Triton compiles a kernel that asks for more; only its launch would fail.
+    limit = Chip(arch, 1).shared_limit
+    over = [row for row in of(rows, arch=arch) if int(row["shared_bytes"]) > limit]
+    assert not over, over
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tensor_cores_are_used(rows: list[Row], arch: str) -> None:
+    for row in filter(has_dot, of(rows, arch=arch)):
+        wide = int(row["block_m"]) >= 64
+        if is_fma(row):
+            expected = ""
+        elif arch.startswith("gfx"):
+            expected = "mfma"
+        else:
+            expected = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma") if wide else "mma"
+        assert row["tensor_core"] == expected, row
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
+def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
+    for row in filter(has_loop, of(rows, arch=arch)):
+        assert int(row["async_copies"]) > 0, row
+        assert int(row["stages"]) >= (2 if is_fma(row) else 3), row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
+    expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
+    for kernel in ("lora_shrink", "lora_linear"):
+        assert {row["grid_dependency"] for row in of(rows, arch=arch, kernel=kernel)} == {expected}
+
+
+@pytest.mark.parametrize("kernel", ["lora_shrink", "lora_linear", "lora_expand"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_row_bucket_has_a_config(rows: list[Row], arch: str, kernel: str) -> None:
+    half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
+    assert {row["block_m"] for row in half} == {"16", "32", "64", "128"}
+    for block_m in ("16", "32", "64", "128"):
+        blocks_r = {int(row["block_r"]) for row in half if row["block_m"] == block_m}
+        assert {16, 32} <= blocks_r
+
+
+@pytest.mark.parametrize("variant", ["plain", "ragged", "uneven"])
+def test_other_operands_compile(rows: list[Row], variant: str) -> None:
+    kernels = {row["kernel"] for row in of(rows, variant=variant)}
+    assert kernels == {"lora_shrink", "lora_linear", "lora_expand"}
