@@ -8,6 +8,7 @@ if (_checkout / "kernels" / "lora_linear.py").is_file():
     __path__.append(str(_checkout))
 
 from fastlora import functional  # noqa: E402  # the path above comes first
+from fastlora.batch import adapters  # noqa: E402
 from fastlora.config import LoraConfig  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "__version__",
+    "adapters",
     "functional",
     "fusion_report",
     "get_peft_model",

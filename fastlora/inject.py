@@ -159,6 +159,12 @@ def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
     return (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
 
 
+def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Returns name and module of all whose adapters a mixed batch chooses by row."""
+    kinds = (LoraLayer, ModulesToSaveWrapper)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
     """Freezes the base model, all but the biases that a config trains; leaves adapters alone."""
     inside = tuple(

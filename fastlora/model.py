@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlora import adapter_state, inject
+from fastlora.batch import adapters
 from fastlora.checkpoint import load_adapter_folder, save_adapter_folder
 from fastlora.config import LoraConfig
 from fastlora.layers.linear import DEFAULT_ADAPTER
@@ -296,15 +297,30 @@ class LoraModel(nn.Module):
         """Returns the model, with the LoRA layers in it."""
         return self.base_model.model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model."""
-        _refuse_mixed(kwargs)
-        return self.base_model(*args, **kwargs)
+    def forward(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the model.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model's `generate`."""
-        _refuse_mixed(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]  # HF's
+        Args:
+            *args: The model's.
+            adapter_names: An adapter for each sample, as in `fastlora.adapters`.
+            **kwargs: The model's.
+        """
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with adapters(self, adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the model's `generate`, beam search included; arguments as in `forward`."""
+        generate: Any = self.get_base_model().generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with adapters(self, adapter_names):
+            return generate(*args, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of trainable parameters and of all parameters."""
@@ -359,10 +375,3 @@ def _require_input_gradients(model: nn.Module) -> None:
 
 def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
     output.requires_grad_(True)
-
-
-def _refuse_mixed(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise ImplementationError(
-            "adapter_names: batches that mix adapters are not implemented yet; use set_adapter()"
-        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from fastlora import inject
 from fastlora.config import LoraConfig
+from fastlora.routing import Group
 from fastlora.targets import resolve_target_modules
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -46,6 +48,9 @@ class LoraTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self._active: list[str] = []
+        # Known to this model's layers; an object of its own stays theirs in copies and pickles.
+        self.group = Group()
+        self._routed: list[nn.Module] | None = None
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +109,7 @@ class LoraTuner(nn.Module):
             self.model, adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         self.peft_config[adapter_name] = config
+        self._routed = None
         inject.freeze_base(self.model, self.peft_config.values())
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -174,6 +180,17 @@ class LoraTuner(nn.Module):
                 stack.callback(setattr, wrapper, "_disabled", wrapper._disabled)
                 wrapper._disabled = True
             yield
+
+    @property
+    def routed(self) -> list[nn.Module]:
+        """The modules whose adapters a mixed batch chooses by row."""
+        if self._routed is None:
+            found = inject.routed_modules(self.model)
+            for name, module in found:
+                # By name, so that dropout does not depend on which other modules are adapted.
+                module.routed_by, module.routed_as = self.group, zlib.crc32(name.encode())
+            self._routed = [module for _, module in found]
+        return self._routed
 
     def check_known(self, name: str) -> None:
         """Raises `AdapterNotFoundError` unless an adapter of that name is loaded."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.routing import Group
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -52,6 +53,9 @@ class LoraLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self._active_adapters: list[str] = []
         self._disabled = False
+        # The model's group of layers, and this one's number, once it is in a model.
+        self.routed_by: Group | None = None
+        self.routed_as = 0
         # (weight, bias) as they were before the first merge, only while merged, and the versions
         # of the parameters behind the last one.
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import functional
+from fastlora import functional, mixed
+from fastlora.routing import Routing, RowRouting, layer_seed
+from fastlora.validation import UnsupportedLayerError
 
 
 def why_not_fused(layer: Any, names: list[str]) -> str:
@@ -185,3 +187,74 @@ def _add(
             y = y + lora_bias.to(y.dtype)
         inplace = True
     return y
+
+
+def mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+) -> torch.Tensor:
+    """Runs a plain linear base layer, each row with its own adapter.
+
+    Args:
+        layer: Holds the adapters; rows whose adapter it lacks are base rows.
+        x: ``[..., K]``.
+        weight: Base weight ``[N, K]``.
+        bias: Base bias ``[N]`` or None.
+        routing: The batch's.
+        projection: The layer's number in its model, which makes its dropout its own.
+    """
+    dtype = functional.autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    elif weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if _wants_grad(x, weight, bias, *factors):
+        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
+    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+
+
+def mixed_added_forward(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, projection: int
+) -> torch.Tensor:
+    """Adds each row's own adapter to the output ``y`` of a base layer called as it is."""
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if not shares:
+        return y
+    if _wants_grad(y, x, *factors):
+        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+    return mixed.forward_add(y, x, rows, shares, factors)[0]
+
+
+def _shares(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
+    """Returns what each adapter with rows here contributes, and all their factors in turn."""
+    shares: list[mixed.Share] = []
+    factors: list[torch.Tensor | None] = []
+    present = layer._modules["lora_A"]._modules
+    for segment in rows.segments:
+        name = routing.names[segment.slot]
+        if name not in present:
+            continue
+        branch = _branch(layer, name, x)
+        if branch is None:
+            raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+        seed = None
+        if branch.dropout_p:
+            seed = layer_seed(routing.seeds[segment.slot], projection)
+        shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
+        # lora_bias is scaled already.
+        factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
+    return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.compute import lora_forward, mixed_forward, why_not_fused
+from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
 
 DEFAULT_ADAPTER = "default"
@@ -139,11 +140,14 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
-        names = self._acting()
-        if not names:
+        routed = routing_of(self)
+        names = self._acting() if routed is None else []
+        if self._disabled or (routed is None and not names):
             return F.linear(x, self.weight, self.bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
+        if routed is not None:
+            return mixed_forward(self, x, self.weight, self.bias, *routed)
         return lora_forward(self, x, self.weight, self.bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:

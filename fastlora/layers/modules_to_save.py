@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastlora.routing import NO_ADAPTER, Group, Routing, routing_of
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
@@ -38,6 +40,9 @@ class ModulesToSaveWrapper(nn.Module):
         self.training = original_module.training
         self._active_adapters: list[str] = []
         self._disabled = False
+        # The model's group of layers, and this one's number, once it is in a model.
+        self.routed_by: Group | None = None
+        self.routed_as = 0
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str) -> None:
@@ -65,8 +70,41 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[names[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the current module."""
-        return self.current()(*args, **kwargs)
+        """Calls the current module; in a mixed batch, each sample's own copy."""
+        routed = routing_of(self)
+        if routed is None or self._disabled:
+            return self.current()(*args, **kwargs)
+        return self._mixed(routed[0], *args, **kwargs)
+
+    def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs the copy of each adapter on its own rows along x's first dimension.
+
+        With ids per token, rows are those of ``x [..., K]`` flattened.
+        """
+        if x.shape[0] % routing.ids.numel():
+            flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
+            return flat.view(*x.shape[:-1], *flat.shape[1:])
+        rows = routing.rows(x.shape[0], x.device)
+        slots = [
+            slot if name in self.modules_to_save else NO_ADAPTER
+            for slot, name in enumerate(routing.names)
+        ]
+        own = torch.tensor([*slots, NO_ADAPTER], device=x.device)[rows.slots]
+        result: torch.Tensor | None = None
+        for slot in sorted({NO_ADAPTER, *slots}):
+            index = (own == slot).nonzero().flatten()
+            if not index.numel():
+                continue
+            module = (
+                self.original_module
+                if slot == NO_ADAPTER
+                else self.modules_to_save[routing.names[slot]]
+            )
+            part = module(x.index_select(0, index), *args, **kwargs)
+            if result is None:
+                result = part.new_zeros(x.shape[0], *part.shape[1:])
+            result = result.index_copy(0, index, part)
+        return self.original_module(x, *args, **kwargs) if result is None else result
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_added_forward, why_not_fused
+from fastlora.layers.compute import lora_added_forward, mixed_added_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
+from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
 
 # Libraries whose linear layers return a tensor that they have just made and keep no reference to.
@@ -63,6 +64,9 @@ class FastLoraWrapper(LoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
         y = self.base_layer(x, *args, **kwargs)
+        routed = routing_of(self)
+        if routed is not None and not self._disabled:
+            return mixed_added_forward(self, y, x, *routed)
         names = self._acting()
         if not names:
             return y
