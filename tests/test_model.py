@@ -25,7 +25,6 @@ from fastlora.validation import (
     CheckpointError,
     ConfigError,
     FastLoraError,
-    ImplementationError,
     TargetNotFoundError,
     UnsupportedLayerError,
 )
@@ -309,8 +308,8 @@ def test_unknown_adapters() -> None:
         model.add_adapter("default", LoraConfig(**CONFIG))
     with pytest.raises(AdapterStateError, match="has LoRA layers already"):
         get_peft_model(model.get_base_model(), LoraConfig(**CONFIG))
-    with pytest.raises(ImplementationError, match="adapter_names"):
-        model(torch.randn(2, 16), adapter_names=["default", "default"])
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'defalt'"):
+        model(torch.randn(2, 16), adapter_names=["default", "defalt"])
 
 
 def damage(tmp_path: Path, how: str) -> None:
