@@ -15,7 +15,7 @@ from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesT
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.wrapped import linear_features
-from fastlora.targets import find_modules_to_save, find_targets
+from fastlora.targets import find_modules_to_save, find_targets, outer_modules
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -151,7 +151,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     """Yields every LoRA layer of a model."""
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+    return (module for _, module in outer_modules(model) if isinstance(module, LoraLayer))
 
 
 def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
@@ -162,34 +162,35 @@ def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Returns name and module of all whose adapters a mixed batch chooses by row."""
     kinds = (LoraLayer, ModulesToSaveWrapper)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [(name, module) for name, module in outer_modules(model) if isinstance(module, kinds)]
 
 
 def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
     """Freezes the base model, all but the biases that a config trains; leaves adapters alone."""
-    inside = tuple(
-        f"{name}.{part}."
-        for name, module in model.named_modules()
-        for part in _adapter_parts(module)
-    )
     modes = {config.bias for config in configs if not config.inference_mode}
     targets = {
         id(bias)
         for layer in lora_layers(model)
         if (bias := getattr(layer.get_base_layer(), "bias", None)) is not None
     }
-    for name, parameter in model.named_parameters():
-        if name.startswith(inside):
-            continue
+    for name, parameter in _base_parameters("", model):
         is_bias = name == "bias" or name.endswith(".bias")
         trains = is_bias and ("all" in modes or ("lora_only" in modes and id(parameter) in targets))
         parameter.requires_grad_(trains)
 
 
-def _adapter_parts(module: nn.Module) -> tuple[str, ...]:
+def _base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters that belong to no adapter, by name."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield f"{name}{key}", parameter
     if isinstance(module, LoraLayer):
-        return ("lora_A", "lora_B")
-    return ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
+        adapters: tuple[str, ...] = ("lora_A", "lora_B")
+    else:
+        adapters = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
+    for key, child in module._modules.items():
+        if child is not None and key not in adapters:
+            yield from _base_parameters(f"{name}{key}.", child)
 
 
 def unload(
@@ -209,7 +210,7 @@ def unload(
         AdapterStateError: A merge is refused; see `LoraLayer.merge`.
         UnsupportedLayerError: A base weight cannot take an update.
     """
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    layers = [(n, m) for n, m in outer_modules(model) if isinstance(m, LoraLayer)]
     if merge:
         for _, layer in layers:
             names = present(layer, adapter_names)

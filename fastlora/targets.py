@@ -10,7 +10,7 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch.nn as nn
@@ -77,13 +77,8 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     entries = modules_to_save_entries(config)
     if not entries:
         return []
-    inside = _inside_lora_layers(model)
     # Tied modules count under each of their names.
-    names = [
-        name
-        for name, _ in model.named_modules(remove_duplicate=False)
-        if name and not name.startswith(inside)
-    ]
+    names = [name for name, _ in outer_modules(model, remove_duplicate=False) if name]
     heads = _TASK_HEADS.get(config.task_type or "", ())
     named = [entry for entry in config.modules_to_save or () if entry not in heads]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
@@ -126,7 +121,7 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
         # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
         # PEFT's shortening then changes which modules are meant.
         return targets
-    others = [n for n, _ in model.named_modules() if n and not _matches_names(n, targets)]
+    others = [n for n, _ in outer_modules(model) if n and not _matches_names(n, targets)]
     shorter = minimal_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
 
@@ -183,15 +178,14 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
 
 def _linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     linear = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
-    modules = list(model.named_modules())
-    inside = _inside_lora_layers(model)
+    modules = list(outer_modules(model))
     names = {
         name
         for name, module in modules
         if isinstance(module, linear)
         or (is_lora_layer(module) and "Linear" in type(module).__name__)
     }
-    names = {name for name in names if name and not name.startswith(inside)}
+    names.discard("")
     head = _output_head(model, config)
     if head is not None:
         names -= {next((name for name, module in modules if module is head), "")}
@@ -214,13 +208,35 @@ def is_lora_layer(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
 
-def _inside_lora_layers(model: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{n}." for n, m in model.named_modules() if n and is_lora_layer(m))
+def outer_modules(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields what ``named_modules()`` does, LoRA layers included, but nothing inside one.
+
+    So a model with many adapters takes no longer to walk than one with none.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if remove_duplicate:
+            if module in seen:
+                return
+            seen.add(module)
+        yield name, module
+        if is_lora_layer(module):
+            # What a layer was made from, and is known by under another name too, lies inside it.
+            inside = [module._modules.get("base_layer"), *module.__dict__.get("_linear", ())]
+            seen.update(m for part in inside if part is not None for m in part.modules())
+        else:
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    yield from walk("", model)
 
 
 def _adaptable_names(model: nn.Module) -> list[str]:
-    inside = _inside_lora_layers(model)
-    return [n for n, _ in model.named_modules() if n and not n.startswith(inside)]
+    return [name for name, _ in outer_modules(model) if name]
 
 
 def _matches_names(name: str, entries: Iterable[str]) -> bool:
