@@ -119,9 +119,14 @@ def _implements(name: str) -> Any:
     return torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
 
 
-def _precision() -> str:
-    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(dtype: torch.dtype) -> str:
+    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products.
+
+    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) set what is read here
+    too; reading those raises once somebody has used the newer one.
+    """
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -137,7 +142,7 @@ def _triton_shrink(
 
     (m, k), r = x.shape, lora_a.shape[0]
     chip = configs.chip_of(x.device)
-    config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=_precision())
+    config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=_precision(x.dtype))
     s = x.new_empty(m, r)
     if config.splits == 1:
         lora_shrink.launch_lora_shrink(s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config)
@@ -154,7 +159,7 @@ def _triton_expand_(
     from fastlora.kernels import configs, lora_expand
 
     chip, (m, n), r = configs.chip_of(y.device), y.shape, s.shape[1]
-    config = configs.expand_config(chip, m, n, r, s.dtype, input_precision=_precision())
+    config = configs.expand_config(chip, m, n, r, s.dtype, input_precision=_precision(s.dtype))
     lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
 
 
@@ -175,7 +180,7 @@ def _triton_fused_linear(
     from fastlora.kernels import configs, lora_linear, lora_shrink
 
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
-    chip, precision = configs.chip_of(x.device), _precision()
+    chip, precision = configs.chip_of(x.device), _precision(x.dtype)
     shrink_config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=precision)
     linear_config = configs.linear_config(chip, m, n, k, r, x.dtype, input_precision=precision)
     y, s = x.new_empty(m, n), x.new_empty(m, r)

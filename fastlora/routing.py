@@ -59,6 +59,44 @@ class RowRouting:
     order: torch.Tensor | None
     inverse: torch.Tensor | None
     segments: tuple[Segment, ...]
+    _padded: dict[tuple[Segment, ...], PaddedRows] = field(default_factory=dict, repr=False)
+
+    def padded(self, segments: tuple[Segment, ...]) -> PaddedRows:
+        """Returns how to lay out some segments' rows as a batch, made once for each choice."""
+        known = self._padded.get(segments)
+        if known is None:
+            known = self._padded[segments] = _pad(segments, self.slots.device)
+        return known
+
+
+class PaddedRows(NamedTuple):
+    """Segments side by side as ``[G, C]``, C the longest one's rows.
+
+    Attributes:
+        longest: C.
+        rows: Row of each place, ``[G * C]``; where a segment is shorter, its first row again.
+        places: The places that hold a row of their own, ``[sum of rows]``.
+        targets: The row of each of these, ``[sum of rows]``.
+    """
+
+    longest: int
+    rows: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+
+
+def _pad(segments: tuple[Segment, ...], device: torch.device) -> PaddedRows:
+    longest = max(segment.stop - segment.start for segment in segments)
+    rows: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    for index, (_, start, stop) in enumerate(segments):
+        own = list(range(start, stop))
+        rows += own + [start] * (longest - len(own))
+        places += range(index * longest, index * longest + len(own))
+        targets += own
+    tensors = (torch.tensor(values, device=device) for values in (rows, places, targets))
+    return PaddedRows(longest, *tensors)
 
 
 @dataclass(frozen=True, eq=False)

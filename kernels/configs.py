@@ -199,12 +199,12 @@ def shrink_config(
     kind = _kind(chip, dtype, input_precision)
 
     def programs(tile: ShrinkTile) -> int:
-        return _cdiv(m, tile.block_m) * _cdiv(r, _block_r(r, tile.blocks_r))
+        return cdiv(m, tile.block_m) * cdiv(r, _block_r(r, tile.blocks_r))
 
     tile = _widest_that_fills(
         chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t)
     )
-    most = min(MAX_SPLITS, _cdiv(k, tile.block_k) // _MIN_STEPS)
+    most = min(MAX_SPLITS, cdiv(k, tile.block_k) // _MIN_STEPS)
     splits = 1
     while not _fills(chip, splits * programs(tile)) and 2 * splits <= most:
         splits *= 2
@@ -221,7 +221,7 @@ def linear_config(
         chip,
         m,
         LINEAR[chip.family][kind],
-        lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
+        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
     )
     return _linear(chip, kind, tile, _chunk_r(r, tile.blocks_r))
 
@@ -236,7 +236,7 @@ def expand_config(
         chip,
         m,
         EXPAND[chip.family][kind],
-        lambda t: _cdiv(m, t.block_m) * _cdiv(n, t.block_n),
+        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
     )
     return _expand(chip, kind, tile, _chunk_r(r, tile.blocks_r))
 
@@ -381,5 +381,5 @@ def _hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield block_r, beyond if block_r == _chunk_r(beyond, blocks_r) else block_r
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import DropoutConfig
+from fastlora.kernels.configs import DropoutConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -76,7 +76,7 @@ def launch_lora_dropout(
     m, k = x.shape
     if m == 0 or k == 0:
         return
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k),)
+    grid = (cdiv(m, config.block_m) * cdiv(k, config.block_k),)
     _lora_dropout_kernel[grid](
         out_ptr=out,
         x_ptr=x,

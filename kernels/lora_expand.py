@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import ExpandConfig
+from fastlora.kernels.configs import ExpandConfig, cdiv
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk
 
 
@@ -117,7 +117,7 @@ def launch_lora_expand(
     r = lora_b.shape[1]
     if m == 0 or n == 0:
         return
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
     _lora_expand_kernel[grid](
         y_ptr=y,
         s_ptr=s,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import LinearConfig
+from fastlora.kernels.configs import LinearConfig, cdiv
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk
 
 
@@ -216,7 +216,7 @@ def launch_lora_linear(
     if m == 0 or n == 0:
         return
     one_row_tile = m <= config.block_m
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
     _lora_linear_kernel[grid](
         y_ptr=y,
         x_ptr=x,

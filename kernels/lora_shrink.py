@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import ShrinkConfig
+from fastlora.kernels.configs import ShrinkConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_shrunk
 
@@ -175,8 +175,8 @@ def launch_lora_shrink(
     r = lora_a.shape[0]
     if m == 0:
         return
-    blocks_k = triton.cdiv(k, config.block_k)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(r, config.block_r), config.splits)
+    blocks_k = cdiv(k, config.block_k)
+    grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
     _lora_shrink_kernel[grid](
         out_ptr=out,
         x_ptr=x,
@@ -185,7 +185,7 @@ def launch_lora_shrink(
         M=m,
         K=k,
         R=r,
-        k_per_split=triton.cdiv(blocks_k, config.splits) * config.block_k,
+        k_per_split=cdiv(blocks_k, config.splits) * config.block_k,
         threshold=round(dropout_p * 65536),
         inv_keep=1.0 / (1.0 - dropout_p),
         stride_op=out.stride(0) if config.splits > 1 else 0,
@@ -219,7 +219,7 @@ def launch_lora_shrink_reduce(
     splits, m, r = planes.shape
     if m == 0:
         return
-    grid = (triton.cdiv(m, _REDUCE_BLOCK_M) * triton.cdiv(r, config.block_r),)
+    grid = (cdiv(m, _REDUCE_BLOCK_M) * cdiv(r, config.block_r),)
     _lora_shrink_reduce_kernel[grid](
         s_ptr=s,
         planes_ptr=planes,

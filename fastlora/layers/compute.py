@@ -109,7 +109,9 @@ def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch
         return cached[3]
     with torch.inference_mode(False):  # it will be saved for a backward one day
         tensor = torch.full((), value, dtype=dtype, device=device)
-    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+    # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not capturing:
         cache[name] = (value, device, dtype, tensor)
     return tensor
 

@@ -219,3 +219,20 @@ def test_cuda_graph() -> None:
     graph.replay()
     expected = lora_linear(**tensors, scaling=2.0, impl="triton")
     assert torch.equal(y, expected)
+
+
+def test_either_switch_for_tf32_is_understood() -> None:
+    """torch's newer precision switch, after which the older one cannot be read any more."""
+    tensors = {n: t.detach() for n, t in operands(4, 8, 8, 2, torch.float32).items()}
+    expected = lora_linear(**tensors, scaling=1.0, impl="eager")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for mode, precision in (("tf32", "tf32"), ("ieee", "ieee")):
+            matmul.fp32_precision = mode
+            assert ops._precision(torch.float32) == precision
+            assert ops._precision(torch.bfloat16) == "ieee"
+            result = lora_linear(**tensors, scaling=1.0, impl="triton")
+            torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+    finally:
+        matmul.fp32_precision = before
