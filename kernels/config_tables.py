@@ -104,7 +104,7 @@ LINEAR: dict[str, LinearTable] = {
     },
     "sm_90": {
         "half": (
-            LinearTile(128, 256, 64, 8, 3, _R16_64),
+            LinearTile(128, 256, 64, 8, 3, _R16_32),
             LinearTile(128, 128, 64, 8, 4, _R16_64),
             LinearTile(64, 128, 128, 4, 4, _R16_64),
             LinearTile(64, 64, 128, 4, 4, _R16_128),
@@ -112,7 +112,7 @@ LINEAR: dict[str, LinearTable] = {
             LinearTile(32, 32, 128, 4, 5, _R16_128),
             LinearTile(16, 64, 128, 4, 5, _R16_128),
             LinearTile(16, 32, 256, 4, 4, _R16_128),
-            LinearTile(16, 16, 256, 4, 5, _R16_128),
+            LinearTile(16, 16, 256, 4, 8, _R16_128),
         ),
         "tf32": _LINEAR_TF32_WIDE,
         "ieee": _LINEAR_FMA,
@@ -121,12 +121,12 @@ LINEAR: dict[str, LinearTable] = {
         "half": (
             LinearTile(128, 256, 64, 8, 3, _R16_64),
             LinearTile(128, 128, 64, 8, 4, _R16_64),
-            LinearTile(64, 64, 128, 4, 4, _R16_128),
+            LinearTile(64, 64, 128, 4, 4, _R16_64),
             LinearTile(32, 64, 128, 4, 4, _R16_64),
             LinearTile(32, 32, 128, 4, 5, _R16_128),
             LinearTile(16, 64, 128, 4, 5, _R16_128),
             LinearTile(16, 32, 256, 4, 4, _R16_128),
-            LinearTile(16, 16, 256, 4, 5, _R16_128),
+            LinearTile(16, 16, 256, 4, 8, _R16_128),
         ),
         "tf32": _LINEAR_TF32_WIDE,
         "ieee": _LINEAR_FMA,

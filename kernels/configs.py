@@ -382,4 +382,5 @@ def _hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Returns a / b rounded up (`triton.cdiv` takes 1.7 us a call on the host)."""
     return -(-a // b)

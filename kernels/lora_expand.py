@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import ExpandConfig, cdiv
-from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk
+from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.
@@ -64,7 +64,7 @@ def _lora_expand_kernel(
     s_ptr += first_m * stride_sm
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-        b = load_rank_columns(
+        b, scale = load_rank_columns(
             lora_b_ptr,
             scaling_ptr,
             first_row=0,
@@ -74,7 +74,6 @@ def _lora_expand_kernel(
             stride_bn=stride_bn,
             stride_br=stride_br,
             stride_scaling=stride_scaling,
-            dtype=dtype,
             BLOCK_N=BLOCK_N,
             BLOCK_R=BLOCK_R,
         )
@@ -91,8 +90,9 @@ def _lora_expand_kernel(
             BLOCK_R=BLOCK_R,
             PLANES=1,
         )
+        scaled = scale_rank_columns(b, scale, dtype)
         # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
 
 

@@ -22,15 +22,14 @@ def load_rank_columns(
     stride_bn,
     stride_br,
     stride_scaling,
-    dtype: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Returns ``scaling * lora_b`` for the adapter's columns ``start`` to ``start + BLOCK_R``.
+    """Returns the adapter's columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
 
-    ``lora_b_ptr`` points at the tile's first output row. Columns past ``rank`` are zeros. The
-    scaling goes into lora_b, not into s: it waits for no shrink, fp32 masters are rounded once, and
-    fp16 s stays in range.
+    As they lie in memory: arithmetic here would wait for the loads, in `scale_rank_columns` it
+    waits behind whatever comes between. ``lora_b_ptr`` points at the tile's first output row.
+    Columns past ``rank`` are zeros.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = start + tl.arange(0, BLOCK_R)
@@ -43,6 +42,16 @@ def load_rank_columns(
     )
     # scale: [BLOCK_R]
     scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
+    return b, scale
+
+
+@triton.jit
+def scale_rank_columns(b, scale, dtype: tl.constexpr):
+    """Returns ``scale * b`` in ``dtype``, ``[BLOCK_R, BLOCK_N]``.
+
+    The scaling goes into lora_b, not into s: it needs no shrink, fp32 masters are rounded once, and
+    fp16 s stays in range.
+    """
     return (b.to(tl.float32) * scale[:, None]).to(dtype)
 
 
