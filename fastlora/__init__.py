@@ -9,12 +9,15 @@ if (_checkout / "kernels" / "lora_linear.py").is_file():
 
 from fastlora import functional  # noqa: E402  # the path above comes first
 from fastlora.batch import adapters  # noqa: E402
-from fastlora.config import LoraConfig  # noqa: E402
+from fastlora.config import LoraConfig, TaskType  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
 from fastlora.patch import patch, unpatch  # noqa: E402
 from fastlora.report import FusionReport, fusion_report  # noqa: E402
 from fastlora.validation import FastLoraError  # noqa: E402
+
+# PEFT's name for it, so that a snippet needs only its import changed.
+PeftModel = LoraModel
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,8 @@ __all__ = [
     "FusionReport",
     "LoraConfig",
     "LoraModel",
+    "PeftModel",
+    "TaskType",
     "__version__",
     "adapters",
     "functional",

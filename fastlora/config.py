@@ -7,6 +7,7 @@ in one error, so that a config never silently does less than it says.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import os
@@ -60,6 +61,17 @@ _IDLE_AFTER_INIT = (
 # "live": it already sits in a model, so whatever its initialisation did to the base is done.
 Stage = Literal["new", "load", "live"]
 _T = TypeVar("_T", bound="LoraConfig")
+
+
+class TaskType(str, enum.Enum):
+    """What a model is for; members and values are PEFT's."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 @dataclass

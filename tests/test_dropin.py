@@ -268,6 +268,27 @@ def test_merging_a_tied_head_by_name() -> None:
 # ------------------------------------------------------------------- PEFT's calls and arguments
 
 
+@pytest.mark.parametrize("library", ["peft", "fastlora"])
+def test_the_usual_snippet(library: str, tmp_path: Path) -> None:
+    """PEFT's own quick start, with only the name of the library changed."""
+    names: dict[str, Any] = {"base": tiny_llama, "ids": IDS, "out": str(tmp_path)}
+    snippet = f"""
+from {library} import LoraConfig, PeftModel, TaskType, get_peft_model
+
+config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type=TaskType.CAUSAL_LM)
+model = get_peft_model(base(), config)
+model.print_trainable_parameters()
+model(input_ids=ids, labels=ids).loss.backward()
+model.save_pretrained(out)
+model = PeftModel.from_pretrained(base(), out)
+logits = model(input_ids=ids).logits
+merged = model.merge_and_unload()
+"""
+    exec(snippet, names)
+    assert torch.equal(names["logits"], tiny_llama().eval()(input_ids=IDS).logits)  # B is zero
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_calls_on_the_tuner() -> None:
     """``model.base_model`` has what PEFT's tuner has, with the same effect."""
     ours, theirs, _ = twins(TwoLayers)
