@@ -140,7 +140,7 @@ def _backward_lora(
     return dx, d_lora_a, d_lora_b
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Any:
+def without_autocast(backward: Callable[..., Any]) -> Any:
     """A backward computes in the dtypes of its forward, whatever surrounds it."""
 
     @functools.wraps(backward)
@@ -191,7 +191,7 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
@@ -239,7 +239,7 @@ class LoraAdd(torch.autograd.Function):
         return result
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad

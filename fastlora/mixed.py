@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastlora import reference
+from fastlora.autograd import without_autocast
 from fastlora.routing import RowRouting, Segment
 
 # From so many adapters of one rank on, stacking their factors costs less than a pair of products
@@ -179,6 +180,7 @@ class MixedLoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
@@ -216,6 +218,7 @@ class MixedLoraAdd(torch.autograd.Function):
         return result
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors

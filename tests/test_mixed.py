@@ -156,6 +156,31 @@ def test_gradients_are_the_solo_runs() -> None:
     torch.testing.assert_close(dx, x.grad)
 
 
+def test_backward_inside_autocast() -> None:
+    """A mixed forward outside autocast can have its backward inside, in the forward's dtype."""
+    layer_model = ours()
+    layer_model.set_adapter(["a", "b", "c"])
+    x = torch.randn(len(NAMES), 16)
+    with adapters(layer_model, NAMES):
+        y = layer_model.base_model.model.q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    inside = gradients(layer_model)
+    with adapters(layer_model, NAMES):
+        layer_model.base_model.model.q(x).sum().backward()
+    outside = gradients(layer_model)
+    assert set(inside) == set(outside) != set()
+    assert all(torch.equal(gradient, outside[key]) for key, gradient in inside.items())
+
+
+def test_factors_on_another_device_are_refused() -> None:
+    """Never garbage: a factor left on the meta device raises in a mixed batch too."""
+    model = ours()
+    model.base_model.model.q.lora_A["a"].to("meta")
+    with pytest.raises(ValueError, match="lora_a is on meta, expected cpu"):
+        model(torch.randn(1, 16), adapter_names=["a"])
+
+
 def test_joint_training_is_solo_training() -> None:
     """20 steps of four adapters, dropout, uneven rows: each adapter ends where it does alone."""
     configs = {

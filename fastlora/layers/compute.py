@@ -14,7 +14,7 @@ from torch import nn
 
 from fastlora import functional, mixed
 from fastlora.routing import Routing, RowRouting, layer_seed
-from fastlora.validation import UnsupportedLayerError
+from fastlora.validation import UnsupportedLayerError, check_same_device
 
 
 def why_not_fused(layer: Any, names: list[str]) -> str:
@@ -249,6 +249,8 @@ def _shares(
         branch = _branch(layer, name, x)
         if branch is None:
             raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+        if branch.lora_a.device != x.device:
+            check_same_device(x, lora_a=branch.lora_a, lora_b=branch.lora_b)
         seed = None
         if branch.dropout_p:
             seed = layer_seed(routing.seeds[segment.slot], projection)
