@@ -8,13 +8,16 @@ are per sample or per token, and a layer with M rows and B ids gives each id M /
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.packed import PackCache, SetPack
+from fastlora.siblings import Siblings
 from fastlora.validation import AdapterNotFoundError, near_names
 
 # PEFT's name for rows without an adapter; None means the same here.
@@ -40,7 +43,24 @@ class Segment(NamedTuple):
 
 
 class Group:
-    """What the layers of one model have in common, and other models' do not."""
+    """What the layers of one model have in common, and other models' do not.
+
+    A copied or unpickled model gets a group of its own, which has yet to see a forward.
+
+    Attributes:
+        packs: Sets of adapters that the model keeps packed.
+        siblings: Which of its layers are fed by the same tensor.
+    """
+
+    def __init__(self) -> None:
+        self.packs = PackCache()
+        self.siblings = Siblings()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return Group()
+
+    def __reduce__(self) -> tuple[type[Group], tuple[()]]:
+        return Group, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +73,24 @@ class RowRouting:
             where they lie so already.
         inverse: Where each row went, ``[M]``; None with ``order``.
         segments: One for each adapter that has rows, in order of slots.
+        key: Names the adapters of the segments, in their order.
+        plans: How to multiply packed factors, kept by `fastlora.packed_forward`.
     """
 
     slots: torch.Tensor
     order: torch.Tensor | None
     inverse: torch.Tensor | None
     segments: tuple[Segment, ...]
+    key: tuple[Any, ...] = ()
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     _padded: dict[tuple[Segment, ...], PaddedRows] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def members(self) -> torch.Tensor:
+        """Index among the segments of each row's adapter, their number for none; ``[M]`` int64."""
+        slots = torch.tensor([segment.slot for segment in self.segments], device=self.slots.device)
+        found = torch.searchsorted(slots, self.slots)
+        return torch.where(self.slots == NO_ADAPTER, len(self.segments), found)
 
     def padded(self, segments: tuple[Segment, ...]) -> PaddedRows:
         """Returns how to lay out some segments' rows as a batch, made once for each choice."""
@@ -108,13 +139,16 @@ class Routing:
         names: Adapter of each slot.
         ids: Slot of each sample or token, ``[B]`` int64 on the CPU; -1 for none.
         seeds: Dropout seed of each slot, for this forward.
+        residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
     """
 
     group: Group
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: tuple[int, ...]
+    residents: tuple[Any, ...] | None = None
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
+    _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
     def rows(self, m: int, device: torch.device) -> RowRouting:
         """Returns the routing of a layer input with ``m`` rows, made once for each ``m``.
@@ -124,18 +158,36 @@ class Routing:
         """
         known = self._spread.get((m, device))
         if known is None:
-            known = self._spread[(m, device)] = _spread_rows(self.ids, m, device)
+            known = self._spread[(m, device)] = _spread_rows(self, m, device)
         return known
 
+    def set_of(self, rows: RowRouting, make_watch: Callable[[], Any]) -> SetPack:
+        """Returns the packed set of the adapters with rows.
 
-def _spread_rows(ids: torch.Tensor, m: int, device: torch.device) -> RowRouting:
-    count = ids.numel()
+        Whether factors changed is asked once for each block and whenever the set was dropped.
+        """
+        known = self._sets.get(rows.key)
+        if known is None or known.stale:
+            watch = make_watch if self.residents is None else None
+            known = self._sets[rows.key] = self.group.packs.get(rows.key, watch)
+        return known
+
+    def identity(self, slot: int) -> Any:
+        """Returns what tells the adapter of a slot from all others."""
+        if self.residents is None:
+            return self.names[slot]
+        resident = self.residents[slot]
+        return resident.name, resident.version
+
+
+def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
+    count = routing.ids.numel()
     if not count or m % count:
         raise ValueError(
             f"a layer has {m} rows and the batch {count} adapter ids; expected as many ids as "
             "samples, or as tokens"
         )
-    slots = ids.repeat_interleave(m // count)
+    slots = routing.ids.repeat_interleave(m // count)
     order = torch.argsort(slots, stable=True)
     in_order = slots[order]
     present, counts = torch.unique_consecutive(in_order, return_counts=True)
@@ -144,11 +196,13 @@ def _spread_rows(ids: torch.Tensor, m: int, device: torch.device) -> RowRouting:
         if slot != NO_ADAPTER:
             segments.append(Segment(slot, start, start + rows))
         start += rows
+    key = tuple(routing.identity(segment.slot) for segment in segments)
     if torch.equal(in_order, slots):
-        return RowRouting(slots.to(device), None, None, tuple(segments))
+        return RowRouting(slots.to(device), None, None, tuple(segments), key)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(m)
-    return RowRouting(slots.to(device), order.to(device), inverse.to(device), tuple(segments))
+    order, inverse = order.to(device), inverse.to(device)
+    return RowRouting(slots.to(device), order, inverse, tuple(segments), key)
 
 
 def layer_seed(seed: int, projection: int) -> torch.Tensor:
@@ -206,7 +260,9 @@ def make_routing(
                 raise AdapterNotFoundError(
                     f"no adapter {name!r}; loaded are {list(known)}{near_names(str(name), known)}"
                 )
-        names = tuple(dict.fromkeys(name for name in wanted if name is not None))
+        # In the model's order, whatever the batch's, so that a set of adapters has one name.
+        place = {name: index for index, name in enumerate(known)}
+        names = tuple(sorted({name for name in wanted if name is not None}, key=place.__getitem__))
         slot_of = {name: slot for slot, name in enumerate(names)}
         numbers = torch.tensor(
             [NO_ADAPTER if name is None else slot_of[name] for name in wanted], dtype=torch.int64

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import functional, mixed
-from fastlora.routing import Routing, RowRouting, layer_seed
-from fastlora.validation import UnsupportedLayerError, check_same_device
+from fastlora import functional
 
 
 def why_not_fused(layer: Any, names: list[str]) -> str:
@@ -24,15 +22,16 @@ def why_not_fused(layer: Any, names: list[str]) -> str:
     libraries live there.
     """
     for name in names:
-        if _plain_weight(layer.lora_A[name]) is None or _plain_weight(layer.lora_B[name]) is None:
+        if plain_weight(layer.lora_A[name]) is None or plain_weight(layer.lora_B[name]) is None:
             return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
         dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Dropout, nn.Identity) or _is_hooked(dropout):
+        if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
             return f"adapter {name!r} has its own dropout module, or hooks on it"
     return ""
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -42,9 +41,9 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+def plain_weight(module: nn.Module) -> torch.Tensor | None:
     """Returns the weight of a linear that nothing has hooked into, else None."""
-    if type(module) is not nn.Linear or _is_hooked(module):
+    if type(module) is not nn.Linear or is_hooked(module):
         return None
     weight = module._parameters.get("weight")
     return weight if type(weight) is nn.Parameter else None
@@ -60,7 +59,7 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> t
     return y
 
 
-class _Branch(NamedTuple):
+class Branch(NamedTuple):
     """What one call of `fastlora.functional` takes from a layer's adapters.
 
     Attributes:
@@ -78,24 +77,24 @@ class _Branch(NamedTuple):
     dropout_p: float
 
 
-def _branch(layer: Any, name: str, x: torch.Tensor) -> _Branch | None:
+def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
     """Returns one adapter's branch, or None where its modules must be called."""
     # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
     modules = layer._modules
     up = modules["lora_B"]._modules[name]
-    lora_a, lora_b = _plain_weight(modules["lora_A"]._modules[name]), _plain_weight(up)
+    lora_a, lora_b = plain_weight(modules["lora_A"]._modules[name]), plain_weight(up)
     dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
     if type(dropout) is nn.Dropout:
         dropout_p = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
         return None
-    if lora_a is None or lora_b is None or _is_hooked(dropout):
+    if lora_a is None or lora_b is None or is_hooked(dropout):
         return None
     scaling = layer.scaling[name]
     lora_bias = up._parameters["bias"]
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
-    return _Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
+    return Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
 
 
 def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
@@ -116,14 +115,14 @@ def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch
     return tensor
 
 
-def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch] | None:
+def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[Branch] | None:
     """Returns the active adapters as few branches: one, unless dropout masks x for each alone.
 
     None where the modules of one of them must be called.
     """
     branches = []
     for name in names:
-        branch = _branch(layer, name, x)
+        branch = branch_of(layer, name, x)
         if branch is None:
             return None
         branches.append(branch)
@@ -131,7 +130,7 @@ def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[_Branch] | 
         return branches
     biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
     return [
-        _Branch(
+        Branch(
             torch.cat([branch.lora_a for branch in branches]),
             torch.cat([branch.lora_b for branch in branches], dim=1),
             torch.cat([b.scaling.expand(b.lora_a.shape[0]) for b in branches]),
@@ -181,7 +180,7 @@ def lora_added_forward(
 
 
 def _add(
-    y: torch.Tensor, x: torch.Tensor, branches: list[_Branch], impl: str, inplace: bool
+    y: torch.Tensor, x: torch.Tensor, branches: list[Branch], impl: str, inplace: bool
 ) -> torch.Tensor:
     for lora_a, lora_b, scaling, lora_bias, dropout_p in branches:
         y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace)
@@ -189,76 +188,3 @@ def _add(
             y = y + lora_bias.to(y.dtype)
         inplace = True
     return y
-
-
-def mixed_forward(
-    layer: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    routing: Routing,
-    projection: int,
-) -> torch.Tensor:
-    """Runs a plain linear base layer, each row with its own adapter.
-
-    Args:
-        layer: Holds the adapters; rows whose adapter it lacks are base rows.
-        x: ``[..., K]``.
-        weight: Base weight ``[N, K]``.
-        bias: Base bias ``[N]`` or None.
-        routing: The batch's.
-        projection: The layer's number in its model, which makes its dropout its own.
-    """
-    dtype = functional.autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    elif weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
-    if _wants_grad(x, weight, bias, *factors):
-        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
-    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
-
-
-def mixed_added_forward(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, projection: int
-) -> torch.Tensor:
-    """Adds each row's own adapter to the output ``y`` of a base layer called as it is."""
-    x = x.to(functional.autocast_dtype(x) or x.dtype)
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
-    if not shares:
-        return y
-    if _wants_grad(y, x, *factors):
-        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-    return mixed.forward_add(y, x, rows, shares, factors)[0]
-
-
-def _shares(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
-) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
-    """Returns what each adapter with rows here contributes, and all their factors in turn."""
-    shares: list[mixed.Share] = []
-    factors: list[torch.Tensor | None] = []
-    present = layer._modules["lora_A"]._modules
-    for segment in rows.segments:
-        name = routing.names[segment.slot]
-        if name not in present:
-            continue
-        branch = _branch(layer, name, x)
-        if branch is None:
-            raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
-        if branch.lora_a.device != x.device:
-            check_same_device(x, lora_a=branch.lora_a, lora_b=branch.lora_b)
-        seed = None
-        if branch.dropout_p:
-            seed = layer_seed(routing.seeds[segment.slot], projection)
-        shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
-        # lora_bias is scaled already.
-        factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
-    return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
-
-
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

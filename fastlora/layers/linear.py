@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward, mixed_forward, why_not_fused
+from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_added_forward, mixed_added_forward, why_not_fused
+from fastlora.layers.compute import lora_added_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
+from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.routing import routing_of
 from fastlora.validation import UnsupportedLayerError
 
@@ -66,7 +67,7 @@ class FastLoraWrapper(LoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         routed = routing_of(self)
         if routed is not None and not self._disabled:
-            return mixed_added_forward(self, y, x, *routed)
+            return mixed_added_forward(self, y, x, *routed, self._may_write_into(y, x))
         names = self._acting()
         if not names:
             return y

@@ -1,0 +1,220 @@
+"""From a batch's routing to the products of one layer.
+
+Three ways, the same result to rounding:
+
+- packed: without gradients, from the second time on that a set of adapters comes to a layer.
+- shares: with gradients or dropout, and the first time: each adapter's factors as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import functional, mixed, packed, packed_forward
+from fastlora.layers.compute import Branch, branch_of, plain_weight, why_not_fused
+from fastlora.layers.watch import Watch
+from fastlora.packed import Factors, LayerPack, SetPack
+from fastlora.routing import Routing, RowRouting, layer_seed
+from fastlora.siblings import share, shared
+from fastlora.validation import UnsupportedLayerError, check_same_device
+
+
+def mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+) -> torch.Tensor:
+    """Runs a plain linear base layer, each row with its own adapter.
+
+    Args:
+        layer: Holds the adapters; rows whose adapter it lacks are base rows.
+        x: ``[..., K]``.
+        weight: Base weight ``[N, K]``.
+        bias: Base bias ``[N]`` or None.
+        routing: The batch's.
+        projection: The layer's number in its model, which makes its dropout its own.
+    """
+    dtype = functional.autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    elif weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    if dtype is None and _may_pack(layer):
+        found = _packed(layer, x, routing, rows, projection)
+        if found is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            y = packed_forward.linear(flat, weight, bias, rows, *found)
+            return y.view(*x.shape[:-1], weight.shape[0])
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if _wants_grad(x, weight, bias, *factors):
+        routing.group.packs.clear()  # an optimizer may be about to write into the factors
+        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
+    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+
+
+def mixed_added_forward(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Adds each row's own adapter to the output ``y`` of a base layer called as it is.
+
+    ``inplace`` says whether y may be overwritten where no gradient is recorded.
+    """
+    dtype = functional.autocast_dtype(x)
+    x = x.to(dtype or x.dtype)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    if dtype is None and y.dtype == x.dtype and _may_pack(layer):
+        found = _packed(layer, x, routing, rows, projection)
+        if found is not None:
+            flat = y.reshape(-1, y.shape[-1])
+            if not inplace and flat.data_ptr() == y.data_ptr():
+                flat = flat.clone()
+            return packed_forward.add_(flat, rows, *found).view(y.shape)
+    shares, factors = _shares(layer, x, routing, rows, projection)
+    if not shares:
+        return y
+    if _wants_grad(y, x, *factors):
+        routing.group.packs.clear()
+        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+    return mixed.forward_add(y, x, rows, shares, factors)[0]
+
+
+# ------------------------------------------------------------------------------------- packed
+
+
+def _may_pack(layer: Any) -> bool:
+    """Whether no gradient is recorded and no dropout can act."""
+    return not (torch.is_grad_enabled() or layer.training)
+
+
+def _packed(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
+) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
+    """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
+    group = routing.group
+    members = group.siblings.of(layer, number, x)
+    if not rows.segments:
+        return None
+    sets = routing.set_of(rows, Watch)
+    pack, due = sets.get(number, x.dtype)
+    if due and members is not None:
+        pack = _pack(sets, members, x, routing, rows)[members.index(number)]
+    if pack is None:
+        return None
+    plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
+    if plan is None:
+        return None
+    key = (rows, pack.lora_a)
+    shrunk = shared(x, number, key)
+    if shrunk is None:
+        shrunk = packed_forward.shrink(x.reshape(-1, x.shape[-1]), pack, plan)
+        share(x, number, pack.members, key, shrunk)
+    return pack, plan, shrunk
+
+
+def _pack(
+    sets: SetPack,
+    members: tuple[int, ...],
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+) -> list[LayerPack | None]:
+    """Packs the batch's adapters for a layer and its siblings."""
+    layers = [routing.group.siblings.layers[number]() for number in members]
+    names = [routing.names[segment.slot] for segment in rows.segments]
+    found = [_factors(member, x, routing, rows) for member in layers]
+    bare = [factors for factors in found if factors is not None]
+    packs: list[LayerPack | None] = [None] * len(members)
+    if len(bare) == len(found):
+        packs = packed.pack_layers(members, bare, x.dtype)
+    if sets.watch is not None:
+        for member in filter(None, layers):
+            sets.watch.add(member, names)
+    sets.put(members, x.dtype, packs)
+    return packs
+
+
+def _factors(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting
+) -> list[Factors | None] | None:
+    """Returns the factors of each adapter with rows; None where they are not bare tensors."""
+    if layer is None:
+        return None
+    slots = [segment.slot for segment in rows.segments]
+    if routing.residents is not None:
+        found = [routing.residents[slot].factors(layer.pool_index) for slot in slots]
+        return [None if f is None else Factors(f[0], f[1].t(), f[2], f[3]) for f in found]
+    present, factors = layer._modules["lora_A"]._modules, list[Factors | None]()
+    for slot in slots:
+        name = routing.names[slot]
+        if name not in present:
+            factors.append(None)
+            continue
+        lora_b = layer.lora_B[name]
+        lora_a, weight_b = plain_weight(present[name]), plain_weight(lora_b)
+        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+        acts = dropout.training and type(dropout) is not nn.Identity
+        if lora_a is None or weight_b is None or acts or lora_a.device != x.device:
+            return None
+        factors.append(Factors(lora_a, weight_b, float(scaling), lora_b.bias))
+    return factors
+
+
+# ------------------------------------------------------------------------------------- shares
+
+
+def _shares(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
+    """Returns what each adapter with rows here contributes, and all their factors in turn."""
+    shares: list[mixed.Share] = []
+    factors: list[torch.Tensor | None] = []
+    for segment in rows.segments:
+        branch = _branch(layer, x, routing, segment.slot)
+        if branch is None:
+            continue
+        if branch.lora_a.device != x.device:
+            check_same_device(x, lora_a=branch.lora_a, lora_b=branch.lora_b)
+        seed = None
+        if branch.dropout_p:
+            seed = layer_seed(routing.seeds[segment.slot], projection)
+        shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
+        # lora_bias is scaled already.
+        factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
+    return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
+
+
+def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch | None:
+    """Returns one adapter's branch, or None where the layer lacks it."""
+    if routing.residents is not None:
+        found = routing.residents[slot].factors(layer.pool_index)
+        if found is None:
+            return None
+        lora_a, rank_rows, scaling, lora_bias = found
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        tensor = torch.full((), scaling, dtype=exact, device=x.device)
+        if lora_bias is not None:
+            lora_bias = lora_bias * scaling
+        return Branch(lora_a, rank_rows.t(), tensor, lora_bias, 0.0)
+    name = routing.names[slot]
+    if name not in layer._modules["lora_A"]._modules:
+        return None
+    branch = branch_of(layer, name, x)
+    if branch is None:
+        raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+    return branch
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,199 @@
+"""Each adapter's loss in a mixed batch: the mean over its own tokens, as it would have alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.routing import BASE
+from fastlora.validation import check_floating
+
+# The label that transformers leaves out of the loss.
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterLosses:
+    """The losses of a mixed batch.
+
+    Adapters without a token that counts are in none of these.
+
+    Attributes:
+        by_adapter: Each adapter's loss, a tensor without dimensions that carries its graph.
+        values: The same as numbers.
+        tokens: How many tokens of each counted.
+        total: The sum of the finite losses; zero, and without a graph, where there is none. Its
+            gradient for an adapter is that of the adapter's own loss. An adapter left out may
+            still get NaN in its own gradients (0 * NaN), because its rows take part in the
+            backward: `AdapterOptimizers.backward` keeps that away.
+    """
+
+    by_adapter: dict[str, torch.Tensor]
+    values: dict[str, float]
+    tokens: dict[str, int]
+    total: torch.Tensor
+
+    @property
+    def finite(self) -> tuple[str, ...]:
+        """The adapters whose loss is finite."""
+        return tuple(name for name, value in self.values.items() if math.isfinite(value))
+
+    @property
+    def non_finite(self) -> tuple[str, ...]:
+        """The adapters whose loss is NaN or infinite."""
+        return tuple(name for name, value in self.values.items() if not math.isfinite(value))
+
+
+def adapter_losses(
+    token_losses: torch.Tensor,
+    adapters: Sequence[str | None],
+    *,
+    mask: torch.Tensor | None = None,
+    tokens: Mapping[str, int] | None = None,
+) -> AdapterLosses:
+    """Averages losses over each adapter's own tokens. Costs one host sync.
+
+    Args:
+        token_losses: ``[B, ...]``, any floating-point dtype: a loss for each token or sample.
+        adapters: The adapter of each of the B samples; None (or ``"__base__"``) counts for none.
+        mask: Which of them count, bool and of the same shape; None for all.
+        tokens: What to divide each adapter's sum by in place of its count in this batch: under
+            gradient accumulation, its tokens in all batches of the step (`count_tokens`), which
+            makes the step equal to one large batch.
+
+    Raises:
+        ValueError: ``adapters`` has not B entries, a shape differs, or ``tokens`` lacks an adapter
+            or has a count below 1.
+        TypeError: A dtype, or an entry of ``adapters``, is of the wrong kind.
+    """
+    check_floating("token_losses", token_losses)
+    if not token_losses.dim():
+        raise ValueError("token_losses has no dimensions, expected one loss for each sample")
+    samples = _samples_of(adapters, token_losses.shape[0])
+    if mask is None:
+        mask = torch.ones_like(token_losses, dtype=torch.bool)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if mask.shape != token_losses.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, expected {tuple(token_losses.shape)}, the shape "
+            "of token_losses"
+        )
+    for name in samples:
+        divisor = None if tokens is None else tokens.get(name)
+        if divisor is not None and divisor < 1:
+            raise ValueError(f"tokens[{name!r}] is {divisor}, expected at least 1")
+
+    wide = token_losses.to(torch.promote_types(token_losses.dtype, torch.float32))
+    by_adapter: dict[str, torch.Tensor] = {}
+    values: dict[str, float] = {}
+    found: dict[str, int] = {}
+    for name, total, count, value in _own_sums(wide, mask, samples):
+        if not count:
+            continue
+        divisor = count if tokens is None else tokens.get(name)
+        if divisor is None:
+            raise ValueError(f"tokens lacks adapter {name!r}, which has {count} tokens here")
+        by_adapter[name], values[name], found[name] = total / divisor, value / divisor, count
+    finite = [by_adapter[name] for name, value in values.items() if math.isfinite(value)]
+    joint = torch.stack(finite).sum() if finite else wide.new_zeros(())
+    return AdapterLosses(by_adapter, values, found, joint)
+
+
+def _own_sums(
+    losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
+) -> list[tuple[str, torch.Tensor, int, float]]:
+    """Returns each adapter's name, the sum of its losses, their number, and the sum's value."""
+    if not samples:
+        return []
+    # Selected, not multiplied: a NaN that does not count adds nothing. [B]
+    sums = torch.where(mask, losses, 0.0).reshape(len(losses), -1).sum(1)
+    counts = mask.reshape(len(losses), -1).sum(1)
+    order = torch.tensor([i for rows in samples.values() for i in rows], device=losses.device)
+    sizes = [len(rows) for rows in samples.values()]
+    own_sums = [part.sum() for part in sums.index_select(0, order).split(sizes)]
+    own_counts = [part.sum() for part in counts.index_select(0, order).split(sizes)]
+    summed = torch.stack(own_sums).detach()
+    counted, values = torch.stack([torch.stack(own_counts).to(summed.dtype), summed]).tolist()
+    return list(zip(samples, own_sums, map(int, counted), values, strict=True))
+
+
+def causal_lm_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    adapters: Sequence[str | None],
+    *,
+    tokens: Mapping[str, int] | None = None,
+) -> AdapterLosses:
+    """Returns each adapter's next-token loss, as a transformers causal model computes it alone.
+
+    Args:
+        logits: ``[B, T, V]``, any floating-point dtype; 16 bits are widened to fp32.
+        labels: ``[B, T]`` int64, not shifted; -100 does not count.
+        adapters: See `adapter_losses`.
+        tokens: See `adapter_losses`.
+
+    Raises:
+        ValueError, TypeError: See `adapter_losses`; or a shape of logits or labels is wrong.
+    """
+    check_floating("logits", logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected [B, T, V]")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}, the "
+            "first two dimensions of logits"
+        )
+    _samples_of(adapters, labels.shape[0])  # raises before any work
+    shifted = _next_labels(labels)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    token_losses = F.cross_entropy(
+        wide.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return adapter_losses(
+        token_losses.view(shifted.shape), adapters, mask=shifted != IGNORED, tokens=tokens
+    )
+
+
+def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
+    """Returns how many tokens of each adapter count in `causal_lm_losses`. Costs one host sync.
+
+    Args:
+        labels: ``[B, T]`` int64, not shifted.
+        adapters: See `adapter_losses`.
+
+    Raises:
+        ValueError, TypeError: See `causal_lm_losses`.
+    """
+    if labels.dim() != 2:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected [B, T]")
+    samples = _samples_of(adapters, labels.shape[0])
+    counts = (_next_labels(labels) != IGNORED).sum(1).tolist()
+    found = {name: sum(counts[i] for i in rows) for name, rows in samples.items()}
+    return {name: count for name, count in found.items() if count}
+
+
+def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[int]]:
+    """Returns each adapter's samples, in order; raises unless there is an entry for each sample."""
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters is the string {adapters!r}, expected one name for each sample")
+    if len(adapters) != count:
+        raise ValueError(f"adapters has {len(adapters)} entries, expected {count}, one a sample")
+    samples: dict[str, list[int]] = {}
+    for index, name in enumerate(adapters):
+        if name is None or name == BASE:
+            continue
+        if not isinstance(name, str):
+            raise TypeError(f"adapters[{index}] is {name!r}, expected a name or None")
+        samples.setdefault(name, []).append(index)
+    return samples
+
+
+def _next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Returns the label that each position predicts, ``[B, T]``."""
+    # Labels move, not logits: those would be copied.
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

@@ -1,0 +1,224 @@
+"""What one adapter trains with: its optimizer, schedule, clipping and loss scale."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fastlora.train.parameters import adapter_parameters
+from fastlora.validation import AdapterStateError, CheckpointError
+
+if TYPE_CHECKING:
+    from fastlora.model import LoraModel
+
+
+@dataclass
+class AdapterCounts:
+    """What has happened to an adapter so far.
+
+    Attributes:
+        steps: Optimizer steps.
+        skipped_steps: Steps skipped because a gradient was not finite.
+        non_finite_losses: Losses left out of a backward because they were not finite.
+        forwards: Dropout seeds drawn.
+    """
+
+    steps: int = 0
+    skipped_steps: int = 0
+    non_finite_losses: int = 0
+    forwards: int = 0
+
+
+class Solo:
+    """One adapter's side of `AdapterOptimizers`, which has the arguments' description.
+
+    Args:
+        model: With the adapter, trainable.
+        name: The adapter's name.
+        optimizer: Makes the optimizer.
+        scheduler: Makes the schedule, or None.
+        max_grad_norm: None for no clipping.
+        scaler: Makes the loss scale, or None.
+        seed: Start of the dropout seeds.
+
+    Raises:
+        AdapterStateError: The adapter is frozen.
+        ValueError, TypeError: An argument is not as described.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        name: str,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        max_grad_norm: float | None,
+        scaler: Callable[[], torch.amp.GradScaler] | None,
+        seed: int,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm of {name!r} is {max_grad_norm}, expected more than 0")
+        self.name = name
+        self.max_grad_norm = max_grad_norm
+        self.parameters = _trainable(model, name, needs_fp32=scaler is not None)
+        self.optimizer = _make_optimizer(name, optimizer, self.parameters)
+        self.scheduler = (
+            None if scheduler is None else _make_scheduler(name, scheduler, self.optimizer)
+        )
+        self.scaler = None if scaler is None else scaler()
+        self.seed = seed
+        self.counts = AdapterCounts()
+
+    def check_trainable(self) -> None:
+        """Raises `AdapterStateError` where all parameters have been frozen since."""
+        if not any(parameter.requires_grad for parameter in self.parameters):
+            raise AdapterStateError(_frozen(self.name))
+
+    def draw_seed(self) -> int:
+        """Returns the seed of the next forward, 62 bits."""
+        text = f"{self.seed}:{self.counts.forwards}:{self.name}"
+        self.counts.forwards += 1
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 2
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns the loss times the adapter's loss scale."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns the gradients that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def unscaled_norm(self) -> torch.Tensor:
+        """Unscales the gradients and returns their norm, without dimensions."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return nn.utils.get_total_norm(self.gradients())
+
+    def step(self, norm: torch.Tensor, value: float) -> bool:
+        """Clips unscaled gradients and steps; returns False where they are not finite.
+
+        Args:
+            norm: Of the gradients.
+            value: The same as a number.
+        """
+        finite = math.isfinite(value)
+        if finite:
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.counts.steps += 1
+        else:
+            self.counts.skipped_steps += 1
+        if self.scaler is not None:
+            self.scaler.update()
+        return finite
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    # ---------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `load_state_dict` needs, and the kind that it must be of."""
+        return {
+            "kind": self._kind(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "seed": self.seed,
+            "counts": asdict(self.counts),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises `CheckpointError` unless a state is of this kind."""
+        kind = self._kind()
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing:
+            raise CheckpointError(f"the state of adapter {self.name!r} lacks {missing[0]!r}")
+        for key, expected in kind.items():
+            found = state["kind"].get(key)
+            if found != expected:
+                raise CheckpointError(
+                    f"the state of adapter {self.name!r} has {key} {found}, expected {expected}"
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a checked state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
+
+    def _kind(self) -> dict[str, Any]:
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "scaler": self.scaler is not None,
+            # torch loads the state of another rank without a word, and fails at the next step.
+            "parameters": [list(parameter.shape) for parameter in self.parameters],
+            "groups": [len(group["params"]) for group in self.optimizer.param_groups],
+        }
+
+
+def _frozen(name: str) -> str:
+    return f"adapter {name!r} is frozen; call train_adapters() with all adapters that train"
+
+
+def _trainable(model: LoraModel, name: str, needs_fp32: bool) -> list[nn.Parameter]:
+    """Returns an adapter's trainable parameters; raises where it has none."""
+    named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
+    if not named:
+        raise AdapterStateError(_frozen(name))
+    for key, parameter in named.items():
+        if needs_fp32 and parameter.dtype == torch.float16:
+            raise TypeError(
+                f"{key} is {parameter.dtype}, expected torch.float32 with a scaler: the gradients "
+                "of fp16 parameters cannot be unscaled"
+            )
+    return list(named.values())
+
+
+def _make_optimizer(
+    name: str, make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]
+) -> Optimizer:
+    optimizer = make(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizers[{name!r}] made {type(optimizer).__name__}, expected a "
+            "torch.optim.Optimizer"
+        )
+    own = {id(parameter) for parameter in parameters}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not own.issuperset(held):
+        raise ValueError(
+            f"the optimizer of adapter {name!r} holds parameters that are not the adapter's; "
+            "expected those that it was given"
+        )
+    return optimizer
+
+
+def _make_scheduler(
+    name: str, make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer
+) -> LRScheduler:
+    scheduler = make(optimizer)
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            f"schedulers[{name!r}] made {type(scheduler).__name__}, expected a schedule of "
+            "torch.optim.lr_scheduler that steps without a metric"
+        )
+    return scheduler
