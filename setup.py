@@ -13,6 +13,8 @@ setup(
         "fastlora.integrations",
         "fastlora.kernels",
         "fastlora.layers",
+        "fastlora.pool",
+        "fastlora.train",
     ],
     package_dir={"fastlora": "fastlora", "fastlora.kernels": "kernels"},
     package_data={"fastlora": ["py.typed"]},

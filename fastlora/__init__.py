@@ -13,7 +13,15 @@ from fastlora.config import LoraConfig, TaskType  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
 from fastlora.patch import patch, unpatch  # noqa: E402
+from fastlora.pool import AdapterPool  # noqa: E402
 from fastlora.report import FusionReport, fusion_report  # noqa: E402
+from fastlora.train import (  # noqa: E402
+    AdapterOptimizers,
+    adapter_losses,
+    adapter_parameters,
+    causal_lm_losses,
+    train_adapters,
+)
 from fastlora.validation import FastLoraError  # noqa: E402
 
 # PEFT's name for it, so that a snippet needs only its import changed.
@@ -22,6 +30,8 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterOptimizers",
+    "AdapterPool",
     "FastLoraError",
     "FastLoraLinear",
     "FusionReport",
@@ -30,10 +40,14 @@ __all__ = [
     "PeftModel",
     "TaskType",
     "__version__",
+    "adapter_losses",
+    "adapter_parameters",
     "adapters",
+    "causal_lm_losses",
     "functional",
     "fusion_report",
     "get_peft_model",
     "patch",
+    "train_adapters",
     "unpatch",
 ]

@@ -4,53 +4,158 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastlora import recompute
-from fastlora.routing import make_routing, routed
+from fastlora.pool import AdapterPool
+from fastlora.pool.pool import pool_of
+from fastlora.routing import (
+    NO_ADAPTER,
+    KernelRouting,
+    Routing,
+    check_slot_ids,
+    checked_slots,
+    draw_seeds,
+    named_ids,
+    routed,
+)
+from fastlora.tuner import LoraTuner
 from fastlora.validation import AdapterStateError
 
-if TYPE_CHECKING:
-    from fastlora.model import LoraModel
+_INVALID = -2
 
 
 @contextlib.contextmanager
 def adapters(
-    model: LoraModel,
+    model: nn.Module | AdapterPool,
     ids: Sequence[str | None] | torch.Tensor,
     *,
     seeds: Mapping[str, int] | None = None,
+    validate: bool = False,
 ) -> Iterator[None]:
     """Within the block, every row of a forward of ``model`` uses its own adapter.
 
     For serving and for training: a backward may run after the block and in another thread, through
-    activation checkpoints too. Blocks nest, and each thread has its own.
+    activation checkpoints too. Blocks nest, and each thread has its own. Adapters of a pool are
+    brought to the device when the block begins, and stay there, as they are, until it ends.
 
     Args:
-        model: With its adapters loaded; which of them are active is of no consequence here.
+        model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
+            that was patched. Which adapters are active is of no consequence here.
         ids: For each sample a name, or None (or ``"__base__"``) for the base model alone; or an int
-            tensor of slots, an index into ``list(model.peft_config)`` for each sample or token, -1
-            for none.
+            tensor of slots for each sample or token, -1 for none. A slot is an index into
+            ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`.
         seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
             same elements whatever else is in the batch. Those not given are drawn.
+        validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
+            slot does not exist come out NaN, and the end of the block raises.
 
     Raises:
         AdapterNotFoundError: A name or slot that is not there.
-        AdapterStateError: An adapter is merged.
-        ValueError, TypeError: ``ids`` is not as described.
+        AdapterStateError: An adapter is merged, or a pool is closed.
+        PoolFullError: A pool is too small for the batch's adapters.
+        CheckpointError: A pool cannot read one of them.
+        TypeError, ValueError: ``model`` or ``ids`` is not as described.
     """
-    tuner = model.base_model
-    for module in tuner.routed:
+    with contextlib.ExitStack() as held:
+        routing = _routing(model, ids, seeds, validate, held)
+        if torch.is_grad_enabled():
+            recompute.keep_routing()
+        with routed(routing):
+            yield
+        if routing.ids.is_cuda and not torch.cuda.is_current_stream_capturing():
+            routing.check_ids()
+
+
+def _routing(
+    model: Any,
+    ids: Sequence[str | None] | torch.Tensor,
+    seeds: Mapping[str, int] | None,
+    validate: bool,
+    held: contextlib.ExitStack,
+) -> Routing:
+    pool = model if isinstance(model, AdapterPool) else pool_of(model)
+    if pool is not None:
+        return _pool_routing(pool, ids, seeds, validate, held)
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, LoraTuner):
+        from fastlora.patch import patched_routing
+
+        tuner = patched_routing(model)
+    return _tuner_routing(tuner, ids, seeds, validate)
+
+
+def _tuner_routing(
+    tuner: Any,
+    ids: Sequence[str | None] | torch.Tensor,
+    seeds: Mapping[str, int] | None,
+    validate: bool,
+) -> Routing:
+    """For adapters that are parameters of the model's layers."""
+    layers = tuner.routed
+    for module in layers:
         merged = getattr(module, "merged_adapters", None)
         if merged:
             raise AdapterStateError(
                 f"adapters {merged} are merged into the base weights, which every row shares; "
                 "call unmerge_adapter() first"
             )
-    routing = make_routing(tuner.group, list(model.peft_config), ids, seeds)
-    if torch.is_grad_enabled():
-        recompute.keep_routing()
-    with routed(routing):
-        yield
+    known = tuple(tuner.peft_config)
+    if not isinstance(ids, torch.Tensor):
+        names, slots = named_ids(known, ids)
+    elif ids.is_cuda and not validate:
+        check_slot_ids(ids)
+        names, slots = known, _looked_up(torch.arange(len(known)), ids)
+    else:
+        names, slots = known, checked_slots(ids, known)
+    return Routing(tuner.group, names, slots, draw_seeds(names, seeds), layers)
+
+
+def _pool_routing(
+    pool: AdapterPool,
+    ids: Sequence[str | None] | torch.Tensor,
+    seeds: Mapping[str, int] | None,
+    validate: bool,
+    held: contextlib.ExitStack,
+) -> Routing:
+    """For adapters of a pool, leased until ``held`` closes."""
+    if not isinstance(ids, torch.Tensor):
+        names, slots = named_ids(None, ids)
+        lease = held.enter_context(pool.lease(names))
+    else:
+        check_slot_ids(ids)
+        lease = held.enter_context(pool.lease_resident())
+        names = tuple(resident.name for resident in lease.residents)
+        # From the pool's slots to places in the lease.
+        places = torch.full((pool.max_adapters,), _INVALID)
+        in_slots: list[str | None] = [None] * pool.max_adapters
+        for place, resident in enumerate(lease.residents):
+            places[resident.slot] = place
+            in_slots[resident.slot] = resident.name
+        if not ids.is_cuda or validate:
+            checked_slots(ids, in_slots)
+        slots = _looked_up(places, ids)
+    columns = torch.tensor([resident.column for resident in lease.residents], dtype=torch.int64)
+    kernels = KernelRouting(
+        _looked_up(columns, slots), pool.tables, pool.max_rank or lease.max_rank, pool.dtype
+    )
+    return Routing(
+        pool.group,
+        names,
+        slots,
+        draw_seeds(names, seeds),
+        residents=lease.residents,
+        kernels=[kernels],
+    )
+
+
+def _looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
+    table = table.to(ids.device, non_blocking=True)
+    ids = ids.to(torch.int64)
+    outside = (ids < 0) | (ids >= table.numel())
+    found = table[ids.clamp(0, table.numel() - 1)] if table.numel() else torch.zeros_like(ids)
+    return torch.where(outside, torch.where(ids == NO_ADAPTER, NO_ADAPTER, _INVALID), found)

@@ -121,11 +121,13 @@ class SetPack:
 
     Attributes:
         stale: Whether factors may have changed since.
+        tables: What `fastlora.layers.mixed_kernels` keeps with the set.
     """
 
     def __init__(self, watch: Any) -> None:
         self.watch = watch
         self.stale = False
+        self.tables: Any = None
         self._met: set[tuple[int, torch.dtype]] = set()
         self._packs: dict[tuple[int, torch.dtype], LayerPack | None] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from torch import nn
 
@@ -44,3 +45,22 @@ def unpatch(peft_model: nn.Module) -> None:
         from fastlora.integrations.peft import unpatch_model
 
         unpatch_model(peft_model)
+
+
+def patched_routing(model: Any) -> Any:
+    """Returns what `fastlora.adapters` needs to know of a patched PEFT model.
+
+    Raises:
+        UnsupportedLayerError: A layer of it cannot take part in a mixed batch.
+        TypeError: It is none.
+    """
+    if isinstance(model, nn.Module) and importlib.util.find_spec("peft") is not None:
+        from fastlora.integrations.peft import routed_model
+
+        found = routed_model(model)
+        if found is not None:
+            return found
+    raise TypeError(
+        "adapters() takes a LoraModel, a model with an AdapterPool or a patched PEFT model, got a "
+        f"{type(model).__name__}"
+    )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.packed import PackCache, SetPack
+from fastlora.row_groups import RowGroups, build_row_groups
 from fastlora.siblings import Siblings
 from fastlora.validation import AdapterNotFoundError, near_names
 
@@ -131,22 +132,62 @@ def _pad(segments: tuple[Segment, ...], device: torch.device) -> PaddedRows:
 
 
 @dataclass(frozen=True, eq=False)
+class KernelRouting:
+    """A routing as Triton kernels read it.
+
+    Attributes:
+        columns: Column in the tables of each sample or token, ``[B]``; -1 for none, -2 for an id
+            that was out of range.
+        tables: Addresses, ranks and scalings: a row for each layer, a column for each adapter.
+        max_rank: No adapter has a larger one.
+        dtype: Of the factors.
+    """
+
+    columns: torch.Tensor
+    tables: Any
+    max_rank: int
+    dtype: torch.dtype
+    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+
+    def groups(self, m: int, device: torch.device) -> RowGroups:
+        """Returns the rows of a layer input sorted by adapter, made once for each ``m``.
+
+        Raises:
+            ValueError: ``m`` is no multiple of the number of ids.
+        """
+        known = self._groups.get(m)
+        if known is None:
+            columns = self.tables.rank.shape[1]
+            known = self._groups[m] = build_row_groups(self.columns, m, columns, device)
+        return known
+
+    def found_invalid(self) -> bool:
+        """Whether an id was out of range; waits for the GPU."""
+        return any(bool(groups.invalid.item()) for groups in self._groups.values())
+
+
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Adapters of a batch.
 
     Attributes:
         group: The layers that take part; others ignore the routing.
         names: Adapter of each slot.
-        ids: Slot of each sample or token, ``[B]`` int64 on the CPU; -1 for none.
+        ids: Slot of each sample or token, ``[B]`` int64; -1 for none. On a GPU they are not
+            checked yet, and -2 is an id that was out of range.
         seeds: Dropout seed of each slot, for this forward.
+        layers: The model's routed modules; a layer's ``table_row`` counts here.
         residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
+        kernels: What Triton kernels read; None until a layer needs it.
     """
 
     group: Group
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: tuple[int, ...]
+    layers: Sequence[Any] = ()
     residents: tuple[Any, ...] | None = None
+    kernels: list[KernelRouting] = field(default_factory=list, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -161,16 +202,25 @@ class Routing:
             known = self._spread[(m, device)] = _spread_rows(self, m, device)
         return known
 
-    def set_of(self, rows: RowRouting, make_watch: Callable[[], Any]) -> SetPack:
-        """Returns the packed set of the adapters with rows.
+    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
+        """Returns what the model keeps of a set of adapters.
 
         Whether factors changed is asked once for each block and whenever the set was dropped.
         """
-        known = self._sets.get(rows.key)
+        known = self._sets.get(key)
         if known is None or known.stale:
             watch = make_watch if self.residents is None else None
-            known = self._sets[rows.key] = self.group.packs.get(rows.key, watch)
+            known = self._sets[key] = self.group.packs.get(key, watch)
         return known
+
+    def check_ids(self) -> None:
+        """Raises if kernels met an id that was out of range; waits for the GPU.
+
+        Raises:
+            AdapterNotFoundError: Its rows came out NaN.
+        """
+        if any(kernels.found_invalid() for kernels in self.kernels):
+            raise AdapterNotFoundError(_out_of_range(self.names) + "; its rows came out NaN")
 
     def identity(self, slot: int) -> Any:
         """Returns what tells the adapter of a slot from all others."""
@@ -180,6 +230,10 @@ class Routing:
         return resident.name, resident.version
 
 
+def _out_of_range(names: Sequence[str]) -> str:
+    return f"an adapter id is out of range; expected -1 for none or a slot of {list(names)[:20]}"
+
+
 def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
     count = routing.ids.numel()
     if not count or m % count:
@@ -187,7 +241,10 @@ def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
             f"a layer has {m} rows and the batch {count} adapter ids; expected as many ids as "
             "samples, or as tokens"
         )
-    slots = routing.ids.repeat_interleave(m // count)
+    ids = routing.ids.cpu()
+    if ids.min() < NO_ADAPTER:
+        raise AdapterNotFoundError(_out_of_range(routing.names))
+    slots = ids.repeat_interleave(m // count)
     order = torch.argsort(slots, stable=True)
     in_order = slots[order]
     present, counts = torch.unique_consecutive(in_order, return_counts=True)
@@ -216,63 +273,82 @@ def layer_seed(seed: int, projection: int) -> torch.Tensor:
     return torch.tensor([(z ^ (z >> 31)) >> (64 - _SEED_BITS)])
 
 
-def make_routing(
-    group: Group,
-    known: Sequence[str],
-    ids: Sequence[str | None] | torch.Tensor,
-    seeds: Mapping[str, int] | None = None,
-) -> Routing:
-    """Checks ids and makes a routing.
+def named_ids(
+    known: Sequence[str] | None, ids: Sequence[str | None]
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Returns the adapters of a batch in one order for any batch, and the slot of each id.
 
     Args:
-        group: The layers that take part.
-        known: Names of the model's adapters; an id given as a number is an index into them.
-        ids: A name or None (or ``"__base__"``) for each sample; or an int tensor of slots, one for
-            each sample or token, -1 for none.
-        seeds: Dropout seed of each adapter. Those not given are drawn from torch's generator.
+        known: Names of the model's adapters, which give the order; None for the alphabet's, where
+            others check the names.
+        ids: A name, or None or ``"__base__"``, for each sample.
 
     Raises:
-        AdapterNotFoundError: A name or slot that is not there.
-        ValueError: ``ids`` is empty or has more than one dimension.
-        TypeError: ``ids`` is neither of these.
+        AdapterNotFoundError: A name that is not there.
+        TypeError: ``ids`` is one string.
+        ValueError: ``ids`` is empty.
     """
-    if isinstance(ids, torch.Tensor):
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
-        if ids.dim() != 1:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
-        numbers = ids.to(device="cpu", dtype=torch.int64)
-        if numbers.numel():
-            low, high = int(numbers.min()), int(numbers.max())
-            if low < NO_ADAPTER or high >= len(known):
-                bad = low if low < NO_ADAPTER else high
-                raise AdapterNotFoundError(
-                    f"no adapter in slot {bad}; expected -1 for none or 0 to {len(known) - 1}, "
-                    f"the adapters {list(known)}"
-                )
-        names = tuple(known)
-    else:
-        if isinstance(ids, str):
-            raise TypeError(f"ids is the string {ids!r}, expected one name for each sample")
-        wanted = [None if name == BASE else name for name in ids]
-        for name in wanted:
-            if name is not None and name not in known:
-                raise AdapterNotFoundError(
-                    f"no adapter {name!r}; loaded are {list(known)}{near_names(str(name), known)}"
-                )
-        # In the model's order, whatever the batch's, so that a set of adapters has one name.
-        place = {name: index for index, name in enumerate(known)}
-        names = tuple(sorted({name for name in wanted if name is not None}, key=place.__getitem__))
-        slot_of = {name: slot for slot, name in enumerate(names)}
-        numbers = torch.tensor(
-            [NO_ADAPTER if name is None else slot_of[name] for name in wanted], dtype=torch.int64
-        )
-    if not numbers.numel():
+    if isinstance(ids, str):
+        raise TypeError(f"ids is the string {ids!r}, expected one name for each sample")
+    wanted = [None if name == BASE else name for name in ids]
+    if not wanted:
         raise ValueError("ids is empty, expected one for each sample or token")
+    present = {name for name in wanted if name is not None}
+    if known is None:
+        names = tuple(sorted(present))
+    else:
+        place = {name: index for index, name in enumerate(known)}
+        for name in wanted:
+            if name is not None and name not in place:
+                raise AdapterNotFoundError(
+                    f"no adapter {name!r}; loaded are {list(known)[:20]}"
+                    f"{near_names(str(name), known)}"
+                )
+        names = tuple(sorted(present, key=place.__getitem__))
+    slot_of = {name: slot for slot, name in enumerate(names)}
+    slots = [NO_ADAPTER if name is None else slot_of[name] for name in wanted]
+    return names, torch.tensor(slots, dtype=torch.int64)
+
+
+def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
+    """Returns ids that are slots as int64 after a check.
+
+    Args:
+        ids: Integers ``[B]``; -1 for none.
+        slots: Adapter of each slot, None for an empty one.
+
+    Raises:
+        AdapterNotFoundError: A slot that is not there or empty.
+        ValueError, TypeError: ``ids`` is empty, has other dimensions, or is not of integers.
+    """
+    check_slot_ids(ids)
+    numbers = ids.to(device="cpu", dtype=torch.int64)
+    for slot in torch.unique(numbers).tolist():
+        known = NO_ADAPTER <= slot < len(slots)
+        if not known or (slot != NO_ADAPTER and slots[slot] is None):
+            names = [name for name in slots if name is not None]
+            raise AdapterNotFoundError(
+                f"no adapter in slot {slot}; expected -1 for none or 0 to {len(slots) - 1}, the "
+                f"adapters {names[:20]}"
+            )
+    return numbers
+
+
+def check_slot_ids(ids: torch.Tensor) -> None:
+    """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``, B at least 1."""
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
+    if ids.dim() != 1:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
+    if not ids.numel():
+        raise ValueError("ids is empty, expected one for each sample or token")
+
+
+def draw_seeds(names: Sequence[str], given: Mapping[str, int] | None) -> tuple[int, ...]:
+    """Returns a dropout seed for each adapter: the given one, or one from torch's generator."""
     drawn = torch.randint(0, 2**_SEED_BITS, (len(names),)).tolist() if names else []
-    given = seeds or {}
-    chosen = tuple(given.get(n, d) for n, d in zip(names, drawn, strict=True))
-    return Routing(group, names, numbers, chosen)
+    chosen = given or {}
+    return tuple(chosen.get(n, d) for n, d in zip(names, drawn, strict=True))
 
 
 # ------------------------------------------------------------------------- the routing in force

@@ -186,7 +186,8 @@ class LoraTuner(nn.Module):
         """The modules whose adapters a mixed batch chooses by row."""
         if self._routed is None:
             found = inject.routed_modules(self.model)
-            for name, module in found:
+            for row, (name, module) in enumerate(found):
+                module.table_row = row
                 # By name, so that dropout does not depend on which other modules are adapted.
                 module.routed_by, module.routed_as = self.group, zlib.crc32(name.encode())
             self._routed = [module for _, module in found]

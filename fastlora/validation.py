@@ -40,6 +40,10 @@ class CheckpointError(FastLoraError, ValueError):
     """An adapter folder is missing, damaged, unsafe, or does not fit the model."""
 
 
+class PoolFullError(FastLoraError, RuntimeError):
+    """An adapter pool has no room for what was asked, and eviction cannot make any."""
+
+
 class ImplementationError(FastLoraError, RuntimeError):
     """The implementation that the caller named cannot run here."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -31,7 +31,6 @@ _MAX_CHUNK_R = 32
 MAX_SPLITS = 8
 # Steps of the K loop below which a split is not worth a program.
 _MIN_STEPS = 2
-_ROW_BUCKETS = (16, 32, 64, 128)
 
 _KIB = 1024
 # Shared memory (LDS) that one program may use.
@@ -180,14 +179,14 @@ class Shipped(NamedTuple):
     kernel: str
     dtype: torch.dtype
     r: int
-    config: ShrinkConfig | LinearConfig | ExpandConfig | DropoutConfig
+    config: KernelConfig
 
 
 # Each choice is a pure function of its arguments, asked for on every launch.
-_remembered = functools.lru_cache(maxsize=4096)
+remembered = functools.lru_cache(maxsize=4096)
 
 
-@_remembered
+@remembered
 def shrink_config(
     chip: Chip, m: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> ShrinkConfig:
@@ -196,14 +195,12 @@ def shrink_config(
     ``input_precision``, "ieee" or "tf32", matters for fp32 only. Split into the fewest parts that
     fill the chip.
     """
-    kind = _kind(chip, dtype, input_precision)
+    kind = kind_of(chip, dtype, input_precision)
 
     def programs(tile: ShrinkTile) -> int:
         return cdiv(m, tile.block_m) * cdiv(r, _block_r(r, tile.blocks_r))
 
-    tile = _widest_that_fills(
-        chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t)
-    )
+    tile = widest_that_fills(chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t))
     most = min(MAX_SPLITS, cdiv(k, tile.block_k) // _MIN_STEPS)
     splits = 1
     while not _fills(chip, splits * programs(tile)) and 2 * splits <= most:
@@ -211,13 +208,13 @@ def shrink_config(
     return _shrink(chip, kind, tile, _block_r(r, tile.blocks_r), splits)
 
 
-@_remembered
+@remembered
 def linear_config(
     chip: Chip, m: int, n: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> LinearConfig:
     """Returns the config of `launch_lora_linear` for x ``[m, k]`` and lora_b ``[n, r]``."""
-    kind = _kind(chip, dtype, input_precision)
-    tile = _widest_that_fills(
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
         chip,
         m,
         LINEAR[chip.family][kind],
@@ -226,13 +223,13 @@ def linear_config(
     return _linear(chip, kind, tile, _chunk_r(r, tile.blocks_r))
 
 
-@_remembered
+@remembered
 def expand_config(
     chip: Chip, m: int, n: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> ExpandConfig:
     """Returns the config of `launch_lora_expand` for y ``[m, n]`` and lora_b ``[n, r]``."""
-    kind = _kind(chip, dtype, input_precision)
-    tile = _widest_that_fills(
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
         chip,
         m,
         EXPAND[chip.family][kind],
@@ -296,17 +293,23 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
 
 
-_Tile = TypeVar("_Tile", LinearTile, ShrinkTile, ExpandTile)
+class _HasRows(Protocol):
+    @property
+    def block_m(self) -> int: ...
 
 
-def _widest_that_fills(
+_Tile = TypeVar("_Tile", bound=_HasRows)
+
+
+def widest_that_fills(
     chip: Chip, m: int, tiles: Sequence[_Tile], programs: Callable[[_Tile], int]
 ) -> _Tile:
     """Returns the first tile of m's bucket whose programs fill the chip, or else the last one.
 
     Up to 64 rows the tile covers all of them; beyond, 64-row tiles are the way to more programs.
     """
-    bucket = next((rows for rows in _ROW_BUCKETS if m <= rows), _ROW_BUCKETS[-1])
+    rows = [tile.block_m for tile in tiles]
+    bucket = min((block_m for block_m in rows if m <= block_m), default=max(rows))
     candidates = [tile for tile in tiles if min(bucket, 64) <= tile.block_m <= bucket]
     return next((tile for tile in candidates if _fills(chip, programs(tile))), candidates[-1])
 
@@ -316,7 +319,7 @@ def _fills(chip: Chip, programs: int) -> bool:
     return 4 * programs >= 3 * chip.num_sms
 
 
-def _kind(chip: Chip, dtype: torch.dtype, input_precision: str) -> str:
+def kind_of(chip: Chip, dtype: torch.dtype, input_precision: str) -> str:
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
     if dtype != torch.float32:

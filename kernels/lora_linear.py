@@ -17,18 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import LinearConfig, cdiv
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
-
-
-@triton.jit
-def _grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
-    """Returns (pid_m, pid_n), GROUP_M row tiles at a time: neighbours share weight tiles in L2."""
-    group_size = GROUP_M * num_pid_n
-    first_m = (pid // group_size) * GROUP_M
-    group_m = min(num_pid_m - first_m, GROUP_M)
-    pid_in_group = pid % group_size
-    return first_m + pid_in_group % group_m, pid_in_group // group_m
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.
@@ -80,14 +71,11 @@ def _lora_linear_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pid_m, pid_n = _grouped_tile(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
-    )
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = tl.cast(pid_m * BLOCK_M, tl.int64)
     first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M - pid_m * BLOCK_M
     mask_n = offs_n < N - pid_n * BLOCK_N
 
@@ -113,25 +101,23 @@ def _lora_linear_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
-    x_ptr += first_m * stride_xm
-    weight_ptr += first_n * stride_wn
-    offs_x = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    offs_w = offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask_x = mask_m[:, None]
-        mask_w = mask_n[None, :]
-        if not EVEN_K:
-            mask_k = offs_k < K - k
-            mask_x = mask_x & mask_k[None, :]
-            mask_w = mask_w & mask_k[:, None]
-        # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
-        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
-        w = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0, eviction_policy=WEIGHT_POLICY)
-        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
-        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
-        weight_ptr += tl.cast(stride_wk, tl.int64) * BLOCK_K
+    acc = base_product(
+        x_ptr + first_m * stride_xm,
+        weight_ptr + first_n * stride_wn,
+        offs_xm=offs_m * stride_xm,
+        mask_m=mask_m,
+        mask_n=mask_n,
+        K=K,
+        stride_xk=stride_xk,
+        stride_wn=stride_wn,
+        stride_wk=stride_wk,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        EVEN_K=EVEN_K,
+        WEIGHT_POLICY=WEIGHT_POLICY,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )
 
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -78,9 +78,24 @@ def load_shrunk(
     offs_r = start + tl.arange(0, BLOCK_R)
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
     mask = mask_m[:, None] & (offs_r < rank)[None, :]
+    s = sum_planes(s_ptrs, mask, stride_sp, PLANES, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R)
+    return s.to(dtype)
+
+
+@triton.jit
+def sum_planes(
+    s_ptrs,
+    mask,
+    stride_sp,
+    planes,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    IN_FLIGHT: tl.constexpr = 4,
+):
+    """Returns the sum of a tile's planes in their order, fp32 ``[BLOCK_M, BLOCK_R]``."""
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    # A loop keeps the loads in their own layout; four in flight bound the registers.
-    for plane in tl.range(0, PLANES, num_stages=1, loop_unroll_factor=4):
+    # A loop keeps the loads in their own layout; so many in flight bound the registers.
+    for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=IN_FLIGHT):
         # s: [BLOCK_M, BLOCK_R]
         s += tl.load(s_ptrs + tl.cast(plane, tl.int64) * stride_sp, mask=mask, other=0.0)
-    return s.to(dtype)
+    return s

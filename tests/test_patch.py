@@ -233,3 +233,71 @@ def test_nothing_to_patch() -> None:
     with pytest.raises(UnsupportedLayerError, match="got a TwoLayers without any"):
         fastlora.patch(TwoLayers())
     fastlora.unpatch(nn.Linear(2, 2))  # harmless
+
+
+def mixed_models() -> tuple[Any, Any]:
+    """A patched PEFT model with three adapters, and its unpatched twin."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "a"
+        )
+        model.add_adapter("b", peft.LoraConfig(r=8, use_rslora=True, target_modules="all-linear"))
+        model.add_adapter("c", peft.LoraConfig(r=4, lora_bias=True, target_modules=["k_proj"]))
+        randomise(model)
+        models.append(model.double().eval())
+    fastlora.patch(models[0])
+    return models[0], models[1]
+
+
+def test_mixed_batches_are_pefts() -> None:
+    """`adapter_names=` and `fastlora.adapters` on a patched model give PEFT's results."""
+    patched, twin = mixed_models()
+    ids = torch.randint(0, 97, (5, 6))
+    names = ["b", "__base__", "a", "c", "b"]
+    with torch.no_grad():
+        expected = twin(input_ids=ids, adapter_names=names).logits
+        for _ in range(3):
+            torch.testing.assert_close(
+                patched(input_ids=ids, adapter_names=names).logits, expected
+            )
+            with fastlora.adapters(patched, names):
+                torch.testing.assert_close(patched(input_ids=ids).logits, expected)
+        copied = copy.deepcopy(patched)
+        torch.testing.assert_close(copied(input_ids=ids, adapter_names=names).logits, expected)
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        patched(input_ids=ids, adapter_names=["d"] * 5)
+
+
+def test_mixed_gradients_on_a_patched_model() -> None:
+    """PEFT refuses `adapter_names` in training; inside `adapters` every adapter gets its own."""
+    patched, twin = mixed_models()
+    ids = torch.randint(0, 97, (3, 6))
+    names = ["b", "a", "b"]
+    for model in (patched, twin):
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in key)
+    with fastlora.adapters(patched, names):
+        patched(input_ids=ids).logits.square().sum().backward()
+    for i, name in enumerate(names):
+        twin.set_adapter(name)
+        twin(input_ids=ids[i : i + 1]).logits.square().sum().backward()
+    theirs = dict(twin.named_parameters())
+    for key, parameter in patched.named_parameters():
+        if ".a." in key or ".b." in key:
+            torch.testing.assert_close(parameter.grad, theirs[key].grad, msg=key)
+
+
+def test_mixed_batches_that_cannot_be_routed_are_pefts_own() -> None:
+    """Modules to save: `adapter_names=` goes PEFT's way, `adapters` refuses."""
+    patched, _ = mixed_models()
+    patched.add_adapter(
+        "d", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    ids = torch.randint(0, 97, (2, 6))
+    with pytest.raises(fastlora.FastLoraError, match="lm_head.*adapter_names="):
+        with fastlora.adapters(patched, ["a", "b"]):
+            patched(input_ids=ids)
+    with pytest.raises(TypeError, match="got a Linear"), fastlora.adapters(nn.Linear(2, 2), ["a"]):
+        pass

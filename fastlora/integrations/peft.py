@@ -6,18 +6,26 @@ and every method of PEFT's stay where they are, and only the forward is new.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from typing import Any
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
+from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
+from fastlora.routing import BASE, Group, Routing, named_ids, routing_of
+from fastlora.routing import routed as routing_in_force
+from fastlora.validation import UnsupportedLayerError
 
 
 class _FastForward:
@@ -26,8 +34,16 @@ class _FastForward:
     Comes before a LoRA layer class of PEFT's among the bases.
     """
 
+    # Set once the model is in a mixed batch; see `routed_model`.
+    routed_by: Group | None = None
+    routed_as = 0
+    table_row = 0
+
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""
+        routed = routing_of(self)
+        if routed is not None and not self.disable_adapters:
+            return self._mixed(x, *args, routed=routed, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
         variant = any(name in self.lora_variant for name in names)
@@ -39,6 +55,19 @@ class _FastForward:
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         y = base(x, *args, **kwargs)
         return lora_added_forward(self, y, x, names, "auto", inplace=False)
+
+    def _mixed(self: Any, x: torch.Tensor, *args: Any, routed: Any, **kwargs: Any) -> torch.Tensor:
+        """Every row with its own adapter, inside `fastlora.adapters`."""
+        for name in routed[0].names:
+            if name in self.lora_variant:
+                raise UnsupportedLayerError(
+                    f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}, which cannot "
+                    "share a batch with other adapters"
+                )
+        base = self.base_layer
+        if not args and not kwargs and not why_not_plain(base):
+            return mixed_forward(self, x, base.weight, base.bias, *routed)
+        return mixed_added_forward(self, base(x, *args, **kwargs), x, *routed)
 
     def fusion(self: Any) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
@@ -93,6 +122,82 @@ class FastPeftLoraModel(PeftLoraModel):
         patch_layer(module)
         return module
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Routes ``adapter_names`` once for the model, where PEFT would at every layer."""
+        names = kwargs.get("adapter_names")
+        if names is None or self.training or kwargs.get("alora_offsets") is not None:
+            routed = None
+        else:
+            routed = self._routed_for(names)
+        if routed is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        slots = named_ids(tuple(self.peft_config), names or ())
+        with routing_in_force(Routing(routed.group, *slots, (0,) * len(slots[0]), routed.routed)):
+            yield
+
+    def _routed_for(self, names: Any) -> RoutedPeftModel | None:
+        """Returns how to route a batch, or None where PEFT must, if only to refuse it."""
+        wanted = {name for name in names if name != BASE}
+        if not wanted or not wanted <= set(self.peft_config):
+            return None
+        try:
+            found = routed_model(self)
+        except UnsupportedLayerError:
+            return None
+        if found is None or any(
+            wanted & set(layer.lora_variant) or layer.merged for layer in found.routed
+        ):
+            return None
+        return found
+
+
+class RoutedPeftModel(NamedTuple):
+    """What `fastlora.adapters` needs to know of a patched model.
+
+    Attributes:
+        group: What marks its layers.
+        routed: The layers.
+        peft_config: Adapters by name.
+    """
+
+    group: Group
+    routed: list[Any]
+    peft_config: dict[str, Any]
+
+
+def routed_model(model: nn.Module) -> RoutedPeftModel | None:
+    """Returns how to route a model's batches; None where it has no patched layer.
+
+    Raises:
+        UnsupportedLayerError: Some of its layers would not follow the routing.
+    """
+    tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
+    if tuner is None:
+        return None
+    names = tuple(tuner.peft_config)
+    kept = tuner.__dict__.get("_fastlora_routed")
+    if kept is not None and kept[0] == names and kept[1] is tuner:
+        return kept[2]
+    layers = []
+    for name, module in tuner.named_modules():
+        if isinstance(module, _FastForward):
+            layers.append((name, module))
+        elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+            raise UnsupportedLayerError(
+                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
+                "pass adapter_names= to the model instead"
+            )
+    group = Group()
+    for row, (name, layer) in enumerate(layers):
+        layer.routed_by, layer.routed_as, layer.table_row = group, zlib.crc32(name.encode()), row
+    found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
+    # With the tuner itself: a copy of the model makes its own.
+    tuner.__dict__["_fastlora_routed"] = (names, tuner, found)
+    return found
+
 
 def patch_layer(module: nn.Module) -> None:
     """Gives a LoRA layer of PEFT's its patched class, if there is one; leaves any other module."""
@@ -105,7 +210,8 @@ def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if isinstance(module, _FastForward):
         module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
-        module.__dict__.pop("_scaling_tensors", None)
+        for name in ("_scaling_tensors", "routed_by", "routed_as", "table_row"):
+            module.__dict__.pop(name, None)
 
 
 def patch_model(model: nn.Module) -> int:
@@ -125,6 +231,7 @@ def unpatch_model(model: nn.Module) -> None:
     for module in model.modules():
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:
+            module.__dict__.pop("_fastlora_routed", None)
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 

@@ -2,7 +2,8 @@
 
 Three ways, the same result to rounding:
 
-- packed: without gradients, from the second time on that a set of adapters comes to a layer.
+- kernels: without gradients, where the Triton kernels run.
+- packed: without gradients elsewhere, from the second time on that a set of adapters comes.
 - shares: with gradients or dropout, and the first time: each adapter's factors as they are.
 """
 
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import functional, mixed, packed, packed_forward
+from fastlora import functional, mixed, ops, packed, packed_forward
+from fastlora.layers import mixed_kernels
 from fastlora.layers.compute import Branch, branch_of, plain_weight, why_not_fused
 from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
-from fastlora.routing import Routing, RowRouting, layer_seed
+from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.siblings import share, shared
 from fastlora.validation import UnsupportedLayerError, check_same_device
 
@@ -45,13 +47,17 @@ def mixed_forward(
         x = x.to(dtype)
     elif weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    if dtype is None and _may_pack(layer):
+    if dtype is None and _without_gradients(layer, routing, x, weight, bias):
+        kernels = _kernels(layer, x, routing)
+        if kernels is not None:
+            return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
             flat = x.reshape(-1, x.shape[-1])
             y = packed_forward.linear(flat, weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
@@ -73,14 +79,15 @@ def mixed_added_forward(
     """
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    if dtype is None and y.dtype == x.dtype and _may_pack(layer):
+    if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
+        kernels = _kernels(layer, x, routing)
+        if kernels is not None:
+            return mixed_kernels.add_(layer, _own_rows(y, inplace), x, kernels).view(y.shape)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
-            flat = y.reshape(-1, y.shape[-1])
-            if not inplace and flat.data_ptr() == y.data_ptr():
-                flat = flat.clone()
-            return packed_forward.add_(flat, rows, *found).view(y.shape)
+            return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if not shares:
         return y
@@ -90,12 +97,29 @@ def mixed_added_forward(
     return mixed.forward_add(y, x, rows, shares, factors)[0]
 
 
-# ------------------------------------------------------------------------------------- packed
-
-
-def _may_pack(layer: Any) -> bool:
+def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
-    return not (torch.is_grad_enabled() or layer.training)
+    if layer.training:
+        return False
+    # A pool's factors have no gradients; those of parameters are not asked one by one.
+    return not torch.is_grad_enabled() or (
+        routing.residents is not None and not _wants_grad(*tensors)
+    )
+
+
+def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | None:
+    if ops.resolve_impl(getattr(layer, "impl", "auto"), x) != "triton":
+        return None
+    return mixed_kernels.kernel_routing(routing)
+
+
+def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
+    """Returns ``y [M, N]`` to write into: itself where that is allowed."""
+    flat = y.reshape(-1, y.shape[-1])
+    return flat if inplace or flat.data_ptr() != y.data_ptr() else flat.clone()
+
+
+# ------------------------------------------------------------------------------------- packed
 
 
 def _packed(
@@ -106,7 +130,7 @@ def _packed(
     members = group.siblings.of(layer, number, x)
     if not rows.segments:
         return None
-    sets = routing.set_of(rows, Watch)
+    sets = routing.set_of(rows.key, Watch)
     pack, due = sets.get(number, x.dtype)
     if due and members is not None:
         pack = _pack(sets, members, x, routing, rows)[members.index(number)]
@@ -153,7 +177,7 @@ def _factors(
         return None
     slots = [segment.slot for segment in rows.segments]
     if routing.residents is not None:
-        found = [routing.residents[slot].factors(layer.pool_index) for slot in slots]
+        found = [routing.residents[slot].factors(layer.table_row) for slot in slots]
         return [None if f is None else Factors(f[0], f[1].t(), f[2], f[3]) for f in found]
     present, factors = layer._modules["lora_A"]._modules, list[Factors | None]()
     for slot in slots:
@@ -198,7 +222,7 @@ def _shares(
 def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch | None:
     """Returns one adapter's branch, or None where the layer lacks it."""
     if routing.residents is not None:
-        found = routing.residents[slot].factors(layer.pool_index)
+        found = routing.residents[slot].factors(layer.table_row)
         if found is None:
             return None
         lora_a, rank_rows, scaling, lora_bias = found

@@ -1,52 +1,43 @@
 """Compiles every shipped config for every chip, without a GPU, and says what it uses.
 
 ``python tests/aot/compile_kernels.py --write`` writes the table `docs/kernel_resources.csv`;
-``--arch sm_90`` (repeatable) prints the rows of one chip. A launch is recorded from the launcher
-itself, so what is compiled here is what a GPU would be given: the same constants, strides and
-options, specialised by the rules of Triton's own launcher.
+``--arch sm_90`` (repeatable) prints the rows of one chip. What is compiled is what a GPU would be
+given: launches as their launchers make them (`launches.py`), specialised by the rules of Triton's
+own launcher.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlora.kernels import configs
-from fastlora.kernels.configs import Chip, Shipped
+# This folder holds no package: a script finds its neighbours, a worker process that imports this
+# file by its path does not.
+sys.path.insert(0, str(Path(__file__).parent))
+from launches import CHIPS, Case, Launch, cases, record  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernel_resources.csv"
-# Processors of a card with the arch; the configs compiled here do not depend on it.
-CHIPS = (
-    Chip("sm_80", 108),
-    Chip("sm_86", 84),
-    Chip("sm_89", 142),
-    Chip("sm_90", 132),
-    Chip("sm_100", 148),
-    Chip("sm_120", 188),
-    Chip("gfx942", 304),
-    Chip("gfx950", 256),
-)
 _TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int64: "i64",
+    torch.int32: "i32",
 }
 # Registers and resident threads of one processor, for the estimate of occupancy.
 _REGISTERS = 65536
@@ -54,25 +45,13 @@ _MAX_WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48}
 _SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228}
 
 
-class Launch(NamedTuple):
-    """One call of a kernel: the function and its keyword arguments, options included."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel to compile: a shipped config on a chip, in one variant of its operands."""
-
-    arch: str
-    shipped: Shipped
-    variant: str
-
-
 @dataclass(frozen=True)
 class Resources:
-    """A row of the table: what one compiled kernel uses. Counts are static instructions."""
+    """A row of the table: what one compiled kernel uses. Counts are static instructions.
+
+    Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
+    ``vector_loads`` are the loads of 16.
+    """
 
     arch: str
     kernel: str
@@ -93,111 +72,9 @@ class Resources:
     tensor_core: str
     tensor_core_count: int
     async_copies: int
+    narrow_copies: int
+    vector_loads: int
     grid_dependency: int
-
-
-def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
-    """Returns every case: each config in its heaviest variant, and some in others on sm_90.
-
-    "heavy" is fp32 factors, planes, s_out, a bias and dropout, at a size that the tiles divide;
-    "plain" has none of these; "ragged" is heavy at sizes that 16 divides but no tile does; "uneven"
-    is heavy at odd sizes, where nothing can be vectorised.
-    """
-    result = []
-    for chip in chips:
-        for shipped in configs.all_shipped(chip):
-            result.append(Case(chip.arch, shipped, "heavy"))
-            if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
-                result.append(Case(chip.arch, shipped, "plain"))
-                result.append(Case(chip.arch, shipped, "ragged"))
-                if shipped.config.block_m == 16:
-                    result.append(Case(chip.arch, shipped, "uneven"))
-    return result
-
-
-def record(case: Case) -> Launch:
-    """Returns the launch that the case's launcher makes."""
-    shipped, config = case.shipped, case.shipped.config
-    heavy = case.variant != "plain"
-    chip = next(chip for chip in CHIPS if chip.arch == case.arch)
-    m, r = config.block_m, shipped.r - (case.variant == "uneven")
-    n = k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
-    factor_dtype = torch.float32 if heavy else shipped.dtype
-
-    def empty(*shape: int, dtype: torch.dtype = shipped.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def shrink(module: Any) -> None:
-        out = empty(config.splits, m, r, dtype=torch.float32)
-        module.launch_lora_shrink(
-            out,
-            empty(m, k),
-            empty(r, k, dtype=factor_dtype),
-            seed=empty(1, dtype=torch.int64),
-            dropout_p=0.1 if heavy else 0.0,
-            config=config,
-        )
-
-    def linear(module: Any) -> None:
-        planes = empty(configs.MAX_SPLITS, m, r, dtype=torch.float32)
-        module.launch_lora_linear(
-            empty(m, n),
-            empty(m, k),
-            empty(n, k),
-            planes if heavy else empty(m, r),
-            empty(n, r, dtype=factor_dtype),
-            empty(r, dtype=torch.float32),
-            bias=empty(n) if heavy else None,
-            s_out=empty(m, r) if heavy else None,
-            config=config,
-            pdl=chip.has_pdl,
-        )
-
-    def expand(module: Any) -> None:
-        module.launch_lora_expand(
-            empty(m, n),
-            empty(m, r),
-            empty(n, r, dtype=factor_dtype),
-            empty(r, dtype=torch.float32),
-            config=config,
-        )
-
-    def dropout(module: Any) -> None:
-        module.launch_lora_dropout(
-            empty(m, k),
-            empty(m, k),
-            seed=empty(1, dtype=torch.int64),
-            dropout_p=0.1,
-            config=config,
-        )
-
-    launch = {
-        "lora_shrink": shrink,
-        "lora_linear": linear,
-        "lora_expand": expand,
-        "lora_dropout": dropout,
-    }[shipped.kernel]
-    return _recorded(shipped.kernel, launch)
-
-
-def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
-    """Runs a launcher with its kernel replaced by one that writes down its arguments."""
-    module = importlib.import_module(f"fastlora.kernels.{stem}")
-    name = f"_{stem}_kernel"
-    kernel = getattr(module, name)
-    calls: list[dict[str, Any]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda **arguments: calls.append(arguments)
-
-    setattr(module, name, Recorder())
-    try:
-        launch(module)
-    finally:
-        setattr(module, name, kernel)
-    (arguments,) = calls
-    return Launch(kernel, arguments)
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -221,9 +98,11 @@ def compile_launch(launch: Launch, arch: str) -> Any:
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPE_NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            known = attributes.setdefault((index,), [])
+            if not parameter.do_not_specialize_on_alignment:
+                known.append(["tt.divisibility", 16])
             if arch.startswith("gfx"):  # a tensor below 2 GiB: buffer instructions
-                attributes[(index,)].append(["tt.pointer_range", 32])
+                known.append(["tt.pointer_range", 32])
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -279,6 +158,9 @@ def measure(case: Case) -> Resources:
         tensor_core=tensor_core if counts[tensor_core] else "",
         tensor_core_count=counts[tensor_core],
         async_copies=len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", text)),
+        # Copies and loads that move 16 bytes a thread, and copies that do not.
+        narrow_copies=len(re.findall(r"cp\.async\.c[ag][^;]*\], 0x[48],", text)),
+        vector_loads=len(re.findall(r"ld\.global[^ ]*\.v4\.b32", text)),
         grid_dependency=len(re.findall(r"griddepcontrol", text)),
     )
 

@@ -52,7 +52,8 @@ def has_dot(row: Row) -> bool:
 
 def has_loop(row: Row) -> bool:
     """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
-    return row["kernel"] in ("lora_shrink", "lora_linear") and row["variant"] != "uneven"
+    looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
+    return row["kernel"] in (*looping, "mixed_lora_add") and row["variant"] != "uneven"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -97,7 +98,7 @@ def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
     expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
-    for kernel in ("lora_shrink", "lora_linear"):
+    for kernel in ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear"):
         assert {row["grid_dependency"] for row in of(rows, arch=arch, kernel=kernel)} == {expected}
 
 
@@ -111,7 +112,48 @@ def test_every_row_bucket_has_a_config(rows: list[Row], arch: str, kernel: str) 
         assert {16, 32} <= blocks_r
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: str) -> None:
+    for kernel, expected in (
+        ("mixed_lora_shrink", {"16", "64", "128"}),
+        ("mixed_lora_linear", {"16", "32", "64", "128"}),
+        ("mixed_lora_expand", {"16", "32", "64", "128"}),
+        ("mixed_lora_add", {"16"}),
+    ):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
+        assert {row["block_m"] for row in half} == expected
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
+def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) -> None:
+    """Factors behind addresses move 16 bytes a thread, as s and y do, wherever a tile has them."""
+    mixed = [
+        row
+        for row in of(rows, arch=arch)
+        if row["kernel"].startswith("mixed_") and row["variant"] != "uneven" and not is_fma(row)
+    ]
+    assert mixed
+    for row in mixed:
+        m, n, k, r = (int(row[f"block_{axis}"]) for axis in "mnkr")
+        width = {"bf16": 2, "fp32": 4}[row["dtype"]]
+        factor_width = width if row["variant"] == "plain" else 4
+        whole = 16 * 32 * int(row["warps"])  # bytes of one such access by all threads
+        b, s, y = factor_width * r * n, 4 * m * r, width * m * n
+        # s is in a loop over planes, unrolled twice, and in what is left of it.
+        expected = {
+            "mixed_lora_shrink": (),
+            "mixed_lora_linear": (b, s, s, s),
+            "mixed_lora_expand": (b, s, s, s, y),
+            "mixed_lora_add": (b, y),
+        }[row["kernel"]]
+        assert int(row["vector_loads"]) >= sum(-(-size // whole) for size in expected), row
+        narrow_r = max(16, r // 4) if row["kernel"] == "mixed_lora_shrink" else r
+        if factor_width * narrow_r * k >= whole:
+            assert row["narrow_copies"] == "0", row
+
+
 @pytest.mark.parametrize("variant", ["plain", "ragged", "uneven"])
 def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
-    assert kernels == {"lora_shrink", "lora_linear", "lora_expand"}
+    single = {"lora_shrink", "lora_linear", "lora_expand"}
+    assert kernels == {*single, *(f"mixed_{stem}" for stem in single), "mixed_lora_add"}

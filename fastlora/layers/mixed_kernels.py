@@ -1,0 +1,217 @@
+"""A mixed batch on Triton kernels: from a layer's routing to the operators' tensors.
+
+Everything that depends on the mix lies on the device. Layers fed by the same tensor, whose rows in
+the tables are neighbours, share one shrink.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora import mixed_ops
+from fastlora.layers.compute import plain_weight
+from fastlora.layers.watch import Watch
+from fastlora.routing import KernelRouting, Routing
+from fastlora.siblings import share, shared
+
+
+class ModelTables(NamedTuple):
+    """The tables of adapters that are parameters: a row for each layer, a column for each adapter.
+
+    Attributes:
+        a_address, b_address, bias_address, rank, scaling: As a pool's, ``[G, S]``.
+        max_rank: The largest rank.
+        dtype: Of the factors.
+        kept: What lies behind the addresses.
+    """
+
+    a_address: torch.Tensor
+    b_address: torch.Tensor
+    bias_address: torch.Tensor
+    rank: torch.Tensor
+    scaling: torch.Tensor
+    max_rank: int
+    dtype: torch.dtype
+    kept: list[torch.Tensor]
+
+
+def kernel_routing(routing: Routing) -> KernelRouting | None:
+    """Returns a routing as kernels read it; None where a factor is not a bare tensor."""
+    if routing.residents is not None:
+        return routing.kernels[0]
+    sets = routing.set_of(("tables", *routing.names), Watch)
+    if sets.tables is None:
+        sets.tables = _model_tables(routing, sets.watch)
+    if sets.tables == "none":
+        return None
+    if not routing.kernels or routing.kernels[-1].tables is not sets.tables:
+        tables: ModelTables = sets.tables
+        routing.kernels.append(KernelRouting(routing.ids, tables, tables.max_rank, tables.dtype))
+    return routing.kernels[-1]
+
+
+def _model_tables(routing: Routing, watch: Any) -> ModelTables | str:
+    """Returns the tables of all adapters of a routing on all layers of its model, or ``"none"``.
+
+    lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
+    """
+    layers = [layer for layer in routing.layers if hasattr(layer, "lora_A")]
+    shape = (len(routing.layers), len(routing.names))
+    addresses = torch.zeros(3, *shape, dtype=torch.int64)
+    rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    kept: list[torch.Tensor] = []
+    for layer in layers:
+        watch.add(layer, routing.names)
+        for column, name in enumerate(routing.names):
+            if name not in layer.lora_A:
+                continue
+            lora_a, up = plain_weight(layer.lora_A[name]), layer.lora_B[name]
+            lora_b = plain_weight(up)
+            if lora_a is None or lora_b is None:
+                return "none"
+            blocks = [lora_a, lora_b.t()] + ([] if up.bias is None else [up.bias])
+            dtype = kept[0].dtype if kept else lora_a.dtype
+            at = (layer.table_row, column)
+            for kind, tensor in enumerate(blocks):
+                kept.append(_block(tensor, dtype))
+                addresses[kind][at] = kept[-1].data_ptr()
+            rank[at], scaling[at] = lora_a.shape[0], float(layer.scaling[name])
+    device = kept[0].device if kept else torch.device("cpu")
+    largest = int(rank.max()) if rank.numel() else 0
+    a_address, b_address, bias_address = addresses.to(device)
+    return ModelTables(
+        a_address,
+        b_address,
+        bias_address,
+        rank.to(device),
+        scaling.to(device),
+        largest,
+        kept[0].dtype if kept else torch.get_default_dtype(),
+        kept,
+    )
+
+
+def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor as kernels read it: contiguous, in ``dtype``, at a multiple of 16 bytes."""
+    block = tensor.detach().to(dtype).contiguous()
+    return block.clone() if block.data_ptr() % 16 else block
+
+
+def linear(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    kernels: KernelRouting,
+    number: int,
+) -> torch.Tensor:
+    """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
+
+    Args:
+        layer: Its ``table_row`` is its row in the tables.
+        x: ``[..., K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        routing: The batch's.
+        kernels: The same for kernels.
+        number: The layer's number in its model.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    groups, tables = kernels.groups(flat.shape[0], x.device), kernels.tables
+    rows, s = _shared_shrink(layer, x, flat, routing, kernels, number)
+    y = torch.ops.fastlora.mixed_lora_linear(
+        flat,
+        weight,
+        bias,
+        groups.order,
+        groups.segment_of,
+        groups.segment_slot,
+        mixed_ops.pieces_of(groups),
+        s,
+        tables.a_address[rows],
+        tables.b_address[rows],
+        tables.bias_address[rows],
+        tables.rank[rows],
+        tables.scaling[rows],
+        layer.table_row - rows.start,
+        kernels.max_rank,
+        kernels.dtype,
+        "auto",
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def add_(layer: Any, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting) -> torch.Tensor:
+    """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
+    flat = x.reshape(-1, x.shape[-1])
+    groups, tables = kernels.groups(flat.shape[0], x.device), kernels.tables
+    rows = slice(layer.table_row, layer.table_row + 1)
+    torch.ops.fastlora.mixed_lora_add_(
+        y,
+        flat,
+        groups.order,
+        groups.segment_of,
+        groups.segment_slot,
+        mixed_ops.pieces_of(groups),
+        tables.a_address[rows],
+        tables.b_address[rows],
+        tables.bias_address[rows],
+        tables.rank[rows],
+        tables.scaling[rows],
+        0,
+        kernels.max_rank,
+        kernels.dtype,
+    )
+    return y
+
+
+def _shared_shrink(
+    layer: Any,
+    x: torch.Tensor,
+    flat: torch.Tensor,
+    routing: Routing,
+    kernels: KernelRouting,
+    number: int,
+) -> tuple[slice, torch.Tensor | None]:
+    """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
+
+    One launch serves the siblings whose rows are neighbours. A compiled graph must not see what
+    one call leaves for another, so each layer makes its own there.
+    """
+    alone = slice(layer.table_row, layer.table_row + 1)
+    if torch.compiler.is_compiling():
+        return alone, None
+    siblings = routing.group.siblings
+    members = {}
+    for member in siblings.of(layer, number, x) or ():
+        other = siblings.layers[member]()
+        if other is not None:
+            members[other.table_row] = member
+    first, stop = alone.start, alone.stop
+    while first - 1 in members:
+        first -= 1
+    while stop in members:
+        stop += 1
+    rows = slice(first, stop)
+    if stop - first < 2:
+        return alone, None
+    groups = kernels.groups(flat.shape[0], x.device)
+    s = shared(x, number, (groups, kernels))
+    if s is None:
+        s = torch.ops.fastlora.mixed_lora_shrink(
+            flat,
+            groups.order,
+            groups.segment_of,
+            groups.segment_slot,
+            mixed_ops.pieces_of(groups),
+            kernels.tables.a_address[rows],
+            kernels.tables.rank[rows],
+            kernels.max_rank,
+            kernels.dtype,
+        )
+        numbers = tuple(members[row] for row in range(first, stop))
+        share(x, number, numbers, (groups, kernels), s)
+    return rows, s

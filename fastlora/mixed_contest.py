@@ -1,0 +1,349 @@
+"""One mixed batch computed in several ways on one model: the sides of every comparison.
+
+All sides share the base weights and the adapters' factors, so that they differ in what they do
+only. Their results are compared with float64 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+import fastlora
+from fastlora import measure
+from fastlora.testing import error_budget
+from fastlora.validation import FastLoraError
+
+BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
+# Enough to tell adapters apart, and little enough that errors don't grow from layer to layer.
+_LORA_B_SCALE = 0.1
+# A set of adapters is packed the second time that it comes; the third time finds it packed.
+_STEADY = 2
+
+Side = Callable[[], torch.Tensor]
+
+
+class WrongResultError(FastLoraError):
+    """A side computes something else than the others, so its time means nothing."""
+
+
+class Check(NamedTuple):
+    """A side's largest error against float64, and what it may be."""
+
+    error: float
+    budget: float
+
+
+class Contest:
+    """A model with many adapters of one rank on all its linear layers, in fastlora and in PEFT.
+
+    The base model goes into evaluation mode, its parameters are frozen and its cache of keys and
+    values is switched off: a forward is one step.
+
+    Args:
+        base: A transformers model that takes ``input_ids`` alone.
+        adapters: How many.
+        rank: Of each; alpha is twice that.
+        peft: Whether to build PEFT's side too.
+        on_adapter: Called after each adapter has been added.
+
+    Attributes:
+        base: The model itself.
+        ours: A `fastlora.LoraModel` over the same weights.
+        theirs: PEFT's model over the same weights and factors, or None.
+        names: Of the adapters.
+        targets: Names of the adapted modules.
+        scaling: Of every adapter.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        adapters: int,
+        rank: int,
+        *,
+        peft: bool = True,
+        on_adapter: Callable[[], object] = lambda: None,
+    ) -> None:
+        base.eval().requires_grad_(False)
+        base.config.use_cache = False
+        self.base = base
+        self.names = [f"adapter_{index}" for index in range(adapters)]
+        self.scaling = 2.0
+        config = fastlora.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False
+        )
+        self.ours = fastlora.get_peft_model(
+            _twin(base), config, self.names[0], autocast_adapter_dtype=False
+        )
+        on_adapter()
+        for name in self.names[1:]:
+            self.ours.add_adapter(name, config, autocast_adapter_dtype=False)
+            on_adapter()
+        self.ours.eval().requires_grad_(False)
+        self.targets = [
+            name
+            for name, module in self.ours.get_base_model().named_modules()
+            if isinstance(module, fastlora.layers.LoraLayer)
+        ]
+        for layer in map(self.layer, self.targets):
+            for name in self.names:
+                layer.lora_B[name].weight.mul_(_LORA_B_SCALE)
+        self._single = fastlora.get_peft_model(
+            _twin(base), config, self.names[0], autocast_adapter_dtype=False
+        ).eval()
+        self.theirs = _peft_twin(self, rank) if peft else None
+
+    def layer(self, target: str) -> Any:
+        """Returns fastlora's layer of that name."""
+        return self.ours.get_base_model().get_submodule(target)
+
+    def random_ids(self, sequences: int, tokens: int) -> torch.Tensor:
+        """Returns ``[sequences, tokens]`` int64 token numbers from torch's generator."""
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        device = next(self.base.parameters()).device
+        return torch.randint(0, vocabulary, (sequences, tokens), device=device)
+
+    def random_mix(self, sequences: int, adapters: int) -> list[str]:
+        """Returns the first adapters' names, shared out evenly in random order."""
+        order = torch.randperm(sequences).tolist()
+        return [self.names[index % adapters] for index in order]
+
+    # ----------------------------------------------------------------------------- the sides
+
+    def sides(self, mix: Sequence[str], ids: torch.Tensor) -> dict[str, Side]:
+        """Returns the ways to compute one batch, each the last token's output ``[B, V]``.
+
+        ``in_turn`` runs the adapters one after another, each on its own rows, in a model that holds
+        one adapter; changing it costs nothing there.
+
+        Args:
+            mix: An adapter for each of the B sequences.
+            ids: ``[B, T]`` int64.
+        """
+        sides: dict[str, Side] = {
+            BASE: partial(last_output, self.base, ids),
+            OURS: partial(self._mixed, mix, ids),
+        }
+        if self.theirs is not None:
+            sides[PEFT] = partial(last_output, self.theirs, ids, adapter_names=list(mix))
+        sides[IN_TURN] = partial(self._in_turn, _rows_by_name(mix, ids.device), ids)
+        return sides
+
+    def _mixed(self, mix: Sequence[str], ids: torch.Tensor) -> torch.Tensor:
+        with fastlora.adapters(self.ours, mix):
+            return last_output(self.ours, ids)
+
+    def _in_turn(self, rows: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        results = []
+        model = self._single.get_base_model()
+        for name, own in rows.items():
+            for target in self.targets:
+                source, layer = self.layer(target), model.get_submodule(target)
+                for kind in ("lora_A", "lora_B"):
+                    getattr(layer, kind)[self.names[0]] = getattr(source, kind)[name]
+            results.append(last_output(self._single, ids[own]))
+        joint = torch.cat(results)
+        return torch.empty_like(joint).index_copy_(0, torch.cat(list(rows.values())), joint)
+
+    # ----------------------------------------------------------------------------- the truth
+
+    def plain(self, mix: Sequence[str], ids: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Returns the outputs ``[B, V]`` by the textbook expression, added by hooks on the base.
+
+        Args:
+            mix: See `sides`.
+            ids: See `sides`.
+            exact: In float64 throughout, from the same weights.
+        """
+        rows = _rows_by_name(mix, ids.device)
+        modules = [(self.base.get_submodule(target), target) for target in self.targets]
+        handles = [
+            module.register_forward_hook(partial(_add_adapters, self.layer(target), rows, self))
+            for module, target in modules
+        ]
+        try:
+            with Float64() if exact else nullcontext():
+                return last_output(self.base, ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def check(
+        self, sides: Mapping[str, Side], mix: Sequence[str], ids: torch.Tensor
+    ) -> dict[str, Check]:
+        """Compares every side but the base model's with float64, and warms it up.
+
+        Raises:
+            WrongResultError: A side's error is beyond `fastlora.testing.error_budget`, which comes
+                from the textbook expression in the model's own dtype.
+        """
+        truth = self.plain(mix, ids, exact=True)
+        budget = error_budget(self.plain(mix, ids), truth)
+        checks = {}
+        for name, side in sides.items():
+            for _ in range(_STEADY):
+                side()
+            if name == BASE:
+                continue
+            error = (side().double() - truth).abs().max().item()
+            if not error <= budget:  # also catches NaN
+                raise WrongResultError(
+                    f"{name} is wrong with {len(set(mix))} adapters: its outputs differ from "
+                    f"float64 by {error:.2e}, expected at most {budget:.2e}; nothing was timed"
+                )
+            checks[name] = Check(error, budget)
+        return checks
+
+
+# ------------------------------------------------------------------------------------ times
+
+
+@torch.no_grad()
+def interleaved_seconds(
+    sides: Mapping[str, Side],
+    rounds: int,
+    *,
+    device: torch.device,
+    on_call: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times all sides in one process, one after another in each round, by `measure`'s clock.
+
+    Each round starts with another side, and every other one goes backwards.
+
+    Args:
+        sides: Warm already.
+        rounds: How many, at least 1.
+        device: Where the work runs.
+        on_call: Called behind each timed call.
+
+    Raises:
+        ValueError: ``rounds`` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds!r}")
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        start = index // 2 % len(names)
+        order = names[start:] + names[:start]
+        for name in reversed(order) if index % 2 else order:
+            # Paired with nothing: the clock alone is wanted here.
+            timed = measure.paired_ratio(_nothing, sides[name], 1, warmup=0, device=device)
+            times[name] += timed.times_b
+            on_call()
+    return times
+
+
+def median_ratio(times: Mapping[str, Sequence[float]], side: str, other: str) -> float:
+    """Returns the median over the rounds of one side's time over another's."""
+    pairs = zip(times[side], times[other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """Returns a model's output for the last token of each sequence, ``[B, V]``."""
+    output: torch.Tensor = model(input_ids=ids, **arguments)[0]
+    # A copy: a view would keep the outputs of all tokens.
+    return output[:, -1].clone()
+
+
+class Float64(TorchFunctionMode):
+    """Within it torch computes in float64, whatever the dtypes of weights and casts."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls ``func`` with its floating-point operands, and dtypes asked for, in float64."""
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: no arithmetic
+            return func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def _nothing() -> None:
+    """Takes no time."""
+
+
+def _twin(model: Any) -> Any:
+    """Returns a copy of the modules that shares parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _peft_twin(contest: Contest, rank: int) -> Any:
+    """Returns PEFT's model; all adapters but the first put into its dicts by hand.
+
+    Adding them one by one takes PEFT over a minute for 64.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=contest.targets, init_lora_weights=False
+    )
+    first = contest.names[0]
+    with _seed_kept():  # what it draws is replaced
+        model = peft.get_peft_model(
+            _twin(contest.base), config, first, autocast_adapter_dtype=False
+        )
+    for target in contest.targets:
+        layer, source = model.get_base_model().get_submodule(target), contest.layer(target)
+        for name in contest.names:
+            for kind in ("lora_A", "lora_B", "lora_dropout"):
+                getattr(layer, kind)[name] = getattr(source, kind)[name]
+            layer.scaling[name] = layer.scaling[first]
+    return model.eval()
+
+
+@contextmanager
+def _seed_kept() -> Iterator[None]:
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _rows_by_name(mix: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+    rows = defaultdict(list)
+    for index, name in enumerate(mix):
+        rows[name].append(index)
+    return {name: torch.tensor(own, device=device) for name, own in rows.items()}
+
+
+def _add_adapters(
+    layer: Any,
+    rows: Mapping[str, torch.Tensor],
+    contest: Contest,
+    _: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """A forward hook: adds to each sequence its own adapter."""
+    batch = sum(len(own) for own in rows.values())
+    x = inputs[0].reshape(batch, -1, inputs[0].shape[-1])
+    result = output.reshape(batch, -1, output.shape[-1]).clone()
+    for name, own in rows.items():
+        s = x[own] @ layer.lora_A[name].weight.t()
+        result[own] += contest.scaling * (s @ layer.lora_B[name].weight.t())
+    return result.view(output.shape)

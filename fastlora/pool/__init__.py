@@ -1,0 +1,9 @@
+"""Many adapters behind one model: storage in tiers, leases, hot swap."""
+
+from fastlora.pool.image import Factors
+from fastlora.pool.leases import Lease
+from fastlora.pool.pool import AdapterPool, pool_of
+from fastlora.pool.resident import Resident
+from fastlora.pool.stats import PoolStats
+
+__all__ = ["AdapterPool", "Factors", "Lease", "PoolStats", "Resident", "pool_of"]

@@ -1,0 +1,216 @@
+"""An adapter as one 1-D tensor, its image: loading is one copy, and nothing is padded.
+
+For every module that the adapter adapts, in the pool's order: ``lora_a [r, K]``, then ``lora_b`` as
+rank rows ``[r, N]`` (PEFT's ``[N, r]`` transposed), then ``lora_bias [N]`` if it has one. Ranks are
+the true ones, and a module that the adapter lacks takes nothing. Every block starts at a multiple
+of 16 bytes, for vector loads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+
+from fastlora.validation import CheckpointError, UnsupportedLayerError
+
+ALIGNMENT = 16
+# What an adapter can hold for a module, in the order of the blocks. The last one has its place in
+# the layout; nothing computes with it yet, so it is refused.
+BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
+ABSENT = -1
+
+
+class Target(NamedTuple):
+    """A module that the pool's adapters may adapt.
+
+    Attributes:
+        name: Its name in the base model.
+        in_features: K.
+        out_features: N.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+class Factors(NamedTuple):
+    """What an adapter does to one module; views of its image.
+
+    Attributes:
+        lora_a: ``[r, K]``.
+        lora_b: ``[r, N]``: rank rows, PEFT's lora_b transposed.
+        scaling: Factor on the whole branch.
+        lora_bias: ``[N]``, not scaled, or None.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    lora_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the blocks lie; adapters of equal shape share one.
+
+    Attributes:
+        targets: The pool's modules.
+        ranks: Of each module, ``[G]`` int32; 0 where the adapter lacks it.
+        offsets: First element of each block, ``[len(BLOCK_KINDS), G]`` int64; -1 for none.
+        numel: Elements of the image.
+    """
+
+    targets: Sequence[Target]
+    ranks: torch.Tensor
+    offsets: torch.Tensor
+    numel: int
+    # The same as Python numbers, for views.
+    _blocks: tuple[tuple[int, tuple[int, ...]], ...] = field(repr=False)
+
+    def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        """Returns the blocks of one module in an image, by kind; none where it is absent."""
+        rank, offsets = self._blocks[index]
+        return {
+            kind: data[start : start + _numel(shape)].view(shape)
+            for kind, start in zip(BLOCK_KINDS, offsets, strict=True)
+            if start != ABSENT and (shape := _shape(self.targets[index], kind, rank))
+        }
+
+
+def _shape(target: Target, kind: str, rank: int) -> tuple[int, ...]:
+    _, k, n = target
+    return {"lora_a": (rank, k), "lora_b": (rank, n)}.get(kind, (n,))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A packed adapter, in memory.
+
+    Attributes:
+        data: 1-D, in the pool's dtype.
+        layout: What lies where.
+        scaling: Of each module, ``G`` numbers; 0 where the adapter lacks it.
+        version: Differs between any two images of a pool that were packed.
+    """
+
+    data: torch.Tensor
+    layout: Layout
+    scaling: tuple[float, ...]
+    version: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the image."""
+        return self.data.nbytes
+
+
+class Packer:
+    """Packs adapters for one list of modules.
+
+    Args:
+        targets: The modules.
+        dtype: Of the images.
+        pin_memory: Pack into page-locked memory, from which a GPU copies asynchronously.
+    """
+
+    def __init__(self, targets: Sequence[Target], dtype: torch.dtype, *, pin_memory: bool) -> None:
+        self.targets, self.dtype, self._pin_memory = tuple(targets), dtype, pin_memory
+        self._layouts: WeakValueDictionary[tuple[tuple[int, tuple[str, ...]], ...], Layout]
+        self._layouts = WeakValueDictionary()
+        self._versions = itertools.count(1)
+
+    def pack(
+        self,
+        tensors: Mapping[int, Mapping[str, torch.Tensor]],
+        scaling: Mapping[int, float],
+        source: str,
+    ) -> Image:
+        """Copies an adapter's tensors into an image, rounded to the pool's dtype.
+
+        Args:
+            tensors: Module number -> kind of block -> tensor in PEFT's layout (``lora_b [N, r]``),
+                checked.
+            scaling: Module number -> scaling.
+            source: Where they come from, for messages.
+
+        Raises:
+            UnsupportedLayerError: The adapter has a DoRA magnitude.
+            CheckpointError: A finite value is too large for the pool's dtype.
+        """
+        shape = []
+        for index in range(len(self.targets)):
+            blocks = tensors.get(index, {})
+            if "magnitude" in blocks:
+                raise UnsupportedLayerError(
+                    f"{source}: {self.targets[index].name!r} has a DoRA magnitude, which an "
+                    "adapter pool does not support"
+                )
+            kinds = tuple(kind for kind in BLOCK_KINDS if kind in blocks)
+            shape.append((blocks["lora_a"].shape[0] if blocks else 0, kinds))
+        layout = self._layout(tuple(shape))
+        data = torch.empty(layout.numel, dtype=self.dtype, pin_memory=self._pin_memory)
+        for index, blocks in tensors.items():
+            views = layout.views(data, index)
+            for kind, tensor in blocks.items():
+                views[kind].copy_(tensor.t() if kind == "lora_b" else tensor)
+        self._check_overflow(data, layout, tensors, source)
+        numbers = tuple(float(scaling.get(index, 0.0)) for index in range(len(self.targets)))
+        return Image(data, layout, numbers, next(self._versions))
+
+    def _check_overflow(
+        self,
+        data: torch.Tensor,
+        layout: Layout,
+        tensors: Mapping[int, Mapping[str, torch.Tensor]],
+        source: str,
+    ) -> None:
+        largest = torch.finfo(self.dtype).max
+        dtypes = {tensor.dtype for blocks in tensors.values() for tensor in blocks.values()}
+        if all(torch.finfo(dtype).max <= largest for dtype in dtypes) or not data.isinf().any():
+            return
+        # The gaps between blocks hold anything, and a file may hold infinities of its own.
+        for index, blocks in tensors.items():
+            for kind, tensor in blocks.items():
+                peak = tensor[tensor.isfinite()].abs().max() if tensor.isfinite().any() else 0.0
+                if float(peak) > largest:
+                    raise CheckpointError(
+                        f"{source}: {kind} of {self.targets[index].name!r} reaches "
+                        f"{float(peak):.3g}, too large for the pool's {self.dtype}"
+                    )
+
+    def _layout(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> Layout:
+        known = self._layouts.get(shape)
+        if known is None:
+            known = self._layouts.setdefault(shape, self._lay_out(shape))
+        return known
+
+    def _lay_out(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> Layout:
+        step = ALIGNMENT // self.dtype.itemsize
+        position = 0
+        blocks = []
+        for target, (rank, kinds) in zip(self.targets, shape, strict=True):
+            offsets = []
+            for kind in BLOCK_KINDS:
+                offsets.append(position if kind in kinds else ABSENT)
+                if kind in kinds:
+                    position += -(-_numel(_shape(target, kind, rank)) // step) * step
+            blocks.append((rank, tuple(offsets)))
+        ranks = torch.tensor([rank for rank, _ in blocks], dtype=torch.int32)
+        starts = torch.tensor([offsets for _, offsets in blocks], dtype=torch.int64)
+        return Layout(
+            self.targets,
+            ranks,
+            starts.view(-1, len(BLOCK_KINDS)).t().contiguous(),
+            position,
+            tuple(blocks),
+        )

@@ -1,0 +1,103 @@
+"""A pool's layers: put in place of a model's target modules, and taken out again."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import inject
+from fastlora.config import LoraConfig
+from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
+from fastlora.layers.linear import why_not_plain
+from fastlora.pool.image import Target
+from fastlora.routing import Group
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+
+class PoolLayers:
+    """LoRA layers without adapters of their own, in place of a model's target modules.
+
+    Args:
+        model: The base model; unchanged where this raises.
+        target_modules: As in `LoraConfig`.
+
+    Attributes:
+        group: What marks the layers as this pool's.
+        targets: The modules, in the model's order; a layer's place here is its ``table_row``.
+
+    Raises:
+        AdapterStateError: The model has LoRA layers already.
+        ConfigError: The model itself is the target.
+        TargetNotFoundError: ``target_modules`` names nothing.
+        UnsupportedLayerError: It names a module that is no linear layer.
+    """
+
+    def __init__(self, model: nn.Module, target_modules: Any) -> None:
+        if any(True for _ in inject.lora_layers(model)):
+            raise AdapterStateError(
+                "the model has LoRA layers already; unload() or close() what put them there first"
+            )
+        names = inject.plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        if "" in names:
+            raise ConfigError("the model itself is the target; wrap it in a module first")
+        self.group = Group()
+        self._model = model
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
+        try:
+            for name in names:
+                self._replace(name)
+        except BaseException:
+            self.remove()
+            raise
+        self.targets = [
+            Target(name, layer.in_features, layer.out_features)
+            for name, (_, layer) in self._replaced.items()
+        ]
+
+    def _replace(self, name: str) -> None:
+        module: Any = self._model.get_submodule(name)
+        layer: Any = (
+            FastLoraWrapper(module)
+            if why_not_plain(module)
+            else FastLoraLinear.from_linear(module, adapter_name=None)
+        )
+        # The names' hash keeps a layer's dropout its own, as in `LoraTuner.routed`.
+        layer.routed_by, layer.routed_as = self.group, zlib.crc32(name.encode())
+        layer.table_row = len(self._replaced)
+        self._model.set_submodule(name, layer)
+        self._replaced[name] = module, layer
+
+    def remove(self) -> None:
+        """Puts the base layers back; parameters train again where they did."""
+        for name, (module, layer) in self._replaced.items():
+            back = layer.to_linear() if isinstance(layer, FastLoraLinear) else module
+            if self._model.get_submodule(name) is layer:
+                self._model.set_submodule(name, back)
+        self._replaced = {}
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def like(self) -> tuple[torch.device, torch.dtype]:
+        """Returns the device of the base weights, and the dtype of the first.
+
+        Raises:
+            UnsupportedLayerError: They lie on several devices.
+        """
+        found = [layer._factor_like() for _, layer in self._replaced.values()]
+        devices = {
+            next(iter(module.parameters())).device
+            for module, _ in self._replaced.values()
+            if any(True for _ in module.parameters())
+        }
+        if len(devices) > 1:
+            raise UnsupportedLayerError(
+                f"the target modules lie on {', '.join(sorted(map(str, devices)))}; an adapter "
+                "pool needs them on one device"
+            )
+        dtypes = [tensor.dtype for tensor in found if tensor is not None]
+        device = next(iter(devices), torch.device("cpu"))
+        return device, dtypes[0] if dtypes else torch.get_default_dtype()

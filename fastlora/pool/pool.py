@@ -1,0 +1,406 @@
+"""`AdapterPool`: thousands of adapters for one model, of which a batch may use any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.config import CONFIG_NAME
+from fastlora.pool.acquire import Residency
+from fastlora.pool.image import Packer
+from fastlora.pool.install import PoolLayers
+from fastlora.pool.leases import Lease, Request
+from fastlora.pool.source import AdapterReader
+from fastlora.pool.stats import PoolStats
+from fastlora.pool.tables import PoolTables
+from fastlora.pool.tiers import Tiers, unknown
+from fastlora.pool.transfers import make_transfers
+from fastlora.routing import BASE
+from fastlora.validation import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    check_rank,
+)
+
+_ATTRIBUTE = "_fastlora_pool"
+
+
+class AdapterPool:
+    """Keeps adapters for a model in three tiers: its device, CPU memory, and their folders.
+
+    Every method may be called from any thread while forwards run. A forward takes a lease on the
+    adapters of its batch, which brings them to the device, evicting the least recently used ones,
+    and keeps them as they are until it ends. Files are read and packed outside the pool's lock.
+
+    A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
+    adapters that it is reading. In front of a GPU the CPU tier is page-locked, and PyTorch rounds
+    such memory up to powers of two.
+
+    Args:
+        model: Any module. LoRA layers without adapters take the place of its target modules, and
+            `close` puts these back; the model must not have LoRA layers.
+        target_modules: Which modules adapters may adapt, as in `LoraConfig`.
+        max_adapters: How many adapters the device holds at once, the number of slots.
+        device_bytes: Bytes of factors on the device, or None for no limit.
+        cpu_bytes: Bytes of factors in CPU memory behind it, or None for no limit.
+        dtype: Of the stored factors; None for that of the base weights.
+        max_rank: Largest rank that is accepted, or None for any.
+        device: Where the factors go; None for the base weights' device.
+
+    Attributes:
+        modules: Name, K and N of each target module; a layer's ``table_row`` counts here.
+        group: What marks the layers as this pool's.
+        tables: What kernels read about the adapters on the device.
+        max_rank: As given.
+
+    Raises:
+        AdapterStateError: The model has LoRA layers already.
+        TargetNotFoundError, UnsupportedLayerError, ConfigError: ``target_modules`` or a limit is
+            wrong. The model is unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target_modules: str | Iterable[str] = "all-linear",
+        max_adapters: int = 64,
+        device_bytes: int | None = None,
+        cpu_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        max_rank: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_limit("max_adapters", max_adapters, 1)
+        for name, value in (("device_bytes", device_bytes), ("cpu_bytes", cpu_bytes)):
+            if value is not None:
+                _check_limit(name, value, 0)
+        if max_rank is not None:
+            check_rank(max_rank)
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+            raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        self._layers = PoolLayers(model, targets)
+        try:
+            base_device, base_dtype = self._layers.like()
+            self.device = torch.device(device) if device is not None else base_device
+            transfers = make_transfers(self.device)
+            packer = Packer(
+                self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
+            )
+            # Columns beside the slots, for images that were replaced while leases hold them.
+            spare = max(4, max_adapters // 8)
+            with transfers.ordered():
+                self.tables = PoolTables(
+                    len(self._layers.targets), max_adapters + spare, self.device
+                )
+        except BaseException:
+            self._layers.remove()
+            raise
+        self.modules, self.group = list(self._layers.targets), self._layers.group
+        self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
+        self._reader = AdapterReader(model, packer, max_rank)
+        self._tiers = Tiers(
+            slots=max_adapters,
+            spare=spare,
+            device_bytes=device_bytes,
+            cpu_bytes=cpu_bytes,
+            tables=self.tables,
+            transfers=transfers,
+        )
+        self._residency = Residency(self._reader, self._tiers, transfers)
+        self._changed = self._residency.changed
+        self._model = model
+        model.__dict__[_ATTRIBUTE] = self
+
+    # ------------------------------------------------------------------------ adapters by name
+
+    def load(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        *,
+        config: Any = None,
+        pin: bool = False,
+    ) -> None:
+        """Reads an adapter and brings it to the device; an adapter of that name is replaced.
+
+        The replaced one keeps acting in forwards that hold a lease, and its slot is the new one's.
+        Where leases and pins leave no room on the device, the adapter waits in the CPU tier, and
+        has a slot again with the next lease on it.
+
+        Args:
+            name: The adapter's name.
+            source: A PEFT folder, which must stay where it is: an evicted adapter is read again
+                from there. Or a state dict with PEFT's keys; such an adapter never leaves CPU
+                memory and counts there.
+            config: For a state dict, a `fastlora.LoraConfig`, PEFT's own, or its fields.
+            pin: Never evict it; see `pin`.
+
+        Raises:
+            CheckpointError: The adapter is damaged, does not fit the model, or holds what a pool
+                does not support.
+            ConfigError: The name or the config is wrong.
+            PoolFullError: It never fits, or it is to be pinned and does not fit now. After any of
+                these the pool is as it was.
+        """
+        _check_name(name)
+        folder: Path | None = None
+        if isinstance(source, Mapping):
+            image = self._reader.read_state(name, source, config)
+        elif config is not None:
+            raise ConfigError("config= is for state dicts; a folder has its own")
+        else:
+            folder = Path(source).absolute()
+            image = self._reader.read_folder(folder)
+        with self._changed:
+            self._residency.check_open()
+            self._tiers.put(name, folder, image, pin=pin)
+            self._residency.loads += 1
+            self._changed.notify_all()
+
+    def register(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Remembers where an adapter is; it is read when it is first used.
+
+        Args:
+            name: A new name.
+            folder: A PEFT folder, which must stay where it is. Its config is checked now, its
+                tensors when they are read.
+
+        Raises:
+            CheckpointError: The folder holds no adapter that this pool can take.
+            AdapterStateError: The name exists.
+            ConfigError: The name is wrong.
+        """
+        _check_name(name)
+        path = Path(folder).absolute()
+        self._reader.check_folder(path)
+        with self._changed:
+            self._residency.check_open()
+            self._tiers.add(name, path)
+
+    def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
+        """Registers every adapter folder in a folder under its folder's name.
+
+        Returns:
+            The names, sorted.
+
+        Raises:
+            CheckpointError: There are none, or one of them is not an adapter for this pool.
+            AdapterStateError: A name exists. Nothing is registered after either.
+        """
+        path = Path(root).absolute()
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder, expected one that holds adapters")
+        names = sorted(p.name for p in path.iterdir() if (p / CONFIG_NAME).is_file())
+        if not names:
+            raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
+        for name in names:
+            self._reader.check_folder(path / name)
+        with self._changed:
+            self._residency.check_open()
+            for name in names:
+                if name in self._tiers.entries:
+                    raise AdapterStateError(f"adapter {name!r} exists already")
+            for name in names:
+                self._tiers.add(name, path / name)
+        return names
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter. Leases on it go on; its memory is free when they have ended.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+        """
+        with self._changed:
+            self._residency.check_open()
+            self._tiers.remove(name)
+            self._changed.notify_all()
+
+    def pin(self, name: str) -> None:
+        """Brings an adapter to the device and keeps it there until `unpin`.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+            CheckpointError: Its folder cannot be read any more.
+            PoolFullError: It cannot fit.
+        """
+        with self.lease([name]), self._changed:
+            self._tiers.entry(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter be evicted again.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+        """
+        with self._changed:
+            self._residency.check_open()
+            self._tiers.entry(name).pinned = False
+            self._changed.notify_all()
+
+    def prefetch(self, names: Sequence[str]) -> Future[None]:
+        """Brings adapters to the device in the background, as far as there is room without waiting.
+
+        Returns:
+            A future. It need not be waited for; ``result()`` raises where an adapter could not be
+            read, as the next lease on it will.
+
+        Raises:
+            AdapterNotFoundError: There is none of one of the names.
+        """
+        self._check_known(names)
+        return self._residency.prefetch(tuple(names))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters, in the order of their registration."""
+        with self._changed:
+            return list(self._tiers.entries)
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the adapters on the device, the least recently used first."""
+        with self._changed:
+            return list(self._tiers.device)
+
+    def slot_of(self, name: str) -> int | None:
+        """Returns an adapter's slot, or None while it is not on the device.
+
+        It is certain to stay the adapter's only while a lease or a pin holds it.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+        """
+        with self._changed:
+            copy = self._tiers.entry(name).copy
+            return None if copy is None else copy.resident.slot
+
+    def __contains__(self, name: object) -> bool:
+        with self._changed:
+            return name in self._tiers.entries
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._tiers.entries)
+
+    def stats(self) -> PoolStats:
+        """Returns what the pool holds and has done."""
+        with self._changed:
+            return self._residency.stats()
+
+    # -------------------------------------------------------------------------------- leases
+
+    def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
+        """Brings adapters to the device and keeps them there, as they are, until the lease ends.
+
+        All or nothing: it waits, holding nothing, while the leases of other threads take room that
+        it needs. A thread's own leases never end while it waits.
+
+        Args:
+            names: Registered names; they may repeat.
+            timeout: Seconds to wait for room, or None for as long as it takes.
+
+        Returns:
+            The lease, in force; end it with ``with`` or `Lease.release`.
+
+        Raises:
+            AdapterNotFoundError: There is no adapter of one of the names.
+            CheckpointError: One cannot be read, or does not fit the model.
+            PoolFullError: They can never fit beside what is pinned and what waiting threads hold,
+                or the time is up. Nothing has changed.
+            AdapterStateError: The pool is closed, or adapters are being copied to the GPU and a
+                CUDA graph is being captured.
+        """
+        if isinstance(names, str):
+            raise TypeError(f"names is the string {names!r}, expected a list of names")
+        self._check_known(names)
+        lease = self._residency.acquire(Request(tuple(dict.fromkeys(names))), timeout)
+        if len(lease.residents) != len(names):
+            by_name = {resident.name: resident for resident in lease.residents}
+            lease.residents = tuple(by_name[name] for name in names)
+        return lease
+
+    def lease_resident(self) -> Lease:
+        """Keeps every adapter that is on the device now: for row ids that are slots.
+
+        Raises:
+            AdapterStateError: As `lease`.
+        """
+        return self._residency.acquire_resident()
+
+    # -------------------------------------------------------------------------------- closing
+
+    def close(self) -> None:
+        """Puts the base layers back into the model and forgets every adapter.
+
+        Raises:
+            AdapterStateError: Leases are held.
+        """
+        self._residency.stop_prefetching()
+        with self._changed:
+            if self._residency.closed:
+                return
+            if self._residency.book.count:
+                raise AdapterStateError(
+                    f"{self._residency.book.count} leases are held; end them before close()"
+                )
+            self._residency.closed = True
+            for name in list(self._tiers.entries):
+                self._tiers.remove(name)
+            self._layers.remove()
+            if self._model.__dict__.get(_ATTRIBUTE) is self:
+                del self._model.__dict__[_ATTRIBUTE]
+            self._changed.notify_all()
+
+    def __enter__(self) -> AdapterPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")
+
+    # ------------------------------------------------------------------------------- plumbing
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        with self._changed:
+            self._residency.check_open()
+            known = self._tiers.entries
+            lost = next((name for name in names if name not in known), None)
+            if lost is None:
+                return
+            known = dict(known)
+        raise unknown(lost, known)  # looking for close names takes its time
+
+
+def pool_of(model: nn.Module) -> AdapterPool | None:
+    """Returns the pool that was made for a model, or None."""
+    found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def _check_limit(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ConfigError(
+            f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
+        )

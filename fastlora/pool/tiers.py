@@ -1,0 +1,369 @@
+"""The tiers: adapters on the device, behind them those in CPU memory, behind them the disk.
+
+Nothing here locks; the pool calls it under its lock. Every check of a method comes before its first
+change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from weakref import ref
+
+from fastlora.pool.image import Image
+from fastlora.pool.resident import DeviceCopy, Resident
+from fastlora.pool.tables import PoolTables
+from fastlora.pool.transfers import Transfers
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
+
+
+class Entry:
+    """What the pool knows about a name.
+
+    Attributes:
+        name: The adapter's name.
+        folder: Where it can be read again; None for one that came as a state dict.
+        generation: Changes when another adapter takes the name.
+        pinned: Never evicted from the device.
+        copy: Its copy on the device, or None.
+        host: Its image in the CPU tier, or None.
+        staged: Its image while a thread has read it and no tier holds it yet.
+        reading: A thread is reading it.
+    """
+
+    __slots__ = ("copy", "folder", "generation", "host", "name", "pinned", "reading", "staged")
+
+    def __init__(self, name: str, folder: Path | None) -> None:
+        self.name, self.folder = name, folder
+        self.generation = 0
+        self.pinned = False
+        self.copy: DeviceCopy | None = None
+        self.host: Image | None = None
+        self.staged: ref[Image] | None = None
+        self.reading = False
+
+    def image(self) -> Image | None:
+        """Returns the image wherever it is in memory."""
+        if self.copy is not None:
+            return self.copy.image
+        return self.host or (self.staged() if self.staged is not None else None)
+
+
+class Tiers:
+    """Adapters by name, and where each is.
+
+    On a CPU an image is in one tier at a time and moves by reference. In front of a GPU the CPU
+    tier is a cache of its own: it may hold copies of what the device holds.
+
+    Args:
+        slots: How many adapters the device tier holds.
+        spare: How many images beside these it holds while leases keep replaced ones.
+        device_bytes: Bytes of the device tier, or None for no limit.
+        cpu_bytes: Bytes of the CPU tier, or None for no limit.
+        tables: Filled for each image on the device.
+        transfers: How images get there.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        spare: int,
+        device_bytes: int | None,
+        cpu_bytes: int | None,
+        tables: PoolTables,
+        transfers: Transfers,
+    ) -> None:
+        self.slots, self.columns = slots, slots + spare
+        self.device_bytes, self.cpu_bytes = device_bytes, cpu_bytes
+        self.entries: dict[str, Entry] = {}
+        self.device: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
+        self.host: OrderedDict[str, Entry] = OrderedDict()
+        self.retired: set[DeviceCopy] = set()
+        self.device_used = self.host_used = self.homeless_used = 0
+        self.evictions = 0
+        self._tables, self._transfers = tables, transfers
+        self._free_slots = list(reversed(range(slots)))
+        self._free_columns = list(reversed(range(slots + spare)))
+
+    # ---------------------------------------------------------------------------------- names
+
+    def entry(self, name: str) -> Entry:
+        """Returns what is known about a name.
+
+        Raises:
+            AdapterNotFoundError: Nothing is.
+        """
+        found = self.entries.get(name)
+        if found is None:
+            raise unknown(name, self.entries)
+        return found
+
+    def add(self, name: str, folder: Path) -> None:
+        """Registers a name whose adapter is on disk.
+
+        Raises:
+            AdapterStateError: The name is taken.
+        """
+        if name in self.entries:
+            raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
+        self.entries[name] = Entry(name, folder)
+
+    def remove(self, name: str) -> None:
+        """Forgets a name; its memory goes at once, or with the last lease on it."""
+        entry = self.entry(name)
+        self._count_homeless(entry, None)
+        self._leave_device(entry)
+        self._leave_host(entry)
+        entry.generation += 1
+        del self.entries[name]
+
+    def put(self, name: str, folder: Path | None, image: Image, *, pin: bool) -> None:
+        """Registers or replaces an adapter and brings it to the device where that is possible.
+
+        A name keeps its slot. Where the device has no room beside what leases and pins hold, an
+        adapter that need not be there goes to the CPU tier.
+
+        Args:
+            name: The adapter's name.
+            folder: Where it can be read again, or None.
+            image: The packed adapter.
+            pin: It must be on the device, and stay there.
+
+        Raises:
+            PoolFullError: It never fits, or not now though it must; nothing has changed.
+        """
+        entry = self.entries.get(name)
+        old = entry.copy if entry is not None else None
+        pin = pin or (entry is not None and entry.pinned)
+        self._check_sizes(entry, folder, image)
+        leased = old if old is not None and old.leases else None
+        now = self.fits({name: image}, self.leased(), leased)
+        if pin and not now:
+            raise PoolFullError(
+                f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
+                f"no room beside what leases and pins hold; {self.describe()}"
+            )
+        if entry is None:
+            entry = self.entries[name] = Entry(name, folder)
+        self._count_homeless(entry, image if folder is None else None)
+        entry.folder, entry.pinned = folder, pin
+        entry.generation += 1
+        entry.staged = None
+        slot = self._leave_device(entry, keep_slot=now)
+        self._leave_host(entry)
+        if not now or not self._transfers.shares_memory:
+            self._to_host(entry, image)
+        if now:
+            self._make_room({name: image})
+            self._to_device(entry, image, slot)
+
+    def _check_sizes(self, entry: Entry | None, folder: Path | None, image: Image) -> None:
+        if self.device_bytes is not None and image.nbytes > self.device_bytes:
+            raise PoolFullError(
+                f"the adapter has {image.nbytes} bytes, more than device_bytes={self.device_bytes}"
+            )
+        own = entry.image() if entry is not None and entry.folder is None else None
+        homeless = self.homeless_used - (own.nbytes if own is not None else 0) + image.nbytes
+        if folder is None and self.cpu_bytes is not None and homeless > self.cpu_bytes:
+            raise PoolFullError(
+                f"adapters from state dicts cannot be read again, so CPU memory must hold them: "
+                f"{homeless} bytes, more than cpu_bytes={self.cpu_bytes}; load it from a folder"
+            )
+
+    def _count_homeless(self, entry: Entry, image: Image | None) -> None:
+        own = entry.image() if entry.folder is None else None
+        self.homeless_used += (image.nbytes if image else 0) - (own.nbytes if own else 0)
+
+    # ------------------------------------------------------------------------------- the device
+
+    def leased(self) -> set[DeviceCopy]:
+        """Returns the copies that leases hold."""
+        current = {e.copy for e in self.device.values() if e.copy is not None and e.copy.leases}
+        return current | self.retired
+
+    def fits(
+        self,
+        wanted: Mapping[str, Image],
+        held: Collection[DeviceCopy],
+        replaced: DeviceCopy | None = None,
+    ) -> bool:
+        """Returns whether adapters fit on the device together with pinned ones and held copies.
+
+        Args:
+            wanted: Name -> image.
+            held: Copies that leases hold.
+            replaced: A held copy that one of the wanted takes the name of.
+        """
+        sizes = {name: image.nbytes for name, image in wanted.items()}
+        for name, entry in self.device.items():
+            if name not in sizes and entry.copy and (entry.pinned or entry.copy in held):
+                sizes[name] = entry.copy.nbytes
+        extra = [copy.nbytes for copy in self.retired if copy in held]
+        extra += [replaced.nbytes] if replaced is not None else []
+        total = sum(sizes.values()) + sum(extra)
+        return (
+            len(sizes) <= self.slots
+            and len(sizes) + len(extra) <= self.columns
+            and (self.device_bytes is None or total <= self.device_bytes)
+        )
+
+    def bring(self, images: Mapping[str, Image]) -> list[DeviceCopy]:
+        """Makes adapters resident, after `fits` has said that they fit; returns their copies.
+
+        Args:
+            images: Name -> image, of registered adapters, wherever it is.
+        """
+        missing = {n: image for n, image in images.items() if self.entries[n].copy is None}
+        if missing:
+            # Out of the CPU tier first: what is evicted now must not push them out of it.
+            if self._transfers.shares_memory:
+                for name in missing:
+                    self._leave_host(self.entries[name])
+            self._make_room(images)
+        waiting = dict(missing)
+        try:
+            for name, image in missing.items():
+                self._to_device(self.entries[name], image, None)
+                del waiting[name]
+        finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
+            for name in missing if not self._transfers.shares_memory else waiting:
+                self._to_host(self.entries[name], missing[name])
+        copies = []
+        for name in images:
+            self.device.move_to_end(name)
+            copy = self.entries[name].copy
+            if copy is not None:
+                copies.append(copy)
+        return copies
+
+    def release(self, copy: DeviceCopy, mark: tuple[object, int] | None) -> None:
+        """Takes one lease from a copy.
+
+        Args:
+            copy: The copy.
+            mark: A mark behind the forwards that read it, and their stream; or None.
+        """
+        if mark is not None:
+            copy.reads[mark[1]] = mark[0]
+        copy.leases -= 1
+        if copy.retired and not copy.leases:
+            self.retired.discard(copy)
+            self._free(copy)
+
+    def keep(self, name: str, image: Image) -> None:
+        """Keeps an adapter that was read in the CPU tier, unless a tier holds it."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.copy is None and entry.image() is image:
+            self._to_host(entry, image)
+
+    def _to_device(self, entry: Entry, image: Image, slot: int | None) -> None:
+        column = self._free_columns[-1]
+        slot = self._free_slots.pop() if slot is None else slot
+        try:
+            with self._transfers.ordered():
+                uploaded = self._transfers.upload(image)
+                self._tables.write(column, uploaded)
+        except BaseException:
+            self._free_slots.append(slot)
+            raise
+        self._free_columns.pop()
+        resident = Resident(entry.name, slot, column, uploaded)
+        entry.copy = DeviceCopy(resident, uploaded, self._transfers.written())
+        entry.staged = None
+        self.device[entry.name] = entry
+        self.device_used += uploaded.nbytes
+
+    def _make_room(self, wanted: Mapping[str, Image]) -> None:
+        """Evicts the least recently used adapters until what is wanted has room."""
+        missing = [image for n, image in wanted.items() if self.entries[n].copy is None]
+        nbytes = sum(image.nbytes for image in missing)
+        new_slots = sum(1 for n in wanted if n not in self.device)
+        for entry in list(self.device.values()):
+            copy = entry.copy
+            slots_ok = len(self.device) + new_slots <= self.slots
+            columns_ok = len(missing) <= len(self._free_columns)
+            bytes_ok = self.device_bytes is None or self.device_used + nbytes <= self.device_bytes
+            if slots_ok and columns_ok and bytes_ok:
+                return
+            if copy and not copy.leases and not entry.pinned and entry.name not in wanted:
+                self._leave_device(entry)
+                self.evictions += 1
+                # In front of a GPU its host copy, where it has one, is all that is kept.
+                if self._transfers.shares_memory:
+                    self._to_host(entry, copy.image)
+                elif entry.name in self.host:
+                    self.host.move_to_end(entry.name)
+
+    def _leave_device(self, entry: Entry, *, keep_slot: bool = False) -> int | None:
+        """Takes a name off the device; returns its slot if it is to keep it."""
+        copy = entry.copy
+        if copy is None:
+            return None
+        entry.copy = None
+        del self.device[entry.name]
+        if copy.leases:
+            copy.retired = True
+            self.retired.add(copy)
+        else:
+            self._free(copy)
+        if keep_slot:
+            return copy.resident.slot
+        self._free_slots.append(copy.resident.slot)
+        return None
+
+    def _free(self, copy: DeviceCopy) -> None:
+        # The memory is reused in the order of these writes, behind the reads.
+        self._transfers.wait_for_reads(copy.reads.values())
+        with self._transfers.ordered():
+            self._tables.clear(copy.resident.column)
+        self._free_columns.append(copy.resident.column)
+        self.device_used -= copy.nbytes
+
+    # ------------------------------------------------------------------------------- CPU memory
+
+    def _to_host(self, entry: Entry, image: Image) -> None:
+        """Keeps an image in the CPU tier as the most recent, where the budget allows it at all."""
+        if entry.host is not None:
+            self.host.move_to_end(entry.name)
+            return
+        if self.cpu_bytes is not None:
+            fixed = sum(
+                e.host.nbytes for e in self.host.values() if e.folder is None and e.host is not None
+            )
+            if entry.folder is not None and fixed + image.nbytes > self.cpu_bytes:
+                return
+            for other in list(self.host.values()):
+                if self.host_used + image.nbytes <= self.cpu_bytes:
+                    break
+                if other.folder is not None:
+                    self._leave_host(other)
+        entry.host, entry.staged = image, None
+        self.host[entry.name] = entry
+        self.host_used += image.nbytes
+
+    def _leave_host(self, entry: Entry) -> None:
+        if entry.host is not None:
+            self.host_used -= entry.host.nbytes
+            entry.host = None
+            del self.host[entry.name]
+
+    def describe(self) -> str:
+        """Returns the device tier's contents in numbers, for messages."""
+        copies = [e.copy for e in self.device.values() if e.copy is not None]
+        leased = sum(1 for copy in copies if copy.leases)
+        pinned = sum(1 for e in self.device.values() if e.pinned)
+        limit = "no limit" if self.device_bytes is None else f"device_bytes={self.device_bytes}"
+        return (
+            f"it holds {len(copies)} adapters of at most {self.slots} and {self.device_used} bytes "
+            f"({limit}); {leased} are leased, {pinned} pinned, {len(self.retired)} replaced and "
+            "still leased"
+        )
+
+
+def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
+    """Returns the error for a name that is not registered."""
+    return AdapterNotFoundError(
+        f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
+    )

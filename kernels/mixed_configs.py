@@ -1,0 +1,213 @@
+"""Which config a launch for mixed batches takes; see `fastlora.kernels.configs`.
+
+Nothing here depends on the mix: grids and configs follow from the batch's rows, the module's sizes
+and the pool's largest rank, so that one CUDA graph replays any mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastlora.kernels.configs import (
+    Chip,
+    KernelConfig,
+    Shipped,
+    cdiv,
+    kind_of,
+    remembered,
+    widest_that_fills,
+)
+from fastlora.kernels.mixed_config_tables import (
+    MIXED_ADD,
+    MIXED_EXPAND,
+    MIXED_LINEAR,
+    MIXED_SHRINK,
+    MixedAddTile,
+    MixedExpandTile,
+    MixedLinearTile,
+    MixedShrinkTile,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedShrinkConfig(KernelConfig):
+    """How `launch_mixed_lora_shrink` runs: with ``narrow_r`` columns where they suffice."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    narrow_r: int
+    launch_dependents: bool = False
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedLinearConfig(KernelConfig):
+    """How `launch_mixed_lora_linear` runs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    group_m: int = 8
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedExpandConfig(KernelConfig):
+    """How `launch_mixed_lora_expand` runs."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedAddConfig(KernelConfig):
+    """How `launch_mixed_lora_add` runs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    input_precision: str = "ieee"
+
+
+def piece_rows(m: int) -> int:
+    """Returns the row tile of the kernels that work by pieces, for a batch of ``m`` rows.
+
+    Small against the batch, since a piece holds rows of one adapter only.
+    """
+    if m <= 128:
+        return 16
+    return 64 if m <= 2048 else 128
+
+
+@remembered
+def mixed_shrink_config(
+    chip: Chip, m: int, columns: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedShrinkConfig:
+    """Returns the config of `launch_mixed_lora_shrink` for x ``[m, K]``.
+
+    ``columns`` are the most rank rows that an adapter may have in the launch's modules together,
+    ``input_precision``, "ieee" or "tf32", matters for fp32 only.
+    """
+    kind = kind_of(chip, dtype, input_precision)
+    rows = piece_rows(m)
+    tile = next(tile for tile in MIXED_SHRINK[chip.family][kind] if tile.block_m == rows)
+    block_r = next((block for block in tile.blocks_r if columns <= block), tile.blocks_r[-1])
+    return _shrink(chip, kind, tile, block_r)
+
+
+@remembered
+def mixed_linear_config(
+    chip: Chip, m: int, n: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedLinearConfig:
+    """Returns the config of `launch_mixed_lora_linear` for y ``[m, n]``."""
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
+        chip,
+        m,
+        MIXED_LINEAR[chip.family][kind],
+        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
+    )
+    return _linear(chip, kind, tile)
+
+
+@remembered
+def mixed_expand_config(
+    chip: Chip, m: int, n: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedExpandConfig:
+    """Returns the config of `launch_mixed_lora_expand` for y ``[m, n]``."""
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
+        chip,
+        m,
+        MIXED_EXPAND[chip.family][kind],
+        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
+    )
+    return _expand(chip, kind, tile)
+
+
+@remembered
+def mixed_add_config(
+    chip: Chip, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedAddConfig:
+    """Returns the config of `launch_mixed_lora_add`, one for every problem of up to 128 rows."""
+    kind = kind_of(chip, dtype, input_precision)
+    return _add(chip, kind, MIXED_ADD[chip.family][kind])
+
+
+def all_mixed_shipped(chip: Chip) -> Iterator[Shipped]:
+    """Yields every config that a launch for a mixed batch may take on ``chip``, each once."""
+    family = chip.family
+    for kind in MIXED_LINEAR[family]:
+        dtype = torch.bfloat16 if kind == "half" else torch.float32
+        for shrink in MIXED_SHRINK[family][kind]:
+            for block_r in shrink.blocks_r:
+                config = _shrink(chip, kind, shrink, block_r)
+                yield Shipped("mixed_lora_shrink", dtype, block_r, config)
+        for linear in MIXED_LINEAR[family][kind]:
+            yield Shipped("mixed_lora_linear", dtype, 64, _linear(chip, kind, linear))
+        for expand in MIXED_EXPAND[family][kind]:
+            yield Shipped("mixed_lora_expand", dtype, 64, _expand(chip, kind, expand))
+        yield Shipped("mixed_lora_add", dtype, 64, _add(chip, kind, MIXED_ADD[family][kind]))
+
+
+def _shrink(chip: Chip, kind: str, tile: MixedShrinkTile, block_r: int) -> MixedShrinkConfig:
+    return MixedShrinkConfig(
+        block_m=tile.block_m,
+        block_k=tile.block_k,
+        block_r=block_r,
+        narrow_r=max(16, block_r // 4),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        max_registers=chip.max_registers,
+        launch_dependents=chip.has_pdl,
+        input_precision=_precision(kind),
+    )
+
+
+def _linear(chip: Chip, kind: str, tile: MixedLinearTile) -> MixedLinearConfig:
+    return MixedLinearConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        block_r=tile.block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        max_registers=chip.max_registers,
+        input_precision=_precision(kind),
+    )
+
+
+def _expand(chip: Chip, kind: str, tile: MixedExpandTile) -> MixedExpandConfig:
+    return MixedExpandConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_r=tile.block_r,
+        num_warps=tile.num_warps,
+        max_registers=chip.max_registers,
+        input_precision=_precision(kind),
+    )
+
+
+def _add(chip: Chip, kind: str, tile: MixedAddTile) -> MixedAddConfig:
+    return MixedAddConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        block_r=tile.block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        max_registers=chip.max_registers,
+        input_precision=_precision(kind),
+    )
+
+
+def _precision(kind: str) -> str:
+    return "tf32" if kind == "tf32" else "ieee"

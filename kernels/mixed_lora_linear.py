@@ -1,0 +1,225 @@
+"""``y = x @ weight.T + bias + scaling * (s @ lora_b.T + lora_bias)``, each row's own adapter.
+
+x ``[M, K]`` and y ``[M, N]`` in any order of rows, weight ``[N, K]``, bias ``[N]``; s are the
+planes of `mixed_lora_shrink` over sorted positions, ``[splits, M, R]``; lora_b as rank rows
+``[rank, N]`` and lora_bias ``[N]`` behind tables ``[S]``. One kernel, rounded once: a tile of
+sorted positions runs the K loop of the base GEMM, the same for every mix, and behind that loop adds
+the rank rows of the adapters it holds.
+
+Bytes moved, e and f an element of x and of the factors: ``e (M K + N K + M N)`` as without
+adapters; ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
+``4 splits`` an element of s, read by every column of tiles.
+
+Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
+loop while the shrink still works and waits only before it reads s.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.base_product import base_product, grouped_tile
+from fastlora.kernels.configs import cdiv
+from fastlora.kernels.mixed_configs import MixedLinearConfig
+from fastlora.kernels.mixed_rows import TABLES, add_rank_rows, triton_dtype
+
+
+# M and planes vary from call to call: no compile of their own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "planes"], do_not_specialize_on_alignment=TABLES)
+def _mixed_lora_linear_kernel(
+    # tensors
+    y_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    s_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    lora_b_address_ptr,
+    lora_bias_address_ptr,
+    rank_ptr,
+    scaling_ptr,
+    # scalars
+    M,
+    N,
+    K,
+    planes,
+    # strides
+    stride_ym,
+    stride_yn,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bias,
+    stride_sp,
+    stride_sm,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHT_POLICY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA_BIAS: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    first_m = pid_m * BLOCK_M
+    first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M - first_m
+    mask_n = offs_n < N - pid_n * BLOCK_N
+
+    row = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
+    if HAS_BIAS:
+        # bias: [BLOCK_N]
+        bias_ptr += first_n * stride_bias
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
+
+    acc = base_product(
+        x_ptr,
+        weight_ptr + first_n * stride_wn,
+        offs_xm=row * stride_xm,
+        mask_m=mask_m,
+        mask_n=mask_n,
+        K=K,
+        stride_xk=stride_xk,
+        stride_wn=stride_wn,
+        stride_wk=stride_wk,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        EVEN_K=EVEN_K,
+        WEIGHT_POLICY=WEIGHT_POLICY,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = add_rank_rows(
+        acc,
+        s_ptr,
+        segment_of_ptr,
+        segment_slot_ptr,
+        lora_b_address_ptr,
+        lora_bias_address_ptr,
+        rank_ptr,
+        scaling_ptr,
+        first_m,
+        first_n,
+        M,
+        N,
+        planes,
+        stride_sp,
+        stride_sm,
+        dtype=dtype,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_R=BLOCK_R,
+        HAS_LORA_BIAS=HAS_LORA_BIAS,
+        FACTOR_DTYPE=FACTOR_DTYPE,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )
+    if HAS_BIAS:
+        acc += bias[None, :]
+    # y: [BLOCK_M, BLOCK_N]
+    y_ptr += first_n * stride_yn
+    tl.store(
+        y_ptr + (row * stride_ym)[:, None] + offs_n[None, :] * stride_yn,
+        acc.to(y_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_n[None, :],
+    )
+
+
+def launch_mixed_lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    lora_b_address: torch.Tensor,
+    lora_bias_address: torch.Tensor | None,
+    rank: torch.Tensor,
+    scaling: torch.Tensor,
+    *,
+    factor_dtype: torch.dtype,
+    config: MixedLinearConfig,
+    pdl: bool,
+) -> None:
+    """Writes ``x @ weight.T + bias``, plus each row's own adapter; NaN in rows of invalid ids.
+
+    Args:
+        y: ``[M, N]`` in x's dtype, any strides without overlap.
+        x: ``[M, K]``, any strides.
+        weight: ``[N, K]`` in x's dtype, any strides.
+        bias: ``[N]``, any floating-point dtype, or None.
+        s: fp32 planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module.
+        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        segment_of: int32 ``[M]``.
+        segment_slot: int32 ``[segments]``.
+        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``.
+        lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
+        rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
+        scaling: fp32 ``[S]``.
+        factor_dtype: Of lora_b and lora_bias; they are cast to x's dtype at the load.
+        config: From `mixed_linear_config`.
+        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
+    """
+    (m, n), k = y.shape, x.shape[1]
+    if m == 0 or n == 0:
+        return
+    one_row_tile = m <= config.block_m
+    _mixed_lora_linear_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+        y_ptr=y,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        s_ptr=s,
+        order_ptr=order,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
+        lora_b_address_ptr=lora_b_address,
+        lora_bias_address_ptr=lora_bias_address,
+        rank_ptr=rank,
+        scaling_ptr=scaling,
+        M=m,
+        N=n,
+        K=k,
+        planes=s.shape[0],
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_bias=0 if bias is None else bias.stride(0),
+        stride_sp=s.stride(0),
+        stride_sm=s.stride(1),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        GROUP_M=config.group_m,
+        EVEN_K=k % config.block_k == 0,
+        WEIGHT_POLICY="evict_first" if one_row_tile else "",
+        HAS_BIAS=bias is not None,
+        HAS_LORA_BIAS=lora_bias_address is not None,
+        FACTOR_DTYPE=triton_dtype(factor_dtype),
+        PDL=pdl,
+        INPUT_PRECISION=config.input_precision,
+        **config.launch_options,
+        **({"launch_pdl": True} if pdl else {}),
+    )

@@ -1,0 +1,272 @@
+"""``s = x @ lora_a.T`` with each row's own adapter, for all modules that are fed by one x.
+
+x ``[M, K]`` in any order of rows, lora_a ``[rank, K]`` of each adapter and module behind tables
+``[G, S]``; s are fp32 planes ``[splits, G, M, R]`` over sorted positions, one a split of K, which
+`mixed_lora_linear` and `mixed_lora_expand` sum in their order. A row of s is written up to its
+adapter's rank, in fours; rows without an adapter are not written.
+
+Bytes moved, e and f an element of x and of the factors: ``e M' K``, M' the rows with an adapter,
+once for each BLOCK_R columns; ``f K`` a rank row of every adapter present, read once a piece; and
+``4 splits`` an element of s.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import cdiv
+from fastlora.kernels.mixed_configs import MixedShrinkConfig
+from fastlora.kernels.mixed_rows import (
+    S_COLUMNS,
+    TABLES,
+    factor_pointer,
+    round_up,
+    triton_dtype,
+)
+
+
+@triton.jit
+def _shrink_columns(
+    s_ptr,
+    x_ptr,
+    lora_a_address_ptr,
+    rank_ptr,
+    slot,
+    start,
+    offs_xm,
+    mask_m,
+    first_k,
+    last_k,
+    K,
+    stride_sg,
+    stride_sm,
+    stride_xk,
+    stride_table,
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Writes BLOCK_R columns of s: the modules' rank rows side by side, each module's in fours."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    column = start + tl.arange(0, BLOCK_R)
+    address = tl.zeros((BLOCK_R,), dtype=tl.int64)
+    r = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    mask_a = column < 0
+    mask_s = column < 0
+    begin = 0
+    for g in tl.static_range(G):
+        rank = tl.load(rank_ptr + g * stride_table + slot)
+        end = begin + round_up(rank, S_COLUMNS)
+        here = (column >= begin) & (column < end)
+        address = tl.where(here, tl.load(lora_a_address_ptr + g * stride_table + slot), address)
+        r = tl.where(here, column - begin, r)
+        sibling = tl.where(here, g, sibling)
+        mask_a = mask_a | (here & (column - begin < rank))
+        mask_s = mask_s | here
+        begin = end
+    a_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
+    a_ptrs = a_ptrs[None, :] + offs_k[:, None]
+    offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
+    x_ptr += tl.cast(first_k, tl.int64) * stride_xk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(first_k, last_k, BLOCK_K):
+        mask_xk = mask_m[:, None]
+        mask_ak = mask_a[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_xk = mask_xk & mask_k[None, :]
+            mask_ak = mask_ak & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptr + offs_x, mask=mask_xk, other=0.0)
+        a = tl.load(a_ptrs, mask=mask_ak, other=0.0)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
+        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        a_ptrs += BLOCK_K
+
+    # s: [BLOCK_M, BLOCK_R]
+    r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
+    offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
+    tl.store(s_ptrs, acc, mask=mask_m[:, None] & mask_s[None, :])
+
+
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
+def _mixed_lora_shrink_kernel(
+    # tensors
+    s_ptr,
+    x_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    piece_start_ptr,
+    lora_a_address_ptr,
+    rank_ptr,
+    # scalars
+    M,
+    K,
+    k_per_split,
+    # strides
+    stride_sp,
+    stride_sg,
+    stride_sm,
+    stride_xm,
+    stride_xk,
+    stride_table,
+    # meta
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NARROW_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    LAUNCH_DEPENDENTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    if LAUNCH_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
+    piece = tl.program_id(0)
+    split = tl.program_id(1)
+    first_m = tl.load(piece_start_ptr + piece)
+    stop_m = tl.load(piece_start_ptr + piece + 1)
+    used = first_m < M
+    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    columns = 0
+    for g in tl.static_range(G):
+        rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)
+        columns += round_up(rank, S_COLUMNS)
+
+    if columns > 0:
+        offs_m = tl.arange(0, BLOCK_M)
+        mask_m = offs_m < stop_m - first_m
+        offs_xm = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
+        offs_xm *= stride_xm
+        first_k = split * k_per_split
+        last_k = min(first_k + k_per_split, K)
+        s_ptr += tl.cast(split, tl.int64) * stride_sp + tl.cast(first_m, tl.int64) * stride_sm
+        if columns <= NARROW_R:
+            _shrink_columns(
+                s_ptr,
+                x_ptr,
+                lora_a_address_ptr,
+                rank_ptr,
+                slot,
+                0,
+                offs_xm,
+                mask_m,
+                first_k,
+                last_k,
+                K,
+                stride_sg,
+                stride_sm,
+                stride_xk,
+                stride_table,
+                G=G,
+                BLOCK_M=BLOCK_M,
+                BLOCK_R=NARROW_R,
+                BLOCK_K=BLOCK_K,
+                EVEN_K=EVEN_K,
+                FACTOR_DTYPE=FACTOR_DTYPE,
+                INPUT_PRECISION=INPUT_PRECISION,
+            )
+        else:
+            for start in tl.range(0, columns, BLOCK_R, num_stages=1):
+                _shrink_columns(
+                    s_ptr,
+                    x_ptr,
+                    lora_a_address_ptr,
+                    rank_ptr,
+                    slot,
+                    start,
+                    offs_xm,
+                    mask_m,
+                    first_k,
+                    last_k,
+                    K,
+                    stride_sg,
+                    stride_sm,
+                    stride_xk,
+                    stride_table,
+                    G=G,
+                    BLOCK_M=BLOCK_M,
+                    BLOCK_R=BLOCK_R,
+                    BLOCK_K=BLOCK_K,
+                    EVEN_K=EVEN_K,
+                    FACTOR_DTYPE=FACTOR_DTYPE,
+                    INPUT_PRECISION=INPUT_PRECISION,
+                )
+
+
+def launch_mixed_lora_shrink(
+    s: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    pieces: torch.Tensor,
+    lora_a_address: torch.Tensor,
+    rank: torch.Tensor,
+    *,
+    factor_dtype: torch.dtype,
+    config: MixedShrinkConfig,
+) -> None:
+    """Writes each row's ``x @ lora_a.T`` for G modules, in as many splits of K as s has planes.
+
+    Args:
+        s: fp32 ``[splits, G, M, R]``, the last dimension contiguous and R a multiple of 4 that is
+            no smaller than any rank.
+        x: ``[M, K]``, any strides.
+        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        segment_of: int32 ``[M]``.
+        segment_slot: int32 ``[segments]``.
+        pieces: int32, ``RowGroups.pieces(config.block_m)``.
+        lora_a_address: int64 ``[G, S]``: where each slot's lora_a ``[rank, K]`` lies.
+        rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
+        factor_dtype: Of the factors; they are cast to x's dtype at the load.
+        config: From `mixed_shrink_config`.
+    """
+    m, k = x.shape
+    if m == 0:
+        return
+    splits = s.shape[0]
+    _mixed_lora_shrink_kernel[(pieces.shape[0] - 1, splits)](
+        s_ptr=s,
+        x_ptr=x,
+        order_ptr=order,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
+        piece_start_ptr=pieces,
+        lora_a_address_ptr=lora_a_address,
+        rank_ptr=rank,
+        M=m,
+        K=k,
+        k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
+        stride_sp=s.stride(0),
+        stride_sg=s.stride(1),
+        stride_sm=s.stride(2),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_table=rank.stride(0),
+        G=rank.shape[0],
+        BLOCK_M=config.block_m,
+        BLOCK_R=config.block_r,
+        NARROW_R=config.narrow_r,
+        BLOCK_K=config.block_k,
+        EVEN_K=k % config.block_k == 0,
+        FACTOR_DTYPE=triton_dtype(factor_dtype),
+        LAUNCH_DEPENDENTS=config.launch_dependents,
+        INPUT_PRECISION=config.input_precision,
+        **config.launch_options,
+    )

@@ -1,0 +1,142 @@
+"""Whole models in mixed batches on the Triton kernels: the eager results, launches and bytes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter
+
+import fastlora
+from fastlora import adapters
+from fastlora.inject import lora_layers
+from fastlora.testing import assert_within_budget
+from fastlora.validation import AdapterNotFoundError
+
+RANKS = (8, 16, 64)
+
+
+class Attention(nn.Module):
+    """q, k and v fed by one tensor, and o."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width // 2)
+        self.v, self.o = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., width]`` to ``[..., width]``."""
+        return self.o(self.q(x) * self.k(x).tanh().repeat_interleave(2, -1) + self.v(x))
+
+
+def build(count: int, dtype: torch.dtype, **changes: Any) -> Any:
+    """A model with random adapters ``a0``, ``a1``, ... of mixed ranks, on the kernels."""
+    torch.manual_seed(0)
+    model: Any = None
+    for i in range(count):
+        config = {
+            "r": RANKS[i % 3],
+            "use_rslora": i % 2 == 1,
+            "lora_bias": i % 4 == 3,
+            "target_modules": ["q", "k", "v", "o"] if i % 5 != 4 else ["q", "o"],
+            "init_lora_weights": False,
+            **changes,
+        }
+        if model is None:
+            model = fastlora.get_peft_model(
+                Attention(), fastlora.LoraConfig(**config), "a0", autocast_adapter_dtype=False
+            )
+        else:
+            model.add_adapter(f"a{i}", fastlora.LoraConfig(**config))
+    model = model.to(dtype).eval()
+    for layer in lora_layers(model):
+        layer.impl = "triton"
+    return model
+
+
+def eager(model: Any) -> Any:
+    """A copy that runs in plain PyTorch."""
+    other = copy.deepcopy(model)
+    for layer in lora_layers(other):
+        layer.impl = "eager"
+    return other
+
+
+def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:
+    """A mixed forward without gradients."""
+    with torch.no_grad(), adapters(model, ids):
+        return model(x)
+
+
+@pytest.mark.parametrize(("count", "batch", "tokens"), [(1, 3, 1), (7, 17, 1), (9, 11, 8)])
+def test_a_model_on_the_kernels(
+    count: int, batch: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Decode and prefill sizes, mixed ranks, rsLoRA, lora_bias, absent modules and base rows."""
+    model = build(count, dtype)
+    generator = torch.Generator().manual_seed(batch)
+    drawn = torch.randint(-1, count, (batch,), generator=generator)
+    names = [None if i < 0 else f"a{i}" for i in drawn.tolist()]
+    x = torch.randn(batch, tokens, 64, generator=generator).to(dtype)
+    reference = eager(model)
+    expected = run(reference, x, names)
+    exact = run(reference.double(), x.double(), names)
+    for ids in (names, names, drawn):  # traced on the first call; by name and by slot
+        assert_within_budget(run(model, x, ids), expected, exact)
+
+
+def launches(model: Any, x: torch.Tensor, ids: Any) -> Counter[str]:
+    """Launches of each kernel in one forward, once siblings are known."""
+    for _ in range(2):
+        run(model, x, ids)
+    with ByteCounter(x=[x]) as counter:
+        run(model, x, ids)
+    return Counter({name: count.launches for name, count in counter.kernels.items()})
+
+
+def test_launches_do_not_depend_on_the_mix() -> None:
+    """One shrink for q, k and v, one for o, and one linear each, for any mix and any number."""
+    model = build(6, torch.float32)
+    x = torch.randn(12, 64)
+    found = [
+        launches(model, x, ids)
+        for ids in (["a0"] * 12, [None] * 12, [f"a{i % 6}" for i in range(12)])
+    ]
+    assert found[0] == found[1] == found[2]
+    assert sorted(found[0].values()) == [2, 4]  # shrinks and linears
+
+
+def test_a_pool_on_the_kernels(dtype: torch.dtype) -> None:
+    """Rows of a pool's adapters equal the same adapters as parameters; slots and names alike."""
+    model = build(5, dtype)
+    base = eager(model).unload()
+    pool = fastlora.AdapterPool(base, target_modules=["q", "k", "v", "o"], max_adapters=8)
+    for name, config in model.peft_config.items():
+        state = {
+            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor
+            for key, tensor in model.base_model.model.state_dict().items()
+            if f".{name}." in key
+        }
+        pool.load(name, state, config=config)
+    for layer in lora_layers(base):
+        layer.impl = "triton"
+    names = ["a3", None, "a0", "a4", "a2", "a1", "a3"]
+    x = torch.randn(7, 2, 64).to(dtype)
+    expected = run(eager(model), x, names)
+    exact = run(eager(model).double(), x.double(), names)
+    slots = torch.tensor([-1 if name is None else pool.slot_of(name) for name in names])
+    for ids in (names, names, slots):
+        assert_within_budget(run(base, x, ids), expected, exact)
+    state["base_model.model.q.lora_A.weight"].mul_(2)
+    pool.load("a4", state, config=model.peft_config["a4"])  # a hot swap
+    assert not torch.allclose(run(base, x, names)[3], expected[3])
+    with pytest.raises(AdapterNotFoundError, match="slot 7"):
+        run(base, x, torch.tensor([0, 7]))

@@ -1,0 +1,254 @@
+"""The operators for mixed batches: both plans, siblings, launches, bytes, replay, opcheck, compile.
+
+Through `fastlora.mixed_ops`, so that configs are chosen as a layer's are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlora import mixed_ops
+from fastlora.env import triton_interpreted
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
+from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+
+THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
+OPS = torch.ops.fastlora
+interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
+
+
+def linear(
+    problem: MixedProblem, g: int = 0, s: torch.Tensor | None = None, plan: str = "auto"
+) -> torch.Tensor:
+    """One module's y."""
+    return OPS.mixed_lora_linear(*linear_arguments(problem, g, s, plan))
+
+
+def linear_arguments(
+    problem: MixedProblem, g: int, s: torch.Tensor | None, plan: str
+) -> tuple[Any, ...]:
+    return (
+        problem.x,
+        problem.weights[g],
+        problem.biases[g],
+        *problem.route,
+        mixed_ops.pieces_of(problem.groups),
+        s,
+        problem.lora_a_address,
+        *tables(problem),
+        g,
+        problem.max_rank,
+        problem.factor_dtype,
+        plan,
+    )
+
+
+def shrink_arguments(problem: MixedProblem) -> tuple[Any, ...]:
+    return (
+        problem.x,
+        *problem.route,
+        mixed_ops.pieces_of(problem.groups),
+        problem.lora_a_address,
+        problem.rank,
+        problem.max_rank,
+        problem.factor_dtype,
+    )
+
+
+def add_arguments(problem: MixedProblem, y: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        y,
+        problem.x,
+        *problem.route,
+        mixed_ops.pieces_of(problem.groups),
+        problem.lora_a_address,
+        *tables(problem),
+        0,
+        problem.max_rank,
+        problem.factor_dtype,
+    )
+
+
+def tables(problem: MixedProblem) -> tuple[torch.Tensor | None, ...]:
+    """The tables past lora_a's, of all modules."""
+    return (
+        problem.lora_b_address,
+        problem.lora_bias_address,
+        problem.rank,
+        problem.scaling,
+    )
+
+
+def base(problem: MixedProblem, g: int = 0) -> torch.Tensor:
+    return F.linear(problem.x, problem.weights[g], problem.biases[g])
+
+
+@pytest.mark.parametrize("plan", ["fused", "split"])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 40, 48), (1, 64, 48), (37, 50, 1100), (130, 33, 65)])
+def test_values(lab: Any, dtype: torch.dtype, plan: str, m: int, n: int, k: int) -> None:
+    problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], k, [n], dtype, biased=(1, 7))
+    problem.check(linear(problem, plan=plan))
+
+
+@pytest.mark.parametrize("plan", ["fused", "split"])
+def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
+    problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
+    s = OPS.mixed_lora_shrink(*shrink_arguments(problem))
+    for g in range(3):
+        problem.check(linear(problem, g, s, plan), g)
+        y = base(problem, g)
+        OPS.mixed_lora_expand_(y, s, *problem.route, *tables(problem), g, problem.factor_dtype)
+        problem.check(y, g)
+        problem.check(linear(problem, g, plan=plan), g)
+
+
+@pytest.mark.parametrize("m", [40, 70])
+def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
+    """In one launch, and where that costs more, in two."""
+    problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], 100, [50], dtype, biased=(0,))
+    y = base(problem)
+    OPS.mixed_lora_add_(*add_arguments(problem, y))
+    problem.check(y)
+
+
+def test_poisoned_outputs(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operators allocate and do not write is never read: NaN there would show."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        tensor = original(self, *size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    problem = MixedProblem(lab, draw_ids(70, 8), [RANKS], 1100, [50], torch.float32, biased=(1,))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for plan in ("fused", "split"):
+        problem.check(linear(problem, plan=plan))
+
+
+def launches(problem: MixedProblem) -> dict[str, list[tuple[int, ...]]]:
+    """Grids of every kernel that one linear, fused and split, and one add launch."""
+    with ByteCounter() as counter:
+        linear(problem, plan="fused")
+        linear(problem, plan="split")
+        OPS.mixed_lora_add_(*add_arguments(problem, base(problem)))
+    return {name: count.grids for name, count in counter.kernels.items()}
+
+
+@interpreted
+def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
+    """One set of routing buffers with changed contents: same addresses, shapes and grids."""
+    m, slots = 48, 64
+    ranks = [[RANKS[slot % 8] for slot in range(slots)]]
+    problem = MixedProblem(lab, [0] * m, ranks, 40, [36], torch.float32, biased=(3,))
+    first = [tensor.data_ptr() for tensor in linear_arguments(problem, 0, None, "fused")[3:7]]
+    recorded = launches(problem)
+    assert {name: len(grids) for name, grids in recorded.items()} == {
+        "_mixed_lora_shrink_kernel": 2,
+        "_mixed_lora_linear_kernel": 1,
+        "_mixed_lora_expand_kernel": 1,
+        "_mixed_lora_add_kernel": 1,
+    }
+    for ids in ([-1] * m, [63] * m, draw_ids(m, slots), [*range(m)], [m - row for row in range(m)]):
+        problem.regroup(ids)
+        again = linear_arguments(problem, 0, None, "fused")[3:7]
+        assert [tensor.data_ptr() for tensor in again] == first
+        assert launches(problem) == recorded
+        problem.check(linear(problem))
+
+
+@interpreted
+@pytest.mark.parametrize("m", [64, 200])
+def test_bytes_grow_with_the_adapters_and_nothing_else(lab: Any, m: int) -> None:
+    """Distinct bytes of factors are those of the adapters present, at their true ranks.
+
+    The base GEMM's FLOPs, and what it reads of x and weight, are the same for every mix.
+    """
+    k, n, rank = 72, 80, (8, 16, 64)
+    ranks = [[rank[slot % 3] for slot in range(64)]]
+    seen = []
+    for present in (1, 6, 48):
+        ids = [row % present for row in range(m)]
+        problem = MixedProblem(lab, ids, ranks, k, [n], torch.float32)
+        factors = [f for slot in problem.factors[0] for f in slot if f is not None]
+        with ByteCounter(factors=factors, x=[problem.x], weight=problem.weights) as counter:
+            linear(problem, plan="fused")
+        shrink = counter.kernels["_mixed_lora_shrink_kernel"].loads
+        main = counter.kernels["_mixed_lora_linear_kernel"]
+        total = 4 * sum(ranks[0][slot] for slot in range(present))
+        assert shrink["factors"].distinct == total * k
+        assert main.loads["factors"].distinct == total * n
+        assert shrink["x"].distinct == main.loads["x"].distinct == 4 * m * k
+        seen.append((main.loads["x"], main.loads["weight"]))
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand_", "mixed_lora_add_"]
+)
+def test_opcheck(lab: Any, name: str) -> None:
+    """Schema, fake and dispatch of every operator agree with what its kernels do."""
+    problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
+    s = OPS.mixed_lora_shrink(*shrink_arguments(problem))
+    arguments = {
+        "mixed_lora_shrink": shrink_arguments(problem),
+        "mixed_lora_linear": linear_arguments(problem, 0, None, "fused"),
+        "mixed_lora_expand_": (
+            *(base(problem), s, *problem.route, *tables(problem)),
+            *(0, problem.factor_dtype),
+        ),
+        "mixed_lora_add_": add_arguments(problem, base(problem)),
+    }
+    # What a shrink leaves unwritten may hold anything, so two runs are not compared.
+    checks = ["test_schema", "test_faketensor"]
+    if name != "mixed_lora_shrink":
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=checks)
+
+
+def test_compile(lab: Any) -> None:
+    """Traced once for any number of rows, without a break."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def siblings(arguments: list[tuple[Any, ...]], shrink: tuple[Any, ...]) -> list[torch.Tensor]:
+        s = OPS.mixed_lora_shrink(*shrink)
+        return [OPS.mixed_lora_linear(*a[:7], s, *a[8:]) for a in arguments]
+
+    for m in (20, 24, 40):
+        problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)
+        arguments = [linear_arguments(problem, g, None, "auto") for g in range(3)]
+        for g, y in enumerate(siblings(arguments, shrink_arguments(problem))):
+            problem.check(y, g)
+
+
+@pytest.mark.skipif(triton_interpreted(), reason="needs a GPU")
+def test_cuda_graph(lab: Any) -> None:
+    """A captured forward replays other mixes, other inputs and a swapped adapter."""
+    problem = MixedProblem(lab, [0] * 24, [RANKS], 128, [64], torch.float16, biased=(2,))
+    linear(problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(problem)
+    for seed in range(3):
+        problem.regroup(draw_ids(24, 8, seed))
+        problem.x.copy_(torch.randn_like(problem.x))
+        problem.scaling.uniform_()
+        graph.replay()
+        problem.check(y)
+
+
+def test_factors_of_an_unknown_dtype_are_named(lab: Any) -> None:
+    problem = MixedProblem(lab, [0], [[4]], 16, [16], torch.float32)
+    problem.factor_dtype = torch.float64
+    with pytest.raises(TypeError, match="torch.float64, expected float16, bfloat16 or float32"):
+        linear(problem)
