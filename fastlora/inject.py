@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -81,8 +83,30 @@ def add_adapter(
         plan: From `plan_adapter` on the same model and config.
         autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
     """
+    with _without_collecting():
+        _add_adapter(model, adapter_name, config, plan, autocast_adapter_dtype)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Pauses Python's cycle collector: thousands of new modules make it scan all the others.
+
+    With it, the 64th adapter on 210 layers takes 0.16 s and the second 0.09; without, both 0.10.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _add_adapter(
+    model: nn.Module, adapter_name: str, config: LoraConfig, plan: Plan, autocast: bool
+) -> None:
     replaced: list[tuple[str, nn.Module]] = []
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for _, p in _base_parameters("", model) if p.requires_grad]
     try:
         for name in plan.targets:
             module = model.get_submodule(name)
@@ -91,7 +115,7 @@ def add_adapter(
                 replaced.append((name, module))
                 _set_submodule(model, name, layer)
                 module = layer
-            _add_to_layer(module, adapter_name, name, config, autocast_adapter_dtype)
+            _add_to_layer(module, adapter_name, name, config, autocast)
         for name in plan.modules_to_save:
             module = model.get_submodule(name)
             if not isinstance(module, ModulesToSaveWrapper):
@@ -185,7 +209,7 @@ def _base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Par
         if parameter is not None:
             yield f"{name}{key}", parameter
     if isinstance(module, LoraLayer):
-        adapters: tuple[str, ...] = ("lora_A", "lora_B")
+        adapters: tuple[str, ...] = ("lora_A", "lora_B", "lora_dropout")
     else:
         adapters = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
     for key, child in module._modules.items():
