@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed ## fine-tune SmolLM2-135M, load the result in PEFT, com
 
 test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
+
+soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)
+	@$(BIN)/python bench/soak.py $(ARGS)
 
 lint: $(VENV)/.lint-installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -55,7 +55,7 @@ def waits(future: Future[Any]) -> bool:
 def test_a_lease_waits_for_the_leases_of_others(root: Path, threads: ThreadPoolExecutor) -> None:
     pool = make_pool(root, max_adapters=2)
     with pool.lease(["a0", "a1"]):
-        waiting = threads.submit(pool.lease, ["a2", "a3"])
+        waiting = threads.submit(pool.lease, ["a2", "a3"], timeout=LONG)
         assert waits(waiting)
         with pytest.raises(PoolFullError, match="2 are leased"):
             pool.lease(["a2"])  # this thread's own lease is what is in the way
@@ -69,9 +69,9 @@ def test_a_lease_waits_for_the_leases_of_others(root: Path, threads: ThreadPoolE
 def test_first_come_first_served(root: Path, threads: ThreadPoolExecutor) -> None:
     pool = make_pool(root, max_adapters=2)
     one, two = pool.lease(["a0"]), pool.lease(["a1"])
-    large = threads.submit(pool.lease, ["a2", "a3"])
+    large = threads.submit(pool.lease, ["a2", "a3"], timeout=LONG)
     assert waits(large)
-    small = threads.submit(pool.lease, ["a4"])
+    small = threads.submit(pool.lease, ["a4"], timeout=LONG)
     one.release()
     assert waits(small)  # there is room for it, but not its turn
     two.release()
@@ -86,7 +86,7 @@ def test_a_thread_that_holds_leases_is_not_kept_waiting_by_others(
 ) -> None:
     pool = make_pool(root, max_adapters=3)
     with pool.lease(["a0"]):
-        large = threads.submit(pool.lease, ["a2", "a3", "a4"])
+        large = threads.submit(pool.lease, ["a2", "a3", "a4"], timeout=LONG)
         assert waits(large)
         pool.lease(["a1"]).release()
     large.result(LONG).release()
@@ -99,7 +99,7 @@ def test_two_threads_that_wait_for_each_other(root: Path, threads: ThreadPoolExe
     def nested() -> None:
         with pool.lease(["a0"]):
             holding.set()
-            pool.lease(["a2"]).release()
+            pool.lease(["a2"], timeout=LONG).release()
 
     with pool.lease(["a1"]):
         other = threads.submit(nested)
@@ -115,7 +115,7 @@ def test_two_threads_that_wait_for_each_other(root: Path, threads: ThreadPoolExe
 def test_a_waiter_hears_that_its_adapter_is_gone(root: Path, threads: ThreadPoolExecutor) -> None:
     pool = make_pool(root, max_adapters=1)
     with pool.lease(["a0"]):
-        waiting = threads.submit(pool.lease, ["a1"])
+        waiting = threads.submit(pool.lease, ["a1"], timeout=LONG)
         assert waits(waiting)
         pool.unload("a1")
         with pytest.raises(AdapterNotFoundError, match="a1"):
@@ -153,9 +153,9 @@ def test_an_adapter_is_read_once_for_all_who_want_it(
     root: Path, threads: ThreadPoolExecutor, slow: SlowReads
 ) -> None:
     pool = make_pool(root, max_adapters=4, cpu_bytes=0)
-    first = threads.submit(pool.lease, ["a0"])
+    first = threads.submit(pool.lease, ["a0"], timeout=LONG)
     assert slow.started.acquire(timeout=LONG)
-    second = threads.submit(pool.lease, ["a0", "a1"])
+    second = threads.submit(pool.lease, ["a0", "a1"], timeout=LONG)
     assert slow.started.acquire(timeout=LONG)  # a1
     assert waits(second)
     slow.go.set()
@@ -166,7 +166,7 @@ def test_an_adapter_is_read_once_for_all_who_want_it(
 
 def test_a_swap_overtakes_a_read(root: Path, threads: ThreadPoolExecutor, slow: SlowReads) -> None:
     pool = make_pool(root, max_adapters=1, cpu_bytes=0)
-    lease = threads.submit(pool.lease, ["a0"])
+    lease = threads.submit(pool.lease, ["a0"], timeout=LONG)
     assert slow.started.acquire(timeout=LONG)
     pool.load("a0", root / "a3")
     pool.lease(["a1"]).release()  # the new one leaves the memory again
@@ -180,9 +180,9 @@ def test_readers_do_not_hold_the_lock(
 ) -> None:
     pool = make_pool(root)
     pool.lease(["a1"]).release()
-    reading = threads.submit(pool.lease, ["a0"])
+    reading = threads.submit(pool.lease, ["a0"], timeout=LONG)
     assert slow.started.acquire(timeout=LONG)
-    threads.submit(pool.lease, ["a1"]).result(LONG).release()
+    threads.submit(pool.lease, ["a1"], timeout=LONG).result(LONG).release()
     assert not reading.done()
     slow.go.set()
     reading.result(LONG).release()
