@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from byte_counter import ByteCounter
 
 import fastlora
-from fastlora import adapters
+from fastlora import adapters, batch
 from fastlora.inject import lora_layers
+from fastlora.routing import Routing, routed
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterNotFoundError
 
@@ -77,9 +78,7 @@ def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("count", "batch", "tokens"), [(1, 3, 1), (7, 17, 1), (9, 11, 8)])
-def test_a_model_on_the_kernels(
-    count: int, batch: int, tokens: int, dtype: torch.dtype
-) -> None:
+def test_a_model_on_the_kernels(count: int, batch: int, tokens: int, dtype: torch.dtype) -> None:
     """Decode and prefill sizes, mixed ranks, rsLoRA, lora_bias, absent modules and base rows."""
     model = build(count, dtype)
     generator = torch.Generator().manual_seed(batch)
@@ -140,3 +139,28 @@ def test_a_pool_on_the_kernels(dtype: torch.dtype) -> None:
     assert not torch.allclose(run(base, x, names)[3], expected[3])
     with pytest.raises(AdapterNotFoundError, match="slot 7"):
         run(base, x, torch.tensor([0, 7]))
+
+
+def test_ids_that_nobody_checked(dtype: torch.dtype) -> None:
+    """As on a GPU: rows of ids out of range come out NaN, all others right, and it is said."""
+    model = build(3, dtype)
+    ids = torch.tensor([0, 5, -1, 2, -7])
+    slots = batch._looked_up(torch.arange(3), ids)
+    assert slots.tolist() == [0, -2, -1, 2, -2]
+    tuner = model.base_model
+    routing = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
+    x = torch.randn(5, 64).to(dtype)
+    with torch.no_grad(), routed(routing):
+        y = model(x)
+    good = [0, 2, 3]
+    expected = run(model, x[good], ["a0", None, "a2"])
+    exact = run(eager(model).double(), x[good].double(), ["a0", None, "a2"])
+    assert_within_budget(y[good], expected, exact)
+    assert y[[1, 4]].isnan().all()
+    with pytest.raises(AdapterNotFoundError, match="out of range.*came out NaN"):
+        routing.check_ids()
+    for layer in lora_layers(model):
+        layer.impl = "eager"
+    again = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
+    with pytest.raises(AdapterNotFoundError, match="out of range"), torch.no_grad(), routed(again):
+        model(x)
