@@ -35,6 +35,10 @@ _MAX_SPLITS = 4
 _SPLIT_COLUMNS = 256
 _PLANE_ROWS = 16384
 
+# Order, segment_of, segment_slot; lora_b_address, lora_bias_address, rank, scaling of one module.
+_Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Tables = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
 _ROUTE = "Tensor order, Tensor segment_of, Tensor segment_slot"
 _TABLES_B = "Tensor lora_b_address, Tensor? lora_bias_address, Tensor rank, Tensor scaling"
 _LIBRARY.define(
@@ -75,9 +79,7 @@ def _shrunk_shape(m: int, k: int, modules: int, max_rank: int) -> tuple[int, int
 
 def _shrink(
     x: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
+    route: _Route,
     pieces: torch.Tensor,
     lora_a_address: torch.Tensor,
     rank: torch.Tensor,
@@ -98,9 +100,7 @@ def _shrink(
     mixed_lora_shrink.launch_mixed_lora_shrink(
         s,
         x,
-        order,
-        segment_of,
-        segment_slot,
+        *route,
         pieces,
         lora_a_address,
         rank,
@@ -110,16 +110,22 @@ def _shrink(
     return s
 
 
-def _expand(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
+def _module_tables(
+    index: int,
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
     scaling: torch.Tensor,
+) -> _Tables:
+    lora_bias = None if lora_bias_address is None else lora_bias_address[index]
+    return lora_b_address[index], lora_bias, rank[index], scaling[index]
+
+
+def _expand(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    route: _Route,
+    tables: _Tables,
     factor_dtype: torch.dtype,
 ) -> None:
     """Adds to y; s ``[splits, M, R]`` and the tables ``[S]`` are this module's own."""
@@ -131,13 +137,8 @@ def _expand(
     mixed_lora_expand.launch_mixed_lora_expand(
         y,
         s,
-        order,
-        segment_of,
-        segment_slot,
-        lora_b_address,
-        lora_bias_address,
-        rank,
-        scaling,
+        *route,
+        *tables,
         factor_dtype=factor_dtype,
         config=config,
     )
@@ -156,17 +157,8 @@ def _mixed_lora_shrink(
     factor_dtype: torch.dtype,
 ) -> torch.Tensor:
     with _on_device(x):
-        return _shrink(
-            x,
-            order,
-            segment_of,
-            segment_slot,
-            pieces,
-            lora_a_address,
-            rank,
-            max_rank,
-            factor_dtype,
-        )
+        route = (order, segment_of, segment_slot)
+        return _shrink(x, route, pieces, lora_a_address, rank, max_rank, factor_dtype)
 
 
 @_implements("mixed_lora_linear")
@@ -189,24 +181,24 @@ def _mixed_lora_linear(
     factor_dtype: torch.dtype,
     plan: str,
 ) -> torch.Tensor:
-    """y of one module. Two launches beside the base GEMM's, or one where siblings made s before."""
+    """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand."""
     from fastlora.kernels import configs, mixed_configs, mixed_lora_linear
 
     m, n = x.shape[0], weight.shape[0]
     route = (order, segment_of, segment_slot)
-    lora_bias = None if lora_bias_address is None else lora_bias_address[index]
-    tables = (lora_b_address[index], lora_bias, rank[index], scaling[index])
+    tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
     with _on_device(x):
         if s is None:
             only = slice(index, index + 1)
-            own = _shrink(
-                x, *route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype
-            )[:, 0]
+            made = _shrink(
+                x, route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype
+            )
+            own = made[:, 0]
         else:
             own = s[:, index]
         if plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
             y = F.linear(x, weight, bias)
-            _expand(y, own, *route, *tables, factor_dtype)
+            _expand(y, own, route, tables, factor_dtype)
             return y
         y = x.new_empty(m, n)
         chip = configs.chip_of(x.device)
@@ -242,10 +234,9 @@ def _mixed_lora_expand_(
     index: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    lora_bias = None if lora_bias_address is None else lora_bias_address[index]
-    tables = (lora_b_address[index], lora_bias, rank[index], scaling[index])
+    tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
     with _on_device(y):
-        _expand(y, s[:, index], order, segment_of, segment_slot, *tables, factor_dtype)
+        _expand(y, s[:, index], (order, segment_of, segment_slot), tables, factor_dtype)
 
 
 @_implements("mixed_lora_add_")
@@ -269,13 +260,12 @@ def _mixed_lora_add_(
     from fastlora.kernels import configs, mixed_configs, mixed_lora_add
 
     route = (order, segment_of, segment_slot)
-    lora_bias = None if lora_bias_address is None else lora_bias_address[index]
-    tables = (lora_b_address[index], lora_bias, rank[index], scaling[index])
+    tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
     with _on_device(x):
         if x.shape[0] > _FUSED_MAX_ROWS:
             only = slice(index, index + 1)
-            s = _shrink(x, *route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype)
-            _expand(y, s[:, 0], *route, *tables, factor_dtype)
+            s = _shrink(x, route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype)
+            _expand(y, s[:, 0], route, tables, factor_dtype)
             return
         config = mixed_configs.mixed_add_config(
             configs.chip_of(x.device), x.dtype, input_precision=_precision(x.dtype)
@@ -304,7 +294,7 @@ def _(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> torch.Tensor:
-    shape = _shrunk_shape(*x.shape, rank.shape[0], max_rank)
+    shape = _shrunk_shape(x.shape[0], x.shape[1], rank.shape[0], max_rank)
     return x.new_empty(shape, dtype=torch.float32)
 
 

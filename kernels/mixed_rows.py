@@ -240,9 +240,10 @@ def _add_chunk(
     offs_m = tl.arange(0, BLOCK_M)
     own = row_segment[:, None] == segment[None, :]
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + r[None, :]
-    filled = tl.max_constancy(r < round_up(rank, S_COLUMNS), S_COLUMNS)
+    filled = r < round_up(rank, S_COLUMNS)
+    mask = tl.max_constancy(own & filled[None, :], [1, S_COLUMNS])
     # s: [BLOCK_M, BLOCK_R]
-    s = sum_planes(s_ptrs, own & filled[None, :], stride_sp, planes, BLOCK_M, BLOCK_R, 2)
+    s = sum_planes(s_ptrs, mask, stride_sp, planes, BLOCK_M, BLOCK_R, 2)
     if HAS_LORA_BIAS:
         s = tl.where(own & (r == rank)[None, :], 1.0, s)
     scaled = (b.to(tl.float32) * scale[:, None]).to(dtype)

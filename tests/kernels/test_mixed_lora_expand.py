@@ -77,6 +77,7 @@ def test_rows_without_a_part_are_not_touched(lab: Any) -> None:
     assert (y[problem.rows_of(0)] != 0).all() and (y[problem.rows_of(2)] != 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_rows_are_kept_apart(lab: Any) -> None:
     problem = MixedProblem(
         lab, draw_ids(40, 5), [(3, 8, 24, 16, 1)], 24, [40], torch.float32, biased=(1, 2)

@@ -126,6 +126,7 @@ def test_one_rounding(lab: Any) -> None:
     assert (linear(problem) == 2050).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_rows_are_kept_apart(lab: Any) -> None:
     """Whatever is not finite in one adapter's factors or in one row stays in its own rows."""
     problem = MixedProblem(
@@ -143,6 +144,7 @@ def test_rows_are_kept_apart(lab: Any) -> None:
         problem.check_apart(lambda: linear(problem), spoilt)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_a_factor_past_the_range_of_fp16_stays_in_its_own_rows(lab: Any) -> None:
     problem = MixedProblem(lab, draw_ids(20, 3), [(3, 8, 16)], 24, [40], torch.float16)
     clean = linear(problem)

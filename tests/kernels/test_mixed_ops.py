@@ -1,4 +1,4 @@
-"""The operators for mixed batches: both plans, siblings, launches, bytes, replay, opcheck, compile.
+"""The operators for mixed batches: both plans, siblings, launches, replay, opcheck, compile.
 
 Through `fastlora.mixed_ops`, so that configs are chosen as a layer's are.
 """
@@ -146,10 +146,10 @@ def launches(problem: MixedProblem) -> dict[str, list[tuple[int, ...]]]:
 
 @interpreted
 def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
-    """One set of routing buffers with changed contents: same addresses, shapes and grids."""
-    m, slots = 48, 64
-    ranks = [[RANKS[slot % 8] for slot in range(slots)]]
-    problem = MixedProblem(lab, [0] * m, ranks, 40, [36], torch.float32, biased=(3,))
+    """One set of routing buffers with changed contents: same addresses, launches and grids."""
+    m = slots = 64
+    ranks = [[RANKS[slot % 6] for slot in range(slots)]]
+    problem = MixedProblem(lab, [0] * m, ranks, 24, [36], torch.float32, biased=(3,))
     first = [tensor.data_ptr() for tensor in linear_arguments(problem, 0, None, "fused")[3:7]]
     recorded = launches(problem)
     assert {name: len(grids) for name, grids in recorded.items()} == {
@@ -158,38 +158,12 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
         "_mixed_lora_expand_kernel": 1,
         "_mixed_lora_add_kernel": 1,
     }
-    for ids in ([-1] * m, [63] * m, draw_ids(m, slots), [*range(m)], [m - row for row in range(m)]):
+    for ids in ([-1] * m, [*range(m)], draw_ids(m, slots)):
         problem.regroup(ids)
         again = linear_arguments(problem, 0, None, "fused")[3:7]
         assert [tensor.data_ptr() for tensor in again] == first
         assert launches(problem) == recorded
         problem.check(linear(problem))
-
-
-@interpreted
-@pytest.mark.parametrize("m", [64, 200])
-def test_bytes_grow_with_the_adapters_and_nothing_else(lab: Any, m: int) -> None:
-    """Distinct bytes of factors are those of the adapters present, at their true ranks.
-
-    The base GEMM's FLOPs, and what it reads of x and weight, are the same for every mix.
-    """
-    k, n, rank = 72, 80, (8, 16, 64)
-    ranks = [[rank[slot % 3] for slot in range(64)]]
-    seen = []
-    for present in (1, 6, 48):
-        ids = [row % present for row in range(m)]
-        problem = MixedProblem(lab, ids, ranks, k, [n], torch.float32)
-        factors = [f for slot in problem.factors[0] for f in slot if f is not None]
-        with ByteCounter(factors=factors, x=[problem.x], weight=problem.weights) as counter:
-            linear(problem, plan="fused")
-        shrink = counter.kernels["_mixed_lora_shrink_kernel"].loads
-        main = counter.kernels["_mixed_lora_linear_kernel"]
-        total = 4 * sum(ranks[0][slot] for slot in range(present))
-        assert shrink["factors"].distinct == total * k
-        assert main.loads["factors"].distinct == total * n
-        assert shrink["x"].distinct == main.loads["x"].distinct == 4 * m * k
-        seen.append((main.loads["x"], main.loads["weight"]))
-    assert seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.parametrize(
