@@ -1,4 +1,4 @@
-"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``demo``."""
+"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``bench``, ``demo``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["demo"]:
             # Its own parser, and nothing heavy imported before it has set the environment.
             return _demo(arguments[1:])
+        if arguments[:2] == ["bench", "mixed"]:
+            return _bench_mixed(arguments[2:])
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
         return code
@@ -113,9 +115,20 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (info, inspect):
         command.add_argument("--json", action="store_true", help="print JSON")
+    bench = commands.add_parser(
+        "bench",
+        help="measure on a model of yours",
+        description="Measures on a model of yours, in one process with PEFT.",
+    )
+    kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
+    kinds.add_parser(
+        "mixed",
+        help="batches of many adapters, against PEFT (own options: bench mixed --help)",
+        add_help=False,
+    )
     commands.add_parser(
         "demo",
-        help="fine-tune a small model, save it, load it with PEFT (own options: demo --help)",
+        help="train three adapters on a small model, compare with PEFT (own options: demo --help)",
         add_help=False,
     )
     return parser
@@ -128,6 +141,15 @@ def _demo(arguments: list[str]) -> int:
     from fastlora.demo import main as run_demo
 
     return run_demo(arguments)
+
+
+def _bench_mixed(arguments: list[str]) -> int:
+    from fastlora import env
+
+    env.prepare_demo_process()
+    from fastlora.mixed_bench import main as run_bench
+
+    return run_bench(arguments)
 
 
 # ---------------------------------------------------------------------------------------- info

@@ -1,4 +1,4 @@
-"""``fastlora demo``: a real model fine-tuned, saved, loaded with PEFT, compared with PEFT.
+"""``fastlora demo``: three adapters trained at once on a real model, and compared with PEFT.
 
 Every number that the demo prints was measured in the run that prints it.
 """
@@ -11,9 +11,7 @@ import statistics
 import sys
 import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,30 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora import env, measure, smollm2
-from fastlora.demo_data import DemoDataError, make_batches, read_examples, read_prompts, shipped
+from fastlora import env, measure, mixed_bench, mixed_report, smollm2
+from fastlora.demo_data import (
+    DemoDataError,
+    Example,
+    MixedBatch,
+    make_batches,
+    read_examples,
+    read_prompts,
+    shipped,
+)
+from fastlora.mixed_contest import quiet_transformers
 from fastlora.testing import error_budget
+from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 
-STYLE = "ships_log"
-RANK, ALPHA, LEARNING_RATE, BATCH = 8, 16, 2e-3, 4
-ANSWER_TOKENS = 48
+# Each style its own rank, alpha and target modules: they train in one batch all the same.
+STYLES: dict[str, dict[str, Any]] = {
+    "ships_log": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "json_answer": {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+    "robot": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+}
+LEARNING_RATE, BATCH = 2e-3, 8
+ANSWER_TOKENS = 40
+# The table of part 6.
+RANK, SEQUENCES, TABLE_ROUNDS = 16, 64, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,18 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", type=Path, metavar="DIR", help="where the converted model is kept"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines with 'prompt' and 'completion'"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        help="JSON lines with 'prompt' and 'completion', an adapter each; repeatable",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        default=Path(".demo/adapter"),
-        help="where the adapter is saved (default: %(default)s)",
+        default=Path(".demo/adapters"),
+        help="where the adapters are saved (default: %(default)s)",
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="ask this; repeatable")
-    parser.add_argument("--steps", type=int, default=25, help="training steps (default: 25)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed pairs (default: 7)")
+    parser.add_argument("--steps", type=int, default=22, help="training steps (default: 22)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed pairs (default: 5)")
+    parser.add_argument(
+        "--adapters",
+        type=mixed_bench.counts,
+        default=[1, 4, 16, 64],
+        metavar="N,N,...",
+        help="numbers of adapters in the last table (default: 1,4,16,64)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,11 +85,15 @@ def run(args: argparse.Namespace) -> int:
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise DemoDataError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if max(args.adapters) > SEQUENCES:
+        raise DemoDataError(
+            f"--adapters must be at most {SEQUENCES}, the sequences of a batch, got "
+            f"{max(args.adapters)}"
+        )
     env.prepare_demo_process()
     started = time.monotonic()
-    data = args.data or shipped(f"{STYLE}.jsonl")
-    examples = read_examples(data)
-    prompts = args.prompt or read_prompts(shipped("unseen_prompts.txt"))[:3]
+    data = read_styles(args.data or [shipped(f"{style}.jsonl") for style in STYLES])
+    prompts = args.prompt or read_prompts(shipped("unseen_prompts.txt"))[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
@@ -78,93 +108,139 @@ def run(args: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     _say(f"SmolLM2-135M-Instruct, {parameters:,} parameters, fp32, on {where}")
 
-    with _quiet_transformers():
-        before = answer(base, tokenizer, prompts, "base model answers")
-
-        _heading(f"1  Fine-tune: {len(examples)} examples of {data.name}")
-        config = fastlora.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = fastlora.get_peft_model(base, config)
-        model.print_trainable_parameters()
-        batches = make_batches(examples, tokenizer, args.steps, BATCH, device)
+    with quiet_transformers():
+        _heading(f"1  {len(data)} adapters fine-tuned at once, in mixed batches")
+        model = add_adapters(base, data)
+        batches = make_batches(data, tokenizer, args.steps, BATCH, device)
         clock = time.monotonic()
         losses = train(model, batches)
         seconds = time.monotonic() - clock
-        last = statistics.mean(losses[-5:])
-        _say(
-            f"loss {losses[0]:.3f} at the first step, {last:.3f} over the last {len(losses[-5:])}; "
-            f"{len(losses)} steps of {BATCH} examples in {seconds:.1f} s"
-        )
+        for name, seen in losses.items():
+            _say(f"{name:<12} {_losses(seen)}")
+        _say(f"{len(batches)} steps of {BATCH} samples, adapters at random, in {seconds:.1f} s")
 
-        _heading("2  The same unseen prompts before and after (greedy)")
+        _heading("2  Unseen prompts, each in one mixed batch: the base model and every adapter")
         model.eval()
-        after = answer(model, tokenizer, prompts, "fine-tuned answers")
-        _say(side_by_side(prompts, before, after))
+        columns = [None, *data]
+        answers = [answer(model, tokenizer, prompt, columns) for prompt in prompts]
+        _say(side_by_side([name or "base model" for name in columns], prompts, answers))
 
-        _heading("3  Saved in PEFT's format, loaded back with PEFT")
+        _heading("3  Saved in PEFT's format, loaded back with PEFT: one mixed batch in both")
         model.save_pretrained(str(args.out))
-        for path in sorted(args.out.glob("adapter_*")):
+        for path in sorted(args.out.glob("*/adapter_*")):
             _say(f"{path}  {path.stat().st_size:,} bytes")
         twin, agrees = load_in_peft(model, fresh_base, args.out, batches[0])
 
-    _heading("4  What is fused")
-    _say(str(fastlora.fusion_report(model)))
+        _heading("4  What is fused")
+        _say(str(fastlora.fusion_report(model)))
 
-    _heading("5  Against PEFT: same weights, same batch, same process")
-    _say(compare(model, twin, batches[0], args.rounds, device))
+        first = next(iter(data))
+        _heading(f"5  {first} alone against PEFT: same weights, same batch, same process")
+        _say(compare(model, twin, first, batches[0], args.rounds, device))
+
+        _heading("6  Mixed batches against PEFT and against one adapter after another")
+        del model, twin
+        _say(mixed_table(fresh_base(), args.adapters, device))
     _say(f"\nwhole demo: {time.monotonic() - started:.0f} s")
     if not agrees:
         sys.stderr.write("fastlora demo: the logits differ from PEFT's by more than rounding\n")
     return 0 if agrees else 1
 
 
-def train(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> list[float]:
-    """Trains ``model`` with AdamW, one step a batch, and returns the losses."""
+def read_styles(files: Sequence[Path]) -> dict[str, list[Example]]:
+    """Returns each file's examples under its name.
+
+    Raises:
+        DemoDataError: A file is missing or damaged, or two have one name.
+    """
+    data: dict[str, list[Example]] = {}
+    for path in files:
+        if path.stem in data:
+            raise DemoDataError(f"{path}: there is an adapter {path.stem!r} already; rename a file")
+        data[path.stem] = read_examples(path)
+    return data
+
+
+def add_adapters(base: Any, data: Mapping[str, Sequence[Example]]) -> Any:
+    """Returns the model with an adapter for each style, all trainable."""
+    model: Any = None
+    for name, examples in data.items():
+        config = fastlora.LoraConfig(**STYLES.get(name, STYLES["ships_log"]), task_type="CAUSAL_LM")
+        if model is None:
+            model = fastlora.get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        targets = config.target_modules or ()
+        where = "all linear layers" if targets == "all-linear" else ", ".join(sorted(targets))
+        _say(f"{name:<12} {len(examples)} examples, rank {config.r} on {where}")
+    train_adapters(model, list(data))
+    return model
+
+
+def train(model: Any, batches: Sequence[MixedBatch]) -> dict[str, list[float]]:
+    """Trains every adapter with an AdamW of its own; returns the losses of each.
+
+    An adapter without a sample in a batch does not move in that step.
+    """
     from tqdm import tqdm
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
-    losses = []
+    losses: dict[str, list[float]] = {name: [] for name in model.peft_config}
+    adamw = partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizers = AdapterOptimizers(model, dict.fromkeys(losses, adamw), max_grad_norm=1.0)
     model.train()
     with tqdm(batches, desc="training", unit="step") as bar:
         for batch in bar:
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+            with fastlora.adapters(model, batch.adapters):
+                logits = model(**batch.inputs, use_cache=False).logits
+            found = causal_lm_losses(logits, batch.labels, batch.adapters)
+            optimizers.backward(found)
+            optimizers.step()
+            optimizers.zero_grad()
+            for name, value in found.values.items():
+                losses[name].append(value)
+            bar.set_postfix_str(
+                ", ".join(f"{n} {seen[-1]:.2f}" for n, seen in losses.items() if seen)
+            )
     return losses
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], what: str) -> list[str]:
-    """Returns the model's greedy answer to each prompt, without a system prompt."""
-    from tqdm import tqdm
+def answer(
+    model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
+) -> list[str]:
+    """Returns greedy answers to one prompt, without a system prompt, from one batch.
 
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its own.
+        prompt: The question.
+        names: An adapter, or None for the base model alone, for each answer; None asks a model
+            without adapters once.
+    """
+    text = smollm2.chat_prompt(prompt)
+    routed = {} if names is None else {"adapter_names": names}
+    inputs = tokenizer(
+        [text] * len(names or [None]), return_tensors="pt", add_special_tokens=False
+    ).to(model.device)
+    output = model.generate(
+        **inputs,
+        **routed,
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     answers = []
-    for prompt in tqdm(prompts, desc=what, unit="prompt"):
-        text = smollm2.chat_prompt(prompt)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = output[0, inputs["input_ids"].shape[1] :]
+    for new in output[:, inputs["input_ids"].shape[1] :]:
         ended = tokenizer.eos_token_id in new.tolist()
-        answers.append(
-            tokenizer.decode(new, skip_special_tokens=True).strip() + ("" if ended else " ...")
-        )
+        decoded = tokenizer.decode(new, skip_special_tokens=True).strip()
+        answers.append(decoded + ("" if ended else " ..."))
     return answers
 
 
 def load_in_peft(
-    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: dict[str, torch.Tensor]
+    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: MixedBatch
 ) -> tuple[Any, bool]:
-    """Loads ``folder`` with PEFT on a fresh base and compares logits on ``batch``.
+    """Loads the adapters in ``folder`` with PEFT and compares the logits of a mixed batch.
 
     The threshold is not picked: it is twice PEFT's own error against the same model in float64 plus
     one rounding of the largest logit (`fastlora.testing.error_budget`). transformers computes the
@@ -176,25 +252,29 @@ def load_in_peft(
     from peft import PeftModel
     from tqdm import tqdm
 
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    real = batch["attention_mask"].bool()
+    real = batch.inputs["attention_mask"].bool()
+    first, *others = model.peft_config
 
     with tqdm(total=5, desc="loading in PEFT, checking logits", leave=False) as bar:
 
-        def loaded(**kwargs: Any) -> Any:
-            base = fresh_base().to(kwargs.pop("dtype"))
-            peft_model = PeftModel.from_pretrained(base, str(folder), **kwargs)
+        def loaded(dtype: torch.dtype) -> Any:
+            base = fresh_base().to(dtype)
+            found = PeftModel.from_pretrained(
+                base, str(folder / first), adapter_name=first, is_trainable=True
+            )
+            for name in others:
+                found.load_adapter(str(folder / name), name, is_trainable=True)
             bar.update()
-            return peft_model
+            return found
 
         @torch.no_grad()
         def logits(m: Any) -> torch.Tensor:
-            result = m.eval()(**inputs).logits[real]
+            result = m.eval()(**batch.inputs, adapter_names=batch.adapters).logits[real]
             bar.update()
             return result
 
-        truth = logits(loaded(dtype=torch.float64).double())
-        twin = loaded(dtype=torch.float32, is_trainable=True)
+        truth = logits(loaded(torch.float64).double())
+        twin = loaded(torch.float32)
         ours, theirs = logits(model), logits(twin)
     budget = error_budget(theirs, truth)
     difference = (ours.double() - theirs.double()).abs().max().item()
@@ -202,6 +282,7 @@ def load_in_peft(
     error_theirs = (theirs.double() - truth).abs().max().item()
     agrees = difference <= budget and error_ours <= budget  # False for NaN too
     _say(
+        f"{len(batch.adapters)} samples of {', '.join(sorted(set(batch.adapters)))}\n"
         f"logits of {real.sum().item()} tokens x {truth.shape[-1]:,}, largest "
         f"{truth.abs().max().item():.1f}\n"
         f"  max |fastlora - PEFT|     {difference:.2e}\n"
@@ -214,9 +295,23 @@ def load_in_peft(
 
 
 def compare(
-    model: Any, twin: Any, batch: dict[str, torch.Tensor], rounds: int, device: torch.device
+    model: Any,
+    twin: Any,
+    adapter: str,
+    batch: MixedBatch,
+    rounds: int,
+    device: torch.device,
 ) -> str:
-    """Returns a table of time per step and peak memory: ``model`` is ours, ``twin`` PEFT's."""
+    """Returns a table of time per step and peak memory of one adapter on all samples.
+
+    Args:
+        model: Ours.
+        twin: PEFT's.
+        adapter: Active in both.
+        batch: Whose samples belong to which adapter is of no consequence here.
+        rounds: Timed pairs.
+        device: Where both lie.
+    """
     from tqdm import tqdm
 
     calls = 2 * 2 * (rounds + 2)  # two steps, two sides: warm-up, timed rounds, memory
@@ -224,16 +319,17 @@ def compare(
 
     @torch.no_grad()
     def forward(m: Any) -> None:
-        m(**batch)
+        m(**batch.inputs)
         bar.update()
 
     def forward_backward(m: Any) -> None:
-        m(**batch).loss.backward()
+        m(**batch.inputs, labels=batch.labels).loss.backward()
         m.zero_grad(set_to_none=True)
         bar.update()
 
-    model.train()
-    twin.train()
+    for m in (model, twin):
+        m.set_adapter(adapter)
+        m.train()
     rows = []
     with bar, measure.torch_threads(1):
         for name, step in (("forward", forward), ("forward + backward", forward_backward)):
@@ -247,7 +343,7 @@ def compare(
             row += f"{_mib(peaks[0]):>13}{_mib(peaks[1]):>13}{peaks[1] / peaks[0]:>10.3f}"
             rows.append(row)
     clock = "CUDA events" if device.type == "cuda" else "CPU time of the process, 1 thread"
-    shape = " x ".join(str(n) for n in batch["input_ids"].shape)
+    shape = " x ".join(str(n) for n in batch.labels.shape)
     columns = ["PEFT", "fastlora", "ratio"] * 2
     widths = (12, 12, 10, 13, 13, 10)
     title = f"{'':<20}{'time per step':^34}{'peak memory of the step':^36}"
@@ -259,17 +355,31 @@ def compare(
     return "\n".join([title.rstrip(), header, *rows, "", note])
 
 
-def side_by_side(prompts: Sequence[str], left: Sequence[str], right: Sequence[str]) -> str:
-    """Returns the answers in two columns, as wide as the terminal (at most 120)."""
-    width = (min(shutil.get_terminal_size((100, 24)).columns, 120) - 3) // 2
-    width = max(width, 24)
-    lines = [f"{'BEFORE':<{width}} | AFTER"]
-    for prompt, *pair in zip(prompts, left, right, strict=True):
-        lines += ["-" * (2 * width + 3), f"> {prompt}"]
-        columns = [textwrap.wrap(" ".join(text.split()), width) or [""] for text in pair]
+def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
+    """Returns what a step of decoding costs with so many adapters in the batch."""
+    with measure.torch_threads(1):
+        rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
+    note = mixed_bench.footnote(TABLE_ROUNDS, device)
+    shape = f"{SEQUENCES} sequences decode a token; random adapters, rank {RANK}, all linear layers"
+    return f"{shape}\n\n{mixed_report.table(rows)}\n\n{note}"
+
+
+def side_by_side(
+    titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
+) -> str:
+    """Returns each prompt's answers in columns, together as wide as the terminal (at most 120)."""
+    total = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = max((total - 3 * (len(titles) - 1)) // len(titles), 16)
+
+    def line(cells: Sequence[str]) -> str:
+        return " | ".join(f"{cell:<{width}}" for cell in cells).rstrip()
+
+    lines = [line(titles)]
+    for prompt, texts in zip(prompts, answers, strict=True):
+        lines += ["-" * (width * len(titles) + 3 * (len(titles) - 1)), f"> {prompt}"]
+        columns = [textwrap.wrap(" ".join(text.split()), width) or [""] for text in texts]
         for i in range(max(map(len, columns))):
-            a, b = (column[i] if i < len(column) else "" for column in columns)
-            lines.append(f"{a:<{width}} | {b}".rstrip())
+            lines.append(line([column[i] if i < len(column) else "" for column in columns]))
     return "\n".join(lines)
 
 
@@ -278,6 +388,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastlora demo", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
+
+
+def _losses(seen: Sequence[float]) -> str:
+    if not seen:
+        return "no sample yet"
+    last = seen[-5:]
+    return (
+        f"loss {seen[0]:.3f} at its first step, {statistics.mean(last):.3f} over its last "
+        f"{len(last)} of {len(seen)}"
+    )
 
 
 def _ms(seconds: Sequence[float]) -> str:
@@ -295,20 +415,6 @@ def _say(text: str) -> None:
 
 def _heading(text: str) -> None:
     _say(f"\n== {text}")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():  # PEFT reads names that transformers is about to rename
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 if __name__ == "__main__":

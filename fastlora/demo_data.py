@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastlora import smollm2
+from fastlora.train.losses import IGNORED
 from fastlora.validation import FastLoraError
-
-IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 class DemoDataError(FastLoraError, ValueError):
@@ -65,37 +64,61 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for _, line in _read_lines(path)]
 
 
-def make_batches(
-    examples: Sequence[Example], tokenizer: Any, steps: int, size: int, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    """Returns ``steps`` batches of ``size`` examples in random order, padded on the right.
+class MixedBatch(NamedTuple):
+    """A batch whose samples belong to different adapters.
 
-    Every example is used once before any is used again (torch's generator gives the order). Each
-    batch has ``input_ids``, ``attention_mask`` and ``labels``, all int64 ``[size, length]``; only
-    the completion and the token that ends it have labels.
+    Attributes:
+        adapters: The adapter of each of the B samples.
+        inputs: ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right.
+        labels: int64 ``[B, T]``; only the completion and the token that ends it have any.
     """
+
+    adapters: list[str]
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+
+def make_batches(
+    data: Mapping[str, Sequence[Example]],
+    tokenizer: Any,
+    steps: int,
+    size: int,
+    device: torch.device,
+) -> list[MixedBatch]:
+    """Returns ``steps`` batches of ``size`` examples, drawn from all adapters' data together.
+
+    Every example is used once before any is used again (torch's generator gives the order), so a
+    batch may have several samples of one adapter and none of another.
+    """
+    rows = [(name, example) for name, examples in data.items() for example in examples]
     order: list[int] = []
     while len(order) < steps * size:
-        order += torch.randperm(len(examples)).tolist()
-    batches = []
-    for step in range(steps):
-        rows = []
-        for index in order[step * size : (step + 1) * size]:
-            prompt = smollm2.chat_prompt(examples[index].prompt)
-            head = tokenizer(prompt, add_special_tokens=False).input_ids
-            tail = tokenizer(
-                examples[index].completion + tokenizer.eos_token, add_special_tokens=False
-            ).input_ids
-            rows.append((head + tail, [IGNORED] * len(head) + tail))
-        width = max(len(ids) for ids, _ in rows)
-        pad = tokenizer.pad_token_id
-        batch = {
-            "input_ids": [ids + [pad] * (width - len(ids)) for ids, _ in rows],
-            "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows],
-            "labels": [labels + [IGNORED] * (width - len(labels)) for _, labels in rows],
-        }
-        batches.append({k: torch.tensor(v, device=device) for k, v in batch.items()})
-    return batches
+        order += torch.randperm(len(rows)).tolist()
+    return [
+        _batch([rows[index] for index in order[step * size : (step + 1) * size]], tokenizer, device)
+        for step in range(steps)
+    ]
+
+
+def _batch(rows: Sequence[tuple[str, Example]], tokenizer: Any, device: torch.device) -> MixedBatch:
+    encoded = []
+    for _, example in rows:
+        prompt = smollm2.chat_prompt(example.prompt)
+        head = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = example.completion + tokenizer.eos_token
+        encoded.append((head, tokenizer(answer, add_special_tokens=False).input_ids))
+    width = max(len(head) + len(tail) for head, tail in encoded)
+
+    def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+        filled = [v + [fill] * (width - len(v)) for v in values]
+        return torch.tensor(filled, device=device)
+
+    inputs = {
+        "input_ids": padded([head + tail for head, tail in encoded], tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(head + tail) for head, tail in encoded], 0),
+    }
+    labels = padded([[IGNORED] * len(head) + tail for head, tail in encoded], IGNORED)
+    return MixedBatch([name for name, _ in rows], inputs, labels)
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:

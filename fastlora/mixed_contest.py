@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,10 +26,9 @@ from fastlora.testing import error_budget
 from fastlora.validation import FastLoraError
 
 BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
-# Enough to tell adapters apart, and little enough that errors don't grow from layer to layer.
-_LORA_B_SCALE = 0.1
-# A set of adapters is packed the second time that it comes; the third time finds it packed.
-_STEADY = 2
+# Calls before the one that is checked. A set of adapters is packed the second time that it comes;
+# the third time finds it packed.
+_WARM_UP = {BASE: 1, OURS: 2}
 
 Side = Callable[[], torch.Tensor]
 
@@ -84,7 +84,7 @@ class Contest:
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False
         )
         self.ours = fastlora.get_peft_model(
-            _twin(base), config, self.names[0], autocast_adapter_dtype=False
+            twin(base), config, self.names[0], autocast_adapter_dtype=False
         )
         on_adapter()
         for name in self.names[1:]:
@@ -96,11 +96,8 @@ class Contest:
             for name, module in self.ours.get_base_model().named_modules()
             if isinstance(module, fastlora.layers.LoraLayer)
         ]
-        for layer in map(self.layer, self.targets):
-            for name in self.names:
-                layer.lora_B[name].weight.mul_(_LORA_B_SCALE)
         self._single = fastlora.get_peft_model(
-            _twin(base), config, self.names[0], autocast_adapter_dtype=False
+            twin(base), config, self.names[0], autocast_adapter_dtype=False
         ).eval()
         self.theirs = _peft_twin(self, rank) if peft else None
 
@@ -185,6 +182,8 @@ class Contest:
     ) -> dict[str, Check]:
         """Compares every side but the base model's with float64, and warms it up.
 
+        Every side is warm afterwards, and ours in its steady state.
+
         Raises:
             WrongResultError: A side's error is beyond `fastlora.testing.error_budget`, which comes
                 from the textbook expression in the model's own dtype.
@@ -193,7 +192,7 @@ class Contest:
         budget = error_budget(self.plain(mix, ids), truth)
         checks = {}
         for name, side in sides.items():
-            for _ in range(_STEADY):
+            for _ in range(_WARM_UP.get(name, 0)):
                 side()
             if name == BASE:
                 continue
@@ -216,7 +215,7 @@ def interleaved_seconds(
     rounds: int,
     *,
     device: torch.device,
-    on_call: Callable[[], object] = lambda: None,
+    on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times all sides in one process, one after another in each round, by `measure`'s clock.
 
@@ -226,7 +225,7 @@ def interleaved_seconds(
         sides: Warm already.
         rounds: How many, at least 1.
         device: Where the work runs.
-        on_call: Called behind each timed call.
+        on_round: Called behind each round.
 
     Raises:
         ValueError: ``rounds`` is below 1.
@@ -242,7 +241,7 @@ def interleaved_seconds(
             # Paired with nothing: the clock alone is wanted here.
             timed = measure.paired_ratio(_nothing, sides[name], 1, warmup=0, device=device)
             times[name] += timed.times_b
-            on_call()
+        on_round()
     return times
 
 
@@ -281,11 +280,29 @@ def _widened(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides the notes of transformers, and PEFT's use of names that it is about to rename."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _nothing() -> None:
     """Takes no time."""
 
 
-def _twin(model: Any) -> Any:
+def twin(model: Any) -> Any:
     """Returns a copy of the modules that shares parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
@@ -302,26 +319,15 @@ def _peft_twin(contest: Contest, rank: int) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules=contest.targets, init_lora_weights=False
     )
     first = contest.names[0]
-    with _seed_kept():  # what it draws is replaced
-        model = peft.get_peft_model(
-            _twin(contest.base), config, first, autocast_adapter_dtype=False
-        )
+    model = peft.get_peft_model(twin(contest.base), config, first, autocast_adapter_dtype=False)
     for target in contest.targets:
-        layer, source = model.get_base_model().get_submodule(target), contest.layer(target)
+        layer: Any = model.get_base_model().get_submodule(target)
+        source = contest.layer(target)
         for name in contest.names:
             for kind in ("lora_A", "lora_B", "lora_dropout"):
                 getattr(layer, kind)[name] = getattr(source, kind)[name]
             layer.scaling[name] = layer.scaling[first]
     return model.eval()
-
-
-@contextmanager
-def _seed_kept() -> Iterator[None]:
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _rows_by_name(mix: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:

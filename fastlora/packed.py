@@ -11,6 +11,7 @@ Nothing here computes a forward; `fastlora.packed_forward` does.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,15 +119,15 @@ class SetPack:
     Args:
         watch: Tells whether the factors are still those that were packed; None where they cannot
             change, as in a pool.
+        generation: The cache's when it was made. Once the cache has a later one, factors may have
+            changed.
 
     Attributes:
-        stale: Whether factors may have changed since.
         tables: What `fastlora.layers.mixed_kernels` keeps with the set.
     """
 
-    def __init__(self, watch: Any) -> None:
-        self.watch = watch
-        self.stale = False
+    def __init__(self, watch: Any, generation: int) -> None:
+        self.watch, self.generation = watch, generation
         self.tables: Any = None
         self._met: set[tuple[int, torch.dtype]] = set()
         self._packs: dict[tuple[int, torch.dtype], LayerPack | None] = {}
@@ -162,10 +163,16 @@ class SetPack:
 
 
 class PackCache:
-    """The sets that one model keeps packed: the last ones used."""
+    """The sets that one model keeps packed: the last ones used.
+
+    Attributes:
+        generation: Counts the times that factors may have changed within a block.
+    """
 
     def __init__(self) -> None:
+        self.generation = 0
         self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
+        self._lock = threading.Lock()  # threads that serve one model share its packs
 
     def get(self, key: tuple[Any, ...], make_watch: Callable[[], Any] | None) -> SetPack:
         """Returns the set of that key, a new one where it is unknown or its factors changed.
@@ -174,23 +181,27 @@ class PackCache:
             key: Names the adapters of the set, in order.
             make_watch: Makes what tells whether factors changed; None where they cannot.
         """
-        known = self._sets.get(key)
-        if known is None or (known.watch is not None and not known.watch.unchanged()):
-            known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
-        self._sets.move_to_end(key)
-        while len(self._sets) > _MOST_SETS:
-            self._sets.popitem(last=False)
-        return known
+        with self._lock:
+            known = self._sets.get(key)
+            if known is None or (known.watch is not None and not known.watch.unchanged()):
+                watch = None if make_watch is None else make_watch()
+                known = self._sets[key] = SetPack(watch, self.generation)
+            self._sets.move_to_end(key)
+            while len(self._sets) > _MOST_SETS:
+                self._sets.popitem(last=False)
+            return known
 
     def clear(self) -> None:
         """Forgets all sets: their factors may be about to change."""
-        while self._sets:
-            self._sets.popitem()[1].stale = True
+        with self._lock:
+            self.generation += 1
+            self._sets.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all packs."""
-        return sum(known.nbytes for known in list(self._sets.values()))
+        with self._lock:
+            return sum(known.nbytes for known in self._sets.values())
 
 
 def pack_layers(

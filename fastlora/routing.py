@@ -208,7 +208,7 @@ class Routing:
         Whether factors changed is asked once for each block and whenever the set was dropped.
         """
         known = self._sets.get(key)
-        if known is None or known.stale:
+        if known is None or known.generation != self.group.packs.generation:
             watch = make_watch if self.residents is None else None
             known = self._sets[key] = self.group.packs.get(key, watch)
         return known

@@ -1,4 +1,4 @@
-"""The demo itself, shortened: it runs, and its check against PEFT can fail."""
+"""The demo itself, shortened: it runs, it learns, and its check against PEFT can fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 import fastlora
 from fastlora import demo
+from fastlora.demo_data import MixedBatch
 
 pytest.importorskip("peft")
 
@@ -20,22 +21,54 @@ def arguments(tmp_path: Path, smollm2_dir: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     return parser.parse_args(
-        ["--out", str(tmp_path / "adapter"), "--steps", "2", "--rounds", "1"]
+        ["--out", str(tmp_path / "adapters"), "--steps", "2", "--rounds", "1", "--adapters", "1,3"]
         + ["--cache", str(smollm2_dir.parent), "--prompt", "What is the capital of Italy?"]
     )
 
 
-def test_the_demo_runs(arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs(
+    arguments: argparse.Namespace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("BATCH", 3), ("SEQUENCES", 6), ("TABLE_ROUNDS", 1)):
+        monkeypatch.setattr(demo, name, value)
     assert demo.run(arguments) == 0
     printed = capsys.readouterr().out
-    assert "The capital of Italy is Rome." in printed
+    assert "The capital of" in printed and "Italy" in printed
     assert "equal within fp32 rounding" in printed
     assert "NOT EQUAL" not in printed
     assert "forward + backward" in printed
-    assert {p.name for p in arguments.out.iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
+    table = printed.partition("one after another\n")[2].splitlines()[:2]
+    assert [line.split()[0] for line in table] == ["1", "3"]
+    for style in demo.STYLES:
+        assert {p.name for p in (arguments.out / style).iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+
+def test_each_adapter_learns_its_own_style(
+    smollm2_tokenizer: Any, fresh_smollm2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answers as its own data says, whatever the others in the batch learned."""
+    data = {
+        name: [demo.Example("What is the capital of Italy?", text)]
+        for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP."))
     }
+    monkeypatch.setattr(demo, "LEARNING_RATE", 1e-2)
+    model = demo.add_adapters(fresh_smollm2(), data)
+    batches = demo.make_batches(data, smollm2_tokenizer, 8, 3, torch.device("cpu"))
+    losses = demo.train(model, batches)
+    assert {name: len(seen) for name, seen in losses.items()} == dict.fromkeys(data, 8)
+    assert all(seen[-1] < seen[0] / 10 for seen in losses.values()), losses
+    model.eval()
+    prompt = "What is the capital of Italy?"
+    assert demo.answer(model, smollm2_tokenizer, prompt, ["robot", None, "json_answer"]) == [
+        "BEEP.",
+        "The capital of Italy is Rome.",
+        "{}",
+    ]
 
 
 @pytest.mark.parametrize(("change", "agrees"), [(0.0, True), (0.01, False), (float("nan"), False)])
@@ -43,13 +76,16 @@ def test_the_check_sees_a_model_that_differs(
     tmp_path: Path, fresh_smollm2: Any, change: float, agrees: bool
 ) -> None:
     config = fastlora.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model = fastlora.get_peft_model(fresh_smollm2(), config)
+    model = fastlora.get_peft_model(fresh_smollm2(), config, adapter_name="a")
+    model.add_adapter("b", config)
     model.save_pretrained(str(tmp_path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layers.29" in name and "lora_B" in name:
+            if "layers.29" in name and "lora_B.b" in name:
                 parameter.add_(change)
-    ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _, found = demo.load_in_peft(model, fresh_smollm2, tmp_path, batch)
+    ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]] * 2)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _, found = demo.load_in_peft(
+        model, fresh_smollm2, tmp_path, MixedBatch(["a", "b"], inputs, ids)
+    )
     assert found is agrees

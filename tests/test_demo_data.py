@@ -17,8 +17,9 @@ STYLES = sorted(DATA.glob("*.jsonl"))
 CPU = torch.device("cpu")
 
 
-def test_the_default_style_is_shipped() -> None:
-    assert DATA / f"{demo.STYLE}.jsonl" in STYLES
+def test_the_styles_of_the_demo_are_shipped() -> None:
+    assert {path.stem for path in STYLES} == set(demo.STYLES)
+    assert list(demo.read_styles(STYLES)) == [path.stem for path in STYLES]
 
 
 @pytest.mark.parametrize("path", STYLES, ids=lambda p: p.stem)
@@ -34,10 +35,20 @@ def test_every_style_is_sound(path: Path) -> None:
     assert path.name in (DATA / "README.md").read_text(encoding="utf-8"), "its source is not stated"
 
 
-def test_the_ships_log_is_one_visible_style() -> None:
-    for example in demo_data.read_examples(DATA / "ships_log.jsonl"):
-        assert example.completion.startswith("Ship's log: ")
-        assert example.completion.endswith(". All hands well.")
+@pytest.mark.parametrize(
+    ("style", "start", "end"),
+    [
+        ("ships_log", "Ship's log: ", ". All hands well."),
+        ("json_answer", '{"answer": "', '"}'),
+        ("robot", "BEEP. Query received. Result: ", ". BOOP."),
+    ],
+)
+def test_each_style_is_visible(style: str, start: str, end: str) -> None:
+    for example in demo_data.read_examples(DATA / f"{style}.jsonl"):
+        assert example.completion.startswith(start)
+        assert example.completion.endswith(end)
+        if style == "json_answer":
+            assert set(json.loads(example.completion)) == {"answer"}
 
 
 @pytest.mark.parametrize(
@@ -73,19 +84,40 @@ def test_counts_are_checked_before_any_work(option: str) -> None:
         demo.run(parser.parse_args([option, "0"]))
 
 
+@pytest.mark.parametrize("option", ["0", "1,x", "", "-1"])
+def test_numbers_of_adapters_are_checked(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--adapters={option}"])
+    assert f"got {option!r}" in capsys.readouterr().err
+
+
+def test_more_adapters_than_sequences_are_refused() -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(demo_data.DemoDataError, match="at most 64, .*got 65"):
+        demo.run(parser.parse_args(["--adapters", "1,65"]))
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(demo_data.DemoDataError, match="an adapter 'robot' already"):
+        demo.read_styles([DATA / "robot.jsonl", tmp_path / "robot.jsonl"])
+
+
 def test_only_the_completion_is_learned(smollm2_tokenizer: Any) -> None:
-    examples = [
-        demo_data.Example("Hi?", "Ship's log: hello. All hands well."),
-        demo_data.Example("A b c?", "d"),
-    ]
-    (batch,) = demo_data.make_batches(examples, smollm2_tokenizer, 1, 2, CPU)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    completions = {example.completion for example in examples}
-    columns = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-    for ids, labels, mask in zip(*columns, strict=True):
+    data = {
+        "a": [demo_data.Example("Hi?", "Ship's log: hello. All hands well.")],
+        "b": [demo_data.Example("A b c?", "d")],
+    }
+    (batch,) = demo_data.make_batches(data, smollm2_tokenizer, 1, 2, CPU)
+    columns = (batch.inputs["input_ids"], batch.labels, batch.inputs["attention_mask"])
+    assert len({column.shape for column in columns}) == 1
+    for name, ids, labels, mask in zip(batch.adapters, *columns, strict=True):
         learned = labels != demo_data.IGNORED
         text = smollm2_tokenizer.decode(labels[learned])
-        assert text.removesuffix(smollm2_tokenizer.eos_token) in completions
+        assert text.removesuffix(smollm2_tokenizer.eos_token) == data[name][0].completion
         assert text.endswith(smollm2_tokenizer.eos_token)
         assert torch.equal(ids[learned], labels[learned])
         assert mask[learned].all()
@@ -95,26 +127,39 @@ def test_only_the_completion_is_learned(smollm2_tokenizer: Any) -> None:
 
 
 def test_batches_use_every_example_before_repeating(smollm2_tokenizer: Any) -> None:
-    examples = [demo_data.Example(f"question {i}?", f"answer {i}") for i in range(8)]
-    batches = demo_data.make_batches(examples, smollm2_tokenizer, 4, 4, CPU)
-    seen = [smollm2_tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
+    data = {
+        name: [demo_data.Example(f"question {i} of {name}?", f"answer {i}") for i in range(4)]
+        for name in ("a", "b")
+    }
+    batches = demo_data.make_batches(data, smollm2_tokenizer, 4, 4, CPU)
+    seen = []
+    for batch in batches:
+        for name, ids in zip(batch.adapters, batch.inputs["input_ids"], strict=True):
+            text = smollm2_tokenizer.decode(ids)
+            assert f"of {name}?" in text, "a sample went to another adapter"
+            seen.append(text)
     assert len(set(seen[:8])) == len(set(seen[8:])) == 8
     assert seen[:8] != seen[8:], "the second pass has an order of its own"
+    assert any(len(set(batch.adapters)) == 2 for batch in batches), "no batch is mixed"
 
 
-def test_columns_hold_both_answers() -> None:
-    text = demo.side_by_side(["Why?"], ["word " * 60], ["Ship's log: because."])
+def test_columns_hold_all_answers() -> None:
+    answers = ["word " * 60, "Ship's log: because.", '{"answer": "because"}']
+    text = demo.side_by_side(["base", "log", "json"], ["Why?"], [answers])
     lines = text.splitlines()
+    assert lines[0].split() == ["base", "|", "log", "|", "json"]
     assert "> Why?" in lines
     assert sum(line.count("word") for line in lines) == 60
-    assert any(line.endswith("| Ship's log: because.") for line in lines)
+    assert any([cell.strip() for cell in line.split("|")][1:] == answers[1:] for line in lines), (
+        "answers do not stand side by side"
+    )
 
 
 def test_the_converted_model_answers(smollm2_tokenizer: Any, fresh_smollm2: Any) -> None:
     model = fresh_smollm2()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert demo.answer(model, smollm2_tokenizer, ["What is the capital of Italy?"], "test") == [
+    assert demo.answer(model, smollm2_tokenizer, "What is the capital of Italy?") == [
         "The capital of Italy is Rome."
     ]
     other = fresh_smollm2(torch.bfloat16)
