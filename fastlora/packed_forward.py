@@ -19,13 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout
+from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_dense
 from fastlora.routing import RowRouting
 
-# Up to here, dense products beat moving the rows (one core with AMX, 576 x 576: rank 16 in fp32,
-# 1.39 against 1.50 times the base product with 4 adapters, 2.13 against 1.55 with 16; in bf16
-# prefill 2.65 against 3.45 with 16).
-_DENSE_RANK_ROWS = {2: 256, 4: 64, 8: 64}
 # A batched product wants at least so many rows in each block: in bf16, 64 rows of 64 adapters take
 # 4.6 times the base product in blocks of 4 rows and 6.1 in blocks of 1; in fp32 it is all the same.
 _FEW_ROWS = {2: 4, 4: 1, 8: 1}
@@ -38,8 +34,8 @@ class Dense(NamedTuple):
     """Every row against all rank rows.
 
     Attributes:
-        other: Rank rows that are not the row's own, ``[M, units, 1, unit]``; None for one adapter
-            on every row.
+        other: Rank rows that are not the row's own, ``[M, 1, rank rows]``; None for one adapter on
+            every row.
     """
 
     other: torch.Tensor | None
@@ -76,7 +72,7 @@ class Shrunk(NamedTuple):
 
     Attributes:
         x: ``[M, K]``, or gathered.
-        s: ``[M, units, L, unit]`` or ``[blocks, C, coalesced, L, unit]``, other adapters' columns
+        s: ``[M, L, rank rows]`` or ``[blocks, C, coalesced, L, unit]``, other adapters' columns
             zeros.
     """
 
@@ -104,11 +100,10 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         member = member[rows.inverse.cpu()]
     first = torch.tensor([place.first for place in layout.places] + [0])[member]
     rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
-    if layout.rank_rows <= _DENSE_RANK_ROWS[dtype.itemsize]:
+    if is_dense(layout, dtype):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
-        shape = (m, layout.units, 1, layout.unit)
-        return Dense(other.view(shape).to(device) if other.any() else None)
+        return Dense(other[:, None].to(device) if other.any() else None)
     coalesced = 1
     while True:
         plan = _blocks(first, rank, layout, coalesced)
@@ -154,13 +149,15 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     """Returns s of all layers of the pack for ``x [M, K]``."""
-    units, layers, unit, k = pack.lora_a.shape
+    unit, k = pack.lora_a.shape[2:]
     if isinstance(plan, Dense):
-        # [M, K] x [K, units * L * unit]
-        s = torch.mm(x, pack.lora_a.view(-1, k).t()).view(-1, units, layers, unit)
+        # [M, K] x [K, L * rank rows]
+        s = torch.mm(x, pack.lora_a.view(-1, k).t())
+        s = s.view(x.shape[0], pack.lora_a.shape[0], pack.layout.rank_rows)
         if plan.other is not None:
             s.masked_fill_(plan.other, 0.0)
         return Shrunk(x, s)
+    layers = pack.lora_a.shape[1]
     x = x.index_select(0, plan.gather)
     lora_a = pack.lora_a.view(plan.blocks, plan.coalesced * layers * unit, k)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
@@ -206,7 +203,8 @@ def add_(
 
 def _own(shrunk: Shrunk, pack: LayerPack) -> torch.Tensor:
     """Returns the layer's own s, the rank rows of a product side by side."""
-    return shrunk.s[..., pack.member, :].flatten(-2)
+    own = shrunk.s[..., pack.member, :]
+    return own if own.dim() == 2 else own.flatten(-2)
 
 
 def _block_b(pack: LayerPack, plan: Blocks) -> torch.Tensor:

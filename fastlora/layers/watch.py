@@ -7,6 +7,8 @@ gradients. What this cannot see are writes through ``.data``, which move no vers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 import torch
@@ -14,18 +16,28 @@ from torch import nn
 
 from fastlora.layers.compute import is_hooked
 
+_version = attrgetter("_version")
+_training = attrgetter("training")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Watch:
-    """Remembers modules, parameters with their versions, scalings and dropouts of adapters."""
+    """Remembers modules, parameters with their versions, scalings and dropouts of adapters.
+
+    In flat lists, which are compared without a loop in Python: there are thousands of entries.
+    """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict[str, Any], str]] = []
+        self._holders: list[dict[str, Any]] = []
+        self._keys: list[str] = []
         self._objects: list[Any] = []
         self._parameters: list[torch.Tensor] = []
-        self._stamps: list[tuple[int, int]] = []
-        self._scalings: list[tuple[dict[str, Any], str, Any]] = []
-        self._modules: list[nn.Module] = []
+        self._stamps: list[list[int]] = [[], []]
+        self._scalings: tuple[list[dict[str, Any]], list[str], list[Any]] = ([], [], [])
         self._dropouts: list[nn.Module] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._own: list[dict[str, Any]] = []
+        self._hooked = False
 
     def add(self, layer: Any, names: Sequence[str]) -> None:
         """Remembers those of the adapters that a layer has."""
@@ -37,32 +49,43 @@ class Watch:
                 continue
             for holder in (downs, ups):
                 module = holder[name]
-                self._modules.append(module)
                 self._remember(holder, name)
+                self._hooked |= is_hooked(module)
+                self._hooks += [module.__dict__[kind] for kind in _HOOKS]
+                self._own.append(module.__dict__)
                 for key in module._parameters:
                     self._remember(module._parameters, key)
             self._remember(dropouts, name)
-            self._scalings.append((layer.scaling, name, layer.scaling[name]))
-            self._dropouts.append(dropouts[name])
+            if type(dropouts[name]) is nn.Dropout:
+                self._dropouts.append(dropouts[name])
+            for kept, value in zip(
+                self._scalings, (layer.scaling, name, layer.scaling[name]), strict=True
+            ):
+                kept.append(value)
 
     def _remember(self, holder: dict[str, Any], key: str) -> None:
         value = holder[key]
-        self._entries.append((holder, key))
+        self._holders.append(holder)
+        self._keys.append(key)
         self._objects.append(value)
         if isinstance(value, torch.Tensor):
             self._parameters.append(value)
-            self._stamps.append(_stamp(value))
+            self._stamps[0].append(value._version)
+            self._stamps[1].append(value.data_ptr())
 
     def unchanged(self) -> bool:
         """Whether all of it is as it was, and nothing has been hooked into it."""
-        return (
-            [id(holder.get(key)) for holder, key in self._entries] == [*map(id, self._objects)]
-            and [_stamp(parameter) for parameter in self._parameters] == self._stamps
-            and all(holder.get(name) == value for holder, name, value in self._scalings)
-            and not any(d.training and type(d) is nn.Dropout for d in self._dropouts)
-            and not any(is_hooked(module) for module in self._modules)
-        )
-
-
-def _stamp(parameter: torch.Tensor) -> tuple[int, int]:
-    return parameter._version, parameter.data_ptr()
+        holders, names, scalings = self._scalings
+        try:
+            return (
+                not self._hooked
+                and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
+                and [*map(_version, self._parameters)] == self._stamps[0]
+                and [*map(torch.Tensor.data_ptr, self._parameters)] == self._stamps[1]
+                and [*map(getitem, holders, names)] == scalings
+                and not any(map(_training, self._dropouts))
+                and not any(self._hooks)
+                and not any(map(contains, self._own, repeat("forward")))
+            )
+        except KeyError:  # an adapter was deleted
+            return False
