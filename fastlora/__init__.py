@@ -9,6 +9,7 @@ if (_checkout / "kernels" / "lora_linear.py").is_file():
 
 from fastlora import functional  # noqa: E402  # the path above comes first
 from fastlora.batch import adapters  # noqa: E402
+from fastlora.batch_invariant import batch_invariant  # noqa: E402
 from fastlora.config import LoraConfig, TaskType  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "adapter_losses",
     "adapter_parameters",
     "adapters",
+    "batch_invariant",
     "causal_lm_losses",
     "functional",
     "fusion_report",

@@ -11,6 +11,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def batch_invariant() -> bool:
+    """Whether ``FASTLORA_BATCH_INVARIANT=1`` turns the batch-invariant mode on from the start."""
+    return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
+
+
 def cache_dir() -> Path:
     """Returns the folder for files that can be made again (``$XDG_CACHE_HOME/fastlora``)."""
     base = os.environ.get("XDG_CACHE_HOME")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastlora import autograd, ops
-from fastlora.validation import check_dropout, check_floating, check_same_device, check_shape
+from fastlora.batch_invariant import invariant_impl, is_batch_invariant
+from fastlora.validation import (
+    ImplementationError,
+    check_dropout,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 
 
 def lora_linear(
@@ -38,7 +45,8 @@ def lora_linear(
             0 in evaluation.
         impl: ``"triton"`` or ``"eager"``, or ``"auto"``: Triton on a GPU it supports, else eager.
         plan: What the Triton implementation launches: ``"fused"`` (one GEMM with the LoRA term in
-            its epilogue), ``"split"`` (cuBLAS, then an in-place update), or ``"auto"``.
+            its epilogue), ``"split"`` (cuBLAS, then an in-place update), ``"invariant"`` (fused,
+            as in `fastlora.batch_invariant`, inside of which it is the only one), or ``"auto"``.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -46,7 +54,7 @@ def lora_linear(
     Raises:
         ValueError: Shapes or devices do not fit, or a named option does not exist.
         TypeError: A tensor is not floating point, or weight's dtype is not x's.
-        ImplementationError: ``impl="triton"`` cannot run here.
+        ImplementationError: ``impl="triton"``, or the batch-invariant mode, cannot run here.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     if plan not in ops.PLANS:
@@ -93,7 +101,7 @@ def lora_add(
     Raises:
         ValueError: Shapes or devices do not fit.
         TypeError: A tensor is not floating point.
-        ImplementationError: ``impl="triton"`` cannot run here.
+        ImplementationError: ``impl="triton"`` cannot run here, or the batch-invariant mode is on.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     _check_factors(x, lora_a, lora_b)
@@ -169,7 +177,10 @@ def linear(
     device = x.device
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
-    impl = ops.resolve_impl(impl, x)
+    if plan == "invariant" or is_batch_invariant():
+        impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
+    else:
+        impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
     args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
     if torch.is_grad_enabled() and (
@@ -194,6 +205,11 @@ def add(
     inplace: bool = False,
 ) -> torch.Tensor:
     """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
+    if is_batch_invariant():
+        raise ImplementationError(
+            "lora_add cannot run in the batch-invariant mode: whatever made y may go by the number "
+            "of rows"
+        )
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)

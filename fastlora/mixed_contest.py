@@ -29,6 +29,9 @@ BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
 # Calls before the one that is checked. A set of adapters is packed the second time that it comes;
 # the third time finds it packed.
 _WARM_UP = {BASE: 1, OURS: 2}
+# A model carries one rounding far, so that the largest error of a few sequences is a matter of
+# luck: of 6, two right results differed by 2.4 times; of 32, by 1.4 (a Llama of 2 layers).
+_SAMPLED_SEQUENCES = 32
 
 Side = Callable[[], torch.Tensor]
 
@@ -186,10 +189,14 @@ class Contest:
 
         Raises:
             WrongResultError: A side's error is beyond `fastlora.testing.error_budget`, which comes
-                from the textbook expression in the model's own dtype.
+                from the textbook expression in the model's own dtype, over 32 sequences at least.
         """
-        truth = self.plain(mix, ids, exact=True)
-        budget = error_budget(self.plain(mix, ids), truth)
+        batches = [ids]
+        while len(ids) * len(batches) < _SAMPLED_SEQUENCES:
+            batches.append(self.random_ids(*ids.shape))
+        truths = [self.plain(mix, batch, exact=True) for batch in batches]
+        same_dtype = torch.cat([self.plain(mix, batch) for batch in batches])
+        truth, budget = truths[0], error_budget(same_dtype, torch.cat(truths))
         checks = {}
         for name, side in sides.items():
             for _ in range(_WARM_UP.get(name, 0)):
@@ -254,8 +261,8 @@ def median_ratio(times: Mapping[str, Sequence[float]], side: str, other: str) ->
 def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Returns a model's output for the last token of each sequence, ``[B, V]``."""
     output: torch.Tensor = model(input_ids=ids, **arguments)[0]
-    # A copy: a view would keep the outputs of all tokens.
-    return output[:, -1].clone()
+    # A view of several tokens would keep the outputs of all.
+    return output[:, 0] if output.shape[1] == 1 else output[:, -1].clone()
 
 
 class Float64(TorchFunctionMode):

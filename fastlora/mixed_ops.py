@@ -17,6 +17,9 @@ Shapes everywhere, for a batch of M rows, S slots and G modules that share x (1 
 
 ``index`` is the module's row of the tables and of s. Addresses are trusted: the memory behind them
 must outlive the launch.
+
+With ``batch_invariant``, and the plan "invariant", launches are those of the mode of that name:
+`fastlora.batch_invariant`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _precision
+from fastlora.ops import (
+    _FUSED_MAX_ROWS,
+    _LIBRARY,
+    _implements,
+    _on_device,
+    _precision,
+    _whole_rows,
+)
 from fastlora.row_groups import RowGroups
 
 # A split of K costs a plane of s. Four keep the shrink short enough to hide behind a base GEMM.
@@ -43,7 +53,7 @@ _ROUTE = "Tensor order, Tensor segment_of, Tensor segment_slot"
 _TABLES_B = "Tensor lora_b_address, Tensor? lora_bias_address, Tensor rank, Tensor scaling"
 _LIBRARY.define(
     f"mixed_lora_shrink(Tensor x, {_ROUTE}, Tensor pieces, Tensor lora_a_address, Tensor rank,"
-    " int max_rank, ScalarType factor_dtype) -> Tensor"
+    " int max_rank, ScalarType factor_dtype, bool batch_invariant=False) -> Tensor"
 )
 _LIBRARY.define(
     f"mixed_lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTE}, Tensor pieces, Tensor? s,"
@@ -60,20 +70,24 @@ _LIBRARY.define(
 )
 
 
-def pieces_of(groups: RowGroups) -> torch.Tensor:
+def pieces_of(groups: RowGroups, batch_invariant: bool = False) -> torch.Tensor:
     """Returns the pieces that the operators take for these rows."""
+    from fastlora.kernels.invariant_configs import INVARIANT_PIECE_ROWS
     from fastlora.kernels.mixed_configs import piece_rows
 
-    return groups.pieces(piece_rows(groups.m))
+    return groups.pieces(INVARIANT_PIECE_ROWS if batch_invariant else piece_rows(groups.m))
 
 
-def _shrunk_shape(m: int, k: int, modules: int, max_rank: int) -> tuple[int, int, int, int]:
+def _shrunk_shape(
+    m: int, k: int, modules: int, max_rank: int, batch_invariant: bool
+) -> tuple[int, int, int, int]:
     """Returns the shape of s: splits of K, modules, rows, ranks; also of symbolic sizes.
 
     The splits depend on no chip and no mix, so that the fake knows them.
     """
-    rows = -(-_PLANE_ROWS // torch.sym_max(m, 1))
-    splits = torch.sym_min(torch.sym_min(rows, k // _SPLIT_COLUMNS), _MAX_SPLITS)
+    splits = torch.sym_min(k // _SPLIT_COLUMNS, _MAX_SPLITS)
+    if not batch_invariant:
+        splits = torch.sym_min(splits, -(-_PLANE_ROWS // torch.sym_max(m, 1)))
     return torch.sym_max(splits, 1), modules, m, -(-max_rank // 16) * 16
 
 
@@ -85,18 +99,23 @@ def _shrink(
     rank: torch.Tensor,
     max_rank: int,
     factor_dtype: torch.dtype,
+    batch_invariant: bool,
 ) -> torch.Tensor:
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_shrink
+    from fastlora.kernels import configs, invariant_configs, mixed_configs, mixed_lora_shrink
 
     (m, k), modules = x.shape, rank.shape[0]
-    s = x.new_empty(_shrunk_shape(m, k, modules, max_rank), dtype=torch.float32)
-    config = mixed_configs.mixed_shrink_config(
-        configs.chip_of(x.device),
-        m,
-        modules * max_rank,
-        x.dtype,
-        input_precision=_precision(x.dtype),
-    )
+    shape = _shrunk_shape(m, k, modules, max_rank, batch_invariant)
+    s = x.new_empty(shape, dtype=torch.float32)
+    chip, precision = configs.chip_of(x.device), _precision(x.dtype)
+    if batch_invariant:
+        x = _whole_rows(x)
+        config = invariant_configs.invariant_mixed_shrink_config(
+            chip, x.dtype, input_precision=precision
+        )
+    else:
+        config = mixed_configs.mixed_shrink_config(
+            chip, m, modules * max_rank, x.dtype, input_precision=precision
+        )
     mixed_lora_shrink.launch_mixed_lora_shrink(
         s,
         x,
@@ -155,10 +174,13 @@ def _mixed_lora_shrink(
     rank: torch.Tensor,
     max_rank: int,
     factor_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     with _on_device(x):
         route = (order, segment_of, segment_slot)
-        return _shrink(x, route, pieces, lora_a_address, rank, max_rank, factor_dtype)
+        return _shrink(
+            x, route, pieces, lora_a_address, rank, max_rank, factor_dtype, batch_invariant
+        )
 
 
 @_implements("mixed_lora_linear")
@@ -182,17 +204,18 @@ def _mixed_lora_linear(
     plan: str,
 ) -> torch.Tensor:
     """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand."""
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_linear
+    from fastlora.kernels import configs, invariant_configs, mixed_configs, mixed_lora_linear
 
-    m, n = x.shape[0], weight.shape[0]
+    m, n, invariant = x.shape[0], weight.shape[0], plan == "invariant"
     route = (order, segment_of, segment_slot)
     tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
     with _on_device(x):
+        if invariant:
+            x = _whole_rows(x)
         if s is None:
             only = slice(index, index + 1)
-            made = _shrink(
-                x, route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype
-            )
+            tables_a = (lora_a_address[only], rank[only])
+            made = _shrink(x, route, pieces, *tables_a, max_rank, factor_dtype, invariant)
             own = made[:, 0]
         else:
             own = s[:, index]
@@ -201,10 +224,15 @@ def _mixed_lora_linear(
             _expand(y, own, route, tables, factor_dtype)
             return y
         y = x.new_empty(m, n)
-        chip = configs.chip_of(x.device)
-        config = mixed_configs.mixed_linear_config(
-            chip, m, n, x.dtype, input_precision=_precision(x.dtype)
-        )
+        chip, precision = configs.chip_of(x.device), _precision(x.dtype)
+        if invariant:
+            config = invariant_configs.invariant_mixed_linear_config(
+                chip, n, x.dtype, input_precision=precision
+            )
+        else:
+            config = mixed_configs.mixed_linear_config(
+                chip, m, n, x.dtype, input_precision=precision
+            )
         mixed_lora_linear.launch_mixed_lora_linear(
             y,
             x,
@@ -215,7 +243,8 @@ def _mixed_lora_linear(
             *tables,
             factor_dtype=factor_dtype,
             config=config,
-            pdl=chip.has_pdl and s is None,
+            # One kernel, whether siblings shared the shrink or not.
+            pdl=chip.has_pdl and s is None and not invariant,
         )
     return y
 
@@ -264,7 +293,8 @@ def _mixed_lora_add_(
     with _on_device(x):
         if x.shape[0] > _FUSED_MAX_ROWS:
             only = slice(index, index + 1)
-            s = _shrink(x, route, pieces, lora_a_address[only], rank[only], max_rank, factor_dtype)
+            tables_a = (lora_a_address[only], rank[only])
+            s = _shrink(x, route, pieces, *tables_a, max_rank, factor_dtype, False)
             _expand(y, s[:, 0], route, tables, factor_dtype)
             return
         config = mixed_configs.mixed_add_config(
@@ -293,8 +323,9 @@ def _(
     rank: torch.Tensor,
     max_rank: int,
     factor_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    shape = _shrunk_shape(x.shape[0], x.shape[1], rank.shape[0], max_rank)
+    shape = _shrunk_shape(x.shape[0], x.shape[1], rank.shape[0], max_rank, batch_invariant)
     return x.new_empty(shape, dtype=torch.float32)
 
 

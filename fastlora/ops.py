@@ -21,7 +21,8 @@ from fastlora import env, reference
 from fastlora.validation import ImplementationError
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
-PLANS = ("auto", "fused", "split")
+# "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
+PLANS = ("auto", "fused", "split", "invariant")
 
 # Up to here a linear is bound by its weight's bytes and one fused kernel wins; above it cuBLAS is
 # ahead of a Triton GEMM (design, section 5). The default for hardware that nobody measured.
@@ -134,6 +135,16 @@ def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x ``[M, K]`` contiguous, at a multiple of 16 bytes, and with those strides at M = 1.
+
+    Triton compiles kernels of their own for other layouts, and a batch may come in any.
+    """
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(-1).view(x.shape)
+
+
 def _triton_shrink(
     x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
@@ -172,20 +183,35 @@ def _triton_fused_linear(
     scaling: torch.Tensor,
     seed: torch.Tensor | None,
     dropout_p: float,
+    invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two launches: shrink, then the base GEMM with the LoRA term in its epilogue.
 
     Where shrink splits K, its planes go straight into that epilogue, which sums them.
     """
-    from fastlora.kernels import configs, lora_linear, lora_shrink
+    from fastlora.kernels import configs, invariant_configs, lora_linear, lora_shrink
 
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
-    chip, precision = configs.chip_of(x.device), _precision(x.dtype)
-    shrink_config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=precision)
-    linear_config = configs.linear_config(chip, m, n, k, r, x.dtype, input_precision=precision)
+    chip, dtype, precision = configs.chip_of(x.device), x.dtype, _precision(x.dtype)
+    # From one plane to the next; in the mode a multiple of 16, as Triton would ask of it again.
+    plane_rows = m
+    if invariant:
+        x, plane_rows = _whole_rows(x), configs.cdiv(m, 16) * 16
+        shrink_config = invariant_configs.invariant_shrink_config(
+            chip, k, r, dtype, input_precision=precision
+        )
+        linear_config = invariant_configs.invariant_linear_config(
+            chip, n, k, r, dtype, input_precision=precision
+        )
+    else:
+        shrink_config = configs.shrink_config(chip, m, k, r, dtype, input_precision=precision)
+        linear_config = configs.linear_config(chip, m, n, k, r, dtype, input_precision=precision)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     split = shrink_config.splits > 1
-    shrunk = x.new_empty(shrink_config.splits, m, r, dtype=torch.float32) if split else s
+    shrunk = s
+    if split:
+        planes = x.new_empty(shrink_config.splits, plane_rows, r, dtype=torch.float32)
+        shrunk = planes[:, :m]
     lora_shrink.launch_lora_shrink(
         shrunk, x, lora_a, seed=seed, dropout_p=dropout_p, config=shrink_config
     )
@@ -216,8 +242,10 @@ def _triton_linear(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses and runs a plan; see `PLANS`."""
-    if plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
-        return _triton_fused_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p)
+    if plan in ("fused", "invariant") or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
+        return _triton_fused_linear(
+            x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan == "invariant"
+        )
     s = _triton_shrink(x, lora_a, seed, dropout_p)
     y = F.linear(x, weight, bias)
     _triton_expand_(y, s, lora_b, scaling)

@@ -54,6 +54,7 @@ class MixedLinearConfig(KernelConfig):
     block_r: int
     group_m: int = 8
     input_precision: str = "ieee"
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,7 @@ def _mixed_lora_linear_kernel(
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
     PDL: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -129,6 +130,7 @@ def _mixed_lora_linear_kernel(
         HAS_LORA_BIAS=HAS_LORA_BIAS,
         FACTOR_DTYPE=FACTOR_DTYPE,
         INPUT_PRECISION=INPUT_PRECISION,
+        BATCH_INVARIANT=BATCH_INVARIANT,
     )
     if HAS_BIAS:
         acc += bias[None, :]
@@ -181,7 +183,8 @@ def launch_mixed_lora_linear(
     (m, n), k = y.shape, x.shape[1]
     if m == 0 or n == 0:
         return
-    one_row_tile = m <= config.block_m
+    # A hint that goes by M would make a kernel of its own for small batches.
+    one_row_tile = m <= config.block_m and not config.batch_invariant
     _mixed_lora_linear_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
         y_ptr=y,
         x_ptr=x,
@@ -219,6 +222,7 @@ def launch_mixed_lora_linear(
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         PDL=pdl,
+        BATCH_INVARIANT=config.batch_invariant,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
         **({"launch_pdl": True} if pdl else {}),

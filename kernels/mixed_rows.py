@@ -84,12 +84,18 @@ def add_rank_rows(
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr = False,
 ):
     """Returns acc ``[BLOCK_M, BLOCK_N]`` plus ``scaling * (s @ lora_b.T + lora_bias)`` of each row.
 
     For the tile of y at sorted position ``first_m`` and output ``first_n`` (int64). The rank rows
     of its segments stand side by side and go through one dot BLOCK_R columns at a time. Rows of an
     invalid id become NaN.
+
+    With BATCH_INVARIANT, which takes BLOCK_R of one block, a dot holds one adapter's columns and
+    leaves every other row of acc as it was: what a row adds up, in which order and from which place
+    in a dot is then its adapter's alone. Otherwise a row's columns start wherever those of the
+    segments before it end, and it lives through dots that are all zeros for it.
     """
     offs = tl.arange(0, BLOCK_M)
     row_segment = tl.load(segment_of_ptr + first_m + offs, mask=offs < M - first_m, other=-1)
@@ -143,6 +149,7 @@ def add_rank_rows(
             BLOCK_R=BLOCK_R,
             HAS_LORA_BIAS=HAS_LORA_BIAS,
             INPUT_PRECISION=INPUT_PRECISION,
+            BATCH_INVARIANT=BATCH_INVARIANT,
         )
 
     # Invalid ids sort before all others.
@@ -231,6 +238,7 @@ def _add_chunk(
     BLOCK_R: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
 ):
     """Returns acc plus one chunk of `_load_chunk`, to own rows only.
 
@@ -250,7 +258,11 @@ def _add_chunk(
     finite = tl.abs(scaled.to(tl.float32)) < float("inf")
     clean = tl.where(finite, scaled, 0.0)
     # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-    acc = tl.dot(s.to(dtype), clean, acc, input_precision=INPUT_PRECISION)
+    added = tl.dot(s.to(dtype), clean, acc, input_precision=INPUT_PRECISION)
+    if BATCH_INVARIANT:
+        # Not left to arithmetic: -0.0 plus zeros is 0.0, and an instruction may round acc anew.
+        added = tl.where(row_segment[:, None] == tl.max(segment, axis=0), added, acc)
+    acc = added
     spoilt = tl.where(finite, 0, 1)
     if tl.max(tl.max(spoilt, axis=1), axis=0) != 0:  # rare
         for one in range(tl.min(segment, axis=0), tl.max(segment, axis=0) + 1):

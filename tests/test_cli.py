@@ -73,7 +73,11 @@ def test_module_and_command_run(adapter: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["inspect"], ["merge", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["inspect"], ["merge", "a", "b"], ["bench"], ["bench", "x"]]
+    + [["bench", "mixed"], ["bench", "mixed", "--model", "a", "--adapters", "0"]],
+)
 def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -84,10 +88,12 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["info", "inspect", "merge", "demo", "Exit codes"]),
+        (["--help"], ["info", "inspect", "merge", "bench", "demo", "Exit codes"]),
         (["merge", "--help"], ["BASE", "ADAPTER", "OUT", "--dtype"]),
         (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
         (["demo", "--help"], ["--steps"]),
+        (["bench", "--help"], ["mixed"]),
+        (["bench", "mixed", "--help"], ["--model", "--adapters", "--tokens", "--dtype", "--out"]),
     ],
 )
 def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +118,22 @@ def test_demo_gets_its_arguments(
     monkeypatch.setattr(fastlora.demo, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
     assert cli.main(["demo", "--steps", "3", "--", "x"]) == 7
     assert capsys.readouterr().out == "['--steps', '3', '--', 'x']"
+
+
+def test_bench_mixed_gets_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fastlora.mixed_bench
+
+    monkeypatch.setattr(
+        fastlora.mixed_bench, "main", lambda argv: sys.stdout.write(repr(argv)) and 7
+    )
+    assert cli.main(["bench", "mixed", "--model", "x", "--debug"]) == 7
+    assert capsys.readouterr().out == "['--model', 'x']"
+
+
+def test_bench_mixed_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere: no such folder" in fails(capsys, "bench", "mixed", "--model", "nowhere")
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import demo
+from fastlora import demo, demo_peft
 from fastlora.demo_data import MixedBatch
 
 pytest.importorskip("peft")
@@ -48,19 +48,16 @@ def test_the_demo_runs(
         }
 
 
-def test_each_adapter_learns_its_own_style(
-    smollm2_tokenizer: Any, fresh_smollm2: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_adapter_learns_its_own_style(smollm2_tokenizer: Any, fresh_smollm2: Any) -> None:
     """Each answers as its own data says, whatever the others in the batch learned."""
     data = {
         name: [demo.Example("What is the capital of Italy?", text)]
         for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP."))
     }
-    monkeypatch.setattr(demo, "LEARNING_RATE", 1e-2)
     model = demo.add_adapters(fresh_smollm2(), data)
-    batches = demo.make_batches(data, smollm2_tokenizer, 8, 3, torch.device("cpu"))
+    batches = demo.make_batches(data, smollm2_tokenizer, 12, 3, torch.device("cpu"))
     losses = demo.train(model, batches)
-    assert {name: len(seen) for name, seen in losses.items()} == dict.fromkeys(data, 8)
+    assert {name: len(seen) for name, seen in losses.items()} == dict.fromkeys(data, 12)
     assert all(seen[-1] < seen[0] / 10 for seen in losses.values()), losses
     model.eval()
     prompt = "What is the capital of Italy?"
@@ -85,7 +82,8 @@ def test_the_check_sees_a_model_that_differs(
                 parameter.add_(change)
     ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]] * 2)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _, found = demo.load_in_peft(
+    _, found, text = demo_peft.load_in_peft(
         model, fresh_smollm2, tmp_path, MixedBatch(["a", "b"], inputs, ids)
     )
     assert found is agrees
+    assert ("NOT EQUAL" in text) is not agrees

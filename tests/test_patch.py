@@ -259,9 +259,7 @@ def test_mixed_batches_are_pefts() -> None:
     with torch.no_grad():
         expected = twin(input_ids=ids, adapter_names=names).logits
         for _ in range(3):
-            torch.testing.assert_close(
-                patched(input_ids=ids, adapter_names=names).logits, expected
-            )
+            torch.testing.assert_close(patched(input_ids=ids, adapter_names=names).logits, expected)
             with fastlora.adapters(patched, names):
                 torch.testing.assert_close(patched(input_ids=ids).logits, expected)
         copied = copy.deepcopy(patched)

@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
@@ -48,6 +49,7 @@ class _FastForward:
         mixed = kwargs.get("adapter_names") is not None
         variant = any(name in self.lora_variant for name in names)
         if mixed or self.disable_adapters or self.merged or not names or variant:
+            refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
         base = self.base_layer
         if not args and not kwargs and not why_not_plain(base):

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import functional
+from fastlora.batch_invariant import refuse_in_mode
+
+# Why a base layer that is called as it is has no place in the batch-invariant mode.
+NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
 
 
 def why_not_fused(layer: Any, names: list[str]) -> str:
@@ -160,6 +164,7 @@ def lora_forward(
     """
     branches = _branches(layer, x, names)
     if branches is None:
+        refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, F.linear(x, weight, bias), x, names)
     first, *others = branches
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
@@ -173,6 +178,7 @@ def lora_added_forward(
     layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
+    refuse_in_mode(layer, NOT_OUR_GEMM)
     branches = _branches(layer, x, names)
     if branches is None:
         return _called(layer, y, x, names)

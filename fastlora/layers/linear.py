@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import lora_forward, why_not_fused
 from fastlora.layers.mixed_compute import mixed_forward
@@ -144,6 +145,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         routed = routing_of(self)
         names = self._acting() if routed is None else []
         if self._disabled or (routed is None and not names):
+            refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")
             return F.linear(x, self.weight, self.bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")

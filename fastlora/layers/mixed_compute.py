@@ -15,8 +15,15 @@ import torch
 from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
+from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.layers import mixed_kernels
-from fastlora.layers.compute import Branch, branch_of, plain_weight, why_not_fused
+from fastlora.layers.compute import (
+    NOT_OUR_GEMM,
+    Branch,
+    branch_of,
+    plain_weight,
+    why_not_fused,
+)
 from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
 from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
@@ -47,10 +54,16 @@ def mixed_forward(
         x = x.to(dtype)
     elif weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    if dtype is None and _without_gradients(layer, routing, x, weight, bias):
+    invariant = is_batch_invariant()
+    bare = dtype is None and _without_gradients(layer, routing, x, weight, bias)
+    if bare:
         kernels = _kernels(layer, x, routing)
         if kernels is not None:
-            return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection)
+            plan = "invariant" if invariant else "auto"
+            return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
+    if invariant:
+        refuse_in_mode(layer, _why_not_kernels(bare, dtype))
+    if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
@@ -77,6 +90,7 @@ def mixed_added_forward(
 
     ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
+    refuse_in_mode(layer, NOT_OUR_GEMM)
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
@@ -108,9 +122,24 @@ def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | No
 
 
 def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | None:
-    if ops.resolve_impl(getattr(layer, "impl", "auto"), x) != "triton":
+    impl = getattr(layer, "impl", "auto")
+    if is_batch_invariant():
+        invariant_impl(impl, "auto", x)
+    elif ops.resolve_impl(impl, x) != "triton":
         return None
     return mixed_kernels.kernel_routing(routing)
+
+
+def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
+    """Returns why a mixed batch runs in PyTorch's GEMMs although there are kernels."""
+    if dtype is not None:
+        return f"autocast is on; give the model the dtype {dtype}"
+    if not bare:
+        return (
+            "mixed batches train through PyTorch's GEMMs; call eval() and use torch.no_grad(), or "
+            "train one adapter at a time"
+        )
+    return "an adapter has a factor that is hooked, or not a plain linear"
 
 
 def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:

@@ -107,6 +107,7 @@ def linear(
     routing: Routing,
     kernels: KernelRouting,
     number: int,
+    plan: str = "auto",
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
 
@@ -118,10 +119,11 @@ def linear(
         routing: The batch's.
         kernels: The same for kernels.
         number: The layer's number in its model.
+        plan: As in `fastlora.functional.lora_linear`.
     """
     flat = x.reshape(-1, x.shape[-1])
     groups, tables = kernels.groups(flat.shape[0], x.device), kernels.tables
-    rows, s = _shared_shrink(layer, x, flat, routing, kernels, number)
+    rows, s = _shared_shrink(layer, x, flat, routing, kernels, number, plan)
     y = torch.ops.fastlora.mixed_lora_linear(
         flat,
         weight,
@@ -129,7 +131,7 @@ def linear(
         groups.order,
         groups.segment_of,
         groups.segment_slot,
-        mixed_ops.pieces_of(groups),
+        mixed_ops.pieces_of(groups, plan == "invariant"),
         s,
         tables.a_address[rows],
         tables.b_address[rows],
@@ -139,7 +141,7 @@ def linear(
         layer.table_row - rows.start,
         kernels.max_rank,
         kernels.dtype,
-        "auto",
+        plan,
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -175,6 +177,7 @@ def _shared_shrink(
     routing: Routing,
     kernels: KernelRouting,
     number: int,
+    plan: str,
 ) -> tuple[slice, torch.Tensor | None]:
     """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
 
@@ -198,20 +201,22 @@ def _shared_shrink(
     rows = slice(first, stop)
     if stop - first < 2:
         return alone, None
-    groups = kernels.groups(flat.shape[0], x.device)
-    s = shared(x, number, (groups, kernels))
+    groups, invariant = kernels.groups(flat.shape[0], x.device), plan == "invariant"
+    key = (groups, kernels, invariant)
+    s = shared(x, number, key)
     if s is None:
         s = torch.ops.fastlora.mixed_lora_shrink(
             flat,
             groups.order,
             groups.segment_of,
             groups.segment_slot,
-            mixed_ops.pieces_of(groups),
+            mixed_ops.pieces_of(groups, invariant),
             kernels.tables.a_address[rows],
             kernels.tables.rank[rows],
             kernels.max_rank,
             kernels.dtype,
+            invariant,
         )
         numbers = tuple(members[row] for row in range(first, stop))
-        share(x, number, numbers, (groups, kernels), s)
+        share(x, number, numbers, key, s)
     return rows, s

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_added_forward, why_not_fused
+from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.routing import routing_of
@@ -64,6 +65,7 @@ class FastLoraWrapper(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
+        refuse_in_mode(self, NOT_OUR_GEMM)
         y = self.base_layer(x, *args, **kwargs)
         routed = routing_of(self)
         if routed is not None and not self._disabled:

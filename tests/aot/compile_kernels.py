@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +50,7 @@ class Resources:
     """A row of the table: what one compiled kernel uses. Counts are static instructions.
 
     Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
-    ``vector_loads`` are the loads of 16.
+    ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones.
     """
 
     arch: str
@@ -71,6 +71,7 @@ class Resources:
     programs_per_sm: int
     tensor_core: str
     tensor_core_count: int
+    instructions: str
     async_copies: int
     narrow_copies: int
     vector_loads: int
@@ -84,8 +85,17 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """Compiles a launch as Triton's launcher would specialise it; returns the compiled kernel."""
+class Specialisation(NamedTuple):
+    """What Triton's launcher compiles a kernel for: launches that agree in it share one kernel."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def specialise(launch: Launch, arch: str) -> Specialisation:
+    """Returns what Triton's launcher would compile, for tensors at multiples of 16 bytes."""
     options = dict(launch.arguments)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -109,7 +119,13 @@ def compile_launch(launch: Launch, arch: str) -> Any:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return Specialisation(signature, constants, attributes, options)
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Compiles a launch as Triton's launcher would specialise it; returns the compiled kernel."""
+    *known, options = specialise(launch, arch)
+    source = ASTSource(launch.kernel, *known)
     return triton.compile(source, target=target_of(arch), options=options)
 
 
@@ -125,15 +141,16 @@ def measure(case: Case) -> Resources:
     registers, spilled = _amd_registers(kernel) if hip else _nvidia_registers(kernel)
     text = kernel.asm["amdgcn"] if hip else kernel.asm["ptx"]
     patterns = (
-        {"mfma": r"v_mfma_"}
+        {"mfma": r"v_mfma_(\w+)"}
         if hip
         else {
-            "wgmma": r"wgmma\.mma_async",
-            "tcgen05": r"tcgen05\.mma",
-            "mma": r"mma\.sync",
+            "wgmma": r"wgmma\.mma_async[.a-z]*\.(m\d+n\d+k\d+)",
+            "tcgen05": r"tcgen05\.mma[.:\w]*\.(kind::\w+)",
+            "mma": r"mma\.sync[.a-z]*\.(m\d+n\d+k\d+)",
         }
     )
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+    found = {name: re.findall(pattern, text) for name, pattern in patterns.items()}
+    counts = {name: len(shapes) for name, shapes in found.items()}
     tensor_core = max(counts, key=lambda name: counts[name])
     config = case.shipped.config
     return Resources(
@@ -157,6 +174,7 @@ def measure(case: Case) -> Resources:
         ),
         tensor_core=tensor_core if counts[tensor_core] else "",
         tensor_core_count=counts[tensor_core],
+        instructions="+".join(sorted({shape for shapes in found.values() for shape in shapes})),
         async_copies=len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", text)),
         # Copies and loads that move 16 bytes a thread, and copies that do not.
         narrow_copies=len(re.findall(r"cp\.async\.c[ag][^;]*\], 0x[48],", text)),

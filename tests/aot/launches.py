@@ -5,15 +5,18 @@ A launch is recorded from the launcher itself: the same constants, strides and o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, Shipped
+from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
@@ -58,7 +61,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings where they need
     the columns, at a size that the tiles divide; "plain" has none of these; "ragged" is heavy at
     sizes that 16 divides but no tile does; "uneven" is heavy at odd sizes, where nothing can be
-    vectorised.
+    vectorised. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
+    siblings.
     """
     result = []
     for chip in chips:
@@ -69,6 +73,10 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16:
                     result.append(Case(chip.arch, shipped, "uneven"))
+        for shipped in all_invariant_shipped(chip):
+            result.append(Case(chip.arch, shipped, "invariant"))
+            if shipped.kernel == "mixed_lora_shrink":
+                result.append(Case(chip.arch, shipped, "unshared"))
     return result
 
 
@@ -83,6 +91,7 @@ class _Operands:
     def __init__(self, case: Case) -> None:
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
+        self.modules = 3 if self.heavy and case.variant != "unshared" else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
         self.m = _ROWS if case.is_mixed else self.config.block_m
@@ -159,7 +168,7 @@ class _Operands:
         )
 
     def mixed_lora_shrink(self, launch: Callable[..., None]) -> None:
-        modules = 3 if self.heavy and self.config.block_r > 16 else 1
+        modules = self.modules if self.config.block_r > 16 else 1
         launch(
             self.empty(4, modules, self.m, 64, dtype=torch.float32),
             self.empty(self.m, self.k),
@@ -182,7 +191,7 @@ class _Operands:
             *self.tables(),
             factor_dtype=self.factor_dtype,
             config=self.config,
-            pdl=self.pdl,
+            pdl=self.pdl and not self.config.batch_invariant,
         )
 
     def mixed_lora_expand(self, launch: Callable[..., None]) -> None:
@@ -209,20 +218,29 @@ class _Operands:
 
 
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
-    """Runs a launcher with its kernel replaced by one that writes down its arguments."""
-    module = importlib.import_module(f"fastlora.kernels.{stem}")
-    name = f"_{stem}_kernel"
-    kernel = getattr(module, name)
-    calls: list[dict[str, Any]] = []
+    """Returns the one launch that a launcher makes."""
+    with recording(stem) as made:
+        launch(importlib.import_module(f"fastlora.kernels.{stem}"))
+    (only,) = made
+    return only
+
+
+@contextlib.contextmanager
+def recording(*stems: str) -> Iterator[list[Launch]]:
+    """Replaces kernels by ones that write down their launches, in the list that it yields."""
+    made: list[Launch] = []
 
     class Recorder:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda **arguments: calls.append(arguments)
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
-    setattr(module, name, Recorder())
-    try:
-        launch(module)
-    finally:
-        setattr(module, name, kernel)
-    (arguments,) = calls
-    return Launch(kernel, arguments)
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda **arguments: made.append(Launch(self.kernel, arguments))
+
+    with contextlib.ExitStack() as stack:
+        for stem in stems:
+            module = importlib.import_module(f"fastlora.kernels.{stem}")
+            name = f"_{stem}_kernel"
+            recorder = Recorder(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, recorder))
+        yield made

@@ -1,0 +1,141 @@
+"""The demo's comparisons with PEFT: logits of saved adapters, time and memory of a step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import measure
+from fastlora.demo_data import MixedBatch
+from fastlora.testing import error_budget
+
+
+def load_in_peft(
+    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: MixedBatch
+) -> tuple[Any, bool, str]:
+    """Loads the adapters in ``folder`` with PEFT and compares the logits of a mixed batch.
+
+    The threshold is not picked: it is twice PEFT's own error against the same model in float64 plus
+    one rounding of the largest logit (`fastlora.testing.error_budget`). transformers computes the
+    norms of a float64 Llama in fp32, so that truth is exact in all but those.
+
+    Returns:
+        PEFT's model, trainable; whether the logits agree; and what to print about it.
+    """
+    from peft import PeftModel
+    from tqdm import tqdm
+
+    real = batch.inputs["attention_mask"].bool()
+    first, *others = model.peft_config
+
+    with tqdm(total=5, desc="loading in PEFT, checking logits", leave=False) as bar:
+
+        def loaded(dtype: torch.dtype) -> Any:
+            base = fresh_base().to(dtype)
+            found = PeftModel.from_pretrained(
+                base, str(folder / first), adapter_name=first, is_trainable=True
+            )
+            for name in others:
+                found.load_adapter(str(folder / name), name, is_trainable=True)
+            bar.update()
+            return found
+
+        @torch.no_grad()
+        def logits(m: Any) -> torch.Tensor:
+            result = m.eval()(**batch.inputs, adapter_names=batch.adapters).logits[real]
+            bar.update()
+            return result
+
+        truth = logits(loaded(torch.float64).double())
+        twin = loaded(torch.float32)
+        ours, theirs = logits(model), logits(twin)
+    budget = error_budget(theirs, truth)
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    error_ours = (ours.double() - truth).abs().max().item()
+    error_theirs = (theirs.double() - truth).abs().max().item()
+    agrees = difference <= budget and error_ours <= budget  # False for NaN too
+    text = (
+        f"{len(batch.adapters)} samples of {', '.join(sorted(set(batch.adapters)))}\n"
+        f"logits of {real.sum().item()} tokens x {truth.shape[-1]:,}, largest "
+        f"{truth.abs().max().item():.1f}\n"
+        f"  max |fastlora - PEFT|     {difference:.2e}\n"
+        f"  max |fastlora - float64|  {error_ours:.2e}\n"
+        f"  max |PEFT - float64|      {error_theirs:.2e}\n"
+        f"  allowed                   {budget:.2e}  (2 x (PEFT's error + fp32 eps x largest))\n"
+        f"  {'equal within fp32 rounding' if agrees else 'NOT EQUAL'}"
+    )
+    return twin, agrees, text
+
+
+def compare(
+    model: Any,
+    twin: Any,
+    adapter: str,
+    batch: MixedBatch,
+    rounds: int,
+    device: torch.device,
+) -> str:
+    """Returns a table of time per step and peak memory of one adapter on all samples.
+
+    Args:
+        model: Ours.
+        twin: PEFT's.
+        adapter: Active in both.
+        batch: Whose samples belong to which adapter is of no consequence here.
+        rounds: Timed pairs.
+        device: Where both lie.
+    """
+    from tqdm import tqdm
+
+    calls = 2 * 2 * (rounds + 2)  # two steps, two sides: warm-up, timed rounds, memory
+    bar = tqdm(total=calls, desc="measuring, 1 thread", leave=False)
+
+    @torch.no_grad()
+    def forward(m: Any) -> None:
+        m(**batch.inputs)
+        bar.update()
+
+    def forward_backward(m: Any) -> None:
+        m(**batch.inputs, labels=batch.labels).loss.backward()
+        m.zero_grad(set_to_none=True)
+        bar.update()
+
+    for m in (model, twin):
+        m.set_adapter(adapter)
+        m.train()
+    rows = []
+    with bar, measure.torch_threads(1):
+        for name, step in (("forward", forward), ("forward + backward", forward_backward)):
+            ratio, ours, theirs = measure.paired_ratio(
+                partial(step, model), partial(step, twin), rounds, device=device
+            )
+            row = f"{name:<20}{_ms(theirs):>12}{_ms(ours):>12}{ratio:>10.3f}"
+            peaks = [
+                measure.peak_step_bytes(partial(step, m), device=device) for m in (twin, model)
+            ]
+            row += f"{_mib(peaks[0]):>13}{_mib(peaks[1]):>13}{peaks[1] / peaks[0]:>10.3f}"
+            rows.append(row)
+    clock = "CUDA events" if device.type == "cuda" else "CPU time of the process, 1 thread"
+    shape = " x ".join(str(n) for n in batch.labels.shape)
+    columns = ["PEFT", "fastlora", "ratio"] * 2
+    widths = (12, 12, 10, 13, 13, 10)
+    title = f"{'':<20}{'time per step':^34}{'peak memory of the step':^36}"
+    header = f"{'':<20}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
+    note = (
+        f"batch {shape} tokens, fp32; {clock}; medians of {rounds} interleaved rounds, the ratio\n"
+        "is the median of the rounds' own ratios; memory is what the step allocates at its peak"
+    )
+    return "\n".join([title.rstrip(), header, *rows, "", note])
+
+
+def _ms(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:,.0f} ms"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

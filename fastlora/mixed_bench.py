@@ -1,0 +1,340 @@
+"""``fastlora bench mixed``: what a batch of many adapters costs on a model of yours.
+
+Each number of adapters is a batch of the same sequences in which every one has a random adapter:
+as one mixed batch, by PEFT's ``adapter_names``, and one adapter after another, over the bare base
+model. Adapters are random, on all linear layers. Every result is compared with float64 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import measure, mixed_report
+from fastlora.config import LoraConfig
+from fastlora.mixed_contest import (
+    BASE,
+    Contest,
+    interleaved_seconds,
+    median_ratio,
+    quiet_transformers,
+)
+from fastlora.mixed_report import Row
+from fastlora.targets import find_targets
+from fastlora.validation import FastLoraError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A model keeps that many sets of adapters packed, each a copy of its factors.
+_PACKED_SETS = 2
+
+
+class BenchError(FastLoraError, ValueError):
+    """The benchmark cannot run as asked: an option, the model, or too little memory."""
+
+
+def counts(text: str) -> list[int]:
+    """Parses ``"1,4,16"`` for argparse: positive numbers, ascending and without repetitions."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected positive numbers with commas between, such as 1,4,16,64, got {text!r}"
+        )
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to ``parser``."""
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", required=True, help="model folder of transformers"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=counts,
+        default=[1, 4, 16, 64],
+        metavar="N,N,...",
+        help="how many different adapters a batch has (default: 1,4,16,64)",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of each adapter (default: 16)")
+    parser.add_argument(
+        "--sequences", type=int, default=64, help="sequences in a batch (default: 64)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=1,
+        help="tokens of each: 1 is a step of decoding, more a prefill (default: 1)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype of the model and the adapters (default: auto, the model's own)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("bench-mixed"),
+        help="where mixed.csv and mixed.png go (default: %(default)s)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses ``argv`` and runs the benchmark."""
+    parser = argparse.ArgumentParser(prog="fastlora bench mixed", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark and returns the exit code 0.
+
+    Raises:
+        BenchError: An option makes no sense, the model cannot be used, or memory would not do;
+            before any weight is read.
+        WrongResultError: A side's results are wrong.
+    """
+    check_options(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with quiet_transformers():
+        plan = plan_for(args)
+        check_memory(plan, args, free_bytes(device))
+        args.out.mkdir(parents=True, exist_ok=True)  # an unwritable place shows before the work
+        torch.manual_seed(0)
+        model = plan.load().to(device)
+        with measure.torch_threads(args.threads):
+            rows = compare(
+                model, args.adapters, args.rank, args.sequences, args.tokens, args.rounds
+            )
+    facts = {
+        "model": args.model.resolve().name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "rank": args.rank,
+        "sequences": args.sequences,
+        "tokens": args.tokens,
+    }
+    title = describe(facts)
+    sys.stdout.write(f"{title}\n\n{mixed_report.table(rows)}\n\n{footnote(args.rounds, device)}\n")
+    mixed_report.write_csv(args.out / "mixed.csv", facts, rows)
+    sys.stdout.write(f"{args.out / 'mixed.csv'}\n")
+    try:
+        mixed_report.plot(args.out / "mixed.png", title, rows)
+        sys.stdout.write(f"{args.out / 'mixed.png'}\n")
+    except ImportError:
+        sys.stdout.write(f"no picture: {mixed_report.PLOT_HINT}\n")
+    return 0
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Returns one line on what was measured."""
+    tokens = f"{facts['tokens']} token" + ("s" if facts["tokens"] > 1 else "")
+    where = facts["device"]
+    if where == "cpu":
+        where = f"CPU, {facts['threads']} thread" + ("s" if facts["threads"] > 1 else "")
+    return (
+        f"{facts['model']}, {facts['dtype']}, {where}: {facts['sequences']} sequences of {tokens}, "
+        f"adapters of rank {facts['rank']}"
+    )
+
+
+def footnote(rounds: int, device: torch.device) -> str:
+    """Returns how the table is to be read."""
+    clock = "CUDA events" if device.type == "cuda" else "CPU time of the process"
+    return (
+        f"time over the base model: medians of {rounds} interleaved rounds' ratios, {clock};\n"
+        "all results were within the rounding of the dtype, by float64"
+    )
+
+
+def compare(
+    model: Any, adapters: Sequence[int], rank: int, sequences: int, tokens: int, rounds: int
+) -> list[Row]:
+    """Checks and times mixed batches of each number of adapters.
+
+    Args:
+        model: A transformers model that takes ``input_ids`` alone; see `Contest` for what
+            becomes of it.
+        adapters: Numbers of different adapters.
+        rank: Of each.
+        sequences: Of a batch.
+        tokens: Of a sequence.
+        rounds: Timed ones.
+
+    Raises:
+        WrongResultError: A side's results are wrong.
+    """
+    from tqdm import tqdm
+
+    most = max(adapters)
+    with tqdm(total=most, desc="adding adapters", unit="adapter", leave=False) as bar:
+        contest = Contest(model, most, rank, on_adapter=bar.update)
+    ids = contest.random_ids(sequences, tokens)
+    rows = []
+    steps = len(adapters) * (1 + rounds)
+    with tqdm(total=steps, desc="measuring mixed batches", unit="round", leave=False) as bar:
+        for count in adapters:
+            bar.set_postfix_str(f"{count} adapters")
+            mix = contest.random_mix(sequences, count)
+            sides = contest.sides(mix, ids)
+            checks = contest.check(sides, mix, ids)
+            bar.update()
+            times = interleaved_seconds(sides, rounds, device=ids.device, on_round=bar.update)
+            for side, seconds in times.items():
+                check = checks.get(side)
+                rows.append(
+                    Row(
+                        adapters=count,
+                        side=side,
+                        median_ms=statistics.median(seconds) * 1e3,
+                        ratio_to_base=median_ratio(times, side, BASE),
+                        rounds=rounds,
+                        error=check and check.error,
+                        budget=check and check.budget,
+                    )
+                )
+    return rows
+
+
+# ------------------------------------------------------------------------ checks before the work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to load a model, and what it will need.
+
+    Attributes:
+        load: Returns it on the CPU.
+        dtype: Of its weights.
+        weights: Bytes of them.
+        adapter: Bytes of one adapter.
+        outputs: Bytes of a forward's results in float64, and of its largest weight so.
+    """
+
+    load: Callable[[], Any]
+    dtype: torch.dtype
+    weights: int
+    adapter: int
+    outputs: int
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises `BenchError` for options that make no sense together or alone."""
+    for name in ("rank", "sequences", "tokens", "threads", "rounds"):
+        if getattr(args, name) < 1:
+            raise BenchError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if max(args.adapters) > args.sequences:
+        raise BenchError(
+            f"--adapters asks for {max(args.adapters)} different adapters in a batch of "
+            f"{args.sequences} sequences; expected at most one for each (--sequences)"
+        )
+    if not args.model.is_dir():
+        raise BenchError(f"{args.model}: no such folder; expected a model that transformers loads")
+    if args.out.exists() and not args.out.is_dir():
+        raise BenchError(f"{args.out}: not a folder; expected one for the results (--out)")
+    missing = [n for n in ("transformers", "peft", "tqdm") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise BenchError(
+            f"{' and '.join(missing)} not installed; pip install 'fastlora-triton[demo]'"
+        )
+
+
+def plan_for(args: argparse.Namespace) -> Plan:
+    """Looks at the model's config, without its weights.
+
+    Raises:
+        BenchError: transformers cannot load it, or it takes no token ids alone.
+        TargetNotFoundError: It has no linear layers.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
+    from transformers import AutoModelForCausalLM as CausalLM
+
+    folder = str(args.model)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BenchError(f"{folder}: transformers cannot load its config ({error})") from error
+    own = getattr(config, "dtype", None) or torch.float32
+    dtype = own if args.dtype == "auto" else DTYPES[args.dtype]
+    auto = CausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    if getattr(config, "is_encoder_decoder", False):
+        raise BenchError(f"{folder}: an encoder with a decoder, expected a model of one part")
+    try:
+        with torch.device("meta"):
+            skeleton = auto.from_config(config, dtype=dtype)
+        embedding = skeleton.get_input_embeddings()
+    except (ValueError, NotImplementedError) as error:
+        raise BenchError(f"{folder}: cannot be used ({error})") from error
+    if not isinstance(embedding, nn.Embedding):
+        raise BenchError(f"{folder}: {type(skeleton).__name__} takes no token ids")
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and args.tokens > longest:
+        raise BenchError(f"--tokens is {args.tokens}, expected at most the model's {longest}")
+    targets = find_targets(skeleton, LoraConfig(target_modules="all-linear"))
+    shapes = [skeleton.get_submodule(name).weight.shape for name in targets]
+
+    def load() -> Any:
+        try:
+            return auto.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise BenchError(f"{folder}: transformers cannot load it ({error})") from error
+
+    return Plan(
+        load=load,
+        dtype=dtype,
+        weights=sum(p.numel() * p.element_size() for p in skeleton.parameters()),
+        adapter=sum(args.rank * sum(shape) for shape in shapes) * dtype.itemsize,
+        outputs=8 * embedding.num_embeddings * (args.sequences * args.tokens)
+        + 8 * max(p.numel() for p in skeleton.parameters()),
+    )
+
+
+def check_memory(plan: Plan, args: argparse.Namespace, free: int | None) -> None:
+    """Raises `BenchError` where less is free than the benchmark will need; None is not known."""
+    largest = sorted(args.adapters)[-_PACKED_SETS:]
+    held = max(args.adapters) + sum(largest)
+    needed = plan.weights + held * plan.adapter + plan.outputs
+    if free is not None and needed > free:
+        raise BenchError(
+            f"needs some {_gib(needed)}, and {_gib(free)} are free: {_gib(plan.weights)} for the "
+            f"model, {_gib(held * plan.adapter)} for {max(args.adapters)} adapters of "
+            f"{plan.adapter / 2**20:,.1f} MiB and packed copies of "
+            f"{' and '.join(map(str, largest))}, {_gib(plan.outputs)} for results in float64; "
+            "ask for fewer --adapters, a smaller --rank or a smaller --dtype"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the free memory of a device, or None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

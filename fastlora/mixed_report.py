@@ -1,0 +1,94 @@
+"""What a comparison of mixed batches found: as a table, a CSV file and a picture."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.mixed_contest import BASE, IN_TURN, OURS, PEFT
+
+PLOT_HINT = "matplotlib is not installed; pip install matplotlib"
+_TITLES = {
+    OURS: "fastlora, one batch",
+    PEFT: "PEFT adapter_names",
+    IN_TURN: "one after another",
+}
+
+
+class Row(NamedTuple):
+    """One way to compute one mixed batch.
+
+    Attributes:
+        adapters: Different adapters in the batch.
+        side: One of the names in `fastlora.mixed_contest`.
+        median_ms: Milliseconds of a forward.
+        ratio_to_base: Median of the rounds' ratios to the base model's time.
+        rounds: How many.
+        error: Largest difference from float64; None for the base model.
+        budget: What it may be.
+    """
+
+    adapters: int
+    side: str
+    median_ms: float
+    ratio_to_base: float
+    rounds: int
+    error: float | None
+    budget: float | None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the times over the base model, a line for each number of adapters."""
+    by_count: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        by_count.setdefault(row.adapters, {})[row.side] = row
+    lines = [f"{'adapters':>8}{'base model':>13}" + "".join(f"{t:>22}" for t in _TITLES.values())]
+    for count, found in by_count.items():
+        cells = "".join(f"{found[side].ratio_to_base:>22.2f}" for side in _TITLES)
+        lines.append(f"{count:>8}{found[BASE].median_ms:>10,.0f} ms{cells}")
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Writes the rows, each with the facts in front; a file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*facts, *Row._fields])
+            for row in rows:
+                found = (f"{v:.6g}" if isinstance(v, float) else v for v in row)
+                writer.writerow([*facts.values(), *found])
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Draws time over the base model against the number of adapters; needs matplotlib.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    # Figure alone: pyplot would ask for a display, and keep the figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    for side, label in _TITLES.items():
+        points = [(row.adapters, row.ratio_to_base) for row in rows if row.side == side]
+        axis.plot(*zip(*points, strict=True), "o-" if side == OURS else "s--", label=label)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    counts = sorted({row.adapters for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("different adapters in the batch")
+    axis.set_ylabel("time / base model")
+    axis.set_title(title, fontsize=9)
+    axis.legend()
+    figure.savefig(path, dpi=110)

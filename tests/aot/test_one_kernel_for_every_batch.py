@@ -1,0 +1,165 @@
+"""In the batch-invariant mode one compiled kernel serves every batch, on every chip.
+
+Launches are recorded from the operators, and compared by what Triton's launcher compiles a kernel
+for: constants, options, and what it concludes from the values of sizes, strides and addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_kernels import specialise  # noqa: E402
+from launches import CHIPS, Launch, recording  # noqa: E402
+
+from fastlora import env, mixed_ops  # noqa: E402
+from fastlora.kernels import configs, invariant_configs  # noqa: E402
+from fastlora.kernels.configs import MAX_SPLITS, Chip, all_shipped  # noqa: E402
+from fastlora.row_groups import build_row_groups  # noqa: E402
+
+pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
+
+OPS = torch.ops.fastlora
+CHIP_IDS = [chip.arch for chip in CHIPS]
+DTYPES = (torch.bfloat16, torch.float32)
+# N and K on the tiles and off them, large and small.
+SIZES = ((4096, 512), (1000, 600), (14336, 64))
+ROWS = (
+    *range(1, 18),
+    31,
+    32,
+    33,
+    48,
+    *range(63, 67),
+    127,
+    128,
+    129,
+    256,
+    257,
+    1000,
+    2048,
+    2049,
+    8192,
+)
+FEW_ROWS = (1, 15, 64, 65, 2048, 8192)
+
+
+@pytest.fixture(params=CHIPS, ids=CHIP_IDS)
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Chip:
+    """The chip that launches are for."""
+    monkeypatch.setattr(configs, "chip_of", lambda device: request.param)
+    return request.param
+
+
+def kernel_of(launch: Launch, arch: str) -> str:
+    """Returns what tells the launch's compiled kernel from others."""
+    # `specialise` takes every tensor to lie at a multiple of 16 bytes.
+    apart = [
+        parameter.name
+        for parameter in launch.kernel.params
+        if isinstance(value := launch.arguments[parameter.name], torch.Tensor)
+        and not parameter.do_not_specialize_on_alignment
+        and value.data_ptr() % 16
+    ]
+    return f"{launch.kernel.__name__}: {specialise(launch, arch)}, {apart}"
+
+
+def inputs(m: int, k: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yields x ``[m, k]``: as it comes out of a layer, and in layouts that it can have."""
+    room = torch.empty((m + 1) * (k + 1), dtype=dtype)
+    yield room[: m * k].view(m, k)
+    yield room[1 : m * k + 1].view(m, k)
+    yield room[: m * (k + 1)].view(m, k + 1)[:, 1:]
+    yield room[: m * k].view(k, m).t()
+
+
+def single(plan: str, m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
+    weight, lora_a, lora_b = (torch.empty(s, dtype=dtype) for s in ((n, k), (r, k), (n, r)))
+    scaling = torch.empty(())
+    for x in inputs(m, k, dtype):
+        OPS.lora_linear(x, weight, None, lora_a, lora_b, scaling, None, 0.0, "triton", plan)
+
+
+def mixed(
+    plan: str, m: int, n: int, k: int, max_rank: int, dtype: torch.dtype, modules: int
+) -> None:
+    """One module's linear, after a shrink of its own or of its siblings."""
+    slots, invariant = 1 + max_rank, plan == "invariant"
+    groups = build_row_groups(torch.zeros(m, dtype=torch.int64), m, slots)
+    route = (groups.order, groups.segment_of, groups.segment_slot)
+    pieces = mixed_ops.pieces_of(groups, invariant)
+    address = torch.empty(modules, slots, dtype=torch.int64)
+    rank, scaling = address.int(), address.float()
+    weight = torch.empty(n, k, dtype=dtype)
+    for x in inputs(m, k, dtype):
+        s = None
+        if modules > 1:
+            s = OPS.mixed_lora_shrink(x, *route, pieces, address, rank, max_rank, dtype, invariant)
+        for index in {0, modules - 1}:
+            OPS.mixed_lora_linear(
+                x, weight, None, *route, pieces, s, address, address, address, rank, scaling,
+                index, max_rank, dtype, plan,
+            )  # fmt: skip
+
+
+def kernels(chip: Chip, operation: Callable[..., None], *arguments: Any) -> set[str]:
+    """Returns the kernels that an operation launches."""
+    prefix = "mixed_" if operation is mixed else ""
+    with recording(f"{prefix}lora_shrink", f"{prefix}lora_linear") as launches:
+        operation(*arguments)
+    return {kernel_of(launch, chip.arch) for launch in launches}
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_one_adapter(chip: Chip, n: int, k: int) -> None:
+    """A shrink and a linear for any number of rows; more than these outside of the mode."""
+    for dtype, r in itertools.product(DTYPES, (1, 16, 24, 200)):
+        found: dict[str, set[str]] = {"invariant": set(), "fused": set()}
+        rows = ROWS if r == 16 else FEW_ROWS
+        for plan, m in (*(("invariant", m) for m in rows), *(("fused", m) for m in FEW_ROWS)):
+            found[plan] |= kernels(chip, single, plan, m, n, k, r, dtype)
+        assert len(found["invariant"]) == 2
+        assert len(found["fused"]) > 2
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
+    """A linear, and a shrink for one module and for three, for any rows, ranks and slots."""
+    for dtype in DTYPES:
+        found: dict[str, set[str]] = {"invariant": set(), "fused": set()}
+        for max_rank, modules, plan in itertools.product((1, 16, 200), (1, 3), found):
+            for m in ROWS if (plan, max_rank) == ("invariant", 16) else FEW_ROWS:
+                found[plan] |= kernels(chip, mixed, plan, m, n, k, max_rank, dtype, modules)
+        assert len(found["invariant"]) == 3
+        assert len(found["fused"]) > 3
+
+
+def test_configs_are_compiled_ahead_of_time(chip: Chip) -> None:
+    """Those of the mode, or, for one adapter of another rank, all but their cache hint."""
+    shipped = {entry.config for entry in invariant_configs.all_invariant_shipped(chip)}
+    usual = {entry.config for entry in all_shipped(chip)}
+    for dtype, precision in (*((d, "ieee") for d in DTYPES), (torch.float32, "tf32")):
+        options: Any = {"input_precision": precision}
+        assert invariant_configs.invariant_mixed_shrink_config(chip, dtype, **options) in shipped
+        for n in (16, 576, 1000, 4096, 14336, 151936):
+            mixed_config = invariant_configs.invariant_mixed_linear_config(
+                chip, n, dtype, **options
+            )
+            assert mixed_config in shipped
+            assert mixed_config.block_m == invariant_configs.INVARIANT_ROWS
+            for r in (1, 16, 17, 64, 100, 512):
+                one = invariant_configs.invariant_linear_config(chip, n, 576, r, dtype, **options)
+                assert one.block_m == invariant_configs.INVARIANT_ROWS
+                assert replace(one, batch_invariant=False) in usual
+                shrink = invariant_configs.invariant_shrink_config(chip, 576, r, dtype, **options)
+                assert replace(shrink, splits=MAX_SPLITS) in usual

@@ -1,0 +1,489 @@
+"""The batch-invariant mode: a row's bits in many batches, at many places, beside many adapters.
+
+On a GPU the dots are the GPU's, and this is where bit equality is claimed. In the interpreter they
+are replaced by ones that are as hostile as the mode allows hardware to be: an element is a chain
+over K whose order goes by the tile's shape, and every dot moves its whole accumulator, by zeros
+too. What passes there is our part: that a row meets the same dots, in the same order, with its rank
+rows in the same places. Outside of the mode the same dots change rows.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import env, mixed_ops, ops
+from fastlora.batch_invariant import is_batch_invariant
+from fastlora.functional import lora_add, lora_linear
+from fastlora.inject import lora_layers
+from fastlora.row_groups import build_row_groups
+from fastlora.testing import assert_within_budget
+from fastlora.validation import ImplementationError
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+
+OPS = torch.ops.fastlora
+INTERPRETED = env.triton_interpreted()
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
+
+
+@pytest.fixture
+def dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's dots where there is one, hostile ones in the interpreter."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        left, right, total = (t.data.astype(np.float32) for t in (a, b, acc))
+        (m, k), n = left.shape, right.shape[1]
+        for step in np.roll(np.arange(k), (m + 3 * n) // 16 % k):
+            total = total + left[:, step : step + 1] * right[step : step + 1]
+        # The next fp32 towards infinity.
+        return TensorHandle(np.nextafter(total, np.float32(np.inf)), acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+# ------------------------------------------------------------------------------ mixed batches
+
+
+def batch(
+    problem: MixedProblem,
+    rows: Sequence[int],
+    plan: str = "invariant",
+    siblings: bool = False,
+    max_rank: int | None = None,
+    slots: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Returns module 0's y of a batch of some of the problem's rows, in the order given.
+
+    Args:
+        problem: With three modules.
+        rows: Rows of ``problem.x``.
+        plan: As for the operator.
+        siblings: Whether the three modules share a shrink.
+        max_rank: Largest rank there may be; the problem's if it is None.
+        slots: Where each of the tables' columns comes from: another order of the adapters.
+    """
+    slots = range(problem.slots) if slots is None else slots
+    place = {slot: column for column, slot in enumerate(slots)}
+    ids = torch.tensor([place.get(problem.ids[row], -1) for row in rows], dtype=torch.int64)
+    groups = build_row_groups(ids.to(problem.x.device), len(rows), len(slots))
+    route = (groups.order, groups.segment_of, groups.segment_slot)
+    pieces = mixed_ops.pieces_of(groups, plan == "invariant")
+    max_rank = max_rank or problem.max_rank
+    columns = torch.tensor(slots, device=problem.x.device)
+    a, b, bias, rank, scaling = (
+        table[:, columns]
+        for table in (
+            problem.lora_a_address,
+            problem.lora_b_address,
+            problem.lora_bias_address,
+            problem.rank,
+            problem.scaling,
+        )
+    )
+    x, s = problem.x[list(rows)], None
+    if siblings:
+        s = OPS.mixed_lora_shrink(
+            x, *route, pieces, a, rank, max_rank, problem.factor_dtype, plan == "invariant"
+        )
+    else:
+        a, b, bias, rank, scaling = a[:1], b[:1], bias[:1], rank[:1], scaling[:1]
+    return OPS.mixed_lora_linear(
+        *(x, problem.weights[0], problem.biases[0], *route, pieces, s, a, b, bias, rank, scaling),
+        *(0, max_rank, problem.factor_dtype, plan),
+    )
+
+
+def batches(problem: MixedProblem, sizes: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
+    """Yields rows and options of `batch`: of all sizes, orders, sharings and orders of slots."""
+    chance = random.Random(0)
+    for index, size in enumerate(sizes):
+        rows = [chance.randrange(problem.m) for _ in range(size)]
+        slots = chance.sample(range(problem.slots), problem.slots)
+        largest = (None, 192)[index // 2 % 2]
+        yield rows, {"siblings": index % 2 == 1, "max_rank": largest, "slots": slots}
+
+
+def changed_rows(problem: MixedProblem, sizes: Sequence[int], plan: str) -> int:
+    """Returns how many rows differ in a bit from what they are in the batch of all rows."""
+    everything = batch(problem, range(problem.m), plan)
+    changed = 0
+    for rows, options in batches(problem, sizes):
+        y = batch(problem, rows, plan, **options)
+        changed += int((y != everything[rows]).any(1).sum())
+    return changed
+
+
+def mixed_problem(lab: Any, m: int, n: int, k: int, dtype: torch.dtype) -> MixedProblem:
+    return MixedProblem(lab, draw_ids(m, 8), THREE, k, [n, 24, 33], dtype, biased=(1, 3, 7))
+
+
+@pytest.mark.usefixtures("dots")
+def test_rows_of_a_mixed_batch(lab: Any, dtype: torch.dtype) -> None:
+    problem = mixed_problem(lab, 70, 72, 530, dtype)
+    sizes = (1, 1, 1, 1, 2, 3, 15, 17, 64, 90)
+    assert changed_rows(problem, sizes, "invariant") == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="what the GPU does outside of the mode is its own")
+@pytest.mark.usefixtures("dots")
+def test_these_batches_change_rows_outside_of_the_mode(lab: Any) -> None:
+    problem = mixed_problem(lab, 70, 72, 530, torch.float32)
+    assert changed_rows(problem, (1, 17, 64), "fused") > 60
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compares plans by the interpreter's dots")
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize("own_blocks", [False, True])
+def test_the_place_of_rank_rows_matters(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, own_blocks: bool
+) -> None:
+    """One tile of the mode, but adapters side by side in a dot, or no selection: rows change."""
+    from dataclasses import replace
+
+    from fastlora.kernels import invariant_configs
+
+    original = invariant_configs.invariant_mixed_linear_config
+
+    def weakened(*args: Any, **options: Any) -> Any:
+        config = original(*args, **options)
+        return replace(config, batch_invariant=False, block_r=16 if own_blocks else 64)
+
+    monkeypatch.setattr(invariant_configs, "invariant_mixed_linear_config", weakened)
+    assert changed_rows(mixed_problem(lab, 20, 72, 40, torch.float32), (1, 2, 17), "invariant")
+
+
+@pytest.mark.usefixtures("dots")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_changes_no_other_row(lab: Any) -> None:
+    problem = mixed_problem(lab, 40, 40, 24, torch.float32)
+    clean = batch(problem, range(40))
+    own = problem.rows_of(1)
+    others = [row for row in range(40) if row not in own]
+    for value in (float("nan"), float("inf")):
+        problem.factors[0][1].lora_b[:, 5] = value
+        y = batch(problem, range(40))
+        assert torch.equal(y[others], clean[others])
+        assert not y[own, 5].isfinite().any()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 40, 48), (1, 64, 48), (37, 50, 1100), (130, 33, 65)])
+def test_values_of_a_mixed_batch(lab: Any, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    problem = mixed_problem(lab, m, n, k, dtype)
+    problem.check(batch(problem, range(m)))
+    problem.check(batch(problem, range(m), siblings=True))
+
+
+def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
+    problem = mixed_problem(lab, 20, 36, 40, torch.float32)
+    ids, problem.ids = problem.ids, [8, *problem.ids[1:]]
+    groups = build_row_groups(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
+    y = OPS.mixed_lora_linear(
+        *(problem.x, problem.weights[0], problem.biases[0]),
+        *(groups.order, groups.segment_of, groups.segment_slot, mixed_ops.pieces_of(groups, True)),
+        *(None, problem.lora_a_address, problem.lora_b_address, problem.lora_bias_address),
+        *(problem.rank, problem.scaling, 0, problem.max_rank, problem.factor_dtype, "invariant"),
+    )
+    problem.ids = ids
+    assert y[0].isnan().all()
+    y[0] = problem.expected(0, torch.float32)[0]
+    problem.check(y)
+
+
+def test_opcheck(lab: Any) -> None:
+    problem = mixed_problem(lab, 20, 40, 530, torch.float32)
+    arguments = (
+        *(problem.x, *problem.route, mixed_ops.pieces_of(problem.groups, True)),
+        *(problem.lora_a_address, problem.rank, problem.max_rank, problem.factor_dtype, True),
+    )
+    torch.library.opcheck(
+        OPS.mixed_lora_shrink.default, arguments, test_utils=["test_schema", "test_faketensor"]
+    )
+
+
+# -------------------------------------------------------------------------------- one adapter
+
+
+def one_adapter(lab: Any, m: int, n: int, k: int, r: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "x": lab.rand(m, k, dtype=dtype),
+        "weight": lab.rand(n, k, dtype=dtype) / k**0.5,
+        "lora_a": lab.rand(r, k, dtype=dtype) / k**0.5,
+        "lora_b": lab.rand(n, r, dtype=dtype) / r**0.5,
+        "scaling": 1.7,
+        "bias": lab.rand(n, dtype=dtype),
+    }
+
+
+def changed_rows_of_one(tensors: dict[str, Any], sizes: Sequence[int], plan: str) -> int:
+    """As `changed_rows`; x also comes as a slice of wider rows, and transposed."""
+    x = tensors.pop("x")
+    everything = lora_linear(x, **tensors, impl="triton", plan=plan)
+    chance, changed = random.Random(0), 0
+    for index, size in enumerate(sizes):
+        rows = [chance.randrange(x.shape[0]) for _ in range(size)]
+        own = x[rows]
+        if index % 3 == 1:
+            own = torch.cat([own, own], 1)[:, : own.shape[1]]
+        elif index % 3 == 2:
+            own = own.t().contiguous().t()
+        y = lora_linear(own, **tensors, impl="triton", plan=plan)
+        changed += int((y != everything[rows]).any(1).sum())
+    return changed
+
+
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize(("n", "k", "r"), [(72, 530, 24), (40, 64, 1), (33, 100, 130)])
+def test_rows_of_one_adapter(lab: Any, dtype: torch.dtype, n: int, k: int, r: int) -> None:
+    tensors = one_adapter(lab, 90, n, k, r, dtype)
+    assert changed_rows_of_one(tensors, (1, 1, 1, 2, 17, 64, 90), "invariant") == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="what the GPU does outside of the mode is its own")
+@pytest.mark.usefixtures("dots")
+def test_these_sizes_change_rows_of_one_adapter_outside_of_the_mode(lab: Any) -> None:
+    tensors = one_adapter(lab, 90, 72, 530, 24, torch.float32)
+    assert changed_rows_of_one(tensors, (1, 2, 17), "fused") == 20
+
+
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(0, 40, 48, 4), (1, 64, 530, 1), (90, 33, 65, 130)])
+def test_values_of_one_adapter(
+    lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: int
+) -> None:
+    tensors = one_adapter(lab, m, n, k, r, dtype)
+    exact = {name: t.double() if name != "scaling" else t for name, t in tensors.items()}
+    assert_within_budget(
+        lora_linear(**tensors, impl="triton", plan="invariant"),
+        lora_linear(**tensors, impl="eager"),
+        lora_linear(**exact, impl="eager"),
+    )
+
+
+def test_training_has_the_forward_of_inference(lab: Any) -> None:
+    tensors = one_adapter(lab, 20, 40, 530, 8, torch.float32)
+    with fastlora.batch_invariant():
+        expected = lora_linear(**tensors)
+        tensors["lora_b"].requires_grad_()
+        y = lora_linear(**tensors)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert tensors["lora_b"].grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+class Block(nn.Module):
+    """Two siblings and a layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(48, 64), nn.Linear(48, 64), nn.Linear(64, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 48]`` to ``[..., 48]``."""
+        return self.down(self.gate(x) * self.up(x))
+
+
+def build(lab: Any, dtype: torch.dtype, ranks: Sequence[int]) -> Any:
+    """A model with random adapters ``a0``, ``a1``, ...; a factor does not depend on the others."""
+    torch.manual_seed(0)
+    model: Any = None
+    for index, r in enumerate(ranks):
+        torch.manual_seed(index)
+        config = fastlora.LoraConfig(
+            r=r,
+            target_modules=["gate", "up", "down"],
+            init_lora_weights=False,
+            lora_bias=index == 1,
+        )
+        if model is None:
+            model = fastlora.get_peft_model(Block(), config, "a0", autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(f"a{index}", config)
+    return model.to(lab.device, dtype).eval()
+
+
+def run(model: Any, x: torch.Tensor, ids: Sequence[str | None]) -> torch.Tensor:
+    with torch.no_grad(), fastlora.batch_invariant(), fastlora.adapters(model, ids):
+        return model(x)
+
+
+@pytest.mark.usefixtures("dots")
+def test_a_model(lab: Any, dtype: torch.dtype) -> None:
+    """Alone and among others, per token, and after an adapter of a larger rank was added."""
+    model, larger = build(lab, dtype, (8, 16, 3)), build(lab, dtype, (8, 16, 3, 40))
+    names = ["a1", None, "a0", "a2", "a1", "a1", None, "a2", "a0"]
+    x = lab.rand(9, 2, 48, dtype=dtype)
+    y = run(model, x, names)
+    for _ in range(2):  # siblings are known the second time
+        for rows in ([0], [3], [1, 0, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0]):
+            own = [names[row] for row in rows]
+            assert torch.equal(run(model, x[rows], own), y[rows])
+            assert torch.equal(run(larger, x[rows], own), y[rows])
+            assert torch.equal(run(larger, x[rows, :1], own), y[rows, :1])
+        everybody = [*names, *["a3"] * 9]
+        assert torch.equal(run(larger, torch.cat([x, 2 * x]), everybody)[:9], y)
+
+
+@pytest.mark.usefixtures("dots")
+def test_a_model_with_one_adapter(lab: Any, dtype: torch.dtype) -> None:
+    model, x = build(lab, dtype, (8,)), lab.rand(70, 48, dtype=dtype)
+    with torch.no_grad(), fastlora.batch_invariant():
+        y = model(x)
+        for rows in ([0], [69, 3], range(40, 60)):
+            assert torch.equal(model(x[list(rows)]), y[list(rows)])
+
+
+def test_a_pool(lab: Any) -> None:
+    """Slots and neighbours of an adapter come and go; its rows stay."""
+    torch.manual_seed(0)
+    base = Block().to(lab.device).eval()
+    pool = fastlora.AdapterPool(base, target_modules=["gate", "up", "down"], max_adapters=2)
+    states = {}
+    for index, r in enumerate((4, 24, 16)):
+        other = build(lab, torch.float32, (r,))
+        states[f"a{index}"] = (
+            {
+                f"base_model.model.{key.replace('.a0.', '.')}": tensor
+                for key, tensor in other.base_model.model.state_dict().items()
+                if ".a0." in key
+            },
+            other.peft_config["a0"],
+        )
+
+    def load(name: str) -> None:
+        pool.load(name, states[name][0], config=states[name][1])
+
+    load("a0")
+    x = lab.rand(5, 48)
+    y = run(base, x, ["a0"] * 5)
+    load("a1")
+    assert torch.equal(run(base, x, ["a1", "a0", None, "a0", "a0"])[[1, 3, 4]], y[[1, 3, 4]])
+    pool.unload("a0")
+    load("a2")
+    pool.unload("a1")
+    load("a0")
+    assert torch.equal(run(base, x, ["a2", "a2", "a0", "a0", None])[2:4], y[2:4])
+
+
+def test_compile(lab: Any, dtype: torch.dtype) -> None:
+    """One trace inside of the mode and one outside, without a break."""
+    model, x = build(lab, dtype, (8,)), lab.rand(7, 48, dtype=dtype)
+    for layer in lora_layers(model):
+        layer.impl = "triton"
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plans: list[str] = []
+    original = ops._triton_linear
+
+    def watched(*args: Any) -> Any:
+        plans.append(args[-1])
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(ops, "_triton_linear", watched)
+        compiled(x)
+        with fastlora.batch_invariant():
+            assert torch.equal(compiled(x), model(x))
+        compiled(x)
+    assert plans == [*["auto"] * 3, *["invariant"] * 6, *["auto"] * 3]
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match: str) -> None:
+    with pytest.raises(ImplementationError, match=match), fastlora.batch_invariant():
+        if ids is None:
+            model(x)
+        else:
+            with fastlora.adapters(model, ids):
+                model(x)
+    assert not is_batch_invariant()
+
+
+def test_refusals_of_mixed_batches(lab: Any) -> None:
+    model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
+    ids = ["a0", "a1"]
+    layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in the batch-inv"
+    refused(model, x, ids, f"{layer}.*train through PyTorch's GEMMs")
+    with torch.no_grad():
+        with torch.autocast(lab.device.type, torch.bfloat16):
+            refused(model, x, ids, "autocast is on; give the model the dtype torch.bfloat16")
+        refused(model.train(), x, ids, "train through PyTorch's GEMMs")
+        hook = model.base_model.model.gate.lora_A["a0"].register_forward_hook(lambda *_: None)
+        refused(model.eval(), x, ids, "a factor that is hooked")
+        hook.remove()
+        refused(model.double(), x.double(), ids, "the kernels take fp16, bf16 and fp32")
+        for layer in lora_layers(model.float()):
+            layer.impl = "eager"
+        refused(model, x, ids, "impl='eager' cannot run in the batch-invariant mode")
+        with fastlora.adapters(model, ids):
+            assert model(x).isfinite().all()
+
+
+def test_refusals_of_one_adapter(lab: Any) -> None:
+    config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
+    model = fastlora.get_peft_model(Block().to(lab.device), config)
+    x = lab.rand(2, 48)
+    refused(model.train(), x, None, "dropout_p=0.5 cannot act .* its place in the batch")
+    model.eval()
+    with model.disable_adapter():
+        refused(model, x, None, "no adapter acts on it: give base rows None in fastlora.adapters")
+    hook = model.base_model.model.gate.lora_A["default"].register_forward_hook(lambda *_: None)
+    refused(model, x, None, "a factor that is hooked")
+    hook.remove()
+    tensors = one_adapter(lab, 2, 8, 48, 4, torch.float32)
+    with fastlora.batch_invariant(), pytest.raises(ImplementationError, match="plan='split'"):
+        lora_linear(**tensors, plan="split")
+    with fastlora.batch_invariant(), pytest.raises(ImplementationError, match="whatever made y"):
+        lora_add(lab.rand(2, 8), x, tensors["lora_a"], tensors["lora_b"], 1.0)
+
+
+def test_refusals_of_wrapped_layers(lab: Any) -> None:
+    """A base layer that is called as it is: named, before it runs."""
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the base layer ran")
+
+    block = Block().to(lab.device)
+    block.gate = Own(48, 64, device=lab.device)
+    config = fastlora.LoraConfig(r=4, target_modules=["gate", "up", "down"])
+    model = fastlora.get_peft_model(block, config).eval()
+    x = lab.rand(2, 48)
+    match = r"FastLoraWrapper over Own \(48 to 64 features\).*its base layer's own GEMM"
+    with torch.no_grad():
+        refused(model, x, None, match)
+        refused(model, x, ["default", None], match)
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not NATIVE, reason="bit equality is claimed of GPUs only, and none is here")
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (576, 1536)])
+def test_bit_equality_on_a_gpu(lab: Any, dtype: torch.dtype, n: int, k: int) -> None:
+    """Sizes of models, up to 2,048 rows, by the GPU's own arithmetic."""
+    problem = mixed_problem(lab, 2048, n, k, dtype)
+    sizes = (*[1] * 16, 2, 8, 16, 17, 64, 65, 128, 129, 512, 1000, 2048)
+    assert changed_rows(problem, sizes, "invariant") == 0
+    for r in (8, 64, 160):
+        tensors = one_adapter(lab, 2048, n, k, r, dtype)
+        assert changed_rows_of_one(tensors, sizes, "invariant") == 0
