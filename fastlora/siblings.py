@@ -106,12 +106,13 @@ class Family:
 
     Attributes:
         members: The layers.
-        why_not: Why the last training forward shared nothing; empty if it did.
+        why_not: Why the last training forward of a layer (by its ``id``) shared nothing; empty
+            where it did.
     """
 
     def __init__(self, members: tuple[weakref.ref[Any], ...] = ()) -> None:
         self.members = members
-        self.why_not = ""
+        self.why_not: dict[int, str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
         return Family()

@@ -14,7 +14,7 @@ import torch
 
 from fastlora import functional, ops
 from fastlora.batch_invariant import is_batch_invariant
-from fastlora.layers.compute import Branch, branch_of, is_hooked
+from fastlora.layers.branch import Branch, branch_of, is_hooked
 from fastlora.siblings import Family, family_of, keep_shares, known_family, take_share
 
 _UNKNOWN = "no training forward seen yet"
@@ -23,7 +23,7 @@ _CHECKPOINT = (
     "must save what the first one saved"
 )
 _INVARIANT = "the batch-invariant mode is on"
-_ALONE = "its siblings cannot share: "
+_LAST = "no sibling that is called after it can share"
 _DROPOUT = "PyTorch has nothing to share under dropout, where each projection masks x for itself"
 
 
@@ -38,27 +38,31 @@ def shared_shrink(
         branch: The adapter's.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    if not torch.is_grad_enabled() or not branch.lora_a.requires_grad:
+    # A compiled graph must not see what one call leaves for another.
+    if torch.compiler.is_compiling():
         return None
-    # A compiled graph must not see what one call leaves for another; a backward that runs a forward
-    # again is a checkpoint's, whose first forward could not share.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+    if not torch.is_grad_enabled() or not branch.lora_a.requires_grad or x.is_inference():
         return None
     family = family_of(layer, x)
-    if family is None or len(family.members) < 2 or x.is_inference():
+    if family is None or len(family.members) < 2:
         return None
-    family.why_not = _why_not_now()
-    if family.why_not:
-        return None
-    context = (impl, functional.autocast_dtype(x))
-    own = take_share(layer, x, context, _key(branch))
-    if own is not None:
-        return own
-    return _share(layer, x, family, context)
+    why = _why_not_now()
+    if not why and branch.dropout_p and ops.resolve_impl(impl, x) != "triton":
+        why = _DROPOUT
+    shrunk = None
+    if not why:
+        context = (impl, functional.autocast_dtype(x))
+        shrunk = take_share(layer, x, context, _key(branch))
+        if shrunk is None:
+            shrunk, why = _share(layer, x, family, context)
+    family.why_not[id(layer)] = why
+    return shrunk
 
 
 def _why_not_now() -> str:
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    # A forward that runs within a backward is a checkpoint's, whose first run could not share.
+    recomputed = torch._C._current_graph_task_id() != -1
+    if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return _CHECKPOINT
     return _INVARIANT if is_batch_invariant() else ""
 
@@ -69,38 +73,38 @@ def _key(branch: Branch) -> tuple[Any, ...]:
 
 def _share(
     layer: Any, x: torch.Tensor, family: Family, context: tuple[str, torch.dtype | None]
-) -> functional.Shrunk | None:
-    """Computes for a layer and those siblings that have not been called yet."""
-    impl = context[0]
+) -> tuple[functional.Shrunk | None, str]:
+    """Computes for a layer and those siblings that have yet to be called.
+
+    Returns:
+        The layer's share, or None and why there is none.
+    """
+    impl, why = context[0], ""
     kernels = ops.resolve_impl(impl, x) == "triton"
+    members = [reference() for reference in family.members]
     found: list[tuple[Any, Branch]] = []
-    reached = False
-    for reference in family.members:
-        member = reference()
-        reached |= member is layer
-        if member is None or not reached:
+    for member in members[members.index(layer) :]:
+        if member is None:
             continue
-        branch, why = _sibling_branch(member, x, impl)
+        branch, reason = _sibling_branch(member, x, impl)
         if branch is not None and branch.dropout_p and not kernels:
-            branch, why = None, _DROPOUT
+            branch, reason = None, _DROPOUT
         if branch is not None:
             found.append((member, branch))
         elif member is layer:
-            family.why_not = why
-            return None
+            return None, reason
         else:
-            family.why_not = why if why == _DROPOUT else _ALONE + why
+            why = f"of its siblings, {reason}"
     if len(found) < 2:
-        return None
-    family.why_not = ""
+        return None, why or _LAST
     branches = [branch for _, branch in found]
-    shrunk = functional.shrink(x, [b.lora_a for b in branches], [b.dropout_p for b in branches], impl)
-    first, *others = [
-        (member, _key(branch), share)
-        for (member, branch), share in zip(found, shrunk, strict=True)
+    dropouts = [branch.dropout_p for branch in branches]
+    shrunk = functional.shrink(x, [branch.lora_a for branch in branches], dropouts, impl)
+    shares = [
+        (member, _key(branch), share) for (member, branch), share in zip(found, shrunk, strict=True)
     ]
-    keep_shares(x, context, others)
-    return first[2]
+    keep_shares(x, context, shares[1:])
+    return shrunk[0], ""
 
 
 def _sibling_branch(layer: Any, x: torch.Tensor, impl: str) -> tuple[Branch | None, str]:
@@ -132,6 +136,7 @@ def sibling_note(layer: Any) -> str:
         return _UNKNOWN
     if len(family.members) < 2:
         return "none"
-    if family.why_not:
-        return f"{len(family.members)}, not shared: {family.why_not}"
+    why = family.why_not.get(id(layer), "")
+    if why:
+        return f"{len(family.members)}, not shared: {why}"
     return f"{len(family.members)} share x"
