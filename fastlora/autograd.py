@@ -1,7 +1,7 @@
 """The autograd functions above the operators: what is saved, and every gradient.
 
-Saved for backward are x itself, s, the seed and the parameters; never a cast or dropped copy of x,
-nor a mask. Whatever needs no gradient is neither saved nor computed.
+Saved for backward are x itself, s (not on a CPU), the seed and the parameters; never a cast or
+dropped copy of x, nor a mask. Whatever needs no gradient is neither saved nor computed.
 
 One function does a layer. Where layers fed by the same tensor share their passes over it, the
 graph has two kinds of node: `LoraShrink` makes every sibling's s, and its backward yields their
@@ -23,6 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from fastlora import reference
 from fastlora.gradients import Needs, Saved, grad_a, keep_mask, layer_gradients
+
+
+def _keeps_s(x: torch.Tensor, impl: str) -> bool:
+    """Whether s is saved; else the backward makes it again from the x that it reads anyway."""
+    return impl == "triton" or x.device.type != "cpu"
 
 
 def _shrink(
@@ -146,13 +151,14 @@ class LoraLinear(torch.autograd.Function):
         ctx.dropout_p, ctx.impl = dropout_p, impl
         ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
         ctx.bias_dtype = None if bias is None else bias.dtype
+        keeps_s = needs_b and _keeps_s(x, impl)
         ctx.save_for_backward(
-            x if needs_a or needs_weight else None,
+            x if needs_a or needs_weight or (needs_b and not keeps_s) else None,
             weight,
             lora_a,
             lora_b,
             scaling,
-            s if needs_b else None,
+            s if keeps_s else None,
             seed,
         )
         ctx.x_shape = x.shape
@@ -219,8 +225,14 @@ class LoraAdd(torch.autograd.Function):
         result, s = forward_add(y, x, lora_a, lora_b, scaling, seed, dropout_p, impl, False, s)
         _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.dropout_p, ctx.impl = dropout_p, impl
+        keeps_s = needs_b and _keeps_s(x, impl)
         ctx.save_for_backward(
-            x if needs_a else None, lora_a, lora_b, scaling, s if needs_b else None, seed
+            x if needs_a or (needs_b and not keeps_s) else None,
+            lora_a,
+            lora_b,
+            scaling,
+            s if keeps_s else None,
+            seed,
         )
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return result

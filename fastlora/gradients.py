@@ -14,11 +14,6 @@ import torch
 import fastlora.grad_ops  # noqa: F401  # registers the operators of a backward
 from fastlora import reference
 
-# From here on a CPU forms the d_lora_a of siblings faster as one product in fp32, in 16 bits
-# always: three of rank 16 over 512 rows of 576, one Xeon core, fp32 141 us apart and 147 joined,
-# bf16 128 and 67; over 2,048 rows fp32 805 and 631, bf16 505 and 302.
-_JOINED_ROWS = 1024
-
 
 def keep_mask(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, again: bool) -> torch.Tensor:
     """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator."""
@@ -71,42 +66,32 @@ def layer_gradients(
 
     ``ds = scaling * dy @ lora_b``, and from it the rest. ``dy [M, N]`` in x's dtype.
     """
-    d_lora_b = d_bias = None
-    ds, pending_bias = None, needs.bias
-    if needs.lora_b and impl == "triton":
-        ds, d_lora_b, d_bias = torch.ops.fastlora.lora_grad_b(
-            dy, saved.s, saved.lora_b, saved.scaling, needs.bias, impl
-        )
-        pending_bias = False
-    elif needs.lora_b:
-        ds, d_lora_b, _ = reference.lora_grad_b(dy, saved.s, saved.lora_b, saved.scaling)
-    if pending_bias:
-        d_bias = dy.sum(0)
-    if not needs.x and not needs.lora_a and not needs.s:
-        return Gradients(None, None, d_lora_b, None, d_bias)
-    if ds is None:
-        ds = (dy @ saved.lora_b.to(dy.dtype)).mul_(saved.scaling)
-    if impl == "triton":
-        dx, d_lora_a = _triton_from_ds(dy, ds, weight, saved, needs, dropout_p, plan)
-    else:
-        dx, d_lora_a = _eager_from_ds(dy, ds, weight, saved, needs, dropout_p)
-    return Gradients(dx, d_lora_a, d_lora_b, ds, d_bias)
+    compute = _triton_gradients if impl == "triton" else _eager_gradients
+    return compute(dy, weight, saved, needs, dropout_p, plan)
 
 
-def _triton_from_ds(
+def _triton_gradients(
     dy: torch.Tensor,
-    ds: torch.Tensor,
     weight: torch.Tensor | None,
     saved: Saved,
     needs: Needs,
     dropout_p: float,
     plan: str,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    dx = d_lora_a = None
-    lora_a, seed = saved.lora_a, saved.seed
+) -> Gradients:
+    d_lora_a = d_lora_b = d_bias = dx = None
+    lora_a, lora_b, seed = saved.lora_a, saved.lora_b, saved.seed
+    if needs.lora_b:
+        ds, d_lora_b, sums = torch.ops.fastlora.lora_grad_b(
+            dy, saved.s, lora_b, saved.scaling, needs.bias, "triton"
+        )
+        d_bias = sums if needs.bias else None
+    else:
+        ds = reference.lora_ds(dy, lora_b, saved.scaling)
+        d_bias = dy.sum(0) if needs.bias else None
     if needs.lora_a:
+        rows = saved.x.reshape(-1, saved.x.shape[-1])
         (d_lora_a,) = torch.ops.fastlora.lora_grad_a(
-            saved.x.reshape(-1, saved.x.shape[-1]), [ds], [lora_a], seed, [dropout_p], "triton"
+            rows, [ds], [lora_a], seed, [dropout_p], "triton"
         )
     if needs.x and weight is not None:
         dx = torch.ops.fastlora.lora_grad_x(
@@ -116,38 +101,49 @@ def _triton_from_ds(
         dx = ds @ lora_a.to(dy.dtype)
         if seed is not None:
             dx = torch.ops.fastlora.lora_dropout(dx, seed, dropout_p, "triton")
-    return dx, d_lora_a
+    return Gradients(dx, d_lora_a, d_lora_b, ds, d_bias)
 
 
-def _eager_from_ds(
+def _eager_gradients(
     dy: torch.Tensor,
-    ds: torch.Tensor,
     weight: torch.Tensor | None,
     saved: Saved,
     needs: Needs,
     dropout_p: float,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    dx = d_lora_a = keep = None
-    factor = saved.lora_a.to(dy.dtype)
-    rows = None if saved.x is None else saved.x.reshape(-1, saved.x.shape[-1])
-    if saved.seed is not None and (needs.x or needs.lora_a):
+    plan: str,
+) -> Gradients:
+    """In PyTorch; s is made again where it was not saved, from the rows that d_lora_a reads."""
+    d_lora_a = d_lora_b = dx = keep = None
+    factor, dropped = saved.lora_a.to(dy.dtype), 1.0 / (1.0 - dropout_p)
+    ds = reference.lora_ds(dy, saved.lora_b, saved.scaling)
+    rows: Any = None if saved.x is None else saved.x.reshape(-1, saved.x.shape[-1])
+    inner = ds
+    if saved.seed is not None and (needs.x or rows is not None):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if rows is None else rows
         keep = keep_mask(like, saved.seed, dropout_p, again=True)
-        ds = ds * (1.0 / (1.0 - dropout_p))
+        inner = ds * dropped
     if needs.x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.
-        dx = reference.drop_(ds @ factor, keep)
+        dx = reference.drop_(inner @ factor, keep)
         if weight is not None:
             dx.addmm_(dy, weight.to(dy.dtype))
     elif needs.x:
         dx = ds @ factor if weight is None else dy @ weight.to(dy.dtype)
         if weight is not None:
             dx.addmm_(ds, factor)
-    if needs.lora_a and rows is not None:
-        if keep is not None:
-            rows = reference.select_(keep, rows)
-        d_lora_a = (ds.t() @ rows).to(saved.lora_a.dtype)
-    return dx, d_lora_a
+    if rows is not None and keep is not None:
+        rows = reference.select_(keep, rows)
+    if needs.lora_a:
+        d_lora_a = (inner.t() @ rows).to(saved.lora_a.dtype)
+    if needs.lora_b:
+        s = saved.s
+        if s is None:
+            s = reference.lora_shrink(rows, factor)
+            if keep is not None:
+                s.mul_(dropped)
+        d_lora_b = reference.lora_d_b(dy, s, saved.lora_b, saved.scaling)
+    d_bias = dy.sum(0) if needs.bias else None
+    return Gradients(dx, d_lora_a, d_lora_b, ds, d_bias)
 
 
 def grad_a(
@@ -167,7 +163,7 @@ def grad_a(
         return torch.ops.fastlora.lora_grad_a(x, ds, lora_a, all_seeds, list(dropouts), impl)
     found: dict[int, torch.Tensor] = {}
     bare = [index for index, seed in enumerate(seeds) if seed is None]
-    if len(bare) > 1 and (x.itemsize == 2 or x.shape[0] >= _JOINED_ROWS):
+    if len(bare) > 1:
         joined = torch.cat([ds[index] for index in bare], dim=1).t() @ x
         parts = joined.split([ds[index].shape[1] for index in bare])
         # Memory of their own: a slice would keep its siblings' gradients alive.

@@ -92,6 +92,21 @@ def drop_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    """Returns ``ds = scaling * dy @ lora_b``, shape ``[M, R]``."""
+    return (dy @ lora_b.to(dy.dtype)).mul_(scaling)
+
+
+def lora_d_b(
+    dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+) -> torch.Tensor:
+    """Returns ``d_lora_b = dy.T @ (scaling * s)``, shape ``[N, R]``, in lora_b's dtype."""
+    scaled = (s * scaling).to(dy.dtype)
+    if dy.shape[0] >= _MANY_ROWS:
+        return (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
+    return (dy.t() @ scaled).to(lora_b.dtype)
+
+
 def lora_grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
@@ -104,12 +119,7 @@ def lora_grad_b(
     ``ds = scaling * dy @ lora_b``, ``d_lora_b = dy.T @ (scaling * s)``; the sums are fp32 ``[N]``,
     empty unless ``with_bias``.
     """
-    ds = (dy @ lora_b.to(dy.dtype)).mul_(scaling)
-    scaled = (s * scaling).to(dy.dtype)
-    if dy.shape[0] >= _MANY_ROWS:
-        d_lora_b = (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
-    else:
-        d_lora_b = (dy.t() @ scaled).to(lora_b.dtype)
+    ds, d_lora_b = lora_ds(dy, lora_b, scaling), lora_d_b(dy, s, lora_b, scaling)
     sums = dy.sum(0, dtype=torch.float32) if with_bias else dy.new_empty(0, dtype=torch.float32)
     return ds, d_lora_b, sums
 
