@@ -41,7 +41,7 @@ def _shrink(
         return torch.ops.fastlora.lora_shrink(x, lora_a, seed, dropout_p, impl)
     if seed is None:
         return reference.lora_shrink(x, lora_a)
-    dropped = reference.select_(keep_mask(x, seed, dropout_p, again=False), x)
+    dropped = reference.select_(keep_mask(x, seed, dropout_p, after=None), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 

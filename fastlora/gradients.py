@@ -15,10 +15,15 @@ import fastlora.grad_ops  # noqa: F401  # registers the operators of a backward
 from fastlora import reference
 
 
-def keep_mask(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, again: bool) -> torch.Tensor:
-    """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator."""
+def keep_mask(
+    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
+
+    ``after`` is a tensor of the backward that draws it, None in a forward.
+    """
     if torch.compiler.is_compiling() or type(seed) is not torch.Tensor:
-        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, again)
+        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
     return reference.lora_keep(x, seed, dropout_p)
 
 
@@ -120,7 +125,7 @@ def _eager_gradients(
     inner = ds
     if saved.seed is not None and (needs.x or rows is not None):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if rows is None else rows
-        keep = keep_mask(like, saved.seed, dropout_p, again=True)
+        keep = keep_mask(like, saved.seed, dropout_p, after=ds)
         inner = ds * dropped
     if needs.x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.
@@ -176,7 +181,7 @@ def grad_a(
             continue
         rows = x
         if seed is not None:
-            rows = reference.select_(keep_mask(x, seed, p, again=True), x)
+            rows = reference.select_(keep_mask(x, seed, p, after=gradient), x)
             gradient = gradient * (1.0 / (1.0 - p))
         found[index] = gradient.t() @ rows
     return [found[index].to(a.dtype) for index, a in enumerate(lora_a)]

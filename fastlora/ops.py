@@ -114,9 +114,9 @@ _LIBRARY.define(
     "lora_expand_(Tensor(a!) y, Tensor s, Tensor lora_b, Tensor scaling, str impl) -> ()"
 )
 _LIBRARY.define("lora_dropout(Tensor x, Tensor seed, float dropout_p, str impl) -> Tensor")
-# ``again`` changes nothing but keeps compilers from taking the backward's mask for the forward's,
-# which they would then save.
-_LIBRARY.define("lora_keep(Tensor x, Tensor seed, float dropout_p, bool again) -> Tensor")
+# ``after`` is not read. A backward gives one of its tensors, so that compilers neither take its
+# mask for the forward's nor draw it there: they would save it.
+_LIBRARY.define("lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor")
 _LIBRARY.define(
     "lora_linear_of(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor lora_b,"
     " Tensor scaling, str impl, str plan) -> Tensor"
@@ -367,7 +367,9 @@ def _lora_dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: s
 
 
 @_implements("lora_keep")
-def _lora_keep(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, again: bool) -> torch.Tensor:
+def _lora_keep(
+    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+) -> torch.Tensor:
     return reference.lora_keep(x, seed, dropout_p)
 
 

@@ -143,6 +143,10 @@ CALLS: dict[str, Callable[[dict[str, torch.Tensor]], tuple[Any, ...]]] = {
     ),
     "lora_expand_": lambda t: (t["y"], t["s"], t["lora_b"], t["scaling"], "eager"),
     "lora_dropout": lambda t: (t["x"], t["seed"], 0.5, "eager"),
+    "lora_keep": lambda t: (t["x"], t["seed"], 0.5, t["s"]),
+    "lora_linear_of": lambda t: (
+        *(t["x"], t["weight"], None, t["s"], t["lora_b"], t["scaling"], "eager", "auto"),
+    ),
 }
 
 

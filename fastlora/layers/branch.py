@@ -55,6 +55,9 @@ def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch
     device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
         return value.to(device=device, dtype=dtype).reshape(())
+    if torch.compiler.is_compiling():
+        # What an eager forward has cached meanwhile must not be a reason to compile again.
+        return torch.full((), value, dtype=dtype, device=device)
     cache = layer.__dict__.setdefault("_scaling_tensors", {})
     cached = cache.get(name)
     if cached is not None and cached[:3] == (value, device, dtype):
@@ -63,7 +66,7 @@ def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch
         tensor = torch.full((), value, dtype=dtype, device=device)
     # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not capturing:
+    if type(tensor) is torch.Tensor and not capturing:
         cache[name] = (value, device, dtype, tensor)
     return tensor
 

@@ -1,0 +1,184 @@
+"""torch.compile in training: one graph for each set of trainable parameters, then no more.
+
+Small models, and a backend that runs AOTAutograd's graphs as they are: what is counted is what
+Dynamo compiles, which does not depend on the backend.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+from fastlora import LoraConfig, LoraModel, get_peft_model
+
+NAMES = ("default", "b")
+
+
+class Gated(nn.Module):
+    """Two linears fed by one tensor, and one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(16, 24), nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 16]`` to ``[..., 16]``."""
+        return self.down(self.gate(x).tanh() * self.up(x))
+
+
+def adapted(p: float = 0.0) -> LoraModel:
+    """The model with two adapters of one rank and two scalings."""
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": ["gate", "up", "down"], "lora_dropout": p}
+    model = get_peft_model(Gated(), LoraConfig(**config, lora_alpha=8))
+    model.add_adapter("b", LoraConfig(**config, lora_alpha=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model.train()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has compiled, and fails if one was broken."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def gradients(call: Any, model: LoraModel, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of the trainable parameters."""
+    torch.manual_seed(2)
+    x = x.detach().requires_grad_()
+    y = call(x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.pow(2).mean(), [x, *parameters])]
+
+
+def close(mine: torch.Tensor, plain: torch.Tensor) -> None:
+    """Equal but for the order of fp32 sums, at the size of the tensor."""
+    assert (mine - plain).norm() <= 32 * torch.finfo(torch.float32).eps * plain.norm()
+
+
+@pytest.mark.parametrize(("dynamic", "p"), [(False, 0.0), (True, 0.3)])
+def test_fifty_switches_compile_nothing(dynamic: bool, p: float) -> None:
+    """One graph a set of trainable parameters, one for M = 1; then nothing, eager runs or not."""
+    model = adapted(p)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    lengths = [7] if not dynamic else list(range(2, 40))
+
+    def step(name: str, batch: int, length: int, check: bool = False) -> None:
+        model.set_adapter(name)
+        x = torch.randn(batch, length, 16)
+        mine = gradients(compiled, model, x)
+        if check:
+            for one, other in zip(mine, gradients(model, model, x), strict=True):
+                close(one, other)
+
+    for name in NAMES:
+        step(name, 2, lengths[-1], check=True)
+    assert compiled_graphs() == len(NAMES)
+    step("b", 1, 1, check=True)
+    assert compiled_graphs() == len(NAMES) + 1
+    chosen = random.Random(0)
+    for index in range(50):
+        if index % 10 == 9:
+            step("b", 1, 1)
+        else:
+            step(chosen.choice(NAMES), 2, chosen.choice(lengths), check=index % 10 == 0)
+    assert compiled_graphs() == len(NAMES) + 1
+
+
+def test_automatic_dynamic_shapes() -> None:
+    """Without being told, a second length makes one dynamic graph, and that is all."""
+    model = adapted()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (5, 6):
+        gradients(compiled, model, torch.randn(2, length, 16))
+    assert compiled_graphs() == 2
+    for length in range(7, 57):
+        gradients(compiled, model, torch.randn(2, length, 16))
+    assert compiled_graphs() == 2
+
+
+def test_a_scaling_that_is_a_tensor_is_an_input() -> None:
+    """What is written into it acts in the compiled graph, which stays."""
+    model = adapted()
+    scalings = []
+    for layer in model.base_model.model.children():
+        scalings.append(torch.tensor(2.0))
+        layer.scaling["default"] = scalings[-1]
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(2, 5, 16)
+    for factor in (0.5, 0.7, 3.0):
+        for scaling in scalings:
+            scaling.fill_(factor)
+        pairs = zip(gradients(compiled, model, x), gradients(model, model, x), strict=True)
+        for mine, plain in pairs:
+            close(mine, plain)
+    assert compiled_graphs() == 1
+
+
+def test_an_eager_forward_in_between_changes_no_guard() -> None:
+    """Siblings become known by eager training, which compiled code neither reads nor writes."""
+    model = adapted()
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(2, 5, 16)
+    expected = gradients(compiled, model, x)
+    for _ in range(3):
+        gradients(model, model, x)
+    for mine, plain in zip(gradients(compiled, model, x), expected, strict=True):
+        assert torch.equal(mine, plain)
+    assert compiled_graphs() == 1
+
+
+def masked(node: Any, mask: Any) -> bool:
+    """Whether a node is a dropout mask, or a tensor under one that no product has reduced yet."""
+    if node.target is mask:
+        return True
+    through = ("aten.mul", "aten.view", "aten.reshape", "aten.alias", "aten.clone")
+    return str(node.target).startswith(through) and any(
+        masked(source, mask) for source in node.all_input_nodes
+    )
+
+
+def test_neither_a_mask_nor_a_dropped_copy_is_saved() -> None:
+    """Compiled too, the backward has x and the seeds, and draws its masks again."""
+    mask = torch.ops.fastlora.lora_keep.default
+    drawn: list[int] = []
+    saved: list[Any] = []
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        drawn.append(sum(node.target is mask for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    def partition(joint: Any, inputs: Any, **kwargs: Any) -> Any:
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        saved.extend(forward.graph.output_node().args[0])
+        return forward, backward
+
+    backend = aot_autograd(
+        fw_compiler=compile_graph, bw_compiler=compile_graph, partition_fn=partition
+    )
+    model = adapted(0.5)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(2, 9, 16)
+    for mine, plain in zip(gradients(compiled, model, x), gradients(model, model, x), strict=True):
+        close(mine, plain)
+    assert drawn == [3, 3]  # one mask a layer in the forward, and one again in the backward
+    assert len(saved) > 3
+    assert not [node for node in saved if isinstance(node, torch.fx.Node) and masked(node, mask)]
