@@ -286,6 +286,80 @@ def test_backward_in_another_thread() -> None:
         close(parameter.grad, plain)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_checkpoints_under_autocast_and_from_another_thread(use_reentrant: bool, p: float) -> None:
+    """Dropout repeats, the recomputed forward has its autocast: gradients equal the plain run's."""
+    model, x = Block(p=p), torch.randn(9, 24)
+    model(x)
+
+    def run(call: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+        model.zero_grad()
+        torch.manual_seed(6)
+        own = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(own).float().pow(2).mean()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        return [own.grad, *(q.grad.clone() for q in trainable(model))]
+
+    again = run(lambda own: checkpoint(model, own, use_reentrant=use_reentrant))
+    shared = run(model)
+    model = copy.deepcopy(model)  # which has not seen its siblings
+    for mine, plain, joined in zip(again, run(model), shared, strict=True):
+        assert torch.equal(mine, plain)
+        close(joined.bfloat16(), plain.bfloat16())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    """Four backwards into the same gradients, each shared, as near to the truth as one."""
+    model, x = Block(), torch.randn(4, 7, 24)
+    truth = apart(copy.deepcopy(model).double(), x.double())[2:]
+    same = apart(model, x)[2:]
+    model(x)
+    with counted() as calls:
+        for part in x:
+            (model(part).pow(2).mean() / 4).backward()
+    assert calls == [3] * 4
+    for parameter, plain, exact in zip(trainable(model), same, truth, strict=True):
+        assert_within_budget(parameter.grad, plain, exact)
+
+
+def test_grad_scaler() -> None:
+    """A scaled step is the plain one; a step whose gradients overflow is skipped, scale halved."""
+    model, x = Block(), torch.randn(9, 24)
+    model(x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+
+    def step(inputs: torch.Tensor, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.autocast("cpu", torch.float16):
+            loss = model(inputs).float().pow(2).mean()
+        scale(loss).backward()
+
+    step(x, lambda loss: loss)
+    plain = [p.grad.clone() for p in trainable(model)]
+    model.zero_grad()
+    with counted() as calls:
+        step(x, scaler.scale)
+    assert calls == [3]
+    scaler.unscale_(optimizer)
+    for parameter, expected in zip(trainable(model), plain, strict=True):
+        # Unscaled, what is below fp16's range in ds is lost: the scaled gradient is the better one.
+        error = (parameter.grad - expected).norm()
+        assert error <= 8 * torch.finfo(torch.float16).eps * expected.norm()
+    scaler.step(optimizer)
+    scaler.update()
+    before = [p.detach().clone() for p in trainable(model)]
+    model.zero_grad()
+    step(x * 1e4, scaler.scale)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert all(torch.equal(p, old) for p, old in zip(trainable(model), before, strict=True))
+
+
 def test_the_report_names_siblings() -> None:
     """Unknown before a training forward; then three share and one has no sibling."""
     model, x = Block(), torch.randn(9, 24)
