@@ -16,6 +16,11 @@ def batch_invariant() -> bool:
     return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
 
 
+def plan() -> str:
+    """Returns the plan that ``FASTLORA_PLAN`` names for calls that name none, else ``"auto"``."""
+    return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
+
+
 def cache_dir() -> Path:
     """Returns the folder for files that can be made again (``$XDG_CACHE_HOME/fastlora``)."""
     base = os.environ.get("XDG_CACHE_HOME")

@@ -9,6 +9,7 @@ import torch
 
 from fastlora import autograd, ops
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant
+from fastlora.plans import PLANS
 from fastlora.validation import (
     ImplementationError,
     check_dropout,
@@ -60,8 +61,10 @@ def lora_linear(
             0 in evaluation.
         impl: ``"triton"`` or ``"eager"``, or ``"auto"``: Triton on a GPU it supports, else eager.
         plan: What the Triton implementation launches: ``"fused"`` (one GEMM with the LoRA term in
-            its epilogue), ``"split"`` (cuBLAS, then an in-place update), ``"invariant"`` (fused,
-            as in `fastlora.batch_invariant`, inside of which it is the only one), or ``"auto"``.
+            its epilogue), ``"split"`` (cuBLAS, then an in-place update), ``"augmented"`` (cuBLAS
+            over K + R, operands copied), ``"invariant"`` (fused, as in
+            `fastlora.batch_invariant`, inside of which it is the only one), or ``"auto"``: what
+            ``FASTLORA_PLAN`` names, else a table by chip, dtype, rows and rank.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -72,8 +75,8 @@ def lora_linear(
         ImplementationError: ``impl="triton"``, or the batch-invariant mode, cannot run here.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
-    if plan not in ops.PLANS:
-        raise ValueError(f"plan must be one of {', '.join(ops.PLANS)}, got {plan!r}")
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
     _check_factors(x, lora_a, lora_b)
     check_floating("weight", weight)
     check_shape("weight", weight, (lora_b.shape[0], x.shape[-1]))

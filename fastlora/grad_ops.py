@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fastlora import reference
-from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _precision
+from fastlora.ops import _LIBRARY, _implements, _on_device, _precision
+from fastlora.plans import choose_plan
 
 _LIBRARY.define(
     "lora_grad_b(Tensor dy, Tensor s, Tensor lora_b, Tensor scaling, bool with_bias, str impl)"
@@ -84,14 +85,18 @@ def _triton_grad_x(
     dropout_p: float,
     plan: str,
 ) -> torch.Tensor:
-    """One fused launch; or a GEMM of the library's, then an in-place update."""
+    """One fused launch; or a GEMM of the library's, augmented or with an in-place update behind."""
     from fastlora.kernels import configs, grad_configs, lora_expand, lora_linear
 
     m, (r, k) = dy.shape[0], lora_a.shape
     chip, precision = configs.chip_of(dy.device), _precision(dy.dtype)
     dropout = {"seed": seed, "dropout_p": dropout_p if seed is not None else 0.0}
     # A forward's "invariant" is "auto" here: d_lora_a and d_lora_b sum over the batch anyhow.
-    if plan == "fused" or (plan != "split" and m <= _FUSED_MAX_ROWS):
+    plan = choose_plan("auto" if plan == "invariant" else plan, dy, r)
+    if plan == "augmented" and seed is None:  # under dropout the mask is on one of the two terms
+        stacked = torch.cat([weight, lora_a.to(dy.dtype)])
+        return torch.cat([dy, ds], dim=1) @ stacked
+    if plan == "fused":
         dx = dy.new_empty(m, k)
         lora_linear.launch_lora_linear(
             dx,

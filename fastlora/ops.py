@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from fastlora import env, reference
+from fastlora.plans import augmented, choose_plan
 from fastlora.validation import ImplementationError
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
-# "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
-PLANS = ("auto", "fused", "split", "invariant")
 
-# Up to here a linear is bound by its weight's bytes and one fused kernel wins; above it cuBLAS is
-# ahead of a Triton GEMM (design, section 5). The default for hardware that nobody measured.
+# Of mixed batches, whose plans have no table: as `fastlora.kernels.plan_tables.DEFAULT`.
 _FUSED_MAX_ROWS = 64
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -237,10 +235,6 @@ def _triton_fused_linear(
     return y, s
 
 
-def _is_fused(plan: str, x: torch.Tensor) -> bool:
-    return plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS)
-
-
 def _triton_linear_of(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -253,7 +247,10 @@ def _triton_linear_of(
     """y from an s that is there already."""
     from fastlora.kernels import configs, lora_linear
 
-    if not _is_fused(plan, x):
+    plan = choose_plan(plan, x, lora_b.shape[1])
+    if plan == "augmented":
+        return augmented(x, weight, bias, s, lora_b, scaling)
+    if plan == "split":
         y = F.linear(x, weight, bias)
         _triton_expand_(y, s, lora_b, scaling)
         return y
@@ -279,15 +276,13 @@ def _triton_linear(
     dropout_p: float,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses and runs a plan; see `PLANS`."""
-    if plan == "invariant" or _is_fused(plan, x):
+    """Chooses and runs a plan; see `fastlora.plans`."""
+    if plan == "invariant" or choose_plan(plan, x, lora_a.shape[0]) == "fused":
         return _triton_fused_linear(
             x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan == "invariant"
         )
     s = _triton_shrink(x, lora_a, seed, dropout_p)
-    y = F.linear(x, weight, bias)
-    _triton_expand_(y, s, lora_b, scaling)
-    return y, s
+    return _triton_linear_of(x, weight, bias, s, lora_b, scaling, plan), s
 
 
 @_implements("lora_shrink")

@@ -19,6 +19,7 @@ SHAPES = [
     (17, 96, 40, 24),
     (127, 40, 96, 64),
     (300, 130, 65, 8),
+    (33, 260, 24, 4),  # wide: s is made again in the backward
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -81,6 +82,8 @@ def test_gradcheck() -> None:
 
     assert torch.autograd.gradcheck(linear, (x, weight, bias, lora_a, lora_b))
     assert torch.autograd.gradcheck(dropped, (x, weight, bias, lora_a, lora_b))
+    # A wide layer, whose s is made again in the backward.
+    assert torch.autograd.gradcheck(dropped, tuple(make(2, 200, 4, 3, torch.float64).values()))
     y = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda y, x, a, b: lora_add(y, x, a, b, 0.5), (y, x, lora_a, lora_b)
@@ -115,9 +118,10 @@ def test_fp32_factors_on_a_16_bit_base() -> None:
     assert operands["x"].grad.dtype == torch.bfloat16
 
 
-def test_only_what_needs_a_gradient_is_saved() -> None:
-    """Saved for backward: x, seed, scaling and parameters; s too where there are kernels."""
-    m, n, k, r = 64, 48, 32, 4
+@pytest.mark.parametrize(("n", "keeps_s"), [(48, True), (256, False)])
+def test_only_what_needs_a_gradient_is_saved(n: int, keeps_s: bool) -> None:
+    """Saved for backward: x, seed, scaling, parameters, and s where it is not made again."""
+    m, k, r = 64, 32, 4
     operands = make(m, n, k, r, torch.float32)
     operands["weight"].requires_grad_(False)
     operands["bias"].requires_grad_(False)
@@ -125,7 +129,7 @@ def test_only_what_needs_a_gradient_is_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         lora_linear(**operands, scaling=2.0, dropout_p=0.5)
     shapes = sorted(tuple(t.shape) for t in packed)
-    assert shapes == sorted([(m, k), (n, k), (r, k), (n, r), (), (1,)])
+    assert shapes == sorted([(m, k), (n, k), (r, k), (n, r), (), (1,)] + [(m, r)] * keeps_s)
     assert any(t.data_ptr() == operands["x"].data_ptr() for t in packed)
 
 

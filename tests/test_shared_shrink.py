@@ -125,6 +125,26 @@ def test_gradients_have_their_own_memory_and_few_rows_are_apart(
     assert calls == [3]
 
 
+def test_wide_layers_make_s_again() -> None:
+    """Then each keeps x beside the shared node, and gradients are the same."""
+    torch.manual_seed(3)
+    model = nn.Sequential()  # only to hold them
+    model.gate, model.up = (FastLoraLinear(24, 300, r=4) for _ in range(2))
+    for layer in (model.gate, model.up):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    model.forward = lambda x: model.gate(x).tanh() * model.up(x)  # type: ignore[method-assign]
+    x = torch.randn(9, 24)
+    expected = gradients(model, x)
+    model.gate(torch.randn(9, 24))  # another tensor: now they are known
+    with counted() as calls:
+        shared = gradients(model, x)
+    assert calls == [2]
+    for mine, plain in zip(shared, expected, strict=True):
+        close(mine, plain)
+    saved = model.gate(x).grad_fn.saved_tensors
+    assert not any(t is not None and t.shape == (9, 4) for t in saved)
+
+
 def test_base_weights_and_biases_train_too() -> None:
     """d_weight and d_bias of shared layers equal those of layers on their own."""
     model, x = Block(), torch.randn(9, 24)
@@ -141,7 +161,7 @@ def test_base_weights_and_biases_train_too() -> None:
 
 
 def test_what_is_saved() -> None:
-    """x, parameters and scalings: nothing else, and no s here, which is made again."""
+    """x once for the three, one s each, parameters and scalings: nothing else."""
     model, x = Block(bias=False), torch.randn(50, 24)
     model(x)
     q, k, v = model.q(x), model.k(x), model.v(x)
@@ -151,10 +171,11 @@ def test_what_is_saved() -> None:
     parameters = {p.data_ptr() for p in model.parameters()}
     assert saved[0].data_ptr() == x.data_ptr()
     assert all(t.data_ptr() in parameters for t in saved[1:])
-    for y in (q, k, v):
+    for y, rank in ((q, 4), (k, 3), (v, 5)):
         kept = [t for t in y.grad_fn.saved_tensors if t is not None]
-        rest = [t for t in kept if t.data_ptr() not in parameters]
-        assert [tuple(t.shape) for t in rest if t.data_ptr() != x.data_ptr()] == [()]
+        rest = [tuple(t.shape) for t in kept if t.data_ptr() not in parameters]
+        # v has a lora_bias, which only its forward needs.
+        assert sorted(rest) == [(), (50, rank)]
 
 
 def test_dropout_is_not_shared_here_and_masks_stay() -> None:

@@ -60,7 +60,7 @@ def plain(
     return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
 
 
-@pytest.mark.parametrize("plan", ["fused", "split"])
+@pytest.mark.parametrize("plan", ["fused", "split", "augmented"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, plan: str) -> None:
     """Within the error budget of the same-dtype expression, value and all five gradients."""

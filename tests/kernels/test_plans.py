@@ -1,0 +1,110 @@
+"""Plans: data, the call before the environment before the table, and the same numbers from each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastlora import env, ops, plans
+from fastlora.functional import lora_linear
+from fastlora.plans import PLANS
+
+NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
+DEVICE = "cuda" if NATIVE else "cpu"
+if not ops.triton_status(DEVICE)[0]:
+    pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
+
+from fastlora.kernels import configs, plan_tables  # noqa: E402  # only where there are kernels
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ways that forwards and backwards take, as they take them."""
+    seen: list[str] = []
+
+    def note(module: object, name: str, what: str) -> None:
+        plain: Callable[..., object] = getattr(module, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            seen.append(what)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    note(ops, "_triton_fused_linear", "fused")
+    note(ops, "_triton_expand_", "split")
+    note(ops, "augmented", "augmented")
+    return seen
+
+
+def operands(m: int) -> list[torch.Tensor]:
+    """x, weight, lora_a, lora_b."""
+    shapes = ((m, 48), (40, 48), (8, 48), (40, 8))
+    return [torch.randn(shape).to(DEVICE).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("m", "expected"), [(64, "fused"), (65, "split")])
+def test_the_default_is_the_designs(m: int, expected: str, launched: list[str]) -> None:
+    """On every chip, while nothing has been measured: fused up to 64 rows, split above."""
+    lora_linear(*operands(m), 0.5, impl="triton")
+    assert launched == [expected]
+    assert plan_tables.plan_for("sm_90", torch.bfloat16, m, 16) == expected
+
+
+def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """The first row whose limits hold, for the chip's family and x's dtype alone."""
+    row = plan_tables.PlanRow
+    table = (row("augmented", max_rows=30, max_rank=8), row("fused", max_rows=30), row("split"))
+    family = configs.chip_of(torch.device(DEVICE)).family
+    monkeypatch.setitem(plan_tables.MEASURED, (family, torch.float32), table)
+    found = [
+        plan_tables.plan_for(family, torch.float32, *size) for size in ((30, 8), (30, 9), (31, 8))
+    ]
+    assert found == ["augmented", "fused", "split"]
+    assert plan_tables.plan_for(family, torch.float16, 30, 8) == "fused"
+    lora_linear(*operands(30), 0.5, impl="triton")
+    assert launched == ["augmented"]
+
+
+def test_the_call_goes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
+    """``plan=`` names it; else ``FASTLORA_PLAN``; a name that is none is refused."""
+    tensors = operands(20)
+    monkeypatch.setattr(plans, "_PLAN", "augmented")
+    lora_linear(*tensors, 0.5, impl="triton")
+    lora_linear(*tensors, 0.5, impl="triton", plan="split")
+    assert launched == ["augmented", "split"]
+    monkeypatch.setattr(plans, "_PLAN", "best")
+    with pytest.raises(ValueError, match="FASTLORA_PLAN is 'best', expected one of auto, fused"):
+        lora_linear(*tensors, 0.5, impl="triton")
+
+
+def test_the_environment_is_read() -> None:
+    """In a fresh process."""
+    code = "from fastlora import plans; raise SystemExit(plans._PLAN != 'split')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTLORA_PLAN": "Split"}, check=False
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_gradients_agree_under_dropout_too(p: float) -> None:
+    """dx of each plan equals the fused one's to rounding, where the mask parts the two terms."""
+    dy, weight, ds, lora_a = (
+        torch.randn(shape).to(DEVICE) for shape in ((20, 40), (40, 48), (20, 8), (8, 48))
+    )
+    seed = torch.tensor([7], device=DEVICE) if p else None
+    results = {
+        plan: torch.ops.fastlora.lora_grad_x(dy, weight, ds, lora_a, seed, p, "triton", plan)
+        for plan in PLANS
+    }
+    eps = torch.finfo(torch.float32).eps
+    for dx in results.values():
+        assert (dx - results["fused"]).norm() <= 16 * eps * results["fused"].norm()
