@@ -49,21 +49,21 @@ def adapters(
             tensor of slots for each sample or token, -1 for none. A slot is an index into
             ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`.
         seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
-            same elements whatever else is in the batch. Those not given are drawn.
+            same elements whatever else is in the batch. Those not given are drawn, in training.
         validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
             slot does not exist come out NaN, and the end of the block raises.
 
     Raises:
         AdapterNotFoundError: A name or slot that is not there.
         AdapterStateError: An adapter is merged, or a pool is closed.
+        RuntimeError: Blocks of a thread end in another order than the reverse of their beginning.
         PoolFullError: A pool is too small for the batch's adapters.
         CheckpointError: A pool cannot read one of them.
         TypeError, ValueError: ``model`` or ``ids`` is not as described.
     """
     with contextlib.ExitStack() as held:
         routing = _routing(model, ids, seeds, validate, held)
-        if torch.is_grad_enabled():
-            recompute.keep_routing()
+        recompute.keep_routing()
         with routed(routing):
             yield
         if routing.ids.is_cuda and not torch.cuda.is_current_stream_capturing():
@@ -77,7 +77,9 @@ def _routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    pool = model if isinstance(model, AdapterPool) else pool_of(model)
+    pool = model if isinstance(model, AdapterPool) else None
+    if pool is None and isinstance(model, nn.Module):
+        pool = pool_of(model)
     if pool is not None:
         return _pool_routing(pool, ids, seeds, validate, held)
     tuner = getattr(model, "base_model", None)
@@ -111,7 +113,8 @@ def _tuner_routing(
         names, slots = known, _looked_up(torch.arange(len(known)), ids)
     else:
         names, slots = known, checked_slots(ids, known)
-    return Routing(tuner.group, names, slots, draw_seeds(names, seeds), layers)
+    acts = any(layer.training for layer in layers)
+    return Routing(tuner.group, names, slots, draw_seeds(names, seeds, draw=acts), layers)
 
 
 def _pool_routing(
@@ -146,7 +149,7 @@ def _pool_routing(
         pool.group,
         names,
         slots,
-        draw_seeds(names, seeds),
+        draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
         residents=lease.residents,
         kernels=[kernels],
     )
