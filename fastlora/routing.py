@@ -148,19 +148,29 @@ class KernelRouting:
     tables: Any
     max_rank: int
     dtype: torch.dtype
-    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[int, torch.device, int], RowGroups] = field(
+        default_factory=dict, repr=False
+    )
 
     def groups(self, m: int, device: torch.device) -> RowGroups:
-        """Returns the rows of a layer input sorted by adapter, made once for each ``m``.
+        """Returns the rows of a layer input sorted by adapter, made once for each ``m`` and stream.
 
         Raises:
             ValueError: ``m`` is no multiple of the number of ids.
         """
-        known = self._groups.get(m)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (m, device, stream)
+        known = self._groups.get(key)
         if known is None:
             columns = self.tables.rank.shape[1]
-            known = self._groups[m] = build_row_groups(self.columns, m, columns, device)
+            known = self._groups[key] = build_row_groups(self.columns, m, columns, device)
         return known
+
+    @property
+    def device(self) -> torch.device:
+        """Where tables and factors lie."""
+        device: torch.device = self.tables.rank.device
+        return device
 
     def found_invalid(self) -> bool:
         """Whether an id was out of range; waits for the GPU."""

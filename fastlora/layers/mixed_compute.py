@@ -198,7 +198,9 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
         invariant_impl(impl, "auto", x)
     elif ops.resolve_impl(impl, x) != "triton":
         return None
-    return mixed_kernels.kernel_routing(routing)
+    kernels = mixed_kernels.kernel_routing(routing)
+    # The adapters of one routing lie on one device: a model on several runs in PyTorch.
+    return kernels if kernels is not None and kernels.device == x.device else None
 
 
 def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
@@ -210,7 +212,7 @@ def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
             "mixed batches train through PyTorch's GEMMs; call eval() and use torch.no_grad(), or "
             "train one adapter at a time"
         )
-    return "an adapter has a factor that is hooked, or not a plain linear"
+    return "an adapter has a factor that is hooked, not a plain linear, or on another device"
 
 
 def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:

@@ -58,10 +58,10 @@ class Watch:
             self._remember(dropouts, name)
             if type(dropouts[name]) is nn.Dropout:
                 self._dropouts.append(dropouts[name])
-            for kept, value in zip(
-                self._scalings, (layer.scaling, name, layer.scaling[name]), strict=True
-            ):
-                kept.append(value)
+            holders, names_of, values = self._scalings
+            holders.append(layer.scaling)
+            names_of.append(name)
+            values.append(layer.scaling[name])
 
     def _remember(self, holder: dict[str, Any], key: str) -> None:
         value = holder[key]

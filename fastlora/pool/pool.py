@@ -102,7 +102,7 @@ class AdapterPool:
             spare = max(4, max_adapters // 8)
             with transfers.ordered():
                 self.tables = PoolTables(
-                    len(self._layers.targets), max_adapters + spare, self.device
+                    len(self._layers.targets), max_adapters + spare, max_adapters, self.device
                 )
         except BaseException:
             self._layers.remove()
