@@ -209,10 +209,15 @@ class PackCache:
             return known
 
     def clear(self) -> None:
-        """Forgets all sets: their factors may be about to change."""
+        """Forgets all sets: their factors may be about to change, or have changed unseen."""
         with self._lock:
             self.generation += 1
             self._sets.clear()
+
+    def before_training(self) -> None:
+        """Forgets all sets if there are any: what trains may write in ways that move no version."""
+        if self._sets and not torch.compiler.is_compiling():
+            self.clear()
 
     @property
     def nbytes(self) -> int:

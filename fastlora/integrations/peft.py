@@ -58,6 +58,8 @@ class _FastForward:
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         base = self.base_layer
         if not args and not kwargs and not why_not_plain(base):
             return lora_forward(self, x, base.weight, base.bias, names, "auto")
@@ -140,6 +142,13 @@ class FastPeftLoraModel(PeftLoraModel):
         """Deletes an adapter, maybe with layers."""
         self.__dict__.pop("_fastlora_routed", None)
         super().delete_adapter(adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, whose batch must fit the adapter ids in force."""
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None:
+            check_batch(kept[1].group, args, kwargs)
+        return super().forward(*args, **kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
