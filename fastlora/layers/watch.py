@@ -18,7 +18,8 @@ from fastlora.layers.compute import is_hooked
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Without gradients, backward hooks are of no consequence.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Watch:
