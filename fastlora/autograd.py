@@ -1,7 +1,12 @@
 """The autograd functions above the operators: what is saved, and every gradient.
 
-Saved for backward are x itself, s, the seed and the parameters; never a cast or dropped copy of x.
-The backward is PyTorch GEMMs, and whatever needs no gradient is neither saved nor computed.
+Saved for backward are x itself, s (not on a CPU), the seed and the parameters; never a cast or
+dropped copy of x, nor a mask. Whatever needs no gradient is neither saved nor computed.
+
+One function does a layer. Where layers fed by the same tensor share their passes over it, the
+graph has two kinds of node: `LoraShrink` makes every sibling's s, and its backward yields their
+d_lora_a and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with
+the LoRA term inside, ds (the gradient of s) and d_lora_b.
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
 ``y [M, N]``, ``scaling`` a number or ``[R]``; x and y may have any leading dimensions.
@@ -17,10 +22,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastlora import reference
+from fastlora.gradients import Needs, Saved, grad_a, keep_mask, layer_gradients
 
-# From here on a CPU forms d_lora_b faster as [R, N], its transposition included: at 512 rows of
-# 1536 columns, fp32, one Zen 4 core, 214 us instead of 382.
-_MANY_ROWS = 256
+
+def _keeps_s(x: torch.Tensor, impl: str) -> bool:
+    """Whether s is saved; else the backward makes it again from the x that it reads anyway."""
+    return impl == "triton" or x.device.type != "cpu"
 
 
 def _shrink(
@@ -32,9 +39,10 @@ def _shrink(
 ) -> torch.Tensor:
     if impl == "triton":
         return torch.ops.fastlora.lora_shrink(x, lora_a, seed, dropout_p, impl)
-    if seed is not None:
-        x = torch.ops.fastlora.lora_dropout(x, seed, dropout_p, impl)
-    return reference.lora_shrink(x, lora_a)
+    if seed is None:
+        return reference.lora_shrink(x, lora_a)
+    dropped = reference.select_(keep_mask(x, seed, dropout_p, again=False), x)
+    return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
 def forward_linear(
@@ -48,10 +56,12 @@ def forward_linear(
     dropout_p: float,
     impl: str,
     plan: str,
+    s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``(y [..., N], s [M, R])`` without recording a graph; x is ``[..., K]``.
 
-    The eager path calls PyTorch directly: under `torch.compile` its ops are then visible.
+    ``s`` is made here unless a sibling made it. The eager path calls PyTorch directly: under
+    `torch.compile` its ops are then visible.
     """
     dtype, shape = x.dtype, x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
@@ -59,14 +69,17 @@ def forward_linear(
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if impl == "triton":
-        y, s = torch.ops.fastlora.lora_linear(
+    if impl == "triton" and s is None:
+        y, made = torch.ops.fastlora.lora_linear(
             rows, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan
         )
+    elif impl == "triton":
+        y = torch.ops.fastlora.lora_linear_of(rows, weight, bias, s, lora_b, scaling, impl, plan)
+        made = s
     else:
-        s = _shrink(rows, lora_a, seed, dropout_p, impl)
-        y = reference.lora_linear(rows, weight, bias, s, lora_b, scaling)
-    return y if len(shape) == 2 else y.view(*shape[:-1], weight.shape[0]), s
+        made = _shrink(rows, lora_a, seed, dropout_p, impl) if s is None else s
+        y = reference.lora_linear(rows, weight, bias, made, lora_b, scaling)
+    return y if len(shape) == 2 else y.view(*shape[:-1], weight.shape[0]), made
 
 
 def forward_add(
@@ -79,9 +92,11 @@ def forward_add(
     dropout_p: float,
     impl: str,
     inplace: bool,
+    s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``(y + LoRA(x), s)`` without recording a graph; in place only if y is contiguous."""
-    s = _shrink(x.reshape(-1, x.shape[-1]), lora_a, seed, dropout_p, impl)
+    if s is None:
+        s = _shrink(x.reshape(-1, x.shape[-1]), lora_a, seed, dropout_p, impl)
     if not inplace or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     rows = y.view(-1, y.shape[-1])
@@ -92,64 +107,17 @@ def forward_add(
     return y, s
 
 
-def _backward_lora(
-    dy: torch.Tensor,
-    dx: torch.Tensor | None,
-    saved: tuple[Any, ...],
-    needs: tuple[bool, bool, bool],
-    dropout_p: float,
-    impl: str,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The LoRA term's gradients: ``ds = scaling * dy @ lora_b``, and from it the rest.
-
-    Args:
-        dy: Gradient of y, ``[M, N]``, in x's dtype.
-        dx: The base layer's share of x's gradient ``[M, K]``, added to in place; None for none.
-        saved: ``x, lora_a, lora_b, scaling, s, seed`` as the forward saved them.
-        needs: Whether x, lora_a and lora_b need a gradient.
-        dropout_p: As in the forward.
-        impl: As in the forward, so that the dropout mask is the same.
-
-    Returns:
-        ``dx``, ``d_lora_a [R, K]`` and ``d_lora_b [N, R]``, the last two in the factors' dtypes.
-    """
-    x, lora_a, lora_b, scaling, s, seed = saved
-    needs_x, needs_a, needs_b = needs
-    d_lora_a = d_lora_b = None
-    if needs_b:
-        scaled = (s * scaling).to(dy.dtype)
-        if dy.shape[0] >= _MANY_ROWS:
-            d_lora_b = (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
-        else:
-            d_lora_b = (dy.t() @ scaled).to(lora_b.dtype)
-    if not needs_x and not needs_a:
-        return dx, d_lora_a, d_lora_b
-    ds = (dy @ lora_b.to(dy.dtype)).mul_(scaling)
-    if needs_a:
-        rows = x.reshape(-1, x.shape[-1])
-        if seed is not None:
-            rows = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
-        d_lora_a = (ds.t() @ rows).to(lora_a.dtype)
-    if needs_x:
-        factor = lora_a.to(dy.dtype)
-        if seed is not None:
-            update = torch.ops.fastlora.lora_dropout(ds @ factor, seed, dropout_p, impl)
-            dx = update if dx is None else dx.add_(update)
-        else:
-            dx = ds @ factor if dx is None else dx.addmm_(ds, factor)
-    return dx, d_lora_a, d_lora_b
-
-
 def without_autocast(backward: Callable[..., Any]) -> Any:
     """A backward computes in the dtypes of its forward, whatever surrounds it."""
 
     @functools.wraps(backward)
-    def run(ctx: Any, grad: torch.Tensor) -> Any:
-        device_type = grad.device.type
+    def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        # The only kind of device that the context's tensors can be on is that of a gradient.
+        device_type = next((g.device.type for g in grads if g is not None), "cpu")
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return backward(ctx, grad)
-        return backward(ctx, grad)
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
 
     return run
 
@@ -157,7 +125,8 @@ def without_autocast(backward: Callable[..., Any]) -> Any:
 class LoraLinear(torch.autograd.Function):
     """``y = x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
-    Saves x, s, the seed and the parameters; the dropout mask is made again from the seed.
+    Saves x, s, the seed and the parameters; the dropout mask is made again from the seed. With an
+    ``s`` that `LoraShrink` made, ``lora_a`` comes detached and x is not saved.
     """
 
     @staticmethod
@@ -173,18 +142,23 @@ class LoraLinear(torch.autograd.Function):
         dropout_p: float,
         impl: str,
         plan: str,
+        s: torch.Tensor | None,
     ) -> torch.Tensor:
-        y, s = forward_linear(x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
+        y, s = forward_linear(
+            x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan, s
+        )
         _, needs_weight, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.dropout_p, ctx.impl = dropout_p, impl
+        ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
         ctx.bias_dtype = None if bias is None else bias.dtype
+        keeps_s = needs_b and _keeps_s(x, impl)
         ctx.save_for_backward(
-            x if needs_a or needs_weight else None,
+            x if needs_a or needs_weight or (needs_b and not keeps_s) else None,
             weight,
             lora_a,
             lora_b,
             scaling,
-            s if needs_b else None,
+            s if keeps_s else None,
             seed,
         )
         ctx.x_shape = x.shape
@@ -195,26 +169,44 @@ class LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, *_, needs_s = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.shape[-1])
-        dx = dy @ weight.to(dy.dtype) if needs_x else None
-        dx, d_lora_a, d_lora_b = _backward_lora(
-            dy, dx, (x, *saved), (needs_x, needs_a, needs_b), ctx.dropout_p, ctx.impl
+        found = layer_gradients(
+            dy,
+            weight,
+            Saved(x, *saved),
+            Needs(needs_x, needs_a, needs_b, needs_s, needs_bias),
+            ctx.dropout_p,
+            ctx.impl,
+            ctx.plan,
         )
-        d_weight = d_bias = None
+        dx, d_bias = found.dx, found.d_bias
+        d_weight = None
         if needs_weight:
             d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if needs_bias:
-            d_bias = dy.sum(0).to(ctx.bias_dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(ctx.bias_dtype)
         if dx is not None:
             dx = dx.view(ctx.x_shape)
-        return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None, None, None
+        factors = found.d_lora_a, found.d_lora_b
+        return (
+            dx,
+            d_weight,
+            d_bias,
+            *factors,
+            None,
+            None,
+            None,
+            None,
+            None,
+            found.ds if needs_s else None,
+        )
 
 
 class LoraAdd(torch.autograd.Function):
     """``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``, for a base layer that is called as it is.
 
-    Never in place: what made y may need it for its own backward.
+    Never in place: what made y may need it for its own backward. ``s`` as in `LoraLinear`.
     """
 
     @staticmethod
@@ -228,12 +220,19 @@ class LoraAdd(torch.autograd.Function):
         seed: torch.Tensor | None,
         dropout_p: float,
         impl: str,
+        s: torch.Tensor | None,
     ) -> torch.Tensor:
-        result, s = forward_add(y, x, lora_a, lora_b, scaling, seed, dropout_p, impl, inplace=False)
+        result, s = forward_add(y, x, lora_a, lora_b, scaling, seed, dropout_p, impl, False, s)
         _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.dropout_p, ctx.impl = dropout_p, impl
+        keeps_s = needs_b and _keeps_s(x, impl)
         ctx.save_for_backward(
-            x if needs_a else None, lora_a, lora_b, scaling, s if needs_b else None, seed
+            x if needs_a or (needs_b and not keeps_s) else None,
+            lora_a,
+            lora_b,
+            scaling,
+            s if keeps_s else None,
+            seed,
         )
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return result
@@ -242,11 +241,70 @@ class LoraAdd(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        _, needs_x, needs_a, needs_b, *_, needs_s = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
-        dx, d_lora_a, d_lora_b = _backward_lora(
-            dy, None, ctx.saved_tensors, (needs_x, needs_a, needs_b), ctx.dropout_p, ctx.impl
+        found = layer_gradients(
+            dy,
+            None,
+            Saved(*ctx.saved_tensors),
+            Needs(needs_x, needs_a, needs_b, needs_s),
+            ctx.dropout_p,
+            ctx.impl,
+            "auto",
         )
-        if dx is not None:
-            dx = dx.view(ctx.x_shape)
-        return grad, dx, d_lora_a, d_lora_b, None, None, None, None
+        dx = None if found.dx is None else found.dx.view(ctx.x_shape)
+        d_factors, ds = (found.d_lora_a, found.d_lora_b), found.ds if needs_s else None
+        return grad, dx, *d_factors, None, None, None, None, ds
+
+
+class LoraShrink(torch.autograd.Function):
+    """``s_i = dropout_i(x) @ lora_a_i.T`` of layers that are fed by the same x, ``[M, R_i]`` each.
+
+    Saves x, the seeds and the factors. The backward reads x once for all ``d_lora_a_i``; x's
+    gradient is not its part, so x comes detached.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        seeds: tuple[torch.Tensor | None, ...],
+        dropouts: tuple[float, ...],
+        impl: str,
+        *lora_a: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dropouts, ctx.impl = dropouts, impl
+        ctx.save_for_backward(x, *lora_a, *seeds)
+        rows = x.reshape(-1, x.shape[-1])
+        shrunk: list[torch.Tensor | None] = [None] * len(lora_a)
+        bare = [index for index, seed in enumerate(seeds) if seed is None]
+        if len(bare) > 1:
+            joined = torch.cat([lora_a[index].to(x.dtype) for index in bare])
+            ranks = [lora_a[index].shape[0] for index in bare]
+            parts = _shrink(rows, joined, None, 0.0, impl).split(ranks, dim=1)
+            for index, part in zip(bare, parts, strict=True):
+                shrunk[index] = part
+        return tuple(
+            _shrink(rows, lora_a[index], seeds[index], dropouts[index], impl) if s is None else s
+            for index, s in enumerate(shrunk)
+        )
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        count = len(ctx.dropouts)
+        x, *saved = ctx.saved_tensors
+        lora_a, seeds = saved[:count], saved[count:]
+        rows = x.reshape(-1, x.shape[-1])
+        needs = ctx.needs_input_grad[4:]
+        wanted = [i for i in range(count) if needs[i] and grads[i] is not None]
+        found: list[torch.Tensor | None] = [None] * count
+        if wanted:
+            ds: Any = [grads[i] for i in wanted]
+            pairs = [lora_a[i] for i in wanted], [seeds[i] for i in wanted]
+            gradients = grad_a(rows, ds, *pairs, [ctx.dropouts[i] for i in wanted], ctx.impl)
+            for index, gradient in zip(wanted, gradients, strict=True):
+                found[index] = gradient
+        return None, None, None, None, *found

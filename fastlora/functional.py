@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from fastlora import autograd, ops
@@ -13,6 +16,18 @@ from fastlora.validation import (
     check_same_device,
     check_shape,
 )
+
+
+class Shrunk(NamedTuple):
+    """A layer's share of `shrink`.
+
+    Attributes:
+        s: ``[M, R]`` in the dtype of the products.
+        seed: Of its dropout mask, or None without dropout.
+    """
+
+    s: torch.Tensor
+    seed: torch.Tensor | None
 
 
 def lora_linear(
@@ -164,10 +179,13 @@ def linear(
     dropout_p: float = 0.0,
     impl: str = "auto",
     plan: str = "auto",
+    shrunk: Shrunk | None = None,
 ) -> torch.Tensor:
     """`lora_linear` for layers, which know that their tensors fit.
 
-    ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x).
+    ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x). ``shrunk``
+    is this layer's of `shrink`, where siblings shared that; x, dropout_p and impl are then those
+    that it was made with.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -181,10 +199,15 @@ def linear(
         impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
     else:
         impl = ops.resolve_impl(impl, x)
-    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
-    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan)
+    if shrunk is None:
+        s, seed = None, ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    else:
+        s, seed = shrunk
+        lora_a = lora_a.detach()
+    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan, s)
     if torch.is_grad_enabled() and (
-        x.requires_grad
+        s is not None
+        or x.requires_grad
         or lora_a.requires_grad
         or lora_b.requires_grad
         or weight.requires_grad
@@ -203,8 +226,9 @@ def add(
     dropout_p: float = 0.0,
     impl: str = "auto",
     inplace: bool = False,
+    shrunk: Shrunk | None = None,
 ) -> torch.Tensor:
-    """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
+    """`lora_add` for layers, which know that their tensors fit; the rest as in `linear`."""
     if is_batch_invariant():
         raise ImplementationError(
             "lora_add cannot run in the batch-invariant mode: whatever made y may go by the number "
@@ -217,8 +241,33 @@ def add(
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     impl = ops.resolve_impl(impl, x)
+    if shrunk is not None:
+        s, seed = shrunk
+        args = (y, x, lora_a.detach(), lora_b, scaling, seed, dropout_p, impl)
+        return autograd.LoraAdd.apply(*args, s)
     seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
-        return autograd.LoraAdd.apply(*args)
+        return autograd.LoraAdd.apply(*args, None)
     return autograd.forward_add(*args, inplace)[0]
+
+
+def shrink(
+    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], impl: str
+) -> list[Shrunk]:
+    """Computes the s of layers that are fed by the same x, for `linear` and `add`.
+
+    In the backward x is read once for all their ``d_lora_a``. Seeds are drawn in order, as the
+    layers would one after the other.
+
+    Args:
+        x: ``[..., K]``.
+        lora_a: ``[R_i, K]`` of each layer.
+        dropouts: Probability that acts on each.
+        impl: As in `lora_linear`.
+    """
+    impl = ops.resolve_impl(impl, x)
+    x = x.detach().to(autocast_dtype(x) or x.dtype)
+    seeds = tuple(ops.draw_seed(x, impl) if p > 0.0 else None for p in dropouts)
+    shrunk = autograd.LoraShrink.apply(x, seeds, tuple(dropouts), impl, *lora_a)
+    return [Shrunk(s, seed) for s, seed in zip(shrunk, seeds, strict=True)]

@@ -114,6 +114,13 @@ _LIBRARY.define(
     "lora_expand_(Tensor(a!) y, Tensor s, Tensor lora_b, Tensor scaling, str impl) -> ()"
 )
 _LIBRARY.define("lora_dropout(Tensor x, Tensor seed, float dropout_p, str impl) -> Tensor")
+# ``again`` changes nothing but keeps compilers from taking the backward's mask for the forward's,
+# which they would then save.
+_LIBRARY.define("lora_keep(Tensor x, Tensor seed, float dropout_p, bool again) -> Tensor")
+_LIBRARY.define(
+    "lora_linear_of(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor lora_b,"
+    " Tensor scaling, str impl, str plan) -> Tensor"
+)
 
 
 def _implements(name: str) -> Any:
@@ -230,6 +237,37 @@ def _triton_fused_linear(
     return y, s
 
 
+def _is_fused(plan: str, x: torch.Tensor) -> bool:
+    return plan == "fused" or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS)
+
+
+def _triton_linear_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    plan: str,
+) -> torch.Tensor:
+    """y from an s that is there already."""
+    from fastlora.kernels import configs, lora_linear
+
+    if not _is_fused(plan, x):
+        y = F.linear(x, weight, bias)
+        _triton_expand_(y, s, lora_b, scaling)
+        return y
+    (m, k), (n, r) = x.shape, lora_b.shape
+    config = configs.linear_config(
+        configs.chip_of(x.device), m, n, k, r, x.dtype, input_precision=_precision(x.dtype)
+    )
+    y = x.new_empty(m, n)
+    lora_linear.launch_lora_linear(
+        y, x, weight, s, lora_b, scaling, bias=bias, s_out=None, config=config, pdl=False
+    )
+    return y
+
+
 def _triton_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -242,7 +280,7 @@ def _triton_linear(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses and runs a plan; see `PLANS`."""
-    if plan in ("fused", "invariant") or (plan == "auto" and x.shape[0] <= _FUSED_MAX_ROWS):
+    if plan == "invariant" or _is_fused(plan, x):
         return _triton_fused_linear(
             x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan == "invariant"
         )
@@ -287,6 +325,23 @@ def _lora_linear(
     return reference.lora_linear(x, weight, bias, s, lora_b, scaling), s
 
 
+@_implements("lora_linear_of")
+def _lora_linear_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    impl: str,
+    plan: str,
+) -> torch.Tensor:
+    if impl == "triton":
+        with _on_device(x):
+            return _triton_linear_of(x, weight, bias, s, lora_b, scaling, plan)
+    return reference.lora_linear(x, weight, bias, s, lora_b, scaling)
+
+
 @_implements("lora_expand_")
 def _lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, impl: str
@@ -308,7 +363,12 @@ def _lora_dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: s
         with _on_device(x):
             lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
         return out
-    return reference.lora_dropout(x.contiguous(), seed, dropout_p)
+    return reference.lora_dropout(x, seed, dropout_p)
+
+
+@_implements("lora_keep")
+def _lora_keep(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, again: bool) -> torch.Tensor:
+    return reference.lora_keep(x, seed, dropout_p)
 
 
 @torch.library.register_fake("fastlora::lora_shrink")
@@ -322,6 +382,16 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     m = x.shape[0]
     return x.new_empty(m, weight.shape[0]), x.new_empty(m, lora_a.shape[0])
+
+
+@torch.library.register_fake("fastlora::lora_linear_of")
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("fastlora::lora_keep")
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 
 
 @torch.library.register_fake("fastlora::lora_expand_")

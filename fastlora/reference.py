@@ -17,6 +17,7 @@ import torch.nn.functional as F
 _MANY_ROWS = 256
 _LANE_BITS = 16
 _LANES_PER_WORD = 64 // _LANE_BITS
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
@@ -52,9 +53,17 @@ def lora_expand_(
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Returns ``x`` with each element dropped with probability ``p``, the rest over ``1 - p``.
 
-    The mask is drawn from a generator seeded with ``seed`` (one int64 value, on the CPU so that
-    reading it waits for nothing), so calling again with the same seed and shape repeats it. 16
-    random bits decide an element: ``p`` is rounded to a multiple of 2**-16.
+    The mask is `lora_keep`'s.
+    """
+    return select_(lora_keep(x, seed, p), x).mul_(1.0 / (1.0 - p))
+
+
+def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Returns which elements of x dropout keeps: 1 or 0, integers as wide as x's.
+
+    Drawn from a generator seeded with ``seed`` (one int64 value, on the CPU so that reading it
+    waits for nothing), so calling again with the same seed and shape repeats it. 16 random bits
+    decide an element: ``p`` is rounded to a multiple of 2**-16.
     """
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD
@@ -62,7 +71,40 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     bits.random_(-(2**63), None, generator=generator)
     lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
     threshold = min(round(p * 2**_LANE_BITS), 2**_LANE_BITS - 1) - 2 ** (_LANE_BITS - 1)
-    return torch.where(lanes >= threshold, x, 0).mul_(1.0 / (1.0 - p))
+    if x.itemsize == lanes.itemsize:
+        return lanes.ge_(threshold)
+    keep = torch.empty(x.shape, dtype=INTEGERS[x.itemsize], device=x.device)
+    return torch.ge(lanes, threshold, out=keep)
+
+
+def select_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Returns x where ``keep`` is 1 and zero elsewhere, in the memory of ``keep``.
+
+    A product of integers: one pass at memory's speed, where `torch.where` takes 350 us for 512 x
+    576 elements and this 12 to 25 (one Xeon core). What is dropped does not matter, NaN or not.
+    """
+    return keep.mul_(x.view(keep.dtype)).view(x.dtype)
+
+
+def drop_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Makes x zero where ``keep`` is 0, in place, and returns it."""
+    x.view(keep.dtype).mul_(keep)
+    return x
+
+
+def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    """Returns ``ds = scaling * dy @ lora_b``, shape ``[M, R]``."""
+    return (dy @ lora_b.to(dy.dtype)).mul_(scaling)
+
+
+def lora_d_b(
+    dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+) -> torch.Tensor:
+    """Returns ``d_lora_b = dy.T @ (scaling * s)``, shape ``[N, R]``, in lora_b's dtype."""
+    scaled = (s * scaling).to(dy.dtype)
+    if dy.shape[0] >= _MANY_ROWS:
+        return (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
+    return (dy.t() @ scaled).to(lora_b.dtype)
 
 
 def lora_grad_b(
@@ -77,12 +119,7 @@ def lora_grad_b(
     ``ds = scaling * dy @ lora_b``, ``d_lora_b = dy.T @ (scaling * s)``; the sums are fp32 ``[N]``,
     empty unless ``with_bias``.
     """
-    ds = (dy @ lora_b.to(dy.dtype)).mul_(scaling)
-    scaled = (s * scaling).to(dy.dtype)
-    if dy.shape[0] >= _MANY_ROWS:
-        d_lora_b = (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
-    else:
-        d_lora_b = (dy.t() @ scaled).to(lora_b.dtype)
+    ds, d_lora_b = lora_ds(dy, lora_b, scaling), lora_d_b(dy, s, lora_b, scaling)
     sums = dy.sum(0, dtype=torch.float32) if with_bias else dy.new_empty(0, dtype=torch.float32)
     return ds, d_lora_b, sums
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlora import ops
 from fastlora.layers import LoraLayer
+from fastlora.layers.shared_shrink import sibling_note
 
 _SHOWN_ROWS = 24
 
@@ -22,12 +23,15 @@ class LayerFusion:
         layer: Class of the LoRA layer.
         fused: Whether base GEMM and LoRA term are one call.
         reason: Why not, else empty.
+        siblings: How many layers share their passes over x in training (s and d_lora_a), or why
+            they do not; known once a training forward was seen.
     """
 
     name: str
     layer: str
     fused: bool
     reason: str = ""
+    siblings: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,26 @@ class FusionReport:
             f"implementation: {self.implementation} ({self.reason})"
         ]
         if len(self.rows) <= _SHOWN_ROWS:
-            cells = [(r.name, r.layer, "yes" if r.fused else "no", r.reason) for r in self.rows]
+            cells = [
+                (r.name, r.layer, "yes" if r.fused else "no", r.reason, r.siblings)
+                for r in self.rows
+            ]
         else:
             cells = self._grouped()
-        table = [("layer", "class", "fused", "why not"), *cells]
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        table = [("layer", "class", "fused", "why not", "siblings in training"), *cells]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
         for row in table:
             lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
         return "\n".join(lines)
 
-    def _grouped(self) -> list[tuple[str, str, str, str]]:
-        groups: dict[tuple[str, str, bool, str], int] = {}
+    def _grouped(self) -> list[tuple[str, str, str, str, str]]:
+        groups: dict[tuple[str, str, bool, str, str], int] = {}
         for row in self.rows:
-            key = (row.name.rpartition(".")[2], row.layer, row.fused, row.reason)
+            key = (row.name.rpartition(".")[2], row.layer, row.fused, row.reason, row.siblings)
             groups[key] = groups.get(key, 0) + 1
         return [
-            (f"*.{name} ({count})", layer, "yes" if fused else "no", reason)
-            for (name, layer, fused, reason), count in groups.items()
+            (f"*.{name} ({count})", layer, "yes" if fused else "no", reason, siblings)
+            for (name, layer, fused, reason, siblings), count in groups.items()
         ]
 
 
@@ -87,7 +94,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
         verdict = _verdict(module)
         if verdict is not None:
             fused, reason = verdict
-            rows.append(LayerFusion(name, type(module).__name__, fused, reason))
+            shared = sibling_note(module) if hasattr(module, "_acting") else ""
+            rows.append(LayerFusion(name, type(module).__name__, fused, reason, shared))
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport(tuple(rows), "eager", "the model has no parameters")

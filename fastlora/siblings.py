@@ -95,3 +95,101 @@ def share(
     # Writes into an inference tensor are not counted: nothing could be taken from it safely.
     if left and not x.is_inference():
         _thread.kept = Shared(weakref.ref(x), x._version, key, value, left)
+
+
+# --------------------------------------------------------------- layers that no model has numbered
+
+
+class Family:
+    """Layers that were fed by the same tensor, in the order of their calls.
+
+    A copied or unpickled layer has one without members: it has yet to be seen.
+
+    Attributes:
+        members: The layers.
+        why_not: Why the last training forward of a layer (by its ``id``) shared nothing; empty
+            where it did.
+    """
+
+    def __init__(self, members: tuple[weakref.ref[Any], ...] = ()) -> None:
+        self.members = members
+        self.why_not: dict[int, str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return Family()
+
+    def __reduce__(self) -> tuple[type[Family], tuple[()]]:
+        return Family, ()
+
+
+class _FamilyRun(NamedTuple):
+    """Layers seen in sequence with one tensor."""
+
+    x: weakref.ref[torch.Tensor]
+    members: list[weakref.ref[Any]]
+
+
+def known_family(layer: Any) -> Family | None:
+    """Returns the family of a layer, None while it is not known."""
+    known: Family | None = layer.__dict__.get("_family")
+    if known is None or not any(member() is layer for member in known.members):
+        return None
+    return known
+
+
+def family_of(layer: Any, x: torch.Tensor) -> Family | None:
+    """`known_family` of a layer that is called with x, which makes it known sooner or later."""
+    known = known_family(layer)
+    if known is not None:
+        return known
+    run: _FamilyRun | None = getattr(_thread, "family_run", None)
+    if run is not None and run.x() is x and all(member() is not layer for member in run.members):
+        run.members.append(weakref.ref(layer))
+        return None
+    if run is not None:
+        family = Family(tuple(run.members))
+        for member in run.members:
+            seen = member()
+            if seen is not None:
+                seen.__dict__["_family"] = family
+    _thread.family_run = _FamilyRun(weakref.ref(x), [weakref.ref(layer)])
+    return None
+
+
+class _KeptShares(NamedTuple):
+    """What one layer computed for its family; each takes its own once."""
+
+    x: weakref.ref[torch.Tensor]
+    version: int
+    context: Any
+    shares: list[tuple[weakref.ref[Any], Any, Any]]
+
+
+def take_share(layer: Any, x: torch.Tensor, context: Any, key: Any) -> Any | None:
+    """Returns what a sibling computed for this layer from this very tensor; or None.
+
+    Args:
+        layer: Who takes.
+        x: Unchanged since.
+        context: What all shares depend on.
+        key: What this layer's depends on.
+    """
+    kept: _KeptShares | None = getattr(_thread, "family_kept", None)
+    if kept is None:
+        return None
+    if kept.x() is not x or kept.version != x._version or kept.context != context:
+        _thread.family_kept = None  # it holds activations
+        return None
+    for place, (owner, needed, value) in enumerate(kept.shares):
+        if owner() is layer:
+            del kept.shares[place]
+            if not kept.shares:
+                _thread.family_kept = None
+            return value if needed == key else None
+    return None
+
+
+def keep_shares(x: torch.Tensor, context: Any, shares: list[tuple[Any, Any, Any]]) -> None:
+    """Keeps ``(layer, key, value)`` of siblings until each took its own or another tensor comes."""
+    kept = [(weakref.ref(layer), key, value) for layer, key, value in shares]
+    _thread.family_kept = _KeptShares(weakref.ref(x), x._version, context, kept)

@@ -80,6 +80,13 @@ class _FastForward:
             return mixed_forward(self, x, base.weight, base.bias, *routed)
         return mixed_added_forward(self, base(x, *args, **kwargs), x, *routed)
 
+    def _acting(self: Any) -> list[str]:
+        """Names that the next forward adds to the base layer's output itself, not through PEFT."""
+        if self.disable_adapters or self.merged:
+            return []
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return [] if any(name in self.lora_variant for name in names) else names
+
     def fusion(self: Any) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -242,7 +249,7 @@ def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if isinstance(module, _FastForward):
         module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
-        for name in ("_scaling_tensors", "routed_by", "routed_as", "table_row"):
+        for name in ("_scaling_tensors", "_family", "routed_by", "routed_as", "table_row"):
             module.__dict__.pop(name, None)
 
 

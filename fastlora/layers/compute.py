@@ -1,12 +1,8 @@
-"""From a layer's adapters to one call of `fastlora.functional`.
-
-A layer here is anything with ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling`` keyed by
-adapter name: ours, and PEFT's own layers after `fastlora.patch`.
-"""
+"""From a layer's adapters to one call of `fastlora.functional`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +10,8 @@ from torch import nn
 
 from fastlora import functional
 from fastlora.batch_invariant import refuse_in_mode
+from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight
+from fastlora.layers.shared_shrink import shared_shrink
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
@@ -34,25 +32,6 @@ def why_not_fused(layer: Any, names: list[str]) -> str:
     return ""
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """Returns the weight of a linear that nothing has hooked into, else None."""
-    if type(module) is not nn.Linear or is_hooked(module):
-        return None
-    weight = module._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter else None
-
-
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
     """Adds adapters by calling their modules one by one, as PEFT does."""
     for name in names:
@@ -61,62 +40,6 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> t
         update = up(down(layer.lora_dropout[name](inner))) * layer.scaling[name]
         y = (y + update).to(y.dtype)
     return y
-
-
-class Branch(NamedTuple):
-    """What one call of `fastlora.functional` takes from a layer's adapters.
-
-    Attributes:
-        lora_a: ``[R, K]``; several adapters are their rank rows side by side.
-        lora_b: ``[N, R]``.
-        scaling: No dimensions for one adapter, else ``[R]``.
-        lora_bias: ``[N]``, scaled, or None.
-        dropout_p: Probability that acts now.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: torch.Tensor
-    lora_bias: torch.Tensor | None
-    dropout_p: float
-
-
-def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
-    """Returns one adapter's branch, or None where its modules must be called."""
-    # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
-    modules = layer._modules
-    up = modules["lora_B"]._modules[name]
-    lora_a, lora_b = plain_weight(modules["lora_A"]._modules[name]), plain_weight(up)
-    dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
-    if type(dropout) is nn.Dropout:
-        dropout_p = dropout.p if dropout.training else 0.0
-    elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
-        return None
-    if lora_a is None or lora_b is None or is_hooked(dropout):
-        return None
-    scaling = layer.scaling[name]
-    lora_bias = up._parameters["bias"]
-    if lora_bias is not None:
-        lora_bias = lora_bias * scaling
-    return Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
-
-
-def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
-    """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
-    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
-        return value.to(device=device, dtype=dtype).reshape(())
-    cache = layer.__dict__.setdefault("_scaling_tensors", {})
-    cached = cache.get(name)
-    if cached is not None and cached[:3] == (value, device, dtype):
-        return cached[3]
-    with torch.inference_mode(False):  # it will be saved for a backward one day
-        tensor = torch.full((), value, dtype=dtype, device=device)
-    # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not capturing:
-        cache[name] = (value, device, dtype, tensor)
-    return tensor
 
 
 def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[Branch] | None:
@@ -167,10 +90,11 @@ def lora_forward(
         refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, F.linear(x, weight, bias), x, names)
     first, *others = branches
+    shrunk = shared_shrink(layer, x, first, impl) if len(names) == 1 else None
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
     if lora_bias is not None:
         bias = lora_bias if bias is None else bias + lora_bias
-    y = functional.linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl)
+    y = functional.linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, shrunk=shrunk)
     return _add(y, x, others, impl, inplace=True) if others else y
 
 
@@ -182,14 +106,20 @@ def lora_added_forward(
     branches = _branches(layer, x, names)
     if branches is None:
         return _called(layer, y, x, names)
-    return _add(y, x, branches, impl, inplace)
+    shrunk = shared_shrink(layer, x, branches[0], impl) if len(names) == 1 else None
+    return _add(y, x, branches, impl, inplace, shrunk)
 
 
 def _add(
-    y: torch.Tensor, x: torch.Tensor, branches: list[Branch], impl: str, inplace: bool
+    y: torch.Tensor,
+    x: torch.Tensor,
+    branches: list[Branch],
+    impl: str,
+    inplace: bool,
+    shrunk: functional.Shrunk | None = None,
 ) -> torch.Tensor:
     for lora_a, lora_b, scaling, lora_bias, dropout_p in branches:
-        y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace)
+        y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace, shrunk)
         if lora_bias is not None:
             y = y + lora_bias.to(y.dtype)
         inplace = True

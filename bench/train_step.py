@@ -1,0 +1,165 @@
+"""The training step on SmolLM2: fastlora against PEFT, time and peak memory, on a CPU.
+
+python bench/train_step.py [--dtypes fp32,bf16] [--dropout 0,0.1] [--batch 4x128] [--out CSV]
+
+All linear layers, rank 16, forward, loss and backward, gradients dropped behind each step. One
+thread, one process, the sides in turn; the clock is this process's CPU time. PEFT keeps adapters of
+a bf16 base in fp32 unless it is told otherwise, so bf16 has two rows for each dropout, both sides
+with adapters of the row's dtype. A step is timed only after its loss has been compared with PEFT's
+(without dropout, whose masks differ), and after each model has run a step that is not timed: PEFT's
+overhead on a fresh process is larger, since its temporaries' pages have not been touched yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+from mixed import processor
+
+import fastlora
+from fastlora import measure, smollm2
+from fastlora.mixed_contest import quiet_transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RANK = 16
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+
+
+def main() -> int:
+    """Measures and writes the CSV, a row as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--dropout", default="0,0.1")
+    parser.add_argument("--batch", default="4x128", help="sequences x tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_step_cpu.csv")
+    args = parser.parse_args()
+    sequences, tokens = map(int, args.batch.split("x"))
+    ids = torch.randint(0, 49_000, (sequences, tokens), generator=torch.Generator().manual_seed(0))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file, measure.torch_threads(1), quiet_transformers():
+        common = describe(torch.device("cpu"), ROOT) | {"cpu": processor(), "threads": 1}
+        common |= {"allocator": allocator(), "batch": args.batch, "rank": RANK}
+        writer = None
+        for dtype in args.dtypes.split(","):
+            for adapters in ("fp32",) if dtype == "fp32" else ("fp32", dtype):
+                for dropout in map(float, args.dropout.split(",")):
+                    row = measured(dtype, adapters, dropout, ids, args.rounds)
+                    full = common | row
+                    if writer is None:
+                        writer = csv.DictWriter(file, list(full), lineterminator="\n")
+                        writer.writeheader()
+                    writer.writerow(full)
+                    file.flush()
+                    show(row)
+    return 0
+
+
+def measured(
+    dtype: str, adapters: str, dropout: float, ids: torch.Tensor, rounds: int
+) -> dict[str, Any]:
+    """Checks and times one kind of step; returns its row."""
+    ours, theirs = twins(DTYPES[dtype], adapters == "fp32", dropout)
+    mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids)
+    losses = mine(), other()
+    if not dropout and not abs(losses[0] - losses[1]) <= 4 * torch.finfo(DTYPES[dtype]).eps * 4:
+        raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
+    result = measure.paired_ratio(mine, other, rounds)
+    over_base = measure.paired_ratio(mine, base, 3)
+    peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
+    return {
+        "dtype": dtype,
+        "adapters": adapters,
+        "dropout": dropout,
+        "fastlora_ms": f"{statistics.median(result.times_a) * 1e3:.1f}",
+        "peft_ms": f"{statistics.median(result.times_b) * 1e3:.1f}",
+        "ratio_to_peft": f"{result.ratio:.4f}",
+        "ratio_to_base_forward": f"{over_base.ratio:.4f}",
+        "fastlora_peak_mib": f"{peaks[0] / 2**20:.1f}",
+        "peft_peak_mib": f"{peaks[1] / 2**20:.1f}",
+        "peak_ratio": f"{peaks[0] / peaks[1]:.4f}",
+        "rounds": rounds,
+    }
+
+
+def twins(dtype: torch.dtype, fp32_adapters: bool, dropout: float) -> tuple[Any, Any]:
+    """The same base model and adapter in fastlora and in PEFT, training."""
+    import peft
+
+    config = {
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "lora_dropout": dropout,
+        "target_modules": "all-linear",
+    }
+    sides = []
+    for get, make in (
+        (fastlora.get_peft_model, fastlora.LoraConfig),
+        (peft.get_peft_model, peft.LoraConfig),
+    ):
+        base = smollm2.load_model(smollm2.model_dir(), dtype)
+        model: Any = get(base, make(**config), autocast_adapter_dtype=fp32_adapters)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    size = 1.0 if "lora_A" in name else 0.1
+                    values = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(values * size / parameter.shape[1] ** 0.5)
+        sides.append(model.train())
+    return sides[0], sides[1]
+
+
+def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
+    """One step without an optimizer, which is torch's on both sides."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> float:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        return float(loss.detach())
+
+    return run
+
+
+def forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """The base model's forward, without adapters or gradients."""
+
+    def run() -> None:
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=ids, labels=ids, use_cache=False)
+
+    return run
+
+
+def allocator() -> str:
+    """Returns what the environment tells the allocator, on which PEFT's overhead depends."""
+    told = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
+    return "; ".join(told) or "default"
+
+
+def show(row: dict[str, Any]) -> None:
+    """Prints one row."""
+    print(
+        f"{row['dtype']} base, {row['adapters']} adapters, dropout {row['dropout']}: "
+        f"{row['fastlora_ms']} ms, {row['ratio_to_peft']} of PEFT, "
+        f"{row['ratio_to_base_forward']} of the base forward; peak {row['fastlora_peak_mib']} MiB, "
+        f"{row['peak_ratio']} of PEFT",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""A layer's adapter as bare tensors.
+
+A layer here is anything with ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling`` keyed by
+adapter name: ours, and PEFT's own layers after `fastlora.patch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Branch(NamedTuple):
+    """What one call of `fastlora.functional` takes from a layer's adapters.
+
+    Attributes:
+        lora_a: ``[R, K]``; several adapters are their rank rows side by side.
+        lora_b: ``[N, R]``.
+        scaling: No dimensions for one adapter, else ``[R]``.
+        lora_bias: ``[N]``, scaled, or None.
+        dropout_p: Probability that acts now.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: torch.Tensor
+    lora_bias: torch.Tensor | None
+    dropout_p: float
+
+
+def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
+    """Returns one adapter's branch, or None where its modules must be called."""
+    # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
+    modules = layer._modules
+    up = modules["lora_B"]._modules[name]
+    lora_a, lora_b = plain_weight(modules["lora_A"]._modules[name]), plain_weight(up)
+    dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
+        return None
+    if lora_a is None or lora_b is None or is_hooked(dropout):
+        return None
+    scaling = layer.scaling[name]
+    lora_bias = up._parameters["bias"]
+    if lora_bias is not None:
+        lora_bias = lora_bias * scaling
+    return Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
+
+
+def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+    """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
+    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
+        return value.to(device=device, dtype=dtype).reshape(())
+    cache = layer.__dict__.setdefault("_scaling_tensors", {})
+    cached = cache.get(name)
+    if cached is not None and cached[:3] == (value, device, dtype):
+        return cached[3]
+    with torch.inference_mode(False):  # it will be saved for a backward one day
+        tensor = torch.full((), value, dtype=dtype, device=device)
+    # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not capturing:
+        cache[name] = (value, device, dtype, tensor)
+    return tensor
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """Returns the weight of a linear that nothing has hooked into, else None."""
+    if type(module) is not nn.Linear or is_hooked(module):
+        return None
+    weight = module._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter else None

@@ -1,0 +1,109 @@
+"""Siblings in training over the kernels: one node for their s, one launch for their d_lora_a."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora import FastLoraLinear, env, fusion_report, grad_ops, ops
+from fastlora.philox_reference import philox_keep_mask
+from fastlora.testing import assert_within_budget
+
+NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
+DEVICE = "cuda" if NATIVE else "cpu"
+if not ops.triton_status(DEVICE)[0]:
+    pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
+
+# N, R and dropout of each sibling.
+SIBLINGS = [
+    ((40, 4, 0.0), (33, 16, 0.0), (16, 3, 0.0)),
+    ((40, 4, 0.5), (33, 16, 0.0), (16, 3, 0.25)),
+]
+
+
+def expected(layer: FastLoraLinear, x: torch.Tensor, seed: int | None, p: float) -> torch.Tensor:
+    """The layer as anybody would write it, its mask made explicit."""
+    dropped = x
+    if seed is not None:
+        mask = philox_keep_mask(seed, *x.shape, p).to(x.device)
+        dropped = torch.where(mask, x, 0.0) / (1.0 - p)
+    update = F.linear(
+        F.linear(dropped, layer.lora_A["default"].weight), layer.lora_B["default"].weight
+    )
+    return F.linear(x, layer.weight, layer.bias) + layer.scaling["default"] * update
+
+
+def as_plain(layers: list[FastLoraLinear], dtype: torch.dtype) -> list[FastLoraLinear]:
+    """Copies in another dtype, all of whose weights train."""
+    copies = []
+    for layer in layers:
+        copy = FastLoraLinear(layer.in_features, layer.out_features, r=layer.r["default"])
+        copy.load_state_dict(layer.state_dict())
+        copy.scaling = dict(layer.scaling)
+        copies.append(copy.to(DEVICE, dtype).requires_grad_())
+    return copies
+
+
+@pytest.mark.parametrize("m", [5, 67], ids=["fused", "split"])
+@pytest.mark.parametrize("siblings", SIBLINGS, ids=["plain", "dropout"])
+def test_gradients_of_siblings(
+    siblings: Any, m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and every gradient, of x, factors, base weights and biases, from one d_lora_a pass."""
+    k = 48
+    layers = []
+    for n, r, p in siblings:
+        layer = FastLoraLinear(k, n, r=r, lora_dropout=p, lora_alpha=3)
+        layer.impl = "triton"
+        nn.init.normal_(layer.lora_B["default"].weight, std=r**-0.5)
+        layers.append(layer.to(DEVICE, dtype).requires_grad_())
+    x = torch.randn(m, k).to(DEVICE, dtype).requires_grad_()
+    for layer in layers:
+        layer(x)
+    seeds: list[int] = []
+    draw = ops.draw_seed
+
+    def drawn(*args: Any) -> torch.Tensor:
+        seed = draw(*args)
+        seeds.append(int(seed))
+        return seed
+
+    calls: list[int] = []
+    grad_a = grad_ops._triton_grad_a
+    monkeypatch.setattr(ops, "draw_seed", drawn)
+    monkeypatch.setattr(
+        grad_ops,
+        "_triton_grad_a",
+        lambda x, ds, *rest: calls.append(len(ds)) or grad_a(x, ds, *rest),
+    )
+    layers[-1](torch.randn(m, k).to(DEVICE, dtype))  # another tensor: now they are known
+    seeds.clear()
+    actual = [layer(x) for layer in layers]
+    assert len(seeds) == sum(p > 0 for _, _, p in siblings)
+    remaining = iter(seeds)
+    masks = [(next(remaining) if p else None, p) for _, _, p in siblings]
+    dys = [torch.randn_like(y) for y in actual]
+    torch.autograd.backward(actual, dys)
+    assert calls == [len(siblings)]
+    assert fusion_report(nn.ModuleList(layers)).rows[0].siblings == f"{len(siblings)} share x"
+    sides = []
+    for side_dtype in (dtype, torch.float64):
+        copies = as_plain(layers, side_dtype)
+        own = x.detach().to(side_dtype).requires_grad_()
+        ys = [expected(c, own, *mask) for c, mask in zip(copies, masks, strict=True)]
+        torch.autograd.backward(ys, [dy.to(side_dtype) for dy in dys])
+        sides.append((ys, own, copies))
+    (same_y, same_x, same), (true_y, true_x, true) = sides
+    for mine, plain, exact in zip(actual, same_y, true_y, strict=True):
+        assert_within_budget(mine.detach(), plain.detach(), exact.detach(), "y")
+    assert_within_budget(x.grad, same_x.grad, true_x.grad, "dx")
+    for mine_of, plain_of, exact_of in zip(layers, same, true, strict=True):
+        named = zip(
+            mine_of.named_parameters(), plain_of.parameters(), exact_of.parameters(), strict=True
+        )
+        for (name, mine), plain, exact in named:
+            assert_within_budget(mine.grad, plain.grad, exact.grad, name)
