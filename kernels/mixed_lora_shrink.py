@@ -40,6 +40,7 @@ def _shrink_columns(
     first_k,
     last_k,
     K,
+    R,
     stride_sg,
     stride_sm,
     stride_xk,
@@ -57,7 +58,7 @@ def _shrink_columns(
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
     address = tl.zeros((BLOCK_R,), dtype=tl.int64)
-    r = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    r = column  # past the last one too, what is said of r at the store holds
     sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
     mask_a = column < 0
     mask_s = column < 0
@@ -95,6 +96,8 @@ def _shrink_columns(
 
     # s: [BLOCK_M, BLOCK_R]
     r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
+    # A rank table may come to hold more than s was allocated for, under a graph captured before.
+    mask_s = mask_s & (r < R)
     offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
     tl.store(s_ptrs, acc, mask=mask_m[:, None] & mask_s[None, :])
@@ -115,6 +118,7 @@ def _mixed_lora_shrink_kernel(
     # scalars
     M,
     K,
+    R,
     k_per_split,
     # strides
     stride_sp,
@@ -169,6 +173,7 @@ def _mixed_lora_shrink_kernel(
                 first_k,
                 last_k,
                 K,
+                R,
                 stride_sg,
                 stride_sm,
                 stride_xk,
@@ -195,6 +200,7 @@ def _mixed_lora_shrink_kernel(
                     first_k,
                     last_k,
                     K,
+                    R,
                     stride_sg,
                     stride_sm,
                     stride_xk,
@@ -226,7 +232,7 @@ def launch_mixed_lora_shrink(
 
     Args:
         s: fp32 ``[splits, G, M, R]``, the last dimension contiguous and R a multiple of 4 that is
-            no smaller than any rank.
+            no smaller than any rank; what a larger rank has past R is not written.
         x: ``[M, K]``, any strides.
         order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
@@ -252,6 +258,7 @@ def launch_mixed_lora_shrink(
         rank_ptr=rank,
         M=m,
         K=k,
+        R=s.shape[3],
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
         stride_sp=s.stride(0),
         stride_sg=s.stride(1),
