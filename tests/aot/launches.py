@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +21,11 @@ from fastlora.kernels.configs import Chip, Shipped
 from fastlora.kernels.grad_configs import all_grad_shipped
 from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
+from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
+
+# This folder holds no package: a worker process that imports this file by its path is told so.
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_grad_launches import MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -63,7 +70,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     mixed batch, where they need the columns), at a size that the tiles divide; "plain" has none of
     these; "ragged" is heavy at sizes that 16 divides but no tile does; "uneven" is heavy at odd
     sizes, where nothing can be vectorised. "invariant" is heavy in the batch-invariant mode,
-    "unshared" the same without siblings.
+    "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients
+    runs it: dropout, lora_b as its parameter lies.
     """
     result = []
     for chip in chips:
@@ -80,6 +88,9 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
+        for shipped in all_mixed_grad_shipped(chip):
+            if is_compiled(chip, shipped):
+                result.append(Case(chip.arch, shipped, "training"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -92,7 +103,7 @@ def record(case: Case) -> Launch:
     return _recorded(case.shipped.kernel, _Operands(case))
 
 
-class _Operands:
+class _Operands(MixedGradOperands):
     """Makes the operands of a case, on the meta device, and calls its launcher with them."""
 
     def __init__(self, case: Case) -> None:
@@ -108,7 +119,7 @@ class _Operands:
         self.factor_dtype = torch.float32 if self.heavy else self.dtype
 
     def __call__(self, module: Any) -> None:
-        getattr(self, self.stem)(getattr(module, f"launch_{_home(self.stem)}"))
+        getattr(self, self.stem)(getattr(module, f"launch_{module_of(self.stem)}"))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -285,15 +296,16 @@ class _Operands:
         )
 
 
-def _home(stem: str) -> str:
-    """Returns the stem of the file whose kernel a shipped one runs."""
-    return {"lora_grad_x": "lora_linear", "lora_grad_x_add": "lora_expand"}.get(stem, stem)
+def module_of(stem: str) -> str:
+    """Returns the stem of the module whose launcher makes a launch."""
+    single = {"lora_grad_x": "lora_linear", "lora_grad_x_add": "lora_expand"}
+    return (MODULES | single).get(stem, stem)
 
 
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
     """Returns the one launch that a launcher makes."""
-    with recording(_home(stem)) as made:
-        launch(importlib.import_module(f"fastlora.kernels.{_home(stem)}"))
+    with recording(module_of(stem)) as made:
+        launch(importlib.import_module(f"fastlora.kernels.{module_of(stem)}"))
     (only,) = made
     return only
 
