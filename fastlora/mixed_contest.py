@@ -331,7 +331,10 @@ def _peft_twin(contest: Contest, rank: int) -> Any:
     import peft
 
     config = peft.LoraConfig(
-        r=rank, lora_alpha=0.5 * rank, target_modules=contest.targets, init_lora_weights=False
+        r=rank,
+        lora_alpha=0.5 * rank,  # type: ignore[arg-type]  # PEFT computes with it as it is
+        target_modules=contest.targets,
+        init_lora_weights=False,
     )
     first = contest.names[0]
     model = peft.get_peft_model(twin(contest.base), config, first, autocast_adapter_dtype=False)

@@ -255,8 +255,8 @@ def launch_mixed_lora_shrink(
 
     Args:
         s: fp32, or in x's dtype if there is one split, ``[splits, G, M, R]``, the last dimension
-            contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank has
-            past R is not written.
+            contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
+            has past R is not written.
         x: ``[M, K]``, any strides.
         order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
