@@ -92,6 +92,7 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
         (["merge", "--help"], ["BASE", "ADAPTER", "OUT", "--dtype"]),
         (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
         (["demo", "--help"], ["--steps"]),
+        (["train", "--help"], ["CONFIG", "--data", "--resume", "--dry-run", "torchrun"]),
         (["bench", "--help"], ["mixed"]),
         (["bench", "mixed", "--help"], ["--model", "--adapters", "--tokens", "--dtype", "--out"]),
     ],

@@ -187,7 +187,13 @@ def parse_settings(
     adapters = []
     for name, table in tables.items():
         own = _renamed(table, f"adapters.{name}", source)
-        adapters.append(_adapter(name, {**defaults, **own, **forced}, f"{source}: adapters.{name}"))
+        if own.get("init_from") is not None:  # it comes with its own config
+            defaults_here = {k: v for k, v in defaults.items() if k not in _LORA_FIELDS}
+        else:
+            defaults_here = defaults
+        adapters.append(
+            _adapter(name, {**defaults_here, **own, **forced}, f"{source}: adapters.{name}")
+        )
     return _checked(TrainSettings(adapters=tuple(adapters), **_typed(top, source)), source)
 
 

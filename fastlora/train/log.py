@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fastlora.tensor_file import partial_path
+from fastlora.train.prepare import TrainError
 
 LOG_NAME = "log.jsonl"
 
@@ -17,28 +22,45 @@ class RunLog:
         folder: The run's; made if need be.
         step: The step that the run begins behind: later entries are of a run that was killed, and
             go.
+
+    Raises:
+        TrainError: Here and in every call, where it cannot be written.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_NAME
-        kept = [line for line in _lines(self.path) if _step_of(line) <= step]
-        partial = self.path.with_name(f".{LOG_NAME}.tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        partial = partial_path(self.path)
+        with self._typed():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                kept = [line for line in _lines(self.path) if _step_of(line) <= step]
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                os.replace(partial, self.path)
+            finally:
+                partial.unlink(missing_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds an entry, which has a ``step``."""
-        self._file.write(json.dumps(entry) + "\n")
+        with self._typed():
+            self._file.write(json.dumps(entry) + "\n")
 
     def flush(self) -> None:
         """Hands what was written to the system."""
-        self._file.flush()
+        with self._typed():
+            self._file.flush()
 
     def close(self) -> None:
-        """Ends the log."""
-        self._file.close()
+        """Ends the log. A failure here is that of a write before, which was raised."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _typed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainError(f"{self.path}: could not be written ({error})") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -149,7 +149,10 @@ class Run:
             torch.use_deterministic_algorithms(True, warn_only=True)
         base = prepare.load_base(settings, progress=self.progress)
         if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 renamed it, and warns about the old name.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(base, name) for name in names if hasattr(base, name))
+            enable({"use_reentrant": False})
         model = prepare.add_adapters(base, settings, recommend(base))
         return model.to(device).train()
 
@@ -343,7 +346,10 @@ def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
         CheckpointError: It cannot be written; what was there is as it was.
     """
     tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
-    save_adapter_folder(folder, model.peft_config[name], tensors)
+    try:
+        save_adapter_folder(folder, model.peft_config[name], tensors)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error})") from error
 
 
 def _is_due(step: int, every: int) -> bool:
