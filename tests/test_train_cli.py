@@ -72,12 +72,6 @@ def same(left: Path, right: Path) -> bool:
     return all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 # ------------------------------------------------------------------------------------ a whole run
 
 

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
+
+from fastlora import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["sea", "ship", "north wind", "tin", "robot", "lamp", "harbour", "salt", "bolt", "star"]
@@ -99,3 +103,39 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Returns what sets ``a.b.c`` in a config; None takes it out."""
+
+    def apply(given: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            given = given[parent]
+        if value is None:
+            del given[last]
+        else:
+            given[last] = value
+
+    return apply
+
+
+def failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``fails(config, *flags)`` runs the command, which must fail in one line, and returns that."""
+
+    def fails(given: dict[str, Any], *flags: object) -> str:
+        path = write_config(tmp_path / "c.json", given)
+        capsys.readouterr()
+        assert cli.main(["train", str(path), "--quiet", *map(str, flags)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if line.startswith("fastlora: error: ")]
+        assert errors == lines[-1:] and "Traceback" not in "".join(lines)
+        return errors[0]
+
+    return fails

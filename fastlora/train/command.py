@@ -172,9 +172,10 @@ def dry_run(settings: TrainSettings) -> str:
     processes = launched()
     tokenizer = prepare.load_tokenizer(settings)
     corpora = prepare.read_data(settings, tokenizer)
-    prepare.read_data(settings, tokenizer, "eval_data")
+    held_out = prepare.read_data(settings, tokenizer, "eval_data")
     schedule = prepare.make_schedule(settings, corpora, processes)
     base = prepare.load_base(settings, empty=True)
+    prepare.check_fit(base, [*corpora.values(), *held_out.values()])
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}

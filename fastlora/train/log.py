@@ -38,17 +38,12 @@ class RunLog:
                 os.replace(partial, self.path)
             finally:
                 partial.unlink(missing_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds an entry, which has a ``step``."""
         with self._typed():
             self._file.write(json.dumps(entry) + "\n")
-
-    def flush(self) -> None:
-        """Hands what was written to the system."""
-        with self._typed():
-            self._file.flush()
 
     def close(self) -> None:
         """Ends the log. A failure here is that of a write before, which was raised."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -130,6 +130,30 @@ def read_data(
                     files, tokenizer, settings.max_length, chat=settings.chat, advance=advance
                 )
     return corpora
+
+
+def check_fit(base: Any, corpora: Iterable[Corpus]) -> None:
+    """Raises unless a base model can take the samples, which it would notice in the middle.
+
+    Raises:
+        ConfigError: A sample is longer than the model's positions.
+        CheckpointError: The tokenizer has tokens that the model has no embedding for.
+    """
+    positions = getattr(base.config, "max_position_embeddings", None)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    for corpus in corpora:
+        longest = max(range(len(corpus)), key=corpus.length)
+        if positions is not None and corpus.length(longest) > positions:
+            raise ConfigError(
+                f"{corpus.place(longest)}: has {corpus.length(longest)} tokens, and the base model "
+                f"takes {positions}; set max_length to at most that"
+            )
+        largest = int(corpus.ids.max())
+        if largest >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer gave token {largest}, and the base model has {vocabulary}; they "
+                "are not of one model"
+            )
 
 
 def make_schedule(

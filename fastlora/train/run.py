@@ -148,6 +148,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         base = prepare.load_base(settings, progress=self.progress)
+        prepare.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
         if settings.gradient_checkpointing:
             # transformers 5 renamed it, and warns about the old name.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -319,8 +320,6 @@ class Run:
         state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
-            if self._log is not None:
-                self._log.flush()
             with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
                 for adapter in self.settings.adapters:
                     save_adapter(self.model, adapter.name, folder / adapter.name)
