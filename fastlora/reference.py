@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlora.validation import check_dropout_dtype
-
 _LANE_BITS = 16
 _LANES_PER_WORD = 64 // _LANE_BITS
 
@@ -52,11 +50,7 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     The mask is drawn from a generator seeded with ``seed`` (one int64 value, on the CPU so that
     reading it waits for nothing), so calling again with the same seed and shape repeats it. 16
     random bits decide an element: ``p`` is rounded to a multiple of 2**-16.
-
-    Raises:
-        TypeError: x's dtype is one that dropout cannot run in.
     """
-    check_dropout_dtype(x.dtype)
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD
     bits = torch.empty(words, dtype=torch.int64, device=x.device)
