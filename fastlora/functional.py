@@ -203,8 +203,12 @@ def add(
     dropout_p: float = 0.0,
     impl: str = "auto",
     inplace: bool = False,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`."""
+    """`lora_add` for layers, which know that their tensors fit; scaling as in `linear`.
+
+    ``seed`` is one int64 as `ops.draw_seed` draws it, for a mask that others must draw too.
+    """
     if is_batch_invariant():
         raise ImplementationError(
             "lora_add cannot run in the batch-invariant mode: whatever made y may go by the number "
@@ -217,7 +221,8 @@ def add(
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     impl = ops.resolve_impl(impl, x)
-    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    if dropout_p > 0.0 and seed is None:
+        seed = ops.draw_seed(x, impl)
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
         return autograd.LoraAdd.apply(*args)

@@ -104,7 +104,33 @@ class ModulesToSaveWrapper(nn.Module):
             if result is None:
                 result = part.new_zeros(x.shape[0], *part.shape[1:])
             result = result.index_copy(0, index, part)
-        return self.original_module(x, *args, **kwargs) if result is None else result
+        if result is None:
+            result = self.original_module(x, *args, **kwargs)
+        if routing.absent_gradients and torch.is_grad_enabled():
+            result = self._with_absent(result, set(own.tolist()), routing, x, *args, **kwargs)
+        return result
+
+    def _with_absent(
+        self,
+        result: torch.Tensor,
+        present: set[int],
+        routing: Routing,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Runs the copies that have no rows on none, so that their gradients are zeros.
+
+        Called and not only named: FSDP2 may have wrapped each copy on its own.
+        """
+        with_rows = {routing.names[slot] for slot in present if slot != NO_ADAPTER}
+        none = torch.empty(0, dtype=torch.int64, device=x.device)
+        for name, module in self.modules_to_save.items():
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if trains and name not in with_rows:
+                part = module(x.index_select(0, none), *args, **kwargs)
+                result = result.index_copy(0, none, part)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""

@@ -1,0 +1,1 @@
+"""FSDP2; run by test_processes.py."""
