@@ -11,6 +11,9 @@ from torch import nn
 from fastlora.routing import NO_ADAPTER, Group, Routing, routing_of
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
+# The slot of an adapter that the batch does not name.
+ABSENT = -2
+
 
 def check_copyable(module: nn.Module) -> None:
     """Raises `UnsupportedLayerError` for a container without a forward."""
@@ -85,52 +88,24 @@ class ModulesToSaveWrapper(nn.Module):
             flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
             return flat.view(*x.shape[:-1], *flat.shape[1:])
         rows = routing.rows(x.shape[0], x.device)
-        slots = [
-            slot if name in self.modules_to_save else NO_ADAPTER
-            for slot, name in enumerate(routing.names)
-        ]
-        own = torch.tensor([*slots, NO_ADAPTER], device=x.device)[rows.slots]
+        slots = {name: slot for slot, name in enumerate(routing.names)}
+        copied = [slot if n in self.modules_to_save else NO_ADAPTER for n, slot in slots.items()]
+        own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[rows.slots]
+        # Every process that shares the batch calls the same modules in the same order, some on no
+        # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.
+        together = routing.absent_gradients and torch.is_grad_enabled()
         result: torch.Tensor | None = None
-        for slot in sorted({NO_ADAPTER, *slots}):
+        modules = [(NO_ADAPTER, self.original_module)]
+        modules += [(slots.get(name, ABSENT), m) for name, m in self.modules_to_save.items()]
+        for slot, module in modules:
             index = (own == slot).nonzero().flatten()
-            if not index.numel():
+            if not index.numel() and not together:
                 continue
-            module = (
-                self.original_module
-                if slot == NO_ADAPTER
-                else self.modules_to_save[routing.names[slot]]
-            )
             part = module(x.index_select(0, index), *args, **kwargs)
             if result is None:
                 result = part.new_zeros(x.shape[0], *part.shape[1:])
             result = result.index_copy(0, index, part)
-        if result is None:
-            result = self.original_module(x, *args, **kwargs)
-        if routing.absent_gradients and torch.is_grad_enabled():
-            result = self._with_absent(result, set(own.tolist()), routing, x, *args, **kwargs)
-        return result
-
-    def _with_absent(
-        self,
-        result: torch.Tensor,
-        present: set[int],
-        routing: Routing,
-        x: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Runs the copies that have no rows on none, so that their gradients are zeros.
-
-        Called and not only named: FSDP2 may have wrapped each copy on its own.
-        """
-        with_rows = {routing.names[slot] for slot in present if slot != NO_ADAPTER}
-        none = torch.empty(0, dtype=torch.int64, device=x.device)
-        for name, module in self.modules_to_save.items():
-            trains = any(parameter.requires_grad for parameter in module.parameters())
-            if trains and name not in with_rows:
-                part = module(x.index_select(0, none), *args, **kwargs)
-                result = result.index_copy(0, none, part)
-        return result
+        return self.original_module(x, *args, **kwargs) if result is None else result
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
