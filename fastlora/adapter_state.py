@@ -216,7 +216,8 @@ def collect(
             if isinstance(module, ModulesToSaveWrapper):
                 continue  # its copy is saved
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
-            weight = _base_weight(model, name)
+            own = "weight" if isinstance(module, FastLoraLinear) else inner
+            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
             if weight is not None:
                 tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
     return tensors

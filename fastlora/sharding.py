@@ -66,9 +66,14 @@ class Gathering:
         Args:
             tensors: Every process must pass the same DTensors in the same order.
             keep: False takes part in gathering and returns none.
+
+        Raises:
+            CheckpointError: Tensors are whole, as far as their state dict goes, and one is not.
         """
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
+            if self._mesh is None and is_sharded(tensor):
+                raise CheckpointError(f"state_dict lacks {name!r}, of which the model has a shard")
             full = whole(tensor.detach()).cpu() if is_sharded(tensor) else tensor
             if keep:
                 found[name] = full

@@ -30,7 +30,8 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     Raises:
         AdapterStateError: An adapter is merged.
         UnsupportedLayerError: An adapter with DoRA is on a layer that would be split, or a layer is
-            split in a way that adapters cannot follow.
+            split in a way that adapters cannot follow. The model may then be split in part: build
+            it anew.
     """
     from torch.distributed.tensor.parallel import parallelize_module
 
@@ -43,11 +44,14 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
         for name, layer in layers.items():
             base.set_submodule(name, layer.to_linear())
         parallelize_module(base, device_mesh, plan)
-    finally:
+        split = {name: _split_like(base.get_submodule(name), m) for name, m in layers.items()}
+    except BaseException:
         for name, layer in layers.items():
-            linear = base.get_submodule(name)
-            base.set_submodule(name, _split_like(linear, layer))
-        model.base_model._routed = None
+            base.set_submodule(name, layer)
+        raise
+    for name, module in split.items():
+        base.set_submodule(name, module)
+    model.base_model._routed = None
     return model
 
 

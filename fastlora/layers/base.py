@@ -245,7 +245,8 @@ class LoraLayer(Mergeable):
             if is_sharded(parameter):
                 raise AdapterStateError(
                     "the base weight is sharded (a DTensor) and the new factors would not be: add "
-                    "adapters before fully_shard(), which then shards them too"
+                    "adapters before fully_shard(), which then shards them too; under tensor "
+                    "parallelism, layers that torch's parallelize_module split take adapters"
                 )
             if parameter.is_floating_point() and parameter.itemsize >= 2:  # fp8 cannot train
                 return parameter

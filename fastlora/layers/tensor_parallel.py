@@ -2,8 +2,8 @@
 
 Shapes on one of T processes, where ``parallelize_module`` split the base layer:
 
-- column-wise: ``x [..., K]`` whole, ``weight [N/T, K]``, ``lora_A [R, K]`` whole, ``lora_B [N/T, R]``,
-  ``y [..., N/T]``;
+- column-wise: ``x [..., K]`` whole, ``weight [N/T, K]``, ``lora_A [R, K]`` whole,
+  ``lora_B [N/T, R]``, ``y [..., N/T]``;
 - row-wise: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]`` whole,
   ``y [..., N]``, to be summed over the processes.
 
@@ -74,6 +74,8 @@ class TensorParallelLora(FastLoraWrapper):
         UnsupportedLayerError: It is split in a way that adapters cannot follow, or not at all.
     """
 
+    base_layer: Any  # an nn.Linear whose parameters are DTensors
+
     def __init__(self, base_layer: nn.Module) -> None:
         style = parallel_style(base_layer)
         if style is None:
@@ -100,7 +102,12 @@ class TensorParallelLora(FastLoraWrapper):
 
         Args:
             layer: A LoRA layer over the same base weight, of no use afterwards.
+
+        Raises:
+            UnsupportedLayerError: An adapter has DoRA; nothing has changed.
         """
+        if len(getattr(layer, "lora_magnitude_vector", ())):
+            raise UnsupportedLayerError("DoRA is not implemented for tensor-parallel layers")
         for name in ("r", "lora_alpha", "scaling", "use_rslora"):
             setattr(self, name, copy.copy(getattr(layer, name)))
         for name in ("lora_dropout", "lora_A", "lora_B"):
@@ -216,16 +223,19 @@ class TensorParallelLora(FastLoraWrapper):
         return with_absent(self, y, routing, rows)
 
     def _check_layouts(self, x: Any, y: Any) -> None:
-        found = [t.placements[0] if is_sharded(t) else None for t in (x, y)]
+        to: Any = x.placements[0] if is_sharded(x) else None
+        out: Any = y.placements[0] if is_sharded(y) else None
         last = x.dim() - 1
-        if self.style == COLUMN_WISE:
-            fits = all(found) and found[0].is_replicate() and found[1].is_shard(last)
+        if to is None or out is None:
+            fits = False
+        elif self.style == COLUMN_WISE:
+            fits = to.is_replicate() and out.is_shard(last)
         else:
-            fits = all(found) and found[0].is_shard(last) and found[1].is_partial()
+            fits = to.is_shard(last) and out.is_partial()
         if not fits:
             raise UnsupportedLayerError(
-                f"a {self.style} layer got input and output in the layouts {found[0]} and "
-                f"{found[1]}, which are not those of ColwiseParallel or RowwiseParallel"
+                f"a {self.style} layer got input and output in the layouts {to} and {out}, which "
+                "are not those of ColwiseParallel or RowwiseParallel"
             )
 
     def _own_branch(self, name: str, x: torch.Tensor) -> Branch:
@@ -268,20 +278,27 @@ class TensorParallelLora(FastLoraWrapper):
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """This process's share of the base weight, which takes its share of the update."""
-        bias: Any = self.base_layer.bias
-        weight: Any = self.base_layer.weight
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if weight.device_mesh.ndim != 1:
+            raise UnsupportedLayerError(
+                f"cannot merge into this layer: FSDP2 shards its weight too (a DTensor over "
+                f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
+            )
         return weight.to_local(), None if bias is None else bias.to_local(), False
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        found = super()._factors(name)
-        lora_a, lora_b, bias = (t.to_local() if is_sharded(t) else t for t in found)  # type: ignore
-        return lora_a, lora_b, bias
+        lora_a: Any
+        lora_b: Any
+        lora_bias: Any
+        lora_a, lora_b, lora_bias = super()._factors(name)
+        bias = None if lora_bias is None else lora_bias.to_local()
+        return lora_a.to_local(), lora_b.to_local(), bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns ``scaling * B @ A``, all of ``[N, K]``; every process must call it."""
         self._check_known(adapter_name)
-        lora_a, lora_b, _ = (None if t is None else whole(t) for t in super()._factors(adapter_name))
-        return self.scaling[adapter_name] * (lora_b @ lora_a)  # type: ignore[operator]
+        lora_a, lora_b, _ = super()._factors(adapter_name)
+        return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
 
 
 def _own(parameter: Any, *, summed: bool) -> torch.Tensor:
@@ -290,9 +307,7 @@ def _own(parameter: Any, *, summed: bool) -> torch.Tensor:
     ``summed`` says that it is the whole factor, of whose gradient every process has one summand:
     they are added up in the backward.
     """
-    if not torch.is_grad_enabled() or not parameter.requires_grad:
-        return parameter.to_local()
-    if not summed:
+    if not (summed and torch.is_grad_enabled() and parameter.requires_grad):
         return parameter.to_local()
     from torch.distributed.tensor import Partial
 

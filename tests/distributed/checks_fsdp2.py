@@ -23,7 +23,7 @@ import fastlora
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
 
 
-def raises(error: type[Exception], match: str, function: Any, *args: Any, **kwargs: Any) -> None:
+def raises(error: Any, match: str, function: Any, *args: Any, **kwargs: Any) -> None:
     """Asserts that a call raises, with a message that has ``match`` in it."""
     try:
         function(*args, **kwargs)
@@ -34,7 +34,7 @@ def raises(error: type[Exception], match: str, function: Any, *args: Any, **kwar
 
 
 def check_steps(folder: Path) -> None:
-    """Sharded parameters train as whole ones; with gathered ones freed behind the forward or not."""
+    """Sharded parameters train as whole ones, whether gathered ones live on into the backward."""
     for reshard in (True, False):
         model = steps.shard(steps.build(), reshard_after_forward=reshard)
         for name, parameter in model.named_parameters():

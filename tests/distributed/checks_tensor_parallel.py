@@ -243,3 +243,23 @@ def check_refusals(folder: Path) -> None:
     assert isinstance(layer, TensorParallelLora)
     layer.lora_A["b"].register_forward_hook(lambda *_: None)
     raises(UnsupportedLayerError, "hooked", split, torch.randn(2, 17))
+
+
+def check_with_fsdp2(folder: Path) -> None:
+    """FSDP2 over tensor parallelism, a mesh of two dimensions: trains, saves, loads."""
+    for shape in ((2, 1), (1, 2)):
+        both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        model = tensor_parallel(steps.build(), both["tensor"], dict(PLAN))
+        steps.shard(model, mesh=both["data"])
+        steps.train(model, half=shape[0] == 2)
+        steps.assert_as_one(model)
+        expected = steps.trained(model)
+        model.save_pretrained(folder / str(shape))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+        model.load_adapter(folder / str(shape), "default")
+        found = steps.trained(model)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        raises(UnsupportedLayerError, "FSDP2 shards", model.merge_adapter)

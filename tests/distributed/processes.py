@@ -30,23 +30,27 @@ def checks_of(module: Any) -> dict[str, Callable[..., None]]:
     return {n: f for n, f in vars(module).items() if n.startswith("check_") and callable(f)}
 
 
-def run(name: str, folder: Path, timeout: float = 150) -> dict[str, str]:
-    """Runs ``name``'s checks in two processes; returns what failed, by check, or empty strings."""
-    environment = {
+def environment() -> dict[str, str]:
+    """Variables of a process that finds these files, one thread, no GPU, and its neighbours."""
+    found = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(ROOT)]),
         "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": "",
-        "WORLD_SIZE": str(WORLD),
         "OMP_NUM_THREADS": "1",
     }
     if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        found["GLOO_SOCKET_IFNAME"] = "lo"
+    return found
+
+
+def run(name: str, folder: Path, timeout: float = 150) -> dict[str, str]:
+    """Runs ``name``'s checks in two processes; returns what failed, by check, or empty strings."""
     command = [sys.executable, str(HERE / "processes.py"), name, str(folder)]
     started = [
         subprocess.Popen(
             command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**environment(), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

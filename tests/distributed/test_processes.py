@@ -1,4 +1,4 @@
-"""Two real processes on gloo: DDP, FSDP2, tensor parallelism, mixed batches; see the checks_*.py."""
+"""Two real processes on gloo: DDP, FSDP2, tensor parallelism, mixed batches (checks_*.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("transformers", reason="the checks train a tiny Llama")
 
-FILES = ("checks_data_parallel", "checks_fsdp2", "checks_mixed", "checks_tensor_parallel")
+FILES = (
+    *("checks_data_parallel", "checks_fsdp2", "checks_mixed", "checks_tensor_parallel"),
+    "checks_docs",
+)
 CHECKS = [(name, check) for name in FILES for check in checks_of(importlib.import_module(name))]
 
 
