@@ -15,6 +15,7 @@ from fastlora.config import LoraConfig
 from fastlora.inject import Plan
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.wrapped import linear_features
+from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
 
@@ -215,7 +216,8 @@ def collect(
             if isinstance(module, ModulesToSaveWrapper):
                 continue  # its copy is saved
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
-            weight = _base_weight(model, name)
+            own = "weight" if isinstance(module, FastLoraLinear) else inner
+            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
             if weight is not None:
                 tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
     return tensors
@@ -252,9 +254,9 @@ def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
     state = lora_model.state_dict()
     for disk, key in key_map(lora_model, adapter_name).items():
         if disk in file.tensors:
-            state[key].copy_(file.tensors[disk])
+            copy_whole_(state[key], file.tensors[disk])
     for disk, parts in file.keys.items():
         if parts.kind == "base":
             weight = _base_weight(lora_model.get_base_model(), parts.module)
             if weight is not None:
-                weight.copy_(file.tensors[disk])
+                copy_whole_(weight, file.tensors[disk])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastlora.routing import (
     named_ids,
     routed,
 )
+from fastlora.sharding import several_processes, unwrapped
 from fastlora.tuner import LoraTuner
 from fastlora.validation import AdapterStateError
 
@@ -35,6 +37,7 @@ def adapters(
     *,
     seeds: Mapping[str, int] | None = None,
     validate: bool = False,
+    absent_gradients: bool | None = None,
 ) -> Iterator[None]:
     """Within the block, every row of a forward of ``model`` uses its own adapter.
 
@@ -49,7 +52,8 @@ def adapters(
 
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
-            that was patched. Which adapters are active is of no consequence here.
+            that was patched; bare or in DistributedDataParallel. Which adapters are active is of no
+            consequence here.
         ids: For each sample a name, or None (or ``"__base__"``) for the base model alone; or an int
             tensor of slots for each sample or token, -1 for none. A slot is an index into
             ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`.
@@ -57,6 +61,9 @@ def adapters(
             same elements whatever else is in the batch. Those not given are drawn, in training.
         validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
             slot does not exist come out NaN, and the end of the block raises.
+        absent_gradients: Whether a backward gives zeros, and not None, to adapters that train and
+            have no rows here. DDP and FSDP2 need that where another process may have rows for
+            them. None: where torch.distributed runs with several processes.
 
     Raises:
         AdapterNotFoundError: A name or slot that is not there.
@@ -68,7 +75,10 @@ def adapters(
         TypeError, ValueError: ``model`` or ``ids`` is not as described.
     """
     with contextlib.ExitStack() as held:
-        routing = _routing(model, ids, seeds, validate, held)
+        if absent_gradients is None:
+            absent_gradients = several_processes()
+        routing = _routing(unwrapped(model), ids, seeds, validate, held)
+        routing = dataclasses.replace(routing, absent_gradients=absent_gradients)
         recompute.keep_routing()
         with routed(routing):
             yield

@@ -16,6 +16,7 @@ from fastlora.config import LoraConfig
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
+from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.layers.wrapped import linear_features
 from fastlora.targets import find_modules_to_save, find_targets, outer_modules
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -134,6 +135,8 @@ def _add_adapter(
 
 
 def _make_layer(module: nn.Module) -> LoraLayer:
+    if parallel_style(module):
+        return TensorParallelLora(module)
     if why_not_plain(module):
         return FastLoraWrapper(module)
     return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
@@ -247,7 +250,7 @@ def unload(
             layer._unmerged = None
         elif layer.merged:
             layer.unmerge()
-        base = layer.to_linear() if isinstance(layer, FastLoraLinear) else layer.get_base_layer()
+        base = layer.release()
         _set_submodule(model, name, base)
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     for name, wrapper in wrappers:

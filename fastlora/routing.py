@@ -192,6 +192,7 @@ class Routing:
         kernels: What Triton kernels read; empty until a layer needs it.
         ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
         training: What kernels read with gradients; empty until a layer needs it.
+        absent_gradients: Whether trainable adapters without rows get zeros as gradients.
     """
 
     group: Group
@@ -203,6 +204,7 @@ class Routing:
     kernels: list[KernelRouting] = field(default_factory=list, repr=False)
     ready: dict[int, Any] = field(default_factory=dict, repr=False)
     training: list[Any] = field(default_factory=list, repr=False)
+    absent_gradients: bool = False
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 

@@ -87,13 +87,13 @@ class _FastForward:
         names = [name for name in self.active_adapters if name in self.lora_A]
         return [] if any(name in self.lora_variant for name in names) else names
 
-    def fusion(self: Any) -> tuple[bool, str]:
+    def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if name in self.lora_variant:
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-        why = why_not_fused(self, names) or why_not_plain(self.base_layer)
+        why = why_not_fused(self, names, gathered) or why_not_plain(self.base_layer, gathered)
         return not why, why
 
 
@@ -274,10 +274,10 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion(module: nn.Module) -> tuple[bool, str] | None:
+def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
     """Returns ``(fused, why not)`` for a LoRA layer of PEFT's, or None for any other module."""
     if isinstance(module, _FastForward):
-        return module.fusion()
+        return module.fusion(gathered)
     if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above
         return False, "PEFT's own layer; fastlora.patch(model) fuses it"
     if isinstance(module, PeftLoraLayer):

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastlora.layers.merging import Mergeable
 from fastlora.routing import Group
+from fastlora.sharding import is_sharded
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -60,7 +61,11 @@ class LoraLayer(Mergeable):
         """Returns the module that the adapters modify."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
-    def fusion(self) -> tuple[bool, str]:
+    def release(self) -> nn.Module:
+        """Returns the module to put where this layer is, once its adapters are to go."""
+        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
@@ -251,6 +256,12 @@ class LoraLayer(Mergeable):
     def _factor_like(self) -> torch.Tensor | None:
         """A tensor whose device and dtype new factors take, or None for torch's defaults."""
         for parameter in self.get_base_layer().parameters(recurse=False):
+            if is_sharded(parameter):
+                raise AdapterStateError(
+                    "the base weight is sharded (a DTensor) and the new factors would not be: add "
+                    "adapters before fully_shard(), which then shards them too; under tensor "
+                    "parallelism, layers that torch's parallelize_module split take adapters"
+                )
             if parameter.is_floating_point() and parameter.itemsize >= 2:  # fp8 cannot train
                 return parameter
         return None

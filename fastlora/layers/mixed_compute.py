@@ -18,6 +18,7 @@ from torch import nn
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.layers import mixed_kernels, mixed_training
+from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
@@ -87,8 +88,10 @@ def mixed_forward(
     shares, factors = _shares(layer, x, routing, rows, projection)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
-        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
-    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+        y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
+    else:
+        y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+    return with_absent(layer, y, routing, rows)
 
 
 class _Ready(NamedTuple):
@@ -193,11 +196,13 @@ def mixed_added_forward(
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if not shares:
-        return y
+        return with_absent(layer, y, routing, rows, own=False)
     if _wants_grad(y, x, *factors):
         routing.group.packs.clear()
-        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-    return mixed.forward_add(y, x, rows, shares, factors)[0]
+        y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+    else:
+        y = mixed.forward_add(y, x, rows, shares, factors)[0]
+    return with_absent(layer, y, routing, rows)
 
 
 def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:

@@ -97,9 +97,14 @@ class FastLoraWrapper(LoraLayer):
         """Returns the wrapped module."""
         return self.base_layer
 
-    def fusion(self) -> tuple[bool, str]:
+    def release(self) -> nn.Module:
+        """Returns the wrapped module, which the layer is no longer needed for."""
+        return self.base_layer
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Not fused; says what the base layer is."""
-        return False, why_not_plain(self.base_layer) or why_not_fused(self, self._acting())
+        why = why_not_plain(self.base_layer, gathered)
+        return False, why or why_not_fused(self, self._acting(), gathered)
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         weight: Any = getattr(self.base_layer, "weight", None)

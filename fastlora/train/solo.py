@@ -82,9 +82,9 @@ class Solo:
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
 
-    def draw_seed(self) -> int:
-        """Returns the seed of the next forward, 62 bits."""
-        text = f"{self.seed}:{self.counts.forwards}:{self.name}"
+    def draw_seed(self, rank: int = 0) -> int:
+        """Returns the seed of the next forward in a process, 62 bits."""
+        text = f"{self.seed}:{self.counts.forwards}:{self.name}" + (f":{rank}" if rank else "")
         self.counts.forwards += 1
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 2
