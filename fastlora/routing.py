@@ -179,6 +179,7 @@ class Routing:
         layers: The model's routed modules; a layer's ``table_row`` counts here.
         residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
         kernels: What Triton kernels read; None until a layer needs it.
+        dora: What `fastlora.layers.dora_mixed` keeps of the norms.
     """
 
     group: Group
@@ -188,6 +189,7 @@ class Routing:
     layers: Sequence[Any] = ()
     residents: tuple[Any, ...] | None = None
     kernels: list[KernelRouting] = field(default_factory=list, repr=False)
+    dora: dict[Any, Any] = field(default_factory=dict, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastlora.layers.dense import dense_weight
+from fastlora.layers.dora import DoraMagnitude, forget_norms
 from fastlora.layers.merging import Mergeable
 from fastlora.routing import Group
 from fastlora.validation import (
@@ -30,6 +32,7 @@ class LoraLayer(Mergeable):
         lora_A: Adapter name to a linear module with weight ``[R, K]``.
         lora_B: Adapter name to a linear module with weight ``[N, R]``, with a bias for lora_bias.
         lora_dropout: Adapter name to `nn.Dropout` or `nn.Identity`.
+        lora_magnitude_vector: Name of an adapter that uses DoRA to a module with weight ``[N]``.
         r, lora_alpha, scaling: Adapter name to number.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
@@ -45,6 +48,7 @@ class LoraLayer(Mergeable):
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.impl = "auto"
         self._active_adapters: list[str] = []
         self._disabled = False
@@ -54,10 +58,6 @@ class LoraLayer(Mergeable):
         self._init_merging()
 
     # ------------------------------------------------------------------ what subclasses provide
-
-    def get_base_layer(self) -> nn.Module:
-        """Returns the module that the adapters modify."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     def fusion(self) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
@@ -84,6 +84,7 @@ class LoraLayer(Mergeable):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
     ) -> None:
         """Adds an adapter; it acts only after `set_adapter`.
@@ -97,12 +98,15 @@ class LoraLayer(Mergeable):
             lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
             use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
             lora_bias: Give lora_B a bias.
+            use_dora: Give the adapter a magnitude for each output, at first the norm of that row of
+                the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
             init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with
                 standard deviation ``1 / r``, B zero), or False (both random).
 
         Raises:
             AdapterStateError: The name exists.
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or lora_bias is asked for beside use_dora.
+            UnsupportedLayerError: use_dora, and the base weight cannot be read.
         """
         if adapter_name in self.lora_A:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
@@ -116,6 +120,10 @@ class LoraLayer(Mergeable):
         check_dropout("lora_dropout", lora_dropout)
         if not math.isfinite(lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        if use_dora and lora_bias:
+            raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+        if use_dora:
+            dense_weight(self.get_base_layer())  # raises before anything changes
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)
@@ -133,6 +141,28 @@ class LoraLayer(Mergeable):
         self.lora_B[adapter_name] = lora_b.train(self.training)
         for factor in (lora_a, lora_b):
             factor.requires_grad_(False)
+        if use_dora:
+            self.reset_magnitude(adapter_name)
+
+    def reset_magnitude(self, adapter_name: str) -> None:
+        """Makes an adapter's magnitude the norms of its adapted weight, in its factors' dtype.
+
+        The adapter then changes nothing but the direction of the weight's rows: with lora_B zero,
+        as it starts, the layer is its base layer. It is frozen.
+        """
+        self._check_known(adapter_name)
+        _, lora_b, _ = self._factors(adapter_name)
+        norms = self._unmerged_norms([adapter_name])[adapter_name]
+        norms = norms.to(lora_b.device, lora_b.dtype)
+        magnitude = DoraMagnitude(norms).train(self.training).requires_grad_(False)
+        self.lora_magnitude_vector[adapter_name] = magnitude
+
+    def refresh(self) -> None:
+        """Forgets what the layer keeps of its weights' norms.
+
+        Call it after writing through a parameter's ``.data``, which nothing else can see.
+        """
+        forget_norms(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -150,6 +180,9 @@ class LoraLayer(Mergeable):
             table.pop(adapter_name)
         for modules in (self.lora_dropout, self.lora_A, self.lora_B):
             del modules[adapter_name]
+        if adapter_name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[adapter_name]
+        forget_norms(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *, inference_mode: bool = False) -> None:
@@ -176,7 +209,7 @@ class LoraLayer(Mergeable):
         self._set_trainable([] if inference_mode else self._active_adapters)
 
     def _set_trainable(self, names: list[str]) -> None:
-        for modules in (self.lora_A, self.lora_B):
+        for modules in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             for name, module in modules.items():
                 module.requires_grad_(name in names)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import mixed_kernels
+from fastlora.layers import dora_mixed, mixed_kernels
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
@@ -49,6 +49,22 @@ def mixed_forward(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_forward` before DoRA's scales; slots of ``without`` get the base layer only."""
     dtype = functional.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
@@ -71,7 +87,7 @@ def mixed_forward(
             y = packed_forward.linear(flat, weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
         return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
@@ -90,6 +106,22 @@ def mixed_added_forward(
 
     ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_added_forward(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    inplace: bool,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
@@ -102,13 +134,31 @@ def mixed_added_forward(
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if not shares:
         return y
     if _wants_grad(y, x, *factors):
         routing.group.packs.clear()
         return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
     return mixed.forward_add(y, x, rows, shares, factors)[0]
+
+
+def _with_dora(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    slots: dora_mixed.DoraSlots,
+    projection: int,
+) -> torch.Tensor:
+    """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
+    if not dora_mixed.wants_segments(layer, y, routing, slots):
+        return dora_mixed.scale_rows(layer, y, routing, slots, x.dtype)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    found = [(slot, _branch(layer, x, routing, slot)) for slot in slots.dropped]
+    branches = {slot: branch for slot, branch in found if branch is not None}
+    return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
 
 
 def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
@@ -228,13 +278,18 @@ def _factors(
 
 
 def _shares(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+    layer: Any,
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+    projection: int,
+    without: tuple[int, ...] = (),
 ) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
     """Returns what each adapter with rows here contributes, and all their factors in turn."""
     shares: list[mixed.Share] = []
     factors: list[torch.Tensor | None] = []
     for segment in rows.segments:
-        branch = _branch(layer, x, routing, segment.slot)
+        branch = None if segment.slot in without else _branch(layer, x, routing, segment.slot)
         if branch is None:
             continue
         if branch.lora_a.device != x.device:
@@ -254,7 +309,7 @@ def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch 
         found = routing.residents[slot].factors(layer.table_row)
         if found is None:
             return None
-        lora_a, rank_rows, scaling, lora_bias = found
+        lora_a, rank_rows, scaling, lora_bias = found[:4]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         tensor = torch.full((), scaling, dtype=exact, device=x.device)
         if lora_bias is not None:
