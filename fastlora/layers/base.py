@@ -152,9 +152,13 @@ class LoraLayer(Mergeable):
         """
         self._check_known(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
-        norms = self._unmerged_norms([adapter_name])[adapter_name]
-        norms = norms.to(lora_b.device, lora_b.dtype)
-        magnitude = DoraMagnitude(norms).train(self.training).requires_grad_(False)
+        squares = self._unmerged_squares([adapter_name])[adapter_name]
+        norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
+        magnitude = (
+            DoraMagnitude(norms.to(lora_b.device, lora_b.dtype))
+            .train(self.training)
+            .requires_grad_(False)
+        )
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def refresh(self) -> None:

@@ -20,6 +20,9 @@ def dense_weight(base: Any) -> torch.Tensor:
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
     """
+    own = base._parameters.get("weight") if isinstance(base, nn.Module) else None
+    if type(own) is nn.Parameter and type(base).__name__ != "Conv1D" and _is_dense(own):
+        return own  # at once: it is asked in every forward
     if hasattr(base, "W_q") and callable(getattr(base, "dequantize", None)):  # HQQ
         return base.dequantize()
     weight: Any = getattr(base, "weight", None)

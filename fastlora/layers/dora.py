@@ -6,7 +6,6 @@ DoRA where ``lora_magnitude_vector`` has its name.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,8 @@ from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
 from fastlora.dora import (
     DoraDropped,
     DoraScale,
-    change_of,
-    inverse_of,
-    rescale_,
-    row_norms,
+    adapted_squares,
+    scale_columns,
     square_norms,
 )
 from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
@@ -46,8 +43,8 @@ class DoraMagnitude(nn.Module):
 Stamp = tuple[int, int, int]
 
 
-class _Inverse(NamedTuple):
-    """An adapter's inverse norms, and what they were computed from."""
+class _Kept(NamedTuple):
+    """An adapter's squared norms, and what they were computed from."""
 
     key: tuple[Any, ...]
     value: torch.Tensor
@@ -61,8 +58,8 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self.squares: tuple[Stamp, torch.Tensor] | None = None
-        self.inverses: dict[str, _Inverse] = {}
+        self.base: tuple[Stamp, torch.Tensor] | None = None
+        self.adapters: dict[str, _Kept] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
         return NormCache()
@@ -106,71 +103,75 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def adapter_norms(
-    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any, dtype: torch.dtype
+def adapter_squares(
+    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
 ) -> torch.Tensor:
-    """Returns ``||W + scaling * B @ A||`` of each row on a layer, ``[N]``, computed now.
+    """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
 
     Args:
         layer: Its base layer has the W.
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
-        dtype: In which the layer computes.
     """
     base = layer.get_base_layer()
     weight = dense_weight(base)
     device_type = weight.device.type
-    autocast: Any = contextlib.nullcontext()
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
-        autocast = torch.autocast(device_type, enabled=False)
-    with torch.no_grad(), autocast:
-        squares = _squares(layer, base, weight)
-        return row_norms(weight, squares, lora_a, lora_b, scaling, dtype)
+        with torch.autocast(device_type, enabled=False):
+            return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
+    return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
 
 
-def _squares(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
+def _base(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
     """Returns ``||W||^2``, ``[N]``: kept while the base weight stays what it is."""
     # One that trains may be sharded, and written to without a change of its version.
     if not may_keep(weight.device) or (weight.requires_grad and torch.is_grad_enabled()):
         return square_norms(weight)
-    stamp = stamp_of(base.weight) if isinstance(base.weight, torch.Tensor) else None
+    own = base.weight
+    stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
     if stamp is None:
         return square_norms(weight)
-    cache = layer.__dict__.setdefault("_dora_norms", NormCache())
-    known = cache.squares
+    cache = _cache(layer)
+    known = cache.base
     if known is None or known[0] != stamp:
         with torch.inference_mode(False):  # for a backward one day
-            known = cache.squares = stamp, square_norms(weight.detach())
+            known = cache.base = stamp, square_norms(weight.detach())
     return known[1]
 
 
-def cached_inverse(
-    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """One over `adapter_norms` of an adapter; without gradients, kept until something changes.
+def _cache(layer: Any) -> NormCache:
+    cache = layer.__dict__.get("_dora_norms")
+    if cache is None:
+        cache = layer.__dict__["_dora_norms"] = NormCache()
+    return cache
 
-    With gradients it is computed in every forward: an optimizer may be about to step, and not all
-    of them move versions.
+
+def cached_squares(
+    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
+
+    With gradients they are computed in every forward: an optimizer may be about to step, and not
+    all of them move versions.
     """
     scaling = layer.scaling[name]
-    cache = layer.__dict__.get("_dora_norms")
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
-        if cache is not None and keeps:
-            cache.inverses.pop(name, None)
-        return inverse_of(adapter_norms(layer, lora_a, lora_b, scaling, dtype))
+        if keeps:
+            _cache(layer).adapters.pop(name, None)
+        return adapter_squares(layer, lora_a, lora_b, scaling)
     weight = layer.get_base_layer().weight
     stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
     if None in stamps:
-        return inverse_of(adapter_norms(layer, lora_a, lora_b, scaling, dtype))
-    key = (*stamps, scaling, dtype)
-    known = cache.inverses.get(name) if cache is not None else None
+        return adapter_squares(layer, lora_a, lora_b, scaling)
+    kept = _cache(layer).adapters
+    key = (*stamps, scaling)
+    known = kept.get(name)
     if known is None or known.key != key:
         with torch.inference_mode(False):
-            norms = adapter_norms(layer, lora_a.detach(), lora_b.detach(), scaling, dtype)
-            known = _Inverse(key, inverse_of(norms))
-        layer.__dict__.setdefault("_dora_norms", NormCache()).inverses[name] = known
+            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling)
+        known = kept[name] = _Kept(key, value)
     return known.value
 
 
@@ -249,13 +250,14 @@ def _fused(
     if dtype is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     magnitude = magnitude_of(layer, name)
-    inverse = cached_inverse(layer, name, branch.lora_a, branch.lora_b, x.dtype)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     if branch.dropout_p:
-        return _dropped(layer, None, x, weight, bias, magnitude, inverse, branch, impl)
+        return _dropped(layer, None, x, weight, bias, magnitude, squares, branch, impl)
     u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, None, magnitude, inverse)
-    return rescale_(u, bias, change_of(magnitude, inverse, u.dtype))
+        return DoraScale.apply(u, bias, None, magnitude, squares)
+    rows = u.reshape(-1, u.shape[-1])
+    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
 
 
 def _added(
@@ -272,15 +274,16 @@ def _added(
     x = x.to(dtype or x.dtype)
     base = layer.get_base_layer()
     bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
-    inverse = cached_inverse(layer, name, branch.lora_a, branch.lora_b, x.dtype)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     if branch.dropout_p:
         weight = dense_weight(base)
-        return _dropped(layer, y, x, weight, None, magnitude, inverse, branch, impl)
+        return _dropped(layer, y, x, weight, None, magnitude, squares, branch, impl)
     added = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
     u = added if bias is None else added - bias.to(added.dtype)
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, None, magnitude, inverse)
-    return rescale_(u, bias, change_of(magnitude, inverse, u.dtype))
+        return DoraScale.apply(u, bias, None, magnitude, squares)
+    rows = u.reshape(-1, u.shape[-1])
+    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
 
 
 def _dropped(
@@ -290,7 +293,7 @@ def _dropped(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
-    inverse: torch.Tensor,
+    squares: torch.Tensor,
     branch: Branch,
     impl: str,
 ) -> torch.Tensor:
@@ -300,7 +303,7 @@ def _dropped(
     impl = ops.resolve_impl(impl, x)
     seed = ops.draw_seed(x, impl)
     return DoraDropped.apply(
-        *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, inverse),
+        *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, squares),
         *(branch.scaling, seed, branch.dropout_p, impl),
     )
 
@@ -313,8 +316,8 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Te
     bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
     inner = x if torch.is_autocast_enabled(x.device.type) else x.to(down.weight.dtype)
     inner = dropout(inner)
-    norms = adapter_norms(layer, down.weight, up.weight, scaling, x.dtype)
-    change = magnitude * inverse_of(norms) - 1.0
+    squares = adapter_squares(layer, down.weight, up.weight, scaling)
+    change = magnitude * squares.rsqrt() - 1.0
     update = up(down(inner)) * scaling
     if not isinstance(dropout, nn.Identity) and layer.training:
         weight = dense_weight(base)

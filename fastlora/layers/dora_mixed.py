@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.dora import DoraDropped, DoraScale, change_of, inverse_of
+from fastlora.dora import DoraDropped, DoraScale, change_of
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import (
-    adapter_norms,
-    cached_inverse,
+    adapter_squares,
+    cached_squares,
     magnitude_of,
     may_keep,
     records_gradients,
@@ -71,9 +71,7 @@ def _pool_magnitude(layer: Any, resident: Any) -> torch.Tensor | None:
 # --------------------------------------------------------------------- with and without gradients
 
 
-def scale_rows(
-    layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots, dtype: torch.dtype
-) -> torch.Tensor:
+def scale_rows(layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots) -> torch.Tensor:
     """Returns a new y ``[..., N]`` with DoRA rows scaled, for forwards that record no graph.
 
     On the device that the ids are on, and without waiting for them: a row finds its adapter's
@@ -84,11 +82,10 @@ def scale_rows(
         y: Of all rows, bias included.
         routing: The batch's.
         slots: Of `dora_slots`.
-        dtype: In which the layer computes.
     """
     bias = getattr(layer.get_base_layer(), "bias", None)
     flat = y.reshape(-1, y.shape[-1])
-    table, known = _table(layer, routing, slots.scaled, flat, dtype)
+    table, known = _table(layer, routing, slots.scaled, flat)
     per_id = flat.shape[0] // routing.ids.numel()
     places = routing.ids.to(flat.device).clamp(-1)  # -2 is an id that was out of range
     places = known[places].repeat_interleave(per_id)
@@ -100,7 +97,7 @@ def scale_rows(
 
 
 def _table(
-    layer: Any, routing: Routing, slots: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype
+    layer: Any, routing: Routing, slots: tuple[int, ...], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``g - 1`` of some slots, zeros last, and each slot's row in it, the last one's last.
 
@@ -111,7 +108,7 @@ def _table(
             "a graph that is being recorded would keep the norms of the DoRA adapters that a pool "
             "holds now; leave them out of the batch, or call the model outside the graph"
         )
-    sources = [_source(layer, routing, slot, dtype) for slot in slots]
+    sources = [_source(layer, routing, slot) for slot in slots]
     key = (layer.routed_as, like.dtype, slots)
     stamps = [stamp_of(tensor) for source in sources for tensor in source]
     keeps = may_keep(like.device) and None not in stamps
@@ -128,27 +125,24 @@ def _table(
     return made
 
 
-def _source(
-    layer: Any, routing: Routing, slot: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns an adapter's magnitude and one over its norms on a layer."""
+def _source(layer: Any, routing: Routing, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns an adapter's magnitude on a layer, and its squared norms there."""
     if routing.residents is None:
         name = routing.names[slot]
         lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return magnitude_of(layer, name), cached_inverse(layer, name, lora_a, lora_b, dtype)
+        return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
     resident = routing.residents[slot]
     factors = resident.factors(layer.table_row)
     weight = layer.get_base_layer().weight
-    key = (stamp_of(weight) if isinstance(weight, torch.Tensor) else None, dtype)
-    kept = resident.inverses.get(layer.table_row)
-    if kept is not None and kept[0] == key and key[0] is not None:
+    stamp = stamp_of(weight) if isinstance(weight, torch.Tensor) else None
+    kept = resident.squares.get(layer.table_row)
+    if kept is not None and kept[0] == stamp:
         return factors.magnitude, kept[1]
     with torch.inference_mode(False):
-        norms = adapter_norms(layer, factors.lora_a, factors.lora_b.t(), factors.scaling, dtype)
-        inverse = inverse_of(norms)
-    if may_keep(inverse.device):
-        resident.inverses[layer.table_row] = key, inverse
-    return factors.magnitude, inverse
+        squares = adapter_squares(layer, factors.lora_a, factors.lora_b.t(), factors.scaling)
+    if stamp is not None and may_keep(squares.device):
+        resident.squares[layer.table_row] = stamp, squares
+    return factors.magnitude, squares
 
 
 # ------------------------------------------------------------------------------- with gradients
@@ -188,7 +182,7 @@ def scale_segments(
     parts = []
     if scaled:
         part = own[:count] if dropped else own
-        parts.append(_scaled(layer, part, routing, scaled, x.dtype))
+        parts.append(_scaled(layer, part, routing, scaled))
     if dropped:
         rows_x = x.reshape(-1, x.shape[-1])
         rows_x = rows_x if whole else rows_x.index_select(0, index)
@@ -206,12 +200,12 @@ def _rows_of(segments: list[Segment], rows: RowRouting, device: torch.device) ->
 
 
 def _scaled(
-    layer: Any, own: torch.Tensor, routing: Routing, segments: list[Segment], dtype: torch.dtype
+    layer: Any, own: torch.Tensor, routing: Routing, segments: list[Segment]
 ) -> torch.Tensor:
     bias = getattr(layer.get_base_layer(), "bias", None)
     u = own if bias is None else own - bias.to(own.dtype)
     lengths = tuple(segment.stop - segment.start for segment in segments)
-    pairs = [t for s in segments for t in _source(layer, routing, s.slot, dtype)]
+    pairs = [t for s in segments for t in _source(layer, routing, s.slot)]
     return DoraScale.apply(u, bias, lengths, *pairs)
 
 
@@ -230,10 +224,10 @@ def _dropped(
     for segment, base, rows in zip(segments, own.split(lengths), x.split(lengths), strict=True):
         branch = branches[segment.slot]
         seed = layer_seed(routing.seeds[segment.slot], projection)
-        magnitude, inverse = _source(layer, routing, segment.slot, x.dtype)
+        magnitude, squares = _source(layer, routing, segment.slot)
         parts.append(
             DoraDropped.apply(
-                *(base, rows, weight, None, branch.lora_a, branch.lora_b, magnitude, inverse),
+                *(base, rows, weight, None, branch.lora_a, branch.lora_b, magnitude, squares),
                 *(branch.scaling, seed, branch.dropout_p, "eager"),
             )
         )

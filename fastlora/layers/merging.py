@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.dora import inverse_of, row_norms, square_norms
-from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora import adapter_norms, forget_norms, magnitude_of, uses_dora
+from fastlora.dora import adapted_squares, scale_of, square_norms
+from fastlora.layers.dora import adapter_squares, forget_norms, magnitude_of, uses_dora
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.
@@ -182,21 +181,19 @@ class Mergeable(nn.Module):
         """Returns g ``[N]`` of those adapters that use DoRA."""
         dora = [name for name in names if uses_dora(self, [name])]
         return {
-            name: magnitude_of(self, name).detach() * inverse_of(norms)
-            for name, norms in self._unmerged_norms(dora).items()
+            name: scale_of(magnitude_of(self, name), squares)
+            for name, squares in self._unmerged_squares(dora).items()
         }
 
     @torch.no_grad()
-    def _unmerged_norms(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Returns the norms ``[N]`` that adapters give the base weight as it is without a merge."""
+    def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Returns `adapted_squares` of adapters on the base weight as it is without a merge."""
         if not names:
             return {}
         factors = {name: self._factors(name)[:2] for name in names}
         if not self.merged:
-            dtype = dense_weight(self.get_base_layer()).dtype
             return {
-                name: adapter_norms(self, *factors[name], self.scaling[name], dtype)
-                for name in names
+                name: adapter_squares(self, *factors[name], self.scaling[name]) for name in names
             }
         weight, _, transposed = self._mergeable()
         if self._unmerged is not None and _versions(weight) == self._merged_versions[:1]:
@@ -206,7 +203,7 @@ class Mergeable(nn.Module):
             self._unmerge_from(base, None)
         squares = square_norms(base)
         return {
-            name: row_norms(base, squares, *factors[name], self.scaling[name], base.dtype)
+            name: adapted_squares(base, squares, *factors[name], self.scaling[name])
             for name in names
         }
 

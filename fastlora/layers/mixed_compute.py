@@ -154,7 +154,7 @@ def _with_dora(
     """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
     if not dora_mixed.wants_segments(layer, y, routing, slots):
-        return dora_mixed.scale_rows(layer, y, routing, slots, x.dtype)
+        return dora_mixed.scale_rows(layer, y, routing, slots)
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     found = [(slot, _branch(layer, x, routing, slot)) for slot in slots.dropped]
     branches = {slot: branch for slot, branch in found if branch is not None}

@@ -24,8 +24,8 @@ class Resident:
         version: Differs between any two images that were packed, so it can key caches.
         max_rank: Largest rank on any module.
         uses_dora: Whether it has a magnitude on some module.
-        inverses: One over the norms of the adapted weight, by module, for a DoRA adapter: made
-            with the first forward, and gone with the resident.
+        squares: The squared norms of the adapted weight, by module, for a DoRA adapter: made with
+            the first forward, and gone with the resident.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -34,7 +34,7 @@ class Resident:
         self.version = image.version
         self.max_rank = int(image.layout.ranks.max())
         self.uses_dora = bool((image.layout.offsets[_MAGNITUDE] != ABSENT).any())
-        self.inverses: dict[int, Any] = {}
+        self.squares: dict[int, Any] = {}
         self._layout, self._scaling = image.layout, image.scaling
         self._views: list[Factors | None | bool] = [False] * len(image.scaling)
 
