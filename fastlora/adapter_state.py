@@ -37,6 +37,9 @@ def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
                     keys[f"{at}{factor}.weight"] = f"{at}{factor}.{adapter_name}.weight"
                 if module.lora_B[adapter_name].bias is not None:
                     keys[f"{at}lora_B.bias"] = f"{at}lora_B.{adapter_name}.bias"
+                if adapter_name in module.lora_magnitude_vector:
+                    magnitude = f"{at}lora_magnitude_vector"
+                    keys[magnitude] = f"{magnitude}.{adapter_name}.weight"
             base_bias = getattr(module.get_base_layer(), "bias", None)
             if base_bias is not None and config.bias != "none":
                 own = isinstance(module, FastLoraLinear)
@@ -106,6 +109,12 @@ def check_same_adapter(
             f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
             f"({differing[0]} differs); load it under another name"
         )
+    dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
+    if dora != config.use_dora:
+        raise CheckpointError(
+            f"{path}: use_dora={config.use_dora}, where the loaded adapter {adapter_name!r} has "
+            f"use_dora={dora}; load it under another name"
+        )
     for name in plan.targets:
         found = (config.rank_for(name), config.scaling_for(name))
         if found != loaded[name]:
@@ -129,6 +138,8 @@ def _expected_shapes(
         shapes[f"{KEY_PREFIX}{name}.lora_B.weight"] = (n, r)
         if config.lora_bias:
             shapes[f"{KEY_PREFIX}{name}.lora_B.bias"] = (n,)
+        if config.use_dora:
+            shapes[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = (n,)
     for name in plan.modules_to_save:
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):

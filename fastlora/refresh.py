@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastlora.layers.dora import forget_norms
+
 
 def refresh(model: nn.Module) -> None:
     """Forgets whatever fastlora derived from a model's weights.
@@ -19,3 +21,5 @@ def refresh(model: nn.Module) -> None:
         group = getattr(module, "routed_by", None)
         if group is not None:
             group.packs.clear()
+        if hasattr(module, "lora_magnitude_vector"):
+            forget_norms(module)

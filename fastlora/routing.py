@@ -193,6 +193,7 @@ class Routing:
         ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
         training: What kernels read with gradients; empty until a layer needs it.
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
+        dora: What `fastlora.layers.dora_mixed` keeps of the norms.
     """
 
     group: Group
@@ -205,6 +206,7 @@ class Routing:
     ready: dict[int, Any] = field(default_factory=dict, repr=False)
     training: list[Any] = field(default_factory=list, repr=False)
     absent_gradients: bool = False
+    dora: dict[Any, Any] = field(default_factory=dict, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 

@@ -16,11 +16,19 @@ import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
+from fastlora.layers.dora import (
+    SEVERAL_WITH_DORA,
+    dora_added_forward,
+    dora_forward,
+    forget_norms,
+    uses_dora,
+)
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.routing import (
@@ -54,23 +62,35 @@ class _FastForward:
             return self._mixed(x, *args, routed=routed, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
-        variant = any(name in self.lora_variant for name in names)
+        variant = any(_foreign_variant(self, name) for name in names)
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
         if self.training and self.routed_by is not None:
             self.routed_by.packs.before_training()
-        base = self.base_layer
+        base, dora = self.base_layer, uses_dora(self, names)
         if not args and not kwargs and not why_not_plain(base):
-            return lora_forward(self, x, base.weight, base.bias, names, "auto")
+            forward = dora_forward if dora else lora_forward
+            return forward(self, x, base.weight, base.bias, names, "auto")
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         y = base(x, *args, **kwargs)
-        return lora_added_forward(self, y, x, names, "auto", inplace=False)
+        added_forward = dora_added_forward if dora else lora_added_forward
+        return added_forward(self, y, x, names, "auto", inplace=False)
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's layer."""
+        forget_norms(self)
+        super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+
+    def unmerge(self: Any) -> None:
+        """As PEFT's layer."""
+        forget_norms(self)
+        super().unmerge()  # type: ignore[misc]  # as above
 
     def _mixed(self: Any, x: torch.Tensor, *args: Any, routed: Any, **kwargs: Any) -> torch.Tensor:
         """Every row with its own adapter, inside `fastlora.adapters`."""
         for name in routed[0].names:
-            if name in self.lora_variant:
+            if _foreign_variant(self, name):
                 raise UnsupportedLayerError(
                     f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}, which cannot "
                     "share a batch with other adapters"
@@ -91,10 +111,20 @@ class _FastForward:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
-            if name in self.lora_variant:
+            if _foreign_variant(self, name):
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
         why = why_not_fused(self, names, gathered) or why_not_plain(self.base_layer, gathered)
+        if not why and len(names) > 1 and uses_dora(self, names):
+            why = SEVERAL_WITH_DORA
         return not why, why
+
+
+def _foreign_variant(layer: Any, name: str) -> bool:
+    """Whether an adapter is one of PEFT's variants of LoRA other than DoRA on a linear."""
+    variant = layer.lora_variant.get(name)
+    return variant is not None and (
+        variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
+    )
 
 
 class FastPeftLinear(_FastForward, PeftLinear):
@@ -187,7 +217,8 @@ class FastPeftLoraModel(PeftLoraModel):
         except UnsupportedLayerError:
             return None
         if found is None or any(
-            wanted & set(layer.lora_variant) or layer.merged for layer in found.routed
+            layer.merged or any(_foreign_variant(layer, name) for name in wanted)
+            for layer in found.routed
         ):
             return None
         return found
@@ -249,7 +280,14 @@ def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if isinstance(module, _FastForward):
         module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
-        for name in ("_scaling_tensors", "_family", "routed_by", "routed_as", "table_row"):
+        for name in (
+            "_scaling_tensors",
+            "_dora_norms",
+            "_family",
+            "routed_by",
+            "routed_as",
+            "table_row",
+        ):
             module.__dict__.pop(name, None)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.dora import SEVERAL_WITH_DORA, dora_forward, uses_dora
 from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.routing import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
@@ -61,6 +62,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         lora_bias: Give lora_B a bias.
+        use_dora: Scale each output by a trained magnitude; see `LoraLayer.add_adapter`.
         init_lora_weights: As in `LoraLayer.add_adapter`.
         device: Of all parameters.
         dtype: Of all parameters.
@@ -80,6 +82,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -94,6 +97,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             lora_bias=lora_bias,
+            use_dora=use_dora,
             init_lora_weights=init_lora_weights,
         )
         self.set_adapter(DEFAULT_ADAPTER)
@@ -162,7 +166,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             return mixed_forward(self, x, self.weight, self.bias, *routed)
         if self.training and self.routed_by is not None:
             self.routed_by.packs.before_training()
-        return lora_forward(self, x, self.weight, self.bias, names, self.impl)
+        forward = dora_forward if uses_dora(self, names) else lora_forward
+        return forward(self, x, self.weight, self.bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""
@@ -178,6 +183,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             return False, "its base weight is sharded (a DTensor) and nothing gathers it"
         why = why_not_fused(self, names, gathered)
         drops = [n for n in names if isinstance(self.lora_dropout[n], nn.Dropout)]
+        if not why and len(names) > 1 and uses_dora(self, names):
+            why = SEVERAL_WITH_DORA
         if not why and drops and len(names) > 1:
             why = "several active adapters with dropout: the first is fused, others are added to it"
         return not why, why

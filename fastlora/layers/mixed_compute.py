@@ -17,7 +17,7 @@ from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import mixed_kernels, mixed_training
+from fastlora.layers import dora_mixed, mixed_kernels, mixed_training
 from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
@@ -56,6 +56,22 @@ def mixed_forward(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_forward` before DoRA's scales; slots of ``without`` get the base layer only."""
     y = _again(layer, x, weight, bias, routing, projection)
     if y is not None:
         return y
@@ -74,7 +90,7 @@ def mixed_forward(
             return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
-    if not bare:
+    if not bare and not without:
         parts = mixed_training.parts_for_kernels(layer, x, routing)
         if parts is not None:
             return mixed_training.linear(x, weight, bias, routing, projection, parts)
@@ -85,7 +101,7 @@ def mixed_forward(
             y = packed_forward.linear(_flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
         y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
@@ -173,6 +189,22 @@ def mixed_added_forward(
 
     ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_added_forward(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    inplace: bool,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
     _check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
@@ -185,7 +217,7 @@ def mixed_added_forward(
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
-    elif y.dtype == x.dtype:
+    elif y.dtype == x.dtype and not without:
         parts = mixed_training.parts_for_kernels(layer, x, routing)
         if parts is not None:
             return mixed_training.add(y, x, routing, projection, parts)
@@ -194,7 +226,7 @@ def mixed_added_forward(
             f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
         )
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if not shares:
         return with_absent(layer, y, routing, rows, own=False)
     if _wants_grad(y, x, *factors):
@@ -203,6 +235,24 @@ def mixed_added_forward(
     else:
         y = mixed.forward_add(y, x, rows, shares, factors)[0]
     return with_absent(layer, y, routing, rows)
+
+
+def _with_dora(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    slots: dora_mixed.DoraSlots,
+    projection: int,
+) -> torch.Tensor:
+    """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
+    if not dora_mixed.wants_segments(layer, y, routing, slots):
+        return dora_mixed.scale_rows(layer, y, routing, slots)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    found = [(slot, _branch(layer, x, routing, slot)) for slot in slots.dropped]
+    branches = {slot: branch for slot, branch in found if branch is not None}
+    return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
 
 
 def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
@@ -335,13 +385,18 @@ def _factors(
 
 
 def _shares(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+    layer: Any,
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+    projection: int,
+    without: tuple[int, ...] = (),
 ) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
     """Returns what each adapter with rows here contributes, and all their factors in turn."""
     shares: list[mixed.Share] = []
     factors: list[torch.Tensor | None] = []
     for segment in rows.segments:
-        branch = _branch(layer, x, routing, segment.slot)
+        branch = None if segment.slot in without else _branch(layer, x, routing, segment.slot)
         if branch is None:
             continue
         if branch.lora_a.device != x.device:
@@ -361,7 +416,7 @@ def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch 
         found = routing.residents[slot].factors(layer.table_row)
         if found is None:
             return None
-        lora_a, rank_rows, scaling, lora_bias = found
+        lora_a, rank_rows, scaling, lora_bias = found[:4]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         tensor = torch.full((), scaling, dtype=exact, device=x.device)
         if lora_bias is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
+from fastlora.layers.dora import dora_added_forward, uses_dora
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.routing import routing_of
@@ -75,7 +76,8 @@ class FastLoraWrapper(LoraLayer):
             return y
         if self.training and self.routed_by is not None:
             self.routed_by.packs.before_training()
-        return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
+        forward = dora_added_forward if uses_dora(self, names) else lora_added_forward
+        return forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
