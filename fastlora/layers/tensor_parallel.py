@@ -24,7 +24,8 @@ from torch import nn
 from fastlora import functional, mixed, ops
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.absent import with_absent
-from fastlora.layers.compute import NOT_OUR_GEMM, Branch, _scaling_tensor, is_hooked
+from fastlora.layers.branch import Branch, is_hooked, scaling_tensor
+from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, layer_seed, routing_of
 from fastlora.sharding import is_sharded, whole
@@ -256,7 +257,7 @@ class TensorParallelLora(FastLoraWrapper):
         return Branch(
             _own(self.lora_A[name].weight, summed=by_column),
             _own(up.weight, summed=not by_column),
-            _scaling_tensor(self, name, scaling, x),
+            scaling_tensor(self, name, scaling, x),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
