@@ -38,6 +38,7 @@ CHIPS = (
     Chip("gfx942", 304),
     Chip("gfx950", 256),
 )
+MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
 _SLOTS = 64
 _ROWS = 64
 
@@ -66,12 +67,13 @@ class Case:
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
-    "heavy" is fp32 factors, planes, s_out, every bias and dropout, the most siblings (three in a
-    mixed batch, where they need the columns), at a size that the tiles divide; "plain" has none of
-    these; "ragged" is heavy at sizes that 16 divides but no tile does; "uneven" is heavy at odd
-    sizes, where nothing can be vectorised. "invariant" is heavy in the batch-invariant mode,
-    "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients
-    runs it: dropout, lora_b as its parameter lies.
+    "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings, at a size that
+    the tiles divide; "plain" has none of these; "ragged" is heavy at sizes that 16 divides but no
+    tile does, of the K loops for mixed batches on every chip; "uneven" is heavy at odd sizes, where
+    nothing can be vectorised. "alone" is heavy without siblings, of the shrinks so narrow that they
+    often run so. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
+    siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
+    parameter lies.
     """
     result = []
     for chip in chips:
@@ -88,6 +90,11 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
+            elif shipped.kernel in MIXED_K_LOOPS and shipped.dtype == torch.bfloat16:
+                result.append(Case(chip.arch, shipped, "ragged"))
+            narrow = shipped.kernel == "mixed_lora_shrink" and shipped.config.block_r == 16
+            if narrow and shipped.dtype == torch.bfloat16:
+                result.append(Case(chip.arch, shipped, "alone"))
         for shipped in all_mixed_grad_shipped(chip):
             if is_compiled(chip, shipped):
                 result.append(Case(chip.arch, shipped, "training"))
@@ -109,7 +116,7 @@ class _Operands(MixedGradOperands):
     def __init__(self, case: Case) -> None:
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
-        self.modules = 3 if self.heavy and case.variant != "unshared" else 1
+        self.modules = 3 if self.heavy and case.variant not in ("alone", "unshared") else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
         self.m = _ROWS if case.is_mixed else getattr(self.config, "block_m", _ROWS)
@@ -247,14 +254,13 @@ class _Operands(MixedGradOperands):
         )
 
     def mixed_lora_shrink(self, launch: Callable[..., None]) -> None:
-        modules = self.modules if self.config.block_r > 16 else 1
         launch(
-            self.empty(4, modules, self.m, 64, dtype=torch.float32),
+            self.empty(4, self.modules, self.m, 64, dtype=torch.float32),
             self.empty(self.m, self.k),
             *self.route(),
             self.empty(_ROWS, dtype=torch.int32),
-            self.addresses(modules, _SLOTS),
-            self.empty(modules, _SLOTS, dtype=torch.int32),
+            self.addresses(self.modules, _SLOTS),
+            self.empty(self.modules, _SLOTS, dtype=torch.int32),
             factor_dtype=self.factor_dtype,
             config=self.config,
         )

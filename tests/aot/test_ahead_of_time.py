@@ -10,6 +10,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.configs import Chip  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_kernels import TABLE, Resources, key_of  # noqa: E402
+from launches import MIXED_K_LOOPS, cases  # noqa: E402
 
 COMPILE = Path(__file__).with_name("compile_kernels.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -109,6 +114,14 @@ def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> N
             assert row["grid_dependency"] == ("0" if plain else expected), row
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
+    """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
+    for kernel in ("lora_linear", "mixed_lora_linear"):
+        for row in of(rows, arch=arch, kernel=kernel):
+            assert row["early_loads"] == "0", row
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_batch_invariant_mode_has_one_instruction(rows: list[Row], arch: str) -> None:
     """In each kernel, base loop and rank rows; the shrink's is the same with and without siblings.
@@ -185,6 +198,24 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
         assert {row["block_m"] for row in half} == {"64", "128"}
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_mixed_batches_off_the_tiles_and_with_siblings(rows: list[Row], arch: str) -> None:
+    """All K loops in half precision where K is no multiple of theirs; narrow shrinks, both ways."""
+    for kernel in MIXED_K_LOOPS:
+        heavy, ragged = (
+            {(row["block_m"], row["block_n"], row["block_r"]) for row in found}
+            for found in (
+                of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
+                for variant in ("heavy", "ragged")
+            )
+        )
+        assert ragged == heavy
+    narrow = of(rows, arch=arch, kernel="mixed_lora_shrink", dtype="bf16", block_r="16")
+    for block_m in ("16", "64", "128"):
+        variants = {row["variant"] for row in narrow if row["block_m"] == block_m}
+        assert variants >= {"heavy", "alone", "ragged"}
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
 def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) -> None:
     """Factors behind addresses move 16 bytes a thread, as s and y do, wherever a tile has them."""
@@ -222,3 +253,18 @@ def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     single = {"lora_shrink", "lora_linear", "lora_expand"}
     mixed = {*(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
     assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"}
+    assert kernels == {*single, *(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+
+
+def test_the_published_table_is_of_todays_kernels() -> None:
+    """Columns and rows of docs/kernel_resources.csv: what `compile_kernels.py --write` would give.
+
+    Its numbers are those of one Triton, named in its first line.
+    """
+    keys = [{name: str(value) for name, value in key_of(case).items()} for case in cases()]
+    with TABLE.open(newline="") as file:
+        assert file.readline().startswith("# triton ")
+        table = csv.DictReader(file)
+        assert table.fieldnames == [field.name for field in fields(Resources)]
+        published = [{name: row[name] for name in keys[0]} for row in table]
+    assert published == keys
