@@ -434,7 +434,8 @@ def test_what_is_saved_for_backward(p: float, magnitude_trains: bool) -> None:
         layer(x)
     known = {x.data_ptr(), *(p.data_ptr() for p in layer.parameters())}
     shapes = [tuple(t.shape) for t in saved if t.data_ptr() not in known and t.numel() > n]
-    assert sorted(set(shapes)) == sorted({(m, r), *({(m, n)} if magnitude_trains else set())})
+    # s where it is not made again
+    assert set(shapes) - {(m, r)} == ({(m, n)} if magnitude_trains else set())
     assert shapes.count((m, n)) == magnitude_trains
 
 
