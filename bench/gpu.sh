@@ -145,15 +145,15 @@ run_tests() {
     ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$out/tests.txt"
 }
 
-# measure SECONDS ARGUMENT...: starts anew after a crash or a hang, without what caused it
+# measure SCRIPT SECONDS ARGUMENT...: starts anew after a crash or a hang, without what caused it
 measure() {
-    local end=$((SECONDS + $1)) code=0 resume='' attempt seconds
-    shift
+    local script=$1 end=$((SECONDS + $2)) code=0 resume='' attempt seconds
+    shift 2
     for attempt in 1 2 3 4 5 6; do
         seconds=$((end - SECONDS))
         ((attempt == 1 || seconds > 15)) || break
         ((seconds > 0)) || seconds=0
-        boxed $((seconds + 60)) "$python" "$checkout/bench/linear.py" --tests "$verdict" \
+        boxed $((seconds + 60)) "$python" "$checkout/bench/$script" --tests "$verdict" \
             --seconds "$seconds" ${resume:+--resume} "$@"
         code=$?
         ((code != 0 && code != 3)) || break # it came to its end; 3: some numbers were wrong
@@ -171,7 +171,7 @@ sanitize() {
 }
 
 main() {
-    local failed=() verdict=fail reserve=10 code
+    local failed=() verdict=fail reserve=10 for_mixed=$((budget / 5)) code
     say "results go to $out"
     {
         date -u +%FT%TZ
@@ -196,13 +196,20 @@ main() {
 
     say "benchmark"
     if [[ -n $dry ]]; then
-        measure $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" \
+        measure linear.py $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" \
             --dtype float32 --impl eager || failed+=(benchmark)
         say "benchmark of the kernels in Triton's interpreter"
-        TRITON_INTERPRET=1 measure $(($(left) - reserve)) "${where[@]}" \
+        TRITON_INTERPRET=1 measure linear.py $(($(left) - reserve)) "${where[@]}" \
             --out "$out/interpreted.csv" --dtype float32 --max-points 2 || failed+=(interpreted)
+        say "benchmark of mixed batches in Triton's interpreter"
+        TRITON_INTERPRET=1 measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
+            --out "$out/mixed.csv" --dtype float32 --max-points 1 || failed+=(mixed)
     else
-        measure $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" || failed+=(benchmark)
+        measure linear.py $(($(left) - reserve - for_mixed)) "${where[@]}" \
+            --out "$out/results.csv" || failed+=(benchmark)
+        say "benchmark of mixed batches"
+        measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
+            --out "$out/mixed.csv" || failed+=(mixed)
     fi
 
     if [[ -n $dry ]]; then
@@ -227,6 +234,7 @@ main() {
 
     say "summary"
     timeout 10 "$python" "$checkout/bench/summary.py" "$out/results.csv" || failed+=(summary)
+    timeout 10 "$python" "$checkout/bench/summary.py" "$out/mixed.csv" || failed+=(summary)
 
     say "done: $out"
     if ((${#failed[@]})); then

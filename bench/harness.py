@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import YARDSTICK, Contender, Problem, Results, truths
+from contenders import Contender, Problem, Results
 from shapes import Point
 
 from fastlora import testing
@@ -26,7 +26,7 @@ from fastlora import testing
 # fmt: off
 COLUMNS = (
     "card", "sms", "driver", "cuda", "torch", "triton", "commit",
-    "dtype", "mode", "model", "layer", "M", "K", "N", "r", "contender", "impl",
+    "dtype", "mode", "model", "layer", "M", "K", "N", "r", "adapters", "contender", "impl",
     "median_us", "p20_us", "p80_us", "floor_us", "ratio_to_base", "ratio_to_floor",
     "sets", "calls", "rounds", "copy_gb_s", "matmul_tflop_s", "status", "tests",
 )
@@ -69,13 +69,25 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 class Checker:
-    """Compares contenders with the float64 truth of one problem, before they are timed."""
+    """Compares contenders with the float64 truth of one problem, before they are timed.
 
-    def __init__(self, point: Point, problem: Problem, contenders: Sequence[Contender]) -> None:
-        self.problem = problem
-        self.truths = truths(point, problem)
+    Args:
+        problem: What they solve.
+        contenders: Those of one point, whole.
+        truths: The float64 results by kind.
+        yardstick: By kind, the contender whose error in the dtype under test sets the budget.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        contenders: Sequence[Contender],
+        truths: dict[str, Results],
+        yardstick: dict[str, str],
+    ) -> None:
+        self.problem, self.truths, self.yardstick = problem, truths, yardstick
         by_name = {contender.name: contender for contender in contenders}
-        self.same_dtype = {kind: self._results(by_name[YARDSTICK[kind]]) for kind in self.truths}
+        self.same_dtype = {kind: self._results(by_name[yardstick[kind]]) for kind in truths}
 
     def _results(self, contender: Contender) -> Results:
         before = self.problem.y.clone()
@@ -90,7 +102,7 @@ class Checker:
         results = self._results(contender)
         triples = zip(results, self.same_dtype[kind], self.truths[kind], strict=True)
         for index, (actual, same_dtype, truth) in enumerate(triples):
-            if contender.name == YARDSTICK[kind]:
+            if contender.name == self.yardstick[kind]:
                 # At most four roundings of half an eps each; as much again for a GEMM that cuBLAS
                 # splits along K and sums in the result's dtype.
                 error = ((actual.double() - truth).norm() / truth.norm()).item()
@@ -142,7 +154,7 @@ def count_sets(point: Point, element: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 2
-    _, _, _, m, k, n, r = point
+    m, k, n, r = point.m, point.k, point.n, sum(point.ranks_of_adapters)
     one_set = element * (n * k + m * (k + n) + r * (k + n))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(-(-16 * cache // one_set), 2), MAX_SETS)
@@ -322,7 +334,8 @@ class ResultFile:
     def done(self, point: Point) -> dict[str, str]:
         """Returns contender and status of the rows of a point that are in the file."""
         key = {"mode": point.mode, "model": point.model, "layer": point.layer}
-        key |= {"M": str(point.m), "r": str(point.r)}
+        key |= {"M": str(point.m), "r": point.ranks or str(point.r)}
+        key["adapters"] = str(point.adapters or "")
         return {
             row["contender"]: row["status"]
             for row in self.rows

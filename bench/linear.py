@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Contender, Problem, contenders_for
+from contenders import YARDSTICK, Contender, Problem, contenders_for, truths
 from harness import (
     Checker,
     DeviceLostError,
@@ -42,7 +42,10 @@ HANG_SECONDS = 45.0
 
 
 class Bench:
-    """One run: where it measures, what it measures, and the file that it fills."""
+    """One run: where it measures, what it measures, and the file that it fills.
+
+    `draw`, `checker` and `contenders_for` say what; `bench/mixed_kernels.py` has its own.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -60,7 +63,23 @@ class Bench:
         if blamed := self.file.blame():
             point, name = blamed
             outcome = {name: "error: the process crashed or hung here"}
-            self._write(point, contenders_for(point, self.impl), outcome, {})
+            self._write(point, self.contenders_for(point), outcome, {})
+
+    def points(self, dry_run: bool) -> list[Point]:
+        """Returns what is measured, the most telling first."""
+        return tiny_points() if dry_run else all_points()
+
+    def contenders_for(self, point: Point) -> Sequence[Contender]:
+        """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
+        return contenders_for(point, self.impl)
+
+    def draw(self, point: Point) -> Any:
+        """Returns one set of random operands."""
+        return Problem.random(point, self.dtype, self.device, self.impl)
+
+    def checker(self, point: Point, problem: Any, contenders: Sequence[Contender]) -> Checker:
+        """Returns what tells right results from wrong ones."""
+        return Checker(problem, contenders, truths(point, problem), YARDSTICK)
 
     @property
     def failed(self) -> bool:
@@ -86,7 +105,7 @@ class Bench:
     def measure(self, point: Point) -> str:
         """Checks and times every contender of a point, writes the rows, returns a line on them."""
         before = self.file.done(point)
-        contenders = [c for c in contenders_for(point, self.impl) if c.name not in before]
+        contenders = [c for c in self.contenders_for(point) if c.name not in before]
         counts = {"sets": count_sets(point, self.dtype.itemsize, self.device)}
         outcome: dict[str, Any] = {}
         try:
@@ -115,8 +134,8 @@ class Bench:
             self.file.note(point, name)
 
         note("base")
-        problem = Problem.random(point, self.dtype, self.device, self.impl)
-        checker = Checker(point, problem, contenders)
+        problem = self.draw(point)
+        checker = self.checker(point, problem, contenders)
         for contender in contenders:
             note(contender.name)
             with guarded(self.device, contender.name, outcome):
@@ -126,7 +145,7 @@ class Bench:
         good = [contender for contender in contenders if contender.name not in outcome]
         problems = [problem]
         while len(problems) < counts["sets"]:
-            problems.append(Problem.random(point, self.dtype, self.device, self.impl))
+            problems.append(self.draw(point))
         call_us = floor_us("base", point, self.dtype.itemsize, self.roofs) + LAUNCH_US
         calls, rounds = time_contenders(good, problems, call_us, note, outcome)
         counts |= {"calls": calls, "rounds": rounds}
@@ -138,8 +157,9 @@ class Bench:
         outcome: dict[str, Any],
         counts: dict[str, int],
     ) -> None:
-        mode, model, layer, m, k, n, r = point
-        shape = {"mode": mode, "model": model, "layer": layer, "M": m, "K": k, "N": n, "r": r}
+        shape = {"mode": point.mode, "model": point.model, "layer": point.layer, "M": point.m}
+        shape |= {"K": point.k, "N": point.n, "r": point.ranks or point.r}
+        shape["adapters"] = point.adapters or ""
         base = outcome.get("base")
         for contender in contenders:
             result = outcome.get(contender.name)
@@ -181,9 +201,9 @@ def _line(outcome: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def main() -> int:
+def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
     """Measures until the points or the time end; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
     parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no point after these")
@@ -199,8 +219,8 @@ def main() -> int:
 
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
-    bench = Bench(args)
-    points = (tiny_points() if args.dry_run else all_points())[: args.max_points]
+    bench = kind(args)
+    points = bench.points(args.dry_run)[: args.max_points]
     slowest = 0.0 if args.dry_run else FIRST_POINT_SECONDS
     for index, point in enumerate(points):
         if "base" in bench.file.done(point):

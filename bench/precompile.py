@@ -11,10 +11,19 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
 from contenders import Problem, contenders_for
-from shapes import Point, all_points, distinct_problems, tiny_points
+from mixed_kernels import OURS, MixedProblem
+from shapes import (
+    Point,
+    all_points,
+    distinct_problems,
+    mixed_points,
+    tiny_mixed_points,
+    tiny_points,
+)
 
 MAX_PROCESSES = 16
 BYTES_A_PROCESS = 4 * 2**30  # a context, the operands of the largest point, and its results
@@ -25,9 +34,14 @@ def compile_point(point: Point, device: str, impl: str) -> str:
     """Runs fastlora's contenders of a point once; returns what went wrong, or ""."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
+    problem: Any
     try:
-        problem = Problem.random(point, dtype, torch.device(device), impl)
-        for contender in contenders_for(point, impl):
+        if point.mode == "mixed":
+            problem, contenders = MixedProblem.random(point, dtype, torch.device(device)), OURS
+        else:
+            problem = Problem.random(point, dtype, torch.device(device), impl)
+            contenders = contenders_for(point, impl)
+        for contender in contenders:
             if contender.ours:
                 contender.run(problem)
         if device == "cuda":
@@ -55,6 +69,8 @@ def main() -> int:
     args = parser.parse_args()
     start = time.monotonic()
     points = distinct_problems(tiny_points() if args.dry_run else all_points())
+    if args.impl == "triton":  # mixed batches have no other operators
+        points += distinct_problems(tiny_mixed_points() if args.dry_run else mixed_points())
     workers = _processes(args.device)
     failures = 0
     # Spawned: a forked child cannot use a GPU that its parent has touched.

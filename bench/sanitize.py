@@ -12,8 +12,59 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch  # noqa: E402
 
 from fastlora import functional  # noqa: E402
+from fastlora.row_groups import build_row_groups  # noqa: E402
 
 SIZES = ((1, 72, 40, 3), (17, 200, 136, 16), (130, 136, 72, 5))  # (M, K, N, R)
+# The same for mixed batches, whose adapters have these ranks in each of two modules.
+MIXED_SIZES = ((17, 72, 40), (130, 40, 72))
+MIXED_RANKS = ((3, 16, 40, 0), (8, 0, 1, 5))
+
+
+def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Runs every kernel for mixed batches; every fifth row has no adapter.
+
+    Args:
+        m: Rows.
+        k: Input features.
+        n: Output features.
+        dtype: Of all operands.
+        device: Where.
+
+    Returns:
+        The results ``[M, N]``.
+    """
+    from fastlora import mixed_ops
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def table(blocks: list[list[torch.Tensor]]) -> torch.Tensor:
+        addresses = [[block.data_ptr() for block in row] for row in blocks]
+        return torch.tensor(addresses, device=device)
+
+    x, weight, bias = normal(m, k), normal(n, k), normal(n)
+    lora_a = [[normal(r, k) for r in ranks] for ranks in MIXED_RANKS]
+    lora_b = [[normal(r, n) for r in ranks] for ranks in MIXED_RANKS]
+    lora_bias = [[normal(n) for _ in ranks] for ranks in MIXED_RANKS]
+    rank = torch.tensor(MIXED_RANKS, dtype=torch.int32, device=device)
+    largest = int(rank.max())
+    tables = (table(lora_b), table(lora_bias), rank, torch.ones(rank.shape, device=device))
+    a_address = table(lora_a)
+    groups = build_row_groups(torch.arange(m, device=device) % 5 - 1, m, 4)
+    route = (groups.order, groups.segment_of, groups.segment_slot)
+    pieces = mixed_ops.pieces_of(groups)
+    ops = torch.ops.fastlora
+    s = ops.mixed_lora_shrink(x, *route, pieces, a_address, rank, largest, dtype)
+    results = [
+        ops.mixed_lora_linear(
+            x, weight, bias, *route, pieces, shared, a_address, *tables, 0, largest, dtype, plan
+        )
+        for plan, shared in (("fused", None), ("fused", s), ("split", None))
+    ]
+    y = torch.nn.functional.linear(x, weight, bias)
+    ops.mixed_lora_expand_(y, s, *route, *tables, 1, dtype)
+    ops.mixed_lora_add_(y, x, *route, pieces, a_address, *tables, 1, largest, dtype)
+    return [*results, y]
 
 
 def main() -> int:
@@ -37,9 +88,15 @@ def main() -> int:
                     x, weight, lora_a, lora_b, 0.5,
                     bias=bias, dropout_p=dropout_p, impl=args.impl, plan=plan,
                 )  # fmt: skip
-                results = (y, *torch.autograd.grad(y.float().sum(), (x, lora_a, lora_b)))
+                results = [y, *torch.autograd.grad(y.float().sum(), (x, lora_a, lora_b))]
                 cases += 1
                 bad += not all(bool(result.isfinite().all()) for result in results)
+        # In the interpreter, which takes seconds a case, one of them.
+        mixed_sizes = MIXED_SIZES if args.device == "cuda" else MIXED_SIZES[:1]
+        for sizes in mixed_sizes if args.impl == "triton" else ():
+            results = mixed(*sizes, dtype, args.device)
+            cases += 1
+            bad += not all(bool(result.isfinite().all()) for result in results)
     print(f"{cases} cases, {bad} with a result that is not finite")
     return 1 if bad else 0
 

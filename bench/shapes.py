@@ -16,6 +16,10 @@ LLAMA_NARROW = (("k/v", 4096, 1024),)
 QWEN_LAYERS = (("q", 1024, 2048), ("gate/up", 1024, 3072), ("down", 3072, 1024))
 QWEN_NARROW = (("o", 2048, 1024), ("k/v", 1024, 1024))
 ROWS = (1, 64, 2048, 16, 8192)
+# 64 sequences: a token of each, and 32.
+MIXED_ROWS = (64, 2048)
+MIXED_SEQUENCES = 64
+MIXED_ADAPTERS = (64, 1, 16, 4)
 TRAIN_ROWS = (2048, 8192)
 RANKS = (16, 64)
 
@@ -24,13 +28,16 @@ class Point(NamedTuple):
     """One problem, which every contender solves in the same process.
 
     Attributes:
-        mode: ``"forward"`` or ``"train"`` (forward and backward).
+        mode: ``"forward"``, ``"train"`` (forward and backward), or ``"mixed"`` (a forward of rows
+            that belong to several adapters).
         model: Where the shape comes from.
         layer: Which of its linears have it.
         m: Rows of x.
         k: Input features.
         n: Output features.
-        r: Rank.
+        r: Rank; of a mixed batch the largest.
+        adapters: Of a mixed batch, 0 elsewhere.
+        ranks: Of a mixed batch's adapters, which take them in turn, as in ``"8+16+64"``.
     """
 
     mode: str
@@ -40,9 +47,20 @@ class Point(NamedTuple):
     k: int
     n: int
     r: int
+    adapters: int = 0
+    ranks: str = ""
 
     def __str__(self) -> str:
-        return f"{self.mode} {self.model} {self.layer} M={self.m} K={self.k} N={self.n} r={self.r}"
+        text = f"{self.mode} {self.model} {self.layer} M={self.m} K={self.k} N={self.n} "
+        if self.adapters:
+            return text + f"r={self.ranks} of {self.adapters} adapters"
+        return text + f"r={self.r}"
+
+    @property
+    def ranks_of_adapters(self) -> list[int]:
+        """The rank of each adapter; of the only one without a mixed batch."""
+        ranks = [int(word) for word in self.ranks.split("+")] if self.ranks else [self.r]
+        return [ranks[i % len(ranks)] for i in range(max(self.adapters, 1))]
 
 
 class Roofs(NamedTuple):
@@ -83,6 +101,35 @@ def all_points() -> list[Point]:
     return points
 
 
+def _mixed(model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
+    name, k, n = layer
+    largest = max(map(int, ranks.split("+")))
+    return [
+        Point("mixed", model, name, m, k, n, largest, adapters, ranks)
+        for adapters in MIXED_ADAPTERS
+        if adapters > 1 or "+" not in ranks  # one adapter has one rank
+        for m in MIXED_ROWS
+    ]
+
+
+def mixed_points() -> list[Point]:
+    """Returns every point of mixed batches, the most telling first."""
+    points: list[Point] = []
+    for layers in ([(LLAMA, LLAMA_LAYERS[0])], [(LLAMA, LLAMA_LAYERS[1]), (QWEN, QWEN_LAYERS[0])]):
+        for ranks in ("16", "8+16+64"):
+            for model, layer in layers:
+                points += _mixed(model, layer, ranks)
+    return points
+
+
+def tiny_mixed_points() -> list[Point]:
+    """Returns the points of mixed batches of a dry run."""
+    return [
+        Point("mixed", TINY, "a", 6, 48, 40, 8, 3, "3+8"),
+        Point("mixed", TINY, "b", 128, 40, 72, 4, 5, "4"),
+    ]
+
+
 def tiny_points() -> list[Point]:
     """Returns the points of a dry run: off the tiles, and small enough for any machine."""
     return [
@@ -107,14 +154,15 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
 
     Args:
         kind: ``"base"`` (no adapter), ``"full"`` (base and adapter), ``"part"`` (the adapter's
-            term added to a given y), each for a forward; ``"train_base"`` and ``"train"`` for
-            forward and backward.
+            term added to a given y), ``"mixed"`` (base and every row's own adapter), each for a
+            forward; ``"train_base"`` and ``"train"`` for forward and backward.
         point: The problem.
         element: Bytes of an element of x.
         roofs: What this card was measured to do.
     """
-    _, _, _, m, k, n, r = point
-    factors = r * (k + n)
+    m, k, n, r = point.m, point.k, point.n, point.r
+    ranks = point.ranks_of_adapters
+    factors = sum(ranks) * (k + n)
     # Above the decode sizes the shrink and the GEMM each read x from memory.
     x_reads = 1 if m <= DECODE_MAX_ROWS else 2
     elements, flop = {
@@ -122,6 +170,11 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
         "full": (n * k + m * (x_reads * k + n) + factors + 2 * m * r, 2 * m * n * k),
         # x and s read, y read and written, s written
         "part": (m * (k + 2 * n) + factors + 2 * m * r, 2 * m * r * (k + n)),
+        # every adapter's factors once, and of s what the rows have
+        "mixed": (
+            n * k + m * (x_reads * k + n) + factors + 2 * m * sum(ranks) / len(ranks),
+            2 * m * n * k,
+        ),
         # forward, then dx: the weight and dy read, dx written
         "train_base": (2 * n * k + 2 * m * (k + n), 4 * m * n * k),
         # the same with x read for shrink, GEMM and d_lora_a, dy for ds and dx, factors read in

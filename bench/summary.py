@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import geometric_mean
 
-Group = tuple[str, str, int, int]  # mode, model, r, M
+Group = tuple[str, str, str, int, int]  # mode, model, r, adapters of a mixed batch or 0, M
 
 
 def grouped_ratios(rows: list[dict[str, str]]) -> dict[Group, dict[str, list[float]]]:
@@ -22,9 +22,16 @@ def grouped_ratios(rows: list[dict[str, str]]) -> dict[Group, dict[str, list[flo
     groups: dict[Group, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["ratio_to_base"]:
-            group = (row["mode"], row["model"], int(row["r"]), int(row["M"]))
+            adapters = int(row["adapters"] or 0)
+            group = (row["mode"], row["model"], row["r"], adapters, int(row["M"]))
             groups[group][row["contender"]].append(float(row["ratio_to_base"]))
     return groups
+
+
+def _in_order(item: tuple[Group, object]) -> tuple[str, list[int], int, int]:
+    """Sorts ranks as numbers: 16 before 64, both before those of a mixed batch like 8+16+64."""
+    _, model, r, adapters, m = item[0]
+    return model, [r.count("+"), *map(int, r.split("+"))], adapters, m
 
 
 def table(rows: list[dict[str, str]], mode: str) -> list[str]:
@@ -35,11 +42,15 @@ def table(rows: list[dict[str, str]], mode: str) -> list[str]:
     if not names:
         return []
     widths = [max(len(name), 6) + 2 for name in names]
-    head = f"{mode:<14}{'r':>4}{'M':>6}{'shapes':>8}"
+    mixed = mode == "mixed"
+    wide = max(4, *(len(group[2]) + 1 for group in groups))
+    head = f"{mode:<14}{'r':>{wide}}" + (f"{'adapters':>10}" if mixed else "")
+    head += f"{'M':>6}{'shapes':>8}"
     lines = [head + "".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True))]
-    for (_, model, r, m), cells in sorted(groups.items()):
+    for (_, model, r, adapters, m), cells in sorted(groups.items(), key=_in_order):
         shapes = max(len(ratios) for ratios in cells.values())
-        line = f"{model:<14}{r:>4}{m:>6}{shapes:>8}"
+        line = f"{model:<14}{r:>{wide}}" + (f"{adapters:>10}" if mixed else "")
+        line += f"{m:>6}{shapes:>8}"
         for name, width in zip(names, widths, strict=True):
             ratios = cells.get(name, [])
             star = "*" if 0 < len(ratios) < shapes else ""
@@ -60,11 +71,14 @@ def main() -> int:
         first = rows[0]
         print(f"{first['card']}, torch {first['torch']}, triton {first['triton']}, ", end="")
         print(f"commit {first['commit']}, tests {first['tests']}; time over the base linear's:")
-    for mode in ("forward", "train"):
-        print("\n".join(table(rows, mode)))
+    for mode in ("forward", "train", "mixed"):
+        for line in table(rows, mode):
+            print(line)
     for row in rows:
         if row["status"] != "ok":
             print(f"{row['mode']} {row['model']} {row['layer']} M={row['M']} r={row['r']} ", end="")
+            if row["adapters"]:
+                print(f"of {row['adapters']} adapters ", end="")
             print(f"{row['contender']}: {row['status']}")
     return 0
 

@@ -11,10 +11,13 @@ from fastlora import functional  # noqa: E402  # the path above comes first
 from fastlora.batch import adapters  # noqa: E402
 from fastlora.batch_invariant import batch_invariant  # noqa: E402
 from fastlora.config import LoraConfig, TaskType  # noqa: E402
+from fastlora.estimate import Estimate, estimate  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
 from fastlora.patch import patch, unpatch  # noqa: E402
 from fastlora.pool import AdapterPool  # noqa: E402
+from fastlora.recommend import Recommendation, recommend  # noqa: E402
+from fastlora.refresh import refresh  # noqa: E402
 from fastlora.report import FusionReport, fusion_report  # noqa: E402
 from fastlora.train import (  # noqa: E402
     AdapterOptimizers,
@@ -33,12 +36,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterOptimizers",
     "AdapterPool",
+    "Estimate",
     "FastLoraError",
     "FastLoraLinear",
     "FusionReport",
     "LoraConfig",
     "LoraModel",
     "PeftModel",
+    "Recommendation",
     "TaskType",
     "__version__",
     "adapter_losses",
@@ -46,10 +51,13 @@ __all__ = [
     "adapters",
     "batch_invariant",
     "causal_lm_losses",
+    "estimate",
     "functional",
     "fusion_report",
     "get_peft_model",
     "patch",
+    "recommend",
+    "refresh",
     "train_adapters",
     "unpatch",
 ]

@@ -15,6 +15,7 @@ from fastlora.config import LoraConfig
 from fastlora.inject import Plan
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.wrapped import linear_features
+from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
 
@@ -36,6 +37,9 @@ def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
                     keys[f"{at}{factor}.weight"] = f"{at}{factor}.{adapter_name}.weight"
                 if module.lora_B[adapter_name].bias is not None:
                     keys[f"{at}lora_B.bias"] = f"{at}lora_B.{adapter_name}.bias"
+                if adapter_name in module.lora_magnitude_vector:
+                    magnitude = f"{at}lora_magnitude_vector"
+                    keys[magnitude] = f"{magnitude}.{adapter_name}.weight"
             base_bias = getattr(module.get_base_layer(), "bias", None)
             if base_bias is not None and config.bias != "none":
                 own = isinstance(module, FastLoraLinear)
@@ -105,6 +109,12 @@ def check_same_adapter(
             f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
             f"({differing[0]} differs); load it under another name"
         )
+    dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
+    if dora != config.use_dora:
+        raise CheckpointError(
+            f"{path}: use_dora={config.use_dora}, where the loaded adapter {adapter_name!r} has "
+            f"use_dora={dora}; load it under another name"
+        )
     for name in plan.targets:
         found = (config.rank_for(name), config.scaling_for(name))
         if found != loaded[name]:
@@ -128,6 +138,8 @@ def _expected_shapes(
         shapes[f"{KEY_PREFIX}{name}.lora_B.weight"] = (n, r)
         if config.lora_bias:
             shapes[f"{KEY_PREFIX}{name}.lora_B.bias"] = (n,)
+        if config.use_dora:
+            shapes[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = (n,)
     for name in plan.modules_to_save:
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
@@ -215,7 +227,8 @@ def collect(
             if isinstance(module, ModulesToSaveWrapper):
                 continue  # its copy is saved
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
-            weight = _base_weight(model, name)
+            own = "weight" if isinstance(module, FastLoraLinear) else inner
+            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
             if weight is not None:
                 tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
     return tensors
@@ -252,9 +265,9 @@ def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
     state = lora_model.state_dict()
     for disk, key in key_map(lora_model, adapter_name).items():
         if disk in file.tensors:
-            state[key].copy_(file.tensors[disk])
+            copy_whole_(state[key], file.tensors[disk])
     for disk, parts in file.keys.items():
         if parts.kind == "base":
             weight = _base_weight(lora_model.get_base_model(), parts.module)
             if weight is not None:
-                weight.copy_(file.tensors[disk])
+                copy_whole_(weight, file.tensors[disk])

@@ -40,7 +40,6 @@ _EMBEDDINGS = (
 )
 # Tensors of features that fastlora does not have yet -> the config field that asks for them.
 _FOREIGN = {
-    "lora_magnitude_vector": "use_dora",
     "trainable_tokens_delta": "trainable_token_indices",
     "lora_diag": "kasa_config",
     "lora_velora_embed": "velora_config",
@@ -55,6 +54,7 @@ _LEAVES = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
     ".lora_B.bias": "lora_B_bias",
+    ".lora_magnitude_vector": "magnitude",
     ".lora_embedding_A": "lora_embedding_A",
     ".lora_embedding_B": "lora_embedding_B",
 }
@@ -65,9 +65,10 @@ class AdapterKey(NamedTuple):
 
     Attributes:
         module: Name of the module in the base model.
-        kind: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"lora_embedding_A"``,
-            ``"lora_embedding_B"``, ``"saved"`` (of a module in ``modules_to_save``), ``"bias"`` (a
-            base bias that trained), ``"base"`` (a base embedding that was saved along) or
+        kind: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"magnitude"`` (of DoRA),
+            ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"saved"`` (of a module in
+            ``modules_to_save``), ``"bias"`` (a base bias that trained), ``"base"`` (a base
+            embedding that was saved along) or
             ``"duplicate"`` (a copy that PEFT adds for a saved module; nothing to load).
     """
 
@@ -211,6 +212,14 @@ def check_tensors(
             _check_bias(tensors, factors, module, key, source)
         if kind == "lora_B_bias" and not config.lora_bias:
             raise CheckpointError(f"{source}: found {key!r}, but the config says lora_bias=False")
+        if kind == "lora_B" and config.use_dora:
+            _check_magnitude(tensors, factors, module, key, source)
+        if kind == "magnitude" and not config.use_dora:
+            raise CheckpointError(f"{source}: found {key!r}, but the config says use_dora=False")
+        if kind == "magnitude" and (module, "lora_B") not in factors:
+            raise CheckpointError(
+                f"{source}: {key!r} has no factors, expected lora_B of {module!r}"
+            )
     return keys
 
 
@@ -321,4 +330,28 @@ def _check_bias(
     if tuple(tensors[bias].shape) != (out_features,):
         raise CheckpointError(
             f"{source}: {bias!r} has shape {tuple(tensors[bias].shape)}, expected {(out_features,)}"
+        )
+
+
+def _check_magnitude(
+    tensors: Mapping[str, TensorInfo | torch.Tensor],
+    factors: Mapping[tuple[str, str], str],
+    module: str,
+    key: str,
+    source: str,
+) -> None:
+    magnitude = factors.get((module, "magnitude"))
+    if magnitude is None:
+        raise CheckpointError(
+            f"{source}: use_dora=True, but {module!r} has no lora_magnitude_vector"
+        )
+    tensor, out_features = tensors[magnitude], tensors[key].shape[0]
+    if tuple(tensor.shape) != (out_features,):
+        raise CheckpointError(
+            f"{source}: {magnitude!r} has shape {tuple(tensor.shape)}, expected {(out_features,)}"
+        )
+    if tensor.dtype not in _FACTOR_DTYPES:
+        raise CheckpointError(
+            f"{source}: {magnitude!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 "
+            "bits"
         )

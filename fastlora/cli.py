@@ -1,4 +1,4 @@
-"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``bench``, ``demo``."""
+"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``train``, ``bench``, ``demo``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _demo(arguments[1:])
         if arguments[:2] == ["bench", "mixed"]:
             return _bench_mixed(arguments[2:])
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
         return code
@@ -115,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (info, inspect):
         command.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser(
+        "train",
+        help="train adapters together, each on its own data (own options: train --help)",
+        add_help=False,
+    )
     bench = commands.add_parser(
         "bench",
         help="measure on a model of yours",
@@ -150,6 +157,12 @@ def _bench_mixed(arguments: list[str]) -> int:
     from fastlora.mixed_bench import main as run_bench
 
     return run_bench(arguments)
+
+
+def _train(arguments: list[str]) -> int:
+    from fastlora.train.command import main as run_train
+
+    return run_train(arguments)
 
 
 # ---------------------------------------------------------------------------------------- info

@@ -33,7 +33,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "eva_config": (None,),
     "corda_config": (None,),
     "lora_ga_config": (None,),
-    "use_dora": (False,),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
@@ -113,7 +112,8 @@ class LoraConfig:
         layers_pattern: Name of the list that those indices count in.
         rank_pattern: Regular expression for the end of a module's name -> rank; first match wins.
         alpha_pattern: The same for ``lora_alpha``.
-        lora_bias: Gives B a bias, which is scaled with the rest of the branch.
+        use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
+        lora_bias: Gives B a bias, which is scaled with the rest of the branch; not with DoRA.
         runtime_config: Never saved.
     """
 

@@ -75,6 +75,8 @@ def validate(config: LoraConfig) -> None:
     _validate_names(config)
     _validate_layers(config)
     _validate_patterns(config)
+    if config.lora_bias and config.use_dora:
+        raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
     if config.lora_bias and config.init_lora_weights not in (True, False):
         raise ConfigError(
             "lora_bias=True needs init_lora_weights True or False, "

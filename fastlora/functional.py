@@ -230,8 +230,12 @@ def add(
     impl: str = "auto",
     inplace: bool = False,
     shrunk: Shrunk | None = None,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`lora_add` for layers, which know that their tensors fit; the rest as in `linear`."""
+    """`lora_add` for layers, which know that their tensors fit; the rest as in `linear`.
+
+    ``seed`` is one int64 as `ops.draw_seed` draws it, for a mask that others must draw too.
+    """
     if is_batch_invariant():
         raise ImplementationError(
             "lora_add cannot run in the batch-invariant mode: whatever made y may go by the number "
@@ -248,7 +252,8 @@ def add(
         s, seed = shrunk
         args = (y, x, lora_a.detach(), lora_b, scaling, seed, dropout_p, impl)
         return autograd.LoraAdd.apply(*args, s)
-    seed = ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    if dropout_p > 0.0 and seed is None:
+        seed = ops.draw_seed(x, impl)
     args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
         return autograd.LoraAdd.apply(*args, None)

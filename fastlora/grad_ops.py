@@ -113,7 +113,7 @@ def _triton_grad_x(
         )
         return dx
     dx = dy @ weight
-    config = configs.expand_config(chip, m, k, r, dy.dtype, input_precision=precision)
+    config = grad_configs.grad_x_add_config(chip, m, k, r, dy.dtype, input_precision=precision)
     lora_expand.launch_lora_expand(dx, ds, lora_a.t(), None, config=config, **dropout)
     return dx
 

@@ -14,8 +14,10 @@ from torch import nn
 
 from fastlora.config import LoraConfig
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.dense import dense_weight
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
+from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.layers.wrapped import linear_features
 from fastlora.targets import find_modules_to_save, find_targets, outer_modules
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -34,7 +36,8 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
 
     Raises:
         TargetNotFoundError: Nothing matches.
-        UnsupportedLayerError: A target is not a linear layer.
+        UnsupportedLayerError: A target is not a linear layer, or with DoRA its weight cannot be
+            read.
     """
     plan = Plan(find_targets(model, config), find_modules_to_save(model, config))
     for name in plan.targets:
@@ -44,6 +47,8 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 f"target module {name!r} is a {type(module).__name__}; fastlora adapts linear "
                 "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
             )
+        if config.use_dora:
+            dense_weight(module.get_base_layer() if isinstance(module, LoraLayer) else module)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear":
             raise UnsupportedLayerError(
                 f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
@@ -134,6 +139,8 @@ def _add_adapter(
 
 
 def _make_layer(module: nn.Module) -> LoraLayer:
+    if parallel_style(module):
+        return TensorParallelLora(module)
     if why_not_plain(module):
         return FastLoraWrapper(module)
     return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
@@ -149,12 +156,15 @@ def _add_to_layer(
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
+        use_dora=config.use_dora,
         init_lora_weights=config.effective_init,
     )
     if autocast:
         for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
             if all(p.itemsize < torch.float32.itemsize for p in factor.parameters()):
                 factor.to(torch.float32)
+        if config.use_dora:
+            layer.reset_magnitude(adapter_name)  # not rounded to 16 bits first
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -209,7 +219,10 @@ def _base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Par
         if parameter is not None:
             yield f"{name}{key}", parameter
     if isinstance(module, LoraLayer):
-        adapters: tuple[str, ...] = ("lora_A", "lora_B", "lora_dropout")
+        adapters: tuple[str, ...] = (
+            *("lora_A", "lora_B", "lora_dropout"),
+            "lora_magnitude_vector",
+        )
     else:
         adapters = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
     for key, child in module._modules.items():
@@ -247,7 +260,7 @@ def unload(
             layer._unmerged = None
         elif layer.merged:
             layer.unmerge()
-        base = layer.to_linear() if isinstance(layer, FastLoraLinear) else layer.get_base_layer()
+        base = layer.release()
         _set_submodule(model, name, base)
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     for name, wrapper in wrappers:

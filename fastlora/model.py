@@ -17,6 +17,8 @@ from fastlora.batch import adapters
 from fastlora.checkpoint import load_adapter_folder, save_adapter_folder
 from fastlora.config import LoraConfig
 from fastlora.layers.linear import DEFAULT_ADAPTER
+from fastlora.routing import check_batch
+from fastlora.sharding import Gathering
 from fastlora.tuner import LoraTuner, resolve_config
 from fastlora.validation import ImplementationError
 
@@ -263,6 +265,9 @@ class LoraModel(nn.Module):
     ) -> None:
         """Writes adapters as PEFT does: ``"default"`` into the folder, others into subfolders.
 
+        Where parameters are sharded over processes (FSDP2, tensor parallelism), every process must
+        call this: the first one writes, and all return when the files are there.
+
         Args:
             save_directory: Made if need be. A failure leaves what was there.
             safe_serialization: Must be True: pickles are neither read nor written.
@@ -282,14 +287,23 @@ class LoraModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.check_known(name)
-        if not is_main_process:
+        gathering = Gathering(self.parameters() if state_dict is None else state_dict.values())
+        if not is_main_process and not gathering.needed:
             return
         source = self.state_dict() if state_dict is None else state_dict
+        writes = is_main_process and gathering.writes
+        failure: Exception | None = None
         for name in names:
-            folder = Path(save_directory)
-            folder = folder if name == DEFAULT_ADAPTER else folder / name
             tensors = adapter_state.collect(self, name, source, save_embedding_layers)
-            save_adapter_folder(folder, self.peft_config[name], tensors)
+            tensors = gathering.tensors(tensors, keep=writes)
+            if writes and failure is None:
+                folder = Path(save_directory)
+                folder = folder if name == DEFAULT_ADAPTER else folder / name
+                try:
+                    save_adapter_folder(folder, self.peft_config[name], tensors)
+                except Exception as error:  # the others are waiting, and must hear of it
+                    failure = error
+        gathering.finish(failure)
 
     # --------------------------------------------------------------------------- as a module
 
@@ -308,8 +322,10 @@ class LoraModel(nn.Module):
             **kwargs: The model's.
         """
         if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs)
             return self.base_model(*args, **kwargs)
         with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def generate(
@@ -318,8 +334,10 @@ class LoraModel(nn.Module):
         """Calls the model's `generate`, beam search included; arguments as in `forward`."""
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs)
             return generate(*args, **kwargs)
         with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs)
             return generate(*args, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

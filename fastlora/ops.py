@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fastlora import env, reference
 from fastlora.plans import augmented, choose_plan
-from fastlora.validation import ImplementationError
+from fastlora.validation import ImplementationError, check_dropout_dtype
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
@@ -93,7 +93,11 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
 
     It stays on the device for kernels, so nothing waits, and on the CPU for the eager path. Drawn
     from the global generator, it repeats when activation checkpointing restores that.
+
+    Raises:
+        TypeError: x's dtype is one that dropout cannot run in; the generator has not moved.
     """
+    check_dropout_dtype(x.dtype)
     device = x.device if impl == "triton" else torch.device("cpu")
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 

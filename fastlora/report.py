@@ -10,6 +10,7 @@ from torch import nn
 from fastlora import ops
 from fastlora.layers import LoraLayer
 from fastlora.layers.shared_shrink import sibling_note
+from fastlora.sharding import is_fsdp_module
 
 _SHOWN_ROWS = 24
 
@@ -90,8 +91,11 @@ def fusion_report(model: nn.Module) -> FusionReport:
         model: Any module.
     """
     rows = []
+    gathered: list[str] = []  # what FSDP2 gathers for its forward: all below these
     for name, module in model.named_modules():
-        verdict = _verdict(module)
+        if is_fsdp_module(module):
+            gathered.append(f"{name}." if name else "")
+        verdict = _verdict(module, f"{name}.".startswith(tuple(gathered)))
         if verdict is not None:
             fused, reason = verdict
             shared = sibling_note(module) if hasattr(module, "_acting") else ""
@@ -105,11 +109,11 @@ def fusion_report(model: nn.Module) -> FusionReport:
     return FusionReport(tuple(rows), "triton" if triton else "eager", why)
 
 
-def _verdict(module: nn.Module) -> tuple[bool, str] | None:
+def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:
     if isinstance(module, LoraLayer):
-        return module.fusion()
+        return module.fusion(gathered)
     if "peft.tuners.lora.layer" in sys.modules:
         from fastlora.integrations.peft import layer_fusion
 
-        return layer_fusion(module)
+        return layer_fusion(module, gathered)
     return None

@@ -89,3 +89,12 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
         )
+
+
+def check_dropout_dtype(dtype: torch.dtype) -> None:
+    """Raises `TypeError` unless dropout has arithmetic in ``dtype``: fp16, bf16, fp32 or fp64."""
+    if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
+        raise TypeError(
+            f"dropout cannot run in {dtype}; expected a floating-point dtype of 16, 32 or 64 bits, "
+            "or a dropout of 0"
+        )

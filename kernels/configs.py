@@ -236,7 +236,7 @@ def expand_config(
         EXPAND[chip.family][kind],
         lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
     )
-    return _expand(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+    return expand_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
 
 
 def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
@@ -289,7 +289,7 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
                 yield Shipped("lora_linear", dtype, r, linear_of_tile(chip, kind, linear, block_r))
         for expand in EXPAND[family][kind]:
             for block_r, r in hardest_ranks(expand.blocks_r):
-                yield Shipped("lora_expand", dtype, r, _expand(chip, kind, expand, block_r))
+                yield Shipped("lora_expand", dtype, r, expand_of_tile(chip, kind, expand, block_r))
     for dtype in (torch.bfloat16, torch.float32):
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
 
@@ -355,7 +355,7 @@ def linear_of_tile(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> Lin
     )
 
 
-def _expand(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
+def expand_of_tile(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
     return ExpandConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,

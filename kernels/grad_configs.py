@@ -13,14 +13,17 @@ from typing import TypeVar
 
 import torch
 
+from fastlora.kernels.config_tables import ExpandTile, LinearTile
 from fastlora.kernels.configs import (
     Chip,
+    ExpandConfig,
     KernelConfig,
     LinearConfig,
     Shipped,
     block_r_of,
     cdiv,
     chunk_r_of,
+    expand_of_tile,
     fills,
     hardest_ranks,
     kind_of,
@@ -28,22 +31,35 @@ from fastlora.kernels.configs import (
     remembered,
     widest_that_fills,
 )
-from fastlora.kernels.grad_config_tables import GRAD_A, GRAD_B, GRAD_X, GradATile, GradBTile
+from fastlora.kernels.grad_config_tables import (
+    GRAD_A,
+    GRAD_B,
+    GRAD_X,
+    GRAD_X_ADD,
+    GradATile,
+    GradBTile,
+)
 
 # Siblings of one read of x.
 MAX_SIBLINGS = 4
+# Their tensor cores take 64 rows at least: the columns of dy and x are more than rank rows, so they
+# are the rows of a gradient's tile. Elsewhere rank rows are, and dy and x meet their dots
+# untransposed: only then does Triton 3.9 copy them asynchronously there (sm_80, dy of 64 x 128:
+# 15 copies of 3 stages instead of the 3 of s, and 118 registers instead of 148).
+_WIDE_MMA = ("sm_90", "sm_100")
 # Steps down the rows below which a split is not worth a program.
 _MIN_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradBConfig(KernelConfig):
-    """How `launch_lora_grad_b` runs."""
+    """How `launch_lora_grad_b` runs; `rank_rows_first`: d_lora_b in tiles of ``[R, N]``."""
 
     block_m: int
     block_n: int
     block_r: int
     splits: int = 1
+    rank_rows_first: bool = False
     input_precision: str = "ieee"
 
     def columns(self, n: int) -> int:
@@ -53,16 +69,19 @@ class GradBConfig(KernelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GradAConfig(KernelConfig):
-    """How `launch_lora_grad_a` runs."""
+    """How `launch_lora_grad_a` runs; `rank_rows_first`: d_lora_a in tiles of ``[R, K]``."""
 
     block_m: int
     block_k: int
     block_r: int
+    siblings: int
     splits: int = 1
+    rank_rows_first: bool = False
     input_precision: str = "ieee"
 
 
 _GradTile = TypeVar("_GradTile", GradBTile, GradATile)
+_DxTile = TypeVar("_DxTile", LinearTile, ExpandTile)
 
 
 def _of_bucket(m: int, tiles: Sequence[_GradTile]) -> list[_GradTile]:
@@ -79,6 +98,10 @@ def _splits(chip: Chip, m: int, block_m: int, programs: int) -> int:
     while not fills(chip, splits * programs) and 2 * splits <= most:
         splits *= 2
     return splits
+
+
+def _that_fills(chip: Chip, m: int, k: int, tiles: Sequence[_DxTile]) -> _DxTile:
+    return widest_that_fills(chip, m, tiles, lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n))
 
 
 @remembered
@@ -122,7 +145,7 @@ def grad_a_config(
 
     candidates = [made(tile) for tile in _of_bucket(m, GRAD_A[chip.family][kind])]
     _, tile, block_r, splits = min(candidates, key=lambda candidate: candidate[0])
-    return _grad_a(chip, kind, tile, block_r, splits)
+    return _grad_a(chip, kind, tile, block_r, siblings, splits)
 
 
 @remembered
@@ -131,13 +154,18 @@ def grad_x_config(
 ) -> LinearConfig:
     """Returns the config of `launch_lora_linear` for dx ``[m, k]`` and lora_a ``[r, k]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        GRAD_X[chip.family][kind],
-        lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n),
-    )
+    tile = _that_fills(chip, m, k, GRAD_X[chip.family][kind])
     return linear_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+
+
+@remembered
+def grad_x_add_config(
+    chip: Chip, m: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> ExpandConfig:
+    """Returns the config of `launch_lora_expand` for dx ``[m, k]`` and lora_a ``[r, k]``."""
+    kind = kind_of(chip, dtype, input_precision)
+    tile = _that_fills(chip, m, k, GRAD_X_ADD[chip.family][kind])
+    return expand_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
 
 
 def plane_sums_config() -> KernelConfig:
@@ -163,7 +191,9 @@ def is_valid_grad(chip: Chip, config: GradBConfig | GradAConfig, width: int) -> 
 def all_grad_shipped(chip: Chip) -> Iterator[Shipped]:
     """Yields every config that a backward launch may take on ``chip``, each once.
 
-    Splits change the grid only, so the config without them stands for all.
+    Splits change the grid only, so the config without them stands for all; the most siblings stand
+    for fewer. "lora_grad_x" is `launch_lora_linear` and "lora_grad_x_add" `launch_lora_expand`, as
+    the gradient of x calls them.
     """
     for kind in GRAD_B[chip.family]:
         dtype = torch.bfloat16 if kind == "half" else torch.float32
@@ -172,10 +202,17 @@ def all_grad_shipped(chip: Chip) -> Iterator[Shipped]:
                 yield Shipped("lora_grad_b", dtype, r, _grad_b(chip, kind, grad_b, r, 1))
         for grad_a in GRAD_A[chip.family][kind]:
             for r in grad_a.blocks_r:
-                yield Shipped("lora_grad_a", dtype, r, _grad_a(chip, kind, grad_a, r, 1))
+                siblings = _most_siblings(grad_a, r)
+                config_a = _grad_a(chip, kind, grad_a, r, siblings, 1)
+                yield Shipped("lora_grad_a", dtype, r, config_a)
         for grad_x in GRAD_X[chip.family][kind]:
             for block_r, r in hardest_ranks(grad_x.blocks_r):
                 yield Shipped("lora_grad_x", dtype, r, linear_of_tile(chip, kind, grad_x, block_r))
+        for expand in GRAD_X_ADD[chip.family][kind]:
+            for block_r, r in hardest_ranks(expand.blocks_r):
+                config_add = expand_of_tile(chip, kind, expand, block_r)
+                yield Shipped("lora_grad_x_add", dtype, r, config_add)
+    yield Shipped("plane_sums", torch.bfloat16, 0, plane_sums_config())
 
 
 def _blocks_of_siblings(tile: GradATile, siblings: int) -> tuple[int, ...]:
@@ -184,9 +221,10 @@ def _blocks_of_siblings(tile: GradATile, siblings: int) -> tuple[int, ...]:
     return fitting or tile.blocks_r[:1]
 
 
-def most_siblings(tile_rank_rows: int, block_r: int) -> int:
+def _most_siblings(tile: GradATile, block_r: int) -> int:
     """Returns the most siblings that one launch with this BLOCK_R may have."""
-    return max(1, min(MAX_SIBLINGS, tile_rank_rows // block_r))
+    narrowest = block_r == tile.blocks_r[0]
+    return MAX_SIBLINGS if narrowest else min(MAX_SIBLINGS, tile.max_rank_rows // block_r)
 
 
 def _grad_b(chip: Chip, kind: str, tile: GradBTile, block_r: int, splits: int) -> GradBConfig:
@@ -198,18 +236,23 @@ def _grad_b(chip: Chip, kind: str, tile: GradBTile, block_r: int, splits: int) -
         max_registers=chip.max_registers,
         num_stages=tile.num_stages,
         splits=splits,
+        rank_rows_first=chip.family not in _WIDE_MMA,
         input_precision="tf32" if kind == "tf32" else "ieee",
     )
 
 
-def _grad_a(chip: Chip, kind: str, tile: GradATile, block_r: int, splits: int) -> GradAConfig:
+def _grad_a(
+    chip: Chip, kind: str, tile: GradATile, block_r: int, siblings: int, splits: int
+) -> GradAConfig:
     return GradAConfig(
         block_m=tile.block_m,
         block_k=tile.block_k,
         block_r=block_r,
+        siblings=siblings,
         num_warps=tile.num_warps,
         max_registers=chip.max_registers,
         num_stages=tile.num_stages,
         splits=splits,
+        rank_rows_first=chip.family not in _WIDE_MMA,
         input_precision="tf32" if kind == "tf32" else "ieee",
     )

@@ -55,6 +55,7 @@ def _lora_grad_b_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -85,16 +86,19 @@ def _lora_grad_b_kernel(
     s_ptr += row * stride_sm
     ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp + row * stride_dsm
     offs_dy = offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-    offs_s = offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
     offs_ds = offs_m[:, None] * stride_dsm + offs_r[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if RANK_ROWS_FIRST:
+        offs_s = offs_m[None, :] * stride_sm + offs_r[:, None] * stride_sr
+        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    else:
+        offs_s = offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     if HAS_BIAS:
         column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for m in range(first_m, min(first_m + rows_per_split, M), BLOCK_M):
         mask_m = offs_m < M - m
-        # dy: [BLOCK_M, BLOCK_N], s: [BLOCK_M, BLOCK_R]
+        # dy: [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        s = tl.load(s_ptr + offs_s, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
         share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
         tl.store(
@@ -102,21 +106,37 @@ def _lora_grad_b_kernel(
             share.to(ds_ptr.dtype.element_ty),
             mask=mask_m[:, None] & mask_r[None, :],
         )
-        # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
-        acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
+        if RANK_ROWS_FIRST:
+            # s: [BLOCK_R, BLOCK_M]
+            s = tl.load(s_ptr + offs_s, mask=mask_m[None, :] & mask_r[:, None], other=0.0)
+            # [BLOCK_R, BLOCK_M] x [BLOCK_M, BLOCK_N]
+            acc = tl.dot(s, dy, acc, input_precision=INPUT_PRECISION)
+        else:
+            # s: [BLOCK_M, BLOCK_R]
+            s = tl.load(s_ptr + offs_s, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
+            acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
         if HAS_BIAS:
             column_sums += tl.sum(dy.to(tl.float32), 0)
         dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
         s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
         ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
 
-    # d_lora_b: [BLOCK_N, BLOCK_R]
     d_lora_b_ptr += tl.cast(split, tl.int64) * stride_dbp + first_n * stride_dbn
-    tl.store(
-        d_lora_b_ptr + offs_n[:, None] * stride_dbn + offs_r[None, :],
-        (acc * scale[None, :]).to(d_lora_b_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & mask_r[None, :],
-    )
+    if RANK_ROWS_FIRST:
+        # d_lora_b.T: [BLOCK_R, BLOCK_N]
+        tl.store(
+            d_lora_b_ptr + offs_n[None, :] * stride_dbn + offs_r[:, None],
+            (acc * scale[:, None]).to(d_lora_b_ptr.dtype.element_ty),
+            mask=mask_n[None, :] & mask_r[:, None],
+        )
+    else:
+        # d_lora_b: [BLOCK_N, BLOCK_R]
+        tl.store(
+            d_lora_b_ptr + offs_n[:, None] * stride_dbn + offs_r[None, :],
+            (acc * scale[None, :]).to(d_lora_b_ptr.dtype.element_ty),
+            mask=mask_n[:, None] & mask_r[None, :],
+        )
     if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
         if first_r == 0:
             # d_bias: [BLOCK_N]
@@ -180,6 +200,7 @@ def launch_lora_grad_b(
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         HAS_BIAS=d_bias is not None,
+        RANK_ROWS_FIRST=config.rank_rows_first,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

@@ -49,13 +49,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     import contenders
     import harness
     import linear
+    import mixed_kernels
     import shapes
     import summary
 
     class Modules:
         pass
 
-    for module in (contenders, harness, linear, shapes, summary):
+    for module in (contenders, harness, linear, mixed_kernels, shapes, summary):
         setattr(Modules, module.__name__, module)
     return Modules
 
@@ -86,7 +87,8 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"results.csv", "interpreted.csv", "tests.txt", "machine.txt", "log.txt"}
+    tables = {"results.csv", "interpreted.csv", "mixed.csv"}
+    assert written == tables | {"tests.txt", "machine.txt", "log.txt"}
 
     rows = _rows(tmp_path / "out" / "results.csv")
     assert tuple(rows[0]) == bench.harness.COLUMNS
@@ -103,7 +105,18 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert {row["impl"] for row in interpreted} == {"triton", "torch"}
     assert {row["impl"] for row in rows} == {"eager", "torch"}
 
-    for row in rows + interpreted:
+    mixed = _rows(tmp_path / "out" / "mixed.csv")
+    own = {contender.name for contender in bench.mixed_kernels.OURS}
+    by_hand = {contender.name for contender in bench.mixed_kernels.BY_HAND}
+    if bench.mixed_kernels.has_grouped_mm("cpu", torch.float32):
+        by_hand.add("grouped_mm")
+    measured = _by_contender(mixed, "a", "mixed")
+    assert set(measured) == own | by_hand
+    assert {(row["r"], row["adapters"]) for row in measured.values()} == {("3+8", "3")}
+    assert {name for name, row in measured.items() if row["impl"] == "triton"} == own
+    assert "mixed" in result.stdout.split("time over the base linear's:")[2]
+
+    for row in rows + interpreted + mixed:
         # "ok" says that the numbers were right: only then is a contender timed.
         assert (row["status"], row["tests"]) == ("ok", "pass")
         assert row["torch"] == torch.__version__
@@ -149,6 +162,10 @@ def test_green_on_a_gpu(tmp_path: Path) -> None:
     assert arguments[arguments.index("--tests") + 1] == "pass"
     assert arguments[arguments.index("--device") + 1] == "cuda"
     assert float(arguments[arguments.index("--seconds") + 1]) > 300
+    (mixed,) = [call for call, _ in calls if call[0].endswith("mixed_kernels.py")]
+    assert mixed[mixed.index("--tests") + 1] == "pass"
+    assert Path(mixed[mixed.index("--out") + 1]).name == "mixed.csv"
+    assert float(mixed[mixed.index("--seconds") + 1]) > 100
     pytest_call = next(arguments for arguments, _ in calls if arguments[:2] == ["-m", "pytest"])
     assert pytest_call[-3:] == ["tests/kernels", "-n", "8"]
 
@@ -196,11 +213,27 @@ def test_wrong_results_are_caught(bench: Any, bad: Any) -> None:
     point = bench.shapes.tiny_points()[0]
     problem = bench.contenders.Problem.random(point, torch.float32, CPU, "eager")
     contenders = bench.contenders.FORWARD
-    checker = bench.harness.Checker(point, problem, contenders)
+    truths, yardstick = bench.contenders.truths(point, problem), bench.contenders.YARDSTICK
+    checker = bench.harness.Checker(problem, contenders, truths, yardstick)
     assert [checker.fault(contender) for contender in contenders] == [""] * len(contenders)
     fused = next(contender for contender in contenders if contender.name == "fused")
     broken = replace(fused, run=lambda p: tuple(bad(y) for y in fused.run(p)))
     assert checker.fault(broken).startswith("wrong: result 0")
+
+
+def test_wrong_results_of_mixed_batches_are_caught(bench: Any) -> None:
+    mixed = bench.mixed_kernels
+    for point in bench.shapes.tiny_mixed_points():
+        problem = mixed.MixedProblem.random(point, torch.float32, CPU)
+        checker = bench.harness.Checker(
+            problem, mixed.BY_HAND, mixed.truths(problem), mixed.YARDSTICK
+        )
+        assert [checker.fault(contender) for contender in mixed.BY_HAND] == [""] * 3
+        moved = replace(problem.rows, slots=problem.slots.roll(1))
+        bmm = replace(
+            mixed.BY_HAND[2], run=lambda p, m=moved: mixed.BY_HAND[2].run(replace(p, rows=m))
+        )
+        assert checker.fault(bmm).startswith("wrong: result 0")
 
 
 def _main(bench: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
@@ -368,6 +401,25 @@ def test_summary_and_plot(
     monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
     assert plot.main() == 0
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_points_of_mixed_batches_cover_the_grid(bench: Any) -> None:
+    points = bench.shapes.mixed_points()
+    assert len(set(points)) == len(points)
+    for m in (64, 2048):
+        found = {(point.adapters, point.ranks) for point in points if point.m == m}
+        assert found == {
+            *((adapters, "16") for adapters in (1, 4, 16, 64)),
+            *((adapters, "8+16+64") for adapters in (4, 16, 64)),
+        }
+    assert points[0].ranks_of_adapters == [16] * 64
+    four = next(point for point in points if (point.adapters, point.ranks) == (4, "8+16+64"))
+    assert (four.ranks_of_adapters, four.r) == ([8, 16, 64, 8], 64)
+    # Each adapter's factors once, whatever the rows; the base alone has none.
+    roofs = bench.shapes.Roofs(bytes_per_s=1e12, flop_per_s=1e18)
+    base, mixed = (bench.shapes.floor_us(kind, four, 2, roofs) for kind in ("base", "mixed"))
+    expected = 2 * (96 * (four.k + four.n) + 2 * four.m * 24) * 1e-6
+    assert mixed - base == pytest.approx(expected, rel=1e-6)
 
 
 def test_points_are_distinct_and_cover_the_grid(bench: Any) -> None:

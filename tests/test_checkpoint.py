@@ -70,6 +70,7 @@ PEFT_CONFIGS = [
     {"target_modules": ["q"]},
     {"target_modules": ["q", "v"], "rank_pattern": {"deep.q": 1}, "alpha_pattern": {"v": 3}},
     {"target_modules": ["q"], "lora_bias": True, "use_rslora": True},
+    {"target_modules": ["q", "v"], "use_dora": True},
     {"target_modules": ["q"], "bias": "lora_only"},
     {"target_modules": ["q"], "bias": "all", "modules_to_save": ["head"]},
     {"target_modules": ["q", "embed"], "modules_to_save": ["head", "v"]},
@@ -157,14 +158,15 @@ def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
     }
 
 
-def test_dora_file_of_peft_is_refused_by_field(tmp_path: Path) -> None:
+def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["v"], use_dora=True))
     model.save_pretrained(tmp_path)
-    assert "use_dora=True" in refusal(tmp_path)
+    magnitude = next(k for k in load_adapter_folder(tmp_path).tensors if "magnitude" in k)
+    assert inspect_adapter_folder(tmp_path).keys[magnitude].kind == "magnitude"
     data = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**data, "use_dora": False}))
-    assert "belongs to use_dora" in refusal(tmp_path)
+    assert "the config says use_dora=False" in refusal(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- round trip
@@ -275,7 +277,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
         ('{"peft_type": "LOHA", "r": 2}', "peft_type is 'LOHA', expected 'LORA'"),
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
         ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
-        ('{"r": 2, "target_modules": ["q"], "use_dora": true}', "use_dora=True"),
+        ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),
         ('{"r": 2, "init_lora_weights": "pissa"}', "path_initial_model_for_weight_conversion"),
     ],
 )
@@ -315,7 +317,18 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         ({"modules_to_save": ["head"]}, {f"{PRE}heads.weight": (6,)}, "unknown key"),
         ({}, {"q.lora_A.weight": (2, 4)}, f"expected the prefix {PRE!r}"),
         ({}, {f"{PRE}mha.lora_A": (2, 4)}, "nn.MultiheadAttention"),
-        ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "belongs to use_dora"),
+        ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config says use_dora=False"),
+        ({"use_dora": True}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "has no lora_magnitude"),
+        (
+            {"use_dora": True},
+            {f"{PRE}q.lora_magnitude_vector": (5,), f"{PRE}deep.q.lora_magnitude_vector": (6,)},
+            "has shape (5,), expected (6,)",
+        ),
+        (
+            {"use_dora": True},
+            {f"{PRE}{m}.lora_magnitude_vector": (6,) for m in ("q", "deep.q", "v")},
+            "has no factors, expected lora_B of 'v'",
+        ),
         ({}, {f"{PRE}e.token_adapter.trainable_tokens_delta": (6, 1)}, "trainable_token_indices"),
         ({}, {f"{PRE}e.lora_embedding_A": (2, 7)}, "expected lora_embedding_B of 'e'"),
     ],

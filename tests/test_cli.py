@@ -88,10 +88,11 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["info", "inspect", "merge", "bench", "demo", "Exit codes"]),
+        (["--help"], ["info", "inspect", "merge", "train", "bench", "demo", "Exit codes"]),
         (["merge", "--help"], ["BASE", "ADAPTER", "OUT", "--dtype"]),
         (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
         (["demo", "--help"], ["--steps"]),
+        (["train", "--help"], ["CONFIG", "--data", "--resume", "--dry-run", "torchrun"]),
         (["bench", "--help"], ["mixed"]),
         (["bench", "mixed", "--help"], ["--model", "--adapters", "--tokens", "--dtype", "--out"]),
     ],

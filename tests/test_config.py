@@ -34,6 +34,7 @@ SET = {
     "fan_in_fan_out": True,
     "bias": "all",
     "use_rslora": True,
+    "use_dora": True,
     "modules_to_save": ["head"],
     "init_lora_weights": "gaussian",
     "layers_to_transform": [1, 2],
@@ -235,6 +236,7 @@ BAD = [
     ({"rank_pattern": {3: 1}}, "rank_pattern must hold strings, got 3"),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] must be a finite number, got 'x'"),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True needs"),
+    ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
 ]
 
 
@@ -257,7 +259,6 @@ UNSET_NOW = {
     "eva_config": peft.EvaConfig(),
     "corda_config": {"corda_method": "ipm"},
     "lora_ga_config": {"direction": "ArBr"},
-    "use_dora": True,
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
@@ -296,8 +297,8 @@ def test_field_without_implementation_is_refused(name: str) -> None:
 
 def test_all_of_them_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        LoraConfig(use_dora=True, ensure_weight_tying=True)
-    assert "use_dora=True, ensure_weight_tying=True" in str(caught.value)
+        LoraConfig(use_qalora=True, ensure_weight_tying=True)
+    assert "use_qalora=True, ensure_weight_tying=True" in str(caught.value)
 
 
 def test_empty_means_unset() -> None:
@@ -351,8 +352,8 @@ def test_init_settings_of_a_trained_file_do_not_matter() -> None:
     data = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "qalora_group_size": 4}
     config = LoraConfig.from_dict(data, for_loading=True)
     assert config.to_dict()["eva_config"] == {"rho": 2.0}
-    with pytest.raises(ConfigError, match="use_dora"):
-        LoraConfig.from_dict({**data, "use_dora": True}, for_loading=True)
+    with pytest.raises(ConfigError, match="use_qalora"):
+        LoraConfig.from_dict({**data, "use_qalora": True}, for_loading=True)
 
 
 def test_config_of_an_adapter_in_a_model() -> None:
@@ -360,8 +361,9 @@ def test_config_of_an_adapter_in_a_model() -> None:
     assert LoraConfig.from_peft(theirs, initialised=True).init_lora_weights == "pissa"
     with pytest.raises(ConfigError, match="pissa"):
         LoraConfig.from_peft(theirs)
-    with pytest.raises(ConfigError, match="use_dora"):
-        LoraConfig.from_peft(peft.LoraConfig(use_dora=True), initialised=True)
+    with pytest.raises(ConfigError, match="use_qalora"):
+        LoraConfig.from_peft(peft.LoraConfig(use_qalora=True), initialised=True)
+    assert LoraConfig.from_peft(peft.LoraConfig(use_dora=True)).use_dora
     with pytest.raises(ConfigError, match=r"expected a LoraConfig, got \{'r': 8\}"):
         LoraConfig.from_peft({"r": 8})
     with pytest.raises(ConfigError, match="peft_type must be 'LORA', got 'LOHA'"):

@@ -144,7 +144,8 @@ def hook(model: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "fused", "reason"),
     [
-        ({"use_dora": True}, None, 0, "DoraLinearVariant"),
+        ({"use_dora": True}, None, 6, None),
+        ({"use_dora": True}, hook, 5, "its base layer has forward hooks"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, None, 2, "PEFT's Embedding layer"),
         ({}, hook, 5, "its base layer has forward hooks"),
         ({"lora_dropout": 0.1, "lora_bias": True}, None, 6, None),

@@ -97,7 +97,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
         "expects 14 in place of 15",
     ),
-    "DoRA": (lambda f: edit_config(f, use_dora=True), "use_dora=True is not supported"),
+    "DoRA without magnitudes": (
+        lambda f: edit_config(f, use_dora=True),
+        "has no lora_magnitude_vector",
+    ),
     "full copies": (lambda f: edit_config(f, modules_to_save=["head"]), "modules_to_save"),
     "biases": (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
     "rank": (
@@ -141,7 +144,7 @@ def test_a_refused_adapter_changes_nothing(root: Path, damage: str) -> None:
         assert same_adapter(pool, lease.residents[0], root / "a0")
 
 
-@pytest.mark.parametrize("damage", ["no weights", "DoRA", "full copies", "biases", "rank"])
+@pytest.mark.parametrize("damage", ["no weights", "full copies", "biases", "rank"])
 def test_registering_checks_what_needs_no_tensors(root: Path, damage: str) -> None:
     spoil, message = DAMAGE[damage]
     spoil(root / "a5")
@@ -161,7 +164,7 @@ def test_state_dicts_are_checked_too(root: Path) -> None:
     magnitude = {f"{Q0}.lora_magnitude_vector": torch.ones(14)}
     for tensors, message in [
         ({}, "no LoRA factors"),
-        (good | magnitude, "use_dora"),
+        (good | magnitude, "use_dora=False"),
         ({k: v.long() for k, v in good.items()}, "int64"),
         ({k: v.numpy() for k, v in good.items()}, "no tensor"),
     ]:

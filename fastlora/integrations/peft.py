@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,14 +16,30 @@ import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
+from fastlora.layers.dora import (
+    SEVERAL_WITH_DORA,
+    dora_added_forward,
+    dora_forward,
+    forget_norms,
+    uses_dora,
+)
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
-from fastlora.routing import BASE, Group, Routing, named_ids, routing_of
+from fastlora.routing import (
+    BASE,
+    Group,
+    Routing,
+    check_batch,
+    named_ids,
+    number_layers,
+    routing_of,
+)
 from fastlora.routing import routed as routing_in_force
 from fastlora.validation import UnsupportedLayerError
 
@@ -47,21 +62,35 @@ class _FastForward:
             return self._mixed(x, *args, routed=routed, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
-        variant = any(name in self.lora_variant for name in names)
+        variant = any(_foreign_variant(self, name) for name in names)
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
-        base = self.base_layer
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
+        base, dora = self.base_layer, uses_dora(self, names)
         if not args and not kwargs and not why_not_plain(base):
-            return lora_forward(self, x, base.weight, base.bias, names, "auto")
+            forward = dora_forward if dora else lora_forward
+            return forward(self, x, base.weight, base.bias, names, "auto")
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         y = base(x, *args, **kwargs)
-        return lora_added_forward(self, y, x, names, "auto", inplace=False)
+        added_forward = dora_added_forward if dora else lora_added_forward
+        return added_forward(self, y, x, names, "auto", inplace=False)
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's layer."""
+        forget_norms(self)
+        super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+
+    def unmerge(self: Any) -> None:
+        """As PEFT's layer."""
+        forget_norms(self)
+        super().unmerge()  # type: ignore[misc]  # as above
 
     def _mixed(self: Any, x: torch.Tensor, *args: Any, routed: Any, **kwargs: Any) -> torch.Tensor:
         """Every row with its own adapter, inside `fastlora.adapters`."""
         for name in routed[0].names:
-            if name in self.lora_variant:
+            if _foreign_variant(self, name):
                 raise UnsupportedLayerError(
                     f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}, which cannot "
                     "share a batch with other adapters"
@@ -78,14 +107,24 @@ class _FastForward:
         names = [name for name in self.active_adapters if name in self.lora_A]
         return [] if any(name in self.lora_variant for name in names) else names
 
-    def fusion(self: Any) -> tuple[bool, str]:
+    def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
-            if name in self.lora_variant:
+            if _foreign_variant(self, name):
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-        why = why_not_fused(self, names) or why_not_plain(self.base_layer)
+        why = why_not_fused(self, names, gathered) or why_not_plain(self.base_layer, gathered)
+        if not why and len(names) > 1 and uses_dora(self, names):
+            why = SEVERAL_WITH_DORA
         return not why, why
+
+
+def _foreign_variant(layer: Any, name: str) -> bool:
+    """Whether an adapter is one of PEFT's variants of LoRA other than DoRA on a linear."""
+    variant = layer.lora_variant.get(name)
+    return variant is not None and (
+        variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
+    )
 
 
 class FastPeftLinear(_FastForward, PeftLinear):
@@ -131,6 +170,23 @@ class FastPeftLoraModel(PeftLoraModel):
         patch_layer(module)
         return module
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, maybe on layers that no routing knows yet."""
+        self.__dict__.pop("_fastlora_routed", None)
+        super().inject_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, maybe with layers."""
+        self.__dict__.pop("_fastlora_routed", None)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, whose batch must fit the adapter ids in force."""
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None:
+            check_batch(kept[1].group, args, kwargs)
+        return super().forward(*args, **kwargs)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Routes ``adapter_names`` once for the model, where PEFT would at every layer."""
@@ -140,11 +196,15 @@ class FastPeftLoraModel(PeftLoraModel):
         else:
             routed = self._routed_for(names)
         if routed is None:
+            kept = self.__dict__.get("_fastlora_routed")
+            if kept is not None:
+                check_batch(kept[1].group, args, kwargs)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
-        slots = named_ids(tuple(self.peft_config), names or ())
+        slots = named_ids(tuple(self.peft_config), list(names or ()))
         with routing_in_force(Routing(routed.group, *slots, (0,) * len(slots[0]), routed.routed)):
+            check_batch(routed.group, args, kwargs)
             yield
 
     def _routed_for(self, names: Any) -> RoutedPeftModel | None:
@@ -157,7 +217,8 @@ class FastPeftLoraModel(PeftLoraModel):
         except UnsupportedLayerError:
             return None
         if found is None or any(
-            wanted & set(layer.lora_variant) or layer.merged for layer in found.routed
+            layer.merged or any(_foreign_variant(layer, name) for name in wanted)
+            for layer in found.routed
         ):
             return None
         return found
@@ -186,10 +247,9 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
     tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
     if tuner is None:
         return None
-    names = tuple(tuner.peft_config)
     kept = tuner.__dict__.get("_fastlora_routed")
-    if kept is not None and kept[0] == names and kept[1] is tuner:
-        return kept[2]
+    if kept is not None and kept[0] is tuner:
+        return kept[1]
     layers = []
     for name, module in tuner.named_modules():
         if isinstance(module, _FastForward):
@@ -200,11 +260,12 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
                 "pass adapter_names= to the model instead"
             )
     group = Group()
-    for row, (name, layer) in enumerate(layers):
-        layer.routed_by, layer.routed_as, layer.table_row = group, zlib.crc32(name.encode()), row
+    numbers = number_layers([name for name, _ in layers])
+    for row, (number, (_, layer)) in enumerate(zip(numbers, layers, strict=True)):
+        layer.routed_by, layer.routed_as, layer.table_row = group, number, row
     found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
     # With the tuner itself: a copy of the model makes its own.
-    tuner.__dict__["_fastlora_routed"] = (names, tuner, found)
+    tuner.__dict__["_fastlora_routed"] = (tuner, found)
     return found
 
 
@@ -219,7 +280,14 @@ def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if isinstance(module, _FastForward):
         module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
-        for name in ("_scaling_tensors", "_family", "routed_by", "routed_as", "table_row"):
+        for name in (
+            "_scaling_tensors",
+            "_dora_norms",
+            "_family",
+            "routed_by",
+            "routed_as",
+            "table_row",
+        ):
             module.__dict__.pop(name, None)
 
 
@@ -244,10 +312,10 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion(module: nn.Module) -> tuple[bool, str] | None:
+def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
     """Returns ``(fused, why not)`` for a LoRA layer of PEFT's, or None for any other module."""
     if isinstance(module, _FastForward):
-        return module.fusion()
+        return module.fusion(gathered)
     if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above
         return False, "PEFT's own layer; fastlora.patch(model) fuses it"
     if isinstance(module, PeftLoraLayer):

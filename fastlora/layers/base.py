@@ -6,12 +6,16 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora.layers.dense import dense_weight
+from fastlora.layers.dora import DoraMagnitude, forget_norms
 from fastlora.layers.merging import Mergeable
 from fastlora.routing import Group
+from fastlora.sharding import is_sharded
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -30,6 +34,7 @@ class LoraLayer(Mergeable):
         lora_A: Adapter name to a linear module with weight ``[R, K]``.
         lora_B: Adapter name to a linear module with weight ``[N, R]``, with a bias for lora_bias.
         lora_dropout: Adapter name to `nn.Dropout` or `nn.Identity`.
+        lora_magnitude_vector: Name of an adapter that uses DoRA to a module with weight ``[N]``.
         r, lora_alpha, scaling: Adapter name to number.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
@@ -45,6 +50,7 @@ class LoraLayer(Mergeable):
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.impl = "auto"
         self._active_adapters: list[str] = []
         self._disabled = False
@@ -55,11 +61,11 @@ class LoraLayer(Mergeable):
 
     # ------------------------------------------------------------------ what subclasses provide
 
-    def get_base_layer(self) -> nn.Module:
-        """Returns the module that the adapters modify."""
+    def release(self) -> nn.Module:
+        """Returns the module to put where this layer is, once its adapters are to go."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
-    def fusion(self) -> tuple[bool, str]:
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
@@ -84,6 +90,7 @@ class LoraLayer(Mergeable):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
     ) -> None:
         """Adds an adapter; it acts only after `set_adapter`.
@@ -97,12 +104,15 @@ class LoraLayer(Mergeable):
             lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
             use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
             lora_bias: Give lora_B a bias.
+            use_dora: Give the adapter a magnitude for each output, at first the norm of that row of
+                the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
             init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with
                 standard deviation ``1 / r``, B zero), or False (both random).
 
         Raises:
             AdapterStateError: The name exists.
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or lora_bias is asked for beside use_dora.
+            UnsupportedLayerError: use_dora, and the base weight cannot be read.
         """
         if adapter_name in self.lora_A:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
@@ -116,6 +126,10 @@ class LoraLayer(Mergeable):
         check_dropout("lora_dropout", lora_dropout)
         if not math.isfinite(lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        if use_dora and lora_bias:
+            raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+        if use_dora:
+            dense_weight(self.get_base_layer())  # raises before anything changes
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)
@@ -133,6 +147,32 @@ class LoraLayer(Mergeable):
         self.lora_B[adapter_name] = lora_b.train(self.training)
         for factor in (lora_a, lora_b):
             factor.requires_grad_(False)
+        if use_dora:
+            self.reset_magnitude(adapter_name)
+
+    def reset_magnitude(self, adapter_name: str) -> None:
+        """Makes an adapter's magnitude the norms of its adapted weight, in its factors' dtype.
+
+        The adapter then changes nothing but the direction of the weight's rows: with lora_B zero,
+        as it starts, the layer is its base layer. It is frozen.
+        """
+        self._check_known(adapter_name)
+        _, lora_b, _ = self._factors(adapter_name)
+        squares = self._unmerged_squares([adapter_name])[adapter_name]
+        norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
+        magnitude = (
+            DoraMagnitude(norms.to(lora_b.device, lora_b.dtype))
+            .train(self.training)
+            .requires_grad_(False)
+        )
+        self.lora_magnitude_vector[adapter_name] = magnitude
+
+    def refresh(self) -> None:
+        """Forgets what the layer keeps of its weights' norms.
+
+        Call it after writing through a parameter's ``.data``, which nothing else can see.
+        """
+        forget_norms(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.
@@ -146,10 +186,14 @@ class LoraLayer(Mergeable):
             raise AdapterStateError(
                 f"adapter {adapter_name!r} is merged; call unmerge() before deleting it"
             )
+        self._forget_packed()
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name)
         for modules in (self.lora_dropout, self.lora_A, self.lora_B):
             del modules[adapter_name]
+        if adapter_name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[adapter_name]
+        forget_norms(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *, inference_mode: bool = False) -> None:
@@ -176,7 +220,7 @@ class LoraLayer(Mergeable):
         self._set_trainable([] if inference_mode else self._active_adapters)
 
     def _set_trainable(self, names: list[str]) -> None:
-        for modules in (self.lora_A, self.lora_B):
+        for modules in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             for name, module in modules.items():
                 module.requires_grad_(name in names)
 
@@ -186,15 +230,18 @@ class LoraLayer(Mergeable):
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
         self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
+        self._forget_packed()
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
+        self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters, or sets it back to what the config gives."""
+        self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
                 if scale is None:
@@ -226,6 +273,15 @@ class LoraLayer(Mergeable):
 
     # ----------------------------------------------------------------------------- plumbing
 
+    def _forget_packed(self) -> None:
+        """Drops packed factors of mixed batches, within a block too: they are about to change."""
+        if self.routed_by is not None:
+            self.routed_by.packs.clear()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.lora_A:
             names = list(self.lora_A)
@@ -237,6 +293,12 @@ class LoraLayer(Mergeable):
     def _factor_like(self) -> torch.Tensor | None:
         """A tensor whose device and dtype new factors take, or None for torch's defaults."""
         for parameter in self.get_base_layer().parameters(recurse=False):
+            if is_sharded(parameter):
+                raise AdapterStateError(
+                    "the base weight is sharded (a DTensor) and the new factors would not be: add "
+                    "adapters before fully_shard(), which then shards them too; under tensor "
+                    "parallelism, layers that torch's parallelize_module split take adapters"
+                )
             if parameter.is_floating_point() and parameter.itemsize >= 2:  # fp8 cannot train
                 return parameter
         return None

@@ -47,10 +47,10 @@ def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
     lora_bias = up._parameters["bias"]
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
-    return Branch(lora_a, lora_b, _scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
+    return Branch(lora_a, lora_b, scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
 
 
-def _scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+def scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
     device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap

@@ -12,19 +12,27 @@ from fastlora import functional
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight
 from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.sharding import is_sharded
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
 
 
-def why_not_fused(layer: Any, names: list[str]) -> str:
+def why_not_fused(layer: Any, names: list[str], gathered: bool = False) -> str:
     """Returns why adapters cannot run as bare tensors, or an empty string.
 
     Their modules must then be called: hooks, parametrizations, shards and replacements of users and
-    libraries live there.
+    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
+    the forward.
     """
     for name in names:
-        if plain_weight(layer.lora_A[name]) is None or plain_weight(layer.lora_B[name]) is None:
+        factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
+        if any(factor is None for factor in factors):
+            modules = layer.lora_A[name], layer.lora_B[name]
+            if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
+                if gathered and not any(map(is_hooked, modules)):
+                    continue
+                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
             return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
         dropout = layer.lora_dropout[name]
         if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):

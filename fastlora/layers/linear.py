@@ -11,15 +11,19 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.dora import SEVERAL_WITH_DORA, dora_forward, uses_dora
 from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.routing import routing_of
+from fastlora.sharding import is_sharded, refuse_shards
 from fastlora.validation import UnsupportedLayerError
 
 DEFAULT_ADAPTER = "default"
 
 
-def why_not_plain(module: nn.Module) -> str:
+def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
     """Returns why a module cannot be computed from its weight alone, or an empty string.
+
+    ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
 
     Only a true `nn.Linear` that nothing has hooked into is plain: a subclass, a parametrization, a
     forward hook (accelerate's offloading) or a replaced forward must go on being called.
@@ -36,7 +40,7 @@ def why_not_plain(module: nn.Module) -> str:
         return "its base layer has state-dict hooks"
     if len(module._parameters) != 2 or module._buffers or module._modules:
         return "its base layer holds more than a weight and a bias"
-    if type(module.weight) is not nn.Parameter:
+    if type(module.weight) is not nn.Parameter and not (gathered and is_sharded(module.weight)):
         return f"its base weight is a {type(module.weight).__name__}"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
         return f"its base weight is {module.weight.dtype}"
@@ -58,6 +62,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         lora_bias: Give lora_B a bias.
+        use_dora: Scale each output by a trained magnitude; see `LoraLayer.add_adapter`.
         init_lora_weights: As in `LoraLayer.add_adapter`.
         device: Of all parameters.
         dtype: Of all parameters.
@@ -77,6 +82,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -91,6 +97,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             lora_bias=lora_bias,
+            use_dora=use_dora,
             init_lora_weights=init_lora_weights,
         )
         self.set_adapter(DEFAULT_ADAPTER)
@@ -135,6 +142,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
+    def release(self) -> nn.Module:
+        """The same, for whatever kind of layer a caller has."""
+        return self.to_linear()
+
     def _freeze_base(self) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -144,6 +155,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
         routed = routing_of(self)
         names = self._acting() if routed is None else []
+        if type(self._parameters["weight"]) is not nn.Parameter:
+            refuse_shards(self)
         if self._disabled or (routed is None and not names):
             refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")
             return F.linear(x, self.weight, self.bias)
@@ -151,22 +164,37 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if routed is not None:
             return mixed_forward(self, x, self.weight, self.bias, *routed)
-        return lora_forward(self, x, self.weight, self.bias, names, self.impl)
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
+        forward = dora_forward if uses_dora(self, names) else lora_forward
+        return forward(self, x, self.weight, self.bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""
         return self
 
-    def fusion(self) -> tuple[bool, str]:
-        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not.
+
+        ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
+        """
         names = self._acting()
-        why = why_not_fused(self, names)
+        if is_sharded(self._parameters.get("weight")) and not gathered:
+            return False, "its base weight is sharded (a DTensor) and nothing gathers it"
+        why = why_not_fused(self, names, gathered)
         drops = [n for n in names if isinstance(self.lora_dropout[n], nn.Dropout)]
+        if not why and len(names) > 1 and uses_dora(self, names):
+            why = SEVERAL_WITH_DORA
         if not why and drops and len(names) > 1:
             why = "several active adapters with dropout: the first is fused, others are added to it"
         return not why, why
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        if is_sharded(self._parameters.get("weight")):
+            raise UnsupportedLayerError(
+                "cannot merge into this layer: its weight is sharded (a DTensor); save the adapter "
+                "and merge it into an unsharded base model"
+            )
         if type(self._parameters.get("weight")) is not nn.Parameter:
             raise UnsupportedLayerError(
                 "cannot merge into this layer: its weight is computed from other parameters "

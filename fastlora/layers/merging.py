@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.dora import adapted_squares, scale_of, square_norms
+from fastlora.layers.dora import adapter_squares, forget_norms, magnitude_of, uses_dora
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.
@@ -34,10 +36,16 @@ class Mergeable(nn.Module):
         # of the parameters behind the last one.
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._merged_versions: tuple[int, ...] = ()
+        # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
+        self._merged_scales: dict[str, torch.Tensor] = {}
 
     def _check_known(self, adapter_name: str) -> None:
         """Raises `AdapterNotFoundError` unless the layer has the adapter."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the module that the adapters modify."""
+        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
@@ -78,10 +86,12 @@ class Mergeable(nn.Module):
                 weight.detach().clone(),
                 None if bias is None else bias.detach().clone(),
             )
+        self._merged_scales |= self._scales(names)
         for name in names:
-            self._add_delta(weight.t() if transposed else weight, bias, name, 1.0)
-        self.merged_adapters.extend(names)
+            self._merge_one(weight.t() if transposed else weight, bias, name)
+            self.merged_adapters.append(name)
         self._merged_versions = _versions(weight, bias)
+        forget_norms(self)
 
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -107,12 +117,19 @@ class Mergeable(nn.Module):
         if safe_merge:
             new_weight = weight.detach().clone()
             new_bias = None if bias is None else bias.detach().clone()
-            for name in names:
-                self._add_delta(new_weight.t() if transposed else new_weight, new_bias, name, 1.0)
-                if not _all_finite(new_weight, new_bias):
-                    raise AdapterStateError(
-                        f"merging adapter {name!r} gives weights that are not finite"
-                    )
+            merged, scales = list(self.merged_adapters), self._merged_scales
+            self._merged_scales = scales | self._scales(names)
+            try:
+                for name in names:
+                    new_rows = new_weight.t() if transposed else new_weight
+                    self._merge_one(new_rows, new_bias, name)
+                    if not _all_finite(new_weight, new_bias):
+                        raise AdapterStateError(
+                            f"merging adapter {name!r} gives weights that are not finite"
+                        )
+                    self.merged_adapters.append(name)
+            finally:
+                self.merged_adapters[:], self._merged_scales = merged, scales
         return names
 
     def unmerge(self) -> None:
@@ -120,6 +137,10 @@ class Mergeable(nn.Module):
 
         Exactly, with ``keep_base``; unless the weight or bias was written to while merged (a loaded
         state, a trained bias): then the update is subtracted, so that what was written stays.
+
+        Raises:
+            AdapterStateError: What a DoRA adapter scaled by 0 is to be computed back; nothing has
+                changed.
         """
         if not self.merged:
             return
@@ -127,32 +148,112 @@ class Mergeable(nn.Module):
         if self._unmerged is not None and _versions(weight, bias) == self._merged_versions:
             _restore(weight, bias, self._unmerged)
         else:
-            for name in reversed(self.merged_adapters):
-                self._add_delta(weight.t() if transposed else weight, bias, name, -1.0)
+            for name, scale in self._merged_scales.items():
+                if not bool(scale.all()):
+                    raise AdapterStateError(
+                        f"adapter {name!r} cannot be taken out again: its magnitude or its norm is "
+                        "0 in a row, and the weight was written to or not kept (keep_base=False)"
+                    )
+            self._unmerge_from(weight.t() if transposed else weight, bias)
         self._unmerged = None
         self.merged_adapters.clear()
+        self._merged_scales.clear()
+        forget_norms(self)
+
+    def _unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Computes every merged adapter out of ``weight [N, K]`` and ``bias [N]`` in place."""
+        merged = list(self.merged_adapters)
+        for place in range(len(merged) - 1, -1, -1):
+            name = merged[place]
+            scale = self._merged_scales.get(name)
+            self._add_delta(weight, name, -1.0, None if scale is None else 1.0 / scale)
+            self._add_to_bias(bias, merged[: place + 1], -1.0)
+
+    def _merge_one(self, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> None:
+        """Merges one adapter into ``weight [N, K]`` and ``bias [N]``, behind those merged so far.
+
+        DoRA scales what was merged before it, as its forward scales what came before.
+        """
+        self._add_delta(weight, name, 1.0, self._merged_scales.get(name))
+        self._add_to_bias(bias, [*self.merged_adapters, name], 1.0)
+
+    def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Returns g ``[N]`` of those adapters that use DoRA."""
+        dora = [name for name in names if uses_dora(self, [name])]
+        return {
+            name: scale_of(magnitude_of(self, name), squares)
+            for name, squares in self._unmerged_squares(dora).items()
+        }
+
+    @torch.no_grad()
+    def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Returns `adapted_squares` of adapters on the base weight as it is without a merge."""
+        if not names:
+            return {}
+        factors = {name: self._factors(name)[:2] for name in names}
+        if not self.merged:
+            return {
+                name: adapter_squares(self, *factors[name], self.scaling[name]) for name in names
+            }
+        weight, _, transposed = self._mergeable()
+        if self._unmerged is not None and _versions(weight) == self._merged_versions[:1]:
+            base = self._unmerged[0].t() if transposed else self._unmerged[0]
+        else:
+            base = (weight.t() if transposed else weight).detach().clone()
+            self._unmerge_from(base, None)
+        squares = square_norms(base)
+        return {
+            name: adapted_squares(base, squares, *factors[name], self.scaling[name])
+            for name in names
+        }
 
     @torch.no_grad()
     def _add_delta(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, name: str, sign: float
+        self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
         """Adds ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
 
-        And ``sign * scaling * lora_bias`` to ``bias [N]``.
+        With ``scale [N]``, g of a DoRA adapter or one over it, the sum is scaled by it; when the
+        update is taken out (``sign < 0``) the weight is scaled first.
         """
-        lora_a, lora_b, lora_bias = self._factors(name)
+        lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
         alpha = sign * self.scaling[name]
         lora_a = lora_a.to(compute)
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = weight[start : start + _MERGE_ROWS]
             factor = lora_b[start : start + _MERGE_ROWS].to(compute)
-            if rows.dtype == compute:
+            if scale is None and rows.dtype == compute:
                 rows.addmm_(factor, lora_a, alpha=alpha)
-            else:
-                rows.copy_(torch.addmm(rows.to(compute), factor, lora_a, alpha=alpha))
-        if lora_bias is not None and bias is not None:
-            bias.add_(lora_bias * alpha)
+                continue
+            wide = rows.to(compute)
+            by = None if scale is None else scale[start : start + _MERGE_ROWS, None].to(compute)
+            if by is not None and sign < 0:
+                wide = wide * by
+            wide = torch.addmm(wide, factor, lora_a, alpha=alpha)
+            if by is not None and sign > 0:
+                wide = wide * by
+            rows.copy_(wide)
+
+    @torch.no_grad()
+    def _add_to_bias(self, bias: torch.Tensor | None, names: list[str], sign: float) -> None:
+        """Adds ``sign`` times what the last of some merged adapters changes in the bias."""
+        if bias is not None:
+            before, after = self._bias_change(names[:-1]), self._bias_change(names)
+            if after is not None:
+                bias.add_((after if before is None else after - before) * sign)
+
+    def _bias_change(self, names: list[str]) -> torch.Tensor | None:
+        """Returns what merging these adds to the base bias, ``[N]``; None for nothing."""
+        change: torch.Tensor | None = None
+        for name in names:
+            lora_bias = self._factors(name)[2]
+            if lora_bias is not None:
+                own = lora_bias.detach() * self.scaling[name]
+                change = own if change is None else change + own
+            elif name in self._merged_scales and change is not None:
+                change = change * self._merged_scales[name]
+        return change
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns lora_a ``[R, K]``, lora_b ``[N, R]`` and lora_bias ``[N]`` or None."""
@@ -161,14 +262,20 @@ class Mergeable(nn.Module):
         return down.weight, up.weight, up.bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Returns ``scaling * B @ A``, ``[N, K]``, in the factors' dtype."""
+        """Returns ``scaling * B @ A``, ``[N, K]``, in the factors' dtype; no magnitude, as PEFT."""
         self._check_known(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
         delta = lora_b.new_zeros(self.out_features, self.in_features)
-        self._add_delta(delta, None, adapter_name, 1.0)
+        self._add_delta(delta, adapter_name, 1.0)
         return delta
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        forget_norms(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        forget_norms(self)
+        self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
         if self._unmerged is not None:
             unwritten = _versions(*self._mergeable()[:2]) == self._merged_versions
             weight, bias = self._unmerged
@@ -181,7 +288,7 @@ class Mergeable(nn.Module):
         return self
 
 
-def _versions(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
+def _versions(weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[int, ...]:
     """How often each tensor was written in place (inference tensors are not counted: 0)."""
     tensors = [weight] if bias is None else [weight, bias]
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

@@ -1,22 +1,24 @@
 """From a batch's routing to the products of one layer.
 
-Three ways, the same result to rounding:
+Three ways, the same result to rounding, but for what a dropout draws:
 
-- kernels: without gradients, where the Triton kernels run.
+- kernels: where the Triton kernels run, with gradients and dropout (`mixed_training`) or without.
 - packed: without gradients elsewhere, from the second time on that a set of adapters comes.
-- shares: with gradients or dropout, and the first time: each adapter's factors as they are.
+- shares: with gradients or dropout elsewhere, and the first time: each adapter's factors as they
+  are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import mixed_kernels
+from fastlora.layers import dora_mixed, mixed_kernels, mixed_training
+from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
@@ -28,7 +30,12 @@ from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
 from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.siblings import share, shared
-from fastlora.validation import UnsupportedLayerError, check_same_device
+from fastlora.validation import (
+    AdapterStateError,
+    ImplementationError,
+    UnsupportedLayerError,
+    check_same_device,
+)
 
 
 def mixed_forward(
@@ -49,6 +56,26 @@ def mixed_forward(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    projection: int,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_forward` before DoRA's scales; slots of ``without`` get the base layer only."""
+    y = _again(layer, x, weight, bias, routing, projection)
+    if y is not None:
+        return y
+    _check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
@@ -63,19 +90,91 @@ def mixed_forward(
             return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
+    if not bare and not without:
+        parts = mixed_training.parts_for_kernels(layer, x, routing)
+        if parts is not None:
+            return mixed_training.linear(x, weight, bias, routing, projection, parts)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            y = packed_forward.linear(flat, weight, bias, rows, *found)
+            y = packed_forward.linear(_flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
-        return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
-    return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+        y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
+    else:
+        y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+    return with_absent(layer, y, routing, rows)
+
+
+class _Ready(NamedTuple):
+    """A layer's packed factors and how to multiply, found once for a routing.
+
+    Attributes:
+        pack: The factors.
+        plan: How to multiply.
+        rows: The rows that the plan is for.
+        dtype, device: Of x.
+        impl: The layer's.
+        generation: The packs', once factors may have changed another.
+    """
+
+    pack: LayerPack
+    plan: packed_forward.Plan
+    rows: RowRouting
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    generation: int
+
+
+def _again(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    number: int,
+) -> torch.Tensor | None:
+    """Runs what an earlier forward of this routing found for the layer; None if it no longer holds.
+
+    Most of a decode step is spent here, where the host's own time counts.
+    """
+    ready: _Ready | None = routing.ready.get(number)
+    if (
+        ready is None
+        or layer.training
+        or torch.is_grad_enabled()
+        or x.dtype is not ready.dtype
+        or weight.dtype is not ready.dtype
+        or x.device != ready.device
+        or getattr(layer, "impl", "auto") != ready.impl
+        or ready.generation != routing.group.packs.generation
+        or layer.merged_adapters
+        or x.numel() != ready.rows.slots.numel() * x.shape[-1]
+        or is_batch_invariant()
+        or torch.is_autocast_enabled(ready.device.type)
+    ):
+        return None
+    pack = ready.pack
+    shrunk = _shrunk(x, number, ready.rows, pack, ready.plan)
+    y = packed_forward.linear(_flat(x), weight, bias, ready.rows, pack, ready.plan, shrunk)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _check_unmerged(layer: Any) -> None:
+    if layer.merged_adapters:
+        raise AdapterStateError(
+            f"adapters {layer.merged_adapters} were merged into the base weights within the block, "
+            "where every row shares them; unmerge them first"
+        )
 
 
 def mixed_added_forward(
@@ -90,7 +189,24 @@ def mixed_added_forward(
 
     ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
+    dora = dora_mixed.dora_slots(layer, routing)
+    dropped = () if dora is None else dora.dropped
+    y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)
+    return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
+
+
+def _mixed_added_forward(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    inplace: bool,
+    without: tuple[int, ...],
+) -> torch.Tensor:
+    """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
+    _check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
@@ -101,14 +217,42 @@ def mixed_added_forward(
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
+    elif y.dtype == x.dtype and not without:
+        parts = mixed_training.parts_for_kernels(layer, x, routing)
+        if parts is not None:
+            return mixed_training.add(y, x, routing, projection, parts)
+    elif getattr(layer, "impl", "auto") == "triton":
+        raise ImplementationError(
+            f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
+        )
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    shares, factors = _shares(layer, x, routing, rows, projection)
+    shares, factors = _shares(layer, x, routing, rows, projection, without)
     if not shares:
-        return y
+        return with_absent(layer, y, routing, rows, own=False)
     if _wants_grad(y, x, *factors):
         routing.group.packs.clear()
-        return mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-    return mixed.forward_add(y, x, rows, shares, factors)[0]
+        y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+    else:
+        y = mixed.forward_add(y, x, rows, shares, factors)[0]
+    return with_absent(layer, y, routing, rows)
+
+
+def _with_dora(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    slots: dora_mixed.DoraSlots,
+    projection: int,
+) -> torch.Tensor:
+    """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
+    if not dora_mixed.wants_segments(layer, y, routing, slots):
+        return dora_mixed.scale_rows(layer, y, routing, slots)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    found = [(slot, _branch(layer, x, routing, slot)) for slot in slots.dropped]
+    branches = {slot: branch for slot, branch in found if branch is not None}
+    return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
 
 
 def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
@@ -127,7 +271,9 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
         invariant_impl(impl, "auto", x)
     elif ops.resolve_impl(impl, x) != "triton":
         return None
-    return mixed_kernels.kernel_routing(routing)
+    kernels = mixed_kernels.kernel_routing(routing)
+    # The adapters of one routing lie on one device: a model on several runs in PyTorch.
+    return kernels if kernels is not None and kernels.device == x.device else None
 
 
 def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
@@ -136,10 +282,10 @@ def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
         return f"autocast is on; give the model the dtype {dtype}"
     if not bare:
         return (
-            "mixed batches train through PyTorch's GEMMs; call eval() and use torch.no_grad(), or "
-            "train one adapter at a time"
+            "the kernels of mixed batches with gradients choose their tiles by the batch; call "
+            "eval() and use torch.no_grad(), or train one adapter at a time"
         )
-    return "an adapter has a factor that is hooked, or not a plain linear"
+    return "an adapter has a factor that is hooked, not a plain linear, or on another device"
 
 
 def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
@@ -168,12 +314,23 @@ def _packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
     if plan is None:
         return None
+    impl = getattr(layer, "impl", "auto")
+    routing.ready[number] = _Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    return pack, plan, _shrunk(x, number, rows, pack, plan)
+
+
+def _shrunk(
+    x: torch.Tensor, number: int, rows: RowRouting, pack: LayerPack, plan: packed_forward.Plan
+) -> packed_forward.Shrunk:
+    """Returns s of a layer and its siblings, which the first of them computes."""
+    if len(pack.members) == 1:
+        return packed_forward.shrink(_flat(x), pack, plan)
     key = (rows, pack.lora_a)
-    shrunk = shared(x, number, key)
-    if shrunk is None:
-        shrunk = packed_forward.shrink(x.reshape(-1, x.shape[-1]), pack, plan)
-        share(x, number, pack.members, key, shrunk)
-    return pack, plan, shrunk
+    found = shared(x, number, key)
+    if found is None:
+        found = packed_forward.shrink(_flat(x), pack, plan)
+        share(x, number, pack.members, key, found)
+    return found
 
 
 def _pack(
@@ -228,13 +385,18 @@ def _factors(
 
 
 def _shares(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, projection: int
+    layer: Any,
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+    projection: int,
+    without: tuple[int, ...] = (),
 ) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
     """Returns what each adapter with rows here contributes, and all their factors in turn."""
     shares: list[mixed.Share] = []
     factors: list[torch.Tensor | None] = []
     for segment in rows.segments:
-        branch = _branch(layer, x, routing, segment.slot)
+        branch = None if segment.slot in without else _branch(layer, x, routing, segment.slot)
         if branch is None:
             continue
         if branch.lora_a.device != x.device:
@@ -254,7 +416,7 @@ def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch 
         found = routing.residents[slot].factors(layer.table_row)
         if found is None:
             return None
-        lora_a, rank_rows, scaling, lora_bias = found
+        lora_a, rank_rows, scaling, lora_bias = found[:4]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         tensor = torch.full((), scaling, dtype=exact, device=x.device)
         if lora_bias is not None:

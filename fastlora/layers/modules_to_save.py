@@ -11,6 +11,9 @@ from torch import nn
 from fastlora.routing import NO_ADAPTER, Group, Routing, routing_of
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
+# The slot of an adapter that the batch does not name.
+ABSENT = -2
+
 
 def check_copyable(module: nn.Module) -> None:
     """Raises `UnsupportedLayerError` for a container without a forward."""
@@ -85,21 +88,19 @@ class ModulesToSaveWrapper(nn.Module):
             flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
             return flat.view(*x.shape[:-1], *flat.shape[1:])
         rows = routing.rows(x.shape[0], x.device)
-        slots = [
-            slot if name in self.modules_to_save else NO_ADAPTER
-            for slot, name in enumerate(routing.names)
-        ]
-        own = torch.tensor([*slots, NO_ADAPTER], device=x.device)[rows.slots]
+        slots = {name: slot for slot, name in enumerate(routing.names)}
+        copied = [slot if n in self.modules_to_save else NO_ADAPTER for n, slot in slots.items()]
+        own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[rows.slots]
+        # Every process that shares the batch calls the same modules in the same order, some on no
+        # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.
+        together = routing.absent_gradients and torch.is_grad_enabled()
         result: torch.Tensor | None = None
-        for slot in sorted({NO_ADAPTER, *slots}):
+        modules = [(NO_ADAPTER, self.original_module)]
+        modules += [(slots.get(name, ABSENT), m) for name, m in self.modules_to_save.items()]
+        for slot, module in modules:
             index = (own == slot).nonzero().flatten()
-            if not index.numel():
+            if not index.numel() and not together:
                 continue
-            module = (
-                self.original_module
-                if slot == NO_ADAPTER
-                else self.modules_to_save[routing.names[slot]]
-            )
             part = module(x.index_select(0, index), *args, **kwargs)
             if result is None:
                 result = part.new_zeros(x.shape[0], *part.shape[1:])

@@ -10,6 +10,7 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
+from fastlora.layers.dora import dora_added_forward, uses_dora
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.routing import routing_of
@@ -73,7 +74,10 @@ class FastLoraWrapper(LoraLayer):
         names = self._acting()
         if not names:
             return y
-        return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
+        forward = dora_added_forward if uses_dora(self, names) else lora_added_forward
+        return forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
@@ -95,9 +99,14 @@ class FastLoraWrapper(LoraLayer):
         """Returns the wrapped module."""
         return self.base_layer
 
-    def fusion(self) -> tuple[bool, str]:
+    def release(self) -> nn.Module:
+        """Returns the wrapped module, which the layer is no longer needed for."""
+        return self.base_layer
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Not fused; says what the base layer is."""
-        return False, why_not_plain(self.base_layer) or why_not_fused(self, self._acting())
+        why = why_not_plain(self.base_layer, gathered)
+        return False, why or why_not_fused(self, self._acting(), gathered)
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         weight: Any = getattr(self.base_layer, "weight", None)

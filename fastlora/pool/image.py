@@ -1,9 +1,10 @@
 """An adapter as one 1-D tensor, its image: loading is one copy, and nothing is padded.
 
 For every module that the adapter adapts, in the pool's order: ``lora_a [r, K]``, then ``lora_b`` as
-rank rows ``[r, N]`` (PEFT's ``[N, r]`` transposed), then ``lora_bias [N]`` if it has one. Ranks are
-the true ones, and a module that the adapter lacks takes nothing. Every block starts at a multiple
-of 16 bytes, for vector loads.
+rank rows ``[r, N]`` (PEFT's ``[N, r]`` transposed), then ``lora_bias [N]`` and DoRA's magnitude
+``[N]`` if it has them. The magnitude is in fp32 in a 16-bit image too: it scales whole rows. Ranks
+are the true ones, and a module that the adapter lacks takes nothing. Every block starts at a
+multiple of 16 bytes, for vector loads.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from fastlora.validation import CheckpointError, UnsupportedLayerError
+from fastlora.validation import CheckpointError
 
 ALIGNMENT = 16
-# What an adapter can hold for a module, in the order of the blocks. The last one has its place in
-# the layout; nothing computes with it yet, so it is refused.
+# What an adapter can hold for a module, in the order of the blocks.
 BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
 ABSENT = -1
+_MAGNITUDE_BYTES = 4
 
 
 class Target(NamedTuple):
@@ -47,12 +48,14 @@ class Factors(NamedTuple):
         lora_b: ``[r, N]``: rank rows, PEFT's lora_b transposed.
         scaling: Factor on the whole branch.
         lora_bias: ``[N]``, not scaled, or None.
+        magnitude: ``[N]`` of DoRA in fp32 (fp64 in an fp64 image), or None.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     scaling: float
     lora_bias: torch.Tensor | None
+    magnitude: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,11 @@ class Layout:
                 shape = _shape(self.targets[index], kind, rank)
                 strides = (shape[1], 1) if len(shape) == 2 else (1,)
                 # One call where slicing and view() would take two: thousands are made for a batch.
+                if kind == "magnitude":
+                    shape = (shape[0] * _lanes(data.dtype),)
                 views[kind] = data.as_strided(shape, strides, data.storage_offset() + start)
+                if kind == "magnitude" and data.dtype.itemsize < _MAGNITUDE_BYTES:
+                    views[kind] = views[kind].view(torch.float32)
         return views
 
 
@@ -90,6 +97,11 @@ def _shape(target: Target, kind: str, rank: int) -> tuple[int, ...]:
     if kind == "lora_a":
         return rank, target.in_features
     return (rank, target.out_features) if kind == "lora_b" else (target.out_features,)
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    """Elements of an image that hold one magnitude."""
+    return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -148,17 +160,11 @@ class Packer:
             source: Where they come from, for messages.
 
         Raises:
-            UnsupportedLayerError: The adapter has a DoRA magnitude.
             CheckpointError: A finite value is too large for the pool's dtype.
         """
         shape = []
         for index in range(len(self.targets)):
             blocks = tensors.get(index, {})
-            if "magnitude" in blocks:
-                raise UnsupportedLayerError(
-                    f"{source}: {self.targets[index].name!r} has a DoRA magnitude, which an "
-                    "adapter pool does not support"
-                )
             kinds = tuple(kind for kind in BLOCK_KINDS if kind in blocks)
             shape.append((blocks["lora_a"].shape[0] if blocks else 0, kinds))
         layout = self._layout(tuple(shape))
@@ -185,6 +191,8 @@ class Packer:
         # The gaps between blocks hold anything, and a file may hold infinities of its own.
         for index, blocks in tensors.items():
             for kind, tensor in blocks.items():
+                if kind == "magnitude":
+                    continue
                 peak = tensor[tensor.isfinite()].abs().max() if tensor.isfinite().any() else 0.0
                 if float(peak) > largest:
                     raise CheckpointError(
@@ -207,7 +215,9 @@ class Packer:
             for kind in BLOCK_KINDS:
                 offsets.append(position if kind in kinds else ABSENT)
                 if kind in kinds:
-                    position += -(-_numel(_shape(target, kind, rank)) // step) * step
+                    numel = _numel(_shape(target, kind, rank))
+                    numel *= _lanes(self.dtype) if kind == "magnitude" else 1
+                    position += -(-numel // step) * step
             blocks.append((rank, tuple(offsets)))
         ranks = torch.tensor([rank for rank, _ in blocks], dtype=torch.int32)
         starts = torch.tensor([offsets for _, offsets in blocks], dtype=torch.int64)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from fastlora.pool.image import Factors, Image
+from fastlora.pool.image import ABSENT, BLOCK_KINDS, Factors, Image
+
+_MAGNITUDE = BLOCK_KINDS.index("magnitude")
 
 
 class Resident:
@@ -21,6 +23,9 @@ class Resident:
         image: The packed factors, 1-D.
         version: Differs between any two images that were packed, so it can key caches.
         max_rank: Largest rank on any module.
+        uses_dora: Whether it has a magnitude on some module.
+        squares: The squared norms of the adapted weight, by module, for a DoRA adapter: made with
+            the first forward, and gone with the resident.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -28,6 +33,8 @@ class Resident:
         self.image: torch.Tensor = image.data
         self.version = image.version
         self.max_rank = int(image.layout.ranks.max())
+        self.uses_dora = bool((image.layout.offsets[_MAGNITUDE] != ABSENT).any())
+        self.squares: dict[int, Any] = {}
         self._layout, self._scaling = image.layout, image.scaling
         self._views: list[Factors | None | bool] = [False] * len(image.scaling)
 
@@ -44,7 +51,8 @@ class Resident:
             known = None
             if views:
                 scaling = self._scaling[table_row]
-                known = Factors(views["lora_a"], views["lora_b"], scaling, views.get("lora_bias"))
+                more = views.get("lora_bias"), views.get("magnitude")
+                known = Factors(views["lora_a"], views["lora_b"], scaling, *more)
             self._views[table_row] = known
         return known  # type: ignore[return-value]  # False is replaced above
 

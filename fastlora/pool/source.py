@@ -12,6 +12,8 @@ from torch import nn
 
 from fastlora.checkpoint import WEIGHTS_NAME, AdapterKey, check_tensors, load_adapter_folder
 from fastlora.config import CONFIG_NAME, LoraConfig, read_config_file
+from fastlora.layers import LoraLayer
+from fastlora.layers.dense import dense_weight
 from fastlora.pool.image import Image, Packer
 from fastlora.targets import NO_TARGETS, find_targets
 from fastlora.validation import (
@@ -22,7 +24,12 @@ from fastlora.validation import (
     near_names,
 )
 
-_BLOCK_OF = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_B_bias": "lora_bias"}
+_BLOCK_OF = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_B_bias": "lora_bias",
+    "magnitude": "magnitude",
+}
 _REFUSED = {
     "saved": "a full copy of a module (modules_to_save)",
     "duplicate": "a full copy of a module (modules_to_save)",
@@ -91,14 +98,16 @@ class AdapterReader:
         for key, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(f"{source}: {key!r} is a {type(value).__name__}, no tensor")
+            if value.is_meta or value.layout != torch.strided:
+                kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+                raise CheckpointError(f"{source}: {key!r} is {kind}, expected a dense tensor")
+        tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
         return self._pack(config, check_tensors(config, tensors, source), tensors, source)
 
     def _read_config(self, folder: Path) -> None:
         path = folder / CONFIG_NAME
         data = read_config_file(path)
-        if data.get("use_dora"):
-            raise CheckpointError(f"{path}: use_dora=True is not supported by an adapter pool")
         try:
             config = LoraConfig.from_dict(data, for_loading=True)
         except ConfigError as error:
@@ -143,10 +152,19 @@ class AdapterReader:
             blocks.setdefault(index, {})[_BLOCK_OF[kind]] = tensors[key]
         self._check_complete(config, {self._packer.targets[i].name for i in blocks}, source)
         scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
-        try:
-            return self._packer.pack(blocks, scaling, source)
-        except UnsupportedLayerError as error:
-            raise CheckpointError(str(error)) from error
+        if config.use_dora:
+            self._check_weights([self._packer.targets[i].name for i in blocks], source)
+        return self._packer.pack(blocks, scaling, source)
+
+    def _check_weights(self, names: list[str], source: str) -> None:
+        """Refuses DoRA on a module whose weight, which its norm needs, cannot be read."""
+        for name in names:
+            module: Any = self._model.get_submodule(name)
+            base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            try:
+                dense_weight(base)
+            except UnsupportedLayerError as error:
+                raise CheckpointError(f"{source}: {name!r}: {error}") from error
 
     def _why_no_place(self, module: str) -> str:
         if any(name == module for name, _ in self._model.named_modules()):

@@ -30,12 +30,17 @@ class AdapterLosses:
             gradient for an adapter is that of the adapter's own loss. An adapter left out may
             still get NaN in its own gradients (0 * NaN), because its rows take part in the
             backward: `AdapterOptimizers.backward` keeps that away.
+        own_divisors: Whether each loss is a mean over its own tokens in this batch, and not a share
+            of a mean over more (`adapter_losses`'s ``tokens``).
+        graph: The token losses, from which a backward reaches all of the forward.
     """
 
     by_adapter: dict[str, torch.Tensor]
     values: dict[str, float]
     tokens: dict[str, int]
     total: torch.Tensor
+    own_divisors: bool
+    graph: torch.Tensor
 
     @property
     def finite(self) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ def adapter_losses(
         by_adapter[name], values[name], found[name] = total / divisor, value / divisor, count
     finite = [by_adapter[name] for name, value in values.items() if math.isfinite(value)]
     joint = torch.stack(finite).sum() if finite else wide.new_zeros(())
-    return AdapterLosses(by_adapter, values, found, joint)
+    return AdapterLosses(by_adapter, values, found, joint, tokens is None, token_losses)
 
 
 def _own_sums(

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastlora.routing import BASE
+from fastlora.sharding import whole
 from fastlora.train.losses import AdapterLosses
 from fastlora.train.parameters import check_trained_together
 from fastlora.train.solo import AdapterCounts, Solo
+from fastlora.train.together import Together
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ class AdapterOptimizers:
         scaler: Makes a `torch.amp.GradScaler`, for training in fp16. Each adapter has its own, so
             that one that overflows lowers nobody else's scale.
         seed: Start of the dropout seeds.
+        group: The processes that share the batches, whose gradients DDP or FSDP2 averages: a
+            process group, ``"auto"`` for all of them where torch.distributed runs, or None to train
+            without the others. Each of them must make every call, in one order. Make this object
+            after ``fully_shard``, which replaces parameters.
 
     Raises:
         AdapterNotFoundError: There is no such adapter, or an argument names another one.
@@ -83,6 +89,7 @@ class AdapterOptimizers:
         max_grad_norm: float | Mapping[str, float] | None = None,
         scaler: Callable[[], torch.amp.GradScaler] | None = None,
         seed: int = 0,
+        group: Any = "auto",
     ) -> None:
         names = check_trained_together(model, list(optimizers))
         schedules = schedulers or {}
@@ -106,6 +113,7 @@ class AdapterOptimizers:
         scalers = {id(a.scaler) for a in self._adapters.values() if a.scaler is not None}
         if scaler is not None and len(scalers) < len(names):
             raise ValueError("scaler made one object twice, expected a new one for each adapter")
+        self._together = Together(group, names, self._adapters[names[0]].parameters[0].device)
         self._present: set[str] = set()
         self._left_out: set[str] = set()
 
@@ -123,20 +131,38 @@ class AdapterOptimizers:
         """Returns the dropout seeds of a batch's adapters, for `fastlora.adapters`.
 
         Each comes from the adapter's name and the number of its own forwards so far, so that its
-        masks are those of its solo run (with samples padded to the same length).
+        masks are those of its solo run (with samples padded to the same length). Where processes
+        share batches, each draws its own, and counts every forward for every adapter.
 
         Raises:
             AdapterNotFoundError: One has no optimizer here.
         """
         present = dict.fromkeys(name for name in names if name is not None and name != BASE)
         chosen = [self._known(name) for name in present]
-        return {adapter.name: adapter.draw_seed() for adapter in chosen}
+        if self._together.alone:
+            return {adapter.name: adapter.draw_seed() for adapter in chosen}
+        drawn = {n: a.draw_seed(self._together.rank) for n, a in self._adapters.items()}
+        return {adapter.name: drawn[adapter.name] for adapter in chosen}
+
+    def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Returns how many tokens all processes have of each adapter, for losses' ``tokens``.
+
+        Args:
+            counts: This process's (`count_tokens`), of all batches of the step.
+        """
+        (total,) = self._together.total(counts)
+        return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
         """Adds the gradients of the finite losses, and to no other adapter anything.
 
         A loss that is not finite is counted and left out; gradients that its adapter has from
-        earlier batches of the same step stay.
+        earlier batches of the same step stay. (Not under FSDP2 without gradient synchronisation:
+        what it accumulates is out of reach, and the adapter's step is skipped.)
+
+        Where processes share the batch, a loss counts where it is finite in all of them, and the
+        gradients are those of one process with the whole batch: losses over own tokens are weighted
+        by these, losses over given ``tokens`` are taken to be shares of one mean (`total_tokens`).
 
         Raises:
             AdapterNotFoundError: A loss is of an adapter that has no optimizer here.
@@ -144,24 +170,38 @@ class AdapterOptimizers:
         """
         for name in losses.values:
             self._known(name).check_trainable()
-        for name in losses.non_finite:
+        agreed = self._together.losses(losses)
+        for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1
-        self._left_out.update(losses.non_finite)
-        finite = losses.finite
-        if not finite:
+        self._left_out.update(agreed.left_out)
+        if not agreed.finite:
             return
-        # 0 * NaN: the rows of a loss left out take part in the backward, and may spoil gradients.
-        others = [adapter for name, adapter in self._adapters.items() if name not in finite]
-        kept = [(parameter, parameter.grad) for other in others for parameter in other.parameters]
+        own = [name for name in agreed.finite if name in losses.by_adapter]
+        roots = [
+            self._adapters[n].scaled(losses.by_adapter[n] * agreed.weights[n])
+            if agreed.weights[n] != 1
+            else self._adapters[n].scaled(losses.by_adapter[n])
+            for n in own
+        ]
+        seeds: list[torch.Tensor | None] = [None] * len(roots)
+        if self._together.alone:
+            # 0 * NaN: the rows of a loss left out take part in the backward.
+            spoiled = [adapter for name, adapter in self._adapters.items() if name not in own]
+        else:
+            # All of the graph, whatever rows are here: DDP and FSDP2 wait for every parameter.
+            spoiled = [self._adapters[name] for name in agreed.left_out]
+            _check_graph(losses.graph)
+            roots.append(losses.graph)
+            seeds.append(torch.zeros_like(losses.graph))
+        kept = [(parameter, parameter.grad) for other in spoiled for parameter in other.parameters]
         for parameter, _ in kept:
             parameter.grad = None
-        scaled = [self._adapters[name].scaled(losses.by_adapter[name]) for name in finite]
         try:
-            torch.autograd.backward(scaled)
+            torch.autograd.backward(roots, seeds)
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
-        self._present.update(finite)
+        self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
         """Steps each adapter that had a finite loss since the last step. Costs one host sync.
@@ -177,7 +217,14 @@ class AdapterOptimizers:
             AdapterNotFoundError: One has no optimizer here.
             AdapterStateError: One has no gradient at all. Nothing has changed.
         """
-        wanted = self._present if present is None else set(present)
+        if present is None:
+            wanted = self._present
+        else:
+            wanted = self._together.names([self._known(name).name for name in present])
+        # Under DDP's no_sync(), what was set aside for a loss left out was never shared.
+        for name in self._adapters:
+            if name in wanted and name in self._left_out:
+                self._together.average_(self._adapters[name].parameters)
         for name in wanted:
             if not self._known(name).gradients():
                 raise AdapterStateError(
@@ -187,7 +234,8 @@ class AdapterOptimizers:
         # In the order of the optimizers, so that nothing depends on the order of rows.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
         norms = [adapter.unscaled_norm() for adapter in chosen]
-        values = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []
+        numbers = [whole(norm) for norm in norms]
+        values = torch.stack([n.to(numbers[0].device) for n in numbers]).tolist() if norms else []
         stepped: list[str] = []
         skipped: list[str] = []
         for adapter, norm, value in zip(chosen, norms, values, strict=True):
@@ -235,3 +283,11 @@ class AdapterOptimizers:
                 f"{list(self._adapters)}{near_names(str(name), self._adapters)}"
             )
         return self._adapters[name]
+
+
+def _check_graph(token_losses: torch.Tensor) -> None:
+    if not token_losses.requires_grad:
+        raise AdapterStateError(
+            "the losses have no graph; expected those of a forward inside fastlora.adapters(), "
+            "with gradients, which reaches every adapter that trains"
+        )

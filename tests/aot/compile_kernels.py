@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 # This folder holds no package: a script finds its neighbours, a worker process that imports this
 # file by its path does not.
 sys.path.insert(0, str(Path(__file__).parent))
+from dependent_launch import early_loads  # noqa: E402
 from launches import CHIPS, Case, Launch, cases, record  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernel_resources.csv"
@@ -50,7 +51,8 @@ class Resources:
     """A row of the table: what one compiled kernel uses. Counts are static instructions.
 
     Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
-    ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones.
+    ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones;
+    ``early_loads`` are those of s that a dependent launch may run before the shrink has written it.
     """
 
     arch: str
@@ -76,6 +78,7 @@ class Resources:
     narrow_copies: int
     vector_loads: int
     grid_dependency: int
+    early_loads: int
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -133,6 +136,23 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == 1
 
 
+def key_of(case: Case) -> dict[str, Any]:
+    """Returns the columns of a row that say what is compiled, which no other row has."""
+    config = case.shipped.config
+    blocks = {f"block_{axis}": getattr(config, f"block_{axis}", 0) for axis in "mnkr"}
+    return {
+        "arch": case.arch,
+        "kernel": case.shipped.kernel,
+        "variant": case.variant,
+        "dtype": _TYPE_NAMES[case.shipped.dtype],
+        "precision": getattr(config, "input_precision", ""),
+        **blocks,
+        "rank": case.shipped.r,
+        "warps": config.num_warps,
+        "stages": getattr(config, "num_stages", 0),
+    }
+
+
 def measure(case: Case) -> Resources:
     """Compiles a case and returns what it uses."""
     launch = record(case)
@@ -154,18 +174,7 @@ def measure(case: Case) -> Resources:
     tensor_core = max(counts, key=lambda name: counts[name])
     config = case.shipped.config
     return Resources(
-        arch=case.arch,
-        kernel=case.shipped.kernel,
-        variant=case.variant,
-        dtype=_TYPE_NAMES[case.shipped.dtype],
-        precision=getattr(config, "input_precision", ""),
-        block_m=config.block_m,
-        block_n=getattr(config, "block_n", 0),
-        block_k=getattr(config, "block_k", 0),
-        block_r=getattr(config, "block_r", 0),
-        rank=case.shipped.r,
-        warps=config.num_warps,
-        stages=getattr(config, "num_stages", 0),
+        **key_of(case),
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=kernel.metadata.shared,
@@ -180,7 +189,17 @@ def measure(case: Case) -> Resources:
         narrow_copies=len(re.findall(r"cp\.async\.c[ag][^;]*\], 0x[48],", text)),
         vector_loads=len(re.findall(r"ld\.global[^ ]*\.v4\.b32", text)),
         grid_dependency=len(re.findall(r"griddepcontrol", text)),
+        early_loads=early_loads_of_s(launch, kernel, case.arch),
     )
+
+
+def early_loads_of_s(launch: Launch, kernel: Any, arch: str) -> int:
+    """Returns what `dependent_launch.early_loads` says of s; 0 where nothing is launched early."""
+    if not launch.arguments.get("launch_pdl"):
+        return 0
+    signature = specialise(launch, arch).signature
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    return early_loads(kernel, names.index("s_ptr"))
 
 
 def _nvidia_registers(kernel: Any) -> tuple[int, int]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,8 +18,14 @@ import torch
 
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, Shipped
+from fastlora.kernels.grad_configs import all_grad_shipped
 from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
+from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
+
+# This folder holds no package: a worker process that imports this file by its path is told so.
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_grad_launches import MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -30,6 +38,7 @@ CHIPS = (
     Chip("gfx942", 304),
     Chip("gfx950", 256),
 )
+MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
 _SLOTS = 64
 _ROWS = 64
 
@@ -58,21 +67,37 @@ class Case:
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
-    "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings where they need
-    the columns, at a size that the tiles divide; "plain" has none of these; "ragged" is heavy at
-    sizes that 16 divides but no tile does; "uneven" is heavy at odd sizes, where nothing can be
-    vectorised. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
-    siblings.
+    "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings, at a size that
+    the tiles divide; "plain" has none of these; "ragged" is heavy at sizes that 16 divides but no
+    tile does, of the K loops for mixed batches on every chip; "uneven" is heavy at odd sizes, where
+    nothing can be vectorised. "alone" is heavy without siblings, of the shrinks so narrow that they
+    often run so. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
+    siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
+    parameter lies.
     """
     result = []
     for chip in chips:
-        for shipped in (*configs.all_shipped(chip), *all_mixed_shipped(chip)):
+        for shipped in (
+            *configs.all_shipped(chip),
+            *all_mixed_shipped(chip),
+            *all_grad_shipped(chip),
+        ):
             result.append(Case(chip.arch, shipped, "heavy"))
+            if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
+                result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
                 result.append(Case(chip.arch, shipped, "plain"))
                 result.append(Case(chip.arch, shipped, "ragged"))
-                if shipped.config.block_m == 16:
+                if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
+            elif shipped.kernel in MIXED_K_LOOPS and shipped.dtype == torch.bfloat16:
+                result.append(Case(chip.arch, shipped, "ragged"))
+            narrow = shipped.kernel == "mixed_lora_shrink" and shipped.config.block_r == 16
+            if narrow and shipped.dtype == torch.bfloat16:
+                result.append(Case(chip.arch, shipped, "alone"))
+        for shipped in all_mixed_grad_shipped(chip):
+            if is_compiled(chip, shipped):
+                result.append(Case(chip.arch, shipped, "training"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -85,23 +110,23 @@ def record(case: Case) -> Launch:
     return _recorded(case.shipped.kernel, _Operands(case))
 
 
-class _Operands:
+class _Operands(MixedGradOperands):
     """Makes the operands of a case, on the meta device, and calls its launcher with them."""
 
     def __init__(self, case: Case) -> None:
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
-        self.modules = 3 if self.heavy and case.variant != "unshared" else 1
+        self.modules = 3 if self.heavy and case.variant not in ("alone", "unshared") else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
-        self.m = _ROWS if case.is_mixed else self.config.block_m
+        self.m = _ROWS if case.is_mixed else getattr(self.config, "block_m", _ROWS)
         self.n = self.k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
         if case.variant == "uneven" and not case.is_mixed:
             self.r -= 1
         self.factor_dtype = torch.float32 if self.heavy else self.dtype
 
     def __call__(self, module: Any) -> None:
-        getattr(self, self.stem)(getattr(module, f"launch_{self.stem}"))
+        getattr(self, self.stem)(getattr(module, f"launch_{module_of(self.stem)}"))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -150,6 +175,67 @@ class _Operands:
             config=self.config,
         )
 
+    def dropout(self) -> dict[str, Any]:
+        seed = self.empty(1, dtype=torch.int64)
+        return {"seed": seed, "dropout_p": 0.1} if self.heavy else {}
+
+    def sum_of(self, *shape: int) -> torch.Tensor:
+        """An output of the backward: planes, or itself in the factor's dtype."""
+        return self.empty(4, *shape, dtype=torch.float32) if self.heavy else self.empty(*shape)
+
+    def lora_grad_b(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.sum_of(self.m, self.r),
+            self.sum_of(self.n, self.r),
+            self.empty(4, self.n, dtype=torch.float32) if self.heavy else None,
+            self.empty(self.m, self.n),
+            self.empty(self.m, self.r),
+            self.empty(self.n, self.r, dtype=self.factor_dtype),
+            self.empty(self.r, dtype=torch.float32),
+            config=self.config,
+        )
+
+    def lora_grad_a(self, launch: Callable[..., None]) -> None:
+        config = self.config if self.heavy else replace(self.config, siblings=1)
+        launch(
+            [self.sum_of(self.r, self.k) for _ in range(config.siblings)],
+            self.empty(self.m, self.k),
+            [self.empty(self.m, self.r) for _ in range(config.siblings)],
+            seeds=self.empty(config.siblings, dtype=torch.int64) if self.heavy else None,
+            dropout_p=[0.1] * config.siblings,
+            config=config,
+        )
+
+    def lora_grad_x(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.k),
+            self.empty(self.m, self.n),
+            self.empty(self.n, self.k).t(),
+            self.empty(self.m, self.r),
+            self.empty(self.r, self.k, dtype=self.factor_dtype).t(),
+            None,
+            bias=None,
+            s_out=None,
+            config=self.config,
+            pdl=False,
+            **self.dropout(),
+        )
+
+    def lora_grad_x_add(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.k),
+            self.empty(self.m, self.r),
+            self.empty(self.r, self.k, dtype=self.factor_dtype).t(),
+            None,
+            config=self.config,
+            **self.dropout(),
+        )
+
+    def plane_sums(self, launch: Callable[..., None]) -> None:
+        outs = [self.empty(self.r + 1, self.k), *(self.empty(64, self.k) for _ in range(3))]
+        planes = [self.empty(4, *out.shape, dtype=torch.float32) for out in outs]
+        launch(outs, planes, config=self.config)
+
     def route(self) -> tuple[torch.Tensor, ...]:
         """Returns order, segment_of and segment_slot."""
         sizes = (self.m, self.m, min(self.m, _SLOTS + 2))
@@ -168,14 +254,13 @@ class _Operands:
         )
 
     def mixed_lora_shrink(self, launch: Callable[..., None]) -> None:
-        modules = self.modules if self.config.block_r > 16 else 1
         launch(
-            self.empty(4, modules, self.m, 64, dtype=torch.float32),
+            self.empty(4, self.modules, self.m, 64, dtype=torch.float32),
             self.empty(self.m, self.k),
             *self.route(),
             self.empty(_ROWS, dtype=torch.int32),
-            self.addresses(modules, _SLOTS),
-            self.empty(modules, _SLOTS, dtype=torch.int32),
+            self.addresses(self.modules, _SLOTS),
+            self.empty(self.modules, _SLOTS, dtype=torch.int32),
             factor_dtype=self.factor_dtype,
             config=self.config,
         )
@@ -217,10 +302,16 @@ class _Operands:
         )
 
 
+def module_of(stem: str) -> str:
+    """Returns the stem of the module whose launcher makes a launch."""
+    single = {"lora_grad_x": "lora_linear", "lora_grad_x_add": "lora_expand"}
+    return (MODULES | single).get(stem, stem)
+
+
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
     """Returns the one launch that a launcher makes."""
-    with recording(stem) as made:
-        launch(importlib.import_module(f"fastlora.kernels.{stem}"))
+    with recording(module_of(stem)) as made:
+        launch(importlib.import_module(f"fastlora.kernels.{module_of(stem)}"))
     (only,) = made
     return only
 

@@ -10,6 +10,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.configs import Chip  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_kernels import TABLE, Resources, key_of  # noqa: E402
+from launches import MIXED_K_LOOPS, cases  # noqa: E402
+
 COMPILE = Path(__file__).with_name("compile_kernels.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+# The backward kernels that loop over a large dimension.
+GRADIENTS = ("lora_grad_b", "lora_grad_a", "lora_grad_x")
 Row = dict[str, str]
 
 
@@ -47,13 +54,15 @@ def is_fma(row: Row) -> bool:
 
 
 def has_dot(row: Row) -> bool:
-    return row["kernel"] != "lora_dropout"
+    return row["kernel"] not in ("lora_dropout", "plane_sums", "mixed_lora_grad_reduce")
 
 
 def has_loop(row: Row) -> bool:
     """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
-    return row["kernel"] in (*looping, "mixed_lora_add") and row["variant"] != "uneven"
+    looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
+    looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear")
+    return row["variant"] != "uneven" and row["kernel"] in (*looping, "mixed_lora_add", *GRADIENTS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -78,7 +87,8 @@ def test_shared_memory_is_within_the_limit(rows: list[Row], arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tensor_cores_are_used(rows: list[Row], arch: str) -> None:
     for row in filter(has_dot, of(rows, arch=arch)):
-        wide = int(row["block_m"]) >= 64
+        # Of the product's tile; d_lora_a is one of x's columns by rank rows.
+        wide = int(row["block_k" if row["kernel"] == "lora_grad_a" else "block_m"]) >= 64
         if is_fma(row):
             expected = ""
         elif arch.startswith("gfx"):
@@ -102,6 +112,14 @@ def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> N
         for row in of(rows, arch=arch, kernel=kernel):
             plain = kernel == "mixed_lora_linear" and row["variant"] == "invariant"
             assert row["grid_dependency"] == ("0" if plain else expected), row
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
+    """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
+    for kernel in ("lora_linear", "mixed_lora_linear"):
+        for row in of(rows, arch=arch, kernel=kernel):
+            assert row["early_loads"] == "0", row
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -142,13 +160,71 @@ def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: 
         assert {row["block_m"] for row in half} == expected
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_number_of_rows_has_a_config_for_its_gradients(rows: list[Row], arch: str) -> None:
+    """Few rows take the 64-row tile, whose masked rows move nothing; many the wide one."""
+    for kernel in (*GRADIENTS, "lora_grad_x_add"):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
+        blocks_m = {int(row["block_m"]) for row in half}
+        assert blocks_m == ({64, 128} if "grad_x" in kernel else blocks_m & {32, 64}), blocks_m
+        for block_m in blocks_m:
+            blocks_r = {int(row["block_r"]) for row in half if int(row["block_m"]) == block_m}
+            assert 16 in blocks_r and blocks_r & {32, 64}
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
+def test_the_one_read_is_asynchronous_in_every_stage(rows: list[Row], arch: str) -> None:
+    """dy and x, which meet a dot twice or transposed, come by copies of 16 bytes a thread."""
+    for kernel, columns in (("lora_grad_b", "block_n"), ("lora_grad_a", "block_k")):
+        for row in of(rows, arch=arch, kernel=kernel, dtype="bf16"):
+            if row["variant"] != "uneven":
+                tile = 2 * int(row["block_m"]) * int(row[columns])
+                copies = tile // (16 * 32 * int(row["warps"])) * int(row["stages"])
+                assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> None:
+    """Narrow and wide ranks; where copies are asynchronous, 16 bytes a thread of dy and of x."""
+    for kernel, columns in (("mixed_lora_grad_b", "block_n"), ("mixed_lora_grad_a", "block_k")):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
+        assert {row["block_r"] for row in half} == {"16", "64"}
+        for row in half if arch.startswith("sm_") else ():
+            tile = 2 * int(row["block_m"]) * int(row[columns])
+            copies = tile // (16 * 32 * int(row["warps"]))
+            assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
+    for kernel in ("mixed_lora_grad_x", "mixed_lora_grad_x_add"):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
+        assert {row["block_m"] for row in half} == {"64", "128"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_mixed_batches_off_the_tiles_and_with_siblings(rows: list[Row], arch: str) -> None:
+    """All K loops in half precision where K is no multiple of theirs; narrow shrinks, both ways."""
+    for kernel in MIXED_K_LOOPS:
+        heavy, ragged = (
+            {(row["block_m"], row["block_n"], row["block_r"]) for row in found}
+            for found in (
+                of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
+                for variant in ("heavy", "ragged")
+            )
+        )
+        assert ragged == heavy
+    narrow = of(rows, arch=arch, kernel="mixed_lora_shrink", dtype="bf16", block_r="16")
+    for block_m in ("16", "64", "128"):
+        variants = {row["variant"] for row in narrow if row["block_m"] == block_m}
+        assert variants >= {"heavy", "alone", "ragged"}
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
 def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) -> None:
     """Factors behind addresses move 16 bytes a thread, as s and y do, wherever a tile has them."""
     mixed = [
         row
         for row in of(rows, arch=arch)
-        if row["kernel"].startswith("mixed_") and row["variant"] != "uneven" and not is_fma(row)
+        if row["kernel"].startswith("mixed_")
+        and row["variant"] not in ("uneven", "training")
+        and not is_fma(row)
     ]
     assert mixed
     for row in mixed:
@@ -175,4 +251,20 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
 def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
     single = {"lora_shrink", "lora_linear", "lora_expand"}
+    mixed = {*(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+    assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"}
     assert kernels == {*single, *(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+
+
+def test_the_published_table_is_of_todays_kernels() -> None:
+    """Columns and rows of docs/kernel_resources.csv: what `compile_kernels.py --write` would give.
+
+    Its numbers are those of one Triton, named in its first line.
+    """
+    keys = [{name: str(value) for name, value in key_of(case).items()} for case in cases()]
+    with TABLE.open(newline="") as file:
+        assert file.readline().startswith("# triton ")
+        table = csv.DictReader(file)
+        assert table.fieldnames == [field.name for field in fields(Resources)]
+        published = [{name: row[name] for name in keys[0]} for row in table]
+    assert published == keys

@@ -27,15 +27,11 @@ THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 SHAPES = [(1, 256, ONE), (15, 100, THREE), (17, 72, ONE), (64, 65, THREE), (150, 200, THREE)]
 
 
-def shrink(
-    problem: MixedProblem, splits: int = 1, config: MixedShrinkConfig | None = None
-) -> torch.Tensor:
-    """Returns s ``[splits, G, M, R]`` over NaN."""
+def launch(problem: MixedProblem, s: torch.Tensor, config: MixedShrinkConfig | None = None) -> None:
+    """Writes s ``[splits, G, M, R]``."""
     config = config or mixed_shrink_config(
         chip_of(problem.x.device), problem.m, len(problem.ns) * problem.max_rank, problem.dtype
     )
-    columns = -(-problem.max_rank // 16) * 16
-    s = problem.lab.poisoned(splits, len(problem.ns), problem.m, columns, dtype=torch.float32)
     launch_mixed_lora_shrink(
         s,
         problem.x,
@@ -46,6 +42,15 @@ def shrink(
         factor_dtype=problem.factor_dtype,
         config=config,
     )
+
+
+def shrink(
+    problem: MixedProblem, splits: int = 1, config: MixedShrinkConfig | None = None
+) -> torch.Tensor:
+    """Returns s ``[splits, G, M, R]`` over NaN."""
+    columns = -(-problem.max_rank // 16) * 16
+    s = problem.lab.poisoned(splits, len(problem.ns), problem.m, columns, dtype=torch.float32)
+    launch(problem, s, config)
     return s
 
 
@@ -126,3 +131,20 @@ def test_a_spoilt_factor_stays_in_its_own_columns(lab: Any) -> None:
 def test_no_rows(lab: Any) -> None:
     problem = MixedProblem(lab, [], ONE, 72, [8], torch.float32)
     assert shrink(problem).shape == (1, 1, 0, 128)
+
+
+@pytest.mark.parametrize("block_r", [16, 64])
+def test_a_rank_larger_than_s_stays_within_it(lab: Any, block_r: int) -> None:
+    """As under a graph captured before a larger adapter came: its first columns, nothing beyond."""
+    problem = MixedProblem(
+        lab, draw_ids(40, 3), ((8, 40, 3), (64, 4, 24)), 72, [8] * 2, torch.float32
+    )
+    config = MixedShrinkConfig(
+        block_m=16, block_k=32, block_r=block_r, narrow_r=16, num_warps=4, num_stages=2
+    )
+    whole = shrink(problem, 1, config)
+    width = 16
+    around = lab.poisoned(1, 2, problem.m, 80, dtype=torch.float32)
+    launch(problem, around[..., :width], config)
+    assert around[..., width:].isnan().all()
+    assert torch.equal(around[..., :width].nan_to_num(7.0), whole[..., :width].nan_to_num(7.0))

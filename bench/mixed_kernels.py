@@ -1,0 +1,194 @@
+"""Times one linear for a mixed batch: fastlora's kernels, and the plain PyTorch ways by hand.
+
+    python bench/mixed_kernels.py --out mixed.csv --tests pass [--seconds 110] [--device cuda]
+
+Rows in random order, 64 sequences (or one a row, where there are fewer), every adapter as many.
+`bench/gpu.sh` runs it behind `bench/linear.py`; `bench/README.md` explains the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from contenders import SCALING, Contender, Results
+from harness import Checker
+from linear import Bench
+from linear import main as run
+from mixed_strategies import Rows, Stacked, Strategy, gathered_bmm, grouped_mm, segments
+from shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
+
+from fastlora import mixed_ops
+from fastlora.row_groups import RowGroups, build_row_groups
+
+YARDSTICK = {"base": "base", "mixed": "segments"}
+
+
+class Base(NamedTuple):
+    """A linear as the strategies by hand take it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass
+class MixedProblem:
+    """One set of random operands; all ways read the same factors.
+
+    ``x [M, K]``, ``weight [N, K]``; factors in ``stacked`` are padded to the largest rank, those
+    of `tables` end at their own. ``y`` is empty, since no way starts from a given one.
+    """
+
+    x: torch.Tensor
+    base: Base
+    y: torch.Tensor
+    ranks: list[int]
+    slots: torch.Tensor
+    stacked: Stacked
+    rows: Rows
+    groups: RowGroups
+    pieces: torch.Tensor
+    addresses: tuple[torch.Tensor, torch.Tensor]
+    rank: torch.Tensor
+    scaling: torch.Tensor
+
+    @classmethod
+    def random(cls, point: Point, dtype: torch.dtype, device: torch.device) -> MixedProblem:
+        """Draws operands that give the base and the adapters results of the same size."""
+
+        def normal(*shape: int, scale: float) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device=device).mul_(scale)
+
+        sequences = min(point.m, MIXED_SEQUENCES)
+        ranks = point.ranks_of_adapters
+        lora_a = normal(len(ranks), point.r, point.k, scale=point.k**-0.5)
+        lora_b = normal(len(ranks), point.r, point.n, scale=1.0)
+        for index, r in enumerate(ranks):
+            lora_a[index, r:] = 0
+            lora_b[index, r:] = 0
+            lora_b[index] *= r**-0.5
+        each = tuple((lora_a[index, :r].t(), lora_b[index, :r]) for index, r in enumerate(ranks))
+        ids = torch.arange(sequences) % len(ranks)
+        slots = ids[torch.randperm(sequences)].to(device)
+        groups = build_row_groups(slots, point.m, len(ranks))
+        addresses = tuple(
+            torch.tensor([[factor[index].data_ptr() for index in range(len(ranks))]], device=device)
+            for factor in (lora_a, lora_b)
+        )
+        return cls(
+            x=normal(point.m, point.k, scale=1.0),
+            base=Base(normal(point.n, point.k, scale=point.k**-0.5)),
+            y=torch.empty(0, dtype=dtype, device=device),
+            ranks=ranks,
+            slots=slots,
+            stacked=Stacked(lora_a, lora_b, each, SCALING),
+            rows=Rows.of(slots, len(ranks), point.m // sequences, sorted_before=False),
+            groups=groups,
+            pieces=mixed_ops.pieces_of(groups),
+            addresses=(addresses[0], addresses[1]),
+            rank=torch.tensor([ranks], dtype=torch.int32, device=device),
+            scaling=torch.full((1, len(ranks)), SCALING, device=device),
+        )
+
+    @property
+    def route(self) -> tuple[torch.Tensor, ...]:
+        """What the operators take of the row groups."""
+        groups = self.groups
+        return groups.order, groups.segment_of, groups.segment_slot, self.pieces
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """What the operators take of the adapters: tables of one module, and what is fixed."""
+        a_address, b_address = self.addresses
+        largest, dtype = max(self.ranks), self.x.dtype
+        return a_address, b_address, None, self.rank, self.scaling, 0, largest, dtype
+
+
+def truths(p: MixedProblem) -> dict[str, Results]:
+    """Returns the float64 results by kind."""
+    x, y = p.x.double(), p.x.double() @ p.base.weight.double().t()
+    by_row = p.slots.repeat_interleave(len(x) // len(p.slots))
+    full = y.clone()
+    for slot, (lora_a, lora_b) in enumerate(p.stacked.each):
+        own = by_row == slot
+        full[own] += SCALING * (x[own] @ lora_a.double() @ lora_b.double())
+    return {"base": (y,), "mixed": (full,)}
+
+
+def _base(p: MixedProblem) -> Results:
+    return (F.linear(p.x, p.base.weight),)
+
+
+def _by_hand(strategy: Strategy, p: MixedProblem) -> Results:
+    return (strategy(p.x, p.base, p.stacked, p.rows),)
+
+
+def _linear(plan: str, p: MixedProblem) -> Results:
+    linear = torch.ops.fastlora.mixed_lora_linear
+    return (linear(p.x, p.base.weight, None, *p.route, None, *p.tables, plan),)
+
+
+def _add(p: MixedProblem) -> Results:
+    y = F.linear(p.x, p.base.weight)
+    torch.ops.fastlora.mixed_lora_add_(y, p.x, *p.route, *p.tables)
+    return (y,)
+
+
+@functools.cache
+def has_grouped_mm(device: str, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has grouped products, for this device and dtype."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    x, factors = (
+        torch.ones(shape, dtype=dtype, device=device) for shape in ((16, 16), (2, 16, 16))
+    )
+    ends = torch.tensor([8, 16], dtype=torch.int32, device=device)
+    try:
+        F.grouped_mm(x, factors, offs=ends)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+BY_HAND = (
+    Contender("base", "base", _base),
+    Contender("segments", "mixed", functools.partial(_by_hand, segments)),
+    Contender("gathered_bmm", "mixed", functools.partial(_by_hand, gathered_bmm)),
+)
+GROUPED_MM = Contender("grouped_mm", "mixed", functools.partial(_by_hand, grouped_mm))
+OURS = (
+    Contender("fused", "mixed", functools.partial(_linear, "fused"), ours=True),
+    Contender("split", "mixed", functools.partial(_linear, "split"), ours=True),
+    Contender("add", "mixed", _add, ours=True),
+)
+
+
+class MixedBench(Bench):
+    """The same for mixed batches."""
+
+    def points(self, dry_run: bool) -> list[Point]:
+        """Returns what is measured, the most telling first."""
+        return tiny_mixed_points() if dry_run else mixed_points()
+
+    def contenders_for(self, point: Point) -> Sequence[Contender]:
+        """Returns the contenders of a point; grouped products, and kernels, where there are any."""
+        ours = OURS if self.impl == "triton" else ()
+        grouped = (GROUPED_MM,) if has_grouped_mm(self.device.type, self.dtype) else ()
+        return (*BY_HAND, *ours, *grouped)
+
+    def draw(self, point: Point) -> MixedProblem:
+        """Returns one set of random operands, in a random mix."""
+        return MixedProblem.random(point, self.dtype, self.device)
+
+    def checker(self, point: Point, problem: Any, contenders: Sequence[Contender]) -> Checker:
+        """Returns what tells right results from wrong ones."""
+        return Checker(problem, contenders, truths(problem), YARDSTICK)
+
+
+if __name__ == "__main__":
+    sys.exit(run(MixedBench, __doc__))

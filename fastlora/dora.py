@@ -1,0 +1,361 @@
+"""DoRA's arithmetic: the norm in factored form, and the autograd functions above a LoRA result.
+
+With ``u = x @ weight.T + scaling * s @ lora_b.T`` the layer's output is ``g * u + bias``, where
+``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, and the norm is detached.
+So a LoRA forward by any implementation gives u, and what remains is one scale per column of u.
+
+With active dropout the base product meets the dropped input too, as in PEFT:
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+
+Everywhere g enters as ``g - 1``: near 1, where training starts, 16-bit arithmetic would round g
+itself to steps of 2**-8. A row whose norm is 0 has g = 0.
+
+Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
+sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
+
+Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
+``u`` and ``y [M, N]``, ``magnitude [N]``, ``scaling`` without dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fastlora import reference
+from fastlora.autograd import without_autocast
+
+# Elements of the weight that a norm widens at once.
+_CHUNK = 1 << 18
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
+
+
+@torch.no_grad()
+def square_norms(weight: torch.Tensor) -> torch.Tensor:
+    """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
+
+    16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
+    """
+    wide = _wide(weight.dtype)
+    if weight.dtype == wide or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    rows = max(_CHUNK // max(weight.shape[1], 1), 1)
+    parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.split(rows)]
+    return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
+
+
+@torch.no_grad()
+def adapted_squares(
+    weight: torch.Tensor,
+    squares: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+) -> torch.Tensor:
+    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row, infinity where that is 0.
+
+    So a row whose norm is 0 has g = 0, not NaN. In factored form,
+    ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``: the largest temporary is
+    ``[N, R]``. Where the update cancels most of a row, what remains has the rounding of its terms.
+
+    Args:
+        weight: ``[N, K]``.
+        squares: Of `square_norms`.
+        lora_a: ``[R, K]``; rounded to the weight's dtype for the product with it.
+        lora_b: ``[N, R]``.
+        scaling: A number, or a tensor without dimensions.
+
+    Returns:
+        ``[N]`` in fp32 (fp64 for an fp64 weight).
+    """
+    wide = squares.dtype
+    a, b = lora_a.to(wide), lora_b.to(wide)
+    # [N, K] x [K, R], then [N, R] x [R, R]
+    cross = torch.mm(weight, lora_a.to(weight.dtype).t()).to(wide)
+    gram = torch.mm(a, a.t())
+    if isinstance(scaling, torch.Tensor):
+        inner = torch.addmm(cross, b, gram * scaling, beta=2.0)
+        total = squares + inner.mul_(b).sum(1) * scaling
+    else:  # numbers cost no operations of their own
+        inner = torch.addmm(cross, b, gram, beta=2.0, alpha=scaling)
+        total = torch.add(squares, inner.mul_(b).sum(1), alpha=scaling)
+    return F.threshold(total, 0.0, float("inf"))  # keeps NaN
+
+
+def scale_of(magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Returns g, ``[N]``, of a magnitude and `adapted_squares`."""
+    return magnitude.detach() * squares.rsqrt()
+
+
+def change_of(magnitude: torch.Tensor, squares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns ``g - 1``, ``[N]`` in ``dtype``."""
+    return scale_of(magnitude, squares).sub_(1.0).to(dtype)
+
+
+# ------------------------------------------------------------------------ a scale for each column
+
+
+def _in_one_pass(u: torch.Tensor) -> bool:
+    """Whether batch norm's CPU kernels scale u's columns: widened, one pass, rounded once.
+
+    In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with the
+    squared norms for a variance, and its weight's gradient is the magnitude's. bf16, 512 x 1536,
+    one core with AMX: 181 us instead of 224, and the backward with its column sums 357 instead of
+    535. Not in fp32, where its sums are worse than PyTorch's.
+    """
+    half = u.dtype in (torch.float16, torch.bfloat16) and u.numel() > 0
+    return half and u.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _as_image(rows: torch.Tensor) -> torch.Tensor:
+    """Views ``[M, N]`` as an image of N channels, channels last: what batch norm takes."""
+    return rows.t()[None, :, :, None]
+
+
+def _batch_norm(
+    u: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, variance: torch.Tensor
+) -> torch.Tensor:
+    weight = weight.detach().to(variance.dtype)
+    shift = None if bias is None else bias.detach().to(variance.dtype)
+    y = torch.native_batch_norm(
+        *(_as_image(u.contiguous()), weight, shift, torch.zeros_like(variance), variance),
+        *(False, 0.0, 0.0),
+    )[0]
+    return y[0, :, :, 0].t()
+
+
+def _batch_norm_backward(
+    dy: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of u and of the weight."""
+    weight, zeros = weight.detach().to(variance.dtype), torch.zeros_like(variance)
+    # Of other layouts it reads the wrong elements.
+    du, d_weight, _ = torch.ops.aten.native_batch_norm_backward(
+        *(_as_image(dy.contiguous()), _as_image(u.contiguous()), weight, zeros, variance),
+        *(zeros, variance, False, 0.0, [True, True, False]),
+    )
+    return du[0, :, :, 0].t(), d_weight
+
+
+def scale_columns(
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: torch.Tensor,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Returns ``g * u + bias`` for ``u [M, N]`` without recording a graph, maybe in u itself."""
+    if _in_one_pass(u):
+        return _batch_norm(u, bias, magnitude, squares)
+    change = change_of(magnitude, squares, u.dtype)
+    y = u.addcmul_(u, change) if inplace else torch.addcmul(u, u, change)
+    return y if bias is None else y.add_(bias)
+
+
+def _scale_columns_backward(
+    dy: torch.Tensor, u: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of u, and of the magnitude where u is there."""
+    if u is not None and _in_one_pass(u):
+        return _batch_norm_backward(dy, u, magnitude, squares)
+    change = change_of(magnitude, squares, dy.dtype)
+    if u is None:
+        return torch.addcmul(dy, dy, change), None
+    product, sums = _product_and_sums(dy, u)
+    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
+    return torch.addcmul(dy, dy, change, out=product), sums * squares.rsqrt()
+
+
+def _product_and_sums(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``dy * u``, and the sums of its columns."""
+    product = dy * u
+    # fp16 sums of scaled losses can leave its range.
+    return product, product.sum(0, dtype=torch.float32 if dy.dtype == torch.float16 else None)
+
+
+class DoraScale(torch.autograd.Function):
+    """``y = g * u + bias``, for one magnitude or for segments of rows with one each.
+
+    Saves u, which only the magnitude's gradient needs, where that is wanted; and N numbers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: torch.Tensor,
+        bias: torch.Tensor | None,
+        lengths: tuple[int, ...] | None,
+        *pairs: torch.Tensor,
+    ) -> torch.Tensor:
+        """``pairs`` holds magnitude and `adapted_squares` of each segment in turn.
+
+        ``u [..., N]``; ``lengths`` are the rows of each segment, None for one segment of all rows.
+        """
+        rows = u.reshape(-1, u.shape[-1])
+        if lengths is None:
+            y = scale_columns(rows, bias, pairs[0], pairs[1])
+        else:
+            parts = zip(rows.split(lengths), pairs[::2], pairs[1::2], strict=True)
+            y = torch.cat([scale_columns(part, bias, m, squares) for part, m, squares in parts])
+        ctx.lengths, ctx.bias_dtype = lengths, None if bias is None else bias.dtype
+        ctx.save_for_backward(u if any(ctx.needs_input_grad[3:]) else None, *pairs)
+        return y.view(u.shape)
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        u, *pairs = ctx.saved_tensors
+        dy = grad.reshape(-1, grad.shape[-1])
+        lengths = (dy.shape[0],) if ctx.lengths is None else ctx.lengths
+        grads = dy.split(lengths)
+        parts = grads if u is None else u.reshape(dy.shape).split(lengths)
+        scaled: list[torch.Tensor] = []
+        d_pairs: list[torch.Tensor | None] = []
+        for i, (dy_own, part) in enumerate(zip(grads, parts, strict=True)):
+            magnitude, squares = pairs[2 * i : 2 * i + 2]
+            wanted = ctx.needs_input_grad[3 + 2 * i]
+            du, d_own = _scale_columns_backward(
+                dy_own, part if wanted else None, magnitude, squares
+            )
+            scaled.append(du)
+            d_pairs += [None if d_own is None else d_own.to(magnitude.dtype), None]
+        d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        du = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        return du.view(grad.shape) if ctx.needs_input_grad[0] else None, d_bias, None, *d_pairs
+
+
+class DoraDropped(torch.autograd.Function):
+    """One adapter with active dropout; see the module's docstring.
+
+    Saves x, s, the seed, the parameters, and ``z = dropout(x) @ weight.T`` where the magnitude
+    wants a gradient. The mask is made again from the seed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        magnitude: torch.Tensor,
+        squares: torch.Tensor,
+        scaling: torch.Tensor,
+        seed: torch.Tensor,
+        dropout_p: float,
+        impl: str,
+    ) -> torch.Tensor:
+        """Takes ``base``, the base layer's output, or computes it from weight and bias if None."""
+        rows = x.reshape(-1, x.shape[-1])
+        weight_x = weight.to(x.dtype)
+        change = change_of(magnitude, squares, x.dtype)
+        scaled_b = _scaled_rows(lora_b, magnitude, squares, x.dtype)
+        dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
+        if base is None:
+            y = F.linear(rows, weight_x, None if bias is None else bias.to(x.dtype))
+        else:
+            y = base.reshape(-1, base.shape[-1]).clone(memory_format=torch.contiguous_format)
+        z = F.linear(dropped, weight_x)
+        if impl == "triton":
+            s = torch.ops.fastlora.lora_shrink(dropped, lora_a, None, 0.0, impl)
+            torch.ops.fastlora.lora_expand_(y, s, scaled_b, scaling, impl)
+        else:
+            s = reference.lora_shrink(dropped, lora_a)
+            reference.lora_expand_(y, s, scaled_b, scaling)
+        y.addcmul_(z.to(y.dtype), change.to(y.dtype))
+        needs = ctx.needs_input_grad
+        ctx.dropout_p, ctx.impl, ctx.x_shape, ctx.x_dtype = dropout_p, impl, x.shape, x.dtype
+        ctx.own_base = base is None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x if needs[2] or needs[4] else None,
+            weight,
+            lora_a,
+            lora_b,
+            magnitude,
+            squares,
+            scaling,
+            s if needs[5] or needs[6] else None,
+            z if needs[6] else None,
+            seed,
+        )
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_a, lora_b, magnitude, squares, scaling, s, z, seed = ctx.saved_tensors
+        needs_base, needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_m = (
+            ctx.needs_input_grad[:7]
+        )
+        dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
+        d_weight = d_bias = d_lora_a = d_lora_b = d_magnitude = dx = None
+        through_z, d_magnitude = _through_z(dy, z if needs_m else None, magnitude, squares)
+        if needs_b or needs_m:
+            # [N, M] x [M, R]: dy^T (scaling * s) serves both.
+            inner = (dy.t() @ (s * scaling).to(dy.dtype)).to(squares.dtype)
+            if needs_b:
+                d_lora_b = (inner * scale_of(magnitude, squares)[:, None]).to(lora_b.dtype)
+            if d_magnitude is not None:
+                through_s = inner.mul_(lora_b.to(dy.dtype)).sum(1) * squares.rsqrt()
+                d_magnitude = (d_magnitude + through_s).to(magnitude.dtype)
+        if needs_bias:
+            d_bias = dy.sum(0).to(ctx.bias_dtype)
+        if needs_x or needs_a or needs_weight:
+            scaled_b = _scaled_rows(lora_b, magnitude, squares, dy.dtype)
+            ds = (dy @ scaled_b).mul_(scaling)
+        if needs_a or needs_weight:
+            rows = x.reshape(-1, x.shape[-1])
+            dropped = torch.ops.fastlora.lora_dropout(rows, seed, ctx.dropout_p, ctx.impl)
+            if needs_a:
+                d_lora_a = (ds.t() @ dropped).to(lora_a.dtype)
+            if needs_weight:
+                d_weight = through_z.t() @ dropped
+                d_weight = (d_weight.addmm_(dy.t(), rows) if ctx.own_base else d_weight).to(
+                    weight.dtype
+                )
+        if needs_x:
+            weight_x = weight.to(dy.dtype)
+            # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
+            update = (through_z @ weight_x).addmm_(ds, lora_a.to(dy.dtype))
+            update = torch.ops.fastlora.lora_dropout(update, seed, ctx.dropout_p, ctx.impl)
+            dx = update.addmm_(dy, weight_x) if ctx.own_base else update
+            dx = dx.view(ctx.x_shape)
+        d_base = grad if needs_base else None
+        return (
+            *(d_base, dx, d_weight, d_bias, d_lora_a, d_lora_b, d_magnitude),
+            *(None, None, None, None, None),
+        )
+
+
+def _through_z(
+    dy: torch.Tensor, z: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns ``dy * (g - 1)``, and z's share of the magnitude's gradient where z is there."""
+    change = scale_of(magnitude, squares).sub_(1.0)
+    if z is None:
+        return dy * change.to(dy.dtype), None
+    if _in_one_pass(z):
+        scaled, sums = _batch_norm_backward(dy, z, change, torch.ones_like(change))
+    else:
+        product, sums = _product_and_sums(dy, z)
+        scaled = torch.mul(dy, change.to(dy.dtype), out=product)
+    return scaled, sums * squares.rsqrt()
+
+
+def _scaled_rows(
+    lora_b: torch.Tensor, magnitude: torch.Tensor, squares: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns ``g * lora_b`` in ``dtype``, rounded once."""
+    scale = scale_of(magnitude, squares)
+    return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

@@ -1,0 +1,64 @@
+"""Adapters over several processes: what torch.distributed does not know about LoRA layers.
+
+DDP and FSDP2 (`fully_shard`) take models with adapters as they are; docs/distributed.md says how.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastlora.layers import FastLoraLinear, LoraLayer
+from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
+from fastlora.model import LoraModel
+from fastlora.targets import outer_modules
+from fastlora.validation import AdapterStateError
+
+
+def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) -> LoraModel:
+    """Splits a model that has adapters already, in place, and its adapters along.
+
+    `torch.distributed.tensor.parallel.parallelize_module` cannot split a LoRA layer. A base model
+    that it has split takes adapters through `fastlora.get_peft_model` without this function.
+
+    Args:
+        model: With adapters; every process has the same.
+        device_mesh: Of one dimension.
+        plan: As for ``parallelize_module``, by module names of the base model.
+
+    Raises:
+        AdapterStateError: An adapter is merged.
+        UnsupportedLayerError: An adapter with DoRA is on a layer that would be split, or a layer is
+            split in a way that adapters cannot follow. The model may then be split in part: build
+            it anew.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    base = model.get_base_model()
+    layers = {n: m for n, m in outer_modules(base) if isinstance(m, FastLoraLinear)}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
+    try:
+        for name, layer in layers.items():
+            base.set_submodule(name, layer.to_linear())
+        parallelize_module(base, device_mesh, plan)
+        split = {name: _split_like(base.get_submodule(name), m) for name, m in layers.items()}
+    except BaseException:
+        for name, layer in layers.items():
+            base.set_submodule(name, layer)
+        raise
+    for name, module in split.items():
+        base.set_submodule(name, module)
+    model.base_model._routed = None
+    return model
+
+
+def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
+    """Returns a layer over a base layer that may have been split since it was this one's."""
+    if parallel_style(linear) is None:
+        return layer
+    split = TensorParallelLora(linear)
+    split.take_adapters(layer)
+    return split

@@ -1,0 +1,68 @@
+"""Zeros as gradients of adapters that have no rows in a batch.
+
+Where processes share a batch, another one may have rows for them. DDP and FSDP2 then add gradients
+up parameter by parameter, and wait for ever, or mix up parameters, where one process has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fastlora.routing import Routing, RowRouting
+
+
+class ZeroGradients(torch.autograd.Function):
+    """Returns y and, in the backward, zeros for parameters that took no part in making it.
+
+    The result shares y's memory, and y itself must not be used again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = parameters  # for their kind only: nothing reads their values
+        # Not a view to autograd, which refuses writes into views that a custom function made.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, *map(torch.zeros_like, ctx.parameters)
+
+
+def with_absent(
+    layer: Any, y: torch.Tensor, routing: Routing, rows: RowRouting, *, own: bool = True
+) -> torch.Tensor:
+    """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
+
+    Args:
+        layer: Holds the adapters.
+        y: Its output, any shape.
+        routing: The batch's; says whether that is wanted.
+        rows: The routing of the layer's rows.
+        own: Whether nothing else refers to y; else it is copied.
+    """
+    if not routing.absent_gradients or not torch.is_grad_enabled():
+        return y
+    present = {routing.names[segment.slot] for segment in rows.segments}
+    absent = [
+        parameter
+        for name in layer.lora_A
+        if name not in present
+        for parameter in _parameters_of(layer, name)
+        if parameter.requires_grad
+    ]
+    return ZeroGradients.apply(y if own else y.clone(), *absent) if absent else y
+
+
+def _parameters_of(layer: Any, name: str) -> Iterator[torch.Tensor]:
+    """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
+    for holder in layer._modules.values():
+        if isinstance(holder, nn.ModuleDict) and name in holder:
+            yield from holder[name].parameters()
+        elif isinstance(holder, nn.ParameterDict) and name in holder:
+            yield holder[name]

@@ -1,0 +1,332 @@
+"""DoRA on one layer: magnitudes, what is kept between forwards, and the forward of its adapters.
+
+A layer here is anything with PEFT's attributes, as in `fastlora.layers.compute`; an adapter uses
+DoRA where ``lora_magnitude_vector`` has its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora import functional, ops
+from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
+from fastlora.dora import (
+    DoraDropped,
+    DoraScale,
+    adapted_squares,
+    scale_columns,
+    square_norms,
+)
+from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
+from fastlora.layers.dense import dense_weight
+
+# Why a layer's adapters are more than one call.
+SEVERAL_WITH_DORA = "several active adapters, some with DoRA: they act one after the other"
+
+
+class DoraMagnitude(nn.Module):
+    """One adapter's magnitude: ``weight [N]``, under the name that PEFT gives it.
+
+    Args:
+        magnitude: Its first value.
+    """
+
+    def __init__(self, magnitude: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(magnitude)
+
+
+Stamp = tuple[int, int, int]
+
+
+class _Kept(NamedTuple):
+    """An adapter's squared norms, and what they were computed from."""
+
+    key: tuple[Any, ...]
+    value: torch.Tensor
+
+
+class NormCache:
+    """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
+
+    They are looked up by address and version of what they come from. Writes through ``.data`` move
+    neither: `LoraLayer.refresh` is for these. A copied layer starts with an empty cache.
+    """
+
+    def __init__(self) -> None:
+        self.base: tuple[Stamp, torch.Tensor] | None = None
+        self.adapters: dict[str, _Kept] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return NormCache, ()
+
+
+def forget_norms(layer: Any) -> None:
+    """Drops what a layer keeps of norms."""
+    layer.__dict__.pop("_dora_norms", None)
+
+
+def uses_dora(layer: Any, names: list[str]) -> bool:
+    """Whether one of these adapters of the layer uses DoRA."""
+    magnitudes = layer._modules.get("lora_magnitude_vector")
+    return bool(magnitudes is not None and magnitudes._modules) and any(
+        name in magnitudes._modules for name in names
+    )
+
+
+def magnitude_of(layer: Any, name: str) -> torch.Tensor:
+    """Returns an adapter's magnitude, ``[N]``."""
+    return layer._modules["lora_magnitude_vector"]._modules[name].weight
+
+
+# --------------------------------------------------------------------------------------- norms
+
+
+def stamp_of(tensor: torch.Tensor) -> Stamp | None:
+    """Returns what changes when a tensor's contents do, or None where nothing tells."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_inference():
+        return None
+    return id(tensor), tensor.data_ptr(), tensor._version
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether tensors made now may serve a later forward: not those of a graph being recorded."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def adapter_squares(
+    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
+) -> torch.Tensor:
+    """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
+
+    Args:
+        layer: Its base layer has the W.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        scaling: A number, or a tensor without dimensions.
+    """
+    base = layer.get_base_layer()
+    weight = dense_weight(base)
+    device_type = weight.device.type
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
+    return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
+
+
+def _base(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Returns ``||W||^2``, ``[N]``: kept while the base weight stays what it is."""
+    # One that trains may be sharded, and written to without a change of its version.
+    if not may_keep(weight.device) or (weight.requires_grad and torch.is_grad_enabled()):
+        return square_norms(weight)
+    own = base.weight
+    stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
+    if stamp is None:
+        return square_norms(weight)
+    cache = _cache(layer)
+    known = cache.base
+    if known is None or known[0] != stamp:
+        with torch.inference_mode(False):  # for a backward one day
+            known = cache.base = stamp, square_norms(weight.detach())
+    return known[1]
+
+
+def _cache(layer: Any) -> NormCache:
+    cache = layer.__dict__.get("_dora_norms")
+    if cache is None:
+        cache = layer.__dict__["_dora_norms"] = NormCache()
+    return cache
+
+
+def cached_squares(
+    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
+
+    With gradients they are computed in every forward: an optimizer may be about to step, and not
+    all of them move versions.
+    """
+    scaling = layer.scaling[name]
+    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
+    if torch.is_grad_enabled() or not keeps:
+        if keeps:
+            _cache(layer).adapters.pop(name, None)
+        return adapter_squares(layer, lora_a, lora_b, scaling)
+    weight = layer.get_base_layer().weight
+    stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
+    if None in stamps:
+        return adapter_squares(layer, lora_a, lora_b, scaling)
+    kept = _cache(layer).adapters
+    key = (*stamps, scaling)
+    known = kept.get(name)
+    if known is None or known.key != key:
+        with torch.inference_mode(False):
+            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling)
+        known = kept[name] = _Kept(key, value)
+    return known.value
+
+
+# ------------------------------------------------------------------------------------- forward
+
+
+def dora_forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    names: list[str],
+    impl: str,
+) -> torch.Tensor:
+    """Runs a plain linear base layer with active adapters of which some use DoRA.
+
+    One after the other, as PEFT does: DoRA scales what came before it, other adapters too.
+    """
+    first, *rest = _runs(layer, names)
+    if not uses_dora(layer, first):
+        y = lora_forward(layer, x, weight, bias, first, impl)
+    else:
+        branch = branch_of(layer, first[0], x)
+        if branch is None:
+            refuse_in_mode(layer, f"adapter {first[0]!r} has a factor that is hooked")
+            y = _called(layer, F.linear(x, weight, bias), x, first[0])
+        else:
+            y = _fused(layer, x, weight, bias, first[0], branch, impl)
+    return dora_added_forward(layer, y, x, [n for run in rest for n in run], impl, True)
+
+
+def dora_added_forward(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
+) -> torch.Tensor:
+    """Adds active adapters, of which some use DoRA, to the output ``y [..., N]`` of a base layer.
+
+    ``inplace`` says whether y may be overwritten where no gradient is recorded.
+    """
+    for run in _runs(layer, names):
+        if not uses_dora(layer, run):
+            y = lora_added_forward(layer, y, x, run, impl, inplace)
+        else:
+            branch = branch_of(layer, run[0], x)
+            if branch is None:
+                y = _called(layer, y, x, run[0])
+            else:
+                y = _added(layer, y, x, run[0], branch, impl, inplace)
+        inplace = True
+    return y
+
+
+def _runs(layer: Any, names: list[str]) -> list[list[str]]:
+    """Splits names into runs that are one call: DoRA adapters alone, others together."""
+    runs: list[list[str]] = []
+    for name in names:
+        alone = uses_dora(layer, [name])
+        if runs and not alone and not uses_dora(layer, runs[-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return runs
+
+
+def _fused(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    name: str,
+    branch: Branch,
+    impl: str,
+) -> torch.Tensor:
+    """A plain base layer with one DoRA adapter: a LoRA forward, and a scale of its columns."""
+    dtype = functional.autocast_dtype(x)
+    x = x.to(dtype or x.dtype)
+    if dtype is None and weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    magnitude = magnitude_of(layer, name)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
+    if branch.dropout_p:
+        return _dropped(layer, None, x, weight, bias, magnitude, squares, branch, impl)
+    u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
+    if records_gradients(u, bias, magnitude):
+        return DoraScale.apply(u, bias, None, magnitude, squares)
+    rows = u.reshape(-1, u.shape[-1])
+    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
+
+
+def _added(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    name: str,
+    branch: Branch,
+    impl: str,
+    inplace: bool,
+) -> torch.Tensor:
+    """One DoRA adapter beside a base layer that was called, or behind other adapters."""
+    dtype = functional.autocast_dtype(x)
+    x = x.to(dtype or x.dtype)
+    base = layer.get_base_layer()
+    bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
+    if branch.dropout_p:
+        weight = dense_weight(base)
+        return _dropped(layer, y, x, weight, None, magnitude, squares, branch, impl)
+    added = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
+    u = added if bias is None else added - bias.to(added.dtype)
+    if records_gradients(u, bias, magnitude):
+        return DoraScale.apply(u, bias, None, magnitude, squares)
+    rows = u.reshape(-1, u.shape[-1])
+    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
+
+
+def _dropped(
+    layer: Any,
+    base: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: torch.Tensor,
+    branch: Branch,
+    impl: str,
+) -> torch.Tensor:
+    """One DoRA adapter whose dropout acts."""
+    if is_batch_invariant():
+        refuse_in_mode(layer, f"dropout_p={branch.dropout_p} acts; call eval()")
+    impl = ops.resolve_impl(impl, x)
+    seed = ops.draw_seed(x, impl)
+    return DoraDropped.apply(
+        *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, squares),
+        *(branch.scaling, seed, branch.dropout_p, impl),
+    )
+
+
+def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+    """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+    base = layer.get_base_layer()
+    bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
+    inner = x if torch.is_autocast_enabled(x.device.type) else x.to(down.weight.dtype)
+    inner = dropout(inner)
+    squares = adapter_squares(layer, down.weight, up.weight, scaling)
+    change = magnitude * squares.rsqrt() - 1.0
+    update = up(down(inner)) * scaling
+    if not isinstance(dropout, nn.Identity) and layer.training:
+        weight = dense_weight(base)
+        scaled = F.linear(inner.to(weight.dtype), weight)
+    else:
+        scaled = y if bias is None else y - bias
+    return (y + update + change * (scaled + update)).to(y.dtype)
+
+
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether a graph is recorded through one of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

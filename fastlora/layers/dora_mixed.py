@@ -1,0 +1,247 @@
+"""DoRA in a mixed batch: the rows of adapters that use it, scaled after everybody's LoRA term.
+
+A mixed batch's products, by kernels, packed factors or PyTorch, give ``u + bias`` for every row,
+with ``u = x @ weight.T + scaling * s @ lora_b.T``. What DoRA adds is one scale per column for each
+of its own rows; other rows are not touched. An adapter whose dropout acts meets the base weight a
+second time (`fastlora.dora`): its rows are taken out and computed alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora.dora import DoraDropped, DoraScale, change_of
+from fastlora.layers.compute import Branch
+from fastlora.layers.dense import dense_weight
+from fastlora.layers.dora import (
+    adapter_squares,
+    cached_squares,
+    magnitude_of,
+    may_keep,
+    records_gradients,
+    stamp_of,
+)
+from fastlora.routing import Routing, RowRouting, Segment, layer_seed
+from fastlora.validation import ImplementationError
+
+
+class DoraSlots(NamedTuple):
+    """The slots of a routing whose adapter uses DoRA on one layer.
+
+    Attributes:
+        scaled: Those whose rows are scaled after their LoRA term.
+        dropped: Those whose dropout acts.
+    """
+
+    scaled: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+def dora_slots(layer: Any, routing: Routing) -> DoraSlots | None:
+    """Returns which slots use DoRA on a layer; None, at once, where there are none."""
+    if routing.residents is not None:
+        scaled = tuple(
+            slot
+            for slot, resident in enumerate(routing.residents)
+            if resident.uses_dora and _pool_magnitude(layer, resident) is not None
+        )
+        return DoraSlots(scaled, ()) if scaled else None
+    magnitudes = layer._modules.get("lora_magnitude_vector")
+    if magnitudes is None or not magnitudes._modules:
+        return None
+    slots = [slot for slot, name in enumerate(routing.names) if name in magnitudes._modules]
+    if not slots:
+        return None
+    dropouts = layer._modules["lora_dropout"]._modules
+    dropped = tuple(slot for slot in slots if _acts(dropouts[routing.names[slot]]))
+    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
+
+
+def _acts(dropout: torch.nn.Module) -> bool:
+    return type(dropout) is torch.nn.Dropout and dropout.training and dropout.p > 0.0
+
+
+def _pool_magnitude(layer: Any, resident: Any) -> torch.Tensor | None:
+    factors = resident.factors(layer.table_row)
+    return None if factors is None else factors.magnitude
+
+
+# --------------------------------------------------------------------- with and without gradients
+
+
+def scale_rows(layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots) -> torch.Tensor:
+    """Returns a new y ``[..., N]`` with DoRA rows scaled, for forwards that record no graph.
+
+    On the device that the ids are on, and without waiting for them: a row finds its adapter's
+    ``g - 1`` in a table ``[slots + 1, N]``.
+
+    Args:
+        layer: Holds the adapters, or its pool does.
+        y: Of all rows, bias included.
+        routing: The batch's.
+        slots: Of `dora_slots`.
+    """
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    flat = y.reshape(-1, y.shape[-1])
+    table, known = _table(layer, routing, slots.scaled, flat)
+    per_id = flat.shape[0] // routing.ids.numel()
+    places = routing.ids.to(flat.device).clamp(-1)  # -2 is an id that was out of range
+    places = known[places].repeat_interleave(per_id)
+    change = table.index_select(0, places)
+    u = flat.clone() if bias is None else flat - bias.to(flat.dtype)
+    # By selection: 0 times what is not finite would reach rows without DoRA.
+    u.masked_fill_((places == table.shape[0] - 1).unsqueeze(1), 0.0)
+    return torch.addcmul(flat, u, change).view(y.shape)
+
+
+def _table(
+    layer: Any, routing: Routing, slots: tuple[int, ...], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``g - 1`` of some slots, zeros last, and each slot's row in it, the last one's last.
+
+    Kept with the routing, so that the steps of a decode make it once.
+    """
+    if routing.residents is not None and not may_keep(like.device):
+        raise ImplementationError(
+            "a graph that is being recorded would keep the norms of the DoRA adapters that a pool "
+            "holds now; leave them out of the batch, or call the model outside the graph"
+        )
+    sources = [_source(layer, routing, slot) for slot in slots]
+    key = (layer.routed_as, like.dtype, slots)
+    stamps = [stamp_of(tensor) for source in sources for tensor in source]
+    keeps = may_keep(like.device) and None not in stamps
+    kept = routing.dora.get(key) if keeps else None
+    if kept is not None and kept[0] == stamps:
+        return kept[1]
+    changes = [change_of(*source, like.dtype) for source in sources]
+    table = torch.stack([*changes, torch.zeros_like(changes[0])])
+    rows = torch.full((len(routing.names) + 1,), len(slots))
+    rows[list(slots)] = torch.arange(len(slots))
+    made = table, rows.to(like.device)
+    if keeps:
+        routing.dora[key] = stamps, made
+    return made
+
+
+def _source(layer: Any, routing: Routing, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns an adapter's magnitude on a layer, and its squared norms there."""
+    if routing.residents is None:
+        name = routing.names[slot]
+        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
+    resident = routing.residents[slot]
+    factors = resident.factors(layer.table_row)
+    weight = layer.get_base_layer().weight
+    stamp = stamp_of(weight) if isinstance(weight, torch.Tensor) else None
+    kept = resident.squares.get(layer.table_row)
+    if kept is not None and kept[0] == stamp:
+        return factors.magnitude, kept[1]
+    with torch.inference_mode(False):
+        squares = adapter_squares(layer, factors.lora_a, factors.lora_b.t(), factors.scaling)
+    if stamp is not None and may_keep(squares.device):
+        resident.squares[layer.table_row] = stamp, squares
+    return factors.magnitude, squares
+
+
+# ------------------------------------------------------------------------------- with gradients
+
+
+def scale_segments(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+    slots: DoraSlots,
+    branches: dict[int, Branch],
+    projection: int,
+) -> torch.Tensor:
+    """`scale_rows` where gradients may be recorded or dropout acts.
+
+    Args:
+        layer: Holds the adapters, or its pool does.
+        y: ``[..., N]``, bias included; rows of dropped slots are the base layer's.
+        x: ``[..., K]``, in the dtype that the layer computes in.
+        routing: The batch's.
+        rows: The same spread over x's rows.
+        slots: Of `dora_slots`.
+        branches: Of the dropped slots.
+        projection: The layer's number in its model.
+    """
+    scaled = [s for s in rows.segments if s.slot in slots.scaled]
+    dropped = [s for s in rows.segments if s.slot in slots.dropped]
+    if not scaled and not dropped:
+        return y
+    flat = y.reshape(-1, y.shape[-1])
+    index = _rows_of([*scaled, *dropped], rows, flat.device)
+    whole = index.numel() == flat.shape[0] and rows.order is None
+    own = flat if whole else flat.index_select(0, index)
+    count = sum(segment.stop - segment.start for segment in scaled)
+    parts = []
+    if scaled:
+        part = own[:count] if dropped else own
+        parts.append(_scaled(layer, part, routing, scaled))
+    if dropped:
+        rows_x = x.reshape(-1, x.shape[-1])
+        rows_x = rows_x if whole else rows_x.index_select(0, index)
+        parts += _dropped(
+            layer, own[count:], rows_x[count:], routing, dropped, branches, projection
+        )
+    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (result if whole else flat.index_copy(0, index, result)).view(y.shape)
+
+
+def _rows_of(segments: list[Segment], rows: RowRouting, device: torch.device) -> torch.Tensor:
+    """Returns the rows of some segments, in their order, by their places in the batch."""
+    places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(device)
+    return places if rows.order is None else rows.order.index_select(0, places)
+
+
+def _scaled(
+    layer: Any, own: torch.Tensor, routing: Routing, segments: list[Segment]
+) -> torch.Tensor:
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    u = own if bias is None else own - bias.to(own.dtype)
+    lengths = tuple(segment.stop - segment.start for segment in segments)
+    pairs = [t for s in segments for t in _source(layer, routing, s.slot)]
+    return DoraScale.apply(u, bias, lengths, *pairs)
+
+
+def _dropped(
+    layer: Any,
+    own: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    segments: list[Segment],
+    branches: dict[int, Branch],
+    projection: int,
+) -> list[torch.Tensor]:
+    weight = dense_weight(layer.get_base_layer())
+    lengths = [segment.stop - segment.start for segment in segments]
+    parts = []
+    for segment, base, rows in zip(segments, own.split(lengths), x.split(lengths), strict=True):
+        branch = branches[segment.slot]
+        seed = layer_seed(routing.seeds[segment.slot], projection)
+        magnitude, squares = _source(layer, routing, segment.slot)
+        parts.append(
+            DoraDropped.apply(
+                *(base, rows, weight, None, branch.lora_a, branch.lora_b, magnitude, squares),
+                *(branch.scaling, seed, branch.dropout_p, "eager"),
+            )
+        )
+    return parts
+
+
+def wants_segments(layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots) -> bool:
+    """Whether a graph is recorded through the scale of some row, or dropout acts."""
+    if slots.dropped:
+        return True
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    magnitudes = (
+        [magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
+        if routing.residents is None
+        else []
+    )
+    return records_gradients(y, bias, *magnitudes)

@@ -1,0 +1,317 @@
+"""`TensorParallelLora`: adapters on a linear whose weight is split over a tensor-parallel mesh.
+
+Shapes on one of T processes, where ``parallelize_module`` split the base layer:
+
+- column-wise: ``x [..., K]`` whole, ``weight [N/T, K]``, ``lora_A [R, K]`` whole,
+  ``lora_B [N/T, R]``, ``y [..., N/T]``;
+- row-wise: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]`` whole,
+  ``y [..., N]``, to be summed over the processes.
+
+In both, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on what it has,
+added to its share of y. A product is linear, so partial sums of s ride along in those of y: the
+forward sends nothing that the base layer does not. In the backward dx joins the base layer's
+reduction, and only the whole factor's gradient is summed over the processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import functional, mixed, ops
+from fastlora.batch_invariant import refuse_in_mode
+from fastlora.layers.absent import with_absent
+from fastlora.layers.branch import Branch, is_hooked, scaling_tensor
+from fastlora.layers.compute import NOT_OUR_GEMM
+from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.routing import Routing, layer_seed, routing_of
+from fastlora.sharding import is_sharded, whole
+from fastlora.validation import UnsupportedLayerError
+
+COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
+# Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
+_SEED_STEP = 0x278DDE6E5FD29F05
+
+
+def parallel_style(module: nn.Module) -> str | None:
+    """Returns how a module's weight is split over a tensor-parallel mesh, or None where it is not.
+
+    Raises:
+        UnsupportedLayerError: It is split in a way that adapters cannot follow.
+    """
+    weight: Any = module._parameters.get("weight")
+    if not is_sharded(weight) or not getattr(module, "_distribute_module_applied", False):
+        return None
+    if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
+        (placement,) = weight.placements
+        if placement.is_shard(0):
+            return COLUMN_WISE
+        if placement.is_shard(1):
+            return ROW_WISE
+    raise UnsupportedLayerError(
+        f"LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a mesh of one "
+        f"dimension, got a {type(module).__name__} with placements {weight.placements} over "
+        f"{weight.device_mesh}"
+    )
+
+
+class TensorParallelLora(FastLoraWrapper):
+    """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` over several processes.
+
+    The factors are DTensors over the base layer's mesh: column-wise lora_B is split along N and
+    lora_A whole, row-wise lora_A is split along K and lora_B whole. The update is added between the
+    base layer's product and the collectives behind it.
+
+    With dropout, column-wise processes draw one mask (a broadcast of one number for each forward);
+    row-wise each draws its own for its columns, so that masks differ from those of one process.
+
+    Args:
+        base_layer: An `nn.Linear` that ``parallelize_module`` has split.
+
+    Raises:
+        UnsupportedLayerError: It is split in a way that adapters cannot follow, or not at all.
+    """
+
+    base_layer: Any  # an nn.Linear whose parameters are DTensors
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        style = parallel_style(base_layer)
+        if style is None:
+            raise UnsupportedLayerError(f"{type(base_layer).__name__} is not tensor parallel")
+        super().__init__(base_layer)
+        self.style = style
+        self._handle: Any = None
+
+    # ----------------------------------------------------------------------------- adapters
+
+    def add_adapter(self, adapter_name: str, **adapter: Any) -> None:
+        """See `LoraLayer.add_adapter`. Every process must call it; the first one's values count.
+
+        Raises:
+            UnsupportedLayerError: The adapter has DoRA.
+        """
+        if adapter.get("use_dora"):
+            raise UnsupportedLayerError("DoRA is not implemented for tensor-parallel layers")
+        super().add_adapter(adapter_name, **adapter)
+        self._split(adapter_name)
+
+    def take_adapters(self, layer: Any) -> None:
+        """Moves another layer's adapters here, with all that they have.
+
+        Args:
+            layer: A LoRA layer over the same base weight, of no use afterwards.
+
+        Raises:
+            UnsupportedLayerError: An adapter has DoRA; nothing has changed.
+        """
+        if len(getattr(layer, "lora_magnitude_vector", ())):
+            raise UnsupportedLayerError("DoRA is not implemented for tensor-parallel layers")
+        for name in ("r", "lora_alpha", "scaling", "use_rslora"):
+            setattr(self, name, copy.copy(getattr(layer, name)))
+        for name in ("lora_dropout", "lora_A", "lora_B"):
+            setattr(self, name, getattr(layer, name))
+        self._active_adapters, self._disabled = layer.active_adapters, layer.disable_adapters
+        self.impl = layer.impl
+        for name in self.lora_A:
+            self._split(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `LoraLayer.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        if not len(self.lora_A):
+            self.release()
+
+    def release(self) -> nn.Module:
+        """Returns the base layer as it was before the first adapter came."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        return self.base_layer
+
+    def _split(self, name: str) -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = self.base_layer.weight.device_mesh
+        by_column = self.style == COLUMN_WISE
+        for factor, placement in (
+            (self.lora_A[name], Replicate() if by_column else Shard(1)),
+            (self.lora_B[name], Shard(0) if by_column else Replicate()),
+        ):
+            for key, parameter in list(factor.named_parameters(recurse=False)):
+                # Sent from the first process, so that all start alike whatever their generators.
+                split = distribute_tensor(parameter.detach(), mesh, [placement])
+                factor.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
+        if self._handle is None:
+            # Before the hook that parallelize_module registered: it sees this process's share.
+            self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
+
+    def _factor_like(self) -> torch.Tensor | None:
+        weight = self.base_layer.weight
+        return weight.to_local() if weight.is_floating_point() and weight.itemsize >= 2 else None
+
+    # ------------------------------------------------------------------------------ forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Maps x to y as the base layer does, in the layouts that its parallel style has."""
+        refuse_in_mode(self, NOT_OUR_GEMM)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _add_update(self, _: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+        """Adds this process's share of the update to its share of y, between the collectives."""
+        from torch.distributed.tensor import DTensor, Partial
+
+        routed = routing_of(self)
+        names = self._acting() if routed is None else []
+        if self._disabled or (routed is None and not names):
+            return None
+        x = args[0]
+        self._check_layouts(x, y)
+        # Each process has the whole x and a part of its gradient, or a part of both.
+        partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
+        own_x = x.to_local(grad_placements=partial)
+        if routed is not None:
+            result = self._mixed(own_x, y.to_local(), *routed)
+        else:
+            result = y.to_local()
+            for name in names:
+                result = self._added(result, own_x, name)
+        return DTensor.from_local(
+            result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
+        )
+
+    def _added(self, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        lora_a, lora_b, scaling, lora_bias, dropout_p = self._own_branch(name, x)
+        seed = None
+        if dropout_p:
+            seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
+        y = functional.add(
+            y, x, lora_a, lora_b, scaling, dropout_p, self.impl, inplace=True, seed=seed
+        )
+        return y if lora_bias is None else y + lora_bias.to(y.dtype)
+
+    def _mixed(
+        self, x: torch.Tensor, y: torch.Tensor, routing: Routing, projection: int
+    ) -> torch.Tensor:
+        """The same where each row has its own adapter."""
+        dtype = functional.autocast_dtype(x)
+        x = x.to(dtype or x.dtype)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+        shares: list[mixed.Share] = []
+        factors: list[torch.Tensor | None] = []
+        for segment in rows.segments:
+            name = routing.names[segment.slot]
+            if name not in self.lora_A:
+                continue
+            branch = self._own_branch(name, x)
+            seed = None
+            if branch.dropout_p:
+                seed = self._own_seed(layer_seed(routing.seeds[segment.slot], projection))
+            shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
+            factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
+        if not shares:
+            return with_absent(self, y, routing, rows)
+        wanted = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (y, x, *factors)
+        )
+        if wanted:
+            routing.group.packs.clear()
+            y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
+        else:
+            y = mixed.forward_add(y, x, rows, shares, tuple(factors))[0]  # type: ignore[arg-type]
+        return with_absent(self, y, routing, rows)
+
+    def _check_layouts(self, x: Any, y: Any) -> None:
+        to: Any = x.placements[0] if is_sharded(x) else None
+        out: Any = y.placements[0] if is_sharded(y) else None
+        last = x.dim() - 1
+        if to is None or out is None:
+            fits = False
+        elif self.style == COLUMN_WISE:
+            fits = to.is_replicate() and out.is_shard(last)
+        else:
+            fits = to.is_shard(last) and out.is_partial()
+        if not fits:
+            raise UnsupportedLayerError(
+                f"a {self.style} layer got input and output in the layouts {to} and {out}, which "
+                "are not those of ColwiseParallel or RowwiseParallel"
+            )
+
+    def _own_branch(self, name: str, x: torch.Tensor) -> Branch:
+        """Returns this process's share of an adapter as plain tensors."""
+        up, dropout = self.lora_B[name], self.lora_dropout[name]
+        for module in (self.lora_A[name], up, dropout):
+            if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
+                raise UnsupportedLayerError(
+                    f"adapter {name!r} has a {type(module).__name__} that is hooked or replaced, "
+                    "which a tensor-parallel layer cannot run"
+                )
+        by_column = self.style == COLUMN_WISE
+        scaling, lora_bias = self.scaling[name], up.bias
+        if lora_bias is not None:
+            # Row-wise, all shares of y are summed: the bias goes into the first one.
+            first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()
+            lora_bias = _own(lora_bias, summed=not by_column) * (scaling * first)
+        return Branch(
+            _own(self.lora_A[name].weight, summed=by_column),
+            _own(up.weight, summed=not by_column),
+            scaling_tensor(self, name, scaling, x),
+            lora_bias,
+            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+        )
+
+    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
+        """Returns one seed for all where all have the same columns of x, else one for each."""
+        mesh = self.base_layer.weight.device_mesh
+        if self.style == ROW_WISE:
+            return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
+        shared = seed.to(mesh.device_type)
+        torch.distributed.broadcast(shared, group=mesh.get_group(), group_src=0)
+        return shared.to(seed.device)
+
+    # ------------------------------------------------------------------------ merging, report
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Not fused; says so."""
+        return False, f"{self.style} tensor parallel: added to each process's share of the output"
+
+    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        """This process's share of the base weight, which takes its share of the update."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if weight.device_mesh.ndim != 1:
+            raise UnsupportedLayerError(
+                f"cannot merge into this layer: FSDP2 shards its weight too (a DTensor over "
+                f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
+            )
+        return weight.to_local(), None if bias is None else bias.to_local(), False
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        lora_a: Any
+        lora_b: Any
+        lora_bias: Any
+        lora_a, lora_b, lora_bias = super()._factors(name)
+        bias = None if lora_bias is None else lora_bias.to_local()
+        return lora_a.to_local(), lora_b.to_local(), bias
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Returns ``scaling * B @ A``, all of ``[N, K]``; every process must call it."""
+        self._check_known(adapter_name)
+        lora_a, lora_b, _ = super()._factors(adapter_name)
+        return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
+
+
+def _own(parameter: Any, *, summed: bool) -> torch.Tensor:
+    """Returns this process's part of a factor as a plain tensor.
+
+    ``summed`` says that it is the whole factor, of whose gradient every process has one summand:
+    they are added up in the backward.
+    """
+    if not (summed and torch.is_grad_enabled() and parameter.requires_grad):
+        return parameter.to_local()
+    from torch.distributed.tensor import Partial
+
+    # The redistribution changes nothing now; its backward turns the sum that is pending into one.
+    whole_factor = parameter.redistribute(parameter.device_mesh, parameter.placements)
+    return whole_factor.to_local(grad_placements=[Partial()])

@@ -1,0 +1,233 @@
+"""Checkpoints of a training run: whole or not there, and only for the run that wrote them.
+
+A checkpoint is written under another name beside the others, every file of it waited for until it
+is on disk, and then renamed; so a kill or a full disk at any moment leaves the older ones as they
+were. Nothing in one is pickled: adapters as PEFT writes them, the optimizers' tensors as
+safetensors, the rest as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import inject
+from fastlora.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
+from fastlora.validation import CheckpointError
+
+FORMAT = 1
+_STATE, _TENSORS, _ADAPTERS = "state.json", "optimizers.safetensors", "adapters"
+# Values of a weight that go into its fingerprint.
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds beside the adapters.
+
+    Attributes:
+        step: Steps that were done.
+        identity: What determines the run's numbers; see `differences`.
+        optimizers: Of `AdapterOptimizers.state_dict`.
+    """
+
+    step: int
+    identity: dict[str, Any]
+    optimizers: dict[str, Any]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Returns the folder of a step's checkpoint."""
+    return root / f"step-{step:08d}"
+
+
+def adapters_folder(checkpoint: Path) -> Path:
+    """Returns the folder of a checkpoint's adapters, one folder each."""
+    return checkpoint / _ADAPTERS
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Returns the checkpoints there are, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+@contextlib.contextmanager
+def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
+    """Gives a folder to write the adapters into; after the block it is the newest checkpoint.
+
+    Args:
+        root: The folder of all checkpoints.
+        state: Written beside the adapters.
+        keep: How many stay, this one included.
+
+    Raises:
+        CheckpointError: Something cannot be written, for instance on a full disk. The older
+            checkpoints are all there and whole, and nothing of the new one is left.
+    """
+    target = step_folder(root, state.step)
+    partial = root / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        partial.mkdir(parents=True)
+        yield adapters_folder(partial)
+        _write_state(partial, state)
+        _flush_folders(partial)
+        partial.rename(target)
+        _flush_folder(root)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{target}: could not be written ({error}); older checkpoints are as they were"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoints(root)[:-keep]:
+        with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
+            gone = root / f".{old.name}.{uuid.uuid4().hex}.tmp"
+            old.rename(gone)
+    sweep(root)
+
+
+def sweep(root: Path) -> None:
+    """Removes what killed runs left unfinished. Not while another run writes there."""
+    for leftover in root.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> TrainState:
+    """Returns what a checkpoint holds beside the adapters.
+
+    Raises:
+        CheckpointError: It is damaged, or of another version.
+    """
+    state_path = path / _STATE
+    try:
+        data = json.loads(state_path.read_text(encoding="utf-8"))
+        version = data["format"]
+        if version != FORMAT:
+            raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
+        step, identity, skeleton = data["step"], data["identity"], data["optimizers"]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{state_path}: no state of a training run ({error!r})") from error
+    tensors = path / _TENSORS
+    try:
+        loaded = read_tensors(tensors, read_header(tensors))
+        return TrainState(step, identity, _joined(skeleton, loaded))
+    except (OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{tensors}: does not fit {state_path.name} ({error!r})") from error
+
+
+def fingerprint(model: Any) -> dict[str, str]:
+    """Returns dtype, shape and a digest of each base parameter, by name.
+
+    The digest is over some values spread over the weight: enough to tell a fine-tuned or otherwise
+    initialised model, without reading a large one whole.
+    """
+    found = {}
+    for name, parameter in inject._base_parameters("", model):
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64).long()
+        values = flat[places.to(flat.device)].cpu() if flat.numel() else flat.cpu()
+        digest = hashlib.blake2b(_bytes(values), digest_size=8).hexdigest()
+        shape = "x".join(map(str, parameter.shape))
+        found[name] = f"{str(parameter.dtype).removeprefix('torch.')} {shape} {digest}"
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    """Returns what differs between two identities, each as ``"lr of a was 1, is 2"``."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        path = f"{at}.{key}" if at else str(key)
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, path)
+        elif old != new:
+            found.append(f"{path} was {_shown(old)}, is {_shown(new)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not there"
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def _write_state(folder: Path, state: TrainState) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    data = {
+        "format": FORMAT,
+        "step": state.step,
+        "identity": state.identity,
+        "optimizers": _split(state.optimizers, "", tensors),
+    }
+    write_tensors(folder / _TENSORS, tensors)
+    path = folder / _STATE
+    path.write_text(json.dumps(data), encoding="utf-8")
+    flush_to_disk(path)
+
+
+def _flush_folders(folder: Path) -> None:
+    for path, _, _ in os.walk(folder):
+        _flush_folder(Path(path))
+
+
+def _flush_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, where the platform lets folders be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Returns a state as JSON can hold it; its tensors go into ``tensors``."""
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        # As pairs: the keys of an optimizer's state are numbers.
+        return {"dict": [[k, _split(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_split(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
+    return value
+
+
+def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Undoes `_split`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {k: _joined(v, tensors) for k, v in inner}
+    made = [_joined(v, tensors) for v in inner]
+    return tuple(made) if kind == "tuple" else made

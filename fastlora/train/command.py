@@ -1,0 +1,232 @@
+"""``fastlora train``: adapters of one base model trained together, from a config file or flags.
+
+The file, TOML or JSON, has the base model's folder as `model`, the result's as `out`, and a table
+`adapters.NAME` with `data` and what else is that adapter's own (`r`, `alpha`, `dropout`, `targets`,
+`rslora`, `lr`, ...); `defaults` holds the same for all. Flags go over the file. Run it under
+`torchrun --nproc-per-node N -m fastlora train ...` for several GPUs or processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import ops
+from fastlora.estimate import estimate, human_bytes
+from fastlora.recommend import recommend
+from fastlora.report import fusion_report
+from fastlora.targets import ALL_LINEAR
+from fastlora.train import prepare
+from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
+from fastlora.train.data import Corpus
+from fastlora.train.processes import launched
+from fastlora.train.run import TrainResult, train
+
+# Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
+_RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
+    ("--model", Path, "DIR", "folder of the base model"),
+    ("--out", Path, "DIR", "folder for adapters, checkpoints and the log"),
+    ("--steps", int, "N", "optimizer steps"),
+    ("--epochs", float, "X", "passes over the data, where steps are not given (default: 1)"),
+    ("--batch-size", int, "N", "samples in a step, over all processes (default: 8)"),
+    ("--micro-batch-size", int, "N", "samples in a forward (default: all of a process's)"),
+    ("--max-length", int, "N", "tokens that a sample is cut to (default: 512)"),
+    ("--seed", int, "N", "of everything random (default: 0)"),
+    ("--save-every", int, "N", "steps between checkpoints, 0 for the end only (default: 100)"),
+    ("--keep", int, "N", "checkpoints to keep (default: 2)"),
+    ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
+)
+_ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
+    ("--r", int, "N", "rank"),
+    ("--alpha", float, "X", "numerator of the scaling"),
+    ("--dropout", float, "P", "dropout before the adapters"),
+    ("--lr", float, "X", "learning rate of AdamW after the warm-up"),
+    ("--weight-decay", float, "X", "of AdamW (default: 0)"),
+    ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
+    ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to ``parser``."""
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=".toml or .json")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="NAME=FILE",
+        help="an adapter's data: .jsonl of prompt and completion, or of text; or plain text. "
+        "Repeatable, for more files and for more adapters",
+    )
+    parser.add_argument(
+        "--eval-data", action="append", metavar="NAME=FILE", help="to measure its loss on"
+    )
+    for flag, kind, metavar, text in _RUN_FLAGS:
+        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: auto)")
+    for flag, text in (
+        ("--chat", "wrap prompts in the tokenizer's chat template"),
+        ("--gradient-checkpointing", "trade time for memory"),
+        ("--cpu", "don't use an accelerator"),
+    ):
+        parser.add_argument(flag, action="store_const", const=True, help=text)
+    group = parser.add_argument_group("every adapter's, over the config file's")
+    for flag, kind, metavar, text in _ADAPTER_FLAGS:
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--targets", metavar="NAME,NAME,...", help="modules to adapt (default: all-linear)"
+    )
+    group.add_argument("--rslora", action="store_const", const=True, help="alpha / sqrt(r)")
+    group.add_argument("--schedule", choices=SCHEDULES, help="of the rate (default: linear)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config and data; print parameters, memory and what is fused; write nothing",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses ``argv`` and trains; returns the exit code 0.
+
+    Raises:
+        FastLoraError: See `fastlora.train.run.train`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fastlora train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    settings = read_settings(args.config, _flags(args, parser))
+    reports = os.environ.get("RANK", "0") == "0"
+    if args.dry_run:
+        text = dry_run(settings)
+        if reports:
+            _say(text)
+        return 0
+    result = train(settings, resume=args.resume, progress=not args.quiet)
+    if reports:
+        _say(summary(result))
+    return 0
+
+
+def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Returns the flags that were given, as `read_settings` takes them."""
+    names = [flag for flag, *_ in _RUN_FLAGS]
+    names += ["--dtype", "--chat", "--gradient-checkpointing", "--cpu"]
+    given = {n: getattr(args, n) for n in map(_attribute, names)}
+    of_adapter = [flag for flag, *_ in _ADAPTER_FLAGS] + ["--rslora", "--schedule"]
+    defaults = {n: getattr(args, n) for n in map(_attribute, of_adapter)}
+    if args.targets is not None:
+        defaults["targets"] = (
+            args.targets if args.targets == ALL_LINEAR else args.targets.split(",")
+        )
+    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    flags["defaults"] = {key: value for key, value in defaults.items() if value is not None}
+    for key in ("data", "eval_data"):
+        files: dict[str, list[str]] = {}
+        for entry in getattr(args, key) or ():
+            name, found, path = entry.partition("=")
+            if not (name and found and path):
+                parser.error(f"--{key.replace('_', '-')}: expected NAME=FILE, got {entry!r}")
+            files.setdefault(name, []).append(path)
+        flags[key] = files
+    return flags
+
+
+def _attribute(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def summary(result: TrainResult) -> str:
+    """Returns a line for each adapter of a finished run."""
+    lines = []
+    if result.resumed_from:
+        lines.append(f"resumed behind step {result.resumed_from} of {result.steps}")
+    for name, folder in result.adapters.items():
+        parts = [name]
+        if name in result.losses:
+            parts.append(f"loss {result.losses[name]:.4f}")
+        if name in result.eval_losses:
+            parts.append(f"evaluation loss {result.eval_losses[name]:.4f}")
+        lines.append(", ".join([*parts, f"saved in {folder}"]))
+    return "\n".join(lines)
+
+
+def dry_run(settings: TrainSettings) -> str:
+    """Returns what a run would do; checks config and data, and reads no weights.
+
+    Raises:
+        FastLoraError: What `train` would raise before it reads weights.
+    """
+    prepare.check_folders(settings)
+    processes = launched()
+    tokenizer = prepare.load_tokenizer(settings)
+    corpora = prepare.read_data(settings, tokenizer)
+    held_out = prepare.read_data(settings, tokenizer, "eval_data")
+    schedule = prepare.make_schedule(settings, corpora, processes)
+    base = prepare.load_base(settings, empty=True)
+    prepare.check_fit(base, [*corpora.values(), *held_out.values()])
+    advice = recommend(base)
+    configs = prepare.adapter_configs(settings, advice)
+    estimates = {name: estimate(base, config) for name, config in configs.items()}
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+    first = next(iter(estimates.values()))
+    held = sum(e.training_bytes for e in estimates.values())
+    trained = sum(e.adapter_parameters for e in estimates.values())
+    lines = [
+        f"base model  {settings.model}: {type(base).__name__}, {first.base_parameters:,} "
+        f"parameters, {dtype}",
+        f"advice      {advice}",
+        f"steps       {schedule.steps} of {settings.batch_size} samples, in forwards of "
+        f"{schedule.micro_batch_size}, {processes} process{'es' if processes > 1 else ''}",
+        "",
+    ]
+    for name, config in configs.items():
+        lines += [f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}"]
+        lines += [f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "]
+        lines[-1] += f"{config.lora_dropout:g}; {estimates[name]}"
+    lines += [
+        "",
+        f"memory      {human_bytes(first.base_bytes + held)} in each process, without activations: "
+        f"base model {human_bytes(first.base_bytes)}, {len(estimates)} adapter"
+        f"{'s' if len(estimates) > 1 else ''} of together {trained:,} parameters "
+        f"{human_bytes(held)} (weights, gradients, AdamW)",
+        "",
+        _fusion(base, settings, advice),
+    ]
+    return "\n".join(lines)
+
+
+def _of_data(corpus: Corpus, own_steps: int) -> str:
+    counted = sum(corpus.counted(i) for i in range(len(corpus)))
+    cut = f", {corpus.cut} cut to the longest allowed" if corpus.cut else ""
+    return (
+        f"{len(corpus)} samples{cut}, {corpus.ends[-1]:,} tokens, {counted:,} with a loss; in "
+        f"{own_steps} steps"
+    )
+
+
+def _fusion(base: Any, settings: TrainSettings, advice: Any) -> str:
+    """Returns the fusion report of the model on the device that a run would take."""
+    report = fusion_report(prepare.add_adapters(base, settings, advice))
+    device = torch.device("cpu")
+    if not settings.cpu and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
+    runs, why = ops.triton_status(device.type, device.index or 0)
+    triton = runs and device.type == "cuda"
+    return str(replace(report, implementation="triton" if triton else "eager", reason=why))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,366 @@
+"""What a training run is told: read from TOML or JSON and from flags, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlora.config import LoraConfig
+from fastlora.recommend import Recommendation
+from fastlora.validation import AdapterStateError, ConfigError, near_names
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("linear", "cosine", "constant")
+# What the folders beside the adapters are called, in a run's folder.
+RESERVED_NAMES = ("checkpoints",)
+
+# Short names that people use -> fields.
+_ALIASES = {
+    "lr": "learning_rate",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+}
+# They are this program's business, or would make an adapter that does not train.
+_LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("runtime_config", "task_type"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How one adapter trains, and on what.
+
+    Attributes:
+        name: Letters, digits, ``_`` and ``-``; its folder in the run's folder.
+        data: Its files: ``.jsonl`` of ``{"prompt": ..., "completion": ...}`` or ``{"text": ...}``,
+            or plain text.
+        eval_data: Files of the same kinds to measure the loss on.
+        init_from: A PEFT adapter folder to go on from; None for a new adapter.
+        lora: Fields of `fastlora.LoraConfig`; r, alpha, dropout and targets that are not given are
+            `fastlora.recommend`'s.
+        learning_rate: Of AdamW, after the warm-up; None for `fastlora.recommend`'s.
+        weight_decay: Of AdamW.
+        schedule: How the learning rate falls after the warm-up: ``"linear"`` or ``"cosine"`` to 0
+            at the adapter's last step, or ``"constant"``.
+        warmup_ratio: Share of the adapter's own steps in which the rate rises from 0.
+        max_grad_norm: The adapter's own gradient is clipped to it; 0 for no clipping.
+    """
+
+    name: str
+    data: tuple[Path, ...]
+    eval_data: tuple[Path, ...] = ()
+    init_from: Path | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+
+    def lora_config(self, advice: Recommendation) -> LoraConfig:
+        """Returns the config of the new adapter.
+
+        Raises:
+            ConfigError: A field is wrong.
+        """
+        given = dict(self.lora)
+        if "r" in given and "lora_alpha" not in given:
+            given["lora_alpha"] = 2 * given["r"]  # the advice's ratio
+        try:
+            return advice.config(task_type="CAUSAL_LM", **given)
+        except ConfigError as error:
+            raise ConfigError(f"adapter {self.name!r}: {error}") from error
+
+    def optimizing(self) -> dict[str, Any]:
+        """Returns what determines its steps beside data and factors, for comparing two runs."""
+        names = ("learning_rate", "weight_decay", "schedule", "warmup_ratio", "max_grad_norm")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A whole run.
+
+    Attributes:
+        model: Folder of the base model.
+        out: Folder for adapters, checkpoints and the log.
+        adapters: At least one.
+        steps: Optimizer steps; None to go by ``epochs``.
+        epochs: Passes over all data together.
+        batch_size: Samples in a step, over all processes.
+        micro_batch_size: Samples in a forward; None for a step's share of one process.
+        max_length: Tokens that a sample is cut to.
+        dtype: Of the base model; ``"auto"`` for its own. Factors are fp32 at least.
+        seed: Of the new adapters' factors, the order of the data, and dropout.
+        save_every: Steps between checkpoints; 0 for one at the end only.
+        keep: How many checkpoints stay.
+        eval_every: Steps between evaluations; 0 for one at the end only.
+        chat: Wrap prompts in the tokenizer's chat template.
+        gradient_checkpointing: Trade time for memory.
+        deterministic: On a GPU, choose only kernels that repeat bit for bit.
+        cpu: Don't use an accelerator.
+    """
+
+    model: Path
+    out: Path
+    adapters: tuple[AdapterSettings, ...]
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    max_length: int = 512
+    dtype: str = "auto"
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    eval_every: int = 0
+    chat: bool = False
+    gradient_checkpointing: bool = False
+    deterministic: bool = True
+    cpu: bool = False
+
+
+_TOP = {f.name for f in dataclasses.fields(TrainSettings)} - {"adapters"}
+_OF_ADAPTER = {f.name for f in dataclasses.fields(AdapterSettings)} - {"name", "lora"}
+
+
+def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
+    """Returns the settings in a file, with flags over them.
+
+    A file has the fields of `TrainSettings`, a table ``adapters.NAME`` for each adapter with the
+    fields of `AdapterSettings` and of `fastlora.LoraConfig`, and a table ``defaults`` of the same
+    for all adapters. Its paths are relative to its folder.
+
+    Args:
+        path: A ``.toml`` or ``.json`` file; None for flags alone.
+        flags: Fields of `TrainSettings`; ``defaults``, over every adapter's own; and ``data`` and
+            ``eval_data``, dicts of adapter name to files.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong.
+        AdapterStateError: An adapter is frozen.
+    """
+    given = {} if path is None else _anchored(_parsed(path), path.parent)
+    return parse_settings(given, flags, str(path) if path is not None else "the flags")
+
+
+def parse_settings(
+    given: Mapping[str, Any], flags: Mapping[str, Any], source: str
+) -> TrainSettings:
+    """`read_settings` of a dict.
+
+    Args:
+        given: What the file holds.
+        flags: See `read_settings`.
+        source: Where ``given`` is from, for messages.
+    """
+    tables = _table(given.get("adapters", {}), "adapters", source)
+    defaults = _renamed(_table(given.get("defaults", {}), "defaults", source), "defaults", source)
+    overrides = dict(flags)
+    forced = _renamed(overrides.pop("defaults", {}), "the flags", source)
+    tables = {name: _table(t, f"adapters.{name}", source) for name, t in tables.items()}
+    for key in ("data", "eval_data"):
+        for name, files in overrides.pop(key, {}).items():
+            tables[name] = {**tables.get(name, {}), key: files}
+    top = {k: v for k, v in given.items() if k not in ("adapters", "defaults")} | overrides
+    for key in top:
+        if key not in _TOP:
+            hint = near_names(key, _TOP)
+            if key in _OF_ADAPTER | _LORA_FIELDS | set(_ALIASES):
+                hint = "; it belongs into [defaults] or into an adapter's table"
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+    for name in ("model", "out"):
+        if name not in top:
+            raise ConfigError(f"{source}: no {name!r} is given; expected a folder")
+    if not tables:
+        raise ConfigError(f"{source}: no adapter is given; expected a table [adapters.NAME]")
+    adapters = []
+    for name, table in tables.items():
+        own = _renamed(table, f"adapters.{name}", source)
+        if own.get("init_from") is not None:  # it comes with its own config
+            defaults_here = {k: v for k, v in defaults.items() if k not in _LORA_FIELDS}
+        else:
+            defaults_here = defaults
+        adapters.append(
+            _adapter(name, {**defaults_here, **own, **forced}, f"{source}: adapters.{name}")
+        )
+    return _checked(TrainSettings(adapters=tuple(adapters), **_typed(top, source)), source)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else _toml(text)
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"{path}: not valid {kind} ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise ConfigError(
+                "TOML needs Python 3.11, or `pip install tomli`; or write the config as .json"
+            ) from error
+    return tomllib.loads(text)
+
+
+def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes the paths in a file relative to the folder that it lies in."""
+
+    def anchor(table: Any, keys: tuple[str, ...]) -> Any:
+        if not isinstance(table, dict):
+            return table
+        return {k: _at(folder, v) if k in keys else v for k, v in table.items()}
+
+    of_adapter = ("data", "eval_data", "init_from")
+    result = anchor(data, ("model", "out"))
+    if "defaults" in data:
+        result["defaults"] = anchor(data["defaults"], of_adapter)
+    tables = data.get("adapters")
+    if isinstance(tables, dict):
+        result["adapters"] = {name: anchor(table, of_adapter) for name, table in tables.items()}
+    return result
+
+
+def _at(folder: Path, value: Any) -> Any:
+    if isinstance(value, str):
+        return str(folder / Path(value).expanduser())
+    return [_at(folder, entry) for entry in value] if isinstance(value, list) else value
+
+
+def _table(value: Any, name: str, source: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{source}: {name} must be a table, got {value!r}")
+    return dict(value)
+
+
+def _renamed(table: Mapping[str, Any], where: str, source: str) -> dict[str, Any]:
+    """Returns a table with its short names replaced."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        name = _ALIASES.get(key, key)
+        if name in result:
+            raise ConfigError(f"{source}: {where} has {key!r} beside another name of it, {name!r}")
+        result[name] = value
+    return result
+
+
+def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
+        raise ConfigError(
+            f"{where}: an adapter cannot be called {name!r}; expected letters, digits, _ and -"
+        )
+    known = _OF_ADAPTER | _LORA_FIELDS
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{near_names(key, known)}")
+    lora = {key: value for key, value in table.items() if key in _LORA_FIELDS}
+    if lora.pop("inference_mode", False):
+        raise AdapterStateError(
+            f"{where}: inference_mode = true freezes the adapter, and it is asked to train; leave "
+            "it out"
+        )
+    if table.get("init_from") is not None and lora:
+        raise ConfigError(
+            f"{where}: init_from takes everything from that adapter's own config; leave out "
+            f"{', '.join(sorted(lora))}"
+        )
+    own: dict[str, Any] = {k: v for k, v in table.items() if k in _OF_ADAPTER}
+    if "data" not in own:
+        raise ConfigError(f"{where}: no data is given; expected a file or a list of files")
+    for key in ("data", "eval_data"):
+        if key in own:
+            own[key] = _files(own[key], f"{where}.{key}")
+    if own.get("init_from") is not None:
+        own["init_from"] = Path(_string(own["init_from"], f"{where}.init_from")).expanduser()
+    for key, low, high in (
+        ("learning_rate", 0.0, math.inf),
+        ("weight_decay", 0.0, math.inf),
+        ("warmup_ratio", 0.0, 1.0),
+        ("max_grad_norm", 0.0, math.inf),
+    ):
+        if own.get(key) is not None:
+            own[key] = _number(own[key], f"{where}.{key}", low, high)
+    _choice(own.get("schedule", SCHEDULES[0]), f"{where}.schedule", SCHEDULES)
+    return AdapterSettings(name=name, lora=lora, **own)
+
+
+def _typed(top: dict[str, Any], source: str) -> dict[str, Any]:
+    typed = dict(top)
+    for key, low in (
+        *(("steps", 1), ("batch_size", 1), ("micro_batch_size", 1), ("max_length", 2)),
+        *(("seed", 0), ("save_every", 0), ("keep", 1), ("eval_every", 0)),
+    ):
+        value = typed.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{source}: {key} must be a whole number, got {value!r}")
+        if value is not None and value < low:
+            raise ConfigError(f"{source}: {key} must be at least {low}, got {value}")
+    if "epochs" in typed:
+        typed["epochs"] = _number(typed["epochs"], f"{source}: epochs", 0.0, math.inf)
+    for key in ("chat", "gradient_checkpointing", "deterministic", "cpu"):
+        if not isinstance(typed.get(key, False), bool):
+            raise ConfigError(f"{source}: {key} must be true or false, got {typed[key]!r}")
+    _choice(typed.get("dtype", "auto"), f"{source}: dtype", DTYPES)
+    for key in ("model", "out"):
+        typed[key] = Path(_string(typed[key], f"{source}: {key}")).expanduser()
+    return typed
+
+
+def _checked(settings: TrainSettings, source: str) -> TrainSettings:
+    if settings.steps is None and not settings.epochs:
+        raise ConfigError(f"{source}: epochs must be more than 0, got {settings.epochs}")
+    micro = settings.micro_batch_size
+    if micro is not None and micro > settings.batch_size:
+        raise ConfigError(
+            f"{source}: micro_batch_size must be at most batch_size {settings.batch_size}, got "
+            f"{micro}"
+        )
+    return settings
+
+
+def _files(value: Any, where: str) -> tuple[Path, ...]:
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    if not entries:
+        raise ConfigError(f"{where} is empty, expected a file or a list of files")
+    return tuple(Path(_string(entry, where)).expanduser() for entry in entries)
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ConfigError(f"{where} must be a path, got {value!r}")
+    return str(value)
+
+
+def _number(value: Any, where: str, low: float, high: float) -> float:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high:
+        ends = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
+    return float(value)
+
+
+def _choice(value: Any, where: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,348 @@
+"""Training text: files to tokens, and the order in which samples of all adapters come.
+
+The order is a function of seed and step alone, so a run that is resumed, or runs in more processes,
+sees the same samples in the same steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora.train.losses import IGNORED
+from fastlora.validation import FastLoraError
+
+# Texts that go to the tokenizer at once.
+_CHUNK = 512
+
+
+class DataError(FastLoraError, ValueError):
+    """A data file is missing, empty, or has a line that cannot be used."""
+
+
+class Sample(NamedTuple):
+    """A piece of text.
+
+    Attributes:
+        path: The file.
+        line: Its line there, from 1; 0 for a piece of a plain text file.
+        prompt: What the model is given; None where all of the text counts.
+        text: What the loss is over.
+    """
+
+    path: Path
+    line: int
+    prompt: str | None
+    text: str
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f"{self.path}, line {self.line}" if self.line else str(self.path)
+
+
+def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
+    """Returns the samples of some files, in order, and a digest of the files' bytes.
+
+    Args:
+        paths: ``.jsonl`` (or ``.json``) files hold an object a line, with strings ``prompt`` and
+            ``completion``, or ``text``; any other file is one text.
+
+    Raises:
+        DataError: A file is missing, empty or no UTF-8, or a line is not as described; the message
+            names file and line.
+    """
+    samples: list[Sample] = []
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            text = data.decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+        digest.update(len(data).to_bytes(8, "little") + data)
+        if path.suffix in (".jsonl", ".json"):
+            # Not splitlines(): U+2028 may stand in a JSON string.
+            lines = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
+            found = [_parsed(path, number, line) for number, line in lines]
+        else:
+            found = [Sample(path, 0, None, text)] if text.strip() else []
+        if not found:
+            raise DataError(f"{path}: is empty, expected at least one sample")
+        samples += found
+    return samples, digest.hexdigest()
+
+
+def _parsed(path: Path, number: int, line: str) -> Sample:
+    shown = line if len(line) <= 60 else f"{line[:60]}..."
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {number}: not valid JSON ({error}): {shown!r}") from error
+    keys = set(row) if isinstance(row, dict) else set()
+    if {"prompt", "completion"} <= keys and "text" not in keys:
+        prompt, text = row["prompt"], row["completion"]
+    elif "text" in keys and not keys & {"prompt", "completion"}:
+        prompt, text = None, row["text"]
+    else:
+        raise DataError(
+            f"{path}, line {number}: expected an object with 'prompt' and 'completion', or with "
+            f"'text', got {shown!r}"
+        )
+    if not isinstance(text, str) or not (prompt is None or isinstance(prompt, str)):
+        raise DataError(f"{path}, line {number}: expected strings, got {shown!r}")
+    if not text:
+        raise DataError(f"{path}, line {number}: there is nothing to learn, got {shown!r}")
+    return Sample(path, number, prompt, text)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """One adapter's samples as tokens.
+
+    Attributes:
+        ids: All tokens, int32.
+        ends: Where each sample ends in ``ids``.
+        heads: How many of each sample's first tokens have no label.
+        places: Where each sample is from, for messages.
+        digest: Of the files.
+        cut: How many samples were longer than allowed.
+    """
+
+    ids: torch.Tensor
+    ends: list[int]
+    heads: list[int]
+    places: list[tuple[Path, int]]
+    digest: str
+    cut: int
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.ends)
+
+    def length(self, index: int) -> int:
+        """Returns how many tokens a sample has."""
+        return self.ends[index] - (self.ends[index - 1] if index else 0)
+
+    def counted(self, index: int) -> int:
+        """Returns how many tokens of a sample have a loss; the first has nothing before it."""
+        return self.length(index) - max(self.heads[index], 1)
+
+    def tokens(self, index: int) -> torch.Tensor:
+        """Returns a sample's tokens, int64."""
+        return self.ids[self.ends[index] - self.length(index) : self.ends[index]].long()
+
+    def place(self, index: int) -> str:
+        """Returns where a sample is from."""
+        path, line = self.places[index]
+        return f"{path}, line {line}" if line else str(path)
+
+
+def encode(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    chat: bool = False,
+    advance: Any = None,
+) -> Corpus:
+    """Returns the samples of some files as tokens.
+
+    A completion, and a ``text`` of a JSON line, is followed by the tokenizer's end token. What is
+    longer than ``max_length`` is cut, but for a plain text file: that becomes as many samples as it
+    takes.
+
+    Args:
+        paths: See `read_samples`.
+        tokenizer: Of transformers.
+        max_length: At least 2.
+        chat: Wrap prompts in the tokenizer's chat template.
+        advance: Called with the number of samples that were encoded since the last call.
+
+    Raises:
+        DataError: See `read_samples`; or no token of a sample is left to learn from.
+    """
+    samples, digest = read_samples(paths)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise DataError("chat is on, and the base model's tokenizer has no chat template")
+    pieces: list[torch.Tensor] = []
+    ends: list[int] = []
+    heads: list[int] = []
+    places: list[tuple[Path, int]] = []
+    cut = 0
+
+    def add(sample: Sample, ids: list[int], head: int) -> None:
+        if len(ids) <= max(head, 1):
+            raise DataError(
+                f"{sample.place}: no token is left to learn from: the prompt has {head} tokens, "
+                f"and max_length is {max_length}"
+            )
+        pieces.append(torch.tensor(ids, dtype=torch.int32))
+        ends.append((ends[-1] if ends else 0) + len(ids))
+        heads.append(head)
+        places.append((sample.path, sample.line))
+
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        for sample, (head, tail) in zip(chunk, _encoded(chunk, tokenizer, chat), strict=True):
+            if sample.line:
+                cut += len(head) + len(tail) > max_length
+                add(sample, (head + tail)[:max_length], len(head))
+                continue
+            for at in range(0, len(tail), max_length):
+                # A last piece of one token has nothing to predict it from.
+                if len(tail) - at > 1 or not at:
+                    add(sample, tail[at : at + max_length], 0)
+        if advance is not None:
+            advance(len(chunk))
+    return Corpus(torch.cat(pieces), ends, heads, places, digest, cut)
+
+
+def _encoded(
+    samples: Sequence[Sample], tokenizer: Any, chat: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Returns prompt and labelled tokens of each sample."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompts = [i for i, sample in enumerate(samples) if sample.prompt is not None]
+    texts = [i for i, sample in enumerate(samples) if sample.prompt is None]
+    heads: list[list[int]] = [[] for _ in samples]
+    tails: list[list[int]] = [[] for _ in samples]
+    asked = [samples[i].prompt or "" for i in prompts]
+    if chat:
+        turns = ([{"role": "user", "content": prompt}] for prompt in asked)
+        asked = [
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            for turn in turns
+        ]
+    for index, ids in zip(prompts, _ids(asked, tokenizer, special=not chat), strict=True):
+        heads[index] = ids[:-1] if end and ids[-1:] == end and len(ids) > 1 and not chat else ids
+    answers = [samples[i].text for i in prompts]
+    for index, ids in zip(prompts, _ids(answers, tokenizer, special=False), strict=True):
+        tails[index] = ids + end
+    alone = [samples[i].text for i in texts]
+    for index, ids in zip(texts, _ids(alone, tokenizer, special=True), strict=True):
+        ended = ids[-1:] == end or not samples[index].line
+        tails[index] = ids if ended else ids + end
+    return list(zip(heads, tails, strict=True))
+
+
+def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: a text longer than the model's context is cut later, which is no news.
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)[
+        "input_ids"
+    ]
+    return found
+
+
+class Row(NamedTuple):
+    """One sample of a batch: its adapter, and its number among the adapter's."""
+
+    adapter: str
+    sample: int
+
+
+class Order:
+    """Which samples a step has: all adapters' data shuffled together, epoch after epoch.
+
+    Args:
+        sizes: Number of samples of each adapter.
+        batch_size: Samples in a step.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
+        self.names = list(sizes)
+        self.starts = [0]
+        for size in sizes.values():
+            self.starts.append(self.starts[-1] + size)
+        self.total = self.starts[-1]
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epochs: dict[int, torch.Tensor] = {}
+
+    def rows(self, step: int) -> list[Row]:
+        """Returns the samples of a step, counted from 0."""
+        places = self._places(step * self.batch_size, self.batch_size).tolist()
+        owners = [bisect_right(self.starts, place) - 1 for place in places]
+        return [
+            Row(self.names[owner], place - self.starts[owner])
+            for place, owner in zip(places, owners, strict=True)
+        ]
+
+    def presence(self, steps: int) -> dict[str, int]:
+        """Returns in how many of the first steps each adapter has a sample."""
+        counts = torch.zeros(len(self.names), dtype=torch.int64)
+        edges = torch.tensor(self.starts[1:])
+        for first in range(0, steps, _CHUNK):
+            chunk = min(_CHUNK, steps - first)
+            places = self._places(first * self.batch_size, chunk * self.batch_size)
+            owners = torch.bucketize(places, edges, right=True).view(chunk, -1)
+            # A number for each pair of step and adapter, each counted once.
+            pairs = torch.unique(owners + len(self.names) * torch.arange(chunk).unsqueeze(1))
+            counts += torch.bincount(pairs % len(self.names), minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def _places(self, first: int, count: int) -> torch.Tensor:
+        """Returns a stretch of the endless row of shuffled epochs."""
+        parts = []
+        while count:
+            epoch, at = divmod(first, self.total)
+            part = self._epoch(epoch)[at : at + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return torch.cat(parts)
+
+    def _epoch(self, epoch: int) -> torch.Tensor:
+        if epoch not in self._epochs:
+            digest = hashlib.blake2b(f"{self.seed}:{epoch}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            recent = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
+            self._epochs = {**recent, epoch: torch.randperm(self.total, generator=generator)}
+        return self._epochs[epoch]
+
+
+def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int) -> list[list[Row]]:
+    """Returns a step's samples in forwards of ``size``; long samples together, to pad less."""
+    ordered = sorted(rows, key=lambda row: -corpora[row.adapter].length(row.sample))
+    return [list(ordered[at : at + size]) for at in range(0, len(ordered), size)]
+
+
+class Batch(NamedTuple):
+    """What one forward takes.
+
+    Attributes:
+        adapters: The adapter of each of the B samples.
+        inputs: ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right.
+        labels: int64 ``[B, T]``, -100 where a token does not count.
+    """
+
+    adapters: list[str]
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+
+def collate(
+    rows: Sequence[Row], corpora: Mapping[str, Corpus], pad: int, device: torch.device
+) -> Batch:
+    """Returns some samples as one padded batch."""
+    tokens = [corpora[row.adapter].tokens(row.sample) for row in rows]
+    width = max(len(ids) for ids in tokens)
+    input_ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for i, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
+        head = corpora[row.adapter].heads[row.sample]
+        input_ids[i, : len(ids)] = ids
+        mask[i, : len(ids)] = 1
+        labels[i, head : len(ids)] = ids[head:]
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    return Batch([row.adapter for row in rows], inputs, labels.to(device))

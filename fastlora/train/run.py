@@ -1,0 +1,355 @@
+"""A training run: adapters of one base model trained together, in one process or in several.
+
+A step is a fixed set of samples in a fixed number of forwards. The forwards are dealt to the
+processes, whose gradients are summed before every adapter's optimizer steps; so a run in several
+processes gives what one process gives, to the rounding of that sum. Everything random is a function
+of seed, step and forward, so a resumed run repeats bit for bit what the killed one would have done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import adapter_state
+from fastlora.batch import adapters
+from fastlora.checkpoint import save_adapter_folder
+from fastlora.model import LoraModel
+from fastlora.recommend import recommend
+from fastlora.train import checkpoint, prepare
+from fastlora.train.config import TrainSettings
+from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches
+from fastlora.train.log import RunLog
+from fastlora.train.losses import causal_lm_losses
+from fastlora.train.parameters import adapter_parameters
+from fastlora.train.prepare import TrainError
+from fastlora.train.processes import Processes
+from fastlora.validation import CheckpointError
+
+_SHOWN_LOSSES = 6
+_SHOWN_DIFFERENCES = 5
+
+
+class NonFiniteError(TrainError):
+    """A loss or a gradient became NaN or infinite.
+
+    Attributes:
+        step: In which step, counted from 1.
+        adapter: Whose.
+    """
+
+    def __init__(self, message: str, step: int, adapter: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.adapter = adapter
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        steps: Steps in all, those before a resume included.
+        losses: Each adapter's loss in its last step; empty where nothing was left to do.
+        eval_losses: Each adapter's loss on its evaluation data, at the end.
+        adapters: Each adapter's folder.
+        resumed_from: Step of the checkpoint that it went on from; 0 for none.
+    """
+
+    steps: int
+    losses: dict[str, float]
+    eval_losses: dict[str, float]
+    adapters: dict[str, Path]
+    resumed_from: int = 0
+
+
+def train(settings: TrainSettings, *, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Trains adapters and writes them, in PEFT's format, into folders of their names.
+
+    Reseeds the global generators of Python, NumPy and torch at every forward.
+
+    Args:
+        settings: From `read_settings`.
+        resume: Go on from the newest checkpoint in ``settings.out``, where there is one.
+        progress: Show bars.
+
+    Raises:
+        ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
+        CheckpointError, TrainError: Something does not fit; before the first step, and nothing has
+            been written.
+        NonFiniteError: A loss or gradient is not finite. Checkpoints are as they were.
+        CheckpointError: A checkpoint cannot be written; the older ones are as they were.
+    """
+    prepare.check_folders(settings)
+    found = checkpoint.checkpoints(settings.out / "checkpoints")
+    if found and not resume:
+        raise TrainError(
+            f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
+            "another out folder"
+        )
+    run = Run(settings, found[-1] if found else None, progress)
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+class Run:
+    """A run that is set up, and resumed where it was begun before; see `train`.
+
+    Args:
+        settings: What to train.
+        resumed: A checkpoint to go on from, or None.
+        progress: Show bars.
+
+    Raises:
+        FastLoraError: See `train`.
+    """
+
+    def __init__(self, settings: TrainSettings, resumed: Path | None, progress: bool) -> None:
+        state = None if resumed is None else checkpoint.read_checkpoint(resumed)
+        self.processes = Processes(settings.cpu)
+        self.settings = settings
+        self.progress = progress and self.processes.main
+        self.root = settings.out / "checkpoints"
+        self.step = 0
+        self.losses: dict[str, float] = {}
+        self._log: RunLog | None = None
+
+        tokenizer = prepare.load_tokenizer(settings)
+        self.corpora = prepare.read_data(settings, tokenizer, progress=self.progress)
+        self.held_out = prepare.read_data(settings, tokenizer, "eval_data", progress=self.progress)
+        self.schedule = prepare.make_schedule(settings, self.corpora, self.processes.count)
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad = next(i for i in ids if i is not None)
+        self.model = self._make_model()
+        advice = recommend(self.model)
+        self.optimizers = prepare.make_optimizers(
+            self.model, settings, advice, self.schedule.own_steps, self.processes.device
+        )
+        weights = checkpoint.fingerprint(self.model.get_base_model())
+        self.identity = prepare.identity(settings, self.schedule, self.corpora, self.model, weights)
+        if resumed is not None and state is not None:
+            self._resume(resumed, state)
+        self.resumed_from = self.step
+
+    def _make_model(self) -> LoraModel:
+        settings, device = self.settings, self.processes.device
+        if settings.deterministic and device.type == "cuda":
+            # Read when cuBLAS starts; without it, its split reductions may differ between runs.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        base = prepare.load_base(settings, progress=self.progress)
+        prepare.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
+        if settings.gradient_checkpointing:
+            # transformers 5 renamed it, and warns about the old name.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(base, name) for name in names if hasattr(base, name))
+            enable({"use_reentrant": False})
+        model = prepare.add_adapters(base, settings, recommend(base))
+        return model.to(device).train()
+
+    def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
+        found = checkpoint.differences(state.identity, self.identity)
+        if found:
+            more = len(found) - _SHOWN_DIFFERENCES
+            shown = "; ".join(found[:_SHOWN_DIFFERENCES]) + (
+                f"; and {more} more" if more > 0 else ""
+            )
+            raise CheckpointError(f"{path} is of another run: {shown}")
+        for adapter in self.settings.adapters:
+            folder = checkpoint.adapters_folder(path) / adapter.name
+            self.model.load_adapter(folder, adapter.name, is_trainable=True)
+        self.optimizers.load_state_dict(state.optimizers)
+        self.step = state.step
+
+    # ---------------------------------------------------------------------------------- the run
+
+    def train(self) -> TrainResult:
+        """Does all steps that are left, and writes the adapters."""
+        from tqdm import tqdm
+
+        settings, steps = self.settings, self.schedule.steps
+        if self.processes.main:
+            checkpoint.sweep(self.root)
+            self._log = RunLog(settings.out, self.step)
+        where = {"processes": self.processes.count, "device": str(self.processes.device)}
+        self._write_log({"step": self.step, **where})
+        evaluated: dict[str, float] = {}
+        with tqdm(
+            total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
+        ) as bar:
+            while self.step < steps:
+                self._do_step()
+                bar.set_postfix_str(self._shown_losses(), refresh=False)
+                bar.update()
+                done = self.step == steps
+                if self.held_out and (done or _is_due(self.step, settings.eval_every)):
+                    evaluated = self.evaluate()
+                if done or _is_due(self.step, settings.save_every):
+                    self.save()
+        if self.held_out and not evaluated:
+            evaluated = self.evaluate()
+        folders = {a.name: settings.out / a.name for a in settings.adapters}
+
+        def write() -> None:
+            for name, folder in folders.items():
+                save_adapter(self.model, name, folder)
+
+        self.processes.in_main(write)
+        return TrainResult(self.step, dict(self.losses), evaluated, folders, self.resumed_from)
+
+    def close(self) -> None:
+        """Ends the log and the process group."""
+        if self._log is not None:
+            self._log.close()
+        self.processes.end()
+
+    def _do_step(self) -> None:
+        """Does one optimizer step.
+
+        Raises:
+            NonFiniteError: A loss or gradient is not finite; no adapter has a checkpoint of it.
+        """
+        rows = self.schedule.order.rows(self.step)
+        present = [n for n in self.corpora if any(row.adapter == n for row in rows)]
+        tokens = dict.fromkeys(present, 0)
+        for row in rows:
+            tokens[row.adapter] += self.corpora[row.adapter].counted(row.sample)
+        sums = dict.fromkeys(present, 0.0)
+        parts = micro_batches(rows, self.corpora, self.schedule.micro_batch_size)
+        for number, part, own in self.processes.own(parts):
+            # Drawn in every process, so that all count alike.
+            seeds = self.optimizers.draw_seeds([row.adapter for row in part])
+            if not own:
+                continue
+            self._reseed(number)
+            batch = self._batch(part, self.corpora)
+            with adapters(self.model, batch.adapters, seeds=seeds):
+                logits = self.model(**batch.inputs, use_cache=False).logits
+            losses = causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
+            self.optimizers.backward(losses)
+            for name, value in losses.values.items():
+                sums[name] += value
+        values = self.processes.summed(sums)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self._not_finite("loss", name, value, rows)
+        self.processes.sum_gradients(self._trained(present))
+        report = self.optimizers.step(present)
+        self.optimizers.zero_grad()
+        if report.skipped and not prepare.needs_scale(self.model):
+            name = report.skipped[0]
+            raise self._not_finite("gradient", name, report.grad_norms[name], rows)
+        self.step += 1
+        self.losses.update(values)
+        rates = {
+            name: optimizer.param_groups[0]["lr"]
+            for name, optimizer in self.optimizers.by_adapter.items()
+        }
+        self._write_log(
+            {"step": self.step, "loss": values, "grad_norm": report.grad_norms, "next_lr": rates}
+        )
+
+    def _trained(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """Returns the parameters that these adapters train, each once."""
+        found = (p for name in names for p in adapter_parameters(self.model, name).values())
+        return list({id(p): p for p in found if p.requires_grad}.values())
+
+    def _batch(self, rows: Sequence[Row], corpora: Mapping[str, Corpus]) -> Batch:
+        return collate(rows, corpora, self.pad, self.processes.device)
+
+    def _reseed(self, number: int) -> None:
+        """Makes what the base model draws (its own dropout) a function of step and forward."""
+        from accelerate.utils import set_seed
+
+        text = f"{self.settings.seed}:{self.step}:{number}"
+        digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+        set_seed(int.from_bytes(digest, "big"))
+
+    def _not_finite(self, what: str, name: str, value: float, rows: list[Row]) -> NonFiniteError:
+        places = [self.corpora[name].place(row.sample) for row in rows if row.adapter == name]
+        found = checkpoint.checkpoints(self.root)
+        last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        return NonFiniteError(
+            f"step {self.step + 1}: the {what} of adapter {name!r} is {value}; stopped, {last}. "
+            f"Its samples in that step: {'; '.join(places[:3])}{more}",
+            self.step + 1,
+            name,
+        )
+
+    # ------------------------------------------------------------------ evaluation and saving
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Returns the loss of each adapter on its evaluation data, over all of its tokens."""
+        rows = [Row(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
+        sums = dict.fromkeys(self.held_out, 0.0)
+        self.model.eval()
+        parts = micro_batches(rows, self.held_out, self.schedule.micro_batch_size)
+        for _, part, own in self.processes.own(parts):
+            if not own:
+                continue
+            batch = self._batch(part, self.held_out)
+            with adapters(self.model, batch.adapters):
+                logits = self.model(**batch.inputs, use_cache=False).logits
+            losses = causal_lm_losses(logits, batch.labels, batch.adapters)
+            for name, value in losses.values.items():
+                sums[name] += value * losses.tokens[name]
+        self.model.train()
+        counted = {n: sum(c.counted(i) for i in range(len(c))) for n, c in self.held_out.items()}
+        found = {name: total / counted[name] for name, total in self.processes.summed(sums).items()}
+        self._write_log({"step": self.step, "eval_loss": found})
+        return found
+
+    def save(self) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: It cannot be written; the older ones are as they were.
+        """
+        state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
+
+        def write() -> None:
+            with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
+                for adapter in self.settings.adapters:
+                    save_adapter(self.model, adapter.name, folder / adapter.name)
+
+        self.processes.in_main(write)
+
+    # ------------------------------------------------------------------------------- reporting
+
+    def _write_log(self, entry: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(entry)
+
+    def _shown_losses(self) -> str:
+        shown = [f"{name} {value:.3f}" for name, value in self.losses.items()]
+        more = len(shown) - _SHOWN_LOSSES
+        return ", ".join(shown[:_SHOWN_LOSSES]) + (f", and {more} more" if more > 0 else "")
+
+
+def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
+    """Writes one adapter into a folder, in PEFT's format; see `save_adapter_folder`.
+
+    Raises:
+        CheckpointError: It cannot be written; what was there is as it was.
+    """
+    tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
+    try:
+        save_adapter_folder(folder, model.peft_config[name], tensors)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error})") from error
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

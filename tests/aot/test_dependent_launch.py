@@ -1,0 +1,75 @@
+"""A dependent launch reads s behind its wait; a kernel that waits too late, or not always, shows.
+
+That every shipped config does it right is a column of the table (`test_ahead_of_time.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_kernels import compile_launch, early_loads_of_s  # noqa: E402
+from launches import CHIPS, Case, cases, record  # noqa: E402
+
+from fastlora import env, kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
+
+WAIT = "    if PDL:\n        tl.extra.cuda.gdc_wait()\n"
+# What each kernel has behind its rank rows.
+BEHIND = "    if HAS_BIAS:\n        acc += bias[None, :]\n"
+EDITS = {
+    "late": ("", WAIT + BEHIND),
+    "sometimes": (WAIT.replace("if PDL:", "if PDL and pid_n == 0:"), BEHIND),
+    "never": ("", BEHIND),
+}
+
+
+def mutant(stem: str, edit: str, folder: Path) -> ModuleType:
+    """A kernel's module with its wait elsewhere."""
+    source = Path(importlib.import_module(f"fastlora.kernels.{stem}").__file__ or "").read_text()
+    assert source.count(WAIT) == source.count(BEHIND) == 1
+    wait, behind = EDITS[edit]
+    path = folder / f"{stem}.py"
+    path.write_text(source.replace(WAIT, wait).replace(BEHIND, behind))
+    spec = importlib.util.spec_from_file_location(f"fastlora.kernels.{stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def smallest(stem: str) -> Case:
+    """The heavy case on sm_90 that compiles fastest."""
+    chips = [chip for chip in CHIPS if chip.arch == "sm_90"]
+    found = [
+        case
+        for case in cases(chips)
+        if case.shipped.kernel == stem
+        and case.variant == "heavy"
+        and case.shipped.dtype == torch.bfloat16
+    ]
+    return min(found, key=lambda c: c.shipped.config.block_m * c.shipped.config.block_n)
+
+
+@pytest.mark.parametrize("stem", ["lora_linear", "mixed_lora_linear"])
+@pytest.mark.parametrize("edit", ["", *EDITS])
+def test_a_wait_in_the_wrong_place_shows(stem: str, edit: str, tmp_path: Path) -> None:
+    case = smallest(stem)
+    name = f"fastlora.kernels.{stem}"
+    module = mutant(stem, edit, tmp_path) if edit else importlib.import_module(name)
+    with mock.patch.dict(sys.modules, {name: module}), mock.patch.object(kernels, stem, module):
+        launch = record(case)
+    assert launch.arguments["launch_pdl"]
+    early = early_loads_of_s(launch, compile_launch(launch, case.arch), case.arch)
+    assert (early > 0) == bool(edit)

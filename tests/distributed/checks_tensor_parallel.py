@@ -1,0 +1,265 @@
+"""Tensor parallelism through DTensor; run by test_processes.py."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import steps
+import torch
+import torch.distributed as dist
+from checks_fsdp2 import raises
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import fastlora
+from fastlora.integrations.distributed import tensor_parallel
+from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.sharding import copy_whole_, whole
+from fastlora.testing import assert_within_budget
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
+
+PLAN = {
+    "model.layers.*.self_attn.q_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.k_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.v_proj": ColwiseParallel(),
+    "model.layers.*.self_attn.o_proj": RowwiseParallel(),
+    "model.layers.*.mlp.gate_proj": ColwiseParallel(),
+    "model.layers.*.mlp.up_proj": ColwiseParallel(),
+    "model.layers.*.mlp.down_proj": RowwiseParallel(),
+}
+# The layouts that parallel styles can give what goes into a pair of linears and comes out of it.
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"up": ColwiseParallel(), "down": RowwiseParallel()},
+    {
+        "up": ColwiseParallel(output_layouts=Replicate()),
+        "down": RowwiseParallel(input_layouts=Replicate()),
+    },
+    {
+        "up": ColwiseParallel(input_layouts=Shard(0), use_local_output=False),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+    },
+)
+IDS = ["default", None, "b", "default", "b", None, "default", "b"]
+
+
+class Pair(nn.Module):
+    """Two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(17, 22), nn.Linear(22, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 17]`` to ``[..., 10]``."""
+        return self.down(self.up(x).relu())
+
+
+def mesh() -> DeviceMesh:
+    """Both processes."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def pair(plan: dict[str, Any] | None, dtype: torch.dtype, **config: Any) -> Any:
+    """Two adapters on a pair of linears, split before they come where there is a plan."""
+    torch.manual_seed(0)
+    base = Pair().to(dtype)
+    if plan is not None:
+        base = parallelize_module(base, mesh(), copy.deepcopy(plan))
+        torch.manual_seed(steps.rank())  # processes may disagree about fresh factors
+    config = {"target_modules": ["up", "down"], "lora_alpha": 6, **config}
+    model = fastlora.get_peft_model(base, fastlora.LoraConfig(r=3, lora_bias=True, **config))
+    model.add_adapter("b", fastlora.LoraConfig(r=5, **config))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                copy_whole_(parameter, torch.randn(parameter.shape, generator=generator))
+    model.set_adapter(["default", "b"])
+    return model
+
+
+def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, torch.Tensor]:
+    """Output, and the gradients of the input and of every factor."""
+    x = torch.randn(8, 17, generator=torch.Generator().manual_seed(3)).to(dtype)
+    weights = torch.randn(8, 10, generator=torch.Generator().manual_seed(4)).to(dtype)
+    part = slice(4 * steps.rank(), 4 * steps.rank() + 4) if own else slice(None)
+    x = x[part].requires_grad_()
+    if ids is None:
+        y = model(x)
+    else:
+        with fastlora.adapters(model, ids):
+            y = model(x)
+    (y * weights[part]).sum().backward()
+    found = {"y": y.detach(), "dx": x.grad}
+    if own:
+        for name, tensor in found.items():
+            parts = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(parts, tensor.contiguous())
+            found[name] = torch.cat(parts)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            if own or whole(parameter) is not parameter:
+                assert parameter.grad.placements == parameter.placements, name
+            found[name] = whole(parameter.grad)
+    return found
+
+
+def check_layouts(folder: Path) -> None:
+    """Values and every gradient in each layout: two active adapters, and mixed rows."""
+    for plan in LAYOUTS:
+        own = plan["up"].input_layouts == (Shard(0),)
+        for ids in (None, IDS):
+            found = results(pair(plan, torch.float32), torch.float32, ids, own)
+            same = results(pair(None, torch.float32), torch.float32, ids, False)
+            truth = results(pair(None, torch.float64), torch.float64, ids, False)
+            assert found.keys() == truth.keys()
+            for name, tensor in found.items():
+                assert_within_budget(tensor, same[name], truth[name], name)
+
+
+def check_fresh_factors(folder: Path) -> None:
+    """Whole factors are the same in every process although their generators were not."""
+    torch.manual_seed(steps.rank())
+    base = parallelize_module(Pair(), mesh(), dict(LAYOUTS[0]))
+    model = fastlora.get_peft_model(base, fastlora.LoraConfig(target_modules=["up", "down"]))
+    for factor in (model.get_base_model().up.lora_A, model.get_base_model().down.lora_B):
+        own = factor["default"].weight.to_local().contiguous()
+        parts = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(parts, own)
+        assert torch.equal(*parts)
+
+
+def check_training(folder: Path) -> None:
+    """A Llama split over processes trains what one process trains, whichever came first."""
+    first = steps.build()
+    tensor_parallel(first, mesh(), dict(PLAN))
+    base = steps.tiny_llama(tie_word_embeddings=False)
+    parallelize_module(base, mesh(), dict(PLAN))
+    second = fastlora.get_peft_model(base, fastlora.LoraConfig(**steps.CONFIG)).train()
+    values = steps.trained(steps.build())
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if parameter.requires_grad:
+                copy_whole_(parameter, values[name.replace("base_layer.", "")])
+    for model in (first, second):
+        rows = fastlora.fusion_report(model).rows
+        assert len(rows) == 14 and all("tensor parallel" in row.reason for row in rows)
+        steps.train(model, half=False)
+        steps.assert_as_one(model)
+
+
+def check_files_and_merging(folder: Path) -> None:
+    """Saved from shards as from one process, loaded into shards; merged and unloaded."""
+    x = torch.randn(5, 17, generator=torch.Generator().manual_seed(3)).double()
+    model, alone = pair(LAYOUTS[0], torch.float64), pair(None, torch.float64)
+    model.save_pretrained(folder / "split")
+    if steps.rank() == 0:
+        alone.save_pretrained(folder / "alone")
+    dist.barrier()
+    for file in ("adapter_model.safetensors", "b/adapter_model.safetensors"):
+        saved, expected = (load_file(folder / name / file) for name in ("split", "alone"))
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+    torch.manual_seed(0)
+    base = parallelize_module(Pair().double(), mesh(), dict(LAYOUTS[0]))
+    again = fastlora.LoraModel.from_pretrained(base, folder / "split")
+    again.load_adapter(folder / "split" / "b", "b")
+    again.set_adapter(["default", "b"])
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(again(x), expected)
+        delta = again.get_base_model().down.get_delta_weight("b")
+        assert delta.shape == (10, 22)
+        again.merge_adapter(safe_merge=True)
+        merged = again(x)
+        alone.merge_adapter()
+        same = pair(None, torch.float32)(x.float())
+        assert_within_budget(merged.float(), same, alone(x))
+        again.unmerge_adapter()
+        assert torch.equal(again(x), expected)
+        bare = again.merge_and_unload()
+        assert type(bare.up) is nn.Linear and len(bare.up._forward_hooks) == 1  # torch's own
+        assert torch.equal(bare(x), merged)
+
+
+def dropped(name: str, shown: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:
+    """What one layer of a pair with weights of zeros gives where lora_B shows parts of the mask.
+
+    ``shown`` are pairs of an output and the input whose mask it is to be.
+    """
+    base = parallelize_module(Pair(), mesh(), dict(LAYOUTS[0]))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.zero_()
+    r = base.get_submodule(name).in_features
+    config = fastlora.LoraConfig(r=r, lora_alpha=r, target_modules=[name], lora_dropout=0.5)
+    layer = fastlora.get_peft_model(base, config).train().get_base_model().get_submodule(name)
+    lora_b = torch.zeros(layer.out_features, r)
+    for output, seen in shown:
+        lora_b[output, seen] = 1.0
+    with torch.no_grad():
+        copy_whole_(layer.lora_A["default"].weight, torch.eye(r))
+        copy_whole_(layer.lora_B["default"].weight, lora_b)
+    return layer(x)
+
+
+def check_dropout(folder: Path) -> None:
+    """Column-wise all processes drop the same elements; row-wise each has a mask of its own."""
+    torch.manual_seed(steps.rank())
+    shown = [(i, i) for i in range(11)] + [(11 + i, i) for i in range(11)]
+    own = dropped("up", shown, torch.ones(64, 17)).detach()
+    assert set(own.flatten().tolist()) == {0.0, 2.0}
+    parts = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(parts, own)
+    assert torch.equal(*parts)
+
+    torch.manual_seed(0)
+    shown = [(i, i) for i in range(5)] + [(5 + i, 11 + i) for i in range(5)]
+    y = dropped("down", shown, torch.ones(64, 11)).detach()
+    assert set(y.flatten().tolist()) == {0.0, 2.0}
+    assert not torch.equal(y[:, :5], y[:, 5:])
+
+
+def check_refusals(folder: Path) -> None:
+    """What cannot be right is an error that says what to do."""
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        base = pair(None, torch.float32).get_base_model()
+        raises((KeyError, AttributeError), "", parallelize_module, base, mesh(), {"up": style})
+    model = pair(None, torch.float32)
+    model.merge_adapter()
+    raises(AdapterStateError, "unmerge_adapter", tensor_parallel, model, mesh(), dict(LAYOUTS[0]))
+    split = pair(LAYOUTS[0], torch.float32)
+    layer = split.get_base_model().up
+    assert isinstance(layer, TensorParallelLora)
+    layer.lora_A["b"].register_forward_hook(lambda *_: None)
+    raises(UnsupportedLayerError, "hooked", split, torch.randn(2, 17))
+
+
+def check_with_fsdp2(folder: Path) -> None:
+    """FSDP2 over tensor parallelism, a mesh of two dimensions: trains, saves, loads."""
+    for shape in ((2, 1), (1, 2)):
+        both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        model = tensor_parallel(steps.build(), both["tensor"], dict(PLAN))
+        steps.shard(model, mesh=both["data"])
+        steps.train(model, half=shape[0] == 2)
+        steps.assert_as_one(model)
+        expected = steps.trained(model)
+        model.save_pretrained(folder / str(shape))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+        model.load_adapter(folder / str(shape), "default")
+        found = steps.trained(model)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        raises(UnsupportedLayerError, "FSDP2 shards", model.merge_adapter)

@@ -1,0 +1,102 @@
+"""What the kernels for mixed batches tell the compiler of their values is true of every value.
+
+A false hint changes nothing in the interpreter, and on a GPU what a load or store touches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora.env import triton_interpreted
+
+pytest.importorskip("triton", reason="triton is not installed")
+if not triton_interpreted():
+    pytest.skip("hints are checked with TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastlora import mixed_ops  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_problem import MixedProblem, draw_ids  # noqa: E402
+
+HINTS = ("tt.divisibility", "tt.contiguity", "tt.constancy")
+# Three modules of one x: few columns, many, some that fill no block, and an absent one.
+RANKS = ((1, 3, 8, 16, 24, 64, 128, 0), (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
+
+
+def holds(kind: str, values: np.ndarray, counts: Sequence[int]) -> bool:
+    """Whether a hint is true: along each dimension, of every group of so many values."""
+    if values.ndim == 0:
+        return kind != "tt.divisibility" or int(values) % counts[0] == 0
+    for axis, size in enumerate(counts):
+        if size == 1:
+            continue
+        if values.shape[axis] % size:
+            # Divisible, each value for itself: nothing is said of a run shorter than that.
+            if kind != "tt.divisibility" or (values % size).any():
+                return False
+            continue
+        groups = np.moveaxis(values, axis, -1)
+        groups = groups.reshape(*groups.shape[:-1], -1, size)
+        if kind == "tt.constancy":
+            true = (groups == groups[..., :1]).all()
+        elif kind == "tt.contiguity":
+            true = (np.diff(groups, axis=-1) == 1).all()
+        else:  # of the first of each run of consecutive values, or of each value
+            true = (groups[..., 0] % size == 0).all() or (values % size == 0).all()
+        if not true:
+            return False
+    return True
+
+
+@pytest.fixture
+def hints() -> Any:
+    """Collects (kind, counts, whether it holds) of every hint that a kernel gives meanwhile."""
+    from triton.runtime import interpreter
+
+    found: list[tuple[str, tuple[int, ...], bool]] = []
+
+    def set_attr(self: Any, key: str, value: Any) -> None:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        counts = tuple(int(getattr(item, "value", item)) for item in items)
+        if key in HINTS:
+            values = np.asarray(self.data)
+            values = values.reshape(()) if values.size == 1 else values
+            found.append((key, counts, holds(key, values.astype(np.int64), counts)))
+
+    with mock.patch.object(interpreter.TensorHandle, "set_attr", set_attr):
+        yield found
+
+
+@pytest.mark.parametrize("m", [20, 150])
+def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
+    """One shrink for three modules, then linear, expand and add of one; ids in random order."""
+    problem = MixedProblem(lab, draw_ids(m, 8), RANKS, 40, [24] * 3, torch.float16, biased=(1,))
+    pieces = mixed_ops.pieces_of(problem.groups)
+    ops, route = torch.ops.fastlora, problem.route
+    s = ops.mixed_lora_shrink(
+        problem.x, *route, pieces, problem.lora_a_address, problem.rank, 128, torch.float16
+    )
+    tables = (problem.lora_b_address, problem.lora_bias_address, problem.rank, problem.scaling)
+    known = (problem.x, problem.weights[0], problem.biases[0], *route, pieces, s)
+    y = ops.mixed_lora_linear(
+        *known, problem.lora_a_address, *tables, 0, 128, torch.float16, "fused"
+    )
+    problem.check(y)
+    base = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
+    expanded, added = base.clone(), base.clone()
+    ops.mixed_lora_expand_(expanded, s, *route, *tables, 0, torch.float16)
+    problem.check(expanded)
+    ops.mixed_lora_add_(
+        added, problem.x, *route, pieces, problem.lora_a_address, *tables, 0, 128, torch.float16
+    )
+    problem.check(added)
+    assert {kind for kind, _, _ in hints} == set(HINTS)
+    assert not [hint for hint in hints if not hint[2]]
