@@ -191,6 +191,7 @@ class Routing:
         residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
         kernels: What Triton kernels read; empty until a layer needs it.
         ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
+        training: What kernels read with gradients; empty until a layer needs it.
     """
 
     group: Group
@@ -201,6 +202,7 @@ class Routing:
     residents: tuple[Any, ...] | None = None
     kernels: list[KernelRouting] = field(default_factory=list, repr=False)
     ready: dict[int, Any] = field(default_factory=dict, repr=False)
+    training: list[Any] = field(default_factory=list, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -232,7 +234,7 @@ class Routing:
         Raises:
             AdapterNotFoundError: Its rows came out NaN.
         """
-        if any(kernels.found_invalid() for kernels in self.kernels):
+        if any(kernels.found_invalid() for kernels in (*self.kernels, *self.training)):
             raise AdapterNotFoundError(_out_of_range(self.names) + "; its rows came out NaN")
 
     def identity(self, slot: int) -> Any:

@@ -29,6 +29,8 @@ class RowGroups:
         invalid: bool ``[1]``, set once an id was out of range; it stays set until it is zeroed.
         m: Rows of the batch.
         slots: Ids run from -1 to ``slots - 1``.
+        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M; a
+            slot without rows starts where the next one does.
     """
 
     order: torch.Tensor
@@ -37,6 +39,7 @@ class RowGroups:
     invalid: torch.Tensor
     m: int
     slots: int
+    slot_start: torch.Tensor
     _pieces: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def pieces(self, block_m: int) -> torch.Tensor:
@@ -63,8 +66,11 @@ class RowGroups:
             TypeError: ids are not integers.
             ValueError: ids have another shape than ``[B]`` with B a divisor of m.
         """
-        order, segment_of, segment_slot, bad = _group(ids, self.m, self.slots, self.order.device)
+        order, segment_of, segment_slot, bad, slot_start = _group(
+            ids, self.m, self.slots, self.order.device
+        )
         self.order.copy_(order)
+        self.slot_start.copy_(slot_start)
         self.segment_of.copy_(segment_of)
         self.segment_slot.copy_(segment_slot)
         self.invalid.logical_or_(bad)
@@ -91,14 +97,14 @@ def build_row_groups(
     """
     if slots < 0:
         raise ValueError(f"slots is {slots}, expected 0 or more")
-    order, segment_of, segment_slot, bad = _group(ids, m, slots, device or ids.device)
-    return RowGroups(order, segment_of, segment_slot, bad, m, slots)
+    order, segment_of, segment_slot, bad, slot_start = _group(ids, m, slots, device or ids.device)
+    return RowGroups(order, segment_of, segment_slot, bad, m, slots, slot_start)
 
 
 def _group(
     ids: torch.Tensor, m: int, slots: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns order, segment_of, segment_slot and the flag."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns order, segment_of, segment_slot, the flag and slot_start."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
@@ -113,7 +119,9 @@ def _group(
     segment_of = _starts(slot).cumsum(0, dtype=torch.int32) - 1
     segment_slot = slot.new_full((min(m, slots + 2),), NO_SLOT)
     segment_slot.scatter_(0, segment_of.long(), slot)
-    return order.to(torch.int32), segment_of, segment_slot, bad.any().view(1)
+    every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
+    slot_start = torch.searchsorted(slot, every_slot, out_int32=True)
+    return order.to(torch.int32), segment_of, segment_slot, bad.any().view(1), slot_start
 
 
 def _starts(values: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,9 @@ def base_product(
     EVEN_K: tl.constexpr,
     WEIGHT_POLICY: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    acc=None,
 ):
-    """Returns ``x @ weight.T`` of one tile, ``[BLOCK_M, BLOCK_N]`` in fp32.
+    """Returns ``x @ weight.T`` of one tile, ``[BLOCK_M, BLOCK_N]`` in fp32, on top of ``acc``.
 
     ``offs_xm [BLOCK_M]`` are the tile's rows of x as offsets from ``x_ptr``, so rows may be
     gathered; ``weight_ptr`` points at the tile's first row of weight.
@@ -43,7 +44,8 @@ def base_product(
     offs_k = tl.arange(0, BLOCK_K)
     offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
     offs_w = offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if acc is None:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_x = mask_m[:, None]
         mask_w = mask_n[None, :]

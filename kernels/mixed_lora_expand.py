@@ -3,7 +3,8 @@
 y ``[M, N]`` in any order of rows; s are the planes of `mixed_lora_shrink` over sorted positions,
 ``[splits, M, R]``; lora_b as rank rows ``[rank, N]`` and lora_bias ``[N]`` behind tables ``[S]``.
 y is read once, added to in fp32 and rounded once; rows whose adapter has no part in the module are
-not touched.
+not touched. For the gradient of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, lora_a stands in for
+lora_b and what is added meets the mask that x met.
 
 Bytes moved, e and f an element of y and of the factors: ``2 e M' N``, M' the rows with such a part;
 ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
@@ -18,7 +19,14 @@ import triton.language as tl
 
 from fastlora.kernels.configs import cdiv
 from fastlora.kernels.mixed_configs import MixedExpandConfig
-from fastlora.kernels.mixed_rows import INVALID_SLOT, TABLES, add_rank_rows, triton_dtype
+from fastlora.kernels.mixed_rows import (
+    INVALID_SLOT,
+    TABLES,
+    DropoutTables,
+    add_rank_rows,
+    drop_rows,
+    triton_dtype,
+)
 
 
 # M and planes vary from call to call: no compile of their own for 1 or a multiple of 16.
@@ -34,6 +42,10 @@ def _mixed_lora_expand_kernel(
     lora_bias_address_ptr,
     rank_ptr,
     scaling_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
     # scalars
     M,
     N,
@@ -49,6 +61,8 @@ def _mixed_lora_expand_kernel(
     BLOCK_R: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -98,7 +112,23 @@ def _mixed_lora_expand_kernel(
         HAS_LORA_BIAS=HAS_LORA_BIAS,
         FACTOR_DTYPE=FACTOR_DTYPE,
         INPUT_PRECISION=INPUT_PRECISION,
+        BY_COLUMN=BY_COLUMN,
     )
+    if HAS_DROPOUT:
+        acc = drop_rows(
+            acc,
+            segment_of_ptr,
+            segment_slot_ptr,
+            slot_start_ptr,
+            seed_ptr,
+            threshold_ptr,
+            inv_keep_ptr,
+            first_m,
+            pid_n * BLOCK_N,
+            M,
+            BLOCK_M,
+            BLOCK_N,
+        )
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(dtype), mask=mask_y)
 
 
@@ -111,25 +141,30 @@ def launch_mixed_lora_expand(
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
-    scaling: torch.Tensor,
+    scaling: torch.Tensor | None,
     *,
     factor_dtype: torch.dtype,
     config: MixedExpandConfig,
+    by_column: bool = False,
+    dropout: DropoutTables | None = None,
 ) -> None:
     """Adds each row's own adapter to ``y`` in place; rows of invalid ids become NaN.
 
     Args:
         y: ``[M, N]``, any strides without overlap; its dtype is the dtype of the dots.
-        s: fp32 planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module.
+        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module, any dtype.
         order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``.
+        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
+            or ``[N, rank]`` with ``by_column``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
-        scaling: fp32 ``[S]``.
+        scaling: fp32 ``[S]``; None for 1.
         factor_dtype: Of lora_b and lora_bias; they are cast to y's dtype at the load.
         config: From `mixed_expand_config`.
+        by_column: How lora_b lies.
+        dropout: Of what is added, for the gradient of x; None for none.
     """
     m, n = y.shape
     if m == 0 or n == 0:
@@ -156,6 +191,8 @@ def launch_mixed_lora_expand(
         BLOCK_R=config.block_r,
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
+        BY_COLUMN=by_column,
+        **DropoutTables.arguments(dropout),
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

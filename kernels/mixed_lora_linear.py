@@ -6,6 +6,10 @@ planes of `mixed_lora_shrink` over sorted positions, ``[splits, M, R]``; lora_b 
 sorted positions runs the K loop of the base GEMM, the same for every mix, and behind that loop adds
 the rank rows of the adapters it holds.
 
+The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)`` takes
+weight transposed, lora_a for lora_b and ds for s. With a mask the rank rows come first, so that the
+tile meets it while nothing else is in its one accumulator.
+
 Bytes moved, e and f an element of x and of the factors: ``e (M K + N K + M N)`` as without
 adapters; ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
 ``4 splits`` an element of s, read by every column of tiles.
@@ -23,7 +27,13 @@ import triton.language as tl
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import cdiv
 from fastlora.kernels.mixed_configs import MixedLinearConfig
-from fastlora.kernels.mixed_rows import TABLES, add_rank_rows, triton_dtype
+from fastlora.kernels.mixed_rows import (
+    TABLES,
+    DropoutTables,
+    add_rank_rows,
+    drop_rows,
+    triton_dtype,
+)
 
 
 # M and planes vary from call to call: no compile of their own for 1 or a multiple of 16.
@@ -42,6 +52,10 @@ def _mixed_lora_linear_kernel(
     lora_bias_address_ptr,
     rank_ptr,
     scaling_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
     # scalars
     M,
     N,
@@ -68,6 +82,8 @@ def _mixed_lora_linear_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PDL: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -87,51 +103,73 @@ def _mixed_lora_linear_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
-    acc = base_product(
-        x_ptr,
-        weight_ptr + first_n * stride_wn,
-        offs_xm=row * stride_xm,
-        mask_m=mask_m,
-        mask_n=mask_n,
-        K=K,
-        stride_xk=stride_xk,
-        stride_wn=stride_wn,
-        stride_wk=stride_wk,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        EVEN_K=EVEN_K,
-        WEIGHT_POLICY=WEIGHT_POLICY,
-        INPUT_PRECISION=INPUT_PRECISION,
-    )
-
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    acc = add_rank_rows(
-        acc,
-        s_ptr,
-        segment_of_ptr,
-        segment_slot_ptr,
-        lora_b_address_ptr,
-        lora_bias_address_ptr,
-        rank_ptr,
-        scaling_ptr,
-        first_m,
-        first_n,
-        M,
-        N,
-        planes,
-        stride_sp,
-        stride_sm,
-        dtype=dtype,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_R=BLOCK_R,
-        HAS_LORA_BIAS=HAS_LORA_BIAS,
-        FACTOR_DTYPE=FACTOR_DTYPE,
-        INPUT_PRECISION=INPUT_PRECISION,
-        BATCH_INVARIANT=BATCH_INVARIANT,
-    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in tl.static_range(2):
+        # Decided at compile time: the base product, whose loop waits for no s, goes first unless a
+        # mask is to meet the rank rows alone.
+        if (part == 0) != HAS_DROPOUT:
+            acc = base_product(
+                x_ptr,
+                weight_ptr + first_n * stride_wn,
+                offs_xm=row * stride_xm,
+                mask_m=mask_m,
+                mask_n=mask_n,
+                K=K,
+                stride_xk=stride_xk,
+                stride_wn=stride_wn,
+                stride_wk=stride_wk,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                EVEN_K=EVEN_K,
+                WEIGHT_POLICY=WEIGHT_POLICY,
+                INPUT_PRECISION=INPUT_PRECISION,
+                acc=acc,
+            )
+        else:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            acc = add_rank_rows(
+                acc,
+                s_ptr,
+                segment_of_ptr,
+                segment_slot_ptr,
+                lora_b_address_ptr,
+                lora_bias_address_ptr,
+                rank_ptr,
+                scaling_ptr,
+                first_m,
+                first_n,
+                M,
+                N,
+                planes,
+                stride_sp,
+                stride_sm,
+                dtype=dtype,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_R=BLOCK_R,
+                HAS_LORA_BIAS=HAS_LORA_BIAS,
+                FACTOR_DTYPE=FACTOR_DTYPE,
+                INPUT_PRECISION=INPUT_PRECISION,
+                BATCH_INVARIANT=BATCH_INVARIANT,
+                BY_COLUMN=BY_COLUMN,
+            )
+            if HAS_DROPOUT:
+                acc = drop_rows(
+                    acc,
+                    segment_of_ptr,
+                    segment_slot_ptr,
+                    slot_start_ptr,
+                    seed_ptr,
+                    threshold_ptr,
+                    inv_keep_ptr,
+                    first_m,
+                    pid_n * BLOCK_N,
+                    M,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
     if HAS_BIAS:
         acc += bias[None, :]
     # y: [BLOCK_M, BLOCK_N]
@@ -155,11 +193,13 @@ def launch_mixed_lora_linear(
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
-    scaling: torch.Tensor,
+    scaling: torch.Tensor | None,
     *,
     factor_dtype: torch.dtype,
     config: MixedLinearConfig,
     pdl: bool,
+    by_column: bool = False,
+    dropout: DropoutTables | None = None,
 ) -> None:
     """Writes ``x @ weight.T + bias``, plus each row's own adapter; NaN in rows of invalid ids.
 
@@ -168,17 +208,20 @@ def launch_mixed_lora_linear(
         x: ``[M, K]``, any strides.
         weight: ``[N, K]`` in x's dtype, any strides.
         bias: ``[N]``, any floating-point dtype, or None.
-        s: fp32 planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module.
+        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module, any dtype.
         order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``.
+        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
+            or ``[N, rank]`` with ``by_column``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
-        scaling: fp32 ``[S]``.
+        scaling: fp32 ``[S]``; None for 1.
         factor_dtype: Of lora_b and lora_bias; they are cast to x's dtype at the load.
         config: From `mixed_linear_config`.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
+        by_column: How lora_b lies.
+        dropout: Of the adapters' term, for the gradient of x; None for none.
     """
     (m, n), k = y.shape, x.shape[1]
     if m == 0 or n == 0:
@@ -221,6 +264,8 @@ def launch_mixed_lora_linear(
         HAS_BIAS=bias is not None,
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
+        BY_COLUMN=by_column,
+        **DropoutTables.arguments(dropout),
         PDL=pdl,
         BATCH_INVARIANT=config.batch_invariant,
         INPUT_PRECISION=config.input_precision,

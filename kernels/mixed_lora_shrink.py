@@ -1,9 +1,10 @@
-"""``s = x @ lora_a.T`` with each row's own adapter, for all modules that are fed by one x.
+"""``s = dropout(x) @ lora_a.T`` with each row's own adapter, for all modules fed by one x.
 
 x ``[M, K]`` in any order of rows, lora_a ``[rank, K]`` of each adapter and module behind tables
 ``[G, S]``; s are fp32 planes ``[splits, G, M, R]`` over sorted positions, one a split of K, which
 `mixed_lora_linear` and `mixed_lora_expand` sum in their order. A row of s is written up to its
-adapter's rank, in fours; rows without an adapter are not written.
+adapter's rank, in fours; rows without an adapter are not written. Dropout, which every module has
+for itself, takes a launch for each.
 
 Bytes moved, e and f an element of x and of the factors: ``e M' K``, M' the rows with an adapter,
 once for each BLOCK_R columns; ``f K`` a rank row of every adapter present, read once a piece; and
@@ -21,10 +22,13 @@ from fastlora.kernels.mixed_configs import MixedShrinkConfig
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
+    DropoutTables,
     factor_pointer,
     round_up,
+    sibling_columns,
     triton_dtype,
 )
+from fastlora.kernels.philox import philox_keep_mask
 
 
 @triton.jit
@@ -40,6 +44,10 @@ def _shrink_columns(
     first_k,
     last_k,
     K,
+    first_row,
+    seed,
+    threshold,
+    inv_keep,
     stride_sg,
     stride_sm,
     stride_xk,
@@ -50,28 +58,15 @@ def _shrink_columns(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Writes BLOCK_R columns of s: the modules' rank rows side by side, each module's in fours."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
-    address = tl.zeros((BLOCK_R,), dtype=tl.int64)
-    r = tl.zeros((BLOCK_R,), dtype=tl.int32)
-    sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
-    mask_a = column < 0
-    mask_s = column < 0
-    begin = 0
-    for g in tl.static_range(G):
-        rank = tl.load(rank_ptr + g * stride_table + slot)
-        end = begin + round_up(rank, S_COLUMNS)
-        here = (column >= begin) & (column < end)
-        address = tl.where(here, tl.load(lora_a_address_ptr + g * stride_table + slot), address)
-        r = tl.where(here, column - begin, r)
-        sibling = tl.where(here, g, sibling)
-        mask_a = mask_a | (here & (column - begin < rank))
-        mask_s = mask_s | here
-        begin = end
+    sibling, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+    address = tl.load(lora_a_address_ptr + sibling * stride_table + slot, mask=mask_s, other=0)
     a_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
     a_ptrs = a_ptrs[None, :] + offs_k[:, None]
     offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
@@ -88,16 +83,21 @@ def _shrink_columns(
         # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
         x = tl.load(x_ptr + offs_x, mask=mask_xk, other=0.0)
         a = tl.load(a_ptrs, mask=mask_ak, other=0.0)
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(seed, first_row, k, threshold, 0, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
         x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
         a_ptrs += BLOCK_K
 
+    if HAS_DROPOUT:
+        acc *= inv_keep
     # s: [BLOCK_M, BLOCK_R]
     r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
     offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
-    tl.store(s_ptrs, acc, mask=mask_m[:, None] & mask_s[None, :])
+    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_s[None, :])
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.
@@ -112,6 +112,10 @@ def _mixed_lora_shrink_kernel(
     piece_start_ptr,
     lora_a_address_ptr,
     rank_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
     # scalars
     M,
     K,
@@ -131,6 +135,7 @@ def _mixed_lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -155,6 +160,13 @@ def _mixed_lora_shrink_kernel(
         offs_xm *= stride_xm
         first_k = split * k_per_split
         last_k = min(first_k + k_per_split, K)
+        first_row, seed, threshold, inv_keep = 0, 0, 0, 1.0
+        if HAS_DROPOUT:
+            # The row's number among those of its adapter, whatever else is in the batch.
+            first_row = first_m - tl.load(slot_start_ptr + slot)
+            seed = tl.load(seed_ptr + slot)
+            threshold = tl.load(threshold_ptr + slot)
+            inv_keep = tl.load(inv_keep_ptr + slot)
         s_ptr += tl.cast(split, tl.int64) * stride_sp + tl.cast(first_m, tl.int64) * stride_sm
         if columns <= NARROW_R:
             _shrink_columns(
@@ -169,6 +181,10 @@ def _mixed_lora_shrink_kernel(
                 first_k,
                 last_k,
                 K,
+                first_row,
+                seed,
+                threshold,
+                inv_keep,
                 stride_sg,
                 stride_sm,
                 stride_xk,
@@ -179,6 +195,7 @@ def _mixed_lora_shrink_kernel(
                 BLOCK_K=BLOCK_K,
                 EVEN_K=EVEN_K,
                 FACTOR_DTYPE=FACTOR_DTYPE,
+                HAS_DROPOUT=HAS_DROPOUT,
                 INPUT_PRECISION=INPUT_PRECISION,
             )
         else:
@@ -195,6 +212,10 @@ def _mixed_lora_shrink_kernel(
                     first_k,
                     last_k,
                     K,
+                    first_row,
+                    seed,
+                    threshold,
+                    inv_keep,
                     stride_sg,
                     stride_sm,
                     stride_xk,
@@ -205,6 +226,7 @@ def _mixed_lora_shrink_kernel(
                     BLOCK_K=BLOCK_K,
                     EVEN_K=EVEN_K,
                     FACTOR_DTYPE=FACTOR_DTYPE,
+                    HAS_DROPOUT=HAS_DROPOUT,
                     INPUT_PRECISION=INPUT_PRECISION,
                 )
 
@@ -221,12 +243,13 @@ def launch_mixed_lora_shrink(
     *,
     factor_dtype: torch.dtype,
     config: MixedShrinkConfig,
+    dropout: DropoutTables | None = None,
 ) -> None:
-    """Writes each row's ``x @ lora_a.T`` for G modules, in as many splits of K as s has planes.
+    """Writes each row's ``dropout(x) @ lora_a.T`` for G modules, one plane a split of K.
 
     Args:
-        s: fp32 ``[splits, G, M, R]``, the last dimension contiguous and R a multiple of 4 that is
-            no smaller than any rank.
+        s: fp32, or in x's dtype if there is one split, ``[splits, G, M, R]``, the last dimension
+            contiguous and R a multiple of 4 that is no smaller than any rank.
         x: ``[M, K]``, any strides.
         order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
@@ -236,6 +259,7 @@ def launch_mixed_lora_shrink(
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         factor_dtype: Of the factors; they are cast to x's dtype at the load.
         config: From `mixed_shrink_config`.
+        dropout: Of the one module, ``G = 1``; None for none.
     """
     m, k = x.shape
     if m == 0:
@@ -266,6 +290,7 @@ def launch_mixed_lora_shrink(
         BLOCK_K=config.block_k,
         EVEN_K=k % config.block_k == 0,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
+        **DropoutTables.arguments(dropout),
         LAUNCH_DEPENDENTS=config.launch_dependents,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,

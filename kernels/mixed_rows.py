@@ -9,10 +9,13 @@ scalings are read from tables with one entry a slot; an adapter's own rank bound
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.philox import philox_keep_rows
 from fastlora.kernels.rank_rows import sum_planes
 
 # Columns that belong to one adapter: the K of a tensor-core instruction.
@@ -32,12 +35,42 @@ TABLES = [
     "lora_bias_address_ptr",
     "rank_ptr",
     "scaling_ptr",
+    "slot_start_ptr",
+    "seed_ptr",
+    "threshold_ptr",
+    "inv_keep_ptr",
+    "offset_ptr",
+    "bias_offset_ptr",
 ]
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
+
+
+class DropoutTables(NamedTuple):
+    """Dropout of one module's adapters, by slot; an adapter without it has a threshold of 0.
+
+    Attributes:
+        slot_start: int32 ``[S + 1]``, `RowGroups.slot_start`: a row's number among those of its
+            adapter is its sorted position minus this.
+        seed: int64 ``[S]``.
+        threshold: int32 ``[S]``, round(p * 65536).
+        inv_keep: fp32 ``[S]``, 1 / (1 - p).
+    """
+
+    slot_start: torch.Tensor
+    seed: torch.Tensor
+    threshold: torch.Tensor
+    inv_keep: torch.Tensor
+
+    @staticmethod
+    def arguments(tables: DropoutTables | None) -> dict[str, torch.Tensor | bool | None]:
+        """Returns the arguments of a kernel that may drop."""
+        found = (None,) * 4 if tables is None else tables
+        names = ("slot_start_ptr", "seed_ptr", "threshold_ptr", "inv_keep_ptr")
+        return {**dict(zip(names, found, strict=True)), "HAS_DROPOUT": tables is not None}
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -85,12 +118,14 @@ def add_rank_rows(
     FACTOR_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BATCH_INVARIANT: tl.constexpr = False,
+    BY_COLUMN: tl.constexpr = False,
 ):
     """Returns acc ``[BLOCK_M, BLOCK_N]`` plus ``scaling * (s @ lora_b.T + lora_bias)`` of each row.
 
     For the tile of y at sorted position ``first_m`` and output ``first_n`` (int64). The rank rows
     of its segments stand side by side and go through one dot BLOCK_R columns at a time. Rows of an
-    invalid id become NaN.
+    invalid id become NaN. Without a ``scaling_ptr`` the scaling is 1. With BY_COLUMN a lora_b lies
+    as a parameter does, ``[N, rank]``.
 
     With BATCH_INVARIANT, which takes BLOCK_R of one block, a dot holds one adapter's columns and
     leaves every other row of acc as it was: what a row adds up, in which order and from which place
@@ -131,6 +166,7 @@ def add_rank_rows(
             BLOCK_R=BLOCK_R,
             HAS_LORA_BIAS=HAS_LORA_BIAS,
             FACTOR_DTYPE=FACTOR_DTYPE,
+            BY_COLUMN=BY_COLUMN,
         )
         acc = _add_chunk(
             acc,
@@ -175,12 +211,13 @@ def _load_chunk(
     BLOCK_R: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
 ):
     """Returns (segment, r, rank, scale, b): BLOCK_R of the tile's columns from a block on.
 
     Segment, rank row, its adapter's rank and scaling, all ``[BLOCK_R]``; lora_b
-    ``[BLOCK_R, BLOCK_N]`` as it lies in memory, zeros past an adapter's rank. An adapter's
-    lora_bias is its rank row ``r == rank``.
+    ``[BLOCK_R, BLOCK_N]`` in its own dtype, zeros past an adapter's rank. An adapter's lora_bias is
+    its rank row ``r == rank``.
     """
     block = first_block + tl.arange(0, BLOCK_R // COLUMNS)
     # done: [BLOCK_M, BLOCK_R / COLUMNS], the segments that end before this block
@@ -195,21 +232,31 @@ def _load_chunk(
     inside = _columns_of(block, BLOCK_R) < num_blocks
     slot = tl.load(segment_slot_ptr + segment, mask=inside, other=0)
     rank = tl.load(rank_ptr + slot, mask=inside, other=0)
-    scale = tl.load(scaling_ptr + slot, mask=inside, other=0.0)
+    if scaling_ptr is None:
+        scale = tl.full((BLOCK_R,), 1.0, dtype=tl.float32)
+    else:
+        scale = tl.load(scaling_ptr + slot, mask=inside, other=0.0)
     address = tl.load(lora_b_address_ptr + slot, mask=inside, other=0)
     mask_r = r < rank
     row = r
+    width = rank
     if HAS_LORA_BIAS:
         lora_bias = tl.load(lora_bias_address_ptr + slot, mask=inside, other=0)
         is_bias = (r == rank) & (lora_bias != 0)
         address = tl.where(is_bias, lora_bias, address)
         row = tl.where(is_bias, 0, row)
+        width = tl.where(is_bias, 1, width)
         mask_r = mask_r | is_bias
     offs_n = tl.arange(0, BLOCK_N)
-    b_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(row, tl.int64) * N + first_n
+    if BY_COLUMN:
+        b_ptrs = factor_pointer(address, FACTOR_DTYPE) + row
+        b_ptrs = b_ptrs[:, None] + (first_n + offs_n)[None, :] * width[:, None]
+    else:
+        b_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(row, tl.int64) * N + first_n
+        b_ptrs = b_ptrs[:, None] + offs_n[None, :]
     mask_b = mask_r[:, None] & (offs_n < N - first_n)[None, :]
     # b: [BLOCK_R, BLOCK_N]
-    b = tl.load(b_ptrs[:, None] + offs_n[None, :], mask=mask_b, other=0.0)
+    b = tl.load(b_ptrs, mask=mask_b, other=0.0)
     return segment, r, rank, scale, b
 
 
@@ -270,3 +317,66 @@ def _add_chunk(
             hit = (row_segment == one)[:, None] & (columns != 0)[None, :]
             acc = tl.where(hit, float("nan"), acc)
     return acc
+
+
+@triton.jit
+def drop_rows(
+    acc,
+    segment_of_ptr,
+    segment_slot_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
+    first_m,
+    first_n,
+    M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Returns acc ``[BLOCK_M, BLOCK_N]`` after the dropout of each row's own adapter.
+
+    For the tile at sorted position ``first_m`` and column ``first_n``. By selection, so that
+    nothing of a dropped element is left; rows without an adapter stay.
+    """
+    position = first_m + tl.arange(0, BLOCK_M)
+    inside = position < M
+    segment = tl.load(segment_of_ptr + position, mask=inside, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=inside, other=-1)
+    row = position - tl.load(slot_start_ptr + slot, mask=slot >= 0, other=0)
+    seed = tl.load(seed_ptr + slot, mask=slot >= 0, other=0)
+    threshold = tl.load(threshold_ptr + slot, mask=slot >= 0, other=0)
+    inv_keep = tl.load(inv_keep_ptr + slot, mask=slot >= 0, other=1.0)
+    keep = philox_keep_rows(seed[:, None], row, first_n, threshold[:, None], 0, BLOCK_M, BLOCK_N)
+    return tl.where(keep, acc * inv_keep[:, None], 0.0)
+
+
+@triton.jit
+def sibling_columns(
+    column,
+    slot,
+    rank_ptr,
+    stride_table,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Returns (sibling, r, own, filled) of columns ``[BLOCK_R]`` that hold G modules' rank rows.
+
+    A slot's rank rows of all modules stand side by side, each module's filled up to fours: ``own``
+    says which columns are rank rows, ``filled`` which are these or the filling.
+    """
+    sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    r = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    own = column < 0
+    filled = column < 0
+    begin = 0
+    for g in tl.static_range(G):
+        rank = tl.load(rank_ptr + g * stride_table + slot)
+        end = begin + round_up(rank, S_COLUMNS)
+        here = (column >= begin) & (column < end)
+        sibling = tl.where(here, g, sibling)
+        r = tl.where(here, column - begin, r)
+        own = own | (here & (column - begin < rank))
+        filled = filled | here
+        begin = end
+    return sibling, r, own, filled

@@ -21,7 +21,19 @@ def philox_keep_mask(
     ``first_col`` and ``COLS`` are multiples of 8. An element is kept if its lane is at least
     ``threshold`` = round(p * 65536).
     """
-    rows = (first_row + tl.arange(0, ROWS)).to(tl.uint32)
+    rows = first_row + tl.arange(0, ROWS)
+    return philox_keep_rows(seed, rows, first_col, threshold, projection, ROWS, COLS)
+
+
+@triton.jit
+def philox_keep_rows(
+    seed, rows, first_col, threshold, projection, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Returns the mask ``[ROWS, COLS]`` (int1) of rows by number, ``[ROWS]``.
+
+    ``seed`` and ``threshold`` are one for all, or ``[ROWS, 1]``; the rest as in `philox_keep_mask`.
+    """
+    rows = rows.to(tl.uint32)
     groups = (first_col // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)
     # counters: [ROWS, COLS // 8]
     c0 = rows[:, None] + tl.zeros_like(groups)[None, :]

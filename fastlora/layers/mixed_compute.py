@@ -1,10 +1,11 @@
 """From a batch's routing to the products of one layer.
 
-Three ways, the same result to rounding:
+Three ways, the same result to rounding, but for what a dropout draws:
 
-- kernels: without gradients, where the Triton kernels run.
+- kernels: where the Triton kernels run, with gradients and dropout (`mixed_training`) or without.
 - packed: without gradients elsewhere, from the second time on that a set of adapters comes.
-- shares: with gradients or dropout, and the first time: each adapter's factors as they are.
+- shares: with gradients or dropout elsewhere, and the first time: each adapter's factors as they
+  are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import mixed_kernels
+from fastlora.layers import mixed_kernels, mixed_training
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
@@ -28,7 +29,12 @@ from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
 from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.siblings import share, shared
-from fastlora.validation import AdapterStateError, UnsupportedLayerError, check_same_device
+from fastlora.validation import (
+    AdapterStateError,
+    ImplementationError,
+    UnsupportedLayerError,
+    check_same_device,
+)
 
 
 def mixed_forward(
@@ -67,6 +73,10 @@ def mixed_forward(
             return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
+    if not bare:
+        parts = mixed_training.parts_for_kernels(layer, x, routing)
+        if parts is not None:
+            return mixed_training.linear(x, weight, bias, routing, projection, parts)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
@@ -172,6 +182,14 @@ def mixed_added_forward(
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
+    elif y.dtype == x.dtype:
+        parts = mixed_training.parts_for_kernels(layer, x, routing)
+        if parts is not None:
+            return mixed_training.add(y, x, routing, projection, parts)
+    elif getattr(layer, "impl", "auto") == "triton":
+        raise ImplementationError(
+            f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
+        )
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection)
     if not shares:
@@ -209,8 +227,8 @@ def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
         return f"autocast is on; give the model the dtype {dtype}"
     if not bare:
         return (
-            "mixed batches train through PyTorch's GEMMs; call eval() and use torch.no_grad(), or "
-            "train one adapter at a time"
+            "the kernels of mixed batches with gradients choose their tiles by the batch; call "
+            "eval() and use torch.no_grad(), or train one adapter at a time"
         )
     return "an adapter has a factor that is hooked, not a plain linear, or on another device"
 

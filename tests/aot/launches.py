@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -18,6 +20,11 @@ from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, Shipped
 from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
+from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
+
+# This folder holds no package: a worker process that imports this file by its path is told so.
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_grad_launches import MODULES, MixedGradOperands  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -62,7 +69,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     the columns, at a size that the tiles divide; "plain" has none of these; "ragged" is heavy at
     sizes that 16 divides but no tile does; "uneven" is heavy at odd sizes, where nothing can be
     vectorised. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
-    siblings.
+    siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
+    parameter lies.
     """
     result = []
     for chip in chips:
@@ -73,6 +81,11 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16:
                     result.append(Case(chip.arch, shipped, "uneven"))
+        for shipped in all_mixed_shipped(chip):
+            if shipped.kernel != "mixed_lora_add":
+                result.append(Case(chip.arch, shipped, "training"))
+        for shipped in all_mixed_grad_shipped(chip):
+            result.append(Case(chip.arch, shipped, "training"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -85,13 +98,14 @@ def record(case: Case) -> Launch:
     return _recorded(case.shipped.kernel, _Operands(case))
 
 
-class _Operands:
+class _Operands(MixedGradOperands):
     """Makes the operands of a case, on the meta device, and calls its launcher with them."""
 
     def __init__(self, case: Case) -> None:
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
-        self.modules = 3 if self.heavy and case.variant != "unshared" else 1
+        self.training = case.variant == "training"
+        self.modules = 3 if self.heavy and case.variant not in ("unshared", "training") else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
         self.m = _ROWS if case.is_mixed else self.config.block_m
@@ -101,7 +115,7 @@ class _Operands:
         self.factor_dtype = torch.float32 if self.heavy else self.dtype
 
     def __call__(self, module: Any) -> None:
-        getattr(self, self.stem)(getattr(module, f"launch_{self.stem}"))
+        getattr(self, self.stem)(getattr(module, f"launch_{module_of(self.stem)}"))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -178,6 +192,7 @@ class _Operands:
             self.empty(modules, _SLOTS, dtype=torch.int32),
             factor_dtype=self.factor_dtype,
             config=self.config,
+            dropout=self.dropout(),
         )
 
     def mixed_lora_linear(self, launch: Callable[..., None]) -> None:
@@ -192,6 +207,7 @@ class _Operands:
             factor_dtype=self.factor_dtype,
             config=self.config,
             pdl=self.pdl and not self.config.batch_invariant,
+            by_column=self.training,
         )
 
     def mixed_lora_expand(self, launch: Callable[..., None]) -> None:
@@ -202,6 +218,7 @@ class _Operands:
             *self.tables(),
             factor_dtype=self.factor_dtype,
             config=self.config,
+            by_column=self.training,
         )
 
     def mixed_lora_add(self, launch: Callable[..., None]) -> None:
@@ -217,10 +234,15 @@ class _Operands:
         )
 
 
+def module_of(stem: str) -> str:
+    """Returns the stem of the module whose launcher makes a launch."""
+    return MODULES.get(stem, stem)
+
+
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
     """Returns the one launch that a launcher makes."""
-    with recording(stem) as made:
-        launch(importlib.import_module(f"fastlora.kernels.{stem}"))
+    with recording(module_of(stem)) as made:
+        launch(importlib.import_module(f"fastlora.kernels.{module_of(stem)}"))
     (only,) = made
     return only
 

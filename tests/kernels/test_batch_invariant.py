@@ -422,11 +422,11 @@ def test_refusals_of_mixed_batches(lab: Any) -> None:
     model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
     ids = ["a0", "a1"]
     layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in the batch-inv"
-    refused(model, x, ids, f"{layer}.*train through PyTorch's GEMMs")
+    refused(model, x, ids, f"{layer}.*choose their tiles by the batch")
     with torch.no_grad():
         with torch.autocast(lab.device.type, torch.bfloat16):
             refused(model, x, ids, "autocast is on; give the model the dtype torch.bfloat16")
-        refused(model.train(), x, ids, "train through PyTorch's GEMMs")
+        refused(model.train(), x, ids, "choose their tiles by the batch")
         hook = model.base_model.model.gate.lora_A["a0"].register_forward_hook(lambda *_: None)
         refused(model.eval(), x, ids, "a factor that is hooked")
         hook.remove()

@@ -1,0 +1,236 @@
+"""Mixed batches on Triton kernels with gradients: what is saved, and every gradient.
+
+Saved for backward are x itself, s, the dropout seeds and the parameters. The same results as
+`fastlora.mixed`, which is plain PyTorch, except for the dropout's draws.
+
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, and of each slot ``lora_a [rank, K]``,
+``lora_b [N, rank]`` and ``lora_bias [N]``, not scaled yet; all three None where an adapter leaves
+the layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastlora import mixed_grad_ops, mixed_ops, mixed_train_ops  # noqa: F401 - registers the ops
+from fastlora.autograd import without_autocast
+from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b
+from fastlora.row_groups import RowGroups
+
+_Factor = torch.Tensor | None
+
+
+class KernelBatch(NamedTuple):
+    """What a layer's kernels read beside tensors with gradients.
+
+    Attributes:
+        groups: The rows.
+        scaling: fp32 ``[S]``.
+        seeds: The layer's dropout seeds, int64 ``[S]``, or None where no dropout acts.
+        dropout_p: Of each slot.
+        plan: As in `fastlora.functional.lora_linear`.
+    """
+
+    groups: RowGroups
+    scaling: torch.Tensor
+    seeds: torch.Tensor | None
+    dropout_p: list[float]
+    plan: str = "auto"
+
+    @property
+    def route(self) -> tuple[torch.Tensor, ...]:
+        """What every operator takes of the groups."""
+        groups = self.groups
+        return groups.order, groups.segment_of, groups.segment_slot, groups.slot_start
+
+
+class _Lists(NamedTuple):
+    lora_a: list[torch.Tensor]
+    lora_b: list[torch.Tensor]
+    lora_bias: list[_Factor]
+
+
+def _lists(factors: Sequence[_Factor]) -> _Lists:
+    """Returns the factors by kind; of rank 0 where an adapter leaves the layer alone."""
+    downs, ups, biases = factors[::3], factors[1::3], factors[2::3]
+    a = next(tensor for tensor in downs if tensor is not None)
+    b = next(tensor for tensor in ups if tensor is not None)
+    none_a, none_b = a.new_empty(0, a.shape[1]), b.new_empty(b.shape[0], 0)
+    return _Lists(
+        [none_a if tensor is None else tensor for tensor in downs],
+        [none_b if tensor is None else tensor for tensor in ups],
+        list(biases),
+    )
+
+
+def forward_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: KernelBatch,
+    factors: Sequence[_Factor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y and s, without recording a graph; ``factors`` holds three of each slot in turn."""
+    flat = x.reshape(-1, x.shape[-1])
+    y, s = torch.ops.fastlora.mixed_lora_train_linear(
+        flat,
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        *batch.route,
+        mixed_ops.pieces_of(batch.groups),
+        *_lists(factors),
+        batch.scaling,
+        batch.seeds,
+        batch.dropout_p,
+        "triton",
+        batch.plan,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0]), s
+
+
+def forward_add(
+    y: torch.Tensor, x: torch.Tensor, batch: KernelBatch, factors: Sequence[_Factor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y plus every row's own adapter, and s; y itself is not written."""
+    result, s = torch.ops.fastlora.mixed_lora_train_add(
+        y.reshape(-1, y.shape[-1]),
+        x.reshape(-1, x.shape[-1]),
+        *batch.route,
+        mixed_ops.pieces_of(batch.groups),
+        *_lists(factors),
+        batch.scaling,
+        batch.seeds,
+        batch.dropout_p,
+        "triton",
+    )
+    return result.view(y.shape), s
+
+
+class MixedLoraLinearKernels(torch.autograd.Function):
+    """`fastlora.mixed.MixedLoraLinear` on kernels; see `forward_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        batch: KernelBatch,
+        *factors: _Factor,
+    ) -> torch.Tensor:
+        y, s = forward_linear(x, weight, bias, batch, factors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _save(ctx, x, weight, s, batch, factors, keep_x=ctx.needs_input_grad[1])
+        return y
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dy = grad.reshape(-1, grad.shape[-1])
+        x, weight = ctx.saved_tensors[:2]
+        dx, d_factors = _backward(ctx, dy, weight.to(dy.dtype), needs_x)
+        d_weight = d_bias = None
+        if needs_weight:
+            d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if needs_bias:
+            d_bias = dy.sum(0).to(ctx.bias_dtype)
+        return dx, d_weight, d_bias, None, *d_factors
+
+
+class MixedLoraAddKernels(torch.autograd.Function):
+    """`fastlora.mixed.MixedLoraAdd` on kernels; see `forward_add`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, _: None, batch: KernelBatch, *factors: _Factor
+    ) -> torch.Tensor:
+        result, s = forward_add(y, x, batch, factors)
+        ctx.x_dtype = x.dtype
+        _save(ctx, x, None, s, batch, factors)
+        return result
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
+        dx, d_factors = _backward(ctx, dy, None, ctx.needs_input_grad[1])
+        return grad, dx, None, None, *d_factors
+
+
+def _save(
+    ctx: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    s: torch.Tensor,
+    batch: KernelBatch,
+    factors: Sequence[_Factor],
+    keep_x: bool = False,
+) -> None:
+    """Keeps what the backward needs, and no more."""
+    needs = ctx.needs_input_grad[4:]
+    ctx.batch, ctx.x_shape = batch._replace(seeds=None), x.shape
+    ctx.save_for_backward(
+        x if keep_x or any(needs[::3]) else None, weight, s, batch.seeds, *factors
+    )
+
+
+def _backward(
+    ctx: Any, dy: torch.Tensor, weight: torch.Tensor | None, needs_x: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Returns the gradients of x, and of all factors in turn.
+
+    Args:
+        ctx: As `_save` left it.
+        dy: ``[M, N]``, any strides.
+        weight: ``[N, K]`` in dy's dtype; None for dx of the adapters' term alone.
+        needs_x: Whether x needs a gradient.
+    """
+    x, _, s, seeds, *factors = ctx.saved_tensors
+    lists, batch, needs = _lists(factors), ctx.batch, ctx.needs_input_grad[4:]
+    with_bias = [bias is not None for bias in lists.lora_bias]
+    with_factors = any(needs[1::3]) or any(needs[2::3])
+    operators, slots = torch.ops.fastlora, len(with_bias)
+    ds, packed = operators.mixed_lora_grad_b(
+        dy,
+        s,
+        *batch.route,
+        *runs_b(batch.groups, dy.dtype, dy.shape[1]),
+        lists.lora_b,
+        with_bias,
+        batch.scaling,
+        with_factors,
+        "triton",
+    )
+    dropout = (lists.lora_a, seeds, batch.dropout_p)
+    dx = None
+    if needs_x:
+        dx = operators.mixed_lora_grad_x(
+            dy, weight, ds, *batch.route, *dropout, "triton", batch.plan
+        ).view(ctx.x_shape)
+    gradients: list[torch.Tensor | None] = [None] * (3 * slots)
+    if with_factors:
+        for slot, (d_lora_b, d_bias) in enumerate(split_grad_b(packed, lists.lora_b, with_bias)):
+            gradients[3 * slot + 1 : 3 * slot + 3] = [d_lora_b, d_bias]
+    if any(needs[::3]):
+        flat = x.reshape(-1, x.shape[-1])
+        packed = operators.mixed_lora_grad_a(
+            flat,
+            ds.unsqueeze(0),
+            *batch.route,
+            *runs_a(batch.groups, flat.dtype, flat.shape[1]),
+            lists.lora_a,
+            None if seeds is None else seeds.unsqueeze(0),
+            batch.dropout_p,
+            "triton",
+        )
+        gradients[::3] = split_grad_a(packed, lists.lora_a)
+    return dx, [
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    ]

@@ -1,0 +1,260 @@
+"""Which config a backward launch for mixed batches takes; see `fastlora.kernels.mixed_configs`.
+
+Nothing here depends on the mix. Kernels that sum over rows work on runs of so many sorted positions
+as give the fewest planes that fill the chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastlora.kernels.configs import (
+    Chip,
+    KernelConfig,
+    Shipped,
+    cdiv,
+    kind_of,
+    remembered,
+    widest_that_fills,
+)
+from fastlora.kernels.mixed_config_tables import MixedExpandTile, MixedLinearTile
+from fastlora.kernels.mixed_configs import (
+    MixedExpandConfig,
+    MixedLinearConfig,
+    _expand,
+    _linear,
+    _precision,
+)
+
+# Steps down the rows below which a run is not worth a program.
+_MIN_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedGradBConfig(KernelConfig):
+    """How `launch_mixed_lora_grad_b` runs."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedGradAConfig(KernelConfig):
+    """How `launch_mixed_lora_grad_a` runs."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedGradReduceConfig(KernelConfig):
+    """How `launch_mixed_lora_grad_reduce` runs."""
+
+    block_m: int
+    block_l: int
+    block_r: int
+
+
+class MixedGradTile(NamedTuple):
+    """A tile of dy or x: rows of a step, columns of a program, and the BLOCK_R there are."""
+
+    block_m: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    blocks_r: tuple[int, ...]
+
+
+class MixedGradTiles(NamedTuple):
+    """The tiles of one kind of arithmetic.
+
+    Attributes:
+        rows: Of `mixed_lora_grad_b` and `mixed_lora_grad_a`.
+        x: Of `mixed_lora_linear` for dx, from the widest to the narrowest.
+        x_add: Of `mixed_lora_expand` for dx.
+    """
+
+    rows: MixedGradTile
+    x: tuple[MixedLinearTile, ...]
+    x_add: tuple[MixedExpandTile, ...]
+
+
+_FMA = MixedGradTiles(
+    MixedGradTile(32, 32, 4, 2, (16,)),
+    (MixedLinearTile(64, 64, 16, 16, 8, 2),),
+    (MixedExpandTile(64, 64, 16, 8),),
+)
+_TF32 = MixedGradTiles(
+    MixedGradTile(64, 64, 4, 3, (32,)),
+    (MixedLinearTile(64, 64, 32, 16, 4, 3),),
+    (MixedExpandTile(64, 64, 16, 8),),
+)
+_MFMA_FP32 = MixedGradTiles(
+    MixedGradTile(64, 64, 4, 2, (32,)),
+    (MixedLinearTile(64, 64, 32, 16, 4, 2),),
+    (MixedExpandTile(64, 64, 16, 8),),
+)
+_ADD_HALF = (MixedExpandTile(128, 128, 16, 8), MixedExpandTile(64, 64, 32, 8))
+_X_HALF = (MixedLinearTile(128, 128, 32, 16, 8, 4), MixedLinearTile(64, 64, 64, 32, 8, 4))
+_AMPERE = {
+    "half": MixedGradTiles(MixedGradTile(64, 128, 8, 3, (16, 64)), _X_HALF, _ADD_HALF),
+    "tf32": _TF32,
+    "ieee": _FMA,
+}
+_HOPPER = {
+    "half": MixedGradTiles(MixedGradTile(64, 128, 4, 3, (16, 64)), _X_HALF, _ADD_HALF),
+    "tf32": _TF32,
+    "ieee": _FMA,
+}
+_AMD = {
+    "half": MixedGradTiles(
+        MixedGradTile(64, 128, 4, 2, (16, 64)),
+        (MixedLinearTile(128, 128, 64, 16, 8, 2), MixedLinearTile(64, 64, 64, 32, 4, 2)),
+        _ADD_HALF,
+    ),
+    "tf32": _MFMA_FP32,
+    "ieee": _MFMA_FP32,
+}
+MIXED_GRAD: dict[str, dict[str, MixedGradTiles]] = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": _AMD,
+    "gfx950": {kind: _AMD[kind] for kind in ("half", "ieee")},
+}
+
+
+@remembered
+def mixed_grad_b_config(
+    chip: Chip, max_rank: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedGradBConfig:
+    """Returns the config of `launch_mixed_lora_grad_b` for any number of rows.
+
+    ``input_precision``, "ieee" or "tf32", matters for fp32 only.
+    """
+    kind = kind_of(chip, dtype, input_precision)
+    tile = MIXED_GRAD[chip.family][kind].rows
+    return _grad_b(chip, kind, tile, _block_r(tile, max_rank))
+
+
+@remembered
+def mixed_grad_a_config(
+    chip: Chip, max_columns: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedGradAConfig:
+    """Returns the config of `launch_mixed_lora_grad_a` for any number of rows.
+
+    ``max_columns`` are the most rank rows that an adapter may have in the launch's modules
+    together.
+    """
+    kind = kind_of(chip, dtype, input_precision)
+    tile = MIXED_GRAD[chip.family][kind].rows
+    return _grad_a(chip, kind, tile, _block_r(tile, max_columns))
+
+
+@remembered
+def mixed_grad_x_config(
+    chip: Chip, m: int, k: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedLinearConfig:
+    """Returns the config of `launch_mixed_lora_linear` for dx ``[m, k]``."""
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
+        chip,
+        m,
+        MIXED_GRAD[chip.family][kind].x,
+        lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n),
+    )
+    return _linear(chip, kind, tile)
+
+
+@remembered
+def mixed_grad_x_add_config(
+    chip: Chip, m: int, k: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedExpandConfig:
+    """Returns the config of `launch_mixed_lora_expand` for dx ``[m, k]``."""
+    kind = kind_of(chip, dtype, input_precision)
+    tile = widest_that_fills(
+        chip,
+        m,
+        MIXED_GRAD[chip.family][kind].x_add,
+        lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n),
+    )
+    return _expand(chip, kind, tile)
+
+
+def mixed_grad_reduce_config() -> MixedGradReduceConfig:
+    """Returns the config of `launch_mixed_lora_grad_reduce`: one for every problem."""
+    return MixedGradReduceConfig(block_m=32, block_l=64, block_r=16, num_warps=4)
+
+
+def run_rows(chip: Chip, m: int, columns: int, config: MixedGradBConfig | MixedGradAConfig) -> int:
+    """Returns the positions of a run: a multiple of the tile's rows, as many as fill the chip.
+
+    Args:
+        chip: Where the launch runs.
+        m: Rows of the batch.
+        columns: Of dy or x.
+        config: Of the launch.
+    """
+    width = config.block_n if isinstance(config, MixedGradBConfig) else config.block_k
+    # Three in four of the chip's processors, as a tile's choice asks for.
+    wanted = cdiv(3 * chip.num_sms, 4 * max(cdiv(columns, width), 1))
+    steps = max(cdiv(m, config.block_m), 1)
+    runs = max(min(wanted, steps // _MIN_STEPS), 1)
+    return cdiv(steps, runs) * config.block_m
+
+
+def all_mixed_grad_shipped(chip: Chip) -> Iterator[Shipped]:
+    """Yields every config that a backward launch may take on ``chip``, each once.
+
+    "mixed_lora_grad_x" is `launch_mixed_lora_linear` and "mixed_lora_grad_x_add"
+    `launch_mixed_lora_expand`, as the gradient of x calls them.
+    """
+    for kind, tiles in MIXED_GRAD[chip.family].items():
+        dtype = torch.bfloat16 if kind == "half" else torch.float32
+        for block_r in tiles.rows.blocks_r:
+            config_b = _grad_b(chip, kind, tiles.rows, block_r)
+            yield Shipped("mixed_lora_grad_b", dtype, block_r, config_b)
+            config_a = _grad_a(chip, kind, tiles.rows, block_r)
+            yield Shipped("mixed_lora_grad_a", dtype, block_r, config_a)
+        for tile in tiles.x:
+            yield Shipped("mixed_lora_grad_x", dtype, 64, _linear(chip, kind, tile))
+        for tile_add in tiles.x_add:
+            yield Shipped("mixed_lora_grad_x_add", dtype, 64, _expand(chip, kind, tile_add))
+    yield Shipped("mixed_lora_grad_reduce", torch.bfloat16, 64, mixed_grad_reduce_config())
+
+
+def _block_r(tile: MixedGradTile, columns: int) -> int:
+    return next((block for block in tile.blocks_r if columns <= block), tile.blocks_r[-1])
+
+
+def _grad_b(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGradBConfig:
+    return MixedGradBConfig(
+        block_m=tile.block_m,
+        block_n=tile.columns,
+        block_r=block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        max_registers=chip.max_registers,
+        input_precision=_precision(kind),
+    )
+
+
+def _grad_a(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGradAConfig:
+    return MixedGradAConfig(
+        block_m=tile.block_m,
+        block_k=tile.columns,
+        block_r=block_r,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        max_registers=chip.max_registers,
+        input_precision=_precision(kind),
+    )

@@ -1,0 +1,197 @@
+"""``d_lora_a = ds.T @ dropout(x)`` of every adapter with rows, for all modules fed by one x.
+
+x ``[M, K]`` in any order of rows; ds ``[G, M, R]`` over sorted positions, one for each module. A
+program owns BLOCK_K columns and a piece, a run of rows of one adapter: that adapter's rank rows of
+all modules stand side by side as columns of one dot. Sums over a piece are fp32 planes
+``[P, G, R, K]`` that `mixed_lora_grad_reduce` sums in a fixed order; a piece's plane is that of
+`mixed_lora_grad_b`. Dropout, which every module has for itself, takes a launch for each.
+
+Bytes moved, e an element of x and ds: ``e M' K``, M' the rows with an adapter, once for each
+BLOCK_R columns; ``e`` an element of ds, read once a tile of K; and 4 an element of the planes, one
+for each adapter in each run of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import cdiv
+from fastlora.kernels.mixed_grad_configs import MixedGradAConfig
+from fastlora.kernels.mixed_rows import (
+    S_COLUMNS,
+    TABLES,
+    DropoutTables,
+    round_up,
+    sibling_columns,
+)
+from fastlora.kernels.philox import philox_keep_mask
+
+
+# M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "rows", "stride_table"], do_not_specialize_on_alignment=TABLES)
+def _mixed_lora_grad_a_kernel(
+    # tensors
+    d_lora_a_ptr,
+    x_ptr,
+    ds_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    piece_start_ptr,
+    rank_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
+    # scalars
+    M,
+    K,
+    rows,
+    # strides
+    stride_dap,
+    stride_dag,
+    stride_dar,
+    stride_xm,
+    stride_xk,
+    stride_dsg,
+    stride_dsm,
+    stride_table,
+    # meta
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    num_pid_k = tl.cdiv(K, BLOCK_K)
+    piece = tl.program_id(0) // num_pid_k
+    first_k = (tl.program_id(0) % num_pid_k) * BLOCK_K
+    first_column = tl.program_id(1) * BLOCK_R
+    first_m = tl.load(piece_start_ptr + piece)
+    stop_m = tl.load(piece_start_ptr + piece + 1)
+    used = first_m < M
+    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    columns = 0
+    for g in tl.static_range(G):
+        rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)
+        columns += round_up(rank, S_COLUMNS)
+
+    if columns > first_column:
+        offs_m = tl.arange(0, BLOCK_M)
+        offs_k = tl.arange(0, BLOCK_K)
+        column = first_column + tl.arange(0, BLOCK_R)
+        mask_k = offs_k < K - first_k
+        sibling, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+        r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
+        ds_ptrs = ds_ptr + tl.cast(sibling, tl.int64) * stride_dsg + r
+        x_ptr += tl.cast(first_k, tl.int64) * stride_xk
+        if HAS_DROPOUT:
+            # The row's number among those of its adapter, whatever else is in the batch.
+            before = tl.load(slot_start_ptr + slot)
+            seed = tl.load(seed_ptr + slot)
+            threshold = tl.load(threshold_ptr + slot)
+
+        acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        for start in tl.range(first_m, stop_m, BLOCK_M):
+            mask_m = offs_m < stop_m - start
+            row = tl.load(order_ptr + start + offs_m, mask=mask_m, other=0).to(tl.int64)
+            at = (start + offs_m).to(tl.int64)
+            # x: [BLOCK_M, BLOCK_K]
+            x = tl.load(
+                x_ptr + (row * stride_xm)[:, None] + offs_k[None, :] * stride_xk,
+                mask=mask_m[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            # ds: [BLOCK_M, BLOCK_R]
+            ds = tl.load(
+                ds_ptrs[None, :] + (at * stride_dsm)[:, None],
+                mask=mask_m[:, None] & own[None, :],
+                other=0.0,
+            )
+            if HAS_DROPOUT:
+                keep = philox_keep_mask(
+                    seed, start - before, first_k, threshold, 0, BLOCK_M, BLOCK_K
+                )
+                x = tl.where(keep, x, 0.0)
+            # [BLOCK_K, BLOCK_M] x [BLOCK_M, BLOCK_R]
+            acc = tl.dot(tl.trans(x), ds, acc, input_precision=INPUT_PRECISION)
+
+        if HAS_DROPOUT:
+            acc *= tl.load(inv_keep_ptr + slot)
+        # d_lora_a: [BLOCK_K, BLOCK_R], a column of the tile is a rank row of K
+        d_lora_a_ptr += tl.cast(first_m // rows + slot, tl.int64) * stride_dap + first_k
+        offs_r = tl.cast(sibling, tl.int64) * stride_dag + tl.cast(r, tl.int64) * stride_dar
+        tl.store(
+            d_lora_a_ptr + offs_k[:, None] + offs_r[None, :],
+            acc,
+            mask=mask_k[:, None] & own[None, :],
+        )
+
+
+def launch_mixed_lora_grad_a(
+    d_lora_a: torch.Tensor,
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    pieces: torch.Tensor,
+    rank: torch.Tensor,
+    *,
+    rows: int,
+    max_columns: int,
+    config: MixedGradAConfig,
+    dropout: DropoutTables | None = None,
+) -> None:
+    """Writes planes of ``ds.T @ dropout(x)`` for G modules, each row's own adapter.
+
+    Args:
+        d_lora_a: fp32 ``[ceil(M / rows) + S, G, R, K]``, contiguous.
+        x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
+        ds: ``[G, M, R]`` in x's dtype over sorted positions, the last dimension contiguous.
+        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        segment_of: int32 ``[M]``.
+        segment_slot: int32 ``[segments]``.
+        pieces: int32, ``RowGroups.pieces(rows)``.
+        rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
+        rows: Positions of one run.
+        max_columns: No smaller than any adapter's ranks of all modules together, each in fours.
+        config: From `mixed_grad_a_config`.
+        dropout: Of the one module, ``G = 1``; None for none.
+    """
+    m, k = x.shape
+    if m == 0 or k == 0:
+        return
+    grid = ((pieces.shape[0] - 1) * cdiv(k, config.block_k), cdiv(max_columns, config.block_r))
+    _mixed_lora_grad_a_kernel[grid](
+        d_lora_a_ptr=d_lora_a,
+        x_ptr=x,
+        ds_ptr=ds,
+        order_ptr=order,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
+        piece_start_ptr=pieces,
+        rank_ptr=rank,
+        M=m,
+        K=k,
+        rows=rows,
+        stride_dap=d_lora_a.stride(0),
+        stride_dag=d_lora_a.stride(1),
+        stride_dar=d_lora_a.stride(2),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_dsg=ds.stride(0),
+        stride_dsm=ds.stride(1),
+        stride_table=rank.stride(0),
+        G=rank.shape[0],
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        **DropoutTables.arguments(dropout),
+        INPUT_PRECISION=config.input_precision,
+        **config.launch_options,
+    )

@@ -1,0 +1,128 @@
+"""Operands of the backward launches of a mixed batch, for `launches.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
+from fastlora.kernels.mixed_rows import DropoutTables
+
+# Launches that another kernel's launcher makes.
+MODULES = {"mixed_lora_grad_x": "mixed_lora_linear", "mixed_lora_grad_x_add": "mixed_lora_expand"}
+_SLOTS = 64
+_PLANES = 96
+_RUN = 128
+
+
+class MixedGradOperands:
+    """What `launches._Operands` calls the launchers with; its attributes are described there."""
+
+    config: Any
+    m: int
+    n: int
+    k: int
+    training: bool
+    pdl: bool
+    factor_dtype: torch.dtype
+    empty: Callable[..., torch.Tensor]
+    route: Callable[[], tuple[torch.Tensor, ...]]
+    addresses: Callable[..., torch.Tensor]
+
+    def ints(self, *shape: int) -> torch.Tensor:
+        return self.empty(*shape, dtype=torch.int32)
+
+    def planes(self, *shape: int) -> torch.Tensor:
+        return self.empty(*shape, dtype=torch.float32)
+
+    def dropout(self) -> DropoutTables | None:
+        """Returns the tables of a dropout, where the variant has one."""
+        if not self.training:
+            return None
+        return DropoutTables(
+            self.ints(_SLOTS + 1), self.addresses(_SLOTS), self.ints(_SLOTS), self.planes(_SLOTS)
+        )
+
+    def mixed_lora_grad_b(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.planes(32, self.m, 64),
+            self.planes(_PLANES, self.n, 64),
+            self.planes(_PLANES, self.n),
+            self.empty(self.m, self.n),
+            self.empty(self.m, 64),
+            *self.route(),
+            self.ints(_SLOTS),
+            self.addresses(_SLOTS),
+            self.ints(_SLOTS),
+            rows=_RUN,
+            max_rank=64,
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+        )
+
+    def mixed_lora_grad_a(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.planes(_PLANES, 1, 64, self.k),
+            self.empty(self.m, self.k),
+            self.empty(1, self.m, 64),
+            *self.route(),
+            self.ints(_SLOTS),
+            self.ints(1, _SLOTS),
+            rows=_RUN,
+            max_columns=64,
+            config=self.config,
+            dropout=self.dropout(),
+        )
+
+    def mixed_lora_grad_x(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.k),
+            self.empty(self.m, self.n),
+            self.empty(self.n, self.k).t(),
+            None,
+            self.empty(1, self.m, 64),
+            *self.route(),
+            self.addresses(_SLOTS),
+            None,
+            self.ints(_SLOTS),
+            None,
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+            pdl=False,
+            dropout=self.dropout(),
+        )
+
+    def mixed_lora_grad_x_add(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.k),
+            self.empty(1, self.m, 64),
+            *self.route(),
+            self.addresses(_SLOTS),
+            None,
+            self.ints(_SLOTS),
+            None,
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+            dropout=self.dropout(),
+        )
+
+    def mixed_lora_grad_reduce(self, launch: Callable[..., None]) -> None:
+        planes = self.planes(_PLANES, self.n, 64).transpose(1, 2).unsqueeze(1)
+        launch(
+            self.empty(_SLOTS * self.n, dtype=self.factor_dtype),
+            planes,
+            self.ints(_SLOTS + 1),
+            self.ints(1, _SLOTS),
+            self.planes(1, _SLOTS),
+            self.addresses(1, _SLOTS),
+            m=self.m,
+            columns=self.n,
+            rows=_RUN,
+            by_column=True,
+            config=self.config,
+            bias_planes=self.planes(_PLANES, self.n),
+            bias_offset=self.addresses(1, _SLOTS),
+            ds=DsPlanes(self.empty(self.m, 64), self.planes(32, self.m, 64), *self.route()[1:]),
+        )

@@ -1,0 +1,224 @@
+"""Gradients of mixed batches: values, masks, strides, rows kept apart, runs that repeat.
+
+Through the operators, so that configs are chosen as a layer's are; kernels on small runs of rows
+are `test_mixed_lora_grad_b` and `test_mixed_lora_grad_a`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_grad_problem import OPS, RANKS, GradProblem, mix  # noqa: E402
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "plan"),
+    [(0, 40, 48, "fused"), (1, 64, 33, "split"), (17, 50, 70, "fused"), (127, 35, 24, "auto")],
+)
+def test_values(
+    lab: Any, dtype: torch.dtype, m: int, n: int, k: int, plan: str, dropout: bool
+) -> None:
+    """Ranks 1 to 64, rsLoRA, lora_bias, base rows, an absent module and an adapter without rows."""
+    problem = GradProblem(lab, mix(m), n, k, dtype, dropout=dropout)
+    found = problem.run(plan)
+    problem.check(found)
+    for slot in set(range(len(RANKS))) - set(problem.ids):
+        assert not found[f"d_lora_a {slot}"].any()
+        assert not found[f"d_lora_b {slot}"].any()
+
+
+def test_fp32_masters(lab: Any) -> None:
+    """fp32 factors beside fp16 activations: gradients are fp32, of sums that were."""
+    problem = GradProblem(lab, mix(40), 48, 64, torch.float16, torch.float32, dropout=True)
+    problem.check(problem.run())
+
+
+@pytest.mark.parametrize("ids", [[-1] * 20, [5] * 20, [4] * 20], ids=["base", "absent", "one"])
+def test_plain_batches(lab: Any, dtype: torch.dtype, ids: list[int]) -> None:
+    """No adapter at all, one without a part in the module, one for all rows."""
+    problem = GradProblem(lab, ids, 36, 40, dtype)
+    problem.check(problem.run("split"))
+
+
+def test_rank_past_every_block(lab: Any) -> None:
+    ids = [row % 5 - 1 for row in range(12)]
+    problem = GradProblem(lab, ids, 20, 24, torch.float32, ranks=(130, 3, 72, 1), biased=(0,))
+    problem.check(problem.run())
+
+
+def test_strides(lab: Any) -> None:
+    """Gradients may be expanded, and x a slice; factors may lie anywhere."""
+    problem = GradProblem(lab, mix(19), 45, 70, torch.float32, dropout=True)
+    problem.x = lab.strided(problem.x, "rows")
+    problem.weight = lab.strided(problem.weight, "transposed")
+    problem.lora_a[3] = lab.strided(problem.lora_a[3], "both")
+    problem.lora_b[3] = lab.strided(problem.lora_b[3], "transposed")
+    for dy, plan in (
+        (lab.strided(problem.dy, "both"), "fused"),
+        (torch.ones((), device=lab.device).expand(19, 45), "fused"),
+        (problem.dy[:1].expand(19, 45), "split"),
+    ):
+        problem.dy = dy
+        problem.check(problem.run(plan))
+
+
+@pytest.mark.parametrize(
+    ("plan", "dropout"), [("split", False), ("fused", True)], ids=["split", "fused-dropout"]
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_rows_are_kept_apart(lab: Any, plan: str, dropout: bool) -> None:
+    """Whatever is not finite in an adapter, or in a row of x or dy, reaches nobody else."""
+    ranks = (1, 3, 8, 16, 24)
+    ids = [row % 6 - 1 for row in range(20)]
+    problem = GradProblem(lab, ids, 20, 24, torch.float32, ranks=ranks, dropout=dropout)
+    for spoilt in (
+        problem.lora_a[4][23, 3:4],
+        problem.lora_b[3][5, 2:3],
+        problem.x[problem.rows_of(3)[0], 4:5],
+        problem.dy[problem.rows_of(4)[-1], 19:],
+    ):
+        problem.check_apart(lambda: problem.run(plan), spoilt)
+
+
+def test_repeats_bit_for_bit(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What operators allocate and do not write is never read: NaN there would show."""
+    problem = GradProblem(lab, mix(21), 40, 520, torch.float32)
+    first = problem.run("split")
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(float("nan")))
+    again = problem.run("split")
+    assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+    problem.check(again)
+
+
+def test_joint_is_solo(lab: Any) -> None:
+    """An adapter's rows alone, wherever they stood in the batch: the same masks and gradients."""
+    joint = GradProblem(lab, mix(60), 40, 48, torch.float32, dropout=True)
+    found = joint.run()
+    for slot in (0, 3, 4):
+        rows = joint.rows_of(slot)
+        solo = GradProblem(lab, [slot] * len(rows), 40, 48, torch.float32, dropout=True)
+        for name in ("weight", "lora_a", "lora_b", "lora_bias"):
+            setattr(solo, name, getattr(joint, name))
+        solo.x, solo.dy = joint.x[rows], joint.dy[rows]
+        alone = solo.run()
+        solo.check(alone)
+        torch.testing.assert_close(alone["dx"], found["dx"][rows])
+        torch.testing.assert_close(alone["y"], found["y"][rows])
+        for kind in ("d_lora_a", "d_lora_b"):
+            torch.testing.assert_close(alone[f"{kind} {slot}"], found[f"{kind} {slot}"])
+
+
+def test_masks_are_held_exactly(lab: Any) -> None:
+    """Ones through every kernel that drops: an element is dropped where PyTorch's integers say."""
+    problem = GradProblem(lab, mix(50), 16, 40, torch.float32, dropout=True)
+    problem.x.fill_(1.0)
+    problem.weight.zero_()
+    for slot, r in enumerate(problem.ranks):
+        problem.lora_a[slot].zero_()
+        for row in range(r):
+            problem.lora_a[slot][row, row % 40] = 1.0  # s is x's first columns
+    y, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused"))
+    ds = torch.ones_like(s)
+    starts = problem.groups.slot_start.tolist()
+    order = problem.groups.order.tolist()
+    gradients = OPS.mixed_lora_grad_a(*problem.grad_a_arguments(ds))
+    for plan in ("fused", "split"):
+        dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(ds, plan))
+        for slot, r in enumerate(problem.ranks):
+            at = slice(starts[slot], starts[slot + 1])
+            rows = order[at]
+            mask = problem.masks(slot, len(rows), torch.float32)
+            width = min(r, 40)
+            # Powers of two apart, exact in fp32; dx sums the rank rows that lead to a column.
+            torch.testing.assert_close(s[at, :width], mask[:, :width], rtol=1e-6, atol=0)
+            times = problem.lora_a[slot].sum(0)
+            torch.testing.assert_close(dx[rows], mask * times, rtol=1e-6, atol=0)
+    from fastlora.mixed_grad_tables import split_grad_a
+
+    for slot, gradient in enumerate(split_grad_a(gradients, problem.lora_a)):
+        mask = problem.masks(slot, len(problem.rows_of(slot)), torch.float64)
+        kept = (mask.sum(0) * (1 - problem.ps[slot])).round()
+        counted = (gradient * (1 - problem.ps[slot])).round()
+        assert (counted == kept).all()  # every rank row counts the rows that kept a column
+
+
+def test_rows_of_an_invalid_id(lab: Any) -> None:
+    """They are NaN in dx and in no gradient of an adapter."""
+    ids = mix(20)
+    problem = GradProblem(lab, [*ids[:5], 9, *ids[5:], -2], 36, 40, torch.float32)
+    assert problem.groups.invalid
+    for plan in ("fused", "split"):
+        found = problem.run(plan)
+        for name in ("y", "dx"):
+            assert found[name][[5, 21]].isnan().all()
+            found[name][[5, 21]] = problem.expected(torch.float32)[name][[5, 21]]
+        problem.check(found)
+
+
+def test_what_is_not_asked_for_is_not_written(lab: Any) -> None:
+    """ds alone, for a backward that no factor of lora_b takes part in; dx without a base."""
+    problem = GradProblem(lab, mix(30), 36, 40, torch.float32, dropout=True)
+    _, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused"))
+    both, _ = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s))
+    alone, packed = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s, factors=False))
+    assert not packed.numel()
+    for slot, r in enumerate(problem.ranks):
+        at = slice(*problem.groups.slot_start[slot : slot + 2].tolist())
+        assert torch.equal(both[at, :r], alone[at, :r])
+    dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(both, "auto", base=False))
+    whole = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(both, "split"))
+    torch.testing.assert_close(dx + problem.dy @ problem.weight, whole)
+    assert not dx[problem.rows_of(-1)].any()
+
+
+def test_eager_branch(lab: Any, dtype: torch.dtype) -> None:
+    """The operators' PyTorch branch gives the same; its dropout is its own but kept in backward."""
+    problem = GradProblem(lab, mix(30), 36, 40, dtype)
+    problem.check(problem.run(impl="eager"))
+    problem = GradProblem(lab, [0] * 64, 36, 40, torch.float32, ranks=(16,), dropout=True)
+    problem.weight.zero_()
+    found = problem.run(impl="eager")
+    exact = GradProblem(lab, [0] * 64, 36, 40, torch.float64, ranks=(16,))
+    assert not torch.allclose(found["y"], exact.run(impl="eager")["y"].float())
+    # y is linear in lora_a and in lora_b: gradients against y itself, with the same masks.
+    loss = (found["y"] * problem.dy).sum()
+    for name, factor in (("d_lora_a 0", problem.lora_a[0]), ("d_lora_b 0", problem.lora_b[0])):
+        torch.testing.assert_close((found[name] * factor).sum(), loss, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close((found["dx"] * problem.x).sum(), loss, rtol=1e-4, atol=1e-3)
+
+
+def test_opcheck(lab: Any) -> None:
+    """Schemas, fakes and dispatch agree with what the kernels do."""
+    ids = [0, 2, -1, 1, 0]
+    problem = GradProblem(lab, ids, 20, 24, torch.float32, ranks=(1, 3, 8), dropout=True)
+    _, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused", "eager"))
+    ds, _ = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s, "eager"))
+    add = problem.forward_arguments("fused")
+    checks = {
+        "mixed_lora_train_linear": problem.forward_arguments("fused"),
+        "mixed_lora_train_add": (problem.dy, problem.x, *add[3:-1]),
+        "mixed_lora_grad_b": problem.grad_b_arguments(s),
+        "mixed_lora_grad_x": problem.grad_x_arguments(ds, "fused"),
+        "mixed_lora_grad_a": problem.grad_a_arguments(ds),
+    }
+    for name, arguments in checks.items():
+        # Columns of s and ds past a rank are not written: two runs are not compared.
+        torch.library.opcheck(
+            getattr(OPS, name).default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
