@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora import mixed_grad_ops, mixed_ops, mixed_train_ops  # noqa: F401 - registers the ops
+from fastlora import mixed_grad_ops, mixed_train_ops  # noqa: F401 - registers the operators
 from fastlora.autograd import without_autocast
-from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b
+from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
 from fastlora.row_groups import RowGroups
 
 _Factor = torch.Tensor | None
@@ -81,7 +81,7 @@ def forward_linear(
         weight.to(x.dtype),
         None if bias is None else bias.to(x.dtype),
         *batch.route,
-        mixed_ops.pieces_of(batch.groups),
+        train_pieces(batch.groups),
         *_lists(factors),
         batch.scaling,
         batch.seeds,
@@ -100,7 +100,7 @@ def forward_add(
         y.reshape(-1, y.shape[-1]),
         x.reshape(-1, x.shape[-1]),
         *batch.route,
-        mixed_ops.pieces_of(batch.groups),
+        train_pieces(batch.groups),
         *_lists(factors),
         batch.scaling,
         batch.seeds,
@@ -133,8 +133,9 @@ class MixedLoraLinearKernels(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = grad.reshape(-1, grad.shape[-1])
-        x, weight = ctx.saved_tensors[:2]
-        dx, d_factors = _backward(ctx, dy, weight.to(dy.dtype), needs_x)
+        # Once: what checkpoints recompute can be taken a single time.
+        x, weight, *saved = ctx.saved_tensors
+        dx, d_factors = _backward(ctx, dy, x, weight.to(dy.dtype), saved, needs_x)
         d_weight = d_bias = None
         if needs_weight:
             d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -160,7 +161,8 @@ class MixedLoraAddKernels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
-        dx, d_factors = _backward(ctx, dy, None, ctx.needs_input_grad[1])
+        x, _, *saved = ctx.saved_tensors
+        dx, d_factors = _backward(ctx, dy, x, None, saved, ctx.needs_input_grad[1])
         return grad, dx, None, None, *d_factors
 
 
@@ -182,17 +184,24 @@ def _save(
 
 
 def _backward(
-    ctx: Any, dy: torch.Tensor, weight: torch.Tensor | None, needs_x: bool
+    ctx: Any,
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    saved: Sequence[torch.Tensor],
+    needs_x: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Returns the gradients of x, and of all factors in turn.
 
     Args:
         ctx: As `_save` left it.
         dy: ``[M, N]``, any strides.
+        x: ``[..., K]``, where a lora_a needs it.
         weight: ``[N, K]`` in dy's dtype; None for dx of the adapters' term alone.
+        saved: s, the seeds and the factors.
         needs_x: Whether x needs a gradient.
     """
-    x, _, s, seeds, *factors = ctx.saved_tensors
+    s, seeds, *factors = saved
     lists, batch, needs = _lists(factors), ctx.batch, ctx.needs_input_grad[4:]
     with_bias = [bias is not None for bias in lists.lora_bias]
     with_factors = any(needs[1::3]) or any(needs[2::3])
@@ -218,7 +227,7 @@ def _backward(
     if with_factors:
         for slot, (d_lora_b, d_bias) in enumerate(split_grad_b(packed, lists.lora_b, with_bias)):
             gradients[3 * slot + 1 : 3 * slot + 3] = [d_lora_b, d_bias]
-    if any(needs[::3]):
+    if x is not None and any(needs[::3]):
         flat = x.reshape(-1, x.shape[-1])
         packed = operators.mixed_lora_grad_a(
             flat,

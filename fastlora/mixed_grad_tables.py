@@ -19,6 +19,13 @@ from fastlora.row_groups import RowGroups
 Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def train_pieces(groups: RowGroups) -> torch.Tensor:
+    """Returns ``pieces`` of the forward's operators."""
+    from fastlora.kernels.mixed_grad_configs import TRAIN_PIECE_ROWS
+
+    return groups.pieces(TRAIN_PIECE_ROWS)
+
+
 def runs_b(groups: RowGroups, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, int]:
     """Returns ``pieces`` and ``rows`` of `mixed_lora_grad_b` for dy ``[M, n]``."""
     from fastlora.kernels import configs, mixed_grad_configs

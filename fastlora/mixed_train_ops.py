@@ -46,12 +46,12 @@ def _shrink(
     dropout_p: list[float],
 ) -> tuple[torch.Tensor, bool]:
     """Returns s, and whether one launch made it."""
-    from fastlora.kernels import configs, lora_shrink, mixed_configs, mixed_lora_shrink
+    from fastlora.kernels import configs, lora_shrink, mixed_grad_configs, mixed_lora_shrink
 
     (m, k), max_rank, device = x.shape, max_rank_of(lora_a), x.device
     blocks = aligned_blocks(lora_a)
-    config = mixed_configs.mixed_shrink_config(
-        configs.chip_of(device), m, max_rank, x.dtype, input_precision=_precision(x.dtype)
+    config = mixed_grad_configs.mixed_train_shrink_config(
+        configs.chip_of(device), max_rank, x.dtype, input_precision=_precision(x.dtype)
     )
     splits = _shrunk_shape(m, k, 1, max_rank, False)[0]
     s = x.new_empty(m, columns_of(max_rank))
@@ -95,9 +95,9 @@ def _expand(
     tables: Any,
     factor_dtype: torch.dtype,
 ) -> None:
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_expand
+    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_expand
 
-    config = mixed_configs.mixed_expand_config(
+    config = mixed_grad_configs.mixed_grad_x_add_config(
         configs.chip_of(y.device), *y.shape, y.dtype, input_precision=_precision(y.dtype)
     )
     mixed_lora_expand.launch_mixed_lora_expand(
@@ -130,7 +130,7 @@ def _mixed_lora_train_linear(
         s = eager.shrink(x, order, slot_start, lora_a, seeds, dropout_p)
         eager.expand_(y, s, order, slot_start, lora_b, lora_bias, scaling)
         return y, s
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_linear
+    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_linear
 
     (m, n), route = (x.shape[0], weight.shape[0]), (order, segment_of, segment_slot)
     with _on_device(x):
@@ -151,7 +151,7 @@ def _mixed_lora_train_linear(
             *route,
             *tables,
             factor_dtype=lora_b[0].dtype,
-            config=mixed_configs.mixed_linear_config(
+            config=mixed_grad_configs.mixed_grad_x_config(
                 chip, m, n, x.dtype, input_precision=_precision(x.dtype)
             ),
             pdl=chip.has_pdl and one_launch,

@@ -1,7 +1,8 @@
-"""Which config a backward launch for mixed batches takes; see `fastlora.kernels.mixed_configs`.
+"""Which config a launch takes that trains a mixed batch; see `fastlora.kernels.mixed_configs`.
 
 Nothing here depends on the mix. Kernels that sum over rows work on runs of so many sorted positions
-as give the fewest planes that fill the chip.
+as give the fewest planes that fill the chip. The forward has tables of its own, too: dropout, and
+factors read as parameters lie, take registers, and training has many rows.
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ from fastlora.kernels.configs import (
     remembered,
     widest_that_fills,
 )
-from fastlora.kernels.mixed_config_tables import MixedExpandTile, MixedLinearTile
+from fastlora.kernels.mixed_config_tables import (
+    MixedExpandTile,
+    MixedLinearTile,
+    MixedShrinkTile,
+)
 from fastlora.kernels.mixed_configs import (
     MixedExpandConfig,
     MixedLinearConfig,
+    MixedShrinkConfig,
     _expand,
     _linear,
     _precision,
+    _shrink,
 )
+
+# Row tile of the forward's shrink.
+TRAIN_PIECE_ROWS = 64
 
 # Steps down the rows below which a run is not worth a program.
 _MIN_STEPS = 2
@@ -41,6 +51,7 @@ class MixedGradBConfig(KernelConfig):
     block_m: int
     block_n: int
     block_r: int
+    rank_rows_first: bool
     input_precision: str = "ieee"
 
 
@@ -51,6 +62,7 @@ class MixedGradAConfig(KernelConfig):
     block_m: int
     block_k: int
     block_r: int
+    rank_rows_first: bool
     input_precision: str = "ieee"
 
 
@@ -78,45 +90,61 @@ class MixedGradTiles(NamedTuple):
 
     Attributes:
         rows: Of `mixed_lora_grad_b` and `mixed_lora_grad_a`.
-        x: Of `mixed_lora_linear` for dx, from the widest to the narrowest.
-        x_add: Of `mixed_lora_expand` for dx.
+        shrink: Of `mixed_lora_shrink`.
+        x: Of `mixed_lora_linear`, for y and for dx, from the widest to the narrowest.
+        x_add: Of `mixed_lora_expand`, for y and for dx.
     """
 
     rows: MixedGradTile
+    shrink: MixedShrinkTile
     x: tuple[MixedLinearTile, ...]
     x_add: tuple[MixedExpandTile, ...]
 
 
 _FMA = MixedGradTiles(
     MixedGradTile(32, 32, 4, 2, (16,)),
+    MixedShrinkTile(64, 32, 4, 2, (16,)),
     (MixedLinearTile(64, 64, 16, 16, 8, 2),),
     (MixedExpandTile(64, 64, 16, 8),),
 )
 _TF32 = MixedGradTiles(
     MixedGradTile(64, 64, 4, 3, (32,)),
+    MixedShrinkTile(64, 32, 4, 4, (16,)),
     (MixedLinearTile(64, 64, 32, 16, 4, 3),),
     (MixedExpandTile(64, 64, 16, 8),),
 )
 _MFMA_FP32 = MixedGradTiles(
     MixedGradTile(64, 64, 4, 2, (32,)),
+    MixedShrinkTile(64, 32, 4, 2, (16,)),
     (MixedLinearTile(64, 64, 32, 16, 4, 2),),
     (MixedExpandTile(64, 64, 16, 8),),
 )
 _ADD_HALF = (MixedExpandTile(128, 128, 16, 8), MixedExpandTile(64, 64, 32, 8))
 _X_HALF = (MixedLinearTile(128, 128, 32, 16, 8, 4), MixedLinearTile(64, 64, 64, 32, 8, 4))
 _AMPERE = {
-    "half": MixedGradTiles(MixedGradTile(64, 128, 8, 3, (16, 64)), _X_HALF, _ADD_HALF),
+    "half": MixedGradTiles(
+        MixedGradTile(64, 128, 8, 3, (16, 64)),
+        MixedShrinkTile(64, 64, 8, 3, (16, 64)),
+        _X_HALF,
+        _ADD_HALF,
+    ),
     "tf32": _TF32,
     "ieee": _FMA,
 }
 _HOPPER = {
-    "half": MixedGradTiles(MixedGradTile(64, 128, 4, 3, (16, 64)), _X_HALF, _ADD_HALF),
+    "half": MixedGradTiles(
+        MixedGradTile(64, 128, 4, 3, (16, 64)),
+        MixedShrinkTile(64, 64, 4, 4, (16, 64)),
+        _X_HALF,
+        _ADD_HALF,
+    ),
     "tf32": _TF32,
     "ieee": _FMA,
 }
 _AMD = {
     "half": MixedGradTiles(
         MixedGradTile(64, 128, 4, 2, (16, 64)),
+        MixedShrinkTile(64, 64, 4, 2, (16, 64)),
         (MixedLinearTile(128, 128, 64, 16, 8, 2), MixedLinearTile(64, 64, 64, 32, 4, 2)),
         _ADD_HALF,
     ),
@@ -134,13 +162,23 @@ MIXED_GRAD: dict[str, dict[str, MixedGradTiles]] = {
 
 
 @remembered
-def mixed_grad_b_config(
+def mixed_train_shrink_config(
     chip: Chip, max_rank: int, dtype: torch.dtype, *, input_precision: str = "ieee"
-) -> MixedGradBConfig:
-    """Returns the config of `launch_mixed_lora_grad_b` for any number of rows.
+) -> MixedShrinkConfig:
+    """Returns the config of `launch_mixed_lora_shrink` for one module and any number of rows.
 
     ``input_precision``, "ieee" or "tf32", matters for fp32 only.
     """
+    kind = kind_of(chip, dtype, input_precision)
+    tile = MIXED_GRAD[chip.family][kind].shrink
+    return _shrink(chip, kind, tile, _block_r(tile, max_rank))
+
+
+@remembered
+def mixed_grad_b_config(
+    chip: Chip, max_rank: int, dtype: torch.dtype, *, input_precision: str = "ieee"
+) -> MixedGradBConfig:
+    """Returns the config of `launch_mixed_lora_grad_b` for any number of rows."""
     kind = kind_of(chip, dtype, input_precision)
     tile = MIXED_GRAD[chip.family][kind].rows
     return _grad_b(chip, kind, tile, _block_r(tile, max_rank))
@@ -164,7 +202,7 @@ def mixed_grad_a_config(
 def mixed_grad_x_config(
     chip: Chip, m: int, k: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> MixedLinearConfig:
-    """Returns the config of `launch_mixed_lora_linear` for dx ``[m, k]``."""
+    """Returns the config of `launch_mixed_lora_linear` for dx, or y, ``[m, k]``."""
     kind = kind_of(chip, dtype, input_precision)
     tile = widest_that_fills(
         chip,
@@ -179,7 +217,7 @@ def mixed_grad_x_config(
 def mixed_grad_x_add_config(
     chip: Chip, m: int, k: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> MixedExpandConfig:
-    """Returns the config of `launch_mixed_lora_expand` for dx ``[m, k]``."""
+    """Returns the config of `launch_mixed_lora_expand` for dx, or y, ``[m, k]``."""
     kind = kind_of(chip, dtype, input_precision)
     tile = widest_that_fills(
         chip,
@@ -213,9 +251,10 @@ def run_rows(chip: Chip, m: int, columns: int, config: MixedGradBConfig | MixedG
 
 
 def all_mixed_grad_shipped(chip: Chip) -> Iterator[Shipped]:
-    """Yields every config that a backward launch may take on ``chip``, each once.
+    """Yields every config that a launch of training may take on ``chip``, each once.
 
-    "mixed_lora_grad_x" is `launch_mixed_lora_linear` and "mixed_lora_grad_x_add"
+    "mixed_lora_train_shrink" and so on are the launches of the forward's kernels as training makes
+    them; "mixed_lora_grad_x" is `launch_mixed_lora_linear` and "mixed_lora_grad_x_add"
     `launch_mixed_lora_expand`, as the gradient of x calls them.
     """
     for kind, tiles in MIXED_GRAD[chip.family].items():
@@ -225,14 +264,24 @@ def all_mixed_grad_shipped(chip: Chip) -> Iterator[Shipped]:
             yield Shipped("mixed_lora_grad_b", dtype, block_r, config_b)
             config_a = _grad_a(chip, kind, tiles.rows, block_r)
             yield Shipped("mixed_lora_grad_a", dtype, block_r, config_a)
+        for block_r in tiles.shrink.blocks_r:
+            config_s = _shrink(chip, kind, tiles.shrink, block_r)
+            yield Shipped("mixed_lora_train_shrink", dtype, block_r, config_s)
         for tile in tiles.x:
-            yield Shipped("mixed_lora_grad_x", dtype, 64, _linear(chip, kind, tile))
+            for stem in ("mixed_lora_grad_x", "mixed_lora_train_linear"):
+                yield Shipped(stem, dtype, 64, _linear(chip, kind, tile))
         for tile_add in tiles.x_add:
-            yield Shipped("mixed_lora_grad_x_add", dtype, 64, _expand(chip, kind, tile_add))
+            for stem in ("mixed_lora_grad_x_add", "mixed_lora_train_expand"):
+                yield Shipped(stem, dtype, 64, _expand(chip, kind, tile_add))
     yield Shipped("mixed_lora_grad_reduce", torch.bfloat16, 64, mixed_grad_reduce_config())
 
 
-def _block_r(tile: MixedGradTile, columns: int) -> int:
+def _rank_rows_first(chip: Chip, kind: str) -> bool:
+    """Whether tensor cores take 16 rows: all but Hopper's and Blackwell's, and FMAs."""
+    return kind == "half" and chip.family not in ("sm_90", "sm_100")
+
+
+def _block_r(tile: MixedGradTile | MixedShrinkTile, columns: int) -> int:
     return next((block for block in tile.blocks_r if columns <= block), tile.blocks_r[-1])
 
 
@@ -241,6 +290,7 @@ def _grad_b(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGr
         block_m=tile.block_m,
         block_n=tile.columns,
         block_r=block_r,
+        rank_rows_first=_rank_rows_first(chip, kind),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=chip.max_registers,
@@ -253,6 +303,7 @@ def _grad_a(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGr
         block_m=tile.block_m,
         block_k=tile.columns,
         block_r=block_r,
+        rank_rows_first=_rank_rows_first(chip, kind),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=chip.max_registers,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fastlora.kernels.configs import cdiv
 from fastlora.kernels.mixed_grad_configs import MixedGradAConfig
+from fastlora.kernels.mixed_lora_grad_b import add_rows, store_sum
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -64,6 +65,7 @@ def _mixed_lora_grad_a_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     num_pid_k = tl.cdiv(K, BLOCK_K)
@@ -87,7 +89,7 @@ def _mixed_lora_grad_a_kernel(
         mask_k = offs_k < K - first_k
         sibling, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
         r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
-        ds_ptrs = ds_ptr + tl.cast(sibling, tl.int64) * stride_dsg + r
+        offs_ds = tl.cast(sibling, tl.int64) * stride_dsg + r
         x_ptr += tl.cast(first_k, tl.int64) * stride_xk
         if HAS_DROPOUT:
             # The row's number among those of its adapter, whatever else is in the batch.
@@ -95,7 +97,10 @@ def _mixed_lora_grad_a_kernel(
             seed = tl.load(seed_ptr + slot)
             threshold = tl.load(threshold_ptr + slot)
 
-        acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        if RANK_ROWS_FIRST:
+            acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
         for start in tl.range(first_m, stop_m, BLOCK_M):
             mask_m = offs_m < stop_m - start
             row = tl.load(order_ptr + start + offs_m, mask=mask_m, other=0).to(tl.int64)
@@ -106,30 +111,28 @@ def _mixed_lora_grad_a_kernel(
                 mask=mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )
-            # ds: [BLOCK_M, BLOCK_R]
-            ds = tl.load(
-                ds_ptrs[None, :] + (at * stride_dsm)[:, None],
-                mask=mask_m[:, None] & own[None, :],
-                other=0.0,
-            )
             if HAS_DROPOUT:
                 keep = philox_keep_mask(
                     seed, start - before, first_k, threshold, 0, BLOCK_M, BLOCK_K
                 )
                 x = tl.where(keep, x, 0.0)
-            # [BLOCK_K, BLOCK_M] x [BLOCK_M, BLOCK_R]
-            acc = tl.dot(tl.trans(x), ds, acc, input_precision=INPUT_PRECISION)
+            acc = add_rows(
+                acc,
+                x,
+                ds_ptr,
+                at * stride_dsm,
+                offs_ds,
+                mask_m,
+                own,
+                RANK_ROWS_FIRST=RANK_ROWS_FIRST,
+                INPUT_PRECISION=INPUT_PRECISION,
+            )
 
         if HAS_DROPOUT:
             acc *= tl.load(inv_keep_ptr + slot)
-        # d_lora_a: [BLOCK_K, BLOCK_R], a column of the tile is a rank row of K
         d_lora_a_ptr += tl.cast(first_m // rows + slot, tl.int64) * stride_dap + first_k
         offs_r = tl.cast(sibling, tl.int64) * stride_dag + tl.cast(r, tl.int64) * stride_dar
-        tl.store(
-            d_lora_a_ptr + offs_k[:, None] + offs_r[None, :],
-            acc,
-            mask=mask_k[:, None] & own[None, :],
-        )
+        store_sum(d_lora_a_ptr, acc, offs_k, offs_r, mask_k, own, RANK_ROWS_FIRST)
 
 
 def launch_mixed_lora_grad_a(
@@ -192,6 +195,7 @@ def launch_mixed_lora_grad_a(
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
         **DropoutTables.arguments(dropout),
+        RANK_ROWS_FIRST=config.rank_rows_first,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

@@ -31,6 +31,50 @@ from fastlora.kernels.mixed_rows import (
 )
 
 
+@triton.jit
+def add_rows(
+    acc,
+    tile,
+    s_ptr,
+    offs_m,
+    offs_r,
+    mask_m,
+    mask_r,
+    RANK_ROWS_FIRST: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Returns ``acc + tile.T @ s``, ``[C, BLOCK_R]``, or its transpose with RANK_ROWS_FIRST.
+
+    ``tile [BLOCK_M, C]`` is loaded; s lies at ``s_ptr`` plus the offsets of its rows and columns.
+    Where tensor cores take 16 rows the rank rows come first: only then is the tile, which would
+    otherwise be transposed, copied asynchronously.
+    """
+    if RANK_ROWS_FIRST:
+        # s: [BLOCK_R, BLOCK_M]
+        mask = mask_m[None, :] & mask_r[:, None]
+        s = tl.load(s_ptr + offs_m[None, :] + offs_r[:, None], mask=mask, other=0.0)
+        # [BLOCK_R, BLOCK_M] x [BLOCK_M, C]
+        acc = tl.dot(s, tile, acc, input_precision=INPUT_PRECISION)
+    else:
+        # s: [BLOCK_M, BLOCK_R]
+        mask = mask_m[:, None] & mask_r[None, :]
+        s = tl.load(s_ptr + offs_m[:, None] + offs_r[None, :], mask=mask, other=0.0)
+        # [C, BLOCK_M] x [BLOCK_M, BLOCK_R]
+        acc = tl.dot(tl.trans(tile), s, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def store_sum(out_ptr, acc, offs_c, offs_r, mask_c, mask_r, RANK_ROWS_FIRST: tl.constexpr):
+    """Writes the sum of `add_rows` to a plane, at offsets of its columns and rank rows."""
+    if RANK_ROWS_FIRST:
+        mask = mask_c[None, :] & mask_r[:, None]
+        tl.store(out_ptr + offs_c[None, :] + offs_r[:, None], acc, mask=mask)
+    else:
+        mask = mask_c[:, None] & mask_r[None, :]
+        tl.store(out_ptr + offs_c[:, None] + offs_r[None, :], acc, mask=mask)
+
+
 # M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["M", "rows"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_grad_b_kernel(
@@ -65,6 +109,7 @@ def _mixed_lora_grad_b_kernel(
     HAS_FACTORS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
+    RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -97,7 +142,10 @@ def _mixed_lora_grad_b_kernel(
 
         dy_ptr += first_n * stride_dyn
         ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp
-        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+        if RANK_ROWS_FIRST:
+            acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
         column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in tl.range(first_m, stop_m, BLOCK_M):
             mask_m = offs_m < stop_m - start
@@ -114,25 +162,25 @@ def _mixed_lora_grad_b_kernel(
             ds_ptrs = ds_ptr + (at * stride_dsm)[:, None] + offs_r[None, :]
             tl.store(ds_ptrs, ds, mask=mask_m[:, None] & filled[None, :])
             if HAS_FACTORS:
-                # s: [BLOCK_M, BLOCK_R]
-                s = tl.load(
-                    s_ptr + (at * stride_sm)[:, None] + offs_r[None, :],
-                    mask=mask_m[:, None] & mask_r[None, :],
-                    other=0.0,
+                acc = add_rows(
+                    acc,
+                    dy,
+                    s_ptr,
+                    at * stride_sm,
+                    offs_r,
+                    mask_m,
+                    mask_r,
+                    RANK_ROWS_FIRST=RANK_ROWS_FIRST,
+                    INPUT_PRECISION=INPUT_PRECISION,
                 )
-                # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
-                acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
             if HAS_BIAS:
                 column_sums += tl.sum(dy.to(tl.float32), axis=0)
 
         plane = tl.cast(first_m // rows + slot, tl.int64)
         if HAS_FACTORS:
-            # d_lora_b: [BLOCK_N, BLOCK_R]
             d_lora_b_ptr += plane * stride_dbp + first_n * stride_dbn
-            tl.store(
-                d_lora_b_ptr + offs_n[:, None] * stride_dbn + offs_r[None, :],
-                acc,
-                mask=mask_n[:, None] & filled[None, :],
+            store_sum(
+                d_lora_b_ptr, acc, offs_n * stride_dbn, offs_r, mask_n, mask_r, RANK_ROWS_FIRST
             )
         if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
             if first_r == 0:
@@ -211,6 +259,7 @@ def launch_mixed_lora_grad_b(
         HAS_FACTORS=d_lora_b is not None,
         HAS_BIAS=d_bias is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
+        RANK_ROWS_FIRST=config.rank_rows_first,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

@@ -24,7 +24,7 @@ from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
 
 # This folder holds no package: a worker process that imports this file by its path is told so.
 sys.path.insert(0, str(Path(__file__).parent))
-from mixed_grad_launches import MODULES, MixedGradOperands  # noqa: E402
+from mixed_grad_launches import MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -81,11 +81,9 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16:
                     result.append(Case(chip.arch, shipped, "uneven"))
-        for shipped in all_mixed_shipped(chip):
-            if shipped.kernel != "mixed_lora_add":
-                result.append(Case(chip.arch, shipped, "training"))
         for shipped in all_mixed_grad_shipped(chip):
-            result.append(Case(chip.arch, shipped, "training"))
+            if is_compiled(chip, shipped):
+                result.append(Case(chip.arch, shipped, "training"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -104,8 +102,7 @@ class _Operands(MixedGradOperands):
     def __init__(self, case: Case) -> None:
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
-        self.training = case.variant == "training"
-        self.modules = 3 if self.heavy and case.variant not in ("unshared", "training") else 1
+        self.modules = 3 if self.heavy and case.variant != "unshared" else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
         self.m = _ROWS if case.is_mixed else self.config.block_m
@@ -192,7 +189,6 @@ class _Operands(MixedGradOperands):
             self.empty(modules, _SLOTS, dtype=torch.int32),
             factor_dtype=self.factor_dtype,
             config=self.config,
-            dropout=self.dropout(),
         )
 
     def mixed_lora_linear(self, launch: Callable[..., None]) -> None:
@@ -207,7 +203,6 @@ class _Operands(MixedGradOperands):
             factor_dtype=self.factor_dtype,
             config=self.config,
             pdl=self.pdl and not self.config.batch_invariant,
-            by_column=self.training,
         )
 
     def mixed_lora_expand(self, launch: Callable[..., None]) -> None:
@@ -218,7 +213,6 @@ class _Operands(MixedGradOperands):
             *self.tables(),
             factor_dtype=self.factor_dtype,
             config=self.config,
-            by_column=self.training,
         )
 
     def mixed_lora_add(self, launch: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""Operands of the backward launches of a mixed batch, for `launches.py`."""
+"""Operands of the launches that train a mixed batch, for `launches.py`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,32 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.configs import Chip, Shipped
 from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 
 # Launches that another kernel's launcher makes.
-MODULES = {"mixed_lora_grad_x": "mixed_lora_linear", "mixed_lora_grad_x_add": "mixed_lora_expand"}
+MODULES = {
+    "mixed_lora_grad_x": "mixed_lora_linear",
+    "mixed_lora_grad_x_add": "mixed_lora_expand",
+    "mixed_lora_train_shrink": "mixed_lora_shrink",
+    "mixed_lora_train_linear": "mixed_lora_linear",
+    "mixed_lora_train_expand": "mixed_lora_expand",
+}
 _SLOTS = 64
 _PLANES = 96
 _RUN = 128
+
+
+def is_compiled(chip: Chip, shipped: Shipped) -> bool:
+    """Whether a config is compiled for a chip: in 16 bits for all, in fp32 once a family.
+
+    FMAs, which no test holds to anything but that they compile, on one NVIDIA chip.
+    """
+    if shipped.dtype != torch.float32:
+        return True
+    fma = shipped.config.input_precision == "ieee" and chip.max_registers is not None
+    return chip.arch == "sm_80" if fma else chip.arch == chip.family
 
 
 class MixedGradOperands:
@@ -24,7 +42,6 @@ class MixedGradOperands:
     m: int
     n: int
     k: int
-    training: bool
     pdl: bool
     factor_dtype: torch.dtype
     empty: Callable[..., torch.Tensor]
@@ -37,12 +54,58 @@ class MixedGradOperands:
     def planes(self, *shape: int) -> torch.Tensor:
         return self.empty(*shape, dtype=torch.float32)
 
-    def dropout(self) -> DropoutTables | None:
-        """Returns the tables of a dropout, where the variant has one."""
-        if not self.training:
-            return None
+    def drops(self) -> DropoutTables:
+        """Returns the tables of a dropout."""
         return DropoutTables(
             self.ints(_SLOTS + 1), self.addresses(_SLOTS), self.ints(_SLOTS), self.planes(_SLOTS)
+        )
+
+    def mixed_lora_train_shrink(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.planes(4, 1, self.m, 64),
+            self.empty(self.m, self.k),
+            *self.route(),
+            self.ints(_SLOTS),
+            self.addresses(1, _SLOTS),
+            self.ints(1, _SLOTS),
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+            dropout=self.drops(),
+        )
+
+    def tables_b(self) -> tuple[torch.Tensor, ...]:
+        """Returns the addresses of lora_b and lora_bias, the ranks and the scalings."""
+        return (
+            self.addresses(_SLOTS),
+            self.addresses(_SLOTS),
+            self.ints(_SLOTS),
+            self.planes(_SLOTS),
+        )
+
+    def mixed_lora_train_linear(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.n),
+            self.empty(self.m, self.k),
+            self.empty(self.n, self.k),
+            self.empty(self.n),
+            self.empty(1, self.m, 64),
+            *self.route(),
+            *self.tables_b(),
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+            pdl=self.pdl,
+            by_column=True,
+        )
+
+    def mixed_lora_train_expand(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.n),
+            self.empty(1, self.m, 64),
+            *self.route(),
+            *self.tables_b(),
+            factor_dtype=self.factor_dtype,
+            config=self.config,
+            by_column=True,
         )
 
     def mixed_lora_grad_b(self, launch: Callable[..., None]) -> None:
@@ -73,7 +136,7 @@ class MixedGradOperands:
             rows=_RUN,
             max_columns=64,
             config=self.config,
-            dropout=self.dropout(),
+            dropout=self.drops(),
         )
 
     def mixed_lora_grad_x(self, launch: Callable[..., None]) -> None:
@@ -91,7 +154,7 @@ class MixedGradOperands:
             factor_dtype=self.factor_dtype,
             config=self.config,
             pdl=False,
-            dropout=self.dropout(),
+            dropout=self.drops(),
         )
 
     def mixed_lora_grad_x_add(self, launch: Callable[..., None]) -> None:
@@ -105,7 +168,7 @@ class MixedGradOperands:
             None,
             factor_dtype=self.factor_dtype,
             config=self.config,
-            dropout=self.dropout(),
+            dropout=self.drops(),
         )
 
     def mixed_lora_grad_reduce(self, launch: Callable[..., None]) -> None:

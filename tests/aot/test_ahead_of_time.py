@@ -47,12 +47,14 @@ def is_fma(row: Row) -> bool:
 
 
 def has_dot(row: Row) -> bool:
-    return row["kernel"] != "lora_dropout"
+    return row["kernel"] not in ("lora_dropout", "mixed_lora_grad_reduce")
 
 
 def has_loop(row: Row) -> bool:
     """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
+    looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
+    looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear")
     return row["kernel"] in (*looping, "mixed_lora_add") and row["variant"] != "uneven"
 
 
@@ -142,13 +144,30 @@ def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: 
         assert {row["block_m"] for row in half} == expected
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> None:
+    """Narrow and wide ranks; where copies are asynchronous, 16 bytes a thread of dy and of x."""
+    for kernel, columns in (("mixed_lora_grad_b", "block_n"), ("mixed_lora_grad_a", "block_k")):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
+        assert {row["block_r"] for row in half} == {"16", "64"}
+        for row in half if arch.startswith("sm_") else ():
+            tile = 2 * int(row["block_m"]) * int(row[columns])
+            copies = tile // (16 * 32 * int(row["warps"]))
+            assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
+    for kernel in ("mixed_lora_grad_x", "mixed_lora_grad_x_add"):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
+        assert {row["block_m"] for row in half} == {"64", "128"}
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
 def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) -> None:
     """Factors behind addresses move 16 bytes a thread, as s and y do, wherever a tile has them."""
     mixed = [
         row
         for row in of(rows, arch=arch)
-        if row["kernel"].startswith("mixed_") and row["variant"] != "uneven" and not is_fma(row)
+        if row["kernel"].startswith("mixed_")
+        and row["variant"] not in ("uneven", "training")
+        and not is_fma(row)
     ]
     assert mixed
     for row in mixed:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastlora import mixed_grad_ops, mixed_ops, mixed_train_ops  # noqa: F401 - registers the ops
-from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b
+from fastlora import mixed_grad_ops, mixed_train_ops  # noqa: F401 - registers the operators
+from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
 from fastlora.philox_reference import philox_keep_mask
 from fastlora.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
@@ -91,7 +91,7 @@ class GradProblem:
 
     def forward_arguments(self, plan: str, impl: str = "triton") -> tuple[Any, ...]:
         """Of ``mixed_lora_train_linear``."""
-        pieces = mixed_ops.pieces_of(self.groups)
+        pieces = train_pieces(self.groups)
         factors = (self.lora_a, self.lora_b, self.lora_bias, self.scaling, self.seeds, self.ps)
         return (self.x, self.weight, None, *self.route, pieces, *factors, impl, plan)
 
