@@ -139,7 +139,8 @@ def test_rows_are_kept_apart(lab: Any, plan: str, dropout: bool) -> None:
 
 def test_repeats_bit_for_bit(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What operators allocate and do not write is never read: NaN there would show."""
-    problem = GradProblem(lab, mix(9), 24, 520, torch.float32)
+    ids = [0, 2, -1, 1, 0]  # and slot 3 has no rows; two splits of K
+    problem = GradProblem(lab, ids, 24, 520, torch.float32, ranks=(1, 3, 8, 16), biased=(1,))
     first = problem.run("split")
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
