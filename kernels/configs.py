@@ -199,14 +199,14 @@ def shrink_config(
     kind = kind_of(chip, dtype, input_precision)
 
     def programs(tile: ShrinkTile) -> int:
-        return cdiv(m, tile.block_m) * cdiv(r, _block_r(r, tile.blocks_r))
+        return cdiv(m, tile.block_m) * cdiv(r, block_r_of(r, tile.blocks_r))
 
     tile = widest_that_fills(chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t))
     most = min(MAX_SPLITS, cdiv(k, tile.block_k) // _MIN_STEPS)
     splits = 1
-    while not _fills(chip, splits * programs(tile)) and 2 * splits <= most:
+    while not fills(chip, splits * programs(tile)) and 2 * splits <= most:
         splits *= 2
-    return _shrink(chip, kind, tile, _block_r(r, tile.blocks_r), splits)
+    return _shrink(chip, kind, tile, block_r_of(r, tile.blocks_r), splits)
 
 
 @remembered
@@ -221,7 +221,7 @@ def linear_config(
         LINEAR[chip.family][kind],
         lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
     )
-    return _linear(chip, kind, tile, _chunk_r(r, tile.blocks_r))
+    return linear_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
 
 
 @remembered
@@ -236,7 +236,7 @@ def expand_config(
         EXPAND[chip.family][kind],
         lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
     )
-    return _expand(chip, kind, tile, _chunk_r(r, tile.blocks_r))
+    return expand_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
 
 
 def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
@@ -285,11 +285,11 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
                 config = _shrink(chip, kind, shrink, r, MAX_SPLITS)
                 yield Shipped("lora_shrink", dtype, r, config)
         for linear in LINEAR[family][kind]:
-            for block_r, r in _hardest_ranks(linear.blocks_r):
-                yield Shipped("lora_linear", dtype, r, _linear(chip, kind, linear, block_r))
+            for block_r, r in hardest_ranks(linear.blocks_r):
+                yield Shipped("lora_linear", dtype, r, linear_of_tile(chip, kind, linear, block_r))
         for expand in EXPAND[family][kind]:
-            for block_r, r in _hardest_ranks(expand.blocks_r):
-                yield Shipped("lora_expand", dtype, r, _expand(chip, kind, expand, block_r))
+            for block_r, r in hardest_ranks(expand.blocks_r):
+                yield Shipped("lora_expand", dtype, r, expand_of_tile(chip, kind, expand, block_r))
     for dtype in (torch.bfloat16, torch.float32):
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
 
@@ -312,10 +312,10 @@ def widest_that_fills(
     rows = [tile.block_m for tile in tiles]
     bucket = min((block_m for block_m in rows if m <= block_m), default=max(rows))
     candidates = [tile for tile in tiles if min(bucket, 64) <= tile.block_m <= bucket]
-    return next((tile for tile in candidates if _fills(chip, programs(tile))), candidates[-1])
+    return next((tile for tile in candidates if fills(chip, programs(tile))), candidates[-1])
 
 
-def _fills(chip: Chip, programs: int) -> bool:
+def fills(chip: Chip, programs: int) -> bool:
     """Whether at least three in four of the chip's processors get a program."""
     return 4 * programs >= 3 * chip.num_sms
 
@@ -342,7 +342,7 @@ def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) 
     )
 
 
-def _linear(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
+def linear_of_tile(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
     return LinearConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -355,7 +355,7 @@ def _linear(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> LinearConf
     )
 
 
-def _expand(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
+def expand_of_tile(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
     return ExpandConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -366,23 +366,23 @@ def _expand(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConf
     )
 
 
-def _block_r(r: int, blocks_r: tuple[int, ...]) -> int:
+def block_r_of(r: int, blocks_r: tuple[int, ...]) -> int:
     """Returns the smallest BLOCK_R that holds ``r`` rank rows, or the largest there is."""
     return next((block for block in blocks_r if r <= block), blocks_r[-1])
 
 
-def _chunk_r(r: int, blocks_r: tuple[int, ...]) -> int:
+def chunk_r_of(r: int, blocks_r: tuple[int, ...]) -> int:
     """Returns BLOCK_R of a kernel that takes all ranks in one program, in chunks if need be."""
     if r <= blocks_r[-1]:
-        return _block_r(r, blocks_r)
+        return block_r_of(r, blocks_r)
     return max(block for block in blocks_r if block <= _MAX_CHUNK_R)
 
 
-def _hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yields each BLOCK_R with a rank that takes it: one past all blocks for the chunk's."""
     beyond = 4 * blocks_r[-1]
     for block_r in blocks_r:
-        yield block_r, beyond if block_r == _chunk_r(beyond, blocks_r) else block_r
+        yield block_r, beyond if block_r == chunk_r_of(beyond, blocks_r) else block_r
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,6 +1,7 @@
 """``y += (scaling * s) @ lora_b.T`` in place: s ``[M, R]``, lora_b ``[N, R]``, y ``[M, N]``.
 
-scaling is ``[1]`` or ``[R]``. y is read once, added to in fp32 and rounded once.
+scaling is ``[1]`` or ``[R]``, None for 1. y is read once, added to in fp32 and rounded once. For
+the gradient of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, the term meets the mask that x met.
 
 Bytes moved, e an element: ``e (2 M N + M R + N R)``.
 """
@@ -12,21 +13,25 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import ExpandConfig, cdiv
+from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["M"])
+# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
     # tensors
     y_ptr,
     s_ptr,
     lora_b_ptr,
     scaling_ptr,
+    seed_ptr,
     # scalars
     M,
     N,
     R,
+    threshold,
+    inv_keep,
     # strides
     stride_ym,
     stride_yn,
@@ -40,6 +45,7 @@ def _lora_expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = s_ptr.dtype.element_ty
@@ -93,6 +99,11 @@ def _lora_expand_kernel(
         scaled = scale_rank_columns(b, scale, dtype)
         # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
         acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
+    if HAS_DROPOUT:
+        keep = philox_keep_mask(
+            tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
+        )
+        acc = tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -100,9 +111,11 @@ def launch_lora_expand(
     y: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
-    scaling: torch.Tensor,
+    scaling: torch.Tensor | None,
     *,
     config: ExpandConfig,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> None:
     """Adds ``(scaling * s) @ lora_b.T`` to ``y`` in place.
 
@@ -110,8 +123,10 @@ def launch_lora_expand(
         y: ``[M, N]``, any strides without overlap.
         s: ``[M, R]``, any strides; its dtype is the dtype of the dots.
         lora_b: ``[N, R]``, any strides, s's dtype or one that is cast to it at the load.
-        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
         config: From `expand_config`.
+        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of what is added, for the gradient of x.
     """
     m, n = y.shape
     r = lora_b.shape[1]
@@ -123,20 +138,24 @@ def launch_lora_expand(
         s_ptr=s,
         lora_b_ptr=lora_b,
         scaling_ptr=scaling,
+        seed_ptr=seed if dropout_p > 0.0 else None,
         M=m,
         N=n,
         R=r,
+        threshold=round(dropout_p * 65536),
+        inv_keep=1.0 / (1.0 - dropout_p),
         stride_ym=y.stride(0),
         stride_yn=y.stride(1),
         stride_sm=s.stride(0),
         stride_sr=s.stride(1),
         stride_bn=lora_b.stride(0),
         stride_br=lora_b.stride(1),
-        stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
+        stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         ONE_RANK_CHUNK=r <= config.block_r,
+        HAS_DROPOUT=dropout_p > 0.0,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

@@ -4,6 +4,10 @@ x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, s ``[M, R]`` (or the fp32 planes 
 ``[splits, M, R]``), lora_b ``[N, R]``, scaling ``[1]`` or ``[R]``, y ``[M, N]``. The adapter's term
 is one more accumulation behind the K loop of the base GEMM.
 
+The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)`` takes
+weight and lora_a transposed, ds as s, and on its way into the accumulator the term meets the mask
+that x met in the forward. A scaling of None is 1.
+
 Bytes moved, e an element: ``e (M K + N K + M N) + e R (M + N)``; with planes ``4 splits M R`` in
 place of ``e M R``, read by every column of tiles.
 
@@ -19,11 +23,12 @@ import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import LinearConfig, cdiv
+from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["M"])
+# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_kernel(
     # tensors
     y_ptr,
@@ -34,11 +39,14 @@ def _lora_linear_kernel(
     scaling_ptr,
     bias_ptr,
     s_out_ptr,
+    seed_ptr,
     # scalars
     M,
     N,
     K,
     R,
+    threshold,
+    inv_keep,
     # strides
     stride_ym,
     stride_yn,
@@ -66,6 +74,7 @@ def _lora_linear_kernel(
     EVEN_K: tl.constexpr,
     WEIGHT_POLICY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     STORE_S: tl.constexpr,
     PDL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -121,6 +130,9 @@ def _lora_linear_kernel(
 
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if HAS_DROPOUT:
+        product = acc
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s_ptr += first_m * stride_sm
     s_out_offs = first_m * stride_om + offs_m[:, None] * stride_om
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
@@ -160,6 +172,11 @@ def _lora_linear_kernel(
                 BLOCK_R=BLOCK_R,
             )
 
+    if HAS_DROPOUT:
+        keep = philox_keep_mask(
+            tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
+        )
+        acc = product + tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
     if HAS_BIAS:
         acc += bias[None, :]
     # y: [BLOCK_M, BLOCK_N]
@@ -177,12 +194,14 @@ def launch_lora_linear(
     weight: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
-    scaling: torch.Tensor,
+    scaling: torch.Tensor | None,
     *,
     bias: torch.Tensor | None,
     s_out: torch.Tensor | None,
     config: LinearConfig,
     pdl: bool,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> None:
     """Writes ``x @ weight.T + bias + (scaling * s) @ lora_b.T``.
 
@@ -192,11 +211,13 @@ def launch_lora_linear(
         weight: ``[N, K]`` in x's dtype, any strides.
         s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum.
         lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
-        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
         bias: ``[N]``, any floating-point dtype, or None.
         s_out: ``[M, R]`` in x's dtype, which receives the sum of the planes, or None.
         config: From `linear_config`.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
+        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of the LoRA term, for the gradient of x.
     """
     m, k = x.shape
     n, r = lora_b.shape
@@ -214,10 +235,13 @@ def launch_lora_linear(
         scaling_ptr=scaling,
         bias_ptr=bias,
         s_out_ptr=s_out,
+        seed_ptr=seed if dropout_p > 0.0 else None,
         M=m,
         N=n,
         K=k,
         R=r,
+        threshold=round(dropout_p * 65536),
+        inv_keep=1.0 / (1.0 - dropout_p),
         stride_ym=y.stride(0),
         stride_yn=y.stride(1),
         stride_xm=x.stride(0),
@@ -229,7 +253,7 @@ def launch_lora_linear(
         stride_sr=s.stride(-1),
         stride_bn=lora_b.stride(0),
         stride_br=lora_b.stride(1),
-        stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
+        stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_om=0 if s_out is None else s_out.stride(0),
         stride_or=0 if s_out is None else s_out.stride(1),
@@ -243,6 +267,7 @@ def launch_lora_linear(
         EVEN_K=k % config.block_k == 0,
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
         HAS_BIAS=bias is not None,
+        HAS_DROPOUT=dropout_p > 0.0,
         STORE_S=s_out is not None,
         PDL=pdl,
         INPUT_PRECISION=config.input_precision,

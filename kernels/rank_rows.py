@@ -29,7 +29,7 @@ def load_rank_columns(
 
     As they lie in memory: arithmetic here would wait for the loads, in `scale_rank_columns` it
     waits behind whatever comes between. ``lora_b_ptr`` points at the tile's first output row.
-    Columns past ``rank`` are zeros.
+    Columns past ``rank`` are zeros. Without a ``scaling_ptr`` the scaling is 1.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = start + tl.arange(0, BLOCK_R)
@@ -41,7 +41,10 @@ def load_rank_columns(
         other=0.0,
     )
     # scale: [BLOCK_R]
-    scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
+    if scaling_ptr is None:
+        scale = tl.full((BLOCK_R,), 1.0, dtype=tl.float32)
+    else:
+        scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
     return b, scale
 
 

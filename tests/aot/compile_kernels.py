@@ -159,7 +159,7 @@ def measure(case: Case) -> Resources:
         variant=case.variant,
         dtype=_TYPE_NAMES[case.shipped.dtype],
         precision=getattr(config, "input_precision", ""),
-        block_m=config.block_m,
+        block_m=getattr(config, "block_m", 0),
         block_n=getattr(config, "block_n", 0),
         block_k=getattr(config, "block_k", 0),
         block_r=getattr(config, "block_r", 0),

@@ -18,13 +18,15 @@ import torch
 
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, Shipped
+from fastlora.kernels.grad_configs import all_grad_shipped
 from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
 from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
 
 # This folder holds no package: a worker process that imports this file by its path is told so.
 sys.path.insert(0, str(Path(__file__).parent))
-from mixed_grad_launches import MODULES, MixedGradOperands, is_compiled  # noqa: E402
+from grad_launches import MODULES, GradOperands  # noqa: E402
+from mixed_grad_launches import MIXED_MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -65,21 +67,27 @@ class Case:
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
-    "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings where they need
-    the columns, at a size that the tiles divide; "plain" has none of these; "ragged" is heavy at
-    sizes that 16 divides but no tile does; "uneven" is heavy at odd sizes, where nothing can be
-    vectorised. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
-    siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
-    parameter lies.
+    "heavy" is fp32 factors, planes, s_out, every bias and dropout, the most siblings (three in a
+    mixed batch, where they need the columns), at a size that the tiles divide; "plain" has none of
+    these; "ragged" is heavy at sizes that 16 divides but no tile does; "uneven" is heavy at odd
+    sizes, where nothing can be vectorised. "invariant" is heavy in the batch-invariant mode,
+    "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
+    it: dropout, lora_b as its parameter lies.
     """
     result = []
     for chip in chips:
-        for shipped in (*configs.all_shipped(chip), *all_mixed_shipped(chip)):
+        for shipped in (
+            *configs.all_shipped(chip),
+            *all_mixed_shipped(chip),
+            *all_grad_shipped(chip),
+        ):
             result.append(Case(chip.arch, shipped, "heavy"))
+            if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
+                result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
                 result.append(Case(chip.arch, shipped, "plain"))
                 result.append(Case(chip.arch, shipped, "ragged"))
-                if shipped.config.block_m == 16:
+                if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
         for shipped in all_mixed_grad_shipped(chip):
             if is_compiled(chip, shipped):
@@ -96,7 +104,7 @@ def record(case: Case) -> Launch:
     return _recorded(case.shipped.kernel, _Operands(case))
 
 
-class _Operands(MixedGradOperands):
+class _Operands(GradOperands, MixedGradOperands):
     """Makes the operands of a case, on the meta device, and calls its launcher with them."""
 
     def __init__(self, case: Case) -> None:
@@ -105,7 +113,7 @@ class _Operands(MixedGradOperands):
         self.modules = 3 if self.heavy and case.variant != "unshared" else 1
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
-        self.m = _ROWS if case.is_mixed else self.config.block_m
+        self.m = _ROWS if case.is_mixed else getattr(self.config, "block_m", _ROWS)
         self.n = self.k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
         if case.variant == "uneven" and not case.is_mixed:
             self.r -= 1
@@ -230,7 +238,7 @@ class _Operands(MixedGradOperands):
 
 def module_of(stem: str) -> str:
     """Returns the stem of the module whose launcher makes a launch."""
-    return MODULES.get(stem, stem)
+    return {**MODULES, **MIXED_MODULES}.get(stem, stem)
 
 
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:

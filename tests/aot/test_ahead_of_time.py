@@ -20,6 +20,8 @@ from fastlora.kernels.configs import Chip  # noqa: E402
 
 COMPILE = Path(__file__).with_name("compile_kernels.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+# The backward kernels that loop over a large dimension.
+GRADIENTS = ("lora_grad_b", "lora_grad_a", "lora_grad_x")
 Row = dict[str, str]
 
 
@@ -47,7 +49,7 @@ def is_fma(row: Row) -> bool:
 
 
 def has_dot(row: Row) -> bool:
-    return row["kernel"] not in ("lora_dropout", "mixed_lora_grad_reduce")
+    return row["kernel"] not in ("lora_dropout", "plane_sums", "mixed_lora_grad_reduce")
 
 
 def has_loop(row: Row) -> bool:
@@ -55,7 +57,7 @@ def has_loop(row: Row) -> bool:
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
     looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
     looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear")
-    return row["kernel"] in (*looping, "mixed_lora_add") and row["variant"] != "uneven"
+    return row["variant"] != "uneven" and row["kernel"] in (*looping, "mixed_lora_add", *GRADIENTS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -80,7 +82,8 @@ def test_shared_memory_is_within_the_limit(rows: list[Row], arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tensor_cores_are_used(rows: list[Row], arch: str) -> None:
     for row in filter(has_dot, of(rows, arch=arch)):
-        wide = int(row["block_m"]) >= 64
+        # Of the product's tile; d_lora_a is one of x's columns by rank rows.
+        wide = int(row["block_k" if row["kernel"] == "lora_grad_a" else "block_m"]) >= 64
         if is_fma(row):
             expected = ""
         elif arch.startswith("gfx"):
@@ -145,6 +148,29 @@ def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_every_number_of_rows_has_a_config_for_its_gradients(rows: list[Row], arch: str) -> None:
+    """Few rows take the 64-row tile, whose masked rows move nothing; many the wide one."""
+    for kernel in (*GRADIENTS, "lora_grad_x_add"):
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
+        blocks_m = {int(row["block_m"]) for row in half}
+        assert blocks_m == ({64, 128} if "grad_x" in kernel else blocks_m & {32, 64}), blocks_m
+        for block_m in blocks_m:
+            blocks_r = {int(row["block_r"]) for row in half if int(row["block_m"]) == block_m}
+            assert 16 in blocks_r and blocks_r & {32, 64}
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
+def test_the_one_read_is_asynchronous_in_every_stage(rows: list[Row], arch: str) -> None:
+    """dy and x, which meet a dot twice or transposed, come by copies of 16 bytes a thread."""
+    for kernel, columns in (("lora_grad_b", "block_n"), ("lora_grad_a", "block_k")):
+        for row in of(rows, arch=arch, kernel=kernel, dtype="bf16"):
+            if row["variant"] != "uneven":
+                tile = 2 * int(row["block_m"]) * int(row[columns])
+                copies = tile // (16 * 32 * int(row["warps"])) * int(row["stages"])
+                assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> None:
     """Narrow and wide ranks; where copies are asynchronous, 16 bytes a thread of dy and of x."""
     for kernel, columns in (("mixed_lora_grad_b", "block_n"), ("mixed_lora_grad_a", "block_k")):
@@ -194,4 +220,5 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
 def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
     single = {"lora_shrink", "lora_linear", "lora_expand"}
-    assert kernels == {*single, *(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+    mixed = {*(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+    assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"}

@@ -1,0 +1,206 @@
+"""``ds = scaling * dy @ lora_b`` and ``d_lora_b = dy.T @ (scaling * s)`` from one read of dy.
+
+dy ``[M, N]``, s ``[M, R]``, lora_b ``[N, R]``, scaling ``[1]`` or ``[R]``, ds ``[M, R]``,
+d_lora_b ``[N, R]``; on request the sums of dy's columns ``[N]`` besides. A program owns BLOCK_N
+columns and a range of rows: d_lora_b stays in registers while it walks down the rows, and every
+tile's share of ds goes out as it comes.
+
+Where columns take Q programs and rows P, shares are fp32 planes, ``[Q, M, R]`` and ``[P, N, R]``,
+summed in their order by `plane_sums`. No atomics.
+
+Bytes moved, e an element: ``e (M N + 2 M R + 2 N R)``, dy read once per BLOCK_R rank rows; with
+planes ``4 Q M R`` in place of ``e M R`` and ``4 P N R`` in place of ``e N R``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import cdiv
+from fastlora.kernels.grad_configs import GradBConfig
+
+
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M"])
+def _lora_grad_b_kernel(
+    # tensors
+    ds_ptr,
+    d_lora_b_ptr,
+    d_bias_ptr,
+    dy_ptr,
+    s_ptr,
+    lora_b_ptr,
+    scaling_ptr,
+    # scalars
+    M,
+    N,
+    R,
+    rows_per_split,
+    # strides
+    stride_dsp,
+    stride_dsm,
+    stride_dbp,
+    stride_dbn,
+    stride_dym,
+    stride_dyn,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_scaling,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK_ROWS_FIRST: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_n = pid % num_pid_n
+    first_r = (pid // num_pid_n) * BLOCK_R
+    first_m = split * rows_per_split
+    first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N - pid_n * BLOCK_N
+    mask_r = offs_r < R
+    # b: [BLOCK_N, BLOCK_R], for all rows; scale: [BLOCK_R]
+    lora_b_ptr += first_n * stride_bn
+    b = tl.load(
+        lora_b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
+        mask=mask_n[:, None] & mask_r[None, :],
+        other=0.0,
+    ).to(dtype)
+    scale = tl.load(scaling_ptr + offs_r * stride_scaling, mask=mask_r, other=0.0)
+
+    row = tl.cast(first_m, tl.int64)
+    dy_ptr += row * stride_dym + first_n * stride_dyn
+    s_ptr += row * stride_sm
+    ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp + row * stride_dsm
+    offs_dy = offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+    offs_ds = offs_m[:, None] * stride_dsm + offs_r[None, :]
+    if RANK_ROWS_FIRST:
+        offs_s = offs_m[None, :] * stride_sm + offs_r[:, None] * stride_sr
+        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    else:
+        offs_s = offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if HAS_BIAS:
+        column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for m in range(first_m, min(first_m + rows_per_split, M), BLOCK_M):
+        mask_m = offs_m < M - m
+        # dy: [BLOCK_M, BLOCK_N]
+        dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
+        share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
+        tl.store(
+            ds_ptr + offs_ds,
+            share.to(ds_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & mask_r[None, :],
+        )
+        if RANK_ROWS_FIRST:
+            # s: [BLOCK_R, BLOCK_M]
+            s = tl.load(s_ptr + offs_s, mask=mask_m[None, :] & mask_r[:, None], other=0.0)
+            # [BLOCK_R, BLOCK_M] x [BLOCK_M, BLOCK_N]
+            acc = tl.dot(s, dy, acc, input_precision=INPUT_PRECISION)
+        else:
+            # s: [BLOCK_M, BLOCK_R]
+            s = tl.load(s_ptr + offs_s, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
+            acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
+        if HAS_BIAS:
+            column_sums += tl.sum(dy.to(tl.float32), 0)
+        dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
+        s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
+        ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
+
+    d_lora_b_ptr += tl.cast(split, tl.int64) * stride_dbp + first_n * stride_dbn
+    if RANK_ROWS_FIRST:
+        # d_lora_b.T: [BLOCK_R, BLOCK_N]
+        tl.store(
+            d_lora_b_ptr + offs_n[None, :] * stride_dbn + offs_r[:, None],
+            (acc * scale[:, None]).to(d_lora_b_ptr.dtype.element_ty),
+            mask=mask_n[None, :] & mask_r[:, None],
+        )
+    else:
+        # d_lora_b: [BLOCK_N, BLOCK_R]
+        tl.store(
+            d_lora_b_ptr + offs_n[:, None] * stride_dbn + offs_r[None, :],
+            (acc * scale[None, :]).to(d_lora_b_ptr.dtype.element_ty),
+            mask=mask_n[:, None] & mask_r[None, :],
+        )
+    if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
+        if first_r == 0:
+            # d_bias: [BLOCK_N]
+            d_bias_ptr += tl.cast(split, tl.int64) * N + first_n
+            tl.store(d_bias_ptr + offs_n, column_sums, mask=mask_n)
+
+
+def launch_lora_grad_b(
+    ds: torch.Tensor,
+    d_lora_b: torch.Tensor,
+    d_bias: torch.Tensor | None,
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    *,
+    config: GradBConfig,
+) -> None:
+    """Writes ``scaling * dy @ lora_b`` and ``dy.T @ (scaling * s)``, or their planes.
+
+    Args:
+        ds: ``[M, R]`` in dy's dtype where one program spans all columns, else fp32 ``[Q, M, R]``,
+            ``Q = config.columns(N)``; contiguous.
+        d_lora_b: ``[N, R]``, any floating dtype, where ``config.splits == 1``, else fp32
+            ``[splits, N, R]``; contiguous.
+        d_bias: fp32 ``[N]`` or ``[splits, N]``, contiguous, for the sums of dy's columns; or None.
+        dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
+        s: ``[M, R]`` in dy's dtype, any strides.
+        lora_b: ``[N, R]``, any strides, dy's dtype or one that is cast to it at the load.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
+        config: From `grad_b_config`.
+    """
+    (m, n), r = dy.shape, lora_b.shape[1]
+    if n == 0:
+        return
+    grid = (cdiv(n, config.block_n) * cdiv(r, config.block_r), config.splits)
+    _lora_grad_b_kernel[grid](
+        ds_ptr=ds,
+        d_lora_b_ptr=d_lora_b,
+        d_bias_ptr=d_bias,
+        dy_ptr=dy,
+        s_ptr=s,
+        lora_b_ptr=lora_b,
+        scaling_ptr=scaling,
+        M=m,
+        N=n,
+        R=r,
+        rows_per_split=cdiv(cdiv(m, config.block_m), config.splits) * config.block_m,
+        stride_dsp=ds.stride(0) if ds.dim() == 3 else 0,
+        stride_dsm=ds.stride(-2),
+        stride_dbp=d_lora_b.stride(0) if d_lora_b.dim() == 3 else 0,
+        stride_dbn=d_lora_b.stride(-2),
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_bn=lora_b.stride(0),
+        stride_br=lora_b.stride(1),
+        stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        HAS_BIAS=d_bias is not None,
+        RANK_ROWS_FIRST=config.rank_rows_first,
+        INPUT_PRECISION=config.input_precision,
+        **config.launch_options,
+    )
