@@ -95,9 +95,17 @@ def layout_b(
     return offsets[: len(lora_b)], bias_offsets, end
 
 
-@functools.lru_cache(maxsize=8192)
 def table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Returns numbers as a tensor ``[len]`` on a device, without waiting for it."""
+    # One for each stream: another stream's copy may still be on its way.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _table(values, dtype, device, stream)
+
+
+@functools.lru_cache(maxsize=8192)
+def _table(
+    values: tuple[Any, ...], dtype: torch.dtype, device: torch.device, stream: int
+) -> torch.Tensor:
     # Read by many calls, in inference mode or out of it.
     with torch.inference_mode(False):
         if device.type != "cuda":

@@ -43,6 +43,10 @@ def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRouting:
     """A routing as the kernels of training read it.
@@ -56,29 +60,35 @@ class TrainingRouting:
     ids: torch.Tensor
     seeds: tuple[int, ...]
     projections: tuple[int, ...]
-    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
-    _seeds: dict[torch.device, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[int, torch.device, int], RowGroups] = field(
+        default_factory=dict, repr=False
+    )
+    _seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(
+        default_factory=dict, repr=False
+    )
 
     def groups(self, m: int, device: torch.device) -> RowGroups:
-        """Returns the rows of a layer input sorted by slot, made once for each ``m``.
+        """Returns the rows of a layer input sorted by slot, made once for each ``m`` and stream.
 
         Raises:
             ValueError: ``m`` is no multiple of the number of ids.
         """
-        known = self._groups.get(m)
+        key = (m, device, _stream(device))
+        known = self._groups.get(key)
         if known is None:
-            known = self._groups[m] = build_row_groups(self.ids, m, len(self.seeds), device)
+            known = self._groups[key] = build_row_groups(self.ids, m, len(self.seeds), device)
         return known
 
     def seeds_of(self, projection: int, device: torch.device) -> torch.Tensor:
         """Returns the dropout seeds of one layer, int64 ``[S]``; one copy brings all layers'."""
-        known = self._seeds.get(device)
+        key = (device, _stream(device))
+        known = self._seeds.get(key)
         if known is None:
             made = layer_seeds(self.seeds, self.projections)
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
             known = dict(zip(self.projections, made.unbind(), strict=True))
-            self._seeds[device] = known
+            self._seeds[key] = known
         return known[projection]
 
     def found_invalid(self) -> bool:

@@ -25,7 +25,8 @@ from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
 
 # This folder holds no package: a worker process that imports this file by its path is told so.
 sys.path.insert(0, str(Path(__file__).parent))
-from mixed_grad_launches import MODULES, MixedGradOperands, is_compiled  # noqa: E402
+from grad_launches import MODULES, GradOperands  # noqa: E402
+from mixed_grad_launches import MIXED_MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
 # Processors of a card with the arch; the configs compiled here do not depend on it.
 CHIPS = (
@@ -110,7 +111,7 @@ def record(case: Case) -> Launch:
     return _recorded(case.shipped.kernel, _Operands(case))
 
 
-class _Operands(MixedGradOperands):
+class _Operands(GradOperands, MixedGradOperands):
     """Makes the operands of a case, on the meta device, and calls its launcher with them."""
 
     def __init__(self, case: Case) -> None:
@@ -174,67 +175,6 @@ class _Operands(MixedGradOperands):
             dropout_p=0.1,
             config=self.config,
         )
-
-    def dropout(self) -> dict[str, Any]:
-        seed = self.empty(1, dtype=torch.int64)
-        return {"seed": seed, "dropout_p": 0.1} if self.heavy else {}
-
-    def sum_of(self, *shape: int) -> torch.Tensor:
-        """An output of the backward: planes, or itself in the factor's dtype."""
-        return self.empty(4, *shape, dtype=torch.float32) if self.heavy else self.empty(*shape)
-
-    def lora_grad_b(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.sum_of(self.m, self.r),
-            self.sum_of(self.n, self.r),
-            self.empty(4, self.n, dtype=torch.float32) if self.heavy else None,
-            self.empty(self.m, self.n),
-            self.empty(self.m, self.r),
-            self.empty(self.n, self.r, dtype=self.factor_dtype),
-            self.empty(self.r, dtype=torch.float32),
-            config=self.config,
-        )
-
-    def lora_grad_a(self, launch: Callable[..., None]) -> None:
-        config = self.config if self.heavy else replace(self.config, siblings=1)
-        launch(
-            [self.sum_of(self.r, self.k) for _ in range(config.siblings)],
-            self.empty(self.m, self.k),
-            [self.empty(self.m, self.r) for _ in range(config.siblings)],
-            seeds=self.empty(config.siblings, dtype=torch.int64) if self.heavy else None,
-            dropout_p=[0.1] * config.siblings,
-            config=config,
-        )
-
-    def lora_grad_x(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.k),
-            self.empty(self.m, self.n),
-            self.empty(self.n, self.k).t(),
-            self.empty(self.m, self.r),
-            self.empty(self.r, self.k, dtype=self.factor_dtype).t(),
-            None,
-            bias=None,
-            s_out=None,
-            config=self.config,
-            pdl=False,
-            **self.dropout(),
-        )
-
-    def lora_grad_x_add(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.k),
-            self.empty(self.m, self.r),
-            self.empty(self.r, self.k, dtype=self.factor_dtype).t(),
-            None,
-            config=self.config,
-            **self.dropout(),
-        )
-
-    def plane_sums(self, launch: Callable[..., None]) -> None:
-        outs = [self.empty(self.r + 1, self.k), *(self.empty(64, self.k) for _ in range(3))]
-        planes = [self.empty(4, *out.shape, dtype=torch.float32) for out in outs]
-        launch(outs, planes, config=self.config)
 
     def route(self) -> tuple[torch.Tensor, ...]:
         """Returns order, segment_of and segment_slot."""
@@ -304,8 +244,7 @@ class _Operands(MixedGradOperands):
 
 def module_of(stem: str) -> str:
     """Returns the stem of the module whose launcher makes a launch."""
-    single = {"lora_grad_x": "lora_linear", "lora_grad_x_add": "lora_expand"}
-    return (MODULES | single).get(stem, stem)
+    return {**MODULES, **MIXED_MODULES}.get(stem, stem)
 
 
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:

@@ -12,7 +12,7 @@ from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 
 # Launches that another kernel's launcher makes.
-MODULES = {
+MIXED_MODULES = {
     "mixed_lora_grad_x": "mixed_lora_linear",
     "mixed_lora_grad_x_add": "mixed_lora_expand",
     "mixed_lora_train_shrink": "mixed_lora_shrink",

@@ -38,6 +38,7 @@ class GradProblem:
         ranks: Of the adapters.
         biased: Slots with a lora_bias.
         dropout: Whether each adapter drops with its own of `PS`.
+        rows: Positions of a run in the backward; None for what a layer takes.
     """
 
     lab: Any
@@ -49,6 +50,7 @@ class GradProblem:
     ranks: Sequence[int] = RANKS
     biased: Sequence[int] = (1, 4)
     dropout: bool = False
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         lab, self.m, self.slots = self.lab, len(self.ids), len(self.ranks)
@@ -107,6 +109,8 @@ class GradProblem:
         """Returns pieces and rows, which only kernels read."""
         if impl == "eager":
             return self.groups.slot_start, 1
+        if self.rows is not None:
+            return self.groups.pieces(self.rows), self.rows
         return of(self.groups, self.dtype, columns)
 
     def grad_x_arguments(

@@ -7,6 +7,7 @@ are `test_mixed_lora_grad_b` and `test_mixed_lora_grad_a`.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from fastlora.env import triton_interpreted  # noqa: E402
+from fastlora.mixed_grad_tables import split_grad_a  # noqa: E402
+from fastlora.testing import assert_within_budget  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
 from mixed_grad_problem import OPS, RANKS, GradProblem, mix  # noqa: E402
 
 
@@ -34,6 +40,51 @@ def test_values(
     for slot in set(range(len(RANKS))) - set(problem.ids):
         assert not found[f"d_lora_a {slot}"].any()
         assert not found[f"d_lora_b {slot}"].any()
+
+
+@pytest.mark.parametrize("rows", [8, 48])
+def test_adapters_over_several_runs(lab: Any, dtype: torch.dtype, rows: int) -> None:
+    """An adapter's planes are those of all runs that hold its rows, and of no other's."""
+    ids = sorted(mix(70), reverse=True)[::2] + mix(40)
+    problem = GradProblem(lab, ids, 36, 40, dtype, dropout=rows == 8, rows=rows)
+    start, stop = problem.groups.slot_start[3:5].tolist()
+    assert rows == 48 or start // rows < (stop - 1) // rows
+    problem.check(problem.run())
+
+
+def test_siblings_from_one_read_of_x(lab: Any, dtype: torch.dtype) -> None:
+    """Two modules' gradients from one launch; under dropout from one each, with its own mask."""
+    one = GradProblem(lab, mix(40), 20, 40, dtype, ranks=(1, 3, 8, 16, 24, 0, 16), dropout=True)
+    other = GradProblem(lab, one.ids, 33, 40, dtype, ranks=(16, 0, 1, 5, 24, 8, 3), dropout=True)
+    other.x, other.seeds = one.x, one.seeds + 12345
+    ds = torch.stack([lab.rand(40, 32, dtype=dtype) for _ in range(2)])
+    both = [*one.lora_a, *other.lora_a]
+    for drops in (False, True):
+        seeds = torch.stack([one.seeds, other.seeds]) if drops else None
+        arguments = one.grad_a_arguments(ds[0])
+        with ByteCounter(x=[one.x]) if triton_interpreted() else nullcontext() as counter:
+            packed = OPS.mixed_lora_grad_a(
+                one.x, ds, *arguments[2:8], both, seeds, one.ps + other.ps, "triton"
+            )
+        if counter is not None:
+            count = counter.kernels["_mixed_lora_grad_a_kernel"]
+            assert count.launches == 1 + drops
+            moved = one.x.element_size() * 40 * sum(slot >= 0 for slot in one.ids)
+            assert drops or count.loads["x"].distinct == moved
+        found = iter(split_grad_a(packed, both))
+        for problem, own in zip((one, other), ds, strict=True):
+            for slot, r in enumerate(problem.ranks):
+                at = slice(*problem.groups.slot_start[slot : slot + 2].tolist())
+                rows = problem.rows_of(slot)
+                near, exact = (
+                    own[at, :r].to(kind).t()
+                    @ (
+                        problem.x[rows].to(kind)
+                        * (problem.masks(slot, len(rows), kind) if drops else 1)
+                    )
+                    for kind in (dtype, torch.float64)
+                )
+                assert_within_budget(next(found), near, exact)
 
 
 def test_fp32_masters(lab: Any) -> None:
@@ -57,13 +108,13 @@ def test_rank_past_every_block(lab: Any) -> None:
 
 def test_strides(lab: Any) -> None:
     """Gradients may be expanded, and x a slice; factors may lie anywhere."""
-    problem = GradProblem(lab, mix(19), 45, 70, torch.float32, dropout=True)
+    problem = GradProblem(lab, mix(19), 45, 50, torch.float32)
     problem.x = lab.strided(problem.x, "rows")
     problem.weight = lab.strided(problem.weight, "transposed")
     problem.lora_a[3] = lab.strided(problem.lora_a[3], "both")
     problem.lora_b[3] = lab.strided(problem.lora_b[3], "transposed")
     for dy, plan in (
-        (lab.strided(problem.dy, "both"), "fused"),
+        (lab.strided(problem.dy, "both"), "split"),
         (torch.ones((), device=lab.device).expand(19, 45), "fused"),
         (problem.dy[:1].expand(19, 45), "split"),
     ):
@@ -80,18 +131,16 @@ def test_rows_are_kept_apart(lab: Any, plan: str, dropout: bool) -> None:
     ranks = (1, 3, 8, 16, 24)
     ids = [row % 6 - 1 for row in range(20)]
     problem = GradProblem(lab, ids, 20, 24, torch.float32, ranks=ranks, dropout=dropout)
-    for spoilt in (
-        problem.lora_a[4][23, 3:4],
-        problem.lora_b[3][5, 2:3],
-        problem.x[problem.rows_of(3)[0], 4:5],
-        problem.dy[problem.rows_of(4)[-1], 19:],
-    ):
+    in_a, in_b = problem.lora_a[4][23, 3:4], problem.lora_b[3][5, 2:3]
+    in_x, in_dy = problem.x[problem.rows_of(3)[0], 4:5], problem.dy[problem.rows_of(4)[-1], 19:]
+    for spoilt in (in_b, in_x) if dropout else (in_a, in_dy):
         problem.check_apart(lambda: problem.run(plan), spoilt)
 
 
 def test_repeats_bit_for_bit(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What operators allocate and do not write is never read: NaN there would show."""
-    problem = GradProblem(lab, mix(21), 40, 520, torch.float32)
+    ids = [0, 2, -1, 1, 0]  # and slot 3 has no rows; two splits of K
+    problem = GradProblem(lab, ids, 24, 520, torch.float32, ranks=(1, 3, 8, 16), biased=(1,))
     first = problem.run("split")
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
@@ -149,8 +198,6 @@ def test_masks_are_held_exactly(lab: Any) -> None:
             torch.testing.assert_close(s[at, :width], mask[:, :width], rtol=1e-6, atol=0)
             times = problem.lora_a[slot].sum(0)
             torch.testing.assert_close(dx[rows], mask * times, rtol=1e-6, atol=0)
-    from fastlora.mixed_grad_tables import split_grad_a
-
     for slot, gradient in enumerate(split_grad_a(gradients, problem.lora_a)):
         mask = problem.masks(slot, len(problem.rows_of(slot)), torch.float64)
         kept = (mask.sum(0) * (1 - problem.ps[slot])).round()

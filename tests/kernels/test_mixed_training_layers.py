@@ -75,6 +75,23 @@ def test_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
     compare(step(model, x, NAMES), near, exact)
 
 
+def test_autocast() -> None:
+    """fp32 masters under autocast: products in half, gradients in fp32, as in PyTorch's path."""
+    model = trainable(3, torch.float32, target_modules=["q", "o"])
+    x, names = torch.randn(6, 3, 64), ["a1", None, "a0", "a2", "a1", "a0"]
+
+    def run(some: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast(x.device.type, torch.float16):
+            return step(some, x, names)
+
+    found, near = run(model), run(eager(model))
+    exact = step(eager(model).double(), x.double(), names)
+    assert found["y"].dtype == torch.float16
+    assert all(t.dtype == torch.float32 for name, t in found.items() if name != "y")
+    # The budget of half, whatever dtype a gradient is handed out in.
+    compare({k: t.half() for k, t in found.items()}, {k: t.half() for k, t in near.items()}, exact)
+
+
 def with_kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the eager path drop what the kernels do."""
 
@@ -98,6 +115,8 @@ def test_dropout_is_the_mask_of_the_adapters_own_rows(monkeypatch: pytest.Monkey
     rows = [i for i, name in enumerate(names) if name != "a1"]
     assert torch.equal(other[rows], found["y"][rows])
     assert not torch.allclose(other[0], found["y"][0])
+    with torch.no_grad(), adapters(model, names, seeds=seeds):
+        assert torch.equal(model(x), found["y"])
     with_kernel_masks(monkeypatch)
     slow = eager(model)
     compare(found, step(slow, x, names, seeds), step(slow.double(), x.double(), names, seeds))

@@ -1,0 +1,183 @@
+"""Counts what a mixed batch's backward moves, kernel by kernel, in Triton's interpreter.
+
+``TRITON_INTERPRET=1 python tests/kernels/count_mixed_bytes.py --write`` writes
+`docs/mixed_kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come
+from memory, ``issued`` ones are what the L2 cache must serve.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton.language as tl
+
+from fastlora.kernels import configs
+from fastlora.kernels.configs import Chip, cdiv
+from fastlora.kernels.mixed_grad_configs import (
+    mixed_grad_a_config,
+    mixed_grad_b_config,
+    mixed_grad_x_config,
+    run_rows,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
+from mixed_grad_problem import OPS, GradProblem  # noqa: E402
+
+TABLE = Path(__file__).parents[2] / "docs" / "mixed_kernel_bytes.csv"
+COLUMNS = ("m", "k", "n", "r", "adapters", "kernel", "launches", "touched", "issued",
+           "issued_over_touched")  # fmt: skip
+# Linears of 2048, 1024 and 4096 at a quarter of each size, on a sixteenth of an H100: as many tiles
+# for each processor, and as many bytes of planes for each of an activation, as at full size.
+H100 = Chip("sm_90", 132)
+QUARTER = Chip("sm_90", 132 // 16)
+# M, K, N, R
+STEPS = [(512, 512, 512, 16), (256, 1024, 256, 16), (256, 256, 1024, 64)]
+ADAPTERS = (1, 4)
+E, F = 2, 4  # bytes of fp16 activations, and of the fp32 masters of the factors
+
+
+class _Cpu:
+    """Where the problem's tensors are made."""
+
+    device = torch.device("cpu")
+
+    def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+
+def count_backward(m: int, k: int, n: int, r: int, adapters: int) -> ByteCounter:
+    """Counts one backward of a fused step, rows in turn to each adapter, fp32 masters."""
+    torch.manual_seed(0)
+    problem = GradProblem(
+        _Cpu(),
+        [row % adapters for row in range(m)],
+        n,
+        k,
+        torch.float16,
+        torch.float32,
+        ranks=(r,) * adapters,
+        biased=(),
+    )
+    groups, s = problem.groups, torch.randn(m, max(r, 16)).half()
+    with mock.patch.object(configs, "chip_of", lambda device: QUARTER):
+        b, a = problem.grad_b_arguments(s), problem.grad_a_arguments(s)
+    counter = ByteCounter(
+        x=[problem.x],
+        dy=[problem.dy],
+        weight=[problem.weight],
+        s=[s],
+        lora_a=problem.lora_a,
+        lora_b=problem.lora_b,
+        routing=[groups.order, groups.segment_of, groups.segment_slot, groups.slot_start],
+    )
+    with (
+        mock.patch.object(configs, "chip_of", lambda device: QUARTER),
+        # Programmatic dependent launch: the interpreter has no order of launches to relax.
+        mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
+        mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
+        counter,
+    ):
+        ds, packed_b = OPS.mixed_lora_grad_b(*b)
+        dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(ds, "fused"))
+        packed_a = OPS.mixed_lora_grad_a(a[0], ds.unsqueeze(0), *a[2:])
+    for name, tensor in (("ds", ds), ("d_lora_b", packed_b), ("dx", dx), ("d_lora_a", packed_a)):
+        counter.register(name, tensor)
+    return counter
+
+
+def planes_floor(m: int, k: int, n: int, adapters: int, chip: Chip) -> int:
+    """Elements a rank row of the fewest planes that give three of four processors a program.
+
+    Grids know sizes and not the mix, so parts are those of one adapter: for `mixed_lora_grad_b`,
+    whose every program reduces over rows and columns, parts of both; for `mixed_lora_grad_a` of the
+    rows, beside columns of 128. And every adapter has a plane of its own.
+    """
+    programs = cdiv(3 * chip.num_sms, 4)
+
+    def parts(columns: int) -> tuple[int, int]:
+        rows = cdiv(programs, columns)
+        return (columns * m if columns > 1 else 0) + rows * n, rows
+
+    grad_b, rows_b = min(parts(columns) for columns in range(1, programs + 1))
+    rows_a = cdiv(programs, cdiv(k, 128))
+    return grad_b + max(adapters - rows_b, 0) * n + max(rows_a, adapters) * k
+
+
+def floor(m: int, k: int, n: int, r: int, adapters: int, chip: Chip = QUARTER) -> int:
+    """The design's floor of a backward: its GEMM's bytes, and what nobody can avoid.
+
+    That is every adapter's factors and gradients, s read, ds written and read twice, and the
+    fewest planes, written and read.
+    """
+    gemm = E * (2 * m * n + 2 * m * k + n * k)
+    factors = 2 * F * adapters * r * (k + n)
+    planes = planes_floor(m, k, n, adapters, chip)
+    return gemm + factors + E * m * r * (1 + 3) + 2 * 4 * r * planes
+
+
+def closed_form(m: int, k: int, n: int, r: int, adapters: int, chip: Chip) -> tuple[int, int]:
+    """Bytes that the five launches touch and issue, all but the tables' and the routing's.
+
+    From shapes and tiles alone, for adapters with as many rows each.
+    """
+    half = torch.float16
+    config_b, config_a = mixed_grad_b_config(chip, r, half), mixed_grad_a_config(chip, r, half)
+    config_x = mixed_grad_x_config(chip, m, k, half)
+    tiles_n, tiles_k = cdiv(n, config_b.block_n), cdiv(k, config_a.block_k)
+    # An adapter's rows and a run's meet in as many pieces as there are planes.
+    share = m // adapters
+    pieces = [
+        len({(row // rows, row // share) for row in range(m)})
+        for rows in (run_rows(chip, m, n, config_b), run_rows(chip, m, k, config_a))
+    ]
+    ds_planes, b_planes = 4 * tiles_n * m * r, 4 * pieces[0] * n * r
+    a_planes, own_b, own_a = 4 * pieces[1] * r * k, F * adapters * r * n, F * adapters * r * k
+    s, dy, x, weight = E * m * r, E * m * n, E * m * k, E * n * k
+    # Written and read, planes twice: by the first stage and by the second.
+    touched = dy + s + own_b + ds_planes + b_planes + (ds_planes + b_planes + s + own_b)
+    touched += dy + weight + s + own_a + x + (x + s + a_planes) + (a_planes + own_a)
+    issued = dy + s * tiles_n + F * r * n * pieces[0] + ds_planes + b_planes
+    issued += ds_planes + b_planes + s + own_b
+    tiles_m, tiles_x = cdiv(m, config_x.block_m), cdiv(k, config_x.block_n)
+    held = len({(row // config_x.block_m, row // share) for row in range(m)})
+    issued += dy * tiles_x + weight * tiles_m + s * tiles_x + F * r * k * held + x
+    issued += x + s * tiles_k + a_planes + a_planes + own_a
+    return touched, issued
+
+
+def rows_of_table(
+    sizes: tuple[int, ...], adapters: int, counter: ByteCounter
+) -> list[dict[str, str]]:
+    """Returns one row for each kernel of a backward: how often a touched byte is asked for."""
+    rows = []
+    for name, count in counter.kernels.items():
+        stem = name.removeprefix("_").removesuffix("_kernel")
+        ratio = f"{count.issued / count.distinct:.2f}"
+        values = (*sizes, adapters, stem, count.launches, count.distinct, count.issued, ratio)
+        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+    return rows
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Counts, and prints the rows or writes the table."""
+    rows = [
+        row
+        for sizes in STEPS
+        for adapters in ADAPTERS
+        for row in rows_of_table(sizes, adapters, count_backward(*sizes, adapters))
+    ]
+    with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
