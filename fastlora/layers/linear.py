@@ -151,7 +151,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
         routed = routing_of(self)
         names = self._acting() if routed is None else []
-        if type(self._parameters["weight"]) is not nn.Parameter:
+        if type(self._parameters.get("weight")) is not nn.Parameter:
             refuse_shards(self)
         if self._disabled or (routed is None and not names):
             refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")
@@ -160,6 +160,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if routed is not None:
             return mixed_forward(self, x, self.weight, self.bias, *routed)
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         return lora_forward(self, x, self.weight, self.bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:

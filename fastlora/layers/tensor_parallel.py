@@ -25,6 +25,7 @@ from fastlora import functional, mixed, ops
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import NOT_OUR_GEMM, Branch, _scaling_tensor, is_hooked
+from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, layer_seed, routing_of
 from fastlora.sharding import is_sharded, whole
@@ -172,6 +173,7 @@ class TensorParallelLora(FastLoraWrapper):
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x = x.to_local(grad_placements=partial)
         if routed is not None:
+            check_unmerged(self)
             result = self._mixed(own_x, y.to_local(), *routed)
         else:
             result = y.to_local()

@@ -73,6 +73,8 @@ class FastLoraWrapper(LoraLayer):
         names = self._acting()
         if not names:
             return y
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         return lora_added_forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:

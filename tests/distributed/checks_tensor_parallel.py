@@ -99,7 +99,7 @@ def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, to
         y = model(x)
     else:
         with fastlora.adapters(model, ids):
-            y = model(x)
+            y = model.get_base_model()(x)  # the model itself would count this process's samples
     (y * weights[part]).sum().backward()
     found = {"y": y.detach(), "dx": x.grad}
     if own:
