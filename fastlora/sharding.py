@@ -8,7 +8,7 @@ before something else has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,44 @@ def unwrapped(model: Any) -> Any:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns all of a tensor. For a DTensor every process of its mesh must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the norm of all gradients together; every process of their meshes must call it.
+
+    Args:
+        gradients: Plain tensors and DTensors over any meshes, which torch cannot mix in one call.
+    """
+    norms = [whole(nn.utils.get_total_norm(part)) for part in _by_mesh(gradients)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_with_norm_(
+    parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor
+) -> None:
+    """Scales gradients in place by ``max_norm / norm``, where that is less than 1.
+
+    Args:
+        parameters: Plain tensors and DTensors; those without a gradient are left out.
+        max_norm: Positive.
+        norm: From `total_norm`.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(map(is_sharded, gradients)):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device))
+
+
+def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Returns plain tensors and those of each mesh apart, in the order of their first ones."""
+    parts: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
+        parts.setdefault(mesh, []).append(tensor)
+    return list(parts.values())
 
 
 class Gathering:

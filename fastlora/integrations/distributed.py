@@ -5,15 +5,43 @@ DDP and FSDP2 (`fully_shard`) take models with adapters as they are; docs/distri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.model import LoraModel
+from fastlora.sharding import clip_with_norm_, total_norm
 from fastlora.targets import outer_modules
 from fastlora.validation import AdapterStateError
+
+
+def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_` where some parameters are DTensors and some are not.
+
+    Every process must call it.
+
+    Args:
+        parameters: Those without a gradient are left out.
+        max_norm: Norm to clip to.
+
+    Returns:
+        The norm of all gradients before clipping, without dimensions.
+
+    Raises:
+        ValueError: max_norm is not positive, or there is no gradient.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}, expected more than 0")
+    chosen = [parameter for parameter in parameters if parameter.grad is not None]
+    if not chosen:
+        raise ValueError("no parameter has a gradient, expected a backward before")
+    norm = total_norm([p.grad for p in chosen if p.grad is not None])
+    clip_with_norm_(chosen, max_norm, norm)
+    return norm
 
 
 def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) -> LoraModel:

@@ -155,7 +155,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
         routed = routing_of(self)
         names = self._acting() if routed is None else []
-        if type(self._parameters["weight"]) is not nn.Parameter:
+        if type(self._parameters.get("weight")) is not nn.Parameter:
             refuse_shards(self)
         if self._disabled or (routed is None and not names):
             refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")

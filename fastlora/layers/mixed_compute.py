@@ -75,7 +75,7 @@ def _mixed_forward(
     y = _again(layer, x, weight, bias, routing, projection)
     if y is not None:
         return y
-    _check_unmerged(layer)
+    check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
@@ -169,7 +169,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _check_unmerged(layer: Any) -> None:
+def check_unmerged(layer: Any) -> None:
+    """Raises `AdapterStateError` where adapters are merged into the weights of a layer."""
     if layer.merged_adapters:
         raise AdapterStateError(
             f"adapters {layer.merged_adapters} were merged into the base weights within the block, "
@@ -206,7 +207,7 @@ def _mixed_added_forward(
 ) -> torch.Tensor:
     """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
-    _check_unmerged(layer)
+    check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):

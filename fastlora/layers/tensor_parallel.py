@@ -26,6 +26,7 @@ from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.absent import with_absent
 from fastlora.layers.branch import Branch, is_hooked, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
+from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, layer_seed, routing_of
 from fastlora.sharding import is_sharded, whole
@@ -173,6 +174,7 @@ class TensorParallelLora(FastLoraWrapper):
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x = x.to_local(grad_placements=partial)
         if routed is not None:
+            check_unmerged(self)
             result = self._mixed(own_x, y.to_local(), *routed)
         else:
             result = y.to_local()

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastlora.routing import BASE
-from fastlora.sharding import whole
 from fastlora.train.losses import AdapterLosses
 from fastlora.train.parameters import check_trained_together
 from fastlora.train.solo import AdapterCounts, Solo
@@ -191,6 +190,9 @@ class AdapterOptimizers:
             # All of the graph, whatever rows are here: DDP and FSDP2 wait for every parameter.
             spoiled = [self._adapters[name] for name in agreed.left_out]
             _check_graph(losses.graph)
+            for name in agreed.finite:
+                if name not in own:  # a loss scale exists from the first loss on
+                    self._adapters[name].scaled(losses.graph.new_zeros(()))
             roots.append(losses.graph)
             seeds.append(torch.zeros_like(losses.graph))
         kept = [(parameter, parameter.grad) for other in spoiled for parameter in other.parameters]
@@ -234,8 +236,7 @@ class AdapterOptimizers:
         # In the order of the optimizers, so that nothing depends on the order of rows.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
         norms = [adapter.unscaled_norm() for adapter in chosen]
-        numbers = [whole(norm) for norm in norms]
-        values = torch.stack([n.to(numbers[0].device) for n in numbers]).tolist() if norms else []
+        values = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []
         stepped: list[str] = []
         skipped: list[str] = []
         for adapter, norm, value in zip(chosen, norms, values, strict=True):

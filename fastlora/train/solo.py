@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from fastlora.sharding import clip_with_norm_, total_norm
 from fastlora.train.parameters import adapter_parameters
 from fastlora.validation import AdapterStateError, CheckpointError
 
@@ -101,7 +102,7 @@ class Solo:
         """Unscales the gradients and returns their norm, without dimensions."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        return nn.utils.get_total_norm(self.gradients())
+        return total_norm(self.gradients())
 
     def step(self, norm: torch.Tensor, value: float) -> bool:
         """Clips unscaled gradients and steps; returns False where they are not finite.
@@ -113,7 +114,7 @@ class Solo:
         finite = math.isfinite(value)
         if finite:
             if self.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+                clip_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 import fastlora
+from fastlora.sharding import whole
+from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
 
 
@@ -208,6 +210,38 @@ def check_generate(folder: Path) -> None:
                 for parameter in one.parameters():
                     if parameter.requires_grad:
                         parameter -= 0.1 * parameter.grad
+
+
+def check_patched_peft(folder: Path) -> None:
+    """A patched PEFT model, sharded or in DDP: the gradients of one process."""
+    try:
+        import peft
+    except ImportError:
+        return
+
+    def build(dtype: torch.dtype) -> Any:
+        config = {**steps.CONFIG, "lora_bias": False}
+        torch.manual_seed(1)
+        base = steps.tiny_llama(tie_word_embeddings=False).to(dtype)
+        model = peft.get_peft_model(base, peft.LoraConfig(**config))
+        steps.randomise(model)
+        assert fastlora.patch(model).fused == 14
+        return model
+
+    ids = steps.tokens(0)
+    same, truth = build(torch.float32), build(torch.float64)
+    for one in (same, truth):
+        steps.loss_of(one, ids).backward()
+    rounded, exact = dict(same.named_parameters()), dict(truth.named_parameters())
+    for wrap in (steps.shard, torch.nn.parallel.DistributedDataParallel):
+        model = build(torch.float32)
+        wrapped = wrap(model)
+        assert fastlora.fusion_report(model).fused == 14
+        steps.loss_of(wrapped, steps.own_half(ids)).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found = whole(parameter.grad)
+                assert_within_budget(found, rounded[name].grad, exact[name].grad, name)
 
 
 def check_refusals(folder: Path) -> None:

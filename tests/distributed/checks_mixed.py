@@ -181,6 +181,28 @@ def check_set_aside(folder: Path) -> None:
         assert_within_budget(tensor, wanted[name], wanted[name].double(), name)
 
 
+def check_scaler(folder: Path) -> None:
+    """Loss scales: the same steps; an overflow, if only in one shard, skips its adapter in both."""
+    for kind in ("ddp", "fsdp2"):
+        model = mixed_training.build()
+        wrapped = wrap(kind, model)
+        scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**10)
+        optimizers = optimizers_for(model, scaler=scaler)
+        for step in range(len(BATCHES)):
+            optimizers.backward(losses_of(wrapped, data(step, half=True)))
+            assert not optimizers.step().skipped
+            optimizers.zero_grad()
+        assert_as_one(model)
+        optimizers.backward(losses_of(wrapped, data(0, half=True)))
+        gradient: Any = adapter_parameters(model, "a")["base_model.model.q.lora_A.a.weight"].grad
+        if kind == "ddp" or steps.rank() == 0:
+            (gradient if kind == "ddp" else gradient.to_local()).view(-1)[0] = torch.inf
+        report = optimizers.step()
+        assert report.skipped == ("a",) and report.stepped == ("b", "c", "d")
+        scales = {n: state["scaler"]["scale"] for n, state in optimizers.state_dict().items()}
+        assert scales == {"a": 2.0**9, "b": 2.0**10, "c": 2.0**10, "d": 2.0**10}
+
+
 def check_zeros_for_the_absent(folder: Path) -> None:
     """An adapter without rows anywhere gets zeros; told so, a process computes none."""
     model = mixed_training.build()

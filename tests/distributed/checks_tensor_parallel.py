@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fastlora
-from fastlora.integrations.distributed import tensor_parallel
+from fastlora.integrations.distributed import clip_grad_norm_, tensor_parallel
 from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
+from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 PLAN = {
@@ -97,7 +99,7 @@ def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, to
         y = model(x)
     else:
         with fastlora.adapters(model, ids):
-            y = model(x)
+            y = model.get_base_model()(x)  # the model itself would count this process's samples
     (y * weights[part]).sum().backward()
     found = {"y": y.detach(), "dx": x.grad}
     if own:
@@ -156,6 +158,41 @@ def check_training(folder: Path) -> None:
         assert len(rows) == 14 and all("tensor parallel" in row.reason for row in rows)
         steps.train(model, half=False)
         steps.assert_as_one(model)
+
+
+def check_adapter_optimizers(folder: Path) -> None:
+    """Adapters of a mixed batch step as in one process: here all have the same rows."""
+
+    def train(plan: dict[str, Any] | None, dtype: torch.dtype, **group: Any) -> dict[str, Any]:
+        model = pair(plan, dtype)
+        train_adapters(model, ["default", "b"])
+        makers = {n: functools.partial(torch.optim.SGD, lr=1e-3) for n in ("default", "b")}
+        optimizers = AdapterOptimizers(model, makers, max_grad_norm=1.0, **group)
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(8, 3, 17, generator=generator).to(dtype)
+        labels = torch.randint(0, 10, (8, 3), generator=generator)
+        with fastlora.adapters(model, IDS):
+            logits = model(x)
+        optimizers.backward(causal_lm_losses(logits, labels, IDS))
+        assert optimizers.step().stepped == ("default", "b")
+        named = model.named_parameters()
+        return {n.replace("base_layer.", ""): whole(p.detach()) for n, p in named}
+
+    truth = train(None, torch.float64, group=None)
+    same = train(None, torch.float32, group=None)
+    found = train(LAYOUTS[0], torch.float32)
+    for name, tensor in truth.items():
+        assert_within_budget(found[name], same[name], tensor, name)
+
+
+def check_split_and_whole_layers(folder: Path) -> None:
+    """An adapter on layers of both kinds trains with an optimizer that takes them one by one."""
+    plan = {name: style for name, style in PLAN.items() if ".mlp." in name}
+    model = tensor_parallel(steps.build(), mesh(), plan)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9, foreach=False)
+    steps.train(model, half=False, optimizer=optimizer, clip=clip_grad_norm_)
+    steps.assert_as_one(model)
 
 
 def check_files_and_merging(folder: Path) -> None:

@@ -68,6 +68,7 @@ def train(
     backward: Callable[[Any, torch.Tensor], None] | None = None,
     first: int = 0,
     optimizer: Any = None,
+    clip: Callable[..., Any] = torch.nn.utils.clip_grad_norm_,
 ) -> Any:
     """Takes STEPS steps of clipped SGD with momentum on whole batches or this process's halves."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -79,7 +80,7 @@ def train(
             loss_of(model, ids).backward()
         else:
             backward(model, ids)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        clip(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
