@@ -111,14 +111,19 @@ def test_the_real_model_is_pefts(
     if patched:
         mine = theirs(dtype)
         mine.load_state_dict(state)
-        report = fastlora.patch(mine)
+        report = fastlora.patch(mine.eval())
     else:
         mine = get_peft_model(
             base(dtype), LoraConfig(**config, use_dora=True), autocast_adapter_dtype=False
         )
         mine.load_state_dict({n.replace(".base_layer", ""): t for n, t in state.items()})
-        report = fastlora.fusion_report(mine)
+        report = fastlora.fusion_report(mine.eval())
     assert report.fused == len(report.rows) == 21
+    if p:
+        report = fastlora.fusion_report(mine.train())
+        assert report.fused == 0 and {"second base product" in r.reason for r in report.rows} == {
+            True
+        }
     results = [gradients(model, ids) for model in (mine, same, truth)]
     assert results[0].keys() == results[1].keys() and len(results[0]) == 1 + 3 * 21
     assert_within_budget(*(result.pop("logits") for result in results), "logits")

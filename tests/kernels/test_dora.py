@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dora_truth import dora, make_problem
 
-from fastlora import FastLoraLinear, ops
+from fastlora import FastLoraLinear, LoraConfig, adapters, get_peft_model, ops
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -84,3 +84,46 @@ def test_values_and_gradients(
             strict=True,
         ):
             assert_within_budget(own.detach().cpu(), same, truth, f"{name} in {dtype}")
+
+
+class Pair(nn.Module):
+    """Two linears, the first with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(20, 33)
+        self.b = nn.Linear(33, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[M, 20]`` to ``[M, 16]``."""
+        return self.b(self.a(x).tanh())
+
+
+def test_rows_of_a_mixed_batch(lab: Any) -> None:
+    """By the mixed kernels, DoRA rows beside plain and base rows: each as it is alone."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Pair().to(lab.device), LoraConfig(r=3, target_modules=["a", "b"], use_dora=True)
+    )
+    model.add_adapter("plain", LoraConfig(r=5, target_modules=["a", "b"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["b"], use_dora=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.5 + torch.rand(parameter.shape))
+    model.eval()
+    layers = [model.base_model.model.a, model.base_model.model.b]
+    names = ["plain", "default", None, "other", "default"]
+    x = torch.randn(5, 20, device=lab.device)
+    results = []
+    for impl in ("eager", "triton"):
+        for layer in layers:
+            layer.impl = impl
+        with torch.no_grad(), adapters(model, names):
+            results.append(model(x))
+    torch.testing.assert_close(*results)
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            if name is not None:
+                model.set_adapter(name)
+                torch.testing.assert_close(results[1][row : row + 1], model(x[row : row + 1]))
