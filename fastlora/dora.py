@@ -7,8 +7,8 @@ So a LoRA forward by any implementation gives u, and what remains is one scale p
 With active dropout the base product meets the dropped input too, as in PEFT:
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
 
-Everywhere g enters as ``g - 1``: near 1, where training starts, 16-bit arithmetic would round g
-itself to steps of 2**-8. A row whose norm is 0 has g = 0.
+g is never rounded to 16 bits: near 1, where training starts, these come in steps of 2**-8 and more.
+A row whose norm is 0 has g = 0.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
@@ -90,12 +90,19 @@ def adapted_squares(
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     """Returns g, ``[N]``, of a magnitude and `adapted_squares`."""
-    return magnitude.detach() * squares.rsqrt()
+    return magnitude.detach().to(squares.dtype) * squares.rsqrt()
 
 
-def change_of(magnitude: torch.Tensor, squares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns ``g - 1``, ``[N]`` in ``dtype``."""
-    return scale_of(magnitude, squares).sub_(1.0).to(dtype)
+def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
+
+    On a GPU a wider scale makes no wider copy of u.
+    """
+    if u.dtype == scale.dtype:
+        return torch.mul(u, scale, out=out)
+    if torch.compiler.is_compiling():
+        return (u * scale).to(u.dtype)
+    return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
 
 
 # ------------------------------------------------------------------------ a scale for each column
@@ -153,8 +160,7 @@ def scale_columns(
     """Returns ``g * u + bias`` for ``u [M, N]`` without recording a graph, maybe in u itself."""
     if _in_one_pass(u):
         return _batch_norm(u, bias, magnitude, squares)
-    change = change_of(magnitude, squares, u.dtype)
-    y = u.addcmul_(u, change) if inplace else torch.addcmul(u, u, change)
+    y = times(u, scale_of(magnitude, squares), u if inplace else None)
     return y if bias is None else y.add_(bias)
 
 
@@ -162,14 +168,13 @@ def _scale_columns_backward(
     dy: torch.Tensor, u: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of u, and of the magnitude where u is there."""
-    if u is not None and _in_one_pass(u):
-        return _batch_norm_backward(dy, u, magnitude, squares)
-    change = change_of(magnitude, squares, dy.dtype)
     if u is None:
-        return torch.addcmul(dy, dy, change), None
+        return scale_columns(dy, None, magnitude, squares), None
+    if _in_one_pass(u):
+        return _batch_norm_backward(dy, u, magnitude, squares)
     product, sums = _product_and_sums(dy, u)
     # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
-    return torch.addcmul(dy, dy, change, out=product), sums * squares.rsqrt()
+    return times(dy, scale_of(magnitude, squares), product), sums * squares.rsqrt()
 
 
 def _product_and_sums(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,7 +262,7 @@ class DoraDropped(torch.autograd.Function):
         """Takes ``base``, the base layer's output, or computes it from weight and bias if None."""
         rows = x.reshape(-1, x.shape[-1])
         weight_x = weight.to(x.dtype)
-        change = change_of(magnitude, squares, x.dtype)
+        change = scale_of(magnitude, squares).sub_(1.0)
         scaled_b = _scaled_rows(lora_b, magnitude, squares, x.dtype)
         dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
         if base is None:
@@ -344,12 +349,12 @@ def _through_z(
     """Returns ``dy * (g - 1)``, and z's share of the magnitude's gradient where z is there."""
     change = scale_of(magnitude, squares).sub_(1.0)
     if z is None:
-        return dy * change.to(dy.dtype), None
+        return times(dy, change), None
     if _in_one_pass(z):
         scaled, sums = _batch_norm_backward(dy, z, change, torch.ones_like(change))
     else:
         product, sums = _product_and_sums(dy, z)
-        scaled = torch.mul(dy, change.to(dy.dtype), out=product)
+        scaled = times(dy, change, product)
     return scaled, sums * squares.rsqrt()
 
 

@@ -23,11 +23,11 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.dora import (
-    SEVERAL_WITH_DORA,
     dora_added_forward,
     dora_forward,
     forget_norms,
     uses_dora,
+    why_dora_not_fused,
 )
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
@@ -114,8 +114,7 @@ class _FastForward:
             if _foreign_variant(self, name):
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
         why = why_not_fused(self, names, gathered) or why_not_plain(self.base_layer, gathered)
-        if not why and len(names) > 1 and uses_dora(self, names):
-            why = SEVERAL_WITH_DORA
+        why = why or why_dora_not_fused(self, names)
         return not why, why
 
 

@@ -29,6 +29,8 @@ def dense_weight(base: Any) -> torch.Tensor:
     kind = type(weight).__name__
     if kind == "Params4bit":
         functional = importlib.import_module("bitsandbytes.functional")
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return _through(base, weight.device)
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
         functional = importlib.import_module("bitsandbytes.functional")
@@ -44,6 +46,16 @@ def dense_weight(base: Any) -> torch.Tensor:
             "floating-point matrix, or one quantised by bitsandbytes, HQQ or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
+
+
+@torch.no_grad()
+def _through(base: Any, device: torch.device) -> torch.Tensor:
+    """Returns the weight that a layer computes with: what it makes of the unit vectors.
+
+    For 4-bit weights that an evaluation on a CPU has repacked, which cannot be dequantised.
+    """
+    columns = base(torch.eye(base.in_features, device=device))
+    return (columns if base.bias is None else columns - base.bias).t()
 
 
 def _is_dense(weight: torch.Tensor) -> bool:

@@ -24,9 +24,6 @@ from fastlora.dora import (
 from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
 from fastlora.layers.dense import dense_weight
 
-# Why a layer's adapters are more than one call.
-SEVERAL_WITH_DORA = "several active adapters, some with DoRA: they act one after the other"
-
 
 class DoraMagnitude(nn.Module):
     """One adapter's magnitude: ``weight [N]``, under the name that PEFT gives it.
@@ -79,6 +76,18 @@ def uses_dora(layer: Any, names: list[str]) -> bool:
     return bool(magnitudes is not None and magnitudes._modules) and any(
         name in magnitudes._modules for name in names
     )
+
+
+def why_dora_not_fused(layer: Any, names: list[str]) -> str:
+    """Returns why active adapters are not one call because of DoRA, or an empty string."""
+    if not uses_dora(layer, names):
+        return ""
+    if len(names) > 1:
+        return "several active adapters, some with DoRA: they act one after the other"
+    dropout = layer.lora_dropout[names[0]]
+    if dropout.training and not isinstance(dropout, nn.Identity):
+        return "DoRA with dropout in training: a second base product, both PyTorch's"
+    return ""
 
 
 def magnitude_of(layer: Any, name: str) -> torch.Tensor:

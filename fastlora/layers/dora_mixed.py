@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.dora import DoraDropped, DoraScale, change_of
+from fastlora.dora import DoraDropped, DoraScale, scale_of, times
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import (
@@ -75,7 +75,7 @@ def scale_rows(layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots) 
     """Returns a new y ``[..., N]`` with DoRA rows scaled, for forwards that record no graph.
 
     On the device that the ids are on, and without waiting for them: a row finds its adapter's
-    ``g - 1`` in a table ``[slots + 1, N]``.
+    g in a table ``[slots + 1, N]``.
 
     Args:
         layer: Holds the adapters, or its pool does.
@@ -89,17 +89,18 @@ def scale_rows(layer: Any, y: torch.Tensor, routing: Routing, slots: DoraSlots) 
     per_id = flat.shape[0] // routing.ids.numel()
     places = routing.ids.to(flat.device).clamp(-1)  # -2 is an id that was out of range
     places = known[places].repeat_interleave(per_id)
-    change = table.index_select(0, places)
-    u = flat.clone() if bias is None else flat - bias.to(flat.dtype)
-    # By selection: 0 times what is not finite would reach rows without DoRA.
-    u.masked_fill_((places == table.shape[0] - 1).unsqueeze(1), 0.0)
-    return torch.addcmul(flat, u, change).view(y.shape)
+    u = flat if bias is None else flat - bias.to(flat.dtype)
+    scaled = times(u, table.index_select(0, places))
+    if bias is not None:
+        scaled += bias.to(flat.dtype)
+    plain = (places == table.shape[0] - 1).unsqueeze(1)
+    return torch.where(plain, flat, scaled).view(y.shape)
 
 
 def _table(
     layer: Any, routing: Routing, slots: tuple[int, ...], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``g - 1`` of some slots, zeros last, and each slot's row in it, the last one's last.
+    """Returns g of some slots, ones last, and each slot's row in it, with those of no slot last.
 
     Kept with the routing, so that the steps of a decode make it once.
     """
@@ -109,14 +110,14 @@ def _table(
             "holds now; leave them out of the batch, or call the model outside the graph"
         )
     sources = [_source(layer, routing, slot) for slot in slots]
-    key = (layer.routed_as, like.dtype, slots)
+    key = (layer.routed_as, slots)
     stamps = [stamp_of(tensor) for source in sources for tensor in source]
     keeps = may_keep(like.device) and None not in stamps
     kept = routing.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
-    changes = [change_of(*source, like.dtype) for source in sources]
-    table = torch.stack([*changes, torch.zeros_like(changes[0])])
+    scales = [scale_of(*source) for source in sources]
+    table = torch.stack([*scales, torch.ones_like(scales[0])])
     rows = torch.full((len(routing.names) + 1,), len(slots))
     rows[list(slots)] = torch.arange(len(slots))
     made = table, rows.to(like.device)

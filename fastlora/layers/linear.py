@@ -11,7 +11,7 @@ from torch import nn
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import lora_forward, why_not_fused
-from fastlora.layers.dora import SEVERAL_WITH_DORA, dora_forward, uses_dora
+from fastlora.layers.dora import dora_forward, uses_dora, why_dora_not_fused
 from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.routing import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
@@ -183,8 +183,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             return False, "its base weight is sharded (a DTensor) and nothing gathers it"
         why = why_not_fused(self, names, gathered)
         drops = [n for n in names if isinstance(self.lora_dropout[n], nn.Dropout)]
-        if not why and len(names) > 1 and uses_dora(self, names):
-            why = SEVERAL_WITH_DORA
+        why = why or why_dora_not_fused(self, names)
         if not why and drops and len(names) > 1:
             why = "several active adapters with dropout: the first is fused, others are added to it"
         return not why, why
