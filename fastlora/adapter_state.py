@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.checkpoint import KEY_PREFIX, AdapterFile
 from fastlora.config import LoraConfig
@@ -271,3 +273,29 @@ def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
             weight = _base_weight(lora_model.get_base_model(), parts.module)
             if weight is not None:
                 copy_whole_(weight, file.tensors[disk])
+
+
+@torch.no_grad()
+def put(lora_model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Copies tensors by file key into an adapter's parameters, as far as there are some.
+
+    Returns:
+        What `nn.Module.load_state_dict` returns: file keys of the adapter that are missing, and
+        those that it has no place for.
+
+    Raises:
+        CheckpointError: A shape differs; nothing has changed.
+    """
+    lora_model.base_model.check_known(adapter_name)
+    state, keys = lora_model.state_dict(), key_map(lora_model, adapter_name)
+    present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
+    for disk, key in present.items():
+        if tensors[disk].shape != state[key].shape:
+            raise CheckpointError(
+                f"{disk!r} has shape {tuple(tensors[disk].shape)}, this model expects "
+                f"{tuple(state[key].shape)}"
+            )
+    for disk, key in present.items():
+        copy_whole_(state[key], tensors[disk])
+    missing = [disk for disk in keys if disk not in tensors]
+    return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

@@ -140,9 +140,10 @@ class Gathering:
 def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies ``source``, which every process has, into ``target``, whose dtype stays.
 
-    Into a DTensor each process copies its own part, without a word to the others.
+    Into a DTensor each process copies its own part, without a word to the others. A source that is
+    one itself must be split alike.
     """
-    if not is_sharded(target):
+    if not is_sharded(target) or is_sharded(source):
         target.copy_(source)
         return
     from torch.distributed.tensor import Replicate, distribute_tensor

@@ -45,7 +45,52 @@ def _transformers_lora_model() -> type:
             return self.peft_config[self.active_adapter]
 
     TransformersLoraModel.__qualname__ = "TransformersLoraModel"
+    _answer_for_peft()
     return TransformersLoraModel
+
+
+@functools.cache
+def _answer_for_peft() -> None:
+    """Makes PEFT's state-dict functions, which accelerate calls by name, take our models too.
+
+    They look for PEFT's layer classes, find none in a model of ours and say that it has no tensors:
+    a sharded checkpoint of Trainer's would hold nothing.
+    """
+    import peft
+    from peft.utils import save_and_load
+
+    from fastlora import adapter_state
+    from fastlora.model import LoraModel
+
+    theirs_get: Any = save_and_load.get_peft_model_state_dict
+    theirs_set: Any = save_and_load.set_peft_model_state_dict
+
+    @functools.wraps(theirs_get)
+    def get(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(model, LoraModel):
+            return theirs_get(model, state_dict, adapter_name, *args, **kwargs)
+        source = model.state_dict() if state_dict is None else state_dict
+        embeddings = kwargs.get("save_embedding_layers", "auto")
+        return adapter_state.collect(model, adapter_name, source, embeddings)
+
+    @functools.wraps(theirs_set)
+    def put(
+        model: Any,
+        peft_model_state_dict: Any,
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not isinstance(model, LoraModel):
+            return theirs_set(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+        return adapter_state.put(model, adapter_name, peft_model_state_dict)
+
+    modules: tuple[Any, ...] = (peft, peft.utils, save_and_load)
+    for module in modules:
+        module.get_peft_model_state_dict = get
+        module.set_peft_model_state_dict = put
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
     return found
 
 
-def run(name: str, folder: Path, timeout: float = 150) -> dict[str, str]:
+def run(name: str, folder: Path, timeout: float = 240) -> dict[str, str]:
     """Runs ``name``'s checks in two processes; returns what failed, by check, or empty strings."""
     command = [sys.executable, str(HERE / "processes.py"), name, str(folder)]
     started = [
@@ -78,7 +78,7 @@ def main(name: str, folder: str) -> None:
     rank = int(os.environ["RANK"])
     store = dist.FileStore(f"{folder}/{name}.store", WORLD)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
     found: dict[str, str] = {}
     for check, function in checks_of(importlib.import_module(name)).items():

@@ -73,11 +73,12 @@ def adapter_of_start(tmp_path: Path) -> dict[str, torch.Tensor]:
     return adapter(tmp_path / "start")
 
 
-def test_fsdp2_resumes(folder: Path) -> None:
-    """Resumed behind step 2, the adapter of the whole run."""
-    expected = adapter(folder / "adamw" / "checkpoint-4")
-    halfway = adapter(folder / "adamw" / "checkpoint-2")
-    found = adapter(folder / "resumed" / "checkpoint-4")
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+def test_fsdp2_resumes(folder: Path, kind: str) -> None:
+    """Resumed behind step 2 from either kind of checkpoint, the adapter of the whole run."""
+    expected, found = (adapter(folder / kind / name) for name in ("whole", "resumed"))
+    halfway = adapter(folder / "FULL" / "whole" / "checkpoint-2")
+    assert expected.keys() == found.keys() == halfway.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
         assert not torch.equal(halfway[key], tensor), key

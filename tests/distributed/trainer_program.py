@@ -118,9 +118,13 @@ def main(folder: Path) -> None:
     assert fastlora.fusion_report(trainer.model).fused == 6
     # torch cannot load the full state of an optimizer without any, such as plain SGD.
     fsdp["optim"] = "adamw_torch"
-    for name, resume in (("adamw", None), ("resumed", str(folder / "adamw" / "checkpoint-2"))):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train(folder / name, resume=resume, **fsdp)
+    for kind in ("FULL", "SHARDED"):
+        fsdp["fsdp_config"] = {**FSDP2, "state_dict_type": f"{kind}_STATE_DICT"}
+        halfway = folder / kind / "whole" / "checkpoint-2"
+        for name, resume in (("whole", None), ("resumed", str(halfway))):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            trainer = train(folder / kind / name, resume=resume, **fsdp)
+            trainer.model.save_pretrained(folder / kind / name)
     torch.distributed.destroy_process_group()
 
 
