@@ -307,34 +307,38 @@ class DoraDropped(torch.autograd.Function):
         d_weight = d_bias = d_lora_a = d_lora_b = d_magnitude = dx = None
         through_z, d_magnitude = _through_z(dy, z if needs_m else None, magnitude, squares)
         if needs_b or needs_m:
-            # [N, M] x [M, R]: dy^T (scaling * s) serves both.
-            inner = (dy.t() @ (s * scaling).to(dy.dtype)).to(squares.dtype)
+            # [R, M] x [M, N]: (scaling * s)^T dy serves both.
+            inner = ((s * scaling).to(dy.dtype).t() @ dy).to(squares.dtype)
             if needs_b:
-                d_lora_b = (inner * scale_of(magnitude, squares)[:, None]).to(lora_b.dtype)
+                d_lora_b = (inner * scale_of(magnitude, squares)).t().to(lora_b.dtype).contiguous()
             if d_magnitude is not None:
-                through_s = inner.mul_(lora_b.to(dy.dtype)).sum(1) * squares.rsqrt()
+                through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0) * squares.rsqrt()
                 d_magnitude = (d_magnitude + through_s).to(magnitude.dtype)
         if needs_bias:
             d_bias = dy.sum(0).to(ctx.bias_dtype)
         if needs_x or needs_a or needs_weight:
             scaled_b = _scaled_rows(lora_b, magnitude, squares, dy.dtype)
             ds = (dy @ scaled_b).mul_(scaling)
+        if needs_x or needs_a or needs_weight:
+            # The mask once, as ones and zeros; 1 / (1 - p) goes into what is scaled anyway.
+            shape = dy.shape[0], weight.shape[1]
+            ones = torch.ones(shape, dtype=dy.dtype, device=dy.device)
+            keep = torch.ops.fastlora.lora_dropout(ones, seed, ctx.dropout_p, ctx.impl).sign_()
+            up = 1.0 / (1.0 - ctx.dropout_p)
+            weight_x = weight.to(dy.dtype)
         if needs_a or needs_weight:
             rows = x.reshape(-1, x.shape[-1])
-            dropped = torch.ops.fastlora.lora_dropout(rows, seed, ctx.dropout_p, ctx.impl)
+            kept = rows * keep
             if needs_a:
-                d_lora_a = (ds.t() @ dropped).to(lora_a.dtype)
+                d_lora_a = (ds.t() @ kept).mul_(up).to(lora_a.dtype)
             if needs_weight:
-                d_weight = through_z.t() @ dropped
-                d_weight = (d_weight.addmm_(dy.t(), rows) if ctx.own_base else d_weight).to(
-                    weight.dtype
-                )
+                d_weight = (through_z.t() @ kept).mul_(up)
+                d_weight = d_weight.addmm_(dy.t(), rows) if ctx.own_base else d_weight
+                d_weight = d_weight.to(weight.dtype)
         if needs_x:
-            weight_x = weight.to(dy.dtype)
             # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
-            update = (through_z @ weight_x).addmm_(ds, lora_a.to(dy.dtype))
-            update = torch.ops.fastlora.lora_dropout(update, seed, ctx.dropout_p, ctx.impl)
-            dx = update.addmm_(dy, weight_x) if ctx.own_base else update
+            dx = (through_z @ weight_x).addmm_(ds, lora_a.to(dy.dtype)).mul_(keep)
+            dx = dx.addmm_(dy, weight_x, beta=up) if ctx.own_base else dx.mul_(up)
             dx = dx.view(ctx.x_shape)
         d_base = grad if needs_base else None
         return (
