@@ -72,7 +72,8 @@ def measured(
     ours, theirs = twins(DTYPES[dtype], adapters == "fp32", dropout)
     mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids)
     losses = mine(), other()
-    if not dropout and not abs(losses[0] - losses[1]) <= 4 * torch.finfo(DTYPES[dtype]).eps * 4:
+    # Gradients are for the tests to compare; this finds sides that do not run the same model.
+    if not dropout and abs(losses[0] - losses[1]) > 8 * torch.finfo(DTYPES[dtype]).eps * losses[1]:
         raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
     result = measure.paired_ratio(mine, other, rounds)
     over_base = measure.paired_ratio(mine, base, 3)
