@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-demo: $(VENV)/.installed ## fine-tune SmolLM2-135M, load the result in PEFT, compare with PEFT
+demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compare with PEFT
 	@$(BIN)/fastlora demo $(ARGS)
 
 test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, ahead-of-time compiles

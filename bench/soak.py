@@ -209,9 +209,13 @@ class Soak:
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = self.model.config.vocab_size
+        rows: list[str | None] = []
         try:
             while not self.stop.is_set():
-                rows = self.draw(rng)
+                if rows and rng.random() < 1 / 3:
+                    rng.shuffle(rows)  # a set that comes again is packed, or found packed
+                else:
+                    rows = self.draw(rng)
                 ids = torch.randint(0, vocabulary, (len(rows), TOKENS), generator=generator)
                 ids = ids.to(self.args.device)
                 with torch.no_grad(), fastlora.adapters(self.model, rows):

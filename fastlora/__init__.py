@@ -15,6 +15,7 @@ from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
 from fastlora.patch import patch, unpatch  # noqa: E402
 from fastlora.pool import AdapterPool  # noqa: E402
+from fastlora.refresh import refresh  # noqa: E402
 from fastlora.report import FusionReport, fusion_report  # noqa: E402
 from fastlora.train import (  # noqa: E402
     AdapterOptimizers,
@@ -50,6 +51,7 @@ __all__ = [
     "fusion_report",
     "get_peft_model",
     "patch",
+    "refresh",
     "train_adapters",
     "unpatch",
 ]

@@ -42,6 +42,11 @@ def adapters(
     activation checkpoints too. Blocks nest, and each thread has its own. Adapters of a pool are
     brought to the device when the block begins, and stay there, as they are, until it ends.
 
+    One CUDA graph serves any mix: capture the block with ids in a tensor of slots on the GPU, after
+    a forward outside of the capture, and write other slots into that tensor before a replay. Over a
+    pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
+    `AdapterPool.lease` on them meanwhile. Slots out of range give NaN rows there and no error.
+
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
             that was patched. Which adapters are active is of no consequence here.
@@ -49,21 +54,22 @@ def adapters(
             tensor of slots for each sample or token, -1 for none. A slot is an index into
             ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`.
         seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
-            same elements whatever else is in the batch. Those not given are drawn.
+            same elements whatever else is in the batch. Those not given are drawn, in training.
         validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
             slot does not exist come out NaN, and the end of the block raises.
 
     Raises:
         AdapterNotFoundError: A name or slot that is not there.
-        AdapterStateError: An adapter is merged, or a pool is closed.
+        AdapterStateError: An adapter is merged, or a pool is closed, or was made without max_rank
+            and a CUDA graph is being captured.
+        RuntimeError: Blocks of a thread end in another order than the reverse of their beginning.
         PoolFullError: A pool is too small for the batch's adapters.
         CheckpointError: A pool cannot read one of them.
         TypeError, ValueError: ``model`` or ``ids`` is not as described.
     """
     with contextlib.ExitStack() as held:
         routing = _routing(model, ids, seeds, validate, held)
-        if torch.is_grad_enabled():
-            recompute.keep_routing()
+        recompute.keep_routing()
         with routed(routing):
             yield
         if routing.ids.is_cuda and not torch.cuda.is_current_stream_capturing():
@@ -77,7 +83,9 @@ def _routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    pool = model if isinstance(model, AdapterPool) else pool_of(model)
+    pool = model if isinstance(model, AdapterPool) else None
+    if pool is None and isinstance(model, nn.Module):
+        pool = pool_of(model)
     if pool is not None:
         return _pool_routing(pool, ids, seeds, validate, held)
     tuner = getattr(model, "base_model", None)
@@ -106,12 +114,15 @@ def _tuner_routing(
     known = tuple(tuner.peft_config)
     if not isinstance(ids, torch.Tensor):
         names, slots = named_ids(known, ids)
-    elif ids.is_cuda and not validate:
+    elif is_captured(ids) or (ids.is_cuda and not validate):
         check_slot_ids(ids)
-        names, slots = known, _looked_up(torch.arange(len(known)), ids)
+        ids = ids.to(torch.int64)
+        outside = (ids < NO_ADAPTER) | (ids >= len(known))
+        names, slots = known, ids.masked_fill(outside, _INVALID)
     else:
         names, slots = known, checked_slots(ids, known)
-    return Routing(tuner.group, names, slots, draw_seeds(names, seeds), layers)
+    acts = any(layer.training for layer in layers)
+    return Routing(tuner.group, names, slots, draw_seeds(names, seeds, draw=acts), layers)
 
 
 def _pool_routing(
@@ -125,6 +136,8 @@ def _pool_routing(
     if not isinstance(ids, torch.Tensor):
         names, slots = named_ids(None, ids)
         lease = held.enter_context(pool.lease(names))
+    elif is_captured(ids):
+        return _captured_pool_routing(pool, ids)
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
@@ -146,10 +159,27 @@ def _pool_routing(
         pool.group,
         names,
         slots,
-        draw_seeds(names, seeds),
+        draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
         residents=lease.residents,
         kernels=[kernels],
     )
+
+
+def is_captured(ids: torch.Tensor) -> bool:
+    """Whether ids are read by a CUDA graph that is being captured in this thread."""
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _captured_pool_routing(pool: AdapterPool, ids: torch.Tensor) -> Routing:
+    """For a CUDA graph: slots are looked up at every replay, on the device."""
+    check_slot_ids(ids)
+    if pool.max_rank is None:
+        raise AdapterStateError(
+            "a CUDA graph over a pool needs AdapterPool(max_rank=...): its buffers are as large "
+            "as the largest rank that may ever be loaded"
+        )
+    kernels = KernelRouting(pool.tables.columns(ids), pool.tables, pool.max_rank, pool.dtype)
+    return Routing(pool.group, (), ids, (), residents=(), kernels=[kernels])
 
 
 def _looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

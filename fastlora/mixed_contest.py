@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import measure
-from fastlora.testing import error_budget
 from fastlora.validation import FastLoraError
 
 BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
 # Calls before the one that is checked. A set of adapters is packed the second time that it comes;
 # the third time finds it packed.
 _WARM_UP = {BASE: 1, OURS: 2}
-# A model carries one rounding far, so that the largest error of a few sequences is a matter of
-# luck: of 6, two right results differed by 2.4 times; of 32, by 1.4 (a Llama of 2 layers).
+# A model carries one rounding far, so that the largest error of a few outputs is a matter of luck:
+# of 64 sequences through 30 layers in bf16, two right results differed by 2.03 times. The root mean
+# square over a sequence's outputs is not, if there are enough sequences to take the largest of.
 _SAMPLED_SEQUENCES = 32
 
 Side = Callable[[], torch.Tensor]
@@ -56,7 +56,7 @@ class Contest:
     Args:
         base: A transformers model that takes ``input_ids`` alone.
         adapters: How many.
-        rank: Of each; alpha is twice that.
+        rank: Of each; alpha is half of that, so that the model stays well conditioned.
         peft: Whether to build PEFT's side too.
         on_adapter: Called after each adapter has been added.
 
@@ -82,9 +82,9 @@ class Contest:
         base.config.use_cache = False
         self.base = base
         self.names = [f"adapter_{index}" for index in range(adapters)]
-        self.scaling = 2.0
+        self.scaling = 0.5
         config = fastlora.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False
+            r=rank, lora_alpha=0.5 * rank, target_modules="all-linear", init_lora_weights=False
         )
         self.ours = fastlora.get_peft_model(
             twin(base), config, self.names[0], autocast_adapter_dtype=False
@@ -188,22 +188,25 @@ class Contest:
         Every side is warm afterwards, and ours in its steady state.
 
         Raises:
-            WrongResultError: A side's error is beyond `fastlora.testing.error_budget`, which comes
-                from the textbook expression in the model's own dtype, over 32 sequences at least.
+            WrongResultError: A side's error (the root mean square over a sequence's outputs, of the
+                worst sequence) is beyond twice that of the textbook expression in the model's own
+                dtype, over 32 sequences at least, plus rounding.
         """
         batches = [ids]
         while len(ids) * len(batches) < _SAMPLED_SEQUENCES:
             batches.append(self.random_ids(*ids.shape))
         truths = [self.plain(mix, batch, exact=True) for batch in batches]
         same_dtype = torch.cat([self.plain(mix, batch) for batch in batches])
-        truth, budget = truths[0], error_budget(same_dtype, torch.cat(truths))
+        truth, all_truths = truths[0], torch.cat(truths)
+        rounding = torch.finfo(same_dtype.dtype).eps * _largest(all_truths)
+        budget = 2.0 * (_largest(same_dtype.double() - all_truths) + rounding)
         checks = {}
         for name, side in sides.items():
             for _ in range(_WARM_UP.get(name, 0)):
                 side()
             if name == BASE:
                 continue
-            error = (side().double() - truth).abs().max().item()
+            error = _largest(side().double() - truth)
             if not error <= budget:  # also catches NaN
                 raise WrongResultError(
                     f"{name} is wrong with {len(set(mix))} adapters: its outputs differ from "
@@ -265,6 +268,11 @@ def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor
     return output[:, 0] if output.shape[1] == 1 else output[:, -1].clone()
 
 
+def _largest(outputs: torch.Tensor) -> float:
+    """Returns the largest root mean square of a row of ``[B, V]``; NaN where there is one."""
+    return outputs.square().mean(-1).sqrt().max().item()
+
+
 class Float64(TorchFunctionMode):
     """Within it torch computes in float64, whatever the dtypes of weights and casts."""
 
@@ -323,7 +331,7 @@ def _peft_twin(contest: Contest, rank: int) -> Any:
     import peft
 
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=contest.targets, init_lora_weights=False
+        r=rank, lora_alpha=0.5 * rank, target_modules=contest.targets, init_lora_weights=False
     )
     first = contest.names[0]
     model = peft.get_peft_model(twin(contest.base), config, first, autocast_adapter_dtype=False)

@@ -17,6 +17,7 @@ from fastlora.batch import adapters
 from fastlora.checkpoint import load_adapter_folder, save_adapter_folder
 from fastlora.config import LoraConfig
 from fastlora.layers.linear import DEFAULT_ADAPTER
+from fastlora.routing import check_batch
 from fastlora.tuner import LoraTuner, resolve_config
 from fastlora.validation import ImplementationError
 
@@ -308,8 +309,10 @@ class LoraModel(nn.Module):
             **kwargs: The model's.
         """
         if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs)
             return self.base_model(*args, **kwargs)
         with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def generate(
@@ -318,8 +321,10 @@ class LoraModel(nn.Module):
         """Calls the model's `generate`, beam search included; arguments as in `forward`."""
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs)
             return generate(*args, **kwargs)
         with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs)
             return generate(*args, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

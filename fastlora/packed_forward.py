@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_dense
+from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_coalesced, is_dense
 from fastlora.routing import RowRouting
 
-# A batched product wants at least so many rows in each block: in bf16, 64 rows of 64 adapters take
-# 4.6 times the base product in blocks of 4 rows and 6.1 in blocks of 1; in fp32 it is all the same.
-_FEW_ROWS = {2: 4, 4: 1, 8: 1}
+# Where units are coalesced, a block wants so many rows: in bf16, 64 rows of 64 adapters take 4.6
+# times the base product in blocks of 4 rows and 6.1 in blocks of 1; in fp32 it is all the same.
+_FEW_ROWS = 4
 # Blocks are as long as the longest. Past this many places for each row they waste more than they
 # save.
 _MOST_PLACES = 2
@@ -34,7 +34,7 @@ class Dense(NamedTuple):
     """Every row against all rank rows.
 
     Attributes:
-        other: Rank rows that are not the row's own, ``[M, 1, rank rows]``; None for one adapter on
+        other: Rank rows that are not the row's own, ``[M, rank rows]``; None for one adapter on
             every row.
     """
 
@@ -72,12 +72,12 @@ class Shrunk(NamedTuple):
 
     Attributes:
         x: ``[M, K]``, or gathered.
-        s: ``[M, L, rank rows]`` or ``[blocks, C, coalesced, L, unit]``, other adapters' columns
-            zeros.
+        s: Of each of the L layers, ``[M, rank rows]`` or ``[blocks, C, rank rows of a block]``,
+            other adapters' columns zeros.
     """
 
     x: torch.Tensor
-    s: torch.Tensor
+    s: tuple[torch.Tensor, ...]
 
 
 def plan_for(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
@@ -103,13 +103,13 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
     if is_dense(layout, dtype):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
-        return Dense(other[:, None].to(device) if other.any() else None)
+        return Dense(other.to(device) if other.any() else None)
     coalesced = 1
     while True:
         plan = _blocks(first, rank, layout, coalesced)
         wider = 2 * coalesced
         fits = layout.units % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
-        if plan.longest >= _FEW_ROWS[dtype.itemsize] or not fits:
+        if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype):
             break
         coalesced = wider
     if plan.gather.numel() > _MOST_PLACES * m:
@@ -149,23 +149,26 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     """Returns s of all layers of the pack for ``x [M, K]``."""
-    unit, k = pack.lora_a.shape[2:]
+    layers = len(pack.members)
     if isinstance(plan, Dense):
         # [M, K] x [K, L * rank rows]
-        s = torch.mm(x, pack.lora_a.view(-1, k).t())
-        s = s.view(x.shape[0], pack.lora_a.shape[0], pack.layout.rank_rows)
+        s = torch.mm(x, pack.lora_a)
+        if layers == 1:
+            return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
+        by_layer = s.view(x.shape[0], layers, -1)
         if plan.other is not None:
-            s.masked_fill_(plan.other, 0.0)
-        return Shrunk(x, s)
-    layers = pack.lora_a.shape[1]
-    x = x.index_select(0, plan.gather)
-    lora_a = pack.lora_a.view(plan.blocks, plan.coalesced * layers * unit, k)
+            by_layer.masked_fill_(plan.other.unsqueeze(1), 0.0)
+        return Shrunk(x, by_layer.unbind(1))
+    x, k = x.index_select(0, plan.gather), x.shape[1]
+    lora_a = pack.lora_a
+    if lora_a.dim() == 4:
+        lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
-    s = torch.bmm(x.view(plan.blocks, plan.longest, k), lora_a.transpose(1, 2))
-    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
+    s = torch.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
+    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, pack.layout.unit)
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
-    return Shrunk(x, s)
+    return Shrunk(x, tuple(own.flatten(-2) for own in s.unbind(3)))
 
 
 def linear(
@@ -181,7 +184,7 @@ def linear(
     if isinstance(plan, Blocks) and plan.exact:
         y = F.linear(shrunk.x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        places.baddbmm_(_own(shrunk, pack), _block_b(pack, plan))
+        places.baddbmm_(shrunk.s[pack.member], _block_b(pack, plan))
         return _add_bias(y.index_select(0, plan.place), rows, pack)
     return add_(F.linear(x, weight, bias), rows, pack, plan, shrunk)
 
@@ -190,21 +193,15 @@ def add_(
     y: torch.Tensor, rows: RowRouting, pack: LayerPack, plan: Plan, shrunk: Shrunk
 ) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place."""
-    n = y.shape[1]
+    own = shrunk.s[pack.member]
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]
-        y.addmm_(_own(shrunk, pack), pack.lora_b.view(-1, n))
+        y.addmm_(own, pack.lora_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = torch.bmm(_own(shrunk, pack), _block_b(pack, plan))
-        y.add_(update.view(-1, n).index_select(0, plan.place))
-    return _add_bias(y, rows, pack)
-
-
-def _own(shrunk: Shrunk, pack: LayerPack) -> torch.Tensor:
-    """Returns the layer's own s, the rank rows of a product side by side."""
-    own = shrunk.s[..., pack.member, :]
-    return own if own.dim() == 2 else own.flatten(-2)
+        update = torch.bmm(own, _block_b(pack, plan))
+        y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
+    return y if pack.lora_bias is None else _add_bias(y, rows, pack)
 
 
 def _block_b(pack: LayerPack, plan: Blocks) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
-from fastlora.routing import current_routing, routed
+from fastlora.routing import only_routed, open_routings
 
 
 @functools.cache
@@ -41,11 +41,11 @@ def keep_routing() -> None:
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``function`` as it runs now: also where there is no routing now."""
-    routing = current_routing()
+    routings = open_routings()
 
     @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
-        with routed(routing):
+        with only_routed(routings):
             return function(*args, **kwargs)
 
     return run

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -147,19 +148,29 @@ class KernelRouting:
     tables: Any
     max_rank: int
     dtype: torch.dtype
-    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[int, torch.device, int], RowGroups] = field(
+        default_factory=dict, repr=False
+    )
 
     def groups(self, m: int, device: torch.device) -> RowGroups:
-        """Returns the rows of a layer input sorted by adapter, made once for each ``m``.
+        """Returns the rows of a layer input sorted by adapter, made once for each ``m`` and stream.
 
         Raises:
             ValueError: ``m`` is no multiple of the number of ids.
         """
-        known = self._groups.get(m)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (m, device, stream)
+        known = self._groups.get(key)
         if known is None:
             columns = self.tables.rank.shape[1]
-            known = self._groups[m] = build_row_groups(self.columns, m, columns, device)
+            known = self._groups[key] = build_row_groups(self.columns, m, columns, device)
         return known
+
+    @property
+    def device(self) -> torch.device:
+        """Where tables and factors lie."""
+        device: torch.device = self.tables.rank.device
+        return device
 
     def found_invalid(self) -> bool:
         """Whether an id was out of range; waits for the GPU."""
@@ -178,7 +189,8 @@ class Routing:
         seeds: Dropout seed of each slot, for this forward.
         layers: The model's routed modules; a layer's ``table_row`` counts here.
         residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
-        kernels: What Triton kernels read; None until a layer needs it.
+        kernels: What Triton kernels read; empty until a layer needs it.
+        ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
         dora: What `fastlora.layers.dora_mixed` keeps of the norms.
     """
 
@@ -190,6 +202,7 @@ class Routing:
     residents: tuple[Any, ...] | None = None
     kernels: list[KernelRouting] = field(default_factory=list, repr=False)
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
+    ready: dict[int, Any] = field(default_factory=dict, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -264,6 +277,20 @@ def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
     return RowRouting(slots.to(device), order, inverse, tuple(segments), key)
 
 
+def number_layers(names: Sequence[str]) -> list[int]:
+    """Returns a number for each layer of a model: its name's CRC-32, or the next free number.
+
+    By name, so that a layer's dropout does not depend on which other modules are adapted.
+    """
+    taken: dict[int, None] = {}
+    for name in names:
+        number = zlib.crc32(name.encode())
+        while number in taken:
+            number += 1
+        taken[number] = None
+    return list(taken)
+
+
 def layer_seed(seed: int, projection: int) -> torch.Tensor:
     """Returns the dropout seed of one layer, ``[1]`` int64: a SplitMix64 step from the adapter's.
 
@@ -290,8 +317,12 @@ def named_ids(
         TypeError: ``ids`` is one string.
         ValueError: ``ids`` is empty.
     """
-    if isinstance(ids, str):
-        raise TypeError(f"ids is the string {ids!r}, expected one name for each sample")
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
+        raise TypeError(f"ids is {what}, expected a sequence of one name for each sample")
+    odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
+    if odd is not None:
+        raise TypeError(f"ids holds {odd!r}, expected names, None, or a tensor of slots")
     wanted = [None if name == BASE else name for name in ids]
     if not wanted:
         raise ValueError("ids is empty, expected one for each sample or token")
@@ -338,7 +369,7 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
 def check_slot_ids(ids: torch.Tensor) -> None:
     """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``, B at least 1."""
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
@@ -346,37 +377,130 @@ def check_slot_ids(ids: torch.Tensor) -> None:
         raise ValueError("ids is empty, expected one for each sample or token")
 
 
-def draw_seeds(names: Sequence[str], given: Mapping[str, int] | None) -> tuple[int, ...]:
-    """Returns a dropout seed for each adapter: the given one, or one from torch's generator."""
-    drawn = torch.randint(0, 2**_SEED_BITS, (len(names),)).tolist() if names else []
-    chosen = given or {}
+def draw_seeds(
+    names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
+) -> tuple[int, ...]:
+    """Returns a dropout seed for each adapter: the given one, or one from torch's generator.
+
+    Args:
+        names: Adapters of the batch.
+        given: Seeds of some; those of others are of no consequence.
+        draw: Whether dropout can act. Otherwise the generator is left alone, and seeds are 0.
+
+    Raises:
+        TypeError: ``given`` is not a mapping to integers.
+    """
+    chosen = {} if given is None else given
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"seeds is a {type(given).__name__}, expected a mapping of names to ints")
+    for name, seed in chosen.items():
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"the seed of {name!r} is {seed!r}, expected an int")
+    drawn = [0] * len(names)
+    if draw and names:
+        drawn = torch.randint(0, 2**_SEED_BITS, (len(names),)).tolist()
     return tuple(chosen.get(n, d) for n, d in zip(names, drawn, strict=True))
 
 
 # ------------------------------------------------------------------------- the routing in force
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What is in force in a thread: the routings of the open blocks, and the last of each model."""
+
+    def __init__(self) -> None:
+        self.unchecked = False
+        self.open: tuple[Routing, ...] = ()
+        self.by_group: dict[Group, Routing] = {}
+
+
+_thread = _Thread()
+
+
+def open_routings() -> tuple[Routing, ...]:
+    """Returns the routings of the blocks that are open in this thread, the innermost last."""
+    return _thread.open
 
 
 def current_routing() -> Routing | None:
-    """Returns the routing in force in this thread, or None."""
-    return getattr(_thread, "routing", None)
+    """Returns the routing of the innermost open block in this thread, or None."""
+    return _thread.open[-1] if _thread.open else None
 
 
 def routing_of(layer: Any) -> tuple[Routing, int] | None:
     """Returns the routing in force for a layer, and the layer's number; or None."""
-    routing = getattr(_thread, "routing", None)
-    if routing is None or layer.routed_by is not routing.group:
+    by_group = _thread.by_group
+    if not by_group:
         return None
-    return routing, layer.routed_as
+    routing = by_group.get(layer.routed_by)
+    return None if routing is None else (routing, layer.routed_as)
+
+
+def _put_in_force(routings: tuple[Routing, ...]) -> None:
+    _thread.open = routings
+    _thread.by_group = {routing.group: routing for routing in routings}
 
 
 @contextlib.contextmanager
-def routed(routing: Routing | None) -> Iterator[None]:
-    """Puts a routing in force within the block, whatever happens in it."""
-    before = current_routing()
-    _thread.routing = routing
+def routed(routing: Routing) -> Iterator[None]:
+    """Puts a routing in force within the block, beside those of other models.
+
+    Raises:
+        RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
+            interleaved coroutines in one thread do. This one is closed all the same.
+    """
+    _put_in_force((*_thread.open, routing))
     try:
         yield
     finally:
-        _thread.routing = before
+        innermost = bool(_thread.open) and _thread.open[-1] is routing
+        _put_in_force(tuple(other for other in _thread.open if other is not routing))
+    if not innermost:
+        raise RuntimeError(
+            "blocks of adapters() must end in the reverse order of their beginning; interleaved "
+            "coroutines need a thread each"
+        )
+
+
+@contextlib.contextmanager
+def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
+    """Puts these routings, and no others, in force within the block."""
+    before = _thread.open
+    _put_in_force(routings)
+    try:
+        yield
+    finally:
+        _put_in_force(before)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Within the block `check_batch` checks nothing in this thread."""
+    before, _thread.unchecked = _thread.unchecked, True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
+
+
+def check_batch(group: Group, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises unless a model's arguments fit the ids of the routing in force for it.
+
+    Raises:
+        ValueError: There are neither as many ids as samples nor as many as tokens.
+    """
+    routing = _thread.by_group.get(group)
+    if routing is None or _thread.unchecked:
+        return
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
+    x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+    if x is None or not x.dim():
+        return
+    features = x.shape[-1] if x.dtype.is_floating_point and x.dim() > 1 else 1
+    samples, tokens = x.shape[0], x.numel() // max(features, 1)
+    count = routing.ids.numel()
+    if count not in (samples, tokens):
+        raise ValueError(
+            f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
+            "one for each sample or each token"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def shared(x: torch.Tensor, number: int, key: tuple[Any, ...]) -> Any | None:
     kept: Shared | None = getattr(_thread, "kept", None)
     if kept is None or kept.x() is not x or kept.version != x._version:
         return None
-    if number not in kept.left or any(a is not b for a, b in zip(kept.key, key, strict=True)):
+    if number not in kept.left or len(kept.key) != len(key) or not all(map(is_, kept.key, key)):
         return None
     kept.left.discard(number)
     if not kept.left:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from fastlora import inject
 from fastlora.config import LoraConfig
-from fastlora.routing import Group
+from fastlora.routing import Group, number_layers
 from fastlora.targets import resolve_target_modules
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -181,24 +180,15 @@ class LoraTuner(nn.Module):
                 wrapper._disabled = True
             yield
 
-    def refresh(self) -> None:
-        """Forgets what layers keep of their weights: DoRA's norms, packed factors.
-
-        Call it after writing through a parameter's ``.data``, which nothing else can see.
-        """
-        for layer in inject.lora_layers(self.model):
-            layer.refresh()
-        self.group.packs.clear()
-
     @property
     def routed(self) -> list[nn.Module]:
         """The modules whose adapters a mixed batch chooses by row."""
         if self._routed is None:
             found = inject.routed_modules(self.model)
-            for row, (name, module) in enumerate(found):
+            numbers = number_layers([name for name, _ in found])
+            for row, (number, (_, module)) in enumerate(zip(numbers, found, strict=True)):
                 module.table_row = row
-                # By name, so that dropout does not depend on which other modules are adapted.
-                module.routed_by, module.routed_as = self.group, zlib.crc32(name.encode())
+                module.routed_by, module.routed_as = self.group, number
             self._routed = [module for _, module in found]
         return self._routed
 

@@ -367,7 +367,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "slot": (torch.tensor([0, 4]), AdapterNotFoundError, "slot 4; expected -1 for none or 0 to 3"),
     "negative": (torch.tensor([0, -2]), AdapterNotFoundError, "slot -2"),
     "empty": ([], ValueError, "ids is empty"),
-    "length": (["a", "b", "c"], ValueError, "2 rows and the batch 3 adapter ids"),
+    "length": (["a", "b", "c"], ValueError, "2 samples .2 tokens. and 3 adapter ids"),
     "string": ("ab", TypeError, "is the string 'ab'"),
     "dtype": (torch.tensor([0.5, 1.0]), TypeError, "torch.float32, expected integers"),
     "shape": (torch.zeros(1, 2, dtype=torch.int64), ValueError, "expected one dimension"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import randomise
@@ -22,6 +24,7 @@ from fastlora.packed_forward import Blocks, Dense
 from fastlora.testing import assert_within_budget
 
 RANKS = (1, 3, 8, 16, 64)
+CPU = [ProfilerActivity.CPU]
 
 
 class Attention(nn.Module):
@@ -154,6 +157,40 @@ def test_plans(case: str) -> None:
         assert all(plan.coalesced == 4 for plan in chosen)
     for y in outputs:
         assert_within_budget(y, expected, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_do_not_grow_with_the_adapters(dtype: torch.dtype) -> None:
+    """A packed forward: two products and at most five other calls a layer, for any mix.
+
+    Two of the five are lora_bias's; q, k and v share a shrink. How long a forward takes is what
+    ``bench/mixed.py`` measures.
+    """
+    x = torch.randn(64, 48).to(dtype)
+    products = {"aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_"}
+    for count in (2, 16, 32, 64):
+        model = build([16] * count, dtype, everywhere=True)
+        names: list[str | None] = [f"a{i % count}" for i in range(64)]
+        steps(model, x, names)
+        with torch.no_grad(), model.disable_adapter(), profile(activities=CPU) as plain:
+            model(x)
+        with torch.no_grad(), adapters(model, names):
+            model(x)  # the plan is made
+            with profile(activities=CPU) as mixed:
+                model(x)
+        added = {
+            key: calls(mixed)[key] - calls(plain)[key]
+            for key in calls(mixed)
+            if calls(mixed)[key] != calls(plain)[key]
+        }
+        assert sum(added.get(key, 0) for key in products) == 2 + 4, (count, added)
+        moved = {"aten::masked_fill_", "aten::index_select", "aten::add_"}
+        assert sum(added.get(key, 0) for key in moved) <= 5 * 4, (count, added)
+
+
+def calls(found: Any) -> Counter[str]:
+    """How often each operator was called."""
+    return Counter({event.key: event.count for event in found.key_averages()})
 
 
 def test_uneven_rows_are_not_padded() -> None:

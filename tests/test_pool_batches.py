@@ -192,7 +192,7 @@ def test_refusals_leave_everything_as_it_was(root: Path, tmp_path: Path) -> None
         (["a0", "a22", None], AdapterNotFoundError, "no adapter 'a22'.*a2"),
         (["a0", "a1", "a2"], PoolFullError, "2"),
         (["damaged", "a0", None], CheckpointError, "adapter_model"),
-        (["a0", "a1"], ValueError, "15 rows and the batch 2 adapter ids"),
+        (["a0", "a1"], ValueError, "3 samples .15 tokens. and 2 adapter ids"),
     ]
     for names, error, message in cases:
         with pytest.raises(error, match=message), torch.no_grad(), adapters(pool, names):

@@ -47,6 +47,7 @@ def test_block(
     """Each block by itself, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     names = given()
+    names["model"].save_pretrained("adapters/one")  # what somebody trained before
     exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), names)
     if "report" in names:
         assert names["report"].fused == len(names["report"].rows) > 0
@@ -57,5 +58,5 @@ def test_block(
 
 
 def test_the_readme_has_its_examples() -> None:
-    """A layer, a model, patch, and a mixed batch."""
-    assert len(BLOCKS) == 4
+    """A layer, a model, patch, a mixed batch, and many adapters in serving and training."""
+    assert len(BLOCKS) == 5

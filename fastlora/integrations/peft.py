@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +31,15 @@ from fastlora.layers.dora import (
 )
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
-from fastlora.routing import BASE, Group, Routing, named_ids, routing_of
+from fastlora.routing import (
+    BASE,
+    Group,
+    Routing,
+    check_batch,
+    named_ids,
+    number_layers,
+    routing_of,
+)
 from fastlora.routing import routed as routing_in_force
 from fastlora.validation import UnsupportedLayerError
 
@@ -59,6 +66,8 @@ class _FastForward:
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         base, dora = self.base_layer, uses_dora(self, names)
         if not args and not kwargs and not why_not_plain(base):
             forward = dora_forward if dora else lora_forward
@@ -153,6 +162,23 @@ class FastPeftLoraModel(PeftLoraModel):
         patch_layer(module)
         return module
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, maybe on layers that no routing knows yet."""
+        self.__dict__.pop("_fastlora_routed", None)
+        super().inject_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, maybe with layers."""
+        self.__dict__.pop("_fastlora_routed", None)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, whose batch must fit the adapter ids in force."""
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None:
+            check_batch(kept[1].group, args, kwargs)
+        return super().forward(*args, **kwargs)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Routes ``adapter_names`` once for the model, where PEFT would at every layer."""
@@ -162,11 +188,15 @@ class FastPeftLoraModel(PeftLoraModel):
         else:
             routed = self._routed_for(names)
         if routed is None:
+            kept = self.__dict__.get("_fastlora_routed")
+            if kept is not None:
+                check_batch(kept[1].group, args, kwargs)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
-        slots = named_ids(tuple(self.peft_config), names or ())
+        slots = named_ids(tuple(self.peft_config), list(names or ()))
         with routing_in_force(Routing(routed.group, *slots, (0,) * len(slots[0]), routed.routed)):
+            check_batch(routed.group, args, kwargs)
             yield
 
     def _routed_for(self, names: Any) -> RoutedPeftModel | None:
@@ -209,10 +239,9 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
     tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
     if tuner is None:
         return None
-    names = tuple(tuner.peft_config)
     kept = tuner.__dict__.get("_fastlora_routed")
-    if kept is not None and kept[0] == names and kept[1] is tuner:
-        return kept[2]
+    if kept is not None and kept[0] is tuner:
+        return kept[1]
     layers = []
     for name, module in tuner.named_modules():
         if isinstance(module, _FastForward):
@@ -223,11 +252,12 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
                 "pass adapter_names= to the model instead"
             )
     group = Group()
-    for row, (name, layer) in enumerate(layers):
-        layer.routed_by, layer.routed_as, layer.table_row = group, zlib.crc32(name.encode()), row
+    numbers = number_layers([name for name, _ in layers])
+    for row, (number, (_, layer)) in enumerate(zip(numbers, layers, strict=True)):
+        layer.routed_by, layer.routed_as, layer.table_row = group, number, row
     found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
     # With the tuner itself: a copy of the model makes its own.
-    tuner.__dict__["_fastlora_routed"] = (names, tuner, found)
+    tuner.__dict__["_fastlora_routed"] = (tuner, found)
     return found
 
 

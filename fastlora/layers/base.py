@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -180,6 +181,7 @@ class LoraLayer(Mergeable):
             raise AdapterStateError(
                 f"adapter {adapter_name!r} is merged; call unmerge() before deleting it"
             )
+        self._forget_packed()
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name)
         for modules in (self.lora_dropout, self.lora_A, self.lora_B):
@@ -223,15 +225,18 @@ class LoraLayer(Mergeable):
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
         self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
+        self._forget_packed()
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
+        self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters, or sets it back to what the config gives."""
+        self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
                 if scale is None:
@@ -262,6 +267,15 @@ class LoraLayer(Mergeable):
         return [name for name in self._active_adapters if name in self.lora_A]
 
     # ----------------------------------------------------------------------------- plumbing
+
+    def _forget_packed(self) -> None:
+        """Drops packed factors of mixed batches, within a block too: they are about to change."""
+        if self.routed_by is not None:
+            self.routed_by.packs.clear()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_packed()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.lora_A:

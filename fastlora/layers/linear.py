@@ -155,6 +155,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if routed is not None:
             return mixed_forward(self, x, self.weight, self.bias, *routed)
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         forward = dora_forward if uses_dora(self, names) else lora_forward
         return forward(self, x, self.weight, self.bias, names, self.impl)
 

@@ -9,7 +9,7 @@ Three ways, the same result to rounding:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
 from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.siblings import share, shared
-from fastlora.validation import UnsupportedLayerError, check_same_device
+from fastlora.validation import AdapterStateError, UnsupportedLayerError, check_same_device
 
 
 def mixed_forward(
@@ -65,6 +65,10 @@ def _mixed_forward(
     without: tuple[int, ...],
 ) -> torch.Tensor:
     """`mixed_forward` before DoRA's scales; slots of ``without`` get the base layer only."""
+    y = _again(layer, x, weight, bias, routing, projection)
+    if y is not None:
+        return y
+    _check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
@@ -83,8 +87,7 @@ def _mixed_forward(
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            y = packed_forward.linear(flat, weight, bias, rows, *found)
+            y = packed_forward.linear(_flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
@@ -92,6 +95,73 @@ def _mixed_forward(
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
         return mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
     return mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+
+
+class _Ready(NamedTuple):
+    """A layer's packed factors and how to multiply, found once for a routing.
+
+    Attributes:
+        pack: The factors.
+        plan: How to multiply.
+        rows: The rows that the plan is for.
+        dtype, device: Of x.
+        impl: The layer's.
+        generation: The packs', once factors may have changed another.
+    """
+
+    pack: LayerPack
+    plan: packed_forward.Plan
+    rows: RowRouting
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    generation: int
+
+
+def _again(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    number: int,
+) -> torch.Tensor | None:
+    """Runs what an earlier forward of this routing found for the layer; None if it no longer holds.
+
+    Most of a decode step is spent here, where the host's own time counts.
+    """
+    ready: _Ready | None = routing.ready.get(number)
+    if (
+        ready is None
+        or layer.training
+        or torch.is_grad_enabled()
+        or x.dtype is not ready.dtype
+        or weight.dtype is not ready.dtype
+        or x.device != ready.device
+        or getattr(layer, "impl", "auto") != ready.impl
+        or ready.generation != routing.group.packs.generation
+        or layer.merged_adapters
+        or x.numel() != ready.rows.slots.numel() * x.shape[-1]
+        or is_batch_invariant()
+        or torch.is_autocast_enabled(ready.device.type)
+    ):
+        return None
+    pack = ready.pack
+    shrunk = _shrunk(x, number, ready.rows, pack, ready.plan)
+    y = packed_forward.linear(_flat(x), weight, bias, ready.rows, pack, ready.plan, shrunk)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _check_unmerged(layer: Any) -> None:
+    if layer.merged_adapters:
+        raise AdapterStateError(
+            f"adapters {layer.merged_adapters} were merged into the base weights within the block, "
+            "where every row shares them; unmerge them first"
+        )
 
 
 def mixed_added_forward(
@@ -123,6 +193,7 @@ def _mixed_added_forward(
 ) -> torch.Tensor:
     """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
+    _check_unmerged(layer)
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
@@ -177,7 +248,9 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
         invariant_impl(impl, "auto", x)
     elif ops.resolve_impl(impl, x) != "triton":
         return None
-    return mixed_kernels.kernel_routing(routing)
+    kernels = mixed_kernels.kernel_routing(routing)
+    # The adapters of one routing lie on one device: a model on several runs in PyTorch.
+    return kernels if kernels is not None and kernels.device == x.device else None
 
 
 def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
@@ -189,7 +262,7 @@ def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:
             "mixed batches train through PyTorch's GEMMs; call eval() and use torch.no_grad(), or "
             "train one adapter at a time"
         )
-    return "an adapter has a factor that is hooked, or not a plain linear"
+    return "an adapter has a factor that is hooked, not a plain linear, or on another device"
 
 
 def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
@@ -218,12 +291,23 @@ def _packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
     if plan is None:
         return None
+    impl = getattr(layer, "impl", "auto")
+    routing.ready[number] = _Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    return pack, plan, _shrunk(x, number, rows, pack, plan)
+
+
+def _shrunk(
+    x: torch.Tensor, number: int, rows: RowRouting, pack: LayerPack, plan: packed_forward.Plan
+) -> packed_forward.Shrunk:
+    """Returns s of a layer and its siblings, which the first of them computes."""
+    if len(pack.members) == 1:
+        return packed_forward.shrink(_flat(x), pack, plan)
     key = (rows, pack.lora_a)
-    shrunk = shared(x, number, key)
-    if shrunk is None:
-        shrunk = packed_forward.shrink(x.reshape(-1, x.shape[-1]), pack, plan)
-        share(x, number, pack.members, key, shrunk)
-    return pack, plan, shrunk
+    found = shared(x, number, key)
+    if found is None:
+        found = packed_forward.shrink(_flat(x), pack, plan)
+        share(x, number, pack.members, key, found)
+    return found
 
 
 def _pack(

@@ -6,6 +6,7 @@ the tables are neighbours, share one shrink.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -57,12 +58,39 @@ def _model_tables(routing: Routing, watch: Any) -> ModelTables | str:
 
     lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
     """
-    layers = [layer for layer in routing.layers if hasattr(layer, "lora_A")]
+    found = _factors_of(routing, watch)
+    if found is None or len({tensor.device for _, _, blocks, _ in found for tensor in blocks}) > 1:
+        return "none"
     shape = (len(routing.layers), len(routing.names))
     addresses = torch.zeros(3, *shape, dtype=torch.int64)
     rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
     kept: list[torch.Tensor] = []
-    for layer in layers:
+    # The widest holds each adapter's factors exactly, whoever else is in the batch.
+    dtypes = [tensor.dtype for _, _, blocks, _ in found for tensor in blocks]
+    dtype = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
+    for row, column, blocks, scale in found:
+        for kind, tensor in enumerate(blocks):
+            kept.append(_block(tensor, dtype))
+            addresses[kind, row, column] = kept[-1].data_ptr()
+        rank[row, column], scaling[row, column] = blocks[0].shape[0], scale
+    device = kept[0].device if kept else routing.ids.device
+    largest = int(rank.max()) if rank.numel() else 0
+    a_address, b_address, bias_address = addresses.to(device).unbind(0)
+    numbers = rank.to(device), scaling.to(device)
+    return ModelTables(a_address, b_address, bias_address, *numbers, largest, dtype, kept)
+
+
+def _factors_of(
+    routing: Routing, watch: Any
+) -> list[tuple[int, int, list[torch.Tensor], float]] | None:
+    """Returns row, column, blocks and scaling of every adapter on every layer.
+
+    None where a factor is not a bare tensor.
+    """
+    found = []
+    for layer in routing.layers:
+        if not hasattr(layer, "lora_A"):
+            continue
         watch.add(layer, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
@@ -70,27 +98,10 @@ def _model_tables(routing: Routing, watch: Any) -> ModelTables | str:
             lora_a, up = plain_weight(layer.lora_A[name]), layer.lora_B[name]
             lora_b = plain_weight(up)
             if lora_a is None or lora_b is None:
-                return "none"
+                return None
             blocks = [lora_a, lora_b.t()] + ([] if up.bias is None else [up.bias])
-            dtype = kept[0].dtype if kept else lora_a.dtype
-            at = (layer.table_row, column)
-            for kind, tensor in enumerate(blocks):
-                kept.append(_block(tensor, dtype))
-                addresses[kind][at] = kept[-1].data_ptr()
-            rank[at], scaling[at] = lora_a.shape[0], float(layer.scaling[name])
-    device = kept[0].device if kept else torch.device("cpu")
-    largest = int(rank.max()) if rank.numel() else 0
-    a_address, b_address, bias_address = addresses.to(device)
-    return ModelTables(
-        a_address,
-        b_address,
-        bias_address,
-        rank.to(device),
-        scaling.to(device),
-        largest,
-        kept[0].dtype if kept else torch.get_default_dtype(),
-        kept,
-    )
+            found.append((layer.table_row, column, blocks, float(layer.scaling[name])))
+    return found
 
 
 def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -185,7 +196,8 @@ def _shared_shrink(
     one call leaves for another, so each layer makes its own there.
     """
     alone = slice(layer.table_row, layer.table_row + 1)
-    if torch.compiler.is_compiling():
+    # Nor can a layer trust an inference tensor, whose writes are not counted.
+    if torch.compiler.is_compiling() or x.is_inference():
         return alone, None
     siblings = routing.group.siblings
     members = {}

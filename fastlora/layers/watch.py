@@ -18,7 +18,8 @@ from fastlora.layers.compute import is_hooked
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Without gradients, backward hooks are of no consequence.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Watch:
@@ -58,10 +59,10 @@ class Watch:
             self._remember(dropouts, name)
             if type(dropouts[name]) is nn.Dropout:
                 self._dropouts.append(dropouts[name])
-            for kept, value in zip(
-                self._scalings, (layer.scaling, name, layer.scaling[name]), strict=True
-            ):
-                kept.append(value)
+            holders, names_of, values = self._scalings
+            holders.append(layer.scaling)
+            names_of.append(name)
+            values.append(layer.scaling[name])
 
     def _remember(self, holder: dict[str, Any], key: str) -> None:
         value = holder[key]

@@ -74,6 +74,8 @@ class FastLoraWrapper(LoraLayer):
         names = self._acting()
         if not names:
             return y
+        if self.training and self.routed_by is not None:
+            self.routed_by.packs.before_training()
         forward = dora_added_forward if uses_dora(self, names) else lora_added_forward
         return forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 

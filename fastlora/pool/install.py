@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastlora import inject
 from fastlora.config import LoraConfig
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
 from fastlora.layers.linear import why_not_plain
 from fastlora.pool.image import Target
-from fastlora.routing import Group
+from fastlora.routing import Group, check_batch, number_layers, unchecked
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -47,9 +48,12 @@ class PoolLayers:
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
+        self._hook: RemovableHandle | None = None
+        self._generate: Any = None
         try:
-            for name in names:
-                self._replace(name)
+            for name, number in zip(names, number_layers(names), strict=True):
+                self._replace(name, number)
+            self._check_batches()
         except BaseException:
             self.remove()
             raise
@@ -58,15 +62,38 @@ class PoolLayers:
             for name, (_, layer) in self._replaced.items()
         ]
 
-    def _replace(self, name: str) -> None:
+    def _check_batches(self) -> None:
+        """Makes the model compare each batch with its adapter ids, before any work.
+
+        Within `generate` the batch that came in counts: a beam search makes more rows of it.
+        """
+        group, model = self.group, self._model
+
+        def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            check_batch(group, args, kwargs)
+
+        self._hook = model.register_forward_pre_hook(check, with_kwargs=True)
+        generate = getattr(model, "generate", None)
+        if generate is None:
+            return
+
+        @functools.wraps(generate)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check_batch(group, args, kwargs)
+            with unchecked():
+                return generate(*args, **kwargs)
+
+        model.__dict__["generate"] = checked
+        self._generate = checked
+
+    def _replace(self, name: str, number: int) -> None:
         module: Any = self._model.get_submodule(name)
         layer: Any = (
             FastLoraWrapper(module)
             if why_not_plain(module)
             else FastLoraLinear.from_linear(module, adapter_name=None)
         )
-        # The names' hash keeps a layer's dropout its own, as in `LoraTuner.routed`.
-        layer.routed_by, layer.routed_as = self.group, zlib.crc32(name.encode())
+        layer.routed_by, layer.routed_as = self.group, number
         layer.table_row = len(self._replaced)
         self._model.set_submodule(name, layer)
         self._replaced[name] = module, layer
@@ -78,6 +105,10 @@ class PoolLayers:
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, back)
         self._replaced = {}
+        if self._hook is not None:
+            self._hook.remove()
+        if self._generate is not None and self._model.__dict__.get("generate") is self._generate:
+            del self._model.__dict__["generate"]
         for parameter in self._trained:
             parameter.requires_grad_(True)
 

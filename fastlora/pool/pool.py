@@ -41,8 +41,9 @@ class AdapterPool:
     and keeps them as they are until it ends. Files are read and packed outside the pool's lock.
 
     A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
-    adapters that it is reading. In front of a GPU the CPU tier is page-locked, and PyTorch rounds
-    such memory up to powers of two.
+    adapters that it is reading. So do the packed factors of the last two sets of adapters that came
+    again and ran in plain PyTorch (`fastlora.packed`). In front of a GPU the CPU tier is
+    page-locked, and PyTorch rounds such memory up to powers of two.
 
     Args:
         model: Any module. LoRA layers without adapters take the place of its target modules, and
@@ -67,6 +68,7 @@ class AdapterPool:
             wrong. The model is unchanged.
     """
 
+    @torch.inference_mode(False)  # what is made here outlives the mode
     def __init__(
         self,
         model: nn.Module,
@@ -100,7 +102,7 @@ class AdapterPool:
             spare = max(4, max_adapters // 8)
             with transfers.ordered():
                 self.tables = PoolTables(
-                    len(self._layers.targets), max_adapters + spare, self.device
+                    len(self._layers.targets), max_adapters + spare, max_adapters, self.device
                 )
         except BaseException:
             self._layers.remove()
@@ -123,6 +125,7 @@ class AdapterPool:
 
     # ------------------------------------------------------------------------ adapters by name
 
+    @torch.inference_mode(False)
     def load(
         self,
         name: str,
@@ -195,7 +198,8 @@ class AdapterPool:
 
         Raises:
             CheckpointError: There are none, or one of them is not an adapter for this pool.
-            AdapterStateError: A name exists. Nothing is registered after either.
+            AdapterStateError: A name exists.
+            ConfigError: A name is wrong. Nothing is registered after any of these.
         """
         path = Path(root).absolute()
         if not path.is_dir():
@@ -204,6 +208,7 @@ class AdapterPool:
         if not names:
             raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
         for name in names:
+            _check_name(name)
             self._reader.check_folder(path / name)
         with self._changed:
             self._residency.check_open()
@@ -224,6 +229,7 @@ class AdapterPool:
             self._residency.check_open()
             self._tiers.remove(name)
             self._changed.notify_all()
+        self.group.packs.clear()
 
     def pin(self, name: str) -> None:
         """Brings an adapter to the device and keeps it there until `unpin`.
@@ -257,6 +263,7 @@ class AdapterPool:
         Raises:
             AdapterNotFoundError: There is none of one of the names.
         """
+        _check_names(names)
         self._check_known(names)
         return self._residency.prefetch(tuple(names))
 
@@ -299,6 +306,7 @@ class AdapterPool:
 
     # -------------------------------------------------------------------------------- leases
 
+    @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
         """Brings adapters to the device and keeps them there, as they are, until the lease ends.
 
@@ -307,7 +315,8 @@ class AdapterPool:
 
         Args:
             names: Registered names; they may repeat.
-            timeout: Seconds to wait for room, or None for as long as it takes.
+            timeout: Seconds to wait for room, or None for as long as it takes. A file that is being
+                read is waited for.
 
         Returns:
             The lease, in force; end it with ``with`` or `Lease.release`.
@@ -320,8 +329,7 @@ class AdapterPool:
             AdapterStateError: The pool is closed, or adapters are being copied to the GPU and a
                 CUDA graph is being captured.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names is the string {names!r}, expected a list of names")
+        _check_names(names)
         self._check_known(names)
         lease = self._residency.acquire(Request(tuple(dict.fromkeys(names))), timeout)
         if len(lease.residents) != len(names):
@@ -397,6 +405,11 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
 def _check_limit(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_names(names: object) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names is {names!r}, expected a list of names")
 
 
 def _check_name(name: object) -> None:

@@ -98,6 +98,10 @@ class AdapterReader:
         for key, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(f"{source}: {key!r} is a {type(value).__name__}, no tensor")
+            if value.is_meta or value.layout != torch.strided:
+                kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+                raise CheckpointError(f"{source}: {key!r} is {kind}, expected a dense tensor")
+        tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
         return self._pack(config, check_tensors(config, tensors, source), tensors, source)
 

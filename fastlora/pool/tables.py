@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
+from fastlora.row_groups import INVALID_SLOT, NO_SLOT
+
+# Rows of an empty slot are as wrong as those of a slot that does not exist.
+NO_COLUMN = INVALID_SLOT
 
 
 class PoolTables:
@@ -16,6 +20,7 @@ class PoolTables:
     Args:
         modules: G, number of rows.
         columns: P, number of columns.
+        slots: Numbers that row ids may hold.
         device: Of the tables and of the images.
 
     Attributes:
@@ -23,9 +28,11 @@ class PoolTables:
             for none.
         rank: ``[G, P]`` int32; 0 where the adapter lacks the module, or the column is free.
         scaling: ``[G, P]`` float32.
+        column_of: Column of each slot, ``[slots]`` int64; `NO_COLUMN` while it is empty.
     """
 
-    def __init__(self, modules: int, columns: int, device: torch.device) -> None:
+    def __init__(self, modules: int, columns: int, slots: int, device: torch.device) -> None:
+        self.column_of = torch.full((slots,), NO_COLUMN, dtype=torch.int64, device=device)
         # Two tensors, so that a column takes two copies from the host instead of five.
         self._addresses = torch.zeros(3, modules, columns, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(2, modules, columns, dtype=torch.int32, device=device)
@@ -42,6 +49,20 @@ class PoolTables:
         numbers = torch.stack([image.layout.ranks, scaling.view(torch.int32)])
         self._copy(self._addresses[:, :, column], addresses)
         self._copy(self._numbers[:, :, column], numbers)
+
+    def assign(self, slot: int, column: int) -> None:
+        """Makes a slot mean a column, or none with `NO_COLUMN`, on the current stream."""
+        self.column_of[slot] = column
+
+    def columns(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the column of each id, a slot: -1 stays, and what is out of range becomes -2.
+
+        Operations on the device only, so that a CUDA graph looks slots up anew at every replay.
+        """
+        ids = ids.to(torch.int64)
+        known = (ids >= 0) & (ids < self.column_of.numel())
+        found = self.column_of[ids.clamp(0, self.column_of.numel() - 1)]
+        return torch.where(known, found, torch.where(ids == NO_SLOT, NO_SLOT, NO_COLUMN))
 
     def clear(self, column: int) -> None:
         """Makes a column free, on the current stream."""

@@ -13,7 +13,7 @@ from weakref import ref
 
 from fastlora.pool.image import Image
 from fastlora.pool.resident import DeviceCopy, Resident
-from fastlora.pool.tables import PoolTables
+from fastlora.pool.tables import NO_COLUMN, PoolTables
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
@@ -265,6 +265,7 @@ class Tiers:
             with self._transfers.ordered():
                 uploaded = self._transfers.upload(image)
                 self._tables.write(column, uploaded)
+                self._tables.assign(slot, column)
         except BaseException:
             self._free_slots.append(slot)
             raise
@@ -310,6 +311,8 @@ class Tiers:
             self._free(copy)
         if keep_slot:
             return copy.resident.slot
+        with self._transfers.ordered():
+            self._tables.assign(copy.resident.slot, NO_COLUMN)
         self._free_slots.append(copy.resident.slot)
         return None
 

@@ -144,10 +144,18 @@ class Solo:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises `CheckpointError` unless a state is of this kind."""
-        kind = self._kind()
-        missing = [key for key in self.state_dict() if key not in state]
+        what, mine = f"the state of adapter {self.name!r}", self.state_dict()
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
+        missing = [key for key in mine if key not in state]
         if missing:
-            raise CheckpointError(f"the state of adapter {self.name!r} lacks {missing[0]!r}")
+            raise CheckpointError(f"{what} lacks {missing[0]!r}")
+        for key, own in mine.items():
+            if isinstance(own, Mapping) and set(state[key] or ()) < set(own):
+                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected {list(own)}")
+            if type(own) is int and type(state[key]) is not int:
+                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected an int")
+        kind = self._kind()
         for key, expected in kind.items():
             found = state["kind"].get(key)
             if found != expected:

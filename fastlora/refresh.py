@@ -1,0 +1,24 @@
+"""`refresh`: for weights that were written behind PyTorch's back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.layers.dora import forget_norms
+
+
+def refresh(model: nn.Module) -> None:
+    """Forgets whatever fastlora derived from a model's weights.
+
+    Needed only after writes that PyTorch does not count: through ``.data`` or ``set_`` (PEFT's
+    `hotswap_adapter`, some optimizers outside of training forwards), or in place in the middle of a
+    `fastlora.adapters` block. Everything else is noticed.
+
+    Args:
+        model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
+    """
+    for module in model.modules():
+        forget_norms(module)
+        group = getattr(module, "routed_by", None)
+        if group is not None:
+            group.packs.clear()

@@ -1,0 +1,187 @@
+"""What kernels read about a model's adapters: tables, slots, devices and dtypes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="runs kernels")
+
+import fastlora
+from fastlora import adapters, mixed_ops
+from fastlora.inject import lora_layers
+from fastlora.testing import assert_within_budget
+from fastlora.validation import AdapterStateError, ImplementationError
+
+
+class Pair(nn.Module):
+    """Two layers fed by one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(48, 32), nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 48]`` to ``[..., 32]``."""
+        return self.q(x) * self.k(x)
+
+
+def build(lab: Any, ranks: tuple[int, ...] = (8, 4)) -> Any:
+    """Random adapters ``a0``, ``a1``, ... in fp32, on the kernels."""
+    torch.manual_seed(0)
+    model: Any = None
+    for i, rank in enumerate(ranks):
+        config = fastlora.LoraConfig(r=rank, target_modules=["q", "k"], init_lora_weights=False)
+        if model is None:
+            model = fastlora.get_peft_model(Pair(), config, "a0")
+        else:
+            model.add_adapter(f"a{i}", config)
+    for layer in lora_layers(model):
+        layer.impl = "triton"
+    return model.to(lab.device).eval()
+
+
+def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:
+    """A mixed forward without gradients."""
+    with torch.no_grad(), adapters(model, ids):
+        return model(x)
+
+
+def shrinks(model: Any, x: torch.Tensor) -> int:
+    """How many shrinks a forward takes whose siblings are known."""
+    for _ in range(2):
+        run(model, x, ["a0", "a1"])
+    with mock.patch.object(mixed_ops, "_shrink", wraps=mixed_ops._shrink) as shrink:
+        run(model, x, ["a0", "a1"])
+    return shrink.call_count
+
+
+def test_inference_mode_shrinks_each_layer_once(lab: Any) -> None:
+    """Nothing is shared there, so nobody may compute for a sibling."""
+    model, x = build(lab), torch.randn(2, 48, device=lab.device)
+    assert shrinks(model, x) == 1
+    with torch.inference_mode():
+        assert shrinks(model, x.clone()) == 2  # q's and k's, neither of them for both
+        with mock.patch.object(torch.ops.fastlora, "mixed_lora_shrink") as joint:
+            run(model, x.clone(), ["a0", "a1"])
+        assert not joint.called
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_neighbours_of_another_dtype_change_nothing(lab: Any, dtype: torch.dtype) -> None:
+    """An adapter beside one whose factors are in 16 bits keeps its own in fp32."""
+    model, x = build(lab, (8, 8)), torch.randn(4, 48, device=lab.device)
+    names = ["a1", "a0", "a1", None]
+    own = [0, 2]
+    alone = run(model, x[own], ["a1", "a1"])
+    truth = copy.deepcopy(model).double()
+    for layer in lora_layers(truth):
+        layer.impl = "eager"
+    exact = run(truth, x[own].double(), ["a1", "a1"])
+    for layer in lora_layers(model):
+        for factors in (layer.lora_A, layer.lora_B):
+            factors["a0"].to(dtype)
+    assert_within_budget(run(model, x, names)[own], alone, exact)
+
+
+def test_a_factor_on_another_device_never_reaches_a_kernel(lab: Any) -> None:
+    """Its address would mean nothing there."""
+    model, x = build(lab), torch.randn(2, 48, device=lab.device)
+    model.base_model.model.q.lora_A["a0"].to_empty(device="meta")
+    with mock.patch.object(mixed_ops, "_shrink") as shrink, pytest.raises(Exception) as caught:
+        run(model, x, ["a0", "a1"])
+    assert not shrink.called
+    assert isinstance(caught.value, (ValueError, ImplementationError)), caught.value
+    assert "lora_a" in str(caught.value)
+
+
+def pool_of(model: Any, **limits: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The model's base and a pool with the model's adapters; what the pool loaded."""
+    base = copy.deepcopy(model).unload()
+    pool = fastlora.AdapterPool(base, target_modules=["q", "k"], **limits)
+    states = {}
+    for name, config in model.peft_config.items():
+        states[name] = {
+            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor.clone()
+            for key, tensor in model.base_model.model.state_dict().items()
+            if f".{name}." in key
+        }
+        pool.load(name, states[name], config=config)
+    for layer in lora_layers(base):
+        layer.impl = "triton"
+    return base, pool, states
+
+
+def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
+    """As a captured graph does at every replay: swaps, evictions and wrong slots."""
+    model = build(lab, (8, 4, 2))
+    _, pool, states = pool_of(model, max_adapters=3)
+    slots = torch.tensor([pool.slot_of(f"a{i}") for i in (2, 0, 1)] + [-1, 3, -5]).to(lab.device)
+
+    def columns() -> dict[str, int]:
+        with pool.lease_resident() as lease:
+            return {resident.name: resident.column for resident in lease.residents}
+
+    found = pool.tables.columns(slots).tolist()
+    assert found == [columns()[f"a{i}"] for i in (2, 0, 1)] + [-1, -2, -2]
+    with pool.lease(["a0"]):  # so that the new factors cannot take the old ones' column
+        pool.load("a0", states["a0"], config=model.peft_config["a0"])
+        moved = pool.tables.columns(slots).tolist()
+    assert moved[1] != found[1] and moved[1] == columns()["a0"]
+    assert (moved[0], moved[2]) == (found[0], found[2])
+    pool.unload("a1")
+    assert pool.tables.columns(slots).tolist()[2] == -2
+
+
+def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
+    """Buffers of a graph are as large as the pool says."""
+    model = build(lab)
+    _, pool, _ = pool_of(model)
+    ids = torch.zeros(2, dtype=torch.int64, device=lab.device)
+    with (
+        mock.patch.object(fastlora.batch, "is_captured", lambda _: True),
+        pytest.raises(AdapterStateError, match="max_rank"),
+        adapters(pool, ids),
+    ):
+        pass
+
+
+def test_a_captured_block_is_the_block(lab: Any) -> None:
+    """What a capture records computes the rows that an ordinary block does."""
+    model = build(lab)
+    base, pool, _ = pool_of(model, max_rank=16)
+    ids = torch.tensor([pool.slot_of("a1"), -1, pool.slot_of("a0")]).to(lab.device)
+    x = torch.randn(3, 48, device=lab.device)
+    for target, slots in ((base, ids), (model, torch.tensor([1, -1, 0]).to(lab.device))):
+        expected = run(target, x, slots)
+        with mock.patch.object(fastlora.batch, "is_captured", lambda _: True):
+            torch.testing.assert_close(run(target, x, slots), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_one_graph_replays_any_mix(lab: Any) -> None:
+    """Other slots, other inputs and a swapped adapter, without another capture."""
+    model = build(lab)
+    base, pool, states = pool_of(model, max_rank=16)
+    x = torch.randn(6, 48, device=lab.device)
+    ids = torch.zeros(6, dtype=torch.int64, device=lab.device)
+    with pool.lease(["a0", "a1"]):
+        for _ in range(3):
+            run(base, x, ids)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(base, x, ids)
+    for mix in (["a0"] * 6, ["a1", None, "a0"] * 2, [None] * 6, ["a1"] * 6):
+        with pool.lease(["a0", "a1"]):
+            ids.copy_(torch.tensor([-1 if n is None else pool.slot_of(n) for n in mix]))
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            torch.testing.assert_close(y, run(base, x, mix))
+        states["a0"]["base_model.model.q.lora_A.weight"].mul_(1.5)
+        pool.load("a0", states["a0"], config=model.peft_config["a0"])
