@@ -18,6 +18,7 @@ def refresh(model: nn.Module) -> None:
         model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
     """
     for module in model.modules():
+        forget_norms(module)
         group = getattr(module, "routed_by", None)
         if group is not None:
             group.packs.clear()

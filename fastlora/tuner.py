@@ -180,15 +180,6 @@ class LoraTuner(nn.Module):
                 wrapper._disabled = True
             yield
 
-    def refresh(self) -> None:
-        """Forgets what layers keep of their weights: DoRA's norms, packed factors.
-
-        Call it after writing through a parameter's ``.data``, which nothing else can see.
-        """
-        for layer in inject.lora_layers(self.model):
-            layer.refresh()
-        self.group.packs.clear()
-
     @property
     def routed(self) -> list[nn.Module]:
         """The modules whose adapters a mixed batch chooses by row."""
