@@ -48,7 +48,8 @@ def adapters(
     One CUDA graph serves any mix: capture the block with ids in a tensor of slots on the GPU, after
     a forward outside of the capture, and write other slots into that tensor before a replay. Over a
     pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
-    `AdapterPool.lease` on them meanwhile. Slots out of range give NaN rows there and no error.
+    `AdapterPool.lease` on them meanwhile. Slots out of range give NaN rows there and no error. A
+    pool's adapters with DoRA are refused there, and must not come later.
 
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
