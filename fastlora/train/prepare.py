@@ -269,6 +269,7 @@ def make_optimizers(
         max_grad_norm={a.name: a.max_grad_norm for a in settings.adapters if a.max_grad_norm},
         scaler=partial(torch.amp.GradScaler, device.type) if needs_scale(model) else None,
         seed=settings.seed,
+        group=None,  # `fastlora.train.processes` sums gradients and counts itself
     )
 
 

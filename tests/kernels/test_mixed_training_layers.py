@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,9 +38,16 @@ from fastlora.validation import (  # noqa: E402
 NAMES = ["a3", None, "a0", "a4", "a2", "a0", "a3", "__base__", "a2"]
 
 
+@pytest.fixture(autouse=True)
+def on_the_labs_device(lab: Any) -> Iterator[None]:
+    """Tensors are made where the kernels run."""
+    with torch.device(lab.device):
+        yield
+
+
 def trainable(count: int, dtype: torch.dtype, **changes: Any) -> Any:
     """A model on the kernels with every adapter trainable."""
-    model = build(count, dtype, **changes)
+    model = build(SimpleNamespace(device=torch.get_default_device()), count, dtype, **changes)
     train_adapters(model, [f"a{i}" for i in range(count)])
     return model
 
