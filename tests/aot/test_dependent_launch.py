@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,13 @@ from fastlora import env, kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 
-WAIT = "    if PDL:\n        tl.extra.cuda.gdc_wait()\n"
+WAIT = re.compile(r"^( +)if PDL:\n +tl\.extra\.cuda\.gdc_wait\(\)\n", re.M)
+LATE_WAIT = "    if PDL:\n        tl.extra.cuda.gdc_wait()\n"
 # What each kernel has behind its rank rows.
 BEHIND = "    if HAS_BIAS:\n        acc += bias[None, :]\n"
 EDITS = {
-    "late": ("", WAIT + BEHIND),
-    "sometimes": (WAIT.replace("if PDL:", "if PDL and pid_n == 0:"), BEHIND),
+    "late": ("", LATE_WAIT + BEHIND),
+    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", BEHIND),
     "never": ("", BEHIND),
 }
 
@@ -38,10 +40,10 @@ EDITS = {
 def mutant(stem: str, edit: str, folder: Path) -> ModuleType:
     """A kernel's module with its wait elsewhere."""
     source = Path(importlib.import_module(f"fastlora.kernels.{stem}").__file__ or "").read_text()
-    assert source.count(WAIT) == source.count(BEHIND) == 1
+    assert len(WAIT.findall(source)) == source.count(BEHIND) == 1
     wait, behind = EDITS[edit]
     path = folder / f"{stem}.py"
-    path.write_text(source.replace(WAIT, wait).replace(BEHIND, behind))
+    path.write_text(WAIT.sub(wait, source).replace(BEHIND, behind))
     spec = importlib.util.spec_from_file_location(f"fastlora.kernels.{stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
