@@ -19,7 +19,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_coalesced, is_dense
+from fastlora.packed import (
+    WIDEST_BLOCK,
+    LayerPack,
+    Layout,
+    has_many_rows,
+    is_coalesced,
+    is_dense,
+)
 from fastlora.routing import RowRouting
 
 # Where units are coalesced, a block wants so many rows: in bf16, 64 rows of 64 adapters take 4.6
@@ -100,7 +107,7 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         member = member[rows.inverse.cpu()]
     first = torch.tensor([place.first for place in layout.places] + [0])[member]
     rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
-    if is_dense(layout, dtype):
+    if is_dense(layout, dtype, has_many_rows(m, dtype)):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
         return Dense(other.to(device) if other.any() else None)

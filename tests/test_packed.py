@@ -129,6 +129,8 @@ UNIFORM = {
     "many, fp32": (16, 16, 1, torch.float32, Blocks),
     "many, bf16": (32, 16, 1, torch.bfloat16, Blocks),
     "prefill": (16, 16, 8, torch.bfloat16, Dense),
+    "prefill, fp32": (4, 16, 80, torch.float32, Blocks),
+    "prefill of one, fp32": (1, 16, 320, torch.float32, Dense),
 }
 
 

@@ -307,7 +307,8 @@ def _packed(
     if not rows.segments:
         return None
     sets = routing.set_of(rows.key, Watch)
-    pack, due = sets.get(number, x.dtype)
+    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
+    pack, due = sets.get(number, x.dtype, many_rows)
     if due and members is not None:
         pack = _pack(sets, members, x, routing, rows)[members.index(number)]
     if pack is None:
@@ -342,17 +343,18 @@ def _pack(
     rows: RowRouting,
 ) -> list[LayerPack | None]:
     """Packs the batch's adapters for a layer and its siblings."""
+    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
     layers = [routing.group.siblings.layers[number]() for number in members]
     names = [routing.names[segment.slot] for segment in rows.segments]
     found = [_factors(member, x, routing, rows) for member in layers]
     bare = [factors for factors in found if factors is not None]
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
-        packs = packed.pack_layers(members, bare, x.dtype)
+        packs = packed.pack_layers(members, bare, x.dtype, many_rows)
     if sets.watch is not None:
         for member in filter(None, layers):
             sets.watch.add(member, names)
-    sets.put(members, x.dtype, packs)
+    sets.put(members, x.dtype, many_rows, packs)
     return packs
 
 
