@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastlora import recompute
+from fastlora.in_force import routed
 from fastlora.pool import AdapterPool
 from fastlora.pool.pool import pool_of
 from fastlora.routing import (
@@ -21,7 +22,6 @@ from fastlora.routing import (
     checked_slots,
     draw_seeds,
     named_ids,
-    routed,
 )
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.tuner import LoraTuner

@@ -16,8 +16,8 @@ from fastlora import adapter_state, inject
 from fastlora.batch import adapters
 from fastlora.checkpoint import load_adapter_folder, save_adapter_folder
 from fastlora.config import LoraConfig
+from fastlora.in_force import check_batch
 from fastlora.layers.linear import DEFAULT_ADAPTER
-from fastlora.routing import check_batch
 from fastlora.sharding import Gathering
 from fastlora.tuner import LoraTuner, resolve_config
 from fastlora.validation import ImplementationError

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
-from fastlora.routing import only_routed, open_routings
+from fastlora.in_force import only_routed, open_routings
 
 
 @functools.cache

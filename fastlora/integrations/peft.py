@@ -21,6 +21,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.batch_invariant import refuse_in_mode
+from fastlora.in_force import check_batch, routing_of
+from fastlora.in_force import routed as routing_in_force
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.dora import (
     dora_added_forward,
@@ -31,16 +33,7 @@ from fastlora.layers.dora import (
 )
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
-from fastlora.routing import (
-    BASE,
-    Group,
-    Routing,
-    check_batch,
-    named_ids,
-    number_layers,
-    routing_of,
-)
-from fastlora.routing import routed as routing_in_force
+from fastlora.routing import BASE, Group, Routing, named_ids, number_layers
 from fastlora.validation import UnsupportedLayerError
 
 

@@ -23,12 +23,13 @@ from torch import nn
 
 from fastlora import functional, mixed, ops
 from fastlora.batch_invariant import refuse_in_mode
+from fastlora.in_force import routing_of
 from fastlora.layers.absent import with_absent
 from fastlora.layers.branch import Branch, is_hooked, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.routing import Routing, layer_seed, routing_of
+from fastlora.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
 from fastlora.validation import UnsupportedLayerError
 

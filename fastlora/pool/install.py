@@ -11,10 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from fastlora import inject
 from fastlora.config import LoraConfig
+from fastlora.in_force import check_batch, unchecked
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
 from fastlora.layers.linear import why_not_plain
 from fastlora.pool.image import Target
-from fastlora.routing import Group, check_batch, number_layers, unchecked
+from fastlora.routing import Group, number_layers
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 

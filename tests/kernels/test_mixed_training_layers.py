@@ -24,8 +24,9 @@ from test_mixed_layers import build, eager  # noqa: E402
 
 import fastlora  # noqa: E402
 from fastlora import adapters, batch, philox_reference, reference  # noqa: E402
+from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.routing import Routing, layer_seed, routed  # noqa: E402
+from fastlora.routing import Routing, layer_seed  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.train import train_adapters  # noqa: E402
 from fastlora.training_routing import layer_seeds  # noqa: E402
