@@ -1,4 +1,4 @@
-"""The routings in force in a thread: those of the `fastlora.adapters` blocks that are open in it."""
+"""The routings in force in a thread: those of its open `fastlora.adapters` blocks."""
 
 from __future__ import annotations
 
