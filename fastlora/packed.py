@@ -21,6 +21,8 @@ import torch
 
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors.
 _MOST_SETS = 2
+# Batches whose layers' findings a set keeps.
+_MOST_READY = 8
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
 # Up to so many rank rows, dense products beat moving the rows (one core with AMX, 576 x 576, r 16,
@@ -158,6 +160,20 @@ class SetPack:
         self.tables: Any = None
         self._met: set[tuple[int, torch.dtype, bool]] = set()
         self._packs: dict[tuple[int, torch.dtype, bool], LayerPack | None] = {}
+        self._ready: dict[Any, dict[int, Any]] = {}
+
+    def ready_for(self, rows: Any) -> dict[int, Any]:
+        """Returns what `fastlora.layers.mixed_compute` found out about layers, by their numbers.
+
+        Args:
+            rows: Of a batch, the very object for which it was found.
+        """
+        known = self._ready.get(rows)
+        if known is None:
+            if len(self._ready) >= _MOST_READY:
+                self._ready = {}
+            known = self._ready[rows] = {}
+        return known
 
     def get(
         self, number: int, dtype: torch.dtype, many_rows: bool

@@ -50,11 +50,13 @@ class Group:
     Attributes:
         packs: Sets of adapters that the model keeps packed.
         siblings: Which of its layers are fed by the same tensor.
+        batches: How its last batches were spread over rows.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
         self.siblings = Siblings()
+        self.batches = _Batches()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return Group()
@@ -216,7 +218,7 @@ class Routing:
         """
         known = self._spread.get((m, device))
         if known is None:
-            known = self._spread[(m, device)] = _spread_rows(self, m, device)
+            known = self._spread[(m, device)] = self.group.batches.rows(self, m, device)
         return known
 
     def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
@@ -247,18 +249,44 @@ class Routing:
         return resident.name, resident.version
 
 
+class _Batches:
+    """The last batches of a model: the next step of a decode has the same ids in another block."""
+
+    _MOST, _MOST_IDS = 8, 4096
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], RowRouting] = {}
+
+    def rows(self, routing: Routing, m: int, device: torch.device) -> RowRouting:
+        """Returns `RowRouting` for a layer input with ``m`` rows, the known one for known ids."""
+        ids = routing.ids.cpu()
+        if ids.numel() > self._MOST_IDS or torch.compiler.is_compiling():
+            return _spread_rows(routing, ids, m, device)
+        key = (m, device, routing.names, tuple(ids.tolist()))
+        rows = self._known.get(key)
+        # A pool may have another adapter of that name by now.
+        if rows is None or rows.key != _key(routing, rows.segments):
+            rows = _spread_rows(routing, ids, m, device)
+            known = list(self._known.items())[1 - self._MOST :]
+            self._known = dict([*known, (key, rows)])  # a new one: other threads read the old one
+        return rows
+
+
+def _key(routing: Routing, segments: Sequence[Segment]) -> tuple[Any, ...]:
+    return tuple(routing.identity(segment.slot) for segment in segments)
+
+
 def _out_of_range(names: Sequence[str]) -> str:
     return f"an adapter id is out of range; expected -1 for none or a slot of {list(names)[:20]}"
 
 
-def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
-    count = routing.ids.numel()
+def _spread_rows(routing: Routing, ids: torch.Tensor, m: int, device: torch.device) -> RowRouting:
+    count = ids.numel()
     if not count or m % count:
         raise ValueError(
             f"a layer has {m} rows and the batch {count} adapter ids; expected as many ids as "
             "samples, or as tokens"
         )
-    ids = routing.ids.cpu()
     if ids.min() < NO_ADAPTER:
         raise AdapterNotFoundError(_out_of_range(routing.names))
     slots = ids.repeat_interleave(m // count)
@@ -270,7 +298,7 @@ def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
         if slot != NO_ADAPTER:
             segments.append(Segment(slot, start, start + rows))
         start += rows
-    key = tuple(routing.identity(segment.slot) for segment in segments)
+    key = _key(routing, segments)
     if torch.equal(in_order, slots):
         return RowRouting(slots.to(device), None, None, tuple(segments), key)
     inverse = torch.empty_like(order)

@@ -19,6 +19,7 @@ from tiny import randomise
 
 import fastlora
 from fastlora import adapters, packed_forward
+from fastlora.layers import mixed_compute
 from fastlora.packed import make_layout
 from fastlora.packed_forward import Blocks, Dense
 from fastlora.testing import assert_within_budget
@@ -240,10 +241,11 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("loaded", [3, 12])
 @pytest.mark.parametrize("case", CHANGES)
-def test_changes_between_blocks_are_seen(case: str) -> None:
+def test_changes_between_blocks_are_seen(case: str, loaded: int) -> None:
     """What was packed is packed anew when a factor, scaling or dropout changed."""
-    model = build([4, 8, 8])
+    model = build([4, 8, 8] + [2] * (loaded - 3))
     names: list[str | None] = ["a1", "a2", None, "a1"]
     x = torch.randn(4, 48)
     before = steps(model, x, names)[-1]
@@ -370,6 +372,29 @@ def test_inference_mode() -> None:
             with adapters(model, names):
                 y = model(x)
     assert_within_budget(y, expected, expected.double())
+
+
+def test_the_next_block_finds_what_the_last_one_found() -> None:
+    """In a new block with the same ids only the first layer looks for its packed factors."""
+    model = build([8, 8], everywhere=True)
+    x, names = torch.randn(4, 48), list[str | None](["a1", "a0", None, "a1"])
+    expected = steps(model, x, names)[-1]
+    with mock.patch.object(mixed_compute, "_packed", wraps=mixed_compute._packed) as looked:
+        (y,) = steps(model, x, names, count=1)
+        assert looked.call_count == 1
+        (longer,) = steps(model, torch.cat([x, x]), [*names, *names], count=1)
+    assert looked.call_count == 1 + 4
+    assert torch.equal(y, expected)
+    assert_within_budget(longer[:4], expected, expected.double())
+
+
+def test_only_the_last_batches_stay() -> None:
+    """Neither rows nor what layers found of them pile up with the number of different batches."""
+    model = build([8, 8])
+    batches = model.base_model.group.batches
+    for rows in range(1, 40):
+        steps(model, torch.randn(rows, 48), ["a0"] * rows)
+    assert len(batches._known) == batches._MOST
 
 
 def test_only_the_last_sets_stay() -> None:

@@ -130,6 +130,10 @@ class _Ready(NamedTuple):
     impl: str
     generation: int
 
+    def serves(self, x: torch.Tensor, impl: str) -> bool:
+        """Whether it was found for such an input."""
+        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
+
 
 def _again(
     layer: Any,
@@ -148,10 +152,8 @@ def _again(
         ready is None
         or layer.training
         or torch.is_grad_enabled()
-        or x.dtype is not ready.dtype
+        or not ready.serves(x, getattr(layer, "impl", "auto"))
         or weight.dtype is not ready.dtype
-        or x.device != ready.device
-        or getattr(layer, "impl", "auto") != ready.impl
         or ready.generation != routing.group.packs.generation
         or layer.merged_adapters
         or x.numel() != ready.rows.slots.numel() * x.shape[-1]
@@ -307,6 +309,12 @@ def _packed(
     if not rows.segments:
         return None
     sets = routing.set_of(rows.key, Watch)
+    impl = getattr(layer, "impl", "auto")
+    ready = sets.ready_for(rows)
+    known: _Ready | None = ready.get(number)
+    if known is not None and known.serves(x, impl):
+        routing.ready.update(ready)  # for all layers: the next ones need not come here
+        return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
     many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
     pack, due = sets.get(number, x.dtype, many_rows)
     if due and members is not None:
@@ -316,8 +324,8 @@ def _packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
     if plan is None:
         return None
-    impl = getattr(layer, "impl", "auto")
-    routing.ready[number] = _Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    found = _Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    routing.ready[number] = ready[number] = found
     return pack, plan, _shrunk(x, number, rows, pack, plan)
 
 
