@@ -6,7 +6,12 @@ dtype, plus one rounding of the largest value. No tolerance is picked by hand.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
@@ -43,3 +48,35 @@ def assert_within_budget(
     error = (actual.double().cpu() - truth.cpu()).abs().max().item()
     if not error <= budget:  # also catches NaN
         raise AssertionError(f"{what}: error {error:.3e} exceeds the budget {budget:.3e}")
+
+
+@contextlib.contextmanager
+def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within the block every linear adds its products in another order, drawn at random.
+
+    The result is as good as that of any order. Where a deep model makes of the last bit what chance
+    will have, the worst of several orders says what PyTorch's own result may be off by; a single
+    run does not.
+
+    Args:
+        model: Its `torch.nn.Linear` modules take part, backwards included. Not thread-safe.
+        seed: Of the orders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def again(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        assert isinstance(module, nn.Linear)
+        weight, device = module.weight, y.device
+        n, k = (torch.randperm(size, generator=generator).to(device) for size in weight.shape)
+        shuffled = weight.index_select(0, n).index_select(1, k)
+        y = F.linear(args[0].index_select(-1, k), shuffled).index_select(-1, n.argsort())
+        return y if module.bias is None else y + module.bias
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    # Before other hooks, which work on what this one returns.
+    handles = [module.register_forward_hook(again, prepend=True) for module in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
