@@ -13,7 +13,9 @@ import torch
 
 from fastlora.kernels.configs import (
     Chip,
+    ExpandConfig,
     KernelConfig,
+    LinearConfig,
     Shipped,
     block_r_of,
     config_of,
@@ -43,26 +45,13 @@ class MixedShrinkConfig(KernelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedLinearConfig(KernelConfig):
+class MixedLinearConfig(LinearConfig):
     """How `launch_mixed_lora_linear` runs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    group_m: int = 8
-    input_precision: str = "ieee"
-    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedExpandConfig(KernelConfig):
+class MixedExpandConfig(ExpandConfig):
     """How `launch_mixed_lora_expand` runs."""
-
-    block_m: int
-    block_n: int
-    block_r: int
-    input_precision: str = "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
