@@ -1,4 +1,4 @@
-"""The registered operators: schemas, fakes, implementations, and which of them runs where.
+"""The registered operators: schemas, fakes and implementations.
 
 One opaque operator is crossed per forward of a layer, so that `torch.compile` sees neither Triton
 nor the choice of a plan. Nothing here imports Triton before a kernel runs.
@@ -10,99 +10,21 @@ Shapes everywhere: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastlora import env, reference
-from fastlora.plans import augmented, choose_plan
-from fastlora.validation import ImplementationError, check_dropout_dtype
+from fastlora import reference
 
-IMPLEMENTATIONS = ("auto", "triton", "eager")
+# Part of this module for its callers: what they pass to the operators comes of these.
+from fastlora.implementation import draw_seed as draw_seed
+from fastlora.implementation import resolve_impl as resolve_impl
+from fastlora.implementation import triton_status as triton_status
+from fastlora.plans import augmented, choose_plan
 
 # Of mixed batches, whose plans have no table: as `fastlora.kernels.plan_tables.DEFAULT`.
 _FUSED_MAX_ROWS = 64
-
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = env.triton_interpreted()
-
-
-# --------------------------------------------------------------------------- which implementation
-
-
-@functools.cache
-def _gpu_status(index: int) -> tuple[bool, str]:
-    """Whether GPU ``index`` is one that the kernels are built for."""
-    properties = torch.cuda.get_device_properties(index)
-    from fastlora.kernels import configs
-
-    chip = configs.chip_of(torch.device("cuda", index))
-    if not chip.is_supported:
-        return False, f"{properties.name} is {chip.arch}, for which there are no kernel configs"
-    return True, f"{properties.name} ({chip.arch})"
-
-
-@torch.compiler.assume_constant_result
-def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Returns whether the Triton kernels can run on a device, and why or why not.
-
-    Args:
-        device_type: ``"cpu"``, ``"cuda"`` (also ROCm), or any other device type of torch.
-        index: Which device of that type.
-    """
-    if not _HAS_TRITON:
-        return False, "triton is not installed"
-    if device_type == "cuda":
-        return _gpu_status(index)
-    if _INTERPRETED:
-        return True, "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
-    return False, f"no Triton kernels for device type {device_type!r}"
-
-
-def resolve_impl(impl: str, x: torch.Tensor) -> str:
-    """Returns ``"triton"`` or ``"eager"`` for what the caller asked.
-
-    Raises:
-        ValueError: ``impl`` is not one of `IMPLEMENTATIONS`.
-        ImplementationError: ``impl="triton"`` cannot run on x; a named implementation is never
-            replaced by another.
-    """
-    if impl == "eager":
-        return impl
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    device_type = x.device.type
-    if impl == "auto" and device_type != "cuda":
-        return "eager"
-    runs, why = triton_status(device_type, x.device.index or 0)
-    if runs and x.dtype not in _TRITON_DTYPES:
-        runs, why = False, f"the kernels take fp16, bf16 and fp32, got {x.dtype}"
-    if runs:
-        return "triton"
-    if impl == "triton":
-        raise ImplementationError(f"impl='triton' cannot run: {why}")
-    return "eager"
-
-
-def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draws a dropout seed (one int64) from torch's default generator.
-
-    It stays on the device for kernels, so nothing waits, and on the CPU for the eager path. Drawn
-    from the global generator, it repeats when activation checkpointing restores that.
-
-    Raises:
-        TypeError: x's dtype is one that dropout cannot run in; the generator has not moved.
-    """
-    check_dropout_dtype(x.dtype)
-    device = x.device if impl == "triton" else torch.device("cpu")
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-
-
-# ------------------------------------------------------------------------------------- operators
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -19,8 +19,6 @@ from fastlora.kernels.config_tables import (
     EXPAND,
     LINEAR,
     SHRINK,
-    ExpandTile,
-    LinearTile,
     ShrinkTile,
 )
 
@@ -215,13 +213,8 @@ def linear_config(
 ) -> LinearConfig:
     """Returns the config of `launch_lora_linear` for x ``[m, k]`` and lora_b ``[n, r]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        LINEAR[chip.family][kind],
-        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
-    )
-    return linear_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+    tile = tile_of_output(chip, m, n, LINEAR[chip.family][kind])
+    return config_of(LinearConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
 
 
 @remembered
@@ -230,13 +223,8 @@ def expand_config(
 ) -> ExpandConfig:
     """Returns the config of `launch_lora_expand` for y ``[m, n]`` and lora_b ``[n, r]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        EXPAND[chip.family][kind],
-        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
-    )
-    return expand_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+    tile = tile_of_output(chip, m, n, EXPAND[chip.family][kind])
+    return config_of(ExpandConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
 
 
 def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
@@ -286,10 +274,12 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
                 yield Shipped("lora_shrink", dtype, r, config)
         for linear in LINEAR[family][kind]:
             for block_r, r in hardest_ranks(linear.blocks_r):
-                yield Shipped("lora_linear", dtype, r, linear_of_tile(chip, kind, linear, block_r))
+                config_l = config_of(LinearConfig, chip, kind, linear, block_r=block_r)
+                yield Shipped("lora_linear", dtype, r, config_l)
         for expand in EXPAND[family][kind]:
             for block_r, r in hardest_ranks(expand.blocks_r):
-                yield Shipped("lora_expand", dtype, r, expand_of_tile(chip, kind, expand, block_r))
+                config_e = config_of(ExpandConfig, chip, kind, expand, block_r=block_r)
+                yield Shipped("lora_expand", dtype, r, config_e)
     for dtype in (torch.bfloat16, torch.float32):
         yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
 
@@ -299,7 +289,19 @@ class _HasRows(Protocol):
     def block_m(self) -> int: ...
 
 
+class _HasColumns(_HasRows, Protocol):
+    @property
+    def block_n(self) -> int: ...
+
+
 _Tile = TypeVar("_Tile", bound=_HasRows)
+_OutputTile = TypeVar("_OutputTile", bound=_HasColumns)
+_Config = TypeVar("_Config", bound=KernelConfig)
+
+
+def tile_of_output(chip: Chip, m: int, n: int, tiles: Sequence[_OutputTile]) -> _OutputTile:
+    """Returns `widest_that_fills` for kernels with a program for each tile of y ``[m, n]``."""
+    return widest_that_fills(chip, m, tiles, lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n))
 
 
 def widest_that_fills(
@@ -328,41 +330,33 @@ def kind_of(chip: Chip, dtype: torch.dtype, input_precision: str) -> str:
     return input_precision if input_precision in LINEAR[chip.family] else "ieee"
 
 
+def config_of(
+    config: type[_Config], chip: Chip, kind: str, tile: NamedTuple, **rest: Any
+) -> _Config:
+    """Returns a config with a tile's sizes, the chip's registers and the kind's precision.
+
+    Args:
+        config: Its class. Fields that the tile has too, by name, are the tile's.
+        chip: Where the launch runs.
+        kind: Of arithmetic, from `kind_of`.
+        tile: Of one of the tables.
+        rest: The fields that follow from the problem and the chip.
+    """
+    names = {field.name for field in fields(config)}
+    sizes = {name: size for name, size in tile._asdict().items() if name in names}
+    precision = "tf32" if kind == "tf32" else "ieee"
+    return config(**sizes, **rest, max_registers=chip.max_registers, input_precision=precision)
+
+
 def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) -> ShrinkConfig:
-    return ShrinkConfig(
-        block_m=tile.block_m,
-        block_k=tile.block_k,
+    return config_of(
+        ShrinkConfig,
+        chip,
+        kind,
+        tile,
         block_r=block_r,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        num_stages=tile.num_stages,
         splits=splits,
         launch_dependents=chip.has_pdl,
-        input_precision="tf32" if kind == "tf32" else "ieee",
-    )
-
-
-def linear_of_tile(chip: Chip, kind: str, tile: LinearTile, block_r: int) -> LinearConfig:
-    return LinearConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_k=tile.block_k,
-        block_r=block_r,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        num_stages=tile.num_stages,
-        input_precision="tf32" if kind == "tf32" else "ieee",
-    )
-
-
-def expand_of_tile(chip: Chip, kind: str, tile: ExpandTile, block_r: int) -> ExpandConfig:
-    return ExpandConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_r=block_r,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        input_precision="tf32" if kind == "tf32" else "ieee",
     )
 
 

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 
-from fastlora.kernels.config_tables import ExpandTile, LinearTile
 from fastlora.kernels.configs import (
     Chip,
     ExpandConfig,
@@ -23,13 +22,12 @@ from fastlora.kernels.configs import (
     block_r_of,
     cdiv,
     chunk_r_of,
-    expand_of_tile,
+    config_of,
     fills,
     hardest_ranks,
     kind_of,
-    linear_of_tile,
     remembered,
-    widest_that_fills,
+    tile_of_output,
 )
 from fastlora.kernels.grad_config_tables import (
     GRAD_A,
@@ -81,7 +79,6 @@ class GradAConfig(KernelConfig):
 
 
 _GradTile = TypeVar("_GradTile", GradBTile, GradATile)
-_DxTile = TypeVar("_DxTile", LinearTile, ExpandTile)
 
 
 def _of_bucket(m: int, tiles: Sequence[_GradTile]) -> list[_GradTile]:
@@ -98,10 +95,6 @@ def _splits(chip: Chip, m: int, block_m: int, programs: int) -> int:
     while not fills(chip, splits * programs) and 2 * splits <= most:
         splits *= 2
     return splits
-
-
-def _that_fills(chip: Chip, m: int, k: int, tiles: Sequence[_DxTile]) -> _DxTile:
-    return widest_that_fills(chip, m, tiles, lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n))
 
 
 @remembered
@@ -154,8 +147,8 @@ def grad_x_config(
 ) -> LinearConfig:
     """Returns the config of `launch_lora_linear` for dx ``[m, k]`` and lora_a ``[r, k]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = _that_fills(chip, m, k, GRAD_X[chip.family][kind])
-    return linear_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+    tile = tile_of_output(chip, m, k, GRAD_X[chip.family][kind])
+    return config_of(LinearConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
 
 
 @remembered
@@ -164,8 +157,8 @@ def grad_x_add_config(
 ) -> ExpandConfig:
     """Returns the config of `launch_lora_expand` for dx ``[m, k]`` and lora_a ``[r, k]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = _that_fills(chip, m, k, GRAD_X_ADD[chip.family][kind])
-    return expand_of_tile(chip, kind, tile, chunk_r_of(r, tile.blocks_r))
+    tile = tile_of_output(chip, m, k, GRAD_X_ADD[chip.family][kind])
+    return config_of(ExpandConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
 
 
 def plane_sums_config() -> KernelConfig:
@@ -207,10 +200,11 @@ def all_grad_shipped(chip: Chip) -> Iterator[Shipped]:
                 yield Shipped("lora_grad_a", dtype, r, config_a)
         for grad_x in GRAD_X[chip.family][kind]:
             for block_r, r in hardest_ranks(grad_x.blocks_r):
-                yield Shipped("lora_grad_x", dtype, r, linear_of_tile(chip, kind, grad_x, block_r))
+                config_x = config_of(LinearConfig, chip, kind, grad_x, block_r=block_r)
+                yield Shipped("lora_grad_x", dtype, r, config_x)
         for expand in GRAD_X_ADD[chip.family][kind]:
             for block_r, r in hardest_ranks(expand.blocks_r):
-                config_add = expand_of_tile(chip, kind, expand, block_r)
+                config_add = config_of(ExpandConfig, chip, kind, expand, block_r=block_r)
                 yield Shipped("lora_grad_x_add", dtype, r, config_add)
     yield Shipped("plane_sums", torch.bfloat16, 0, plane_sums_config())
 
@@ -228,31 +222,22 @@ def _most_siblings(tile: GradATile, block_r: int) -> int:
 
 
 def _grad_b(chip: Chip, kind: str, tile: GradBTile, block_r: int, splits: int) -> GradBConfig:
-    return GradBConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_r=block_r,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        num_stages=tile.num_stages,
-        splits=splits,
-        rank_rows_first=chip.family not in _WIDE_MMA,
-        input_precision="tf32" if kind == "tf32" else "ieee",
+    first = chip.family not in _WIDE_MMA
+    return config_of(
+        GradBConfig, chip, kind, tile, block_r=block_r, splits=splits, rank_rows_first=first
     )
 
 
 def _grad_a(
     chip: Chip, kind: str, tile: GradATile, block_r: int, siblings: int, splits: int
 ) -> GradAConfig:
-    return GradAConfig(
-        block_m=tile.block_m,
-        block_k=tile.block_k,
+    return config_of(
+        GradAConfig,
+        chip,
+        kind,
+        tile,
         block_r=block_r,
         siblings=siblings,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        num_stages=tile.num_stages,
         splits=splits,
         rank_rows_first=chip.family not in _WIDE_MMA,
-        input_precision="tf32" if kind == "tf32" else "ieee",
     )

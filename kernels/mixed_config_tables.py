@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class MixedLinearTile(NamedTuple):
-    """A tile of y, and how its K loop runs."""
+    """A tile of y, and how the K loop runs: of the base product, or of s in `mixed_lora_add`."""
 
     block_m: int
     block_n: int
@@ -40,21 +40,10 @@ class MixedExpandTile(NamedTuple):
     num_warps: int
 
 
-class MixedAddTile(NamedTuple):
-    """A tile of y that is read, added to and written, and the K loop of its s."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    num_warps: int
-    num_stages: int
-
-
 MixedLinearTable = dict[str, tuple[MixedLinearTile, ...]]
 MixedShrinkTable = dict[str, tuple[MixedShrinkTile, ...]]
 MixedExpandTable = dict[str, tuple[MixedExpandTile, ...]]
-MixedAddTable = dict[str, MixedAddTile]
+MixedAddTable = dict[str, MixedLinearTile]
 
 # fp32 without tensor cores: every product is an FMA in registers, so tiles are small.
 _LINEAR_FMA = (
@@ -220,15 +209,15 @@ MIXED_EXPAND: dict[str, MixedExpandTable] = {
 }
 
 _ADD_NVIDIA: MixedAddTable = {
-    "half": MixedAddTile(16, 128, 128, 32, 4, 4),
-    "tf32": MixedAddTile(16, 64, 64, 16, 4, 3),
-    "ieee": MixedAddTile(16, 32, 32, 16, 4, 2),
+    "half": MixedLinearTile(16, 128, 128, 32, 4, 4),
+    "tf32": MixedLinearTile(16, 64, 64, 16, 4, 3),
+    "ieee": MixedLinearTile(16, 32, 32, 16, 4, 2),
 }
-_ADD_SMALL_SHARED = {**_ADD_NVIDIA, "half": MixedAddTile(16, 128, 128, 32, 4, 3)}
+_ADD_SMALL_SHARED = {**_ADD_NVIDIA, "half": MixedLinearTile(16, 128, 128, 32, 4, 3)}
 _ADD_AMD: MixedAddTable = {
-    "half": MixedAddTile(16, 128, 128, 32, 4, 2),
-    "tf32": MixedAddTile(16, 64, 64, 16, 4, 2),
-    "ieee": MixedAddTile(16, 64, 64, 16, 4, 2),
+    "half": MixedLinearTile(16, 128, 128, 32, 4, 2),
+    "tf32": MixedLinearTile(16, 64, 64, 16, 4, 2),
+    "ieee": MixedLinearTile(16, 64, 64, 16, 4, 2),
 }
 MIXED_ADD: dict[str, MixedAddTable] = {
     "sm_80": _ADD_NVIDIA,

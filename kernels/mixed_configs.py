@@ -13,21 +13,21 @@ import torch
 
 from fastlora.kernels.configs import (
     Chip,
+    ExpandConfig,
     KernelConfig,
+    LinearConfig,
     Shipped,
-    cdiv,
+    block_r_of,
+    config_of,
     kind_of,
     remembered,
-    widest_that_fills,
+    tile_of_output,
 )
 from fastlora.kernels.mixed_config_tables import (
     MIXED_ADD,
     MIXED_EXPAND,
     MIXED_LINEAR,
     MIXED_SHRINK,
-    MixedAddTile,
-    MixedExpandTile,
-    MixedLinearTile,
     MixedShrinkTile,
 )
 
@@ -45,26 +45,13 @@ class MixedShrinkConfig(KernelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedLinearConfig(KernelConfig):
+class MixedLinearConfig(LinearConfig):
     """How `launch_mixed_lora_linear` runs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    group_m: int = 8
-    input_precision: str = "ieee"
-    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedExpandConfig(KernelConfig):
+class MixedExpandConfig(ExpandConfig):
     """How `launch_mixed_lora_expand` runs."""
-
-    block_m: int
-    block_n: int
-    block_r: int
-    input_precision: str = "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +87,7 @@ def mixed_shrink_config(
     kind = kind_of(chip, dtype, input_precision)
     rows = piece_rows(m)
     tile = next(tile for tile in MIXED_SHRINK[chip.family][kind] if tile.block_m == rows)
-    block_r = next((block for block in tile.blocks_r if columns <= block), tile.blocks_r[-1])
-    return _shrink(chip, kind, tile, block_r)
+    return shrink_of_tile(chip, kind, tile, block_r_of(columns, tile.blocks_r))
 
 
 @remembered
@@ -110,13 +96,8 @@ def mixed_linear_config(
 ) -> MixedLinearConfig:
     """Returns the config of `launch_mixed_lora_linear` for y ``[m, n]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        MIXED_LINEAR[chip.family][kind],
-        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
-    )
-    return _linear(chip, kind, tile)
+    tile = tile_of_output(chip, m, n, MIXED_LINEAR[chip.family][kind])
+    return config_of(MixedLinearConfig, chip, kind, tile)
 
 
 @remembered
@@ -125,13 +106,8 @@ def mixed_expand_config(
 ) -> MixedExpandConfig:
     """Returns the config of `launch_mixed_lora_expand` for y ``[m, n]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        MIXED_EXPAND[chip.family][kind],
-        lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n),
-    )
-    return _expand(chip, kind, tile)
+    tile = tile_of_output(chip, m, n, MIXED_EXPAND[chip.family][kind])
+    return config_of(MixedExpandConfig, chip, kind, tile)
 
 
 @remembered
@@ -140,7 +116,7 @@ def mixed_add_config(
 ) -> MixedAddConfig:
     """Returns the config of `launch_mixed_lora_add`, one for every problem of up to 128 rows."""
     kind = kind_of(chip, dtype, input_precision)
-    return _add(chip, kind, MIXED_ADD[chip.family][kind])
+    return config_of(MixedAddConfig, chip, kind, MIXED_ADD[chip.family][kind])
 
 
 def all_mixed_shipped(chip: Chip) -> Iterator[Shipped]:
@@ -150,65 +126,26 @@ def all_mixed_shipped(chip: Chip) -> Iterator[Shipped]:
         dtype = torch.bfloat16 if kind == "half" else torch.float32
         for shrink in MIXED_SHRINK[family][kind]:
             for block_r in shrink.blocks_r:
-                config = _shrink(chip, kind, shrink, block_r)
+                config = shrink_of_tile(chip, kind, shrink, block_r)
                 yield Shipped("mixed_lora_shrink", dtype, block_r, config)
         for linear in MIXED_LINEAR[family][kind]:
-            yield Shipped("mixed_lora_linear", dtype, 64, _linear(chip, kind, linear))
+            config_l = config_of(MixedLinearConfig, chip, kind, linear)
+            yield Shipped("mixed_lora_linear", dtype, 64, config_l)
         for expand in MIXED_EXPAND[family][kind]:
-            yield Shipped("mixed_lora_expand", dtype, 64, _expand(chip, kind, expand))
-        yield Shipped("mixed_lora_add", dtype, 64, _add(chip, kind, MIXED_ADD[family][kind]))
+            config_e = config_of(MixedExpandConfig, chip, kind, expand)
+            yield Shipped("mixed_lora_expand", dtype, 64, config_e)
+        config_a = config_of(MixedAddConfig, chip, kind, MIXED_ADD[family][kind])
+        yield Shipped("mixed_lora_add", dtype, 64, config_a)
 
 
-def _shrink(chip: Chip, kind: str, tile: MixedShrinkTile, block_r: int) -> MixedShrinkConfig:
-    return MixedShrinkConfig(
-        block_m=tile.block_m,
-        block_k=tile.block_k,
+def shrink_of_tile(chip: Chip, kind: str, tile: MixedShrinkTile, block_r: int) -> MixedShrinkConfig:
+    """Returns the shrink's config with so many columns at a time, or a quarter of them."""
+    return config_of(
+        MixedShrinkConfig,
+        chip,
+        kind,
+        tile,
         block_r=block_r,
         narrow_r=max(16, block_r // 4),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=chip.max_registers,
         launch_dependents=chip.has_pdl,
-        input_precision=_precision(kind),
     )
-
-
-def _linear(chip: Chip, kind: str, tile: MixedLinearTile) -> MixedLinearConfig:
-    return MixedLinearConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_k=tile.block_k,
-        block_r=tile.block_r,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=chip.max_registers,
-        input_precision=_precision(kind),
-    )
-
-
-def _expand(chip: Chip, kind: str, tile: MixedExpandTile) -> MixedExpandConfig:
-    return MixedExpandConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_r=tile.block_r,
-        num_warps=tile.num_warps,
-        max_registers=chip.max_registers,
-        input_precision=_precision(kind),
-    )
-
-
-def _add(chip: Chip, kind: str, tile: MixedAddTile) -> MixedAddConfig:
-    return MixedAddConfig(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_k=tile.block_k,
-        block_r=tile.block_r,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=chip.max_registers,
-        input_precision=_precision(kind),
-    )
-
-
-def _precision(kind: str) -> str:
-    return "tf32" if kind == "tf32" else "ieee"

@@ -17,10 +17,12 @@ from fastlora.kernels.configs import (
     Chip,
     KernelConfig,
     Shipped,
+    block_r_of,
     cdiv,
+    config_of,
     kind_of,
     remembered,
-    widest_that_fills,
+    tile_of_output,
 )
 from fastlora.kernels.mixed_config_tables import (
     MixedExpandTile,
@@ -31,10 +33,7 @@ from fastlora.kernels.mixed_configs import (
     MixedExpandConfig,
     MixedLinearConfig,
     MixedShrinkConfig,
-    _expand,
-    _linear,
-    _precision,
-    _shrink,
+    shrink_of_tile,
 )
 
 # Row tile of the forward's shrink.
@@ -171,7 +170,7 @@ def mixed_train_shrink_config(
     """
     kind = kind_of(chip, dtype, input_precision)
     tile = MIXED_GRAD[chip.family][kind].shrink
-    return _shrink(chip, kind, tile, _block_r(tile, max_rank))
+    return shrink_of_tile(chip, kind, tile, block_r_of(max_rank, tile.blocks_r))
 
 
 @remembered
@@ -181,7 +180,7 @@ def mixed_grad_b_config(
     """Returns the config of `launch_mixed_lora_grad_b` for any number of rows."""
     kind = kind_of(chip, dtype, input_precision)
     tile = MIXED_GRAD[chip.family][kind].rows
-    return _grad_b(chip, kind, tile, _block_r(tile, max_rank))
+    return _grad_b(chip, kind, tile, block_r_of(max_rank, tile.blocks_r))
 
 
 @remembered
@@ -195,7 +194,7 @@ def mixed_grad_a_config(
     """
     kind = kind_of(chip, dtype, input_precision)
     tile = MIXED_GRAD[chip.family][kind].rows
-    return _grad_a(chip, kind, tile, _block_r(tile, max_columns))
+    return _grad_a(chip, kind, tile, block_r_of(max_columns, tile.blocks_r))
 
 
 @remembered
@@ -204,13 +203,8 @@ def mixed_grad_x_config(
 ) -> MixedLinearConfig:
     """Returns the config of `launch_mixed_lora_linear` for dx, or y, ``[m, k]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        MIXED_GRAD[chip.family][kind].x,
-        lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n),
-    )
-    return _linear(chip, kind, tile)
+    tile = tile_of_output(chip, m, k, MIXED_GRAD[chip.family][kind].x)
+    return config_of(MixedLinearConfig, chip, kind, tile)
 
 
 @remembered
@@ -219,13 +213,8 @@ def mixed_grad_x_add_config(
 ) -> MixedExpandConfig:
     """Returns the config of `launch_mixed_lora_expand` for dx, or y, ``[m, k]``."""
     kind = kind_of(chip, dtype, input_precision)
-    tile = widest_that_fills(
-        chip,
-        m,
-        MIXED_GRAD[chip.family][kind].x_add,
-        lambda t: cdiv(m, t.block_m) * cdiv(k, t.block_n),
-    )
-    return _expand(chip, kind, tile)
+    tile = tile_of_output(chip, m, k, MIXED_GRAD[chip.family][kind].x_add)
+    return config_of(MixedExpandConfig, chip, kind, tile)
 
 
 def mixed_grad_reduce_config() -> MixedGradReduceConfig:
@@ -265,14 +254,16 @@ def all_mixed_grad_shipped(chip: Chip) -> Iterator[Shipped]:
             config_a = _grad_a(chip, kind, tiles.rows, block_r)
             yield Shipped("mixed_lora_grad_a", dtype, block_r, config_a)
         for block_r in tiles.shrink.blocks_r:
-            config_s = _shrink(chip, kind, tiles.shrink, block_r)
+            config_s = shrink_of_tile(chip, kind, tiles.shrink, block_r)
             yield Shipped("mixed_lora_train_shrink", dtype, block_r, config_s)
         for tile in tiles.x:
+            config_x = config_of(MixedLinearConfig, chip, kind, tile)
             for stem in ("mixed_lora_grad_x", "mixed_lora_train_linear"):
-                yield Shipped(stem, dtype, 64, _linear(chip, kind, tile))
+                yield Shipped(stem, dtype, 64, config_x)
         for tile_add in tiles.x_add:
+            config_add = config_of(MixedExpandConfig, chip, kind, tile_add)
             for stem in ("mixed_lora_grad_x_add", "mixed_lora_train_expand"):
-                yield Shipped(stem, dtype, 64, _expand(chip, kind, tile_add))
+                yield Shipped(stem, dtype, 64, config_add)
     yield Shipped("mixed_lora_grad_reduce", torch.bfloat16, 64, mixed_grad_reduce_config())
 
 
@@ -281,31 +272,27 @@ def _rank_rows_first(chip: Chip, kind: str) -> bool:
     return kind == "half" and chip.family not in ("sm_90", "sm_100")
 
 
-def _block_r(tile: MixedGradTile | MixedShrinkTile, columns: int) -> int:
-    return next((block for block in tile.blocks_r if columns <= block), tile.blocks_r[-1])
-
-
 def _grad_b(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGradBConfig:
-    return MixedGradBConfig(
-        block_m=tile.block_m,
+    first = _rank_rows_first(chip, kind)
+    return config_of(
+        MixedGradBConfig,
+        chip,
+        kind,
+        tile,
         block_n=tile.columns,
         block_r=block_r,
-        rank_rows_first=_rank_rows_first(chip, kind),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=chip.max_registers,
-        input_precision=_precision(kind),
+        rank_rows_first=first,
     )
 
 
 def _grad_a(chip: Chip, kind: str, tile: MixedGradTile, block_r: int) -> MixedGradAConfig:
-    return MixedGradAConfig(
-        block_m=tile.block_m,
+    first = _rank_rows_first(chip, kind)
+    return config_of(
+        MixedGradAConfig,
+        chip,
+        kind,
+        tile,
         block_k=tile.columns,
         block_r=block_r,
-        rank_rows_first=_rank_rows_first(chip, kind),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=chip.max_registers,
-        input_precision=_precision(kind),
+        rank_rows_first=first,
     )

@@ -1,10 +1,14 @@
-"""DoRA in a few lines of plain PyTorch, dense norm and all, for tests to compare with."""
+"""DoRA in a few lines of plain PyTorch, dense norm and all, and layers to compare with it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from fastlora import FastLoraLinear
+from fastlora.layers import FastLoraWrapper
 
 SEED = 1234
 
@@ -82,3 +86,38 @@ def dora(problem: Problem, scaling: float, mask: torch.Tensor | None = None) -> 
 def fixed_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     """Takes the place of `ops.draw_seed`."""
     return torch.tensor([SEED], device=x.device if impl == "triton" else "cpu")
+
+
+def layer_of(problem: Problem, alpha: float, p: float, wrapped: bool = False) -> Any:
+    """A layer that holds the operands, all of them trainable."""
+    n, k = problem.weight.shape
+    r = problem.lora_a.shape[0]
+    linear = nn.Linear(k, n, bias=problem.bias is not None, dtype=problem.weight.dtype)
+    options = {"r": r, "lora_alpha": alpha, "lora_dropout": p, "use_dora": True}
+    if wrapped:
+        layer = FastLoraWrapper(linear)
+        layer.add_adapter("default", **options)
+        layer.set_adapter("default")
+    else:
+        layer = FastLoraLinear.from_linear(linear, **options)
+    base = layer.get_base_layer()
+    with torch.no_grad():
+        for parameter, value in zip(parameters_of(layer), problem[1:], strict=True):
+            if parameter is not None:
+                parameter.copy_(value)
+    base.weight.requires_grad_(True)
+    if base.bias is not None:
+        base.bias.requires_grad_(True)
+    return layer
+
+
+def parameters_of(layer: Any) -> list[nn.Parameter | None]:
+    """Weight, bias, lora_A, lora_B, magnitude."""
+    base = layer.get_base_layer()
+    return [
+        base.weight,
+        base.bias,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        layer.lora_magnitude_vector["default"].weight,
+    ]

@@ -1,12 +1,9 @@
-"""DoRA on one layer: values and every gradient, the norm and what is kept of it, what is saved."""
+"""DoRA on one layer: values and every gradient, what is refused, what is saved for backward."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,54 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dora_truth import SEED, Problem, dora, fixed_seed, keep_mask, make_problem
+from dora_truth import SEED, dora, fixed_seed, keep_mask, layer_of, make_problem, parameters_of
 
-import fastlora.layers.dora as dora_layer
 from fastlora import FastLoraLinear, ops
-from fastlora.dora import adapted_squares, scale_of, square_norms
 from fastlora.layers import FastLoraWrapper
-from fastlora.measure import peak_step_bytes
 from fastlora.testing import assert_within_budget
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from fastlora.validation import ConfigError, UnsupportedLayerError
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b", "magnitude")
-
-
-def layer_of(problem: Problem, alpha: float, p: float, wrapped: bool = False) -> Any:
-    """A layer that holds the operands, all of them trainable."""
-    n, k = problem.weight.shape
-    r = problem.lora_a.shape[0]
-    linear = nn.Linear(k, n, bias=problem.bias is not None, dtype=problem.weight.dtype)
-    options = {"r": r, "lora_alpha": alpha, "lora_dropout": p, "use_dora": True}
-    if wrapped:
-        layer = FastLoraWrapper(linear)
-        layer.add_adapter("default", **options)
-        layer.set_adapter("default")
-    else:
-        layer = FastLoraLinear.from_linear(linear, **options)
-    base = layer.get_base_layer()
-    with torch.no_grad():
-        for parameter, value in zip(parameters_of(layer), problem[1:], strict=True):
-            if parameter is not None:
-                parameter.copy_(value)
-    base.weight.requires_grad_(True)
-    if base.bias is not None:
-        base.bias.requires_grad_(True)
-    return layer
-
-
-def parameters_of(layer: Any) -> list[nn.Parameter | None]:
-    """Weight, bias, lora_A, lora_B, magnitude."""
-    base = layer.get_base_layer()
-    return [
-        base.weight,
-        base.bias,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        layer.lora_magnitude_vector["default"].weight,
-    ]
 
 
 def gradients(
@@ -276,141 +235,6 @@ def test_what_is_refused() -> None:
     assert list(layer.lora_A) == ["default"] and not wrapper.lora_A and not wrapper.r
 
 
-# ------------------------------------------------------------------------------- norms
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "r", "dtype"),
-    [
-        (33, 20, 3, torch.float32),
-        (1, 300, 16, torch.float32),
-        (2100, 130, 4, torch.bfloat16),
-        (64, 96, 8, torch.float16),
-        (40, 31, 64, torch.float64),
-    ],
-    ids=str,
-)
-def test_norms_in_factored_form(n: int, k: int, r: int, dtype: torch.dtype) -> None:
-    """Against the dense norm in float64; the error of a factored one is that of its terms."""
-    problem = make_problem(1, n, k, r, dtype)
-    squares = adapted_squares(
-        problem.weight, square_norms(problem.weight), problem.lora_a, problem.lora_b, 0.75
-    )
-    wide = problem.to(torch.float64)
-    update = 0.75 * wide.lora_b @ wide.lora_a
-    truth = (wide.weight + update).square().sum(1)
-    terms = (wide.weight.norm(dim=1) + update.norm(dim=1)).square()
-    error = (squares.double() - truth).abs() / terms
-    assert error.max() <= 2 * torch.finfo(dtype).eps
-    assert squares.dtype == torch.promote_types(dtype, torch.float32)
-
-
-def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
-    """Of a zero row g is 0; a NaN in a row stays in that row."""
-    weight, zeros = torch.eye(3), torch.zeros(3, 1)
-    weight[1], weight[2, 2] = 0, float("nan")
-    for scaling in (2.0, torch.tensor(2.0)):
-        squares = adapted_squares(weight, square_norms(weight), zeros.t(), zeros, scaling)
-        scale = scale_of(torch.tensor([0.5, 3.0, 1.0]), squares)
-        assert scale[0] == 0.5 and scale[1] == 0 and scale[2].isnan()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_norm_makes_no_weight_sized_temporary(dtype: torch.dtype) -> None:
-    """The peak of a norm is a fraction of the weight's bytes."""
-    problem = make_problem(1, 3000, 1024, 4, dtype)
-
-    def norm() -> None:
-        squares = square_norms(problem.weight)
-        adapted_squares(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
-
-    norm()
-    assert peak_step_bytes(norm) < problem.weight.nbytes / 2
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Counts calls of a function that layers make norms with."""
-    calls: list[int] = []
-    before = getattr(dora_layer, name)
-
-    def call(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        return before(*args)
-
-    monkeypatch.setattr(dora_layer, name, call)
-    return calls
-
-
-def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base's once; an adapter's in every training forward, and once while only inferring."""
-    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
-    layer.weight.requires_grad_(False)
-    layer.refresh()
-    base, adapter = counted(monkeypatch, "square_norms"), counted(monkeypatch, "adapted_squares")
-    x = torch.randn(5, 20)
-    for _ in range(3):
-        layer(x)
-    assert (len(base), len(adapter)) == (1, 3)
-    with torch.no_grad():
-        for _ in range(3):
-            layer(x)
-    assert (len(base), len(adapter)) == (1, 4)
-    layer(x)  # an optimizer that moves no version may step behind this
-    with torch.no_grad():
-        layer(x)
-    assert (len(base), len(adapter)) == (1, 6)
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
-    with torch.no_grad():
-        torch.testing.assert_close(copied(x), layer(x))
-    assert (len(base), len(adapter)) == (2, 7)
-
-
-def changes() -> dict[str, Any]:
-    """What may change a norm, and must be seen."""
-
-    def data(layer: Any) -> None:
-        layer.weight.data.mul_(2)
-        layer.refresh()
-
-    def load(layer: Any) -> None:
-        layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()})
-
-    def assign(layer: Any) -> None:
-        state = {n: 2 * t for n, t in layer.state_dict().items()}
-        layer.load_state_dict(state, assign=True)
-
-    def merge(layer: Any) -> None:
-        layer.merge()
-        layer.weight.data.mul_(2)
-        layer.unmerge()
-
-    return {
-        "in place": lambda layer: layer.weight.mul_(2),
-        "lora_A": lambda layer: layer.lora_A["default"].weight.mul_(2),
-        "lora_B": lambda layer: layer.lora_B["default"].weight.mul_(2),
-        "magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight.mul_(2),
-        "scaling": lambda layer: layer.set_scale("default", 2.0),
-        ".data and refresh": data,
-        "load_state_dict": load,
-        "load_state_dict(assign=True)": assign,
-        "merge": merge,
-        "to": lambda layer: layer.to(torch.float64).to(torch.float32),
-    }
-
-
-@pytest.mark.parametrize("change", changes())
-def test_a_change_is_seen(change: str) -> None:
-    """After it, outputs are those of a layer that never kept a norm."""
-    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
-    x = torch.randn(5, 20)
-    with torch.no_grad():
-        layer(x)
-        changes()[change](layer)
-        fresh = copy.deepcopy(layer)  # copies keep nothing
-        assert torch.equal(layer(x), fresh(x))
-    assert torch.equal(layer(x), fresh(x))
-
-
 # ------------------------------------------------------------------------------- what is saved
 
 
@@ -484,139 +308,3 @@ def test_second_derivatives_raise() -> None:
     (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-# ------------------------------------------------------------------------------- several, merging
-
-KINDS = [
-    ["dora", "dora"],
-    ["plain", "dora"],
-    ["dora", "plain", "plain", "dora"],
-    ["biased", "dora"],
-    ["biased", "dora", "biased"],
-]
-
-
-def several(kinds: list[str], wrapped: bool = False) -> tuple[Any, Any]:
-    """A layer of ours and PEFT's with the same active adapters, in float64."""
-    linear = nn.Linear(20, 24).double()
-    names = [f"{kind}{i}" for i, kind in enumerate(kinds)]
-    options = [
-        {"r": i + 2, "lora_alpha": 3, "use_dora": k == "dora", "lora_bias": k == "biased"}
-        for i, k in enumerate(kinds)
-    ]
-    layer: Any = FastLoraLinear.from_linear(copy.deepcopy(linear), adapter_name=None)
-    if wrapped:
-        layer = FastLoraWrapper(copy.deepcopy(linear))
-    for name, option in zip(names, options, strict=True):
-        layer.add_adapter(name, **option)
-    first, *rest = [peft.LoraConfig(**option) for option in options]
-    theirs = peft.tuners.lora.Linear(linear, names[0], first, r=2, lora_alpha=3)
-    for name, config in zip(names[1:], rest, strict=True):
-        theirs.update_layer(name, config.r, config.lora_alpha, config=config)
-    own = dict(layer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(1 + torch.randn(parameter.shape) / 2)
-                own[name].copy_(parameter)
-    layer.set_adapter(names)
-    theirs.set_adapter(names)
-    return layer, theirs
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
-def test_several_active_adapters_are_pefts(kinds: list[str], wrapped: bool) -> None:
-    """One after the other: DoRA scales what came before it."""
-    layer, theirs = several(kinds, wrapped)
-    x = torch.randn(5, 20, dtype=torch.float64, requires_grad=True)
-    results = []
-    for module in (layer, theirs):
-        y = module(x)
-        named = dict(module.named_parameters())
-        trained = [named[n] for n in sorted(named) if named[n].requires_grad and "lora_" in n]
-        results.append([y.detach(), *torch.autograd.grad(y.pow(2).sum(), [x, *trained])])
-        with torch.no_grad():
-            results[-1].append(module(x))
-    assert len(results[0]) == len(results[1]) > 2 + 3 * kinds.count("dora")
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other)
-
-
-@pytest.mark.parametrize("keep_base", [True, False])
-@pytest.mark.parametrize("kinds", [["dora"], *KINDS], ids="-".join)
-def test_merging(kinds: list[str], keep_base: bool) -> None:
-    """The merged layer is the layer, biases too; and unmerging gives the weight back."""
-    layer, theirs = several(kinds)
-    x = torch.randn(5, 20, dtype=torch.float64)
-    before, bias = layer.weight.clone(), layer.bias.clone()
-    expected = layer(x)
-    for name in layer.active_adapters:  # one by one: norms are those of the unmerged weight
-        layer.merge(safe_merge=True, adapter_names=[name], keep_base=keep_base)
-    torch.testing.assert_close(layer(x), expected)
-    assert layer.merged_adapters == layer.active_adapters
-    if "biased" not in kinds:  # PEFT's merge forgets to scale a lora_bias that came before
-        theirs.merge()
-        torch.testing.assert_close(layer.weight, theirs.base_layer.weight)
-    layer.unmerge()
-    if keep_base:
-        assert torch.equal(layer.weight, before) and torch.equal(layer.bias, bias)
-    torch.testing.assert_close(layer.weight, before)
-    torch.testing.assert_close(layer.bias, bias)
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_merging_in_16_bits_and_into_conv1d() -> None:
-    """bf16 rounds once, and Conv1D of transformers has its weight the other way round."""
-    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(24, 20).double()
-    layer = FastLoraWrapper(conv)
-    layer.add_adapter("a", r=3, use_dora=True, init_lora_weights=False)
-    layer.set_adapter("a")
-    nn.init.uniform_(layer.lora_magnitude_vector["a"].weight, 0.5, 2.0)
-    x = torch.randn(5, 20, dtype=torch.float64)
-    weight, delta = conv.weight.t().double(), layer.get_delta_weight("a").double()
-    magnitude = layer.lora_magnitude_vector["a"].weight.double()
-    norms = (weight + delta).norm(dim=1)
-    truth = (magnitude / norms)[:, None] * (weight + delta)
-    torch.testing.assert_close(layer(x), x @ truth.t() + conv.bias)
-    layer.merge()
-    torch.testing.assert_close(conv.weight.t(), truth)
-    layer.unmerge()
-    half = layer.bfloat16()
-    half.merge()
-    assert (conv.weight.t().double() - truth).abs().max() < 2**-7 * truth.abs().max()
-
-
-def test_merges_that_are_refused() -> None:
-    """A result that is not finite; a row scaled by 0 that would have to be computed back."""
-    layer, _ = several(["dora"])
-    name = layer.active_adapters[0]
-    magnitude = layer.lora_magnitude_vector[name].weight
-    before = layer.weight.clone()
-    with torch.no_grad():
-        magnitude[3] = float("inf")
-    with pytest.raises(AdapterStateError, match="not finite"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.weight, before) and not layer.merged
-    with torch.no_grad():
-        magnitude[3] = 0
-    layer.merge()
-    layer.unmerge()
-    assert torch.equal(layer.weight, before)
-    layer.merge(keep_base=False)
-    merged = layer.weight.clone()
-    with pytest.raises(AdapterStateError, match="0 in a row"):
-        layer.unmerge()
-    assert layer.merged and torch.equal(layer.weight, merged)
-
-
-def test_delete_and_freeze() -> None:
-    """A deleted adapter leaves nothing; set_adapter decides which magnitudes train."""
-    layer, _ = several(["dora", "dora"])
-    layer.set_adapter("dora1")
-    assert not layer.lora_magnitude_vector["dora0"].weight.requires_grad
-    assert layer.lora_magnitude_vector["dora1"].weight.requires_grad
-    layer.delete_adapter("dora1")
-    assert list(layer.lora_magnitude_vector) == ["dora0"]
-    assert not any("dora1" in name for name in layer.state_dict())

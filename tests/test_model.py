@@ -20,6 +20,7 @@ from tiny import TwoLayers, randomise, tiny_llama
 
 from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
 from fastlora.layers import FastLoraLinear
+from fastlora.testing import assert_within_budget
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -104,13 +105,14 @@ def test_merge_of_a_tied_weight() -> None:
     randomise(model)
     embedding = model.get_input_embeddings().weight.clone()
     expected = model(input_ids=ids).logits
+    exact = copy.deepcopy(model).double()(input_ids=ids).logits
     before = snapshot(model)
     with pytest.raises(AdapterStateError, match=r"shares its weight with model\.embed_tokens"):
         model.merge_adapter()
     assert_unchanged(model, before)
     with pytest.warns(UserWarning, match="has its own now"):
         merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert_within_budget(merged(input_ids=ids).logits, expected, exact)
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
     assert merged.config.tie_word_embeddings is False
 

@@ -1,7 +1,8 @@
 """Compiles every shipped config for every chip, without a GPU, and says what it uses.
 
 ``python tests/aot/compile_kernels.py --write`` writes the table `docs/kernel_resources.csv`;
-``--arch sm_90`` (repeatable) prints the rows of one chip. What is compiled is what a GPU would be
+``--arch sm_90`` (repeatable) prints the rows of one chip. The tests add ``--shared``: chips that
+compile alike up to a stage share it (`shared_compiles.py`). What is compiled is what a GPU would be
 given: launches as their launchers make them (`launches.py`), specialised by the rules of Triton's
 own launcher.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,6 +33,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent))
 from dependent_launch import early_loads  # noqa: E402
 from launches import CHIPS, Case, Launch, cases, record  # noqa: E402
+from shared_compiles import Compiled, compile_for, donor_of, groups_of  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernel_resources.csv"
 _TYPE_NAMES = {
@@ -153,10 +156,25 @@ def key_of(case: Case) -> dict[str, Any]:
     }
 
 
-def measure(case: Case) -> Resources:
-    """Compiles a case and returns what it uses."""
-    launch = record(case)
-    kernel = compile_launch(launch, case.arch)
+def measure_group(group: Sequence[Case]) -> list[Resources]:
+    """Compiles cases of one specialisation, each from what an earlier one's chip compiles alike."""
+    made: dict[str, Compiled] = {}
+    rows = []
+    for case in group:
+        launch = record(case)
+        found = donor_of(case.arch, made)
+        if found is None:
+            kernel = compile_launch(launch, case.arch)
+            compiled = Compiled(kernel.asm, kernel.metadata.shared)
+        else:
+            options = specialise(launch, case.arch).options
+            compiled = compile_for(target_of(case.arch), *found, options)
+        made[case.arch] = compiled
+        rows.append(_resources(case, launch, compiled))
+    return rows
+
+
+def _resources(case: Case, launch: Launch, kernel: Compiled) -> Resources:
     hip = case.arch.startswith("gfx")
     registers, spilled = _amd_registers(kernel) if hip else _nvidia_registers(kernel)
     text = kernel.asm["amdgcn"] if hip else kernel.asm["ptx"]
@@ -177,10 +195,8 @@ def measure(case: Case) -> Resources:
         **key_of(case),
         registers=registers,
         spilled_bytes=spilled,
-        shared_bytes=kernel.metadata.shared,
-        programs_per_sm=_programs_per_sm(
-            case.arch, registers, config.num_warps, kernel.metadata.shared
-        ),
+        shared_bytes=kernel.shared,
+        programs_per_sm=_programs_per_sm(case.arch, registers, config.num_warps, kernel.shared),
         tensor_core=tensor_core if counts[tensor_core] else "",
         tensor_core_count=counts[tensor_core],
         instructions="+".join(sorted({shape for shapes in found.values() for shape in shapes})),
@@ -242,10 +258,21 @@ def _programs_per_sm(arch: str, registers: int, warps: int, shared: int) -> int:
     return min(by_registers, by_warps, by_shared)
 
 
-def measure_all(selected: Sequence[Case]) -> Iterator[Resources]:
-    """Yields the resources of each case, in order, from a pool with one worker a core."""
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield from pool.map(measure, selected, chunksize=4)
+def measure_all(selected: Sequence[Case], shared: bool = False) -> list[Resources]:
+    """Returns the resources of each case, in order, from a pool with one worker a core."""
+    groups: Sequence[Sequence[Case]] = [[case] for case in selected]
+    if shared:
+        groups = groups_of(selected, lambda case: repr(specialise(record(case), case.arch)))
+    # Torch and Triton, alive to the end, need not be looked through at every collection.
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), initializer=gc.freeze) as pool:
+        rows = dict(
+            zip(
+                (case for group in groups for case in group),
+                (row for made in pool.map(measure_group, groups, chunksize=4) for row in made),
+                strict=True,
+            )
+        )
+    return [rows[case] for case in selected]
 
 
 def write_table(rows: Sequence[Resources], path: Path = TABLE) -> None:
@@ -263,9 +290,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", action="append", choices=[chip.arch for chip in CHIPS])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--shared", action="store_true", help="share stages between chips")
     options = parser.parse_args(arguments)
     chips = [chip for chip in CHIPS if options.arch is None or chip.arch in options.arch]
-    rows = list(measure_all(cases(chips)))
+    rows = measure_all(cases(chips), options.shared)
     if options.write:
         write_table(rows)
     else:

@@ -23,22 +23,12 @@ from fastlora.kernels.invariant_configs import all_invariant_shipped
 from fastlora.kernels.mixed_configs import all_mixed_shipped
 from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
 
-# This folder holds no package: a worker process that imports this file by its path is told so.
-sys.path.insert(0, str(Path(__file__).parent))
+# These folders hold no package: a worker process that imports this file by its path is told so.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from chips import GPUS as CHIPS  # noqa: E402
 from grad_launches import MODULES, GradOperands  # noqa: E402
 from mixed_grad_launches import MIXED_MODULES, MixedGradOperands, is_compiled  # noqa: E402
 
-# Processors of a card with the arch; the configs compiled here do not depend on it.
-CHIPS = (
-    Chip("sm_80", 108),
-    Chip("sm_86", 84),
-    Chip("sm_89", 142),
-    Chip("sm_90", 132),
-    Chip("sm_100", 148),
-    Chip("sm_120", 188),
-    Chip("gfx942", 304),
-    Chip("gfx950", 256),
-)
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
 _SLOTS = 64
 _ROWS = 64

@@ -6,6 +6,8 @@ interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,3 +62,22 @@ def lab() -> Lab:
     if not NATIVE and not triton_interpreted():
         pytest.skip("kernels need a CUDA GPU or TRITON_INTERPRET=1")
     return Lab()
+
+
+@pytest.fixture
+def dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's dots where there is one, hostile ones in the interpreter."""
+    if not triton_interpreted():
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        left, right, total = (t.data.astype(np.float32) for t in (a, b, acc))
+        (m, k), n = left.shape, right.shape[1]
+        for step in np.roll(np.arange(k), (m + 3 * n) // 16 % k):
+            total = total + left[:, step : step + 1] * right[step : step + 1]
+        # The next fp32 towards infinity.
+        return TensorHandle(np.nextafter(total, np.float32(np.inf)), acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,18 +22,9 @@ from fastlora.kernels.mixed_grad_configs import (
     run_rows,
 )
 
-CHIPS = [
-    Chip("interpreter", 4),
-    Chip("sm_80", 108),
-    Chip("sm_86", 84),
-    Chip("sm_89", 142),
-    Chip("sm_90", 132),
-    Chip("sm_100", 148),
-    Chip("sm_120", 188),
-    Chip("gfx942", 304),
-    Chip("gfx950", 256),
-]
-H100 = Chip("sm_90", 132)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from chips import CHIPS, H100  # noqa: E402
+
 BF16 = torch.bfloat16
 
 

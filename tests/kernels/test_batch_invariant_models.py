@@ -1,0 +1,202 @@
+"""The batch-invariant mode in models and pools, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import ops
+from fastlora.batch_invariant import is_batch_invariant
+from fastlora.inject import lora_layers
+from fastlora.validation import ImplementationError
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+class Block(nn.Module):
+    """Two siblings and a layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(48, 64), nn.Linear(48, 64), nn.Linear(64, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 48]`` to ``[..., 48]``."""
+        return self.down(self.gate(x) * self.up(x))
+
+
+def build(lab: Any, dtype: torch.dtype, ranks: Sequence[int]) -> Any:
+    """A model with random adapters ``a0``, ``a1``, ...; a factor does not depend on the others."""
+    torch.manual_seed(0)
+    model: Any = None
+    for index, r in enumerate(ranks):
+        torch.manual_seed(index)
+        config = fastlora.LoraConfig(
+            r=r,
+            target_modules=["gate", "up", "down"],
+            init_lora_weights=False,
+            lora_bias=index == 1,
+        )
+        if model is None:
+            model = fastlora.get_peft_model(Block(), config, "a0", autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(f"a{index}", config)
+    return model.to(lab.device, dtype).eval()
+
+
+def run(model: Any, x: torch.Tensor, ids: Sequence[str | None]) -> torch.Tensor:
+    with torch.no_grad(), fastlora.batch_invariant(), fastlora.adapters(model, ids):
+        return model(x)
+
+
+@pytest.mark.usefixtures("dots")
+def test_a_model(lab: Any, dtype: torch.dtype) -> None:
+    """Alone and among others, per token, and after an adapter of a larger rank was added."""
+    model, larger = build(lab, dtype, (8, 16, 3)), build(lab, dtype, (8, 16, 3, 40))
+    names = ["a1", None, "a0", "a2", "a1", "a1", None, "a2", "a0"]
+    x = lab.rand(9, 2, 48, dtype=dtype)
+    y = run(model, x, names)
+    for _ in range(2):  # siblings are known the second time
+        for rows in ([0], [3], [1, 0, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0]):
+            own = [names[row] for row in rows]
+            assert torch.equal(run(model, x[rows], own), y[rows])
+            assert torch.equal(run(larger, x[rows], own), y[rows])
+            assert torch.equal(run(larger, x[rows, :1], own), y[rows, :1])
+        everybody = [*names, *["a3"] * 9]
+        assert torch.equal(run(larger, torch.cat([x, 2 * x]), everybody)[:9], y)
+
+
+@pytest.mark.usefixtures("dots")
+def test_a_model_with_one_adapter(lab: Any, dtype: torch.dtype) -> None:
+    model, x = build(lab, dtype, (8,)), lab.rand(70, 48, dtype=dtype)
+    with torch.no_grad(), fastlora.batch_invariant():
+        y = model(x)
+        for rows in ([0], [69, 3], range(40, 60)):
+            assert torch.equal(model(x[list(rows)]), y[list(rows)])
+
+
+def test_a_pool(lab: Any) -> None:
+    """Slots and neighbours of an adapter come and go; its rows stay."""
+    torch.manual_seed(0)
+    base = Block().to(lab.device).eval()
+    pool = fastlora.AdapterPool(base, target_modules=["gate", "up", "down"], max_adapters=2)
+    states = {}
+    for index, r in enumerate((4, 24, 16)):
+        other = build(lab, torch.float32, (r,))
+        states[f"a{index}"] = (
+            {
+                f"base_model.model.{key.replace('.a0.', '.')}": tensor
+                for key, tensor in other.base_model.model.state_dict().items()
+                if ".a0." in key
+            },
+            other.peft_config["a0"],
+        )
+
+    def load(name: str) -> None:
+        pool.load(name, states[name][0], config=states[name][1])
+
+    load("a0")
+    x = lab.rand(5, 48)
+    y = run(base, x, ["a0"] * 5)
+    load("a1")
+    assert torch.equal(run(base, x, ["a1", "a0", None, "a0", "a0"])[[1, 3, 4]], y[[1, 3, 4]])
+    pool.unload("a0")
+    load("a2")
+    pool.unload("a1")
+    load("a0")
+    assert torch.equal(run(base, x, ["a2", "a2", "a0", "a0", None])[2:4], y[2:4])
+
+
+def test_compile(lab: Any, dtype: torch.dtype) -> None:
+    """One trace inside of the mode and one outside, without a break."""
+    model, x = build(lab, dtype, (8,)), lab.rand(7, 48, dtype=dtype)
+    for layer in lora_layers(model):
+        layer.impl = "triton"
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plans: list[str] = []
+    original = ops._triton_linear
+
+    def watched(*args: Any) -> Any:
+        plans.append(args[-1])
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(ops, "_triton_linear", watched)
+        compiled(x)
+        with fastlora.batch_invariant():
+            assert torch.equal(compiled(x), model(x))
+        compiled(x)
+    assert plans == [*["auto"] * 3, *["invariant"] * 6, *["auto"] * 3]
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match: str) -> None:
+    with pytest.raises(ImplementationError, match=match), fastlora.batch_invariant():
+        if ids is None:
+            model(x)
+        else:
+            with fastlora.adapters(model, ids):
+                model(x)
+    assert not is_batch_invariant()
+
+
+def test_refusals_of_mixed_batches(lab: Any) -> None:
+    model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
+    ids = ["a0", "a1"]
+    layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in the batch-inv"
+    refused(model, x, ids, f"{layer}.*choose their tiles by the batch")
+    with torch.no_grad():
+        with torch.autocast(lab.device.type, torch.bfloat16):
+            refused(model, x, ids, "autocast is on; give the model the dtype torch.bfloat16")
+        refused(model.train(), x, ids, "choose their tiles by the batch")
+        hook = model.base_model.model.gate.lora_A["a0"].register_forward_hook(lambda *_: None)
+        refused(model.eval(), x, ids, "a factor that is hooked")
+        hook.remove()
+        refused(model.double(), x.double(), ids, "the kernels take fp16, bf16 and fp32")
+        for layer in lora_layers(model.float()):
+            layer.impl = "eager"
+        refused(model, x, ids, "impl='eager' cannot run in the batch-invariant mode")
+        with fastlora.adapters(model, ids):
+            assert model(x).isfinite().all()
+
+
+def test_refusals_of_one_adapter(lab: Any) -> None:
+    config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
+    model = fastlora.get_peft_model(Block().to(lab.device), config)
+    x = lab.rand(2, 48)
+    refused(model.train(), x, None, "dropout_p=0.5 cannot act .* its place in the batch")
+    model.eval()
+    with model.disable_adapter():
+        refused(model, x, None, "no adapter acts on it: give base rows None in fastlora.adapters")
+    hook = model.base_model.model.gate.lora_A["default"].register_forward_hook(lambda *_: None)
+    refused(model, x, None, "a factor that is hooked")
+    hook.remove()
+
+
+def test_refusals_of_wrapped_layers(lab: Any) -> None:
+    """A base layer that is called as it is: named, before it runs."""
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the base layer ran")
+
+    block = Block().to(lab.device)
+    block.gate = Own(48, 64, device=lab.device)
+    config = fastlora.LoraConfig(r=4, target_modules=["gate", "up", "down"])
+    model = fastlora.get_peft_model(block, config).eval()
+    x = lab.rand(2, 48)
+    match = r"FastLoraWrapper over Own \(48 to 64 features\).*its base layer's own GEMM"
+    with torch.no_grad():
+        refused(model, x, None, match)
+        refused(model, x, ["default", None], match)
