@@ -24,6 +24,7 @@ from mixed_strategies import Rows, Stacked, Strategy, gathered_bmm, grouped_mm, 
 from shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 
 from fastlora import mixed_ops
+from fastlora.mixed_dense import MAX_RANK_ROWS
 from fastlora.row_groups import RowGroups, build_row_groups
 
 YARDSTICK = {"base": "base", "mixed": "segments"}
@@ -166,6 +167,13 @@ OURS = (
     Contender("split", "mixed", functools.partial(_linear, "split"), ours=True),
     Contender("add", "mixed", _add, ours=True),
 )
+DENSE = Contender("dense", "mixed", functools.partial(_linear, "dense"), ours=True)
+
+
+def ours_for(point: Point) -> tuple[Contender, ...]:
+    """Returns fastlora's ways at a point: the dense one where its rank rows are few enough."""
+    ranks = point.ranks_of_adapters
+    return (*OURS, DENSE) if len(ranks) * max(ranks) <= MAX_RANK_ROWS else OURS
 
 
 class MixedBench(Bench):
@@ -177,7 +185,7 @@ class MixedBench(Bench):
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
         """Returns the contenders of a point; grouped products, and kernels, where there are any."""
-        ours = OURS if self.impl == "triton" else ()
+        ours = ours_for(point) if self.impl == "triton" else ()
         grouped = (GROUPED_MM,) if has_grouped_mm(self.device.type, self.dtype) else ()
         return (*BY_HAND, *ours, *grouped)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from contenders import Problem, contenders_for
-from mixed_kernels import OURS, MixedProblem
+from mixed_kernels import MixedProblem, ours_for
 from shapes import (
     Point,
     all_points,
@@ -37,7 +37,8 @@ def compile_point(point: Point, device: str, impl: str) -> str:
     problem: Any
     try:
         if point.mode == "mixed":
-            problem, contenders = MixedProblem.random(point, dtype, torch.device(device)), OURS
+            problem = MixedProblem.random(point, dtype, torch.device(device))
+            contenders: Any = ours_for(point)
         else:
             problem = Problem.random(point, dtype, torch.device(device), impl)
             contenders = contenders_for(point, impl)

@@ -1,19 +1,23 @@
 """The training step on SmolLM2: fastlora against PEFT, time and peak memory, on a CPU.
 
-python bench/train_step.py [--dtypes fp32,bf16] [--dropout 0,0.1] [--batch 4x128] [--out CSV]
+python bench/train_step.py [--methods lora,dora] [--dtypes fp32,bf16] [--dropout 0,0.1]
+    [--batch 4x128] [--out CSV]
 
 All linear layers, rank 16, forward, loss and backward, gradients dropped behind each step. One
 thread, one process, the sides in turn; the clock is this process's CPU time. PEFT keeps adapters of
 a bf16 base in fp32 unless it is told otherwise, so bf16 has two rows for each dropout, both sides
 with adapters of the row's dtype. A step is timed only after its loss has been compared with PEFT's
 (without dropout, whose masks differ), and after each model has run a step that is not timed: PEFT's
-overhead on a fresh process is larger, since its temporaries' pages have not been touched yet.
+overhead on a fresh process is larger, since its temporaries' pages have not been touched yet. A
+DoRA step is timed against fastlora's own LoRA step too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import itertools
 import os
 import statistics
 import sys
@@ -38,6 +42,7 @@ ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 def main() -> int:
     """Measures and writes the CSV, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", default="lora,dora")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--dropout", default="0,0.1")
     parser.add_argument("--batch", default="4x128", help="sequences x tokens")
@@ -51,25 +56,27 @@ def main() -> int:
         common = describe(torch.device("cpu"), ROOT) | {"cpu": processor(), "threads": 1}
         common |= {"allocator": allocator(), "batch": args.batch, "rank": RANK}
         writer = None
-        for dtype in args.dtypes.split(","):
+        for method, dtype, dropout in itertools.product(
+            args.methods.split(","), args.dtypes.split(","), map(float, args.dropout.split(","))
+        ):
             for adapters in ("fp32",) if dtype == "fp32" else ("fp32", dtype):
-                for dropout in map(float, args.dropout.split(",")):
-                    row = measured(dtype, adapters, dropout, ids, args.rounds)
-                    full = common | row
-                    if writer is None:
-                        writer = csv.DictWriter(file, list(full), lineterminator="\n")
-                        writer.writeheader()
-                    writer.writerow(full)
-                    file.flush()
-                    show(row)
+                row = measured(method, dtype, adapters, dropout, ids, args.rounds)
+                full = common | row
+                if writer is None:
+                    writer = csv.DictWriter(file, list(full), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(full)
+                file.flush()
+                show(row)
     return 0
 
 
 def measured(
-    dtype: str, adapters: str, dropout: float, ids: torch.Tensor, rounds: int
+    method: str, dtype: str, adapters: str, dropout: float, ids: torch.Tensor, rounds: int
 ) -> dict[str, Any]:
     """Checks and times one kind of step; returns its row."""
-    ours, theirs = twins(DTYPES[dtype], adapters == "fp32", dropout)
+    kind = DTYPES[dtype], adapters == "fp32", dropout
+    ours, theirs = twins(*kind, method == "dora")
     mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids)
     losses = mine(), other()
     # Gradients are for the tests to compare; this finds sides that do not run the same model.
@@ -78,7 +85,12 @@ def measured(
     result = measure.paired_ratio(mine, other, rounds)
     over_base = measure.paired_ratio(mine, base, 3)
     peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
+    over_lora = ""
+    if method == "dora":
+        plain = step(sides_of(*kind, False)[0](), ids)
+        over_lora = f"{measure.paired_ratio(mine, plain, rounds).ratio:.4f}"
     return {
+        "method": method,
         "dtype": dtype,
         "adapters": adapters,
         "dropout": dropout,
@@ -86,6 +98,7 @@ def measured(
         "peft_ms": f"{statistics.median(result.times_b) * 1e3:.1f}",
         "ratio_to_peft": f"{result.ratio:.4f}",
         "ratio_to_base_forward": f"{over_base.ratio:.4f}",
+        "ratio_to_lora": over_lora,
         "fastlora_peak_mib": f"{peaks[0] / 2**20:.1f}",
         "peft_peak_mib": f"{peaks[1] / 2**20:.1f}",
         "peak_ratio": f"{peaks[0] / peaks[1]:.4f}",
@@ -93,8 +106,18 @@ def measured(
     }
 
 
-def twins(dtype: torch.dtype, fp32_adapters: bool, dropout: float) -> tuple[Any, Any]:
+def twins(
+    dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
+) -> tuple[Any, Any]:
     """The same base model and adapter in fastlora and in PEFT, training."""
+    mine, theirs = sides_of(dtype, fp32_adapters, dropout, use_dora)
+    return mine(), theirs()
+
+
+def sides_of(
+    dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What makes fastlora's model, and PEFT's."""
     import peft
 
     config = {
@@ -102,23 +125,25 @@ def twins(dtype: torch.dtype, fp32_adapters: bool, dropout: float) -> tuple[Any,
         "lora_alpha": 2 * RANK,
         "lora_dropout": dropout,
         "target_modules": "all-linear",
+        "use_dora": use_dora,
     }
-    sides = []
-    for get, make in (
-        (fastlora.get_peft_model, fastlora.LoraConfig),
-        (peft.get_peft_model, peft.LoraConfig),
-    ):
+
+    def make(get: Callable[..., Any], config_class: Callable[..., Any]) -> Any:
         base = smollm2.load_model(smollm2.model_dir(), dtype)
-        model: Any = get(base, make(**config), autocast_adapter_dtype=fp32_adapters)
+        model: Any = get(base, config_class(**config), autocast_adapter_dtype=fp32_adapters)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_A" in name or "lora_B" in name:  # a magnitude stays the norm that it is
                     size = 1.0 if "lora_A" in name else 0.1
                     values = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(values * size / parameter.shape[1] ** 0.5)
-        sides.append(model.train())
-    return sides[0], sides[1]
+        return model.train()
+
+    return (
+        functools.partial(make, fastlora.get_peft_model, fastlora.LoraConfig),
+        functools.partial(make, peft.get_peft_model, peft.LoraConfig),
+    )
 
 
 def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
@@ -154,9 +179,11 @@ def allocator() -> str:
 def show(row: dict[str, Any]) -> None:
     """Prints one row."""
     print(
-        f"{row['dtype']} base, {row['adapters']} adapters, dropout {row['dropout']}: "
+        f"{row['method']}, {row['dtype']} base, {row['adapters']} adapters, "
+        f"dropout {row['dropout']}: "
         f"{row['fastlora_ms']} ms, {row['ratio_to_peft']} of PEFT, "
-        f"{row['ratio_to_base_forward']} of the base forward; peak {row['fastlora_peak_mib']} MiB, "
+        f"{row['ratio_to_base_forward']} of the base forward, "
+        f"{row['ratio_to_lora'] or 1} of LoRA; peak {row['fastlora_peak_mib']} MiB, "
         f"{row['peak_ratio']} of PEFT",
         flush=True,
     )

@@ -31,7 +31,7 @@ from fastlora.gradients import Needs, Saved, grad_a, keep_mask, layer_gradients
 _WIDE = 64
 
 
-def _keeps_s(x: torch.Tensor, lora_b: torch.Tensor, impl: str) -> bool:
+def keeps_s(x: torch.Tensor, lora_b: torch.Tensor, impl: str) -> bool:
     """Whether s is saved; else the backward makes it again from the x that it reads anyway."""
     n, r = lora_b.shape
     return impl == "triton" or x.device.type != "cpu" or n < _WIDE * r
@@ -86,7 +86,9 @@ def forward_linear(
     else:
         made = _shrink(rows, lora_a, seed, dropout_p, impl) if s is None else s
         y = reference.lora_linear(rows, weight, bias, made, lora_b, scaling)
-    return y if len(shape) == 2 else y.view(*shape[:-1], weight.shape[0]), made
+    if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
+        y = torch.ops.aten._unsafe_view(y, (*shape[:-1], weight.shape[0]))
+    return y, made
 
 
 def forward_add(
@@ -158,14 +160,14 @@ class LoraLinear(torch.autograd.Function):
         ctx.dropout_p, ctx.impl = dropout_p, impl
         ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        keeps_s = needs_b and _keeps_s(x, lora_b, impl)
+        saves_s = needs_b and keeps_s(x, lora_b, impl)
         ctx.save_for_backward(
-            x if needs_a or needs_weight or (needs_b and not keeps_s) else None,
+            x if needs_a or needs_weight or (needs_b and not saves_s) else None,
             weight,
             lora_a,
             lora_b,
             scaling,
-            s if keeps_s else None,
+            s if saves_s else None,
             seed,
         )
         ctx.x_shape = x.shape
@@ -232,13 +234,13 @@ class LoraAdd(torch.autograd.Function):
         result, s = forward_add(y, x, lora_a, lora_b, scaling, seed, dropout_p, impl, False, s)
         _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.dropout_p, ctx.impl = dropout_p, impl
-        keeps_s = needs_b and _keeps_s(x, lora_b, impl)
+        saves_s = needs_b and keeps_s(x, lora_b, impl)
         ctx.save_for_backward(
-            x if needs_a or (needs_b and not keeps_s) else None,
+            x if needs_a or (needs_b and not saves_s) else None,
             lora_a,
             lora_b,
             scaling,
-            s if keeps_s else None,
+            s if saves_s else None,
             seed,
         )
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype

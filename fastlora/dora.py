@@ -19,6 +19,7 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, `
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -80,11 +81,14 @@ def adapted_squares(
     cross = torch.mm(weight, lora_a.to(weight.dtype).t()).to(wide)
     gram = torch.mm(a, a.t())
     if isinstance(scaling, torch.Tensor):
-        inner = torch.addmm(cross, b, gram * scaling, beta=2.0)
+        inner = cross.addmm_(b, gram * scaling, beta=2.0)
         total = squares + inner.mul_(b).sum(1) * scaling
     else:  # numbers cost no operations of their own
-        inner = torch.addmm(cross, b, gram, beta=2.0, alpha=scaling)
-        total = torch.add(squares, inner.mul_(b).sum(1), alpha=scaling)
+        inner = cross.addmm_(b, gram, beta=2.0, alpha=scaling)
+        rows = torch.baddbmm(
+            squares[:, None, None], inner[:, None, :], b[:, :, None], alpha=scaling
+        )
+        total = rows.view(-1)
     return F.threshold(total, 0.0, float("inf"))  # keeps NaN
 
 
@@ -111,77 +115,98 @@ def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None)
 def _in_one_pass(u: torch.Tensor) -> bool:
     """Whether batch norm's CPU kernels scale u's columns: widened, one pass, rounded once.
 
-    In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with the
-    squared norms for a variance, and its weight's gradient is the magnitude's. bf16, 512 x 1536,
-    one core with AMX: 181 us instead of 224, and the backward with its column sums 357 instead of
-    535. Not in fp32, where its sums are worse than PyTorch's.
+    In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with g for a
+    weight, and its weight's gradient is a sum of ``dy * u`` over rows. bf16, 512 x 1536, one core
+    with AMX: 181 us instead of 224, and the backward with its column sums 357 instead of 535. Not
+    in fp32, where its sums are worse than PyTorch's.
     """
     half = u.dtype in (torch.float16, torch.bfloat16) and u.numel() > 0
     return half and u.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _as_image(rows: torch.Tensor) -> torch.Tensor:
-    """Views ``[M, N]`` as an image of N channels, channels last: what batch norm takes."""
-    return rows.t()[None, :, :, None]
+    """Views contiguous ``[M, N]`` as an image of N channels, channels last: batch norm's layout."""
+    m, n = rows.shape
+    return rows.as_strided((1, n, m, 1), (m * n, 1, n, n))
+
+
+@functools.lru_cache(maxsize=64)
+def _unit(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Batch norm's mean 0 and variance 1, ``[N]``, and an empty tensor. Nobody writes into them.
+
+    Kept, like other small things here: behind large products an operation on N numbers takes 10 to
+    15 us, its code no longer being in the cache.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(n, dtype=dtype), torch.ones(n, dtype=dtype), torch.empty(0, dtype=dtype)
 
 
 def _batch_norm(
-    u: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, variance: torch.Tensor
+    u: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, out: torch.Tensor | None
 ) -> torch.Tensor:
-    weight = weight.detach().to(variance.dtype)
-    shift = None if bias is None else bias.detach().to(variance.dtype)
-    y = torch.native_batch_norm(
-        *(_as_image(u.contiguous()), weight, shift, torch.zeros_like(variance), variance),
-        *(False, 0.0, 0.0),
-    )[0]
-    return y[0, :, :, 0].t()
+    shift = None if bias is None else bias.detach().to(scale.dtype)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format) if out is None else out
+    zeros, ones, unused = _unit(u.shape[1], scale.dtype)
+    torch.native_batch_norm(
+        *(_as_image(u.contiguous()), scale, shift, zeros, ones, False, 0.0, 0.0),
+        out=(_as_image(y), unused, unused),
+    )
+    return y
 
 
 def _batch_norm_backward(
-    dy: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, variance: torch.Tensor
+    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of u and of the weight."""
-    weight, zeros = weight.detach().to(variance.dtype), torch.zeros_like(variance)
+    """Returns ``scale * dy`` and the sums of the columns of ``dy * u``."""
+    zeros, ones, _ = _unit(u.shape[1], scale.dtype)
     # Of other layouts it reads the wrong elements.
-    du, d_weight, _ = torch.ops.aten.native_batch_norm_backward(
-        *(_as_image(dy.contiguous()), _as_image(u.contiguous()), weight, zeros, variance),
-        *(zeros, variance, False, 0.0, [True, True, False]),
+    du, sums, _ = torch.ops.aten.native_batch_norm_backward(
+        *(_as_image(dy.contiguous()), _as_image(u.contiguous()), scale, zeros, ones),
+        *(zeros, ones, False, 0.0, [True, True, False]),
     )
-    return du[0, :, :, 0].t(), d_weight
+    return du.as_strided(u.shape, (u.shape[1], 1)), sums
 
 
 def scale_columns(
-    u: torch.Tensor,
-    bias: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    squares: torch.Tensor,
-    inplace: bool = False,
+    u: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, inplace: bool = False
 ) -> torch.Tensor:
-    """Returns ``g * u + bias`` for ``u [M, N]`` without recording a graph, maybe in u itself."""
+    """Returns ``scale * u + bias`` without recording a graph, in u itself if ``inplace``.
+
+    Args:
+        u: ``[M, N]``; contiguous if ``inplace``.
+        bias: ``[N]`` or None.
+        scale: g, ``[N]``, of `scale_of`.
+        inplace: Whether u may be overwritten.
+    """
+    out = u if inplace else None
     if _in_one_pass(u):
-        return _batch_norm(u, bias, magnitude, squares)
-    y = times(u, scale_of(magnitude, squares), u if inplace else None)
+        return _batch_norm(u, bias, scale, out)
+    y = times(u, scale, out)
     return y if bias is None else y.add_(bias)
 
 
-def _scale_columns_backward(
+def scaled_with_sums(
+    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
+    if _in_one_pass(u):
+        return _batch_norm_backward(dy, u, scale)
+    product = dy * u
+    # fp16 sums of scaled losses can leave its range.
+    sums = product.sum(0, dtype=torch.float32 if dy.dtype == torch.float16 else None)
+    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
+    return times(dy, scale, product), sums
+
+
+def scale_columns_backward(
     dy: torch.Tensor, u: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of u, and of the magnitude where u is there."""
+    scale = scale_of(magnitude, squares)
     if u is None:
-        return scale_columns(dy, None, magnitude, squares), None
-    if _in_one_pass(u):
-        return _batch_norm_backward(dy, u, magnitude, squares)
-    product, sums = _product_and_sums(dy, u)
-    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
-    return times(dy, scale_of(magnitude, squares), product), sums * squares.rsqrt()
-
-
-def _product_and_sums(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``dy * u``, and the sums of its columns."""
-    product = dy * u
-    # fp16 sums of scaled losses can leave its range.
-    return product, product.sum(0, dtype=torch.float32 if dy.dtype == torch.float16 else None)
+        return scale_columns(dy, None, scale), None
+    du, sums = scaled_with_sums(dy, u, scale)
+    return du, sums * squares.rsqrt()
 
 
 class DoraScale(torch.autograd.Function):
@@ -204,13 +229,13 @@ class DoraScale(torch.autograd.Function):
         """
         rows = u.reshape(-1, u.shape[-1])
         if lengths is None:
-            y = scale_columns(rows, bias, pairs[0], pairs[1])
+            y = scale_columns(rows, bias, scale_of(*pairs))
         else:
             parts = zip(rows.split(lengths), pairs[::2], pairs[1::2], strict=True)
-            y = torch.cat([scale_columns(part, bias, m, squares) for part, m, squares in parts])
+            y = torch.cat([scale_columns(part, bias, scale_of(m, sq)) for part, m, sq in parts])
         ctx.lengths, ctx.bias_dtype = lengths, None if bias is None else bias.dtype
         ctx.save_for_backward(u if any(ctx.needs_input_grad[3:]) else None, *pairs)
-        return y.view(u.shape)
+        return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
     @without_autocast
@@ -226,9 +251,7 @@ class DoraScale(torch.autograd.Function):
         for i, (dy_own, part) in enumerate(zip(grads, parts, strict=True)):
             magnitude, squares = pairs[2 * i : 2 * i + 2]
             wanted = ctx.needs_input_grad[3 + 2 * i]
-            du, d_own = _scale_columns_backward(
-                dy_own, part if wanted else None, magnitude, squares
-            )
+            du, d_own = scale_columns_backward(dy_own, part if wanted else None, magnitude, squares)
             scaled.append(du)
             d_pairs += [None if d_own is None else d_own.to(magnitude.dtype), None]
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
@@ -293,7 +316,7 @@ class DoraDropped(torch.autograd.Function):
             z if needs[6] else None,
             seed,
         )
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @without_autocast
@@ -354,11 +377,7 @@ def _through_z(
     change = scale_of(magnitude, squares).sub_(1.0)
     if z is None:
         return times(dy, change), None
-    if _in_one_pass(z):
-        scaled, sums = _batch_norm_backward(dy, z, change, torch.ones_like(change))
-    else:
-        product, sums = _product_and_sums(dy, z)
-        scaled = times(dy, change, product)
+    scaled, sums = scaled_with_sums(dy, z, change)
     return scaled, sums * squares.rsqrt()
 
 

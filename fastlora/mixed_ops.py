@@ -29,6 +29,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastlora.batch_invariant import is_batch_invariant
+from fastlora.mixed_dense import dense_linear
 from fastlora.ops import (
     _FUSED_MAX_ROWS,
     _LIBRARY,
@@ -37,7 +39,9 @@ from fastlora.ops import (
     _precision,
     _whole_rows,
 )
+from fastlora.plans import choose_mixed_plan
 from fastlora.row_groups import RowGroups
+from fastlora.validation import ImplementationError
 
 # A split of K costs a plane of s. Four keep the shrink short enough to hide behind a base GEMM.
 _MAX_SPLITS = 4
@@ -203,13 +207,34 @@ def _mixed_lora_linear(
     factor_dtype: torch.dtype,
     plan: str,
 ) -> torch.Tensor:
-    """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand."""
+    """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand.
+
+    The plan "dense" is `fastlora.mixed_dense`. See `fastlora.plans.choose_mixed_plan`.
+    """
     from fastlora.kernels import configs, invariant_configs, mixed_configs, mixed_lora_linear
 
     m, n, invariant = x.shape[0], weight.shape[0], plan == "invariant"
     route = (order, segment_of, segment_slot)
     tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
+    plan = choose_mixed_plan(plan, x, rank.shape[1] * max_rank)
+    if plan == "dense" and is_batch_invariant():
+        raise ImplementationError(
+            "plan 'dense' cannot run in the batch-invariant mode: the library's GEMM goes by M"
+        )
     with _on_device(x):
+        if plan == "dense":
+            return dense_linear(
+                x,
+                weight,
+                bias,
+                route,
+                None if s is None else s[:, index],
+                lora_a_address[index],
+                tables,
+                max_rank=max_rank,
+                factor_dtype=factor_dtype,
+                input_precision=_precision(x.dtype),
+            )
         if invariant:
             x = _whole_rows(x)
         if s is None:
@@ -219,7 +244,7 @@ def _mixed_lora_linear(
             own = made[:, 0]
         else:
             own = s[:, index]
-        if plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
+        if plan == "split":
             y = F.linear(x, weight, bias)
             _expand(y, own, route, tables, factor_dtype)
             return y

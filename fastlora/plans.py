@@ -13,28 +13,52 @@ from fastlora import env
 
 # "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
 PLANS = ("auto", "fused", "split", "augmented", "invariant")
+MIXED_PLANS = ("auto", "fused", "split", "dense", "invariant")
 _PLAN = env.plan()
 
 
 def choose_plan(plan: str, x: torch.Tensor, r: int) -> str:
     """Returns what to launch for x ``[M, K]`` and rank R: the plan named, else a table's.
 
-    Named is one by the call, else by ``FASTLORA_PLAN``.
+    Named is one by the call, else by ``FASTLORA_PLAN``, unless that is a plan of mixed batches.
 
     Raises:
-        ValueError: ``FASTLORA_PLAN`` names none of `PLANS`.
+        ValueError: ``FASTLORA_PLAN`` names no plan.
     """
-    from fastlora.kernels import configs, plan_tables
+    if plan == "auto":
+        plan = _from_environment(PLANS)
+    if plan == "auto":
+        from fastlora.kernels import configs, plan_tables
 
-    if plan == "auto":
-        plan = _PLAN
-        if plan not in PLANS or plan == "invariant":
-            named = ", ".join(name for name in PLANS if name != "invariant")
-            raise ValueError(f"FASTLORA_PLAN is {plan!r}, expected one of {named}")
-    if plan == "auto":
         family = configs.chip_of(x.device).family
         plan = plan_tables.plan_for(family, x.dtype, x.shape[0], r)
     return plan
+
+
+def choose_mixed_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
+    """The same for a mixed batch whose slots have so many rank rows, all together.
+
+    Raises:
+        ValueError: ``plan`` is none of `MIXED_PLANS`, or ``FASTLORA_PLAN`` names no plan.
+    """
+    if plan not in MIXED_PLANS:
+        raise ValueError(f"plan must be one of {', '.join(MIXED_PLANS)}, got {plan!r}")
+    if plan == "auto":
+        plan = _from_environment(MIXED_PLANS)
+    if plan == "auto":
+        from fastlora.kernels import configs, plan_tables
+
+        family = configs.chip_of(x.device).family
+        plan = plan_tables.mixed_plan_for(family, x.dtype, x.shape[0], rank_rows)
+    return plan
+
+
+def _from_environment(known: tuple[str, ...]) -> str:
+    """Returns what ``FASTLORA_PLAN`` names; ``"auto"`` where that is for other batches."""
+    named = [name for name in dict.fromkeys((*PLANS, *MIXED_PLANS)) if name != "invariant"]
+    if _PLAN not in named:
+        raise ValueError(f"FASTLORA_PLAN is {_PLAN!r}, expected one of {', '.join(named)}")
+    return _PLAN if _PLAN in known else "auto"
 
 
 def augmented(

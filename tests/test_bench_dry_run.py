@@ -84,9 +84,10 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert {row["impl"] for row in rows} == {"eager", "torch"}
 
     mixed = _rows(tmp_path / "out" / "mixed.csv")
-    own = {contender.name for contender in bench.mixed_kernels.OURS}
-    by_hand = {contender.name for contender in bench.mixed_kernels.BY_HAND}
-    if bench.mixed_kernels.has_grouped_mm("cpu", torch.float32):
+    mixed_kernels = bench.mixed_kernels
+    own = {contender.name for contender in (*mixed_kernels.OURS, mixed_kernels.DENSE)}
+    by_hand = {contender.name for contender in mixed_kernels.BY_HAND}
+    if mixed_kernels.has_grouped_mm("cpu", torch.float32):
         by_hand.add("grouped_mm")
     measured = _by_contender(mixed, "a", "mixed")
     assert set(measured) == own | by_hand

@@ -19,8 +19,10 @@ from fastlora.dora import (
     DoraScale,
     adapted_squares,
     scale_columns,
+    scale_of,
     square_norms,
 )
+from fastlora.dora_linear import DoraLinear, runs_as_one
 from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
 from fastlora.layers.dense import dense_weight
 
@@ -262,11 +264,14 @@ def _fused(
     squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     if branch.dropout_p:
         return _dropped(layer, None, x, weight, bias, magnitude, squares, branch, impl)
+    eager = not is_batch_invariant() and ops.resolve_impl(impl, x) == "eager"
+    if eager and torch.is_grad_enabled() and runs_as_one(x, weight, bias, branch.lora_a):
+        factors = branch.lora_a, branch.lora_b
+        return DoraLinear.apply(x, weight, *factors, magnitude, squares, branch.scaling)
     u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
-    rows = u.reshape(-1, u.shape[-1])
-    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
+    return _scaled(u, bias, magnitude, squares)
 
 
 def _added(
@@ -291,8 +296,15 @@ def _added(
     u = added if bias is None else added - bias.to(added.dtype)
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
-    rows = u.reshape(-1, u.shape[-1])
-    return scale_columns(rows, bias, magnitude, squares, True).view(u.shape)
+    return _scaled(u, bias, magnitude, squares)
+
+
+def _scaled(
+    u: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
+) -> torch.Tensor:
+    """``g * u + bias`` in u's memory, no graph being recorded."""
+    rows = scale_columns(u.reshape(-1, u.shape[-1]), bias, scale_of(magnitude, squares), True)
+    return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see forward_linear
 
 
 def _dropped(
