@@ -8,6 +8,7 @@ second time (`fastlora.dora`): its rows are taken out and computed alone.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -176,8 +177,11 @@ def scale_segments(
     if not scaled and not dropped:
         return y
     flat = y.reshape(-1, y.shape[-1])
-    index = _rows_of([*scaled, *dropped], rows, flat.device)
+    own_segments = [*scaled, *dropped]
+    index = _rows_of(own_segments, rows, flat.device)
+    # The batch as it lies: all rows, and each segment behind the one before it.
     whole = index.numel() == flat.shape[0] and rows.order is None
+    whole = whole and all(a.stop == b.start for a, b in itertools.pairwise(own_segments))
     own = flat if whole else flat.index_select(0, index)
     count = sum(segment.stop - segment.start for segment in scaled)
     parts = []
