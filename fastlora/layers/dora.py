@@ -21,7 +21,13 @@ from fastlora.dora import (
     scale_columns,
     square_norms,
 )
-from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
+from fastlora.layers.compute import (
+    Branch,
+    branch_of,
+    lora_added_forward,
+    lora_forward,
+    refuse_triton,
+)
 from fastlora.layers.dense import dense_weight
 from fastlora.sharding import gathers_parameters
 
@@ -323,6 +329,7 @@ def _dropped(
 
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
     """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
+    refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
     dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
     base = layer.get_base_layer()

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora import ops
 from fastlora.dora import DoraDropped, DoraScale, scale_of, times
+from fastlora.layers import mixed_training
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import (
@@ -224,16 +226,20 @@ def _dropped(
     projection: int,
 ) -> list[torch.Tensor]:
     weight = dense_weight(layer.get_base_layer())
+    impl = ops.resolve_impl(getattr(layer, "impl", "auto"), x)
     lengths = [segment.stop - segment.start for segment in segments]
     parts = []
     for segment, base, rows in zip(segments, own.split(lengths), x.split(lengths), strict=True):
         branch = branches[segment.slot]
-        seed = layer_seed(routing.seeds[segment.slot], projection)
+        if impl == "triton":
+            seed = mixed_training.seed_of(routing, projection, segment.slot, x.device)
+        else:
+            seed = layer_seed(routing.seeds[segment.slot], projection)
         magnitude, squares = _source(layer, routing, segment.slot)
         parts.append(
             DoraDropped.apply(
                 *(base, rows, weight, None, branch.lora_a, branch.lora_b, magnitude, squares),
-                *(branch.scaling, seed, branch.dropout_p, "eager"),
+                *(branch.scaling, seed, branch.dropout_p, impl),
             )
         )
     return parts

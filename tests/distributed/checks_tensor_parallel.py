@@ -27,7 +27,7 @@ from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
-from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 PLAN = {
     "model.layers.*.self_attn.q_proj": ColwiseParallel(),
@@ -281,6 +281,9 @@ def check_refusals(folder: Path) -> None:
     assert isinstance(layer, TensorParallelLora)
     layer.lora_A["b"].register_forward_hook(lambda *_: None)
     raises(UnsupportedLayerError, "hooked", split, torch.randn(2, 17))
+    layer.impl = "triton"
+    with fastlora.adapters(split, ["default", "b"]):
+        raises(ImplementationError, "mixed batches", split, torch.randn(2, 17))
 
 
 def refuse_dora() -> None:
