@@ -19,6 +19,7 @@ from fastlora.layers.linear import why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.layers.wrapped import linear_features
+from fastlora.sharding import is_sharded
 from fastlora.targets import find_modules_to_save, find_targets, outer_modules
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
@@ -48,7 +49,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
             )
         if config.use_dora:
-            dense_weight(module.get_base_layer() if isinstance(module, LoraLayer) else module)
+            _check_dora(name, module.get_base_layer() if isinstance(module, LoraLayer) else module)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear":
             raise UnsupportedLayerError(
                 f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
@@ -69,6 +70,17 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
             )
     return plan
+
+
+def _check_dora(name: str, base: nn.Module) -> None:
+    if parallel_style(base):
+        raise UnsupportedLayerError(
+            f"DoRA is not implemented for tensor-parallel layers such as target module {name!r}; "
+            "expected use_dora=False, or a base model that is not split"
+        )
+    # FSDP2's shards: a new adapter's layer says so, and one that is there may be loaded anew.
+    if not is_sharded(base._parameters.get("weight")):
+        dense_weight(base)
 
 
 def add_adapter(

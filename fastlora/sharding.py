@@ -155,6 +155,15 @@ def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(copies.redistribute(mesh, any_target.placements))
 
 
+def gathers_parameters() -> bool:
+    """Whether `fully_shard` was called in this process.
+
+    A parameter that FSDP2 has gathered may then be new although its address and version are not.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
+
+
 def is_fsdp_module(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

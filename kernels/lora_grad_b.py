@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fastlora.kernels.configs import cdiv
 from fastlora.kernels.grad_configs import GradBConfig
+from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.
@@ -94,7 +95,7 @@ def _lora_grad_b_kernel(
         offs_s = offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
         acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     if HAS_BIAS:
-        column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        column_sums = tl.zeros((ROW_SUMS, BLOCK_N), dtype=tl.float32)
     for m in range(first_m, min(first_m + rows_per_split, M), BLOCK_M):
         mask_m = offs_m < M - m
         # dy: [BLOCK_M, BLOCK_N]
@@ -117,7 +118,7 @@ def _lora_grad_b_kernel(
             # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
             acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
         if HAS_BIAS:
-            column_sums += tl.sum(dy.to(tl.float32), 0)
+            column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N)
         dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
         s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
         ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
@@ -141,7 +142,7 @@ def _lora_grad_b_kernel(
         if first_r == 0:
             # d_bias: [BLOCK_N]
             d_bias_ptr += tl.cast(split, tl.int64) * N + first_n
-            tl.store(d_bias_ptr + offs_n, column_sums, mask=mask_n)
+            tl.store(d_bias_ptr + offs_n, tl.sum(column_sums, axis=0), mask=mask_n)
 
 
 def launch_lora_grad_b(

@@ -29,6 +29,7 @@ from fastlora.kernels.mixed_rows import (
     round_up,
     triton_dtype,
 )
+from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _mixed_lora_grad_b_kernel(
             acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
         else:
             acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        column_sums = tl.zeros((ROW_SUMS, BLOCK_N), dtype=tl.float32)
         for start in tl.range(first_m, stop_m, BLOCK_M):
             mask_m = offs_m < stop_m - start
             row = tl.load(order_ptr + start + offs_m, mask=mask_m, other=0).to(tl.int64)
@@ -174,7 +175,7 @@ def _mixed_lora_grad_b_kernel(
                     INPUT_PRECISION=INPUT_PRECISION,
                 )
             if HAS_BIAS:
-                column_sums += tl.sum(dy.to(tl.float32), axis=0)
+                column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N)
 
         plane = tl.cast(first_m // rows + slot, tl.int64)
         if HAS_FACTORS:
@@ -185,7 +186,8 @@ def _mixed_lora_grad_b_kernel(
         if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
             if first_r == 0:
                 # d_bias: [BLOCK_N]
-                tl.store(d_bias_ptr + plane * N + first_n + offs_n, column_sums, mask=mask_n)
+                sums = tl.sum(column_sums, axis=0)
+                tl.store(d_bias_ptr + plane * N + first_n + offs_n, sums, mask=mask_n)
 
 
 def launch_mixed_lora_grad_b(

@@ -245,6 +245,25 @@ def test_a_loss_that_is_not_finite(fails: Any, given: Any, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "a").exists()
 
 
+def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
+    """An update out of range after a good loss: neither a checkpoint holds it nor an adapter."""
+    run = Run(parse_settings(given, {}, "test"), None, progress=False)
+    weight = next(p for n, p in run.model.named_parameters() if "lora_B.b." in n)
+
+    def spoil(*_: Any) -> None:
+        if run.step == 3:  # the last one
+            with torch.no_grad():
+                weight[0, 0] = -torch.inf
+
+    run.optimizers.by_adapter["b"].register_step_post_hook(spoil)
+    with pytest.raises(NonFiniteError, match="step 4: the largest weight of adapter 'b' is inf"):
+        run.train()
+    run.close()
+    root = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000002"]
+    assert not (tmp_path / "out" / "b").exists()
+
+
 def test_a_gradient_that_is_not_finite(given: Any) -> None:
     """The error says what, where and when, to a caller too."""
     run = Run(parse_settings(given, {}, "test"), None, progress=False)

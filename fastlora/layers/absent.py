@@ -59,6 +59,22 @@ def with_absent(
     return ZeroGradients.apply(y if own else y.clone(), *absent) if absent else y
 
 
+def with_all_absent(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, *, own: bool = True
+) -> torch.Tensor:
+    """`with_absent` for kernels, to which rows are known on the device alone.
+
+    There nothing tells which adapters have rows, so all get zeros, to which gradients are added.
+    """
+    if not routing.absent_gradients or not torch.is_grad_enabled():
+        return y
+    if routing.ids.is_cuda:
+        rows = RowRouting(routing.ids, None, None, ())
+    else:
+        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    return with_absent(layer, y, routing, rows, own=own)
+
+
 def _parameters_of(layer: Any, name: str) -> Iterator[torch.Tensor]:
     """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
     for holder in layer._modules.values():

@@ -128,12 +128,12 @@ class LoraLayer(Mergeable):
             raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         if use_dora and lora_bias:
             raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+        reference = self._factor_like()  # raises before anything changes, as the next line may
         if use_dora:
-            dense_weight(self.get_base_layer())  # raises before anything changes
+            dense_weight(self.get_base_layer())
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)
-        reference = self._factor_like()
         if reference is not None:
             lora_a.to(device=reference.device, dtype=reference.dtype)
             lora_b.to(device=reference.device, dtype=reference.dtype)

@@ -13,6 +13,7 @@ from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight
 from fastlora.layers.shared_shrink import shared_shrink
 from fastlora.sharding import is_sharded
+from fastlora.validation import ImplementationError
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
@@ -40,8 +41,15 @@ def why_not_fused(layer: Any, names: list[str], gathered: bool = False) -> str:
     return ""
 
 
+def refuse_triton(layer: Any, names: list[str]) -> None:
+    """Raises `ImplementationError` where kernels are to run and modules must be called instead."""
+    if getattr(layer, "impl", "auto") == "triton":
+        raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")
+
+
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
     """Adds adapters by calling their modules one by one, as PEFT does."""
+    refuse_triton(layer, names)
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name]
         inner = x.to(down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x

@@ -23,8 +23,15 @@ from fastlora.dora import (
     square_norms,
 )
 from fastlora.dora_linear import DoraLinear, runs_as_one
-from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
+from fastlora.layers.compute import (
+    Branch,
+    branch_of,
+    lora_added_forward,
+    lora_forward,
+    refuse_triton,
+)
 from fastlora.layers.dense import dense_weight
+from fastlora.sharding import gathers_parameters
 
 
 class DoraMagnitude(nn.Module):
@@ -53,7 +60,8 @@ class NormCache:
     """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
 
     They are looked up by address and version of what they come from. Writes through ``.data`` move
-    neither: `LoraLayer.refresh` is for these. A copied layer starts with an empty cache.
+    neither: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
+    nothing is kept. A copied layer starts with an empty cache.
     """
 
     def __init__(self) -> None:
@@ -103,6 +111,8 @@ def magnitude_of(layer: Any, name: str) -> torch.Tensor:
 def stamp_of(tensor: torch.Tensor) -> Stamp | None:
     """Returns what changes when a tensor's contents do, or None where nothing tells."""
     if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_inference():
+        return None
+    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
         return None
     return id(tensor), tensor.data_ptr(), tensor._version
 
@@ -331,6 +341,7 @@ def _dropped(
 
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
     """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
+    refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
     dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
     base = layer.get_base_layer()

@@ -8,11 +8,14 @@ second time (`fastlora.dora`): its rows are taken out and computed alone.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 
+from fastlora import ops
 from fastlora.dora import DoraDropped, DoraScale, scale_of, times
+from fastlora.layers import mixed_training
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import (
@@ -176,8 +179,11 @@ def scale_segments(
     if not scaled and not dropped:
         return y
     flat = y.reshape(-1, y.shape[-1])
-    index = _rows_of([*scaled, *dropped], rows, flat.device)
+    own_segments = [*scaled, *dropped]
+    index = _rows_of(own_segments, rows, flat.device)
+    # The batch as it lies: all rows, and each segment behind the one before it.
     whole = index.numel() == flat.shape[0] and rows.order is None
+    whole = whole and all(a.stop == b.start for a, b in itertools.pairwise(own_segments))
     own = flat if whole else flat.index_select(0, index)
     count = sum(segment.stop - segment.start for segment in scaled)
     parts = []
@@ -220,16 +226,20 @@ def _dropped(
     projection: int,
 ) -> list[torch.Tensor]:
     weight = dense_weight(layer.get_base_layer())
+    impl = ops.resolve_impl(getattr(layer, "impl", "auto"), x)
     lengths = [segment.stop - segment.start for segment in segments]
     parts = []
     for segment, base, rows in zip(segments, own.split(lengths), x.split(lengths), strict=True):
         branch = branches[segment.slot]
-        seed = layer_seed(routing.seeds[segment.slot], projection)
+        if impl == "triton":
+            seed = mixed_training.seed_of(routing, projection, segment.slot, x.device)
+        else:
+            seed = layer_seed(routing.seeds[segment.slot], projection)
         magnitude, squares = _source(layer, routing, segment.slot)
         parts.append(
             DoraDropped.apply(
                 *(base, rows, weight, None, branch.lora_a, branch.lora_b, magnitude, squares),
-                *(branch.scaling, seed, branch.dropout_p, "eager"),
+                *(branch.scaling, seed, branch.dropout_p, impl),
             )
         )
     return parts

@@ -18,7 +18,7 @@ from torch import nn
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.layers import dora_mixed, mixed_kernels, mixed_training
-from fastlora.layers.absent import with_absent
+from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
@@ -90,10 +90,11 @@ def _mixed_forward(
             return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
-    if not bare and not without:
-        parts = mixed_training.parts_for_kernels(layer, x, routing)
+    if not bare:
+        parts = mixed_training.parts_for_kernels(layer, x, routing, without)
         if parts is not None:
-            return mixed_training.linear(x, weight, bias, routing, projection, parts)
+            y = mixed_training.linear(x, weight, bias, routing, projection, parts)
+            return with_all_absent(layer, y, x, routing)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = _packed(layer, x, routing, rows, projection)
@@ -220,10 +221,12 @@ def _mixed_added_forward(
         found = _packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
-    elif y.dtype == x.dtype and not without:
-        parts = mixed_training.parts_for_kernels(layer, x, routing)
+    elif y.dtype == x.dtype:
+        parts = mixed_training.parts_for_kernels(layer, x, routing, without)
         if parts is not None:
-            return mixed_training.add(y, x, routing, projection, parts)
+            own = any(parts)
+            y = mixed_training.add(y, x, routing, projection, parts)
+            return with_all_absent(layer, y, x, routing, own=own)
     elif getattr(layer, "impl", "auto") == "triton":
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"

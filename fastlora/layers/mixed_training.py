@@ -35,8 +35,12 @@ class Part(NamedTuple):
     dropout_p: float
 
 
-def parts_for_kernels(layer: Any, x: torch.Tensor, routing: Routing) -> list[Part | None] | None:
+def parts_for_kernels(
+    layer: Any, x: torch.Tensor, routing: Routing, without: Sequence[int] = ()
+) -> list[Part | None] | None:
     """Returns each slot's part in a layer; None where the batch runs in PyTorch's GEMMs.
+
+    Slots of ``without`` have none: others compute their rows.
 
     Raises:
         ImplementationError: The layer's ``impl="triton"`` cannot run, and why.
@@ -46,7 +50,8 @@ def parts_for_kernels(layer: Any, x: torch.Tensor, routing: Routing) -> list[Par
     impl = getattr(layer, "impl", "auto")
     if ops.resolve_impl(impl, x) != "triton":
         return None
-    parts = [_part(layer, routing, slot) for slot in range(len(routing.names))]
+    slots = range(len(routing.names))
+    parts = [None if slot in without else _part(layer, routing, slot) for slot in slots]
     why = _why_not(routing, parts)
     if why and impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run a mixed batch with gradients: {why}")
@@ -158,6 +163,12 @@ def _batch(
     for part in parts:
         factors += [None] * 3 if part is None else part[:3]
     return batch, factors
+
+
+def seed_of(routing: Routing, projection: int, slot: int, device: torch.device) -> torch.Tensor:
+    """Returns the dropout seed of one adapter on a layer, int64 ``[1]`` on the device."""
+    seeds = _training_routing(routing, projection).seeds_of(projection, device)
+    return seeds[slot : slot + 1]
 
 
 def _training_routing(routing: Routing, projection: int) -> TrainingRouting:

@@ -31,7 +31,7 @@ from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
-from fastlora.validation import UnsupportedLayerError
+from fastlora.validation import ImplementationError, UnsupportedLayerError
 
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
@@ -199,6 +199,11 @@ class TensorParallelLora(FastLoraWrapper):
         self, x: torch.Tensor, y: torch.Tensor, routing: Routing, projection: int
     ) -> torch.Tensor:
         """The same where each row has its own adapter."""
+        if self.impl == "triton":
+            raise ImplementationError(
+                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
+                "PyTorch; expected impl='auto'"
+            )
         dtype = functional.autocast_dtype(x)
         x = x.to(dtype or x.dtype)
         rows = routing.rows(x.numel() // x.shape[-1], x.device)

@@ -39,7 +39,7 @@ _SHOWN_DIFFERENCES = 5
 
 
 class NonFiniteError(TrainError):
-    """A loss or a gradient became NaN or infinite.
+    """A loss, a gradient or a weight became NaN or infinite.
 
     Attributes:
         step: In which step, counted from 1.
@@ -85,7 +85,7 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
         CheckpointError, TrainError: Something does not fit; before the first step, and nothing has
             been written.
-        NonFiniteError: A loss or gradient is not finite. Checkpoints are as they were.
+        NonFiniteError: A loss, gradient or weight is not finite. Checkpoints are as they were.
         CheckpointError: A checkpoint cannot be written; the older ones are as they were.
     """
     prepare.check_folders(settings)
@@ -242,13 +242,13 @@ class Run:
         values = self.processes.summed(sums)
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self._not_finite("loss", name, value, rows)
+                raise self._not_finite("loss", name, value, self.step + 1)
         self.processes.sum_gradients(self._trained(present))
         report = self.optimizers.step(present)
         self.optimizers.zero_grad()
         if report.skipped and not prepare.needs_scale(self.model):
             name = report.skipped[0]
-            raise self._not_finite("gradient", name, report.grad_norms[name], rows)
+            raise self._not_finite("gradient", name, report.grad_norms[name], self.step + 1)
         self.step += 1
         self.losses.update(values)
         rates = {
@@ -275,15 +275,24 @@ class Run:
         digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
         set_seed(int.from_bytes(digest, "big"))
 
-    def _not_finite(self, what: str, name: str, value: float, rows: list[Row]) -> NonFiniteError:
+    def _check_weights(self) -> None:
+        """Raises `NonFiniteError` where the last step's update, not its loss, went out of range."""
+        for name in self.corpora:
+            weights = [parameter.detach() for parameter in self._trained([name])]
+            value = float(nn.utils.get_total_norm(weights, math.inf))
+            if not math.isfinite(value):
+                raise self._not_finite("largest weight", name, value, self.step)
+
+    def _not_finite(self, what: str, name: str, value: float, step: int) -> NonFiniteError:
+        rows = self.schedule.order.rows(step - 1)
         places = [self.corpora[name].place(row.sample) for row in rows if row.adapter == name]
         found = checkpoint.checkpoints(self.root)
         last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         return NonFiniteError(
-            f"step {self.step + 1}: the {what} of adapter {name!r} is {value}; stopped, {last}. "
+            f"step {step}: the {what} of adapter {name!r} is {value}; stopped, {last}. "
             f"Its samples in that step: {'; '.join(places[:3])}{more}",
-            self.step + 1,
+            step,
             name,
         )
 
@@ -316,7 +325,9 @@ class Run:
 
         Raises:
             CheckpointError: It cannot be written; the older ones are as they were.
+            NonFiniteError: A weight is not finite: such a checkpoint would be no good one.
         """
+        self._check_weights()
         state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:

@@ -20,8 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 import fastlora
-from fastlora.sharding import whole
+from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
+from fastlora.train import train_adapters
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
 
 
@@ -261,3 +262,61 @@ def check_refusals(folder: Path) -> None:
         fully_shard(block)
     raises(AdapterStateError, "before fully_shard", fastlora.get_peft_model, base, config)
     assert not any(isinstance(m, fastlora.layers.LoraLayer) for m in base.modules())
+
+
+def check_dora(folder: Path) -> None:
+    """DoRA: magnitudes are shards too; trains, and mixes with other rows, as in one process."""
+    dora: dict[str, Any] = {"use_dora": True, "lora_bias": False}
+
+    def build(dtype: torch.dtype) -> Any:
+        model = steps.build(dtype, **dora)
+        model.add_adapter("b", fastlora.LoraConfig(r=5, target_modules=["q_proj", "v_proj"]))
+        steps.randomise(model)
+        train_adapters(model, ["default", "b"])
+        return model
+
+    trained = {}
+    for dtype in (torch.float32, torch.float64):
+        model = steps.build(dtype, **dora)
+        steps.train(model, half=False)
+        trained[dtype] = steps.trained(model)
+    model = steps.shard(steps.build(**dora))
+    steps.train(model, half=True)
+    found = steps.trained(model)
+    assert any("magnitude" in name for name in found)
+    for name, tensor in found.items():
+        assert_within_budget(tensor, trained[torch.float32][name], trained[torch.float64][name])
+
+    ids, names, gradients = steps.tokens(0), ["default", "b", None, "default"], []
+    for model in (steps.shard(build(torch.float32)), build(torch.float32), build(torch.float64)):
+        model(input_ids=ids, labels=ids, adapter_names=names).loss.backward()
+        named = model.named_parameters()
+        gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
+    mine, same, truth = gradients
+    assert mine.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert_within_budget(mine[name], same[name], tensor, name)
+
+
+def check_dora_norms_follow_shards(folder: Path) -> None:
+    """What FSDP2 gathers lies where it lay before, at the version it had: no norm may be kept."""
+    dora: dict[str, Any] = {"use_dora": True, "lora_bias": False}
+    model, whole_model = steps.shard(steps.build(**dora)).eval(), steps.build(**dora).eval()
+    ids = steps.tokens(0)
+    pairs = list(zip(model.named_parameters(), whole_model.parameters(), strict=True))
+    with torch.no_grad():
+        for step in range(12):
+            found, expected = (one(input_ids=ids).logits for one in (model, whole_model))
+            assert torch.equal(found, expected), step
+            for (name, shard), parameter in pairs:
+                if ("lora_" if step % 2 else "proj.weight") in name:
+                    parameter.mul_(1.25)
+                    copy_whole_(shard, parameter)
+    # An adapter that is there is read into its shards.
+    if steps.rank() == 0:
+        steps.build(**dora).save_pretrained(folder / "dora")
+    dist.barrier()
+    for one in (model, whole_model):
+        one.load_adapter(folder / "dora", "default")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, whole_model(input_ids=ids).logits)

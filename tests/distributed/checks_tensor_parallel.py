@@ -27,7 +27,7 @@ from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
-from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 PLAN = {
     "model.layers.*.self_attn.q_proj": ColwiseParallel(),
@@ -275,11 +275,35 @@ def check_refusals(folder: Path) -> None:
     model = pair(None, torch.float32)
     model.merge_adapter()
     raises(AdapterStateError, "unmerge_adapter", tensor_parallel, model, mesh(), dict(LAYOUTS[0]))
+    refuse_dora()
     split = pair(LAYOUTS[0], torch.float32)
     layer = split.get_base_model().up
     assert isinstance(layer, TensorParallelLora)
     layer.lora_A["b"].register_forward_hook(lambda *_: None)
     raises(UnsupportedLayerError, "hooked", split, torch.randn(2, 17))
+    layer.impl = "triton"
+    with fastlora.adapters(split, ["default", "b"]):
+        raises(ImplementationError, "mixed batches", split, torch.randn(2, 17))
+
+
+def refuse_dora() -> None:
+    """DoRA: before anything is split or added, whichever comes first; elsewhere it may be."""
+    config = fastlora.LoraConfig(r=3, target_modules=["up", "down"], use_dora=True)
+    for name in ("up", "down"):
+        plan = {name: LAYOUTS[0][name]}
+        base = parallelize_module(Pair(), mesh(), dict(plan))
+        raises(UnsupportedLayerError, name, fastlora.get_peft_model, base, config)
+        assert all(type(getattr(base, part)) is nn.Linear for part in ("up", "down"))
+        model = fastlora.get_peft_model(Pair(), config)
+        for key in (name, name[:2] + "*"):
+            raises(UnsupportedLayerError, name, tensor_parallel, model, mesh(), {key: plan[name]})
+        assert all(whole(parameter) is parameter for parameter in model.parameters())
+        model(torch.randn(2, 17)).sum().backward()
+    beside = fastlora.LoraConfig(r=3, target_modules=["down"], use_dora=True)
+    model, x = fastlora.get_peft_model(Pair(), beside), torch.randn(2, 17)
+    same, truth = model(x), copy.deepcopy(model).double()(x.double())
+    plan = {"up": ColwiseParallel(output_layouts=Replicate())}
+    assert_within_budget(tensor_parallel(model, mesh(), plan)(x), same, truth)
 
 
 def check_with_fsdp2(folder: Path) -> None:

@@ -278,6 +278,31 @@ def test_ids_that_nobody_checked() -> None:
         routing.check_ids()
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["fused", "called"])
+def test_adapters_without_rows_get_zeros_where_processes_share_a_batch(called: bool) -> None:
+    """All of their parameters, magnitudes too: DDP waits for each, also without rows of it."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Scaled(16, 8) if called else nn.Linear(16, 8))
+    model = fastlora.get_peft_model(base, fastlora.LoraConfig(r=2, target_modules=["0"]), "a")
+    for name, p in (("b", 0.0), ("c", 0.5)):
+        config = fastlora.LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=p)
+        model.add_adapter(name, config)
+    train_adapters(model, ["a", "b", "c"])
+    (layer,) = lora_layers(model)
+    layer.impl = "triton"
+    x = torch.randn(4, 16)
+    for ids in (["a", "a", None, "a"], ["c"] * 4, ["b"] * 4, [None] * 4):
+        with adapters(model, ids, absent_gradients=True):
+            y = model(x)
+        y.pow(2).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, (ids, name)
+                has_rows = any(f".{own}." in name for own in ids if own)
+                assert has_rows or not parameter.grad.any(), (ids, name)
+                parameter.grad = None
+
+
 def test_what_kernels_cannot_take_is_said() -> None:
     """A named implementation is never replaced; the automatic one falls back to PyTorch."""
     model = trainable(2, torch.float32)
