@@ -21,6 +21,7 @@ from fastlora.dora import (
     scale_columns,
     square_norms,
 )
+from fastlora.layers.branch import scaling_of
 from fastlora.layers.compute import Branch, branch_of, lora_added_forward, lora_forward
 from fastlora.layers.dense import dense_weight
 
@@ -164,7 +165,7 @@ def cached_squares(
     With gradients they are computed in every forward: an optimizer may be about to step, and not
     all of them move versions.
     """
-    scaling = layer.scaling[name]
+    scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
         if keeps:
@@ -320,7 +321,7 @@ def _dropped(
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
     """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
     down, up = layer.lora_A[name], layer.lora_B[name]
-    dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+    dropout, scaling = layer.lora_dropout[name], scaling_of(layer, name)
     base = layer.get_base_layer()
     bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
     inner = x if torch.is_autocast_enabled(x.device.type) else x.to(down.weight.dtype)
