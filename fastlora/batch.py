@@ -21,6 +21,7 @@ from fastlora.routing import (
     check_slot_ids,
     checked_slots,
     draw_seeds,
+    graph_routing,
     named_ids,
 )
 from fastlora.sharding import several_processes, unwrapped
@@ -133,7 +134,9 @@ def _tuner_routing(
     else:
         names, slots = known, checked_slots(ids, known)
     acts = any(layer.training for layer in layers)
-    return Routing(tuner.group, names, slots, draw_seeds(names, seeds, draw=acts), layers)
+    drawn = draw_seeds(names, seeds, draw=acts)
+    graph = graph_routing(known, names, slots, drawn)
+    return Routing(tuner.group, names, slots, drawn, layers, graph=graph)
 
 
 def _pool_routing(

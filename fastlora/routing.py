@@ -175,6 +175,20 @@ class KernelRouting:
         return any(bool(groups.invalid.item()) for groups in self._groups.values())
 
 
+class GraphRouting(NamedTuple):
+    """A routing as compiled graphs read it: another mix is other contents of the same tensors.
+
+    Attributes:
+        names: All adapters of the model.
+        ids: Index among them of each sample's or token's adapter, ``[B]`` int64; -1 for none.
+        seeds: Dropout seed of each for this forward, int64 on the CPU.
+    """
+
+    names: tuple[str, ...]
+    ids: torch.Tensor
+    seeds: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Adapters of a batch.
@@ -192,6 +206,7 @@ class Routing:
         training: What kernels read with gradients; empty until a layer needs it.
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
         dora: What `fastlora.layers.dora_mixed` keeps of the norms.
+        graph: The same for compiled graphs; None over a pool.
     """
 
     group: Group
@@ -205,6 +220,7 @@ class Routing:
     training: list[Any] = field(default_factory=list, repr=False)
     absent_gradients: bool = False
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
+    graph: GraphRouting | None = None
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -277,6 +293,26 @@ def _spread_rows(routing: Routing, m: int, device: torch.device) -> RowRouting:
     inverse[order] = torch.arange(m)
     order, inverse = order.to(device), inverse.to(device)
     return RowRouting(slots.to(device), order, inverse, tuple(segments), key)
+
+
+def graph_routing(
+    known: tuple[str, ...], names: tuple[str, ...], ids: torch.Tensor, seeds: tuple[int, ...]
+) -> GraphRouting:
+    """Returns a routing over ``names`` as one over all adapters that a model has.
+
+    Args:
+        known: Those.
+        names: Adapter of each slot.
+        ids: Slots ``[B]``; negative ones stay.
+        seeds: Of each slot.
+    """
+    seed_of = dict(zip(names, seeds, strict=True))
+    all_seeds = torch.tensor([seed_of.get(name, 0) for name in known], dtype=torch.int64)
+    if names != known and names:
+        places = torch.tensor([known.index(name) for name in names], device=ids.device)
+        ids = torch.where(ids < 0, ids, places[ids.clamp(min=0)])
+    # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
+    return GraphRouting(known, ids.clone(), all_seeds)
 
 
 def number_layers(names: Sequence[str]) -> list[int]:
