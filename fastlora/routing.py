@@ -189,6 +189,22 @@ class GraphRouting(NamedTuple):
     seeds: torch.Tensor
 
 
+class PoolGraphRouting(NamedTuple):
+    """The same over a pool: another mix, a load or a hot swap are other contents of tensors.
+
+    Attributes:
+        columns: Column in the tables of each sample or token, ``[B]``; -1 for none.
+        tables: The pool's.
+        max_rank: No adapter has a larger one.
+        dtype: Of the factors.
+    """
+
+    columns: torch.Tensor
+    tables: Any
+    max_rank: int
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Adapters of a batch.
@@ -206,7 +222,7 @@ class Routing:
         training: What kernels read with gradients; empty until a layer needs it.
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
         dora: What `fastlora.layers.dora_mixed` keeps of the norms.
-        graph: The same for compiled graphs; None over a pool.
+        graph: The same for compiled graphs; None where they cannot be.
     """
 
     group: Group
@@ -220,7 +236,7 @@ class Routing:
     training: list[Any] = field(default_factory=list, repr=False)
     absent_gradients: bool = False
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
-    graph: GraphRouting | None = None
+    graph: GraphRouting | PoolGraphRouting | None = None
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -303,16 +319,19 @@ def graph_routing(
     Args:
         known: Those.
         names: Adapter of each slot.
-        ids: Slots ``[B]``; negative ones stay.
+        ids: Slots ``[B]``; negative ones are none.
         seeds: Of each slot.
     """
-    seed_of = dict(zip(names, seeds, strict=True))
-    all_seeds = torch.tensor([seed_of.get(name, 0) for name in known], dtype=torch.int64)
-    if names != known and names:
-        places = torch.tensor([known.index(name) for name in names], device=ids.device)
-        ids = torch.where(ids < 0, ids, places[ids.clamp(min=0)])
-    # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
-    return GraphRouting(known, ids.clone(), all_seeds)
+    place = {name: index for index, name in enumerate(known)}
+    places = [place[name] for name in names]
+    all_seeds = torch.zeros(len(known), dtype=torch.int64)
+    if any(seeds):
+        all_seeds[places] = torch.tensor(seeds)
+    if names == known or not names:
+        # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
+        return GraphRouting(known, ids.clone(), all_seeds)
+    table = torch.tensor([*places, NO_ADAPTER], device=ids.device)
+    return GraphRouting(known, table[ids.clamp(min=NO_ADAPTER)], all_seeds)
 
 
 def number_layers(names: Sequence[str]) -> list[int]:

@@ -231,3 +231,36 @@ def test_what_a_graph_cannot_do_runs_without_one() -> None:
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):
             results(torch.compile(model, backend="eager", fullgraph=True), model, x, ids)
+
+
+def operands() -> dict[str, Any]:
+    """A batch of two adapters and a base row, as operators take it."""
+    a = [torch.randn(r, 6, requires_grad=True) for r in (2, 3)]
+    b = [torch.randn(5, r, requires_grad=True) for r in (2, 3)]
+    numbers = torch.tensor([1.0, 2.0]), torch.tensor([0, 1, -1, 1]), torch.tensor([1, 2])
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 5)
+    factors = (a, b, [None, torch.randn(5)], *numbers, [0.0, 0.5], 3, "eager")
+    blocks = [torch.randn(2, 6), torch.randn(2, 5)]
+    none = torch.zeros(1, 2, dtype=torch.int64)
+    addresses = [torch.tensor([[0, block.data_ptr()]]) for block in blocks]
+    tables = (*addresses, none, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2))
+    return {
+        "lora_shrink_siblings": (x, a, [0.0, 0.5], torch.float32, "eager"),
+        "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
+        "mixed_lora_graph_add": (y, x, *factors),
+        "mixed_lora_groups": (numbers[1], 8, 2, torch.device("cpu")),
+        "mixed_lora_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),
+        "mixed_lora_pool_add_": (y, x.detach(), numbers[1], *tables, 0, torch.float32),
+        "kept": blocks,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in operands() if name != "kept"])
+def test_opcheck(name: str) -> None:
+    """Schema, fake, autograd and dispatch of every operator agree with what it does."""
+    arguments = operands()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if name != "lora_shrink_siblings":  # whose seeds differ from call to call
+        checks += ("test_aot_dispatch_dynamic",)
+    operator = getattr(torch.ops.fastlora, name).default
+    torch.library.opcheck(operator, arguments[name], test_utils=checks)

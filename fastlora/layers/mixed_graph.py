@@ -1,8 +1,8 @@
 """A mixed batch in a graph that is being compiled: from a layer to one operator.
 
 Nothing that depends on the mix is read here but as a tensor, so that no mix compiles anything. What
-graphs cannot do is left to the forward that runs without them, where a full graph breaks: adapters
-of a pool, DoRA, hooked factors, the batch-invariant mode.
+graphs cannot do is left to the forward that runs without them, where a full graph breaks: DoRA,
+hooked factors, the batch-invariant mode, gradients through a pool.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from fastlora import functional, mixed_graph_ops, ops  # noqa: F401 - registers the operators
+from fastlora import functional, mixed_graph_ops, mixed_ops, ops
 from fastlora.batch_invariant import is_batch_invariant
 from fastlora.layers.branch import factors_of, scaling_of
-from fastlora.routing import Routing
+from fastlora.routing import GraphRouting, PoolGraphRouting, Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -44,6 +45,13 @@ def linear(
 ) -> torch.Tensor | None:
     """`mixed_forward` in a graph; None where it cannot be in one."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
+    if isinstance(routing.graph, PoolGraphRouting):
+        if not _serves(layer, x, weight, bias):
+            return None
+        if ops.resolve_impl(layer.impl, x) == "triton":
+            return _pool_kernels(layer, x, weight, bias, routing.graph)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _pool_add_(layer, y, x, routing.graph)
     arguments = _arguments(layer, x, routing, projection)
     if arguments is None:
         return None
@@ -55,6 +63,10 @@ def add(
 ) -> torch.Tensor | None:
     """`mixed_added_forward` in a graph; None where it cannot be in one."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
+    if isinstance(routing.graph, PoolGraphRouting):
+        runs = x.dtype == y.dtype and _serves(layer, x, y)
+        copied = y.clone(memory_format=torch.contiguous_format)
+        return _pool_add_(layer, copied, x, routing.graph) if runs else None
     arguments = None if x.dtype != y.dtype else _arguments(layer, x, routing, projection)
     if arguments is None:
         return None
@@ -64,7 +76,12 @@ def add(
 def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -> _Arguments | None:
     batch = routing.graph
     magnitudes = getattr(layer, "lora_magnitude_vector", ())
-    if batch is None or layer.merged_adapters or is_batch_invariant() or len(magnitudes):
+    if (
+        not isinstance(batch, GraphRouting)
+        or layer.merged_adapters
+        or is_batch_invariant()
+        or len(magnitudes)
+    ):
         return None
     names = [name for name in batch.names if name in layer.lora_A]
     found = [factors_of(layer, name) for name in names]
@@ -103,3 +120,72 @@ def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -
         projection if any(dropout_p) else 0,
         impl,
     )
+
+
+def _serves(layer: Any, *tensors: torch.Tensor | None) -> bool:
+    """Whether a pool's adapters can run in a graph: without gradients, in what its tables hold."""
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    x = tensors[0]
+    if wants or x is None or x.dtype == torch.float64 or is_batch_invariant():
+        return False
+    # Tables have addresses: PyTorch reads those of a CPU.
+    return x.device.type == "cpu" or ops.resolve_impl(layer.impl, x) == "triton"
+
+
+def _pool_kernels(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: PoolGraphRouting,
+) -> torch.Tensor:
+    flat, tables = x.reshape(-1, x.shape[-1]), batch.tables
+    groups = mixed_graph_ops.groups_in_graph(batch.columns, flat, tables.rank.shape[1])
+    y = torch.ops.fastlora.mixed_lora_linear(
+        flat,
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        groups.order,
+        groups.segment_of,
+        groups.segment_slot,
+        mixed_ops.pieces_of(groups),
+        None,
+        tables.a_address,
+        tables.b_address,
+        tables.bias_address,
+        tables.rank,
+        tables.scaling,
+        layer.table_row,
+        batch.max_rank,
+        batch.dtype,
+        "auto",
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _pool_add_(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, batch: PoolGraphRouting
+) -> torch.Tensor:
+    """Adds to ``y [..., N]``, which is contiguous, in place."""
+    flat, rows, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), batch.tables
+    numbers = tables.rank, tables.scaling, layer.table_row
+    addresses = tables.a_address, tables.b_address, tables.bias_address
+    if ops.resolve_impl(layer.impl, x) == "triton":
+        groups = mixed_graph_ops.groups_in_graph(batch.columns, rows, tables.rank.shape[1])
+        torch.ops.fastlora.mixed_lora_add_(
+            flat,
+            rows,
+            groups.order,
+            groups.segment_of,
+            groups.segment_slot,
+            mixed_ops.pieces_of(groups),
+            *addresses,
+            *numbers,
+            batch.max_rank,
+            batch.dtype,
+        )
+    else:
+        torch.ops.fastlora.mixed_lora_pool_add_(
+            flat, rows, batch.columns, *addresses, *numbers, batch.dtype
+        )
+    return y
