@@ -17,10 +17,12 @@ from fastlora.pool.pool import pool_of
 from fastlora.routing import (
     NO_ADAPTER,
     KernelRouting,
+    PoolGraphRouting,
     Routing,
     check_slot_ids,
     checked_slots,
     draw_seeds,
+    graph_routing,
     named_ids,
 )
 from fastlora.sharding import several_processes, unwrapped
@@ -133,7 +135,9 @@ def _tuner_routing(
     else:
         names, slots = known, checked_slots(ids, known)
     acts = any(layer.training for layer in layers)
-    return Routing(tuner.group, names, slots, draw_seeds(names, seeds, draw=acts), layers)
+    drawn = draw_seeds(names, seeds, draw=acts)
+    graph = graph_routing(known, names, slots, drawn)
+    return Routing(tuner.group, names, slots, drawn, layers, graph=graph)
 
 
 def _pool_routing(
@@ -166,6 +170,11 @@ def _pool_routing(
     kernels = KernelRouting(
         _looked_up(columns, slots), pool.tables, pool.max_rank or lease.max_rank, pool.dtype
     )
+    graph = None
+    if not any(resident.uses_dora for resident in lease.residents):
+        # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
+        columns = kernels.columns.clone()
+        graph = PoolGraphRouting(columns, pool.tables, kernels.max_rank, pool.dtype)
     return Routing(
         pool.group,
         names,
@@ -173,6 +182,7 @@ def _pool_routing(
         draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
         residents=lease.residents,
         kernels=[kernels],
+        graph=graph,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import autograd, ops
+from fastlora import autograd, ops, sibling_ops
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant
 from fastlora.plans import PLANS
 from fastlora.validation import (
@@ -266,7 +266,8 @@ def shrink(
     """Computes the s of layers that are fed by the same x, for `linear` and `add`.
 
     In the backward x is read once for all their ``d_lora_a``. Seeds are drawn in order, as the
-    layers would one after the other.
+    layers would one after the other. In a compiled graph every sibling is to call this alike and to
+    take its own.
 
     Args:
         x: ``[..., K]``.
@@ -274,8 +275,12 @@ def shrink(
         dropouts: Probability that acts on each.
         impl: As in `lora_linear`.
     """
-    impl = ops.resolve_impl(impl, x)
-    x = x.detach().to(autocast_dtype(x) or x.dtype)
-    seeds = tuple(ops.draw_seed(x, impl) if p > 0.0 else None for p in dropouts)
-    shrunk = autograd.LoraShrink.apply(x, seeds, tuple(dropouts), impl, *lora_a)
-    return [Shrunk(s, seed) for s, seed in zip(shrunk, seeds, strict=True)]
+    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
+    if torch.compiler.is_compiling():
+        made, drawn = torch.ops.fastlora.lora_shrink_siblings(x, lora_a, dropouts, dtype, impl)
+        seeds = iter(drawn)
+        return [
+            Shrunk(s, next(seeds) if p > 0.0 else None) for s, p in zip(made, dropouts, strict=True)
+        ]
+    pairs = sibling_ops.shrink_siblings(x, lora_a, dropouts, dtype, impl)
+    return [Shrunk(s, seed) for s, seed in zip(*pairs, strict=True)]

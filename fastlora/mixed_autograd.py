@@ -33,6 +33,7 @@ class KernelBatch(NamedTuple):
         seeds: The layer's dropout seeds, int64 ``[S]``, or None where no dropout acts.
         dropout_p: Of each slot.
         plan: As in `fastlora.functional.lora_linear`.
+        impl: ``"triton"``, or ``"eager"`` for the same operators in PyTorch.
     """
 
     groups: RowGroups
@@ -40,6 +41,14 @@ class KernelBatch(NamedTuple):
     seeds: torch.Tensor | None
     dropout_p: list[float]
     plan: str = "auto"
+    impl: str = "triton"
+
+    @property
+    def pieces(self) -> torch.Tensor:
+        """What the forward's operators take of the rows' pieces; PyTorch has none."""
+        if self.impl != "triton":
+            return self.groups.order.new_empty(0)
+        return train_pieces(self.groups)
 
     @property
     def route(self) -> tuple[torch.Tensor, ...]:
@@ -81,12 +90,12 @@ def forward_linear(
         weight.to(x.dtype),
         None if bias is None else bias.to(x.dtype),
         *batch.route,
-        train_pieces(batch.groups),
+        batch.pieces,
         *_lists(factors),
         batch.scaling,
         batch.seeds,
         batch.dropout_p,
-        "triton",
+        batch.impl,
         batch.plan,
     )
     return y.view(*x.shape[:-1], weight.shape[0]), s
@@ -100,12 +109,12 @@ def forward_add(
         y.reshape(-1, y.shape[-1]),
         x.reshape(-1, x.shape[-1]),
         *batch.route,
-        train_pieces(batch.groups),
+        batch.pieces,
         *_lists(factors),
         batch.scaling,
         batch.seeds,
         batch.dropout_p,
-        "triton",
+        batch.impl,
     )
     return result.view(y.shape), s
 
@@ -183,6 +192,14 @@ def _save(
     )
 
 
+def _runs(of: Any, batch: KernelBatch, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns ``pieces`` and ``rows`` of an operator over ``[M, columns]``."""
+    if batch.impl != "triton":
+        return batch.pieces, 0
+    found: tuple[torch.Tensor, int] = of(batch.groups, rows.dtype, rows.shape[1])
+    return found
+
+
 def _backward(
     ctx: Any,
     dy: torch.Tensor,
@@ -210,18 +227,18 @@ def _backward(
         dy,
         s,
         *batch.route,
-        *runs_b(batch.groups, dy.dtype, dy.shape[1]),
+        *_runs(runs_b, batch, dy),
         lists.lora_b,
         with_bias,
         batch.scaling,
         with_factors,
-        "triton",
+        batch.impl,
     )
     dropout = (lists.lora_a, seeds, batch.dropout_p)
     dx = None
     if needs_x:
         dx = operators.mixed_lora_grad_x(
-            dy, weight, ds, *batch.route, *dropout, "triton", batch.plan
+            dy, weight, ds, *batch.route, *dropout, batch.impl, batch.plan
         ).view(ctx.x_shape)
     gradients: list[torch.Tensor | None] = [None] * (3 * slots)
     if with_factors:
@@ -233,11 +250,11 @@ def _backward(
             flat,
             ds.unsqueeze(0),
             *batch.route,
-            *runs_a(batch.groups, flat.dtype, flat.shape[1]),
+            *_runs(runs_a, batch, flat),
             lists.lora_a,
             None if seeds is None else seeds.unsqueeze(0),
             batch.dropout_p,
-            "triton",
+            batch.impl,
         )
         gradients[::3] = split_grad_a(packed, lists.lora_a)
     return dx, [

@@ -47,7 +47,7 @@ from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _pr
 _ROUTE = "Tensor order, Tensor segment_of, Tensor segment_slot, Tensor slot_start"
 _DROPOUT = "Tensor? seeds, float[] dropout_p"
 _LIBRARY.define(
-    f"mixed_lora_grad_b(Tensor dy, Tensor s, {_ROUTE}, Tensor pieces, int rows, Tensor[] lora_b,"
+    f"mixed_lora_grad_b(Tensor dy, Tensor s, {_ROUTE}, Tensor pieces, SymInt rows, Tensor[] lora_b,"
     " bool[] with_bias, Tensor scaling, bool with_factors, str impl) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
@@ -55,7 +55,7 @@ _LIBRARY.define(
     f" {_DROPOUT}, str impl, str plan) -> Tensor"
 )
 _LIBRARY.define(
-    f"mixed_lora_grad_a(Tensor x, Tensor ds, {_ROUTE}, Tensor pieces, int rows, Tensor[] lora_a,"
+    f"mixed_lora_grad_a(Tensor x, Tensor ds, {_ROUTE}, Tensor pieces, SymInt rows, Tensor[] lora_a,"
     f" {_DROPOUT}, str impl) -> Tensor"
 )
 

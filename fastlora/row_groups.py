@@ -53,7 +53,9 @@ class RowGroups:
         """
         made = self._pieces.get(block_m)
         if made is None:
-            made = self._pieces.setdefault(block_m, _piece_starts(self.segment_of, self, block_m))
+            made = self._pieces.setdefault(
+                block_m, piece_starts(self.segment_of, self.slots, block_m)
+            )
         return made
 
     def update_(self, ids: torch.Tensor) -> None:
@@ -75,7 +77,7 @@ class RowGroups:
         self.segment_slot.copy_(segment_slot)
         self.invalid.logical_or_(bad)
         for block_m, starts in self._pieces.items():
-            starts.copy_(_piece_starts(segment_of, self, block_m))
+            starts.copy_(piece_starts(segment_of, self.slots, block_m))
 
 
 def build_row_groups(
@@ -131,11 +133,18 @@ def _starts(values: torch.Tensor) -> torch.Tensor:
     return differs
 
 
-def _piece_starts(segment_of: torch.Tensor, groups: RowGroups, block_m: int) -> torch.Tensor:
-    m = groups.m
+def piece_entries(m: int, slots: int, block_m: int) -> int:
+    """Returns the length of what `RowGroups.pieces` returns; also of symbolic sizes."""
+    entries: int = -(-m // block_m) + torch.sym_min(m, slots + 2) + 1
+    return entries
+
+
+def piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    """`RowGroups.pieces` of rows in so many slots, made anew."""
+    m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _starts(segment_of) | (position % block_m == 0)
-    entries = -(-m // block_m) + min(m, groups.slots + 2) + 1
+    entries = piece_entries(m, slots, block_m)
     # Position 0 starts a tile and a segment, so the last two entries are never a piece: they take
     # the positions that start none, all with the value M.
     place = torch.where(starts, starts.cumsum(0) - 1, entries - 1)

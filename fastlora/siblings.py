@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -152,6 +153,10 @@ def family_of(layer: Any, x: torch.Tensor) -> Family | None:
             seen = member()
             if seen is not None:
                 seen.__dict__["_family"] = family
+        _thread.family_run = None
+        known = known_family(layer)
+        if known is not None:
+            return known
     _thread.family_run = _FamilyRun(weakref.ref(x), [weakref.ref(layer)])
     return None
 
@@ -193,3 +198,53 @@ def keep_shares(x: torch.Tensor, context: Any, shares: list[tuple[Any, Any, Any]
     """Keeps ``(layer, key, value)`` of siblings until each took its own or another tensor comes."""
     kept = [(weakref.ref(layer), key, value) for layer, key, value in shares]
     _thread.family_kept = _KeptShares(weakref.ref(x), x._version, context, kept)
+
+
+# ------------------------------------------------------------------------ within a graph's tracing
+
+
+class _Made(NamedTuple):
+    """What the first of several equal calls made."""
+
+    x: weakref.ref[torch.Tensor]
+    tensors: list[weakref.ref[torch.Tensor]]
+    versions: list[int]
+    key: Any
+    value: Any
+    left: list[None]
+
+
+def take_made(x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any) -> Any | None:
+    """Returns what an equal call made from these very tensors, unchanged since; or None.
+
+    Args:
+        x: As in that call.
+        tensors: Likewise; so many calls are expected.
+        key: What else it depends on.
+    """
+    made: _Made | None = getattr(_thread, "made", None)
+    if made is None:
+        return None
+    found = [reference() for reference in (made.x, *made.tensors)]
+    same = len(found) == len(tensors) + 1 and all(map(is_, found, (x, *tensors)))
+    if not same or made.key != key or made.versions != _versions(x, tensors):
+        _thread.made = None  # it may hold activations
+        return None
+    made.left.pop()
+    if not made.left:
+        _thread.made = None
+    return made.value
+
+
+def keep_made(x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any, value: Any) -> None:
+    """Keeps what a call made until ``len(tensors)`` equal ones were served or another one comes."""
+    if x.is_inference():
+        return
+    references = [weakref.ref(tensor) for tensor in tensors]
+    left = [None] * (len(tensors) - 1)
+    versions = _versions(x, tensors)
+    _thread.made = _Made(weakref.ref(x), references, versions, key, value, left)
+
+
+def _versions(x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [tensor._version for tensor in (x, *tensors)]

@@ -32,7 +32,15 @@ def layer_seeds(seeds: Sequence[int], projections: Sequence[int]) -> torch.Tenso
     """
     steps = torch.tensor([_signed((p + 1) * _INCREMENT) for p in projections], dtype=torch.int64)
     own = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64)
-    z = own[None, :] + steps[:, None]  # wraps, as 64-bit words do
+    return _mixed_bits(own[None, :] + steps[:, None])  # wraps, as 64-bit words do
+
+
+def seeds_of_layer(seeds: torch.Tensor, projection: int) -> torch.Tensor:
+    """Returns `layer_seeds` of one layer, int64 ``[S]``, for seeds that are a tensor ``[S]``."""
+    return _mixed_bits(seeds + _signed((projection + 1) * _INCREMENT))
+
+
+def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         z = (z ^ _shifted(z, shift)) * _signed(multiplier)
     return _shifted(z ^ _shifted(z, 31), 64 - _SEED_BITS)

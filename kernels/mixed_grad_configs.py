@@ -234,8 +234,9 @@ def run_rows(chip: Chip, m: int, columns: int, config: MixedGradBConfig | MixedG
     width = config.block_n if isinstance(config, MixedGradBConfig) else config.block_k
     # Three in four of the chip's processors, as a tile's choice asks for.
     wanted = cdiv(3 * chip.num_sms, 4 * max(cdiv(columns, width), 1))
-    steps = max(cdiv(m, config.block_m), 1)
-    runs = max(min(wanted, steps // _MIN_STEPS), 1)
+    # Also of symbolic sizes: a compiled graph serves any number of rows.
+    steps = torch.sym_max(cdiv(m, config.block_m), 1)
+    runs = torch.sym_max(torch.sym_min(wanted, steps // _MIN_STEPS), 1)
     return cdiv(steps, runs) * config.block_m
 
 

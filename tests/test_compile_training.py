@@ -123,6 +123,42 @@ def test_automatic_dynamic_shapes() -> None:
     assert compiled_graphs() == 2
 
 
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_other_scalings_compile_nothing(kind: dict[str, Any], training: bool) -> None:
+    """A number that is set anew is an input of the graph; 50 of them, in every way to set one."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["gate", "up", "down"], **kind)
+    model = get_peft_model(Gated(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    layers = list(model.base_model.model.children())
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(2, 5, 16)
+
+    def results(call: Any) -> list[torch.Tensor]:
+        if training:
+            return gradients(call, model, x)
+        with torch.no_grad():
+            return [call(x)]
+
+    first = results(compiled)[0]
+    for step in range(50):
+        for layer in layers:
+            if step % 3 == 0:
+                layer.set_scale("default", 0.1 * step)
+            elif step % 3 == 1:
+                layer.scale_layer(0.9)
+            else:
+                layer.scaling = {"default": 0.2 * step}
+        mine = results(compiled)
+        assert not torch.equal(mine[0], first)
+        if step % 10 < 3:
+            for one, other in zip(mine, results(model), strict=True):
+                close(one, other)
+    assert compiled_graphs() == 1
+
+
 def test_a_scaling_that_is_a_tensor_is_an_input() -> None:
     """What is written into it acts in the compiled graph, which stays."""
     model = adapted()

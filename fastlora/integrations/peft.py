@@ -33,6 +33,7 @@ from fastlora.layers.dora import (
 )
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
+from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.routing import BASE, Group, Routing, named_ids, number_layers
 from fastlora.validation import UnsupportedLayerError
 
@@ -47,6 +48,8 @@ class _FastForward:
     routed_by: Group | None = None
     routed_as = 0
     table_row = 0
+    knows_siblings = knows_siblings
+    note_compiled = note_compiled
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude, forget_norms
 from fastlora.layers.merging import Mergeable
+from fastlora.layers.scalings import Scalings
+from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.routing import Group
 from fastlora.sharding import is_sharded
 from fastlora.validation import (
@@ -41,11 +43,13 @@ class LoraLayer(Mergeable):
 
     in_features: int
     out_features: int
+    knows_siblings = knows_siblings
+    note_compiled = note_compiled
 
     def _init_adapters(self) -> None:
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
@@ -70,6 +74,17 @@ class LoraLayer(Mergeable):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     # ----------------------------------------------------------------------------- adapters
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """Adapter name to the number that its update is multiplied with."""
+        scalings: dict[str, Any] = self.__dict__["_scaling"]
+        return scalings
+
+    @scaling.setter
+    def scaling(self, values: dict[str, Any]) -> None:
+        self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
+        self._fit_scalings(values)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -147,6 +162,7 @@ class LoraLayer(Mergeable):
         self.lora_B[adapter_name] = lora_b.train(self.training)
         for factor in (lora_a, lora_b):
             factor.requires_grad_(False)
+        self._fit_scalings([adapter_name])
         if use_dora:
             self.reset_magnitude(adapter_name)
 
@@ -277,6 +293,19 @@ class LoraLayer(Mergeable):
         """Drops packed factors of mixed batches, within a block too: they are about to change."""
         if self.routed_by is not None:
             self.routed_by.packs.clear()
+
+    def _fit_scalings(self, names: Iterable[str]) -> None:
+        scalings: Scalings = self.__dict__["_scaling"]
+        factors = self._modules.get("lora_A")  # not there at the very beginning
+        for name in names:
+            if isinstance(factors, nn.ModuleDict) and name in factors:
+                lora_a: Any = factors[name].weight
+                scalings.fit(name, lora_a)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._fit_scalings(self.scaling)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_packed()

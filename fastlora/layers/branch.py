@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastlora.layers.scalings import Scalings
+
 
 class Branch(NamedTuple):
     """What one call of `fastlora.functional` takes from a layer's adapters.
@@ -30,8 +32,13 @@ class Branch(NamedTuple):
     dropout_p: float
 
 
-def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
-    """Returns one adapter's branch, or None where its modules must be called."""
+def factors_of(
+    layer: Any, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float] | None:
+    """Returns lora_a, lora_b, the bias of lora_B and the dropout that acts of one adapter.
+
+    None where its modules must be called.
+    """
     # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
     modules = layer._modules
     up = modules["lora_B"]._modules[name]
@@ -43,17 +50,37 @@ def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
         return None
     if lora_a is None or lora_b is None or is_hooked(dropout):
         return None
-    scaling = layer.scaling[name]
-    lora_bias = up._parameters["bias"]
+    return lora_a, lora_b, up._parameters["bias"], dropout_p
+
+
+def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
+    """Returns one adapter's branch, or None where its modules must be called."""
+    factors = factors_of(layer, name)
+    if factors is None:
+        return None
+    lora_a, lora_b, lora_bias, dropout_p = factors
+    scaling = scaling_of(layer, name)
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
     return Branch(lora_a, lora_b, scaling_tensor(layer, name, scaling, x), lora_bias, dropout_p)
 
 
+def scaling_of(layer: Any, name: str) -> Any:
+    """Returns an adapter's scaling: a number, or in a graph that is compiled a tensor, its input.
+
+    A number would be part of the graph; that of PEFT's layers is. A tensor also where the user put
+    one.
+    """
+    scalings = layer.scaling
+    if torch.compiler.is_compiling() and isinstance(scalings, Scalings):
+        return scalings.tensors[name]
+    return scalings[name]
+
+
 def scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
     device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(value, torch.Tensor):  # PEFT's compiled hot swap
+    if isinstance(value, torch.Tensor):  # in a compiled graph, or for PEFT's compiled hot swap
         return value.to(device=device, dtype=dtype).reshape(())
     if torch.compiler.is_compiling():
         # What an eager forward has cached meanwhile must not be a reason to compile again.

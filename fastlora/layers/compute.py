@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora import functional
 from fastlora.batch_invariant import refuse_in_mode
-from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight
+from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight, scaling_of
 from fastlora.layers.shared_shrink import shared_shrink
 from fastlora.sharding import is_sharded
 from fastlora.validation import ImplementationError
@@ -53,7 +53,7 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> t
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name]
         inner = x.to(down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
-        update = up(down(layer.lora_dropout[name](inner))) * layer.scaling[name]
+        update = up(down(layer.lora_dropout[name](inner))) * scaling_of(layer, name)
         y = (y + update).to(y.dtype)
     return y
 

@@ -23,6 +23,7 @@ from fastlora.dora import (
     square_norms,
 )
 from fastlora.dora_linear import DoraLinear, runs_as_one
+from fastlora.layers.branch import scaling_of
 from fastlora.layers.compute import (
     Branch,
     branch_of,
@@ -176,7 +177,7 @@ def cached_squares(
     With gradients they are computed in every forward: an optimizer may be about to step, and not
     all of them move versions.
     """
-    scaling = layer.scaling[name]
+    scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
         if keeps:
@@ -343,7 +344,7 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Te
     """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
     refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
-    dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+    dropout, scaling = layer.lora_dropout[name], scaling_of(layer, name)
     base = layer.get_base_layer()
     bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
     inner = x if torch.is_autocast_enabled(x.device.type) else x.to(down.weight.dtype)

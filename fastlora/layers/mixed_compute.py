@@ -17,7 +17,7 @@ from torch import nn
 
 from fastlora import functional, mixed, ops, packed, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import dora_mixed, mixed_kernels, mixed_training
+from fastlora.layers import dora_mixed, mixed_graph, mixed_kernels, mixed_training
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
@@ -56,6 +56,10 @@ def mixed_forward(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
     """
+    if torch.compiler.is_compiling():
+        made = mixed_graph.linear(layer, x, weight, bias, routing, projection)
+        if made is not None:
+            return made
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
@@ -193,6 +197,10 @@ def mixed_added_forward(
 
     ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
+    if torch.compiler.is_compiling():
+        made = mixed_graph.add(layer, y, x, routing, projection)
+        if made is not None:
+            return made
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)

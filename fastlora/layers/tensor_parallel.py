@@ -25,7 +25,7 @@ from fastlora import functional, mixed, ops
 from fastlora.batch_invariant import refuse_in_mode
 from fastlora.in_force import routing_of
 from fastlora.layers.absent import with_absent
-from fastlora.layers.branch import Branch, is_hooked, scaling_tensor
+from fastlora.layers.branch import Branch, is_hooked, scaling_of, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.wrapped import FastLoraWrapper
@@ -257,7 +257,7 @@ class TensorParallelLora(FastLoraWrapper):
                     "which a tensor-parallel layer cannot run"
                 )
         by_column = self.style == COLUMN_WISE
-        scaling, lora_bias = self.scaling[name], up.bias
+        scaling, lora_bias = scaling_of(self, name), up.bias
         if lora_bias is not None:
             # Row-wise, all shares of y are summed: the bias goes into the first one.
             first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from fastlora import FastLoraLinear, env, fusion_report, grad_ops, ops
 from fastlora.philox_reference import philox_keep_mask
@@ -107,3 +109,52 @@ def test_gradients_of_siblings(
         )
         for (name, mine), plain, exact in named:
             assert_within_budget(mine.grad, plain.grad, exact.grad, name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_siblings_in_a_compiled_graph(p: float) -> None:
+    """One shrink in the forward graph and one d_lora_a in the backward; the masks of layers apart.
+
+    Also of few rows, where the eager model shares too.
+    """
+    torch._dynamo.reset()
+    layers = nn.ModuleList(
+        FastLoraLinear(48, n, r=r, lora_dropout=p).to(DEVICE) for n, r, _ in SIBLINGS[0]
+    )
+    for layer in layers:
+        layer.impl = "triton"
+        nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(5, 48, device=DEVICE)
+    trained = [parameter for parameter in layers.parameters() if parameter.requires_grad]
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in layers], dim=1)
+
+    def results(call: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        own = x.clone().requires_grad_()
+        y = call(own)
+        return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), [own, *trained])]
+
+    apart = results(forward)  # unseen, each has its own node
+    forward(x)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = results(torch.compile(forward, backend=backend, fullgraph=True))
+    counts = [
+        [sum(node.target is op for node in graph.graph.nodes) for graph in graphs]
+        for op in (
+            torch.ops.fastlora.lora_shrink.default,
+            torch.ops.fastlora.lora_linear.default,
+            torch.ops.fastlora.lora_linear_of.default,
+            torch.ops.fastlora.lora_grad_a.default,
+        )
+    ]
+    assert counts == [[3 if p else 1, 0], [0, 0], [3, 0], [0, 1]]
+    for mine, plain in zip(compiled, apart, strict=True):
+        assert (mine - plain).norm() <= 32 * torch.finfo(x.dtype).eps * plain.norm()
+    assert "3 share x" in fusion_report(layers).rows[0].siblings

@@ -1,0 +1,204 @@
+"""The operators by which a mixed batch enters a compiled graph.
+
+All that depends on the mix are tensors: slots of the samples or tokens, and dropout seeds. The
+factors of every adapter that the model has are arguments, whether it has rows or not, so that a
+graph serves any mix. In the backward, adapters without rows get zeros.
+
+`mixed_lora_graph_linear` and `mixed_lora_graph_add` decompose where autograd is traced, into
+`fastlora.mixed_autograd`. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
+`mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.mixed_ops` do
+on a GPU.
+
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
+of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
+adapter that leaves the layer alone has rank 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora import mixed_autograd, reference
+from fastlora.ops import _LIBRARY, _implements
+from fastlora.row_groups import RowGroups, build_row_groups, piece_entries, piece_starts
+from fastlora.training_routing import seeds_of_layer
+
+_FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
+_BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl"
+_LIBRARY.define(
+    f"mixed_lora_graph_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_BATCH})"
+    " -> Tensor"
+)
+_LIBRARY.define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
+_LIBRARY.define(
+    "mixed_lora_groups(Tensor ids, SymInt m, int slots, Device device)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+_LIBRARY.define("mixed_lora_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
+_LIBRARY.define(
+    "mixed_lora_pool_add_(Tensor(a!) y, Tensor x, Tensor columns, Tensor lora_a_address,"
+    " Tensor lora_b_address, Tensor lora_bias_address, Tensor rank, Tensor scaling, int index,"
+    " ScalarType factor_dtype) -> ()"
+)
+
+
+@_implements("mixed_lora_groups")
+def _mixed_lora_groups(
+    ids: torch.Tensor, m: int, slots: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Order, segment_of, segment_slot, the flag of invalid ids, slot_start; see `RowGroups`."""
+    groups = build_row_groups(ids, m, slots, device)
+    route = groups.order, groups.segment_of, groups.segment_slot
+    return *route, groups.invalid, groups.slot_start
+
+
+@torch.library.register_fake("fastlora::mixed_lora_groups")
+def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    present = torch.sym_min(m, slots + 2)
+    return empty(m), empty(m), empty(present), empty(1, torch.bool), empty(slots + 1)
+
+
+@_implements("mixed_lora_pieces")
+def _mixed_lora_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    """Where pieces of a sorted batch start; see `RowGroups.pieces`."""
+    return piece_starts(segment_of, slots, block_m)
+
+
+@torch.library.register_fake("fastlora::mixed_lora_pieces")
+def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
+
+
+class _GraphRowGroups(RowGroups):
+    """Rows sorted in a graph, where nothing is kept: compilers merge equal calls."""
+
+    def pieces(self, block_m: int) -> torch.Tensor:
+        """As of `RowGroups`, by an operator."""
+        return torch.ops.fastlora.mixed_lora_pieces(self.segment_of, self.slots, block_m)
+
+
+def groups_in_graph(ids: torch.Tensor, x: torch.Tensor, slots: int) -> RowGroups:
+    """Returns the rows of ``x [..., K]`` sorted by slot, by an operator."""
+    m = x.numel() // x.shape[-1]
+    order, segment_of, segment_slot, invalid, slot_start = torch.ops.fastlora.mixed_lora_groups(
+        ids, m, slots, x.device
+    )
+    return _GraphRowGroups(order, segment_of, segment_slot, invalid, m, slots, slot_start)
+
+
+def _batch(
+    x: torch.Tensor,
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+) -> mixed_autograd.KernelBatch:
+    groups = groups_in_graph(ids, x, len(dropout_p))
+    drawn = None
+    if any(dropout_p):
+        drawn = seeds_of_layer(seeds, projection)
+        if impl == "triton":
+            drawn = drawn.to(x.device, non_blocking=True)
+    return mixed_autograd.KernelBatch(groups, scaling, drawn, dropout_p, impl=impl)
+
+
+def _in_turn(*factors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [tensor for slot in zip(*factors, strict=True) for tensor in slot]
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_linear", "CompositeImplicitAutograd")
+def _mixed_lora_graph_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+) -> torch.Tensor:
+    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias)
+    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, *factors)
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_add", "CompositeImplicitAutograd")
+def _mixed_lora_graph_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+) -> torch.Tensor:
+    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias)
+    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, *factors)
+
+
+@_implements("mixed_lora_pool_add_")
+def _mixed_lora_pool_add_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    columns: torch.Tensor,
+    lora_a_address: torch.Tensor,
+    lora_b_address: torch.Tensor,
+    lora_bias_address: torch.Tensor,
+    rank: torch.Tensor,
+    scaling: torch.Tensor,
+    index: int,
+    factor_dtype: torch.dtype,
+) -> None:
+    """Adds every row's own adapter to ``y [M, N]`` for ``x [M, K]``.
+
+    Tables are ``[G, P]``, as in `fastlora.mixed_ops`, and ``index`` the module's row. Addresses are
+    trusted: the memory behind them must outlive the call.
+    """
+    (m, k), n = x.shape, y.shape[1]
+    groups = build_row_groups(columns, m, rank.shape[1])
+    starts = groups.slot_start.tolist()
+    for column, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        r = int(rank[index, column])
+        if start == stop or not r:
+            continue
+        rows, at = groups.order[start:stop].long(), (index, column)
+        lora_a = _block(int(lora_a_address[at]), (r, k), factor_dtype)
+        lora_b = _block(int(lora_b_address[at]), (r, n), factor_dtype).t()
+        part = y[rows]
+        reference.lora_expand_(part, reference.lora_shrink(x[rows], lora_a), lora_b, scaling[at])
+        bias = int(lora_bias_address[at])
+        if bias:
+            part += (_block(bias, (n,), factor_dtype) * scaling[at]).to(y.dtype)
+        y[rows] = part
+
+
+def _block(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns a block of factors in this process's memory, as it lies there."""
+    raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
+
+
+@torch.library.register_fake("fastlora::mixed_lora_pool_add_")
+def _(*_: Any) -> None:
+    return None

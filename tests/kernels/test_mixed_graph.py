@@ -1,0 +1,136 @@
+"""Mixed batches on the kernels under torch.compile(fullgraph=True): counted, and right."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fastlora
+from fastlora import AdapterPool, LoraConfig, LoraModel, get_peft_model
+from fastlora.testing import assert_within_budget
+
+NAMES = ("a", "b", "c")
+SEEDS = {"a": 5, "b": 6, "c": 7}
+
+
+class Gated(nn.Module):
+    """Two linears fed by one tensor, and one behind them that is called as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 48), nn.Linear(32, 48, bias=False)
+        self.down = nn.Linear(48, 32)
+        self.down.register_forward_hook(lambda module, args, y: y * 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 32]`` to ``[..., 32]``."""
+        return self.down(self.gate(x).tanh() * self.up(x))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def adapted(lab: Any, p: float = 0.0) -> LoraModel:
+    """Three adapters that train, on the kernels."""
+    torch.manual_seed(0)
+    targets = (["gate", "up", "down"], ["gate", "down"], ["up", "down"])
+    first, *others = (
+        LoraConfig(r=r, target_modules=names, lora_dropout=p, lora_bias=r == 3)
+        for r, names in zip((4, 3, 16), targets, strict=True)
+    )
+    model = get_peft_model(Gated(), first, adapter_name="a")
+    for name, config in zip(NAMES[1:], others, strict=True):
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_()
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.impl = "triton"
+    return model.to(lab.device).train()
+
+
+def results(call: Any, model: Any, x: torch.Tensor, ids: Any) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of the factors."""
+    x = x.detach().requires_grad_()
+    with fastlora.adapters(model, ids, seeds=SEEDS):
+        y = call(x)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(y.pow(2).mean(), wanted, allow_unused=True, materialize_grads=True)
+    return [y.detach(), *found]
+
+
+@pytest.mark.parametrize(("p", "lengths"), [(0.0, [7, 5, 40, 3]), (0.5, [4, 4, 4])])
+def test_mixes_compile_nothing_in_training(lab: Any, p: float, lengths: list[int]) -> None:
+    """The kernels as without a graph, their pieces and runs by the batch's rows: one graph."""
+    model, chosen = adapted(lab, p), random.Random(0)
+    dynamic = len(set(lengths)) > 1
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in lengths:
+        x = torch.randn(6, length, 32, device=lab.device)
+        ids = [chosen.choice([*NAMES, None]) for _ in range(6)]
+        for mine, plain in zip(
+            results(compiled, model, x, ids), results(model, model, x, ids), strict=True
+        ):
+            error = (mine - plain).norm()
+            assert error <= 32 * torch.finfo(x.dtype).eps * plain.norm()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
+    """Tables are read at every call: other residents, a hot swap, one graph."""
+    model, chosen = adapted(lab).eval(), random.Random(1)
+    base = copy.deepcopy(model).unload()
+    limits = {"max_adapters": 4, "max_rank": 16}
+    pool = AdapterPool(base, target_modules=["gate", "up", "down"], **limits)
+    states = {}
+    for name, config in model.peft_config.items():
+        states[name] = {
+            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor.clone()
+            for key, tensor in model.base_model.model.state_dict().items()
+            if f".{name}." in key
+        }
+        pool.load(name, states[name], config=config)
+    for module in base.modules():
+        if hasattr(module, "lora_A"):
+            module.impl = "triton"
+    compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 4, 32, device=lab.device)
+    with torch.no_grad():
+        for step in range(6):
+            ids = [chosen.choice([*NAMES, None]) for _ in range(6)]
+            found = []
+            for call, owner in ((compiled, pool), (base, pool)):
+                with fastlora.adapters(owner, ids):
+                    found.append(call(x))
+            exact = copy.deepcopy(model).double()
+            for module in exact.modules():
+                if hasattr(module, "lora_A"):
+                    module.impl = "eager"
+            with fastlora.adapters(exact, ids):
+                assert_within_budget(*found, exact(x.double()))
+            if step == 3:
+                swapped = {key: tensor * 2 for key, tensor in states["b"].items()}
+                pool.load("b", swapped, config=model.peft_config["b"])
+                model.load_state_dict(
+                    {key: tensor * 2 for key, tensor in model.state_dict().items() if ".b." in key},
+                    strict=False,
+                )
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1

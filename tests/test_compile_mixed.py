@@ -1,0 +1,266 @@
+"""Mixed batches under torch.compile(fullgraph=True): one graph for any mix, in both directions."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.testing import assert_within_budget
+
+K = 16
+NAMES = ("a", "b", "c", "d")
+# Ranks, alphas and targets of their own; one has a bias.
+KINDS: dict[str, dict[str, Any]] = {
+    "a": {"r": 4, "lora_alpha": 8, "target_modules": ["gate", "up", "down"]},
+    "b": {"r": 3, "lora_alpha": 2, "target_modules": ["gate", "down"]},
+    "c": {"r": 8, "use_rslora": True, "target_modules": ["up", "down"]},
+    "d": {"r": 1, "lora_bias": True, "target_modules": ["gate", "up", "down"]},
+}
+
+
+class Gated(nn.Module):
+    """Two linears fed by one tensor, and one behind them that is called as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
+        self.down = nn.Linear(24, K)
+        self.down.register_forward_hook(lambda module, args, y: y * 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 16]`` to ``[..., 16]``."""
+        return self.down(self.gate(x).tanh() * self.up(x))
+
+
+def adapted(p: float = 0.0) -> LoraModel:
+    """The model with four adapters, all of which train."""
+    torch.manual_seed(0)
+    first, *others = (LoraConfig(**KINDS[name], lora_dropout=p) for name in NAMES)
+    model = get_peft_model(Gated(), first, adapter_name=NAMES[0])
+    for name, config in zip(NAMES[1:], others, strict=True):
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_()
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model.train()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graph_count() -> int:
+    """How many graphs Dynamo has compiled, and fails if one was broken."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+SEEDS = dict(zip(NAMES, (11, 22, 33, 44), strict=True))
+
+
+def results(call: Any, model: LoraModel, x: torch.Tensor, ids: Any) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of the factors; zeros where there is none."""
+    x = x.detach().requires_grad_(torch.is_grad_enabled())
+    with fastlora.adapters(model, ids, seeds=SEEDS):
+        y = call(x)
+    if not torch.is_grad_enabled():
+        return [y]
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(y.pow(2).mean(), wanted, allow_unused=True, materialize_grads=True)
+    return [y.detach(), *found]
+
+
+def check(mine: list[torch.Tensor], model: LoraModel, x: torch.Tensor, ids: Any) -> None:
+    """As near to float64 as the model that is not compiled."""
+    exact = copy.deepcopy(model).double()
+    pairs = zip(results(model, model, x, ids), results(exact, exact, x.double(), ids), strict=True)
+    for index, (one, (plain, truth)) in enumerate(zip(mine, pairs, strict=True)):
+        assert_within_budget(one, plain, truth, f"result {index}")
+
+
+def draw(chosen: random.Random, count: int) -> list[str | None]:
+    """Adapters of samples: any mix, of one adapter or of none too."""
+    some = chosen.sample([*NAMES, None], chosen.randint(1, 5))
+    return [chosen.choice(some) for _ in range(count)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_fifty_mixes_compile_nothing_in_training(dynamic: bool, p: float) -> None:
+    """Names, slots and scalings change, lengths where asked for; eager forwards in between."""
+    model, chosen = adapted(p), random.Random(1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for step in range(51):
+        x = torch.randn(6, chosen.randint(7, 30) if dynamic else 5, K)
+        ids: Any = draw(chosen, 6)
+        if step % 5 == 4:
+            ids = torch.randint(-1, len(NAMES), (6,))
+        if step % 7 == 6:
+            layers[step % len(layers)].set_scale("a", 0.1 * step)
+        mine = results(compiled, model, x, ids)
+        if step % 5 in (0, 4) and step < 25:
+            check(mine, model, x, ids)
+    assert graph_count() == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fifty_mixes_compile_nothing_in_serving(backend: str) -> None:
+    """Without gradients."""
+    model, chosen = adapted().eval(), random.Random(2)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(6, 5, K)
+    with torch.no_grad():
+        for step in range(51):
+            ids = draw(chosen, 6)
+            mine = results(compiled, model, x, ids)
+            if step % 10 == 0:
+                check(mine, model, x, ids)
+    assert graph_count() == 1
+
+
+def test_one_graph_for_a_batch_and_one_without() -> None:
+    """Ids per token, one row, and no block at all: each its graph, and then no more."""
+    model = adapted()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for repeat in range(2):
+        x = torch.randn(2, 3, K)
+        for ids in (["a", None], ["c", "d"]):
+            check(results(compiled, model, x, ids), model, x, ids)
+        tokens = torch.tensor([0, 3, -1, 3, 2, repeat])
+        check(results(compiled, model, x, tokens), model, x, tokens)
+        one = torch.randn(1, 1, K)
+        check(results(compiled, model, one, ["b"]), model, one, ["b"])
+        compiled(x)
+        if not repeat:
+            count = graph_count()
+    assert graph_count() == count == 4
+
+
+def test_rows_are_sorted_once_a_graph() -> None:
+    """Layers sort alike, which compilers merge; the backward has the order saved."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    model, x = adapted(), torch.randn(4, 3, K)
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    ids = ["a", "b", None, "d"]
+    mine = results(torch.compile(model, backend=backend, fullgraph=True), model, x, ids)
+    check(mine, model, x, ids)
+    sort = torch.ops.fastlora.mixed_lora_groups.default
+    assert [sum(n.target is sort for n in graph.graph.nodes) for graph in graphs] == [1, 0]
+
+
+def test_backward_after_the_block_and_in_another_thread() -> None:
+    """The graph has its routing, whatever block is open then."""
+    model, x, ids = adapted(0.3), torch.randn(4, 3, K), ["a", "b", "b", "d"]
+    expected = results(model, model, x, ids)[2:]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with fastlora.adapters(model, ids, seeds=SEEDS):
+        loss = compiled(x).pow(2).mean()
+
+    def backward() -> None:
+        with fastlora.adapters(model, ["c"] * 4):
+            loss.backward()
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    for parameter, plain in zip(
+        (p for p in model.parameters() if p.requires_grad), expected, strict=True
+    ):
+        error = (parameter.grad - plain).norm()
+        assert error <= 32 * torch.finfo(x.dtype).eps * plain.norm()
+
+
+def test_checkpoints_within_the_graph() -> None:
+    """What is recomputed has the routing of the forward: it is an input."""
+    model, x, ids = adapted(0.3), torch.randn(4, 3, K), ["a", "b", None, "c"]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    check(results(compiled, model, x, ids), model, x, ids)
+    assert graph_count() == 1
+
+
+def test_autocast() -> None:
+    """Compiled and not, the same casts."""
+    model, x, ids = adapted(), torch.randn(4, 3, K), ["a", "b", None, "c"]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    exact = copy.deepcopy(model).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, plain = results(compiled, model, x, ids), results(model, model, x, ids)
+    for one, other, true in zip(mine, plain, results(exact, exact, x.double(), ids), strict=True):
+        assert_within_budget(one.bfloat16(), other.bfloat16(), true)
+
+
+def test_what_a_graph_cannot_do_runs_without_one() -> None:
+    """Rows with DoRA break a graph, and are right where that is allowed."""
+    model = adapted().eval()
+    model.add_adapter("e", LoraConfig(r=2, use_dora=True, target_modules=["gate", "up"]))
+    x, ids = torch.randn(3, 2, K), ["a", "e", None]
+    with torch.no_grad():
+        check(results(torch.compile(model, backend="eager"), model, x, ids), model, x, ids)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            results(torch.compile(model, backend="eager", fullgraph=True), model, x, ids)
+
+
+def operands() -> dict[str, Any]:
+    """A batch of two adapters and a base row, as operators take it."""
+    a = [torch.randn(r, 6, requires_grad=True) for r in (2, 3)]
+    b = [torch.randn(5, r, requires_grad=True) for r in (2, 3)]
+    numbers = torch.tensor([1.0, 2.0]), torch.tensor([0, 1, -1, 1]), torch.tensor([1, 2])
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 5)
+    factors = (a, b, [None, torch.randn(5)], *numbers, [0.0, 0.5], 3, "eager")
+    blocks = [torch.randn(2, 6), torch.randn(2, 5)]
+    none = torch.zeros(1, 2, dtype=torch.int64)
+    addresses = [torch.tensor([[0, block.data_ptr()]]) for block in blocks]
+    tables = (*addresses, none, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2))
+    return {
+        "lora_shrink_siblings": (x, a, [0.0, 0.5], torch.float32, "eager"),
+        "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
+        "mixed_lora_graph_add": (y, x, *factors),
+        "mixed_lora_groups": (numbers[1], 8, 2, torch.device("cpu")),
+        "mixed_lora_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),
+        "mixed_lora_pool_add_": (y, x.detach(), numbers[1], *tables, 0, torch.float32),
+        "kept": blocks,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in operands() if name != "kept"])
+def test_opcheck(name: str) -> None:
+    """Schema, fake, autograd and dispatch of every operator agree with what it does."""
+    arguments = operands()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if name != "lora_shrink_siblings":  # whose seeds differ from call to call
+        checks += ("test_aot_dispatch_dynamic",)
+    operator = getattr(torch.ops.fastlora, name).default
+    torch.library.opcheck(operator, arguments[name], test_utils=checks)
