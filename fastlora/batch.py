@@ -11,18 +11,17 @@ import torch
 from torch import nn
 
 from fastlora import recompute
+from fastlora.graph_routing import PoolGraphRouting, graph_routing
 from fastlora.in_force import routed
 from fastlora.pool import AdapterPool
 from fastlora.pool.pool import pool_of
 from fastlora.routing import (
     NO_ADAPTER,
     KernelRouting,
-    PoolGraphRouting,
     Routing,
     check_slot_ids,
     checked_slots,
     draw_seeds,
-    graph_routing,
     named_ids,
 )
 from fastlora.sharding import several_processes, unwrapped

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.graph_routing import GraphRouting, PoolGraphRouting
 from fastlora.packed import PackCache, SetPack
 from fastlora.row_groups import RowGroups, build_row_groups
 from fastlora.siblings import Siblings
@@ -177,36 +178,6 @@ class KernelRouting:
         return any(bool(groups.invalid.item()) for groups in self._groups.values())
 
 
-class GraphRouting(NamedTuple):
-    """A routing as compiled graphs read it: another mix is other contents of the same tensors.
-
-    Attributes:
-        names: All adapters of the model.
-        ids: Index among them of each sample's or token's adapter, ``[B]`` int64; -1 for none.
-        seeds: Dropout seed of each for this forward, int64 on the CPU.
-    """
-
-    names: tuple[str, ...]
-    ids: torch.Tensor
-    seeds: torch.Tensor
-
-
-class PoolGraphRouting(NamedTuple):
-    """The same over a pool: another mix, a load or a hot swap are other contents of tensors.
-
-    Attributes:
-        columns: Column in the tables of each sample or token, ``[B]``; -1 for none.
-        tables: The pool's.
-        max_rank: No adapter has a larger one.
-        dtype: Of the factors.
-    """
-
-    columns: torch.Tensor
-    tables: Any
-    max_rank: int
-    dtype: torch.dtype
-
-
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Adapters of a batch.
@@ -337,29 +308,6 @@ def _spread_rows(routing: Routing, ids: torch.Tensor, m: int, device: torch.devi
     inverse[order] = torch.arange(m)
     order, inverse = order.to(device), inverse.to(device)
     return RowRouting(slots.to(device), order, inverse, tuple(segments), key)
-
-
-def graph_routing(
-    known: tuple[str, ...], names: tuple[str, ...], ids: torch.Tensor, seeds: tuple[int, ...]
-) -> GraphRouting:
-    """Returns a routing over ``names`` as one over all adapters that a model has.
-
-    Args:
-        known: Those.
-        names: Adapter of each slot.
-        ids: Slots ``[B]``; negative ones are none.
-        seeds: Of each slot.
-    """
-    place = {name: index for index, name in enumerate(known)}
-    places = [place[name] for name in names]
-    all_seeds = torch.zeros(len(known), dtype=torch.int64)
-    if any(seeds):
-        all_seeds[places] = torch.tensor(seeds)
-    if names == known or not names:
-        # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
-        return GraphRouting(known, ids.clone(), all_seeds)
-    table = torch.tensor([*places, NO_ADAPTER], device=ids.device)
-    return GraphRouting(known, table[ids.clamp(min=NO_ADAPTER)], all_seeds)
 
 
 def number_layers(names: Sequence[str]) -> list[int]:

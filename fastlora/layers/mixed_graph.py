@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from fastlora import functional, mixed_graph_ops, mixed_ops, ops
 from fastlora.batch_invariant import is_batch_invariant
+from fastlora.graph_routing import GraphRouting, PoolGraphRouting
 from fastlora.layers.branch import factors_of, scaling_of
-from fastlora.routing import GraphRouting, PoolGraphRouting, Routing
+from fastlora.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
