@@ -411,17 +411,17 @@ def test_a_change_is_seen(change: str) -> None:
     assert torch.equal(layer(x), fresh(x))
 
 
-def test_a_base_weight_that_trains() -> None:
+def test_a_base_weight_that_trained() -> None:
     """An optimizer may step behind a training forward without moving a version."""
     layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
-    assert layer.weight.requires_grad
     x = torch.randn(5, 20)
-    with torch.no_grad():
-        layer(x)
-    layer(x)
-    layer.weight.data.mul_(2)
-    with torch.no_grad():
-        assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    for trains in (False, True, False):
+        layer.weight.requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            y = layer(x)
+        if trains:
+            layer.weight.data.mul_(2)
+    assert torch.equal(y, copy.deepcopy(layer)(x))
 
 
 # ------------------------------------------------------------------------------- what is saved
