@@ -64,6 +64,8 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
             "line 1: no token is left to learn from: the prompt has 512 tokens, and max_length",
         ),
         (["[" * 100_000], "line 1: not valid JSON"),
+        (['{"text": "x"}', r'{"text": "\ud83d"}'], "line 2: a string is no text (surrogates not"),
+        ([r'{"prompt": "\udfff", "completion": "y"}'], "line 1: a string is no text"),
     ],
 )
 def test_bad_lines(fails: Any, given: Any, tmp_path: Path, lines: list[str], words: str) -> None:
@@ -80,7 +82,9 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     """The file is named; also evaluation data is read before training."""
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     given["adapters"]["a"]["data"] = str(tmp_path / "x.txt")
-    assert "x.txt: cannot be read ('utf-8' codec" in fails(given)
+    assert "x.txt, line 1: cannot be read ('utf-8' codec" in fails(given)
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n\xe9t\xe9\n")
+    assert "x.txt, line 3: cannot be read ('utf-8' codec" in fails(given)
     given["adapters"]["a"]["data"] = str(tmp_path / "nowhere.txt")
     assert "nowhere.txt: cannot be read ([Errno 2]" in fails(given)
     (tmp_path / "empty.txt").write_text(" \n")

@@ -147,8 +147,11 @@ def adapter_squares(
 
 def _base(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
     """Returns ``||W||^2``, ``[N]``: kept while the base weight stays what it is."""
-    # One that trains may be sharded, and written to without a change of its version.
-    if not may_keep(weight.device) or (weight.requires_grad and torch.is_grad_enabled()):
+    if not may_keep(weight.device):
+        return square_norms(weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        # It trains: written to soon, and not every optimizer moves versions.
+        _cache(layer).base = None
         return square_norms(weight)
     own = base.weight
     stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None

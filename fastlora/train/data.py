@@ -64,9 +64,13 @@ def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
     for path in paths:
         try:
             data = path.read_bytes()
-            text = data.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{path}, line {line}: cannot be read ({error})") from error
         digest.update(len(data).to_bytes(8, "little") + data)
         if path.suffix in (".jsonl", ".json"):
             # Not splitlines(): U+2028 may stand in a JSON string.
@@ -98,6 +102,12 @@ def _parsed(path: Path, number: int, line: str) -> Sample:
         )
     if not isinstance(text, str) or not (prompt is None or isinstance(prompt, str)):
         raise DataError(f"{path}, line {number}: expected strings, got {shown!r}")
+    try:
+        f"{prompt}{text}".encode()
+    except UnicodeEncodeError as error:  # JSON may name half of a character, "\\ud83d"
+        raise DataError(
+            f"{path}, line {number}: a string is no text ({error.reason}), got {shown!r}"
+        ) from error
     if not text:
         raise DataError(f"{path}, line {number}: there is nothing to learn, got {shown!r}")
     return Sample(path, number, prompt, text)
