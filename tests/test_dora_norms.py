@@ -151,3 +151,16 @@ def test_a_change_is_seen(change: str) -> None:
         fresh = copy.deepcopy(layer)  # copies keep nothing
         assert torch.equal(layer(x), fresh(x))
     assert torch.equal(layer(x), fresh(x))
+
+
+def test_a_base_weight_that_trained() -> None:
+    """An optimizer may step behind a training forward without moving a version."""
+    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
+    x = torch.randn(5, 20)
+    for trains in (False, True, False):
+        layer.weight.requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            y = layer(x)
+        if trains:
+            layer.weight.data.mul_(2)
+    assert torch.equal(y, copy.deepcopy(layer)(x))
