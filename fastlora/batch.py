@@ -12,18 +12,11 @@ from torch import nn
 
 from fastlora import recompute
 from fastlora.graph_routing import PoolGraphRouting, graph_routing
+from fastlora.ids import NO_ADAPTER, check_slot_ids, checked_slots, named_ids
 from fastlora.in_force import routed
 from fastlora.pool import AdapterPool
 from fastlora.pool.pool import pool_of
-from fastlora.routing import (
-    NO_ADAPTER,
-    KernelRouting,
-    Routing,
-    check_slot_ids,
-    checked_slots,
-    draw_seeds,
-    named_ids,
-)
+from fastlora.routing import KernelRouting, Routing, draw_seeds
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.tuner import LoraTuner
 from fastlora.validation import AdapterStateError

@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.graph_routing import GraphRouting, PoolGraphRouting
+from fastlora.ids import NO_ADAPTER
 from fastlora.packed import PackCache, SetPack
 from fastlora.row_groups import RowGroups, build_row_groups
 from fastlora.siblings import Siblings
-from fastlora.validation import AdapterNotFoundError, near_names
-
-# PEFT's name for rows without an adapter; None means the same here.
-BASE = "__base__"
-NO_ADAPTER = -1
+from fastlora.validation import AdapterNotFoundError
 
 _SEED_BITS = 62
 _MASK_64 = 2**64 - 1
@@ -333,81 +330,6 @@ def layer_seed(seed: int, projection: int) -> torch.Tensor:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return torch.tensor([(z ^ (z >> 31)) >> (64 - _SEED_BITS)])
-
-
-def named_ids(
-    known: Sequence[str] | None, ids: Sequence[str | None]
-) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Returns the adapters of a batch in one order for any batch, and the slot of each id.
-
-    Args:
-        known: Names of the model's adapters, which give the order; None for the alphabet's, where
-            others check the names.
-        ids: A name, or None or ``"__base__"``, for each sample.
-
-    Raises:
-        AdapterNotFoundError: A name that is not there.
-        TypeError: ``ids`` is one string.
-        ValueError: ``ids`` is empty.
-    """
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
-        what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
-        raise TypeError(f"ids is {what}, expected a sequence of one name for each sample")
-    odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
-    if odd is not None:
-        raise TypeError(f"ids holds {odd!r}, expected names, None, or a tensor of slots")
-    wanted = [None if name == BASE else name for name in ids]
-    if not wanted:
-        raise ValueError("ids is empty, expected one for each sample or token")
-    present = {name for name in wanted if name is not None}
-    if known is None:
-        names = tuple(sorted(present))
-    else:
-        place = {name: index for index, name in enumerate(known)}
-        for name in wanted:
-            if name is not None and name not in place:
-                raise AdapterNotFoundError(
-                    f"no adapter {name!r}; loaded are {list(known)[:20]}"
-                    f"{near_names(str(name), known)}"
-                )
-        names = tuple(sorted(present, key=place.__getitem__))
-    slot_of = {name: slot for slot, name in enumerate(names)}
-    slots = [NO_ADAPTER if name is None else slot_of[name] for name in wanted]
-    return names, torch.tensor(slots, dtype=torch.int64)
-
-
-def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Returns ids that are slots as int64 after a check.
-
-    Args:
-        ids: Integers ``[B]``; -1 for none.
-        slots: Adapter of each slot, None for an empty one.
-
-    Raises:
-        AdapterNotFoundError: A slot that is not there or empty.
-        ValueError, TypeError: ``ids`` is empty, has other dimensions, or is not of integers.
-    """
-    check_slot_ids(ids)
-    numbers = ids.to(device="cpu", dtype=torch.int64)
-    for slot in torch.unique(numbers).tolist():
-        known = NO_ADAPTER <= slot < len(slots)
-        if not known or (slot != NO_ADAPTER and slots[slot] is None):
-            names = [name for name in slots if name is not None]
-            raise AdapterNotFoundError(
-                f"no adapter in slot {slot}; expected -1 for none or 0 to {len(slots) - 1}, the "
-                f"adapters {names[:20]}"
-            )
-    return numbers
-
-
-def check_slot_ids(ids: torch.Tensor) -> None:
-    """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``, B at least 1."""
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
-    if ids.dim() != 1:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
-    if not ids.numel():
-        raise ValueError("ids is empty, expected one for each sample or token")
 
 
 def draw_seeds(

@@ -19,7 +19,7 @@ from tiny import randomise
 
 import fastlora
 from fastlora import adapters, packed_forward
-from fastlora.layers import mixed_compute
+from fastlora.layers import mixed_packed
 from fastlora.packed import make_layout
 from fastlora.packed_forward import Blocks, Dense
 from fastlora.testing import assert_within_budget
@@ -379,7 +379,7 @@ def test_the_next_block_finds_what_the_last_one_found() -> None:
     model = build([8, 8], everywhere=True)
     x, names = torch.randn(4, 48), list[str | None](["a1", "a0", None, "a1"])
     expected = steps(model, x, names)[-1]
-    with mock.patch.object(mixed_compute, "_packed", wraps=mixed_compute._packed) as looked:
+    with mock.patch.object(mixed_packed, "find_packed", wraps=mixed_packed.find_packed) as looked:
         (y,) = steps(model, x, names, count=1)
         assert looked.call_count == 1
         (longer,) = steps(model, torch.cat([x, x]), [*names, *names], count=1)

@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.batch_invariant import refuse_in_mode
+from fastlora.ids import BASE, named_ids
 from fastlora.in_force import check_batch, routing_of
 from fastlora.in_force import routed as routing_in_force
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
@@ -34,7 +35,7 @@ from fastlora.layers.dora import (
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
-from fastlora.routing import BASE, Group, Routing, named_ids, number_layers
+from fastlora.routing import Group, Routing, number_layers
 from fastlora.validation import UnsupportedLayerError
 
 

@@ -3,33 +3,29 @@
 Three ways, the same result to rounding, but for what a dropout draws:
 
 - kernels: where the Triton kernels run, with gradients and dropout (`mixed_training`) or without.
-- packed: without gradients elsewhere, from the second time on that a set of adapters comes.
+- packed: without gradients elsewhere, from the second time on that a set of adapters comes
+  (`mixed_packed`).
 - shares: with gradients or dropout elsewhere, and the first time: each adapter's factors as they
   are.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-from fastlora import functional, mixed, ops, packed, packed_forward
+from fastlora import functional, mixed, ops, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import dora_mixed, mixed_graph, mixed_kernels, mixed_training
+from fastlora.layers import dora_mixed, mixed_graph, mixed_kernels, mixed_packed, mixed_training
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
     Branch,
     branch_of,
-    plain_weight,
     why_not_fused,
 )
-from fastlora.layers.watch import Watch
-from fastlora.packed import Factors, LayerPack, SetPack
 from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
-from fastlora.siblings import share, shared
 from fastlora.validation import (
     AdapterStateError,
     ImplementationError,
@@ -76,7 +72,7 @@ def _mixed_forward(
     without: tuple[int, ...],
 ) -> torch.Tensor:
     """`mixed_forward` before DoRA's scales; slots of ``without`` get the base layer only."""
-    y = _again(layer, x, weight, bias, routing, projection)
+    y = mixed_packed.run_again(layer, x, weight, bias, routing, projection)
     if y is not None:
         return y
     check_unmerged(layer)
@@ -101,9 +97,9 @@ def _mixed_forward(
             return with_all_absent(layer, y, x, routing)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
-        found = _packed(layer, x, routing, rows, projection)
+        found = mixed_packed.find_packed(layer, x, routing, rows, projection)
         if found is not None:
-            y = packed_forward.linear(_flat(x), weight, bias, rows, *found)
+            y = packed_forward.linear(mixed_packed.flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
@@ -113,67 +109,6 @@ def _mixed_forward(
     else:
         y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
     return with_absent(layer, y, routing, rows)
-
-
-class _Ready(NamedTuple):
-    """A layer's packed factors and how to multiply, found once for a routing.
-
-    Attributes:
-        pack: The factors.
-        plan: How to multiply.
-        rows: The rows that the plan is for.
-        dtype, device: Of x.
-        impl: The layer's.
-        generation: The packs', once factors may have changed another.
-    """
-
-    pack: LayerPack
-    plan: packed_forward.Plan
-    rows: RowRouting
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    generation: int
-
-    def serves(self, x: torch.Tensor, impl: str) -> bool:
-        """Whether it was found for such an input."""
-        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
-
-
-def _again(
-    layer: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    routing: Routing,
-    number: int,
-) -> torch.Tensor | None:
-    """Runs what an earlier forward of this routing found for the layer; None if it no longer holds.
-
-    Most of a decode step is spent here, where the host's own time counts.
-    """
-    ready: _Ready | None = routing.ready.get(number)
-    if (
-        ready is None
-        or layer.training
-        or torch.is_grad_enabled()
-        or not ready.serves(x, getattr(layer, "impl", "auto"))
-        or weight.dtype is not ready.dtype
-        or ready.generation != routing.group.packs.generation
-        or layer.merged_adapters
-        or x.numel() != ready.rows.slots.numel() * x.shape[-1]
-        or is_batch_invariant()
-        or torch.is_autocast_enabled(ready.device.type)
-    ):
-        return None
-    pack = ready.pack
-    shrunk = _shrunk(x, number, ready.rows, pack, ready.plan)
-    y = packed_forward.linear(_flat(x), weight, bias, ready.rows, pack, ready.plan, shrunk)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def check_unmerged(layer: Any) -> None:
@@ -226,7 +161,7 @@ def _mixed_added_forward(
         if kernels is not None:
             return mixed_kernels.add_(layer, _own_rows(y, inplace), x, kernels).view(y.shape)
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
-        found = _packed(layer, x, routing, rows, projection)
+        found = mixed_packed.find_packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
     elif y.dtype == x.dtype:
@@ -306,101 +241,6 @@ def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
     """Returns ``y [M, N]`` to write into: itself where that is allowed."""
     flat = y.reshape(-1, y.shape[-1])
     return flat if inplace or flat.data_ptr() != y.data_ptr() else flat.clone()
-
-
-# ------------------------------------------------------------------------------------- packed
-
-
-def _packed(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
-) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
-    """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
-    group = routing.group
-    members = group.siblings.of(layer, number, x)
-    if not rows.segments:
-        return None
-    sets = routing.set_of(rows.key, Watch)
-    impl = getattr(layer, "impl", "auto")
-    ready = sets.ready_for(rows)
-    known: _Ready | None = ready.get(number)
-    if known is not None and known.serves(x, impl):
-        routing.ready.update(ready)  # for all layers: the next ones need not come here
-        return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
-    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
-    pack, due = sets.get(number, x.dtype, many_rows)
-    if due and members is not None:
-        pack = _pack(sets, members, x, routing, rows)[members.index(number)]
-    if pack is None:
-        return None
-    plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
-    if plan is None:
-        return None
-    found = _Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
-    routing.ready[number] = ready[number] = found
-    return pack, plan, _shrunk(x, number, rows, pack, plan)
-
-
-def _shrunk(
-    x: torch.Tensor, number: int, rows: RowRouting, pack: LayerPack, plan: packed_forward.Plan
-) -> packed_forward.Shrunk:
-    """Returns s of a layer and its siblings, which the first of them computes."""
-    if len(pack.members) == 1:
-        return packed_forward.shrink(_flat(x), pack, plan)
-    key = (rows, pack.lora_a)
-    found = shared(x, number, key)
-    if found is None:
-        found = packed_forward.shrink(_flat(x), pack, plan)
-        share(x, number, pack.members, key, found)
-    return found
-
-
-def _pack(
-    sets: SetPack,
-    members: tuple[int, ...],
-    x: torch.Tensor,
-    routing: Routing,
-    rows: RowRouting,
-) -> list[LayerPack | None]:
-    """Packs the batch's adapters for a layer and its siblings."""
-    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
-    layers = [routing.group.siblings.layers[number]() for number in members]
-    names = [routing.names[segment.slot] for segment in rows.segments]
-    found = [_factors(member, x, routing, rows) for member in layers]
-    bare = [factors for factors in found if factors is not None]
-    packs: list[LayerPack | None] = [None] * len(members)
-    if len(bare) == len(found):
-        packs = packed.pack_layers(members, bare, x.dtype, many_rows)
-    if sets.watch is not None:
-        for member in filter(None, layers):
-            sets.watch.add(member, names)
-    sets.put(members, x.dtype, many_rows, packs)
-    return packs
-
-
-def _factors(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting
-) -> list[Factors | None] | None:
-    """Returns the factors of each adapter with rows; None where they are not bare tensors."""
-    if layer is None:
-        return None
-    slots = [segment.slot for segment in rows.segments]
-    if routing.residents is not None:
-        found = [routing.residents[slot].factors(layer.table_row) for slot in slots]
-        return [None if f is None else Factors(f[0], f[1].t(), f[2], f[3]) for f in found]
-    present, factors = layer._modules["lora_A"]._modules, list[Factors | None]()
-    for slot in slots:
-        name = routing.names[slot]
-        if name not in present:
-            factors.append(None)
-            continue
-        lora_b = layer.lora_B[name]
-        lora_a, weight_b = plain_weight(present[name]), plain_weight(lora_b)
-        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
-        acts = dropout.training and type(dropout) is not nn.Identity
-        if lora_a is None or weight_b is None or acts or lora_a.device != x.device:
-            return None
-        factors.append(Factors(lora_a, weight_b, float(scaling), lora_b.bias))
-    return factors
 
 
 # ------------------------------------------------------------------------------------- shares

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.config import CONFIG_NAME
+from fastlora.ids import BASE
 from fastlora.pool.acquire import Residency
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
@@ -22,7 +23,6 @@ from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers, unknown
 from fastlora.pool.transfers import make_transfers
-from fastlora.routing import BASE
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,

@@ -1,0 +1,173 @@
+"""A mixed batch's layers from packed factors: which factors, and what the last block found.
+
+From the second time on that a set of adapters comes, without gradients and without kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora import packed, packed_forward
+from fastlora.batch_invariant import is_batch_invariant
+from fastlora.layers.compute import plain_weight
+from fastlora.layers.watch import Watch
+from fastlora.packed import Factors, LayerPack, SetPack
+from fastlora.routing import Routing, RowRouting
+from fastlora.siblings import share, shared
+
+
+class Ready(NamedTuple):
+    """A layer's packed factors and how to multiply, found once for a routing.
+
+    Attributes:
+        pack: The factors.
+        plan: How to multiply.
+        rows: The rows that the plan is for.
+        dtype, device: Of x.
+        impl: The layer's.
+        generation: The packs', once factors may have changed another.
+    """
+
+    pack: LayerPack
+    plan: packed_forward.Plan
+    rows: RowRouting
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    generation: int
+
+    def serves(self, x: torch.Tensor, impl: str) -> bool:
+        """Whether it was found for such an input."""
+        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
+
+
+def run_again(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    number: int,
+) -> torch.Tensor | None:
+    """Runs what an earlier forward of this routing found for the layer; None if it no longer holds.
+
+    Most of a decode step is spent here, where the host's own time counts.
+    """
+    ready: Ready | None = routing.ready.get(number)
+    if (
+        ready is None
+        or layer.training
+        or torch.is_grad_enabled()
+        or not ready.serves(x, getattr(layer, "impl", "auto"))
+        or weight.dtype is not ready.dtype
+        or ready.generation != routing.group.packs.generation
+        or layer.merged_adapters
+        or x.numel() != ready.rows.slots.numel() * x.shape[-1]
+        or is_batch_invariant()
+        or torch.is_autocast_enabled(ready.device.type)
+    ):
+        return None
+    pack = ready.pack
+    shrunk = _shrunk(x, number, ready.rows, pack, ready.plan)
+    y = packed_forward.linear(flat(x), weight, bias, ready.rows, pack, ready.plan, shrunk)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def find_packed(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
+) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
+    """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
+    group = routing.group
+    members = group.siblings.of(layer, number, x)
+    if not rows.segments:
+        return None
+    sets = routing.set_of(rows.key, Watch)
+    impl = getattr(layer, "impl", "auto")
+    ready = sets.ready_for(rows)
+    known: Ready | None = ready.get(number)
+    if known is not None and known.serves(x, impl):
+        routing.ready.update(ready)  # for all layers: the next ones need not come here
+        return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
+    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
+    pack, due = sets.get(number, x.dtype, many_rows)
+    if due and members is not None:
+        pack = _pack(sets, members, x, routing, rows)[members.index(number)]
+    if pack is None:
+        return None
+    plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
+    if plan is None:
+        return None
+    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    routing.ready[number] = ready[number] = found
+    return pack, plan, _shrunk(x, number, rows, pack, plan)
+
+
+def _shrunk(
+    x: torch.Tensor, number: int, rows: RowRouting, pack: LayerPack, plan: packed_forward.Plan
+) -> packed_forward.Shrunk:
+    """Returns s of a layer and its siblings, which the first of them computes."""
+    if len(pack.members) == 1:
+        return packed_forward.shrink(flat(x), pack, plan)
+    key = (rows, pack.lora_a)
+    found = shared(x, number, key)
+    if found is None:
+        found = packed_forward.shrink(flat(x), pack, plan)
+        share(x, number, pack.members, key, found)
+    return found
+
+
+def _pack(
+    sets: SetPack,
+    members: tuple[int, ...],
+    x: torch.Tensor,
+    routing: Routing,
+    rows: RowRouting,
+) -> list[LayerPack | None]:
+    """Packs the batch's adapters for a layer and its siblings."""
+    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
+    layers = [routing.group.siblings.layers[number]() for number in members]
+    names = [routing.names[segment.slot] for segment in rows.segments]
+    found = [_factors(member, x, routing, rows) for member in layers]
+    bare = [factors for factors in found if factors is not None]
+    packs: list[LayerPack | None] = [None] * len(members)
+    if len(bare) == len(found):
+        packs = packed.pack_layers(members, bare, x.dtype, many_rows)
+    if sets.watch is not None:
+        for member in filter(None, layers):
+            sets.watch.add(member, names)
+    sets.put(members, x.dtype, many_rows, packs)
+    return packs
+
+
+def _factors(
+    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting
+) -> list[Factors | None] | None:
+    """Returns the factors of each adapter with rows; None where they are not bare tensors."""
+    if layer is None:
+        return None
+    slots = [segment.slot for segment in rows.segments]
+    if routing.residents is not None:
+        found = [routing.residents[slot].factors(layer.table_row) for slot in slots]
+        return [None if f is None else Factors(f[0], f[1].t(), f[2], f[3]) for f in found]
+    present, factors = layer._modules["lora_A"]._modules, list[Factors | None]()
+    for slot in slots:
+        name = routing.names[slot]
+        if name not in present:
+            factors.append(None)
+            continue
+        lora_b = layer.lora_B[name]
+        lora_a, weight_b = plain_weight(present[name]), plain_weight(lora_b)
+        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+        acts = dropout.training and type(dropout) is not nn.Identity
+        if lora_a is None or weight_b is None or acts or lora_a.device != x.device:
+            return None
+        factors.append(Factors(lora_a, weight_b, float(scaling), lora_b.bias))
+    return factors
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``x [..., K]`` as ``[M, K]``."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
