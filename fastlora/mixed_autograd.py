@@ -3,6 +3,10 @@
 Saved for backward are x itself, s, the dropout seeds and the parameters. The same results as
 `fastlora.mixed`, which is plain PyTorch, except for the dropout's draws.
 
+One function does a layer. Where layers fed by the same tensor share their passes over it, the graph
+has two kinds of node, as in `fastlora.autograd`: `MixedLoraShrinkKernels` makes every sibling's s,
+and its backward yields their d_lora_a and nothing else; each layer's function takes its s.
+
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, and of each slot ``lora_a [rank, K]``,
 ``lora_b [N, rank]`` and ``lora_bias [N]``, not scaled yet; all three None where an adapter leaves
 the layer alone.
@@ -63,14 +67,20 @@ class _Lists(NamedTuple):
     lora_bias: list[_Factor]
 
 
+def _present(lora_a: Sequence[_Factor]) -> list[torch.Tensor]:
+    """Returns the factors, of rank 0 where an adapter leaves a layer alone."""
+    a = next(tensor for tensor in lora_a if tensor is not None)
+    none = a.new_empty(0, a.shape[1])
+    return [none if tensor is None else tensor for tensor in lora_a]
+
+
 def _lists(factors: Sequence[_Factor]) -> _Lists:
     """Returns the factors by kind; of rank 0 where an adapter leaves the layer alone."""
     downs, ups, biases = factors[::3], factors[1::3], factors[2::3]
-    a = next(tensor for tensor in downs if tensor is not None)
     b = next(tensor for tensor in ups if tensor is not None)
-    none_a, none_b = a.new_empty(0, a.shape[1]), b.new_empty(b.shape[0], 0)
+    none_b = b.new_empty(b.shape[0], 0)
     return _Lists(
-        [none_a if tensor is None else tensor for tensor in downs],
+        _present(downs),
         [none_b if tensor is None else tensor for tensor in ups],
         list(biases),
     )
@@ -82,45 +92,109 @@ def forward_linear(
     bias: torch.Tensor | None,
     batch: KernelBatch,
     factors: Sequence[_Factor],
+    s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y and s, without recording a graph; ``factors`` holds three of each slot in turn."""
-    flat = x.reshape(-1, x.shape[-1])
-    y, s = torch.ops.fastlora.mixed_lora_train_linear(
-        flat,
-        weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
-        *batch.route,
-        batch.pieces,
-        *_lists(factors),
-        batch.scaling,
-        batch.seeds,
-        batch.dropout_p,
-        batch.impl,
-        batch.plan,
-    )
+    """Returns y and s, without recording a graph; ``factors`` holds three of each slot in turn.
+
+    ``s`` is made here unless a sibling made it.
+    """
+    flat, lists = x.reshape(-1, x.shape[-1]), _lists(factors)
+    base = flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if s is None:
+        y, s = torch.ops.fastlora.mixed_lora_train_linear(
+            *base,
+            *batch.route,
+            batch.pieces,
+            *lists,
+            batch.scaling,
+            batch.seeds,
+            batch.dropout_p,
+            batch.impl,
+            batch.plan,
+        )
+    else:
+        y = torch.ops.fastlora.mixed_lora_train_linear_of(
+            *base, *batch.route, s, *lists[1:], batch.scaling, batch.impl, batch.plan
+        )
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
 def forward_add(
-    y: torch.Tensor, x: torch.Tensor, batch: KernelBatch, factors: Sequence[_Factor]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    batch: KernelBatch,
+    factors: Sequence[_Factor],
+    s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y plus every row's own adapter, and s; y itself is not written."""
-    result, s = torch.ops.fastlora.mixed_lora_train_add(
-        y.reshape(-1, y.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        *batch.route,
-        batch.pieces,
-        *_lists(factors),
-        batch.scaling,
-        batch.seeds,
-        batch.dropout_p,
-        batch.impl,
-    )
+    flat, lists = y.reshape(-1, y.shape[-1]), _lists(factors)
+    if s is None:
+        result, s = torch.ops.fastlora.mixed_lora_train_add(
+            flat,
+            x.reshape(-1, x.shape[-1]),
+            *batch.route,
+            batch.pieces,
+            *lists,
+            batch.scaling,
+            batch.seeds,
+            batch.dropout_p,
+            batch.impl,
+        )
+    else:
+        result = torch.ops.fastlora.mixed_lora_train_add_of(
+            flat, *batch.route, s, *lists[1:], batch.scaling, batch.impl
+        )
     return result.view(y.shape), s
 
 
+class MixedLoraShrinkKernels(torch.autograd.Function):
+    """s ``[M, R]`` of modules that are fed by the same x, without dropout.
+
+    Takes x detached, since its gradient is not this node's part; a batch, of which the rows count;
+    and the modules' lora_a, each with all slots. Saves x and the factors. The backward reads x once
+    for all d_lora_a; a module whose s nobody used takes no part in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, batch: KernelBatch, *lora_a: _Factor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.batch = batch
+        ctx.save_for_backward(x, *lora_a)
+        s = torch.ops.fastlora.mixed_lora_train_shrink(
+            x.reshape(-1, x.shape[-1]),
+            *batch.route,
+            batch.pieces,
+            _present(lora_a),
+            len(lora_a) // len(batch.dropout_p),
+            batch.impl,
+        )
+        return s.unbind()
+
+    @staticmethod
+    @without_autocast
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        batch, needs, slots = ctx.batch, ctx.needs_input_grad[2:], len(ctx.batch.dropout_p)
+        found: list[torch.Tensor | None] = [None] * len(saved)
+        wanted = [g for g, grad in enumerate(grads) if grad is not None]
+        places = [g * slots + slot for g in wanted for slot in range(slots)]
+        if any(needs[place] for place in places):
+            lora_a, flat = _present([saved[place] for place in places]), x.reshape(-1, x.shape[-1])
+            ds: Any = [grads[g] for g in wanted]
+            gradients = _grad_a(flat, torch.stack(ds), batch, lora_a, None)
+            for place, gradient in zip(places, gradients, strict=True):
+                found[place] = gradient if needs[place] else None
+        return None, None, *found
+
+
 class MixedLoraLinearKernels(torch.autograd.Function):
-    """`fastlora.mixed.MixedLoraLinear` on kernels; see `forward_linear`."""
+    """`fastlora.mixed.MixedLoraLinear` on kernels; see `forward_linear`.
+
+    With an ``s`` of `MixedLoraShrinkKernels`, every lora_a comes detached, and x is not saved.
+    """
 
     @staticmethod
     def forward(
@@ -129,9 +203,10 @@ class MixedLoraLinearKernels(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         batch: KernelBatch,
+        s: torch.Tensor | None,
         *factors: _Factor,
     ) -> torch.Tensor:
-        y, s = forward_linear(x, weight, bias, batch, factors)
+        y, s = forward_linear(x, weight, bias, batch, factors, s)
         ctx.bias_dtype = None if bias is None else bias.dtype
         _save(ctx, x, weight, s, batch, factors, keep_x=ctx.needs_input_grad[1])
         return y
@@ -144,23 +219,29 @@ class MixedLoraLinearKernels(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])
         # Once: what checkpoints recompute can be taken a single time.
         x, weight, *saved = ctx.saved_tensors
-        dx, d_factors = _backward(ctx, dy, x, weight.to(dy.dtype), saved, needs_x)
+        dx, ds, d_factors = _backward(ctx, dy, x, weight.to(dy.dtype), saved, needs_x)
         d_weight = d_bias = None
         if needs_weight:
             d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if needs_bias:
             d_bias = dy.sum(0).to(ctx.bias_dtype)
-        return dx, d_weight, d_bias, None, *d_factors
+        return dx, d_weight, d_bias, None, ds, *d_factors
 
 
 class MixedLoraAddKernels(torch.autograd.Function):
-    """`fastlora.mixed.MixedLoraAdd` on kernels; see `forward_add`."""
+    """`fastlora.mixed.MixedLoraAdd` on kernels; see `forward_add`, and on s the linear."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, x: torch.Tensor, _: None, batch: KernelBatch, *factors: _Factor
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        _: None,
+        batch: KernelBatch,
+        s: torch.Tensor | None,
+        *factors: _Factor,
     ) -> torch.Tensor:
-        result, s = forward_add(y, x, batch, factors)
+        result, s = forward_add(y, x, batch, factors, s)
         ctx.x_dtype = x.dtype
         _save(ctx, x, None, s, batch, factors)
         return result
@@ -171,8 +252,8 @@ class MixedLoraAddKernels(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
         x, _, *saved = ctx.saved_tensors
-        dx, d_factors = _backward(ctx, dy, x, None, saved, ctx.needs_input_grad[1])
-        return grad, dx, None, None, *d_factors
+        dx, ds, d_factors = _backward(ctx, dy, x, None, saved, ctx.needs_input_grad[1])
+        return grad, dx, None, None, ds, *d_factors
 
 
 def _save(
@@ -185,7 +266,7 @@ def _save(
     keep_x: bool = False,
 ) -> None:
     """Keeps what the backward needs, and no more."""
-    needs = ctx.needs_input_grad[4:]
+    needs = ctx.needs_input_grad[5:]
     ctx.batch, ctx.x_shape = batch._replace(seeds=None), x.shape
     ctx.save_for_backward(
         x if keep_x or any(needs[::3]) else None, weight, s, batch.seeds, *factors
@@ -207,8 +288,8 @@ def _backward(
     weight: torch.Tensor | None,
     saved: Sequence[torch.Tensor],
     needs_x: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Returns the gradients of x, and of all factors in turn.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+    """Returns the gradients of x, of an s that came in, and of all factors in turn.
 
     Args:
         ctx: As `_save` left it.
@@ -219,7 +300,7 @@ def _backward(
         needs_x: Whether x needs a gradient.
     """
     s, seeds, *factors = saved
-    lists, batch, needs = _lists(factors), ctx.batch, ctx.needs_input_grad[4:]
+    lists, batch, needs = _lists(factors), ctx.batch, ctx.needs_input_grad[5:]
     with_bias = [bias is not None for bias in lists.lora_bias]
     with_factors = any(needs[1::3]) or any(needs[2::3])
     operators, slots = torch.ops.fastlora, len(with_bias)
@@ -246,17 +327,44 @@ def _backward(
             gradients[3 * slot + 1 : 3 * slot + 3] = [d_lora_b, d_bias]
     if x is not None and any(needs[::3]):
         flat = x.reshape(-1, x.shape[-1])
-        packed = operators.mixed_lora_grad_a(
-            flat,
-            ds.unsqueeze(0),
-            *batch.route,
-            *_runs(runs_a, batch, flat),
-            lists.lora_a,
-            None if seeds is None else seeds.unsqueeze(0),
-            batch.dropout_p,
-            batch.impl,
-        )
-        gradients[::3] = split_grad_a(packed, lists.lora_a)
-    return dx, [
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    ]
+        own = None if seeds is None else seeds.unsqueeze(0)
+        gradients[::3] = _grad_a(flat, ds.unsqueeze(0), batch, lists.lora_a, own)
+    d_s = ds if ctx.needs_input_grad[4] else None
+    if d_s is not None and torch.is_anomaly_enabled():
+        d_s = _without_the_unwritten(ds, batch, lists.lora_a)
+    return (
+        dx,
+        d_s,
+        [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)],
+    )
+
+
+def _grad_a(
+    flat: torch.Tensor,
+    ds: torch.Tensor,
+    batch: KernelBatch,
+    lora_a: list[torch.Tensor],
+    seeds: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Returns the gradients of the lora_a of G modules, for ds ``[G, M, R]``."""
+    packed = torch.ops.fastlora.mixed_lora_grad_a(
+        flat,
+        ds,
+        *batch.route,
+        *_runs(runs_a, batch, flat),
+        lora_a,
+        seeds,
+        batch.dropout_p * ds.shape[0],
+        batch.impl,
+    )
+    return split_grad_a(packed, lora_a)
+
+
+def _without_the_unwritten(
+    ds: torch.Tensor, batch: KernelBatch, lora_a: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Returns ds with zeros where no adapter has anything, so that no NaN is found there."""
+    # Slots -2 and -1 are rows without an adapter.
+    ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
+    own = ranks[batch.groups.segment_slot.long()[batch.groups.segment_of.long()]]
+    return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)

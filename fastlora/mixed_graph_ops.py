@@ -135,7 +135,7 @@ def _mixed_lora_graph_linear(
 ) -> torch.Tensor:
     batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
     factors = _in_turn(lora_a, lora_b, lora_bias)
-    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, *factors)
+    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, None, *factors)
 
 
 @torch.library.impl(_LIBRARY, "mixed_lora_graph_add", "CompositeImplicitAutograd")
@@ -154,7 +154,7 @@ def _mixed_lora_graph_add(
 ) -> torch.Tensor:
     batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
     factors = _in_turn(lora_a, lora_b, lora_bias)
-    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, *factors)
+    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, None, *factors)
 
 
 @_implements("mixed_lora_pool_add_")

@@ -1,6 +1,7 @@
 """The registered operators of a mixed batch's forward in training: s is kept, dropout acts.
 
-Adapters are their parameters, and shapes are those of `fastlora.mixed_grad_ops`.
+Adapters are their parameters, and shapes are those of `fastlora.mixed_grad_ops`. A module shrinks
+for itself, or takes the s that `mixed_lora_train_shrink` made for all modules that share x.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from fastlora.mixed_grad_tables import (
     aligned_blocks,
     columns_of,
     dropout_tables,
+    max_columns_of,
     max_rank_of,
     ranks_of,
+    table,
 )
 from fastlora.mixed_ops import _shrunk_shape
 from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _precision
@@ -34,6 +37,18 @@ _LIBRARY.define(
     f"mixed_lora_train_add(Tensor y, Tensor x, {_ROUTE}, Tensor pieces, {_FACTORS}, str impl)"
     " -> (Tensor, Tensor)"
 )
+_FACTORS_B = "Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
+_LIBRARY.define(
+    f"mixed_lora_train_shrink(Tensor x, {_ROUTE}, Tensor pieces, Tensor[] lora_a, int modules,"
+    " str impl) -> Tensor"
+)
+_LIBRARY.define(
+    f"mixed_lora_train_linear_of(Tensor x, Tensor weight, Tensor? bias, {_ROUTE}, Tensor s,"
+    f" {_FACTORS_B}, str impl, str plan) -> Tensor"
+)
+_LIBRARY.define(
+    f"mixed_lora_train_add_of(Tensor y, {_ROUTE}, Tensor s, {_FACTORS_B}, str impl) -> Tensor"
+)
 
 
 def _shrink(
@@ -44,38 +59,45 @@ def _shrink(
     lora_a: list[torch.Tensor],
     seeds: torch.Tensor | None,
     dropout_p: list[float],
+    modules: int = 1,
 ) -> tuple[torch.Tensor, bool]:
-    """Returns s, and whether one launch made it."""
+    """Returns s ``[G, M, R]`` of so many modules, and whether one launch made it.
+
+    Dropout is that of the one module, ``G = 1``.
+    """
     from fastlora.kernels import configs, lora_shrink, mixed_grad_configs, mixed_lora_shrink
 
     (m, k), max_rank, device = x.shape, max_rank_of(lora_a), x.device
-    blocks = aligned_blocks(lora_a)
+    blocks, slots = aligned_blocks(lora_a), len(lora_a) // modules
     config = mixed_grad_configs.mixed_train_shrink_config(
-        configs.chip_of(device), max_rank, x.dtype, input_precision=_precision(x.dtype)
+        configs.chip_of(device),
+        max_columns_of(lora_a, slots, modules),
+        x.dtype,
+        input_precision=_precision(x.dtype),
     )
-    splits = _shrunk_shape(m, k, 1, max_rank, False)[0]
-    s = x.new_empty(m, columns_of(max_rank))
-    planes = s.view(1, 1, *s.shape)
+    splits = _shrunk_shape(m, k, modules, max_rank, False)[0]
+    s = x.new_empty(modules, m, columns_of(max_rank))
+    planes = s.unsqueeze(0)
     if splits > 1:
-        planes = x.new_empty(splits, 1, *s.shape, dtype=torch.float32)
+        planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
     mixed_lora_shrink.launch_mixed_lora_shrink(
         planes,
         x,
         *route,
         pieces,
-        addresses_of(blocks, device).unsqueeze(0),
-        ranks_of(lora_a, device).unsqueeze(0),
+        addresses_of(blocks, device).view(modules, slots),
+        ranks_of(lora_a, device).view(modules, slots),
         factor_dtype=lora_a[0].dtype,
         config=config,
         dropout=dropout_tables(slot_start, seeds, dropout_p),
     )
     if splits > 1:
-        lora_shrink.launch_lora_shrink_reduce(s, planes[:, 0], config=config)
+        lora_shrink.launch_lora_shrink_reduce(s.flatten(0, 1), planes.flatten(1, 2), config=config)
     return s, splits == 1
 
 
 def _tables_b(
-    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
     blocks_b: list[torch.Tensor | None],
     blocks_bias: list[torch.Tensor | None],
     scaling: torch.Tensor,
@@ -85,24 +107,106 @@ def _tables_b(
     biases = None
     if any(bias is not None for bias in blocks_bias):
         biases = addresses_of(blocks_bias, device)
-    return addresses_of(blocks_b, device), biases, ranks_of(lora_a, device), scaling
+    ranks = table(tuple(b.shape[1] for b in lora_b), torch.int32, device)
+    return addresses_of(blocks_b, device), biases, ranks, scaling
 
 
 def _expand(
     y: torch.Tensor,
     s: torch.Tensor,
     route: Route,
-    tables: Any,
-    factor_dtype: torch.dtype,
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
 ) -> None:
+    """Adds every row's own adapter to y ``[M, N]``, for s ``[M, R]``."""
     from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_expand
 
+    blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
     config = mixed_grad_configs.mixed_grad_x_add_config(
         configs.chip_of(y.device), *y.shape, y.dtype, input_precision=_precision(y.dtype)
     )
     mixed_lora_expand.launch_mixed_lora_expand(
-        y, s.unsqueeze(0), *route, *tables, factor_dtype=factor_dtype, config=config, by_column=True
+        y,
+        s.unsqueeze(0),
+        *route,
+        *_tables_b(lora_b, blocks_b, blocks_bias, scaling),
+        factor_dtype=lora_b[0].dtype,
+        config=config,
+        by_column=True,
     )
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    route: Route,
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    plan: str,
+    after_shrink: bool,
+) -> torch.Tensor:
+    """Returns y for s ``[M, R]``: linear, or base GEMM and expand.
+
+    ``after_shrink`` says that the launch before is the shrink that made s.
+    """
+    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_linear
+
+    m, n = x.shape[0], weight.shape[0]
+    if plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
+        y = F.linear(x, weight, bias)
+        _expand(y, s, route, lora_b, lora_bias, scaling)
+        return y
+    blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
+    y, chip = x.new_empty(m, n), configs.chip_of(x.device)
+    mixed_lora_linear.launch_mixed_lora_linear(
+        y,
+        x,
+        weight,
+        bias,
+        s.unsqueeze(0),
+        *route,
+        *_tables_b(lora_b, blocks_b, blocks_bias, scaling),
+        factor_dtype=lora_b[0].dtype,
+        config=mixed_grad_configs.mixed_grad_x_config(
+            chip, m, n, x.dtype, input_precision=_precision(x.dtype)
+        ),
+        pdl=chip.has_pdl and after_shrink,
+        by_column=True,
+    )
+    return y
+
+
+@_implements("mixed_lora_train_shrink")
+def _mixed_lora_train_shrink(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    slot_start: torch.Tensor,
+    pieces: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    modules: int,
+    impl: str,
+) -> torch.Tensor:
+    """s ``[G, M, R]`` of G modules without dropout, from one read of x; R is the same for all.
+
+    A module's slots stand side by side in ``lora_a``.
+    """
+    slots = len(lora_a) // modules
+    if impl != "triton":
+        s = x.new_zeros(modules, x.shape[0], columns_of(max_rank_of(lora_a)))
+        for g in range(modules):
+            own = lora_a[g * slots : (g + 1) * slots]
+            made = eager.shrink(x, order, slot_start, own, None, [0.0] * slots)
+            s[g, :, : made.shape[1]] = made
+        return s
+    with _on_device(x):
+        route = (order, segment_of, segment_slot)
+        return _shrink(x, route, slot_start, pieces, lora_a, None, [0.0] * slots, modules)[0]
 
 
 @_implements("mixed_lora_train_linear")
@@ -130,34 +234,39 @@ def _mixed_lora_train_linear(
         s = eager.shrink(x, order, slot_start, lora_a, seeds, dropout_p)
         eager.expand_(y, s, order, slot_start, lora_b, lora_bias, scaling)
         return y, s
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_linear
-
-    (m, n), route = (x.shape[0], weight.shape[0]), (order, segment_of, segment_slot)
+    route = (order, segment_of, segment_slot)
     with _on_device(x):
         s, one_launch = _shrink(x, route, slot_start, pieces, lora_a, seeds, dropout_p)
-        blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
-        tables = _tables_b(lora_a, blocks_b, blocks_bias, scaling)
-        if plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
-            y = F.linear(x, weight, bias)
-            _expand(y, s, route, tables, lora_b[0].dtype)
-            return y, s
-        y, chip = x.new_empty(m, n), configs.chip_of(x.device)
-        mixed_lora_linear.launch_mixed_lora_linear(
-            y,
-            x,
-            weight,
-            bias,
-            s.unsqueeze(0),
-            *route,
-            *tables,
-            factor_dtype=lora_b[0].dtype,
-            config=mixed_grad_configs.mixed_grad_x_config(
-                chip, m, n, x.dtype, input_precision=_precision(x.dtype)
-            ),
-            pdl=chip.has_pdl and one_launch,
-            by_column=True,
-        )
-    return y, s
+        factors = (lora_b, lora_bias, scaling)
+        y = _linear(x, weight, bias, s[0], route, *factors, plan, one_launch)
+    return y, s.squeeze(0)
+
+
+@_implements("mixed_lora_train_linear_of")
+def _mixed_lora_train_linear_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    slot_start: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    impl: str,
+    plan: str,
+) -> torch.Tensor:
+    """y of one module for its s ``[M, R]``, R no smaller than any of its ranks."""
+    factors = (lora_b, lora_bias, scaling)
+    if impl != "triton":
+        y = F.linear(x, weight, bias)
+        eager.expand_(y, s, order, slot_start, *factors)
+        return y
+    with _on_device(x):
+        route = (order, segment_of, segment_slot)
+        return _linear(x, weight, bias, s, route, *factors, plan, False)
 
 
 @_implements("mixed_lora_train_add")
@@ -185,9 +294,46 @@ def _mixed_lora_train_add(
     route = (order, segment_of, segment_slot)
     with _on_device(x):
         s, _ = _shrink(x, route, slot_start, pieces, lora_a, seeds, dropout_p)
-        blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
-        _expand(y, s, route, _tables_b(lora_a, blocks_b, blocks_bias, scaling), lora_b[0].dtype)
-    return y, s
+        _expand(y, s[0], route, lora_b, lora_bias, scaling)
+    return y, s.squeeze(0)
+
+
+@_implements("mixed_lora_train_add_of")
+def _mixed_lora_train_add_of(
+    y: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    slot_start: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    impl: str,
+) -> torch.Tensor:
+    y = y.clone(memory_format=torch.contiguous_format)
+    if impl != "triton":
+        eager.expand_(y, s, order, slot_start, lora_b, lora_bias, scaling)
+        return y
+    with _on_device(y):
+        _expand(y, s, (order, segment_of, segment_slot), lora_b, lora_bias, scaling)
+    return y
+
+
+@torch.library.register_fake("fastlora::mixed_lora_train_shrink")
+def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    lora_a, modules, _ = arguments[5:]
+    return x.new_empty(modules, x.shape[0], columns_of(max_rank_of(lora_a)))
+
+
+@torch.library.register_fake("fastlora::mixed_lora_train_linear_of")
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("fastlora::mixed_lora_train_add_of")
+def _(y: torch.Tensor, *_: Any) -> torch.Tensor:
+    return y.new_empty(y.shape)
 
 
 @torch.library.register_fake("fastlora::mixed_lora_train_linear")

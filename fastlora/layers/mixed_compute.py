@@ -17,7 +17,14 @@ import torch
 
 from fastlora import functional, mixed, ops, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.layers import dora_mixed, mixed_graph, mixed_kernels, mixed_packed, mixed_training
+from fastlora.layers import (
+    dora_mixed,
+    mixed_graph,
+    mixed_kernels,
+    mixed_packed,
+    mixed_siblings,
+    mixed_training,
+)
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import (
     NOT_OUR_GEMM,
@@ -76,7 +83,7 @@ def _mixed_forward(
     if y is not None:
         return y
     check_unmerged(layer)
-    dtype = functional.autocast_dtype(x)
+    given, dtype = x, functional.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
     elif weight.dtype != x.dtype:
@@ -93,7 +100,8 @@ def _mixed_forward(
     if not bare:
         parts = mixed_training.parts_for_kernels(layer, x, routing, without)
         if parts is not None:
-            y = mixed_training.linear(x, weight, bias, routing, projection, parts)
+            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, parts)
+            y = mixed_training.linear(x, weight, bias, routing, projection, parts, s)
             return with_all_absent(layer, y, x, routing)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
@@ -154,7 +162,7 @@ def _mixed_added_forward(
     """`mixed_added_forward` before DoRA's scales; slots of ``without`` add nothing."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
     check_unmerged(layer)
-    dtype = functional.autocast_dtype(x)
+    given, dtype = x, functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
         kernels = _kernels(layer, x, routing)
@@ -168,7 +176,8 @@ def _mixed_added_forward(
         parts = mixed_training.parts_for_kernels(layer, x, routing, without)
         if parts is not None:
             own = any(parts)
-            y = mixed_training.add(y, x, routing, projection, parts)
+            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, parts)
+            y = mixed_training.add(y, x, routing, projection, parts, s)
             return with_all_absent(layer, y, x, routing, own=own)
     elif getattr(layer, "impl", "auto") == "triton":
         raise ImplementationError(

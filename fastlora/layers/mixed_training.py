@@ -107,6 +107,7 @@ def linear(
     routing: Routing,
     projection: int,
     parts: Sequence[Part | None],
+    s: torch.Tensor | None = None,
     plan: str = "auto",
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
@@ -118,14 +119,15 @@ def linear(
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
         parts: Of `parts_for_kernels`.
+        s: The layer's own of `shrink`, or None: it is made here.
         plan: As in `fastlora.functional.lora_linear`.
     """
     if not any(parts):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    batch, factors = _batch(x, routing, projection, parts, plan)
+    batch, factors = _batch(x, routing, projection, parts, plan, s)
     if _wants_grad(x, weight, bias, *factors):
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
-        return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, *factors)
+        return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
     return mixed_autograd.forward_linear(x, weight, bias, batch, factors)[0]
 
 
@@ -135,21 +137,51 @@ def add(
     routing: Routing,
     projection: int,
     parts: Sequence[Part | None],
+    s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns ``y [..., N]`` plus every row's own adapter for ``x [..., K]``."""
+    """Returns ``y [..., N]`` plus every row's own adapter for ``x [..., K]``; s as in `linear`."""
     if not any(parts):
         return y
-    batch, factors = _batch(x, routing, projection, parts, "auto")
+    batch, factors = _batch(x, routing, projection, parts, "auto", s)
     if _wants_grad(y, x, *factors):
         routing.group.packs.clear()
-        return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, *factors)
+        return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
     return mixed_autograd.forward_add(y, x, batch, factors)[0]
 
 
+def shrink(
+    x: torch.Tensor, routing: Routing, projection: int, parts: Sequence[Sequence[Part | None]]
+) -> tuple[torch.Tensor, ...]:
+    """Returns the s of layers that are fed by the same x and drop nothing, for `linear` and `add`.
+
+    In the backward x is read once for all their d_lora_a.
+
+    Args:
+        x: ``[..., K]``.
+        routing: The batch's.
+        projection: Of the first layer.
+        parts: Of each layer.
+    """
+    batch, _ = _batch(x, routing, projection, parts[0], "auto", None)
+    lora_a = [None if part is None else part.lora_a for own in parts for part in own]
+    found: tuple[torch.Tensor, ...] = mixed_autograd.MixedLoraShrinkKernels.apply(
+        x.detach(), batch, *lora_a
+    )
+    return found
+
+
 def _batch(
-    x: torch.Tensor, routing: Routing, projection: int, parts: Sequence[Part | None], plan: str
+    x: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    parts: Sequence[Part | None],
+    plan: str,
+    s: torch.Tensor | None,
 ) -> tuple[mixed_autograd.KernelBatch, list[torch.Tensor | None]]:
-    """Returns what kernels read of the batch, and the factors of all slots in turn."""
+    """Returns what kernels read of the batch, and the factors of all slots in turn.
+
+    The gradient of a lora_a comes through the s that was made with it, if one was.
+    """
     training = _training_routing(routing, projection)
     dropout_p = [0.0 if part is None else part.dropout_p for part in parts]
     batch = mixed_autograd.KernelBatch(
@@ -162,6 +194,8 @@ def _batch(
     factors: list[torch.Tensor | None] = []
     for part in parts:
         factors += [None] * 3 if part is None else part[:3]
+    if s is not None:
+        factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
     return batch, factors
 
 

@@ -33,7 +33,7 @@ _INVARIANT = "the batch-invariant mode is on"
 MIN_ROWS = 1024
 _FEW_ROWS = f"below {MIN_ROWS} rows PyTorch is as fast apart"
 _UNSEEN = "no forward was seen before torch.compile"
-_LAST = "no sibling that is called after it can share"
+LAST = "no sibling that is called after it can share"
 _DROPOUT = "PyTorch has nothing to share under dropout, where each projection masks x for itself"
 
 
@@ -58,7 +58,7 @@ def shared_shrink(
     family = family_of(layer, x)
     if family is None or len(family.members) < 2:
         return None
-    why = _why_not_now()
+    why = why_not_now()
     if not why and ops.resolve_impl(impl, x) != "triton":
         few = x.numel() < MIN_ROWS * x.shape[-1]
         why = _DROPOUT if branch.dropout_p else _FEW_ROWS if few else ""
@@ -90,7 +90,7 @@ def _shared_in_graph(
     elif len(found) > 1 and own:
         layer.note_compiled("")
         return functional.shrink(x, lora_a, [p for _, _, p in found], impl)[own[0]]
-    layer.note_compiled(why or _LAST)
+    layer.note_compiled(why or LAST)
     return None
 
 
@@ -106,7 +106,8 @@ def note_compiled(self: Any, why: str) -> None:
     self.__dict__["_compiled_alone"] = why
 
 
-def _why_not_now() -> str:
+def why_not_now() -> str:
+    """Returns why no layer may share at this moment, or an empty string."""
     # A forward that runs within a backward is a checkpoint's, whose first run could not share.
     recomputed = torch._C._current_graph_task_id() != -1
     if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -129,7 +130,7 @@ def _share(
     members = [reference() for reference in family.members]
     found, why = _sharing(members[members.index(layer) :], layer, x, context[0])
     if len(found) < 2:
-        return None, why or _LAST
+        return None, why or LAST
     lora_a, dropouts = [factor for _, factor, _ in found], [p for _, _, p in found]
     shrunk = functional.shrink(x, lora_a, dropouts, context[0])
     shares = [

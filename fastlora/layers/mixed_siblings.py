@@ -1,0 +1,142 @@
+"""In mixed batches with gradients on kernels, layers fed by the same tensor share passes over it.
+
+Siblings are found, and results are used, as in `fastlora.layers.shared_shrink`: the first sibling
+that is called makes everybody's s in one node, whose backward forms all their d_lora_a
+(`fastlora.mixed_autograd.MixedLoraShrinkKernels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora import functional
+from fastlora.in_force import routing_of
+from fastlora.layers.branch import is_hooked
+from fastlora.layers.dora_mixed import dora_slots
+from fastlora.layers.mixed_training import Part, parts_for_kernels, shrink
+from fastlora.layers.shared_shrink import LAST, why_not_now
+from fastlora.routing import Routing
+from fastlora.siblings import Family, family_of, keep_shares, take_share
+from fastlora.validation import FastLoraError
+
+_Parts = Sequence[Part | None]
+
+_DROPOUT = "under dropout each of them masks x for itself"
+
+
+def shared_shrink(
+    layer: Any,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    routing: Routing,
+    projection: int,
+    parts: _Parts,
+) -> torch.Tensor | None:
+    """Returns the layer's s from the pass over x that it shares, None where it has its own.
+
+    Args:
+        layer: Computed by kernels.
+        x: Its input, the very tensor that it was called with.
+        rows: The same in the dtype that is computed in.
+        routing: The batch's.
+        projection: The layer's number in its model.
+        parts: Of `parts_for_kernels`.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
+        return None
+    family = family_of(layer, x)
+    if family is None or len(family.members) < 2:
+        return None
+    s, why = None, why_not_now()
+    if not why:
+        context = (routing, functional.autocast_dtype(x))
+        s = take_share(layer, x, context, _key(parts))
+        if s is None:
+            s, why = _share(layer, x, rows, projection, parts, family, context)
+    family.why_not[id(layer)] = why
+    return s
+
+
+def _key(parts: _Parts) -> tuple[Any, ...]:
+    """What a share depends on: factors, unchanged since, and no dropout."""
+    return tuple(
+        None if part is None else (id(part.lora_a), part.lora_a._version, part.dropout_p)
+        for part in parts
+    )
+
+
+def _share(
+    layer: Any,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    projection: int,
+    parts: _Parts,
+    family: Family,
+    context: tuple[Routing, torch.dtype | None],
+) -> tuple[torch.Tensor | None, str]:
+    """Computes for a layer and those siblings that have yet to be called.
+
+    Returns:
+        The layer's s, or None and why there is none.
+    """
+    why = _why_not(layer, parts, rows)
+    if why:
+        return None, why
+    members = [reference() for reference in family.members]
+    found = [(layer, parts)]
+    dtype = _first(parts).lora_a.dtype
+    for member in members[members.index(layer) + 1 :]:
+        if member is None:
+            continue
+        others, reason = _parts_of(member, rows, context[0], dtype)
+        if others is not None:
+            found.append((member, others))
+        else:
+            why = f"of its siblings, {reason}"
+    if len(found) < 2:
+        return None, why or LAST
+    made = shrink(rows, context[0], projection, [own for _, own in found])
+    shares = [(member, _key(own), s) for (member, own), s in zip(found, made, strict=True)]
+    keep_shares(x, context, shares[1:])
+    return made[0], ""
+
+
+def _first(parts: _Parts) -> Part:
+    return next(part for part in parts if part is not None)
+
+
+def _parts_of(
+    layer: Any, rows: torch.Tensor, routing: Routing, dtype: torch.dtype
+) -> tuple[_Parts | None, str]:
+    """Returns the parts that a sibling will compute with, or None and why not."""
+    routed = routing_of(layer)
+    if routed is None or routed[0] is not routing:
+        return None, "one of them is of another model"
+    dora = dora_slots(layer, routing)
+    try:
+        parts = parts_for_kernels(layer, rows, routing, () if dora is None else dora.dropped)
+    except (FastLoraError, ValueError):  # which its own call will raise
+        return None, "one of them cannot run"
+    if parts is None:
+        return None, "one of them runs without kernels"
+    why = _why_not(layer, parts, rows)
+    if not why and _first(parts).lora_a.dtype != dtype:
+        why = "they have factors of different dtypes"
+    return (None, why) if why else (parts, "")
+
+
+def _why_not(layer: Any, parts: _Parts, rows: torch.Tensor) -> str:
+    """Returns why a layer has its own pass over x, or an empty string."""
+    present = [part for part in parts if part is not None]
+    if is_hooked(layer):
+        return "one of them has hooks"
+    if any(part.dropout_p for part in present):
+        return _DROPOUT
+    if not any(part.lora_a.requires_grad for part in present):
+        return "one of them is frozen, or no adapter of the batch acts on it"
+    if any(part.lora_a.shape[1] != rows.shape[-1] for part in present):
+        return "one of them takes another number of features"
+    return ""

@@ -1,0 +1,314 @@
+"""Siblings in mixed batches with gradients: one launch for their s, and one for their d_lora_a."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mixed_grad_problem import GradProblem  # noqa: E402
+from test_mixed_layers import Attention, eager  # noqa: E402
+from test_mixed_training_layers import NAMES, Scaled, compare, step, trainable  # noqa: E402
+
+import fastlora  # noqa: E402
+from fastlora import adapters, fusion_report  # noqa: E402
+from fastlora.inject import lora_layers  # noqa: E402
+from fastlora.testing import assert_within_budget  # noqa: E402
+from fastlora.train import train_adapters  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def on_the_labs_device(lab: Any) -> Iterator[None]:
+    """Tensors are made where the kernels run, of NaN until somebody writes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.device(lab.device):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func._schema.name.removeprefix("fastlora::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Modules of each launch of the shrink."""
+    from fastlora.kernels import mixed_lora_shrink
+
+    found: list[int] = []
+    launch = mixed_lora_shrink.launch_mixed_lora_shrink
+
+    def counted(s: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        found.append(s.shape[1])
+        launch(s, *args, **kwargs)
+
+    monkeypatch.setattr(mixed_lora_shrink, "launch_mixed_lora_shrink", counted)
+    return found
+
+
+def counted_step(model: Any, x: torch.Tensor, names: Any) -> tuple[Counter[str], Any]:
+    """Calls of operators in a step, and what `step` returns."""
+    with Calls() as calls:
+        found = step(model, x, names)
+    return calls.count, found
+
+
+def notes(model: Any) -> list[str]:
+    """What the fusion report says of q, k, v and o."""
+    return [row.siblings for row in fusion_report(model).rows]
+
+
+def test_values_and_gradients(dtype: torch.dtype, launches: list[int]) -> None:
+    """Mixed ranks, lora_bias, an adapter that k and v lack, base rows; few rows and many."""
+    model = trainable(5, dtype)
+    x = torch.randn(9, 9 if dtype == torch.float32 else 1, 64).to(dtype)
+    count, apart = counted_step(model, x, NAMES)
+    assert launches == [1] * 4
+    assert count["mixed_lora_grad_a"] == 4
+    launches.clear()
+    count, found = counted_step(model, x, NAMES)
+    assert launches == [3, 1]  # of q, k and v; of o
+    assert count["mixed_lora_grad_a"] == 2
+    assert notes(model)[:3] == ["3 share x"] * 3
+    slow = eager(model)
+    near, exact = step(slow, x, NAMES), step(slow.double(), x.double(), NAMES)
+    compare(found, near, exact)
+    compare(found, apart, exact)
+
+
+def test_autocast(launches: list[int]) -> None:
+    """The tensor that the layers are called with counts, not each layer's copy in half."""
+    model = trainable(3, torch.float32)
+    x, names = torch.randn(6, 64), ["a1", None, "a0", "a2", "a1", "a0"]
+
+    def run(some: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast(x.device.type, torch.float16):
+            return {name: tensor.half() for name, tensor in step(some, x, names).items()}
+
+    run(model)
+    launches.clear()
+    found = run(model)
+    assert launches == [3, 1]
+    slow = eager(model)
+    compare(found, run(slow), step(slow.double(), x.double(), names))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_backward_of_some_siblings_and_in_another_thread(launches: list[int]) -> None:
+    """Who takes no part gets no gradient, as apart; anomaly detection finds nothing unwritten."""
+    model = trainable(3, torch.float32)
+    layers = model.base_model.model
+    x, names = torch.randn(5, 64), ["a1", "a0", None, "a2", "a0"]
+
+    def run() -> dict[str, torch.Tensor]:
+        with adapters(model, names):
+            q, k, _ = layers.q(x), layers.k(x), layers.v(x)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            loss = q.pow(2).sum() + k.pow(2).sum()
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    apart = run()
+    layers.q(x.clone())
+    launches.clear()
+    shared = run()
+    assert launches == [3]
+    exact = step_of_two(eager(model).double(), x.double(), names)
+    assert set(shared) == set(apart) == set(exact)
+    for name, gradient in shared.items():
+        assert_within_budget(gradient, apart[name], exact[name], name)
+
+
+def step_of_two(model: Any, x: torch.Tensor, names: Any) -> dict[str, torch.Tensor]:
+    """The gradients of parameters where v takes no part."""
+    layers = model.base_model.model
+    with adapters(model, names):
+        (layers.q(x).pow(2).sum() + layers.k(x).pow(2).sum()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_absent_adapters_get_zeros() -> None:
+    """Of all siblings, where processes share a batch."""
+    model = trainable(5, torch.float32)
+    x, names = torch.randn(4, 64), ["a1", None, "a4", "a1"]
+
+    def run(some: Any, given: torch.Tensor) -> dict[str, torch.Tensor]:
+        with adapters(some, names, absent_gradients=True):
+            some(given).pow(2).sum().backward()
+        found = {n: p.grad for n, p in some.named_parameters() if p.grad is not None}
+        some.zero_grad(set_to_none=True)
+        return found
+
+    run(model, x)
+    found = run(model, x)
+    assert notes(model)[:3] == ["3 share x"] * 3
+    assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(g.any() for n, g in found.items() if ".a1." not in n and ".a4." not in n)
+    slow = eager(model)
+    compare(found, run(slow, x), run(slow.double(), x.double()))
+
+
+def test_frozen_adapters() -> None:
+    """What is asked for is right, and the rest is None; a layer that is frozen shares nothing."""
+    model = trainable(3, torch.float32)
+    x, names = torch.randn(5, 64), ["a1", "a0", None, "a2", "a0"]
+    step(model, x, names)
+    slow = eager(model)
+    near, exact = step(slow, x, names), step(slow.double(), x.double(), names)
+    for frozen in (".a0.", "lora_B", ".k.lora_"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and frozen not in name)
+        count, found = counted_step(model, x, names)
+        assert count["mixed_lora_grad_a"] == 2
+        kept = {name for name in near if frozen not in name}
+        compare(found, {n: near[n] for n in kept}, {n: exact[n] for n in kept})
+    assert notes(model)[:3] == [
+        "3 share x",
+        "3, not shared: one of them is frozen, or no adapter of the batch acts on it",
+        "3 share x",
+    ]
+
+
+def test_what_is_not_shared(launches: list[int]) -> None:
+    """A written x, another batch, a written factor, dropout, hooks: each layer as if alone."""
+    model = trainable(3, torch.float32, lora_dropout=0.5)
+    layers = model.base_model.model
+    x, names = torch.randn(4, 64), ["a1", None, "a0", "a2"]
+    step(model, x, names)
+
+    def together(between: Any = None, others: Any = names) -> list[int]:
+        """Modules of each launch of q and k, where k's values are those of a lone call."""
+        launches.clear()
+        own = x.clone()
+        with adapters(model, names):
+            layers.q(own)
+            if between is not None:
+                between(own)
+            if others is names:
+                found = layers.k(own)
+        if others is not names:
+            with adapters(model, others):
+                found = layers.k(own)
+        made = list(launches)
+        with adapters(model, others):
+            assert torch.equal(found, layers.k(own.clone()))
+        return made
+
+    assert together() == [3]
+    assert together(lambda own: own.mul_(2)) == [3, 2]  # v has yet to be called
+    assert together(others=["a2", "a1", None, "a0"]) == [3, 2]
+    weight = layers.k.lora_A["a1"].weight
+    assert together(lambda _: weight.detach().mul_(2)) == [3, 2]
+    hook = layers.k.register_forward_hook(lambda *_: None)
+    assert together() == [2, 1]
+    hook.remove()
+    layers.k.train()
+    launches.clear()
+    step(model, x, names)
+    assert launches == [2, 1, 1]
+    assert notes(model)[1] == "3, not shared: under dropout each of them masks x for itself"
+    layers.q.impl = layers.k.impl = "eager"
+    layers.k.eval()
+    launches.clear()
+    step(model, x, names)
+    assert launches == [1, 1]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> None:
+    """A repeated forward must save what the first one saved."""
+    model = trainable(3, torch.float32)
+    x, names = torch.randn(4, 64), ["a1", None, "a0", "a2"]
+    step(model, x, names)
+    launches.clear()
+    leaf = x.clone().requires_grad_()
+    with adapters(model, names):
+        y = torch.utils.checkpoint.checkpoint(model, leaf, use_reentrant=use_reentrant)
+    y.pow(2).sum().backward()
+    assert set(launches) == {1}
+    slow = eager(model)
+    near, exact = step(slow, x, names), step(slow.double(), x.double(), names)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    compare({"y": y.detach(), "dx": leaf.grad, **found}, near, exact)
+
+
+@pytest.mark.parametrize("k", [24, 2048], ids=["whole", "split"])
+def test_operators_agree_with_the_eager_ones(lab: Any, k: int) -> None:
+    """Those that make or take a shared s: schemas, fakes, values; s in planes of K too."""
+    ops = torch.ops.fastlora
+    problem = GradProblem(lab, [0, 2, -1, 1, 0], 20, k, torch.float32, ranks=(1, 3, 8))
+    x, weight, _, *route, pieces = problem.forward_arguments("fused")[:8]
+    shrink = (x, *route, pieces, [*problem.lora_a, *problem.lora_a[::-1]], 2)
+    s = ops.mixed_lora_train_shrink(*shrink, "eager")
+    factors = (problem.lora_b, problem.lora_bias, problem.scaling)
+    linear, add = (x, weight, None, *route, s[0], *factors), (problem.dy, *route, s[0], *factors)
+    calls = {
+        "mixed_lora_train_shrink": (shrink, ()),
+        "mixed_lora_train_linear_of": (linear, ("auto",)),
+        "mixed_lora_train_add_of": (add, ()),
+    }
+    for name, (arguments, rest) in calls.items():
+        operator, given = getattr(ops, name), (*arguments, "triton", *rest)
+        torch.library.opcheck(
+            operator.default, given, test_utils=("test_schema", "test_faketensor")
+        )
+        made, plain = operator(*given), operator(*arguments, "eager", *rest)
+        if name == "mixed_lora_train_shrink":
+            # Where no adapter has anything, kernels write nothing.
+            made = torch.where(plain == 0, plain, made)
+            assert bool((plain != 0).any(-1).any(-1).all())
+        exact = operator(*in_float64(arguments), "eager", *rest)
+        assert_within_budget(made, plain, exact, name)
+
+
+def in_float64(value: Any) -> Any:
+    """The same arguments with every floating-point tensor in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(in_float64, value)) if isinstance(value, (list, tuple)) else value
+
+
+def test_beside_base_layers_called_as_they_are(dtype: torch.dtype, launches: list[int]) -> None:
+    """q and k add their adapters to their base layers' output, v is fused: one s for all."""
+    torch.manual_seed(0)
+    base = Attention()
+    base.q.__class__ = base.k.__class__ = Scaled
+    config = {"target_modules": ["q", "k", "v"], "init_lora_weights": False}
+    model = fastlora.get_peft_model(
+        base, fastlora.LoraConfig(r=8, **config), "a0", autocast_adapter_dtype=False
+    )
+    model.add_adapter("a1", fastlora.LoraConfig(r=3, lora_bias=True, **config))
+    model = model.to(dtype).eval()
+    train_adapters(model, ["a0", "a1"])
+    for layer in lora_layers(model):
+        layer.impl = "triton"
+    x, names = torch.randn(5, 7, 64).to(dtype), ["a1", "a0", None, "a1", "a0"]
+    step(model, x, names)
+    step(model, torch.randn(5, 7, 64).to(dtype), names)
+    launches.clear()
+    found = step(model, x, names)
+    assert launches == [3]
+    slow = eager(model)
+    compare(found, step(slow, x, names), step(slow.double(), x.double(), names))
