@@ -7,6 +7,7 @@ that is called makes everybody's s in one node, whose backward forms all their d
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,10 +53,13 @@ def shared_shrink(
         return None
     s, why = None, why_not_now()
     if not why:
-        context = (routing, functional.autocast_dtype(x))
+        # Of a block that has ended nothing is held: it knows all layers of its model.
+        context = (weakref.ref(routing), functional.autocast_dtype(x))
         s = take_share(layer, x, context, _key(parts))
         if s is None:
-            s, why = _share(layer, x, rows, projection, parts, family, context)
+            s, why, shares = _share(layer, family, rows, routing, projection, parts)
+            if shares:
+                keep_shares(x, context, shares)
     family.why_not[id(layer)] = why
     return s
 
@@ -70,38 +74,35 @@ def _key(parts: _Parts) -> tuple[Any, ...]:
 
 def _share(
     layer: Any,
-    x: torch.Tensor,
+    family: Family,
     rows: torch.Tensor,
+    routing: Routing,
     projection: int,
     parts: _Parts,
-    family: Family,
-    context: tuple[Routing, torch.dtype | None],
-) -> tuple[torch.Tensor | None, str]:
+) -> tuple[torch.Tensor | None, str, list[tuple[Any, Any, torch.Tensor]]]:
     """Computes for a layer and those siblings that have yet to be called.
 
     Returns:
-        The layer's s, or None and why there is none.
+        The layer's s, or None and why there is none; the siblings' shares.
     """
     why = _why_not(layer, parts, rows)
     if why:
-        return None, why
+        return None, why, []
     members = [reference() for reference in family.members]
-    found = [(layer, parts)]
-    dtype = _first(parts).lora_a.dtype
+    found, dtype = [(layer, parts)], _first(parts).lora_a.dtype
     for member in members[members.index(layer) + 1 :]:
         if member is None:
             continue
-        others, reason = _parts_of(member, rows, context[0], dtype)
+        others, reason = _parts_of(member, rows, routing, dtype)
         if others is not None:
             found.append((member, others))
         else:
             why = f"of its siblings, {reason}"
     if len(found) < 2:
-        return None, why or LAST
-    made = shrink(rows, context[0], projection, [own for _, own in found])
+        return None, why or LAST, []
+    made = shrink(rows, routing, projection, [own for _, own in found])
     shares = [(member, _key(own), s) for (member, own), s in zip(found, made, strict=True)]
-    keep_shares(x, context, shares[1:])
-    return made[0], ""
+    return made[0], "", shares[1:]
 
 
 def _first(parts: _Parts) -> Part:

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="triton is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
 from mixed_grad_problem import GradProblem  # noqa: E402
 from test_mixed_layers import Attention, eager  # noqa: E402
 from test_mixed_training_layers import NAMES, Scaled, compare, step, trainable  # noqa: E402
 
 import fastlora  # noqa: E402
 from fastlora import adapters, fusion_report  # noqa: E402
+from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.train import train_adapters  # noqa: E402
@@ -92,6 +94,38 @@ def test_values_and_gradients(dtype: torch.dtype, launches: list[int]) -> None:
     near, exact = step(slow, x, NAMES), step(slow.double(), x.double(), NAMES)
     compare(found, near, exact)
     compare(found, apart, exact)
+
+
+@pytest.mark.skipif(not triton_interpreted(), reason="bytes are counted in the interpreter")
+def test_x_is_read_once_forward_and_once_backward() -> None:
+    """Where the siblings' ranks fit one block together: a third of what q, k and v read apart."""
+    model = trainable(2, torch.float16, r=16, target_modules=["q", "k", "v"])
+    x, names = torch.randn(64, 64).half(), ["a0", "a1"] * 32
+    issued = []
+    for _ in range(2):
+        with ByteCounter(x=[x]) as counter:
+            step(model, x, names)
+        stems = ("_mixed_lora_shrink_kernel", "_mixed_lora_grad_a_kernel")
+        read = [counter.kernels[stem].loads["x"] for stem in stems]
+        assert [traffic.issued for traffic in read] == [traffic.distinct for traffic in read]
+        issued.append([traffic.issued for traffic in read])
+    apart, shared = issued
+    assert shared == [x.nbytes] * 2
+    assert apart == [3 * x.nbytes] * 2
+
+
+def test_dora_slots() -> None:
+    """An adapter with DoRA shares as any other: its scales come after."""
+    model = trainable(2, torch.float32)
+    config = fastlora.LoraConfig(r=4, target_modules=["q", "v"], use_dora=True)
+    model.add_adapter("d", config)
+    train_adapters(model, ["a0", "a1", "d"])
+    x, names = torch.randn(5, 64), ["d", "a1", None, "a0", "d"]
+    step(model, x, names)
+    count, found = counted_step(model, x, names)
+    assert count["mixed_lora_grad_a"] == 2
+    slow = eager(model)
+    compare(found, step(slow, x, names), step(slow.double(), x.double(), names))
 
 
 def test_autocast(launches: list[int]) -> None:
