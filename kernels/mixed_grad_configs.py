@@ -164,7 +164,7 @@ MIXED_GRAD: dict[str, dict[str, MixedGradTiles]] = {
 def mixed_train_shrink_config(
     chip: Chip, max_rank: int, dtype: torch.dtype, *, input_precision: str = "ieee"
 ) -> MixedShrinkConfig:
-    """Returns the config of `launch_mixed_lora_shrink` for one module and any number of rows.
+    """Returns the config of `launch_mixed_lora_shrink` in training, for any number of rows.
 
     ``input_precision``, "ieee" or "tf32", matters for fp32 only.
     """

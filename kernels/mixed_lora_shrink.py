@@ -265,7 +265,7 @@ def launch_mixed_lora_shrink(
         lora_a_address: int64 ``[G, S]``: where each slot's lora_a ``[rank, K]`` lies.
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         factor_dtype: Of the factors; they are cast to x's dtype at the load.
-        config: From `mixed_shrink_config`.
+        config: From `mixed_shrink_config` or `mixed_train_shrink_config`.
         dropout: Of the one module, ``G = 1``; None for none.
     """
     m, k = x.shape

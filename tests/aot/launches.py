@@ -27,7 +27,12 @@ from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from chips import GPUS as CHIPS  # noqa: E402
 from grad_launches import MODULES, GradOperands  # noqa: E402
-from mixed_grad_launches import MIXED_MODULES, MixedGradOperands, is_compiled  # noqa: E402
+from mixed_grad_launches import (  # noqa: E402
+    MIXED_MODULES,
+    SHARED_BY_SIBLINGS,
+    MixedGradOperands,
+    is_compiled,
+)
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
 _SLOTS = 64
@@ -64,7 +69,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     nothing can be vectorised. "alone" is heavy without siblings, of the shrinks so narrow that they
     often run so. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
     siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
-    parameter lies.
+    parameter lies. "siblings" is that for three modules that share x, which are without dropout.
     """
     result = []
     for chip in chips:
@@ -89,6 +94,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
         for shipped in all_mixed_grad_shipped(chip):
             if is_compiled(chip, shipped):
                 result.append(Case(chip.arch, shipped, "training"))
+                if shipped.kernel in SHARED_BY_SIBLINGS and shipped.dtype == torch.bfloat16:
+                    result.append(Case(chip.arch, shipped, "siblings"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -108,6 +115,7 @@ class _Operands(GradOperands, MixedGradOperands):
         self.stem, self.dtype, self.r, self.config = case.shipped
         self.heavy = case.variant != "plain"
         self.modules = 3 if self.heavy and case.variant not in ("alone", "unshared") else 1
+        self.siblings = case.variant == "siblings"
         chip = next(chip for chip in CHIPS if chip.arch == case.arch)
         self.pdl = chip.has_pdl
         self.m = _ROWS if case.is_mixed else getattr(self.config, "block_m", _ROWS)

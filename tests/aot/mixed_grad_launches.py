@@ -19,6 +19,8 @@ MIXED_MODULES = {
     "mixed_lora_train_linear": "mixed_lora_linear",
     "mixed_lora_train_expand": "mixed_lora_expand",
 }
+# Launches that siblings share in training.
+SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 _SLOTS = 64
 _PLANES = 96
 _RUN = 128
@@ -39,6 +41,7 @@ class MixedGradOperands:
     """What `launches._Operands` calls the launchers with; its attributes are described there."""
 
     config: Any
+    siblings: bool
     m: int
     n: int
     k: int
@@ -54,20 +57,23 @@ class MixedGradOperands:
     def planes(self, *shape: int) -> torch.Tensor:
         return self.empty(*shape, dtype=torch.float32)
 
-    def drops(self) -> DropoutTables:
-        """Returns the tables of a dropout."""
+    def drops(self) -> DropoutTables | None:
+        """Returns the tables of a dropout, None where siblings share a launch."""
+        if self.siblings:
+            return None
         return DropoutTables(
             self.ints(_SLOTS + 1), self.addresses(_SLOTS), self.ints(_SLOTS), self.planes(_SLOTS)
         )
 
     def mixed_lora_train_shrink(self, launch: Callable[..., None]) -> None:
+        modules = 3 if self.siblings else 1
         launch(
-            self.planes(4, 1, self.m, 64),
+            self.planes(4, modules, self.m, 64),
             self.empty(self.m, self.k),
             *self.route(),
             self.ints(_SLOTS),
-            self.addresses(1, _SLOTS),
-            self.ints(1, _SLOTS),
+            self.addresses(modules, _SLOTS),
+            self.ints(modules, _SLOTS),
             factor_dtype=self.factor_dtype,
             config=self.config,
             dropout=self.drops(),
@@ -126,13 +132,14 @@ class MixedGradOperands:
         )
 
     def mixed_lora_grad_a(self, launch: Callable[..., None]) -> None:
+        modules = 3 if self.siblings else 1
         launch(
-            self.planes(_PLANES, 1, 64, self.k),
+            self.planes(_PLANES, modules, 64, self.k),
             self.empty(self.m, self.k),
-            self.empty(1, self.m, 64),
+            self.empty(modules, self.m, 64),
             *self.route(),
             self.ints(_SLOTS),
-            self.ints(1, _SLOTS),
+            self.ints(modules, _SLOTS),
             rows=_RUN,
             max_columns=64,
             config=self.config,

@@ -22,6 +22,7 @@ from fastlora.kernels.configs import Chip  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 from compile_kernels import TABLE, Resources, key_of  # noqa: E402
 from launches import MIXED_K_LOOPS, cases  # noqa: E402
+from mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
 
 COMPILE = Path(__file__).with_name("compile_kernels.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -197,6 +198,12 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
             tile = 2 * int(row["block_m"]) * int(row[columns])
             copies = tile // (16 * 32 * int(row["warps"]))
             assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
+    for kernel in SHARED_BY_SIBLINGS:
+        own, shared = (
+            {row["block_r"] for row in of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=v)}
+            for v in ("training", "siblings")
+        )
+        assert shared == own
     for kernel in ("mixed_lora_grad_x", "mixed_lora_grad_x_add"):
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
         assert {row["block_m"] for row in half} == {"64", "128"}
@@ -227,7 +234,7 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
         row
         for row in of(rows, arch=arch)
         if row["kernel"].startswith("mixed_")
-        and row["variant"] not in ("uneven", "training")
+        and row["variant"] not in ("uneven", "training", "siblings")
         and not is_fma(row)
     ]
     assert mixed
