@@ -19,19 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.packed_choice import Rows, is_dense
+
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors.
 _MOST_SETS = 2
 # Batches whose layers' findings a set keeps.
 _MOST_READY = 8
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
-# Up to so many rank rows, dense products beat moving the rows (one core with AMX, 576 x 576, r 16,
-# over the base product: fp32 decode 1.39 against 1.50 with 4 adapters, 2.13 against 1.55 with 16;
-# bf16 prefill 2.65 against 3.45 with 16).
-_DENSE_RANK_ROWS = {2: 256, 4: 64, 8: 64}
-# From so many rows on only one adapter's are dense in fp32: 4 adapters of rank 16 on 1,024 rows of
-# SmolLM2, over the base model, 1.21 dense.
-_MANY_ROWS = 256
 # From so many units on, their number is rounded up so that they can be coalesced.
 _ROUNDED_UNITS = 8
 
@@ -79,21 +74,14 @@ class Layout:
         return self.unit * self.units
 
 
-def has_many_rows(rows: int, dtype: torch.dtype) -> bool:
-    """Whether a batch has so many rows that a dense product's waste outweighs moving them."""
-    return dtype.itemsize > 2 and rows > _MANY_ROWS
-
-
-def is_dense(layout: Layout, dtype: torch.dtype, many_rows: bool) -> bool:
-    """Whether every row of a batch in ``dtype`` had better meet all rank rows."""
-    if many_rows:
-        return layout.units == 1
-    return layout.rank_rows <= _DENSE_RANK_ROWS[dtype.itemsize]
-
-
 def is_coalesced(dtype: torch.dtype) -> bool:
     """Whether batched products in ``dtype`` want several units to a block."""
     return dtype.itemsize == 2
+
+
+def rank_rows_first(dtype: torch.dtype, rows: Rows) -> bool:
+    """Whether lora_a, but for dense products, is packed with K last."""
+    return is_coalesced(dtype) or rows is not Rows.FEW
 
 
 @functools.lru_cache(maxsize=256)
@@ -124,10 +112,10 @@ class LayerPack(NamedTuple):
 
     Attributes:
         layout: Of the rank rows.
-        lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products;
-            for blocks ``[units, L, unit, K]`` where they are coalesced, else
-            ``[units, K, L * unit]``. With K first, products of 64 rows in fp32 take two thirds to
-            four fifths of the time (K = 576; one core with AVX-512).
+        lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products; else
+            ``[units, L, unit, K]`` or, for few rows in fp32, ``[units, K, L * unit]``: with K first
+            products of 64 rows in fp32 take two thirds to four fifths of the time (K = 576; one
+            core with AVX-512).
         member: This layer's place among the L.
         members: Numbers of the L layers.
         lora_b: Times the scaling, ``[rank rows, N]`` for dense products, else ``[units, unit, N]``.
@@ -158,8 +146,8 @@ class SetPack:
     def __init__(self, watch: Any, generation: int) -> None:
         self.watch, self.generation = watch, generation
         self.tables: Any = None
-        self._met: set[tuple[int, torch.dtype, bool]] = set()
-        self._packs: dict[tuple[int, torch.dtype, bool], LayerPack | None] = {}
+        self._met: set[tuple[int, torch.dtype, Rows]] = set()
+        self._packs: dict[tuple[int, torch.dtype, Rows], LayerPack | None] = {}
         self._ready: dict[Any, dict[int, Any]] = {}
 
     def ready_for(self, rows: Any) -> dict[int, Any]:
@@ -175,11 +163,9 @@ class SetPack:
             known = self._ready[rows] = {}
         return known
 
-    def get(
-        self, number: int, dtype: torch.dtype, many_rows: bool
-    ) -> tuple[LayerPack | None, bool]:
+    def get(self, number: int, dtype: torch.dtype, rows: Rows) -> tuple[LayerPack | None, bool]:
         """Returns a layer's pack, or None; and whether the layer is to be packed now."""
-        key = (number, dtype, many_rows)
+        key = (number, dtype, rows)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
             return pack, False
@@ -192,12 +178,12 @@ class SetPack:
         self,
         numbers: Sequence[int],
         dtype: torch.dtype,
-        many_rows: bool,
+        rows: Rows,
         packs: Sequence[LayerPack | None],
     ) -> None:
         """Keeps the packs of layers; None for one whose factors cannot be packed."""
         for number, pack in zip(numbers, packs, strict=True):
-            self._packs[(number, dtype, many_rows)] = pack
+            self._packs[(number, dtype, rows)] = pack
 
     @property
     def nbytes(self) -> int:
@@ -262,7 +248,7 @@ def pack_layers(
     numbers: Sequence[int],
     layers: Sequence[Sequence[Factors | None]],
     dtype: torch.dtype,
-    many_rows: bool,
+    rows: Rows,
 ) -> list[LayerPack | None]:
     """Packs layers that are fed by the same tensor.
 
@@ -270,7 +256,7 @@ def pack_layers(
         numbers: The layers' numbers.
         layers: For each layer the factors of each adapter of the set, None where it has none.
         dtype: Of x, which factors are rounded to.
-        many_rows: As `has_many_rows` says of the batch.
+        rows: The kind of batch that they are for.
 
     Returns:
         A pack for each layer; None where no adapter has factors, or some are not finite: a product
@@ -284,7 +270,7 @@ def pack_layers(
         if layout is not None:
             members = tuple(numbers[index] for index in indices)
             own = [layers[index] for index in indices]
-            found = _pack_siblings(layout, members, own, dtype, many_rows)
+            found = _pack_siblings(layout, members, own, dtype, rows)
             for index, pack in zip(indices, found, strict=True):
                 packs[index] = pack
     return packs
@@ -295,16 +281,16 @@ def _pack_siblings(
     members: tuple[int, ...],
     layers: Sequence[Sequence[Factors | None]],
     dtype: torch.dtype,
-    many_rows: bool,
+    rows: Rows,
 ) -> list[LayerPack] | list[None]:
     """`pack_layers` for layers of one layout."""
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
-    dense, many = is_dense(layout, dtype, many_rows), len(layers)
+    dense, many = is_dense(layout.unit, layout.units, dtype, rows), len(layers)
     if dense:
         lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
         parts = lora_a.permute(1, 2, 3, 0).unbind(0)
-    elif is_coalesced(dtype):
+    elif rank_rows_first(dtype, rows):
         lora_a = torch.zeros(layout.units, many, layout.unit, k, dtype=dtype, device=device)
         parts = lora_a.unbind(1)
     else:
@@ -318,7 +304,7 @@ def _pack_siblings(
         return [None] * len(layers)
     if dense:
         lora_a = lora_a.view(k, -1)
-    elif not is_coalesced(dtype):
+    elif not rank_rows_first(dtype, rows):
         lora_a = lora_a.view(layout.units, k, -1)
     return [
         LayerPack(

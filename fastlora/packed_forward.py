@@ -4,6 +4,8 @@ Which products is a matter of how many rank rows there are (`_plan`):
 
 - dense: every row meets all rank rows, and keeps those of its own adapter. No row moves.
 - blocks: rows meet the rank rows of a few adapters, in one batched product. Rows are gathered once.
+- samples: where blocks would be uneven, the tokens of a sample meet its adapter's rank rows, in one
+  batched product. Factors are gathered, and no row moves.
 
 Other adapters' columns of s are replaced by zeros, never multiplied, and packed factors are finite:
 nothing of one row or adapter reaches another row.
@@ -19,14 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.packed import (
-    WIDEST_BLOCK,
-    LayerPack,
-    Layout,
-    has_many_rows,
-    is_coalesced,
-    is_dense,
-)
+from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_coalesced
+from fastlora.packed_choice import Rows, is_dense, kind_of
 from fastlora.routing import RowRouting
 
 # Where units are coalesced, a block wants so many rows: in bf16, 64 rows of 64 adapters take 4.6
@@ -34,7 +30,7 @@ from fastlora.routing import RowRouting
 _FEW_ROWS = 4
 # Blocks are as long as the longest. Past this many places for each row they waste more than they
 # save.
-_MOST_PLACES = 2
+_MOST_PLACES = {Rows.FEW: 2.0, Rows.MANY: 1.25, Rows.SAMPLES: 1.25}
 
 
 class Dense(NamedTuple):
@@ -71,7 +67,22 @@ class Blocks(NamedTuple):
     exact: bool
 
 
-Plan = Dense | Blocks
+class Samples(NamedTuple):
+    """B samples of T adjacent tokens.
+
+    Attributes:
+        units: Unit of each sample's adapter, any for none; ``[B]`` int64.
+        tokens: T.
+        other: Rank rows that are not the sample's own, ``[B, 1, 1, unit]``; None where there are
+            none.
+    """
+
+    units: torch.Tensor
+    tokens: int
+    other: torch.Tensor | None
+
+
+Plan = Dense | Blocks | Samples
 
 
 class Shrunk(NamedTuple):
@@ -79,8 +90,8 @@ class Shrunk(NamedTuple):
 
     Attributes:
         x: ``[M, K]``, or gathered.
-        s: Of each of the L layers, ``[M, rank rows]`` or ``[blocks, C, rank rows of a block]``,
-            other adapters' columns zeros.
+        s: Of each of the L layers, ``[M, rank rows]``, ``[blocks, C, rank rows of a block]`` or
+            ``[B, T, unit]``; other adapters' columns zeros.
     """
 
     x: torch.Tensor
@@ -107,10 +118,12 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         member = member[rows.inverse.cpu()]
     first = torch.tensor([place.first for place in layout.places] + [0])[member]
     rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
-    if is_dense(layout, dtype, has_many_rows(m, dtype)):
+    kind = kind_of(m, rows.each)
+    if is_dense(layout.unit, layout.units, dtype, kind):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
         return Dense(other.to(device) if other.any() else None)
+    long = kind is Rows.SAMPLES and rows.each >= layout.unit
     coalesced = 1
     while True:
         plan = _blocks(first, rank, layout, coalesced)
@@ -119,11 +132,23 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype):
             break
         coalesced = wider
-    if plan.gather.numel() > _MOST_PLACES * m:
+    if long and not plan.exact:
+        return _samples(first[:: rows.each], rank[:: rows.each], layout, rows.each, device)
+    if plan.gather.numel() > _MOST_PLACES[kind] * m:
         return None
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
+
+
+def _samples(
+    first: torch.Tensor, rank: torch.Tensor, layout: Layout, tokens: int, device: torch.device
+) -> Samples:
+    unit = layout.unit
+    at, start = torch.arange(unit), first % unit
+    other = (at < start[:, None]) | (at >= (start + rank)[:, None])
+    masks = other.view(-1, 1, 1, unit).to(device) if other.any() else None
+    return Samples((first // unit).to(device), tokens, masks)
 
 
 def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
@@ -166,13 +191,21 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
         if plan.other is not None:
             by_layer.masked_fill_(plan.other.unsqueeze(1), 0.0)
         return Shrunk(x, by_layer.unbind(1))
-    x, k = x.index_select(0, plan.gather), x.shape[1]
-    lora_a = pack.lora_a
+    unit, lora_a, k = pack.layout.unit, pack.lora_a, x.shape[1]
+    if isinstance(plan, Samples):
+        # [B, T, K] x [B, K, L * unit]
+        own_a = lora_a.view(len(lora_a), -1, k).index_select(0, plan.units)
+        s = torch.bmm(x.view(-1, plan.tokens, k), own_a.transpose(1, 2))
+        s = s.view(-1, plan.tokens, layers, unit)
+        if plan.other is not None:
+            s.masked_fill_(plan.other, 0.0)
+        return Shrunk(x, s.unbind(2))
+    x = x.index_select(0, plan.gather)
     if lora_a.dim() == 4:
         lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
     s = torch.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
-    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, pack.layout.unit)
+    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
     return Shrunk(x, tuple(own.flatten(-2) for own in s.unbind(3)))
@@ -204,6 +237,10 @@ def add_(
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]
         y.addmm_(own, pack.lora_b)
+    elif isinstance(plan, Samples):
+        # [B, T, unit] x [B, unit, N]
+        own_b = pack.lora_b.index_select(0, plan.units)
+        y.view(-1, plan.tokens, y.shape[1]).baddbmm_(own, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
         update = torch.bmm(own, _block_b(pack, plan))

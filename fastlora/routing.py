@@ -74,6 +74,7 @@ class RowRouting:
         inverse: Where each row went, ``[M]``; None with ``order``.
         segments: One for each adapter that has rows, in order of slots.
         key: Names the adapters of the segments, in their order.
+        each: Adjacent rows of each id.
         plans: How to multiply packed factors, kept by `fastlora.packed_forward`.
     """
 
@@ -82,6 +83,7 @@ class RowRouting:
     inverse: torch.Tensor | None
     segments: tuple[Segment, ...]
     key: tuple[Any, ...] = ()
+    each: int = 1
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     _padded: dict[tuple[Segment, ...], PaddedRows] = field(default_factory=dict, repr=False)
 
@@ -300,11 +302,11 @@ def _spread_rows(routing: Routing, ids: torch.Tensor, m: int, device: torch.devi
         start += rows
     key = _key(routing, segments)
     if torch.equal(in_order, slots):
-        return RowRouting(slots.to(device), None, None, tuple(segments), key)
+        return RowRouting(slots.to(device), None, None, tuple(segments), key, m // count)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(m)
     order, inverse = order.to(device), inverse.to(device)
-    return RowRouting(slots.to(device), order, inverse, tuple(segments), key)
+    return RowRouting(slots.to(device), order, inverse, tuple(segments), key, m // count)
 
 
 def number_layers(names: Sequence[str]) -> list[int]:

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import randomise
 
 import fastlora
-from fastlora import adapters, packed_forward
+from fastlora import adapters, packed_choice, packed_forward
 from fastlora.layers import mixed_packed
 from fastlora.packed import make_layout
-from fastlora.packed_forward import Blocks, Dense
+from fastlora.packed_forward import Blocks, Dense, Samples
 from fastlora.testing import assert_within_budget
 
 RANKS = (1, 3, 8, 16, 64)
@@ -124,24 +124,37 @@ def test_every_row_is_its_adapters_alone(count: int, batch: int, dtype: torch.dt
 
 
 UNIFORM = {
-    # adapters, rank, rows of each, dtype: what must be chosen
-    "one": (1, 8, 6, torch.float32, Dense),
-    "few": (4, 16, 4, torch.float32, Dense),
-    "many, fp32": (16, 16, 1, torch.float32, Blocks),
-    "many, bf16": (32, 16, 1, torch.bfloat16, Blocks),
-    "prefill": (16, 16, 8, torch.bfloat16, Dense),
-    "prefill, fp32": (4, 16, 80, torch.float32, Blocks),
-    "prefill of one, fp32": (1, 16, 320, torch.float32, Dense),
+    # adapters, rank, samples of each, tokens, dtype, matrix unit: what must be chosen
+    "one": (1, 8, 6, 1, torch.float32, False, Dense),
+    "two": (2, 16, 4, 1, torch.float32, False, Dense),
+    "few, fp32": (4, 16, 4, 1, torch.float32, False, Blocks),
+    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, Dense),
+    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, Blocks),
+    "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, Dense),
+    "many, fp32": (16, 16, 1, 1, torch.float32, False, Blocks),
+    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, Blocks),
+    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, Blocks),
+    "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, Dense),
+    "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, Dense),
+    "prefill of two": (2, 16, 8, 20, torch.float32, False, Dense),
+    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, Blocks),
+    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, Blocks),
+    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, Blocks),
+    "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, Samples),
+    "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, Samples),
+    "uneven prefill, bf16, amx": (16, 16, 1.5, 16, torch.bfloat16, True, Samples),
+    "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, Dense),
+    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, Blocks),
 }
 
 
 @pytest.mark.parametrize("case", UNIFORM)
 def test_plans(case: str) -> None:
     """Each plan is chosen where it is meant to be, and all give the same results."""
-    count, rank, rows_each, dtype, kind = UNIFORM[case]
+    count, rank, samples, tokens, dtype, amx, kind = UNIFORM[case]
     model = build([rank] * count, dtype, everywhere=True)
-    names: list[str | None] = [f"a{i}" for i in range(count)] * rows_each
-    x = torch.randn(len(names), 48).to(dtype)
+    names: list[str | None] = [f"a{i % count}" for i in range(int(count * samples))]
+    x = torch.randn(len(names), tokens, 48).to(dtype)
     chosen = []
     original = packed_forward.plan_for
 
@@ -149,7 +162,9 @@ def test_plans(case: str) -> None:
         chosen.append(original(*args))
         return chosen[-1]
 
-    with mock.patch.object(packed_forward, "plan_for", spy), torch.no_grad():
+    has_amx = mock.patch.object(packed_choice, "_has_amx", lambda: amx)
+    spied = mock.patch.object(packed_forward, "plan_for", spy)
+    with has_amx, spied, torch.no_grad():
         outputs = steps(model, x, names)
         expected = alone(model, x, names)
         exact = alone(copy.deepcopy(model).double(), x.double(), names)
@@ -194,6 +209,26 @@ def test_calls_do_not_grow_with_the_adapters(dtype: torch.dtype) -> None:
 def calls(found: Any) -> Counter[str]:
     """How often each operator was called."""
     return Counter({event.key: event.count for event in found.key_averages()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_many_tokens(dtype: torch.dtype) -> None:
+    """Mixed ranks that share units, absent modules, lora_bias, base rows, and one row of NaN."""
+    model = build([RANKS[i % 4] for i in range(9)], dtype)
+    names = random_mix(9, 24, seed=2)
+    names[:2] = [None, "a3"]
+    x = torch.randn(24, 20, 48).to(dtype)
+    x[5, 3], x[0, 4] = float("nan"), float("inf")
+    with mock.patch.object(packed_forward, "_samples", wraps=packed_forward._samples) as made:
+        outputs = steps(model, x, names)
+    assert made.called
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    finite = exact.isfinite()
+    for y in outputs:
+        assert torch.equal(y.isfinite(), finite)
+        assert_within_budget(y[finite], expected[finite], exact[finite])
 
 
 def test_uneven_rows_are_not_padded() -> None:

@@ -15,6 +15,7 @@ from fastlora.batch_invariant import is_batch_invariant
 from fastlora.layers.compute import plain_weight
 from fastlora.layers.watch import Watch
 from fastlora.packed import Factors, LayerPack, SetPack
+from fastlora.packed_choice import kind_of
 from fastlora.routing import Routing, RowRouting
 from fastlora.siblings import share, shared
 
@@ -91,8 +92,8 @@ def find_packed(
     if known is not None and known.serves(x, impl):
         routing.ready.update(ready)  # for all layers: the next ones need not come here
         return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
-    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
-    pack, due = sets.get(number, x.dtype, many_rows)
+    kind = kind_of(rows.slots.numel(), rows.each)
+    pack, due = sets.get(number, x.dtype, kind)
     if due and members is not None:
         pack = _pack(sets, members, x, routing, rows)[members.index(number)]
     if pack is None:
@@ -127,18 +128,18 @@ def _pack(
     rows: RowRouting,
 ) -> list[LayerPack | None]:
     """Packs the batch's adapters for a layer and its siblings."""
-    many_rows = packed.has_many_rows(rows.slots.numel(), x.dtype)
+    kind = kind_of(rows.slots.numel(), rows.each)
     layers = [routing.group.siblings.layers[number]() for number in members]
     names = [routing.names[segment.slot] for segment in rows.segments]
     found = [_factors(member, x, routing, rows) for member in layers]
     bare = [factors for factors in found if factors is not None]
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
-        packs = packed.pack_layers(members, bare, x.dtype, many_rows)
+        packs = packed.pack_layers(members, bare, x.dtype, kind)
     if sets.watch is not None:
         for member in filter(None, layers):
             sets.watch.add(member, names)
-    sets.put(members, x.dtype, many_rows, packs)
+    sets.put(members, x.dtype, kind, packs)
     return packs
 
 
