@@ -125,6 +125,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.learning_rate", 1e-3, "another name of it, 'learning_rate'"),
         ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
         ("adapters.a.lr", -1, "learning_rate must be a number at least 0, got -1"),
+        ("adapters.a.lr", 1e39, "learning_rate must be a number from 0 to 3.4e+38, got 1e+39"),
         ("adapters.a.schedule", "step", "schedule must be one of linear, cosine, constant"),
         ("defaults.warmup_ratio", 2, "warmup_ratio must be a number from 0 to 1, got 2"),
         ("adapters.a.r", 0, "adapter 'a': r must be a positive integer, got 0"),

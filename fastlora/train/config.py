@@ -17,6 +17,8 @@ from fastlora.validation import AdapterStateError, ConfigError, near_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
+# What parameters are multiplied with is a float32 to PyTorch.
+_LARGEST = 3.4e38
 # What the folders beside the adapters are called, in a run's folder.
 RESERVED_NAMES = ("checkpoints",)
 
@@ -295,10 +297,10 @@ def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
     if own.get("init_from") is not None:
         own["init_from"] = Path(_string(own["init_from"], f"{where}.init_from")).expanduser()
     for key, low, high in (
-        ("learning_rate", 0.0, math.inf),
-        ("weight_decay", 0.0, math.inf),
+        ("learning_rate", 0.0, _LARGEST),
+        ("weight_decay", 0.0, _LARGEST),
         ("warmup_ratio", 0.0, 1.0),
-        ("max_grad_norm", 0.0, math.inf),
+        ("max_grad_norm", 0.0, _LARGEST),
     ):
         if own.get(key) is not None:
             own[key] = _number(own[key], f"{where}.{key}", low, high)
@@ -356,7 +358,10 @@ def _string(value: Any, where: str) -> str:
 def _number(value: Any, where: str, low: float, high: float) -> float:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or not low <= value <= high:
-        ends = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        large = real and value > high
+        ends = (
+            f"at least {low:g}" if high >= _LARGEST and not large else f"from {low:g} to {high:g}"
+        )
         raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
     return float(value)
 
