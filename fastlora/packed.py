@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.packed_choice import Rows, is_dense
+from fastlora.packed_choice import Rows, is_coalesced, is_dense, is_k_first
 
-# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors.
+# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
+# few rows and many may want them laid out otherwise.
 _MOST_SETS = 2
 # Batches whose layers' findings a set keeps.
 _MOST_READY = 8
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
-# From so many units on, their number is rounded up so that they can be coalesced.
+# From so many units on, their number may be rounded up.
 _ROUNDED_UNITS = 8
 
 
@@ -74,19 +75,12 @@ class Layout:
         return self.unit * self.units
 
 
-def is_coalesced(dtype: torch.dtype) -> bool:
-    """Whether batched products in ``dtype`` want several units to a block."""
-    return dtype.itemsize == 2
-
-
-def rank_rows_first(dtype: torch.dtype, rows: Rows) -> bool:
-    """Whether lora_a, but for dense products, is packed with K last."""
-    return is_coalesced(dtype) or rows is not Rows.FEW
-
-
 @functools.lru_cache(maxsize=256)
-def make_layout(ranks: tuple[int, ...]) -> Layout:
-    """Puts adapters into units, largest first, each into the first unit with room for it."""
+def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
+    """Puts adapters into units, largest first, each into the first unit with room for it.
+
+    Their number is rounded up where they are many and will be coalesced.
+    """
     unit = max(ranks)
     used: list[int] = []
     places = [Place(0, 0)] * len(ranks)
@@ -102,9 +96,12 @@ def make_layout(ranks: tuple[int, ...]) -> Layout:
         places[index] = Place(at * unit + used[at], rank)
         used[at] += rank
     units = len(used)
+    if not coalesced:
+        return Layout(unit, units, tuple(places))
+    rounded = units
     if units >= _ROUNDED_UNITS:
-        units += -units % max(WIDEST_BLOCK // unit, 1)
-    return Layout(unit, units, tuple(places))
+        rounded += -units % max(WIDEST_BLOCK // unit, 1)
+    return make_layout(ranks, False) if rounded == units else Layout(unit, rounded, tuple(places))
 
 
 class LayerPack(NamedTuple):
@@ -113,9 +110,7 @@ class LayerPack(NamedTuple):
     Attributes:
         layout: Of the rank rows.
         lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products; else
-            ``[units, L, unit, K]`` or, for few rows in fp32, ``[units, K, L * unit]``: with K first
-            products of 64 rows in fp32 take two thirds to four fifths of the time (K = 576; one
-            core with AVX-512).
+            ``[units, L, unit, K]``, or ``[units, K, L * unit]`` where K comes first.
         member: This layer's place among the L.
         members: Numbers of the L layers.
         lora_b: Times the scaling, ``[rank rows, N]`` for dense products, else ``[units, unit, N]``.
@@ -163,12 +158,17 @@ class SetPack:
             known = self._ready[rows] = {}
         return known
 
-    def get(self, number: int, dtype: torch.dtype, rows: Rows) -> tuple[LayerPack | None, bool]:
+    def get(self, number: int, dtype: torch.dtype, kind: Rows) -> tuple[LayerPack | None, bool]:
         """Returns a layer's pack, or None; and whether the layer is to be packed now."""
-        key = (number, dtype, rows)
+        key = (number, dtype, kind)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
             return pack, False
+        for other in Rows:
+            pack = self._packs.get((number, dtype, other))
+            if pack is not None and _is_for(pack, dtype, kind):
+                self._packs[key] = pack
+                return pack, False
         if key in self._met:
             return None, True
         self._met.add(key)
@@ -178,12 +178,12 @@ class SetPack:
         self,
         numbers: Sequence[int],
         dtype: torch.dtype,
-        rows: Rows,
+        kind: Rows,
         packs: Sequence[LayerPack | None],
     ) -> None:
         """Keeps the packs of layers; None for one whose factors cannot be packed."""
         for number, pack in zip(numbers, packs, strict=True):
-            self._packs[(number, dtype, rows)] = pack
+            self._packs[(number, dtype, kind)] = pack
 
     @property
     def nbytes(self) -> int:
@@ -248,7 +248,7 @@ def pack_layers(
     numbers: Sequence[int],
     layers: Sequence[Sequence[Factors | None]],
     dtype: torch.dtype,
-    rows: Rows,
+    kind: Rows,
 ) -> list[LayerPack | None]:
     """Packs layers that are fed by the same tensor.
 
@@ -256,7 +256,7 @@ def pack_layers(
         numbers: The layers' numbers.
         layers: For each layer the factors of each adapter of the set, None where it has none.
         dtype: Of x, which factors are rounded to.
-        rows: The kind of batch that they are for.
+        kind: Of batch that they are for.
 
     Returns:
         A pack for each layer; None where no adapter has factors, or some are not finite: a product
@@ -264,13 +264,13 @@ def pack_layers(
     """
     by_layout: dict[Layout | None, list[int]] = {}
     for index, factors in enumerate(layers):
-        by_layout.setdefault(_layout(factors), []).append(index)
+        by_layout.setdefault(_layout(factors, dtype, kind), []).append(index)
     packs: list[LayerPack | None] = [None] * len(layers)
     for layout, indices in by_layout.items():
         if layout is not None:
             members = tuple(numbers[index] for index in indices)
             own = [layers[index] for index in indices]
-            found = _pack_siblings(layout, members, own, dtype, rows)
+            found = _pack_siblings(layout, members, own, dtype, kind)
             for index, pack in zip(indices, found, strict=True):
                 packs[index] = pack
     return packs
@@ -281,16 +281,16 @@ def _pack_siblings(
     members: tuple[int, ...],
     layers: Sequence[Sequence[Factors | None]],
     dtype: torch.dtype,
-    rows: Rows,
+    kind: Rows,
 ) -> list[LayerPack] | list[None]:
     """`pack_layers` for layers of one layout."""
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
-    dense, many = is_dense(layout.unit, layout.units, dtype, rows), len(layers)
+    dense, many = is_dense(layout.unit, layout.units, dtype, kind), len(layers)
     if dense:
         lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
         parts = lora_a.permute(1, 2, 3, 0).unbind(0)
-    elif rank_rows_first(dtype, rows):
+    elif not is_k_first(dtype, kind):
         lora_a = torch.zeros(layout.units, many, layout.unit, k, dtype=dtype, device=device)
         parts = lora_a.unbind(1)
     else:
@@ -304,7 +304,7 @@ def _pack_siblings(
         return [None] * len(layers)
     if dense:
         lora_a = lora_a.view(k, -1)
-    elif not rank_rows_first(dtype, rows):
+    elif is_k_first(dtype, kind):
         lora_a = lora_a.view(layout.units, k, -1)
     return [
         LayerPack(
@@ -314,9 +314,20 @@ def _pack_siblings(
     ]
 
 
-def _layout(factors: Sequence[Factors | None]) -> Layout | None:
+def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: Rows) -> Layout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in factors)
-    return make_layout(ranks) if any(ranks) else None
+    return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
+
+
+def _is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
+    """Whether packing for another kind of batch in the pack's dtype would give the same."""
+    ranks = tuple(place.rank for place in pack.layout.places)
+    layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()
+    if layout is not pack.layout:
+        return False
+    if is_dense(layout.unit, layout.units, dtype, kind):
+        return dims == 2
+    return dims == (3 if is_k_first(dtype, kind) else 4)
 
 
 def _pack_layer(

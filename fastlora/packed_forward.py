@@ -1,11 +1,12 @@
 """Forwards of a mixed batch from packed factors: few large products instead of many small ones.
 
-Which products is a matter of how many rank rows there are (`_plan`):
+Which products is a matter of rows, rank rows, dtype and processor (`_plan`):
 
 - dense: every row meets all rank rows, and keeps those of its own adapter. No row moves.
 - blocks: rows meet the rank rows of a few adapters, in one batched product. Rows are gathered once.
-- samples: where blocks would be uneven, the tokens of a sample meet its adapter's rank rows, in one
-  batched product. Factors are gathered, and no row moves.
+- samples: where blocks would be uneven and samples are long, at least as long as the largest rank,
+  the tokens of each meet its adapter's rank rows, in one batched product. Factors are gathered, and
+  no row moves.
 
 Other adapters' columns of s are replaced by zeros, never multiplied, and packed factors are finite:
 nothing of one row or adapter reaches another row.
@@ -21,12 +22,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout, is_coalesced
-from fastlora.packed_choice import Rows, is_dense, kind_of
+from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout
+from fastlora.packed_choice import Rows, is_coalesced, is_dense, kind_of
 from fastlora.routing import RowRouting
 
-# Where units are coalesced, a block wants so many rows: in bf16, 64 rows of 64 adapters take 4.6
-# times the base product in blocks of 4 rows and 6.1 in blocks of 1; in fp32 it is all the same.
+# Where units are coalesced, a block wants so many rows.
 _FEW_ROWS = 4
 # Blocks are as long as the longest. Past this many places for each row they waste more than they
 # save.
@@ -129,7 +129,7 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         plan = _blocks(first, rank, layout, coalesced)
         wider = 2 * coalesced
         fits = layout.units % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
-        if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype):
+        if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype, kind):
             break
         coalesced = wider
     if long and not plan.exact:

@@ -123,8 +123,8 @@ def test_every_row_is_its_adapters_alone(count: int, batch: int, dtype: torch.dt
         assert_within_budget(y, expected, exact)
 
 
-UNIFORM = {
-    # adapters, rank, samples of each, tokens, dtype, matrix unit: what must be chosen
+PLANS = {
+    # adapters, rank, samples of each on average, tokens, dtype, matrix unit: what must be chosen
     "one": (1, 8, 6, 1, torch.float32, False, Dense),
     "two": (2, 16, 4, 1, torch.float32, False, Dense),
     "few, fp32": (4, 16, 4, 1, torch.float32, False, Blocks),
@@ -133,6 +133,10 @@ UNIFORM = {
     "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, Dense),
     "many, fp32": (16, 16, 1, 1, torch.float32, False, Blocks),
     "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, Blocks),
+    "low ranks, fp32": (8, 2, 2, 1, torch.float32, False, Dense),
+    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, Blocks),
+    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, Blocks),
+    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, Blocks),
     "tokens, fp32": (4, 16, 80, 1, torch.float32, False, Blocks),
     "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, Dense),
     "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, Dense),
@@ -148,10 +152,10 @@ UNIFORM = {
 }
 
 
-@pytest.mark.parametrize("case", UNIFORM)
+@pytest.mark.parametrize("case", PLANS)
 def test_plans(case: str) -> None:
     """Each plan is chosen where it is meant to be, and all give the same results."""
-    count, rank, samples, tokens, dtype, amx, kind = UNIFORM[case]
+    count, rank, samples, tokens, dtype, amx, kind = PLANS[case]
     model = build([rank] * count, dtype, everywhere=True)
     names: list[str | None] = [f"a{i % count}" for i in range(int(count * samples))]
     x = torch.randn(len(names), tokens, 48).to(dtype)
@@ -162,7 +166,7 @@ def test_plans(case: str) -> None:
         chosen.append(original(*args))
         return chosen[-1]
 
-    has_amx = mock.patch.object(packed_choice, "_has_amx", lambda: amx)
+    has_amx = mock.patch.object(packed_choice, "_AMX", {torch.bfloat16: amx})
     spied = mock.patch.object(packed_forward, "plan_for", spy)
     with has_amx, spied, torch.no_grad():
         outputs = steps(model, x, names)
@@ -231,10 +235,33 @@ def test_samples_of_many_tokens(dtype: torch.dtype) -> None:
         assert_within_budget(y[finite], expected[finite], exact[finite])
 
 
-def test_uneven_rows_are_not_padded() -> None:
+def test_batches_of_a_set_share_its_packs() -> None:
+    """A decode, a prefill and a batch of tokens: one copy where all want the same, else two."""
+    for dtype, ranks, copies in (
+        (torch.bfloat16, [16] * 16, 1),
+        (torch.float32, [16] * 2, 1),
+        (torch.float32, [16] * 16, 2),
+    ):
+        model = build(ranks, dtype, everywhere=True)
+        names: list[str | None] = [f"a{i}" for i in range(len(ranks))]
+        sizes = []
+        for count, tokens in ((4, 1), (20, 20), (320, 1)):
+            x = torch.randn(len(names) * count, tokens, 48).to(dtype)
+            with mock.patch.object(packed_choice, "_AMX", {}):
+                outputs = steps(model, x, names * count)
+            with torch.no_grad():
+                expected = alone(model, x[: len(names)], names)
+                exact = alone(copy.deepcopy(model).double(), x[: len(names)].double(), names)
+            assert_within_budget(outputs[-1][: len(names)], expected, exact)
+            sizes.append(packed_bytes(model))
+        assert sizes[1:] == [copies * sizes[0]] * 2
+
+
+@pytest.mark.parametrize(("most", "rows"), [(60, 1), (420, 2)], ids=["few", "many"])
+def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
     """One adapter with nearly all rows: blocks as long as it would waste more than they save."""
     model = build([16] * 32, everywhere=True)
-    names: list[str | None] = ["a0"] * 60 + [f"a{i}" for i in range(1, 32)]
+    names: list[str | None] = ["a0"] * most + [f"a{i}" for i in range(1, 32)] * rows
     x = torch.randn(len(names), 48)
     with mock.patch.object(packed_forward, "shrink") as shrink:
         outputs = steps(model, x, names)
