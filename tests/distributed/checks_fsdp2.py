@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,14 @@ def check_generate(folder: Path) -> None:
     for _ in range(2):
         for one in (model, whole):
             one.eval()
+        exact = copy.deepcopy(whole).double()
         with torch.no_grad():
             for names in (["default", None, None, "default"],) * 3:  # packed from the second on
-                found, expected = (
-                    one(input_ids=ids, adapter_names=names).logits for one in (model, whole)
+                found, expected, truth = (
+                    one(input_ids=ids, adapter_names=names).logits for one in (model, whole, exact)
                 )
-                assert torch.equal(found, expected)
+                # Not bit for bit: a BLAS may add otherwise in weights that lie otherwise in memory.
+                assert_within_budget(found, expected, truth.double(), "logits")
         arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         found, expected = (one.generate(input_ids=ids, **arguments) for one in (model, whole))
         assert torch.equal(found, expected)
