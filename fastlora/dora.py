@@ -5,7 +5,8 @@ With ``u = x @ weight.T + scaling * s @ lora_b.T`` the layer's output is ``g * u
 So a LoRA forward by any implementation gives u, and what remains is one scale per column of u.
 
 With active dropout the base product meets the dropped input too, as in PEFT:
-``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``
+(`fastlora.dora_dropped`).
 
 g is never rounded to 16 bits: near 1, where training starts, these come in steps of 2**-8 and more.
 A row whose norm is 0 has g = 0.
@@ -26,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora import reference
 from fastlora.autograd import without_autocast
 
 # Elements of the weight that a norm widens at once.
@@ -257,133 +257,3 @@ class DoraScale(torch.autograd.Function):
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         du = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
         return du.view(grad.shape) if ctx.needs_input_grad[0] else None, d_bias, None, *d_pairs
-
-
-class DoraDropped(torch.autograd.Function):
-    """One adapter with active dropout; see the module's docstring.
-
-    Saves x, s, the seed, the parameters, and ``z = dropout(x) @ weight.T`` where the magnitude
-    wants a gradient. The mask is made again from the seed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        base: torch.Tensor | None,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        magnitude: torch.Tensor,
-        squares: torch.Tensor,
-        scaling: torch.Tensor,
-        seed: torch.Tensor,
-        dropout_p: float,
-        impl: str,
-    ) -> torch.Tensor:
-        """Takes ``base``, the base layer's output, or computes it from weight and bias if None."""
-        rows = x.reshape(-1, x.shape[-1])
-        weight_x = weight.to(x.dtype)
-        change = scale_of(magnitude, squares).sub_(1.0)
-        scaled_b = _scaled_rows(lora_b, magnitude, squares, x.dtype)
-        dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
-        if base is None:
-            y = F.linear(rows, weight_x, None if bias is None else bias.to(x.dtype))
-        else:
-            y = base.reshape(-1, base.shape[-1]).clone(memory_format=torch.contiguous_format)
-        z = F.linear(dropped, weight_x)
-        if impl == "triton":
-            s = torch.ops.fastlora.lora_shrink(dropped, lora_a, None, 0.0, impl)
-            torch.ops.fastlora.lora_expand_(y, s, scaled_b, scaling, impl)
-        else:
-            s = reference.lora_shrink(dropped, lora_a)
-            reference.lora_expand_(y, s, scaled_b, scaling)
-        y.addcmul_(z.to(y.dtype), change.to(y.dtype))
-        needs = ctx.needs_input_grad
-        ctx.dropout_p, ctx.impl, ctx.x_shape, ctx.x_dtype = dropout_p, impl, x.shape, x.dtype
-        ctx.own_base = base is None
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(
-            x if needs[2] or needs[4] else None,
-            weight,
-            lora_a,
-            lora_b,
-            magnitude,
-            squares,
-            scaling,
-            s if needs[5] or needs[6] else None,
-            z if needs[6] else None,
-            seed,
-        )
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-
-    @staticmethod
-    @without_autocast
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_a, lora_b, magnitude, squares, scaling, s, z, seed = ctx.saved_tensors
-        needs_base, needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_m = (
-            ctx.needs_input_grad[:7]
-        )
-        dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
-        d_weight = d_bias = d_lora_a = d_lora_b = d_magnitude = dx = None
-        through_z, d_magnitude = _through_z(dy, z if needs_m else None, magnitude, squares)
-        if needs_b or needs_m:
-            # [R, M] x [M, N]: (scaling * s)^T dy serves both.
-            inner = ((s * scaling).to(dy.dtype).t() @ dy).to(squares.dtype)
-            if needs_b:
-                d_lora_b = (inner * scale_of(magnitude, squares)).t().to(lora_b.dtype).contiguous()
-            if d_magnitude is not None:
-                through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0) * squares.rsqrt()
-                d_magnitude = (d_magnitude + through_s).to(magnitude.dtype)
-        if needs_bias:
-            d_bias = dy.sum(0).to(ctx.bias_dtype)
-        if needs_x or needs_a or needs_weight:
-            scaled_b = _scaled_rows(lora_b, magnitude, squares, dy.dtype)
-            ds = (dy @ scaled_b).mul_(scaling)
-        if needs_x or needs_a or needs_weight:
-            # The mask once, as ones and zeros; 1 / (1 - p) goes into what is scaled anyway.
-            shape = dy.shape[0], weight.shape[1]
-            ones = torch.ones(shape, dtype=dy.dtype, device=dy.device)
-            keep = torch.ops.fastlora.lora_dropout(ones, seed, ctx.dropout_p, ctx.impl).sign_()
-            up = 1.0 / (1.0 - ctx.dropout_p)
-            weight_x = weight.to(dy.dtype)
-        if needs_a or needs_weight:
-            rows = x.reshape(-1, x.shape[-1])
-            kept = rows * keep
-            if needs_a:
-                d_lora_a = (ds.t() @ kept).mul_(up).to(lora_a.dtype)
-            if needs_weight:
-                d_weight = (through_z.t() @ kept).mul_(up)
-                d_weight = d_weight.addmm_(dy.t(), rows) if ctx.own_base else d_weight
-                d_weight = d_weight.to(weight.dtype)
-        if needs_x:
-            # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
-            dx = (through_z @ weight_x).addmm_(ds, lora_a.to(dy.dtype)).mul_(keep)
-            dx = dx.addmm_(dy, weight_x, beta=up) if ctx.own_base else dx.mul_(up)
-            dx = dx.view(ctx.x_shape)
-        d_base = grad if needs_base else None
-        return (
-            *(d_base, dx, d_weight, d_bias, d_lora_a, d_lora_b, d_magnitude),
-            *(None, None, None, None, None),
-        )
-
-
-def _through_z(
-    dy: torch.Tensor, z: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns ``dy * (g - 1)``, and z's share of the magnitude's gradient where z is there."""
-    change = scale_of(magnitude, squares).sub_(1.0)
-    if z is None:
-        return times(dy, change), None
-    scaled, sums = scaled_with_sums(dy, z, change)
-    return scaled, sums * squares.rsqrt()
-
-
-def _scaled_rows(
-    lora_b: torch.Tensor, magnitude: torch.Tensor, squares: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Returns ``g * lora_b`` in ``dtype``, rounded once."""
-    scale = scale_of(magnitude, squares)
-    return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

@@ -15,13 +15,13 @@ from torch import nn
 from fastlora import functional, ops
 from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
 from fastlora.dora import (
-    DoraDropped,
     DoraScale,
     adapted_squares,
     scale_columns,
     scale_of,
     square_norms,
 )
+from fastlora.dora_dropped import DoraDropped
 from fastlora.dora_linear import DoraLinear, runs_as_one
 from fastlora.layers.branch import scaling_of
 from fastlora.layers.compute import (

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora import ops
-from fastlora.dora import DoraDropped, DoraScale, scale_of, times
+from fastlora.dora import DoraScale, scale_of, times
+from fastlora.dora_dropped import DoraDropped
 from fastlora.layers import mixed_training
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
