@@ -92,6 +92,26 @@ def apart(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return result
 
 
+def assert_near(
+    shared: list[torch.Tensor], model: nn.Module, x: torch.Tensor, truth: list[torch.Tensor]
+) -> None:
+    """What layers share is as near to float64 as what they give apart, tokens in any order.
+
+    One order of summation may be right to the last bit by chance, and is in float64, which the
+    truth is made of.
+    """
+    plain = [apart(model, x)]
+    for seed in range(7):
+        order = torch.randperm(x.shape[-2], generator=torch.Generator().manual_seed(seed))
+        found = apart(model, x.index_select(-2, order))
+        back = [tensor.index_select(-2, order.argsort()) for tensor in found[:2]]
+        plain.append([*back, *found[2:]])
+    for index, (mine, exact) in enumerate(zip(shared, truth, strict=True)):
+        runs = (run[index] for run in plain)
+        worst = max(runs, key=lambda run, exact=exact: (run.double() - exact).abs().max().item())
+        assert_within_budget(mine, worst, exact, f"result {index}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_values_and_gradients(dtype: torch.dtype, wrapped: bool) -> None:
@@ -99,13 +119,11 @@ def test_values_and_gradients(dtype: torch.dtype, wrapped: bool) -> None:
     model, x = Block(wrapped=wrapped), torch.randn(2, 9, 24)
     truth = apart(copy.deepcopy(model).double(), x.double())
     model = model.to(dtype)
-    same = apart(model, x.to(dtype))
     model(x.to(dtype))
     with counted() as calls:
         shared = gradients(model, x.to(dtype))
     assert calls == [3]
-    for index, (mine, plain, exact) in enumerate(zip(shared, same, truth, strict=True)):
-        assert_within_budget(mine, plain, exact, f"result {index}")
+    assert_near(shared, model, x.to(dtype), truth)
 
 
 def test_gradients_have_their_own_memory_and_few_rows_are_apart(
@@ -151,13 +169,12 @@ def test_base_weights_and_biases_train_too() -> None:
     for layer in (model.q, model.k, model.v):
         layer.weight.requires_grad_()
         layer.bias.requires_grad_()
-    truth, same = apart(copy.deepcopy(model).double(), x.double()), apart(model, x)
+    truth = apart(copy.deepcopy(model).double(), x.double())
     model(x)
     with counted() as calls:
         shared = gradients(model, x)
     assert calls == [3]
-    for mine, plain, exact in zip(shared, same, truth, strict=True):
-        assert_within_budget(mine, plain, exact)
+    assert_near(shared, model, x, truth)
 
 
 def test_what_is_saved() -> None:
