@@ -7,7 +7,7 @@ dtype, plus one rounding of the largest value. No tolerance is picked by hand.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,19 @@ def assert_within_budget(
     error = (actual.double().cpu() - truth.cpu()).abs().max().item()
     if not error <= budget:  # also catches NaN
         raise AssertionError(f"{what}: error {error:.3e} exceeds the budget {budget:.3e}")
+
+
+def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
+    """Returns the run with the largest error, of PyTorch's own in several orders of summation.
+
+    One order may be right to the last bit by chance, and no budget would be left.
+
+    Args:
+        runs: Results in the dtype under test, of truth's shape.
+        truth: The float64 result.
+    """
+    errors = ((run, (run.double() - truth).abs()) for run in runs)
+    return max(errors, key=lambda pair: pair[1].max().item() if truth.numel() else 0.0)[0]
 
 
 @contextlib.contextmanager

@@ -65,6 +65,18 @@ def lab() -> Lab:
 
 
 @pytest.fixture
+def kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PyTorch too, dropout takes the masks that the kernels draw."""
+    from fastlora import philox_reference, reference
+
+    def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+        keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)
+        return torch.where(keep.to(x.device), x / (1 - p), 0)
+
+    monkeypatch.setattr(reference, "lora_dropout", dropped)
+
+
+@pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's dots where there is one, hostile ones in the interpreter."""
     if not triton_interpreted():

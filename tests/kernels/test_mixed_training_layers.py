@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_mixed_layers import build, eager  # noqa: E402
 
 import fastlora  # noqa: E402
-from fastlora import adapters, batch, philox_reference, reference  # noqa: E402
+from fastlora import adapters, batch  # noqa: E402
 from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
 from fastlora.routing import Routing, layer_seed  # noqa: E402
@@ -102,17 +102,8 @@ def test_autocast() -> None:
     compare({k: t.half() for k, t in found.items()}, {k: t.half() for k, t in near.items()}, exact)
 
 
-def with_kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the eager path drop what the kernels do."""
-
-    def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-        keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)
-        return torch.where(keep.to(x.device), x / (1 - p), 0)
-
-    monkeypatch.setattr(reference, "lora_dropout", dropped)
-
-
-def test_dropout_is_the_mask_of_the_adapters_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kernel_masks")
+def test_dropout_is_the_mask_of_the_adapters_own_rows() -> None:
     """The function of (adapter's seed, layer, row among the adapter's rows, column), exactly."""
     model = trainable(4, torch.float32, lora_dropout=0.25, target_modules=["q", "o"]).train()
     x = torch.randn(6, 3, 64)
@@ -127,7 +118,6 @@ def test_dropout_is_the_mask_of_the_adapters_own_rows(monkeypatch: pytest.Monkey
     assert not torch.allclose(other[0], found["y"][0])
     with torch.no_grad(), adapters(model, names, seeds=seeds):
         assert torch.equal(model(x), found["y"])
-    with_kernel_masks(monkeypatch)
     slow = eager(model)
     compare(found, step(slow, x, names, seeds), step(slow.double(), x.double(), names, seeds))
 
