@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fastlora.config import CONFIG_NAME
-from fastlora.ids import BASE
 from fastlora.pool.acquire import Residency
+from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
 from fastlora.pool.leases import Lease, Request
@@ -23,12 +23,7 @@ from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers, unknown
 from fastlora.pool.transfers import make_transfers
-from fastlora.validation import (
-    AdapterStateError,
-    CheckpointError,
-    ConfigError,
-    check_rank,
-)
+from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
 
 _ATTRIBUTE = "_fastlora_pool"
 
@@ -81,14 +76,8 @@ class AdapterPool:
         max_rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_limit("max_adapters", max_adapters, 1)
-        for name, value in (("device_bytes", device_bytes), ("cpu_bytes", cpu_bytes)):
-            if value is not None:
-                _check_limit(name, value, 0)
-        if max_rank is not None:
-            check_rank(max_rank)
-        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
-            raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
+        check_limits(max_adapters, device_bytes, cpu_bytes, max_rank)
+        check_dtype(dtype)
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         self._layers = PoolLayers(model, targets)
         try:
@@ -155,7 +144,7 @@ class AdapterPool:
             PoolFullError: It never fits, or it is to be pinned and does not fit now. After any of
                 these the pool is as it was.
         """
-        _check_name(name)
+        check_name(name)
         folder: Path | None = None
         if isinstance(source, Mapping):
             image = self._reader.read_state(name, source, config)
@@ -183,7 +172,7 @@ class AdapterPool:
             AdapterStateError: The name exists.
             ConfigError: The name is wrong.
         """
-        _check_name(name)
+        check_name(name)
         path = Path(folder).absolute()
         self._reader.check_folder(path)
         with self._changed:
@@ -208,7 +197,7 @@ class AdapterPool:
         if not names:
             raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
         for name in names:
-            _check_name(name)
+            check_name(name)
             self._reader.check_folder(path / name)
         with self._changed:
             self._residency.check_open()
@@ -263,7 +252,7 @@ class AdapterPool:
         Raises:
             AdapterNotFoundError: There is none of one of the names.
         """
-        _check_names(names)
+        check_names(names)
         self._check_known(names)
         return self._residency.prefetch(tuple(names))
 
@@ -329,7 +318,7 @@ class AdapterPool:
             AdapterStateError: The pool is closed, or adapters are being copied to the GPU and a
                 CUDA graph is being captured.
         """
-        _check_names(names)
+        check_names(names)
         self._check_known(names)
         lease = self._residency.acquire(Request(tuple(dict.fromkeys(names))), timeout)
         if len(lease.residents) != len(names):
@@ -400,20 +389,3 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
     """Returns the pool that was made for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
-
-
-def _check_limit(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_names(names: object) -> None:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"names is {names!r}, expected a list of names")
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name or name == BASE:
-        raise ConfigError(
-            f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
-        )
