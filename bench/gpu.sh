@@ -203,7 +203,7 @@ main() {
             --out "$out/interpreted.csv" --dtype float32 --max-points 2 || failed+=(interpreted)
         say "benchmark of mixed batches in Triton's interpreter"
         TRITON_INTERPRET=1 measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
-            --out "$out/mixed.csv" --dtype float32 --max-points 1 || failed+=(mixed)
+            --out "$out/mixed.csv" --dtype float32 --max-points 2 || failed+=(mixed)
     else
         measure linear.py $(($(left) - reserve - for_mixed)) "${where[@]}" \
             --out "$out/results.csv" || failed+=(benchmark)

@@ -1,4 +1,4 @@
-"""Times one linear for a mixed batch: fastlora's kernels, and the plain PyTorch ways by hand.
+"""Times one linear on a mixed batch: fastlora's kernels, and the plain PyTorch ways by hand.
 
     python bench/mixed_kernels.py --out mixed.csv --tests pass [--seconds 110] [--device cuda]
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import mixed_train
 import torch
 import torch.nn.functional as F
 from contenders import SCALING, Contender, Results
@@ -185,16 +186,23 @@ class MixedBench(Bench):
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
         """Returns the contenders of a point; grouped products, and kernels, where there are any."""
+        if point.mode == "mixed_train":
+            return mixed_train.CONTENDERS
         ours = ours_for(point) if self.impl == "triton" else ()
         grouped = (GROUPED_MM,) if has_grouped_mm(self.device.type, self.dtype) else ()
         return (*BY_HAND, *ours, *grouped)
 
-    def draw(self, point: Point) -> MixedProblem:
+    def draw(self, point: Point) -> Any:
         """Returns one set of random operands, in a random mix."""
+        if point.mode == "mixed_train":
+            return mixed_train.MixedTrainProblem.random(point, self.dtype, self.device, self.impl)
         return MixedProblem.random(point, self.dtype, self.device)
 
     def checker(self, point: Point, problem: Any, contenders: Sequence[Contender]) -> Checker:
         """Returns what tells right results from wrong ones."""
+        if point.mode == "mixed_train":
+            exact, yardstick = mixed_train.truths(problem), mixed_train.YARDSTICK
+            return Checker(problem, contenders, exact, yardstick)
         return Checker(problem, contenders, truths(problem), YARDSTICK)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from contenders import Problem, contenders_for
 from mixed_kernels import MixedProblem, ours_for
+from mixed_train import CONTENDERS as MIXED_TRAIN
+from mixed_train import MixedTrainProblem
 from shapes import (
     Point,
     all_points,
@@ -39,6 +41,9 @@ def compile_point(point: Point, device: str, impl: str) -> str:
         if point.mode == "mixed":
             problem = MixedProblem.random(point, dtype, torch.device(device))
             contenders: Any = ours_for(point)
+        elif point.mode == "mixed_train":
+            problem = MixedTrainProblem.random(point, dtype, torch.device(device), impl)
+            contenders = MIXED_TRAIN
         else:
             problem = Problem.random(point, dtype, torch.device(device), impl)
             contenders = contenders_for(point, impl)

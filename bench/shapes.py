@@ -20,6 +20,7 @@ ROWS = (1, 64, 2048, 16, 8192)
 MIXED_ROWS = (64, 2048)
 MIXED_SEQUENCES = 64
 MIXED_ADAPTERS = (64, 1, 16, 4)
+MIXED_TRAIN_ADAPTERS = (4, 1, 16)
 TRAIN_ROWS = (2048, 8192)
 RANKS = (16, 64)
 
@@ -28,8 +29,8 @@ class Point(NamedTuple):
     """One problem, which every contender solves in the same process.
 
     Attributes:
-        mode: ``"forward"``, ``"train"`` (forward and backward), or ``"mixed"`` (a forward of rows
-            that belong to several adapters).
+        mode: ``"forward"``, ``"train"`` (forward and backward), or for rows that belong to several
+            adapters ``"mixed"`` (a forward) and ``"mixed_train"``.
         model: Where the shape comes from.
         layer: Which of its linears have it.
         m: Rows of x.
@@ -112,13 +113,24 @@ def _mixed(model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
     ]
 
 
+def _mixed_train(model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
+    name, k, n = layer
+    largest = max(map(int, ranks.split("+")))
+    return [
+        Point("mixed_train", model, name, m, k, n, largest, adapters, ranks)
+        for adapters in MIXED_TRAIN_ADAPTERS
+        if adapters > 1 or "+" not in ranks
+        for m in TRAIN_ROWS
+    ]
+
+
 def mixed_points() -> list[Point]:
     """Returns every point of mixed batches, the most telling first."""
     points: list[Point] = []
     for layers in ([(LLAMA, LLAMA_LAYERS[0])], [(LLAMA, LLAMA_LAYERS[1]), (QWEN, QWEN_LAYERS[0])]):
         for ranks in ("16", "8+16+64"):
             for model, layer in layers:
-                points += _mixed(model, layer, ranks)
+                points += _mixed(model, layer, ranks) + _mixed_train(model, layer, ranks)
     return points
 
 
@@ -126,6 +138,7 @@ def tiny_mixed_points() -> list[Point]:
     """Returns the points of mixed batches of a dry run."""
     return [
         Point("mixed", TINY, "a", 6, 48, 40, 8, 3, "3+8"),
+        Point("mixed_train", TINY, "a", 7, 48, 40, 8, 3, "3+8"),
         Point("mixed", TINY, "b", 128, 40, 72, 4, 5, "4"),
     ]
 
@@ -155,16 +168,19 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
     Args:
         kind: ``"base"`` (no adapter), ``"full"`` (base and adapter), ``"part"`` (the adapter's
             term added to a given y), ``"mixed"`` (base and every row's own adapter), each for a
-            forward; ``"train_base"`` and ``"train"`` for forward and backward.
+            forward; ``"train_base"``, ``"train"`` and ``"mixed_train"`` for forward and backward.
         point: The problem.
         element: Bytes of an element of x.
         roofs: What this card was measured to do.
     """
     m, k, n, r = point.m, point.k, point.n, point.r
     ranks = point.ranks_of_adapters
-    factors = sum(ranks) * (k + n)
+    factors, mean = sum(ranks) * (k + n), sum(ranks) / len(ranks)
     # Above the decode sizes the shrink and the GEMM each read x from memory.
     x_reads = 1 if m <= DECODE_MAX_ROWS else 2
+    # forward and backward: x read for shrink, GEMM and d_lora_a, dy for ds and dx, y and dx
+    # written; factors read in both passes, their gradients written; s and ds written and read
+    train = 2 * n * k + m * (4 * k + 3 * n) + 3 * factors + 4 * m * mean, 4 * m * n * k
     elements, flop = {
         "base": (n * k + m * (k + n), 2 * m * n * k),
         "full": (n * k + m * (x_reads * k + n) + factors + 2 * m * r, 2 * m * n * k),
@@ -172,13 +188,12 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
         "part": (m * (k + 2 * n) + factors + 2 * m * r, 2 * m * r * (k + n)),
         # every adapter's factors once, and of s what the rows have
         "mixed": (
-            n * k + m * (x_reads * k + n) + factors + 2 * m * sum(ranks) / len(ranks),
+            n * k + m * (x_reads * k + n) + factors + 2 * m * mean,
             2 * m * n * k,
         ),
         # forward, then dx: the weight and dy read, dx written
         "train_base": (2 * n * k + 2 * m * (k + n), 4 * m * n * k),
-        # the same with x read for shrink, GEMM and d_lora_a, dy for ds and dx, factors read in
-        # both passes and their gradients written, s and ds written and read
-        "train": (2 * n * k + m * (4 * k + 3 * n) + 3 * factors + 4 * m * r, 4 * m * n * k),
+        "train": train,
+        "mixed_train": train,
     }[kind]
     return 1e6 * max(element * elements / roofs.bytes_per_s, flop / roofs.flop_per_s)

@@ -42,7 +42,7 @@ def table(rows: list[dict[str, str]], mode: str) -> list[str]:
     if not names:
         return []
     widths = [max(len(name), 6) + 2 for name in names]
-    mixed = mode == "mixed"
+    mixed = mode.startswith("mixed")
     wide = max(4, *(len(group[2]) + 1 for group in groups))
     head = f"{mode:<14}{'r':>{wide}}" + (f"{'adapters':>10}" if mixed else "")
     head += f"{'M':>6}{'shapes':>8}"
@@ -71,7 +71,7 @@ def main() -> int:
         first = rows[0]
         print(f"{first['card']}, torch {first['torch']}, triton {first['triton']}, ", end="")
         print(f"commit {first['commit']}, tests {first['tests']}; time over the base linear's:")
-    for mode in ("forward", "train", "mixed"):
+    for mode in ("forward", "train", "mixed", "mixed_train"):
         for line in table(rows, mode):
             print(line)
     for row in rows:

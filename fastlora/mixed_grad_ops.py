@@ -42,7 +42,8 @@ from fastlora.mixed_grad_tables import (
     split_grad_b,
     table,
 )
-from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _precision
+from fastlora.ops import _LIBRARY, _implements, _on_device, _precision
+from fastlora.plans import choose_mixed_train_plan
 
 _ROUTE = "Tensor order, Tensor segment_of, Tensor segment_slot, Tensor slot_start"
 _DROPOUT = "Tensor? seeds, float[] dropout_p"
@@ -156,13 +157,11 @@ def _mixed_lora_grad_x(
 ) -> torch.Tensor:
     """dx of one module; without a weight that of the adapters' term alone."""
     (m, _), k, device = dy.shape, lora_a[0].shape[1], dy.device
-    fused = weight is not None and impl == "triton"
-    if weight is None:
-        dx = dy.new_zeros(m, k)
-    elif not fused or plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
-        dx, fused = dy @ weight, False
-    else:
-        dx = dy.new_empty(m, k)
+    fused = False
+    if weight is not None and impl == "triton":
+        rank_rows = len(lora_a) * max(a.shape[0] for a in lora_a)
+        fused = choose_mixed_train_plan(plan, dy, rank_rows) == "fused"
+    dx = dy.new_empty(m, k) if fused else dy.new_zeros(m, k) if weight is None else dy @ weight
     if impl != "triton":
         eager.grad_x_(dx, ds, order, slot_start, lora_a, seeds, dropout_p)
         return dx

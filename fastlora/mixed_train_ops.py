@@ -24,7 +24,8 @@ from fastlora.mixed_grad_tables import (
     table,
 )
 from fastlora.mixed_ops import _shrunk_shape
-from fastlora.ops import _FUSED_MAX_ROWS, _LIBRARY, _implements, _on_device, _precision
+from fastlora.ops import _LIBRARY, _implements, _on_device, _precision
+from fastlora.plans import choose_mixed_train_plan
 
 _ROUTE = "Tensor order, Tensor segment_of, Tensor segment_slot, Tensor slot_start"
 _DROPOUT = "Tensor? seeds, float[] dropout_p"
@@ -156,7 +157,7 @@ def _linear(
     from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_linear
 
     m, n = x.shape[0], weight.shape[0]
-    if plan == "split" or (plan == "auto" and m > _FUSED_MAX_ROWS):
+    if choose_mixed_train_plan(plan, x, len(lora_b) * max(b.shape[1] for b in lora_b)) == "split":
         y = F.linear(x, weight, bias)
         _expand(y, s, route, lora_b, lora_bias, scaling)
         return y

@@ -14,6 +14,7 @@ from fastlora import env
 # "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
 PLANS = ("auto", "fused", "split", "augmented", "invariant")
 MIXED_PLANS = ("auto", "fused", "split", "dense", "invariant")
+MIXED_TRAIN_PLANS = ("auto", "fused", "split")
 _PLAN = env.plan()
 
 
@@ -50,6 +51,24 @@ def choose_mixed_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
 
         family = configs.chip_of(x.device).family
         plan = plan_tables.mixed_plan_for(family, x.dtype, x.shape[0], rank_rows)
+    return plan
+
+
+def choose_mixed_train_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
+    """The same in training, whose forward and dx have `MIXED_TRAIN_PLANS`; others are passed over.
+
+    For a dx, ``x`` is dy.
+
+    Raises:
+        ValueError: ``FASTLORA_PLAN`` names no plan.
+    """
+    if plan not in MIXED_TRAIN_PLANS or plan == "auto":
+        plan = _from_environment(MIXED_TRAIN_PLANS)
+    if plan == "auto":
+        from fastlora.kernels import configs, plan_tables
+
+        family = configs.chip_of(x.device).family
+        plan = plan_tables.mixed_train_plan_for(family, x.dtype, x.shape[0], rank_rows)
     return plan
 
 

@@ -41,6 +41,9 @@ MEASURED: dict[tuple[str, torch.dtype], tuple[PlanRow, ...]] = {}
 # The same for mixed batches; a row's rank is that of all slots together.
 MIXED_MEASURED: dict[tuple[str, torch.dtype], tuple[PlanRow, ...]] = {}
 
+# The same for their training, forward and dx, which has ``fused`` and ``split``.
+MIXED_TRAIN_MEASURED: dict[tuple[str, torch.dtype], tuple[PlanRow, ...]] = {}
+
 
 def plan_for(family: str, dtype: torch.dtype, m: int, r: int) -> str:
     """Returns the plan of a linear with M rows and rank R.
@@ -65,4 +68,10 @@ def mixed_plan_for(family: str, dtype: torch.dtype, m: int, rank_rows: int) -> s
         rank_rows: Slots times the largest rank there may be.
     """
     table = MIXED_MEASURED.get((family, dtype), DEFAULT)
+    return next(row.plan for row in table if row.covers(m, rank_rows))
+
+
+def mixed_train_plan_for(family: str, dtype: torch.dtype, m: int, rank_rows: int) -> str:
+    """The same in training; the table is `MIXED_TRAIN_MEASURED`."""
+    table = MIXED_TRAIN_MEASURED.get((family, dtype), DEFAULT)
     return next(row.plan for row in table if row.covers(m, rank_rows))

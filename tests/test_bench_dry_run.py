@@ -28,13 +28,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     import harness
     import linear
     import mixed_kernels
+    import mixed_train
     import shapes
     import summary
 
     class Modules:
         pass
 
-    for module in (contenders, harness, linear, mixed_kernels, shapes, summary):
+    for module in (contenders, harness, linear, mixed_kernels, mixed_train, shapes, summary):
         setattr(Modules, module.__name__, module)
     return Modules
 
@@ -93,7 +94,15 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert set(measured) == own | by_hand
     assert {(row["r"], row["adapters"]) for row in measured.values()} == {("3+8", "3")}
     assert {name for name, row in measured.items() if row["impl"] == "triton"} == own
-    assert "mixed" in result.stdout.split("time over the base linear's:")[2]
+    training = _by_contender(mixed, "a", "mixed_train")
+    assert {name: row["impl"] for name, row in training.items()} == {
+        "base": "torch",
+        "segments": "torch",
+        "fused": "triton",
+        "split": "triton",
+    }
+    tables = result.stdout.split("time over the base linear's:")[2]
+    assert "mixed " in tables and "mixed_train" in tables
 
     for row in rows + interpreted + mixed:
         # "ok" says that the numbers were right: only then is a contender timed.
@@ -127,6 +136,8 @@ def test_wrong_results_are_caught(bench: Any, bad: Any) -> None:
 def test_wrong_results_of_mixed_batches_are_caught(bench: Any) -> None:
     mixed = bench.mixed_kernels
     for point in bench.shapes.tiny_mixed_points():
+        if point.mode != "mixed":
+            continue
         problem = mixed.MixedProblem.random(point, torch.float32, CPU)
         checker = bench.harness.Checker(
             problem, mixed.BY_HAND, mixed.truths(problem), mixed.YARDSTICK
@@ -137,6 +148,26 @@ def test_wrong_results_of_mixed_batches_are_caught(bench: Any) -> None:
             mixed.BY_HAND[2], run=lambda p, m=moved: mixed.BY_HAND[2].run(replace(p, rows=m))
         )
         assert checker.fault(bmm).startswith("wrong: result 0")
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_wrong_gradients_of_mixed_batches_are_caught(bench: Any, index: int) -> None:
+    """y, dx, and both gradients of each of three adapters."""
+    mixed = bench.mixed_train
+    point = next(p for p in bench.shapes.tiny_mixed_points() if p.mode == "mixed_train")
+    problem = mixed.MixedTrainProblem.random(point, torch.float32, CPU, "eager")
+    checker = bench.harness.Checker(
+        problem, mixed.CONTENDERS, mixed.truths(problem), mixed.YARDSTICK
+    )
+    assert [checker.fault(contender) for contender in mixed.CONTENDERS] == [""] * 4
+    fused = mixed.CONTENDERS[2]
+
+    def run(p: Any) -> tuple[torch.Tensor, ...]:
+        results = list(fused.run(p))
+        results[index] = results[index].roll(1, dims=0)
+        return tuple(results)
+
+    assert checker.fault(replace(fused, run=run)).startswith(f"wrong: result {index}")
 
 
 def _main(bench: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
@@ -309,6 +340,10 @@ def test_summary_and_plot(
 def test_points_of_mixed_batches_cover_the_grid(bench: Any) -> None:
     points = bench.shapes.mixed_points()
     assert len(set(points)) == len(points)
+    training = {(p.m, p.adapters, p.ranks) for p in points if p.mode == "mixed_train"}
+    mixes = [(1, "16"), (4, "16"), (16, "16"), (4, "8+16+64"), (16, "8+16+64")]
+    assert training == {(m, *mix) for m in (2048, 8192) for mix in mixes}
+    points = [point for point in points if point.mode == "mixed"]
     for m in (64, 2048):
         found = {(point.adapters, point.ranks) for point in points if point.m == m}
         assert found == {

@@ -136,6 +136,26 @@ def test_who_chooses(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         plans.choose_mixed_plan("augmented", x, 128)
 
 
+def test_who_chooses_in_training(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same order; what training does not have is passed over, be it named by call or not."""
+    from fastlora.kernels import configs, plan_tables
+
+    x = lab.rand(20, 48)
+    choose = plans.choose_mixed_train_plan
+    assert [choose(plan, x, 64) for plan in ("auto", "split", "augmented")] == [
+        *("fused", "split", "fused"),
+    ]
+    assert choose("auto", lab.rand(65, 48), 64) == "split"
+    row, family = plan_tables.PlanRow, configs.chip_of(x.device).family
+    table = (row("split", max_rank=64), row("fused"))
+    monkeypatch.setitem(plan_tables.MIXED_TRAIN_MEASURED, (family, torch.float32), table)
+    assert [choose("auto", x, rows) for rows in (64, 65)] == ["split", "fused"]
+    monkeypatch.setattr(plans, "_PLAN", "split")
+    assert [choose(plan, x, 65) for plan in ("auto", "fused")] == ["split", "fused"]
+    monkeypatch.setattr(plans, "_PLAN", "dense")
+    assert choose("auto", x, 65) == "fused"
+
+
 def test_what_is_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many rank rows, named by the call or by the environment, and the invariant mode."""
     large = MixedProblem(lab, [0, 4], [(64, 1, 1, 1, 8)], 48, [40], torch.float32)
