@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import train_runs
 
 import fastlora
@@ -24,24 +20,6 @@ from fastlora.validation import ConfigError
 
 pytest.importorskip("transformers", reason="trains its models")
 pytest.importorskip("accelerate", reason="trains on it")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture
-def given(base: Path, tmp_path: Path) -> dict[str, Any]:
-    """A config whose data the test may change."""
-    data = train_runs.make_data(tmp_path / "data")
-    return train_runs.config(base, data, tmp_path / "out", steps=4, save_every=2)
-
-
-@pytest.fixture
-def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """See `train_runs.failing`."""
-    return train_runs.failing(tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import train_runs
 from tiny import tiny_llama
 
@@ -23,11 +21,6 @@ from fastlora.train import checkpoint
 
 pytest.importorskip("transformers", reason="trains its models")
 pytest.importorskip("accelerate", reason="trains on it")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

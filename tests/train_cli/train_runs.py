@@ -17,7 +17,7 @@ from tiny import tiny_llama
 
 from fastlora import cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["sea", "ship", "north wind", "tin", "robot", "lamp", "harbour", "salt", "bolt", "star"]
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import train_runs
 from tiny import tiny_llama
 
@@ -26,11 +24,6 @@ from fastlora.train.run import Run
 
 pytest.importorskip("transformers", reason="trains its models")
 pytest.importorskip("accelerate", reason="trains on it")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
