@@ -211,8 +211,17 @@ def test_calls_do_not_grow_with_the_adapters(dtype: torch.dtype) -> None:
 
 
 def calls(found: Any) -> Counter[str]:
-    """How often each operator was called."""
-    return Counter({event.key: event.count for event in found.key_averages()})
+    """How often each operator was called, but for what a batched product is made of.
+
+    On a processor without bf16 instructions that is a product for each block.
+    """
+    return Counter(event.name for event in found.events() if not within_batched(event))
+
+
+def within_batched(event: Any) -> bool:
+    """Whether a batched product made the call."""
+    parent = event.cpu_parent
+    return parent is not None and ("bmm" in parent.name or within_batched(parent))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
