@@ -14,12 +14,32 @@ from torch.autograd.function import once_differentiable
 
 from fastlora import reference
 from fastlora.autograd import without_autocast
-from fastlora.dora import scale_of, scaled_with_sums, times
+from fastlora.dora import (
+    adapted_squares,
+    norm_joins,
+    outside_autocast,
+    scale_of,
+    scaled_with_sums,
+    times,
+)
 from fastlora.gradients import keep_mask
+
+
+def joins(
+    x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor, impl: str
+) -> bool:
+    """Whether the norm is best computed in `DoraDropped`, from ``||weight||^2``.
+
+    Then lora_a's rows go through the base product behind those of ``dropout(x)``.
+    """
+    eager = impl != "triton" and not torch.compiler.is_compiling() and type(seed) is torch.Tensor
+    return eager and lora_a.shape[0] > 0 and norm_joins(x.reshape(-1, x.shape[-1]), weight)
 
 
 class DoraDropped(torch.autograd.Function):
     """See the module's docstring.
+
+    Takes the norm's squares, or with ``norm_scaling``, where `joins` says so, those of the weight.
 
     Saves x, s, the seed, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
     mask's ``1 / (1 - p)``, where the magnitude wants a gradient. The mask is made again from the
@@ -41,23 +61,33 @@ class DoraDropped(torch.autograd.Function):
         seed: torch.Tensor,
         dropout_p: float,
         impl: str,
+        norm_scaling: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """Takes ``base``, the base layer's output, or computes it from weight and bias if None."""
         rows = x.reshape(-1, x.shape[-1])
-        weight_x = weight.to(x.dtype)
+        weight_x, m = weight.to(x.dtype), rows.shape[0]
+        up = 1.0 / (1.0 - dropout_p)
+        ctx.z_up = 1.0 if impl == "triton" else up  # it goes into what is smaller or scaled anyway
+        if norm_scaling is not None:
+            both = reference.lora_selected(rows, seed, dropout_p, lora_a.shape[0])
+            both[m:] = lora_a
+            dropped, product = both[:m], F.linear(both, weight_x)
+            z, cross = product[:m], product[m:].t()
+            squares = outside_autocast(
+                adapted_squares, weight, squares, lora_a, lora_b, norm_scaling, cross
+            )
+        else:
+            if impl == "triton":
+                dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
+            else:
+                dropped = reference.select_(keep_mask(rows, seed, dropout_p, after=None), rows)
+            z = F.linear(dropped, weight_x)
         change = scale_of(magnitude, squares).sub_(1.0)
         scaled_b = _scaled_rows(lora_b, magnitude, squares, x.dtype)
-        up = 1.0 / (1.0 - dropout_p)
-        if impl == "triton":
-            dropped, ctx.z_up = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl), 1.0
-        else:  # 1 / (1 - p) goes into what is smaller or scaled anyway
-            dropped = reference.select_(keep_mask(rows, seed, dropout_p, after=None), rows)
-            ctx.z_up = up
         if base is None:
             y = F.linear(rows, weight_x, None if bias is None else bias.to(x.dtype))
         else:
             y = base.reshape(-1, base.shape[-1]).clone(memory_format=torch.contiguous_format)
-        z = F.linear(dropped, weight_x)
         if impl == "triton":
             s = torch.ops.fastlora.lora_shrink(dropped, lora_a, None, 0.0, impl)
             torch.ops.fastlora.lora_expand_(y, s, scaled_b, scaling, impl)
@@ -131,7 +161,7 @@ class DoraDropped(torch.autograd.Function):
         d_base = grad if needs_base else None
         return (
             *(d_base, dx, d_weight, d_bias, d_lora_a, d_lora_b, d_magnitude),
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
         )
 
 

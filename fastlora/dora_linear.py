@@ -12,10 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora.autograd import forward_linear, keeps_s, without_autocast
-from fastlora.dora import scale_columns, scale_columns_backward, scale_of, scaled_with_sums
+from fastlora import reference
+from fastlora.autograd import forward_linear, without_autocast
+from fastlora.dora import (
+    adapted_squares,
+    norm_joins,
+    outside_autocast,
+    scale_columns,
+    scale_columns_backward,
+    scale_of,
+    scaled_with_sums,
+)
 from fastlora.gradients import Needs, Saved, layer_gradients
 
 
@@ -43,13 +53,34 @@ def _divides(scale: torch.Tensor, dtype: torch.dtype) -> bool:
     return scale.amin().item() >= torch.finfo(dtype).smallest_normal ** 0.5
 
 
+def _joined(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns u ``[..., N]``, s and ``weight @ lora_a.T``, all in x's dtype, from one base product.
+
+    See `fastlora.dora.norm_joins`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # [M + R, K] x [K, N]
+    both = F.linear(torch.cat([rows, lora_a]), weight)
+    u, s = both[: rows.shape[0]], reference.lora_shrink(rows, lora_a)
+    reference.lora_expand_(u, s, lora_b, scaling)
+    return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
+
+
 class DoraLinear(torch.autograd.Function):
     """``y = g * (x @ weight.T + scaling * x @ lora_a.T @ lora_b.T)``.
 
-    Saves x, s (unless it is cheap to make again), the parameters, the factors in x's dtype, N
-    numbers twice, and where the magnitude wants a gradient one ``[M, N]``: y itself, or u where g
-    has numbers that y cannot be divided by. A y that somebody has written into meanwhile is not
-    used: u is then made again.
+    Takes ``||weight||^2`` of each row, and the scaling twice: as a tensor for the product, and for
+    the norm as the number that it is, if it is one.
+
+    Saves x, s, the parameters, the factors in x's dtype, N numbers twice, and where the magnitude
+    wants a gradient one ``[M, N]``: y itself, or u where g has numbers that y cannot be divided by.
+    A y that somebody has written into meanwhile is not used: u is then made again.
     """
 
     @staticmethod
@@ -60,14 +91,20 @@ class DoraLinear(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         magnitude: torch.Tensor,
-        squares: torch.Tensor,
+        base_squares: torch.Tensor,
         scaling: torch.Tensor,
+        norm_scaling: torch.Tensor | float,
     ) -> torch.Tensor:
         ctx.dtypes = lora_a.dtype, lora_b.dtype
+        own, cross = (lora_a, lora_b), None
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # once for forward and backward
-        u, s = forward_linear(
-            x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto", None
-        )
+        if norm_joins(x.reshape(-1, x.shape[-1]), weight):
+            u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
+        else:
+            u, s = forward_linear(
+                x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto", None
+            )
+        squares = outside_autocast(adapted_squares, weight, base_squares, *own, norm_scaling, cross)
         _, _, _, needs_b, needs_m, *_ = ctx.needs_input_grad
         scale = scale_of(magnitude, squares)
         from_y = needs_m and _divides(scale, u.dtype)
@@ -76,7 +113,7 @@ class DoraLinear(torch.autograd.Function):
         kept = y.data if from_y else u if needs_m else None  # .data counts writes on its own
         ctx.counter = _counter(y) if from_y else None
         ctx.version, ctx.x_shape = y._version, x.shape
-        saved_s = s if needs_b and keeps_s(x, lora_b, "eager") else None
+        saved_s = s if needs_b else None
         ctx.save_for_backward(
             x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, saved_s, kept
         )
@@ -110,4 +147,4 @@ class DoraLinear(torch.autograd.Function):
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip((found.d_lora_a, found.d_lora_b), ctx.dtypes, strict=True)
         ]
-        return dx, None, *d_factors, d_magnitude, None, None
+        return dx, None, *d_factors, d_magnitude, None, None, None

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dora_truth import Problem, dora, make_problem
+from dora_truth import Problem, make_problem
+from dora_truth import dora as plain_dora
 
-from fastlora import FastLoraLinear, dora_linear
+from fastlora import FastLoraLinear, dora, dora_dropped, dora_linear, reference
+from fastlora.layers import dora as layer_dora
 from fastlora.testing import assert_within_budget
 
 TRAINED = ("x", "lora_a", "lora_b", "magnitude")
@@ -51,7 +53,7 @@ def results_of(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tens
 def truth_of(problem: Problem, dtype: torch.dtype, dy: torch.Tensor) -> list[torch.Tensor]:
     """The same of the plain formula in another dtype."""
     operands = problem.to(dtype)
-    y = dora(operands, 0.75)
+    y = plain_dora(operands, 0.75)
     wanted = [getattr(operands, name) for name in TRAINED]
     return [y.detach(), *torch.autograd.grad(y, wanted, dy.to(dtype))]
 
@@ -178,3 +180,37 @@ def test_the_output_is_what_is_saved() -> None:
             y = layer(problem.x)
         large = [t.data_ptr() for t in saved if t.shape == y.shape]
         assert large == ([] if frozen else [y.data_ptr()])
+
+
+@pytest.mark.parametrize(("m", "joins"), [(24, True), (25, False)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_norm_joins_the_base_product(
+    monkeypatch: pytest.MonkeyPatch, m: int, joins: bool, p: float
+) -> None:
+    """Up to N rows the weight is read once for ``x @ weight.T`` and for the norm."""
+    layer = layer_of(make_problem(m, 24, 20, 4, torch.float32, bias=False))
+    if p:
+        layer.lora_dropout["default"] = nn.Dropout(p)
+    given: list[bool] = []
+
+    def squares(*args: Any) -> torch.Tensor:
+        given.append(len(args) == 6 and args[5] is not None)
+        return dora.adapted_squares(*args)
+
+    for module in (dora_linear, dora_dropped, layer_dora):
+        monkeypatch.setattr(module, "adapted_squares", squares)
+    layer(torch.randn(m, 20, requires_grad=True)).sum().backward()
+    assert given == [joins]
+
+
+@pytest.mark.parametrize("shape", [(9, 20), (7, 5), (1, 1), (3, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("more", [1, 16])
+def test_rows_behind_the_selected_ones(
+    shape: tuple[int, int], dtype: torch.dtype, more: int
+) -> None:
+    """The mask is `lora_keep`'s, however much memory lies behind it."""
+    x, seed = torch.randn(shape).to(dtype), torch.tensor(11)
+    whole = reference.lora_selected(x, seed, 0.4, more)
+    assert whole.shape == (shape[0] + more, shape[1])
+    assert torch.equal(whole[: shape[0]], x * reference.lora_keep(x, seed, 0.4).to(dtype))

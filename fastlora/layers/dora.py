@@ -17,11 +17,12 @@ from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
 from fastlora.dora import (
     DoraScale,
     adapted_squares,
+    outside_autocast,
     scale_columns,
     scale_of,
     square_norms,
 )
-from fastlora.dora_dropped import DoraDropped
+from fastlora.dora_dropped import DoraDropped, joins
 from fastlora.dora_linear import DoraLinear, runs_as_one
 from fastlora.layers.branch import scaling_of
 from fastlora.layers.compute import (
@@ -138,11 +139,8 @@ def adapter_squares(
     """
     base = layer.get_base_layer()
     weight = dense_weight(base)
-    device_type = weight.device.type
-    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
-    return adapted_squares(weight, _base(layer, base, weight), lora_a, lora_b, scaling)
+    squares = _base(layer, base, weight)
+    return outside_autocast(adapted_squares, weight, squares, lora_a, lora_b, scaling)
 
 
 def _base(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -183,8 +181,7 @@ def cached_squares(
     scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
-        if keeps:
-            _cache(layer).adapters.pop(name, None)
+        _forget(layer, name)
         return adapter_squares(layer, lora_a, lora_b, scaling)
     weight = layer.get_base_layer().weight
     stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
@@ -198,6 +195,13 @@ def cached_squares(
             value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling)
         known = kept[name] = _Kept(key, value)
     return known.value
+
+
+def _forget(layer: Any, name: str) -> None:
+    """Drops an adapter's own norms, which a forward with gradients computes anew."""
+    cache = layer.__dict__.get("_dora_norms")
+    if cache is not None:
+        cache.adapters.pop(name, None)
 
 
 # ------------------------------------------------------------------------------------- forward
@@ -275,13 +279,19 @@ def _fused(
     if dtype is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     magnitude = magnitude_of(layer, name)
-    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
-    if branch.dropout_p:
-        return _dropped(layer, None, x, weight, bias, magnitude, squares, branch, impl)
     eager = not is_batch_invariant() and ops.resolve_impl(impl, x) == "eager"
-    if eager and torch.is_grad_enabled() and runs_as_one(x, weight, bias, branch.lora_a):
-        factors = branch.lora_a, branch.lora_b
-        return DoraLinear.apply(x, weight, *factors, magnitude, squares, branch.scaling)
+    trains = eager and not branch.dropout_p and torch.is_grad_enabled()
+    if trains and runs_as_one(x, weight, bias, branch.lora_a):
+        _forget(layer, name)
+        squares = _base(layer, layer.get_base_layer(), weight)
+        factors, scalings = (
+            (branch.lora_a, branch.lora_b),
+            (branch.scaling, scaling_of(layer, name)),
+        )
+        return DoraLinear.apply(x, weight, *factors, magnitude, squares, *scalings)
+    if branch.dropout_p:
+        return _dropped(layer, None, x, weight, bias, name, branch, impl)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
@@ -302,10 +312,9 @@ def _added(
     x = x.to(dtype or x.dtype)
     base = layer.get_base_layer()
     bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
-    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     if branch.dropout_p:
-        weight = dense_weight(base)
-        return _dropped(layer, y, x, weight, None, magnitude, squares, branch, impl)
+        return _dropped(layer, y, x, dense_weight(base), None, name, branch, impl)
+    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     added = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
     u = added if bias is None else added - bias.to(added.dtype)
     if records_gradients(u, bias, magnitude):
@@ -327,8 +336,7 @@ def _dropped(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    squares: torch.Tensor,
+    name: str,
     branch: Branch,
     impl: str,
 ) -> torch.Tensor:
@@ -336,10 +344,17 @@ def _dropped(
     if is_batch_invariant():
         refuse_in_mode(layer, f"dropout_p={branch.dropout_p} acts; call eval()")
     impl = ops.resolve_impl(impl, x)
-    seed = ops.draw_seed(x, impl)
+    seed, magnitude, norm_scaling = ops.draw_seed(x, impl), magnitude_of(layer, name), None
+    # Without gradients too: a checkpoint's first forward has none, and its repetition's bits.
+    if joins(x, weight, branch.lora_a, seed, impl):
+        _forget(layer, name)
+        squares = _base(layer, layer.get_base_layer(), weight)
+        norm_scaling = scaling_of(layer, name)
+    else:
+        squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     return DoraDropped.apply(
         *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, squares),
-        *(branch.scaling, seed, branch.dropout_p, impl),
+        *(branch.scaling, seed, branch.dropout_p, impl, norm_scaling),
     )
 
 

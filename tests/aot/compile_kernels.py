@@ -2,15 +2,17 @@
 
 ``python tests/aot/compile_kernels.py --write`` writes the table `docs/kernel_resources.csv`;
 ``--arch sm_90`` (repeatable) prints the rows of one chip. The tests add ``--shared``: chips that
-compile alike up to a stage share it (`shared_compiles.py`). What is compiled is what a GPU would be
-given: launches as their launchers make them (`launches.py`), specialised by the rules of Triton's
-own launcher.
+compile alike up to a stage share it (`shared_compiles.py`); and ``--known``: a kernel whose Triton
+IR is what a row of the table was made from gives that row, but for every tenth, which is compiled
+(`fingerprints.py`). What is compiled is what a GPU would be given: launches as their launchers make
+them (`launches.py`), specialised by the rules of Triton's own launcher.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
 import os
 import re
@@ -19,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from triton.compiler import ASTSource
 # file by its path does not.
 sys.path.insert(0, str(Path(__file__).parent))
 from dependent_launch import early_loads  # noqa: E402
+from fingerprints import fingerprint, is_sampled  # noqa: E402
 from launches import CHIPS, Case, Launch, cases, record  # noqa: E402
 from shared_compiles import Compiled, compile_for, donor_of, groups_of  # noqa: E402
 
@@ -55,7 +58,8 @@ class Resources:
 
     Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
     ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones;
-    ``early_loads`` are those of s that a dependent launch may run before the shrink has written it.
+    ``early_loads`` are those of s that a dependent launch may run before the shrink has written it;
+    ``fingerprint`` is that of `fingerprints.fingerprint`.
     """
 
     arch: str
@@ -82,6 +86,7 @@ class Resources:
     vector_loads: int
     grid_dependency: int
     early_loads: int
+    fingerprint: str
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -135,6 +140,12 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target_of(arch), options=options)
 
 
+def fingerprint_of(launch: Launch, arch: str) -> str:
+    """Returns the fingerprint of what `compile_launch` would compile."""
+    *known, options = specialise(launch, arch)
+    return fingerprint(ASTSource(launch.kernel, *known), target_of(arch), options)
+
+
 def _is_one(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == 1
 
@@ -156,12 +167,24 @@ def key_of(case: Case) -> dict[str, Any]:
     }
 
 
-def measure_group(group: Sequence[Case]) -> list[Resources]:
-    """Compiles cases of one specialisation, each from what an earlier one's chip compiles alike."""
+def measure_group(group: Sequence[Case], known: frozenset[str] = frozenset()) -> list[Resources]:
+    """Compiles cases of one specialisation, each from what an earlier one's chip compiles alike.
+
+    Where all fingerprints are known, and none is sampled, their rows are read from the table.
+    """
+    launches = [record(case) for case in group]
+    prints = [
+        fingerprint_of(launch, case.arch) for launch, case in zip(launches, group, strict=True)
+    ]
+    if known.issuperset(prints) and not is_sampled(prints[0]):
+        table = read_table()
+        return [
+            replace(table[digest], **key_of(case))
+            for digest, case in zip(prints, group, strict=True)
+        ]
     made: dict[str, Compiled] = {}
     rows = []
-    for case in group:
-        launch = record(case)
+    for case, launch, digest in zip(group, launches, prints, strict=True):
         found = donor_of(case.arch, made)
         if found is None:
             kernel = compile_launch(launch, case.arch)
@@ -170,11 +193,11 @@ def measure_group(group: Sequence[Case]) -> list[Resources]:
             options = specialise(launch, case.arch).options
             compiled = compile_for(target_of(case.arch), *found, options)
         made[case.arch] = compiled
-        rows.append(_resources(case, launch, compiled))
+        rows.append(_resources(case, launch, compiled, digest))
     return rows
 
 
-def _resources(case: Case, launch: Launch, kernel: Compiled) -> Resources:
+def _resources(case: Case, launch: Launch, kernel: Compiled, digest: str) -> Resources:
     hip = case.arch.startswith("gfx")
     registers, spilled = _amd_registers(kernel) if hip else _nvidia_registers(kernel)
     text = kernel.asm["amdgcn"] if hip else kernel.asm["ptx"]
@@ -206,6 +229,7 @@ def _resources(case: Case, launch: Launch, kernel: Compiled) -> Resources:
         vector_loads=len(re.findall(r"ld\.global[^ ]*\.v4\.b32", text)),
         grid_dependency=len(re.findall(r"griddepcontrol", text)),
         early_loads=early_loads_of_s(launch, kernel, case.arch),
+        fingerprint=digest,
     )
 
 
@@ -258,8 +282,13 @@ def _programs_per_sm(arch: str, registers: int, warps: int, shared: int) -> int:
     return min(by_registers, by_warps, by_shared)
 
 
-def measure_all(selected: Sequence[Case], shared: bool = False) -> list[Resources]:
+def measure_all(
+    selected: Sequence[Case], shared: bool = False, known: bool = False
+) -> list[Resources]:
     """Returns the resources of each case, in order, from a pool with one worker a core."""
+    measure = functools.partial(
+        measure_group, known=frozenset(read_table()) if known else frozenset()
+    )
     groups: Sequence[Sequence[Case]] = [[case] for case in selected]
     if shared:
         groups = groups_of(selected, lambda case: repr(specialise(record(case), case.arch)))
@@ -268,11 +297,25 @@ def measure_all(selected: Sequence[Case], shared: bool = False) -> list[Resource
         rows = dict(
             zip(
                 (case for group in groups for case in group),
-                (row for made in pool.map(measure_group, groups, chunksize=4) for row in made),
+                (row for made in pool.map(measure, groups, chunksize=4) for row in made),
                 strict=True,
             )
         )
     return [rows[case] for case in selected]
+
+
+@functools.cache
+def read_table(path: Path = TABLE) -> dict[str, Resources]:
+    """Returns the rows of the published table by fingerprint; none of another Triton's."""
+    with path.open(newline="") as file:
+        if file.readline().split() != ["#", "triton", triton.__version__]:
+            return {}
+        rows = [row for row in csv.DictReader(file) if row.get("fingerprint")]
+    kinds = {field.name: int if field.type == "int" else str for field in fields(Resources)}
+    return {
+        row["fingerprint"]: Resources(**{name: kinds[name](row[name]) for name in kinds})
+        for row in rows
+    }
 
 
 def write_table(rows: Sequence[Resources], path: Path = TABLE) -> None:
@@ -291,9 +334,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--arch", action="append", choices=[chip.arch for chip in CHIPS])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--shared", action="store_true", help="share stages between chips")
+    parser.add_argument("--known", action="store_true", help="take what is known from the table")
     options = parser.parse_args(arguments)
     chips = [chip for chip in CHIPS if options.arch is None or chip.arch in options.arch]
-    rows = measure_all(cases(chips), options.shared)
+    rows = measure_all(cases(chips), options.shared, options.known)
     if options.write:
         write_table(rows)
     else:
