@@ -181,7 +181,8 @@ def cached_squares(
     scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
-        _forget(layer, name)
+        if keeps:  # a compiler must not see what is kept
+            _forget(layer, name)
         return adapter_squares(layer, lora_a, lora_b, scaling)
     weight = layer.get_base_layer().weight
     stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
