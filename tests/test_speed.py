@@ -44,7 +44,7 @@ def test_forward_and_step_against_peft(
     theirs = peft.get_peft_model(
         fresh_smollm2(dtype), peft.LoraConfig(**config), autocast_adapter_dtype=fp32_adapters
     )
-    ids = torch.randint(0, 49_000, (2, 128) if timed else (1, 4))
+    ids = torch.randint(0, 49_000, (2, 128) if timed else (1, 16))
 
     def forward(model: Any) -> Callable[[], object]:
         def call() -> None:
