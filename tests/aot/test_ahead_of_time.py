@@ -279,4 +279,6 @@ def test_the_published_table_is_of_todays_kernels(rows: list[Row]) -> None:
         published = list(table)
     assert [{name: row[name] for name in keys[0]} for row in published] == keys
     if version == triton.__version__:
-        assert published == rows
+        for row, today in zip(published, rows, strict=True):
+            # Fingerprints only say what need not be compiled.
+            assert row | {"fingerprint": ""} == today | {"fingerprint": ""}
