@@ -23,7 +23,7 @@ from fastlora.implementation import resolve_impl as resolve_impl
 from fastlora.implementation import triton_status as triton_status
 from fastlora.plans import augmented, choose_plan
 
-# Of mixed batches, whose plans have no table: as `fastlora.kernels.plan_tables.DEFAULT`.
+# Of the mixed add, which has no table of plans: as `fastlora.kernels.plan_tables.DEFAULT`.
 _FUSED_MAX_ROWS = 64
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")

@@ -63,7 +63,7 @@ CASES = [
     (15, 33, 100, 4, torch.float32),
     (127, 130, 72, 16, torch.bfloat16),
     (2000, 48, 33, 3, torch.bfloat16),
-    (17, 600, 31, 8, torch.bfloat16),  # wide: s is made again
+    (17, 600, 31, 8, torch.bfloat16),
     (16, 40, 65, 64, torch.float16),
     (2000, 33, 48, 128, torch.float32),
     (17, 20, 31, 8, torch.float64),
