@@ -20,8 +20,8 @@ ROWS = (1, 64, 2048, 16, 8192)
 MIXED_ROWS = (64, 2048)
 MIXED_SEQUENCES = 64
 MIXED_ADAPTERS = (64, 1, 16, 4)
-MIXED_TRAIN_ADAPTERS = (4, 1, 16)
 TRAIN_ROWS = (2048, 8192)
+_MIXED_TRAINING = ((4, 1, 16), TRAIN_ROWS)  # adapters, rows
 RANKS = (16, 64)
 
 
@@ -102,25 +102,15 @@ def all_points() -> list[Point]:
     return points
 
 
-def _mixed(model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
+def _mixed(mode: str, model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
     name, k, n = layer
     largest = max(map(int, ranks.split("+")))
+    counts, rows = (MIXED_ADAPTERS, MIXED_ROWS) if mode == "mixed" else _MIXED_TRAINING
     return [
-        Point("mixed", model, name, m, k, n, largest, adapters, ranks)
-        for adapters in MIXED_ADAPTERS
+        Point(mode, model, name, m, k, n, largest, adapters, ranks)
+        for adapters in counts
         if adapters > 1 or "+" not in ranks  # one adapter has one rank
-        for m in MIXED_ROWS
-    ]
-
-
-def _mixed_train(model: str, layer: tuple[str, int, int], ranks: str) -> list[Point]:
-    name, k, n = layer
-    largest = max(map(int, ranks.split("+")))
-    return [
-        Point("mixed_train", model, name, m, k, n, largest, adapters, ranks)
-        for adapters in MIXED_TRAIN_ADAPTERS
-        if adapters > 1 or "+" not in ranks
-        for m in TRAIN_ROWS
+        for m in rows
     ]
 
 
@@ -130,7 +120,8 @@ def mixed_points() -> list[Point]:
     for layers in ([(LLAMA, LLAMA_LAYERS[0])], [(LLAMA, LLAMA_LAYERS[1]), (QWEN, QWEN_LAYERS[0])]):
         for ranks in ("16", "8+16+64"):
             for model, layer in layers:
-                points += _mixed(model, layer, ranks) + _mixed_train(model, layer, ranks)
+                for mode in ("mixed", "mixed_train"):
+                    points += _mixed(mode, model, layer, ranks)
     return points
 
 
