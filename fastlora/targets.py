@@ -239,8 +239,8 @@ def _adaptable_names(model: nn.Module) -> list[str]:
     return [name for name, _ in outer_modules(model) if name]
 
 
-def _matches_names(name: str, entries: Iterable[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+def _matches_names(name: str, entries: Collection[str]) -> bool:
+    return any(suffix in entries for suffix in _suffixes(name))
 
 
 def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
@@ -331,7 +331,8 @@ def _warn_unused(
 ) -> None:
     unused = []
     if not isinstance(targets, str):
-        lost = sorted(t for t in targets if not any(_matches_names(n, (t,)) for n in names))
+        known = {suffix for name in names for suffix in _suffixes(name)}
+        lost = sorted(t for t in targets if t not in known)
         unused += [f"target_modules entries {lost}"] if lost else []
     if config.exclude_modules and not excluded:
         unused.append(f"exclude_modules={config.exclude_modules!r}")

@@ -381,12 +381,12 @@ def test_merge_and_unload_is_all_or_nothing() -> None:
 
 
 def test_adding_an_adapter_costs_the_same_whatever_is_there() -> None:
-    """The 32nd adapter takes the calls that the second took: nothing walks over the others."""
+    """The 64th adapter takes the calls that the second took: nothing walks over the others."""
     model = get_peft_model(TwoLayers(), LoraConfig(target_modules=["q", "v"]), "a0")
     calls = []
-    for i in range(1, 32):
+    for i in range(1, 64):
         config = LoraConfig(target_modules=["q", "v"])
         profile = cProfile.Profile()
         profile.runcall(model.add_adapter, f"a{i}", config)
         calls.append(sum(entry.callcount for entry in profile.getstats()))
-    assert calls[-1] <= 1.02 * calls[0]
+    assert calls[-1] == calls[0]
