@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora import reference
+from fastlora import products, reference
 from fastlora.gradients import Needs, Saved, grad_a, keep_mask, layer_gradients
 
 # From so many times its rank a layer is wide enough that a CPU makes s again for under 1 % of the
@@ -192,7 +192,7 @@ class LoraLinear(torch.autograd.Function):
         dx, d_bias = found.dx, found.d_bias
         d_weight = None
         if needs_weight:
-            d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            d_weight = products.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
         if dx is not None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fastlora import products
 from fastlora.autograd import without_autocast
 
 # Elements of the weight that a norm widens at once.
@@ -91,7 +92,7 @@ def adapted_squares(
     a, b = lora_a.to(wide), lora_b.to(wide)
     # [N, K] x [K, R], then [N, R] x [R, R]
     if cross is None:
-        cross = torch.mm(weight, lora_a.to(weight.dtype).t())
+        cross = products.mm(weight, lora_a.to(weight.dtype).t())
     cross = cross.to(wide)
     gram = torch.mm(a, a.t())
     if isinstance(scaling, torch.Tensor):
@@ -106,14 +107,15 @@ def adapted_squares(
     return F.threshold(total, 0.0, float("inf"))  # keeps NaN
 
 
-def norm_joins(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether lora_a's rows join those of x, ``[M, K]``, in the base product, for ``cross``.
+def norm_joins(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
+    """Whether lora_a's rows join those of x, ``[..., K]``, in the base product, for ``cross``.
 
     That saves reading the weight again and costs a copy of x, where there is none anyway. SmolLM2's
     linears, 512 rows, fp32, one AVX2 core: cross 97 to 753 us, the copy 99 to 388, no gain at
-    N = 192.
+    N = 192. The result is a view of the product, whose last R rows live as long: an eighth at most.
     """
-    return weight.dtype == rows.dtype and weight.shape[0] >= rows.shape[0]
+    m, n = x.shape[:-1].numel(), weight.shape[0]
+    return weight.dtype == x.dtype and 8 * rank <= m <= n
 
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,7 @@ def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None)
 # ------------------------------------------------------------------------ a scale for each column
 
 
-def _in_one_pass(u: torch.Tensor) -> bool:
+def _in_one_pass(u: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether batch norm's CPU kernels scale u's columns: widened, one pass, rounded once.
 
     In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with g for a
@@ -145,7 +147,8 @@ def _in_one_pass(u: torch.Tensor) -> bool:
     in fp32, where its sums are worse than PyTorch's.
     """
     half = u.dtype in (torch.float16, torch.bfloat16) and u.numel() > 0
-    return half and u.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = u.device.type == "cpu" and not torch.compiler.is_compiling()
+    return half and eager and scale.dtype == torch.float32  # fp64 over an fp64 weight
 
 
 def _as_image(rows: torch.Tensor) -> torch.Tensor:
@@ -203,7 +206,7 @@ def scale_columns(
         inplace: Whether u may be overwritten.
     """
     out = u if inplace else None
-    if _in_one_pass(u):
+    if _in_one_pass(u, scale):
         return _batch_norm(u, bias, scale, out)
     y = times(u, scale, out)
     return y if bias is None else y.add_(bias)
@@ -213,7 +216,7 @@ def scaled_with_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
-    if _in_one_pass(u):
+    if _in_one_pass(u, scale):
         return _batch_norm_backward(dy, u, scale)
     product = dy * u
     # fp16 sums of scaled losses can leave its range.

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora import reference
+from fastlora import products, reference
 from fastlora.autograd import without_autocast
 from fastlora.dora import (
     adapted_squares,
@@ -33,7 +32,8 @@ def joins(
     Then lora_a's rows go through the base product behind those of ``dropout(x)``.
     """
     eager = impl != "triton" and not torch.compiler.is_compiling() and type(seed) is torch.Tensor
-    return eager and lora_a.shape[0] > 0 and norm_joins(x.reshape(-1, x.shape[-1]), weight)
+    on_cpu = x.device.type == "cpu"  # what the norm costs elsewhere is not measured
+    return eager and on_cpu and lora_a.shape[0] > 0 and norm_joins(x, weight, lora_a.shape[0])
 
 
 class DoraDropped(torch.autograd.Function):
@@ -71,7 +71,7 @@ class DoraDropped(torch.autograd.Function):
         if norm_scaling is not None:
             both = reference.lora_selected(rows, seed, dropout_p, lora_a.shape[0])
             both[m:] = lora_a
-            dropped, product = both[:m], F.linear(both, weight_x)
+            dropped, product = both[:m], products.linear(both, weight_x)
             z, cross = product[:m], product[m:].t()
             squares = outside_autocast(
                 adapted_squares, weight, squares, lora_a, lora_b, norm_scaling, cross
@@ -81,11 +81,11 @@ class DoraDropped(torch.autograd.Function):
                 dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
             else:
                 dropped = reference.select_(keep_mask(rows, seed, dropout_p, after=None), rows)
-            z = F.linear(dropped, weight_x)
+            z = products.linear(dropped, weight_x)
         change = scale_of(magnitude, squares).sub_(1.0)
         scaled_b = _scaled_rows(lora_b, magnitude, squares, x.dtype)
         if base is None:
-            y = F.linear(rows, weight_x, None if bias is None else bias.to(x.dtype))
+            y = products.linear(rows, weight_x, None if bias is None else bias.to(x.dtype))
         else:
             y = base.reshape(-1, base.shape[-1]).clone(memory_format=torch.contiguous_format)
         if impl == "triton":
@@ -127,10 +127,10 @@ class DoraDropped(torch.autograd.Function):
         through_z, sums = _through_z(dy, z if needs_m else None, magnitude, squares, up)
         if needs_b or needs_m:
             # [R, M] x [M, N]: (scaling * s)^T dy serves both.
-            inner = ((s * scaling).to(dy.dtype).t() @ dy).to(squares.dtype)
+            inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)
             if needs_b:
                 d_lora_b = (inner * scale_of(magnitude, squares)).t().to(lora_b.dtype).contiguous()
-            if needs_m:
+            if sums is not None:
                 through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0)
                 d_magnitude = through_s.add_(sums, alpha=ctx.z_up).mul_(squares.rsqrt())
                 d_magnitude = d_magnitude.to(magnitude.dtype)
@@ -139,24 +139,25 @@ class DoraDropped(torch.autograd.Function):
         if needs_x or needs_a or needs_weight:
             # 1 / (1 - p) of the dropped rows and of dx stands in ds and in through_z.
             scaled_b = _scaled_rows(lora_b, magnitude, squares, dy.dtype)
-            ds = (dy @ scaled_b).mul_(scaling).mul_(up)
+            ds = products.mm(dy, scaled_b).mul_(scaling).mul_(up)
             like = dy.new_empty(dy.shape[0], weight.shape[1])
             rows = like if x is None else x.reshape(-1, x.shape[-1])
             keep = _mask(rows, seed, ctx.dropout_p, ctx.impl, dy)
             weight_x = weight.to(dy.dtype)
         if needs_x:
             # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
-            dx = (through_z @ weight_x).addmm_(ds, lora_a.to(dy.dtype))
+            dx = products.mm(through_z, weight_x)
+            dx = products.addmm_(dx, ds, lora_a.to(dy.dtype))
             dx = dx.mul_(keep) if keep.is_floating_point() else reference.drop_(dx, keep)
-            dx = dx.addmm_(dy, weight_x) if ctx.own_base else dx
+            dx = products.addmm_(dx, dy, weight_x) if ctx.own_base else dx
             dx = dx.view(ctx.x_shape)
         if needs_a or needs_weight:
             kept = rows * keep if keep.is_floating_point() else reference.select_(keep, rows)
             if needs_a:
-                d_lora_a = (ds.t() @ kept).to(lora_a.dtype)
+                d_lora_a = products.mm(ds.t(), kept).to(lora_a.dtype)
             if needs_weight:
-                d_weight = through_z.t() @ kept
-                d_weight = d_weight.addmm_(dy.t(), rows) if ctx.own_base else d_weight
+                d_weight = products.mm(through_z.t(), kept)
+                d_weight = products.addmm_(d_weight, dy.t(), rows) if ctx.own_base else d_weight
                 d_weight = d_weight.to(weight.dtype)
         d_base = grad if needs_base else None
         return (

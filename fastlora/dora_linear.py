@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora import reference
+from fastlora import products, reference
 from fastlora.autograd import forward_linear, without_autocast
 from fastlora.dora import (
     adapted_squares,
@@ -66,7 +65,7 @@ def _joined(
     """
     rows = x.reshape(-1, x.shape[-1])
     # [M + R, K] x [K, N]
-    both = F.linear(torch.cat([rows, lora_a]), weight)
+    both = products.linear(torch.cat([rows, lora_a]), weight)
     u, s = both[: rows.shape[0]], reference.lora_shrink(rows, lora_a)
     reference.lora_expand_(u, s, lora_b, scaling)
     return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
@@ -98,7 +97,7 @@ class DoraLinear(torch.autograd.Function):
         ctx.dtypes = lora_a.dtype, lora_b.dtype
         own, cross = (lora_a, lora_b), None
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # once for forward and backward
-        if norm_joins(x.reshape(-1, x.shape[-1]), weight):
+        if norm_joins(x, weight, lora_a.shape[0]):
             u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
         else:
             u, s = forward_linear(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastlora.grad_ops  # noqa: F401  # registers the operators of a backward
-from fastlora import reference
+from fastlora import products, reference
 
 
 def keep_mask(
@@ -103,7 +103,7 @@ def _triton_gradients(
             dy, weight.to(dy.dtype), ds, lora_a, seed, dropout_p, "triton", plan
         )
     elif needs.x:
-        dx = ds @ lora_a.to(dy.dtype)
+        dx = products.mm(ds, lora_a.to(dy.dtype))
         if seed is not None:
             dx = torch.ops.fastlora.lora_dropout(dx, seed, dropout_p, "triton")
     return Gradients(dx, d_lora_a, d_lora_b, ds, d_bias)
@@ -129,17 +129,18 @@ def _eager_gradients(
         inner = ds * dropped
     if needs.x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.
-        dx = reference.drop_(inner @ factor, keep)
+        dx = reference.drop_(products.mm(inner, factor), keep)
         if weight is not None:
-            dx.addmm_(dy, weight.to(dy.dtype))
+            products.addmm_(dx, dy, weight.to(dy.dtype))
     elif needs.x:
-        dx = ds @ factor if weight is None else dy @ weight.to(dy.dtype)
-        if weight is not None:
-            dx.addmm_(ds, factor)
+        if weight is None:
+            dx = products.mm(ds, factor)
+        else:
+            dx = products.addmm_(products.mm(dy, weight.to(dy.dtype)), ds, factor)
     if rows is not None and keep is not None:
         rows = reference.select_(keep, rows)
     if needs.lora_a:
-        d_lora_a = (inner.t() @ rows).to(saved.lora_a.dtype)
+        d_lora_a = products.mm(inner.t(), rows).to(saved.lora_a.dtype)
     if needs.lora_b:
         s = saved.s
         if s is None:
@@ -169,7 +170,7 @@ def grad_a(
     found: dict[int, torch.Tensor] = {}
     bare = [index for index, seed in enumerate(seeds) if seed is None]
     if len(bare) > 1:
-        joined = torch.cat([ds[index] for index in bare], dim=1).t() @ x
+        joined = products.mm(torch.cat([ds[index] for index in bare], dim=1).t(), x)
         parts = joined.split([ds[index].shape[1] for index in bare])
         # Memory of their own: a slice would keep its siblings' gradients alive.
         found = {
@@ -183,5 +184,5 @@ def grad_a(
         if seed is not None:
             rows = reference.select_(keep_mask(x, seed, p, after=gradient), x)
             gradient = gradient * (1.0 / (1.0 - p))
-        found[index] = gradient.t() @ rows
+        found[index] = products.mm(gradient.t(), rows)
     return [found[index].to(a.dtype) for index, a in enumerate(lora_a)]

@@ -13,10 +13,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora import reference
+from fastlora import products, reference
 from fastlora.autograd import without_autocast
 from fastlora.routing import RowRouting, Segment
 from fastlora.validation import check_dropout_dtype
@@ -75,7 +74,7 @@ def forward_linear(
     may be None.
     """
     flat = _in_order(x.reshape(-1, x.shape[-1]), rows)
-    y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = products.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     shrunk = _add_shares(y, flat, rows, shares, factors)
     return _back(y, rows).view(*x.shape[:-1], weight.shape[0]), shrunk
 
@@ -148,8 +147,8 @@ def _add_batched(
     layout = rows.padded(tuple(shares[i].segment for i in group))
     spread = x.index_select(0, layout.rows).view(len(group), layout.longest, x.shape[1])
     # [G, C, K] x [G, K, R], then [G, C, R] x [G, R, N]
-    s = torch.bmm(spread, lora_a.transpose(1, 2))
-    update = torch.bmm((s * scaling).to(x.dtype), lora_b.transpose(1, 2))
+    s = products.bmm(spread, lora_a.transpose(1, 2))
+    update = products.bmm((s * scaling).to(x.dtype), lora_b.transpose(1, 2))
     for place, i in enumerate(group):
         if factors[3 * i + 2] is not None:
             update[place] += factors[3 * i + 2].to(x.dtype)
@@ -188,12 +187,12 @@ class MixedLoraLinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = _in_order(grad.reshape(-1, grad.shape[-1]), ctx.rows)
-        dx = dy @ weight.to(dy.dtype) if needs_x else None
+        dx = products.mm(dy, weight.to(dy.dtype)) if needs_x else None
         flat = x.reshape(-1, x.shape[-1])
         d_factors = _backward_shares(ctx, dy, dx, _in_order(flat, ctx.rows), saved)
         d_weight = d_bias = None
         if needs_weight:
-            d_weight = (grad.reshape(-1, grad.shape[-1]).t() @ flat).to(weight.dtype)
+            d_weight = products.mm(grad.reshape(-1, grad.shape[-1]).t(), flat).to(weight.dtype)
         if needs_bias:
             d_bias = dy.sum(0).to(ctx.bias_dtype)
         if dx is not None:
@@ -259,18 +258,19 @@ def _backward_shares(
         d_lora_a = d_lora_b = d_lora_bias = None
         if needs_b:
             scaled = (s * share.scaling).to(rows.dtype)
-            d_lora_b = (rows.t() @ scaled).to(lora_b.dtype)
+            d_lora_b = products.mm(rows.t(), scaled).to(lora_b.dtype)
         if needs_bias:
             d_lora_bias = rows.sum(0).to(lora_bias.dtype)
         if needs_a or dx is not None:
-            ds = (rows @ lora_b.to(rows.dtype)).mul_(share.scaling)
+            ds = products.mm(rows, lora_b.to(rows.dtype)).mul_(share.scaling)
             if needs_a:
-                d_lora_a = (ds.t() @ share.dropped(share.rows_of(x))).to(lora_a.dtype)
+                d_lora_a = products.mm(ds.t(), share.dropped(share.rows_of(x)))
+                d_lora_a = d_lora_a.to(lora_a.dtype)
             if dx is not None:
                 factor = lora_a.to(rows.dtype)
                 if share.seed is None:
-                    share.rows_of(dx).addmm_(ds, factor)
+                    products.addmm_(share.rows_of(dx), ds, factor)
                 else:
-                    share.rows_of(dx).add_(share.dropped(ds @ factor))
+                    share.rows_of(dx).add_(share.dropped(products.mm(ds, factor)))
         gradients += [d_lora_a, d_lora_b, d_lora_bias]
     return gradients

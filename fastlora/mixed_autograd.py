@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastlora import mixed_grad_ops, mixed_train_ops  # noqa: F401 - registers the operators
+from fastlora import mixed_grad_ops, mixed_train_ops, products  # noqa: F401 - registers operators
 from fastlora.autograd import without_autocast
 from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
 from fastlora.row_groups import RowGroups
@@ -222,7 +222,7 @@ class MixedLoraLinearKernels(torch.autograd.Function):
         dx, ds, d_factors = _backward(ctx, dy, x, weight.to(dy.dtype), saved, needs_x)
         d_weight = d_bias = None
         if needs_weight:
-            d_weight = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            d_weight = products.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if needs_bias:
             d_bias = dy.sum(0).to(ctx.bias_dtype)
         return dx, d_weight, d_bias, None, ds, *d_factors

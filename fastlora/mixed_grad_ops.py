@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from fastlora import mixed_grad_reference as eager
+from fastlora import products
 from fastlora.mixed_grad_tables import (
     addresses_of,
     aligned_blocks,
@@ -161,7 +162,10 @@ def _mixed_lora_grad_x(
     if weight is not None and impl == "triton":
         rank_rows = len(lora_a) * max(a.shape[0] for a in lora_a)
         fused = choose_mixed_train_plan(plan, dy, rank_rows) == "fused"
-    dx = dy.new_empty(m, k) if fused else dy.new_zeros(m, k) if weight is None else dy @ weight
+    if weight is None:
+        dx = dy.new_zeros(m, k)
+    else:
+        dx = dy.new_empty(m, k) if fused else products.mm(dy, weight)
     if impl != "triton":
         eager.grad_x_(dx, ds, order, slot_start, lora_a, seeds, dropout_p)
         return dx

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fastlora import reference
+from fastlora import products, reference
 from fastlora.mixed_grad_tables import columns_of, max_rank_of
 
 
@@ -87,10 +87,10 @@ def grad_b(
             d_bias.zero_()
     for slot, at, rows in _slots(order, slot_start):
         own, r = dy[rows], lora_b[slot].shape[1]
-        ds[at, :r] = (own @ lora_b[slot].to(own.dtype)).mul_(scaling[slot])
+        ds[at, :r] = products.mm(own, lora_b[slot].to(own.dtype)).mul_(scaling[slot])
         if parts is not None:
             d_lora_b, d_bias = parts[slot]
-            d_lora_b.copy_(own.t() @ (s[at, :r] * scaling[slot]).to(own.dtype))
+            d_lora_b.copy_(products.mm(own.t(), (s[at, :r] * scaling[slot]).to(own.dtype)))
             if d_bias is not None:
                 d_bias.copy_(own.sum(0) * scaling[slot])
 
@@ -108,7 +108,7 @@ def grad_x_(
     for slot, at, rows in _slots(order, slot_start):
         r = lora_a[slot].shape[0]
         if r:
-            update = ds[at, :r] @ lora_a[slot].to(ds.dtype)
+            update = products.mm(ds[at, :r], lora_a[slot].to(ds.dtype))
             dx[rows] += _dropped(update, seeds, dropout_p, slot)
 
 
@@ -130,4 +130,4 @@ def grad_a(
             part = parts[g * slots + slot]
             own_p = dropout_p[g * slots : (g + 1) * slots]
             own = _dropped(x[rows], None if seeds is None else seeds[g], own_p, slot)
-            part.copy_(ds[g, at, : part.shape[0]].t() @ own)
+            part.copy_(products.mm(ds[g, at, : part.shape[0]].t(), own))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora import mixed_grad_reference as eager
+from fastlora import products
 from fastlora.mixed_grad_tables import (
     Route,
     addresses_of,
@@ -231,7 +232,7 @@ def _mixed_lora_train_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y and s of one module: a shrink, then linear, or base GEMM and expand."""
     if impl != "triton":
-        y = F.linear(x, weight, bias)
+        y = products.linear(x, weight, bias)
         s = eager.shrink(x, order, slot_start, lora_a, seeds, dropout_p)
         eager.expand_(y, s, order, slot_start, lora_b, lora_bias, scaling)
         return y, s
@@ -262,7 +263,7 @@ def _mixed_lora_train_linear_of(
     """y of one module for its s ``[M, R]``, R no smaller than any of its ranks."""
     factors = (lora_b, lora_bias, scaling)
     if impl != "triton":
-        y = F.linear(x, weight, bias)
+        y = products.linear(x, weight, bias)
         eager.expand_(y, s, order, slot_start, *factors)
         return y
     with _on_device(x):

@@ -20,8 +20,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from fastlora import products
 from fastlora.packed import WIDEST_BLOCK, LayerPack, Layout
 from fastlora.packed_choice import Rows, is_coalesced, is_dense, kind_of
 from fastlora.routing import RowRouting
@@ -184,7 +184,7 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     layers = len(pack.members)
     if isinstance(plan, Dense):
         # [M, K] x [K, L * rank rows]
-        s = torch.mm(x, pack.lora_a)
+        s = products.mm(x, pack.lora_a)
         if layers == 1:
             return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
         by_layer = s.view(x.shape[0], layers, -1)
@@ -195,7 +195,7 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     if isinstance(plan, Samples):
         # [B, T, K] x [B, K, L * unit]
         own_a = lora_a.view(len(lora_a), -1, k).index_select(0, plan.units)
-        s = torch.bmm(x.view(-1, plan.tokens, k), own_a.transpose(1, 2))
+        s = products.bmm(x.view(-1, plan.tokens, k), own_a.transpose(1, 2))
         s = s.view(-1, plan.tokens, layers, unit)
         if plan.other is not None:
             s.masked_fill_(plan.other, 0.0)
@@ -204,7 +204,7 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     if lora_a.dim() == 4:
         lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
-    s = torch.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
+    s = products.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
     s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
@@ -222,11 +222,11 @@ def linear(
 ) -> torch.Tensor:
     """Returns y ``[M, N]`` of a plain linear base layer for ``x [M, K]``."""
     if isinstance(plan, Blocks) and plan.exact:
-        y = F.linear(shrunk.x, weight, bias)
+        y = products.linear(shrunk.x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        places.baddbmm_(shrunk.s[pack.member], _block_b(pack, plan))
+        products.baddbmm_(places, shrunk.s[pack.member], _block_b(pack, plan))
         return _add_bias(y.index_select(0, plan.place), rows, pack)
-    return add_(F.linear(x, weight, bias), rows, pack, plan, shrunk)
+    return add_(products.linear(x, weight, bias), rows, pack, plan, shrunk)
 
 
 def add_(
@@ -236,14 +236,14 @@ def add_(
     own = shrunk.s[pack.member]
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]
-        y.addmm_(own, pack.lora_b)
+        products.addmm_(y, own, pack.lora_b)
     elif isinstance(plan, Samples):
         # [B, T, unit] x [B, unit, N]
         own_b = pack.lora_b.index_select(0, plan.units)
-        y.view(-1, plan.tokens, y.shape[1]).baddbmm_(own, own_b)
+        products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), own, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = torch.bmm(own, _block_b(pack, plan))
+        update = products.bmm(own, _block_b(pack, plan))
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
     return y if pack.lora_bias is None else _add_bias(y, rows, pack)
 

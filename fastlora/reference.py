@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+
+from fastlora import products
 
 # From here on a CPU forms d_lora_b faster as [R, N], its transposition included: at 512 rows of
 # 1536 columns, fp32, one Zen 4 core, 214 us instead of 382.
@@ -22,7 +23,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     """Returns ``s = x @ lora_a.T`` in x's dtype, shape ``[M, R]``."""
-    return F.linear(x, lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype))
+    return products.linear(x, lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype))
 
 
 def lora_linear(
@@ -34,7 +35,7 @@ def lora_linear(
     scaling: torch.Tensor,
 ) -> torch.Tensor:
     """Returns ``y = x @ weight.T + bias + (scaling * s) @ lora_b.T``, shape ``[M, N]``."""
-    y = F.linear(x, weight, bias)
+    y = products.linear(x, weight, bias)
     return lora_expand_(y, s, lora_b, scaling)
 
 
@@ -45,9 +46,9 @@ def lora_expand_(
     if y.dtype == torch.float16:
         # scaling * s can leave fp16's range where the product does not.
         scaled_b = (lora_b.float() * scaling).to(y.dtype)
-        return y.addmm_(s.to(y.dtype), scaled_b.t())
+        return products.addmm_(y, s.to(y.dtype), scaled_b.t())
     # A scaling without dimensions leaves s in its dtype; one per rank row is fp32.
-    return y.addmm_((s * scaling).to(y.dtype), lora_b.to(y.dtype).t())
+    return products.addmm_(y, (s * scaling).to(y.dtype), lora_b.to(y.dtype).t())
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -116,7 +117,7 @@ def drop_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
     """Returns ``ds = scaling * dy @ lora_b``, shape ``[M, R]``."""
-    return (dy @ lora_b.to(dy.dtype)).mul_(scaling)
+    return products.mm(dy, lora_b.to(dy.dtype)).mul_(scaling)
 
 
 def lora_d_b(
@@ -125,8 +126,8 @@ def lora_d_b(
     """Returns ``d_lora_b = dy.T @ (scaling * s)``, shape ``[N, R]``, in lora_b's dtype."""
     scaled = (s * scaling).to(dy.dtype)
     if dy.shape[0] >= _MANY_ROWS:
-        return (scaled.t() @ dy).t().contiguous().to(lora_b.dtype)
-    return (dy.t() @ scaled).to(lora_b.dtype)
+        return products.mm(scaled.t(), dy).t().contiguous().to(lora_b.dtype)
+    return products.mm(dy.t(), scaled).to(lora_b.dtype)
 
 
 def lora_grad_b(
@@ -155,10 +156,10 @@ def lora_grad_x(
     p: float,
 ) -> torch.Tensor:
     """Returns ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)``, shape ``[M, K]``."""
-    dx, factor = dy @ weight, lora_a.to(dy.dtype)
+    dx, factor = products.mm(dy, weight), lora_a.to(dy.dtype)
     if seed is None:
-        return dx.addmm_(ds, factor)
-    return dx.add_(lora_dropout(ds @ factor, seed, p))
+        return products.addmm_(dx, ds, factor)
+    return dx.add_(lora_dropout(products.mm(ds, factor), seed, p))
 
 
 def lora_grad_a(
@@ -172,5 +173,5 @@ def lora_grad_a(
     gradients = []
     for i, (rows, factor) in enumerate(zip(ds, lora_a, strict=True)):
         dropped = x if seeds is None else lora_dropout(x.contiguous(), seeds[i], p[i])
-        gradients.append((rows.t() @ dropped).to(factor.dtype))
+        gradients.append(products.mm(rows.t(), dropped).to(factor.dtype))
     return gradients

@@ -161,10 +161,11 @@ def test_a_hooked_factor_is_called(
     assert len(calls) == (2 if hooked else 0)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    """fp32 parameters under bf16 autocast: as a bf16 layer, and the norm as an fp32 one's."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    """Wider parameters under bf16 autocast: as a bf16 layer, and the norm as that of theirs."""
     problem = make_problem(12, 24, 20, 4, torch.bfloat16)
-    layer = layer_of(problem.to(torch.float32), 6, 0.0)
+    layer = layer_of(problem.to(dtype), 6, 0.0)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(problem.x.float())
     assert y.dtype == torch.bfloat16
@@ -172,7 +173,7 @@ def test_autocast_computes_in_its_dtype() -> None:
     truth = dora(problem.to(torch.float64), 1.5)
     assert_within_budget(y.detach(), same, truth)
     y.sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in layer.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import LoraConfig, get_peft_model
+from fastlora import LoraConfig, get_peft_model, products
 from fastlora.measure import paired_ratio, peak_step_bytes, torch_threads
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -20,8 +20,6 @@ MAX_RATIO = 1.02
 ROUNDS = 5
 # A median above the bound is measured again, since noise goes both ways; a slow path stays slow.
 ATTEMPTS = 3
-# Without AVX-512 a bf16 product takes 8 to 40 times an fp32 one, and is all that a clock would see.
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.parametrize(
@@ -32,11 +30,9 @@ HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 def test_forward_and_step_against_peft(
     dtype: torch.dtype, fp32_adapters: bool, fresh_smollm2: Callable[..., Any]
 ) -> None:
-    """Forward and training step: at most 1.02 of PEFT's time, at most PEFT's peak memory.
-
-    Memory alone, and of fewer tokens, where the processor has no bf16 products.
-    """
-    timed = dtype != torch.bfloat16 or HAS_BF16
+    """Forward and training step: at most 1.02 of PEFT's time, at most PEFT's peak memory."""
+    # There PEFT's take 8 to 60 times as long as fp32's, and one look is enough.
+    emulated = dtype in products._EMULATED
     config = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     ours = get_peft_model(
         fresh_smollm2(dtype), LoraConfig(**config), autocast_adapter_dtype=fp32_adapters
@@ -44,7 +40,7 @@ def test_forward_and_step_against_peft(
     theirs = peft.get_peft_model(
         fresh_smollm2(dtype), peft.LoraConfig(**config), autocast_adapter_dtype=fp32_adapters
     )
-    ids = torch.randint(0, 49_000, (2, 128) if timed else (1, 16))
+    ids = torch.randint(0, 49_000, (1, 16) if emulated else (2, 128))
 
     def forward(model: Any) -> Callable[[], object]:
         def call() -> None:
@@ -65,10 +61,10 @@ def test_forward_and_step_against_peft(
         for what, make in (("forward", forward), ("step", step)):
             mine, other = make(ours), make(theirs)
             ratios: list[float] = []
-            while timed and len(ratios) < ATTEMPTS and not (ratios and ratios[-1] <= MAX_RATIO):
-                ratios.append(paired_ratio(mine, other, ROUNDS).ratio)
+            while len(ratios) < ATTEMPTS and not (ratios and ratios[-1] <= MAX_RATIO):
+                ratios.append(paired_ratio(mine, other, 1 if emulated else ROUNDS).ratio)
             print(f"{what}: time ratios to PEFT {[round(r, 3) for r in ratios]}")  # noqa: T201
-            assert not timed or ratios[-1] <= MAX_RATIO, f"{what}: {ratios}"
+            assert ratios[-1] <= MAX_RATIO, f"{what}: {ratios}"
             mine(), other()  # what they make once is not counted
             peak, their_peak = peak_step_bytes(mine), peak_step_bytes(other)
             print(f"{what}: peak {peak} bytes, PEFT {their_peak}")  # noqa: T201
