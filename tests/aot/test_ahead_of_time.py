@@ -20,9 +20,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from fastlora.kernels.configs import Chip  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import TABLE, Resources, key_of  # noqa: E402
 from launches import MIXED_K_LOOPS, cases  # noqa: E402
 from mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
+from resources import Resources, key_of  # noqa: E402
+from table import TABLE  # noqa: E402
 
 COMPILE = Path(__file__).with_name("compile_kernels.py")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -267,7 +268,7 @@ def test_other_operands_compile(rows: list[Row], variant: str) -> None:
 
 
 def test_the_published_table_is_of_todays_kernels(rows: list[Row]) -> None:
-    """docs/kernel_resources.csv is what `compile_kernels.py --write` would give.
+    """docs/kernel_resources.csv is what `compile_kernels.py --write` would give, but for digests.
 
     Its numbers are those of one Triton, named in its first line; with another, columns and keys.
     """

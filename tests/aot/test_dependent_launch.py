@@ -19,8 +19,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import compile_launch, early_loads_of_s  # noqa: E402
+from compile_kernels import compile_launch  # noqa: E402
 from launches import CHIPS, Case, cases, record  # noqa: E402
+from resources import early_loads_of_s  # noqa: E402
 
 from fastlora import env, kernels  # noqa: E402
 

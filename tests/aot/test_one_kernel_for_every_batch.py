@@ -19,8 +19,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import specialise  # noqa: E402
 from launches import CHIPS, Launch, recording  # noqa: E402
+from specialisation import specialise  # noqa: E402
 
 from fastlora import env, mixed_ops  # noqa: E402
 from fastlora.kernels import configs, invariant_configs  # noqa: E402

@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import compile_launch, measure_group, specialise, target_of  # noqa: E402
+from compile_kernels import compile_launch, measure_group  # noqa: E402
 from launches import CHIPS, Case, cases, record  # noqa: E402
 from shared_compiles import Compiled, compile_for, groups_of  # noqa: E402
+from specialisation import specialise, target_of  # noqa: E402
 
 from fastlora import env  # noqa: E402
 
