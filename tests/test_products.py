@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,8 +58,11 @@ def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-# Past one chunk in the right operand, in the result, and in neither; nothing, and one row.
-SHAPES = [(0, 8, 8), (1, 40, 24), (15, 33, 100), (17, 1200, 300), (2000, 24, 300), (3, 0, 5)]
+# In parts of the right operand, of the left one, and whole; nothing, few rows, and no sum.
+SHAPES = [
+    *((17, 1200, 300), (2000, 300, 24), (2000, 24, 300), (15, 33, 100)),
+    *((0, 8, 8), (1, 40, 24), (3, 40, 24), (4, 40, 24), (3, 0, 5)),
+]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -156,8 +160,8 @@ def three_adapters(**options: Any) -> Any:
 @pytest.mark.parametrize("tokens", [1, 24])
 def test_serving_a_mixed_batch_has_no_16_bit_product(tokens: int) -> None:
     model = three_adapters().eval()
-    x = torch.randn(12, tokens, 48, dtype=torch.bfloat16)
-    with torch.no_grad(), fastlora.adapters(model, ["a", "b", None, "c"] * 3):
+    x = torch.randn(24, tokens, 48, dtype=torch.bfloat16)
+    with torch.no_grad(), fastlora.adapters(model, ["a", "b", None, "c"] * 6):
         assert_no_half_products(lambda: model(x))
 
 
@@ -198,14 +202,54 @@ def test_temporaries_are_chunks() -> None:
 
 
 def test_only_a_processor_without_the_instructions_widens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    capability, has = "AVX2", {"bf16": False, "fp16": False}
+    mkldnn, backends = torch.ops.mkldnn, torch.backends
+    monkeypatch.setattr(backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
+    for name in has:
+        monkeypatch.setattr(mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: has[name])
+    assert products._emulated() == set(HALVES)
+    has["bf16"] = True
+    assert products._emulated() == {torch.float16}
+    capability = "AVX512"
     assert not products._emulated()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    capability = "AVX2"
+    monkeypatch.setattr(backends.mkldnn, "is_available", lambda: False)
     assert not products._emulated()
 
 
-def test_fp32_stays_with_pytorch() -> None:
+def test_what_stays_with_pytorch() -> None:
+    """fp32; graphs and traces, which must not see parts; and the error of mixed dtypes."""
     a, b = operands(torch.float32, (6, 8), (8, 10))
     assert torch.equal(products.mm(a, b), a @ b)
-    assert not products.widens(a) and products.widens(a.bfloat16())
+    half = a.bfloat16()
+    assert not products.widens(a) and products.widens(half)
+    wanted = half.clone().requires_grad_()
+    assert products.mm(wanted, b.bfloat16()).requires_grad
+    with torch.no_grad():
+        assert products.widens(wanted)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        products.mm(half, b)
+
+
+def test_a_trace_serves_other_numbers_of_rows() -> None:
+    made = layer().eval()
+    x = torch.randn(20, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        traced = torch.jit.trace(made, (x,), check_trace=False)
+        other = torch.randn(9000, 48, dtype=torch.bfloat16)
+        exact = copy.deepcopy(made).double()(other.double())
+        assert_within_budget(traced(other), made(other), exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_rows_are_read_by_pytorch(dtype: torch.dtype) -> None:
+    """A weight of which every row is read once; but not the weight as it meets a gradient."""
+    for rows, expected in ((1, 1), (3, 1), (4, 0)):
+        x, weight = operands(dtype, (rows, 40), (24, 40))
+        with HalfProducts() as counted:
+            products.linear(x, weight)
+        assert len(counted.found) == expected
+        with HalfProducts() as counted:
+            products.mm(x[:, :24], weight)
+        assert not counted.found

@@ -85,6 +85,33 @@ def test_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
     compare(step(model, x, NAMES), near, exact)
 
 
+@pytest.mark.parametrize("plan", ["fused", "split"])
+def test_a_plan_reaches_forward_and_dx(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
+    """Few rows would be fused, many split; what the environment names goes before that."""
+    from fastlora import plans
+    from fastlora.kernels import mixed_lora_expand, mixed_lora_linear
+
+    seen: list[str] = []
+
+    def note(module: Any, name: str, what: str) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            seen.append(what)
+            plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    note(mixed_lora_linear, "launch_mixed_lora_linear", "fused")
+    note(mixed_lora_expand, "launch_mixed_lora_expand", "split")
+    monkeypatch.setattr(plans, "_PLAN", plan)
+    model = trainable(2, torch.float32, target_modules=["q"])
+    for tokens in (1, 33):
+        step(model, torch.randn(3, tokens, 64), ["a1", "a0", None])
+        assert seen == [plan, plan]
+        seen.clear()
+
+
 def test_autocast() -> None:
     """fp32 masters under autocast: products in half, gradients in fp32, as in PyTorch's path."""
     model = trainable(3, torch.float32, target_modules=["q", "o"])
