@@ -33,10 +33,12 @@ def runs_as_one(
 ) -> bool:
     """Whether `DoraLinear` takes these.
 
-    Not under a compiler, which must see no version; not with a bias, which in ``y - bias`` would
-    cost digits; and with x saved for lora_a, from which u can be made again.
+    Not under a compiler or in inference mode, which have no versions; not with a bias, which in
+    ``y - bias`` would cost digits; and with x saved for lora_a, from which u can be made again.
     """
-    eager = x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    eager = x.device.type == "cpu" and x.numel() > 0
     return eager and bias is None and not weight.requires_grad and lora_a.requires_grad
 
 

@@ -164,6 +164,21 @@ def test_a_checkpointed_output_may_be_written_into(reentrant: bool) -> None:
             torch.testing.assert_close(tensor.grad, value)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_forward_without_gradients_has_the_bits_of_one_with(bias: bool) -> None:
+    """As a reentrant checkpoint's first forward must, in which the norm joins the base product."""
+    problem = make_problem(600, 700, 500, 8, torch.float32, bias=False)
+    layer = layer_of(problem)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(700), requires_grad=False)
+    plain = layer(problem.x).detach()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(layer(problem.x), plain)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(problem.x), plain)
+
+
 @pytest.mark.parametrize("n", [24, 64], ids=["norm apart", "norm joined"])
 def test_the_output_is_what_is_saved(n: int) -> None:
     """No second result of y's size, and none at all where the magnitude is frozen."""

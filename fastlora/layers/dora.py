@@ -281,8 +281,9 @@ def _fused(
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     magnitude = magnitude_of(layer, name)
     eager = not is_batch_invariant() and ops.resolve_impl(impl, x) == "eager"
-    trains = eager and not branch.dropout_p and torch.is_grad_enabled()
-    if trains and runs_as_one(x, weight, bias, branch.lora_a):
+    # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
+    trains = torch.is_grad_enabled() or layer.training
+    if trains and eager and not branch.dropout_p and runs_as_one(x, weight, bias, branch.lora_a):
         _forget(layer, name)
         squares = _base(layer, layer.get_base_layer(), weight)
         factors, scalings = (
