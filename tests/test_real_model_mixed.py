@@ -127,7 +127,7 @@ class Solo:
         return self.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
 def test_rows_are_pefts(fresh_smollm2: Callable[..., Any], count: int) -> None:
     """Random mixes with base rows: named, by slot, and once the factors are packed."""
     model = build(fresh_smollm2, count).eval()
@@ -160,7 +160,7 @@ def test_rows_are_pefts(fresh_smollm2: Callable[..., Any], count: int) -> None:
             assert near(logits, plain, exact)
 
 
-@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
 def test_gradients_are_pefts(fresh_smollm2: Callable[..., Any], count: int) -> None:
     """Random mixes with base rows: gradients are those of PEFT and the rows alone."""
     model = build(fresh_smollm2, count)
