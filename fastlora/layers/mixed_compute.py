@@ -112,6 +112,7 @@ def _mixed_forward(
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
+        mixed_siblings.note_apart(layer, given)
         routing.group.packs.clear()  # an optimizer may be about to write into the factors
         y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
     else:
@@ -185,9 +186,12 @@ def _mixed_added_forward(
         )
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
+    wants_grad = _wants_grad(y, x, *factors)
+    if wants_grad:
+        mixed_siblings.note_apart(layer, given)
     if not shares:
         return with_absent(layer, y, routing, rows, own=False)
-    if _wants_grad(y, x, *factors):
+    if wants_grad:
         routing.group.packs.clear()
         y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
     else:

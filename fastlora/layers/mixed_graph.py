@@ -1,8 +1,9 @@
 """A mixed batch in a graph that is being compiled: from a layer to one operator.
 
 Nothing that depends on the mix is read here but as a tensor, so that no mix compiles anything. What
-graphs cannot do is left to the forward that runs without them, where a full graph breaks: DoRA,
-hooked factors, the batch-invariant mode, gradients through a pool.
+graphs cannot do is left to the forward that runs without them, where a full graph breaks: layers
+that have a DoRA adapter, with rows in the batch or not; hooked factors, the batch-invariant mode,
+gradients through a pool.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastlora.layers.branch import factors_of, scaling_of
 from fastlora.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_APART = "in a mixed batch each layer of a compiled model has its own pass over x"
 
 
 class _Arguments(NamedTuple):
@@ -76,6 +78,8 @@ def add(
 
 def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -> _Arguments | None:
     batch = routing.graph
+    if torch.is_grad_enabled() and isinstance(batch, GraphRouting):
+        layer.note_compiled(_APART)
     magnitudes = getattr(layer, "lora_magnitude_vector", ())
     if (
         not isinstance(batch, GraphRouting)

@@ -2,7 +2,8 @@
 
 Siblings are found, and results are used, as in `fastlora.layers.shared_shrink`: the first sibling
 that is called makes everybody's s in one node, whose backward forms all their d_lora_a
-(`fastlora.mixed_autograd.MixedLoraShrinkKernels`).
+(`fastlora.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products and compiled graphs share
+nothing in a mixed batch, which the fusion report says.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastlora.validation import FastLoraError
 _Parts = Sequence[Part | None]
 
 _DROPOUT = "under dropout each of them masks x for itself"
+_NO_KERNELS = "without kernels each layer of a mixed batch has its own pass over x"
 
 
 def shared_shrink(
@@ -62,6 +64,20 @@ def shared_shrink(
                 keep_shares(x, context, shares)
     family.why_not[id(layer)] = why
     return s
+
+
+def note_apart(layer: Any, x: torch.Tensor) -> None:
+    """Says for the fusion report that a layer with gradients computes by itself, in PyTorch.
+
+    Args:
+        layer: Any.
+        x: Its input, the very tensor that it was called with: it shows who its siblings are.
+    """
+    if torch.compiler.is_compiling():  # what a graph does is noted by `mixed_graph`
+        return
+    family = family_of(layer, x)
+    if family is not None:
+        family.why_not[id(layer)] = _NO_KERNELS
 
 
 def _key(parts: _Parts) -> tuple[Any, ...]:
