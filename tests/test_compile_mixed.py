@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.layers import shared_shrink
 from fastlora.testing import assert_within_budget
 
 K = 16
@@ -222,15 +223,44 @@ def test_autocast() -> None:
 
 
 def test_what_a_graph_cannot_do_runs_without_one() -> None:
-    """Rows with DoRA break a graph, and are right where that is allowed."""
+    """A layer that has DoRA breaks a graph, with such rows or not, and is right where it may."""
     model = adapted().eval()
-    model.add_adapter("e", LoraConfig(r=2, use_dora=True, target_modules=["gate", "up"]))
-    x, ids = torch.randn(3, 2, K), ["a", "e", None]
+    x, plain = torch.randn(3, 2, K), ["a", "b", None]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        check(results(torch.compile(model, backend="eager"), model, x, ids), model, x, ids)
+        check(results(compiled, model, x, plain), model, x, plain)  # no layer has it yet
+        model.add_adapter("e", LoraConfig(r=2, use_dora=True, target_modules=["gate", "up"]))
+        for ids in (["a", "e", None], plain):
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                results(compiled, model, x, ids)
         torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            results(torch.compile(model, backend="eager", fullgraph=True), model, x, ids)
+        ids = ["a", "e", None]
+        check(results(torch.compile(model, backend="eager"), model, x, ids), model, x, ids)
+
+
+def siblings(model: LoraModel) -> list[str]:
+    """What the fusion report says of gate, up and down."""
+    return [row.siblings for row in fastlora.fusion_report(model).rows]
+
+
+def test_the_report_says_that_siblings_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mixed batches in PyTorch and in graphs, whatever an earlier step shared."""
+    monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
+    model, x, ids = adapted(), torch.randn(4, 3, K), ["a", "b", None, "d"]
+    with torch.no_grad():
+        results(model, model, x, ids)
+    assert siblings(model) == ["no training forward seen yet"] * 3
+    for _ in range(2):
+        results(model, model, x, ids)
+    eager = "2, not shared: without kernels each layer of a mixed batch has its own pass over x"
+    assert siblings(model) == [eager, eager, "none"]
+    model(x)
+    assert siblings(model) == ["2 share x", "2 share x", "none"]
+    results(torch.compile(model, backend="aot_eager", fullgraph=True), model, x, ids)
+    graph = "2, not shared: in a mixed batch each layer of a compiled model has its own pass over x"
+    assert siblings(model) == [f"2 share x; compiled: {graph}"] * 2 + ["none"]
+    results(model, model, x, ids)
+    assert siblings(model) == [f"{eager}; compiled: {graph}"] * 2 + ["none"]
 
 
 def operands() -> dict[str, Any]:
