@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dora_truth import fixed_seed, keep_mask
+from dora_truth import fixed_seed
+from masked_peft import LINEARS, check_three_layers, randomise
 from test_patch import quantised
 from tiny import tiny_llama
 
@@ -22,7 +22,6 @@ from fastlora import LoraConfig, LoraModel, get_peft_model, ops
 from fastlora.checkpoint import load_adapter_folder
 from fastlora.layers import FastLoraWrapper
 from fastlora.layers.dense import dense_weight
-from fastlora.testing import assert_within_budget
 from fastlora.validation import CheckpointError
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -32,54 +31,9 @@ IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(5))
 CONFIG = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-class Masked(nn.Module):
-    """Takes the place of PEFT's dropout: the mask that ours draws from a fixed seed."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drops."""
-        if not self.training:
-            return x
-        rows = x.reshape(-1, x.shape[-1])
-        return (rows * keep_mask(*rows.shape, self.p).to(x.dtype)).view(x.shape)
-
-
-def make_dropout_explicit(model: nn.Module, p: float) -> None:
-    """In a PEFT model."""
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer) and p:
-            for name in module.lora_dropout:
-                module.lora_dropout[name] = Masked(p)
-
-
-def randomise(model: nn.Module) -> None:
-    """Gives factors and magnitudes random values, the same in any model of these names."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_A" in name or "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-            if "magnitude" in name:
-                factors = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
-                parameter.mul_(factors.to(parameter.dtype))
-
-
-def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, and the gradient of every adapter parameter."""
-    output = model.train()(input_ids=ids, labels=ids)
-    model.zero_grad()
-    output.loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": output.logits.detach(), **found}
-
-
 @pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.2), (torch.bfloat16, 0.2)], ids=str
-)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_real_model_is_pefts(
     fresh_smollm2: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -90,52 +44,13 @@ def test_the_real_model_is_pefts(
     """Three layers of SmolLM2, every linear: logits and every gradient, against float64."""
     monkeypatch.setattr(ops, "draw_seed", fixed_seed)
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": p}
-    ids = torch.randint(0, 49_000, (2, 12), generator=torch.Generator().manual_seed(5))
-
-    def base(kind: torch.dtype) -> Any:
-        model = fresh_smollm2(dtype).to(kind)
-        model.model.layers = model.model.layers[:3]
-        return model
-
-    def theirs(kind: torch.dtype) -> Any:
-        return peft.get_peft_model(
-            base(kind), peft.LoraConfig(**config, use_dora=True), autocast_adapter_dtype=False
-        )
-
-    same, truth = theirs(dtype), theirs(torch.float64)
-    randomise(same)
-    state = {n: t.clone() for n, t in same.state_dict().items()}
-    truth.load_state_dict({n: t.double() for n, t in state.items()})
-    for model in (same, truth):
-        make_dropout_explicit(model, p)
-    if patched:
-        mine = theirs(dtype)
-        mine.load_state_dict(state)
-        report = fastlora.patch(mine.eval())
-    else:
-        mine = get_peft_model(
-            base(dtype), LoraConfig(**config, use_dora=True), autocast_adapter_dtype=False
-        )
-        mine.load_state_dict({n.replace(".base_layer", ""): t for n, t in state.items()})
-        report = fastlora.fusion_report(mine.eval())
-    assert report.fused == len(report.rows) == 21
+    mine = check_three_layers(fresh_smollm2, dtype, {**config, "use_dora": True}, patched=patched)
+    assert sum(q.requires_grad for q in mine.parameters()) == 3 * LINEARS
     if p:
-        report = fastlora.fusion_report(mine.train())
+        report = fastlora.fusion_report(mine)
         assert report.fused == 0 and {"second base product" in r.reason for r in report.rows} == {
             True
         }
-    results = [gradients(model, ids) for model in (mine, same, truth)]
-    assert results[0].keys() == results[1].keys() and len(results[0]) == 1 + 3 * 21
-    assert_within_budget(*(result.pop("logits") for result in results), "logits")
-    # In their own units, all parameters together: rounding of one goes through all others.
-    exact = results[2]
-    mine, same, truth = (
-        torch.cat([(r[n].double() / exact[n].norm()).flatten() for n in exact]) for r in results
-    )
-    budget = (same - truth).norm() + torch.finfo(dtype).eps * truth.norm()
-    assert (mine - truth).norm() <= 2 * budget
-    for name in exact:  # and none is wrong alone
-        assert (results[0][name].double() - exact[name]).norm() < 0.1 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])

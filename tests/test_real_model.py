@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from dora_truth import fixed_seed
+from masked_peft import LINEARS, check_three_layers
+
 import fastlora
-from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora import LoraConfig, LoraModel, get_peft_model, ops
 from fastlora.testing import assert_within_budget
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -112,6 +117,37 @@ def test_logits_gradients_and_files(
     with torch.no_grad():
         assert torch.equal(here(input_ids=ids).logits, ours.eval()(input_ids=ids).logits)
         assert torch.equal(there(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora-bias"])
+@pytest.mark.parametrize(
+    ("dtype", "fp32_adapters", "patched"),
+    [
+        (torch.float32, False, False),
+        (torch.float32, False, True),
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, True, False),
+    ],
+    ids=["fp32", "fp32-patched", "bf16", "bf16-fp32-adapters"],
+)
+def test_dropout(
+    fresh_smollm2: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    fp32_adapters: bool,
+    patched: bool,
+    kind: str,
+) -> None:
+    """Under our masks PEFT has our logits and every gradient of ours, on three layers."""
+    monkeypatch.setattr(ops, "draw_seed", fixed_seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.2}
+    if kind == "rslora-bias":
+        config |= {"use_rslora": True, "lora_bias": True}
+    mine = check_three_layers(
+        fresh_smollm2, dtype, config, patched=patched, fp32_adapters=fp32_adapters
+    )
+    trained = (3 if kind == "rslora-bias" else 2) * LINEARS
+    assert sum(q.requires_grad for q in mine.parameters()) == trained
 
 
 def test_bf16_stays_within_the_budget(fresh_smollm2: Callable[..., Any], ids: torch.Tensor) -> None:
