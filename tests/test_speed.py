@@ -40,6 +40,8 @@ def test_forward_and_step_against_peft(
     theirs = peft.get_peft_model(
         fresh_smollm2(dtype), peft.LoraConfig(**config), autocast_adapter_dtype=fp32_adapters
     )
+    for model in (ours, theirs):
+        model.train()  # as a step is taken; there is no dropout
     ids = torch.randint(0, 49_000, (1, 16) if emulated else (2, 128))
 
     def forward(model: Any) -> Callable[[], object]:
