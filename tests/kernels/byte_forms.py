@@ -1,4 +1,4 @@
-"""The bytes and FLOPs of a training step's launches in closed form, from shapes and tiles alone.
+"""The bytes and FLOPs of one adapter's launches in closed form, from shapes and tiles alone.
 
 Each function returns what `byte_counter.ByteCounter` must count of one launch: loads and stores by
 tensor as (distinct, issued), and FLOPs. ``e`` is the bytes of an element of activations, ``f`` of a
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastlora.kernels.configs import LinearConfig, ShrinkConfig, cdiv
+from fastlora.kernels.configs import DropoutConfig, ExpandConfig, LinearConfig, ShrinkConfig, cdiv
 from fastlora.kernels.grad_configs import GradAConfig, GradBConfig
 
 Bytes = dict[str, tuple[int, int]]
@@ -72,6 +72,32 @@ def linear(
         },
         stores=stores,
         flops=tile * depth,
+    )
+
+
+def expand(m: int, n: int, r: int, e: int, f: int, config: ExpandConfig) -> Form:
+    """`launch_lora_expand` with one scaling: y read and written, s once per tile of N."""
+    tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
+    depth = cdiv(r, config.block_r) * config.block_r
+    return Form(
+        loads={
+            "y": (e * m * n, e * m * n),
+            "s": (e * m * r, e * m * r * tiles_n),
+            "lora_b": (f * n * r, f * n * r * tiles_m),
+            "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
+        },
+        stores={"y": (e * m * n, e * m * n)},
+        flops=2 * tiles_m * config.block_m * tiles_n * config.block_n * depth,
+    )
+
+
+def dropout(m: int, k: int, e: int, config: DropoutConfig) -> Form:
+    """`launch_lora_dropout`: x once, what is kept once, and the seed in every program."""
+    programs = cdiv(m, config.block_m) * cdiv(k, config.block_k)
+    return Form(
+        loads={"x": (e * m * k, e * m * k), "seed": (SEED, SEED * programs)},
+        stores={"out": (e * m * k, e * m * k)},
+        flops=0,
     )
 
 

@@ -1,4 +1,6 @@
-"""Counts what a training step of one linear moves, kernel by kernel, in Triton's interpreter.
+"""Counts what the kernels of one adapter move, one by one, in Triton's interpreter.
+
+Those of a fused training step of one linear, and beside them the in-place expand and dropout.
 
 ``TRITON_INTERPRET=1 python tests/kernels/count_bytes.py --write`` writes `docs/kernel_bytes.csv`;
 without ``--write`` it prints the rows. ``touched`` bytes must come from memory, ``issued`` ones are
@@ -18,7 +20,14 @@ import triton.language as tl
 
 from fastlora import grad_ops  # noqa: F401 - registers the operators
 from fastlora.kernels import configs
-from fastlora.kernels.configs import Chip, cdiv, linear_config, shrink_config
+from fastlora.kernels.configs import (
+    Chip,
+    cdiv,
+    dropout_config,
+    expand_config,
+    linear_config,
+    shrink_config,
+)
 from fastlora.kernels.grad_configs import grad_a_config, grad_b_config, grad_x_config
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -96,6 +105,29 @@ def forms_of_step(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> dict[
     return forms
 
 
+def count_others(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
+    """Runs the kernels that a fused step does not take: in-place expand, and the dropped copy."""
+    x, y, seed = torch.randn(m, k, dtype=_HALF), torch.randn(m, n, dtype=_HALF), torch.tensor([7])
+    s, lora_b, scaling = torch.randn(m, r, dtype=_HALF), torch.randn(n, r), torch.tensor(0.5)
+    with mock.patch.object(configs, "chip_of", lambda device: QUARTER), ByteCounter() as counter:
+        torch.ops.fastlora.lora_expand_(y, s, lora_b, scaling, "triton")
+        torch.ops.fastlora.lora_dropout(x, seed, 0.5, "triton")
+    return {name[1 : -len("_kernel")]: count for name, count in counter.kernels.items()}
+
+
+def forms_of_others(m: int, k: int, n: int, r: int) -> dict[str, Form]:
+    """Returns what `count_others` must find."""
+    return {
+        "lora_expand": byte_forms.expand(m, n, r, _E, _F, expand_config(QUARTER, m, n, r, _HALF)),
+        "lora_dropout": byte_forms.dropout(m, k, _E, dropout_config(QUARTER, m, k, _HALF)),
+    }
+
+
+def count_all(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
+    """Both counts: one of every kernel."""
+    return {**count_step(m, k, n, r), **count_others(m, k, n, r)}
+
+
 def floor(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> int:
     """Returns the design's floor: both GEMMs' bytes, and what no one can avoid.
 
@@ -126,7 +158,7 @@ def floor(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> int:
 def rows_of_table(
     m: int, k: int, n: int, r: int, counted: dict[str, KernelCount]
 ) -> list[dict[str, str]]:
-    """Returns one row for each kernel of a step: how often a touched byte is asked for."""
+    """Returns one row for each kernel: how often a touched byte is asked for."""
     rows = []
     for kernel, count in counted.items():
         ratio = f"{count.issued / count.distinct:.2f}"
@@ -137,7 +169,7 @@ def rows_of_table(
 
 def main(arguments: Sequence[str]) -> int:
     """Counts, and prints the rows or writes the table."""
-    rows = [row for sizes in STEPS for row in rows_of_table(*sizes, count_step(*sizes))]
+    rows = [row for sizes in STEPS for row in rows_of_table(*sizes, count_all(*sizes))]
     with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

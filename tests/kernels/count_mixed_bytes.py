@@ -1,4 +1,6 @@
-"""Counts what a mixed batch's backward moves, kernel by kernel, in Triton's interpreter.
+"""Counts what a mixed batch's kernels move, one by one, in Triton's interpreter.
+
+Those of a forward, as plan "fused" and as plan "split" and at decode in place, and of a backward.
 
 ``TRITON_INTERPRET=1 python tests/kernels/count_mixed_bytes.py --write`` writes
 `docs/mixed_kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come
@@ -16,8 +18,15 @@ from unittest import mock
 import torch
 import triton.language as tl
 
+from fastlora import mixed_ops
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, cdiv
+from fastlora.kernels.mixed_configs import (
+    mixed_add_config,
+    mixed_expand_config,
+    mixed_linear_config,
+    mixed_shrink_config,
+)
 from fastlora.kernels.mixed_grad_configs import (
     mixed_grad_a_config,
     mixed_grad_b_config,
@@ -26,8 +35,11 @@ from fastlora.kernels.mixed_grad_configs import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
+import mixed_byte_forms  # noqa: E402
+from byte_counter import ByteCounter, KernelCount  # noqa: E402
+from byte_forms import Form  # noqa: E402
 from mixed_grad_problem import OPS, GradProblem  # noqa: E402
+from mixed_problem import MixedProblem  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "mixed_kernel_bytes.csv"
 COLUMNS = ("m", "k", "n", "r", "adapters", "kernel", "launches", "touched", "issued",
@@ -39,6 +51,7 @@ QUARTER = Chip("sm_90", 132 // 16)
 # M, K, N, R
 STEPS = [(512, 512, 512, 16), (256, 1024, 256, 16), (256, 256, 1024, 64)]
 ADAPTERS = (1, 4)
+DECODE = 64  # rows of `mixed_lora_add`, which is one launch at decode only
 E, F = 2, 4  # bytes of fp16 activations, and of the fp32 masters of the factors
 
 
@@ -49,6 +62,78 @@ class _Cpu:
 
     def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
+
+    def poisoned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, KernelCount]:
+    """Counts each kernel of a forward once, rows in turn to each adapter, fp32 factors.
+
+    `mixed_lora_add` for `DECODE` rows, the others for ``m``.
+    """
+    torch.manual_seed(0)
+    many, few = (_forward_problem(rows, k, n, r, adapters) for rows in (m, DECODE))
+    counted: dict[str, KernelCount] = {}
+    for problem, decode in ((many, False), (few, True)):
+        pieces, y = mixed_ops.pieces_of(problem.groups), torch.zeros(problem.m, n).half()
+        route, table_a = (*problem.route, pieces), problem.lora_a_address
+        tables = (problem.lora_b_address, None, problem.rank, problem.scaling)
+        factors, kind = problem.factors[0], torch.float32
+        counter = ByteCounter(
+            x=[problem.x],
+            weight=problem.weights,
+            lora_a=[own.lora_a for own in factors],
+            lora_b=[own.lora_b for own in factors],
+            routing=[*route, table_a, problem.lora_b_address, problem.rank, problem.scaling],
+        )
+        with (
+            mock.patch.object(configs, "chip_of", lambda device: QUARTER),
+            # Programmatic dependent launch: the interpreter has no order of launches to relax.
+            mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
+            mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
+            counter,
+        ):
+            if decode:
+                OPS.mixed_lora_add_(y, problem.x, *route, table_a, *tables, 0, r, kind)
+                made = [y]
+            else:
+                s = OPS.mixed_lora_shrink(problem.x, *route, table_a, problem.rank, r, kind)
+                counter.register("s", s)
+                full = OPS.mixed_lora_linear(
+                    problem.x, problem.weights[0], None, *route, s, table_a, *tables,
+                    0, r, kind, "fused",
+                )  # fmt: skip
+                OPS.mixed_lora_expand_(y, s, *problem.route, *tables, 0, kind)
+                made = [full, y]
+        counter.register("y", *made)
+        counted |= counter.kernels
+    return {stem_of(name): count for name, count in counted.items()}
+
+
+def _forward_problem(rows: int, k: int, n: int, r: int, adapters: int) -> MixedProblem:
+    ids = [row % adapters for row in range(rows)]
+    return MixedProblem(_Cpu(), ids, [[r] * adapters], k, [n], torch.float16, torch.float32)
+
+
+def forms_of_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Form]:
+    """Returns what `count_forward` must find, all but the tables' and the routing's bytes."""
+    half = torch.float16
+    splits = mixed_ops._shrunk_shape(m, k, 1, r, False)[0]
+    shrink = mixed_shrink_config(QUARTER, m, r, half)
+    linear = mixed_linear_config(QUARTER, m, n, half)
+    expand, add = mixed_expand_config(QUARTER, m, n, half), mixed_add_config(QUARTER, half)
+    return {
+        "mixed_lora_shrink": mixed_byte_forms.shrink(m, k, r, adapters, E, F, splits, shrink),
+        "mixed_lora_linear": mixed_byte_forms.linear(m, n, k, r, adapters, E, F, splits, linear),
+        "mixed_lora_expand": mixed_byte_forms.expand(m, n, r, adapters, E, F, splits, expand),
+        "mixed_lora_add": mixed_byte_forms.add(DECODE, n, k, r, adapters, E, F, add),
+    }
+
+
+def stem_of(kernel: str) -> str:
+    """Returns an operation's name without what its kernel adds."""
+    return kernel.removeprefix("_").removesuffix("_kernel")
 
 
 def count_backward(m: int, k: int, n: int, r: int, adapters: int) -> ByteCounter:
@@ -151,16 +236,29 @@ def closed_form(m: int, k: int, n: int, r: int, adapters: int, chip: Chip) -> tu
     return touched, issued
 
 
+def count_all(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, KernelCount]:
+    """Counts of the forward's kernels, and of the backward's."""
+    backward = backward_by_stem(count_backward(m, k, n, r, adapters))
+    return {**count_forward(m, k, n, r, adapters), **backward}
+
+
+def backward_by_stem(counter: ByteCounter) -> dict[str, KernelCount]:
+    """A backward's counts by operation; the linear kernel makes dx there."""
+    renamed = {"mixed_lora_linear": "mixed_lora_grad_x"}
+    stems = {stem_of(name): count for name, count in counter.kernels.items()}
+    return {renamed.get(stem, stem): count for stem, count in stems.items()}
+
+
 def rows_of_table(
-    sizes: tuple[int, ...], adapters: int, counter: ByteCounter
+    sizes: tuple[int, ...], adapters: int, counted: dict[str, KernelCount]
 ) -> list[dict[str, str]]:
-    """Returns one row for each kernel of a backward: how often a touched byte is asked for."""
+    """Returns one row for each kernel: how often a touched byte is asked for."""
     rows = []
-    for name, count in counter.kernels.items():
-        stem = name.removeprefix("_").removesuffix("_kernel")
+    for stem, count in counted.items():
+        m = DECODE if stem == "mixed_lora_add" else sizes[0]
         ratio = f"{count.issued / count.distinct:.2f}"
-        values = (*sizes, adapters, stem, count.launches, count.distinct, count.issued, ratio)
-        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+        values = (m, *sizes[1:], adapters, stem, count.launches, count.distinct, count.issued)
+        rows.append(dict(zip(COLUMNS, map(str, (*values, ratio)), strict=True)))
     return rows
 
 
@@ -170,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
         row
         for sizes in STEPS
         for adapters in ADAPTERS
-        for row in rows_of_table(sizes, adapters, count_backward(*sizes, adapters))
+        for row in rows_of_table(sizes, adapters, count_all(*sizes, adapters))
     ]
     with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

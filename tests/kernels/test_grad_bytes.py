@@ -36,8 +36,10 @@ from count_bytes import (  # noqa: E402
     H100,
     STEPS,
     TABLE,
+    count_others,
     count_step,
     floor,
+    forms_of_others,
     forms_of_step,
     rows_of_table,
 )
@@ -173,8 +175,24 @@ def test_so_does_a_step_of_full_size_on_an_h100(sizes: tuple[int, ...]) -> None:
     assert moved <= 1.1 * floor(*sizes, chip=H100), (moved, floor(*sizes, chip=H100))
 
 
-def test_the_table_holds_what_is_counted(steps: Any) -> None:
+@pytest.fixture(scope="module")
+def others() -> dict[tuple[int, ...], dict[str, KernelCount]]:
+    """What expand and dropout did, which a fused step does not take."""
+    return {sizes: count_others(*sizes) for sizes in STEPS}
+
+
+@pytest.mark.parametrize("sizes", STEPS, ids=str)
+def test_other_kernels_issue_what_their_tiles_say(others: Any, sizes: tuple[int, ...]) -> None:
+    """In place, y is read and written; a dropped copy is one read and one write."""
+    assert {name: (c.distinct, c.issued, c.flops) for name, c in others[sizes].items()} == {
+        name: (form.distinct, form.issued, form.flops)
+        for name, form in forms_of_others(*sizes).items()
+    }
+
+
+def test_the_table_holds_what_is_counted(steps: Any, others: Any) -> None:
     """`docs/kernel_bytes.csv` is what ``python tests/kernels/count_bytes.py --write`` writes."""
     with TABLE.open() as file:
         written = list(csv.DictReader(file))
-    assert written == [row for sizes in STEPS for row in rows_of_table(*sizes, steps[sizes])]
+    counted = {sizes: {**steps[sizes], **others[sizes]} for sizes in STEPS}
+    assert written == [row for sizes in STEPS for row in rows_of_table(*sizes, counted[sizes])]

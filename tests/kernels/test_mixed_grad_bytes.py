@@ -1,4 +1,7 @@
-"""Bytes of a mixed batch's backward, counted: near the design's floor with 1 and 4 adapters."""
+"""Bytes of a mixed batch, counted with 1 and 4 adapters.
+
+A forward's equal the closed forms; a backward's are near the design's floor.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
+from byte_counter import ByteCounter, KernelCount  # noqa: E402
 from count_mixed_bytes import (  # noqa: E402
     ADAPTERS,
     H100,
@@ -24,9 +27,12 @@ from count_mixed_bytes import (  # noqa: E402
     TABLE,
     E,
     F,
+    backward_by_stem,
     closed_form,
     count_backward,
+    count_forward,
     floor,
+    forms_of_forward,
     rows_of_table,
 )
 
@@ -43,6 +49,30 @@ CASES = [(*sizes, adapters) for sizes in STEPS for adapters in ADAPTERS]
 def counted() -> dict[tuple[int, ...], ByteCounter]:
     """What each kernel of a backward did, by the sizes and the number of adapters."""
     return {case: count_backward(*case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def forwards() -> dict[tuple[int, ...], dict[str, KernelCount]]:
+    """What each kernel of a forward did."""
+    return {case: count_forward(*case) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_forward_issues_what_its_tiles_say(
+    forwards: dict[tuple[int, ...], dict[str, KernelCount]], case: tuple[int, ...]
+) -> None:
+    """Every tensor's bytes and the FLOPs, exactly, of each kernel that a forward may take."""
+    counted, forms = forwards[case], forms_of_forward(*case)
+    assert counted.keys() == forms.keys()
+    for name, form in forms.items():
+        count = counted[name]
+        loads = dict(count.loads)
+        routing = loads.pop("routing")
+        assert (loads, count.stores) == (form.loads, form.stores), name
+        assert (count.launches, count.flops) == (1, form.flops), name
+        # Beside them tables and routing: a number for each row, piece or adapter.
+        assert routing.distinct <= 0.01 * form.distinct, name
+        assert routing.issued <= 0.05 * form.issued, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -82,10 +112,17 @@ def test_so_does_one_of_full_size_on_an_h100(case: tuple[int, ...]) -> None:
     assert touched <= 1.1 * floor(m, k, n, r, adapters, H100)
 
 
-def test_the_table_holds_what_is_counted(counted: dict[tuple[int, ...], ByteCounter]) -> None:
+def test_the_table_holds_what_is_counted(
+    counted: dict[tuple[int, ...], ByteCounter],
+    forwards: dict[tuple[int, ...], dict[str, KernelCount]],
+) -> None:
     """`docs/mixed_kernel_bytes.csv` is what ``count_mixed_bytes.py --write`` writes."""
     with TABLE.open() as file:
         written = list(csv.DictReader(file))
     assert written == [
-        row for case in CASES for row in rows_of_table(case[:4], case[4], counted[case])
+        row
+        for case in CASES
+        for row in rows_of_table(
+            case[:4], case[4], {**forwards[case], **backward_by_stem(counted[case])}
+        )
     ]
