@@ -192,7 +192,7 @@ def _captured_pool_routing(pool: AdapterPool, ids: torch.Tensor) -> Routing:
             "as the largest rank that may ever be loaded"
         )
     kernels = KernelRouting(pool.tables.columns(ids), pool.tables, pool.max_rank, pool.dtype)
-    return Routing(pool.group, (), ids, (), residents=(), kernels=[kernels])
+    return Routing(pool.group, (), ids, (), residents=(), kernels=[kernels], captured=True)
 
 
 def _looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

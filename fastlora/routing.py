@@ -195,6 +195,8 @@ class Routing:
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
         dora: What `fastlora.layers.dora_mixed` keeps of the norms.
         graph: The same for compiled graphs; None where they cannot be.
+        captured: Slots are a CUDA graph's, which are looked up at its replays: nothing is known of
+            the adapters now.
     """
 
     group: Group
@@ -209,6 +211,7 @@ class Routing:
     absent_gradients: bool = False
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
     graph: GraphRouting | PoolGraphRouting | None = None
+    captured: bool = False
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 

@@ -95,6 +95,7 @@ def _mixed_forward(
         if kernels is not None:
             plan = "invariant" if invariant else "auto"
             return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
+    _refuse_captured(routing, bare, dtype)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
     if not bare:
@@ -165,10 +166,13 @@ def _mixed_added_forward(
     check_unmerged(layer)
     given, dtype = x, functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
-    if dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y):
+    bare = dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y)
+    if bare:
         kernels = _kernels(layer, x, routing)
         if kernels is not None:
             return mixed_kernels.add_(layer, _own_rows(y, inplace), x, kernels).view(y.shape)
+    _refuse_captured(routing, bare, dtype)
+    if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         found = mixed_packed.find_packed(layer, x, routing, rows, projection)
         if found is not None:
@@ -219,6 +223,8 @@ def _with_dora(
 
 def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
+    if routing.captured:  # of a pool, whose adapters drop nothing
+        return not _wants_grad(*tensors)
     if layer.training:
         return False
     # A pool's factors have no gradients; those of parameters are not asked one by one.
@@ -236,6 +242,22 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
     kernels = mixed_kernels.kernel_routing(routing)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
     return kernels if kernels is not None and kernels.device == x.device else None
+
+
+def _refuse_captured(routing: Routing, bare: bool, dtype: torch.dtype | None) -> None:
+    """Raises `AdapterStateError` where only kernels could look the adapters up, and do not run."""
+    if not routing.captured:
+        return
+    if bare:
+        why = "the layer runs without kernels"
+    elif dtype is not None:
+        why = f"autocast is on; give the model the dtype {dtype}"
+    else:
+        why = "gradients are recorded, or the base layer's output has another dtype than its input"
+    raise AdapterStateError(
+        f"a CUDA graph over a pool cannot be captured here: {why}; capture it within "
+        "torch.no_grad() or torch.inference_mode()"
+    )
 
 
 def _why_not_kernels(bare: bool, dtype: torch.dtype | None) -> str:

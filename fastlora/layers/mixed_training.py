@@ -69,7 +69,7 @@ def _part(layer: Any, routing: Routing, slot: int) -> Part | None:
         found = routing.residents[slot].factors(layer.table_row)
         if found is None:
             return None
-        lora_a, rank_rows, scaling, lora_bias = found
+        lora_a, rank_rows, scaling, lora_bias = found[:4]  # its magnitude scales what comes out
         return Part(lora_a, rank_rows.t(), lora_bias, scaling, 0.0)
     name, modules = routing.names[slot], layer._modules
     down = modules["lora_A"]._modules.get(name)
