@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from fastlora import recompute
-from fastlora.graph_routing import PoolGraphRouting, graph_routing
-from fastlora.ids import NO_ADAPTER, check_slot_ids, checked_slots, named_ids
+from fastlora.graph_routing import graph_routing
+from fastlora.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.in_force import routed
 from fastlora.pool import AdapterPool
+from fastlora.pool.batches import is_captured, pool_routing
 from fastlora.pool.pool import pool_of
-from fastlora.routing import KernelRouting, Routing, draw_seeds
+from fastlora.routing import Routing, draw_seeds
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.tuner import LoraTuner
 from fastlora.validation import AdapterStateError
-
-_INVALID = -2
 
 
 @contextlib.contextmanager
@@ -92,7 +91,7 @@ def _routing(
     if pool is None and isinstance(model, nn.Module):
         pool = pool_of(model)
     if pool is not None:
-        return _pool_routing(pool, ids, seeds, validate, held)
+        return pool_routing(pool, ids, seeds, validate, held)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, LoraTuner):
         from fastlora.patch import patched_routing
@@ -123,82 +122,10 @@ def _tuner_routing(
         check_slot_ids(ids)
         ids = ids.to(torch.int64)
         outside = (ids < NO_ADAPTER) | (ids >= len(known))
-        names, slots = known, ids.masked_fill(outside, _INVALID)
+        names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
         names, slots = known, checked_slots(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     graph = graph_routing(known, names, slots, drawn)
     return Routing(tuner.group, names, slots, drawn, layers, graph=graph)
-
-
-def _pool_routing(
-    pool: AdapterPool,
-    ids: Sequence[str | None] | torch.Tensor,
-    seeds: Mapping[str, int] | None,
-    validate: bool,
-    held: contextlib.ExitStack,
-) -> Routing:
-    """For adapters of a pool, leased until ``held`` closes."""
-    if not isinstance(ids, torch.Tensor):
-        names, slots = named_ids(None, ids)
-        lease = held.enter_context(pool.lease(names))
-    elif is_captured(ids):
-        return _captured_pool_routing(pool, ids)
-    else:
-        check_slot_ids(ids)
-        lease = held.enter_context(pool.lease_resident())
-        names = tuple(resident.name for resident in lease.residents)
-        # From the pool's slots to places in the lease.
-        places = torch.full((pool.max_adapters,), _INVALID)
-        in_slots: list[str | None] = [None] * pool.max_adapters
-        for place, resident in enumerate(lease.residents):
-            places[resident.slot] = place
-            in_slots[resident.slot] = resident.name
-        if not ids.is_cuda or validate:
-            checked_slots(ids, in_slots)
-        slots = _looked_up(places, ids)
-    columns = torch.tensor([resident.column for resident in lease.residents], dtype=torch.int64)
-    kernels = KernelRouting(
-        _looked_up(columns, slots), pool.tables, pool.max_rank or lease.max_rank, pool.dtype
-    )
-    graph = None
-    if not any(resident.uses_dora for resident in lease.residents):
-        # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
-        columns = kernels.columns.clone()
-        graph = PoolGraphRouting(columns, pool.tables, kernels.max_rank, pool.dtype)
-    return Routing(
-        pool.group,
-        names,
-        slots,
-        draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
-        residents=lease.residents,
-        kernels=[kernels],
-        graph=graph,
-    )
-
-
-def is_captured(ids: torch.Tensor) -> bool:
-    """Whether ids are read by a CUDA graph that is being captured in this thread."""
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _captured_pool_routing(pool: AdapterPool, ids: torch.Tensor) -> Routing:
-    """For a CUDA graph: slots are looked up at every replay, on the device."""
-    check_slot_ids(ids)
-    if pool.max_rank is None:
-        raise AdapterStateError(
-            "a CUDA graph over a pool needs AdapterPool(max_rank=...): its buffers are as large "
-            "as the largest rank that may ever be loaded"
-        )
-    kernels = KernelRouting(pool.tables.columns(ids), pool.tables, pool.max_rank, pool.dtype)
-    return Routing(pool.group, (), ids, (), residents=(), kernels=[kernels], captured=True)
-
-
-def _looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Returns ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
-    table = table.to(ids.device, non_blocking=True)
-    ids = ids.to(torch.int64)
-    outside = (ids < 0) | (ids >= table.numel())
-    found = table[ids.clamp(0, table.numel() - 1)] if table.numel() else torch.zeros_like(ids)
-    return torch.where(outside, torch.where(ids == NO_ADAPTER, NO_ADAPTER, _INVALID), found)

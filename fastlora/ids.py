@@ -11,6 +11,7 @@ from fastlora.validation import AdapterNotFoundError, near_names
 # PEFT's name for rows without an adapter; None means the same here.
 BASE = "__base__"
 NO_ADAPTER = -1
+OUT_OF_RANGE = -2  # what a slot becomes that nobody has checked and that does not exist
 
 
 def named_ids(

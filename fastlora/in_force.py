@@ -90,8 +90,15 @@ def unchecked() -> Iterator[None]:
         _thread.unchecked = before
 
 
-def check_batch(group: Group, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_batch(
+    group: Group, args: Sequence[Any], kwargs: Mapping[str, Any], *, per_sample: bool = False
+) -> None:
     """Raises unless a model's arguments fit the ids of the routing in force for it.
+
+    Args:
+        group: The model's.
+        args, kwargs: Its arguments.
+        per_sample: Ids of tokens will not do: the model will see other tokens than these.
 
     Raises:
         ValueError: There are neither as many ids as samples nor as many as tokens.
@@ -111,3 +118,10 @@ def check_batch(group: Group, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
             "one for each sample or each token"
         )
+    if per_sample and count != samples:
+        raise ValueError(
+            f"the batch has {samples} samples and {count} adapter ids; to generate, expected one "
+            "for each sample"
+        )
+    if not torch.compiler.is_compiling():
+        routing.fed[:] = [] if per_sample or x.dim() > 3 else [(samples, tokens)]

@@ -100,7 +100,7 @@ def add_adapter(
         plan: From `plan_adapter` on the same model and config.
         autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
     """
-    with _without_collecting():
+    with _without_collecting(), _outside_inference_mode():
         _add_adapter(model, adapter_name, config, plan, autocast_adapter_dtype)
 
 
@@ -117,6 +117,16 @@ def _without_collecting() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Makes tensors that outlive the mode: they can train, and writes into them are counted."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _add_adapter(

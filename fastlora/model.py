@@ -334,10 +334,10 @@ class LoraModel(nn.Module):
         """Calls the model's `generate`, beam search included; arguments as in `forward`."""
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
-            check_batch(self.base_model.group, args, kwargs)
+            check_batch(self.base_model.group, args, kwargs, per_sample=True)
             return generate(*args, **kwargs)
         with adapters(self, adapter_names):
-            check_batch(self.base_model.group, args, kwargs)
+            check_batch(self.base_model.group, args, kwargs, per_sample=True)
             return generate(*args, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ class Routing:
         ids: Slot of each sample or token, ``[B]`` int64; -1 for none. On a GPU they are not
             checked yet, and -2 is an id that was out of range.
         seeds: Dropout seed of each slot, for this forward.
-        layers: The model's routed modules; a layer's ``table_row`` counts here.
+        layers: The model's routed modules when the block began.
         residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
         kernels: What Triton kernels read; empty until a layer needs it.
         ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
@@ -197,6 +197,7 @@ class Routing:
         graph: The same for compiled graphs; None where they cannot be.
         captured: Slots are a CUDA graph's, which are looked up at its replays: nothing is known of
             the adapters now.
+        fed: Samples and tokens of the model's last batch, where it is known; see `check_rows`.
     """
 
     group: Group
@@ -212,6 +213,7 @@ class Routing:
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
     graph: GraphRouting | PoolGraphRouting | None = None
     captured: bool = False
+    fed: list[tuple[int, int]] = field(default_factory=list, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -225,6 +227,21 @@ class Routing:
         if known is None:
             known = self._spread[(m, device)] = self.group.batches.rows(self, m, device)
         return known
+
+    def check_rows(self, x: torch.Tensor) -> None:
+        """Raises where a layer is fed some of the batch's rows, as one expert of several is.
+
+        Raises:
+            ValueError: Nothing says which rows of x ``[M, K]`` are whose.
+        """
+        if x.dim() != 2 or not self.fed or torch.compiler.is_compiling():
+            return
+        samples, tokens = self.fed[-1]
+        if x.shape[0] < tokens and x.shape[0] not in (0, samples):
+            raise ValueError(
+                f"a layer has {x.shape[0]} rows of a batch of {samples} samples ({tokens} tokens); "
+                "whose they are is not known, as in a mixture of experts: do not target this layer"
+            )
 
     def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
         """Returns what the model keeps of a set of adapters.
@@ -312,18 +329,33 @@ def _spread_rows(routing: Routing, ids: torch.Tensor, m: int, device: torch.devi
     return RowRouting(slots.to(device), order, inverse, tuple(segments), key, m // count)
 
 
-def number_layers(names: Sequence[str]) -> list[int]:
+def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     """Returns a number for each layer of a model: its name's CRC-32, or the next free number.
 
     By name, so that a layer's dropout does not depend on which other modules are adapted.
+
+    Args:
+        names: Of the layers.
+        taken: Numbers of other layers of the model.
     """
-    taken: dict[int, None] = {}
+    used, numbers = set(taken), []
     for name in names:
         number = zlib.crc32(name.encode())
-        while number in taken:
+        while number in used:
             number += 1
-        taken[number] = None
-    return list(taken)
+        used.add(number)
+        numbers.append(number)
+    return numbers
+
+
+def join_group(group: Group, layers: Sequence[tuple[str, Any]]) -> None:
+    """Makes layers, given with their names, a model's; those that are keep their numbers."""
+    new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
+    if new:
+        taken = [layer.routed_as for _, layer in layers if layer.routed_by is group]
+        numbers = number_layers([name for name, _ in new], taken)
+        for number, (_, layer) in zip(numbers, new, strict=True):
+            layer.routed_by, layer.routed_as = group, number
 
 
 def layer_seed(seed: int, projection: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastlora import inject
 from fastlora.config import LoraConfig
-from fastlora.routing import Group, number_layers
+from fastlora.routing import Group, join_group
 from fastlora.targets import resolve_target_modules
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -108,7 +108,11 @@ class LoraTuner(nn.Module):
             self.model, adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         self.peft_config[adapter_name] = config
-        self._routed = None
+        # A layer that is new must know at once whose block may be open around its first forward.
+        touched = [*plan.targets, *plan.modules_to_save]
+        modules = [(name, self.model.get_submodule(name)) for name in touched]
+        if any(module.routed_by is not self.group for _, module in modules):
+            self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -183,13 +187,12 @@ class LoraTuner(nn.Module):
     @property
     def routed(self) -> list[nn.Module]:
         """The modules whose adapters a mixed batch chooses by row."""
-        if self._routed is None:
-            found = inject.routed_modules(self.model)
-            numbers = number_layers([name for name, _ in found])
-            for row, (number, (_, module)) in enumerate(zip(numbers, found, strict=True)):
-                module.table_row = row
-                module.routed_by, module.routed_as = self.group, number
-            self._routed = [module for _, module in found]
+        return self._find_routed() if self._routed is None else self._routed
+
+    def _find_routed(self) -> list[nn.Module]:
+        found = inject.routed_modules(self.model)
+        join_group(self.group, found)
+        self._routed = [module for _, module in found]
         return self._routed
 
     def check_known(self, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ from fastlora.layers.dora import (
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
-from fastlora.routing import Group, Routing, number_layers
+from fastlora.recompute import keep_routing
+from fastlora.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -48,17 +50,16 @@ class _FastForward:
     # Set once the model is in a mixed batch; see `routed_model`.
     routed_by: Group | None = None
     routed_as = 0
-    table_row = 0
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""
-        routed = routing_of(self)
+        mixed = kwargs.get("adapter_names") is not None  # routed by PEFT
+        routed = None if mixed else routing_of(self)
         if routed is not None and not self.disable_adapters:
             return self._mixed(x, *args, routed=routed, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        mixed = kwargs.get("adapter_names") is not None
         variant = any(_foreign_variant(self, name) for name in names)
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
@@ -167,14 +168,20 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter, maybe on layers that no routing knows yet."""
-        self.__dict__.pop("_fastlora_routed", None)
+        """Adds an adapter, maybe on new layers, which blocks that are open concern too."""
         super().inject_adapter(*args, **kwargs)
+        self._find_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, maybe with layers."""
-        self.__dict__.pop("_fastlora_routed", None)
         super().delete_adapter(adapter_name)
+        self._find_again()
+
+    def _find_again(self) -> None:
+        """Looks for the layers of mixed batches anew, where there has been such a batch."""
+        if self.__dict__.pop("_fastlora_routed", None) is not None:
+            with contextlib.suppress(UnsupportedLayerError):  # which the next batch raises
+                routed_model(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, whose batch must fit the adapter ids in force."""
@@ -206,7 +213,7 @@ class FastPeftLoraModel(PeftLoraModel):
     def _routed_for(self, names: Any) -> RoutedPeftModel | None:
         """Returns how to route a batch, or None where PEFT must, if only to refuse it."""
         wanted = {name for name in names if name != BASE}
-        if not wanted or not wanted <= set(self.peft_config):
+        if not wanted <= set(self.peft_config):
             return None
         try:
             found = routed_model(self)
@@ -246,6 +253,25 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
     kept = tuner.__dict__.get("_fastlora_routed")
     if kept is not None and kept[0] is tuner:
         return kept[1]
+    with _finding:  # the first batches of two threads have one group
+        kept = tuner.__dict__.get("_fastlora_routed")
+        if kept is not None and kept[0] is tuner:
+            return kept[1]
+        return _find_routed(tuner, _group_of(tuner))
+
+
+_finding = threading.Lock()
+
+
+def _group_of(tuner: FastPeftLoraModel) -> Group:
+    """Returns the group of a tuner's layers, its own for good: open blocks know them by it."""
+    kept = tuner.__dict__.get("_fastlora_group")
+    if kept is None or kept[0] is not tuner:
+        kept = tuner.__dict__["_fastlora_group"] = tuner, Group()
+    return kept[1]
+
+
+def _find_routed(tuner: FastPeftLoraModel, group: Group) -> RoutedPeftModel:
     layers = []
     for name, module in tuner.named_modules():
         if isinstance(module, _FastForward):
@@ -255,10 +281,8 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
                 f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
                 "pass adapter_names= to the model instead"
             )
-    group = Group()
-    numbers = number_layers([name for name, _ in layers])
-    for row, (number, (_, layer)) in enumerate(zip(numbers, layers, strict=True)):
-        layer.routed_by, layer.routed_as, layer.table_row = group, number, row
+    join_group(group, layers)
+    keep_routing()  # adapter_names= opens blocks too
     found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
     # With the tuner itself: a copy of the model makes its own.
     tuner.__dict__["_fastlora_routed"] = (tuner, found)
@@ -282,7 +306,6 @@ def unpatch_layer(module: nn.Module) -> None:
             "_family",
             "routed_by",
             "routed_as",
-            "table_row",
         ):
             module.__dict__.pop(name, None)
 
@@ -305,6 +328,7 @@ def unpatch_model(model: nn.Module) -> None:
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:
             module.__dict__.pop("_fastlora_routed", None)
+            module.__dict__.pop("_fastlora_group", None)
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 

@@ -63,6 +63,7 @@ def mixed_forward(
         made = mixed_graph.linear(layer, x, weight, bias, routing, projection)
         if made is not None:
             return made
+    routing.check_rows(x)
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
@@ -146,6 +147,7 @@ def mixed_added_forward(
         made = mixed_graph.add(layer, y, x, routing, projection)
         if made is not None:
             return made
+    routing.check_rows(x)
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)
@@ -170,7 +172,8 @@ def _mixed_added_forward(
     if bare:
         kernels = _kernels(layer, x, routing)
         if kernels is not None:
-            return mixed_kernels.add_(layer, _own_rows(y, inplace), x, kernels).view(y.shape)
+            rows_y = _own_rows(y, inplace)
+            return mixed_kernels.add_(layer, rows_y, x, kernels, projection).view(y.shape)
     _refuse_captured(routing, bare, dtype)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)

@@ -10,8 +10,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastlora import mixed_ops
+from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import plain_weight
 from fastlora.layers.watch import Watch
 from fastlora.routing import KernelRouting, Routing
@@ -26,6 +28,7 @@ class ModelTables(NamedTuple):
         max_rank: The largest rank.
         dtype: Of the factors.
         kept: What lies behind the addresses.
+        rows: Row of each layer, by its number. Layers that the model gets later have none.
     """
 
     a_address: torch.Tensor
@@ -36,6 +39,21 @@ class ModelTables(NamedTuple):
     max_rank: int
     dtype: torch.dtype
     kept: list[torch.Tensor]
+    rows: dict[int, int]
+
+
+def row_of(layer: Any, number: int, tables: Any) -> int | None:
+    """Returns a layer's row in the tables, or None where they were made before the layer was.
+
+    Args:
+        layer: A pool's know their rows.
+        number: The layer's number in its model.
+        tables: A pool's, or `ModelTables`.
+    """
+    if isinstance(tables, ModelTables):
+        return tables.rows.get(number)
+    row: int = layer.table_row
+    return row
 
 
 def kernel_routing(routing: Routing) -> KernelRouting | None:
@@ -75,9 +93,10 @@ def _model_tables(routing: Routing, watch: Any) -> ModelTables | str:
         rank[row, column], scaling[row, column] = blocks[0].shape[0], scale
     device = kept[0].device if kept else routing.ids.device
     largest = int(rank.max()) if rank.numel() else 0
+    rows = {layer.routed_as: row for row, layer in enumerate(routing.layers)}
     a_address, b_address, bias_address = addresses.to(device).unbind(0)
     numbers = rank.to(device), scaling.to(device)
-    return ModelTables(a_address, b_address, bias_address, *numbers, largest, dtype, kept)
+    return ModelTables(a_address, b_address, bias_address, *numbers, largest, dtype, kept, rows)
 
 
 def _factors_of(
@@ -88,7 +107,7 @@ def _factors_of(
     None where a factor is not a bare tensor.
     """
     found = []
-    for layer in routing.layers:
+    for row, layer in enumerate(routing.layers):
         if not hasattr(layer, "lora_A"):
             continue
         watch.add(layer, routing.names)
@@ -100,7 +119,7 @@ def _factors_of(
             if lora_a is None or lora_b is None:
                 return None
             blocks = [lora_a, lora_b.t()] + ([] if up.bias is None else [up.bias])
-            found.append((layer.table_row, column, blocks, float(layer.scaling[name])))
+            found.append((row, column, blocks, float(layer.scaling[name])))
     return found
 
 
@@ -123,7 +142,7 @@ def linear(
     """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
 
     Args:
-        layer: Its ``table_row`` is its row in the tables.
+        layer: Runs its base layer where the tables do not know it.
         x: ``[..., K]``.
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
@@ -132,9 +151,13 @@ def linear(
         number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    groups, tables = kernels.groups(flat.shape[0], x.device), kernels.tables
-    rows, s = _shared_shrink(layer, x, flat, routing, kernels, number, plan)
+    flat, tables = x.reshape(-1, x.shape[-1]), kernels.tables
+    row = row_of(layer, number, tables)
+    if row is None:
+        refuse_in_mode(layer, "it was adapted after the block began")
+        return F.linear(x, weight, bias)
+    groups = kernels.groups(flat.shape[0], x.device)
+    rows, s = _shared_shrink(layer, row, x, flat, routing, kernels, number, plan)
     y = torch.ops.fastlora.mixed_lora_linear(
         flat,
         weight,
@@ -149,7 +172,7 @@ def linear(
         tables.bias_address[rows],
         tables.rank[rows],
         tables.scaling[rows],
-        layer.table_row - rows.start,
+        row - rows.start,
         kernels.max_rank,
         kernels.dtype,
         plan,
@@ -157,11 +180,15 @@ def linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def add_(layer: Any, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting) -> torch.Tensor:
+def add_(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting, number: int
+) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
-    flat = x.reshape(-1, x.shape[-1])
-    groups, tables = kernels.groups(flat.shape[0], x.device), kernels.tables
-    rows = slice(layer.table_row, layer.table_row + 1)
+    flat, tables = x.reshape(-1, x.shape[-1]), kernels.tables
+    row = row_of(layer, number, tables)
+    if row is None:
+        return y
+    groups, rows = kernels.groups(flat.shape[0], x.device), slice(row, row + 1)
     torch.ops.fastlora.mixed_lora_add_(
         y,
         flat,
@@ -183,6 +210,7 @@ def add_(layer: Any, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting) -
 
 def _shared_shrink(
     layer: Any,
+    row: int,
     x: torch.Tensor,
     flat: torch.Tensor,
     routing: Routing,
@@ -195,7 +223,7 @@ def _shared_shrink(
     One launch serves the siblings whose rows are neighbours. A compiled graph must not see what
     one call leaves for another, so each layer makes its own there.
     """
-    alone = slice(layer.table_row, layer.table_row + 1)
+    alone = slice(row, row + 1)
     # Nor can a layer trust an inference tensor, whose writes are not counted.
     if torch.compiler.is_compiling() or x.is_inference():
         return alone, None
@@ -203,8 +231,9 @@ def _shared_shrink(
     members = {}
     for member in siblings.of(layer, number, x) or ():
         other = siblings.layers[member]()
-        if other is not None:
-            members[other.table_row] = member
+        place = None if other is None else row_of(other, member, kernels.tables)
+        if place is not None:
+            members[place] = member
     first, stop = alone.start, alone.stop
     while first - 1 in members:
         first -= 1

@@ -43,7 +43,7 @@ class Watch:
         self._dropouts: list[nn.Module] = []
         self._hooks: list[dict[Any, Any]] = []
         self._own: list[dict[str, Any]] = []
-        self._hooked = False
+        self._hooked = self._untold = False
 
     def add(self, layer: Any, names: Sequence[str]) -> None:
         """Remembers those of the adapters that a layer has."""
@@ -74,7 +74,9 @@ class Watch:
         self._holders.append(holder)
         self._keys.append(key)
         self._objects.append(value)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            self._untold = True
+        elif isinstance(value, torch.Tensor):
             self._parameters.append(value)
             self._stamps.append((value._version, value.data_ptr()))
 
@@ -86,6 +88,7 @@ class Watch:
         try:
             return (
                 not self._hooked
+                and not self._untold
                 and self._tables == self._copies
                 and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
                 and all(map(eq, stamps, self._stamps))

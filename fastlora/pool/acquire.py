@@ -39,11 +39,18 @@ class Residency:
         self.closed = False
         self.hits = self.misses = self.loads = 0
         self._worker: ThreadPoolExecutor | None = None
+        self._worker_thread: int | None = None
 
     def check_open(self) -> None:
         """Raises `AdapterStateError` once the pool is closed."""
         if self.closed:
             raise AdapterStateError("the pool is closed")
+
+    def check_unleased(self) -> None:
+        """Raises `AdapterStateError` while leases are held, but for those of the background."""
+        held = sum(len(n) for owner, n in self.book.held.items() if owner != self._worker_thread)
+        if held:
+            raise AdapterStateError(f"{held} leases are held; end them before close()")
 
     def acquire_resident(self) -> Lease:
         """Leases what is on the device now, which takes no room."""
@@ -188,6 +195,7 @@ class Residency:
             return self._worker.submit(self._prefetch, names)
 
     def _prefetch(self, names: tuple[str, ...]) -> None:
+        self._worker_thread = threading.get_ident()
         for name in names:
             request = Request((name,), counts=False)
             try:

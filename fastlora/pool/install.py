@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from fastlora import inject
 from fastlora.config import LoraConfig
@@ -25,6 +27,7 @@ class PoolLayers:
     Args:
         model: The base model; unchanged where this raises.
         target_modules: As in `LoraConfig`.
+        block: Opens a block for the names of a batch: the model's ``adapter_names=``.
 
     Attributes:
         group: What marks the layers as this pool's.
@@ -37,7 +40,12 @@ class PoolLayers:
         UnsupportedLayerError: It names a module that is no linear layer.
     """
 
-    def __init__(self, model: nn.Module, target_modules: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Any,
+        block: Callable[[Sequence[str | None]], AbstractContextManager[None]],
+    ) -> None:
         if any(True for _ in inject.lora_layers(model)):
             raise AdapterStateError(
                 "the model has LoRA layers already; unload() or close() what put them there first"
@@ -49,8 +57,8 @@ class PoolLayers:
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
-        self._hook: RemovableHandle | None = None
-        self._generate: Any = None
+        self._block = block
+        self._wrapped: dict[str, Any] = {}
         try:
             for name, number in zip(names, number_layers(names), strict=True):
                 self._replace(name, number)
@@ -68,24 +76,27 @@ class PoolLayers:
 
         Within `generate` the batch that came in counts: a beam search makes more rows of it.
         """
-        group, model = self.group, self._model
+        self._wrap("forward", contextlib.nullcontext)
+        if hasattr(self._model, "generate"):
+            self._wrap("generate", unchecked, per_sample=True)
 
-        def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            check_batch(group, args, kwargs)
+    def _wrap(
+        self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
+    ) -> None:
+        """Gives a method of the model PEFT's ``adapter_names=``, and a check of its batch."""
+        method, group, block = getattr(self._model, name), self.group, self._block
 
-        self._hook = model.register_forward_pre_hook(check, with_kwargs=True)
-        generate = getattr(model, "generate", None)
-        if generate is None:
-            return
+        @functools.wraps(method)
+        def call(
+            *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+        ) -> Any:
+            opened = contextlib.nullcontext() if adapter_names is None else block(adapter_names)
+            with opened:
+                check_batch(group, args, kwargs, **rules)
+                with around():
+                    return method(*args, **kwargs)
 
-        @functools.wraps(generate)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            check_batch(group, args, kwargs)
-            with unchecked():
-                return generate(*args, **kwargs)
-
-        model.__dict__["generate"] = checked
-        self._generate = checked
+        self._model.__dict__[name] = self._wrapped[name] = call
 
     def _replace(self, name: str, number: int) -> None:
         module: Any = self._model.get_submodule(name)
@@ -106,10 +117,9 @@ class PoolLayers:
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, back)
         self._replaced = {}
-        if self._hook is not None:
-            self._hook.remove()
-        if self._generate is not None and self._model.__dict__.get("generate") is self._generate:
-            del self._model.__dict__["generate"]
+        for method, call in self._wrapped.items():
+            if self._model.__dict__.get(method) is call:
+                del self._model.__dict__[method]
         for parameter in self._trained:
             parameter.requires_grad_(True)
 

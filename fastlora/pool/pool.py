@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from torch import nn
 from fastlora.config import CONFIG_NAME
 from fastlora.pool.acquire import Residency
 from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
+from fastlora.pool.batches import pool_block
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
 from fastlora.pool.leases import Lease, Request
@@ -79,7 +81,7 @@ class AdapterPool:
         check_limits(max_adapters, device_bytes, cpu_bytes, max_rank)
         check_dtype(dtype)
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        self._layers = PoolLayers(model, targets)
+        self._layers = PoolLayers(model, targets, functools.partial(pool_block, self))
         try:
             base_device, base_dtype = self._layers.like()
             self.device = torch.device(device) if device is not None else base_device
@@ -340,16 +342,15 @@ class AdapterPool:
         """Puts the base layers back into the model and forgets every adapter.
 
         Raises:
-            AdapterStateError: Leases are held.
+            AdapterStateError: Leases are held; nothing has changed.
         """
+        with self._changed:
+            self._residency.check_unleased()
         self._residency.stop_prefetching()
         with self._changed:
             if self._residency.closed:
                 return
-            if self._residency.book.count:
-                raise AdapterStateError(
-                    f"{self._residency.book.count} leases are held; end them before close()"
-                )
+            self._residency.check_unleased()
             self._residency.closed = True
             for name in list(self._tiers.entries):
                 self._tiers.remove(name)
@@ -367,7 +368,11 @@ class AdapterPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except AdapterStateError:
+            if error is None:  # else that one is what ended the block
+                raise
 
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")

@@ -145,8 +145,15 @@ class Tiers:
                 f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
                 f"no room beside what leases and pins hold; {self.describe()}"
             )
+        is_new = entry is None
         if entry is None:
             entry = self.entries[name] = Entry(name, folder)
+        try:
+            uploaded = self._uploaded_for(entry, image) if now else None
+        except BaseException:  # the GPU's memory is full
+            if is_new:
+                del self.entries[name]
+            raise
         self._count_homeless(entry, image if folder is None else None)
         entry.folder, entry.pinned = folder, pin
         entry.generation += 1
@@ -155,9 +162,16 @@ class Tiers:
         self._leave_host(entry)
         if not now or not self._transfers.shares_memory:
             self._to_host(entry, image)
-        if now:
+        if uploaded is not None:
             self._make_room({name: image})
-            self._to_device(entry, image, slot)
+            self._to_device(entry, uploaded, slot)
+
+    def _uploaded_for(self, entry: Entry, image: Image) -> Image:
+        """Returns a new adapter's image in device memory, while the old one is still there."""
+        if entry.copy is None:
+            self._make_room({entry.name: image})
+        with self._transfers.ordered():
+            return self._transfers.upload(image)
 
     def _check_sizes(self, entry: Entry | None, folder: Path | None, image: Image) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
@@ -225,7 +239,9 @@ class Tiers:
         waiting = dict(missing)
         try:
             for name, image in missing.items():
-                self._to_device(self.entries[name], image, None)
+                with self._transfers.ordered():
+                    uploaded = self._transfers.upload(image)
+                self._to_device(self.entries[name], uploaded, None)
                 del waiting[name]
         finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
             for name in missing if not self._transfers.shares_memory else waiting:
@@ -258,16 +274,24 @@ class Tiers:
         if entry is not None and entry.copy is None and entry.image() is image:
             self._to_host(entry, image)
 
-    def _to_device(self, entry: Entry, image: Image, slot: int | None) -> None:
+    def _to_device(self, entry: Entry, uploaded: Image, slot: int | None) -> None:
+        """Makes an image in device memory its name's adapter.
+
+        Args:
+            entry: Of the name.
+            uploaded: The image.
+            slot: That the name has already, or None for a free one.
+        """
         column = self._free_columns[-1]
         slot = self._free_slots.pop() if slot is None else slot
         try:
             with self._transfers.ordered():
-                uploaded = self._transfers.upload(image)
                 self._tables.write(column, uploaded)
                 self._tables.assign(slot, column)
         except BaseException:
             self._free_slots.append(slot)
+            with self._transfers.ordered():
+                self._tables.assign(slot, NO_COLUMN)  # it may still mean a column that is free
             raise
         self._free_columns.pop()
         resident = Resident(entry.name, slot, column, uploaded)

@@ -15,10 +15,11 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora  # noqa: E402
-from fastlora import adapters, batch  # noqa: E402
+from fastlora import adapters  # noqa: E402
 from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
+from fastlora.pool import batches  # noqa: E402
 from fastlora.routing import Routing  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.validation import AdapterNotFoundError  # noqa: E402
@@ -152,7 +153,7 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     """As on a GPU: rows of ids out of range come out NaN, all others right, and it is said."""
     model = build(lab, 3, dtype)
     ids = torch.tensor([0, 5, -1, 2, -7])
-    slots = batch._looked_up(torch.arange(3), ids).to(lab.device)
+    slots = batches.looked_up(torch.arange(3), ids).to(lab.device)
     assert slots.tolist() == [0, -2, -1, 2, -2]
     tuner = model.base_model
     routing = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)

@@ -12,9 +12,10 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora  # noqa: E402
-from fastlora import adapter_state, adapters, batch  # noqa: E402
+from fastlora import adapter_state, adapters  # noqa: E402
 from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
+from fastlora.pool import batches  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.validation import AdapterStateError  # noqa: E402
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
 
 
 def pool_over_block(lab: Any, dora: bool = True) -> tuple[Any, Any, Any]:
-    """A base model with a pool, the pool, and a model with the pool's adapters as parameters, in PyTorch."""
+    """A model with a pool, the pool, and the same adapters as parameters, in PyTorch."""
     torch.manual_seed(0)
     base = Block().to(lab.device)
     base.o.register_forward_hook(lambda *_: None)  # so that it is called
@@ -106,18 +107,18 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
         exact = model.double()(x.double(), adapter_names=names)
     for trains in (False, True):
         served.train(trains)
-        with torch.no_grad(), routed(batch._captured_pool_routing(pool, ids)):
+        with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
             assert_within_budget(served(x), expected, exact)
     wanted = x.clone().requires_grad_()
     with (
-        routed(batch._captured_pool_routing(pool, ids)),
+        routed(batches.captured_pool_routing(pool, ids)),
         pytest.raises(AdapterStateError, match=r"torch\.no_grad"),
     ):
         served(wanted)
     for layer in (served.q, served.o):
         inner = torch.randn(4, layer.in_features, device=lab.device)
         with (
-            routed(batch._captured_pool_routing(pool, ids)),
+            routed(batches.captured_pool_routing(pool, ids)),
             torch.autocast(inner.device.type, torch.bfloat16),
             torch.no_grad(),
             pytest.raises(AdapterStateError, match="autocast"),

@@ -144,7 +144,7 @@ def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
     _, pool, _ = pool_of(model)
     ids = torch.zeros(2, dtype=torch.int64, device=lab.device)
     with (
-        mock.patch.object(fastlora.batch, "is_captured", lambda _: True),
+        mock.patch.object(fastlora.pool.batches, "is_captured", lambda _: True),
         pytest.raises(AdapterStateError, match="max_rank"),
         adapters(pool, ids),
     ):
@@ -159,7 +159,10 @@ def test_a_captured_block_is_the_block(lab: Any) -> None:
     x = torch.randn(3, 48, device=lab.device)
     for target, slots in ((base, ids), (model, torch.tensor([1, -1, 0]).to(lab.device))):
         expected = run(target, x, slots)
-        with mock.patch.object(fastlora.batch, "is_captured", lambda _: True):
+        with (
+            mock.patch.object(fastlora.batch, "is_captured", lambda _: True),
+            mock.patch.object(fastlora.pool.batches, "is_captured", lambda _: True),
+        ):
             assert torch.equal(run(target, x, slots), expected)
 
 

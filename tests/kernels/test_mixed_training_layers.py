@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_mixed_layers import build, eager  # noqa: E402
 
 import fastlora  # noqa: E402
-from fastlora import adapters, batch  # noqa: E402
+from fastlora import adapters  # noqa: E402
 from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
+from fastlora.pool import batches  # noqa: E402
 from fastlora.routing import Routing, layer_seed  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.train import train_adapters  # noqa: E402
@@ -279,7 +280,7 @@ def test_ids_that_nobody_checked() -> None:
     Adapters without rows get zeros, never NaN.
     """
     model = trainable(3, torch.float32)
-    slots = batch._looked_up(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
+    slots = batches.looked_up(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
     tuner = model.base_model
     routing = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
     x = torch.randn(5, 64)
