@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pool_adapters import (
     RANK2,
     Blocks,
+    check_pool,
     make_folder,
     make_pool,
     make_tensors,
@@ -29,6 +31,9 @@ from fastlora import LoraConfig
 from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.config import CONFIG_NAME
 from fastlora.pool import AdapterPool
+from fastlora.pool.image import Image
+from fastlora.pool.tables import NO_COLUMN
+from fastlora.pool.transfers import Transfers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -231,3 +236,65 @@ def test_limits_are_checked() -> None:
         with pytest.raises(ConfigError, match=message):
             AdapterPool(model, target_modules=["q"], **limits)
     assert type(model.layers[0].q) is nn.Linear
+
+
+class Separate(Transfers):
+    """A device with memory of its own, which can be full."""
+
+    shares_memory = False
+    full = False
+
+    def upload(self, image: Image) -> Image:
+        """Copies, unless it is full."""
+        if self.full:
+            raise torch.OutOfMemoryError("the device is full")
+        return dataclasses.replace(image, data=image.data.clone())
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """The device is full, for a new name and for a swap; or its tables cannot be written."""
+    device = Separate()
+    device.shares_memory = shares
+    monkeypatch.setattr("fastlora.pool.pool.make_transfers", lambda _: device)
+    pool = make_pool(root, max_adapters=2)
+    pool.load("mine", root / "a0")
+    slot, before = pool.slot_of("mine"), state(pool)
+    assert slot is not None
+    column = pool.tables.column_of[slot].item()
+    device.full = True
+    for name in ("mine", "other"):
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.load(name, root / "a1")
+    device.full = False
+    assert state(pool) == before and pool.slot_of("mine") == slot
+    assert pool.tables.column_of[slot].item() == column
+    with pool.lease(["mine"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a0")
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no page-locked memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pool.tables, "write", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.load("mine", root / "a1")
+    assert pool.tables.column_of[slot].item() == NO_COLUMN  # and no other adapter's, later
+    pool.load("mine", root / "a1")
+    with pool.lease(["mine"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a1")
+    check_pool(pool)
+
+
+def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
+    """Prefetching goes on, and the error that ends a block is the one that is raised."""
+    pool = make_pool(root)
+    with pool.lease(["a0"]):
+        waiting = pool.prefetch(["a1", "a2"])
+        with pytest.raises(AdapterStateError, match="1 leases are held"):
+            pool.close()
+        assert waiting.result(60) is None
+        with pytest.raises(KeyError, match="mine"), pool:
+            raise KeyError("mine")
+        use(pool, "a3")
+    pool.close()

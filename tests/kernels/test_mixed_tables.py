@@ -100,6 +100,47 @@ def test_a_factor_on_another_device_never_reaches_a_kernel(lab: Any) -> None:
     assert "lora_a" in str(caught.value)
 
 
+class Chain(nn.Module):
+    """k, q and v in sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.q, self.v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 32]`` to ``[..., 32]``."""
+        return self.v(self.q(self.k(x)).sin())
+
+
+def test_layers_adapted_within_a_block(lab: Any) -> None:
+    """A layer in front of all others moves nobody's row in tables that open blocks read."""
+    torch.manual_seed(0)
+
+    def config(*targets: str) -> fastlora.LoraConfig:
+        return fastlora.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+
+    model = fastlora.get_peft_model(Chain().to(lab.device), config("q", "v"), "a").eval()
+    model.add_adapter("b", config("q", "v"))
+    x, ids = torch.randn(4, 32, device=lab.device), ["a", "b", None, "b"]
+
+    def on_kernels() -> None:
+        model.eval()
+        for layer in lora_layers(model):
+            layer.impl = "triton"
+
+    on_kernels()
+    with torch.no_grad(), adapters(model, ids):
+        before = model(x)
+        model.add_adapter("c", config("k", "v"))
+        on_kernels()
+        within = [model(x)]
+        with adapters(model, ["c"] * 4):
+            assert not torch.allclose(model(x), before)
+        within.append(model(x))
+    for found in (*within, run(model, x, ids)):
+        torch.testing.assert_close(found, before)
+
+
 def pool_of(model: Any, **limits: Any) -> tuple[Any, Any, dict[str, Any]]:
     """The model's base and a pool with the model's adapters; what the pool loaded."""
     base = copy.deepcopy(model).unload()

@@ -1,0 +1,273 @@
+"""Open blocks of `fastlora.adapters` while adapters come, and calls that used to go wrong late."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import LoraConfig, adapters
+from fastlora.validation import AdapterNotFoundError
+
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+MIX = ["a", "b", None, "b"]
+
+
+class Three(nn.Module):
+    """k, q and v in sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.q, self.v = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 32]`` to ``[..., 32]``."""
+        return self.v(self.q(self.k(x)).sin())
+
+
+def config(*targets: str, **more: Any) -> dict[str, Any]:
+    """Fields of a config with random factors."""
+    return {"r": 4, "target_modules": list(targets), "init_lora_weights": False, **more}
+
+
+def ours(*targets: str) -> Any:
+    """Our model with adapters a and b."""
+    torch.manual_seed(0)
+    model = fastlora.get_peft_model(Three(), LoraConfig(**config(*targets)), "a").eval()
+    model.add_adapter("b", LoraConfig(**config(*targets)))
+    return model
+
+
+def patched(*targets: str, base: nn.Module | None = None) -> Any:
+    """PEFT's model with adapters a and b, patched."""
+    peft = pytest.importorskip("peft", reason="patches PEFT's models")
+    torch.manual_seed(0)
+    made = peft.LoraConfig(**config(*targets))
+    model = peft.get_peft_model(Three() if base is None else base, made, "a").eval()
+    model.add_adapter("b", made)
+    fastlora.patch(model)
+    return model
+
+
+def add(model: Any, name: str, *targets: str) -> None:
+    """Adds an adapter to either kind of model."""
+    kind = type(next(iter(model.peft_config.values())))
+    model.add_adapter(name, kind(**config(*targets)))
+    model.eval()
+
+
+@pytest.mark.parametrize("make", [ours, patched])
+def test_an_adapter_added_within_a_block(make: Any) -> None:
+    """On layers before those of the block, made active and used in a block of its own."""
+    model = make("q", "v")
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        add(model, "c", "k", "q")
+        model.base_model.set_adapter("c")
+        within = [model(X)]
+        with adapters(model, ["c"] * 4):
+            other = model(X)
+        within.append(model(X))
+    for found in within:
+        torch.testing.assert_close(before, found)
+    assert not torch.allclose(before, other)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X, adapter_names=["a", "b", "a", "b"])[1], before[1])
+
+
+def test_another_thread_adds_an_adapter_and_serves_it() -> None:
+    model = patched("q")
+    began, served, found = threading.Event(), threading.Event(), []
+
+    def serve() -> None:
+        with torch.no_grad(), adapters(model, ["b"] * 4):
+            found.append(model(X))
+            began.set()
+            assert served.wait(60)
+            found.append(model(X))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert began.wait(60)
+    add(model, "c", "q")
+    with torch.no_grad():
+        model(X, adapter_names=["c"] * 4)
+    served.set()
+    thread.join()
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("names", [["__base__"] * 4, ["b", "__base__", "b", "a"]])
+def test_names_within_the_block_of_others(names: list[str]) -> None:
+    model = patched("q")
+    with torch.no_grad():
+        expected = model(X, adapter_names=names)
+        with adapters(model, ["a"] * 4):
+            torch.testing.assert_close(model(X, adapter_names=names), expected)
+
+
+class Checkpointed(nn.Module):
+    """One linear behind an activation checkpoint of either kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 32)
+        self.reentrant: bool | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 32]`` to ``[..., 32]``."""
+        if self.reentrant is None:
+            return self.q(x).tanh()
+        return checkpoint(lambda x: self.q(x).tanh(), x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_and_names_of_a_patched_model(reentrant: bool) -> None:
+    """The backward, which runs behind the call, has its rows."""
+    base = Checkpointed()
+    model = patched("q", base=base)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    grads = []
+    for kind in (reentrant, None):
+        base.reentrant = kind
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        model(x, adapter_names=["b"] * 4).square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(".b." in name for name in grads[0])
+    for name, found in grads[0].items():
+        torch.testing.assert_close(found, grads[1][name])
+
+
+def test_names_of_a_patched_model_make_checkpoints_keep_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No block of `adapters` need have been open in the process."""
+    from fastlora.integrations import peft as integration
+
+    calls: list[None] = []
+    monkeypatch.setattr(integration, "keep_routing", lambda: calls.append(None))
+    patched("q")(X, adapter_names=["b"] * 4)
+    assert calls
+
+
+def test_factors_made_in_inference_mode() -> None:
+    """Ours can train afterwards; PEFT's, which cannot, still serve, packed anew in every block."""
+    model = ours("q")
+    with torch.inference_mode():
+        add(model, "c", "q", "k")
+        found = [model(X, adapter_names=["a", "c", None, "c"]) for _ in range(4)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    model.base_model.set_adapter("c")
+    model(X).sum().backward()
+    assert model.base_model.model.q.lora_B["c"].weight.grad is not None
+
+    with torch.inference_mode():
+        theirs = patched("q")
+        found = [theirs(X, adapter_names=["a", "b", "__base__", "b"]) for _ in range(4)]
+        theirs.base_model.model.q.lora_B["b"].weight.mul_(2)
+        changed = theirs(X, adapter_names=["a", "b", "__base__", "b"])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    torch.testing.assert_close(changed[0], found[0][0])
+    assert not torch.allclose(changed[1], found[0][1], atol=1e-3)
+
+
+class Expert(nn.Module):
+    """One expert of several: it sees the tokens that a router gave it, in two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up = nn.Embedding(8, 32), nn.Linear(32, 32)
+        self.chosen = torch.zeros(2, 4, dtype=torch.bool)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T]`` to ``[B, T, 32]``."""
+        hidden = self.embedding(input_ids)
+        hidden[self.chosen] = self.up(hidden[self.chosen])
+        return hidden
+
+
+@pytest.mark.parametrize("given", ["names", "block"])
+def test_an_expert_cannot_follow_ids(given: str) -> None:
+    """4 of 8 tokens are a multiple of 2 ids; they are not two of each sample."""
+    base = Expert()
+    made = LoraConfig(**config("up"))
+    model = fastlora.get_peft_model(base, made, "a").eval()
+    ids = torch.arange(8).reshape(2, 4)
+
+    def run() -> torch.Tensor:
+        if given == "names":
+            return model(ids, adapter_names=["a", None])
+        with adapters(model, ["a", None]):
+            return model(ids)
+
+    with torch.no_grad():
+        base.chosen[:] = True
+        found = run()  # all tokens: known
+        torch.testing.assert_close(found[1], model(ids, adapter_names=[None, None])[1])
+        base.chosen[:] = False
+        run()  # none
+        base.chosen[:, 0] = True  # one of each sample: as many rows as samples
+        run()
+        base.chosen[1, :3], base.chosen[0, :] = True, torch.tensor([True, False, False, False])
+        with pytest.raises(ValueError, match="4 rows of a batch of 2 samples .8 tokens."):
+            run()
+
+
+def test_slots_of_tokens_cannot_generate(fresh_smollm2: Any) -> None:
+    """The model will see other tokens than these."""
+    base = fresh_smollm2()
+    base.model.layers = base.model.layers[:1]
+    ids = torch.tensor([[1, 504], [2725, 282]])
+    model = fastlora.get_peft_model(base, LoraConfig(**config("q_proj")), "a").eval()
+    slots = torch.tensor([0, -1, -1, 0])
+    with adapters(model, slots), pytest.raises(ValueError, match="to generate, expected one"):
+        model.generate(input_ids=ids, max_new_tokens=2, num_beams=2)
+    with adapters(model, slots[:2]):
+        model.generate(input_ids=ids, max_new_tokens=2, num_beams=2, do_sample=False)
+    with fastlora.AdapterPool(model.unload(), target_modules=["q_proj"]) as pool:
+        tensors = {"lora_A.weight": torch.randn(4, 576), "lora_B.weight": torch.randn(576, 4)}
+        where = "base_model.model.model.layers.0.self_attn.q_proj"
+        state = {f"{where}.{key}": tensor for key, tensor in tensors.items()}
+        pool.load("b", state, config=config("q_proj"))
+        with adapters(pool, slots), pytest.raises(ValueError, match="to generate, expected one"):
+            base.generate(input_ids=ids, max_new_tokens=2)
+
+
+def test_names_of_a_pools_model(fresh_smollm2: Any) -> None:
+    """`adapter_names=` on forward and generate, as in PEFT's models; unknown names are refused."""
+    base = fresh_smollm2()
+    base.model.layers = base.model.layers[:1]
+    forward, generate = base.forward, base.generate
+    ids = torch.tensor([[1, 504, 2725], [2725, 282, 9]])
+    tensors = {"lora_A.weight": torch.randn(4, 576), "lora_B.weight": torch.randn(576, 4)}
+    where = "base_model.model.model.layers.0.self_attn.q_proj"
+    state = {f"{where}.{key}": tensor for key, tensor in tensors.items()}
+    more = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with fastlora.AdapterPool(base, target_modules=["q_proj"]) as pool, torch.no_grad():
+        pool.load("b", state, config=config("q_proj"))
+        with adapters(pool, ["b", None]):
+            expected = base(input_ids=ids).logits, base.generate(input_ids=ids, **more)
+        plain = base(input_ids=ids).logits
+        names = ["b", "__base__"]
+        found = base(input_ids=ids, adapter_names=names).logits
+        torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found[0], plain[0], atol=1e-2)
+        torch.testing.assert_close(found[1], plain[1], atol=1e-4, rtol=1e-4)
+        made = base.generate(input_ids=ids, adapter_names=names, **more)
+        assert torch.equal(made, expected[1])
+        for call in (base, base.generate):
+            with pytest.raises(AdapterNotFoundError, match="nope"):
+                call(input_ids=ids, adapter_names=["nope", None])
+            with pytest.raises(ValueError, match="2 samples"):
+                call(input_ids=ids, adapter_names=["b"] * 3)
+        assert pool.stats().leases == 0
+    assert (base.forward, base.generate) == (forward, generate)
