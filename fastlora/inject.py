@@ -19,8 +19,9 @@ from fastlora.layers.linear import why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.layers.wrapped import linear_features
+from fastlora.module_walk import outer_modules
 from fastlora.sharding import is_sharded
-from fastlora.targets import find_modules_to_save, find_targets, outer_modules
+from fastlora.targets import find_modules_to_save, find_targets
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -38,7 +39,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
     Raises:
         TargetNotFoundError: Nothing matches.
         UnsupportedLayerError: A target is not a linear layer, or with DoRA its weight cannot be
-            read.
+            read; or another adapter has LoRA, or a copy, where this one is to have a copy or LoRA.
     """
     plan = Plan(find_targets(model, config), find_modules_to_save(model, config))
     for name in plan.targets:
@@ -64,11 +65,20 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
             )
     for name in plan.modules_to_save:
         module = model.get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            continue  # checked when it was made
         check_copyable(module)
-        if any(isinstance(inner, LoraLayer) for inner in module.modules()):
-            raise UnsupportedLayerError(
-                f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
-            )
+        for inner, part in module.named_modules():
+            if isinstance(part, LoraLayer):
+                raise UnsupportedLayerError(
+                    f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
+                )
+            if isinstance(part, ModulesToSaveWrapper):
+                raise UnsupportedLayerError(
+                    f"modules_to_save names {name!r}, in which adapters "
+                    f"{list(part.modules_to_save)} own copies of {f'{name}.{inner}'!r}; expected "
+                    "the same module"
+                )
     return plan
 
 

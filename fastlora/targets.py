@@ -10,13 +10,20 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch.nn as nn
 
 from fastlora.config import LoraConfig, pattern_key
 from fastlora.default_targets import DEFAULT_TARGETS
+from fastlora.module_walk import (
+    base_modules,
+    holds_copies,
+    is_lora_layer,
+    original_of,
+    outer_modules,
+)
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
 
 ALL_LINEAR = "all-linear"
@@ -42,24 +49,37 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
     A name may be that of a LoRA layer already in place (a second adapter); names inside such a
     layer are never returned. Entries that match nothing while others match are named in a warning.
+    Where adapters own copies of a module (``modules_to_save``), ``"all-linear"`` leaves it out with
+    all below it; linear layers that are left out so, other than the output head, are warned about.
 
     Raises:
         TargetNotFoundError: Nothing matches; the message lists close names.
         ConfigError: ``target_modules`` is None and the architecture has no default.
-        UnsupportedLayerError: A target is one that its architecture never calls.
+        UnsupportedLayerError: A target is one that its architecture never calls, or a module that
+            other adapters own copies of, or below one.
     """
     targets = resolve_target_modules(model, config)
     if targets == NO_TARGETS:
         return []
     saved = modules_to_save_entries(config)
-    names = _adaptable_names(model)
+    base = [(name, wrapped) for name, _, wrapped in base_modules(model) if name]
+    names = [name for name, _ in base]
     excluded = [name for name in names if _is_excluded(name, config, saved)]
     skip = set(excluded)
     found = [n for n in names if n not in skip and _matches(n, targets, config)]
     if not found:
         raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
     _check_bypassed(model, found)
+    owned = {name for name, wrapped in base if wrapped}
+    taken = [name for name in found if name in owned]
+    if taken:
+        raise UnsupportedLayerError(
+            f"target module {taken[0]!r} {_of_copies(model, taken[0])}; expected other targets, or "
+            "to leave it out with exclude_modules"
+        )
     _warn_unused(names, found, excluded, targets, config)
+    if owned:
+        _warn_left_out(model, skip, config)
     return found
 
 
@@ -73,12 +93,14 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     Raises:
         TargetNotFoundError: ``modules_to_save`` is set and matches no module. (Where only some of
             its entries match nothing, a warning names them.)
+        UnsupportedLayerError: A match lies inside a module that other adapters own copies of.
     """
     entries = modules_to_save_entries(config)
     if not entries:
         return []
     # Tied modules count under each of their names.
-    names = [name for name, _ in outer_modules(model, remove_duplicate=False) if name]
+    base = list(base_modules(model, remove_duplicate=False))
+    names = [name for name, _, _ in base if name]
     heads = _TASK_HEADS.get(config.task_type or "", ())
     named = [entry for entry in config.modules_to_save or () if entry not in heads]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
@@ -91,6 +113,13 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in names:  # parents come before their children
         if name.endswith(tuple(entries)) and not any(name.startswith(f"{p}.") for p in found):
             found.append(name)
+    below = {name for name, module, wrapped in base if wrapped and not holds_copies(module)}
+    for name in found:
+        if name in below:
+            raise UnsupportedLayerError(
+                f"modules_to_save names {name!r}, which {_of_copies(model, name)}; expected the "
+                "whole of it, or none"
+            )
     return found
 
 
@@ -121,7 +150,7 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
         # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
         # PEFT's shortening then changes which modules are meant.
         return targets
-    others = [n for n, _ in outer_modules(model) if n and not _matches_names(n, targets)]
+    others = [n for n, _, _ in base_modules(model) if n and not _matches_names(n, targets)]
     shorter = minimal_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
 
@@ -177,19 +206,23 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
 
 
 def _linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
+    return {name for name, wrapped in _linears(model, config) if not wrapped}
+
+
+def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
+    """Returns the linear layers but the output head, and whether each is at or below a wrapper."""
     linear = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
-    modules = list(outer_modules(model))
-    names = {
-        name
-        for name, module in modules
-        if isinstance(module, linear)
-        or (is_lora_layer(module) and "Linear" in type(module).__name__)
-    }
-    names.discard("")
     head = _output_head(model, config)
-    if head is not None:
-        names -= {next((name for name, module in modules if module is head), "")}
-    return names
+    return [
+        (name, wrapped)
+        for name, module, wrapped in base_modules(model)
+        if name
+        and module is not head
+        and (
+            isinstance(original_of(module), linear)
+            or (is_lora_layer(module) and "Linear" in type(module).__name__)
+        )
+    ]
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -203,40 +236,26 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return next((head for head in heads if head is not None), None)
 
 
-def is_lora_layer(module: nn.Module) -> bool:
-    """Returns whether ``module`` holds LoRA factors, be it fastlora's or PEFT's."""
-    return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
+def _of_copies(model: nn.Module, name: str) -> str:
+    """Says whose copies a module is part of, for messages."""
+    for outer, module in outer_modules(model, remove_duplicate=False):
+        if holds_copies(module) and (name == outer or name.startswith(f"{outer}.")):
+            copies: Any = module._modules["modules_to_save"]
+            where = "is" if name == outer else f"lies in {outer!r},"
+            return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
+    return "is a module that adapters own copies of (modules_to_save)"
 
 
-def outer_modules(
-    model: nn.Module, *, remove_duplicate: bool = True
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yields what ``named_modules()`` does, LoRA layers included, but nothing inside one.
-
-    So a model with many adapters takes no longer to walk than one with none.
-    """
-    seen: set[nn.Module] = set()
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if remove_duplicate:
-            if module in seen:
-                return
-            seen.add(module)
-        yield name, module
-        if is_lora_layer(module):
-            # What a layer was made from, and is known by under another name too, lies inside it.
-            inside = [module._modules.get("base_layer"), *module.__dict__.get("_linear", ())]
-            seen.update(m for part in inside if part is not None for m in part.modules())
-        else:
-            for child_name, child in module._modules.items():
-                if child is not None:
-                    yield from walk(f"{name}.{child_name}" if name else child_name, child)
-
-    yield from walk("", model)
-
-
-def _adaptable_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in outer_modules(model) if name]
+def _warn_left_out(model: nn.Module, skip: Collection[str], config: LoraConfig) -> None:
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return
+    left = [n for n, wrapped in _linears(model, config) if wrapped and n not in skip]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: it {_of_copies(model, left[0])}",
+            stacklevel=4,
+        )
 
 
 def _matches_names(name: str, entries: Collection[str]) -> bool:

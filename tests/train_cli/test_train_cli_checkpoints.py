@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import train_runs
+from tiny import tiny_llama
 from train_runs import change, contents
 
 import fastlora
@@ -111,6 +112,26 @@ def test_a_damaged_checkpoint(
     path = tmp_path / "out" / "checkpoints" / "step-00000004" / name
     path.write_bytes(damage(path.read_bytes()))
     assert words in fails(given, "--resume")
+
+
+def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:
+    """One adapter owns a head, the other takes all linear layers: both load alone, and resume."""
+    given["adapters"]["a"]["modules_to_save"] = ["lm_head"]
+    given["adapters"]["b"] = {"data": given["adapters"]["b"]["data"], "r": 3, "lr": 1e-2}
+    whole = train(parse_settings(given, {}, "test"), progress=False)
+    tensors = train_runs.saved(tmp_path / "out")
+    assert "a:base_model.model.lm_head.weight" in tensors
+    assert len([key for key in tensors if key.startswith("b:")]) == 2 * 14
+    for name, folder in whole.adapters.items():
+        model = fastlora.LoraModel.from_pretrained(tiny_llama(), folder, name)
+        assert list(model.peft_config) == [name]
+    root = tmp_path / "again" / "checkpoints"
+    shutil.copytree(tmp_path / "out" / "checkpoints" / "step-00000002", root / "step-00000002")
+    settings = parse_settings(given, {"out": str(tmp_path / "again")}, "test")
+    assert train(settings, resume=True, progress=False).resumed_from == 2
+    again = train_runs.saved(tmp_path / "again")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
 
 
 # ------------------------------------------------------------------------------------- a full disk
