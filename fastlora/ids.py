@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-from fastlora.validation import AdapterNotFoundError, near_names
+from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
 # PEFT's name for rows without an adapter; None means the same here.
 BASE = "__base__"
 NO_ADAPTER = -1
 OUT_OF_RANGE = -2  # what a slot becomes that nobody has checked and that does not exist
+
+
+def check_adapter_name(name: object) -> None:
+    """Raises `ConfigError` unless an adapter of a model can have this name."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
+    if name == BASE:
+        raise ConfigError(
+            f"adapter_name cannot be {name!r}, which stands for the base model without an adapter "
+            "in a batch"
+        )
+    if hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"adapter_name cannot be {name!r}, a method of nn.ModuleDict")
 
 
 def named_ids(

@@ -15,12 +15,12 @@ from torch import nn
 
 from fastlora import inject
 from fastlora.config import LoraConfig
+from fastlora.ids import check_adapter_name
 from fastlora.routing import Group, join_group
 from fastlora.targets import resolve_target_modules
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
-    ConfigError,
     near_names,
 )
 
@@ -296,12 +296,7 @@ def resolve_config(
         UnsupportedLayerError: It names one that cannot be adapted.
         ConfigError: A field or the name is wrong.
     """
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ConfigError(
-            f"adapter_name must be a non-empty string without dots, got {adapter_name!r}"
-        )
-    if hasattr(nn.ModuleDict, adapter_name):
-        raise ConfigError(f"adapter_name cannot be {adapter_name!r}, a method of nn.ModuleDict")
+    check_adapter_name(adapter_name)
     config = peft_config
     if not isinstance(config, LoraConfig):
         config = LoraConfig.from_peft(config)

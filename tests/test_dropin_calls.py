@@ -158,8 +158,11 @@ def test_modules_to_save_corners() -> None:
 def test_names_that_modules_use_themselves() -> None:
     """An adapter cannot be called like a method of the table it is kept in."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
-    with pytest.raises(ConfigError, match="a method of nn.ModuleDict"):
-        model.add_adapter("keys", LoraConfig(r=2, target_modules=["q"]))
+    for name, words in (("keys", "a method of nn.ModuleDict"), ("__base__", "the base model")):
+        with pytest.raises(ConfigError, match=f"adapter_name cannot be '{name}', .*{words}"):
+            model.add_adapter(name, LoraConfig(r=2, target_modules=["q"]))
+        with pytest.raises(ConfigError, match=f"adapter_name cannot be '{name}', .*{words}"):
+            q_of(model).add_adapter(name)
     assert q_of(model).r == {"default": 2}
 
 

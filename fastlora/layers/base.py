@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.ids import check_adapter_name
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude, forget_norms
 from fastlora.layers.merging import Mergeable
@@ -131,12 +132,7 @@ class LoraLayer(Mergeable):
         """
         if adapter_name in self.lora_A:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
-        if not adapter_name or "." in adapter_name:
-            raise ConfigError(
-                f"adapter_name must be a non-empty string without dots, got {adapter_name!r}"
-            )
-        if hasattr(nn.ModuleDict, adapter_name):
-            raise ConfigError(f"adapter_name cannot be {adapter_name!r}, a method of nn.ModuleDict")
+        check_adapter_name(adapter_name)
         check_rank(r)
         check_dropout("lora_dropout", lora_dropout)
         if not math.isfinite(lora_alpha):

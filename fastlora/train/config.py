@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.config import LoraConfig
+from fastlora.ids import check_adapter_name
 from fastlora.recommend import Recommendation
 from fastlora.validation import AdapterStateError, ConfigError, near_names
 
@@ -273,6 +274,10 @@ def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
         raise ConfigError(
             f"{where}: an adapter cannot be called {name!r}; expected letters, digits, _ and -"
         )
+    try:
+        check_adapter_name(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     known = _OF_ADAPTER | _LORA_FIELDS
     for key in table:
         if key not in known:

@@ -112,6 +112,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.init_from", "nowhere", "own config; leave out r"),
         ("adapters.x/y", {"data": "d"}, "an adapter cannot be called 'x/y'"),
         ("adapters.checkpoints", {"data": "d"}, "an adapter cannot be called 'checkpoints'"),
+        ("adapters.__base__", {"data": "d"}, "'__base__', which stands for the base model"),
         ("adapters.a.bias", "all", "'a' has bias='all': it trains the base model's biases"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("batch_size", 2.5, "batch_size must be a whole number, got 2.5"),
