@@ -20,6 +20,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 # What parameters are multiplied with is a float32 to PyTorch.
 _LARGEST = 3.4e38
+# AdamW's first step divides the rate by 1 - 0.9.
+_LARGEST_RATE = 3.4e37
 # What the folders beside the adapters are called, in a run's folder.
 RESERVED_NAMES = ("checkpoints",)
 
@@ -302,7 +304,7 @@ def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
     if own.get("init_from") is not None:
         own["init_from"] = Path(_string(own["init_from"], f"{where}.init_from")).expanduser()
     for key, low, high in (
-        ("learning_rate", 0.0, _LARGEST),
+        ("learning_rate", 0.0, _LARGEST_RATE),
         ("weight_decay", 0.0, _LARGEST),
         ("warmup_ratio", 0.0, 1.0),
         ("max_grad_norm", 0.0, _LARGEST),
@@ -364,9 +366,7 @@ def _number(value: Any, where: str, low: float, high: float) -> float:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or not low <= value <= high:
         large = real and value > high
-        ends = (
-            f"at least {low:g}" if high >= _LARGEST and not large else f"from {low:g} to {high:g}"
-        )
+        ends = f"from {low:g} to {high:g}" if high < _LARGEST_RATE or large else f"at least {low:g}"
         raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
     return float(value)
 
