@@ -83,6 +83,19 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
+def check_every_target(model: nn.Module, config: LoraConfig) -> None:
+    """Raises `TargetNotFoundError` where a name in ``target_modules`` matches no module.
+
+    `find_targets` warns about it where others match.
+    """
+    names = [name for name, _, _ in base_modules(model) if name]
+    lost = _lost(names, config.target_modules or ())
+    if lost:
+        raise TargetNotFoundError(
+            f"target_modules entries {lost} match no module{_near(lost, names)}"
+        )
+
+
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     """Returns the names of the modules that the adapter owns a full copy of, in model order.
 
@@ -341,6 +354,13 @@ def _nothing_found(
     return f"target_modules={shown!r}{layers} matches no module{_near(entries, names)}"
 
 
+def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
+    if isinstance(targets, str):
+        return []
+    known = {suffix for name in names for suffix in _suffixes(name)}
+    return sorted(entry for entry in targets if entry not in known)
+
+
 def _warn_unused(
     names: list[str],
     found: list[str],
@@ -348,11 +368,8 @@ def _warn_unused(
     targets: set[str] | str,
     config: LoraConfig,
 ) -> None:
-    unused = []
-    if not isinstance(targets, str):
-        known = {suffix for name in names for suffix in _suffixes(name)}
-        lost = sorted(t for t in targets if t not in known)
-        unused += [f"target_modules entries {lost}"] if lost else []
+    lost = _lost(names, targets)
+    unused = [f"target_modules entries {lost}"] if lost else []
     if config.exclude_modules and not excluded:
         unused.append(f"exclude_modules={config.exclude_modules!r}")
     for field in ("rank_pattern", "alpha_pattern"):

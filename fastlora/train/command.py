@@ -2,8 +2,9 @@
 
 The file, TOML or JSON, has the base model's folder as `model`, the result's as `out`, and a table
 `adapters.NAME` with `data` and what else is that adapter's own (`r`, `alpha`, `dropout`, `targets`,
-`rslora`, `lr`, ...); `defaults` holds the same for all. Flags go over the file. Run it under
-`torchrun --nproc-per-node N -m fastlora train ...` for several GPUs or processes.
+`rslora`, `dora`, `lr`, ..., any field of `fastlora.LoraConfig`); `defaults` holds the same for all.
+Flags go over the file. Run it under `torchrun --nproc-per-node N -m fastlora train ...` for several
+GPUs or processes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from typing import Any
 import torch
 
 from fastlora import ops
+from fastlora.config_checks import BIAS_MODES
 from fastlora.estimate import estimate, human_bytes
 from fastlora.recommend import recommend
 from fastlora.report import fusion_report
 from fastlora.targets import ALL_LINEAR
-from fastlora.train import prepare
+from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import launched
 from fastlora.train.run import TrainResult, train
+from fastlora.train.run_adapters import adapter_configs, add_adapters
 
 # Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
 _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
@@ -52,6 +55,18 @@ _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
     ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
 )
+
+_NAMES_FLAGS: tuple[tuple[str, str], ...] = (
+    ("--targets", "modules to adapt (default: all-linear)"),
+    ("--modules-to-save", "modules that each adapter trains a whole copy of"),
+)
+_SWITCH_FLAGS: tuple[tuple[str, str], ...] = (
+    ("--rslora", "scale by alpha / sqrt(r), not by alpha / r"),
+    ("--dora", "train a magnitude for each output (DoRA)"),
+    ("--lora-bias", "give B a bias"),
+)
+# What --init takes -> init_lora_weights.
+_INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +94,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("every adapter's, over the config file's")
     for flag, kind, metavar, text in _ADAPTER_FLAGS:
         group.add_argument(flag, type=kind, metavar=metavar, help=text)
+    for flag, text in _NAMES_FLAGS:
+        group.add_argument(flag, type=_names, metavar="NAME,NAME,...", help=text)
+    for flag, text in _SWITCH_FLAGS:
+        group.add_argument(flag, action="store_const", const=True, help=text)
     group.add_argument(
-        "--targets", metavar="NAME,NAME,...", help="modules to adapt (default: all-linear)"
+        "--bias", choices=BIAS_MODES, help="biases of the base model that train (default: none)"
     )
-    group.add_argument("--rslora", action="store_const", const=True, help="alpha / sqrt(r)")
+    group.add_argument(
+        "--init",
+        choices=tuple(_INITS),
+        help="factors at first: A uniform and B zero, A normal and B zero, or both random "
+        "(default: true)",
+    )
     group.add_argument("--schedule", choices=SCHEDULES, help="of the rate (default: linear)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
@@ -109,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = read_settings(args.config, _flags(args, parser))
     reports = os.environ.get("RANK", "0") == "0"
     if args.dry_run:
-        text = dry_run(settings)
+        text = dry_run(settings, resume=args.resume)
         if reports:
             _say(text)
         return 0
@@ -124,12 +148,13 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
     names = [flag for flag, *_ in _RUN_FLAGS]
     names += ["--dtype", "--chat", "--gradient-checkpointing", "--cpu"]
     given = {n: getattr(args, n) for n in map(_attribute, names)}
-    of_adapter = [flag for flag, *_ in _ADAPTER_FLAGS] + ["--rslora", "--schedule"]
+    of_adapter = [flag for flag, *_ in (*_ADAPTER_FLAGS, *_NAMES_FLAGS, *_SWITCH_FLAGS)]
+    of_adapter += ["--bias", "--schedule"]
     defaults = {n: getattr(args, n) for n in map(_attribute, of_adapter)}
-    if args.targets is not None:
-        defaults["targets"] = (
-            args.targets if args.targets == ALL_LINEAR else args.targets.split(",")
-        )
+    if [name.lower() for name in args.targets or ()] == [ALL_LINEAR]:
+        defaults["targets"] = ALL_LINEAR
+    if args.init is not None:
+        defaults["init_lora_weights"] = _INITS[args.init]
     flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     flags["defaults"] = {key: value for key, value in defaults.items() if value is not None}
     for key in ("data", "eval_data"):
@@ -141,6 +166,10 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
             files.setdefault(name, []).append(path)
         flags[key] = files
     return flags
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _attribute(flag: str) -> str:
@@ -162,33 +191,39 @@ def summary(result: TrainResult) -> str:
     return "\n".join(lines)
 
 
-def dry_run(settings: TrainSettings) -> str:
+def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     """Returns what a run would do; checks config and data, and reads no weights.
+
+    Args:
+        settings: From `read_settings`.
+        resume: The run would go on from a checkpoint.
 
     Raises:
         FastLoraError: What `train` would raise before it reads weights.
     """
-    prepare.check_folders(settings)
+    found = prepare.check_folders(settings, resume=resume)
+    base = prepare.load_base(settings, empty=True)
+    advice = recommend(base)
+    configs = adapter_configs(settings, advice)
+    estimates = {name: estimate(base, config) for name, config in configs.items()}
+    kind, dtype = type(base).__name__, str(next(base.parameters()).dtype).removeprefix("torch.")
+    fusion = _fusion(base, settings, advice)  # puts the adapters on it
+    state = None if found is None else checkpoint.read_checkpoint(found)
     processes = launched()
     tokenizer = prepare.load_tokenizer(settings)
     corpora = prepare.read_data(settings, tokenizer)
     held_out = prepare.read_data(settings, tokenizer, "eval_data")
     schedule = prepare.make_schedule(settings, corpora, processes)
-    base = prepare.load_base(settings, empty=True)
     prepare.check_fit(base, [*corpora.values(), *held_out.values()])
-    advice = recommend(base)
-    configs = prepare.adapter_configs(settings, advice)
-    estimates = {name: estimate(base, config) for name, config in configs.items()}
-    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     first = next(iter(estimates.values()))
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
     lines = [
-        f"base model  {settings.model}: {type(base).__name__}, {first.base_parameters:,} "
-        f"parameters, {dtype}",
+        f"base model  {settings.model}: {kind}, {first.base_parameters:,} parameters, {dtype}",
         f"advice      {advice}",
         f"steps       {schedule.steps} of {settings.batch_size} samples, in forwards of "
-        f"{schedule.micro_batch_size}, {processes} process{'es' if processes > 1 else ''}",
+        f"{schedule.micro_batch_size}, {processes} process{'es' if processes > 1 else ''}"
+        + ("" if state is None else f"; {state.step} steps are done"),
         "",
     ]
     for name, config in configs.items():
@@ -202,7 +237,7 @@ def dry_run(settings: TrainSettings) -> str:
         f"{'s' if len(estimates) > 1 else ''} of together {trained:,} parameters "
         f"{human_bytes(held)} (weights, gradients, AdamW)",
         "",
-        _fusion(base, settings, advice),
+        fusion,
     ]
     return "\n".join(lines)
 
@@ -218,7 +253,7 @@ def _of_data(corpus: Corpus, own_steps: int) -> str:
 
 def _fusion(base: Any, settings: TrainSettings, advice: Any) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
-    report = fusion_report(prepare.add_adapters(base, settings, advice))
+    report = fusion_report(add_adapters(base, settings, advice))
     device = torch.device("cpu")
     if not settings.cpu and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device

@@ -7,25 +7,23 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlora.checkpoint import inspect_adapter_folder
-from fastlora.config import LoraConfig
-from fastlora.model import LoraModel, get_peft_model
+from fastlora.model import LoraModel
 from fastlora.recommend import Recommendation
+from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode
 from fastlora.train.optimizers import AdapterOptimizers
-from fastlora.train.parameters import train_adapters
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError
 
-_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INSTALL = "pip install 'fastlora-triton[train]'"
 
 
@@ -50,12 +48,12 @@ class Schedule:
     own_steps: dict[str, int]
 
 
-def check_folders(settings: TrainSettings) -> None:
-    """Raises unless the base model is a local folder, and ``out`` is one or can become one.
+def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
+    """Returns the checkpoint to go on from, or None; raises unless a run can use its folders.
 
     Raises:
-        CheckpointError: There is no model.
-        TrainError: ``out`` is a file.
+        CheckpointError: The base model is no local folder.
+        TrainError: ``out`` is a file, or has checkpoints and is not to be resumed.
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
@@ -64,6 +62,13 @@ def check_folders(settings: TrainSettings) -> None:
         )
     if settings.out.exists() and not settings.out.is_dir():
         raise TrainError(f"{settings.out}: is a file, expected a folder")
+    found = checkpoints(settings.out / "checkpoints")
+    if found and not resume:
+        raise TrainError(
+            f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
+            "another out folder"
+        )
+    return found[-1] if found else None
 
 
 def load_tokenizer(settings: TrainSettings) -> Any:
@@ -184,66 +189,6 @@ def make_schedule(
     return Schedule(order, steps, micro, own_steps)
 
 
-def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
-    """Returns each adapter's config.
-
-    Raises:
-        ConfigError: A field is wrong.
-        CheckpointError: A folder of ``init_from`` is missing or damaged.
-    """
-    configs = {}
-    for adapter in settings.adapters:
-        if adapter.init_from is None:
-            configs[adapter.name] = adapter.lora_config(advice)
-        else:
-            configs[adapter.name] = inspect_adapter_folder(adapter.init_from).config
-    return configs
-
-
-def add_adapters(base: Any, settings: TrainSettings, advice: Recommendation) -> LoraModel:
-    """Returns the model with every adapter on it, trainable.
-
-    A new adapter's factors depend on the seed and its name, not on the other adapters.
-
-    Raises:
-        TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
-        AdapterStateError: An adapter trains biases of the base model, and is not alone.
-        CheckpointError: A folder of ``init_from`` does not fit.
-    """
-    configs = adapter_configs(settings, advice)
-    check_dropout_dtype(configs, next(base.parameters()).dtype)
-    model: LoraModel | None = None
-    for adapter in settings.adapters:
-        config = configs[adapter.name]
-        torch.manual_seed(_seed_of(settings.seed, adapter.name))
-        if adapter.init_from is not None and not _is_meta(base):
-            if model is None:
-                model = LoraModel.from_pretrained(base, adapter.init_from, adapter.name, True)
-            else:
-                model.load_adapter(adapter.init_from, adapter.name, is_trainable=True)
-        elif model is None:
-            config = replace(config, inference_mode=False)
-            model = get_peft_model(base, config, adapter_name=adapter.name)
-        else:
-            model.add_adapter(adapter.name, replace(config, inference_mode=False))
-    if model is None:
-        raise ConfigError("no adapter is given")
-    train_adapters(model, list(configs))
-    return model
-
-
-def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raises `ConfigError` where an adapter has dropout and the model computes in another dtype
-    than a float of 16, 32 or 64 bits."""
-    for name, config in configs.items():
-        if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
-            raise ConfigError(
-                f"adapter {name!r} has lora_dropout={config.lora_dropout:g}, and the base model is "
-                f"in {dtype}; dropout needs a float of 16, 32 or 64 bits: set dtype, or "
-                "lora_dropout to 0"
-            )
-
-
 def make_optimizers(
     model: LoraModel,
     settings: TrainSettings,
@@ -332,15 +277,6 @@ def identity(
         "adapters": adapters,
         "model": dict(weights),
     }
-
-
-def _seed_of(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _is_meta(model: nn.Module) -> bool:
-    return all(p.is_meta for p in model.parameters())
 
 
 def _transformers() -> Any:

@@ -32,6 +32,7 @@ from fastlora.train.losses import causal_lm_losses
 from fastlora.train.parameters import adapter_parameters
 from fastlora.train.prepare import TrainError
 from fastlora.train.processes import Processes
+from fastlora.train.run_adapters import add_adapters, check_adapters
 from fastlora.validation import CheckpointError
 
 _SHOWN_LOSSES = 6
@@ -88,14 +89,9 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         NonFiniteError: A loss, gradient or weight is not finite. Checkpoints are as they were.
         CheckpointError: A checkpoint cannot be written; the older ones are as they were.
     """
-    prepare.check_folders(settings)
-    found = checkpoint.checkpoints(settings.out / "checkpoints")
-    if found and not resume:
-        raise TrainError(
-            f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
-            "another out folder"
-        )
-    run = Run(settings, found[-1] if found else None, progress)
+    found = prepare.check_folders(settings, resume=resume)
+    check_adapters(settings)
+    run = Run(settings, found, progress)
     try:
         return run.train()
     finally:
@@ -154,7 +150,7 @@ class Run:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable = next(getattr(base, name) for name in names if hasattr(base, name))
             enable({"use_reentrant": False})
-        model = prepare.add_adapters(base, settings, recommend(base))
+        model = add_adapters(base, settings, recommend(base))
         return model.to(device).train()
 
     def _resume(self, path: Path, state: checkpoint.TrainState) -> None:

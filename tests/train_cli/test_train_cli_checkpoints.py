@@ -86,11 +86,17 @@ def test_resume_of_another_model_or_data(
     assert contents(tmp_path / "out") == before
 
 
-def test_a_second_run_needs_resume(fails: Any, given: Any, stopped: Path, tmp_path: Path) -> None:
+def test_a_second_run_needs_resume(
+    fails: Any, given: Any, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody's checkpoints are written over by accident."""
     shutil.copytree(stopped / "out", tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert "step-00000004 is a checkpoint of an earlier run; resume it" in fails(given)
+    for flags in ((), ("--dry-run",)):
+        assert "step-00000004 is a checkpoint of an earlier run; resume it" in fails(given, *flags)
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
+    assert "forwards of 2, 1 process; 4 steps are done" in capsys.readouterr().out
     assert contents(tmp_path / "out") == before
 
 
@@ -112,6 +118,8 @@ def test_a_damaged_checkpoint(
     path = tmp_path / "out" / "checkpoints" / "step-00000004" / name
     path.write_bytes(damage(path.read_bytes()))
     assert words in fails(given, "--resume")
+    if "adapter_model" not in name:  # those are read when the weights are
+        assert words in fails(given, "--resume", "--dry-run")
 
 
 def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:

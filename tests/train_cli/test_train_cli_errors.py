@@ -14,8 +14,8 @@ import fastlora
 from fastlora import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
-from fastlora.train.prepare import check_dropout_dtype
 from fastlora.train.run import NonFiniteError, Run
+from fastlora.train.run_adapters import check_dropout_dtype
 from fastlora.validation import ConfigError
 
 pytest.importorskip("transformers", reason="trains its models")
@@ -110,7 +110,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.schedule", "step", "schedule must be one of linear, cosine, constant"),
         ("defaults.warmup_ratio", 2, "warmup_ratio must be a number from 0 to 1, got 2"),
         ("adapters.a.r", 0, "adapter 'a': r must be a positive integer, got 0"),
-        ("adapters.a.targets", ["query"], "target_modules=['query'] matches no module"),
+        ("adapters.a.targets", ["query"], "'a': target_modules entries ['query'] match no module"),
         ("adapters.a.inference_mode", True, "inference_mode = true freezes the adapter"),
         ("adapters.a.init_from", "nowhere", "own config; leave out r"),
         ("adapters.x/y", {"data": "d"}, "an adapter cannot be called 'x/y'"),
