@@ -29,7 +29,8 @@ from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import launched
-from fastlora.train.run import TrainResult, train
+from fastlora.train.result import TrainResult
+from fastlora.train.run import train
 from fastlora.train.run_adapters import adapter_configs, add_adapters
 
 # Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
@@ -187,6 +188,9 @@ def summary(result: TrainResult) -> str:
             parts.append(f"loss {result.losses[name]:.4f}")
         if name in result.eval_losses:
             parts.append(f"evaluation loss {result.eval_losses[name]:.4f}")
+        if name in result.skipped:
+            count = result.skipped[name]
+            parts.append(f"{count} step{'s' if count > 1 else ''} skipped (gradients not finite)")
         lines.append(", ".join([*parts, f"saved in {folder}"]))
     return "\n".join(lines)
 

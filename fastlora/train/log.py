@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,9 +42,9 @@ class RunLog:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Adds an entry, which has a ``step``."""
+        """Adds an entry, which has a ``step``; JSON has null for numbers that are not finite."""
         with self._typed():
-            self._file.write(json.dumps(entry) + "\n")
+            self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Ends the log. A failure here is that of a write before, which was raised."""
@@ -56,6 +57,15 @@ class RunLog:
             yield
         except OSError as error:
             raise TrainError(f"{self.path}: could not be written ({error})") from error
+
+
+def _finite(value: Any) -> Any:
+    """Returns an entry with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> list[str]:

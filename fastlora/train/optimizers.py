@@ -126,6 +126,15 @@ class AdapterOptimizers:
         """What has happened to each adapter so far."""
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
+    def loss_scale(self, name: str) -> float | None:
+        """Returns what an adapter's loss is multiplied with now; None without a scaler.
+
+        Raises:
+            AdapterNotFoundError: It has no optimizer here.
+        """
+        scaler = self._known(name).scaler
+        return None if scaler is None else float(scaler.get_scale())
+
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
         """Returns the dropout seeds of a batch's adapters, for `fastlora.adapters`.
 

@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +29,15 @@ from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches
 from fastlora.train.log import RunLog
 from fastlora.train.losses import causal_lm_losses
 from fastlora.train.parameters import adapter_parameters
-from fastlora.train.prepare import TrainError
 from fastlora.train.processes import Processes
+from fastlora.train.result import NonFiniteError, TrainResult
 from fastlora.train.run_adapters import add_adapters, check_adapters
 from fastlora.validation import CheckpointError
 
 _SHOWN_LOSSES = 6
 _SHOWN_DIFFERENCES = 5
-
-
-class NonFiniteError(TrainError):
-    """A loss, a gradient or a weight became NaN or infinite.
-
-    Attributes:
-        step: In which step, counted from 1.
-        adapter: Whose.
-    """
-
-    def __init__(self, message: str, step: int, adapter: str) -> None:
-        super().__init__(message)
-        self.step = step
-        self.adapter = adapter
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run ended with.
-
-    Attributes:
-        steps: Steps in all, those before a resume included.
-        losses: Each adapter's loss in its last step; empty where nothing was left to do.
-        eval_losses: Each adapter's loss on its evaluation data, at the end.
-        adapters: Each adapter's folder.
-        resumed_from: Step of the checkpoint that it went on from; 0 for none.
-    """
-
-    steps: int
-    losses: dict[str, float]
-    eval_losses: dict[str, float]
-    adapters: dict[str, Path]
-    resumed_from: int = 0
+# Of fp16's normal numbers the smallest: below it, the gradient of a scaled loss loses digits.
+_LEAST_SCALE = 2.0**-14
 
 
 def train(settings: TrainSettings, *, resume: bool = False, progress: bool = True) -> TrainResult:
@@ -86,7 +54,9 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
         CheckpointError, TrainError: Something does not fit; before the first step, and nothing has
             been written.
-        NonFiniteError: A loss, gradient or weight is not finite. Checkpoints are as they were.
+        NonFiniteError: A loss, gradient or weight is not finite; or, in fp16, where a step that is
+            not finite is skipped, no scale of an adapter's loss helps, or it never took a step.
+            Checkpoints are as they were.
         CheckpointError: A checkpoint cannot be written; the older ones are as they were.
     """
     found = prepare.check_folders(settings, resume=resume)
@@ -188,6 +158,8 @@ class Run:
                 bar.set_postfix_str(self._shown_losses(), refresh=False)
                 bar.update()
                 done = self.step == steps
+                if done:
+                    self._check_stepped()
                 if self.held_out and (done or _is_due(self.step, settings.eval_every)):
                     evaluated = self.evaluate()
                 if done or _is_due(self.step, settings.save_every):
@@ -201,7 +173,14 @@ class Run:
                 save_adapter(self.model, name, folder)
 
         self.processes.in_main(write)
-        return TrainResult(self.step, dict(self.losses), evaluated, folders, self.resumed_from)
+        return TrainResult(
+            self.step,
+            dict(self.losses),
+            evaluated,
+            folders,
+            self.resumed_from,
+            skipped=self._skipped(),
+        )
 
     def close(self) -> None:
         """Ends the log and the process group."""
@@ -245,15 +224,40 @@ class Run:
         if report.skipped and not prepare.needs_scale(self.model):
             name = report.skipped[0]
             raise self._not_finite("gradient", name, report.grad_norms[name], self.step + 1)
+        for name in report.skipped:
+            scale = self.optimizers.loss_scale(name)
+            if scale is not None and scale < _LEAST_SCALE:
+                how = f"with a loss scale down to {scale:g}"
+                value = report.grad_norms[name]
+                raise self._not_finite("gradient", name, value, self.step + 1, how)
         self.step += 1
         self.losses.update(values)
         rates = {
             name: optimizer.param_groups[0]["lr"]
             for name, optimizer in self.optimizers.by_adapter.items()
         }
-        self._write_log(
-            {"step": self.step, "loss": values, "grad_norm": report.grad_norms, "next_lr": rates}
-        )
+        entry: dict[str, Any] = {"loss": values, "grad_norm": report.grad_norms, "next_lr": rates}
+        if report.skipped:
+            entry["skipped"] = list(report.skipped)
+        self._write_log({"step": self.step, **entry})
+
+    def _skipped(self) -> dict[str, int]:
+        """Returns how many steps each adapter has skipped; those without any are left out."""
+        counts = self.optimizers.counts
+        return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
+
+    def _check_stepped(self) -> None:
+        """Raises `NonFiniteError` where every step of an adapter was skipped."""
+        for name, count in self.optimizers.counts.items():
+            if not count.steps and count.skipped_steps:
+                raise self._stopped(
+                    f"adapter {name!r} never took a step: its gradient was not finite in all "
+                    f"{count.skipped_steps} of its steps (its loss scale is "
+                    f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' or 'float32' needs "
+                    "none)",
+                    name,
+                    self.step,
+                )
 
     def _trained(self, names: Sequence[str]) -> list[nn.Parameter]:
         """Returns the parameters that these adapters train, each once."""
@@ -279,18 +283,20 @@ class Run:
             if not math.isfinite(value):
                 raise self._not_finite("largest weight", name, value, self.step)
 
-    def _not_finite(self, what: str, name: str, value: float, step: int) -> NonFiniteError:
+    def _not_finite(
+        self, what: str, name: str, value: float, step: int, how: str = ""
+    ) -> NonFiniteError:
+        text = f"the {what} of adapter {name!r} is {value}"
+        return self._stopped(f"{text} {how}".rstrip(), name, step)
+
+    def _stopped(self, text: str, name: str, step: int) -> NonFiniteError:
         rows = self.schedule.order.rows(step - 1)
         places = [self.corpora[name].place(row.sample) for row in rows if row.adapter == name]
         found = checkpoint.checkpoints(self.root)
         last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        return NonFiniteError(
-            f"step {step}: the {what} of adapter {name!r} is {value}; stopped, {last}. "
-            f"Its samples in that step: {'; '.join(places[:3])}{more}",
-            step,
-            name,
-        )
+        samples = f". Its samples in that step: {'; '.join(places[:3])}{more}" if places else ""
+        return NonFiniteError(f"step {step}: {text}; stopped, {last}{samples}", step, name)
 
     # ------------------------------------------------------------------ evaluation and saving
 
@@ -340,7 +346,11 @@ class Run:
             self._log.write(entry)
 
     def _shown_losses(self) -> str:
-        shown = [f"{name} {value:.3f}" for name, value in self.losses.items()]
+        skipped = self._skipped()
+        shown = [
+            f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
+            for name, value in self.losses.items()
+        ]
         more = len(shown) - _SHOWN_LOSSES
         return ", ".join(shown[:_SHOWN_LOSSES]) + (f", and {more} more" if more > 0 else "")
 
