@@ -18,7 +18,7 @@ help: ## list the targets
 demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compare with PEFT
 	@$(BIN)/fastlora demo $(ARGS)
 
-test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, ahead-of-time compiles
+test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
 
 soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)

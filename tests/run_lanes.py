@@ -1,8 +1,9 @@
-"""Runs the test suite as three lanes, each in a process of its own.
+"""Runs the test suite as four lanes, each in a process of its own.
 
-``main`` is everything that runs as it is; ``interpreter`` is ``tests/kernels`` under
-``TRITON_INTERPRET=1`` (Triton reads it once per process); ``aot`` compiles the kernels ahead of
-time for every supported GPU. A fourth lane, ``native``, runs ``tests/kernels`` on the GPU where
+``main`` is what runs as it is; ``interpreter`` is ``tests/kernels`` under ``TRITON_INTERPRET=1``
+(Triton reads it once per process); ``commands`` are tests that start programs of ours, apart so
+that the lanes take about as long on two cores; ``aot`` compiles the kernels ahead of time for every
+supported GPU. A fifth lane, ``native``, runs ``tests/kernels`` on the GPU where
 there is one. Lanes run beside each other as far as the cores allow. The first one's output is shown
 while it comes, that of each other one whole when its turn comes, then pytest's closing lines.
 
@@ -52,8 +53,9 @@ class Outcome:
 
 
 LANES = (
-    Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot")),
+    Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", "tests/commands")),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),
+    Lane("commands", ("tests/commands",)),
     Lane("aot", ("tests/aot",)),
 )
 NATIVE = Lane("native", ("tests/kernels",))

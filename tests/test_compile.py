@@ -67,10 +67,10 @@ def test_compile_of_two_layers(backend: str, p: float) -> None:
 def test_compile_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:
     """SmolLM2 with adapters on every linear compiles without a break; loss and gradients equal.
 
-    Eight of its thirty layers: the others are traced alike.
+    Four of its thirty layers: the others are traced alike.
     """
     base = fresh_smollm2()
-    base.model.layers = base.model.layers[:8]
+    base.model.layers = base.model.layers[:4]
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():

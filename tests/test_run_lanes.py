@@ -33,6 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tests/test_main.py", MAIN),
         ("tests/kernels/test_k.py", KERNELS),
         ("tests/aot/test_a.py", AOT),
+        ("tests/commands/test_c.py", MAIN),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text, encoding="utf-8")
@@ -43,15 +44,13 @@ def test_green_lanes(root: Path, capfdbinary: Any) -> None:
     assert run_lanes.main(["--jobs", "2"]) == 0
     printed = capfdbinary.readouterr().out.decode()
     closing = printed[printed.index("===== all lanes") :]
-    assert closing.count("1 passed") == 3
+    assert closing.count("1 passed") == 4
     assert "FAILED" not in closing
 
 
-@pytest.mark.parametrize(
-    "path", ["tests/test_x.py", "tests/kernels/test_x.py", "tests/aot/test_x.py"]
-)
-def test_a_failure_in_any_lane_fails_the_run(root: Path, path: str, capfdbinary: Any) -> None:
-    (root / path).write_text(BROKEN, encoding="utf-8")
+@pytest.mark.parametrize("folder", ["tests", "tests/kernels", "tests/aot", "tests/commands"])
+def test_a_failure_in_any_lane_fails_the_run(root: Path, folder: str, capfdbinary: Any) -> None:
+    (root / folder / "test_x.py").write_text(BROKEN, encoding="utf-8")
     assert run_lanes.main([]) == 1
     printed = capfdbinary.readouterr().out.decode()
     assert "broken on purpose" in printed

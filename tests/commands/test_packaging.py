@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMPORT_KERNELS = """
 import fastlora, fastlora.kernels.lora_linear as kernel
 print(fastlora.__file__, kernel.__file__)
