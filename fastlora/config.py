@@ -211,6 +211,17 @@ class LoraConfig:
         """How to fill factors that a file will overwrite: True where the real way is missing."""
         return self.init_lora_weights if self.init_lora_weights in IMPLEMENTED_INITS else True
 
+    def shapes_only(self) -> LoraConfig:
+        """Returns a loaded adapter's config as that of a new one with the same shapes.
+
+        Raises:
+            ConfigError: Such an adapter cannot be loaded.
+        """
+        self.check_supported("load")
+        default = LoraConfig()
+        idle = {name: getattr(default, name) for name in _IDLE_AFTER_INIT}
+        return dataclasses.replace(self, init_lora_weights=self.effective_init, **idle)
+
     @property
     def is_prompt_learning(self) -> bool:
         """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""

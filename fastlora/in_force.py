@@ -123,5 +123,3 @@ def check_batch(
             f"the batch has {samples} samples and {count} adapter ids; to generate, expected one "
             "for each sample"
         )
-    if not torch.compiler.is_compiling():
-        routing.fed[:] = [] if per_sample or x.dim() > 3 else [(samples, tokens)]

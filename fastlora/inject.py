@@ -110,7 +110,7 @@ def add_adapter(
         plan: From `plan_adapter` on the same model and config.
         autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
     """
-    with _without_collecting(), _outside_inference_mode():
+    with _without_collecting():
         _add_adapter(model, adapter_name, config, plan, autocast_adapter_dtype)
 
 
@@ -145,22 +145,23 @@ def _add_adapter(
     replaced: list[tuple[str, nn.Module]] = []
     trained = [p for _, p in _base_parameters("", model) if p.requires_grad]
     try:
-        for name in plan.targets:
-            module = model.get_submodule(name)
-            if not isinstance(module, LoraLayer):
-                layer = _make_layer(module)
-                replaced.append((name, module))
-                _set_submodule(model, name, layer)
-                module = layer
-            _add_to_layer(module, adapter_name, name, config, autocast)
-        for name in plan.modules_to_save:
-            module = model.get_submodule(name)
-            if not isinstance(module, ModulesToSaveWrapper):
-                wrapper = ModulesToSaveWrapper(module)
-                replaced.append((name, module))
-                _set_submodule(model, name, wrapper)
-                module = wrapper
-            module.add_adapter(adapter_name)
+        with _outside_inference_mode():
+            for name in plan.targets:
+                module = model.get_submodule(name)
+                if not isinstance(module, LoraLayer):
+                    layer = _make_layer(module)
+                    replaced.append((name, module))
+                    _set_submodule(model, name, layer)
+                    module = layer
+                _add_to_layer(module, adapter_name, name, config, autocast)
+            for name in plan.modules_to_save:
+                module = model.get_submodule(name)
+                if not isinstance(module, ModulesToSaveWrapper):
+                    wrapper = ModulesToSaveWrapper(module)
+                    replaced.append((name, module))
+                    _set_submodule(model, name, wrapper)
+                    module = wrapper
+                module.add_adapter(adapter_name)
     except BaseException:
         delete_adapter(model, adapter_name)
         for name, module in replaced:

@@ -197,7 +197,6 @@ class Routing:
         graph: The same for compiled graphs; None where they cannot be.
         captured: Slots are a CUDA graph's, which are looked up at its replays: nothing is known of
             the adapters now.
-        fed: Samples and tokens of the model's last batch, where it is known; see `check_rows`.
     """
 
     group: Group
@@ -213,7 +212,6 @@ class Routing:
     dora: dict[Any, Any] = field(default_factory=dict, repr=False)
     graph: GraphRouting | PoolGraphRouting | None = None
     captured: bool = False
-    fed: list[tuple[int, int]] = field(default_factory=list, repr=False)
     _spread: dict[tuple[int, torch.device], RowRouting] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[Any, ...], SetPack] = field(default_factory=dict, repr=False)
 
@@ -227,21 +225,6 @@ class Routing:
         if known is None:
             known = self._spread[(m, device)] = self.group.batches.rows(self, m, device)
         return known
-
-    def check_rows(self, x: torch.Tensor) -> None:
-        """Raises where a layer is fed some of the batch's rows, as one expert of several is.
-
-        Raises:
-            ValueError: Nothing says which rows of x ``[M, K]`` are whose.
-        """
-        if x.dim() != 2 or not self.fed or torch.compiler.is_compiling():
-            return
-        samples, tokens = self.fed[-1]
-        if x.shape[0] < tokens and x.shape[0] not in (0, samples):
-            raise ValueError(
-                f"a layer has {x.shape[0]} rows of a batch of {samples} samples ({tokens} tokens); "
-                "whose they are is not known, as in a mixture of experts: do not target this layer"
-            )
 
     def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
         """Returns what the model keeps of a set of adapters.

@@ -12,18 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig, adapters
-from fastlora.validation import AdapterNotFoundError
+from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
 MIX = ["a", "b", None, "b"]
 
 
 class Three(nn.Module):
-    """k, q and v in sequence."""
+    """k, q and v in sequence, and h, which is not called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.k, self.q, self.v = (nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.k, self.q, self.v, self.h = (nn.Linear(32, 32, bias=False) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``[..., 32]`` to ``[..., 32]``."""
@@ -78,6 +78,20 @@ def test_an_adapter_added_within_a_block(make: Any) -> None:
     assert not torch.allclose(before, other)
     with torch.no_grad():
         torch.testing.assert_close(model(X, adapter_names=["a", "b", "a", "b"])[1], before[1])
+
+
+def test_an_adapter_that_cannot_be_routed_within_a_block() -> None:
+    """It makes the next batch raise, and open blocks go on with all layers that come later."""
+    model = patched("q", "v")
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        model.add_adapter("c", type(model.peft_config["a"])(**config("q", modules_to_save=["h"])))
+        with pytest.raises(UnsupportedLayerError), adapters(model, MIX):
+            pass
+        model.delete_adapter("c")
+        add(model, "d", "k")
+        model.base_model.set_adapter("d")
+        torch.testing.assert_close(model(X), before)
 
 
 def test_another_thread_adds_an_adapter_and_serves_it() -> None:
@@ -178,48 +192,6 @@ def test_factors_made_in_inference_mode() -> None:
         torch.testing.assert_close(other, found[0])
     torch.testing.assert_close(changed[0], found[0][0])
     assert not torch.allclose(changed[1], found[0][1], atol=1e-3)
-
-
-class Expert(nn.Module):
-    """One expert of several: it sees the tokens that a router gave it, in two dimensions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.up = nn.Embedding(8, 32), nn.Linear(32, 32)
-        self.chosen = torch.zeros(2, 4, dtype=torch.bool)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Maps ``[B, T]`` to ``[B, T, 32]``."""
-        hidden = self.embedding(input_ids)
-        hidden[self.chosen] = self.up(hidden[self.chosen])
-        return hidden
-
-
-@pytest.mark.parametrize("given", ["names", "block"])
-def test_an_expert_cannot_follow_ids(given: str) -> None:
-    """4 of 8 tokens are a multiple of 2 ids; they are not two of each sample."""
-    base = Expert()
-    made = LoraConfig(**config("up"))
-    model = fastlora.get_peft_model(base, made, "a").eval()
-    ids = torch.arange(8).reshape(2, 4)
-
-    def run() -> torch.Tensor:
-        if given == "names":
-            return model(ids, adapter_names=["a", None])
-        with adapters(model, ["a", None]):
-            return model(ids)
-
-    with torch.no_grad():
-        base.chosen[:] = True
-        found = run()  # all tokens: known
-        torch.testing.assert_close(found[1], model(ids, adapter_names=[None, None])[1])
-        base.chosen[:] = False
-        run()  # none
-        base.chosen[:, 0] = True  # one of each sample: as many rows as samples
-        run()
-        base.chosen[1, :3], base.chosen[0, :] = True, torch.tensor([True, False, False, False])
-        with pytest.raises(ValueError, match="4 rows of a batch of 2 samples .8 tokens."):
-            run()
 
 
 def test_slots_of_tokens_cannot_generate(fresh_smollm2: Any) -> None:

@@ -262,15 +262,40 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
     slot, before = pool.slot_of("mine"), state(pool)
     assert slot is not None
     column = pool.tables.column_of[slot].item()
-    device.full = True
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no page-locked memory")
+
     for name in ("mine", "other"):
-        with pytest.raises(torch.OutOfMemoryError):
+        device.full = True
+        with pytest.raises(torch.OutOfMemoryError, match="device"):
             pool.load(name, root / "a1")
-    device.full = False
+        device.full = False
+        with monkeypatch.context() as broken:
+            broken.setattr(pool.tables, "write", fail)
+            with pytest.raises(torch.OutOfMemoryError, match="page-locked"):
+                pool.load(name, root / "a1")
     assert state(pool) == before and pool.slot_of("mine") == slot
     assert pool.tables.column_of[slot].item() == column
     with pool.lease(["mine"]) as lease:
         assert same_adapter(pool, lease.residents[0], root / "a0")
+    check_pool(pool)
+
+
+def test_a_swap_that_fails_where_no_column_is_free(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new adapter waits in CPU memory, and its slot means no other's meanwhile."""
+    pool = make_pool(root, max_adapters=1)
+    config = LoraConfig(r=2, target_modules=["q"])
+    tensors = make_tensors(config, 1, [f"layers.{i}.q" for i in range(3)])
+    pool.load("mine", tensors, config=config)
+    slot = pool.slot_of("mine")
+    assert slot is not None
+    leases = []
+    for _ in range(4):  # the columns beside the slots
+        leases.append(pool.lease(["mine"]))
+        pool.load("mine", tensors, config=config)
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("no page-locked memory")
@@ -278,11 +303,12 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
     with monkeypatch.context() as broken:
         broken.setattr(pool.tables, "write", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            pool.load("mine", root / "a1")
-    assert pool.tables.column_of[slot].item() == NO_COLUMN  # and no other adapter's, later
-    pool.load("mine", root / "a1")
-    with pool.lease(["mine"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a1")
+            pool.load("mine", tensors, config=config)
+    assert pool.tables.column_of[slot].item() == NO_COLUMN
+    with pool.lease(["mine"], timeout=30) as lease:
+        assert lease.residents[0].factors(0) is not None
+    for lease in leases:
+        lease.release()
     check_pool(pool)
 
 
@@ -297,4 +323,31 @@ def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
         with pytest.raises(KeyError, match="mine"), pool:
             raise KeyError("mine")
         use(pool, "a3")
+    pool._residency.stop_prefetching()
+    assert pool._residency._worker_thread is None  # another thread gets its number
     pool.close()
+
+
+def test_close_gives_back_methods_of_the_instance(root: Path) -> None:
+    """Those of accelerate's hooks, say: they act below the pool's, and remain."""
+    model = Blocks()
+    calls: list[str] = []
+    plain = model.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append("forward")
+        return plain(x)
+
+    def generate(x: torch.Tensor) -> torch.Tensor:
+        calls.append("generate")
+        return model(x)
+
+    model.forward, model.generate = forward, generate
+    with AdapterPool(model, max_adapters=2) as pool:
+        pool.load("a", root / "a0")
+        model.generate(torch.zeros(1, 2, dtype=torch.int64), adapter_names=["a"])
+    assert calls == ["generate", "forward"]
+    assert (model.forward, model.generate) == (forward, generate)
+    with pytest.raises(RuntimeError):
+        AdapterPool(model, max_adapters=2, device="nodevice")
+    assert (model.forward, model.generate) == (forward, generate)

@@ -179,7 +179,8 @@ class FastPeftLoraModel(PeftLoraModel):
 
     def _find_again(self) -> None:
         """Looks for the layers of mixed batches anew, where there has been such a batch."""
-        if self.__dict__.pop("_fastlora_routed", None) is not None:
+        self.__dict__.pop("_fastlora_routed", None)
+        if "_fastlora_group" in self.__dict__:
             with contextlib.suppress(UnsupportedLayerError):  # which the next batch raises
                 routed_model(self)
 
@@ -272,16 +273,18 @@ def _group_of(tuner: FastPeftLoraModel) -> Group:
 
 
 def _find_routed(tuner: FastPeftLoraModel, group: Group) -> RoutedPeftModel:
-    layers = []
+    layers, others = [], []
     for name, module in tuner.named_modules():
         if isinstance(module, _FastForward):
             layers.append((name, module))
         elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
-            raise UnsupportedLayerError(
-                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
-                "pass adapter_names= to the model instead"
-            )
-    join_group(group, layers)
+            others.append((name, module))
+    join_group(group, layers)  # whatever the others are: blocks may be open
+    for name, module in others:
+        raise UnsupportedLayerError(
+            f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
+            "pass adapter_names= to the model instead"
+        )
     keep_routing()  # adapter_names= opens blocks too
     found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
     # With the tuner itself: a copy of the model makes its own.

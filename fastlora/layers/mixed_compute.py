@@ -63,7 +63,6 @@ def mixed_forward(
         made = mixed_graph.linear(layer, x, weight, bias, routing, projection)
         if made is not None:
             return made
-    routing.check_rows(x)
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
@@ -147,7 +146,6 @@ def mixed_added_forward(
         made = mixed_graph.add(layer, y, x, routing, projection)
         if made is not None:
             return made
-    routing.check_rows(x)
     dora = dora_mixed.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)

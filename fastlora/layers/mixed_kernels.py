@@ -60,7 +60,8 @@ def kernel_routing(routing: Routing) -> KernelRouting | None:
     """Returns a routing as kernels read it; None where a factor is not a bare tensor."""
     if routing.residents is not None:
         return routing.kernels[0]
-    sets = routing.set_of(("tables", *routing.names), Watch)
+    # Of so many layers: a later block finds those that the model has got since.
+    sets = routing.set_of(("tables", len(routing.layers), *routing.names), Watch)
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
     if sets.tables == "none":

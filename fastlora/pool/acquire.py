@@ -7,11 +7,12 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import ref
 
+from fastlora.pool.entries import Entry
 from fastlora.pool.image import Image
 from fastlora.pool.leases import Lease, LeaseBook, Request
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
-from fastlora.pool.tiers import Entry, Tiers
+from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError, PoolFullError
 
@@ -210,6 +211,7 @@ class Residency:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
+            self._worker_thread = None  # another thread may have its number by now
 
     def stats(self) -> PoolStats:
         """Returns what the pool holds and has done; call it under the lock."""

@@ -58,7 +58,8 @@ class PoolLayers:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
         self._block = block
-        self._wrapped: dict[str, Any] = {}
+        # By name: what wraps a method, and what the instance itself had before, or None.
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
         try:
             for name, number in zip(names, number_layers(names), strict=True):
                 self._replace(name, number)
@@ -96,7 +97,9 @@ class PoolLayers:
                 with around():
                     return method(*args, **kwargs)
 
-        self._model.__dict__[name] = self._wrapped[name] = call
+        own = self._model.__dict__
+        self._wrapped[name] = call, own.get(name)
+        own[name] = call
 
     def _replace(self, name: str, number: int) -> None:
         module: Any = self._model.get_submodule(name)
@@ -117,9 +120,14 @@ class PoolLayers:
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, back)
         self._replaced = {}
-        for method, call in self._wrapped.items():
-            if self._model.__dict__.get(method) is call:
-                del self._model.__dict__[method]
+        own = self._model.__dict__
+        for method, (call, before) in self._wrapped.items():
+            if own.get(method) is not call:
+                continue  # somebody wrapped it again, and calls ours
+            if before is None:
+                del own[method]
+            else:
+                own[method] = before
         for parameter in self._trained:
             parameter.requires_grad_(True)
 

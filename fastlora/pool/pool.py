@@ -17,13 +17,14 @@ from fastlora.config import CONFIG_NAME
 from fastlora.pool.acquire import Residency
 from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
 from fastlora.pool.batches import pool_block
+from fastlora.pool.entries import unknown
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
 from fastlora.pool.leases import Lease, Request
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
-from fastlora.pool.tiers import Tiers, unknown
+from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import make_transfers
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
 

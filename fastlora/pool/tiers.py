@@ -9,45 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from weakref import ref
 
+from fastlora.pool.entries import Entry, unknown
 from fastlora.pool.image import Image
 from fastlora.pool.resident import DeviceCopy, Resident
 from fastlora.pool.tables import NO_COLUMN, PoolTables
 from fastlora.pool.transfers import Transfers
-from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
-
-
-class Entry:
-    """What the pool knows about a name.
-
-    Attributes:
-        name: The adapter's name.
-        folder: Where it can be read again; None for one that came as a state dict.
-        generation: Changes when another adapter takes the name.
-        pinned: Never evicted from the device.
-        copy: Its copy on the device, or None.
-        host: Its image in the CPU tier, or None.
-        staged: Its image while a thread has read it and no tier holds it yet.
-        reading: A thread is reading it.
-    """
-
-    __slots__ = ("copy", "folder", "generation", "host", "name", "pinned", "reading", "staged")
-
-    def __init__(self, name: str, folder: Path | None) -> None:
-        self.name, self.folder = name, folder
-        self.generation = 0
-        self.pinned = False
-        self.copy: DeviceCopy | None = None
-        self.host: Image | None = None
-        self.staged: ref[Image] | None = None
-        self.reading = False
-
-    def image(self) -> Image | None:
-        """Returns the image wherever it is in memory."""
-        if self.copy is not None:
-            return self.copy.image
-        return self.host or (self.staged() if self.staged is not None else None)
+from fastlora.validation import AdapterStateError, PoolFullError
 
 
 class Tiers:
@@ -149,7 +117,7 @@ class Tiers:
         if entry is None:
             entry = self.entries[name] = Entry(name, folder)
         try:
-            uploaded = self._uploaded_for(entry, image) if now else None
+            ready = self._prepare(entry, image) if now else None
         except BaseException:  # the GPU's memory is full
             if is_new:
                 del self.entries[name]
@@ -162,16 +130,31 @@ class Tiers:
         self._leave_host(entry)
         if not now or not self._transfers.shares_memory:
             self._to_host(entry, image)
-        if uploaded is not None:
-            self._make_room({name: image})
-            self._to_device(entry, uploaded, slot)
+        if ready is not None:
+            try:
+                self._to_device(entry, *ready, slot)
+            except BaseException:
+                self._to_host(entry, image)
+                raise
 
-    def _uploaded_for(self, entry: Entry, image: Image) -> Image:
-        """Returns a new adapter's image in device memory, while the old one is still there."""
-        if entry.copy is None:
-            self._make_room({entry.name: image})
+    def _prepare(self, entry: Entry, image: Image) -> tuple[Image, int | None]:
+        """Does what can fail while a name still has its old adapter, beside which there is room.
+
+        Returns:
+            The image in device memory, and the column that it was written to; None for no column
+            where all are taken until the old adapter leaves.
+        """
+        self._make_room({entry.name: image})
         with self._transfers.ordered():
-            return self._transfers.upload(image)
+            uploaded = self._transfers.upload(image)
+            column = self._free_columns.pop() if self._free_columns else None
+            if column is not None:
+                try:
+                    self._tables.write(column, uploaded)
+                except BaseException:
+                    self._free_columns.append(column)
+                    raise
+        return uploaded, column
 
     def _check_sizes(self, entry: Entry | None, folder: Path | None, image: Image) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
@@ -241,7 +224,7 @@ class Tiers:
             for name, image in missing.items():
                 with self._transfers.ordered():
                     uploaded = self._transfers.upload(image)
-                self._to_device(self.entries[name], uploaded, None)
+                self._to_device(self.entries[name], uploaded, None, None)
                 del waiting[name]
         finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
             for name in missing if not self._transfers.shares_memory else waiting:
@@ -274,26 +257,31 @@ class Tiers:
         if entry is not None and entry.copy is None and entry.image() is image:
             self._to_host(entry, image)
 
-    def _to_device(self, entry: Entry, uploaded: Image, slot: int | None) -> None:
+    def _to_device(
+        self, entry: Entry, uploaded: Image, column: int | None, slot: int | None
+    ) -> None:
         """Makes an image in device memory its name's adapter.
 
         Args:
             entry: Of the name.
             uploaded: The image.
+            column: That it was written to, or None for a free one.
             slot: That the name has already, or None for a free one.
         """
-        column = self._free_columns[-1]
+        written = column is not None
+        column = self._free_columns.pop() if column is None else column
         slot = self._free_slots.pop() if slot is None else slot
         try:
             with self._transfers.ordered():
-                self._tables.write(column, uploaded)
+                if not written:
+                    self._tables.write(column, uploaded)
                 self._tables.assign(slot, column)
         except BaseException:
+            self._free_columns.append(column)
             self._free_slots.append(slot)
             with self._transfers.ordered():
                 self._tables.assign(slot, NO_COLUMN)  # it may still mean a column that is free
             raise
-        self._free_columns.pop()
         resident = Resident(entry.name, slot, column, uploaded)
         entry.copy = DeviceCopy(resident, uploaded, self._transfers.written())
         entry.staged = None
@@ -301,14 +289,23 @@ class Tiers:
         self.device_used += uploaded.nbytes
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
-        """Evicts the least recently used adapters until what is wanted has room."""
-        missing = [image for n, image in wanted.items() if self.entries[n].copy is None]
-        nbytes = sum(image.nbytes for image in missing)
+        """Evicts the least recently used adapters until what is wanted has room.
+
+        A name's old adapter is not evicted, and leaves its room to the new one unless it is leased.
+        """
+        nbytes = columns = 0
+        for name, image in wanted.items():
+            copy = self.entries[name].copy
+            if copy is None or (copy.leases and copy.image is not image):
+                columns += 1
+                nbytes += image.nbytes
+            else:
+                nbytes += image.nbytes - copy.nbytes
         new_slots = sum(1 for n in wanted if n not in self.device)
         for entry in list(self.device.values()):
             copy = entry.copy
             slots_ok = len(self.device) + new_slots <= self.slots
-            columns_ok = len(missing) <= len(self._free_columns)
+            columns_ok = columns <= len(self._free_columns)
             bytes_ok = self.device_bytes is None or self.device_used + nbytes <= self.device_bytes
             if slots_ok and columns_ok and bytes_ok:
                 return
@@ -387,10 +384,3 @@ class Tiers:
             f"({limit}); {leased} are leased, {pinned} pinned, {len(self.retired)} replaced and "
             "still leased"
         )
-
-
-def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Returns the error for a name that is not registered."""
-    return AdapterNotFoundError(
-        f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
-    )

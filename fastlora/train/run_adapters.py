@@ -74,11 +74,14 @@ def add_adapters(base: Any, settings: TrainSettings, advice: Recommendation) -> 
                 model = LoraModel.from_pretrained(base, adapter.init_from, adapter.name, True)
             else:
                 model.load_adapter(adapter.init_from, adapter.name, is_trainable=True)
-        elif model is None:
-            config = replace(config, inference_mode=False)
+            continue
+        if adapter.init_from is not None:  # without weights
+            config = config.shapes_only()
+        config = replace(config, inference_mode=False)
+        if model is None:
             model = get_peft_model(base, config, adapter_name=adapter.name)
         else:
-            model.add_adapter(adapter.name, replace(config, inference_mode=False))
+            model.add_adapter(adapter.name, config)
     if model is None:
         raise ConfigError("no adapter is given")
     train_adapters(model, list(configs))

@@ -137,7 +137,9 @@ def test_layers_adapted_within_a_block(lab: Any) -> None:
         with adapters(model, ["c"] * 4):
             assert not torch.allclose(model(x), before)
         within.append(model(x))
-    for found in (*within, run(model, x, ids)):
+    with fastlora.batch_invariant():
+        invariant = run(model, x, ids)
+    for found in (*within, run(model, x, ids), invariant):
         torch.testing.assert_close(found, before)
 
 
