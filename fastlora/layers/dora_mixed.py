@@ -59,11 +59,12 @@ def dora_slots(layer: Any, routing: Routing) -> DoraSlots | None:
     if not slots:
         return None
     dropouts = layer._modules["lora_dropout"]._modules
-    dropped = tuple(slot for slot in slots if _acts(dropouts[routing.names[slot]]))
+    dropped = tuple(slot for slot in slots if acts(dropouts[routing.names[slot]]))
     return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
-def _acts(dropout: torch.nn.Module) -> bool:
+def acts(dropout: torch.nn.Module) -> bool:
+    """Whether a dropout drops."""
     return type(dropout) is torch.nn.Dropout and dropout.training and dropout.p > 0.0
 
 

@@ -2,8 +2,8 @@
 
 Nothing that depends on the mix is read here but as a tensor, so that no mix compiles anything. What
 graphs cannot do is left to the forward that runs without them, where a full graph breaks: layers
-that have a DoRA adapter, with rows in the batch or not; hooked factors, the batch-invariant mode,
-gradients through a pool.
+that have a DoRA adapter whose dropout acts, with rows in the batch or not; DoRA in a pool, hooked
+factors, the batch-invariant mode, gradients through a pool.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastlora import functional, mixed_graph_ops, mixed_ops, ops
 from fastlora.batch_invariant import is_batch_invariant
 from fastlora.graph_routing import GraphRouting, PoolGraphRouting
+from fastlora.layers import mixed_graph_dora
 from fastlora.layers.branch import factors_of, scaling_of
 from fastlora.routing import Routing
 
@@ -55,10 +56,11 @@ def linear(
             return _pool_kernels(layer, x, weight, bias, routing.graph)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return _pool_add_(layer, y, x, routing.graph)
-    arguments = _arguments(layer, x, routing, projection)
-    if arguments is None:
+    batch, arguments = routing.graph, _arguments(layer, x, routing, projection)
+    if batch is None or arguments is None:
         return None
-    return torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments)
+    y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments)
+    return mixed_graph_dora.scale_rows(layer, y, batch)
 
 
 def add(
@@ -70,22 +72,23 @@ def add(
         runs = x.dtype == y.dtype and _serves(layer, x, y)
         copied = y.clone(memory_format=torch.contiguous_format)
         return _pool_add_(layer, copied, x, routing.graph) if runs else None
+    batch = routing.graph
     arguments = None if x.dtype != y.dtype else _arguments(layer, x, routing, projection)
-    if arguments is None:
+    if batch is None or arguments is None:
         return None
-    return torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments)
+    y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments)
+    return mixed_graph_dora.scale_rows(layer, y, batch)
 
 
 def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -> _Arguments | None:
     batch = routing.graph
     if torch.is_grad_enabled() and isinstance(batch, GraphRouting):
         layer.note_compiled(_APART)
-    magnitudes = getattr(layer, "lora_magnitude_vector", ())
     if (
         not isinstance(batch, GraphRouting)
         or layer.merged_adapters
         or is_batch_invariant()
-        or len(magnitudes)
+        or mixed_graph_dora.drops(layer, batch)
     ):
         return None
     names = [name for name in batch.names if name in layer.lora_A]

@@ -1,0 +1,98 @@
+"""DoRA's rows of mixed batches under torch.compile."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_compile_mixed import (  # noqa: F401
+    NAMES,
+    K,
+    _fresh,
+    adapted,
+    check,
+    graph_count,
+    results,
+)
+
+from fastlora import LoraConfig, LoraModel
+
+# On layers that are fused, with a bias and without, and on one that is called as it is.
+DORA: dict[str, dict[str, Any]] = {
+    "e": {"r": 2, "lora_alpha": 3, "target_modules": ["gate", "up"]},
+    "f": {"r": 3, "use_rslora": True, "target_modules": ["gate", "down"]},
+}
+
+
+def with_dora(p: float = 0.0, dora_p: float = 0.0) -> LoraModel:
+    """The model with four adapters and two that use DoRA, all of which train."""
+    model = adapted(p)
+    for name, kind in DORA.items():
+        model.add_adapter(name, LoraConfig(**kind, use_dora=True, lora_dropout=dora_p))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_B.e.weight", "lora_B.f.weight")):
+                parameter.normal_(std=0.3)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            parameter.requires_grad_("lora_" in name)
+    return model.train()
+
+
+def draw(chosen: random.Random) -> list[str | None]:
+    """Adapters of four samples, any mix."""
+    return [chosen.choice([*NAMES, *DORA, None]) for _ in range(4)]
+
+
+def test_any_mix_is_one_graph_in_training() -> None:
+    """With the magnitudes' gradients, beside plain adapters whose dropout acts."""
+    model, chosen = with_dora(0.4), random.Random(1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mixes: list[Any] = [["e", "f", "a", None], ["e"] * 4, ["a", "b", None, "c"], [None] * 4]
+    mixes += [draw(chosen) for _ in range(4)]
+    for step, ids in enumerate(mixes):
+        x = torch.randn(4, 3, K)
+        if step == 2:
+            torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
+        if step == 3:
+            model.base_model.model.gate.set_scale("e", 2.0)
+        mine = results(compiled, model, x, ids)
+        check(mine, model, x, ids)
+    named = [n for n, parameter in model.named_parameters() if parameter.requires_grad]
+    mine = results(compiled, model, x, ["e", None, "a", "e"])
+    moved = {n for n, g in zip(named, mine[2:], strict=True) if "magnitude" in n and g.any()}
+    assert moved == {n for n in named if "magnitude" in n and n.endswith(".e.weight")}
+    assert graph_count() == 1
+
+
+def test_any_mix_is_one_graph_in_serving() -> None:
+    """In evaluation no dropout acts; per token too, and after weights have changed."""
+    model, chosen = with_dora(dora_p=0.4).eval(), random.Random(2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, K)
+    with torch.no_grad():
+        for _ in range(6):
+            ids = draw(chosen)
+            check(results(compiled, model, x, ids), model, x, ids)
+            model.base_model.model.gate.lora_B["e"].weight.mul_(1.5)
+        assert graph_count() == 1
+        tokens = torch.tensor([0, 4, -1, 5, 2, 4, 4, -1, 5, 5, 1, 3])
+        check(results(compiled, model, x, tokens), model, x, tokens)
+
+
+def test_dropout_of_dora_breaks_the_graph() -> None:
+    """With such rows or without, and is right where it may."""
+    model, x = with_dora(dora_p=0.5), torch.randn(3, 2, K)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids = ["a", "e", None]
+    for mix in (ids, ["a", "b", None]):
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            results(compiled, model, x, mix)
+    torch._dynamo.reset()
+    check(results(torch.compile(model, backend="eager"), model, x, ids), model, x, ids)
