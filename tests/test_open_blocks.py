@@ -191,7 +191,7 @@ def test_factors_made_in_inference_mode() -> None:
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
     torch.testing.assert_close(changed[0], found[0][0])
-    assert not torch.allclose(changed[1], found[0][1], atol=1e-3)
+    assert not torch.allclose(changed[1], found[0][1])
 
 
 def test_slots_of_tokens_cannot_generate(fresh_smollm2: Any) -> None:
@@ -216,7 +216,7 @@ def test_slots_of_tokens_cannot_generate(fresh_smollm2: Any) -> None:
 
 def test_names_of_a_pools_model(fresh_smollm2: Any) -> None:
     """`adapter_names=` on forward and generate, as in PEFT's models; unknown names are refused."""
-    base = fresh_smollm2()
+    base = fresh_smollm2().double()  # so that no order of summation shows
     base.model.layers = base.model.layers[:1]
     forward, generate = base.forward, base.generate
     ids = torch.tensor([[1, 504, 2725], [2725, 282, 9]])
@@ -231,9 +231,9 @@ def test_names_of_a_pools_model(fresh_smollm2: Any) -> None:
         plain = base(input_ids=ids).logits
         names = ["b", "__base__"]
         found = base(input_ids=ids, adapter_names=names).logits
-        torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(found[0], plain[0], atol=1e-2)
-        torch.testing.assert_close(found[1], plain[1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected[0])
+        assert not torch.allclose(found[0], plain[0])
+        torch.testing.assert_close(found[1], plain[1])
         made = base.generate(input_ids=ids, adapter_names=names, **more)
         assert torch.equal(made, expected[1])
         for call in (base, base.generate):
