@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,21 +147,11 @@ def _add_adapter(
     try:
         with _outside_inference_mode():
             for name in plan.targets:
-                module = model.get_submodule(name)
-                if not isinstance(module, LoraLayer):
-                    layer = _make_layer(module)
-                    replaced.append((name, module))
-                    _set_submodule(model, name, layer)
-                    module = layer
-                _add_to_layer(module, adapter_name, name, config, autocast)
+                layer = _one_of(LoraLayer, _make_layer, model, name, replaced)
+                _add_to_layer(layer, adapter_name, name, config, autocast)
             for name in plan.modules_to_save:
-                module = model.get_submodule(name)
-                if not isinstance(module, ModulesToSaveWrapper):
-                    wrapper = ModulesToSaveWrapper(module)
-                    replaced.append((name, module))
-                    _set_submodule(model, name, wrapper)
-                    module = wrapper
-                module.add_adapter(adapter_name)
+                make = ModulesToSaveWrapper
+                _one_of(make, make, model, name, replaced).add_adapter(adapter_name)
     except BaseException:
         delete_adapter(model, adapter_name)
         for name, module in replaced:
@@ -169,6 +159,23 @@ def _add_adapter(
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
+
+
+def _one_of(
+    kind: type,
+    make: Callable[[nn.Module], Any],
+    model: nn.Module,
+    name: str,
+    replaced: list[tuple[str, nn.Module]],
+) -> Any:
+    """Returns a module of that kind: the one of that name, or what is made of it in its place."""
+    module = model.get_submodule(name)
+    if isinstance(module, kind):
+        return module
+    made = make(module)
+    replaced.append((name, module))
+    _set_submodule(model, name, made)
+    return made
 
 
 def _make_layer(module: nn.Module) -> LoraLayer:
