@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_compile_mixed import (  # noqa: F401
     NAMES,
+    Gated,
     K,
     _fresh,
     adapted,
@@ -21,7 +22,7 @@ from test_compile_mixed import (  # noqa: F401
     results,
 )
 
-from fastlora import LoraConfig, LoraModel
+from fastlora import LoraConfig, LoraModel, get_peft_model
 
 # On layers that are fused, with a bias and without, and on one that is called as it is.
 DORA: dict[str, dict[str, Any]] = {
@@ -86,13 +87,50 @@ def test_any_mix_is_one_graph_in_serving() -> None:
         check(results(compiled, model, x, tokens), model, x, tokens)
 
 
-def test_dropout_of_dora_breaks_the_graph() -> None:
-    """With such rows or without, and is right where it may."""
-    model, x = with_dora(dora_p=0.5), torch.randn(3, 2, K)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    ids = ["a", "e", None]
-    for mix in (ids, ["a", "b", None]):
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            results(compiled, model, x, mix)
-    torch._dynamo.reset()
-    check(results(torch.compile(model, backend="eager"), model, x, ids), model, x, ids)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_any_mix_is_one_graph_where_dora_drops(dynamic: bool) -> None:
+    """Of samples and, with lengths that change, of tokens; with the eager forward's masks."""
+    model, chosen = with_dora(0.3, 0.5), random.Random(3)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    mixes: list[Any] = [["e", "f", "a", None], ["f"] * 4, ["a", "b", None, "c"], [None] * 4]
+    mixes += [draw(chosen) for _ in range(3)]
+    for step, ids in enumerate(mixes):
+        x = torch.randn(4, chosen.randint(5, 9) if dynamic else 3, K)
+        if step == 2:
+            torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
+        if step == 3:
+            model.base_model.model.gate.set_scale("e", 2.0)
+        mine = results(compiled, model, x, ids)
+        check(mine, model, x, ids)
+    assert graph_count() == 1
+
+
+def test_one_of_two_drops_and_the_base_trains() -> None:
+    """Scaled rows beside dropped ones, gradients of base weights and biases; one is frozen."""
+    model = with_dora(dora_p=0.5)
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout.f"):
+            module.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".f." not in name)
+    x, compiled = torch.randn(4, 3, K), torch.compile(model, backend="inductor", fullgraph=True)
+    for ids in (["e", "f", "e", None], ["a", "f", "b", "f"]):
+        check(results(compiled, model, x, ids), model, x, ids)
+    assert graph_count() == 1
+
+
+def test_only_dora_adapters() -> None:
+    """Whose dropout acts: no other adapter of the layer is left."""
+    config = LoraConfig(r=2, target_modules=["gate", "down"], use_dora=True, lora_dropout=0.5)
+    torch.manual_seed(0)
+    model = get_peft_model(Gated(), config, adapter_name="e")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 2, K)
+    for ids in (["e", None, "e"], [None, None, None]):
+        check(results(compiled, model, x, ids), model, x, ids)
+    assert graph_count() == 1

@@ -1,9 +1,8 @@
 """A mixed batch in a graph that is being compiled: from a layer to one operator.
 
 Nothing that depends on the mix is read here but as a tensor, so that no mix compiles anything. What
-graphs cannot do is left to the forward that runs without them, where a full graph breaks: layers
-that have a DoRA adapter whose dropout acts, with rows in the batch or not; DoRA in a pool, hooked
-factors, the batch-invariant mode, gradients through a pool.
+graphs cannot do is left to the forward that runs without them, where a full graph breaks: DoRA in a
+pool, hooked factors, the batch-invariant mode, gradients through a pool.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fastlora.batch_invariant import is_batch_invariant
 from fastlora.graph_routing import GraphRouting, PoolGraphRouting
 from fastlora.layers import mixed_graph_dora
 from fastlora.layers.branch import factors_of, scaling_of
+from fastlora.layers.mixed_graph_dora import DoraSlots
 from fastlora.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,11 +56,12 @@ def linear(
             return _pool_kernels(layer, x, weight, bias, routing.graph)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return _pool_add_(layer, y, x, routing.graph)
-    batch, arguments = routing.graph, _arguments(layer, x, routing, projection)
-    if batch is None or arguments is None:
+    batch, found = routing.graph, _arguments(layer, x, routing, projection)
+    if batch is None or found is None:
         return None
+    arguments, dora = found
     y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments)
-    return mixed_graph_dora.scale_rows(layer, y, batch)
+    return _with_dora(layer, y, x, batch, projection, dora)
 
 
 def add(
@@ -73,23 +74,34 @@ def add(
         copied = y.clone(memory_format=torch.contiguous_format)
         return _pool_add_(layer, copied, x, routing.graph) if runs else None
     batch = routing.graph
-    arguments = None if x.dtype != y.dtype else _arguments(layer, x, routing, projection)
-    if batch is None or arguments is None:
+    found = None if x.dtype != y.dtype else _arguments(layer, x, routing, projection)
+    if batch is None or found is None:
         return None
+    arguments, dora = found
     y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments)
-    return mixed_graph_dora.scale_rows(layer, y, batch)
+    return _with_dora(layer, y, x, batch, projection, dora)
 
 
-def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -> _Arguments | None:
+def _with_dora(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    batch: GraphRouting,
+    projection: int,
+    slots: DoraSlots,
+) -> torch.Tensor:
+    y = mixed_graph_dora.add_dropped(layer, y, x, batch, projection, slots.dropped)
+    return mixed_graph_dora.scale_rows(layer, y, batch, slots.scaled)
+
+
+def _arguments(
+    layer: Any, x: torch.Tensor, routing: Routing, projection: int
+) -> tuple[_Arguments, DoraSlots] | None:
+    """Returns what the operators take, slots left out whose dropout `DoraSlots` is to do."""
     batch = routing.graph
     if torch.is_grad_enabled() and isinstance(batch, GraphRouting):
         layer.note_compiled(_APART)
-    if (
-        not isinstance(batch, GraphRouting)
-        or layer.merged_adapters
-        or is_batch_invariant()
-        or mixed_graph_dora.drops(layer, batch)
-    ):
+    if not isinstance(batch, GraphRouting) or layer.merged_adapters or is_batch_invariant():
         return None
     names = [name for name in batch.names if name in layer.lora_A]
     found = [factors_of(layer, name) for name in names]
@@ -105,8 +117,9 @@ def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -
     zero = torch.zeros((), dtype=exact, device=x.device)
     lora_a, lora_b, lora_bias, scalings, dropout_p = [], [], [], [], []
     own = dict(zip(names, found, strict=True))
-    for name in batch.names:
-        factors = own.get(name)
+    dora = mixed_graph_dora.dora_slots(layer, batch)
+    for slot, name in enumerate(batch.names):
+        factors = None if slot in dora.dropped else own.get(name)
         if factors is None:
             factors = (none_a, none_b, None, 0.0)
             scaling = zero
@@ -117,7 +130,7 @@ def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -
         lora_bias.append(None if factors[2] is None else factors[2].to(dtype))
         scalings.append(scaling.reshape(()))
         dropout_p.append(factors[3])
-    return _Arguments(
+    arguments = _Arguments(
         lora_a,
         lora_b,
         lora_bias,
@@ -128,6 +141,7 @@ def _arguments(layer: Any, x: torch.Tensor, routing: Routing, projection: int) -
         projection if any(dropout_p) else 0,
         impl,
     )
+    return arguments, dora
 
 
 def _serves(layer: Any, *tensors: torch.Tensor | None) -> bool:

@@ -1,50 +1,109 @@
-"""DoRA's rows of a mixed batch in a compiled graph: one scale for each adapter, found by row.
+"""DoRA's rows of a mixed batch in a compiled graph: found by their ids while it runs.
 
-The scales of all the model's DoRA adapters are made in every forward, those without rows too, for
-which ones have rows is the mix. Under active dropout there is no such scale: the base product of
-these rows is one of their own (`fastlora.dora`), and the layer breaks the graph.
+Where no dropout acts, a row finds its adapter's scale in a table. Under active dropout there is no
+such scale, and rows have a second base product (`fastlora.mixed_dora_ops`). The norms of all the
+model's DoRA adapters are made in every forward, of those without rows too, for which ones have rows
+is the mix.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from fastlora import mixed_dora_ops, ops  # noqa: F401 - registers operators
 from fastlora.graph_routing import GraphRouting
-from fastlora.layers.branch import scaling_of
+from fastlora.layers.branch import scaling_of, scaling_tensor
+from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import adapter_squares, magnitude_of
 from fastlora.layers.dora_mixed import acts
+from fastlora.training_routing import seeds_of_layer
 
 
-def drops(layer: Any, batch: GraphRouting) -> bool:
-    """Whether the dropout of a DoRA adapter of the layer acts."""
-    dropouts = layer._modules["lora_dropout"]._modules
-    return any(acts(dropouts[batch.names[slot]]) for slot in _slots(layer, batch))
+class DoraSlots(NamedTuple):
+    """Which of a model's adapters use DoRA on one layer, by their places in `GraphRouting.names`.
+
+    Attributes:
+        scaled: Those whose rows are scaled after their LoRA term.
+        dropped: Those whose dropout acts: they have no LoRA term before `add_dropped`.
+    """
+
+    scaled: tuple[int, ...]
+    dropped: tuple[int, ...]
 
 
-def _slots(layer: Any, batch: GraphRouting) -> list[int]:
+def dora_slots(layer: Any, batch: GraphRouting) -> DoraSlots:
+    """Returns which slots use DoRA on a layer."""
     magnitudes = layer._modules.get("lora_magnitude_vector")
     names = () if magnitudes is None else magnitudes._modules
-    return [slot for slot, name in enumerate(batch.names) if name in names]
+    slots = [slot for slot, name in enumerate(batch.names) if name in names]
+    dropouts = layer._modules["lora_dropout"]._modules
+    dropped = tuple(slot for slot in slots if acts(dropouts[batch.names[slot]]))
+    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
-def scale_rows(layer: Any, y: torch.Tensor, batch: GraphRouting) -> torch.Tensor:
+def _squares(layer: Any, name: str) -> torch.Tensor:
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return adapter_squares(layer, *factors, scaling_of(layer, name))
+
+
+def add_dropped(
+    layer: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    batch: GraphRouting,
+    projection: int,
+    slots: tuple[int, ...],
+) -> torch.Tensor:
+    """Returns ``y [..., N]`` with the rows of adapters whose dropout acts, as autograd traces it.
+
+    Args:
+        layer: Holds the adapters.
+        y: The base layer's output in these rows.
+        x: ``[..., K]``, in the dtype that the layer computes in.
+        batch: Its ids are per sample or per token.
+        projection: The layer's number in its model.
+        slots: `DoraSlots.dropped`.
+    """
+    if not slots:
+        return y
+    names = [batch.names[slot] for slot in slots]
+    scalings = [scaling_tensor(layer, name, scaling_of(layer, name), x) for name in names]
+    return torch.ops.fastlora.mixed_dora_graph_dropped(
+        y,
+        x,
+        dense_weight(layer.get_base_layer()),
+        [layer.lora_A[name].weight for name in names],
+        [layer.lora_B[name].weight for name in names],
+        [magnitude_of(layer, name) for name in names],
+        [_squares(layer, name) for name in names],
+        torch.stack(scalings),
+        batch.ids,
+        seeds_of_layer(batch.seeds, projection),
+        list(slots),
+        [layer.lora_dropout[name].p for name in names],
+        ops.resolve_impl(getattr(layer, "impl", "auto"), x),
+    )
+
+
+def scale_rows(
+    layer: Any, y: torch.Tensor, batch: GraphRouting, slots: tuple[int, ...]
+) -> torch.Tensor:
     """Returns ``y [..., N]`` with the rows of DoRA adapters scaled, as autograd traces it.
 
     Args:
         layer: Holds the adapters.
         y: Base layer's output, bias included, and every row's LoRA term.
         batch: Its ids are per sample or per token.
+        slots: `DoraSlots.scaled`.
     """
-    slots = _slots(layer, batch)
     if not slots:
         return y
     scales = []
     for slot in slots:
         name = batch.names[slot]
-        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-        squares = adapter_squares(layer, *factors, scaling_of(layer, name))
+        squares = _squares(layer, name)
         scales.append(magnitude_of(layer, name).to(squares.dtype) * squares.rsqrt())
     table = torch.stack([*scales, torch.ones_like(scales[0])])
     known = [slots.index(slot) if slot in slots else len(slots) for slot in range(len(batch.names))]

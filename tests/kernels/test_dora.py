@@ -150,10 +150,10 @@ def test_rows_of_a_mixed_batch(lab: Any) -> None:
                 torch.testing.assert_close(results[1][row : row + 1], model(x[row : row + 1]))
 
 
-@pytest.mark.parametrize("called", [False, True], ids=["fused", "called"])
+@pytest.mark.parametrize("kind", ["fused", "called", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_mixed_rows_with_dropout(
-    lab: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, called: bool
+    lab: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str
 ) -> None:
     """By kernels throughout, DoRA rows that drop beside others; in and out of the slots' order."""
 
@@ -163,8 +163,8 @@ def test_mixed_rows_with_dropout(
     for function in (mixed.MixedLoraLinear, mixed.MixedLoraAdd):
         monkeypatch.setattr(function, "apply", fell_back)
     torch.manual_seed(0)
-    kind = type("Called", (nn.Linear,), {}) if called else nn.Linear
-    base = nn.Sequential(kind(20, 33, dtype=dtype, device=lab.device))
+    linear = type("Called", (nn.Linear,), {}) if kind == "called" else nn.Linear
+    base = nn.Sequential(linear(20, 33, dtype=dtype, device=lab.device))
     dora_too = {"target_modules": ["0"], "use_dora": True}
     model = get_peft_model(
         base, LoraConfig(r=3, lora_dropout=0.3, **dora_too), "drops", autocast_adapter_dtype=False
@@ -179,6 +179,10 @@ def test_mixed_rows_with_dropout(
                 parameter.mul_(0.5).add_(torch.rand(parameter.shape).to(parameter))
     train_adapters(model, ["drops", "plain", "scaled"])
     names = [n for n, p in model.named_parameters() if p.requires_grad]
+    call: Any = model.base_model.model
+    if kind == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
     seed = 77
     for ids in (
         ["plain", "drops", None, "scaled", "drops", "drops", "plain"],
@@ -187,7 +191,7 @@ def test_mixed_rows_with_dropout(
         x = torch.randn(len(ids), 20).to(lab.device, dtype).requires_grad_(True)
         dy = torch.randn(len(ids), 33).to(lab.device, dtype)
         with adapters(model, ids, seeds=dict.fromkeys(set(ids) - {None}, seed)):
-            y = model.base_model.model(x)
+            y = call(x)
         trained = [x, *(p for p in model.parameters() if p.requires_grad)]
         mine = [y, *torch.autograd.grad(y, trained, dy, materialize_grads=True)]
         own_seed = layer_seed(seed, layer.routed_as).to(lab.device)
