@@ -4,8 +4,10 @@ All that depends on the mix are tensors: slots of the samples or tokens, and dro
 factors of every adapter that the model has are arguments, whether it has rows or not, so that a
 graph serves any mix. In the backward, adapters without rows get zeros.
 
-`mixed_lora_graph_linear` and `mixed_lora_graph_add` decompose where autograd is traced, into
-`fastlora.mixed_autograd`. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
+`mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
+autograd is traced, into `fastlora.mixed_autograd`. The last is called alike by layers fed by the
+same x, as in `fastlora.sibling_ops`: the others get what the first one made, and each hands its s
+to its own operator. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
 `mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.mixed_ops` do
 on a GPU.
 
@@ -26,15 +28,20 @@ import torch
 from fastlora import mixed_autograd, reference
 from fastlora.ops import _LIBRARY, _implements
 from fastlora.row_groups import RowGroups, build_row_groups, piece_entries, piece_starts
+from fastlora.siblings import keep_made, take_made
 from fastlora.training_routing import seeds_of_layer
 
 _FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
-_BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl"
+_BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl, Tensor? s"
 _LIBRARY.define(
     f"mixed_lora_graph_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_BATCH})"
     " -> Tensor"
 )
 _LIBRARY.define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
+_LIBRARY.define(
+    "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, Tensor ids,"
+    " int slots, ScalarType dtype, str impl) -> Tensor[]"
+)
 _LIBRARY.define(
     "mixed_lora_groups(Tensor ids, SymInt m, int slots, Device device)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -114,8 +121,16 @@ def _batch(
     return mixed_autograd.KernelBatch(groups, scaling, drawn, dropout_p, impl=impl)
 
 
-def _in_turn(*factors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [tensor for slot in zip(*factors, strict=True) for tensor in slot]
+def _in_turn(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    lora_bias: Sequence[torch.Tensor | None],
+    s: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """Returns each slot's factors in turn; with an s the gradient of lora_a comes through it."""
+    if s is not None:
+        lora_a = [factor.detach() for factor in lora_a]
+    return [tensor for slot in zip(lora_a, lora_b, lora_bias, strict=True) for tensor in slot]
 
 
 @torch.library.impl(_LIBRARY, "mixed_lora_graph_linear", "CompositeImplicitAutograd")
@@ -132,10 +147,11 @@ def _mixed_lora_graph_linear(
     dropout_p: list[float],
     projection: int,
     impl: str,
+    s: torch.Tensor | None,
 ) -> torch.Tensor:
     batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias)
-    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, None, *factors)
+    factors = _in_turn(lora_a, lora_b, lora_bias, s)
+    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
 
 
 @torch.library.impl(_LIBRARY, "mixed_lora_graph_add", "CompositeImplicitAutograd")
@@ -151,10 +167,37 @@ def _mixed_lora_graph_add(
     dropout_p: list[float],
     projection: int,
     impl: str,
+    s: torch.Tensor | None,
 ) -> torch.Tensor:
     batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias)
-    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, None, *factors)
+    factors = _in_turn(lora_a, lora_b, lora_bias, s)
+    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_shrink", "CompositeImplicitAutograd")
+def _mixed_lora_graph_shrink(
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    places: list[int],
+    modules: int,
+    ids: torch.Tensor,
+    slots: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> list[torch.Tensor]:
+    """Returns s ``[M, R]`` of each module: ``places`` says whose and of which slot a lora_a is."""
+    key = tuple(places), modules, slots, dtype, impl, torch.is_grad_enabled()
+    made = take_made(x, [*lora_a, ids], key)
+    if made is None:
+        rows = x.detach().to(dtype)
+        # Of scalings and dropout this node has nothing.
+        batch = _batch(rows, rows.new_empty(0), ids, ids.new_empty(0), [0.0] * slots, 0, impl)
+        factors: list[torch.Tensor | None] = [None] * (modules * slots)
+        for place, factor in zip(places, lora_a, strict=True):
+            factors[place] = factor
+        made = mixed_autograd.MixedLoraShrinkKernels.apply(rows, batch, *factors)
+        keep_made(x, [*lora_a, ids], key, made, modules)
+    return list(made)
 
 
 @_implements("mixed_lora_pool_add_")

@@ -39,7 +39,7 @@ def _lora_shrink_siblings(
     made = take_made(x, lora_a, key)
     if made is None:
         made = shrink_siblings(x, lora_a, dropout_p, dtype, impl)
-        keep_made(x, lora_a, key, made)
+        keep_made(x, lora_a, key, made, len(lora_a))
     shrunk, seeds = made
     return list(shrunk), [seed for seed in seeds if seed is not None]
 

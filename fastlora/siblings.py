@@ -219,7 +219,7 @@ def take_made(x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any) -> Any
 
     Args:
         x: As in that call.
-        tensors: Likewise; so many calls are expected.
+        tensors: Likewise.
         key: What else it depends on.
     """
     made: _Made | None = getattr(_thread, "made", None)
@@ -236,12 +236,14 @@ def take_made(x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any) -> Any
     return made.value
 
 
-def keep_made(x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any, value: Any) -> None:
-    """Keeps what a call made until ``len(tensors)`` equal ones were served or another one comes."""
+def keep_made(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], key: Any, value: Any, calls: int
+) -> None:
+    """Keeps what the first of ``calls`` equal calls made, until all were served or others come."""
     if x.is_inference():
         return
     references = [weakref.ref(tensor) for tensor in tensors]
-    left = [None] * (len(tensors) - 1)
+    left = [None] * (calls - 1)
     versions = _versions(x, tensors)
     _thread.made = _Made(weakref.ref(x), references, versions, key, value, left)
 

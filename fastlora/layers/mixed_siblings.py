@@ -2,8 +2,8 @@
 
 Siblings are found, and results are used, as in `fastlora.layers.shared_shrink`: the first sibling
 that is called makes everybody's s in one node, whose backward forms all their d_lora_a
-(`fastlora.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products and compiled graphs share
-nothing in a mixed batch, which the fusion report says.
+(`fastlora.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products share nothing in a mixed
+batch, which the fusion report says.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from fastlora.validation import FastLoraError
 
 _Parts = Sequence[Part | None]
 
-_DROPOUT = "under dropout each of them masks x for itself"
-_NO_KERNELS = "without kernels each layer of a mixed batch has its own pass over x"
+DROPOUT = "under dropout each of them masks x for itself"
+HOOKED = "one of them has hooks"
+FROZEN = "one of them is frozen, or no adapter of the batch acts on it"
+APART_IN_PYTORCH = "without kernels each layer of a mixed batch has its own pass over x"
 
 
 def shared_shrink(
@@ -77,7 +79,7 @@ def note_apart(layer: Any, x: torch.Tensor) -> None:
         return
     family = family_of(layer, x)
     if family is not None:
-        family.why_not[id(layer)] = _NO_KERNELS
+        family.why_not[id(layer)] = APART_IN_PYTORCH
 
 
 def _key(parts: _Parts) -> tuple[Any, ...]:
@@ -149,11 +151,11 @@ def _why_not(layer: Any, parts: _Parts, rows: torch.Tensor) -> str:
     """Returns why a layer has its own pass over x, or an empty string."""
     present = [part for part in parts if part is not None]
     if is_hooked(layer):
-        return "one of them has hooks"
+        return HOOKED
     if any(part.dropout_p for part in present):
-        return _DROPOUT
+        return DROPOUT
     if not any(part.lora_a.requires_grad for part in present):
-        return "one of them is frozen, or no adapter of the batch acts on it"
+        return FROZEN
     if any(part.lora_a.shape[1] != rows.shape[-1] for part in present):
         return "one of them takes another number of features"
     return ""

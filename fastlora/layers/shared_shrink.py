@@ -32,7 +32,7 @@ _INVARIANT = "the batch-invariant mode is on"
 # 1.006 and 0.997; of gate/up: fp32 1.008, 1.001 and 0.996, bf16 1.002, 0.991 and 0.995.
 MIN_ROWS = 1024
 _FEW_ROWS = f"below {MIN_ROWS} rows PyTorch is as fast apart"
-_UNSEEN = "no forward was seen before torch.compile"
+UNSEEN = "no forward was seen before torch.compile"
 LAST = "no sibling that is called after it can share"
 _DROPOUT = "PyTorch has nothing to share under dropout, where each projection masks x for itself"
 
@@ -77,7 +77,7 @@ def _shared_in_graph(
 ) -> functional.Shrunk | None:
     """`shared_shrink` in a graph that is being compiled; for any number of rows."""
     if not layer.knows_siblings():
-        layer.note_compiled(_UNSEEN)
+        layer.note_compiled(UNSEEN)
         return None
     members = [reference() for reference in layer._family.members]
     found, why = _sharing(members, layer, x, impl)

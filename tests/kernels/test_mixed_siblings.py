@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,7 +23,7 @@ from test_mixed_layers import Attention, eager  # noqa: E402
 from test_mixed_training_layers import NAMES, Scaled, compare, step, trainable  # noqa: E402
 
 import fastlora  # noqa: E402
-from fastlora import adapters, fusion_report  # noqa: E402
+from fastlora import adapters, fusion_report, philox_reference, reference  # noqa: E402
 from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
@@ -36,6 +37,12 @@ def on_the_labs_device(lab: Any) -> Iterator[None]:
     with torch.device(lab.device):
         yield
     torch.use_deterministic_algorithms(False)
+
+
+def kernel_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """The kernels' mask in PyTorch's place."""
+    keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)
+    return keep.to(x.device, reference.INTEGERS[x.itemsize])
 
 
 class Calls(TorchDispatchMode):
@@ -63,6 +70,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         launch(s, *args, **kwargs)
 
     monkeypatch.setattr(mixed_lora_shrink, "launch_mixed_lora_shrink", counted)
+    return found
+
+
+@pytest.fixture
+def backward_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Modules of each launch for d_lora_a."""
+    from fastlora.kernels import mixed_lora_grad_a
+
+    found: list[int] = []
+    launch = mixed_lora_grad_a.launch_mixed_lora_grad_a
+
+    def counted(d_lora_a: Any, x: Any, ds: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        found.append(ds.shape[0])
+        launch(d_lora_a, x, ds, *args, **kwargs)
+
+    monkeypatch.setattr(mixed_lora_grad_a, "launch_mixed_lora_grad_a", counted)
     return found
 
 
@@ -286,6 +309,50 @@ def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> 
     near, exact = step(slow, x, names), step(slow.double(), x.double(), names)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     compare({"y": y.detach(), "dx": leaf.grad, **found}, near, exact)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_compiled(launches: list[int], backward_launches: list[int], autocast: bool) -> None:
+    """One shrink and one pass for d_lora_a, one graph for any mix; a DoRA that drops beside."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, x = trainable(3, torch.float32), torch.randn(5, 64)
+    config = fastlora.LoraConfig(r=4, target_modules=["q"], use_dora=True, lora_dropout=0.5)
+    model.add_adapter("d", config)
+    train_adapters(model, ["a0", "a1", "a2", "d"])
+    model.base_model.model.q.lora_dropout["d"].train()
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+
+    def run(some: Any, given: torch.Tensor, names: Any, call: Any = None) -> Any:
+        """As `step`; compiled graphs have zeros for adapters without rows."""
+        leaf = given.detach().requires_grad_()
+        on = autocast and given.dtype == torch.float32
+        with (
+            adapters(some, names, seeds={"d": 3}),
+            torch.autocast(leaf.device.type, torch.half, enabled=on),
+        ):
+            y = (some if call is None else call)(leaf)
+        y.to(torch.promote_types(y.dtype, torch.float32)).pow(2).sum().backward()
+        found = {n: p.grad for n, p in some.named_parameters() if p.grad is not None}
+        some.zero_grad(set_to_none=True)
+        narrow = torch.half if on else given.dtype
+        found = {"y": y.detach(), "dx": leaf.grad, **found}
+        return {n: t.to(narrow) for n, t in found.items() if t.any() or n[1:] in ("", "x")}
+
+    run(model, x, ["a1", "a0", None, "a2", "a0"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reference, "lora_keep", kernel_keep)
+        mixes: list[Any] = [["a1", "d", None, "a2", "a0"], ["a0"] * 5]
+        for names in mixes[autocast:]:
+            launches.clear()
+            backward_launches.clear()
+            found = run(model, x, names, compiled)
+            assert launches == [3, 1]  # of q, k and v; of o
+            assert backward_launches == [1, 3]
+            slow = eager(model)
+            compare(found, run(slow, x, names), run(slow.double(), x.double(), names))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert all(note.endswith("3 share x") for note in notes(model)[:3])
 
 
 @pytest.mark.parametrize("k", [24, 2048], ids=["whole", "split"])

@@ -1,0 +1,84 @@
+"""A layer's adapters in a compiled mixed batch: one slot for every adapter that the model has."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora import ops
+from fastlora.batch_invariant import is_batch_invariant
+from fastlora.graph_routing import GraphRouting
+from fastlora.layers.branch import factors_of, scaling_of
+from fastlora.layers.mixed_graph_dora import DoraSlots, dora_slots
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class GraphSlots(NamedTuple):
+    """What the operators of `fastlora.mixed_graph_ops` take of a layer.
+
+    An adapter has rank 0 where it leaves the layer alone or its DoRA drops.
+
+    Attributes:
+        lora_a, lora_b, lora_bias: Of each slot ``[rank, K]``, ``[N, rank]``, ``[N]`` or None.
+        scaling: ``[S]``.
+        dropout_p: Of each slot, the probability that acts.
+        impl: ``"triton"`` or ``"eager"``.
+        dora: What is done behind these operators.
+    """
+
+    lora_a: list[torch.Tensor]
+    lora_b: list[torch.Tensor]
+    lora_bias: list[torch.Tensor | None]
+    scaling: torch.Tensor
+    dropout_p: list[float]
+    impl: str
+    dora: DoraSlots
+
+    def arguments(self, batch: GraphRouting, projection: int) -> tuple[Any, ...]:
+        """Returns what stands behind the base layer's tensors in the operators' schemas."""
+        number = projection if any(self.dropout_p) else 0
+        return *self[:4], batch.ids, batch.seeds, self.dropout_p, number, self.impl
+
+
+def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
+    """Returns a layer's slots; None where it cannot be in a graph.
+
+    Args:
+        layer: Holds the adapters.
+        x: Its input, in the dtype that it computes in.
+        batch: The routing's ``graph``.
+    """
+    if not isinstance(batch, GraphRouting) or layer.merged_adapters or is_batch_invariant():
+        return None
+    names = [name for name in batch.names if name in layer.lora_A]
+    found = [factors_of(layer, name) for name in names]
+    if not names or None in found or any(f[0].device != x.device for f in found if f is not None):
+        return None
+    tensors = [t for f in found if f is not None for t in f[:3] if t is not None]
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    impl = getattr(layer, "impl", "auto")
+    impl = ops.resolve_impl(impl, x) if dtype in _KERNEL_DTYPES or impl == "triton" else "eager"
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    none_a = x.new_empty(0, layer.in_features, dtype=dtype)
+    none_b = x.new_empty(layer.out_features, 0, dtype=dtype)
+    zero = torch.zeros((), dtype=exact, device=x.device)
+    lora_a, lora_b, lora_bias, scalings, dropout_p = [], [], [], [], []
+    own = dict(zip(names, found, strict=True))
+    dora = dora_slots(layer, batch)
+    for slot, name in enumerate(batch.names):
+        factors = None if slot in dora.dropped else own.get(name)
+        if factors is None:
+            factors = (none_a, none_b, None, 0.0)
+            scaling = zero
+        else:
+            scaling = torch.as_tensor(scaling_of(layer, name), dtype=exact, device=x.device)
+        lora_a.append(factors[0].to(dtype))
+        lora_b.append(factors[1].to(dtype))
+        lora_bias.append(None if factors[2] is None else factors[2].to(dtype))
+        scalings.append(scaling.reshape(()))
+        dropout_p.append(factors[3])
+    stacked = torch.stack(scalings)
+    return GraphSlots(lora_a, lora_b, lora_bias, stacked, dropout_p, impl, dora)
