@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TwoLayers, randomise, tiny_llama
@@ -21,6 +22,7 @@ from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
 
 peft = pytest.importorskip("peft", reason="patches PEFT models")
+LoraLayer = peft.tuners.lora.LoraLayer
 pytest.importorskip("transformers", reason="uses a Llama")
 
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -133,6 +135,36 @@ def test_copies_and_unpatch() -> None:
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert fastlora.fusion_report(model).fused == 0
     assert "fastlora.patch(model) fuses it" in str(fastlora.fusion_report(model))
+
+
+def test_other_scalings_compile_nothing() -> None:
+    """In a compiled patched model, in every way that PEFT sets one; unpatched it has numbers."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = peft_model()
+    fastlora.patch(model)
+    model.add_adapter("late", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    randomise(model, seed=4)
+    model.base_model.set_adapter(["default", "late"])
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    for step in range(6):
+        for layer in layers:
+            if step % 2:
+                layer.scale_layer(0.5 + step)
+            else:
+                layer.set_scale("default", 1.0 + step)
+        torch.testing.assert_close(logits(compiled), logits(model))
+    assert counters["stats"]["unique_graphs"] == 1
+    kinds = [m.scaling.tensors["late"].dtype for m in layers if "late" in m.scaling]
+    assert kinds == [torch.float64] * 4
+    assert {m.scaling.tensors["default"].dtype for m in layers} == {torch.float64}
+    model.float()
+    assert {m.scaling.tensors["default"].dtype for m in layers} == {torch.float32}
+    expected = logits(model)
+    fastlora.unpatch(model)
+    assert {type(layer.scaling) for layer in layers} == {dict}
+    torch.testing.assert_close(logits(model), expected)
 
 
 def hook(model: Any) -> None:

@@ -35,13 +35,14 @@ from fastlora.layers.dora import (
 )
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
+from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.recompute import keep_routing
 from fastlora.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
 
 
-class _FastForward:
+class _FastForward(HasScalings):
     """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
     Comes before a LoRA layer class of PEFT's among the bases.
@@ -74,6 +75,11 @@ class _FastForward:
         y = base(x, *args, **kwargs)
         added_forward = dora_added_forward if dora else lora_added_forward
         return added_forward(self, y, x, names, "auto", inplace=False)
+
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's layer."""
+        super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
+        self._fit_scalings([adapter_name])
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""
@@ -296,13 +302,17 @@ def patch_layer(module: nn.Module) -> None:
     """Gives a LoRA layer of PEFT's its patched class, if there is one; leaves any other module."""
     fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
+        scalings = module.__dict__.pop("scaling")
         module.__class__ = fast
+        module.scaling = scalings  # where compiled graphs find tensors
 
 
 def unpatch_layer(module: nn.Module) -> None:
     """Undoes `patch_layer`."""
     if isinstance(module, _FastForward):
-        module.__class__ = type(module).__mro__[2]  # behind the patched class and _FastForward
+        scalings = dict(module.__dict__.pop("_scaling"))
+        module.__class__ = type(module).__bases__[1]  # beside _FastForward
+        module.scaling = scalings
         for name in (
             "_scaling_tensors",
             "_dora_norms",

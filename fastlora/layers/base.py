@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fastlora.ids import check_adapter_name
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude, forget_norms
 from fastlora.layers.merging import Mergeable
-from fastlora.layers.scalings import Scalings
+from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.routing import Group
 from fastlora.sharding import is_sharded
@@ -30,7 +30,7 @@ from fastlora.validation import (
 )
 
 
-class LoraLayer(Mergeable):
+class LoraLayer(HasScalings, Mergeable):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     Attributes:
@@ -75,17 +75,6 @@ class LoraLayer(Mergeable):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     # ----------------------------------------------------------------------------- adapters
-
-    @property
-    def scaling(self) -> dict[str, Any]:
-        """Adapter name to the number that its update is multiplied with."""
-        scalings: dict[str, Any] = self.__dict__["_scaling"]
-        return scalings
-
-    @scaling.setter
-    def scaling(self, values: dict[str, Any]) -> None:
-        self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
-        self._fit_scalings(values)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -289,19 +278,6 @@ class LoraLayer(Mergeable):
         """Drops packed factors of mixed batches, within a block too: they are about to change."""
         if self.routed_by is not None:
             self.routed_by.packs.clear()
-
-    def _fit_scalings(self, names: Iterable[str]) -> None:
-        scalings: Scalings = self.__dict__["_scaling"]
-        factors = self._modules.get("lora_A")  # not there at the very beginning
-        for name in names:
-            if isinstance(factors, nn.ModuleDict) and name in factors:
-                lora_a: Any = factors[name].weight
-                scalings.fit(name, lora_a)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._fit_scalings(self.scaling)
-        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_packed()

@@ -68,8 +68,7 @@ def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
 def scaling_of(layer: Any, name: str) -> Any:
     """Returns an adapter's scaling: a number, or in a graph that is compiled a tensor, its input.
 
-    A number would be part of the graph; that of PEFT's layers is. A tensor also where the user put
-    one.
+    A number would be part of the graph. A tensor also where the user put one.
     """
     scalings = layer.scaling
     if torch.compiler.is_compiling() and isinstance(scalings, Scalings):
