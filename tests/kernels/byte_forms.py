@@ -51,6 +51,12 @@ def shrink(m: int, k: int, r: int, e: int, f: int, config: ShrinkConfig) -> Form
     )
 
 
+def shrink_reduce(m: int, r: int, e: int, planes: int) -> Form:
+    """`launch_lora_shrink_reduce`: every plane read once, s written once."""
+    read = 4 * planes * m * r
+    return Form({"planes": (read, read)}, {"s": (e * m * r, e * m * r)}, 0)
+
+
 def linear(
     m: int, n: int, k: int, r: int, e: int, f: int, planes: int, config: LinearConfig
 ) -> Form:

@@ -1,6 +1,7 @@
 """Counts what the kernels of one adapter move, one by one, in Triton's interpreter.
 
-Those of a fused training step of one linear, and beside them the in-place expand and dropout.
+Those of a fused training step of one linear, and beside them the in-place expand, dropout, and the
+sum of a split shrink that stands alone.
 
 ``TRITON_INTERPRET=1 python tests/kernels/count_bytes.py --write`` writes `docs/kernel_bytes.csv`;
 without ``--write`` it prints the rows. ``touched`` bytes must come from memory, ``issued`` ones are
@@ -9,9 +10,10 @@ what the L2 cache must serve.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -48,17 +50,24 @@ _HALF = torch.float16
 _E, _F = 2, 4  # bytes of fp16 activations, and of the fp32 masters of the factors
 
 
-def count_step(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
-    """Runs a forward and its backward in fused kernels; returns the count of each kernel."""
-    x, weight = torch.randn(m, k, dtype=_HALF), torch.randn(n, k, dtype=_HALF)
-    lora_a, lora_b, dy = torch.randn(r, k), torch.randn(n, r), torch.randn(m, n, dtype=_HALF)
-    scaling, ops = torch.tensor(0.5), torch.ops.fastlora
+@contextlib.contextmanager
+def _on_quarter() -> Iterator[None]:
+    """Kernels are launched as on that chip."""
     with (
         mock.patch.object(configs, "chip_of", lambda device: QUARTER),
         # Programmatic dependent launch: the interpreter has no order of launches to relax.
         mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
         mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
     ):
+        yield
+
+
+def count_step(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
+    """Runs a forward and its backward in fused kernels; returns the count of each kernel."""
+    x, weight = torch.randn(m, k, dtype=_HALF), torch.randn(n, k, dtype=_HALF)
+    lora_a, lora_b, dy = torch.randn(r, k), torch.randn(n, r), torch.randn(m, n, dtype=_HALF)
+    scaling, ops = torch.tensor(0.5), torch.ops.fastlora
+    with _on_quarter():
         with ByteCounter() as forward:
             _, s = ops.lora_linear(
                 x, weight, None, lora_a, lora_b, scaling, None, 0.0, "triton", "fused"
@@ -106,21 +115,28 @@ def forms_of_step(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> dict[
 
 
 def count_others(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
-    """Runs the kernels that a fused step does not take: in-place expand, and the dropped copy."""
+    """Runs the kernels that a fused step does not take."""
     x, y, seed = torch.randn(m, k, dtype=_HALF), torch.randn(m, n, dtype=_HALF), torch.tensor([7])
     s, lora_b, scaling = torch.randn(m, r, dtype=_HALF), torch.randn(n, r), torch.tensor(0.5)
-    with mock.patch.object(configs, "chip_of", lambda device: QUARTER), ByteCounter() as counter:
+    with _on_quarter(), ByteCounter() as counter:
         torch.ops.fastlora.lora_expand_(y, s, lora_b, scaling, "triton")
         torch.ops.fastlora.lora_dropout(x, seed, 0.5, "triton")
-    return {name[1 : -len("_kernel")]: count for name, count in counter.kernels.items()}
+        torch.ops.fastlora.lora_shrink(x, torch.randn(r, k), None, 0.0, "triton")
+    found = {name[1 : -len("_kernel")]: count for name, count in counter.kernels.items()}
+    del found["lora_shrink"]  # as in the step
+    return found
 
 
 def forms_of_others(m: int, k: int, n: int, r: int) -> dict[str, Form]:
     """Returns what `count_others` must find."""
-    return {
+    forms = {
         "lora_expand": byte_forms.expand(m, n, r, _E, _F, expand_config(QUARTER, m, n, r, _HALF)),
         "lora_dropout": byte_forms.dropout(m, k, _E, dropout_config(QUARTER, m, k, _HALF)),
     }
+    splits = shrink_config(QUARTER, m, k, r, _HALF).splits
+    if splits > 1:
+        forms["lora_shrink_reduce"] = byte_forms.shrink_reduce(m, r, _E, splits)
+    return forms
 
 
 def count_all(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
