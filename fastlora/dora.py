@@ -62,7 +62,6 @@ def square_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
 
 
-@torch.no_grad()
 def adapted_squares(
     weight: torch.Tensor,
     squares: torch.Tensor,
@@ -71,11 +70,25 @@ def adapted_squares(
     scaling: torch.Tensor | float,
     cross: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row, infinity where that is 0.
+    """Returns `adapted_sums` of whole rows, infinity where they are 0; see `nonzero`."""
+    return nonzero(adapted_sums(weight, squares, lora_a, lora_b, scaling, cross))
 
-    So a row whose norm is 0 has g = 0, not NaN. In factored form,
+
+@torch.no_grad()
+def adapted_sums(
+    weight: torch.Tensor,
+    squares: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+    cross: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
+
+    In factored form,
     ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``: the largest temporary is
     ``[N, R]``. Where the update cancels most of a row, what remains has the rounding of its terms.
+    Sums over parts of the columns, each of weight and lora_a, add up to those of the whole rows.
 
     Args:
         weight: ``[N, K]``.
@@ -104,7 +117,12 @@ def adapted_squares(
             squares[:, None, None], inner[:, None, :], b[:, :, None], alpha=scaling
         )
         total = rows.view(-1)
-    return F.threshold(total, 0.0, float("inf"))  # keeps NaN
+    return total
+
+
+def nonzero(sums: torch.Tensor) -> torch.Tensor:
+    """Returns squared norms with infinity for 0: a row whose norm is 0 has g = 0, not NaN."""
+    return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
 def norm_joins(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:

@@ -50,7 +50,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
             )
         if config.use_dora:
-            _check_dora(name, module.get_base_layer() if isinstance(module, LoraLayer) else module)
+            _check_dora(module.get_base_layer() if isinstance(module, LoraLayer) else module)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear":
             raise UnsupportedLayerError(
                 f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
@@ -82,13 +82,9 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
     return plan
 
 
-def _check_dora(name: str, base: nn.Module) -> None:
-    if parallel_style(base):
-        raise UnsupportedLayerError(
-            f"DoRA is not implemented for tensor-parallel layers such as target module {name!r}; "
-            "expected use_dora=False, or a base model that is not split"
-        )
-    # FSDP2's shards: a new adapter's layer says so, and one that is there may be loaded anew.
+def _check_dora(base: nn.Module) -> None:
+    # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
+    # anew; tensor-parallel layers look at their own part.
     if not is_sharded(base._parameters.get("weight")):
         dense_weight(base)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.dora import forget_norms
+from fastlora.layers.dora_norms import forget_norms
 
 
 def refresh(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from dora_truth import Problem, make_problem
 from dora_truth import dora as plain_dora
 
 from fastlora import FastLoraLinear, dora, dora_dropped, dora_linear, reference
-from fastlora.layers import dora as layer_dora
+from fastlora.layers import dora_norms
 from fastlora.testing import assert_within_budget
 
 TRAINED = ("x", "lora_a", "lora_b", "magnitude")
@@ -217,7 +217,7 @@ def test_the_norm_joins_the_base_product(
         given.append(len(args) == 6 and args[5] is not None)
         return dora.adapted_squares(*args)
 
-    for module in (dora_linear, dora_dropped, layer_dora):
+    for module in (dora_linear, dora_dropped, dora_norms):
         monkeypatch.setattr(module, "adapted_squares", squares)
     layer(torch.randn(m, 20, requires_grad=True)).sum().backward()
     assert given == [joins]

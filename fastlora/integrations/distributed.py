@@ -5,7 +5,6 @@ DDP and FSDP2 (`fully_shard`) take models with adapters as they are; docs/distri
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.model import LoraModel
 from fastlora.module_walk import outer_modules
 from fastlora.sharding import clip_with_norm_, total_norm
-from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -58,29 +57,16 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
     Raises:
         AdapterStateError: An adapter is merged.
-        UnsupportedLayerError: An adapter with DoRA is on a layer that would be split: nothing has
-            changed. Or a layer is split in a way that adapters cannot follow: the model may then be
-            split in part, build it anew.
+        UnsupportedLayerError: A layer is split in a way that adapters cannot follow: the model may
+            then be split in part, build it anew.
     """
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor.parallel import parallelize_module
 
     base = model.get_base_model()
     layers = {n: m for n, m in outer_modules(base) if isinstance(m, FastLoraLinear)}
     for name, layer in layers.items():
         if layer.merged:
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
-        styles = [style for key, style in plan.items() if _is_named_by(name, key)]
-        if len(layer.lora_magnitude_vector) and any(
-            isinstance(style, (ColwiseParallel, RowwiseParallel)) for style in styles
-        ):
-            raise UnsupportedLayerError(
-                f"DoRA is not implemented for tensor-parallel layers; the plan splits {name!r}, "
-                f"whose adapters {list(layer.lora_magnitude_vector)} use it"
-            )
     try:
         for name, layer in layers.items():
             base.set_submodule(name, layer.to_linear())
@@ -94,12 +80,6 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
         base.set_submodule(name, module)
     model.base_model._routed = None
     return model
-
-
-def _is_named_by(name: str, key: str) -> bool:
-    """Whether a plan's key, in which each part may have wildcards, names a module."""
-    parts, patterns = name.split("."), key.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatch, parts, patterns))
 
 
 def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:

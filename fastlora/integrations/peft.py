@@ -29,10 +29,10 @@ from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fu
 from fastlora.layers.dora import (
     dora_added_forward,
     dora_forward,
-    forget_norms,
     uses_dora,
     why_dora_not_fused,
 )
+from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.scalings import HasScalings

@@ -13,7 +13,8 @@ from torch import nn
 
 from fastlora.ids import check_adapter_name
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora import DoraMagnitude, forget_norms
+from fastlora.layers.dora import DoraMagnitude
+from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
@@ -130,7 +131,7 @@ class LoraLayer(HasScalings, Mergeable):
             raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
         reference = self._factor_like()  # raises before anything changes, as the next line may
         if use_dora:
-            dense_weight(self.get_base_layer())
+            dense_weight(self._own_share().get_base_layer())
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)
@@ -148,8 +149,12 @@ class LoraLayer(HasScalings, Mergeable):
         for factor in (lora_a, lora_b):
             factor.requires_grad_(False)
         self._fit_scalings([adapter_name])
+        self._place(adapter_name)
         if use_dora:
             self.reset_magnitude(adapter_name)
+
+    def _place(self, adapter_name: str) -> None:
+        """Puts an adapter's new factors where they belong; no word about a magnitude yet."""
 
     def reset_magnitude(self, adapter_name: str) -> None:
         """Makes an adapter's magnitude the norms of its adapted weight, in its factors' dtype.

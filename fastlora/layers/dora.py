@@ -1,12 +1,12 @@
-"""DoRA on one layer: magnitudes, what is kept between forwards, and the forward of its adapters.
+"""DoRA on one layer: magnitudes, and the forward of its adapters.
 
-A layer here is anything with PEFT's attributes, as in `fastlora.layers.compute`; an adapter uses
-DoRA where ``lora_magnitude_vector`` has its name.
+A layer here is anything with PEFT's attributes, as in `fastlora.layers.compute`, or an `OwnShare`
+of one; an adapter uses DoRA where ``lora_magnitude_vector`` has its name.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,8 @@ from fastlora import functional, ops
 from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
 from fastlora.dora import (
     DoraScale,
-    adapted_squares,
-    outside_autocast,
     scale_columns,
     scale_of,
-    square_norms,
 )
 from fastlora.dora_dropped import DoraDropped, joins
 from fastlora.dora_linear import DoraLinear, runs_as_one
@@ -33,7 +30,15 @@ from fastlora.layers.compute import (
     refuse_triton,
 )
 from fastlora.layers.dense import dense_weight
-from fastlora.sharding import gathers_parameters
+from fastlora.layers.dora_norms import (
+    adapter_squares,
+    base_squares,
+    cached_squares,
+    forget_adapter,
+    magnitude_of,
+    source_of,
+)
+from fastlora.layers.own_share import OwnShare
 
 
 class DoraMagnitude(nn.Module):
@@ -46,40 +51,6 @@ class DoraMagnitude(nn.Module):
     def __init__(self, magnitude: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(magnitude)
-
-
-Stamp = tuple[int, int, int]
-
-
-class _Kept(NamedTuple):
-    """An adapter's squared norms, and what they were computed from."""
-
-    key: tuple[Any, ...]
-    value: torch.Tensor
-
-
-class NormCache:
-    """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
-
-    They are looked up by address and version of what they come from. Writes through ``.data`` move
-    neither: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
-    nothing is kept. A copied layer starts with an empty cache.
-    """
-
-    def __init__(self) -> None:
-        self.base: tuple[Stamp, torch.Tensor] | None = None
-        self.adapters: dict[str, _Kept] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
-        return NormCache()
-
-    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
-        return NormCache, ()
-
-
-def forget_norms(layer: Any) -> None:
-    """Drops what a layer keeps of norms."""
-    layer.__dict__.pop("_dora_norms", None)
 
 
 def uses_dora(layer: Any, names: list[str]) -> bool:
@@ -100,109 +71,6 @@ def why_dora_not_fused(layer: Any, names: list[str]) -> str:
     if dropout.training and not isinstance(dropout, nn.Identity):
         return "DoRA with dropout in training: a second base product, both PyTorch's"
     return ""
-
-
-def magnitude_of(layer: Any, name: str) -> torch.Tensor:
-    """Returns an adapter's magnitude, ``[N]``."""
-    return layer._modules["lora_magnitude_vector"]._modules[name].weight
-
-
-# --------------------------------------------------------------------------------------- norms
-
-
-def stamp_of(tensor: torch.Tensor) -> Stamp | None:
-    """Returns what changes when a tensor's contents do, or None where nothing tells."""
-    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_inference():
-        return None
-    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
-        return None
-    return id(tensor), tensor.data_ptr(), tensor._version
-
-
-def may_keep(device: torch.device) -> bool:
-    """Whether tensors made now may serve a later forward: not those of a graph being recorded."""
-    if torch.compiler.is_compiling():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def adapter_squares(
-    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
-) -> torch.Tensor:
-    """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
-
-    Args:
-        layer: Its base layer has the W.
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``.
-        scaling: A number, or a tensor without dimensions.
-    """
-    base = layer.get_base_layer()
-    weight = dense_weight(base)
-    squares = _base(layer, base, weight)
-    return outside_autocast(adapted_squares, weight, squares, lora_a, lora_b, scaling)
-
-
-def _base(layer: Any, base: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Returns ``||W||^2``, ``[N]``: kept while the base weight stays what it is."""
-    if not may_keep(weight.device):
-        return square_norms(weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        # It trains: written to soon, and not every optimizer moves versions.
-        _cache(layer).base = None
-        return square_norms(weight)
-    own = base.weight
-    stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
-    if stamp is None:
-        return square_norms(weight)
-    cache = _cache(layer)
-    known = cache.base
-    if known is None or known[0] != stamp:
-        with torch.inference_mode(False):  # for a backward one day
-            known = cache.base = stamp, square_norms(weight.detach())
-    return known[1]
-
-
-def _cache(layer: Any) -> NormCache:
-    cache = layer.__dict__.get("_dora_norms")
-    if cache is None:
-        cache = layer.__dict__["_dora_norms"] = NormCache()
-    return cache
-
-
-def cached_squares(
-    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> torch.Tensor:
-    """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
-
-    With gradients they are computed in every forward: an optimizer may be about to step, and not
-    all of them move versions.
-    """
-    scaling = scaling_of(layer, name)
-    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
-    if torch.is_grad_enabled() or not keeps:
-        if keeps:  # a compiler must not see what is kept
-            _forget(layer, name)
-        return adapter_squares(layer, lora_a, lora_b, scaling)
-    weight = layer.get_base_layer().weight
-    stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
-    if None in stamps:
-        return adapter_squares(layer, lora_a, lora_b, scaling)
-    kept = _cache(layer).adapters
-    key = (*stamps, scaling)
-    known = kept.get(name)
-    if known is None or known.key != key:
-        with torch.inference_mode(False):
-            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling)
-        known = kept[name] = _Kept(key, value)
-    return known.value
-
-
-def _forget(layer: Any, name: str) -> None:
-    """Drops an adapter's own norms, which a forward with gradients computes anew."""
-    cache = layer.__dict__.get("_dora_norms")
-    if cache is not None:
-        cache.adapters.pop(name, None)
 
 
 # ------------------------------------------------------------------------------------- forward
@@ -248,7 +116,7 @@ def dora_added_forward(
             if branch is None:
                 y = _called(layer, y, x, run[0])
             else:
-                y = _added(layer, y, x, run[0], branch, impl, inplace)
+                y = added(layer, y, x, run[0], branch, impl, inplace)
         inplace = True
     return y
 
@@ -284,8 +152,8 @@ def _fused(
     # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
     trains = torch.is_grad_enabled() or layer.training
     if trains and eager and not branch.dropout_p and runs_as_one(x, weight, bias, branch.lora_a):
-        _forget(layer, name)
-        squares = _base(layer, layer.get_base_layer(), weight)
+        forget_adapter(layer, name)
+        squares = base_squares(layer, weight)
         factors, scalings = (
             (branch.lora_a, branch.lora_b),
             (branch.scaling, scaling_of(layer, name)),
@@ -300,7 +168,7 @@ def _fused(
     return _scaled(u, bias, magnitude, squares)
 
 
-def _added(
+def added(
     layer: Any,
     y: torch.Tensor,
     x: torch.Tensor,
@@ -308,17 +176,21 @@ def _added(
     branch: Branch,
     impl: str,
     inplace: bool,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One DoRA adapter beside a base layer that was called, or behind other adapters."""
+    """One DoRA adapter beside a base layer that was called, or behind other adapters.
+
+    ``seed`` is its dropout's, drawn here if None.
+    """
     dtype = functional.autocast_dtype(x)
     x = x.to(dtype or x.dtype)
     base = layer.get_base_layer()
-    bias, magnitude = getattr(base, "bias", None), magnitude_of(layer, name)
+    bias = getattr(base, "bias", None)
     if branch.dropout_p:
-        return _dropped(layer, y, x, dense_weight(base), None, name, branch, impl)
-    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
-    added = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
-    u = added if bias is None else added - bias.to(added.dtype)
+        return _dropped(layer, y, x, dense_weight(base), None, name, branch, impl, seed)
+    magnitude, squares = source_of(layer, name)
+    u = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
+    u = u if bias is None else u - bias.to(u.dtype)
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
     return _scaled(u, bias, magnitude, squares)
@@ -341,19 +213,21 @@ def _dropped(
     name: str,
     branch: Branch,
     impl: str,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One DoRA adapter whose dropout acts."""
     if is_batch_invariant():
         refuse_in_mode(layer, f"dropout_p={branch.dropout_p} acts; call eval()")
     impl = ops.resolve_impl(impl, x)
-    seed, magnitude, norm_scaling = ops.draw_seed(x, impl), magnitude_of(layer, name), None
+    seed, norm_scaling = ops.draw_seed(x, impl) if seed is None else seed, None
     # Without gradients too: a checkpoint's first forward has none, and its repetition's bits.
-    if joins(x, weight, branch.lora_a, seed, impl):
-        _forget(layer, name)
-        squares = _base(layer, layer.get_base_layer(), weight)
+    if type(layer) is not OwnShare and joins(x, weight, branch.lora_a, seed, impl):
+        forget_adapter(layer, name)
+        magnitude = magnitude_of(layer, name)
+        squares = base_squares(layer, weight)
         norm_scaling = scaling_of(layer, name)
     else:
-        squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
+        magnitude, squares = source_of(layer, name)
     return DoraDropped.apply(
         *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, squares),
         *(branch.scaling, seed, branch.dropout_p, impl, norm_scaling),

@@ -19,14 +19,15 @@ from fastlora.dora_dropped import DoraDropped
 from fastlora.layers import mixed_training
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora import (
+from fastlora.layers.dora import records_gradients
+from fastlora.layers.dora_norms import (
     adapter_squares,
-    cached_squares,
     magnitude_of,
     may_keep,
-    records_gradients,
+    source_of,
     stamp_of,
 )
+from fastlora.layers.own_share import OwnShare
 from fastlora.routing import Routing, RowRouting, Segment, layer_seed
 from fastlora.validation import ImplementationError
 
@@ -117,7 +118,8 @@ def _table(
     sources = [_source(layer, routing, slot) for slot in slots]
     key = (layer.routed_as, slots)
     stamps = [stamp_of(tensor) for source in sources for tensor in source]
-    keeps = may_keep(like.device) and None not in stamps
+    # A share's tensors are made for one forward: their stamps tell nothing.
+    keeps = may_keep(like.device) and None not in stamps and type(layer) is not OwnShare
     kept = routing.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
@@ -134,9 +136,7 @@ def _table(
 def _source(layer: Any, routing: Routing, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns an adapter's magnitude on a layer, and its squared norms there."""
     if routing.residents is None:
-        name = routing.names[slot]
-        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
+        return source_of(layer, routing.names[slot])
     resident = routing.residents[slot]
     factors = resident.factors(layer.table_row)
     weight = layer.get_base_layer().weight
@@ -237,6 +237,8 @@ def _dropped(
             seed = mixed_training.seed_of(routing, projection, segment.slot, x.device)
         else:
             seed = layer_seed(routing.seeds[segment.slot], projection)
+        if type(layer) is OwnShare:
+            seed = layer.own_seed(seed)
         magnitude, squares = _source(layer, routing, segment.slot)
         parts.append(
             DoraDropped.apply(

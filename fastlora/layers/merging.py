@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.dora import adapted_squares, scale_of, square_norms
-from fastlora.layers.dora import adapter_squares, forget_norms, magnitude_of, uses_dora
+from fastlora.dora import adapted_sums, nonzero, scale_of, square_norms
+from fastlora.layers.dora import uses_dora
+from fastlora.layers.dora_norms import adapter_squares, forget_norms, magnitude_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.
@@ -50,6 +51,20 @@ class Mergeable(nn.Module):
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
+
+    # What differs where several processes have parts of the layer.
+
+    def _own_share(self) -> Any:
+        """Returns what `dora.adapter_squares` takes as the layer."""
+        return self
+
+    def _own_magnitude(self, name: str) -> torch.Tensor:
+        """Returns an adapter's magnitude, ``[N]`` of this process's weight."""
+        return magnitude_of(self, name)
+
+    def _of_whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Returns `adapted_squares` of `adapted_sums` over this process's columns."""
+        return nonzero(sums)
 
     @property
     def merged(self) -> bool:
@@ -181,7 +196,7 @@ class Mergeable(nn.Module):
         """Returns g ``[N]`` of those adapters that use DoRA."""
         dora = [name for name in names if uses_dora(self, [name])]
         return {
-            name: scale_of(magnitude_of(self, name), squares)
+            name: scale_of(self._own_magnitude(name), squares)
             for name, squares in self._unmerged_squares(dora).items()
         }
 
@@ -192,8 +207,12 @@ class Mergeable(nn.Module):
             return {}
         factors = {name: self._factors(name)[:2] for name in names}
         if not self.merged:
+            share = self._own_share()
             return {
-                name: adapter_squares(self, *factors[name], self.scaling[name]) for name in names
+                name: self._of_whole_rows(
+                    adapter_squares(share, *factors[name], self.scaling[name], part=True)
+                )
+                for name in names
             }
         weight, _, transposed = self._mergeable()
         if self._unmerged is not None and _versions(weight) == self._merged_versions[:1]:
@@ -203,7 +222,9 @@ class Mergeable(nn.Module):
             self._unmerge_from(base, None)
         squares = square_norms(base)
         return {
-            name: adapted_squares(base, squares, *factors[name], self.scaling[name])
+            name: self._of_whole_rows(
+                adapted_sums(base, squares, *factors[name], self.scaling[name])
+            )
             for name in names
         }
 

@@ -16,8 +16,8 @@ from fastlora import mixed_dora_ops, ops  # noqa: F401 - registers operators
 from fastlora.graph_routing import GraphRouting
 from fastlora.layers.branch import scaling_of, scaling_tensor
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora import adapter_squares, magnitude_of
 from fastlora.layers.dora_mixed import acts
+from fastlora.layers.dora_norms import adapter_squares, magnitude_of
 from fastlora.training_routing import seeds_of_layer
 
 

@@ -10,7 +10,8 @@ Shapes on one of T processes, where ``parallelize_module`` split the base layer:
 In both, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on what it has,
 added to its share of y. A product is linear, so partial sums of s ride along in those of y: the
 forward sends nothing that the base layer does not. In the backward dx joins the base layer's
-reduction, and only the whole factor's gradient is summed over the processes.
+reduction, and only the whole factor's gradient is summed over the processes. DoRA's scale is in
+`fastlora.layers.tensor_parallel_dora`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastlora import functional, mixed, ops
@@ -27,13 +29,15 @@ from fastlora.in_force import routing_of
 from fastlora.layers.absent import with_absent
 from fastlora.layers.branch import Branch, is_hooked, scaling_of, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
+from fastlora.layers.dora import added, uses_dora, why_dora_not_fused
+from fastlora.layers.dora_mixed import dora_slots
 from fastlora.layers.mixed_compute import check_unmerged
-from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.layers.own_share import OwnShare, own
+from fastlora.layers.tensor_parallel_dora import COLUMN_WISE, ROW_WISE, TensorParallelDora
 from fastlora.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
-from fastlora.validation import ImplementationError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
-COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
 
@@ -60,7 +64,7 @@ def parallel_style(module: nn.Module) -> str | None:
     )
 
 
-class TensorParallelLora(FastLoraWrapper):
+class TensorParallelLora(TensorParallelDora):
     """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` over several processes.
 
     The factors are DTensors over the base layer's mesh: column-wise lora_B is split along N and
@@ -77,8 +81,6 @@ class TensorParallelLora(FastLoraWrapper):
         UnsupportedLayerError: It is split in a way that adapters cannot follow, or not at all.
     """
 
-    base_layer: Any  # an nn.Linear whose parameters are DTensors
-
     def __init__(self, base_layer: nn.Module) -> None:
         style = parallel_style(base_layer)
         if style is None:
@@ -93,32 +95,24 @@ class TensorParallelLora(FastLoraWrapper):
         """See `LoraLayer.add_adapter`. Every process must call it; the first one's values count.
 
         Raises:
-            UnsupportedLayerError: The adapter has DoRA.
+            AdapterStateError: FSDP2 shards the layer too.
         """
-        if adapter.get("use_dora"):
-            raise UnsupportedLayerError("DoRA is not implemented for tensor-parallel layers")
         super().add_adapter(adapter_name, **adapter)
-        self._split(adapter_name)
 
     def take_adapters(self, layer: Any) -> None:
         """Moves another layer's adapters here, with all that they have.
 
         Args:
             layer: A LoRA layer over the same base weight, of no use afterwards.
-
-        Raises:
-            UnsupportedLayerError: An adapter has DoRA; nothing has changed.
         """
-        if len(getattr(layer, "lora_magnitude_vector", ())):
-            raise UnsupportedLayerError("DoRA is not implemented for tensor-parallel layers")
         for name in ("r", "lora_alpha", "scaling", "use_rslora"):
             setattr(self, name, copy.copy(getattr(layer, name)))
-        for name in ("lora_dropout", "lora_A", "lora_B"):
+        for name in ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector"):
             setattr(self, name, getattr(layer, name))
         self._active_adapters, self._disabled = layer.active_adapters, layer.disable_adapters
         self.impl = layer.impl
         for name in self.lora_A:
-            self._split(name)
+            self._place(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See `LoraLayer.delete_adapter`."""
@@ -133,25 +127,33 @@ class TensorParallelLora(FastLoraWrapper):
             self._handle = None
         return self.base_layer
 
-    def _split(self, name: str) -> None:
+    def _place(self, name: str) -> None:
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         mesh = self.base_layer.weight.device_mesh
-        by_column = self.style == COLUMN_WISE
-        for factor, placement in (
-            (self.lora_A[name], Replicate() if by_column else Shard(1)),
-            (self.lora_B[name], Shard(0) if by_column else Replicate()),
-        ):
-            for key, parameter in list(factor.named_parameters(recurse=False)):
+        by_output = self._output_placement()
+        parts = [
+            (self.lora_A[name], Replicate() if self.style == COLUMN_WISE else Shard(1)),
+            (self.lora_B[name], by_output),
+        ]
+        if name in self.lora_magnitude_vector:
+            parts.append((self.lora_magnitude_vector[name], by_output))
+        for holder, placement in parts:
+            for key, parameter in list(holder.named_parameters(recurse=False)):
                 # Sent from the first process, so that all start alike whatever their generators.
                 split = distribute_tensor(parameter.detach(), mesh, [placement])
-                factor.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
+                holder.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
         if self._handle is None:
             # Before the hook that parallelize_module registered: it sees this process's share.
             self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
 
     def _factor_like(self) -> torch.Tensor | None:
         weight = self.base_layer.weight
+        if weight.device_mesh.ndim != 1:
+            raise AdapterStateError(
+                f"FSDP2 shards this layer's weight too (a DTensor over {weight.device_mesh}), and "
+                "would not shard new factors: add adapters before fully_shard()"
+            )
         return weight.to_local() if weight.is_floating_point() and weight.itemsize >= 2 else None
 
     # ------------------------------------------------------------------------------ forward
@@ -179,17 +181,24 @@ class TensorParallelLora(FastLoraWrapper):
             result = self._mixed(own_x, y.to_local(), *routed)
         else:
             result = y.to_local()
+            dora = [name for name in names if uses_dora(self, [name])]
+            share = self._dora_share(dora, self.impl) if dora else None
             for name in names:
-                result = self._added(result, own_x, name)
+                result = self._added(result, own_x, name, share)
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )
 
-    def _added(self, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-        lora_a, lora_b, scaling, lora_bias, dropout_p = self._own_branch(name, x)
+    def _added(
+        self, y: torch.Tensor, x: torch.Tensor, name: str, share: OwnShare | None
+    ) -> torch.Tensor:
+        branch = self._own_branch(name, x)
+        lora_a, lora_b, scaling, lora_bias, dropout_p = branch
         seed = None
         if dropout_p:
             seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
+        if share is not None and name in share.magnitudes:
+            return added(share, y, x, name, branch, self.impl, True, seed)
         y = functional.add(
             y, x, lora_a, lora_b, scaling, dropout_p, self.impl, inplace=True, seed=seed
         )
@@ -209,27 +218,32 @@ class TensorParallelLora(FastLoraWrapper):
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
         shares: list[mixed.Share] = []
         factors: list[torch.Tensor | None] = []
+        dora, dropped = dora_slots(self, routing), {}
         for segment in rows.segments:
             name = routing.names[segment.slot]
             if name not in self.lora_A:
                 continue
             branch = self._own_branch(name, x)
+            if dora is not None and segment.slot in dora.dropped:
+                dropped[segment.slot] = branch
+                continue
             seed = None
             if branch.dropout_p:
                 seed = self._own_seed(layer_seed(routing.seeds[segment.slot], projection))
             shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
             factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
-        if not shares:
-            return with_absent(self, y, routing, rows)
         wanted = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (y, x, *factors)
         )
-        if wanted:
+        if shares and wanted:
             routing.group.packs.clear()
             y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-        else:
+        elif shares:
             y = mixed.forward_add(y, x, rows, shares, tuple(factors))[0]  # type: ignore[arg-type]
-        return with_absent(self, y, routing, rows)
+        y = with_absent(self, y, routing, rows)
+        if dora is None:
+            return y
+        return self._scaled_mixed(y, x, routing, rows, dora, dropped, projection)
 
     def _check_layouts(self, x: Any, y: Any) -> None:
         to: Any = x.placements[0] if is_sharded(x) else None
@@ -261,10 +275,10 @@ class TensorParallelLora(FastLoraWrapper):
         if lora_bias is not None:
             # Row-wise, all shares of y are summed: the bias goes into the first one.
             first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()
-            lora_bias = _own(lora_bias, summed=not by_column) * (scaling * first)
+            lora_bias = own(lora_bias, summed=not by_column) * (scaling * first)
         return Branch(
-            _own(self.lora_A[name].weight, summed=by_column),
-            _own(up.weight, summed=not by_column),
+            own(self.lora_A[name].weight, summed=by_column),
+            own(up.weight, summed=not by_column),
             scaling_tensor(self, name, scaling, x),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
@@ -276,14 +290,19 @@ class TensorParallelLora(FastLoraWrapper):
         if self.style == ROW_WISE:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
         shared = seed.to(mesh.device_type)
-        torch.distributed.broadcast(shared, group=mesh.get_group(), group_src=0)
+        dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused; says so."""
-        return False, f"{self.style} tensor parallel: added to each process's share of the output"
+        """Not fused; says so, and what DoRA adds to that."""
+        why = f"{self.style} tensor parallel: added to each process's share of the output"
+        names = self._acting()
+        if uses_dora(self, names):
+            further = why_dora_not_fused(self, names)
+            why += ", which DoRA scales" + (f"; {further}" if further else "")
+        return False, why
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """This process's share of the base weight, which takes its share of the update."""
@@ -308,18 +327,3 @@ class TensorParallelLora(FastLoraWrapper):
         self._check_known(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
         return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
-
-
-def _own(parameter: Any, *, summed: bool) -> torch.Tensor:
-    """Returns this process's part of a factor as a plain tensor.
-
-    ``summed`` says that it is the whole factor, of whose gradient every process has one summand:
-    they are added up in the backward.
-    """
-    if not (summed and torch.is_grad_enabled() and parameter.requires_grad):
-        return parameter.to_local()
-    from torch.distributed.tensor import Partial
-
-    # The redistribution changes nothing now; its backward turns the sum that is pending into one.
-    whole_factor = parameter.redistribute(parameter.device_mesh, parameter.placements)
-    return whole_factor.to_local(grad_placements=[Partial()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,19 @@ import steps
 import torch
 import torch.distributed as dist
 from checks_fsdp2 import raises
+from checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
+    check_dora_dropout,
+    check_dora_files_and_merging,
+    check_dora_fresh,
+    check_dora_kept_norms,
+    check_dora_layouts,
+    check_dora_refusals,
+    check_dora_training,
+)
 from safetensors.torch import load_file
+from split_models import IDS, LAYOUTS, PLAN, Pair, mesh, pair, results
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -29,97 +37,11 @@ from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
-PLAN = {
-    "model.layers.*.self_attn.q_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.k_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.v_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.o_proj": RowwiseParallel(),
-    "model.layers.*.mlp.gate_proj": ColwiseParallel(),
-    "model.layers.*.mlp.up_proj": ColwiseParallel(),
-    "model.layers.*.mlp.down_proj": RowwiseParallel(),
-}
-# The layouts that parallel styles can give what goes into a pair of linears and comes out of it.
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"up": ColwiseParallel(), "down": RowwiseParallel()},
-    {
-        "up": ColwiseParallel(output_layouts=Replicate()),
-        "down": RowwiseParallel(input_layouts=Replicate()),
-    },
-    {
-        "up": ColwiseParallel(input_layouts=Shard(0), use_local_output=False),
-        "down": RowwiseParallel(output_layouts=Shard(0)),
-    },
-)
-IDS = ["default", None, "b", "default", "b", None, "default", "b"]
-
-
-class Pair(nn.Module):
-    """Two linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(17, 22), nn.Linear(22, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 17]`` to ``[..., 10]``."""
-        return self.down(self.up(x).relu())
-
-
-def mesh() -> DeviceMesh:
-    """Both processes."""
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def pair(plan: dict[str, Any] | None, dtype: torch.dtype, **config: Any) -> Any:
-    """Two adapters on a pair of linears, split before they come where there is a plan."""
-    torch.manual_seed(0)
-    base = Pair().to(dtype)
-    if plan is not None:
-        base = parallelize_module(base, mesh(), copy.deepcopy(plan))
-        torch.manual_seed(steps.rank())  # processes may disagree about fresh factors
-    config = {"target_modules": ["up", "down"], "lora_alpha": 6, **config}
-    model = fastlora.get_peft_model(base, fastlora.LoraConfig(r=3, lora_bias=True, **config))
-    model.add_adapter("b", fastlora.LoraConfig(r=5, **config))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                copy_whole_(parameter, torch.randn(parameter.shape, generator=generator))
-    model.set_adapter(["default", "b"])
-    return model
-
-
-def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, torch.Tensor]:
-    """Output, and the gradients of the input and of every factor."""
-    x = torch.randn(8, 17, generator=torch.Generator().manual_seed(3)).to(dtype)
-    weights = torch.randn(8, 10, generator=torch.Generator().manual_seed(4)).to(dtype)
-    part = slice(4 * steps.rank(), 4 * steps.rank() + 4) if own else slice(None)
-    x = x[part].requires_grad_()
-    if ids is None:
-        y = model(x)
-    else:
-        with fastlora.adapters(model, ids):
-            y = model.get_base_model()(x)  # the model itself would count this process's samples
-    (y * weights[part]).sum().backward()
-    found = {"y": y.detach(), "dx": x.grad}
-    if own:
-        for name, tensor in found.items():
-            parts = [torch.empty_like(tensor) for _ in range(2)]
-            dist.all_gather(parts, tensor.contiguous())
-            found[name] = torch.cat(parts)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            if own or whole(parameter) is not parameter:
-                assert parameter.grad.placements == parameter.placements, name
-            found[name] = whole(parameter.grad)
-    return found
-
 
 def check_layouts(folder: Path) -> None:
     """Values and every gradient in each layout: two active adapters, and mixed rows."""
     for plan in LAYOUTS:
-        own = plan["up"].input_layouts == (Shard(0),)
+        own = plan["up"].input_layouts[0].is_shard()
         for ids in (None, IDS):
             found = results(pair(plan, torch.float32), torch.float32, ids, own)
             same = results(pair(None, torch.float32), torch.float32, ids, False)
@@ -164,7 +86,7 @@ def check_adapter_optimizers(folder: Path) -> None:
     """Adapters of a mixed batch step as in one process: here all have the same rows."""
 
     def train(plan: dict[str, Any] | None, dtype: torch.dtype, **group: Any) -> dict[str, Any]:
-        model = pair(plan, dtype)
+        model = pair(plan, dtype, ("b",))
         train_adapters(model, ["default", "b"])
         makers = {n: functools.partial(torch.optim.SGD, lr=1e-3) for n in ("default", "b")}
         optimizers = AdapterOptimizers(model, makers, max_grad_norm=1.0, **group)
@@ -275,7 +197,6 @@ def check_refusals(folder: Path) -> None:
     model = pair(None, torch.float32)
     model.merge_adapter()
     raises(AdapterStateError, "unmerge_adapter", tensor_parallel, model, mesh(), dict(LAYOUTS[0]))
-    refuse_dora()
     split = pair(LAYOUTS[0], torch.float32)
     layer = split.get_base_model().up
     assert isinstance(layer, TensorParallelLora)
@@ -286,41 +207,24 @@ def check_refusals(folder: Path) -> None:
         raises(ImplementationError, "mixed batches", split, torch.randn(2, 17))
 
 
-def refuse_dora() -> None:
-    """DoRA: before anything is split or added, whichever comes first; elsewhere it may be."""
-    config = fastlora.LoraConfig(r=3, target_modules=["up", "down"], use_dora=True)
-    for name in ("up", "down"):
-        plan = {name: LAYOUTS[0][name]}
-        base = parallelize_module(Pair(), mesh(), dict(plan))
-        raises(UnsupportedLayerError, name, fastlora.get_peft_model, base, config)
-        assert all(type(getattr(base, part)) is nn.Linear for part in ("up", "down"))
-        model = fastlora.get_peft_model(Pair(), config)
-        for key in (name, name[:2] + "*"):
-            raises(UnsupportedLayerError, name, tensor_parallel, model, mesh(), {key: plan[name]})
-        assert all(whole(parameter) is parameter for parameter in model.parameters())
-        model(torch.randn(2, 17)).sum().backward()
-    beside = fastlora.LoraConfig(r=3, target_modules=["down"], use_dora=True)
-    model, x = fastlora.get_peft_model(Pair(), beside), torch.randn(2, 17)
-    same, truth = model(x), copy.deepcopy(model).double()(x.double())
-    plan = {"up": ColwiseParallel(output_layouts=Replicate())}
-    assert_within_budget(tensor_parallel(model, mesh(), plan)(x), same, truth)
-
-
 def check_with_fsdp2(folder: Path) -> None:
     """FSDP2 over tensor parallelism, a mesh of two dimensions: trains, saves, loads."""
-    for shape in ((2, 1), (1, 2)):
+    for shape, dora in (((2, 1), False), ((1, 2), False), ((2, 1), True), ((1, 2), True)):
         both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
-        model = tensor_parallel(steps.build(), both["tensor"], dict(PLAN))
+        model = steps.build(**(steps.DORA if dora else {}))
+        tensor_parallel(model, both["tensor"], dict(PLAN))
         steps.shard(model, mesh=both["data"])
         steps.train(model, half=shape[0] == 2)
-        steps.assert_as_one(model)
+        steps.assert_as_one(model, use_dora=dora)
         expected = steps.trained(model)
-        model.save_pretrained(folder / str(shape))
+        model.save_pretrained(folder / f"{shape}{dora}")
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-        model.load_adapter(folder / str(shape), "default")
+        model.load_adapter(folder / f"{shape}{dora}", "default")
         found = steps.trained(model)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         raises(UnsupportedLayerError, "FSDP2 shards", model.merge_adapter)
+        config = fastlora.LoraConfig(use_dora=dora, target_modules=["o_proj", "q_proj"])
+        raises(AdapterStateError, "before fully_shard", model.add_adapter, "late", config)

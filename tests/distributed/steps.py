@@ -17,6 +17,7 @@ from fastlora.sharding import whole
 from fastlora.testing import assert_within_budget
 
 CONFIG = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "lora_bias": True}
+DORA = {"use_dora": True, "lora_bias": False}
 SAMPLES, LENGTH = 4, 6
 STEPS = 2
 
@@ -93,20 +94,22 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def one_process(dtype: torch.dtype, steps: int = STEPS) -> dict[str, torch.Tensor]:
+def one_process(
+    dtype: torch.dtype, steps: int = STEPS, use_dora: bool = False
+) -> dict[str, torch.Tensor]:
     """What one process trains on whole batches."""
-    model = build(dtype)
+    model = build(dtype, **(DORA if use_dora else {}))
     optimizer = train(model, half=False)
     if steps > STEPS:
         train(model, half=False, first=STEPS, optimizer=optimizer)
     return trained(model)
 
 
-def assert_as_one(model: Any, steps: int = STEPS) -> None:
+def assert_as_one(model: Any, steps: int = STEPS, use_dora: bool = False) -> None:
     """The trained parameters are one process's, to rounding, and have moved."""
     found = trained(model)
-    truth, same = one_process(torch.float64, steps), one_process(torch.float32, steps)
-    before = trained(build())
+    truth, same = (one_process(d, steps, use_dora) for d in (torch.float64, torch.float32))
+    before = trained(build(**(DORA if use_dora else {})))
     assert found.keys() == truth.keys()
     for name, tensor in found.items():
         assert not torch.equal(tensor, before[name]), name

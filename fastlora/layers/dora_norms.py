@@ -1,0 +1,174 @@
+"""The norms that DoRA divides by on one layer, and what is kept of them between forwards.
+
+A layer here is one of `fastlora.layers.dora`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
+from fastlora.layers.branch import scaling_of
+from fastlora.layers.dense import dense_weight
+from fastlora.layers.own_share import OwnShare, local
+from fastlora.sharding import gathers_parameters
+
+Stamp = tuple[int, int, int]
+
+
+class _Kept(NamedTuple):
+    """An adapter's squared norms, and what they were computed from."""
+
+    key: tuple[Any, ...]
+    value: torch.Tensor
+
+
+class NormCache:
+    """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
+
+    They are looked up by address and version of what they come from. Writes through ``.data`` move
+    neither: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
+    nothing is kept. A copied layer starts with an empty cache.
+    """
+
+    def __init__(self) -> None:
+        self.base: tuple[Stamp, torch.Tensor] | None = None
+        self.adapters: dict[str, _Kept] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return NormCache, ()
+
+
+def forget_norms(layer: Any) -> None:
+    """Drops what a layer keeps of norms."""
+    layer.__dict__.pop("_dora_norms", None)
+
+
+def magnitude_of(layer: Any, name: str) -> torch.Tensor:
+    """Returns an adapter's magnitude, ``[N]``."""
+    if type(layer) is OwnShare:
+        return layer.magnitudes[name]
+    return layer._modules["lora_magnitude_vector"]._modules[name].weight
+
+
+def stamp_of(tensor: torch.Tensor) -> Stamp | None:
+    """Returns what changes when a tensor's contents do, or None where nothing tells."""
+    own = local(tensor)
+    if type(own) not in (nn.Parameter, torch.Tensor):
+        return None
+    if own.is_inference() or tensor.is_inference():
+        return None
+    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
+        return None
+    # What writes into a DTensor moves its version, not that of the part.
+    version = own._version if own is tensor else own._version + tensor._version
+    return id(tensor), own.data_ptr(), version
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether tensors made now may serve a later forward: not those of a graph being recorded."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def adapter_squares(
+    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any, part: bool = False
+) -> torch.Tensor:
+    """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
+
+    Args:
+        layer: Its base layer has the W.
+        lora_a: ``[R, K]``; of a share perhaps still a DTensor, as lora_b.
+        lora_b: ``[N, R]``.
+        scaling: A number, or a tensor without dimensions.
+        part: Return `adapted_sums` instead: the layer has some of the columns.
+    """
+    weight = dense_weight(layer.get_base_layer())
+    squares = base_squares(layer, weight)
+    if type(layer) is OwnShare:
+        lora_a, lora_b = local(lora_a), local(lora_b)
+    compute = adapted_sums if part else adapted_squares
+    return outside_autocast(compute, weight, squares, lora_a, lora_b, scaling)
+
+
+def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is."""
+    if not may_keep(weight.device):
+        return square_norms(weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        # It trains: written to soon, and not every optimizer moves versions.
+        _cache(layer).base = None
+        return square_norms(weight)
+    own = _kept_by(layer).get_base_layer().weight
+    stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
+    if stamp is None:
+        return square_norms(weight)
+    cache = _cache(layer)
+    known = cache.base
+    if known is None or known[0] != stamp:
+        with torch.inference_mode(False):  # for a backward one day
+            known = cache.base = stamp, square_norms(weight.detach())
+    return known[1]
+
+
+def _kept_by(layer: Any) -> Any:
+    """Returns the layer that keeps norms, and whose parameters tell when they change."""
+    return layer.layer if type(layer) is OwnShare else layer
+
+
+def _cache(layer: Any) -> NormCache:
+    layer = _kept_by(layer)
+    cache = layer.__dict__.get("_dora_norms")
+    if cache is None:
+        cache = layer.__dict__["_dora_norms"] = NormCache()
+    return cache
+
+
+def cached_squares(
+    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, part: bool = False
+) -> torch.Tensor:
+    """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
+
+    With gradients they are computed in every forward: an optimizer may be about to step, and not
+    all of them move versions.
+    """
+    scaling = scaling_of(layer, name)
+    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
+    if torch.is_grad_enabled() or not keeps:
+        if keeps:  # a compiler must not see what is kept
+            forget_adapter(layer, name)
+        return adapter_squares(layer, lora_a, lora_b, scaling, part)
+    weight = _kept_by(layer).get_base_layer().weight
+    stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
+    if None in stamps:
+        return adapter_squares(layer, lora_a, lora_b, scaling, part)
+    kept = _cache(layer).adapters
+    key = (*stamps, scaling)
+    known = kept.get(name)
+    if known is None or known.key != key:
+        with torch.inference_mode(False):
+            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling, part)
+        known = kept[name] = _Kept(key, value)
+    return known.value
+
+
+def source_of(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what g is made of: an adapter's magnitude on a layer, and its squared norms there."""
+    if type(layer) is OwnShare:
+        return layer.magnitudes[name], layer.squares[name]
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
+
+
+def forget_adapter(layer: Any, name: str) -> None:
+    """Drops an adapter's own norms, which a forward with gradients computes anew."""
+    cache = _kept_by(layer).__dict__.get("_dora_norms")
+    if cache is not None:
+        cache.adapters.pop(name, None)
