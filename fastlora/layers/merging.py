@@ -66,6 +66,10 @@ class Mergeable(nn.Module):
         """Returns `adapted_squares` of `adapted_sums` over this process's columns."""
         return nonzero(sums)
 
+    def _all_agree(self, holds: bool) -> bool:
+        """Whether something holds in every process, so that all raise or none does."""
+        return holds
+
     @property
     def merged(self) -> bool:
         """Whether any adapter is in the base weight now."""
@@ -138,7 +142,7 @@ class Mergeable(nn.Module):
                 for name in names:
                     new_rows = new_weight.t() if transposed else new_weight
                     self._merge_one(new_rows, new_bias, name)
-                    if not _all_finite(new_weight, new_bias):
+                    if not self._all_agree(_all_finite(new_weight, new_bias)):
                         raise AdapterStateError(
                             f"merging adapter {name!r} gives weights that are not finite"
                         )
@@ -164,7 +168,7 @@ class Mergeable(nn.Module):
             _restore(weight, bias, self._unmerged)
         else:
             for name, scale in self._merged_scales.items():
-                if not bool(scale.all()):
+                if not self._all_agree(bool(scale.all())):
                     raise AdapterStateError(
                         f"adapter {name!r} cannot be taken out again: its magnitude or its norm is "
                         "0 in a row, and the weight was written to or not kept (keep_base=False)"

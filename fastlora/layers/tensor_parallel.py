@@ -322,6 +322,12 @@ class TensorParallelLora(TensorParallelDora):
         bias = None if lora_bias is None else lora_bias.to_local()
         return lora_a.to_local(), lora_b.to_local(), bias
 
+    def _all_agree(self, holds: bool) -> bool:
+        mesh = self.base_layer.weight.device_mesh
+        flag = torch.tensor(float(holds), device=mesh.device_type)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=mesh.get_group())
+        return bool(flag.item())
+
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns ``scaling * B @ A``, all of ``[N, K]``; every process must call it."""
         self._check_known(adapter_name)

@@ -24,7 +24,7 @@ from fastlora.layers import dora_norms
 from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
-from fastlora.validation import ConfigError
+from fastlora.validation import AdapterStateError, ConfigError
 
 BOTH = ("default", "b")
 P = 0.5
@@ -312,3 +312,20 @@ def check_dora_refusals(folder: Path) -> None:
     config = {"target_modules": ["up", "down"], "use_dora": True}
     raises(ConfigError, "lora_bias", fastlora.LoraConfig, lora_bias=True, **config)
     assert "which DoRA scales; several active" in fastlora.fusion_report(model).rows[0].reason
+    # A row of the second process's shard alone has no magnitude.
+    up = model.get_base_model().up
+    with torch.no_grad():
+        magnitude = whole(up.lora_magnitude_vector["b"].weight).clone()
+        magnitude[-1] = 0.0
+        copy_whole_(up.lora_magnitude_vector["b"].weight, magnitude)
+        up.merge(keep_base=False)
+        merged = whole(up.weight).clone()
+        raises(AdapterStateError, "cannot be taken out", up.unmerge)
+        assert torch.equal(whole(up.weight), merged) and up.merged_adapters == ["default", "b"]
+    model = pair(LAYOUTS[0], torch.float64, ("b",))
+    up = model.get_base_model().up
+    with torch.no_grad():
+        magnitude[-1] = float("inf")
+        copy_whole_(up.lora_magnitude_vector["b"].weight, magnitude)
+    raises(AdapterStateError, "not finite", model.merge_adapter, safe_merge=True)
+    assert not up.merged_adapters
