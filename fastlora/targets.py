@@ -233,9 +233,14 @@ def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
         and module is not head
         and (
             isinstance(original_of(module), linear)
-            or (is_lora_layer(module) and "Linear" in type(module).__name__)
+            or (is_lora_layer(module) and _is_linear(module, linear))
         )
     ]
+
+
+def _is_linear(layer: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a LoRA layer is over a linear: by its name too, as PEFT knows its own."""
+    return isinstance(layer.get_base_layer(), kinds) or "Linear" in type(layer).__name__
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:

@@ -9,8 +9,10 @@ import warnings
 import pytest
 import torch.nn as nn
 
+from fastlora import get_peft_model
 from fastlora.config import LoraConfig
 from fastlora.default_targets import DEFAULT_TARGETS
+from fastlora.inject import lora_layers
 from fastlora.targets import (
     find_modules_to_save,
     find_targets,
@@ -188,6 +190,15 @@ def test_full_names_stay_exempt_from_the_layer_filter() -> None:
         assert find_targets(model, LoraConfig(**fields)) == names
         targets, _, _ = peft_names(model, **fields)
         assert (targets == names) == (count == 12)
+
+
+def test_all_linear_of_a_second_adapter() -> None:
+    """Layers that are called as they are count too, whatever wraps them by now."""
+    kind = type("Projection", (nn.Linear,), {})
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(nn.Sequential(kind(4, 4), nn.Linear(4, 4)), config)
+    model.add_adapter("second", config)
+    assert [list(layer.lora_A) for layer in lora_layers(model)] == [["default", "second"]] * 2
 
 
 def test_second_adapter_matches_layers_and_not_their_insides() -> None:
