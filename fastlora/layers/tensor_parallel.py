@@ -161,7 +161,11 @@ class TensorParallelLora(TensorParallelDora):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps x to y as the base layer does, in the layouts that its parallel style has."""
         refuse_in_mode(self, NOT_OUR_GEMM)
-        return self.base_layer(x, *args, **kwargs)
+        if not torch.is_inference_mode_enabled():
+            return self.base_layer(x, *args, **kwargs)
+        # There a DTensor's sums are sent before the hook sees a share of them.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.base_layer(x, *args, **kwargs)
 
     def _add_update(self, _: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
         """Adds this process's share of the update to its share of y, between the collectives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,20 @@ def check_layouts(folder: Path) -> None:
             assert found.keys() == truth.keys()
             for name, tensor in found.items():
                 assert_within_budget(tensor, same[name], truth[name], name)
+
+
+def check_inference_mode(folder: Path) -> None:
+    """Forwards in it are those without gradients, mixed rows and DoRA too."""
+    x = torch.randn(8, 17, generator=torch.Generator().manual_seed(3))
+    for plan in LAYOUTS[:2]:
+        model = pair(plan, torch.float32, ("b",)).eval()
+        for ids in (None, IDS):
+            found = []
+            for mode in (torch.no_grad, torch.inference_mode):
+                routed = contextlib.nullcontext() if ids is None else fastlora.adapters(model, ids)
+                with mode(), routed:
+                    found.append(model.get_base_model()(x.clone()))
+            torch.testing.assert_close(found[1], found[0])
 
 
 def check_fresh_factors(folder: Path) -> None:
