@@ -33,7 +33,7 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     Returns:
         The results ``[M, N]``.
     """
-    from fastlora import mixed_ops
+    from fastlora import mixed_dora_scale_ops, mixed_ops  # noqa: F401 - the first registers operators
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -64,6 +64,8 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     y = torch.nn.functional.linear(x, weight, bias)
     ops.mixed_lora_expand_(y, s, *route, *tables, 1, dtype)
     ops.mixed_lora_add_(y, x, *route, pieces, a_address, *tables, 1, largest, dtype)
+    scales = [torch.ones(n, device=device) for _ in MIXED_RANKS[1]]
+    ops.mixed_dora_scale_(y, bias, *route, pieces, table([scales]), 0)
     return [*results, y]
 
 

@@ -226,17 +226,17 @@ def _mixed_lora_pool_add_(
         if start == stop or not r:
             continue
         rows, at = groups.order[start:stop].long(), (index, column)
-        lora_a = _block(int(lora_a_address[at]), (r, k), factor_dtype)
-        lora_b = _block(int(lora_b_address[at]), (r, n), factor_dtype).t()
+        lora_a = block_at(int(lora_a_address[at]), (r, k), factor_dtype)
+        lora_b = block_at(int(lora_b_address[at]), (r, n), factor_dtype).t()
         part = y[rows]
         reference.lora_expand_(part, reference.lora_shrink(x[rows], lora_a), lora_b, scaling[at])
         bias = int(lora_bias_address[at])
         if bias:
-            part += (_block(bias, (n,), factor_dtype) * scaling[at]).to(y.dtype)
+            part += (block_at(bias, (n,), factor_dtype) * scaling[at]).to(y.dtype)
         y[rows] = part
 
 
-def _block(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Returns a block of factors in this process's memory, as it lies there."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

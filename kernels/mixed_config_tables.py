@@ -40,6 +40,14 @@ class MixedExpandTile(NamedTuple):
     num_warps: int
 
 
+class MixedScaleTile(NamedTuple):
+    """A tile of y that is read, scaled and written."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
 MixedLinearTable = dict[str, tuple[MixedLinearTile, ...]]
 MixedShrinkTable = dict[str, tuple[MixedShrinkTile, ...]]
 MixedExpandTable = dict[str, tuple[MixedExpandTile, ...]]
@@ -227,3 +235,10 @@ MIXED_ADD: dict[str, MixedAddTable] = {
     "gfx942": _ADD_AMD,
     "gfx950": _ADD_AMD,
 }
+
+# No dot: one tile a piece for every chip and dtype, 32 elements a thread of 32 lanes.
+MIXED_SCALE = (
+    MixedScaleTile(128, 64, 8),
+    MixedScaleTile(64, 128, 8),
+    MixedScaleTile(16, 256, 4),
+)

@@ -27,6 +27,7 @@ from fastlora.kernels.mixed_config_tables import (
     MIXED_ADD,
     MIXED_EXPAND,
     MIXED_LINEAR,
+    MIXED_SCALE,
     MIXED_SHRINK,
     MixedShrinkTile,
 )
@@ -63,6 +64,14 @@ class MixedAddConfig(KernelConfig):
     block_k: int
     block_r: int
     input_precision: str = "ieee"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedScaleConfig(KernelConfig):
+    """How `launch_mixed_dora_scale` runs."""
+
+    block_m: int
+    block_n: int
 
 
 def piece_rows(m: int) -> int:
@@ -119,6 +128,13 @@ def mixed_add_config(
     return config_of(MixedAddConfig, chip, kind, MIXED_ADD[chip.family][kind])
 
 
+@remembered
+def mixed_dora_scale_config(m: int) -> MixedScaleConfig:
+    """Returns the config of `launch_mixed_dora_scale` for y ``[m, N]``, on any chip."""
+    tile = next(tile for tile in MIXED_SCALE if tile.block_m == piece_rows(m))
+    return MixedScaleConfig(**tile._asdict())
+
+
 def all_mixed_shipped(chip: Chip) -> Iterator[Shipped]:
     """Yields every config that a launch for a mixed batch may take on ``chip``, each once."""
     family = chip.family
@@ -136,6 +152,9 @@ def all_mixed_shipped(chip: Chip) -> Iterator[Shipped]:
             yield Shipped("mixed_lora_expand", dtype, 64, config_e)
         config_a = config_of(MixedAddConfig, chip, kind, MIXED_ADD[family][kind])
         yield Shipped("mixed_lora_add", dtype, 64, config_a)
+    for dtype in (torch.bfloat16, torch.float32):
+        for scale in MIXED_SCALE:
+            yield Shipped("mixed_dora_scale", dtype, 0, MixedScaleConfig(**scale._asdict()))
 
 
 def shrink_of_tile(chip: Chip, kind: str, tile: MixedShrinkTile, block_r: int) -> MixedShrinkConfig:

@@ -33,6 +33,7 @@ TABLES = [
     "lora_a_address_ptr",
     "lora_b_address_ptr",
     "lora_bias_address_ptr",
+    "scale_address_ptr",
     "rank_ptr",
     "scaling_ptr",
     "slot_start_ptr",

@@ -239,6 +239,16 @@ class _Operands(GradOperands, MixedGradOperands):
             config=self.config,
         )
 
+    def mixed_dora_scale(self, launch: Callable[..., None]) -> None:
+        launch(
+            self.empty(self.m, self.n),
+            self.empty(self.n) if self.heavy else None,
+            *self.route(),
+            self.empty(_ROWS, dtype=torch.int32),
+            self.addresses(_SLOTS),
+            config=self.config,
+        )
+
 
 def module_of(stem: str) -> str:
     """Returns the stem of the module whose launcher makes a launch."""

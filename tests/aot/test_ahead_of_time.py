@@ -60,7 +60,8 @@ def is_fma(row: Row) -> bool:
 
 
 def has_dot(row: Row) -> bool:
-    return row["kernel"] not in ("lora_dropout", "plane_sums", "mixed_lora_grad_reduce")
+    without = ("lora_dropout", "plane_sums", "mixed_lora_grad_reduce", "mixed_dora_scale")
+    return row["kernel"] not in without
 
 
 def has_loop(row: Row) -> bool:
@@ -161,6 +162,7 @@ def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: 
         ("mixed_lora_linear", {"16", "32", "64", "128"}),
         ("mixed_lora_expand", {"16", "32", "64", "128"}),
         ("mixed_lora_add", {"16"}),
+        ("mixed_dora_scale", {"16", "64", "128"}),
     ):
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
         assert {row["block_m"] for row in half} == expected
@@ -252,6 +254,7 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
             "mixed_lora_linear": (b, s, s, s),
             "mixed_lora_expand": (b, s, s, s, y),
             "mixed_lora_add": (b, y),
+            "mixed_dora_scale": (y,),
         }[row["kernel"]]
         assert int(row["vector_loads"]) >= sum(size // whole for size in expected), row
         narrow_r = max(16, r // 4) if row["kernel"] == "mixed_lora_shrink" else r

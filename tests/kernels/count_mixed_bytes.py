@@ -1,6 +1,7 @@
 """Counts what a mixed batch's kernels move, one by one, in Triton's interpreter.
 
-Those of a forward, as plan "fused" and as plan "split" and at decode in place, and of a backward.
+Those of a forward, as plan "fused" and as plan "split" and at decode in place, with DoRA's scales,
+and of a backward.
 
 ``TRITON_INTERPRET=1 python tests/kernels/count_mixed_bytes.py --write`` writes
 `docs/mixed_kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come
@@ -23,6 +24,7 @@ from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, cdiv
 from fastlora.kernels.mixed_configs import (
     mixed_add_config,
+    mixed_dora_scale_config,
     mixed_expand_config,
     mixed_linear_config,
     mixed_shrink_config,
@@ -70,7 +72,7 @@ class _Cpu:
 def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, KernelCount]:
     """Counts each kernel of a forward once, rows in turn to each adapter, fp32 factors.
 
-    `mixed_lora_add` for `DECODE` rows, the others for ``m``.
+    `mixed_lora_add` for `DECODE` rows, the others for ``m``. All adapters use DoRA.
     """
     torch.manual_seed(0)
     many, few = (_forward_problem(rows, k, n, r, adapters) for rows in (m, DECODE))
@@ -80,12 +82,19 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
         route, table_a = (*problem.route, pieces), problem.lora_a_address
         tables = (problem.lora_b_address, None, problem.rank, problem.scaling)
         factors, kind = problem.factors[0], torch.float32
+        scales = [torch.ones(n) for _ in factors]
+        scale_address = torch.tensor([[scale.data_ptr() for scale in scales]])
         counter = ByteCounter(
             x=[problem.x],
             weight=problem.weights,
             lora_a=[own.lora_a for own in factors],
             lora_b=[own.lora_b for own in factors],
-            routing=[*route, table_a, problem.lora_b_address, problem.rank, problem.scaling],
+            scales=scales,
+            bias=problem.biases,
+            routing=[
+                *(*route, table_a, problem.lora_b_address, problem.rank, problem.scaling),
+                scale_address,
+            ],
         )
         with (
             mock.patch.object(configs, "chip_of", lambda device: QUARTER),
@@ -105,6 +114,7 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
                     0, r, kind, "fused",
                 )  # fmt: skip
                 OPS.mixed_lora_expand_(y, s, *problem.route, *tables, 0, kind)
+                OPS.mixed_dora_scale_(y, problem.biases[0], *route, scale_address, 0)
                 made = [full, y]
         counter.register("y", *made)
         counted |= counter.kernels
@@ -127,6 +137,7 @@ def forms_of_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str,
         "mixed_lora_shrink": mixed_byte_forms.shrink(m, k, r, adapters, E, F, splits, shrink),
         "mixed_lora_linear": mixed_byte_forms.linear(m, n, k, r, adapters, E, F, splits, linear),
         "mixed_lora_expand": mixed_byte_forms.expand(m, n, r, adapters, E, F, splits, expand),
+        "mixed_dora_scale": mixed_byte_forms.scale(m, n, adapters, E, mixed_dora_scale_config(m)),
         "mixed_lora_add": mixed_byte_forms.add(DECODE, n, k, r, adapters, E, F, add),
     }
 

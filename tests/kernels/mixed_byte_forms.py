@@ -15,6 +15,7 @@ from fastlora.kernels.mixed_configs import (
     MixedAddConfig,
     MixedExpandConfig,
     MixedLinearConfig,
+    MixedScaleConfig,
     MixedShrinkConfig,
 )
 
@@ -96,6 +97,20 @@ def add(
         flops=2 * pieces * tiles_n * chunks * config.block_m * config.block_r
         * (depth + config.block_n),
     )  # fmt: skip
+
+
+def scale(m: int, n: int, adapters: int, e: int, config: MixedScaleConfig) -> Form:
+    """`launch_mixed_dora_scale` with a bias: y read and written, the rest once per piece."""
+    pieces, y = meetings(m, adapters, config.block_m), (e * m * n, e * m * n)
+    return Form(
+        loads={
+            "y": y,
+            "scales": (4 * adapters * n, 4 * pieces * n),
+            "bias": (e * n, e * pieces * n),
+        },
+        stores={"y": y},
+        flops=0,
+    )
 
 
 def _rank_rows(

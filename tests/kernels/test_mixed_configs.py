@@ -13,6 +13,7 @@ from fastlora.kernels.configs import Chip
 from fastlora.kernels.mixed_configs import (
     all_mixed_shipped,
     mixed_add_config,
+    mixed_dora_scale_config,
     mixed_expand_config,
     mixed_linear_config,
     mixed_shrink_config,
@@ -40,7 +41,10 @@ def test_every_choice_is_shipped(chip: Chip) -> None:
             assert shrink.block_m == piece_rows(m)
             linear = mixed_linear_config(chip, m, n, dtype, input_precision=precision)
             expand = mixed_expand_config(chip, m, n, dtype, input_precision=precision)
+            scale = mixed_dora_scale_config(m)
+            assert scale.block_m == piece_rows(m)
             taken |= {
+                ("mixed_dora_scale", dtype, scale),
                 ("mixed_lora_shrink", dtype, shrink),
                 ("mixed_lora_linear", dtype, linear),
                 ("mixed_lora_expand", dtype, expand),

@@ -25,6 +25,7 @@ from fastlora import mixed_ops  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mixed_problem import MixedProblem, draw_ids  # noqa: E402
+from scale_problem import ScaleProblem  # noqa: E402
 
 HINTS = ("tt.divisibility", "tt.contiguity", "tt.constancy")
 # Three modules of one x: few columns, many, some that fill no block, and an absent one.
@@ -77,7 +78,7 @@ def hints() -> Any:
 
 @pytest.mark.parametrize("m", [20, 150])
 def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
-    """One shrink for three modules, then linear, expand and add of one; ids in random order."""
+    """One shrink for three modules, then each other kernel for one; ids in random order."""
     problem = MixedProblem(lab, draw_ids(m, 8), RANKS, 40, [24] * 3, torch.float16, biased=(1,))
     pieces = mixed_ops.pieces_of(problem.groups)
     ops, route = torch.ops.fastlora, problem.route
@@ -98,5 +99,9 @@ def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
         added, problem.x, *route, pieces, problem.lora_a_address, *tables, 0, 128, torch.float16
     )
     problem.check(added)
+    scaled = ScaleProblem(lab, problem.ids, 8, 24, torch.float16, scaled=(1, 2), pending=(3,))
+    scaled_y = scaled.y.clone()
+    ops.mixed_dora_scale_(scaled_y, scaled.bias, *route, pieces, scaled.address, 1)
+    scaled.check(scaled_y)
     assert {kind for kind, _, _ in hints} == set(HINTS)
     assert not [hint for hint in hints if not hint[2]]

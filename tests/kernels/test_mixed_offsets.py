@@ -25,6 +25,8 @@ if sys.platform != "linux":
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+from scale_problem import ScaleProblem  # noqa: E402
+from test_mixed_dora_scale import by_kernel  # noqa: E402
 from test_mixed_lora_add import add  # noqa: E402
 from test_mixed_lora_expand import expand  # noqa: E402
 from test_mixed_lora_linear import linear  # noqa: E402
@@ -69,6 +71,8 @@ def test_rows_of_x_and_y(lab: Any, problem: MixedProblem) -> None:
     base = F.linear(near, problem.weights[0], problem.biases[0])
     problem.check(add(problem, y=y.copy_(base)))
     problem.check(expand(problem, y=y.copy_(base)))
+    scaled = ScaleProblem(lab, problem.ids, 8, 36, torch.float16)
+    scaled.check(by_kernel(scaled, y.copy_(scaled.y)))
 
 
 def test_planes_and_modules_of_s(

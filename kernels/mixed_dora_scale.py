@@ -1,0 +1,122 @@
+"""``y = (y - bias) * g + bias`` in place: DoRA's scales g, each row with its own adapter's.
+
+y ``[M, N]`` in any order of rows, bias ``[N]`` or None, g fp32 ``[N]`` behind a table of addresses
+``[S]``. Rows whose adapter has no scales are not touched.
+
+Bytes moved, e an element of y: ``2 e M' N``, M' the rows with scales; ``4 N`` an adapter with
+scales and ``e N`` of the bias, read once a piece.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import cdiv
+from fastlora.kernels.mixed_configs import MixedScaleConfig
+from fastlora.kernels.mixed_rows import TABLES, factor_pointer
+
+# In place of an address: scales that are yet to be made (`fastlora.mixed_dora_scale_ops.PENDING`).
+PENDING: tl.constexpr = tl.constexpr(16)
+
+
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=TABLES)
+def _mixed_dora_scale_kernel(
+    # tensors
+    y_ptr,
+    bias_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    piece_start_ptr,
+    scale_address_ptr,
+    # scalars
+    M,
+    N,
+    # strides
+    stride_ym,
+    stride_yn,
+    # meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    first_m = tl.load(piece_start_ptr + piece)
+    stop_m = tl.load(piece_start_ptr + piece + 1)
+    used = first_m < M
+    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    address = tl.load(scale_address_ptr + slot, mask=slot >= 0, other=0)
+
+    if address != 0:
+        first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+        offs_m = tl.arange(0, BLOCK_M)
+        offs_n = tl.arange(0, BLOCK_N)
+        mask_m = offs_m < stop_m - first_m
+        mask_n = offs_n < N - pid_n * BLOCK_N
+        row = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
+        # y: [BLOCK_M, BLOCK_N]
+        y_ptr += first_n * stride_yn
+        y_ptrs = y_ptr + (row * stride_ym)[:, None] + offs_n[None, :] * stride_yn
+        mask_y = mask_m[:, None] & mask_n[None, :]
+        y = tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)
+        # g: [BLOCK_N]
+        g_ptr = factor_pointer(address, tl.float32) + first_n
+        columns = tl.where(address == PENDING, 0, N - pid_n * BLOCK_N)
+        g = tl.load(g_ptr + offs_n, mask=offs_n < columns, other=float("nan"))
+        if HAS_BIAS:
+            # bias: [BLOCK_N]
+            bias = tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            y = (y - bias[None, :]) * g[None, :] + bias[None, :]
+        else:
+            y *= g[None, :]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def launch_mixed_dora_scale(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    pieces: torch.Tensor,
+    scale_address: torch.Tensor,
+    *,
+    config: MixedScaleConfig,
+) -> None:
+    """Scales the rows whose adapter has scales; NaN where these are yet to be made.
+
+    Args:
+        y: ``[M, N]``, any strides without overlap; fp16, bf16 or fp32.
+        bias: ``[N]``, contiguous, of any float dtype, or None.
+        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        segment_of: int32 ``[M]``.
+        segment_slot: int32 ``[segments]``.
+        pieces: int32, ``RowGroups.pieces(config.block_m)``.
+        scale_address: int64 ``[S]``: where each slot's g lies, fp32 ``[N]``; 0 for none.
+        config: From `mixed_dora_scale_config`.
+    """
+    m, n = y.shape
+    if m == 0 or n == 0:
+        return
+    _mixed_dora_scale_kernel[(pieces.shape[0] - 1, cdiv(n, config.block_n))](
+        y_ptr=y,
+        bias_ptr=bias,
+        order_ptr=order,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
+        piece_start_ptr=pieces,
+        scale_address_ptr=scale_address,
+        M=m,
+        N=n,
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_BIAS=bias is not None,
+        **config.launch_options,
+    )

@@ -1,0 +1,157 @@
+"""`mixed_dora_scale`: values against float64, in place, by the kernel and by address on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora import mixed_ops
+from fastlora.env import triton_interpreted
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
+from mixed_problem import draw_ids  # noqa: E402
+from scale_problem import ScaleProblem  # noqa: E402
+
+OPS = torch.ops.fastlora
+Scale = Callable[..., torch.Tensor]
+
+
+def arguments(problem: ScaleProblem, y: torch.Tensor) -> tuple[Any, ...]:
+    """What the kernel's operator takes."""
+    pieces = mixed_ops.pieces_of(problem.groups)
+    return (y, problem.bias, *problem.route, pieces, problem.address, 1)
+
+
+def by_kernel(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns y, scaled by the kernel."""
+    y = problem.y.clone() if y is None else y
+    OPS.mixed_dora_scale_(*arguments(problem, y))
+    return y
+
+
+def by_address(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns y, scaled by PyTorch, which reads the memory of this process."""
+    y = problem.y.clone() if y is None else y
+    OPS.mixed_dora_pool_scale_(y, problem.bias, problem.columns, problem.address, 1)
+    return y
+
+
+@pytest.fixture(params=[by_kernel, by_address], ids=["kernel", "address"])
+def scale(request: pytest.FixtureRequest, lab: Any) -> Scale:
+    """Scales rows in one of the two ways."""
+    if request.param is by_address and lab.device.type != "cpu":
+        pytest.skip("addresses are those of a GPU")
+    return request.param
+
+
+# Rows and outputs on and off the tiles; pieces of 16, 64 and 128 rows.
+@pytest.mark.parametrize(
+    ("m", "n", "bias"),
+    [(1, 64, True), (15, 33, False), (17, 257, True), (130, 130, True), (2050, 5, False)],
+)
+def test_values(lab: Any, scale: Scale, dtype: torch.dtype, m: int, n: int, bias: bool) -> None:
+    """Some adapters have scales, some none, some rows no adapter."""
+    problem = ScaleProblem(lab, draw_ids(m, 6), 6, n, dtype, scaled=(0, 2, 5), bias=bias)
+    problem.check(scale(problem))
+
+
+def test_strides(lab: Any, scale: Scale, dtype: torch.dtype) -> None:
+    problem = ScaleProblem(lab, draw_ids(20, 4), 4, 36, dtype, scaled=(0, 3))
+    for layout in ("rows", "transposed", "both"):
+        problem.check(scale(problem, lab.strided(problem.y.clone(), layout)))
+
+
+def test_rows_of_a_sample(lab: Any) -> None:
+    """An id may stand for several rows in sequence."""
+    ids = [slot for slot in (2, -1, 0, 2) for _ in range(5)]
+    problem = ScaleProblem(lab, ids, 3, 40, torch.float32, scaled=(0, 2))
+    if lab.device.type == "cpu":
+        y = problem.y.clone()
+        columns = problem.columns[::5]
+        OPS.mixed_dora_pool_scale_(y, problem.bias, columns, problem.address, 1)
+        problem.check(y)
+    problem.check(by_kernel(problem))
+
+
+def test_rows_are_kept_apart(lab: Any, scale: Scale) -> None:
+    """Neither NaN in another row, nor one among another's scales, reaches a row."""
+    problem = ScaleProblem(lab, draw_ids(40, 3), 3, 50, torch.float32, scaled=(0, 1))
+    clean = scale(problem)
+    problem.y[problem.rows_of({1})[0], 7] = float("nan")
+    problem.scales[1][9] = float("nan")
+    y, one = scale(problem), problem.rows_of({1})
+    spoilt = y.isnan()
+    assert spoilt[one, 9].all() and spoilt[one[0], 7]
+    assert spoilt.sum() == len(one) + 1
+    assert torch.equal(y[~spoilt], clean[~spoilt])
+
+
+def test_rows_that_are_wrong_stay_so(lab: Any, scale: Scale, dtype: torch.dtype) -> None:
+    """Invalid ids keep what they have; scales that are yet to be made give NaN."""
+    ids = [0, 9, 1, -1, 2, -7, 1]
+    problem = ScaleProblem(lab, ids, 3, 70, dtype, scaled=(0, 1), pending=(1,))
+    problem.y[[1, 5]] = float("nan")
+    y = scale(problem)
+    assert y[[1, 5]].isnan().all()
+    problem.y[[1, 5]] = y[[1, 5]] = 1.0
+    problem.check(y)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 24), (3, 0)])
+def test_nothing_to_scale(lab: Any, scale: Scale, m: int, n: int) -> None:
+    assert scale(ScaleProblem(lab, [0] * m, 2, n, torch.float32)).shape == (m, n)
+
+
+@pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
+def test_recorded_buffers_replay_any_mix_and_any_scales(lab: Any) -> None:
+    """The same buffers with changed contents: one launch, one grid, whatever is in the table."""
+    problem = ScaleProblem(lab, [0] * 40, 4, 300, torch.float32, scaled=(0,))
+
+    def run() -> Any:
+        with ByteCounter() as counter:
+            problem.check(by_kernel(problem))
+        return {name: count.grids for name, count in counter.kernels.items()}
+
+    first = [t.data_ptr() for t in arguments(problem, problem.y)[2:7]]
+    recorded = run()
+    assert list(recorded) == ["_mixed_dora_scale_kernel"]
+    assert len(recorded["_mixed_dora_scale_kernel"]) == 1
+    for seed, scaled in enumerate(((), (1, 2), (0, 1, 2, 3))):
+        problem.scaled = set(scaled)
+        problem.scales[1] = problem.scales[1] * 2  # elsewhere
+        problem.write()
+        problem.regroup(draw_ids(40, 4, seed))
+        assert [t.data_ptr() for t in arguments(problem, problem.y)[2:7]] == first
+        assert run() == recorded
+
+
+def test_both_ways_are_the_eager_forward(lab: Any) -> None:
+    """By address bit for bit what PyTorch makes of the rows, the kernel with one rounding."""
+    problem = ScaleProblem(lab, [0, 1, 1, 0], 2, 64, torch.float16)
+    u = problem.y - problem.bias
+    table = torch.stack(problem.scales)[[0, 1, 1, 0]]
+    if lab.device.type == "cpu":
+        assert torch.equal(by_address(problem), (u * table).half() + problem.bias)
+    exact = (problem.y.float() - problem.bias.float()) * table + problem.bias.float()
+    torch.testing.assert_close(by_kernel(problem), exact.half(), rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mixed_dora_scale_", "mixed_dora_pool_scale_"])
+def test_opcheck(lab: Any, name: str) -> None:
+    """Schema, fake and dispatch agree with what the operators do."""
+    problem = ScaleProblem(lab, draw_ids(20, 4), 4, 36, torch.float32, scaled=(0, 3))
+    given = arguments(problem, problem.y.clone())
+    if name == "mixed_dora_pool_scale_":
+        if lab.device.type != "cpu":
+            pytest.skip("addresses are those of a GPU")
+        given = (*given[:2], problem.columns, *given[6:])
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(getattr(OPS, name).default, given, test_utils=checks)
