@@ -41,8 +41,9 @@ def adapters(
     One CUDA graph serves any mix: capture the block with ids in a tensor of slots on the GPU, after
     a forward outside of the capture, and write other slots into that tensor before a replay. Over a
     pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
-    `AdapterPool.lease` on them meanwhile. Slots out of range give NaN rows there and no error. A
-    pool's adapters with DoRA are refused there, and must not come later.
+    `AdapterPool.lease` on them meanwhile, taken after the last change of base weights where they
+    use DoRA. Slots out of range give NaN rows there and no error; so do adapters with DoRA that
+    nobody has leased yet, and all of them where the capture came before the pool's first.
 
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model

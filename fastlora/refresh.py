@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastlora.layers.dora_norms import forget_norms
+from fastlora.pool import pool_of
 
 
 def refresh(model: nn.Module) -> None:
@@ -24,3 +25,7 @@ def refresh(model: nn.Module) -> None:
             group.packs.clear()
         if hasattr(module, "lora_magnitude_vector"):
             forget_norms(module)
+    for module in model.modules():
+        pool = pool_of(module)
+        if pool is not None:
+            pool.lease_resident().release()  # which makes scales of old norms anew

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
 from fastlora.config import LoraConfig
+from fastlora.mixed_dora_scale_ops import PENDING
 from fastlora.pool import AdapterPool, Factors
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and
@@ -62,6 +63,9 @@ def make_tensors(config: LoraConfig, seed: int, modules: list[str]) -> dict[str,
         tensors[f"{at}.lora_B.weight"] = torch.randn(n, r, generator=generator)
         if config.lora_bias:
             tensors[f"{at}.lora_B.bias"] = torch.randn(n, generator=generator)
+        if config.use_dora:  # far below the norms: a row that was not scaled shows
+            magnitude = 0.5 + torch.rand(n, generator=generator)
+            tensors[f"{at}.lora_magnitude_vector"] = magnitude
     return tensors
 
 
@@ -147,6 +151,7 @@ def check_pool(pool: AdapterPool) -> None:
     columns = [resident.column for resident in held]
     assert sorted(columns + tiers._free_columns) == list(range(tiers.columns))
     assert not tables.rank[:, tiers._free_columns].any()
+    assert not tables.scale_address[:, tiers._free_columns].any()
     if pool._tiers._transfers.shares_memory:
         assert not set(tiers.device) & set(tiers.host)
     for resident in held:
@@ -162,7 +167,9 @@ def _check_column(pool: AdapterPool, resident: Any, index: int) -> None:
     if factors is None:
         assert tables.rank[at] == 0
         assert addresses == [0, 0, 0]
+        assert tables.scale_address[at] == 0
         return
+    _check_scale(tables.scale_address[at].item(), factors, resident.scales, index)
     assert tables.rank[at] == factors.lora_a.shape[0]
     assert tables.scaling[at] == torch.tensor(factors.scaling, dtype=torch.float32)
     blocks = (factors.lora_a, factors.lora_b, factors.lora_bias)
@@ -170,3 +177,12 @@ def _check_column(pool: AdapterPool, resident: Any, index: int) -> None:
         assert (address == 0) == (block is None)
         if block is not None:
             assert torch.equal(at_address(address, block), block)
+
+
+def _check_scale(address: int, factors: Factors, scales: Any, index: int) -> None:
+    if factors.magnitude is None:
+        assert address == 0
+    elif scales is None:
+        assert address == PENDING
+    else:
+        assert torch.equal(at_address(address, scales.blocks[index]), scales.blocks[index])

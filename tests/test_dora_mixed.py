@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pool_adapters import Blocks, make_tensors
+from pool_adapters import Blocks, make_folder
 from tiny import TwoLayers
 
 import fastlora
 from fastlora import AdapterPool, LoraConfig, LoraModel, adapters, get_peft_model
-from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
+from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.train import train_adapters
 from fastlora.validation import CheckpointError
 
@@ -208,30 +208,13 @@ def test_a_patched_peft_model_mixes_dora_rows() -> None:
 # ------------------------------------------------------------------------------- the pool
 
 
-def make_dora_folder(folder: Path, seed: int, **fields: Any) -> None:
-    """An adapter with magnitudes between half and one and a half of its norms."""
-    config = LoraConfig(use_dora=True, **fields)
-    modules = [
-        n for n, m in Blocks().named_modules() if n.rpartition(".")[2] in config.target_modules
-    ]
-    tensors = make_tensors(config, seed, modules)
-    generator = torch.Generator().manual_seed(seed)
-    for name in modules:
-        rows = tensors[f"{KEY_PREFIX}{name}.lora_B.weight"].shape[0]
-        magnitude = 0.5 + torch.rand(rows, generator=generator)
-        tensors[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = magnitude
-    save_adapter_folder(folder, config, tensors)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two DoRA adapters and a plain one."""
     folder = tmp_path_factory.mktemp("dora")
-    make_dora_folder(folder / "a", 1, r=2, target_modules=["q", "v"])
-    make_dora_folder(folder / "b", 2, r=4, target_modules=["v"], use_rslora=True)
-    config = LoraConfig(r=3, target_modules=["q"])
-    modules = [n for n, _ in Blocks().named_modules() if n.endswith("q")]
-    save_adapter_folder(folder / "c", config, make_tensors(config, 3, modules))
+    make_folder(folder / "a", 1, r=2, use_dora=True)
+    make_folder(folder / "b", 2, r=4, target_modules=["v"], use_rslora=True, use_dora=True)
+    make_folder(folder / "c", 3, r=3, target_modules=["q"])
     return folder
 
 
@@ -298,7 +281,7 @@ def _blocks() -> Blocks:
 def test_a_pool_follows_swaps_evictions_and_the_base(root: Path, tmp_path: Path) -> None:
     """A replaced adapter's norms are its own, and a changed base weight is seen."""
     model, pool = pool_of(root, torch.float64, max_adapters=2)
-    make_dora_folder(tmp_path / "new", 7, r=2, target_modules=["q", "v"])
+    make_folder(tmp_path / "new", 7, r=2, use_dora=True)
     with torch.no_grad():
         with adapters(pool, ["a", "b"]):
             before = model(IDS[:2])

@@ -31,10 +31,10 @@ SOON, LONG = 0.05, 20.0
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight adapters, `a0` to `a7`."""
+    """Eight adapters, `a0` to `a7`, two of which use DoRA."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed in range(8):
-        make_folder(folder / f"a{seed}", seed, r=1 + seed % 3)
+        make_folder(folder / f"a{seed}", seed, r=1 + seed % 3, use_dora=seed % 4 == 3)
     return folder
 
 

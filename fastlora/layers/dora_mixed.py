@@ -21,7 +21,6 @@ from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import records_gradients
 from fastlora.layers.dora_norms import (
-    adapter_squares,
     magnitude_of,
     may_keep,
     source_of,
@@ -29,7 +28,6 @@ from fastlora.layers.dora_norms import (
 )
 from fastlora.layers.own_share import OwnShare
 from fastlora.routing import Routing, RowRouting, Segment, layer_seed
-from fastlora.validation import ImplementationError
 
 
 class DoraSlots(NamedTuple):
@@ -45,7 +43,12 @@ class DoraSlots(NamedTuple):
 
 
 def dora_slots(layer: Any, routing: Routing) -> DoraSlots | None:
-    """Returns which slots use DoRA on a layer; None, at once, where there are none."""
+    """Returns which slots use DoRA on a layer; None, at once, where there are none.
+
+    Of a CUDA graph's slots only whether there may be any is known, and none are named.
+    """
+    if routing.captured:
+        return DoraSlots((), ()) if routing.kernels[0].tables.uses_dora else None
     if routing.residents is not None:
         scaled = tuple(
             slot
@@ -110,11 +113,6 @@ def _table(
 
     Kept with the routing, so that the steps of a decode make it once.
     """
-    if routing.residents is not None and not may_keep(like.device):
-        raise ImplementationError(
-            "a graph that is being recorded would keep the norms of the DoRA adapters that a pool "
-            "holds now; leave them out of the batch, or call the model outside the graph"
-        )
     sources = [_source(layer, routing, slot) for slot in slots]
     key = (layer.routed_as, slots)
     stamps = [stamp_of(tensor) for source in sources for tensor in source]
@@ -123,7 +121,8 @@ def _table(
     kept = routing.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
-    scales = [scale_of(*source) for source in sources]
+    pool = routing.residents is not None
+    scales = [source[0] if pool else scale_of(*source) for source in sources]
     table = torch.stack([*scales, torch.ones_like(scales[0])])
     rows = torch.full((len(routing.names) + 1,), len(slots))
     rows[list(slots)] = torch.arange(len(slots))
@@ -133,22 +132,14 @@ def _table(
     return made
 
 
-def _source(layer: Any, routing: Routing, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns an adapter's magnitude on a layer, and its squared norms there."""
+def _source(layer: Any, routing: Routing, slot: int) -> tuple[torch.Tensor, ...]:
+    """Returns what an adapter's g on a layer comes of: its magnitude, and its squared norms there.
+
+    A pool keeps g itself (`fastlora.pool.scales`).
+    """
     if routing.residents is None:
         return source_of(layer, routing.names[slot])
-    resident = routing.residents[slot]
-    factors = resident.factors(layer.table_row)
-    weight = layer.get_base_layer().weight
-    stamp = stamp_of(weight) if isinstance(weight, torch.Tensor) else None
-    kept = resident.squares.get(layer.table_row)
-    if kept is not None and kept[0] == stamp:
-        return factors.magnitude, kept[1]
-    with torch.inference_mode(False):
-        squares = adapter_squares(layer, factors.lora_a, factors.lora_b.t(), factors.scaling)
-    if stamp is not None and may_keep(squares.device):
-        resident.squares[layer.table_row] = stamp, squares
-    return factors.magnitude, squares
+    return (routing.residents[slot].scales.by_module[layer.table_row],)
 
 
 # ------------------------------------------------------------------------------- with gradients
@@ -215,6 +206,8 @@ def _scaled(
     u = own if bias is None else own - bias.to(own.dtype)
     lengths = tuple(segment.stop - segment.start for segment in segments)
     pairs = [t for s in segments for t in _source(layer, routing, s.slot)]
+    if routing.residents is not None:  # a later block may write other scales where these lie
+        pairs = [t for scale in pairs for t in (scale.clone(), torch.ones_like(scale))]
     return DoraScale.apply(u, bias, lengths, *pairs)
 
 

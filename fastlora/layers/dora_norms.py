@@ -78,6 +78,13 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+def base_stamp(layer: Any) -> tuple[Stamp, NormCache] | None:
+    """Returns what changes when a layer's base weight does, or is said to (`forget_norms`)."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    stamp = stamp_of(weight) if isinstance(weight, torch.Tensor) else None
+    return None if stamp is None else (stamp, _cache(layer))
+
+
 def adapter_squares(
     layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any, part: bool = False
 ) -> torch.Tensor:

@@ -19,6 +19,7 @@ from fastlora import functional, mixed, ops, packed_forward
 from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.layers import (
     dora_mixed,
+    dora_pool,
     mixed_graph,
     mixed_kernels,
     mixed_packed,
@@ -214,6 +215,9 @@ def _with_dora(
 ) -> torch.Tensor:
     """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
+    kernels = _pool_kernels(layer, y, x, routing)
+    if kernels is not None:
+        return dora_pool.scale_rows_(layer, y, kernels)
     if not dora_mixed.wants_segments(layer, y, routing, slots):
         return dora_mixed.scale_rows(layer, y, routing, slots)
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
@@ -243,6 +247,15 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
     kernels = mixed_kernels.kernel_routing(routing)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
     return kernels if kernels is not None and kernels.device == x.device else None
+
+
+def _pool_kernels(
+    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing
+) -> KernelRouting | None:
+    """Returns what kernels made y by, over a pool: then it may be written into; else None."""
+    if routing.residents is None or functional.autocast_dtype(x) is not None or y.dtype != x.dtype:
+        return None
+    return _kernels(layer, x, routing) if _without_gradients(layer, routing, x, y) else None
 
 
 def _refuse_captured(routing: Routing, bare: bool, dtype: torch.dtype | None) -> None:

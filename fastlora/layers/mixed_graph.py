@@ -1,8 +1,8 @@
 """A mixed batch in a graph that is being compiled: from a layer to one operator.
 
 Nothing that depends on the mix is read here but as a tensor, so that no mix compiles anything. What
-graphs cannot do is left to the forward that runs without them, where a full graph breaks: DoRA in a
-pool, hooked factors, the batch-invariant mode, gradients through a pool.
+graphs cannot do is left to the forward that runs without them, where a full graph breaks: hooked
+factors, the batch-invariant mode, gradients through a pool.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastlora import functional, mixed_graph_ops, mixed_ops, ops
 from fastlora.batch_invariant import is_batch_invariant
 from fastlora.graph_routing import GraphRouting, PoolGraphRouting
-from fastlora.layers import mixed_graph_dora
+from fastlora.layers import dora_pool, mixed_graph_dora
 from fastlora.layers.mixed_graph_dora import DoraSlots
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
@@ -118,13 +118,14 @@ def _pool_kernels(
         batch.dtype,
         "auto",
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return dora_pool.scale_in_graph_(layer, y, batch)
 
 
 def _pool_add_(
     layer: Any, y: torch.Tensor, x: torch.Tensor, batch: PoolGraphRouting
 ) -> torch.Tensor:
-    """Adds to ``y [..., N]``, which is contiguous, in place."""
+    """Adds to ``y [..., N]``, which is contiguous, in place, and scales DoRA's rows."""
     flat, rows, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), batch.tables
     numbers = tables.rank, tables.scaling, layer.table_row
     addresses = tables.a_address, tables.b_address, tables.bias_address
@@ -146,4 +147,4 @@ def _pool_add_(
         torch.ops.fastlora.mixed_lora_pool_add_(
             flat, rows, batch.columns, *addresses, *numbers, batch.dtype
         )
-    return y
+    return dora_pool.scale_in_graph_(layer, y, batch)

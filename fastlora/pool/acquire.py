@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +11,12 @@ from weakref import ref
 from fastlora.pool.entries import Entry
 from fastlora.pool.image import Image
 from fastlora.pool.leases import Lease, LeaseBook, Request
+from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import Transfers
-from fastlora.validation import AdapterStateError, PoolFullError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError
 
 
 class Residency:
@@ -24,6 +26,7 @@ class Residency:
         reader: Reads adapters, outside the lock.
         tiers: Guarded by the lock.
         transfers: Orders the device's work.
+        scales: Makes those of DoRA adapters, outside the lock.
 
     Attributes:
         changed: The lock, and the condition that leases have ended, room has come or reads are
@@ -33,8 +36,11 @@ class Residency:
         hits, misses, loads: See `PoolStats`.
     """
 
-    def __init__(self, reader: AdapterReader, tiers: Tiers, transfers: Transfers) -> None:
+    def __init__(
+        self, reader: AdapterReader, tiers: Tiers, transfers: Transfers, scales: ScaleMaker
+    ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers
+        self._scales = scales
         self.changed = threading.Condition(threading.RLock())
         self.book = LeaseBook()
         self.closed = False
@@ -82,6 +88,15 @@ class Residency:
                 if request in self.book.queue:
                     self.book.queue.remove(request)
                     self.changed.notify_all()
+
+    def settle(self, name: str) -> None:
+        """Makes the scales of a new adapter that is pinned, which may not be leased again."""
+        with self.changed:
+            entry = self._tiers.entries.get(name)
+            copy = None if entry is None or not entry.pinned else entry.copy
+        if copy is not None and copy.resident.uses_dora:
+            with contextlib.suppress(AdapterNotFoundError):  # unloaded by now
+                self.acquire(Request((name,), counts=False), None).release()
 
     def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
         """Waits until a request is granted, or adapters must be read for it, which it returns."""
@@ -157,13 +172,15 @@ class Residency:
     def _ready(self, lease: Lease) -> Lease:
         """Lets the calling thread's work on the device come after the copies of its adapters."""
         try:
+            self._scales.prepare(lease.copies, self.changed)
             marks = []
             for copy in lease.copies:
-                if copy.written is not None:
-                    if self._transfers.is_done(copy.written):
-                        copy.written = None
-                    else:
-                        marks.append(copy.written)
+                for written in (copy, copy.resident.scales):
+                    if written is not None and written.written is not None:
+                        if self._transfers.is_done(written.written):
+                            written.written = None
+                        else:
+                            marks.append(written.written)
             self._transfers.wait_for_writes(marks)
         except BaseException:
             lease.release()

@@ -62,11 +62,9 @@ def pool_routing(
     kernels = KernelRouting(
         looked_up(columns, slots), pool.tables, pool.max_rank or lease.max_rank, pool.dtype
     )
-    graph = None
-    if not any(resident.uses_dora for resident in lease.residents):
-        # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
-        columns = kernels.columns.clone()
-        graph = PoolGraphRouting(columns, pool.tables, kernels.max_rank, pool.dtype)
+    # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
+    columns = kernels.columns.clone()
+    graph = PoolGraphRouting(columns, pool.tables, kernels.max_rank, pool.dtype)
     return Routing(
         pool.group,
         names,

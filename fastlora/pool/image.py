@@ -9,6 +9,7 @@ multiple of 16 bytes, for vector loads.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ ALIGNMENT = 16
 # What an adapter can hold for a module, in the order of the blocks.
 BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
 ABSENT = -1
+_MAGNITUDE = BLOCK_KINDS.index("magnitude")
 _MAGNITUDE_BYTES = 4
 
 
@@ -75,6 +77,11 @@ class Layout:
     numel: int
     # The same as Python numbers, for views.
     _blocks: tuple[tuple[int, tuple[int, ...]], ...] = field(repr=False)
+
+    @functools.cached_property
+    def dora_modules(self) -> tuple[int, ...]:
+        """Numbers of the modules that have a magnitude."""
+        return tuple((self.offsets[_MAGNITUDE] != ABSENT).nonzero().view(-1).tolist())
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
         """Returns the blocks of one module in an image, by kind; none where it is absent."""

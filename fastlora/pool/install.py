@@ -32,6 +32,7 @@ class PoolLayers:
     Attributes:
         group: What marks the layers as this pool's.
         targets: The modules, in the model's order; a layer's place here is its ``table_row``.
+        layers: In the same order.
 
     Raises:
         AdapterStateError: The model has LoRA layers already.
@@ -67,6 +68,7 @@ class PoolLayers:
         except BaseException:
             self.remove()
             raise
+        self.layers = [layer for _, layer in self._replaced.values()]
         self.targets = [
             Target(name, layer.in_features, layer.out_features)
             for name, (_, layer) in self._replaced.items()

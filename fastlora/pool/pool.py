@@ -21,6 +21,7 @@ from fastlora.pool.entries import unknown
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
 from fastlora.pool.leases import Lease, Request
+from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
@@ -48,7 +49,7 @@ class AdapterPool:
             `close` puts these back; the model must not have LoRA layers.
         target_modules: Which modules adapters may adapt, as in `LoraConfig`.
         max_adapters: How many adapters the device holds at once, the number of slots.
-        device_bytes: Bytes of factors on the device, or None for no limit.
+        device_bytes: Bytes of factors on the device, without DoRA's scales; None for no limit.
         cpu_bytes: Bytes of factors in CPU memory behind it, or None for no limit.
         dtype: Of the stored factors; None for that of the base weights.
         max_rank: Largest rank that is accepted, or None for any.
@@ -110,7 +111,8 @@ class AdapterPool:
             tables=self.tables,
             transfers=transfers,
         )
-        self._residency = Residency(self._reader, self._tiers, transfers)
+        scales = ScaleMaker(self._layers.layers, self.tables, transfers)
+        self._residency = Residency(self._reader, self._tiers, transfers, scales)
         self._changed = self._residency.changed
         self._model = model
         model.__dict__[_ATTRIBUTE] = self
@@ -161,6 +163,7 @@ class AdapterPool:
             self._tiers.put(name, folder, image, pin=pin)
             self._residency.loads += 1
             self._changed.notify_all()
+        self._residency.settle(name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Remembers where an adapter is; it is read when it is first used.
@@ -177,10 +180,10 @@ class AdapterPool:
         """
         check_name(name)
         path = Path(folder).absolute()
-        self._reader.check_folder(path)
+        uses_dora = self._reader.check_folder(path).use_dora
         with self._changed:
             self._residency.check_open()
-            self._tiers.add(name, path)
+            self._tiers.add(name, path, uses_dora)
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
         """Registers every adapter folder in a folder under its folder's name.
@@ -201,14 +204,14 @@ class AdapterPool:
             raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
         for name in names:
             check_name(name)
-            self._reader.check_folder(path / name)
+        uses_dora = [self._reader.check_folder(path / name).use_dora for name in names]
         with self._changed:
             self._residency.check_open()
             for name in names:
                 if name in self._tiers.entries:
                     raise AdapterStateError(f"adapter {name!r} exists already")
-            for name in names:
-                self._tiers.add(name, path / name)
+            for name, dora in zip(names, uses_dora, strict=True):
+                self._tiers.add(name, path / name, dora)
         return names
 
     def unload(self, name: str) -> None:

@@ -6,9 +6,28 @@ from typing import Any
 
 import torch
 
-from fastlora.pool.image import ABSENT, BLOCK_KINDS, Factors, Image
+from fastlora.pool.image import Factors, Image
 
-_MAGNITUDE = BLOCK_KINDS.index("magnitude")
+
+class Scales:
+    """A DoRA adapter's scales on the device, one for each output of each of its modules.
+
+    They stay where they are, and are written anew when a base weight has changed.
+
+    Attributes:
+        by_module: Number of a module -> g, ``[N]`` in fp32 (fp64 over an fp64 weight).
+        blocks: The same as kernels read it, in fp32.
+        stamps: What tells whether the base weights are still those that they were made of.
+        written: Mark behind their making, until that is known to be done.
+    """
+
+    __slots__ = ("blocks", "by_module", "stamps", "written")
+
+    def __init__(self) -> None:
+        self.by_module: dict[int, torch.Tensor] = {}
+        self.blocks: dict[int, torch.Tensor] = {}
+        self.stamps: list[Any] = []
+        self.written: Any = None
 
 
 class Resident:
@@ -23,9 +42,9 @@ class Resident:
         image: The packed factors, 1-D.
         version: Differs between any two images that were packed, so it can key caches.
         max_rank: Largest rank on any module.
-        uses_dora: Whether it has a magnitude on some module.
-        squares: The squared norms of the adapted weight, by module, for a DoRA adapter: made with
-            the first forward, and gone with the resident.
+        dora_modules: Numbers of the modules on which it has a magnitude.
+        uses_dora: Whether there are any.
+        scales: Of a DoRA adapter, made with the first lease, and gone with the resident.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -33,8 +52,9 @@ class Resident:
         self.image: torch.Tensor = image.data
         self.version = image.version
         self.max_rank = int(image.layout.ranks.max())
-        self.uses_dora = bool((image.layout.offsets[_MAGNITUDE] != ABSENT).any())
-        self.squares: dict[int, Any] = {}
+        self.dora_modules = image.layout.dora_modules
+        self.uses_dora = bool(self.dora_modules)
+        self.scales: Scales | None = None
         self._layout, self._scaling = image.layout, image.scaling
         self._views: list[Factors | None | bool] = [False] * len(image.scaling)
 

@@ -55,8 +55,11 @@ class AdapterReader:
         # What a config names in this model; adapters of one kind name the same.
         self._named: dict[str, list[str]] = {}
 
-    def check_folder(self, folder: Path) -> None:
+    def check_folder(self, folder: Path) -> LoraConfig:
         """Checks what can be checked without reading tensors: config, rank, and that files exist.
+
+        Returns:
+            The config.
 
         Raises:
             CheckpointError: The folder holds no adapter that this pool can take.
@@ -64,7 +67,7 @@ class AdapterReader:
         if not (folder / WEIGHTS_NAME).is_file():
             # Where that file is missing, the full check says what is there instead.
             load_adapter_folder(folder)
-        self._read_config(folder)
+        return self._read_config(folder)
 
     def read_folder(self, folder: str | os.PathLike[str]) -> Image:
         """Reads, checks and packs an adapter folder.
@@ -105,7 +108,7 @@ class AdapterReader:
         self._check_config(config, source)
         return self._pack(config, check_tensors(config, tensors, source), tensors, source)
 
-    def _read_config(self, folder: Path) -> None:
+    def _read_config(self, folder: Path) -> LoraConfig:
         path = folder / CONFIG_NAME
         data = read_config_file(path)
         try:
@@ -113,6 +116,7 @@ class AdapterReader:
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self._check_config(config, str(path))
+        return config
 
     def _check_config(self, config: LoraConfig, source: str) -> None:
         if config.modules_to_save:

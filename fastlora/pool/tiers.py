@@ -68,8 +68,8 @@ class Tiers:
             raise unknown(name, self.entries)
         return found
 
-    def add(self, name: str, folder: Path) -> None:
-        """Registers a name whose adapter is on disk.
+    def add(self, name: str, folder: Path, uses_dora: bool) -> None:
+        """Registers a name whose adapter is on disk, and uses DoRA or does not.
 
         Raises:
             AdapterStateError: The name is taken.
@@ -77,6 +77,8 @@ class Tiers:
         if name in self.entries:
             raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
         self.entries[name] = Entry(name, folder)
+        # Graphs that are compiled or captured from now on have its scales.
+        self._tables.uses_dora |= uses_dora
 
     def remove(self, name: str) -> None:
         """Forgets a name; its memory goes at once, or with the last lease on it."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fastlora
-from fastlora import AdapterPool, LoraConfig, LoraModel, get_peft_model
+from fastlora import AdapterPool, LoraConfig, LoraModel, adapter_state, get_peft_model
 from fastlora.testing import assert_within_budget
 
 NAMES = ("a", "b", "c")
@@ -107,18 +107,21 @@ def test_mixes_compile_nothing_in_training(lab: Any, p: float, lengths: list[int
 
 
 def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
-    """Tables are read at every call: other residents, a hot swap, one graph."""
-    model, chosen = adapted(lab).eval(), random.Random(1)
+    """Tables are read at every call: other residents, DoRA too, hot swaps, one graph."""
+    model, chosen = adapted(lab), random.Random(1)
+    for name, targets in (("e", ["gate", "down"]), ("f", ["up"])):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=targets, use_dora=True))
+    with torch.no_grad():
+        for key, parameter in model.eval().named_parameters():
+            if ".e." in key or ".f." in key:
+                parameter.uniform_(0.2, 0.6)
     base = copy.deepcopy(model).unload()
-    limits = {"max_adapters": 4, "max_rank": 16}
+    limits = {"max_adapters": 5, "max_rank": 16}
     pool = AdapterPool(base, target_modules=["gate", "up", "down"], **limits)
     states = {}
     for name, config in model.peft_config.items():
-        states[name] = {
-            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor.clone()
-            for key, tensor in model.base_model.model.state_dict().items()
-            if f".{name}." in key
-        }
+        own = adapter_state.collect(model, name, model.state_dict(), False)
+        states[name] = {key: tensor.clone() for key, tensor in own.items()}
         pool.load(name, states[name], config=config)
     for module in base.modules():
         if hasattr(module, "lora_A"):
@@ -127,7 +130,7 @@ def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
     x = torch.randn(6, 4, 32, device=lab.device)
     with torch.no_grad():
         for step in range(6):
-            ids = [chosen.choice([*NAMES, None]) for _ in range(6)]
+            ids = [*(chosen.choice([*NAMES, None]) for _ in range(5)), ("e", "f")[step % 2]]
             found = []
             for call, owner in ((compiled, pool), (base, pool)):
                 with fastlora.adapters(owner, ids):
@@ -135,12 +138,11 @@ def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
             exact = in_pytorch(model).double()
             with fastlora.adapters(exact, ids):
                 assert_within_budget(*found, exact(x.double()))
-            if step == 3:
-                swapped = {key: tensor * 2 for key, tensor in states["b"].items()}
-                pool.load("b", swapped, config=model.peft_config["b"])
-                model.load_state_dict(
-                    {key: tensor * 2 for key, tensor in model.state_dict().items() if ".b." in key},
-                    strict=False,
-                )
+            if step in (1, 3):
+                name = "b" if step == 3 else "e"
+                swapped = {key: tensor * 2 for key, tensor in states[name].items()}
+                pool.load(name, swapped, config=model.peft_config[name])
+                own = {k: t * 2 for k, t in model.state_dict().items() if f".{name}." in k}
+                model.load_state_dict(own, strict=False)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +15,22 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora  # noqa: E402
 from fastlora import adapter_state, adapters  # noqa: E402
+from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.in_force import routed  # noqa: E402
 from fastlora.inject import lora_layers  # noqa: E402
 from fastlora.pool import batches  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.validation import AdapterStateError  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_counter import ByteCounter  # noqa: E402
+
 IDS = ["a1", None, "a0", "dora", "a1"]
+KINDS: dict[str, dict[str, Any]] = {
+    "a0": {"r": 16},
+    "a1": {"r": 3, "lora_bias": True, "target_modules": ["q", "o"]},
+    "dora": {"r": 4, "use_dora": True},
+}
 
 
 class Block(nn.Module):
@@ -35,7 +46,7 @@ class Block(nn.Module):
         return self.o(self.q(x) * self.k(x).tanh())
 
 
-def pool_over_block(lab: Any, dora: bool = True) -> tuple[Any, Any, Any]:
+def pool_over_block(lab: Any) -> tuple[Any, Any, Any]:
     """A model with a pool, the pool, and the same adapters as parameters, in PyTorch."""
     torch.manual_seed(0)
     base = Block().to(lab.device)
@@ -44,8 +55,7 @@ def pool_over_block(lab: Any, dora: bool = True) -> tuple[Any, Any, Any]:
     targets = ["q", "k", "o"]
     pool = fastlora.AdapterPool(served, target_modules=targets, max_adapters=4, max_rank=16)
     model: Any = None
-    kinds = {"a0": {"r": 16}, "a1": {"r": 3, "lora_bias": True, "target_modules": ["q", "o"]}}
-    for name, kind in (kinds | ({"dora": {"r": 4, "use_dora": True}} if dora else {})).items():
+    for name, kind in KINDS.items():
         config = fastlora.LoraConfig(
             **{"target_modules": targets, "init_lora_weights": False, **kind}
         )
@@ -64,6 +74,11 @@ def pool_over_block(lab: Any, dora: bool = True) -> tuple[Any, Any, Any]:
     for layer in lora_layers(served):
         layer.impl = "triton"
     return served, pool, model.eval()
+
+
+def slots_of(pool: Any, names: list[str | None]) -> torch.Tensor:
+    """Slots for names."""
+    return torch.tensor([-1 if name is None else pool.slot_of(name) for name in names])
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -98,13 +113,12 @@ def test_training_mode_without_gradients(lab: Any) -> None:
 
 def test_a_captured_batch_never_falls_back(lab: Any) -> None:
     """What a CUDA graph would record is right in training mode, and refused with gradients."""
-    served, pool, model = pool_over_block(lab, dora=False)
-    names = ["a1", None, "a0", "a1"]
-    ids = torch.tensor([-1 if n is None else pool.slot_of(n) for n in names]).to(lab.device)
-    x = torch.randn(4, 48, device=lab.device)
-    with torch.no_grad():
-        expected = model(x, adapter_names=names)
-        exact = model.double()(x.double(), adapter_names=names)
+    served, pool, model = pool_over_block(lab)
+    ids = slots_of(pool, IDS).to(lab.device)
+    x = torch.randn(5, 48, device=lab.device)
+    with torch.no_grad(), pool.lease(pool.names):
+        expected = model(x, adapter_names=IDS)
+        exact = model.double()(x.double(), adapter_names=IDS)
     for trains in (False, True):
         served.train(trains)
         with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
@@ -116,7 +130,7 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
     ):
         served(wanted)
     for layer in (served.q, served.o):
-        inner = torch.randn(4, layer.in_features, device=lab.device)
+        inner = torch.randn(5, layer.in_features, device=lab.device)
         with (
             routed(batches.captured_pool_routing(pool, ids)),
             torch.autocast(inner.device.type, torch.bfloat16),
@@ -124,3 +138,102 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
             pytest.raises(AdapterStateError, match="autocast"),
         ):
             layer(inner)
+
+
+def captured(pool: Any, ids: torch.Tensor, served: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a CUDA graph of these slots would record, run once."""
+    with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
+        return served(x)
+
+
+def test_a_captured_batch_finds_scales_of_its_day(lab: Any) -> None:
+    """They are a lease's work: rows are NaN until then, and follow a swap and the base weights."""
+    served, pool, model = pool_over_block(lab)
+    ids, x = slots_of(pool, IDS).to(lab.device), torch.randn(5, 48, device=lab.device)
+
+    def expected() -> torch.Tensor:
+        with torch.no_grad():
+            return model(x, adapter_names=IDS)
+
+    unmade = captured(pool, ids, served, x)
+    assert unmade[3].isnan().all()
+    torch.testing.assert_close(unmade[[0, 1, 2, 4]], expected()[[0, 1, 2, 4]])
+    pool.pin("dora")  # which is a lease
+    torch.testing.assert_close(captured(pool, ids, served, x), expected())
+    state = adapter_state.collect(model, "dora", model.state_dict(), False)
+    doubled = {key: tensor * 2 for key, tensor in state.items()}
+    pool.load("dora", doubled, config=model.peft_config["dora"])  # pinned: no lease need follow
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".dora." in key:
+                parameter *= 2
+    ids = slots_of(pool, IDS).to(lab.device)
+    torch.testing.assert_close(captured(pool, ids, served, x), expected())
+    with torch.no_grad():
+        for layer in (served.q, model.base_model.model.q):
+            layer.weight *= 1.5
+    with pool.lease(["dora"]):
+        torch.testing.assert_close(captured(pool, ids, served, x), expected())
+
+
+def test_a_graph_captured_before_dora_has_no_such_slots(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no scales, so rows of an adapter with DoRA that came later are NaN, not wrong."""
+    served, pool, model = pool_over_block(lab)
+    ids, x = slots_of(pool, IDS).to(lab.device), torch.randn(5, 48, device=lab.device)
+    with pool.lease(pool.names):
+        monkeypatch.setattr(pool.tables, "uses_dora", False)
+        y = captured(pool, ids, served, x)
+    with torch.no_grad():
+        expected = model(x, adapter_names=IDS)
+    assert y[3].isnan().all()
+    torch.testing.assert_close(y[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])
+
+
+@pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
+def test_scales_are_launched_where_dora_may_be(lab: Any) -> None:
+    """Once a layer of a batch that has such rows, or of a graph that may come to have them."""
+    served, pool, _ = pool_over_block(lab)
+    x = torch.randn(5, 48)
+
+    def launches(block: Any) -> int:
+        with ByteCounter() as counter, torch.no_grad(), block:
+            served(x)
+        count = counter.kernels.get("_mixed_dora_scale_kernel")
+        return 0 if count is None else count.launches
+
+    assert launches(adapters(pool, IDS)) == 3
+    assert launches(adapters(pool, ["a0", None, "a0", "a1", "a0"])) == 0
+    slots = torch.full((5,), -1)
+    assert launches(routed(batches.captured_pool_routing(pool, slots))) == 3
+    pool.tables.uses_dora = False
+    assert launches(routed(batches.captured_pool_routing(pool, slots))) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_one_graph_replays_dora(lab: Any) -> None:
+    """Other slots, a swapped adapter and another base weight, without another capture."""
+    served, pool, model = pool_over_block(lab)
+    ids = slots_of(pool, IDS).to(lab.device)
+    x = torch.randn(5, 48, device=lab.device)
+    state = adapter_state.collect(model, "dora", model.state_dict(), False)
+    with pool.lease(pool.names), torch.no_grad():
+        for _ in range(3):
+            with adapters(pool, ids):
+                served(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), adapters(pool, ids):
+            y = served(x)
+    for step in range(3):
+        names = [IDS[(i + step) % 5] for i in range(5)]
+        with pool.lease(pool.names), torch.no_grad():
+            ids.copy_(slots_of(pool, names))
+            graph.replay()
+            with adapters(pool, names):
+                torch.testing.assert_close(y, served(x))
+        swapped = {key: (step + 2) * tensor for key, tensor in state.items()}
+        pool.load("dora", swapped, config=model.peft_config["dora"])
+        with torch.no_grad():
+            served.q.weight.mul_(1.5)
