@@ -104,6 +104,7 @@ def forward_rows(
     bias: torch.Tensor | None,
     adapter: Dropped,
     norm_scaling: torch.Tensor | float | None = None,
+    inplace: bool = False,
 ) -> Made:
     """Runs an adapter on ``rows [M, K]`` without recording a graph.
 
@@ -114,6 +115,7 @@ def forward_rows(
         bias: ``[N]`` or None.
         adapter: With ``norm_scaling``, where `joins` says so, its squares are those of the weight.
         norm_scaling: The scaling, as a number if it is one.
+        inplace: Whether base, contiguous then, may become y.
     """
     lora_a, lora_b, magnitude, squares, scaling, seed, dropout_p, impl = adapter
     weight_x, m = weight.to(rows.dtype), rows.shape[0]
@@ -136,7 +138,7 @@ def forward_rows(
     if base is None:
         y = products.linear(rows, weight_x, None if bias is None else bias.to(rows.dtype))
     else:
-        y = base.clone(memory_format=torch.contiguous_format)
+        y = base if inplace else base.clone(memory_format=torch.contiguous_format)
     if impl == "triton":
         s = torch.ops.fastlora.lora_shrink(dropped, lora_a, None, 0.0, impl)
         torch.ops.fastlora.lora_expand_(y, s, scaled_b, scaling, impl)

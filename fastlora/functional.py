@@ -266,8 +266,7 @@ def shrink(
     """Computes the s of layers that are fed by the same x, for `linear` and `add`.
 
     In the backward x is read once for all their ``d_lora_a``. Seeds are drawn in order, as the
-    layers would one after the other. In a compiled graph every sibling is to call this alike and to
-    take its own.
+    layers would one after the other.
 
     Args:
         x: ``[..., K]``.
@@ -276,11 +275,15 @@ def shrink(
         impl: As in `lora_linear`.
     """
     impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
-    if torch.compiler.is_compiling():
-        made, drawn = torch.ops.fastlora.lora_shrink_siblings(x, lora_a, dropouts, dtype, impl)
-        seeds = iter(drawn)
-        return [
-            Shrunk(s, next(seeds) if p > 0.0 else None) for s, p in zip(made, dropouts, strict=True)
-        ]
     pairs = sibling_ops.shrink_siblings(x, lora_a, dropouts, dtype, impl)
     return [Shrunk(s, seed) for s, seed in zip(*pairs, strict=True)]
+
+
+def shrink_in_graph(
+    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], own: int, impl: str
+) -> Shrunk:
+    """`shrink` in a compiled graph, where every sibling calls it; returns number ``own``'s."""
+    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
+    operator = torch.ops.fastlora.lora_shrink_siblings
+    s, seeds = operator(x, lora_a, dropouts, own, dtype, impl)
+    return Shrunk(s, seeds[0] if dropouts[own] > 0.0 else None)

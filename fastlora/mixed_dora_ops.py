@@ -86,7 +86,8 @@ def _mixed_dora_dropped(
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _saved(y, x, batch[0], keeps_z)
     for own in _owners(x, *own_batch):
-        made = forward_rows(y[own.rows], x[own.rows], weight, None, own.adapter)
+        base, rows = y[own.rows], x[own.rows]
+        made = forward_rows(base, rows, weight, None, own.adapter, inplace=True)
         y[own.rows] = made.y
         s[own.part, : made.s.shape[1]] = made.s
         if keeps_z:

@@ -5,9 +5,9 @@ factors of every adapter that the model has are arguments, whether it has rows o
 graph serves any mix. In the backward, adapters without rows get zeros.
 
 `mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
-autograd is traced, into `fastlora.mixed_autograd`. The last is called alike by layers fed by the
-same x, as in `fastlora.sibling_ops`: the others get what the first one made, and each hands its s
-to its own operator. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
+autograd is traced, into `fastlora.mixed_autograd`. The last is called by layers fed by the same x
+with the factors of all, as in `fastlora.sibling_ops`, and each hands its s to its own operator.
+`mixed_lora_groups` sorts rows, once a graph: layers call it alike.
 `mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.mixed_ops` do
 on a GPU.
 
@@ -28,7 +28,7 @@ import torch
 from fastlora import mixed_autograd, reference
 from fastlora.ops import _LIBRARY, _implements
 from fastlora.row_groups import RowGroups, build_row_groups, piece_entries, piece_starts
-from fastlora.siblings import keep_made, take_made
+from fastlora.siblings import is_traced, keep_made, take_made
 from fastlora.training_routing import seeds_of_layer
 
 _FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
@@ -39,8 +39,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
 _LIBRARY.define(
-    "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, Tensor ids,"
-    " int slots, ScalarType dtype, str impl) -> Tensor[]"
+    "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, int own,"
+    " Tensor ids, int slots, ScalarType dtype, ScalarType factor_dtype, str impl) -> Tensor"
 )
 _LIBRARY.define(
     "mixed_lora_groups(Tensor ids, SymInt m, int slots, Device device)"
@@ -180,24 +180,36 @@ def _mixed_lora_graph_shrink(
     lora_a: list[torch.Tensor],
     places: list[int],
     modules: int,
+    own: int,
     ids: torch.Tensor,
     slots: int,
     dtype: torch.dtype,
+    factor_dtype: torch.dtype,
     impl: str,
-) -> list[torch.Tensor]:
-    """Returns s ``[M, R]`` of each module: ``places`` says whose and of which slot a lora_a is."""
-    key = tuple(places), modules, slots, dtype, impl, torch.is_grad_enabled()
-    made = take_made(x, [*lora_a, ids], key)
-    if made is None:
+) -> torch.Tensor:
+    """Returns s ``[M, R]`` of module ``own``.
+
+    ``places`` has the place of each lora_a among those of all modules and slots.
+    """
+    by_place = {place: a.to(factor_dtype) for place, a in zip(places, lora_a, strict=True)}
+
+    def make(some: range) -> tuple[torch.Tensor, ...]:
         rows = x.detach().to(dtype)
         # Of scalings and dropout this node has nothing.
         batch = _batch(rows, rows.new_empty(0), ids, ids.new_empty(0), [0.0] * slots, 0, impl)
-        factors: list[torch.Tensor | None] = [None] * (modules * slots)
-        for place, factor in zip(places, lora_a, strict=True):
-            factors[place] = factor
+        factors = [by_place.get(module * slots + slot) for module in some for slot in range(slots)]
+        made: tuple[torch.Tensor, ...]
         made = mixed_autograd.MixedLoraShrinkKernels.apply(rows, batch, *factors)
-        keep_made(x, [*lora_a, ids], key, made, modules)
-    return list(made)
+        return made
+
+    if not is_traced(x):
+        return make(range(own, own + 1))[0]
+    key = tuple(places), modules, slots, dtype, factor_dtype, impl, torch.is_grad_enabled()
+    known = take_made(x, [*lora_a, ids], key)
+    shares = make(range(modules)) if known is None else known
+    if known is None:
+        keep_made(x, [*lora_a, ids], key, shares, modules)
+    return shares[own]
 
 
 @_implements("mixed_lora_pool_add_")

@@ -1,9 +1,10 @@
 """The operator by which layers fed by the same tensor share their passes over it in a graph.
 
-Every sibling of a compiled model calls it alike and takes its own share. It decomposes into
-`LoraShrink` where autograd is traced, and there siblings get one node: the first call makes it, and
-the others, which bring the very same tensors, find what it made. So one node has the gradients of
-all. Calls that a compiler merges afterwards would each keep a backward, with one gradient to do.
+Every sibling of a compiled model calls it with the factors of all and gets its own share. It
+decomposes into `LoraShrink` where autograd is traced, and there siblings get one node: the first
+call makes it, and the others, which bring the very same tensors, find what it made. So one node has
+the gradients of all. Calls that a compiler merges afterwards would each keep a backward, with one
+gradient to do. Where nothing is traced each call makes its own.
 
 Shapes: ``x [..., K]``, ``lora_a [R_i, K]`` of sibling i, ``s [M, R_i]``.
 """
@@ -16,11 +17,11 @@ import torch
 
 from fastlora import autograd, ops
 from fastlora.ops import _LIBRARY
-from fastlora.siblings import keep_made, take_made
+from fastlora.siblings import is_traced, keep_made, take_made
 
 _LIBRARY.define(
-    "lora_shrink_siblings(Tensor x, Tensor[] lora_a, float[] dropout_p, ScalarType dtype, str impl)"
-    " -> (Tensor[], Tensor[])"
+    "lora_shrink_siblings(Tensor x, Tensor[] lora_a, float[] dropout_p, int own, ScalarType dtype,"
+    " str impl) -> (Tensor, Tensor[])"
 )
 
 
@@ -31,17 +32,23 @@ def _lora_shrink_siblings(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
     dropout_p: list[float],
+    own: int,
     dtype: torch.dtype,
     impl: str,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns s of each sibling, and the seed of each that has dropout."""
-    key = (tuple(dropout_p), dtype, impl, torch.is_grad_enabled())
-    made = take_made(x, lora_a, key)
-    if made is None:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns s of sibling number ``own``, and its seed if it has dropout."""
+    if not is_traced(x):
+        # Nothing says whether the others will call, so nothing is kept for them.
+        lora_a, dropout_p, own = lora_a[own : own + 1], dropout_p[own : own + 1], 0
         made = shrink_siblings(x, lora_a, dropout_p, dtype, impl)
-        keep_made(x, lora_a, key, made, len(lora_a))
-    shrunk, seeds = made
-    return list(shrunk), [seed for seed in seeds if seed is not None]
+    else:
+        key = (tuple(dropout_p), dtype, impl, torch.is_grad_enabled())
+        known = take_made(x, lora_a, key)
+        made = shrink_siblings(x, lora_a, dropout_p, dtype, impl) if known is None else known
+        if known is None:
+            keep_made(x, lora_a, key, made, len(lora_a))
+    s, seed = made[0][own], made[1][own]
+    return s, [] if seed is None else [seed]
 
 
 def shrink_siblings(

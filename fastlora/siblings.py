@@ -14,6 +14,8 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 class _Run(NamedTuple):
@@ -201,6 +203,11 @@ def keep_shares(x: torch.Tensor, context: Any, shares: list[tuple[Any, Any, Any]
 
 
 # ------------------------------------------------------------------------ within a graph's tracing
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether x stands for a tensor of a graph that is being traced."""
+    return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 class _Made(NamedTuple):

@@ -253,6 +253,7 @@ def operands() -> dict[str, Any]:
     numbers = torch.tensor([1.0, 2.0]), torch.tensor([0, 1, -1, 1]), torch.tensor([1, 2])
     x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 5)
     factors = (a, b, [None, torch.randn(5)], *numbers, [0.0, 0.5], 3, "eager", None)
+    shrink = numbers[1], 2, torch.float32, torch.float32
     magnitudes = [torch.rand(5, requires_grad=True) for _ in a]
     norms = [torch.rand(5) + 1.0 for _ in a], *numbers
     dora = (x, torch.randn(5, 6), a, b, magnitudes, *norms, [0, 1], [0.5, 0.3], "eager")
@@ -261,10 +262,10 @@ def operands() -> dict[str, Any]:
     addresses = [torch.tensor([[0, block.data_ptr()]]) for block in blocks]
     tables = (*addresses, none, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2))
     return {
-        "lora_shrink_siblings": (x, a, [0.0, 0.5], torch.float32, "eager"),
+        "lora_shrink_siblings": (x, a, [0.0, 0.5], 1, torch.float32, "eager"),
         "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
         "mixed_lora_graph_add": (y, x, *factors),
-        "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, numbers[1], 2, x.dtype, "eager"),
+        "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
         "mixed_dora_graph_dropped": (y, *dora),
         "mixed_lora_groups": (numbers[1], 8, 2, torch.device("cpu")),
         "mixed_lora_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),

@@ -167,6 +167,48 @@ def test_other_scalings_compile_nothing() -> None:
     torch.testing.assert_close(logits(model), expected)
 
 
+def test_scalings_of_an_adapter_that_was_made_on_the_meta_device(tmp_path: Path) -> None:
+    """PEFT loads it there and puts the file's weights in place: graphs find the scaling."""
+    torch._dynamo.reset()
+    peft_model(lora_alpha=3).save_pretrained(str(tmp_path))
+    model = peft_model()
+    fastlora.patch(model)
+    model.load_adapter(str(tmp_path), "late", low_cpu_mem_usage=True)
+    model.set_adapter("late")
+    layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    assert layer.scaling.tensors["late"] == 0.75
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_any_mix_is_one_graph() -> None:
+    """Of a compiled patched model, whose adapters of a batch vary in number and name."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q", "v"]))
+    randomise(model)
+    fastlora.patch(model)
+    call = model.base_model.model
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4, 16)
+    for names in (["default", "b", None], ["b"] * 3, ["default"] * 3, [None] * 3):
+        with fastlora.adapters(model, names):
+            torch.testing.assert_close(compiled(x), call(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_layer_whose_class_has_changed_is_not_unpatched() -> None:
+    """Before anything else is."""
+    model = peft_model()
+    fastlora.patch(model)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    layers[-1].__class__ = type("Changed", (type(layers[-1]),), {})
+    with pytest.raises(UnsupportedLayerError, match="Changed by now, over FastPeftLinear"):
+        fastlora.unpatch(model)
+    assert all(type(layer.scaling).__name__ == "Scalings" for layer in layers)
+
+
 def hook(model: Any) -> None:
     """A hook on one base layer."""
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.register_forward_hook(

@@ -71,7 +71,7 @@ def test_they_go_where_the_factors_go() -> None:
     assert first.dtype == torch.float32
     assert layer.double().scaling.tensors["default"].dtype == torch.float64
     assert layer.half().scaling.tensors["default"].dtype == torch.float32
-    assert layer.to("meta").scaling.tensors["default"].is_meta
+    assert layer.to("meta").scaling.tensors["default"] == 1.5  # a meta tensor would have lost it
     layer.to_empty(device="cpu").set_scale("default", 2.0)
     assert layer.scaling == {"default": 3.0} == layer.scaling.tensors
     assert first == 1.5
@@ -80,3 +80,12 @@ def test_they_go_where_the_factors_go() -> None:
     with torch.inference_mode():
         layer.set_scale("default", 1.0)
     assert not layer.scaling.tensors["default"].is_inference()
+
+
+def test_they_follow_weights_that_are_assigned() -> None:
+    """load_state_dict puts other parameters in place, of another dtype, from the meta device."""
+    state = FastLoraLinear(4, 4, r=3, lora_alpha=1).double().state_dict()
+    layer = copy.deepcopy(FastLoraLinear(4, 4, r=3, lora_alpha=1).to("meta"))
+    layer.load_state_dict(state, assign=True)
+    scaling = layer.scaling.tensors["default"]
+    assert (scaling.dtype, scaling.item()) == (torch.float64, 1 / 3)

@@ -93,11 +93,12 @@ class _FastForward(HasScalings):
 
     def _mixed(self: Any, x: torch.Tensor, *args: Any, routed: Any, **kwargs: Any) -> torch.Tensor:
         """Every row with its own adapter, inside `fastlora.adapters`."""
-        for name in routed[0].names:
-            if _foreign_variant(self, name):
+        # By the layer's adapters: graphs are not to depend on which of them the batch has.
+        for name, variant in self.lora_variant.items():
+            if _foreign_variant(self, name) and name in routed[0].names:
                 raise UnsupportedLayerError(
-                    f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}, which cannot "
-                    "share a batch with other adapters"
+                    f"adapter {name!r} is a {type(variant).__name__}, which cannot share a batch "
+                    "with other adapters"
                 )
         base = self.base_layer
         if not args and not kwargs and not why_not_plain(base):
@@ -302,25 +303,46 @@ def patch_layer(module: nn.Module) -> None:
     """Gives a LoRA layer of PEFT's its patched class, if there is one; leaves any other module."""
     fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
-        scalings = module.__dict__.pop("scaling")
         module.__class__ = fast
-        module.scaling = scalings  # where compiled graphs find tensors
+        module.scaling = module.__dict__.pop("scaling")  # where compiled graphs find tensors
+        module._watch_loads()  # type: ignore[operator]  # of the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
-    """Undoes `patch_layer`."""
-    if isinstance(module, _FastForward):
-        scalings = dict(module.__dict__.pop("_scaling"))
-        module.__class__ = type(module).__bases__[1]  # beside _FastForward
-        module.scaling = scalings
-        for name in (
-            "_scaling_tensors",
-            "_dora_norms",
-            "_family",
-            "routed_by",
-            "routed_as",
-        ):
-            module.__dict__.pop(name, None)
+    """Undoes `patch_layer`.
+
+    Raises:
+        UnsupportedLayerError: Somebody else has changed its class meanwhile.
+    """
+    if not isinstance(module, _FastForward):
+        return
+    check_unpatches(module)
+    module._unwatch_loads()
+    scalings = dict(module.__dict__.pop("_scaling"))
+    module.__class__ = type(module).__bases__[1]  # beside _FastForward
+    module.scaling = scalings
+    for name in _OWN_ATTRIBUTES:
+        module.__dict__.pop(name, None)
+
+
+# What the patched forward keeps on a layer.
+_OWN_ATTRIBUTES = (
+    "_scaling_tensors",
+    "_dora_norms",
+    "_family",
+    "_compiled_alone",
+    "routed_by",
+    "routed_as",
+)
+
+
+def check_unpatches(module: nn.Module) -> None:
+    """Raises `UnsupportedLayerError` where a patched layer's class is no longer the patched one."""
+    if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
+        raise UnsupportedLayerError(
+            f"cannot unpatch a layer whose class is {type(module).__name__} by now, over "
+            f"{type(module).__mro__[1].__name__}; undo what changed it first"
+        )
 
 
 def patch_model(model: nn.Module) -> int:
@@ -337,6 +359,8 @@ def patch_model(model: nn.Module) -> int:
 
 def unpatch_model(model: nn.Module) -> None:
     """Undoes `patch_model`."""
+    for module in model.modules():
+        check_unpatches(module)
     for module in model.modules():
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:

@@ -64,6 +64,7 @@ class LoraLayer(HasScalings, Mergeable):
         self.routed_by: Group | None = None
         self.routed_as = 0
         self._init_merging()
+        self._watch_loads()
 
     # ------------------------------------------------------------------ what subclasses provide
 

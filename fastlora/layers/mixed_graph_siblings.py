@@ -1,7 +1,7 @@
 """In compiled mixed batches on kernels, layers fed by the same tensor share passes over it.
 
 As in `fastlora.layers.shared_shrink`, which compiled graphs of one adapter use: every sibling calls
-one operator with all their factors and takes its own share, and one node has the gradients of all.
+one operator with all their factors and gets its own share, and one node has the gradients of all.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ def shared_shrink(
     factors: list[torch.Tensor] = []
     places: list[int] = []
     for number, (_, own) in enumerate(found):
-        for slot, lora_a in enumerate(own.lora_a):
-            if lora_a.shape[0]:
+        for slot, lora_a in enumerate(own.own_lora_a):
+            if lora_a is not None:
                 factors.append(lora_a)
                 places.append(number * len(batch.names) + slot)
-    made = torch.ops.fastlora.mixed_lora_graph_shrink(
-        given, factors, places, len(found), batch.ids, len(batch.names), x.dtype, slots.impl
+    (mine,) = [number for number, (member, _) in enumerate(found) if member is layer]
+    rows = batch.ids, len(batch.names), x.dtype, slots.lora_a[0].dtype
+    s: torch.Tensor = torch.ops.fastlora.mixed_lora_graph_shrink(
+        given, factors, places, len(found), mine, *rows, slots.impl
     )
-    (own_share,) = [made[i] for i, (member, _) in enumerate(found) if member is layer]
-    return own_share
+    return s
 
 
 def _slots(
@@ -91,4 +92,5 @@ def _why_not(layer: Any, slots: GraphSlots) -> str:
         return HOOKED
     if any(slots.dropout_p):
         return DROPOUT
-    return "" if any(a.shape[0] and a.requires_grad for a in slots.lora_a) else FROZEN
+    factors = [a for a in slots.own_lora_a if a is not None]
+    return "" if any(a.requires_grad for a in factors) else FROZEN

@@ -27,6 +27,7 @@ class GraphSlots(NamedTuple):
         dropout_p: Of each slot, the probability that acts.
         impl: ``"triton"`` or ``"eager"``.
         dora: What is done behind these operators.
+        own_lora_a: As lora_a, before the factors got one dtype; None for rank 0.
     """
 
     lora_a: list[torch.Tensor]
@@ -36,6 +37,7 @@ class GraphSlots(NamedTuple):
     dropout_p: list[float]
     impl: str
     dora: DoraSlots
+    own_lora_a: list[torch.Tensor | None]
 
     def arguments(self, batch: GraphRouting, projection: int) -> tuple[Any, ...]:
         """Returns what stands behind the base layer's tensors in the operators' schemas."""
@@ -57,8 +59,13 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
     found = [factors_of(layer, name) for name in names]
     if not names or None in found or any(f[0].device != x.device for f in found if f is not None):
         return None
-    tensors = [t for f in found if f is not None for t in f[:3] if t is not None]
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    own = dict(zip(names, found, strict=True))
+    dora = dora_slots(layer, batch)
+    acting = [
+        None if slot in dora.dropped else own.get(name) for slot, name in enumerate(batch.names)
+    ]
+    dtypes = [t.dtype for f in acting if f is not None for t in f[:3] if t is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes or [x.dtype])
     impl = getattr(layer, "impl", "auto")
     impl = ops.resolve_impl(impl, x) if dtype in _KERNEL_DTYPES or impl == "triton" else "eager"
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -66,19 +73,16 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
     none_b = x.new_empty(layer.out_features, 0, dtype=dtype)
     zero = torch.zeros((), dtype=exact, device=x.device)
     lora_a, lora_b, lora_bias, scalings, dropout_p = [], [], [], [], []
-    own = dict(zip(names, found, strict=True))
-    dora = dora_slots(layer, batch)
-    for slot, name in enumerate(batch.names):
-        factors = None if slot in dora.dropped else own.get(name)
-        if factors is None:
-            factors = (none_a, none_b, None, 0.0)
-            scaling = zero
-        else:
+    for name, factors in zip(batch.names, acting, strict=True):
+        scaling = zero
+        if factors is not None:
             scaling = torch.as_tensor(scaling_of(layer, name), dtype=exact, device=x.device)
-        lora_a.append(factors[0].to(dtype))
-        lora_b.append(factors[1].to(dtype))
-        lora_bias.append(None if factors[2] is None else factors[2].to(dtype))
+        down, up, bias, p = (none_a, none_b, None, 0.0) if factors is None else factors
+        lora_a.append(down.to(dtype))
+        lora_b.append(up.to(dtype))
+        lora_bias.append(None if bias is None else bias.to(dtype))
         scalings.append(scaling.reshape(()))
-        dropout_p.append(factors[3])
+        dropout_p.append(p)
+    own_lora_a = [None if factors is None else factors[0] for factors in acting]
     stacked = torch.stack(scalings)
-    return GraphSlots(lora_a, lora_b, lora_bias, stacked, dropout_p, impl, dora)
+    return GraphSlots(lora_a, lora_b, lora_bias, stacked, dropout_p, impl, dora, own_lora_a)

@@ -49,7 +49,12 @@ class Scalings(dict[str, Any]):
         self._make(name, device, dtype)
 
     def fit(self, name: str, factor: torch.Tensor) -> None:
-        """Puts the tensor of a number where an adapter's factors are; fp64 beside such, or fp32."""
+        """Puts the tensor of a number where an adapter's factors are; fp64 beside such, or fp32.
+
+        Beside factors on the meta device it stays where it is, for it has contents.
+        """
+        if factor.is_meta:
+            return
         dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
         if (self.tensors[name].device, self.tensors[name].dtype) != (factor.device, dtype):
             self._make(name, factor.device, dtype)
@@ -103,6 +108,16 @@ class HasScalings:
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._fit_scalings(values)
 
+    def _watch_loads(self: Any) -> None:
+        """Has scalings follow factors that ``load_state_dict(assign=True)`` replaces."""
+        if _fit_loaded not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_fit_loaded)
+
+    def _unwatch_loads(self: Any) -> None:
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _fit_loaded]:
+            del hooks[key]
+
     def _fit_scalings(self: Any, names: Iterable[str]) -> None:
         scalings: Scalings = self.__dict__["_scaling"]
         factors = self._modules.get("lora_A")  # not there at the very beginning
@@ -115,3 +130,7 @@ class HasScalings:
         super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module has it
         self._fit_scalings(self.scaling)
         return self
+
+
+def _fit_loaded(layer: Any, _: Any) -> None:
+    layer._fit_scalings(layer.scaling)

@@ -89,7 +89,7 @@ def _shared_in_graph(
         why = "none"
     elif len(found) > 1 and own:
         layer.note_compiled("")
-        return functional.shrink(x, lora_a, [p for _, _, p in found], impl)[own[0]]
+        return functional.shrink_in_graph(x, lora_a, [p for _, _, p in found], own[0], impl)
     layer.note_compiled(why or LAST)
     return None
 

@@ -355,6 +355,51 @@ def test_compiled(launches: list[int], backward_launches: list[int], autocast: b
     assert all(note.endswith("3 share x") for note in notes(model)[:3])
 
 
+def test_compiled_with_factors_of_several_dtypes(
+    launches: list[int], backward_launches: list[int]
+) -> None:
+    """They share all the same; a DoRA adapter whose dropout acts has no say in the dtype."""
+    torch._dynamo.reset()
+    model, x = trainable(2, torch.float16), torch.randn(3, 64).half()
+    config = fastlora.LoraConfig(r=4, target_modules=["q"], use_dora=True, lora_dropout=0.5)
+    model.add_adapter("d", config, autocast_adapter_dtype=False)
+    layers = model.base_model.model
+    layers.q.lora_A["d"].float()
+    train_adapters(model, ["a0", "a1", "d"])
+    layers.q.lora_dropout["d"].train()
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    for wide in (False, True):
+        if wide:
+            for layer in lora_layers(model):
+                layer.lora_A["a1"].float()
+                layer.lora_B["a1"].float()
+        step(model, x, ["a0", "a0", None])
+        launches.clear()
+        backward_launches.clear()
+        with adapters(model, ["a1", None, "a0"]):
+            compiled(x).float().pow(2).sum().backward()
+        assert (launches, backward_launches) == ([3, 1], [1, 3])
+
+
+def test_a_graph_that_nothing_traces_keeps_nothing() -> None:
+    """Some siblings, twice over one x in one block: no share is left for another graph."""
+    torch._dynamo.reset()
+    model, x = trainable(2, torch.float32), torch.randn(3, 64, requires_grad=True)
+    layers, names = model.base_model.model, ["a0", "a1", None]
+    step(model, x, names)
+
+    def some(x: torch.Tensor) -> torch.Tensor:
+        return layers.q(x)[:, :32] * layers.k(x)
+
+    compiled = torch.compile(some, backend="eager", fullgraph=True)
+    with adapters(model, names):
+        expected = some(x)
+        for _ in range(2):
+            found = compiled(x)
+            found.sum().backward()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("k", [24, 2048], ids=["whole", "split"])
 def test_operators_agree_with_the_eager_ones(lab: Any, k: int) -> None:
     """Those that make or take a shared s: schemas, fakes, values; s in planes of K too."""
