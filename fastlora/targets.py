@@ -240,7 +240,8 @@ def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
 
 def _is_linear(layer: Any, kinds: tuple[type, ...]) -> bool:
     """Whether a LoRA layer is over a linear: by its name too, as PEFT knows its own."""
-    return isinstance(layer.get_base_layer(), kinds) or "Linear" in type(layer).__name__
+    base = layer._modules.get("base_layer")
+    return isinstance(base, kinds) or "Linear" in type(layer).__name__
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:

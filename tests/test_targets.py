@@ -7,6 +7,7 @@ import json
 import warnings
 
 import pytest
+import torch
 import torch.nn as nn
 
 from fastlora import get_peft_model
@@ -199,6 +200,9 @@ def test_all_linear_of_a_second_adapter() -> None:
     model = get_peft_model(nn.Sequential(kind(4, 4), nn.Linear(4, 4)), config)
     model.add_adapter("second", config)
     assert [list(layer.lora_A) for layer in lora_layers(model)] == [["default", "second"]] * 2
+    own = nn.Embedding(4, 4)  # with factors of its own, as other libraries have them
+    own.lora_A = nn.Parameter(torch.zeros(2, 4))
+    assert find_targets(nn.Sequential(own, nn.Linear(4, 4)), config) == ["1"]
 
 
 def test_second_adapter_matches_layers_and_not_their_insides() -> None:

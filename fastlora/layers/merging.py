@@ -54,6 +54,11 @@ class Mergeable(nn.Module):
 
     # What differs where several processes have parts of the layer.
 
+    def _written(self) -> tuple[int, ...]:
+        """Returns how often the base weight and its bias were written in place."""
+        weight, bias, _ = self._mergeable()
+        return versions(weight, bias)
+
     def _own_share(self) -> Any:
         """Returns what `dora.adapter_squares` takes as the layer."""
         return self
@@ -109,7 +114,7 @@ class Mergeable(nn.Module):
         for name in names:
             self._merge_one(weight.t() if transposed else weight, bias, name)
             self.merged_adapters.append(name)
-        self._merged_versions = _versions(weight, bias)
+        self._merged_versions = self._written()
         forget_norms(self)
 
     def check_merge(
@@ -164,8 +169,11 @@ class Mergeable(nn.Module):
         if not self.merged:
             return
         weight, bias, transposed = self._mergeable()
-        if self._unmerged is not None and _versions(weight, bias) == self._merged_versions:
-            _restore(weight, bias, self._unmerged)
+        kept = self._unmerged
+        unwritten = kept is not None and self._written() == self._merged_versions
+        # Alike in every process: one that was written to alone would wait for the others below.
+        if self._all_agree(unwritten) and kept is not None:
+            _restore(weight, bias, kept)
         else:
             for name, scale in self._merged_scales.items():
                 if not self._all_agree(bool(scale.all())):
@@ -219,7 +227,7 @@ class Mergeable(nn.Module):
                 for name in names
             }
         weight, _, transposed = self._mergeable()
-        if self._unmerged is not None and _versions(weight) == self._merged_versions[:1]:
+        if self._unmerged is not None and self._written()[:1] == self._merged_versions[:1]:
             base = self._unmerged[0].t() if transposed else self._unmerged[0]
         else:
             base = (weight.t() if transposed else weight).detach().clone()
@@ -302,21 +310,21 @@ class Mergeable(nn.Module):
         forget_norms(self)
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
         if self._unmerged is not None:
-            unwritten = _versions(*self._mergeable()[:2]) == self._merged_versions
+            unwritten = self._written() == self._merged_versions
             weight, bias = self._unmerged
             self._unmerged = (fn(weight), None if bias is None else fn(bias))
             super()._apply(fn, recurse)
             if unwritten:
-                self._merged_versions = _versions(*self._mergeable()[:2])
+                self._merged_versions = self._written()
             return self
         super()._apply(fn, recurse)
         return self
 
 
-def _versions(weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[int, ...]:
+def versions(*tensors: torch.Tensor | None) -> tuple[int, ...]:
     """How often each tensor was written in place (inference tensors are not counted: 0)."""
-    tensors = [weight] if bias is None else [weight, bias]
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    there = [tensor for tensor in tensors if tensor is not None]
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in there)
 
 
 def _all_finite(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

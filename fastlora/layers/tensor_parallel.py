@@ -31,6 +31,7 @@ from fastlora.layers.branch import Branch, is_hooked, scaling_of, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.dora import added, uses_dora, why_dora_not_fused
 from fastlora.layers.dora_mixed import dora_slots
+from fastlora.layers.merging import versions
 from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.own_share import OwnShare, own
 from fastlora.layers.tensor_parallel_dora import COLUMN_WISE, ROW_WISE, TensorParallelDora
@@ -53,6 +54,11 @@ def parallel_style(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
         (placement,) = weight.placements
+        if placement.is_shard() and weight.shape[placement.dim] < weight.device_mesh.size():
+            raise UnsupportedLayerError(
+                f"LoRA needs a part of the weight in every process, got {tuple(weight.shape)} in "
+                f"{placement} over {weight.device_mesh}"
+            )
         if placement.is_shard(0):
             return COLUMN_WISE
         if placement.is_shard(1):
@@ -317,6 +323,12 @@ class TensorParallelLora(TensorParallelDora):
                 f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
             )
         return weight.to_local(), None if bias is None else bias.to_local(), False
+
+    def _written(self) -> tuple[int, ...]:
+        """Writes into a DTensor move its own version, or that of the part."""
+        whole = versions(self.base_layer.weight, self.base_layer.bias)
+        parts = versions(*self._mergeable()[:2])
+        return tuple(a + b for a, b in zip(whole, parts, strict=True))
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lora_a: Any

@@ -22,7 +22,7 @@ from torch import nn
 
 from fastlora.dora import nonzero
 from fastlora.layers.dora_mixed import DoraSlots, scale_rows, scale_segments, wants_segments
-from fastlora.layers.dora_norms import cached_squares
+from fastlora.layers.dora_norms import cached_squares, forget_norms
 from fastlora.layers.own_share import OwnShare, local, own
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, RowRouting
@@ -99,6 +99,11 @@ class TensorParallelDora(FastLoraWrapper):
         return scale_segments(share, y, x, routing, rows, slots, branches, projection)
 
     # --------------------------------------------------------------------------------- norms
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
+        forget_norms(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _own_share(self, impl: str = "auto") -> OwnShare:
         return OwnShare(self, self._own_bias(), self._own_seed, impl)

@@ -19,6 +19,7 @@ from checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two p
     check_dora_layouts,
     check_dora_refusals,
     check_dora_training,
+    check_written_while_merged,
 )
 from safetensors.torch import load_file
 from split_models import IDS, LAYOUTS, PLAN, Pair, mesh, pair, results
@@ -55,7 +56,7 @@ def check_layouts(folder: Path) -> None:
 def check_inference_mode(folder: Path) -> None:
     """Forwards in it are those without gradients, mixed rows and DoRA too."""
     x = torch.randn(8, 17, generator=torch.Generator().manual_seed(3))
-    for plan in LAYOUTS[:2]:
+    for plan in LAYOUTS:
         model = pair(plan, torch.float32, ("b",)).eval()
         for ids in (None, IDS):
             found = []
@@ -209,6 +210,9 @@ def check_refusals(folder: Path) -> None:
     for style in (ColwiseParallel(), RowwiseParallel()):
         base = pair(None, torch.float32).get_base_model()
         raises((KeyError, AttributeError), "", parallelize_module, base, mesh(), {"up": style})
+    thin = parallelize_module(nn.Sequential(nn.Linear(4, 1)), mesh(), {"0": ColwiseParallel()})
+    config = fastlora.LoraConfig(target_modules=["0"])
+    raises(UnsupportedLayerError, "in every process", fastlora.get_peft_model, thin, config)
     model = pair(None, torch.float32)
     model.merge_adapter()
     raises(AdapterStateError, "unmerge_adapter", tensor_parallel, model, mesh(), dict(LAYOUTS[0]))

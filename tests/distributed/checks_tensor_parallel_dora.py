@@ -304,6 +304,49 @@ def check_dora_kept_norms(folder: Path) -> None:
                 down.lora_A["b"].weight.to_local().add_(0.0)
             assert_within_budget(*outputs())
             assert sums.call_count == (steps.rank() == 0)
+        # A load into the parts of what state_dict() gave.
+        state = model.state_dict()
+        for each in models[1:]:
+            each.get_base_model().down.weight.mul_(1.5)
+            fastlora.refresh(each)
+        state["base_model.model.down.base_layer.weight"].to_local().mul_(1.5)
+        assert_within_budget(*outputs())
+
+
+def check_written_while_merged(folder: Path) -> None:
+    """What was written stays, by whichever process, and the update alone is taken out."""
+    for dora in ((), ("b",)):
+        model, same, truth = (
+            pair(plan, dtype, dora)
+            for plan, dtype in (
+                (LAYOUTS[0], torch.float32),
+                (None, torch.float32),
+                (None, torch.float64),
+            )
+        )
+        found = []
+        for each in (model, same, truth):
+            each.merge_adapter()
+            layers = each.get_base_model()
+            with torch.no_grad():
+                for layer in (layers.up, layers.down):
+                    base = layer.get_base_layer()
+                    base.bias.add_(3.0)
+                    base.weight.mul_(2.0)
+                if each is model and steps.rank() == 0:
+                    layers.down.base_layer.weight.to_local().add_(0.0)
+            each.unmerge_adapter()
+            bases = [layer.get_base_layer() for layer in (layers.up, layers.down)]
+            found.append([whole(p).detach() for base in bases for p in (base.weight, base.bias)])
+        for mine, near, exact in zip(*found, strict=True):
+            assert_within_budget(mine, near, exact)
+    model = pair(LAYOUTS[0], torch.float32, ("b",))
+    down = model.get_base_model().down
+    down.merge()
+    if steps.rank() == 0:  # who was not written to must not restore alone
+        with torch.no_grad():
+            down.base_layer.weight.to_local().add_(0.0)
+    down.unmerge()
 
 
 def check_dora_refusals(folder: Path) -> None:
