@@ -50,7 +50,7 @@ def _mixed_dora_scale_(
     with _on_device(y):
         mixed_dora_scale.launch_mixed_dora_scale(
             y,
-            bias,
+            None if bias is None else bias.contiguous(),
             order,
             segment_of,
             segment_slot,

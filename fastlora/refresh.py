@@ -12,8 +12,9 @@ def refresh(model: nn.Module) -> None:
     """Forgets whatever fastlora derived from a model's weights.
 
     Needed only after writes that PyTorch does not count: through ``.data`` or ``set_`` (PEFT's
-    `hotswap_adapter`, some optimizers outside of training forwards), or in place in the middle of a
-    `fastlora.adapters` block. Everything else is noticed.
+    `hotswap_adapter`, some optimizers outside of training forwards), in place in the middle of a
+    `fastlora.adapters` block, or, over a pool with DoRA adapters, after any change of base weights
+    there. Everything else is noticed.
 
     Args:
         model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
@@ -28,4 +29,4 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         pool = pool_of(module)
         if pool is not None:
-            pool.lease_resident().release()  # which makes scales of old norms anew
+            pool.remake_scales()

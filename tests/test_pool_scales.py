@@ -17,7 +17,7 @@ from test_pool_threads import RecordingTransfers, kinds
 
 import fastlora
 from fastlora.pool import AdapterPool, scales
-from fastlora.pool.tables import NO_COLUMN
+from fastlora.pool.tables import NO_COLUMN, PENDING
 from fastlora.validation import AdapterStateError
 
 
@@ -120,19 +120,22 @@ def test_weights_that_cannot_be_told_apart(root: Path, monkeypatch: pytest.Monke
 def test_threads_make_them_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that come meanwhile wait for them; who needs none does not."""
     pool, real, made = make_pool(root), scales.adapter_squares, []
+    scales_of(pool, "b")
 
     def slow(*given: Any) -> torch.Tensor:
-        time.sleep(0.02)
+        time.sleep(0.05)
         made.append(given)
         return real(*given)
 
     monkeypatch.setattr(scales, "adapter_squares", slow)
     with ThreadPoolExecutor(5) as threads:
         leases = [threads.submit(scales_of, pool, "a") for _ in range(4)]
-        while not made:
+        deadline = time.monotonic() + 20
+        while not made and time.monotonic() < deadline:
             time.sleep(0.001)
-        with pool.lease(["c"]):
-            assert len(made) < 6
+        for others in (["c"], ["b"]):  # what is there already, with scales of its own or without
+            with pool.lease(others, timeout=0):
+                assert len(made) < 6
         found = [lease.result(20) for lease in leases]
     assert len(made) == 6
     assert all(other[row] is g for other in found for row, g in found[0].items())
@@ -166,6 +169,75 @@ def test_a_failure_leaves_the_pool_as_it_was(root: Path, monkeypatch: pytest.Mon
     assert pool.stats().leases == 0
     check_pool(pool)
     assert sorted(scales_of(pool, "a")) == list(range(6))
+
+
+def test_a_failure_halfway_leaves_tables_of_what_is_there(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over fp64 weights, whose scales do not stay where they are, while others lease them."""
+    pool, real = AdapterPool(Blocks().double(), target_modules=["q", "v"]), scales.adapter_squares
+    pool.register("a", root / "a")
+    calls = []
+
+    def full(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("the device is full")
+        return real(*given)
+
+    with pool.lease(["a"]) as lease:
+        made, column = lease.residents[0].scales, lease.residents[0].column
+        with torch.no_grad():
+            for layer in pool._model.layers:
+                layer.q.weight.mul_(2)
+        monkeypatch.setattr(scales, "adapter_squares", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.lease(["a"])
+        for row, block in made.blocks.items():
+            assert pool.tables.scale_address[row, column] == block.data_ptr()
+
+
+def test_a_pinned_adapter_waits_for_nobodys_room(root: Path) -> None:
+    """Its scales are made where it is, whoever waits for a lease meanwhile."""
+    pool = make_pool(root, max_adapters=4)
+    pool.register("d", root / "b")
+    pool.register("e", root / "c")
+    with ThreadPoolExecutor(2) as threads:
+        with pool.lease(["c", "e"]):
+            waiting = threads.submit(lambda: pool.lease(["a", "b", "d"], timeout=20).release())
+            deadline = time.monotonic() + 20
+            while not pool._residency.book.queue and time.monotonic() < deadline:
+                time.sleep(0.001)
+            threads.submit(pool.load, "new", root / "a", pin=True).result(10)
+            column = pool._tiers.entries["new"].copy.resident.column
+            assert (pool.tables.scale_address[:, column] > PENDING).all()
+        waiting.result(20)
+
+
+def test_refresh_reaches_adapters_that_were_replaced(root: Path) -> None:
+    """While a lease holds them; and it is no use of an adapter to the statistics."""
+    pool = make_pool(root)
+    with pool.lease(["a"]) as old:
+        pool.load("a", root / "b")
+        held, hits = old.residents[0].scales, pool.stats().hits
+        before = held.blocks[0].clone()
+        pool._model.layers[0].q.weight.data.mul_(7)
+        fastlora.refresh(pool._model)
+        assert not torch.equal(held.blocks[0], before)
+        assert pool.stats().hits == hits
+
+
+def test_a_first_lease_in_inference_mode(root: Path) -> None:
+    """Scales can be written anew outside of it."""
+    pool = make_pool(root)
+    pool.load("a", root / "a")
+    with torch.inference_mode():
+        pool.lease_resident().release()
+    with torch.no_grad():
+        pool._model.layers[0].q.weight.mul_(3)
+    with torch.device("meta"):  # a default that is not the pool's
+        pool.lease(["a"]).release()
+    check_pool(pool)
 
 
 def test_none_are_made_while_a_graph_is_captured(

@@ -113,7 +113,7 @@ def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         # It trains: written to soon, and not every optimizer moves versions.
         _cache(layer).base = None
         return square_norms(weight)
-    own = _kept_by(layer).get_base_layer().weight
+    own = getattr(_kept_by(layer).get_base_layer(), "weight", None)
     stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
     if stamp is None:
         return square_norms(weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +10,13 @@ from weakref import ref
 from fastlora.pool.entries import Entry
 from fastlora.pool.image import Image
 from fastlora.pool.leases import Lease, LeaseBook, Request
+from fastlora.pool.resident import DeviceCopy
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import Transfers
-from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError
+from fastlora.validation import AdapterStateError, PoolFullError
 
 
 class Residency:
@@ -94,9 +94,27 @@ class Residency:
         with self.changed:
             entry = self._tiers.entries.get(name)
             copy = None if entry is None or not entry.pinned else entry.copy
-        if copy is not None and copy.resident.uses_dora:
-            with contextlib.suppress(AdapterNotFoundError):  # unloaded by now
-                self.acquire(Request((name,), counts=False), None).release()
+            if copy is None or not copy.resident.uses_dora:
+                return
+            lease = self._hold((copy,))  # it is there: nobody's room is waited for
+        self._ready(lease).release()
+
+    def remake_scales(self) -> None:
+        """Makes scales anew of all that is on the device, replaced adapters in use included."""
+        with self.changed:
+            self.check_open()
+            current = [entry.copy for entry in self._tiers.device.values()]
+            copies = [copy for copy in (*current, *self._tiers.retired) if copy is not None]
+            lease = self._hold(tuple(copies))
+        self._ready(lease).release()
+
+    def _hold(self, copies: tuple[DeviceCopy, ...]) -> Lease:
+        """Leases copies that are on the device, for the calling thread."""
+        for copy in copies:
+            copy.leases += 1
+        lease = Lease(tuple(copy.resident for copy in copies), copies, self._release)
+        self.book.add(threading.get_ident(), lease)
+        return lease
 
     def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
         """Waits until a request is granted, or adapters must be read for it, which it returns."""
@@ -162,12 +180,7 @@ class Residency:
         if request.counts:
             self.misses += misses
             self.hits += len(copies) - misses
-        for copy in copies:
-            copy.leases += 1
-        residents = tuple(copy.resident for copy in copies)
-        lease = Lease(residents, copies, self._release)
-        self.book.add(request.owner, lease)
-        return lease
+        return self._hold(copies)
 
     def _ready(self, lease: Lease) -> Lease:
         """Lets the calling thread's work on the device come after the copies of its adapters."""
@@ -175,12 +188,12 @@ class Residency:
             self._scales.prepare(lease.copies, self.changed)
             marks = []
             for copy in lease.copies:
-                for written in (copy, copy.resident.scales):
-                    if written is not None and written.written is not None:
-                        if self._transfers.is_done(written.written):
-                            written.written = None
-                        else:
-                            marks.append(written.written)
+                scales = copy.resident.scales
+                for mark in (copy.written, None if scales is None else scales.written):
+                    if mark is not None and not self._transfers.is_done(mark):
+                        marks.append(mark)
+                    elif mark is not None and mark is copy.written:
+                        copy.written = None  # for good: it was copied once
             self._transfers.wait_for_writes(marks)
         except BaseException:
             lease.release()

@@ -148,6 +148,8 @@ class AdapterPool:
             ConfigError: The name or the config is wrong.
             PoolFullError: It never fits, or it is to be pinned and does not fit now. After any of
                 these the pool is as it was.
+            torch.OutOfMemoryError: There is no room for the scales of a pinned DoRA adapter. It is
+                in the pool then; the next lease on it makes them.
         """
         check_name(name)
         folder: Path | None = None
@@ -339,6 +341,10 @@ class AdapterPool:
             AdapterStateError: As `lease`.
         """
         return self._residency.acquire_resident()
+
+    def remake_scales(self) -> None:
+        """Makes DoRA's scales of all that is on the device anew; `fastlora.refresh` calls it."""
+        self._residency.remake_scales()
 
     # -------------------------------------------------------------------------------- closing
 

@@ -18,7 +18,7 @@ class Scales:
         by_module: Number of a module -> g, ``[N]`` in fp32 (fp64 over an fp64 weight).
         blocks: The same as kernels read it, in fp32.
         stamps: What tells whether the base weights are still those that they were made of.
-        written: Mark behind their making, until that is known to be done.
+        written: Mark behind their last making.
     """
 
     __slots__ = ("blocks", "by_module", "stamps", "written")

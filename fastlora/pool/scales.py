@@ -22,6 +22,8 @@ from fastlora.pool.tables import PoolTables
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError
 
+_Stale = tuple[DeviceCopy, list[int]]  # with the modules whose scales are to be made
+
 
 class ScaleMaker:
     """Makes the scales of residents that use DoRA.
@@ -50,12 +52,10 @@ class ScaleMaker:
         dora = [copy for copy in copies if copy.resident.uses_dora]
         if not dora:
             return
+        if not self._stale(dora)[0]:
+            return  # without waiting for those that others are at
         with self._lock:
-            stamps = [base_stamp(layer) for layer in self._layers]
-            if stamps == self._stamps:
-                stamps = self._stamps
-            self._stamps = stamps
-            stale = [(copy, rows) for copy in dora if (rows := self._stale_rows(copy, stamps))]
+            stale, stamps = self._stale(dora)
             if not stale:
                 return
             if not may_keep(self._tables.rank.device):
@@ -71,6 +71,14 @@ class ScaleMaker:
                 for copy, rows in stale:
                     self._make(copy, rows, stamps)
 
+    def _stale(self, dora: list[DeviceCopy]) -> tuple[list[_Stale], list[Any]]:
+        """Returns what is to be made, and the stamps of now."""
+        stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
+        if stamps == known:
+            stamps = known
+        self._stamps = stamps
+        return [(copy, rows) for copy in dora if (rows := self._stale_rows(copy, stamps))], stamps
+
     def _stale_rows(self, copy: DeviceCopy, stamps: list[Any]) -> list[int]:
         scales, rows = copy.resident.scales, copy.resident.dora_modules
         if scales is None:
@@ -82,7 +90,7 @@ class ScaleMaker:
 
     def _make(self, copy: DeviceCopy, rows: list[int], stamps: list[Any]) -> None:
         resident, scales = copy.resident, copy.resident.scales or Scales()
-        moved = False
+        by_module, blocks = dict(scales.by_module), dict(scales.blocks)
         for row in rows:
             factors: Any = resident.factors(row)
             squares = adapter_squares(
@@ -92,12 +100,14 @@ class ScaleMaker:
             if kept is not None and kept.dtype == made.dtype == torch.float32:
                 kept.copy_(made)
                 continue
-            scales.by_module[row], scales.blocks[row] = made, made.to(torch.float32)
-            moved = True
-        if moved:
-            addresses = torch.zeros(len(stamps), dtype=torch.int64)
-            for row, block in scales.blocks.items():
+            by_module[row], blocks[row] = made, made.to(torch.float32)
+        if any(blocks[row] is not scales.blocks.get(row) for row in rows):
+            addresses = torch.zeros(len(stamps), dtype=torch.int64, device="cpu")
+            for row, block in blocks.items():
                 addresses[row] = block.data_ptr()
             self._tables.write_scales(resident.column, addresses)
-        scales.written, scales.stamps = self._transfers.written(), stamps
+        # All at once, and the stamps last: who finds these waits for nobody.
+        scales.by_module, scales.blocks = by_module, blocks
+        scales.written = self._transfers.written()
+        scales.stamps = stamps
         resident.scales = scales

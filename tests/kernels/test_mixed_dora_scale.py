@@ -67,6 +67,8 @@ def test_strides(lab: Any, scale: Scale, dtype: torch.dtype) -> None:
     problem = ScaleProblem(lab, draw_ids(20, 4), 4, 36, dtype, scaled=(0, 3))
     for layout in ("rows", "transposed", "both"):
         problem.check(scale(problem, lab.strided(problem.y.clone(), layout)))
+    problem.bias = torch.stack([problem.bias, -problem.bias], 1)[:, 0]
+    problem.check(scale(problem))
 
 
 def test_rows_of_a_sample(lab: Any) -> None:
