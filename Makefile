@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 # Threads that spin while they wait slow everything down on a shared machine.
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Nothing in .venv is compiled when installed: without its bytecode every process that imports torch
+# and transformers would compile both, 15 s of it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint soak clean
