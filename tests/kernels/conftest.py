@@ -6,8 +6,9 @@ interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,35 +20,11 @@ NATIVE = torch.cuda.is_available() and not triton_interpreted()
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if NATIVE else ()))
 
 
-def _look_through_the_language_once() -> None:
-    """Makes a launch patch Triton's language module once, not in every call of a device function.
-
-    The interpreter looks through all of the module for what it has already patched, which takes a
-    fifth of these tests' time. Where its parts have other names it is left alone.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang", None)
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    if patch is None or scope is None:
-        return
-
-    @functools.cache
-    def used_by(fn: Any) -> list[Any]:
-        found = list(fn.__globals__.values())
-        return [module for module in (tl, tl.core) if any(value is module for value in found)]
-
-    def patch_once(fn: Any) -> Any:
-        used = used_by(fn)
-        is_patched = bool(used) and not any(tl.core.is_builtin(module.load) for module in used)
-        return scope() if is_patched else patch(fn)
-
-    interpreter._patch_lang = patch_once
-
-
 if triton_interpreted() and importlib.util.find_spec("triton") is not None:
-    _look_through_the_language_once()
+    sys.path.insert(0, str(Path(__file__).parent))
+    import quick_interpreter
+
+    quick_interpreter.quicken()
 
 
 class Lab:
