@@ -1,6 +1,7 @@
 """No slower and no larger than PEFT on SmolLM2, in one process: the bound of the CPU path.
 
-One thread, process CPU time, the two sides interleaved, median of paired ratios.
+One thread, process CPU time, the two sides interleaved, median of paired ratios: of five, of which
+three on one side of the bound say on which side the median is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,21 @@ ROUNDS = 5
 ATTEMPTS = 3
 
 
+def is_as_fast(mine: Callable[[], object], other: Callable[[], object], rounds: int) -> bool:
+    """Whether the median of so many paired ratios is within the bound, as soon as it is known."""
+    ratios: list[float] = []
+    for index in range(rounds):
+        if index % 2:
+            ratios.append(1 / paired_ratio(other, mine, 1, warmup=0).ratio)
+        else:
+            ratios.append(paired_ratio(mine, other, 1, warmup=0).ratio)
+        within = sum(ratio <= MAX_RATIO for ratio in ratios)
+        if max(within, len(ratios) - within) > rounds // 2:
+            break
+    print(f"time ratios to PEFT {[round(ratio, 3) for ratio in ratios]}")  # noqa: T201
+    return within > rounds // 2
+
+
 @pytest.mark.parametrize(
     ("dtype", "fp32_adapters"),
     [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
@@ -31,7 +47,7 @@ def test_forward_and_step_against_peft(
     dtype: torch.dtype, fp32_adapters: bool, fresh_smollm2: Callable[..., Any]
 ) -> None:
     """Forward and training step: at most 1.02 of PEFT's time, at most PEFT's peak memory."""
-    # There PEFT's take 8 to 60 times as long as fp32's, and one look is enough.
+    # There PEFT's take 8 to 60 times as long as fp32's, and one look is enough, without a warm-up.
     emulated = dtype in products._EMULATED
     config = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     ours = get_peft_model(
@@ -62,11 +78,11 @@ def test_forward_and_step_against_peft(
     with torch_threads(1):
         for what, make in (("forward", forward), ("step", step)):
             mine, other = make(ours), make(theirs)
-            ratios: list[float] = []
-            while len(ratios) < ATTEMPTS and not (ratios and ratios[-1] <= MAX_RATIO):
-                ratios.append(paired_ratio(mine, other, 1 if emulated else ROUNDS).ratio)
-            print(f"{what}: time ratios to PEFT {[round(r, 3) for r in ratios]}")  # noqa: T201
-            assert ratios[-1] <= MAX_RATIO, f"{what}: {ratios}"
+            if not emulated:
+                mine()
+                other()
+            rounds = 1 if emulated else ROUNDS
+            assert any(is_as_fast(mine, other, rounds) for _ in range(ATTEMPTS)), what
             peak, their_peak = peak_step_bytes(mine), peak_step_bytes(other)
             print(f"{what}: peak {peak} bytes, PEFT {their_peak}")  # noqa: T201
             assert peak <= their_peak
