@@ -79,22 +79,32 @@ def measure_group(group: Sequence[Case], known: frozenset[str] = frozenset()) ->
     return rows
 
 
+def _measure_groups(groups: Sequence[Sequence[Case]], known: frozenset[str]) -> list[Resources]:
+    """Returns the resources of the cases of several groups."""
+    return [row for group in groups for row in measure_group(group, known)]
+
+
 def measure_all(
     selected: Sequence[Case], shared: bool = False, known: bool = False
 ) -> list[Resources]:
     """Returns the resources of each case, in order, from a pool with one worker a core."""
     measure = functools.partial(
-        measure_group, known=frozenset(read_table()) if known else frozenset()
+        _measure_groups, known=frozenset(read_table()) if known else frozenset()
     )
+    told = {case: repr(specialise(record(case), case.arch)) for case in selected}
     groups: Sequence[Sequence[Case]] = [[case] for case in selected]
     if shared:
-        groups = groups_of(selected, lambda case: repr(specialise(record(case), case.arch)))
+        groups = groups_of(selected, told.__getitem__)
+    # What one worker makes in a row: kernels of the same Triton IR, which is made once for them.
+    alike: dict[tuple[str, str], list[Sequence[Case]]] = {}
+    for group in groups:
+        alike.setdefault((group[0].shipped.kernel, told[group[0]]), []).append(group)
     # Torch and Triton, alive to the end, need not be looked through at every collection.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), initializer=gc.freeze) as pool:
         rows = dict(
             zip(
-                (case for group in groups for case in group),
-                (row for made in pool.map(measure, groups, chunksize=4) for row in made),
+                (case for groups in alike.values() for group in groups for case in group),
+                (row for made in pool.map(measure, alike.values()) for row in made),
                 strict=True,
             )
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from triton.compiler.compiler import make_backend
 
 # What reads a row off the compiled code.
 _READERS = ("resources.py", "dependent_launch.py", "specialisation.py")
+# Options by which one vendor's chips differ, of which IR without fp8 shows nothing.
+_OF_A_CHIP = {"arch", "max_num_imprecise_acc_default"}
+_OF_A_CHIP |= {"supported_fp8_dtypes", "deprecated_fp8_dot_operand_dtypes"}
 # Of so many known kernels one is compiled all the same, chosen by its digest.
 _EVERY = 10
 
@@ -28,6 +32,31 @@ def fingerprint(source: ASTSource, target: GPUTarget, options: Mapping[str, Any]
     """Returns the digest of a kernel as it would be compiled for a chip; lines do not matter."""
     backend: Any = make_backend(target)
     parsed = backend.parse_options(dict(options))
+    own = {name: value for name, value in vars(parsed).items() if name not in _OF_A_CHIP}
+    asked = _Asked(
+        source.fn,
+        target.backend,
+        repr((source.signature, source.constants, source.attrs, own)),
+        (source, target, backend, parsed),
+    )
+    parts = (triton.__version__, backend.hash(), parsed.hash(), readers(), _text_of(asked))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A kernel whose IR is asked for: what tells it from others, and how to make it."""
+
+    kernel: Any
+    vendor: str
+    known: str
+    how: tuple[ASTSource, GPUTarget, Any, Any] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _text_of(asked: _Asked) -> str:
+    """Returns a kernel's Triton IR, once for chips that are asked for one after the other."""
+    source, target, backend, parsed = asked.how
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -38,9 +67,7 @@ def fingerprint(source: ASTSource, target: GPUTarget, options: Mapping[str, Any]
         backend.get_module_map(),
         context,
     )
-    tools = (triton.__version__, backend.hash(), parsed.hash(), readers())
-    parts = (*tools, module.str_nodebug())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return module.str_nodebug()
 
 
 @functools.cache
