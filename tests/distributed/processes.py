@@ -1,4 +1,4 @@
-"""Runs a file of checks in two processes, once, and tells how each check ended.
+"""Runs files of checks in two processes each, once, and tells how each check ended.
 
 A file of checks is a module whose functions ``check_*`` every process runs in order. One that fails
 in a process may leave others waiting, which end by a timeout of the process group.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,41 +48,70 @@ def environment() -> dict[str, str]:
     return found
 
 
-def run(name: str, folder: Path, timeout: float = TIMEOUT) -> dict[str, str]:
-    """Runs ``name``'s checks in two processes; returns what failed, by check, or empty strings."""
-    command = [sys.executable, str(HERE / "processes.py"), name, str(folder)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**environment(), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        output = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+def run(names: Sequence[str], folder: Path, timeout: float = TIMEOUT) -> str:
+    """Runs files of checks one after the other, each in two processes; returns what they print.
+
+    Args:
+        names: The files.
+        folder: Where each gets a folder, for what its checks write and for `outcome_of`.
+        timeout: Seconds for a file.
+    """
+    for name in names:
+        (folder / name).mkdir()
+    command = [sys.executable, str(HERE / "processes.py"), str(folder), str(timeout), *names]
+    done = subprocess.run(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.stdout
+
+
+def outcome_of(name: str, folder: Path, output: str) -> dict[str, str]:
+    """Returns what failed of a file that `run` has run, by check, or empty strings."""
     found: dict[str, str] = {}
-    for rank, text in enumerate(output):
-        path = folder / f"{name}-{rank}.json"
-        assert path.is_file(), f"process {rank} died:\n{text[-4000:]}"
+    for rank in range(WORLD):
+        path = folder / name / f"{rank}.json"
+        assert path.is_file(), f"process {rank} died:\n{output[-4000:]}"
         for check, failure in json.loads(path.read_text(encoding="utf-8")).items():
             found[check] = found.get(check, "") + (f"process {rank}:\n{failure}" if failure else "")
     return found
 
 
-def main(name: str, folder: str) -> None:
-    """Is one of the processes."""
+def main(folder: str, timeout: str, *names: str) -> None:
+    """Is the process that imports what the others run, once for all of them where it can fork."""
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     # Before the processes wait for each other: on a busy machine one may import for a minute more.
+    for name in names:
+        importlib.import_module(name)
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    for name in names:
+        pair = [
+            context.Process(target=take_part, args=(name, Path(folder) / name, rank))
+            for rank in range(WORLD)
+        ]
+        end = time.monotonic() + float(timeout)
+        for process in pair:
+            process.start()
+        for process in pair:
+            process.join(max(0.0, end - time.monotonic()))
+        for rank, process in enumerate(pair):
+            if process.is_alive():
+                process.kill()
+                sys.stdout.write(f"{name}: process {rank} hung\n")
+                (Path(folder) / name / f"{rank}.json").unlink(missing_ok=True)
+
+
+def take_part(name: str, folder: Path, rank: int) -> None:
+    """Is one of the two processes of a file."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.chdir(folder)
     checks = checks_of(importlib.import_module(name))
-    store = dist.FileStore(f"{folder}/{name}.store", WORLD)
+    store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=BEHIND)
     )
@@ -88,12 +119,12 @@ def main(name: str, folder: str) -> None:
     for check, function in checks.items():
         torch.manual_seed(0)
         try:
-            function(Path(folder))
+            function(folder)
             found[check] = ""
         except Exception:
             found[check] = traceback.format_exc()
             break  # the other process may be anywhere
-    Path(f"{folder}/{name}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 

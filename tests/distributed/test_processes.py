@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from processes import checks_of, run
+from processes import checks_of, outcome_of, run
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -25,21 +26,27 @@ FILES = (
 CHECKS = [(name, check) for name in FILES for check in checks_of(importlib.import_module(name))]
 
 
+class Run(NamedTuple):
+    """Where the checks wrote, and what they printed."""
+
+    folder: Path
+    output: str
+
+
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """How the checks of each file ended, as far as they have run."""
-    return {}
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Every file of which a check is asked for has run."""
+    asked = {
+        item.callspec.params.get("name")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    }
+    folder = tmp_path_factory.mktemp("checks")
+    return Run(folder, run([name for name in FILES if name in asked], folder))
 
 
 @pytest.mark.parametrize(("name", "check"), CHECKS)
-def test_in_two_processes(
-    name: str,
-    check: str,
-    outcomes: dict[str, dict[str, str]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """The first check of a file runs all of them."""
-    if name not in outcomes:
-        outcomes[name] = run(name, tmp_path_factory.mktemp(name))
-    found = outcomes[name].get(check, "did not run: a check before it failed")
+def test_in_two_processes(name: str, check: str, ran: Run) -> None:
+    """The first check runs all of them."""
+    found = outcome_of(name, *ran).get(check, "did not run: a check before it failed")
     assert not found, found
