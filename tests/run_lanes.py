@@ -52,10 +52,11 @@ class Outcome:
         return lines[-1] if lines else "(no output)"
 
 
+PROGRAMS = ("tests/commands", "tests/distributed", "tests/train_cli")
 LANES = (
-    Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", "tests/commands")),
+    Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", *PROGRAMS)),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),
-    Lane("commands", ("tests/commands",)),
+    Lane("commands", PROGRAMS),
     Lane("aot", ("tests/aot",)),
 )
 NATIVE = Lane("native", ("tests/kernels",))
