@@ -26,6 +26,7 @@ from fastlora.layers.dora_norms import cached_squares, forget_norms
 from fastlora.layers.own_share import OwnShare, local, own
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing import Routing, RowRouting
+from fastlora.validation import UnsupportedLayerError
 
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
@@ -61,7 +62,7 @@ class TensorParallelDora(FastLoraWrapper):
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
         """Returns the seed that a dropout has in this process."""
-        raise NotImplementedError
+        raise UnsupportedLayerError(f"{type(self).__name__} draws no seeds")
 
     # ------------------------------------------------------------------------------- forward
 
