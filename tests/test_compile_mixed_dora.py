@@ -51,20 +51,27 @@ def draw(chosen: random.Random) -> list[str | None]:
     return [chosen.choice([*NAMES, *DORA, None]) for _ in range(4)]
 
 
-def test_any_mix_is_one_graph_in_training() -> None:
-    """With the magnitudes' gradients, beside plain adapters whose dropout acts."""
-    model, chosen = with_dora(0.4), random.Random(1)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    mixes: list[Any] = [["e", "f", "a", None], ["e"] * 4, ["a", "b", None, "c"], [None] * 4]
-    mixes += [draw(chosen) for _ in range(4)]
+def check_mixes(
+    compiled: Any, model: LoraModel, chosen: random.Random, dynamic: bool
+) -> torch.Tensor:
+    """Holds mixes of four samples to float64, between a step and another scaling; the last x."""
+    mixes: list[Any] = [["e", "f", "a", None], ["e"] * 4, ["a", "b", None, "c"], ["f"] * 4]
+    mixes += [[None] * 4, *(draw(chosen) for _ in range(3))]
     for step, ids in enumerate(mixes):
-        x = torch.randn(4, 3, K)
+        x = torch.randn(4, chosen.randint(5, 9) if dynamic else 3, K)
         if step == 2:
             torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
         if step == 3:
             model.base_model.model.gate.set_scale("e", 2.0)
-        mine = results(compiled, model, x, ids)
-        check(mine, model, x, ids)
+        check(results(compiled, model, x, ids), model, x, ids)
+    return x
+
+
+def test_any_mix_is_one_graph_in_training() -> None:
+    """With the magnitudes' gradients, beside plain adapters whose dropout acts."""
+    model, chosen = with_dora(0.4), random.Random(1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = check_mixes(compiled, model, chosen, dynamic=False)
     named = [n for n, parameter in model.named_parameters() if parameter.requires_grad]
     mine = results(compiled, model, x, ["e", None, "a", "e"])
     moved = {n for n, g in zip(named, mine[2:], strict=True) if "magnitude" in n and g.any()}
@@ -89,19 +96,10 @@ def test_any_mix_is_one_graph_in_serving() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_any_mix_is_one_graph_where_dora_drops(dynamic: bool) -> None:
-    """Of samples and, with lengths that change, of tokens; with the eager forward's masks."""
+    """Of lengths that change or not; with the eager forward's masks."""
     model, chosen = with_dora(0.3, 0.5), random.Random(3)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    mixes: list[Any] = [["e", "f", "a", None], ["f"] * 4, ["a", "b", None, "c"], [None] * 4]
-    mixes += [draw(chosen) for _ in range(3)]
-    for step, ids in enumerate(mixes):
-        x = torch.randn(4, chosen.randint(5, 9) if dynamic else 3, K)
-        if step == 2:
-            torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
-        if step == 3:
-            model.base_model.model.gate.set_scale("e", 2.0)
-        mine = results(compiled, model, x, ids)
-        check(mine, model, x, ids)
+    check_mixes(compiled, model, chosen, dynamic)
     assert graph_count() == 1
 
 

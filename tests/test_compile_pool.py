@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pool_adapters import Blocks, make_folder
+from test_compile_mixed import _fresh  # noqa: F401
 
 import fastlora
 from fastlora import AdapterPool
 from fastlora.testing import assert_within_budget
 
 COUNT = 8
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def make(root: Path, dtype: torch.dtype, **limits: Any) -> tuple[Blocks, AdapterPool]:

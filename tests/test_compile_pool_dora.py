@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pool_adapters import Blocks, make_folder, saved_factors
+from test_compile_mixed import _fresh  # noqa: F401
 
 import fastlora
 from fastlora import AdapterPool, LoraConfig
@@ -27,14 +27,6 @@ DORA: dict[str, dict[str, Any]] = {
     "d2": {"r": 1, "target_modules": ["q"]},
     "d3": {"r": 3, "lora_alpha": 5},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def make(root: Path, dtype: torch.dtype, *names: str, **limits: Any) -> tuple[Blocks, AdapterPool]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import ref
 
-from fastlora.pool.entries import Entry
+from fastlora.pool.entries import Entry, unknown
 from fastlora.pool.image import Image
 from fastlora.pool.leases import Lease, LeaseBook, Request
 from fastlora.pool.resident import DeviceCopy
@@ -53,6 +54,17 @@ class Residency:
         if self.closed:
             raise AdapterStateError("the pool is closed")
 
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raises `AdapterNotFoundError` unless all names are, `AdapterStateError` once closed."""
+        with self.changed:
+            self.check_open()
+            known = self._tiers.entries
+            lost = next((name for name in names if name not in known), None)
+            if lost is None:
+                return
+            known = dict(known)
+        raise unknown(lost, known)  # looking for close names takes its time
+
     def check_unleased(self) -> None:
         """Raises `AdapterStateError` while leases are held, but for those of the background."""
         held = sum(len(n) for owner, n in self.book.held.items() if owner != self._worker_thread)
@@ -67,6 +79,14 @@ class Residency:
             self._look_up(request)
             lease = self._grant(request)
         return self._ready(lease)
+
+    def acquire_named(self, names: Sequence[str], timeout: float | None) -> Lease:
+        """`acquire` of names that may repeat, with a resident for each."""
+        lease = self.acquire(Request(tuple(dict.fromkeys(names))), timeout)
+        if len(lease.residents) != len(names):
+            by_name = {resident.name: resident for resident in lease.residents}
+            lease.residents = tuple(by_name[name] for name in names)
+        return lease
 
     def acquire(self, request: Request, timeout: float | None) -> Lease:
         """Waits for a lease; see `AdapterPool.lease`.

@@ -17,10 +17,9 @@ from fastlora.config import CONFIG_NAME
 from fastlora.pool.acquire import Residency
 from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
 from fastlora.pool.batches import pool_block
-from fastlora.pool.entries import unknown
 from fastlora.pool.image import Packer
 from fastlora.pool.install import PoolLayers
-from fastlora.pool.leases import Lease, Request
+from fastlora.pool.leases import Lease
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
@@ -148,8 +147,8 @@ class AdapterPool:
             ConfigError: The name or the config is wrong.
             PoolFullError: It never fits, or it is to be pinned and does not fit now. After any of
                 these the pool is as it was.
-            torch.OutOfMemoryError: There is no room for the scales of a pinned DoRA adapter. It is
-                in the pool then; the next lease on it makes them.
+            torch.OutOfMemoryError: There is no room for a pinned DoRA adapter's scales, which the
+                next lease makes: it is in the pool then.
         """
         check_name(name)
         folder: Path | None = None
@@ -261,7 +260,7 @@ class AdapterPool:
             AdapterNotFoundError: There is none of one of the names.
         """
         check_names(names)
-        self._check_known(names)
+        self._residency.check_known(names)
         return self._residency.prefetch(tuple(names))
 
     @property
@@ -327,12 +326,8 @@ class AdapterPool:
                 CUDA graph is being captured.
         """
         check_names(names)
-        self._check_known(names)
-        lease = self._residency.acquire(Request(tuple(dict.fromkeys(names))), timeout)
-        if len(lease.residents) != len(names):
-            by_name = {resident.name: resident for resident in lease.residents}
-            lease.residents = tuple(by_name[name] for name in names)
-        return lease
+        self._residency.check_known(names)
+        return self._residency.acquire_named(names, timeout)
 
     def lease_resident(self) -> Lease:
         """Keeps every adapter that is on the device now: for row ids that are slots.
@@ -386,18 +381,6 @@ class AdapterPool:
 
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")
-
-    # ------------------------------------------------------------------------------- plumbing
-
-    def _check_known(self, names: Iterable[str]) -> None:
-        with self._changed:
-            self._residency.check_open()
-            known = self._tiers.entries
-            lost = next((name for name in names if name not in known), None)
-            if lost is None:
-                return
-            known = dict(known)
-        raise unknown(lost, known)  # looking for close names takes its time
 
 
 def pool_of(model: nn.Module) -> AdapterPool | None:
