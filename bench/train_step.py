@@ -87,8 +87,9 @@ def measured(
     peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
     over_lora = ""
     if method == "dora":
-        plain = step(sides_of(*kind, False)[0](), ids)
-        over_lora = f"{measure.paired_ratio(mine, plain, rounds).ratio:.4f}"
+        plain = sides_of(*kind, False)[0]()
+        measure.share_frozen(ours, plain)
+        over_lora = f"{measure.paired_ratio(mine, step(plain, ids), rounds).ratio:.4f}"
     return {
         "method": method,
         "dtype": dtype,
@@ -109,9 +110,10 @@ def measured(
 def twins(
     dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
 ) -> tuple[Any, Any]:
-    """The same base model and adapter in fastlora and in PEFT, training."""
-    mine, theirs = sides_of(dtype, fp32_adapters, dropout, use_dora)
-    return mine(), theirs()
+    """The same adapter in fastlora and in PEFT over one base model's memory, training."""
+    mine, theirs = (make() for make in sides_of(dtype, fp32_adapters, dropout, use_dora))
+    measure.share_frozen(mine, theirs)
+    return mine, theirs
 
 
 def sides_of(

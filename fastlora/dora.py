@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from fastlora import products
-from fastlora.autograd import without_autocast
+from fastlora.autograd import plain_backward
 
 # Elements of the weight that a norm widens at once.
 _CHUNK = 1 << 18
@@ -283,8 +282,7 @@ class DoraScale(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, *pairs = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora import products, reference
-from fastlora.autograd import without_autocast
+from fastlora.autograd import plain_backward
 from fastlora.dora import (
     adapted_squares,
     norm_joins,
@@ -261,8 +260,7 @@ class DoraDropped(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_a, lora_b, magnitude, squares, scaling, s, z, seed = ctx.saved_tensors
         needs_base, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[:7]

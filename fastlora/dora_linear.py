@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora import products, reference
-from fastlora.autograd import forward_linear, without_autocast
+from fastlora.autograd import forward_linear, plain_backward
 from fastlora.dora import (
     adapted_squares,
     norm_joins,
@@ -121,8 +120,7 @@ class DoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, s, kept = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad

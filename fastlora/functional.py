@@ -190,6 +190,15 @@ def linear(
     is this layer's of `shrink`, where siblings shared that; x, dropout_p and impl are then those
     that it was made with.
     """
+    if (
+        not dropout_p
+        and shrunk is None
+        and (impl == "auto" or impl == "eager")
+        and plan == "auto"
+        and not is_batch_invariant()
+        and autograd.records_natively(x, weight, bias, lora_a, lora_b, scaling)
+    ):
+        return autograd.native_linear(x, weight, bias, lora_a, lora_b, scaling)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)

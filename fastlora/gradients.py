@@ -119,7 +119,7 @@ def _eager_gradients(
 ) -> Gradients:
     """In PyTorch; s is made again where it was not saved, from the rows that d_lora_a reads."""
     d_lora_a = d_lora_b = dx = keep = None
-    factor, dropped = saved.lora_a.to(dy.dtype), 1.0 / (1.0 - dropout_p)
+    factor, dropped = reference.cast(saved.lora_a, dy.dtype), 1.0 / (1.0 - dropout_p)
     ds = reference.lora_ds(dy, saved.lora_b, saved.scaling)
     rows: Any = None if saved.x is None else saved.x.reshape(-1, saved.x.shape[-1])
     inner = ds
@@ -131,16 +131,17 @@ def _eager_gradients(
         # The base's share goes into the dropped update: one buffer of x's size less to make.
         dx = reference.drop_(products.mm(inner, factor), keep)
         if weight is not None:
-            products.addmm_(dx, dy, weight.to(dy.dtype))
+            products.addmm_(dx, dy, reference.cast(weight, dy.dtype))
     elif needs.x:
         if weight is None:
             dx = products.mm(ds, factor)
         else:
-            dx = products.addmm_(products.mm(dy, weight.to(dy.dtype)), ds, factor)
+            base = products.mm(dy, reference.cast(weight, dy.dtype))
+            dx = products.addmm_(base, ds, factor)
     if rows is not None and keep is not None:
         rows = reference.select_(keep, rows)
     if needs.lora_a:
-        d_lora_a = products.mm(inner.t(), rows).to(saved.lora_a.dtype)
+        d_lora_a = reference.cast(products.mm(inner.t(), rows), saved.lora_a.dtype)
     if needs.lora_b:
         s = saved.s
         if s is None:
@@ -185,4 +186,4 @@ def grad_a(
             rows = reference.select_(keep_mask(x, seed, p, after=gradient), x)
             gradient = gradient * (1.0 / (1.0 - p))
         found[index] = products.mm(gradient.t(), rows)
-    return [found[index].to(a.dtype) for index, a in enumerate(lora_a)]
+    return [reference.cast(found[index], a.dtype) for index, a in enumerate(lora_a)]

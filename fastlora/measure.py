@@ -2,7 +2,8 @@
 
 Speed is a median of paired ratios: the two sides run one right after the other, the order flips
 every round, and each round gives one ratio, so that whatever slows the machine down for a while
-slows both. Memory is the peak of live bytes that the allocator hands out within a step.
+slows both; `share_frozen` has two models stand on one copy of the base's weights. Memory is the
+peak of live bytes that the allocator hands out within a step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
@@ -87,6 +89,26 @@ def paired_ratio(
             times_b.append(timed(fn_b))
     ratio = statistics.median(a / b for a, b in zip(times_a, times_b, strict=True))
     return PairedRatio(ratio, times_a, times_b)
+
+
+def share_frozen(source: nn.Module, target: nn.Module) -> None:
+    """Puts the memory of ``source``'s frozen parameters under those of ``target``, in their order.
+
+    For two sides that stand on the same base model: where in memory a copy of the weights happens
+    to lie is then no advantage of either.
+
+    Raises:
+        ValueError: They have not the same frozen parameters; ``target`` is then as it was.
+    """
+    frozen = [
+        [parameter for parameter in side.parameters() if not parameter.requires_grad]
+        for side in (source, target)
+    ]
+    shapes = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in frozen]
+    if shapes[0] != shapes[1] or not all(map(torch.equal, *frozen)):
+        raise ValueError("the two models' frozen parameters differ")
+    for own, other in zip(*frozen, strict=True):
+        other.data = own.data
 
 
 def peak_step_bytes(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int:

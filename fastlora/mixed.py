@@ -13,10 +13,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora import products, reference
-from fastlora.autograd import without_autocast
+from fastlora.autograd import plain_backward
 from fastlora.routing import RowRouting, Segment
 from fastlora.validation import check_dropout_dtype
 
@@ -181,8 +180,7 @@ class MixedLoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -219,8 +217,7 @@ class MixedLoraAdd(torch.autograd.Function):
         return result
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         dy = _in_order(grad.reshape(-1, grad.shape[-1]).to(x.dtype), ctx.rows)

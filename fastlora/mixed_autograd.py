@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora import mixed_grad_ops, mixed_train_ops, products  # noqa: F401 - registers operators
-from fastlora.autograd import without_autocast
+from fastlora.autograd import plain_backward
 from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
 from fastlora.row_groups import RowGroups
 
@@ -173,8 +172,7 @@ class MixedLoraShrinkKernels(torch.autograd.Function):
         return s.unbind()
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         batch, needs, slots = ctx.batch, ctx.needs_input_grad[2:], len(ctx.batch.dropout_p)
@@ -212,8 +210,7 @@ class MixedLoraLinearKernels(torch.autograd.Function):
         return y
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = grad.reshape(-1, grad.shape[-1])
@@ -247,8 +244,7 @@ class MixedLoraAddKernels(torch.autograd.Function):
         return result
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
         x, _, *saved = ctx.saved_tensors

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from fastlora.autograd import without_autocast
+from fastlora.autograd import plain_backward
 from fastlora.dora_dropped import Dropped, Wanted, forward_rows, gradients
 from fastlora.ops import _LIBRARY, _implements
 from fastlora.row_groups import build_row_groups
@@ -185,8 +184,7 @@ class _MixedDoraDropped(torch.autograd.Function):
         return result.view(y.shape)
 
     @staticmethod
-    @without_autocast
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, ids, seeds, scaling, s, z, *rest = ctx.saved_tensors
         count = len(ctx.batch[0])

@@ -61,14 +61,14 @@ def widens(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``x @ weight.T + bias``, ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not widens(*operands) or _is_read_once(x, weight.t()):
+    if x.dtype not in _EMULATED or not widens(*operands) or _is_read_once(x, weight.t()):
         return F.linear(x, weight, bias)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if not widens(a, b) or _is_read_once(a, b):
+    if a.dtype not in _EMULATED or not widens(a, b) or _is_read_once(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
@@ -81,7 +81,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds ``a @ b`` to ``y [M, N]`` in place and returns it."""
-    if not widens(y, a, b) or _is_read_once(a, b):
+    if y.dtype not in _EMULATED or not widens(y, a, b) or _is_read_once(a, b):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

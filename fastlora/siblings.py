@@ -135,9 +135,11 @@ class _FamilyRun(NamedTuple):
 def known_family(layer: Any) -> Family | None:
     """Returns the family of a layer, None while it is not known."""
     known: Family | None = layer.__dict__.get("_family")
-    if known is None or not any(member() is layer for member in known.members):
-        return None
-    return known
+    if known is not None:
+        for member in known.members:
+            if member() is layer:
+                return known
+    return None
 
 
 def family_of(layer: Any, x: torch.Tensor) -> Family | None:

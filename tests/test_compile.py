@@ -47,6 +47,7 @@ def test_compile_of_two_layers(backend: str, p: float) -> None:
     """Full graph, forward and backward, dropout included, in train and in inference mode."""
     if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("inductor needs a C++ compiler")
+    torch.compiler.reset()  # other tests' graphs count against the limit of a function they share
     model, x = two_layers(p), torch.randn(7, 64)
     parameters = trainable(model)
     # Inductor has a random stream of its own, unless it is told to take torch's.

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastlora import autograd
 from fastlora.functional import lora_add, lora_linear
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, ImplementationError
@@ -48,9 +49,16 @@ def plain(
     return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
 
 
+@pytest.fixture(params=["one node", "PyTorch's nodes"])
+def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who records small fp32 and fp64 layers: our function, or PyTorch."""
+    if request.param == "one node":
+        monkeypatch.setattr(autograd, "_FEW_ROWS", 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, nodes: None) -> None:
     """Value and all five gradients stay within the error budget of the same-dtype expression."""
     operands = make(*shape, dtype)
     dy = torch.randn(shape[0], shape[1]).to(dtype)
@@ -65,10 +73,11 @@ def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None
         assert_within_budget(operand.grad, same_in[name].grad, truth_in[name].grad, f"d_{name}")
 
 
-def test_gradcheck() -> None:
-    """Numerical derivatives agree in float64, for linear and add, with a scaling per rank row."""
+@pytest.mark.parametrize("numbers", [[0.5, 2.0, 1 / 3], [1 / 3]], ids=["per rank row", "one"])
+def test_gradcheck(numbers: list[float], nodes: None) -> None:
+    """Numerical derivatives agree in float64, for linear and add."""
     operands = make(5, 9, 7, 3, torch.float64)
-    scaling = torch.tensor([0.5, 2.0, 1 / 3], dtype=torch.float64)
+    scaling = torch.tensor(numbers, dtype=torch.float64)
     x, weight, bias, lora_a, lora_b = operands.values()
 
     def linear(*tensors: torch.Tensor) -> torch.Tensor:
@@ -90,7 +99,7 @@ def test_gradcheck() -> None:
     )
 
 
-def test_strided_expanded_and_three_dimensional_inputs() -> None:
+def test_strided_expanded_and_three_dimensional_inputs(nodes: None) -> None:
     """Layout is of no consequence: not for x, not for the incoming gradient."""
     operands = make(24, 40, 32, 4, torch.float32)
     x = operands.pop("x").detach()
@@ -133,7 +142,52 @@ def test_only_what_needs_a_gradient_is_saved(n: int, keeps_s: bool) -> None:
     assert any(t.data_ptr() == operands["x"].data_ptr() for t in packed)
 
 
-def test_frozen_factors_save_no_activations() -> None:
+@pytest.mark.parametrize("shape", [(64,), (4, 16)], ids=str)
+def test_pytorchs_nodes_are_the_same_layer(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits of y, the same gradients, and nothing saved beyond x, s and parameters."""
+    n, k, r = 48, 32, 4
+    found = []
+    for few in (0, 1024):
+        monkeypatch.setattr(autograd, "_FEW_ROWS", few)
+        torch.manual_seed(3)
+        operands = make(64, n, k, r, torch.float32)
+        x = operands.pop("x").detach().view(*shape, k).requires_grad_()
+        for name in ("weight", "bias"):
+            operands[name].requires_grad_(False)
+        packed: list[torch.Tensor] = []
+        hooks = lambda t: packed.append(t) or t, lambda t: t  # noqa: B023, E731
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            y = lora_linear(x, scaling=2.0, **operands)
+        memory = {t.untyped_storage().data_ptr(): t.numel() for t in packed}
+        y.square().sum().backward()
+        found.append((y, sorted(memory.values()), x, operands["lora_a"], operands["lora_b"]))
+    (y, saved, *leaves), (other, other_saved, *other_leaves) = found
+    assert "LoraLinear" in y.grad_fn.name()
+    assert "LoraLinear" not in other.grad_fn.name()
+    assert torch.equal(y, other)
+    assert saved == other_saved == sorted([64 * k, n * k, r * k, n * r, 64 * r, 1])
+    for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
+        torch.testing.assert_close(leaf.grad, other_leaf.grad)
+    with torch.no_grad():
+        other.add_(1.0)  # as one may write into the output of a linear
+        assert torch.equal(y + 1.0, other)
+
+
+@pytest.mark.parametrize("what", ["rows", "wide", "scaling", "dropout", "dtype", "factors"])
+def test_one_node_where_pytorchs_are_not_enough(what: str) -> None:
+    """Many rows, s made again, several scalings, dropout and casts keep our function."""
+    m, n = 1024 if what == "rows" else 64, 256 if what == "wide" else 48
+    operands = make(m, n, 32, 4, torch.bfloat16 if what == "dtype" else torch.float32)
+    if what == "factors":
+        operands["lora_a"] = operands["lora_a"].detach().to(torch.bfloat16).requires_grad_()
+    scaling = torch.ones(4) if what == "scaling" else 2.0
+    y = lora_linear(**operands, scaling=scaling, dropout_p=0.5 if what == "dropout" else 0.0)
+    assert "LoraLinear" in y.grad_fn.name()
+
+
+def test_frozen_factors_save_no_activations(nodes: None) -> None:
     """A frozen adapter in a trained model keeps neither x nor s."""
     operands = make(64, 48, 32, 4, torch.float32)
     for name in ("weight", "bias", "lora_a", "lora_b"):

@@ -73,6 +73,38 @@ def _burn(seconds: float) -> None:
         pass
 
 
+def test_frozen_parameters_are_shared() -> None:
+    """The second model computes from the first one's memory; what trains stays its own."""
+    source, target = (
+        torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)) for _ in "ab"
+    )
+    target.load_state_dict(source.state_dict())
+    for model in (source, target):
+        model[0].requires_grad_(False)
+    measure.share_frozen(source, target)
+    assert target[0].weight.data_ptr() == source[0].weight.data_ptr()
+    assert target[1].weight.data_ptr() != source[1].weight.data_ptr()
+    with torch.no_grad():
+        source[0].bias += 1.0
+    assert torch.equal(target[0].bias, source[0].bias)
+
+
+@pytest.mark.parametrize("what", ["values", "count", "dtype"])
+def test_other_frozen_parameters_are_not_shared(what: str) -> None:
+    """Models that differ raise, and stay as they were."""
+    source, target = (torch.nn.Linear(3, 2).requires_grad_(False) for _ in "ab")
+    if what != "values":
+        target.load_state_dict(source.state_dict())
+    if what == "count":
+        target.bias.requires_grad_(True)
+    if what == "dtype":
+        target.to(torch.float64)
+    before = target.weight.data_ptr()
+    with pytest.raises(ValueError, match="differ"):
+        measure.share_frozen(source, target)
+    assert target.weight.data_ptr() == before
+
+
 def test_paired_ratio_measures_the_ratio() -> None:
     ratio, times_a, times_b = measure.paired_ratio(lambda: _burn(0.03), lambda: _burn(0.01), 5)
     assert len(times_a) == len(times_b) == 5

@@ -276,7 +276,11 @@ class LoraLayer(HasScalings, Mergeable):
         """Names that the next forward adds to the base layer's output."""
         if self._disabled or self.merged_adapters:
             return []
-        return [name for name in self._active_adapters if name in self.lora_A]
+        active: Any = self._active_adapters
+        known: Any = self._modules["lora_A"]
+        if len(active) == 1 and active[0] in known._modules:
+            return [active[0]]
+        return [name for name in active if name in known._modules]
 
     # ----------------------------------------------------------------------------- plumbing
 

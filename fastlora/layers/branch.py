@@ -39,16 +39,18 @@ def factors_of(
 
     None where its modules must be called.
     """
-    # Looked up as nn.Module keeps them: attribute access costs a microsecond a time.
+    # Looked up as nn.Module keeps them, in few calls: each takes microseconds in a large model.
     modules = layer._modules
-    up = modules["lora_B"]._modules[name]
-    lora_a, lora_b = plain_weight(modules["lora_A"]._modules[name]), plain_weight(up)
+    down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
     if type(dropout) is nn.Dropout:
         dropout_p = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
         return None
-    if lora_a is None or lora_b is None or is_hooked(dropout):
+    if type(down) is not nn.Linear or type(up) is not nn.Linear or is_hooked(down, up, dropout):
+        return None
+    lora_a, lora_b = down._parameters.get("weight"), up._parameters.get("weight")
+    if type(lora_a) is not nn.Parameter or type(lora_b) is not nn.Parameter:
         return None
     return lora_a, lora_b, up._parameters["bias"], dropout_p
 
@@ -59,6 +61,11 @@ def branch_of(layer: Any, name: str, x: torch.Tensor) -> Branch | None:
     if factors is None:
         return None
     lora_a, lora_b, lora_bias, dropout_p = factors
+    scalings: Any = layer.scaling
+    if lora_bias is None and isinstance(scalings, Scalings):
+        beside = scalings.tensors[name]
+        if beside.dtype == x.dtype == torch.float32 and beside.is_cpu and x.is_cpu:
+            return Branch(lora_a, lora_b, beside, None, dropout_p)
     scaling = scaling_of(layer, name)
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
@@ -97,15 +104,18 @@ def scaling_tensor(layer: Any, name: str, value: Any, x: torch.Tensor) -> torch.
     return tensor
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules does more than its class's forward."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def plain_weight(module: nn.Module) -> torch.Tensor | None:

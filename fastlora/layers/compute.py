@@ -101,12 +101,15 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    branches = _branches(layer, x, names)
-    if branches is None:
+    alone, first, others = len(names) == 1, None, []
+    if alone:
+        first = branch_of(layer, names[0], x)
+    elif (branches := _branches(layer, x, names)) is not None:
+        first, *others = branches
+    if first is None:
         refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, F.linear(x, weight, bias), x, names)
-    first, *others = branches
-    shrunk = shared_shrink(layer, x, first, impl) if len(names) == 1 else None
+    shrunk = shared_shrink(layer, x, first, impl) if alone else None
     lora_a, lora_b, scaling, lora_bias, dropout_p = first
     if lora_bias is not None:
         bias = lora_bias if bias is None else bias + lora_bias

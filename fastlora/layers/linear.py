@@ -155,19 +155,24 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
         routed = routing_of(self)
         names = self._acting() if routed is None else []
-        if type(self._parameters.get("weight")) is not nn.Parameter:
+        # As nn.Module keeps them: looking an attribute up takes a microsecond.
+        weight: Any = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and "bias" in self._parameters:
+            bias = self._parameters["bias"]
+        else:
             refuse_shards(self)
+            weight, bias = self.weight, self.bias
         if self._disabled or (routed is None and not names):
             refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if routed is not None:
-            return mixed_forward(self, x, self.weight, self.bias, *routed)
+            return mixed_forward(self, x, weight, bias, *routed)
         if self.training and self.routed_by is not None:
             self.routed_by.packs.before_training()
         forward = dora_forward if uses_dora(self, names) else lora_forward
-        return forward(self, x, self.weight, self.bias, names, self.impl)
+        return forward(self, x, weight, bias, names, self.impl)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""

@@ -55,14 +55,16 @@ def shared_shrink(
         if "_family" not in layer.__dict__:
             family_of(layer, x)
         return None
-    family = family_of(layer, x)
+    few = x.numel() < MIN_ROWS * x.shape[-1] and ops.resolve_impl(impl, x) != "triton"
+    family = layer.__dict__.get("_family")
+    if not few or family is None or not family.members:
+        family = family_of(layer, x)
     if family is None or len(family.members) < 2:
         return None
-    why = why_not_now()
-    if not why and ops.resolve_impl(impl, x) != "triton":
-        few = x.numel() < MIN_ROWS * x.shape[-1]
-        why = _DROPOUT if branch.dropout_p else _FEW_ROWS if few else ""
-    shrunk = None
+    why, shrunk = _FEW_ROWS, None
+    if not few:
+        apart = branch.dropout_p and ops.resolve_impl(impl, x) != "triton"
+        why = _DROPOUT if apart else why_not_now()
     if not why:
         context = (impl, functional.autocast_dtype(x))
         shrunk = take_share(layer, x, context, _key(branch.lora_a, branch.dropout_p))
