@@ -4,7 +4,8 @@ Saved for backward are x itself, s (unless it is cheap to make again), the seed 
 never a cast or dropped copy of x, nor a mask. Whatever needs no gradient is neither saved nor
 computed.
 
-One function does a layer. Where layers fed by the same tensor share their passes over it, the
+One function does a layer; on a CPU, where rows are few, PyTorch's own nodes do (`native_linear`),
+which save s always. Where layers fed by the same tensor share their passes over it, the
 graph has two kinds of node: `LoraShrink` makes every sibling's s, and its backward yields their
 d_lora_a and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with
 the LoRA term inside, ds (the gradient of s) and d_lora_b.
@@ -110,11 +111,18 @@ def records_natively(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Whether `native_linear` is to compute a layer, for the PyTorch path without dropout."""
+    """Whether `native_linear` is to compute a layer, for the PyTorch path without dropout.
+
+    Not in compiled graphs, which would be one for few rows and another for many, nor where x would
+    be saved as a copy in rows.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
     dtype = x.dtype
     return (
         (dtype is torch.float32 or dtype is torch.float64)
         and x.is_cpu
+        and (x.dim() == 2 or x.is_contiguous())
         and x.numel() < (_FEW_WIDE_ROWS if is_wide(lora_b) else _FEW_ROWS) * x.shape[-1]
         and weight.dtype is lora_a.dtype is lora_b.dtype is dtype
         and weight.is_cpu
@@ -123,7 +131,6 @@ def records_natively(
         and (bias is None or bias.dtype is dtype)
         and not scaling.dim()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -137,9 +144,10 @@ def native_linear(
 ) -> torch.Tensor:
     """`LoraLinear`, or `forward_linear` without gradients, in PyTorch's own nodes.
 
-    The same bits, and the same is saved. No Python runs in the backward, and little here: between
-    two products of a large model its code has left the cache, and each call takes microseconds. dx
-    is the sum of two products, where `LoraLinear` adds one to the other in place.
+    The same bits. No Python runs in the backward, and little here: between two products of a large
+    model its code has left the cache, and each call takes microseconds. Saves x, ``scaling * s``
+    and the parameters, s in wide layers too. dx is the sum of two products, where `LoraLinear` adds
+    one to the other in place.
     """
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])

@@ -46,7 +46,8 @@ def lora_linear(
     """Computes ``x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
     The low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors as PEFT
-    lays them out. Differentiable once in x, weight, bias, lora_a and lora_b. Under autocast, x and
+    lays them out. Differentiable in x, weight, bias, lora_a and lora_b, once: whether a second time
+    too depends on dtype, device and rows. Under autocast, x and
     weight are taken in the autocast dtype.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +64,21 @@ def test_compile_of_two_layers(backend: str, p: float) -> None:
         assert_within_budget(mine, plain, truth)
     with torch.no_grad():
         assert_within_budget(inferred, model.eval()(x), wide.eval()(x.double()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_graph_for_few_rows_and_many(grad: bool) -> None:
+    """What the eager path chooses by the number of rows is no guard of a graph."""
+    torch.compiler.reset()
+    model = nn.Sequential(FastLoraLinear(32, 48, r=8), FastLoraLinear(48, 512, r=4))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (8, 300, 600, 2000):
+        with torch.set_grad_enabled(grad):
+            y = compiled(torch.randn(rows, 32))
+        if grad:
+            y.sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_compile_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:

@@ -180,13 +180,17 @@ def test_pytorchs_nodes_are_the_same_layer(
         assert torch.equal(y + 1.0, other)
 
 
-@pytest.mark.parametrize("what", ["rows", "wide", "scaling", "dropout", "dtype", "factors"])
+@pytest.mark.parametrize(
+    "what", ["rows", "wide", "scaling", "dropout", "dtype", "factors", "strided"]
+)
 def test_one_node_where_pytorchs_are_not_enough(what: str) -> None:
-    """Many rows, s made again, several scalings, dropout and casts keep our function."""
+    """Many rows, s made again, several scalings, dropout, casts and x's copies: our function."""
     m, n = {"rows": (1024, 48), "wide": (512, 256)}.get(what, (64, 48))
     operands = make(m, n, 32, 4, torch.bfloat16 if what == "dtype" else torch.float32)
     if what == "factors":
         operands["lora_a"] = operands["lora_a"].detach().to(torch.bfloat16).requires_grad_()
+    if what == "strided":  # nodes of PyTorch's would each save x as rows
+        operands["x"] = operands["x"].detach().view(4, 16, 32)[:, 1:].requires_grad_()
     scaling = torch.ones(4) if what == "scaling" else 2.0
     y = lora_linear(**operands, scaling=scaling, dropout_p=0.5 if what == "dropout" else 0.0)
     assert "LoraLinear" in y.grad_fn.name()

@@ -25,6 +25,8 @@ CHANGES: dict[str, Callable[[Scalings], object]] = {
     "or": in_place_or,
     "pop": lambda s: (s.pop("b"), s.pop("b", None)),
     "del": lambda s: s.__delitem__("b"),
+    "popitem": lambda s: s.popitem(),
+    "clear": lambda s: s.clear(),
 }
 
 

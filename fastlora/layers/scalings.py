@@ -75,6 +75,17 @@ class Scalings(dict[str, Any]):
         self.tensors.pop(name, None)
         return super().pop(name) if default is _MISSING else super().pop(name, default)
 
+    def popitem(self) -> tuple[str, Any]:
+        """As a dict's."""
+        name, value = super().popitem()
+        del self.tensors[name]
+        return name, value
+
+    def clear(self) -> None:
+        """As a dict's."""
+        super().clear()
+        self.tensors.clear()
+
     def setdefault(self, name: str, value: Any = None) -> Any:
         """As a dict's."""
         if name not in self:

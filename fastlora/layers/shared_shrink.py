@@ -56,15 +56,16 @@ def shared_shrink(
             family_of(layer, x)
         return None
     few = x.numel() < MIN_ROWS * x.shape[-1] and ops.resolve_impl(impl, x) != "triton"
-    family = layer.__dict__.get("_family")
-    if not few or family is None or not family.members:
+    family = known_family(layer)
+    if family is None:
         family = family_of(layer, x)
     if family is None or len(family.members) < 2:
         return None
-    why, shrunk = _FEW_ROWS, None
-    if not few:
-        apart = branch.dropout_p and ops.resolve_impl(impl, x) != "triton"
-        why = _DROPOUT if apart else why_not_now()
+    if branch.dropout_p and (few or ops.resolve_impl(impl, x) != "triton"):
+        why = _DROPOUT
+    else:
+        why = _FEW_ROWS if few else why_not_now()
+    shrunk = None
     if not why:
         context = (impl, functional.autocast_dtype(x))
         shrunk = take_share(layer, x, context, _key(branch.lora_a, branch.dropout_p))
