@@ -5,7 +5,7 @@
 - ``augmented``: shrink, then the library's GEMM over ``[x | s] @ [W | scaling * lora_b].T``; for
   one adapter.
 - ``dense``: the library's GEMMs through the rank rows of all slots, masked between the two; for a
-  mixed batch. See `fastlora.mixed_dense`.
+  mixed batch. See `fastlora.ops.mixed_dense`.
 
 A table is rows in order; the first whose limits hold gives the plan. Tables are for measurements to
 fill. None has been made yet, so every chip has `DEFAULT`, the design's: up to 64 rows a linear is

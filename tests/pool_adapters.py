@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
-from fastlora.config import LoraConfig
-from fastlora.mixed_dora_scale_ops import PENDING
+from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
+from fastlora.model.config import LoraConfig
+from fastlora.ops.mixed_dora_scale_ops import PENDING
 from fastlora.pool import AdapterPool, Factors
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and

@@ -13,14 +13,15 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from fastlora import checkpoint, tensor_file
-from fastlora.checkpoint import (
+from fastlora.model import adapter_folder as checkpoint
+from fastlora.model import tensor_file
+from fastlora.model.adapter_folder import (
     WEIGHTS_NAME,
     inspect_adapter_folder,
     load_adapter_folder,
     save_adapter_folder,
 )
-from fastlora.config import CONFIG_NAME, LoraConfig
+from fastlora.model.config import CONFIG_NAME, LoraConfig
 from fastlora.validation import CheckpointError
 
 PRE = "base_model.model."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.nn as nn
 
-from fastlora.config import CONFIG_NAME, LoraConfig, LoraRuntimeConfig
+from fastlora.model.config import CONFIG_NAME, LoraConfig, LoraRuntimeConfig
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError
 
 peft = pytest.importorskip("peft")

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).parent))
 from dora_truth import SEED, dora, fixed_seed, keep_mask, layer_of, make_problem, parameters_of
 
-from fastlora import FastLoraLinear, ops
+from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
+from fastlora.ops import schema as ops
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, UnsupportedLayerError
 

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dora_truth import Problem, make_problem
 from dora_truth import dora as plain_dora
 
-from fastlora import FastLoraLinear, dora, dora_dropped, dora_linear, reference
+from fastlora import FastLoraLinear
+from fastlora.autograd import dora, dora_dropped, dora_linear
 from fastlora.layers import dora_norms
+from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 
 TRAINED = ("x", "lora_a", "lora_b", "magnitude")

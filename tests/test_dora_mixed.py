@@ -18,7 +18,7 @@ from tiny import TwoLayers
 
 import fastlora
 from fastlora import AdapterPool, LoraConfig, LoraModel, adapters, get_peft_model
-from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME
+from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.train import train_adapters
 from fastlora.validation import CheckpointError
 

@@ -18,10 +18,11 @@ from test_patch import quantised
 from tiny import tiny_llama
 
 import fastlora
-from fastlora import LoraConfig, LoraModel, get_peft_model, ops
-from fastlora.checkpoint import load_adapter_folder
+from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.layers.dense import dense_weight
+from fastlora.model.adapter_folder import load_adapter_folder
+from fastlora.ops import schema as ops
 from fastlora.validation import CheckpointError
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")

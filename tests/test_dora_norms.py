@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dora_truth import layer_of, make_problem
 
 import fastlora.layers.dora_norms as dora_layer
-from fastlora.dora import adapted_squares, scale_of, square_norms
+from fastlora.autograd.dora import adapted_squares, scale_of, square_norms
 from fastlora.measure import peak_step_bytes
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")

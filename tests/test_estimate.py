@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TwoLayers, tiny_llama
 
 import fastlora
-from fastlora.estimate import human_bytes
+from fastlora.model.estimate import human_bytes
 from fastlora.validation import ConfigError, TargetNotFoundError
 
 MIB = 1 << 20

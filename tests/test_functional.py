@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora import autograd
+from fastlora.autograd import linear as autograd
 from fastlora.functional import lora_add, lora_linear
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, ImplementationError

@@ -20,7 +20,7 @@ from tiny import TwoLayers, randomise
 
 import fastlora
 from fastlora import adapters
-from fastlora.in_force import current_routing
+from fastlora.routing.in_force import current_routing
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 

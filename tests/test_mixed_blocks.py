@@ -16,8 +16,8 @@ from tiny import TwoLayers, randomise, tiny_llama
 
 import fastlora
 from fastlora import adapters
-from fastlora.in_force import current_routing
-from fastlora.routing import number_layers
+from fastlora.routing.in_force import current_routing
+from fastlora.routing.routing import number_layers
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
 
 

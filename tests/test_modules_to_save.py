@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TwoLayers, randomise, tiny_llama
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.targets import find_targets
+from fastlora.model.targets import find_targets
 from fastlora.validation import UnsupportedLayerError
 
 

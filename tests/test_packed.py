@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import randomise
 
 import fastlora
-from fastlora import adapters, packed_choice, packed_forward, products
+from fastlora import adapters
 from fastlora.layers import mixed_packed
-from fastlora.packed import make_layout
-from fastlora.packed_forward import Blocks, Dense, Samples
+from fastlora.ops.torch import packed_choice, packed_forward, products
+from fastlora.ops.torch.packed import make_layout
+from fastlora.ops.torch.packed_forward import Blocks, Dense, Samples
 from fastlora.testing import assert_within_budget
 
 RANKS = (1, 3, 8, 16, 64)

@@ -29,8 +29,8 @@ from pool_adapters import (
 )
 
 from fastlora import LoraConfig, get_peft_model
-from fastlora.checkpoint import WEIGHTS_NAME
 from fastlora.layers import FastLoraLinear, FastLoraWrapper
+from fastlora.model.adapter_folder import WEIGHTS_NAME
 from fastlora.pool import AdapterPool, pool_of
 from fastlora.validation import (
     AdapterNotFoundError,

@@ -18,7 +18,7 @@ from pool_adapters import Blocks, make_folder
 
 import fastlora
 from fastlora import AdapterPool, LoraModel, adapters
-from fastlora.in_force import current_routing
+from fastlora.routing.in_force import current_routing
 from fastlora.validation import AdapterNotFoundError, CheckpointError, PoolFullError
 
 COUNT = 8

@@ -28,8 +28,8 @@ from pool_adapters import (
 )
 
 from fastlora import LoraConfig
-from fastlora.checkpoint import KEY_PREFIX, WEIGHTS_NAME
-from fastlora.config import CONFIG_NAME
+from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
+from fastlora.model.config import CONFIG_NAME
 from fastlora.pool import AdapterPool
 from fastlora.pool.image import Image
 from fastlora.pool.tables import NO_COLUMN

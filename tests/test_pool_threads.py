@@ -136,7 +136,7 @@ class SlowReads:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowReads:
     reads = SlowReads(threading.Semaphore(0), threading.Event())
-    real = fastlora.pool.source.AdapterReader.read_folder
+    real = fastlora.pool.reader.AdapterReader.read_folder
 
     def read(self: Any, folder: Any) -> Image:
         image = real(self, folder)
@@ -145,7 +145,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowReads:
             assert reads.go.wait(LONG)
         return image
 
-    monkeypatch.setattr(fastlora.pool.source.AdapterReader, "read_folder", read)
+    monkeypatch.setattr(fastlora.pool.reader.AdapterReader, "read_folder", read)
     return reads
 
 

@@ -20,7 +20,8 @@ from pool_adapters import Blocks, make_folder
 from tiny import randomise
 
 import fastlora
-from fastlora import FastLoraLinear, LoraConfig, get_peft_model, measure, products
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model, measure
+from fastlora.ops.torch import products
 from fastlora.testing import assert_within_budget
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -15,7 +15,8 @@ from dora_truth import fixed_seed
 from masked_peft import LINEARS, check_three_layers
 
 import fastlora
-from fastlora import LoraConfig, LoraModel, get_peft_model, ops
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.ops import schema as ops
 from fastlora.testing import assert_within_budget
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastlora.row_groups import INVALID_SLOT, NO_SLOT, build_row_groups
+from fastlora.ops.row_groups import INVALID_SLOT, NO_SLOT, build_row_groups
 
 
 def expected_groups(ids: list[int], slots: int) -> tuple[list[int], list[int], list[int]]:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import FastLoraLinear, autograd
+from fastlora import FastLoraLinear
+from fastlora.autograd import linear as autograd
 from fastlora.layers import FastLoraWrapper, shared_shrink
 from fastlora.testing import assert_within_budget, farthest
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import LoraConfig, get_peft_model, products
+from fastlora import LoraConfig, get_peft_model
 from fastlora.measure import paired_ratio, peak_step_bytes, share_frozen, torch_threads
+from fastlora.ops.torch import products
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 
 from fastlora import get_peft_model
-from fastlora.config import LoraConfig
-from fastlora.default_targets import DEFAULT_TARGETS
-from fastlora.inject import lora_layers
-from fastlora.targets import (
+from fastlora.model.config import LoraConfig
+from fastlora.model.default_targets import DEFAULT_TARGETS
+from fastlora.model.inject import lora_layers
+from fastlora.model.targets import (
     find_modules_to_save,
     find_targets,
     minimal_suffixes,

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import tensor_file
-from fastlora.checkpoint import (
+from fastlora.model import tensor_file
+from fastlora.model.adapter_folder import (
     WEIGHTS_NAME,
     inspect_adapter_folder,
     load_adapter_folder,
     save_adapter_folder,
 )
-from fastlora.config import LoraConfig
+from fastlora.model.config import LoraConfig
 from fastlora.validation import CheckpointError
 
 

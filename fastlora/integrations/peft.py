@@ -21,10 +21,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.batch_invariant import refuse_in_mode
-from fastlora.ids import BASE, named_ids
-from fastlora.in_force import check_batch, routing_of
-from fastlora.in_force import routed as routing_in_force
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.dora import (
     dora_added_forward,
@@ -37,8 +33,12 @@ from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
-from fastlora.recompute import keep_routing
-from fastlora.routing import Group, Routing, join_group
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.checkpoints import keep_routing
+from fastlora.routing.ids import BASE, named_ids
+from fastlora.routing.in_force import check_batch, routing_of
+from fastlora.routing.in_force import routed as routing_in_force
+from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
 
 

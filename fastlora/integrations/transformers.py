@@ -59,8 +59,7 @@ def _answer_for_peft() -> None:
     import peft
     from peft.utils import save_and_load
 
-    from fastlora import adapter_state
-    from fastlora.model import LoraModel
+    from fastlora.model.lora_model import LoraModel, adapter_state
 
     theirs_get: Any = save_and_load.get_peft_model_state_dict
     theirs_set: Any = save_and_load.set_peft_model_state_dict

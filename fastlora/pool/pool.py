@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.config import CONFIG_NAME
+from fastlora.model.config import CONFIG_NAME
 from fastlora.pool.acquire import Residency
 from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
-from fastlora.pool.batches import pool_block
 from fastlora.pool.image import Packer
-from fastlora.pool.install import PoolLayers
+from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease
+from fastlora.pool.reader import AdapterReader
+from fastlora.pool.router import pool_block
 from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers
@@ -40,7 +40,7 @@ class AdapterPool:
 
     A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
     adapters that it is reading. So do the packed factors of the last two sets of adapters that came
-    again and ran in plain PyTorch (`fastlora.packed`). In front of a GPU the CPU tier is
+    again and ran in plain PyTorch (`fastlora.ops.torch.packed`). In front of a GPU the CPU tier is
     page-locked, and PyTorch rounds such memory up to powers of two.
 
     Args:

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from fastlora import inject
-from fastlora.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
+from fastlora.model import inject
+from fastlora.model.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
 from fastlora.validation import CheckpointError
 
 FORMAT = 1

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from fastlora import ops
-from fastlora.config_checks import BIAS_MODES
-from fastlora.estimate import estimate, human_bytes
-from fastlora.recommend import recommend
-from fastlora.report import fusion_report
-from fastlora.targets import ALL_LINEAR
+from fastlora.integrations.report import fusion_report
+from fastlora.model.config_checks import BIAS_MODES
+from fastlora.model.estimate import estimate, human_bytes
+from fastlora.model.recommend import recommend
+from fastlora.model.targets import ALL_LINEAR
+from fastlora.ops import schema as ops
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus

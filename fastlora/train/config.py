@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlora.config import LoraConfig
-from fastlora.ids import check_adapter_name
-from fastlora.recommend import Recommendation
+from fastlora.model.config import LoraConfig
+from fastlora.model.recommend import Recommendation
+from fastlora.routing.ids import check_adapter_name
 from fastlora.validation import AdapterStateError, ConfigError, near_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

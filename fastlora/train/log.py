@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastlora.tensor_file import partial_path
+from fastlora.model.tensor_file import partial_path
 from fastlora.train.prepare import TrainError
 
 LOG_NAME = "log.jsonl"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastlora.ids import BASE
+from fastlora.routing.ids import BASE
 from fastlora.train.losses import AdapterLosses
 from fastlora.train.parameters import check_trained_together
 from fastlora.train.solo import AdapterCounts, Solo

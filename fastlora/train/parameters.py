@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastlora.adapter_state import key_map
+from fastlora.model.adapter_state import key_map
 from fastlora.validation import AdapterStateError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastlora.model import LoraModel
-from fastlora.recommend import Recommendation
+from fastlora.model.recommend import Recommendation
 from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import adapter_state
-from fastlora.batch import adapters
-from fastlora.checkpoint import save_adapter_folder
-from fastlora.model import LoraModel
-from fastlora.recommend import recommend
+from fastlora.model.adapter_folder import save_adapter_folder
+from fastlora.model.lora_model import LoraModel, adapter_state
+from fastlora.model.recommend import recommend
+from fastlora.routing.block import adapters
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.checkpoint import inspect_adapter_folder
-from fastlora.config import LoraConfig
 from fastlora.model import LoraModel, get_peft_model
-from fastlora.recommend import Recommendation, recommend
-from fastlora.targets import check_every_target
+from fastlora.model.adapter_folder import inspect_adapter_folder
+from fastlora.model.config import LoraConfig
+from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.targets import check_every_target
 from fastlora.train.config import TrainSettings
 from fastlora.train.parameters import adapter_parameters, train_adapters
 from fastlora.train.prepare import load_base

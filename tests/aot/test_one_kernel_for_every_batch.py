@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launches import CHIPS, Launch, recording  # noqa: E402
 from specialisation import specialise  # noqa: E402
 
-from fastlora import env, mixed_ops  # noqa: E402
+from fastlora import env  # noqa: E402
 from fastlora.kernels import configs, invariant_configs  # noqa: E402
 from fastlora.kernels.configs import MAX_SPLITS, Chip, all_shipped  # noqa: E402
-from fastlora.row_groups import build_row_groups  # noqa: E402
+from fastlora.ops import mixed_ops  # noqa: E402
+from fastlora.ops.row_groups import build_row_groups  # noqa: E402
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
 import fastlora
-from fastlora import reference
 from fastlora.integrations.distributed import clip_grad_norm_
 from fastlora.layers import dora_norms
 from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.ops.torch import reference
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError

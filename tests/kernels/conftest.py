@@ -77,7 +77,8 @@ def lab() -> Lab:
 @pytest.fixture
 def kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In PyTorch too, dropout takes the masks that the kernels draw."""
-    from fastlora import philox_reference, reference
+    from fastlora.ops import philox_reference
+    from fastlora.ops.torch import reference
 
     def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
         keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)

@@ -20,7 +20,6 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from fastlora import grad_ops  # noqa: F401 - registers the operators
 from fastlora.kernels import configs
 from fastlora.kernels.configs import (
     Chip,
@@ -31,6 +30,7 @@ from fastlora.kernels.configs import (
     shrink_config,
 )
 from fastlora.kernels.grad_configs import grad_a_config, grad_b_config, grad_x_config
+from fastlora.ops import grad_ops  # noqa: F401 - registers the operators
 
 sys.path.insert(0, str(Path(__file__).parent))
 import byte_forms  # noqa: E402

@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from fastlora import mixed_ops
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Chip, cdiv
 from fastlora.kernels.mixed_configs import (
@@ -35,6 +34,7 @@ from fastlora.kernels.mixed_grad_configs import (
     mixed_grad_x_config,
     run_rows,
 )
+from fastlora.ops import mixed_ops
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mixed_byte_forms  # noqa: E402

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from fastlora import mixed_grad_ops, mixed_train_ops  # noqa: F401 - registers the operators
-from fastlora.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
-from fastlora.philox_reference import philox_keep_mask
-from fastlora.row_groups import build_row_groups
+from fastlora.ops import (
+    mixed_grad_ops,  # noqa: F401 - registers the operators
+    mixed_train_ops,  # noqa: F401 - registers the operators
+)
+from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
+from fastlora.ops.philox_reference import philox_keep_mask
+from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
 
 OPS = torch.ops.fastlora

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.row_groups import build_row_groups
+from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
 
 # Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastlora.mixed_dora_scale_ops import PENDING
-from fastlora.row_groups import build_row_groups
+from fastlora.ops.mixed_dora_scale_ops import PENDING
+from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
 
 # Of two modules, of which the second is launched.

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import env, mixed_ops
+from fastlora import env
 from fastlora.functional import lora_add, lora_linear
-from fastlora.row_groups import build_row_groups
+from fastlora.ops import mixed_ops
+from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import ops
-from fastlora.batch_invariant import is_batch_invariant
-from fastlora.inject import lora_layers
+from fastlora.model.inject import lora_layers
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import reference
+from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -17,13 +17,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora import mixed_ops  # noqa: E402
 from fastlora.kernels.configs import cdiv, chip_of  # noqa: E402
 from fastlora.kernels.mixed_configs import (  # noqa: E402
     mixed_expand_config,
     mixed_linear_config,
     mixed_shrink_config,
 )
+from fastlora.ops import mixed_ops  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic  # noqa: E402

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import plans
 from fastlora.env import triton_interpreted
+from fastlora.ops import plans
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")

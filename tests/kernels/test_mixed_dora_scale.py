@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import mixed_ops
 from fastlora.env import triton_interpreted
+from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("hints are checked with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora import mixed_ops  # noqa: E402
+from fastlora.ops import mixed_ops  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mixed_problem import MixedProblem, draw_ids  # noqa: E402

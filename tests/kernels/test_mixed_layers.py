@@ -17,10 +17,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fastlora  # noqa: E402
 from fastlora import adapters  # noqa: E402
 from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
-from fastlora.routing import Routing  # noqa: E402
+from fastlora.model.inject import lora_layers  # noqa: E402
+from fastlora.pool import router as batches  # noqa: E402
+from fastlora.routing.in_force import routed  # noqa: E402
+from fastlora.routing.routing import Routing  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.validation import AdapterNotFoundError  # noqa: E402
 

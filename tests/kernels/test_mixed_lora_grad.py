@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.mixed_grad_tables import split_grad_a  # noqa: E402
+from fastlora.ops.mixed_grad_tables import split_grad_a  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))

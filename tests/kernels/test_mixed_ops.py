@@ -1,6 +1,6 @@
 """The operators for mixed batches: both plans, siblings, launches, replay, opcheck, compile.
 
-Through `fastlora.mixed_ops`, so that configs are chosen as a layer's are.
+Through `fastlora.ops.mixed_ops`, so that configs are chosen as a layer's are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora import mixed_ops
 from fastlora.env import triton_interpreted
+from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -14,11 +14,12 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora  # noqa: E402
-from fastlora import adapter_state, adapters  # noqa: E402
+from fastlora import adapters  # noqa: E402
 from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
+from fastlora.model import adapter_state  # noqa: E402
+from fastlora.model.inject import lora_layers  # noqa: E402
+from fastlora.pool import router as batches  # noqa: E402
+from fastlora.routing.in_force import routed  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.validation import AdapterStateError  # noqa: E402
 

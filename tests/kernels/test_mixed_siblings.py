@@ -23,9 +23,11 @@ from test_mixed_layers import Attention, eager  # noqa: E402
 from test_mixed_training_layers import NAMES, Scaled, compare, step, trainable  # noqa: E402
 
 import fastlora  # noqa: E402
-from fastlora import adapters, fusion_report, philox_reference, reference  # noqa: E402
+from fastlora import adapters, fusion_report  # noqa: E402
 from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
+from fastlora.model.inject import lora_layers  # noqa: E402
+from fastlora.ops import philox_reference  # noqa: E402
+from fastlora.ops.torch import reference  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.train import train_adapters  # noqa: E402
 

@@ -24,13 +24,13 @@ from test_mixed_layers import build, eager  # noqa: E402
 
 import fastlora  # noqa: E402
 from fastlora import adapters  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
-from fastlora.routing import Routing, layer_seed  # noqa: E402
+from fastlora.model.inject import lora_layers  # noqa: E402
+from fastlora.ops.training_routing import layer_seeds  # noqa: E402
+from fastlora.pool import router as batches  # noqa: E402
+from fastlora.routing.in_force import routed  # noqa: E402
+from fastlora.routing.routing import Routing, layer_seed  # noqa: E402
 from fastlora.testing import assert_within_budget  # noqa: E402
 from fastlora.train import train_adapters  # noqa: E402
-from fastlora.training_routing import layer_seeds  # noqa: E402
 from fastlora.validation import (  # noqa: E402
     AdapterNotFoundError,
     ImplementationError,
@@ -89,8 +89,8 @@ def test_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_a_plan_reaches_forward_and_dx(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """Few rows would be fused, many split; what the environment names goes before that."""
-    from fastlora import plans
     from fastlora.kernels import mixed_lora_expand, mixed_lora_linear
+    from fastlora.ops import plans
 
     seen: list[str] = []
 
