@@ -7,6 +7,7 @@ _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "kernels" / "lora_linear.py").is_file():
     __path__.append(str(_checkout))
 
+import fastlora.integrations.transformers  # noqa: E402, F401 - what LoraModel is on their models
 from fastlora import functional  # noqa: E402  # the path above comes first
 from fastlora.integrations.patch import patch, unpatch  # noqa: E402
 from fastlora.integrations.report import FusionReport, fusion_report  # noqa: E402

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.integrations.report import FusionReport, fusion_report
+from fastlora.routing.routers import Router, register_router
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -47,20 +48,15 @@ def unpatch(peft_model: nn.Module) -> None:
         unpatch_model(peft_model)
 
 
-def patched_routing(model: Any) -> Any:
-    """Returns what `fastlora.adapters` needs to know of a patched PEFT model.
+@register_router
+def _router(model: Any) -> Router | None:
+    """Finds how a patched PEFT model routes its batches.
 
     Raises:
         UnsupportedLayerError: A layer of it cannot take part in a mixed batch.
-        TypeError: It is none.
     """
-    if isinstance(model, nn.Module) and importlib.util.find_spec("peft") is not None:
-        from fastlora.integrations.peft import routed_model
+    if not isinstance(model, nn.Module) or importlib.util.find_spec("peft") is None:
+        return None
+    from fastlora.integrations.peft import routed_model
 
-        found = routed_model(model)
-        if found is not None:
-            return found
-    raise TypeError(
-        "adapters() takes a LoraModel, a model with an AdapterPool or a patched PEFT model, got a "
-        f"{type(model).__name__}"
-    )
+    return routed_model(model)

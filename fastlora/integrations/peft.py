@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.block import parameters_routing
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import BASE, named_ids
 from fastlora.routing.in_force import check_batch, routing_of
@@ -247,6 +248,17 @@ class RoutedPeftModel(NamedTuple):
     group: Group
     routed: list[Any]
     peft_config: dict[str, Any]
+
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block."""
+        known = tuple(self.peft_config)
+        return parameters_routing(self.group, self.routed, known, ids, seeds, validate)
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -82,12 +82,12 @@ class LoraModel(nn.Module):
     """
 
     base_model: LoraTuner
+    # What chooses a subclass for a model, or None; integrations put theirs here when imported.
+    classes: ClassVar[list[Callable[[nn.Module], type[LoraModel] | None]]] = []
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
         if cls is LoraModel and model is not None:
-            from fastlora.integrations.transformers import lora_model_class
-
-            cls = lora_model_class(model)
+            cls = next(filter(None, (choose(model) for choose in LoraModel.classes)), cls)
         return super().__new__(cls)
 
     def __init__(

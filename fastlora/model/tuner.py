@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import resolve_target_modules
+from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
-from fastlora.routing.routing import Group, join_group
+from fastlora.routing.routers import register_router
+from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -184,6 +187,18 @@ class LoraTuner(nn.Module):
                 wrapper._disabled = True
             yield
 
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block."""
+        return parameters_routing(
+            self.group, self.routed, tuple(self.peft_config), ids, seeds, validate
+        )
+
     @property
     def routed(self) -> list[nn.Module]:
         """The modules whose adapters a mixed batch chooses by row."""
@@ -312,3 +327,9 @@ def resolve_config(
         )
         config.base_model_name_or_path = name or None
     return config, plan
+
+
+@register_router
+def _router(model: Any) -> LoraTuner | None:
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, LoraTuner) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +21,14 @@ from fastlora.pool.image import Packer
 from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.router import pool_block
+from fastlora.pool.router import pool_block, pool_routing
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import make_transfers
+from fastlora.routing.routers import register_router
+from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
 
 _ATTRIBUTE = "_fastlora_pool"
@@ -379,6 +382,16 @@ class AdapterPool:
             if error is None:  # else that one is what ended the block
                 raise
 
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
+        return pool_routing(self, ids, seeds, validate, held)
+
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")
 
@@ -387,3 +400,10 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
     """Returns the pool that was made for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
+
+
+@register_router
+def _router(model: Any) -> AdapterPool | None:
+    if isinstance(model, nn.Module):
+        return pool_of(model)
+    return model if isinstance(model, AdapterPool) else None

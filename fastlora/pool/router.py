@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastlora.ops.graph_routing import PoolGraphRouting
+from fastlora.routing.block import is_captured
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
@@ -74,11 +75,6 @@ def pool_routing(
         kernels=[kernels],
         graph=graph,
     )
-
-
-def is_captured(ids: torch.Tensor) -> bool:
-    """Whether ids are read by a CUDA graph that is being captured in this thread."""
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:

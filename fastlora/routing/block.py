@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.model.tuner import LoraTuner
 from fastlora.ops.graph_routing import graph_routing
-from fastlora.pool import AdapterPool
-from fastlora.pool.pool import pool_of
-from fastlora.pool.router import is_captured, pool_routing
 from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
-from fastlora.routing.routing import Routing, draw_seeds
+from fastlora.routing.routers import Router, router_of
+from fastlora.routing.routing import Group, Routing, draw_seeds
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
 
 
 @contextlib.contextmanager
 def adapters(
-    model: nn.Module | AdapterPool,
+    model: nn.Module | Router,
     ids: Sequence[str | None] | torch.Tensor,
     *,
     seeds: Mapping[str, int] | None = None,
@@ -72,7 +69,7 @@ def adapters(
     with contextlib.ExitStack() as held:
         if absent_gradients is None:
             absent_gradients = several_processes()
-        routing = _routing(unwrapped(model), ids, seeds, validate, held)
+        routing = router_of(unwrapped(model)).routing(ids, seeds, validate, held)
         routing = dataclasses.replace(routing, absent_gradients=absent_gradients)
         recompute.keep_routing()
         with routed(routing):
@@ -81,34 +78,31 @@ def adapters(
             routing.check_ids()
 
 
-def _routing(
-    model: Any,
-    ids: Sequence[str | None] | torch.Tensor,
-    seeds: Mapping[str, int] | None,
-    validate: bool,
-    held: contextlib.ExitStack,
-) -> Routing:
-    pool = model if isinstance(model, AdapterPool) else None
-    if pool is None and isinstance(model, nn.Module):
-        pool = pool_of(model)
-    if pool is not None:
-        return pool_routing(pool, ids, seeds, validate, held)
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, LoraTuner):
-        from fastlora.integrations.patch import patched_routing
-
-        tuner = patched_routing(model)
-    return _tuner_routing(tuner, ids, seeds, validate)
+def is_captured(ids: torch.Tensor) -> bool:
+    """Whether ids are read by a CUDA graph that is being captured in this thread."""
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _tuner_routing(
-    tuner: Any,
+def parameters_routing(
+    group: Group,
+    layers: Sequence[Any],
+    known: Sequence[str],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """For adapters that are parameters of the model's layers."""
-    layers = tuner.routed
+    """Returns the routing of a block to adapters that are parameters of a model's layers.
+
+    Args:
+        group: The model's.
+        layers: Its routed layers.
+        known: Names of its adapters; a slot is an index into them.
+        ids, seeds, validate: As in `adapters`.
+
+    Raises:
+        AdapterStateError: An adapter is merged.
+        AdapterNotFoundError: A name or slot that is not there.
+    """
     for module in layers:
         merged = getattr(module, "merged_adapters", None)
         if merged:
@@ -116,7 +110,7 @@ def _tuner_routing(
                 f"adapters {merged} are merged into the base weights, which every row shares; "
                 "call unmerge_adapter() first"
             )
-    known = tuple(tuner.peft_config)
+    known = tuple(known)
     if not isinstance(ids, torch.Tensor):
         names, slots = named_ids(known, ids)
     elif is_captured(ids) or (ids.is_cuda and not validate):
@@ -129,4 +123,4 @@ def _tuner_routing(
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     graph = graph_routing(known, names, slots, drawn)
-    return Routing(tuner.group, names, slots, drawn, layers, graph=graph)
+    return Routing(group, names, slots, drawn, layers, graph=graph)
