@@ -160,7 +160,7 @@ def test_pytorchs_nodes_are_the_same_layer(
         for name in ("weight", "bias"):
             operands[name].requires_grad_(False)
         packed: list[torch.Tensor] = []
-        hooks = lambda t: packed.append(t) or t, lambda t: t  # noqa: B023, E731
+        hooks = lambda t: packed.append(t) or t, lambda t: t  # noqa: B023
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
             y = lora_linear(x, scaling=2.0, **operands)
         memory = {t.untyped_storage().data_ptr(): t.numel() for t in packed}

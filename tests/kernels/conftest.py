@@ -7,8 +7,6 @@ interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +19,7 @@ DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if NATIVE else ()))
 
 
 if triton_interpreted() and importlib.util.find_spec("triton") is not None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import quick_interpreter
+    from tests.support.kernels import quick_interpreter
 
     quick_interpreter.quicken()
 

@@ -10,9 +10,7 @@ rows in the same places. Outside of the mode the same dots change rows.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +26,7 @@ from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 OPS = torch.ops.fastlora
 INTERPRETED = env.triton_interpreted()

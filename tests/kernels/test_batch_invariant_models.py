@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,6 @@ from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Block(nn.Module):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +18,7 @@ from fastlora.kernels.configs import (
     linear_config,
     shrink_config,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from chips import CHIPS, H100  # noqa: E402
+from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dora_truth import Problem, dora, make_problem
 
 from fastlora import FastLoraLinear, LoraConfig, adapters, get_peft_model
 from fastlora.autograd import mixed
@@ -20,6 +15,7 @@ from fastlora.routing.routing import layer_seed
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import ImplementationError
+from tests.support.dora_truth import Problem, dora, make_problem
 
 pytest.importorskip("triton", reason="triton is not installed")
 

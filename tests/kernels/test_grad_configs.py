@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import Chip, is_valid  # noqa: E402
-from fastlora.kernels.grad_config_tables import GRAD_A  # noqa: E402
-from fastlora.kernels.grad_configs import (  # noqa: E402
+from fastlora.kernels.configs import Chip, is_valid
+from fastlora.kernels.grad_config_tables import GRAD_A
+from fastlora.kernels.grad_configs import (
     MAX_SIBLINGS,
     GradAConfig,
     GradBConfig,
@@ -25,9 +23,7 @@ from fastlora.kernels.grad_configs import (  # noqa: E402
     grad_x_config,
     is_valid_grad,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from chips import CHIPS, H100  # noqa: E402
+from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
 

@@ -12,8 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import DropoutConfig, chip_of, dropout_config  # noqa: E402
-from fastlora.kernels.lora_dropout import launch_lora_dropout  # noqa: E402
+from fastlora.kernels.configs import DropoutConfig, chip_of, dropout_config
+from fastlora.kernels.lora_dropout import launch_lora_dropout
 
 
 def dropout(

@@ -12,8 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ExpandConfig, chip_of, expand_config  # noqa: E402
-from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
+from fastlora.kernels.configs import ExpandConfig, chip_of, expand_config
+from fastlora.kernels.lora_expand import launch_lora_expand
 
 # Taken pairwise: rows, outputs off the tile, ranks.
 SHAPES = [

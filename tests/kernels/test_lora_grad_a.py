@@ -14,14 +14,14 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of  # noqa: E402
-from fastlora.kernels.grad_configs import (  # noqa: E402
+from fastlora.kernels.configs import chip_of
+from fastlora.kernels.grad_configs import (
     GradAConfig,
     grad_a_config,
     plane_sums_config,
 )
-from fastlora.kernels.lora_grad_a import launch_lora_grad_a  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.lora_grad_a import launch_lora_grad_a
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Taken pairwise: rows, inputs off the tile, ranks of one to four siblings.
 SHAPES = [

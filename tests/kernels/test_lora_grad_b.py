@@ -13,14 +13,14 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of  # noqa: E402
-from fastlora.kernels.grad_configs import (  # noqa: E402
+from fastlora.kernels.configs import chip_of
+from fastlora.kernels.grad_configs import (
     GradBConfig,
     grad_b_config,
     plane_sums_config,
 )
-from fastlora.kernels.lora_grad_b import launch_lora_grad_b  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.lora_grad_b import launch_lora_grad_b
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Taken pairwise: rows, outputs off the tile, ranks.
 SHAPES = [

@@ -16,10 +16,10 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ExpandConfig, LinearConfig, chip_of  # noqa: E402
-from fastlora.kernels.grad_configs import grad_x_add_config, grad_x_config  # noqa: E402
-from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
-from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
+from fastlora.kernels.configs import ExpandConfig, LinearConfig, chip_of
+from fastlora.kernels.grad_configs import grad_x_add_config, grad_x_config
+from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_linear import launch_lora_linear
 
 SEED, P = -8_765_432_109_876_543, 0.3
 # Taken pairwise: rows, outputs and inputs off the tile, ranks, with and without dropout.

@@ -12,8 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import LinearConfig, chip_of, linear_config  # noqa: E402
-from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
+from fastlora.kernels.configs import LinearConfig, chip_of, linear_config
+from fastlora.kernels.lora_linear import launch_lora_linear
 
 # Taken pairwise: rows, outputs and inputs off the tile, ranks.
 SHAPES = [

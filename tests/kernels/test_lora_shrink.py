@@ -14,8 +14,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ShrinkConfig, chip_of, shrink_config  # noqa: E402
-from fastlora.kernels.lora_shrink import (  # noqa: E402
+from fastlora.kernels.configs import ShrinkConfig, chip_of, shrink_config
+from fastlora.kernels.lora_shrink import (
     launch_lora_shrink,
     launch_lora_shrink_reduce,
 )

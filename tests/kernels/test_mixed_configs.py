@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ from fastlora.kernels.mixed_configs import (
     mixed_shrink_config,
     piece_rows,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from chips import CHIPS, H100  # noqa: E402
+from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
 

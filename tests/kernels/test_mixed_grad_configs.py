@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +19,7 @@ from fastlora.kernels.mixed_grad_configs import (
     mixed_train_shrink_config,
     run_rows,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from chips import CHIPS, H100  # noqa: E402
+from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
 

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.grad_configs import plane_sums_config  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.grad_configs import plane_sums_config
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Outputs off the block and on it, one smaller than a block, one with nothing in it.
 OUTPUTS = [((37, 29), 3), ((1024,), 1), ((5,), 9), ((0, 4), 2)]
