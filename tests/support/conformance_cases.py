@@ -6,54 +6,48 @@ from typing import Any, NamedTuple
 
 import torch
 
+
+def _lora(r: int, lora_alpha: float, targets: str = "qko", **fields: Any) -> dict[str, Any]:
+    return {"r": r, "lora_alpha": lora_alpha, "target_modules": list(targets), **fields}
+
+
 # Every adapter of a feature: the fields of its config. "en" alone is the single case, "en" and
 # "fr" are the several active ones, and all of them are in a mixed batch.
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {
-        "en": {"r": 4, "lora_alpha": 6, "target_modules": ["q", "k", "o"]},
-        "fr": {"r": 1, "lora_alpha": 3, "target_modules": ["q", "o"]},
-        "de": {"r": 3, "lora_alpha": 2, "target_modules": ["k", "o"], "use_rslora": True},
+        "en": _lora(4, 6),
+        "fr": _lora(1, 3, "qo"),
+        "de": _lora(3, 2, "ko", use_rslora=True),
     },
     "rslora": {
-        "en": {"r": 3, "lora_alpha": 5, "target_modules": ["q", "k", "o"], "use_rslora": True},
-        "fr": {"r": 16, "lora_alpha": 8, "target_modules": ["q", "k"], "use_rslora": True},
-        "de": {"r": 1, "lora_alpha": 2, "target_modules": ["q", "k", "o"]},
+        "en": _lora(3, 5, use_rslora=True),
+        "fr": _lora(16, 8, "qk", use_rslora=True),
+        "de": _lora(1, 2),
     },
     "bias": {
-        "en": {"r": 4, "lora_alpha": 8, "target_modules": ["q", "k", "o"], "lora_bias": True},
-        "fr": {"r": 3, "lora_alpha": 2, "target_modules": ["q", "o"], "lora_bias": True},
-        "de": {"r": 8, "lora_alpha": 4, "target_modules": ["q", "k", "o"]},
+        "en": _lora(4, 8, lora_bias=True),
+        "fr": _lora(3, 2, "qo", lora_bias=True),
+        "de": _lora(8, 4),
     },
     # From four of one rank on PyTorch takes them as a batch.
     "many": {
-        name: {
-            "r": 4,
-            "lora_alpha": 2 + 3 * i,
-            "target_modules": ["q", "k", "o"],
-            "lora_bias": i % 2 == 1,
-        }
+        name: _lora(4, 2 + 3 * i, lora_bias=i % 2 == 1)
         for i, name in enumerate(("en", "fr", "de", "es", "it"))
     },
     "dropout": {
-        "en": {"r": 4, "lora_alpha": 6, "target_modules": ["q", "k", "o"], "lora_dropout": 0.25},
-        "fr": {"r": 3, "lora_alpha": 2, "target_modules": ["q", "o"], "lora_dropout": 0.5},
-        "de": {"r": 8, "lora_alpha": 4, "target_modules": ["q", "k", "o"]},
+        "en": _lora(4, 6, lora_dropout=0.25),
+        "fr": _lora(3, 2, "qo", lora_dropout=0.5),
+        "de": _lora(8, 4),
     },
     "dora": {
-        "en": {"r": 4, "lora_alpha": 6, "target_modules": ["q", "k", "o"], "use_dora": True},
-        "fr": {"r": 3, "lora_alpha": 2, "target_modules": ["q", "o"], "use_dora": True},
-        "de": {"r": 8, "lora_alpha": 4, "target_modules": ["q", "k", "o"]},
+        "en": _lora(4, 6, use_dora=True),
+        "fr": _lora(3, 2, "qo", use_dora=True),
+        "de": _lora(8, 4),
     },
     "dora_dropout": {
-        "en": {
-            "r": 4,
-            "lora_alpha": 6,
-            "target_modules": ["q", "k", "o"],
-            "use_dora": True,
-            "lora_dropout": 0.25,
-        },
-        "fr": {"r": 3, "lora_alpha": 2, "target_modules": ["q", "o"], "use_dora": True},
-        "de": {"r": 8, "lora_alpha": 4, "target_modules": ["k", "o"], "lora_dropout": 0.5},
+        "en": _lora(4, 6, use_dora=True, lora_dropout=0.25),
+        "fr": _lora(3, 2, "qo", use_dora=True),
+        "de": _lora(8, 4, "ko", lora_dropout=0.5),
     },
 }
 # One id for each of the six samples: unsorted, with rows of the base model alone.

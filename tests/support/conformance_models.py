@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -240,6 +240,11 @@ class Subject:
         if self.case.source != "function":
             fastlora.refresh(self.handle or self.net)
 
+    def read(self) -> None:
+        """Makes `values` what the parameters are."""
+        found = {name: local(p).double().clone() for name, p in self.places().items()}
+        self.values |= {name: value for name, value in found.items() if name in self.values}
+
     def acts(self, name: str) -> bool:
         """Whether a parameter's adapter acts in some row, or it is the base model's."""
         if name.count(".") < 2 or self.case.rows == "mixed":
@@ -322,13 +327,3 @@ def local(tensor: Any) -> torch.Tensor:
 def direction(y: torch.Tensor) -> torch.Tensor:
     """The gradient that every backward starts from: normal values."""
     return drawn("dy", *y.shape).to(y.dtype)
-
-
-@contextlib.contextmanager
-def quiet_warnings() -> Iterator[None]:
-    """Nothing of Python's warnings."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.testing import assert_within_budget, farthest
-from tests.support.conformance_cases import FEATURES
 from tests.support.conformance_models import (
     SHAPES,
     Subject,
@@ -48,7 +47,7 @@ def read_masks(subject: Subject, x: torch.Tensor, ids: Any = None, **options: An
     found: Masks = {}
     own = subject.case.active if subject.ids() is None else list(subject.adapters)
     for name in own:  # one after the other: several that are active add up
-        configs = {n: _readable(c) for n, c in FEATURES[case.feature].items()}
+        configs = {n: _readable(c) for n, c in subject.adapters.items()}
         probe = Subject(case._replace(base_trains=False), configs, probing=True)
         with torch.no_grad():
             for key, parameter in probe.places().items():
@@ -164,6 +163,39 @@ def results(
     dy = direction(y) if dy is None else dy.to(dtype)
     found = torch.autograd.grad(y, [leaf, *tensors.values()], dy, allow_unused=True)
     return {"y": y.detach(), **dict(zip(["x", *tensors], found, strict=True))}
+
+
+def merged(subject: Subject) -> dict[str, torch.Tensor]:
+    """The base model's tensors with the active adapters in them, in float64."""
+    found = {n: v for n, v in subject.values.items() if n.count(".") == 1}
+    for layer in SHAPES:
+        base = found[f"{layer}.weight"]
+        for name in subject.case.active:
+            at = f"{layer}.{name}"
+            if f"{at}.A" not in subject.values:
+                continue
+            update = subject.values[f"{at}.B"] @ subject.values[f"{at}.A"]
+            update = scaling(subject.adapters[name]) * update
+            weight = found[f"{layer}.weight"] + update
+            if f"{at}.m" in subject.values:
+                g = subject.values[f"{at}.m"] / (base + update).norm(dim=1)
+                weight = g[:, None] * weight
+            found[f"{layer}.weight"] = weight
+    return found
+
+
+def plain(
+    subject: Subject,
+    tensors: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    groups: list[Group],
+    seed: int | None = None,
+) -> torch.Tensor:
+    """y of the formula in a dtype, for other tensors than the subject's."""
+    order = None if seed is None else torch.Generator().manual_seed(seed)
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return Plain(subject, cast, groups, {}, order)(x.to(dtype))
 
 
 def check(
