@@ -21,9 +21,9 @@ from fastlora.model.targets import modules_to_save_entries
 from fastlora.model.tensor_file import (
     TensorInfo,
     flush_to_disk,
-    partial_path,
     read_header,
     read_tensors,
+    replacing,
     write_tensors,
 )
 from fastlora.validation import CheckpointError, ConfigError
@@ -170,17 +170,14 @@ def save_adapter_folder(
     check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping)
     folder.mkdir(parents=True, exist_ok=True)
-    targets = (folder / WEIGHTS_NAME, folder / CONFIG_NAME)
-    partials = [partial_path(target) for target in targets]
-    try:
-        write_tensors(partials[0], tensors)
-        partials[1].write_text(text, encoding="utf-8")
-        flush_to_disk(partials[1])
-        for partial, target in zip(partials, targets, strict=True):
-            os.replace(partial, target)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+    # The weights take their name first: a `with` ends from right to left.
+    with (
+        replacing(folder / CONFIG_NAME) as config_file,
+        replacing(folder / WEIGHTS_NAME) as weights,
+    ):
+        write_tensors(weights, tensors)
+        config_file.write_text(text, encoding="utf-8")
+        flush_to_disk(config_file)
 
 
 def check_tensors(

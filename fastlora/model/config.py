@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastlora.model.config_checks import BASE_CHANGING_INITS, IMPLEMENTED_INITS, normalise, validate
-from fastlora.validation import CheckpointError, ConfigError
+from fastlora.model.tensor_file import replacing
+from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -319,12 +320,8 @@ class LoraConfig:
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{CONFIG_NAME}.{os.getpid()}.tmp"
-        try:
+        with replacing(folder / CONFIG_NAME) as partial:
             partial.write_text(self.to_json(auto_mapping=auto_mapping), encoding="utf-8")
-            os.replace(partial, folder / CONFIG_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def to_json(self, **overrides: Any) -> str:
         """Returns the text of ``adapter_config.json``; an override of None is ignored."""
@@ -344,10 +341,8 @@ class LoraConfig:
         """
         path = Path(folder) / CONFIG_NAME
         data = read_config_file(path)
-        try:
+        with error_prefix(path):
             return cls.from_dict(data, for_loading=for_loading)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ data_offsets}}``, the data.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -117,9 +118,15 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def partial_path(path: Path) -> Path:
-    """Returns a name beside ``path`` that no other writer uses, for a file in the making."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name beside ``path`` to write to; the file takes its place when the block ends."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _parse_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:

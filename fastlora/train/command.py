@@ -13,25 +13,26 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastlora.integrations.report import fusion_report
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, human_bytes
-from fastlora.model.recommend import recommend
+from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.targets import ALL_LINEAR
 from fastlora.ops import schema as ops
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import launched
-from fastlora.train.result import TrainResult
-from fastlora.train.run import train
-from fastlora.train.run_adapters import adapter_configs, add_adapters
+from fastlora.train.run import TrainResult, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
 _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
@@ -66,6 +67,8 @@ _SWITCH_FLAGS: tuple[tuple[str, str], ...] = (
     ("--dora", "train a magnitude for each output (DoRA)"),
     ("--lora-bias", "give B a bias"),
 )
+_NOT_SETTINGS = ("config", "data", "eval_data", "resume", "dry_run", "quiet")
+_RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 # What --init takes -> init_lora_weights.
 _INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
 
@@ -132,32 +135,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     settings = read_settings(args.config, _flags(args, parser))
-    reports = os.environ.get("RANK", "0") == "0"
     if args.dry_run:
         text = dry_run(settings, resume=args.resume)
-        if reports:
-            _say(text)
-        return 0
-    result = train(settings, resume=args.resume, progress=not args.quiet)
-    if reports:
-        _say(summary(result))
+    else:
+        text = summary(train(settings, resume=args.resume, progress=not args.quiet))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
     return 0
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Returns the flags that were given, as `read_settings` takes them."""
-    names = [flag for flag, *_ in _RUN_FLAGS]
-    names += ["--dtype", "--chat", "--gradient-checkpointing", "--cpu"]
-    given = {n: getattr(args, n) for n in map(_attribute, names)}
-    of_adapter = [flag for flag, *_ in (*_ADAPTER_FLAGS, *_NAMES_FLAGS, *_SWITCH_FLAGS)]
-    of_adapter += ["--bias", "--schedule"]
-    defaults = {n: getattr(args, n) for n in map(_attribute, of_adapter)}
-    if [name.lower() for name in args.targets or ()] == [ALL_LINEAR]:
-        defaults["targets"] = ALL_LINEAR
-    if args.init is not None:
-        defaults["init_lora_weights"] = _INITS[args.init]
-    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    flags["defaults"] = {key: value for key, value in defaults.items() if value is not None}
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
+    flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
+    if "init" in given:
+        given["init_lora_weights"] = _INITS[given.pop("init")]
+    if [name.lower() for name in given.get("targets", ())] == [ALL_LINEAR]:
+        given["targets"] = ALL_LINEAR
+    flags["defaults"] = given
     for key in ("data", "eval_data"):
         files: dict[str, list[str]] = {}
         for entry in getattr(args, key) or ():
@@ -171,10 +167,6 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def _attribute(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def summary(result: TrainResult) -> str:
@@ -196,19 +188,14 @@ def summary(result: TrainResult) -> str:
 
 
 def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Returns what a run would do; checks config and data, and reads no weights.
+    """Returns what a run would do; reads no weights, and raises what `train` would before it does.
 
-    Args:
-        settings: From `read_settings`.
-        resume: The run would go on from a checkpoint.
-
-    Raises:
-        FastLoraError: What `train` would raise before it reads weights.
+    ``resume`` says that the run would go on from a checkpoint.
     """
     found = prepare.check_folders(settings, resume=resume)
-    base = prepare.load_base(settings, empty=True)
+    base = prepare.empty_base(settings)
     advice = recommend(base)
-    configs = adapter_configs(settings, advice)
+    configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
     kind, dtype = type(base).__name__, str(next(base.parameters()).dtype).removeprefix("torch.")
     fusion = _fusion(base, settings, advice)  # puts the adapters on it
@@ -231,9 +218,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         "",
     ]
     for name, config in configs.items():
-        lines += [f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}"]
-        lines += [f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "]
-        lines[-1] += f"{config.lora_dropout:g}; {estimates[name]}"
+        lines += [
+            f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}",
+            f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "
+            f"{config.lora_dropout:g}; {estimates[name]}",
+        ]
     lines += [
         "",
         f"memory      {human_bytes(first.base_bytes + held)} in each process, without activations: "
@@ -255,17 +244,12 @@ def _of_data(corpus: Corpus, own_steps: int) -> str:
     )
 
 
-def _fusion(base: Any, settings: TrainSettings, advice: Any) -> str:
+def _fusion(base: PreTrainedModel, settings: TrainSettings, advice: Recommendation) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
-    report = fusion_report(add_adapters(base, settings, advice))
+    report = fusion_report(prepare.add_adapters(base, settings, advice))
     device = torch.device("cpu")
     if not settings.cpu and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
     runs, why = ops.triton_status(device.type, device.index or 0)
     triton = runs and device.type == "cuda"
     return str(replace(report, implementation="triton" if triton else "eager", reason=why))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -13,8 +13,8 @@ import fastlora
 from fastlora import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
+from fastlora.train.prepare import check_dropout_dtype
 from fastlora.train.run import NonFiniteError, Run
-from fastlora.train.run_adapters import check_dropout_dtype
 from fastlora.validation import ConfigError
 from tests.support import train_runs
 

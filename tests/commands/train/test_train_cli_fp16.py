@@ -13,8 +13,7 @@ import torch
 from fastlora import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
-from fastlora.train.log import RunLog
-from fastlora.train.run import NonFiniteError, Run
+from fastlora.train.run import NonFiniteError, Run, RunLog
 from tests.support import train_runs
 from tests.support.train_runs import change
 

@@ -282,8 +282,8 @@ def test_what_is_encoded(tmp_path: Path, tokenizer: Any) -> None:
     assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected
     assert corpus.heads == [2, 0, 0, 0, 0] and corpus.cut == 2
     assert [corpus.counted(i) for i in range(5)] == [2, 3, 3, 3, 2]
-    assert [corpus.place(i) for i in (0, 1, 2)] == [f"{path}, line {n}" for n in (1, 3, 5)]
-    assert corpus.place(4) == str(plain)
+    assert [str(corpus.places[i]) for i in (0, 1, 2)] == [f"{path}, line {n}" for n in (1, 3, 5)]
+    assert str(corpus.places[4]) == str(plain)
     # A last piece of one token has nothing to learn, a whole text of two has.
     assert len(encode([plain], tokenizer, 3)) == 2
     uncut = encode([path], tokenizer, 9)
