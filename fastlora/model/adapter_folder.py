@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from fastlora.model.tensor_file import (
     replacing,
     write_tensors,
 )
-from fastlora.validation import CheckpointError, ConfigError
+from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -50,6 +51,11 @@ _PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
+# What has a value for each output -> the config field that asks for it, and the end of its key.
+_VECTORS = {
+    "lora_B_bias": ("lora_bias", "lora_B.bias"),
+    "magnitude": ("use_dora", "lora_magnitude_vector"),
+}
 _LEAVES = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
@@ -58,6 +64,8 @@ _LEAVES = {
     ".lora_embedding_A": "lora_embedding_A",
     ".lora_embedding_B": "lora_embedding_B",
 }
+
+Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class AdapterKey(NamedTuple):
@@ -122,7 +130,7 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
     header = inspect_adapter_folder(path)
     tensors = read_tensors(header.path / WEIGHTS_NAME, header.infos)
     wanted = {key: tensors[key] for key, k in header.keys.items() if k.kind != "duplicate"}
-    return AdapterFile(header.path, header.config, header.infos, header.keys, wanted)
+    return AdapterFile(**vars(header), tensors=wanted)
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
@@ -171,18 +179,13 @@ def save_adapter_folder(
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping)
     folder.mkdir(parents=True, exist_ok=True)
     # The weights take their name first: a `with` ends from right to left.
-    with (
-        replacing(folder / CONFIG_NAME) as config_file,
-        replacing(folder / WEIGHTS_NAME) as weights,
-    ):
+    with replacing(folder / CONFIG_NAME) as new_config, replacing(folder / WEIGHTS_NAME) as weights:
         write_tensors(weights, tensors)
-        config_file.write_text(text, encoding="utf-8")
-        flush_to_disk(config_file)
+        new_config.write_text(text, encoding="utf-8")
+        flush_to_disk(new_config)
 
 
-def check_tensors(
-    config: LoraConfig, tensors: Mapping[str, TensorInfo | torch.Tensor], source: str
-) -> dict[str, AdapterKey]:
+def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
     """Returns every key's parts, after checking keys, shapes and ranks against the config.
 
     Args:
@@ -193,31 +196,17 @@ def check_tensors(
     Raises:
         CheckpointError: They do not fit.
     """
-    keys = {key: _parse(key, config, tensors, source) for key in tensors}
-    factors = {(k.module, k.kind): key for key, k in keys.items() if k.kind != "saved"}
-    if not any(k.kind in _PARTNERS for k in keys.values()):
-        raise CheckpointError(f"{source}: holds no LoRA factors, expected keys ...lora_A.weight")
-    for (module, kind), key in factors.items():
-        if kind in _PARTNERS:
-            partner = factors.get((module, _PARTNERS[kind]))
-            if partner is None:
-                raise CheckpointError(
-                    f"{source}: {key!r} has no partner, expected {_PARTNERS[kind]} of {module!r}"
-                )
-            _check_factor(config, tensors[key], module, kind, key, source)
-        if kind == "lora_B" and config.lora_bias:
-            _check_bias(tensors, factors, module, key, source)
-        if kind == "lora_B_bias" and not config.lora_bias:
-            raise CheckpointError(f"{source}: found {key!r}, but the config says lora_bias=False")
-        if kind == "lora_B" and config.use_dora:
-            _check_magnitude(tensors, factors, module, key, source)
-        if kind == "magnitude" and not config.use_dora:
-            raise CheckpointError(f"{source}: found {key!r}, but the config says use_dora=False")
-        if kind == "magnitude" and (module, "lora_B") not in factors:
-            raise CheckpointError(
-                f"{source}: {key!r} has no factors, expected lora_B of {module!r}"
-            )
-    return keys
+    with error_prefix(source):
+        keys = {key: _parse(key, config, tensors) for key in tensors}
+        if not any(k.kind in _PARTNERS for k in keys.values()):
+            raise CheckpointError("holds no LoRA factors, expected keys ...lora_A.weight")
+        found = {(k.module, k.kind): key for key, k in keys.items() if k.kind != "saved"}
+        for module, kind in found:
+            if kind in _PARTNERS:
+                _check_factor(config, tensors, found, module, kind)
+            elif kind in _VECTORS:
+                _check_vector(config, tensors, found, module, kind)
+        return keys
 
 
 def _check_folder(folder: Path) -> None:
@@ -244,32 +233,28 @@ def _check_folder(folder: Path) -> None:
     raise CheckpointError(f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}")
 
 
-def _parse(
-    key: str, config: LoraConfig, tensors: Mapping[str, TensorInfo | torch.Tensor], source: str
-) -> AdapterKey:
+def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
     name = key.removeprefix(KEY_PREFIX)
     if name == key:
-        raise CheckpointError(f"{source}: unknown key {key!r}, expected the prefix {KEY_PREFIX!r}")
-    module, _, leaf = name.rpartition(".")
-    entries = tuple(modules_to_save_entries(config))
-    parents = module.split(".")
-    prefixes = [".".join(parts) for parts in (parents[:i] for i in range(1, len(parents) + 1))]
-    saved = [prefix for prefix in prefixes if entries and prefix.endswith(entries)]
+        raise CheckpointError(f"unknown key {key!r}, expected the prefix {KEY_PREFIX!r}")
     for suffix, kind in _LEAVES.items():
         if name.endswith(suffix):
             return AdapterKey(name.removesuffix(suffix), kind)
-    if saved:
-        rest = name.removeprefix(f"{saved[0]}.")
-        copied = rest.startswith(("original_module.", "modules_to_save."))
-        return AdapterKey(saved[0], "duplicate" if copied else "saved")
+    module, _, leaf = name.rpartition(".")
+    entries = tuple(modules_to_save_entries(config))
+    for outer in accumulate(module.split("."), "{}.{}".format):  # a, a.b, a.b.c
+        if entries and outer.endswith(entries):
+            rest = name.removeprefix(f"{outer}.")
+            copied = rest.startswith(("original_module.", "modules_to_save."))
+            return AdapterKey(outer, "duplicate" if copied else "saved")
     if leaf in _FOREIGN:
         raise CheckpointError(
-            f"{source}: found {key!r}, which belongs to {_FOREIGN[leaf]}; "
+            f"found {key!r}, which belongs to {_FOREIGN[leaf]}; "
             "fastlora does not implement that yet"
         )
     if leaf in ("lora_A", "lora_B"):
         raise CheckpointError(
-            f"{source}: found {key!r}, a factor of nn.MultiheadAttention; "
+            f"found {key!r}, a factor of nn.MultiheadAttention; "
             "fastlora does not implement that yet"
         )
     inner = module.removesuffix(".base_layer")
@@ -281,74 +266,55 @@ def _parse(
     ):
         return AdapterKey(inner, "base")
     raise CheckpointError(
-        f"{source}: unknown key {key!r}, expected LoRA factors"
+        f"unknown key {key!r}, expected LoRA factors"
         f"{', a bias' if config.bias != 'none' else ''} or one of modules_to_save={list(entries)}"
     )
 
 
 def _check_factor(
-    config: LoraConfig,
-    tensor: TensorInfo | torch.Tensor,
-    module: str,
-    kind: str,
-    key: str,
-    source: str,
+    config: LoraConfig, tensors: Tensors, found: dict[tuple[str, str], str], module: str, kind: str
 ) -> None:
-    shape = tuple(tensor.shape)
-    if tensor.dtype not in _FACTOR_DTYPES:
-        raise CheckpointError(
-            f"{source}: {key!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits"
-        )
+    key, partner = found[module, kind], _PARTNERS[kind]
+    if (module, partner) not in found:
+        raise CheckpointError(f"{key!r} has no partner, expected {partner} of {module!r}")
+    shape = tuple(tensors[key].shape)
+    _check_dtype(key, tensors[key])
     if len(shape) != 2:
         raise CheckpointError(
-            f"{source}: {key!r} has shape {shape}, expected 2 dimensions "
+            f"{key!r} has shape {shape}, expected 2 dimensions "
             "(adapters of convolutions are not implemented yet)"
         )
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
     rank = config.rank_for(module)
     if shape[axis] != rank:
         raise CheckpointError(
-            f"{source}: {key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
+            f"{key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
             f"expected rank {rank}, which r and rank_pattern of the config give {module!r}"
         )
+    if kind == "lora_B":
+        for vector, (field, leaf) in _VECTORS.items():
+            if getattr(config, field) and (module, vector) not in found:
+                raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
 
 
-def _check_bias(
-    tensors: Mapping[str, TensorInfo | torch.Tensor],
-    factors: Mapping[tuple[str, str], str],
-    module: str,
-    key: str,
-    source: str,
+def _check_vector(
+    config: LoraConfig, tensors: Tensors, found: dict[tuple[str, str], str], module: str, kind: str
 ) -> None:
-    bias = factors.get((module, "lora_B_bias"))
-    if bias is None:
-        raise CheckpointError(f"{source}: lora_bias=True, but {module!r} has no lora_B.bias")
-    out_features = tensors[key].shape[0]
-    if tuple(tensors[bias].shape) != (out_features,):
-        raise CheckpointError(
-            f"{source}: {bias!r} has shape {tuple(tensors[bias].shape)}, expected {(out_features,)}"
-        )
+    key, (field, _) = found[module, kind], _VECTORS[kind]
+    if not getattr(config, field):
+        raise CheckpointError(f"found {key!r}, but the config says {field}=False")
+    factor = found.get((module, "lora_B"))
+    if factor is None:
+        raise CheckpointError(f"{key!r} has no factors, expected lora_B of {module!r}")
+    expected = tuple(tensors[factor].shape[:1])
+    if tuple(tensors[key].shape) != expected:
+        raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")
+    if kind == "magnitude":
+        _check_dtype(key, tensors[key])
 
 
-def _check_magnitude(
-    tensors: Mapping[str, TensorInfo | torch.Tensor],
-    factors: Mapping[tuple[str, str], str],
-    module: str,
-    key: str,
-    source: str,
-) -> None:
-    magnitude = factors.get((module, "magnitude"))
-    if magnitude is None:
-        raise CheckpointError(
-            f"{source}: use_dora=True, but {module!r} has no lora_magnitude_vector"
-        )
-    tensor, out_features = tensors[magnitude], tensors[key].shape[0]
-    if tuple(tensor.shape) != (out_features,):
-        raise CheckpointError(
-            f"{source}: {magnitude!r} has shape {tuple(tensor.shape)}, expected {(out_features,)}"
-        )
+def _check_dtype(key: str, tensor: TensorInfo | torch.Tensor) -> None:
     if tensor.dtype not in _FACTOR_DTYPES:
         raise CheckpointError(
-            f"{source}: {magnitude!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 "
-            "bits"
+            f"{key!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits"
         )

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.wrapped import linear_features
 from fastlora.model.adapter_folder import KEY_PREFIX, AdapterFile
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import Plan
+from fastlora.model.inject import Plan, base_of, factor_shapes
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
@@ -58,32 +57,21 @@ def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
     return keys
 
 
-def check_fit(
-    model: nn.Module,
-    plan: Plan,
-    config: LoraConfig,
-    file: AdapterFile,
-) -> None:
-    """Raises `CheckpointError` unless a file's tensors are what the plan needs, shape by shape.
-
-    Args:
-        model: The base model, with or without adapters.
-        plan: What the file's config touches in it.
-        config: The file's config, targets resolved.
-        file: What was read.
-    """
+def check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
+    """Raises `CheckpointError` unless a file's tensors are what its plan needs, shape by shape."""
     tensors, path = file.tensors, file.path
-    expected = _expected_shapes(model, plan, config)
+    expected = _expected_shapes(model, plan)
     missing = [key for key in expected if key not in tensors]
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} tensors that this model needs, the first {missing[0]!r}"
         )
-    optional = _optional_shapes(model, plan, config)
+    shapes = _bias_shapes(model, plan) | expected
     for key, tensor in tensors.items():
-        shape = expected.get(key, optional.get(key))
+        shape = shapes.get(key)
         if file.keys[key].kind == "base":
-            shape = _base_weight_shape(model, file.keys[key].module)
+            weight = _base_weight(model, file.keys[key].module)
+            shape = None if weight is None else tuple(weight.shape)
         if shape is None:
             raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
         if tuple(tensor.shape) != shape:
@@ -92,13 +80,12 @@ def check_fit(
             )
 
 
-def check_same_adapter(
-    model: nn.Module, adapter_name: str, plan: Plan, config: LoraConfig, path: Path
-) -> None:
+def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Path) -> None:
     """Raises `CheckpointError` unless a file can overwrite a loaded adapter in place.
 
     That takes the same modules, and on each the same rank and scaling.
     """
+    config = plan.config
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -126,45 +113,27 @@ def check_same_adapter(
             )
 
 
-def _expected_shapes(
-    model: nn.Module, plan: Plan, config: LoraConfig
-) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in plan.targets:
-        module, r = model.get_submodule(name), config.rank_for(name)
-        features = linear_features(module)
-        if features is None:
-            continue
-        k, n = features
-        shapes[f"{KEY_PREFIX}{name}.lora_A.weight"] = (r, k)
-        shapes[f"{KEY_PREFIX}{name}.lora_B.weight"] = (n, r)
-        if config.lora_bias:
-            shapes[f"{KEY_PREFIX}{name}.lora_B.bias"] = (n,)
-        if config.use_dora:
-            shapes[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = (n,)
+        for key, shape in factor_shapes(model.get_submodule(name), name, plan.config).items():
+            shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
     for name in plan.modules_to_save:
-        module = model.get_submodule(name)
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        for key, tensor in module.state_dict().items():
+        for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
     return shapes
 
 
-def _optional_shapes(
-    model: nn.Module, plan: Plan, config: LoraConfig
-) -> dict[str, tuple[int, ...]]:
+def _bias_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Trained biases: their place in a file depends on the config, and PEFT leaves some out."""
-    if config.bias == "none":
+    if plan.config.bias == "none":
         return {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in plan.targets:
-        module = model.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        bias = getattr(base, "bias", None)
+        bias = getattr(base_of(model.get_submodule(name)), "bias", None)
         if isinstance(bias, torch.Tensor):
             shapes[f"{KEY_PREFIX}{name}.base_layer.bias"] = tuple(bias.shape)
-    if config.bias == "all":
+    if plan.config.bias == "all":
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name.endswith("bias"):
                 shapes[f"{KEY_PREFIX}{name}"] = tuple(parameter.shape)
@@ -177,17 +146,8 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    if isinstance(module, LoraLayer):
-        module = module.get_base_layer()
-    elif isinstance(module, ModulesToSaveWrapper):
-        module = module.original_module
-    weight = getattr(module, "weight", None)
+    weight = getattr(base_of(module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
-
-
-def _base_weight_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    weight = _base_weight(model, name)
-    return None if weight is None else tuple(weight.shape)
 
 
 def collect(

@@ -7,7 +7,6 @@ in one error, so that a config never silently does less than it says.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 import math
 import os
@@ -18,7 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastlora.model.config_checks import BASE_CHANGING_INITS, IMPLEMENTED_INITS, normalise, validate
+from fastlora.model.config_checks import (
+    BASE_CHANGING_INITS,
+    IMPLEMENTED_INITS,
+    TaskType,
+    checked_fields,
+)
 from fastlora.model.tensor_file import replacing
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -61,17 +65,6 @@ _IDLE_AFTER_INIT = (
 # "live": it already sits in a model, so whatever its initialisation did to the base is done.
 Stage = Literal["new", "load", "live"]
 _T = TypeVar("_T", bound="LoraConfig")
-
-
-class TaskType(str, enum.Enum):
-    """What a model is for; members and values are PEFT's."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 @dataclass
@@ -118,7 +111,7 @@ class LoraConfig:
         runtime_config: Never saved.
     """
 
-    task_type: str | None = None
+    task_type: TaskType | str | None = None
     peft_type: str | None = "LORA"
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
@@ -165,8 +158,8 @@ class LoraConfig:
         self._finish("new")
 
     def _finish(self, stage: Stage) -> None:
-        normalise(self)
-        validate(self)
+        for name, value in checked_fields(vars(self)).items():
+            setattr(self, name, value)
         self.check_supported(stage)
 
     def check_supported(self, stage: Stage = "new") -> None:

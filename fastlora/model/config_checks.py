@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
-if TYPE_CHECKING:
-    from fastlora.model.config import LoraConfig
+
+class TaskType(str, enum.Enum):
+    """What a model is for; members and values are PEFT's."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
 
 BIAS_MODES = ("none", "all", "lora_only")
-TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
 # Initialisations that fastlora runs on a new adapter.
 IMPLEMENTED_INITS: tuple[bool | str, ...] = (True, False, "gaussian")
 # Initialisations that touch only the factors: a trained file of theirs is a plain LoRA file.
@@ -30,62 +33,77 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 _KNOWN_INITS = (*IMPLEMENTED_INITS, *_FACTOR_INITS, *BASE_CHANGING_INITS, "lora_ga")
 
 
-def normalise(config: LoraConfig) -> None:
-    """Brings equal ways to write a value into one: enums to strings, name lists to sets."""
+def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config with equal ways to write a value brought into one.
+
+    Enums become strings, collections of names become sets or lists of their own, and so on.
+
+    Raises:
+        ConfigError: A value is wrong, or contradicts another.
+    """
+    fields = dict(given)
     for name in ("task_type", "peft_type"):
-        value = getattr(config, name)
-        setattr(config, name, getattr(value, "value", value))  # PEFT's are string enums
+        fields[name] = getattr(fields[name], "value", fields[name])  # PEFT's are string enums
     for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, (list, tuple, set, frozenset)):
-            _check_names(name, value)
-            setattr(config, name, set(value))
+        if isinstance(fields[name], (list, tuple, set, frozenset)):
+            _check_names(name, fields[name])
+            fields[name] = set(fields[name])
     for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters"):
-        value = getattr(config, name)
-        if isinstance(value, (list, tuple, range)):
-            setattr(config, name, list(value))  # the caller's list stays the caller's
-        elif isinstance(value, (set, frozenset)):
-            setattr(config, name, sorted(value, key=str))
+        if isinstance(fields[name], (list, tuple, range)):
+            fields[name] = list(fields[name])  # the caller's list stays the caller's
+        elif isinstance(fields[name], (set, frozenset)):
+            fields[name] = sorted(fields[name], key=str)
     for name in ("rank_pattern", "alpha_pattern"):
-        value = getattr(config, name)
-        if value is None or isinstance(value, dict):
-            setattr(config, name, dict(value or {}))
-    if isinstance(config.init_lora_weights, str):
-        config.init_lora_weights = config.init_lora_weights.lower()
-    if config.peft_type is None:
-        config.peft_type = "LORA"
+        if fields[name] is None or isinstance(fields[name], dict):
+            fields[name] = dict(fields[name] or {})
+    if isinstance(fields["init_lora_weights"], str):
+        fields["init_lora_weights"] = fields["init_lora_weights"].lower()
+    if fields["peft_type"] is None:
+        fields["peft_type"] = "LORA"
+    _check_values(fields)
+    return fields | {"lora_dropout": float(fields["lora_dropout"])}
 
 
-def validate(config: LoraConfig) -> None:
+def _check_values(fields: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for the first value that is wrong or contradicts another."""
-    if config.peft_type != "LORA":
-        raise ConfigError(f"peft_type must be 'LORA', got {config.peft_type!r}")
-    _check_choice("task_type", config.task_type, (None, *TASK_TYPES))
-    _check_choice("bias", config.bias, BIAS_MODES)
+    if fields["peft_type"] != "LORA":
+        raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")
+    _check_choice("task_type", fields["task_type"], (None, *(task.value for task in TaskType)))
+    _check_choice("bias", fields["bias"], BIAS_MODES)
     for name in (
         *("inference_mode", "fan_in_fan_out", "use_rslora", "lora_bias"),
         *("use_dora", "use_qalora", "ensure_weight_tying"),
     ):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name} must be True or False, got {getattr(config, name)!r}")
-    check_rank(config.r)
-    _check_number("lora_alpha", config.lora_alpha)
-    config.lora_dropout = check_dropout("lora_dropout", config.lora_dropout)
-    _validate_init(config)
-    _validate_names(config)
-    _validate_layers(config)
-    _validate_patterns(config)
-    if config.lora_bias and config.use_dora:
+        if not isinstance(fields[name], bool):
+            raise ConfigError(f"{name} must be True or False, got {fields[name]!r}")
+    check_rank(fields["r"])
+    _check_number("lora_alpha", fields["lora_alpha"])
+    check_dropout("lora_dropout", fields["lora_dropout"])
+    init = fields["init_lora_weights"]
+    _check_init(init)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields[name], str):
+            _check_regex(name, fields[name])
+        elif fields[name] is not None:
+            _check_names(name, fields[name])
+    saved = fields["modules_to_save"]
+    if saved is not None and not isinstance(saved, list):
+        raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
+    _check_names("modules_to_save", saved or [])
+    for entry in saved or ():
+        _check_regex("modules_to_save", entry)
+    _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(name, fields[name])
+    if fields["lora_bias"] and fields["use_dora"]:
         raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
-    if config.lora_bias and config.init_lora_weights not in (True, False):
+    if fields["lora_bias"] and init not in (True, False):
         raise ConfigError(
-            "lora_bias=True needs init_lora_weights True or False, "
-            f"got init_lora_weights={config.init_lora_weights!r}"
+            f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
         )
 
 
-def _validate_init(config: LoraConfig) -> None:
-    init = config.init_lora_weights
+def _check_init(init: Any) -> None:
     if isinstance(init, bool):
         return
     if isinstance(init, str) and (init in _KNOWN_INITS or re.fullmatch(r"pissa_niter_\d+", init)):
@@ -96,24 +114,7 @@ def _validate_init(config: LoraConfig) -> None:
     )
 
 
-def _validate_names(config: LoraConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, str):
-            _check_regex(name, value)
-        elif value is not None:
-            _check_names(name, value)
-    saved = config.modules_to_save
-    if saved is not None:
-        if not isinstance(saved, list):
-            raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
-        _check_names("modules_to_save", saved)
-        for entry in saved:
-            _check_regex("modules_to_save", entry)
-
-
-def _validate_layers(config: LoraConfig) -> None:
-    layers, pattern = config.layers_to_transform, config.layers_pattern
+def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
     if layers is not None:
         indices = layers if isinstance(layers, list) else [layers]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
@@ -126,31 +127,24 @@ def _validate_layers(config: LoraConfig) -> None:
         for entry in [pattern] if isinstance(pattern, str) else pattern:
             _check_regex("layers_pattern", entry)
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
-        if value is not None and isinstance(config.target_modules, str):
+        if value is not None and isinstance(targets, str):
             raise ConfigError(
                 f"{name}={value!r} needs a list of target_modules, "
-                f"got the string target_modules={config.target_modules!r}"
+                f"got the string target_modules={targets!r}"
             )
     if pattern and layers is None:
         raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform, got None")
 
 
-def _validate_patterns(config: LoraConfig) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name)
-        if not isinstance(patterns, dict):
-            raise ConfigError(f"{name} must be a dict of module name to value, got {patterns!r}")
-        for key, value in patterns.items():
-            _check_regex(name, key)
-            if name == "alpha_pattern":
-                _check_number(f"alpha_pattern[{key!r}]", value)
-                continue
-            try:
-                check_rank(value)
-            except ConfigError:
-                raise ConfigError(
-                    f"rank_pattern[{key!r}] must be a positive integer, got {value!r}"
-                ) from None
+def _check_pattern(name: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"{name} must be a dict of module name to value, got {patterns!r}")
+    for key, value in patterns.items():
+        _check_regex(name, key)
+        if name == "alpha_pattern":
+            _check_number(f"alpha_pattern[{key!r}]", value)
+        elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"rank_pattern[{key!r}] must be a positive integer, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

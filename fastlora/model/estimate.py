@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers import LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.wrapped import linear_features
 from fastlora.model import inject
-from fastlora.model.config import LoraConfig
-from fastlora.model.tuner import resolve_config
+from fastlora.model.tuner import plan_for
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -93,15 +90,13 @@ def estimate(
     base = getattr(getattr(model, "base_model", None), "model", None)
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
         model = base  # a LoraModel: targets are named from its base model
-    resolved, plan = resolve_config(model, "estimate", config)
-    count = weights = 0
-    for numel, itemsize in _trainable(model, resolved, plan, autocast_adapter_dtype):
-        count += numel
-        weights += numel * itemsize
-    own = {id(p): p for p in base_parameters(model)}.values()
+    plan = plan_for(model, "estimate", config)
+    trained = list(_trainable(model, plan, autocast_adapter_dtype))
+    weights = sum(numel * itemsize for numel, itemsize in trained)
+    own = own_parameters(model)
     return Estimate(
-        adapter_parameters=count,
-        base_parameters=sum(logical_numel(p) for p in own),
+        adapter_parameters=sum(numel for numel, _ in trained),
+        base_parameters=sum(map(logical_numel, own)),
         modules=len(plan.targets),
         weight_bytes=weights,
         gradient_bytes=weights,
@@ -110,9 +105,9 @@ def estimate(
     )
 
 
-def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the parameters that belong to no adapter; one that is tied may come twice."""
-    return (parameter for _, parameter in inject._base_parameters("", model))
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that belong to no adapter, each once."""
+    return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
 def logical_numel(parameter: torch.Tensor) -> int:
@@ -130,39 +125,29 @@ def human_bytes(count: int) -> str:
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
 
 
-def _trainable(
-    model: nn.Module, config: LoraConfig, plan: inject.Plan, autocast: bool
-) -> Iterator[tuple[int, int]]:
+def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[tuple[int, int]]:
     """Yields count and bytes an element of each tensor that the adapter would train."""
+    config = plan.config
     for name in plan.targets:
         module = model.get_submodule(name)
-        features = linear_features(module)
-        if features is None:
-            continue
-        k, n = features
-        r = config.rank_for(name)
-        size = r * (k + n) + (n if config.lora_bias else 0) + (n if config.use_dora else 0)
-        yield size, _factor_itemsize(module, autocast)
+        itemsize = _factor_itemsize(module, autocast)
+        for shape in inject.factor_shapes(module, name, config).values():
+            yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
-        module = model.get_submodule(name)
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        for parameter in module.parameters():
+        for parameter in inject.base_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize
     if config.bias == "none":
         return
     at_targets = {f"{name}.bias" for name in plan.targets}
     at_targets |= {f"{name}.base_layer.bias" for name in plan.targets}
-    for name, parameter in inject._base_parameters("", model):
-        is_bias = name == "bias" or name.endswith(".bias")
-        if is_bias and (config.bias == "all" or name in at_targets):
+    for name, parameter in inject.base_parameters(model):
+        if inject.is_bias(name) and (config.bias == "all" or name in at_targets):
             yield parameter.numel(), parameter.itemsize
 
 
 def _factor_itemsize(module: nn.Module, autocast: bool) -> int:
-    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
     # As layers choose it: fp8 and packed integers cannot train.
-    own = (p for p in layer.parameters(recurse=False) if p.is_floating_point() and p.itemsize >= 2)
-    reference = next(own, None)
+    own = inject.base_of(module).parameters(recurse=False)
+    reference = next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
     itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
     return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,16 @@ from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.layers.wrapped import linear_features
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
-from fastlora.model.walk import outer_modules
+from fastlora.model.walk import original_of, outer_modules
 from fastlora.sharding import is_sharded
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter will touch: module names, in the model's order."""
+    """An adapter that fits a model: its config, and the modules it touches in the model's order."""
 
+    config: LoraConfig
     targets: list[str]
     modules_to_save: list[str]
 
@@ -41,7 +42,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
         UnsupportedLayerError: A target is not a linear layer, or with DoRA its weight cannot be
             read; or another adapter has LoRA, or a copy, where this one is to have a copy or LoRA.
     """
-    plan = Plan(find_targets(model, config), find_modules_to_save(model, config))
+    plan = Plan(config, find_targets(model, config), find_modules_to_save(model, config))
     for name in plan.targets:
         module = model.get_submodule(name)
         if not isinstance(module, LoraLayer) and linear_features(module) is None:
@@ -49,8 +50,11 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
                 f"target module {name!r} is a {type(module).__name__}; fastlora adapts linear "
                 "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
             )
-        if config.use_dora:
-            _check_dora(module.get_base_layer() if isinstance(module, LoraLayer) else module)
+        base = base_of(module)
+        # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
+        # anew; tensor-parallel layers look at their own part.
+        if config.use_dora and not is_sharded(base._parameters.get("weight")):
+            dense_weight(base)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear":
             raise UnsupportedLayerError(
                 f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
@@ -82,32 +86,23 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
     return plan
 
 
-def _check_dora(base: nn.Module) -> None:
-    # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
-    # anew; tensor-parallel layers look at their own part.
-    if not is_sharded(base._parameters.get("weight")):
-        dense_weight(base)
+def base_of(module: nn.Module) -> nn.Module:
+    """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
-def add_adapter(
-    model: nn.Module,
-    adapter_name: str,
-    config: LoraConfig,
-    plan: Plan,
-    *,
-    autocast_adapter_dtype: bool = True,
-) -> None:
-    """Adds an adapter to every module of the plan, inactive; on failure the model is as before.
-
-    Args:
-        model: The base model, with or without adapters.
-        adapter_name: A name that it does not have.
-        config: Rank, alpha, dropout, ...
-        plan: From `plan_adapter` on the same model and config.
-        autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
-    """
-    with _without_collecting():
-        _add_adapter(model, adapter_name, config, plan, autocast_adapter_dtype)
+def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what an adapter has on a linear, by the ends of their file keys."""
+    features, r = linear_features(module), config.rank_for(name)
+    if features is None:
+        return {}
+    k, n = features
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, k), "lora_B.weight": (n, r)}
+    if config.lora_bias:
+        shapes["lora_B.bias"] = (n,)
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = (n,)
+    return shapes
 
 
 @contextlib.contextmanager
@@ -135,19 +130,39 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def _add_adapter(
-    model: nn.Module, adapter_name: str, config: LoraConfig, plan: Plan, autocast: bool
+@_without_collecting()
+def add_adapter(
+    model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
+    """Adds an adapter to every module of its plan, inactive; on failure the model is as before.
+
+    Args:
+        model: The base model, with or without adapters.
+        adapter_name: A name that it does not have.
+        plan: From `plan_adapter` on the same model.
+        autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
+    """
     replaced: list[tuple[str, nn.Module]] = []
-    trained = [p for _, p in _base_parameters("", model) if p.requires_grad]
+    trained = [p for _, p in base_parameters(model) if p.requires_grad]
+
+    def replace(name: str, made: nn.Module) -> None:
+        replaced.append((name, model.get_submodule(name)))
+        _set_submodule(model, name, made)
+
     try:
         with _outside_inference_mode():
             for name in plan.targets:
-                layer = _one_of(LoraLayer, _make_layer, model, name, replaced)
-                _add_to_layer(layer, adapter_name, name, config, autocast)
+                layer = model.get_submodule(name)
+                if not isinstance(layer, LoraLayer):
+                    layer = _make_layer(layer)
+                    replace(name, layer)
+                _add_to_layer(layer, adapter_name, name, plan.config, autocast_adapter_dtype)
             for name in plan.modules_to_save:
-                make = ModulesToSaveWrapper
-                _one_of(make, make, model, name, replaced).add_adapter(adapter_name)
+                wrapper = model.get_submodule(name)
+                if not isinstance(wrapper, ModulesToSaveWrapper):
+                    wrapper = ModulesToSaveWrapper(wrapper)
+                    replace(name, wrapper)
+                wrapper.add_adapter(adapter_name)
     except BaseException:
         delete_adapter(model, adapter_name)
         for name, module in replaced:
@@ -155,23 +170,6 @@ def _add_adapter(
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
-
-
-def _one_of(
-    kind: type,
-    make: Callable[[nn.Module], Any],
-    model: nn.Module,
-    name: str,
-    replaced: list[tuple[str, nn.Module]],
-) -> Any:
-    """Returns a module of that kind: the one of that name, or what is made of it in its place."""
-    module = model.get_submodule(name)
-    if isinstance(module, kind):
-        return module
-    made = make(module)
-    replaced.append((name, module))
-    _set_submodule(model, name, made)
-    return made
 
 
 def _make_layer(module: nn.Module) -> LoraLayer:
@@ -221,7 +219,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     """Yields every LoRA layer of a model."""
-    return (module for _, module in outer_modules(model) if isinstance(module, LoraLayer))
+    return (layer for _, layer in _named_lora_layers(model))
+
+
+def _named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((n, module) for n, module in outer_modules(model) if isinstance(module, LoraLayer))
 
 
 def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
@@ -243,27 +245,29 @@ def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
         for layer in lora_layers(model)
         if (bias := getattr(layer.get_base_layer(), "bias", None)) is not None
     }
-    for name, parameter in _base_parameters("", model):
-        is_bias = name == "bias" or name.endswith(".bias")
-        trains = is_bias and ("all" in modes or ("lora_only" in modes and id(parameter) in targets))
-        parameter.requires_grad_(trains)
+    for name, parameter in base_parameters(model):
+        asked = "all" in modes or ("lora_only" in modes and id(parameter) in targets)
+        parameter.requires_grad_(asked and is_bias(name))
 
 
-def _base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the parameters that belong to no adapter, by name."""
+def is_bias(name: str) -> bool:
+    """Returns whether a parameter of that name is a bias."""
+    return name == "bias" or name.endswith(".bias")
+
+
+def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields name and value of what belongs to no adapter; what is tied comes once a name."""
     for key, parameter in module._parameters.items():
         if parameter is not None:
-            yield f"{name}{key}", parameter
+            yield f"{prefix}{key}", parameter
+    adapters: tuple[str, ...] = ()
     if isinstance(module, LoraLayer):
-        adapters: tuple[str, ...] = (
-            *("lora_A", "lora_B", "lora_dropout"),
-            "lora_magnitude_vector",
-        )
-    else:
-        adapters = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
+        adapters = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+    elif isinstance(module, ModulesToSaveWrapper):
+        adapters = ("modules_to_save",)
     for key, child in module._modules.items():
         if child is not None and key not in adapters:
-            yield from _base_parameters(f"{name}{key}.", child)
+            yield from base_parameters(child, f"{prefix}{key}.")
 
 
 def unload(
@@ -283,11 +287,10 @@ def unload(
         AdapterStateError: A merge is refused; see `LoraLayer.merge`.
         UnsupportedLayerError: A base weight cannot take an update.
     """
-    layers = [(n, m) for n, m in outer_modules(model) if isinstance(m, LoraLayer)]
+    layers = list(_named_lora_layers(model))
     if merge:
         for _, layer in layers:
-            names = present(layer, adapter_names)
-            layer.check_merge(safe_merge, names)
+            layer.check_merge(safe_merge, present(layer, adapter_names))
     for name, layer in _progress(layers, progressbar, "Merging" if merge else "Unloading"):
         if merge:
             names = present(layer, adapter_names)
@@ -296,27 +299,16 @@ def unload(
             layer._unmerged = None
         elif layer.merged:
             layer.unmerge()
-        base = layer.release()
-        _set_submodule(model, name, base)
+        _set_submodule(model, name, layer.release())
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     for name, wrapper in wrappers:
-        current = wrapper.current()
-        tied = getattr(wrapper.original_module, "weight", None)
-        if current is not wrapper.original_module and _is_used(model, tied, wrapper):
-            _declare_untied(model)
+        current, original = wrapper.current(), wrapper.original_module
+        if current is not original:
+            tied = _holder(model, getattr(original, "weight", None), set(wrapper.modules()))
+            if tied is not None:
+                _declare_untied(model)
         _set_submodule(model, name, current)
     return model
-
-
-def _is_used(model: nn.Module, weight: object, wrapper: nn.Module) -> bool:
-    """Whether a module outside ``wrapper`` holds this very parameter."""
-    inside = {id(module) for module in wrapper.modules()}
-    return weight is not None and any(
-        parameter is weight
-        for module in model.modules()
-        if id(module) not in inside
-        for parameter in module._parameters.values()
-    )
 
 
 def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | None:
@@ -328,10 +320,16 @@ def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | No
 
 def shared_with(model: nn.Module, layer: LoraLayer) -> str | None:
     """Returns the name of another module that holds the layer's base weight, if one does."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    base = layer.get_base_layer()
+    return _holder(model, getattr(base, "weight", None), {layer, base})
+
+
+def _holder(model: nn.Module, weight: object, besides: set[nn.Module]) -> str | None:
+    """Returns the name of a module that holds this very parameter, if another one does."""
+    if weight is None:
+        return None
     for name, module in model.named_modules():
-        own = module is layer or module is layer.get_base_layer()
-        if not own and any(p is weight for p in module._parameters.values()):
+        if module not in besides and any(p is weight for p in module._parameters.values()):
             return name
     return None
 
@@ -358,16 +356,13 @@ def _declare_untied(model: nn.Module) -> None:
 
 def _progress(
     layers: list[tuple[str, LoraLayer]], show: bool, what: str
-) -> Iterator[tuple[str, LoraLayer]]:
+) -> Iterable[tuple[str, LoraLayer]]:
     if show:
-        try:
+        with contextlib.suppress(ImportError):
             from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            yield from tqdm(layers, desc=what, unit="layer")
-            return
-    yield from layers
+
+            return tqdm(layers, desc=what, unit="layer")
+    return layers
 
 
 def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from torch import nn
 
 from fastlora.layers.linear import DEFAULT_ADAPTER
-from fastlora.model import adapter_state, inject
+from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import load_adapter_folder, save_adapter_folder
 from fastlora.model.config import LoraConfig
-from fastlora.model.tuner import LoraTuner, resolve_config
+from fastlora.model.inject import Plan
+from fastlora.model.tuner import LoraTuner, plan_for
 from fastlora.routing.block import adapters
 from fastlora.routing.in_force import check_batch
 from fastlora.sharding import Gathering
@@ -98,24 +98,19 @@ class LoraModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        config, plan = resolve_config(model, adapter_name, peft_config)
-        self._install(model, config, plan, adapter_name, autocast_adapter_dtype)
+        plan = plan_for(model, adapter_name, peft_config)
+        self._install(model, plan, adapter_name, autocast_adapter_dtype)
 
     def _install(
-        self,
-        model: nn.Module,
-        config: LoraConfig,
-        plan: inject.Plan,
-        adapter_name: str,
-        autocast_adapter_dtype: bool,
+        self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
         """Wraps ``model`` and gives it its first adapter, active."""
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(
-            adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
+            adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
-        self.set_adapter(adapter_name, config.inference_mode)
+        self.set_adapter(adapter_name, plan.config.inference_mode)
         self.training = model.training
         if _is_checkpointing(model):
             _require_input_gradients(model)
@@ -151,9 +146,9 @@ class LoraModel(nn.Module):
             AdapterStateError: The name exists, or another adapter trains biases too.
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
         """
-        config, plan = resolve_config(self.get_base_model(), adapter_name, peft_config)
+        plan = plan_for(self.get_base_model(), adapter_name, peft_config)
         self.base_model.add_adapter(
-            adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
+            adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -205,12 +200,12 @@ class LoraModel(nn.Module):
         """
         _check_unused(unused)
         file = load_adapter_folder(_folder(model_id, subfolder))
-        chosen = copy.deepcopy(file.config if config is None else config)
-        chosen, plan = resolve_config(model, adapter_name, chosen, loading=True)
-        chosen.inference_mode = not is_trainable
-        adapter_state.check_fit(model, plan, chosen, file)
+        chosen = file.config if config is None else config
+        plan = plan_for(model, adapter_name, chosen, loading=True)
+        plan.config.inference_mode = not is_trainable
+        adapter_state.check_fit(model, plan, file)
         self = cls.__new__(cls, model)
-        self._install(model, chosen, plan, adapter_name, autocast_adapter_dtype)
+        self._install(model, plan, adapter_name, autocast_adapter_dtype)
         adapter_state.load(self, adapter_name, file)
         return self if is_trainable else self.eval()
 
@@ -240,14 +235,14 @@ class LoraModel(nn.Module):
         _check_unused(unused)
         file = load_adapter_folder(_folder(model_id, subfolder))
         model = self.get_base_model()
-        config, plan = resolve_config(model, adapter_name, file.config, loading=True)
-        config.inference_mode = not is_trainable
-        adapter_state.check_fit(model, plan, config, file)
+        plan = plan_for(model, adapter_name, file.config, loading=True)
+        plan.config.inference_mode = not is_trainable
+        adapter_state.check_fit(model, plan, file)
         if adapter_name in self.peft_config:
-            adapter_state.check_same_adapter(model, adapter_name, plan, config, file.path)
+            adapter_state.check_same_adapter(model, adapter_name, plan, file.path)
         else:
             self.base_model.add_adapter(
-                adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
+                adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
             )
         adapter_state.load(self, adapter_name, file)
         if not is_trainable:

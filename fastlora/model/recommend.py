@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.model.config import LoraConfig
-from fastlora.model.estimate import base_parameters, logical_numel
+from fastlora.model.estimate import logical_numel, own_parameters
 
 _BILLION = 1_000_000_000
 # Below so many parameters: range of r, range of alpha, dropout. The last row has no end.
@@ -88,8 +88,7 @@ def recommend(model_or_num_params: nn.Module | int) -> Recommendation:
         ValueError: The number, or the model's number of parameters, is below 1.
     """
     if isinstance(model_or_num_params, nn.Module):
-        own = {id(p): p for p in base_parameters(model_or_num_params)}.values()
-        count = sum(logical_numel(p) for p in own)
+        count = sum(map(logical_numel, own_parameters(model_or_num_params)))
     elif isinstance(model_or_num_params, int) and not isinstance(model_or_num_params, bool):
         count = model_or_num_params
     else:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastlora.validation import CheckpointError
+from fastlora.validation import CheckpointError, error_prefix
 
 # Two hundred bytes a tensor: enough for an adapter of 100,000 tensors.
 MAX_HEADER_BYTES = 32 << 20
@@ -61,8 +61,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: The file is truncated, or its header is too long, no JSON, or does not
             describe the data exactly.
     """
-    with path.open("rb") as file:
-        return _parse_header(path, file)
+    with path.open("rb") as file, error_prefix(path):
+        return _parse_header(file)
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
@@ -76,15 +76,15 @@ def read_tensors(path: Path, expected: Mapping[str, TensorInfo]) -> dict[str, to
         CheckpointError: The file is not the one that was checked, or ends early.
     """
     tensors = {}
-    with path.open("rb") as file:
-        if _parse_header(path, file) != expected:
-            raise CheckpointError(f"{path}: changed while it was read")
+    with path.open("rb") as file, error_prefix(path):
+        if _parse_header(file) != expected:
+            raise CheckpointError("changed while it was read")
         for name, info in expected.items():
             # Not mapped: a mapped file that somebody truncates kills the process.
             data = bytearray(info.nbytes)
             file.seek(info.start)
             if file.readinto(data) != info.nbytes:
-                raise CheckpointError(f"{path}: tensor {name!r} ends early")
+                raise CheckpointError(f"tensor {name!r} ends early")
             tensors[name] = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
     return tensors
 
@@ -129,29 +129,27 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _parse_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+def _parse_header(file: BinaryIO) -> dict[str, TensorInfo]:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise CheckpointError(f"{path}: truncated, found {size} bytes, expected at least 8")
+        raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: the header claims {length} bytes, expected at most {MAX_HEADER_BYTES}; "
+            f"the header claims {length} bytes, expected at most {MAX_HEADER_BYTES}; "
             "this is no safetensors file of an adapter"
         )
     if length > size - 8:
-        raise CheckpointError(
-            f"{path}: truncated, the header claims {length} bytes and {size - 8} follow"
-        )
+        raise CheckpointError(f"truncated, the header claims {length} bytes and {size - 8} follow")
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from error
+        raise CheckpointError(f"the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is {type(header).__name__}, expected an object")
+        raise CheckpointError(f"the header is {type(header).__name__}, expected an object")
     header.pop(_METADATA, None)
-    infos = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_coverage(path, infos, 8 + length, size)
+    infos = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
+    _check_coverage(infos, 8 + length, size)
     return infos
 
 
@@ -163,31 +161,31 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{path}: tensor {name!r} is described by {entry!r}")
+        raise CheckpointError(f"tensor {name!r} is described by {entry!r}")
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {entry.get('dtype')!r}, "
+            f"tensor {name!r} has dtype {entry.get('dtype')!r}, "
             f"expected one of {', '.join(_DTYPES)}"
         )
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not _is_sizes(shape) or len(shape) > 16:
-        raise CheckpointError(f"{path}: tensor {name!r} has shape {shape!r}, expected sizes")
+        raise CheckpointError(f"tensor {name!r} has shape {shape!r}, expected sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{path}: tensor {name!r} has data_offsets {offsets!r}")
+        raise CheckpointError(f"tensor {name!r} has data_offsets {offsets!r}")
     count = math.prod(shape)
     if count == 0:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has shape {tuple(shape)}, which holds nothing; expected "
+            f"tensor {name!r} has shape {tuple(shape)}, which holds nothing; expected "
             "values (a sharded model must be gathered before it is saved)"
         )
     needed = count * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {tuple(shape)} and dtype {entry['dtype']} needs "
+            f"tensor {name!r} of shape {tuple(shape)} and dtype {entry['dtype']} needs "
             f"{needed} bytes, its data_offsets {offsets} give {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
@@ -199,19 +197,18 @@ def _is_sizes(value: Any) -> bool:
     )
 
 
-def _check_coverage(path: Path, infos: dict[str, TensorInfo], start: int, size: int) -> None:
+def _check_coverage(infos: dict[str, TensorInfo], start: int, size: int) -> None:
     position = start
     for name, info in sorted(infos.items(), key=lambda item: item[1].start):
         if info.stop > size:
             raise CheckpointError(
-                f"{path}: truncated, tensor {name!r} ends at byte {info.stop}, the file at {size}"
+                f"truncated, tensor {name!r} ends at byte {info.stop}, the file at {size}"
             )
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a gap"
             raise CheckpointError(
-                f"{path}: tensor {name!r} starts at byte {info.start} and {what}; "
-                f"expected byte {position}"
+                f"tensor {name!r} starts at byte {info.start} and {what}; expected byte {position}"
             )
         position = info.stop
     if position != size:
-        raise CheckpointError(f"{path}: the tensors end at byte {position}, the file at {size}")
+        raise CheckpointError(f"the tensors end at byte {position}, the file at {size}")

@@ -21,11 +21,7 @@ from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Group, Routing, join_group
-from fastlora.validation import (
-    AdapterNotFoundError,
-    AdapterStateError,
-    near_names,
-)
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
 
 
 class LoraTuner(nn.Module):
@@ -81,19 +77,13 @@ class LoraTuner(nn.Module):
         return list(self._active)
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        config: LoraConfig,
-        plan: inject.Plan,
-        *,
-        autocast_adapter_dtype: bool = True,
+        self, adapter_name: str, plan: inject.Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
         """Adds an adapter, frozen and not active.
 
         Args:
             adapter_name: A new name.
-            config: From `resolve_config`.
-            plan: From `resolve_config`.
+            plan: From `plan_for`.
             autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
 
         Raises:
@@ -101,6 +91,7 @@ class LoraTuner(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+        config = plan.config
         for name, other in self.peft_config.items():
             if config.bias != "none" and other.bias != "none":
                 raise AdapterStateError(
@@ -108,13 +99,13 @@ class LoraTuner(nn.Module):
                     "already, which all adapters share; expected bias='none'"
                 )
         inject.add_adapter(
-            self.model, adapter_name, config, plan, autocast_adapter_dtype=autocast_adapter_dtype
+            self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         self.peft_config[adapter_name] = config
         # A layer that is new must know at once whose block may be open around its first forward.
         touched = [*plan.targets, *plan.modules_to_save]
-        modules = [(name, self.model.get_submodule(name)) for name in touched]
-        if any(module.routed_by is not self.group for _, module in modules):
+        modules = (self.model.get_submodule(name) for name in touched)
+        if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())
 
@@ -129,9 +120,7 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError: There is no such adapter.
             AdapterStateError: Two of them own a copy of the same module.
         """
-        names = _as_list(adapter_name)
-        for name in names:
-            self.check_known(name)
+        names = self._known(adapter_name)
         for wrapper in inject.saved_modules(self.model):
             owners = [name for name in names if name in wrapper.modules_to_save]
             if len(owners) > 1:
@@ -232,7 +221,7 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
         """
-        wanted = self._known(adapter_names)
+        wanted = None if adapter_names is None else self._known(adapter_names)
         layers = list(inject.lora_layers(self.model))
         chosen = [inject.present(layer, wanted) for layer in layers]
         for layer, names in zip(layers, chosen, strict=True):
@@ -271,7 +260,7 @@ class LoraTuner(nn.Module):
             self.model,
             merge=True,
             safe_merge=safe_merge,
-            adapter_names=self._known(adapter_names),
+            adapter_names=None if adapter_names is None else self._known(adapter_names),
             progressbar=progressbar,
         )
 
@@ -282,23 +271,18 @@ class LoraTuner(nn.Module):
         """
         return inject.unload(self.model, merge=False)
 
-    def _known(self, names: str | Sequence[str] | None) -> list[str] | None:
-        if names is None:
-            return None
-        names = _as_list(names)
-        for name in names:
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        """Returns one name or several as a list; raises where one is not loaded."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        for name in chosen:
             self.check_known(name)
-        return names
+        return chosen
 
 
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def resolve_config(
+def plan_for(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
-) -> tuple[LoraConfig, inject.Plan]:
-    """Returns a copy of a config with its targets resolved, and what it will touch.
+) -> inject.Plan:
+    """Returns what an adapter will touch, with a copy of its config whose targets are resolved.
 
     Args:
         model: The base model, with or without adapters.
@@ -312,10 +296,10 @@ def resolve_config(
         ConfigError: A field or the name is wrong.
     """
     check_adapter_name(adapter_name)
-    config = peft_config
-    if not isinstance(config, LoraConfig):
-        config = LoraConfig.from_peft(config)
-    config = copy.deepcopy(config)
+    given = (
+        peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)
+    )
+    config = copy.deepcopy(given)
     config.check_supported("load" if loading else "new")
     plan = inject.plan_adapter(model, config)
     config.target_modules = resolve_target_modules(model, config)
@@ -326,7 +310,7 @@ def resolve_config(
             getattr(model, "config", None), "_name_or_path", None
         )
         config.base_model_name_or_path = name or None
-    return config, plan
+    return plan
 
 
 @register_router

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastlora.model import inject
+from fastlora.model.inject import base_parameters
 from fastlora.model.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
 from fastlora.validation import CheckpointError
 
@@ -138,7 +138,7 @@ def fingerprint(model: Any) -> dict[str, str]:
     initialised model, without reading a large one whole.
     """
     found = {}
-    for name, parameter in inject._base_parameters("", model):
+    for name, parameter in base_parameters(model):
         flat = parameter.detach().reshape(-1)
         places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64).long()
         values = flat[places.to(flat.device)].cpu() if flat.numel() else flat.cpu()
