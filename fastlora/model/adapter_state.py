@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,17 +16,28 @@ from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
 from fastlora.model.adapter_folder import KEY_PREFIX, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes
+from fastlora.model.tuner import LoraTuner
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
 
-def key_map(lora_model: Any, adapter_name: str) -> dict[str, str]:
+class AdaptedModel(Protocol):
+    """What is used here of a `LoraModel`."""
+
+    base_model: LoraTuner
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all tensors by name."""
+
+
+def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
     """Returns the file key of each tensor of an adapter, and its name in ``state_dict()``.
 
     In a file the adapter's name is left out, a copied module has its own name, and the bias of an
     adapted layer is its ``base_layer.bias``.
     """
-    model, config = lora_model.get_base_model(), lora_model.peft_config[adapter_name]
+    tuner = lora_model.base_model
+    model, config = tuner.model, tuner.peft_config[adapter_name]
     keys: dict[str, str] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -91,9 +102,8 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
-    loaded = {n: (m.r[adapter_name], m.scaling[adapter_name]) for n, m in layers.items()}
-    if set(loaded) != set(plan.targets):
-        differing = sorted(set(loaded) ^ set(plan.targets))
+    if set(layers) != set(plan.targets):
+        differing = sorted(set(layers) ^ set(plan.targets))
         raise CheckpointError(
             f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
             f"({differing[0]} differs); load it under another name"
@@ -106,10 +116,11 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
         )
     for name in plan.targets:
         found = (config.rank_for(name), config.scaling_for(name))
-        if found != loaded[name]:
+        loaded = (layers[name].r[adapter_name], layers[name].scaling[adapter_name])
+        if found != loaded:
             raise CheckpointError(
                 f"{path}: rank and scaling on {name} are {found}, where the loaded adapter "
-                f"{adapter_name!r} has {loaded[name]}; load it under another name"
+                f"{adapter_name!r} has {loaded}; load it under another name"
             )
 
 
@@ -151,7 +162,7 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def collect(
-    lora_model: Any,
+    lora_model: AdaptedModel,
     adapter_name: str,
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
@@ -173,7 +184,8 @@ def collect(
             tensors[disk] = source[key]
         elif not disk.endswith("bias") or ".lora_B." in disk:
             raise CheckpointError(f"state_dict has no {key!r}, a tensor of {adapter_name!r}")
-    model, config = lora_model.get_base_model(), lora_model.peft_config[adapter_name]
+    tuner = lora_model.base_model
+    model, config = tuner.model, tuner.peft_config[adapter_name]
     embeddings = _embeddings(model)
     save = save_embedding_layers
     if save == "auto":
@@ -198,14 +210,9 @@ def collect(
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """Input and output embedding of a transformers model, by name."""
-    found = [
-        getattr(model, method)()
-        for method in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, method)
-    ]
-    return {
-        name: module for name, module in model.named_modules() if any(module is f for f in found)
-    }
+    methods = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(model, method)() for method in methods if hasattr(model, method)]
+    return {name: module for name, module in model.named_modules() if module in found}
 
 
 def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
@@ -219,7 +226,7 @@ def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 
 @torch.no_grad()
-def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
+def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None:
     """Copies a checked file's tensors into an adapter's parameters, in their own dtypes.
 
     An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
@@ -230,13 +237,13 @@ def load(lora_model: Any, adapter_name: str, file: AdapterFile) -> None:
             copy_whole_(state[key], file.tensors[disk])
     for disk, parts in file.keys.items():
         if parts.kind == "base":
-            weight = _base_weight(lora_model.get_base_model(), parts.module)
+            weight = _base_weight(lora_model.base_model.model, parts.module)
             if weight is not None:
                 copy_whole_(weight, file.tensors[disk])
 
 
 @torch.no_grad()
-def put(lora_model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Copies tensors by file key into an adapter's parameters, as far as there are some.
 
     Returns:

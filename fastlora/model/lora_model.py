@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model import adapter_state
-from fastlora.model.adapter_folder import load_adapter_folder, save_adapter_folder
+from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder, save_adapter_folder
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan
 from fastlora.model.tuner import LoraTuner, plan_for
@@ -115,8 +115,6 @@ class LoraModel(nn.Module):
         if _is_checkpointing(model):
             _require_input_gradients(model)
 
-    # ------------------------------------------------------------------------------ adapters
-
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter name to config."""
@@ -165,8 +163,6 @@ class LoraModel(nn.Module):
         with self.base_model.disable_adapter():
             yield
 
-    # --------------------------------------------------------------------------------- files
-
     @classmethod
     def from_pretrained(
         cls,
@@ -198,8 +194,7 @@ class LoraModel(nn.Module):
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
                 The model is unchanged after any of these.
         """
-        _check_unused(unused)
-        file = load_adapter_folder(_folder(model_id, subfolder))
+        file = _read_folder(model_id, subfolder, unused)
         chosen = file.config if config is None else config
         plan = plan_for(model, adapter_name, chosen, loading=True)
         plan.config.inference_mode = not is_trainable
@@ -232,8 +227,7 @@ class LoraModel(nn.Module):
         Raises:
             CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
         """
-        _check_unused(unused)
-        file = load_adapter_folder(_folder(model_id, subfolder))
+        file = _read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
         plan = plan_for(model, adapter_name, file.config, loading=True)
         plan.config.inference_mode = not is_trainable
@@ -300,8 +294,6 @@ class LoraModel(nn.Module):
                     failure = error
         gathering.finish(failure)
 
-    # --------------------------------------------------------------------------- as a module
-
     def get_base_model(self) -> nn.Module:
         """Returns the model, with the LoRA layers in it."""
         return self.base_model.model
@@ -358,15 +350,15 @@ class LoraModel(nn.Module):
             return getattr(self.base_model, name)
 
 
-def _folder(model_id: str | os.PathLike[str], subfolder: str | None) -> Path:
-    return Path(model_id) / subfolder if subfolder else Path(model_id)
-
-
-def _check_unused(arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
+def _read_folder(
+    model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
+) -> AdapterFile:
+    """Reads an adapter folder; raises `TypeError` for arguments other than PEFT's idle ones."""
+    for name, value in unused.items():
         harmless = name in _WITHOUT_EFFECT or (name == "ignore_mismatched_sizes" and not value)
         if not harmless:
             raise TypeError(f"unexpected argument {name}={value!r}")
+    return load_adapter_folder(Path(model_id) / (subfolder or ""))
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

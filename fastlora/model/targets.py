@@ -62,24 +62,30 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if targets == NO_TARGETS:
         return []
     saved = modules_to_save_entries(config)
-    base = [(name, wrapped) for name, _, wrapped in base_modules(model) if name]
-    names = [name for name, _ in base]
-    excluded = [name for name in names if _is_excluded(name, config, saved)]
-    skip = set(excluded)
-    found = [n for n in names if n not in skip and _matches(n, targets, config)]
+    wrapped = {name: inside for name, _, inside in base_modules(model) if name}
+    names = list(wrapped)
+    excluded = {name for name in names if _is_excluded(name, config, saved)}
+    found = [n for n in names if n not in excluded and _matches(n, targets, config)]
     if not found:
         raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
     _check_bypassed(model, found)
-    owned = {name for name, wrapped in base if wrapped}
-    taken = [name for name in found if name in owned]
-    if taken:
-        raise UnsupportedLayerError(
-            f"target module {taken[0]!r} {_of_copies(model, taken[0])}; expected other targets, or "
-            "to leave it out with exclude_modules"
-        )
-    _warn_unused(names, found, excluded, targets, config)
-    if owned:
-        _warn_left_out(model, skip, config)
+    for name in found:
+        if wrapped[name]:
+            raise UnsupportedLayerError(
+                f"target module {name!r} {_of_copies(model, name)}; expected other targets, or "
+                "to leave it out with exclude_modules"
+            )
+    unused = _unused(names, found, bool(excluded), targets, config)
+    if unused:
+        warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
+    if any(wrapped.values()) and _is_all_linear(config.target_modules):
+        left = [n for n, inside in _linears(model, config) if inside and n not in excluded]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            warnings.warn(
+                f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: it {_of_copies(model, left[0])}",
+                stacklevel=3,
+            )
     return found
 
 
@@ -108,14 +114,13 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             its entries match nothing, a warning names them.)
         UnsupportedLayerError: A match lies inside a module that other adapters own copies of.
     """
-    entries = modules_to_save_entries(config)
+    entries = tuple(modules_to_save_entries(config))
     if not entries:
         return []
     # Tied modules count under each of their names.
     base = list(base_modules(model, remove_duplicate=False))
     names = [name for name, _, _ in base if name]
-    heads = _TASK_HEADS.get(config.task_type or "", ())
-    named = [entry for entry in config.modules_to_save or () if entry not in heads]
+    named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
     if lost:
         message = f"modules_to_save entries {lost} match no module{_near(lost, names)}"
@@ -124,7 +129,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
         warnings.warn(message, stacklevel=2)
     found: list[str] = []
     for name in names:  # parents come before their children
-        if name.endswith(tuple(entries)) and not any(name.startswith(f"{p}.") for p in found):
+        if name.endswith(entries) and not any(name.startswith(f"{p}.") for p in found):
             found.append(name)
     below = {name for name, module, wrapped in base if wrapped and not holds_copies(module)}
     for name in found:
@@ -138,8 +143,11 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def modules_to_save_entries(config: LoraConfig) -> list[str]:
     """Returns ``modules_to_save`` and the heads that the task adds to it, each once."""
-    heads = _TASK_HEADS.get(config.task_type or "", ())
-    return list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *_task_heads(config)]))
+
+
+def _task_heads(config: LoraConfig) -> tuple[str, ...]:
+    return _TASK_HEADS.get(config.task_type or "", ())
 
 
 def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | str:
@@ -154,10 +162,10 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
     targets = config.target_modules
     if targets is None:
         targets = _default_targets(model, config)
+    if _is_all_linear(targets):
+        targets = {name for name, inside in _linears(model, config) if not inside}
     if isinstance(targets, str):
-        if targets.lower() != ALL_LINEAR:
-            return targets
-        targets = _linear_names(model, config)
+        return targets
     targets = set(targets)
     if len(targets) < _MINIMISE_FROM or config.layers_to_transform is not None:
         # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
@@ -218,30 +226,24 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
     return (cls,) if isinstance(cls, type) else ()
 
 
-def _linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
-    return {name for name, wrapped in _linears(model, config) if not wrapped}
+def _is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
     """Returns the linear layers but the output head, and whether each is at or below a wrapper."""
-    linear = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
+    kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
-    return [
-        (name, wrapped)
-        for name, module, wrapped in base_modules(model)
-        if name
-        and module is not head
-        and (
-            isinstance(original_of(module), linear)
-            or (is_lora_layer(module) and _is_linear(module, linear))
-        )
-    ]
 
+    def is_linear(module: nn.Module) -> bool:
+        if not is_lora_layer(module):
+            return isinstance(original_of(module), kinds)
+        # By its name too, as PEFT knows its own.
+        under = (module, module._modules.get("base_layer"))
+        return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
-def _is_linear(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a LoRA layer is over a linear: by its name too, as PEFT knows its own."""
-    base = layer._modules.get("base_layer")
-    return isinstance(base, kinds) or "Linear" in type(layer).__name__
+    modules = base_modules(model)
+    return [(n, inside) for n, m, inside in modules if n and m is not head and is_linear(m)]
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -263,18 +265,6 @@ def _of_copies(model: nn.Module, name: str) -> str:
             where = "is" if name == outer else f"lies in {outer!r},"
             return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
     return "is a module that adapters own copies of (modules_to_save)"
-
-
-def _warn_left_out(model: nn.Module, skip: Collection[str], config: LoraConfig) -> None:
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
-        return
-    left = [n for n, wrapped in _linears(model, config) if wrapped and n not in skip]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
-            f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: it {_of_copies(model, left[0])}",
-            stacklevel=4,
-        )
 
 
 def _matches_names(name: str, entries: Collection[str]) -> bool:
@@ -339,48 +329,46 @@ def _near(entries: Iterable[str], names: list[str]) -> str:
 
 
 def _nothing_found(
-    names: list[str], excluded: list[str], targets: set[str] | str, config: LoraConfig
+    names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
 ) -> str:
-    shown = targets if isinstance(targets, str) else sorted(targets)
-    before = [name for name in excluded if _matches(name, targets, config)]
+    """Says why there is no target."""
+    entries = [targets] if isinstance(targets, str) else sorted(targets)
+    shown = f"target_modules={targets if isinstance(targets, str) else entries!r}"
+    before = [name for name in names if name in excluded and _matches(name, targets, config)]
     if before:
         return (
-            f"target_modules={shown!r} matches only what exclude_modules or modules_to_save take "
-            f"away: {', '.join(before[:5])}"
+            f"{shown} matches only what exclude_modules or modules_to_save take away: "
+            f"{', '.join(before[:5])}"
         )
-    layers = ""
     if config.layers_to_transform is not None:
         layers = (
             f" with layers_to_transform={config.layers_to_transform!r}, "
             f"layers_pattern={config.layers_pattern!r}"
         )
         if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
-            return f"target_modules={shown!r} exists, but in no layer chosen{layers}"
-    entries = [targets] if isinstance(targets, str) else sorted(targets)
-    return f"target_modules={shown!r}{layers} matches no module{_near(entries, names)}"
+            return f"{shown} exists, but in no layer chosen{layers}"
+        shown += layers
+    return f"{shown} matches no module{_near(entries, names)}"
 
 
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
+    """Returns the entries of a list of targets that match no name."""
     if isinstance(targets, str):
         return []
     known = {suffix for name in names for suffix in _suffixes(name)}
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _warn_unused(
-    names: list[str],
-    found: list[str],
-    excluded: list[str],
-    targets: set[str] | str,
-    config: LoraConfig,
-) -> None:
+def _unused(
+    names: list[str], found: list[str], excludes: bool, targets: set[str] | str, config: LoraConfig
+) -> list[str]:
+    """Returns what of a config matches no module, for a warning."""
     lost = _lost(names, targets)
     unused = [f"target_modules entries {lost}"] if lost else []
-    if config.exclude_modules and not excluded:
+    if config.exclude_modules and not excludes:
         unused.append(f"exclude_modules={config.exclude_modules!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field)
         lost = sorted(k for k in keys if all(pattern_key((k,), n) is None for n in found))
         unused += [f"{field} keys {lost}"] if lost else []
-    if unused:
-        warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=3)
+    return unused

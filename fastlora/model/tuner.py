@@ -64,8 +64,6 @@ class LoraTuner(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    # ------------------------------------------------------------------------------ adapters
-
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
@@ -206,8 +204,6 @@ class LoraTuner(nn.Module):
                 f"no adapter {name!r}; loaded are {list(self.peft_config)}"
                 f"{near_names(name, self.peft_config)}"
             )
-
-    # ------------------------------------------------------------------------------- merging
 
     def merge_adapter(
         self,

@@ -34,7 +34,16 @@ from fastlora.train.run import TrainResult, train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
+# What --init takes -> init_lora_weights.
+_INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+# Flag, type (bool for a switch) or choices, metavar and help of what a whole run has, and of what
+# every adapter gets.
 _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--model", Path, "DIR", "folder of the base model"),
     ("--out", Path, "DIR", "folder for adapters, checkpoints and the log"),
@@ -47,6 +56,10 @@ _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--save-every", int, "N", "steps between checkpoints, 0 for the end only (default: 100)"),
     ("--keep", int, "N", "checkpoints to keep (default: 2)"),
     ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
+    ("--dtype", DTYPES, "", "of the base model (default: auto)"),
+    ("--chat", bool, "", "wrap prompts in the tokenizer's chat template"),
+    ("--gradient-checkpointing", bool, "", "trade time for memory"),
+    ("--cpu", bool, "", "don't use an accelerator"),
 )
 _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--r", int, "N", "rank"),
@@ -56,21 +69,24 @@ _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--weight-decay", float, "X", "of AdamW (default: 0)"),
     ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
     ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
-)
-
-_NAMES_FLAGS: tuple[tuple[str, str], ...] = (
-    ("--targets", "modules to adapt (default: all-linear)"),
-    ("--modules-to-save", "modules that each adapter trains a whole copy of"),
-)
-_SWITCH_FLAGS: tuple[tuple[str, str], ...] = (
-    ("--rslora", "scale by alpha / sqrt(r), not by alpha / r"),
-    ("--dora", "train a magnitude for each output (DoRA)"),
-    ("--lora-bias", "give B a bias"),
+    ("--targets", _names, "NAME,NAME,...", "modules to adapt (default: all-linear)"),
+    (
+        *("--modules-to-save", _names, "NAME,NAME,..."),
+        "modules that each adapter trains a whole copy of",
+    ),
+    ("--rslora", bool, "", "scale by alpha / sqrt(r), not by alpha / r"),
+    ("--dora", bool, "", "train a magnitude for each output (DoRA)"),
+    ("--lora-bias", bool, "", "give B a bias"),
+    ("--bias", BIAS_MODES, "", "biases of the base model that train (default: none)"),
+    (
+        *("--init", tuple(_INITS), ""),
+        "factors at first: A uniform and B zero, A normal and B zero, or both random "
+        "(default: true)",
+    ),
+    ("--schedule", SCHEDULES, "", "of the rate (default: linear)"),
 )
 _NOT_SETTINGS = ("config", "data", "eval_data", "resume", "dry_run", "quiet")
 _RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
-# What --init takes -> init_lora_weights.
-_INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,32 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-data", action="append", metavar="NAME=FILE", help="to measure its loss on"
     )
-    for flag, kind, metavar, text in _RUN_FLAGS:
-        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: auto)")
-    for flag, text in (
-        ("--chat", "wrap prompts in the tokenizer's chat template"),
-        ("--gradient-checkpointing", "trade time for memory"),
-        ("--cpu", "don't use an accelerator"),
-    ):
-        parser.add_argument(flag, action="store_const", const=True, help=text)
     group = parser.add_argument_group("every adapter's, over the config file's")
-    for flag, kind, metavar, text in _ADAPTER_FLAGS:
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
-    for flag, text in _NAMES_FLAGS:
-        group.add_argument(flag, type=_names, metavar="NAME,NAME,...", help=text)
-    for flag, text in _SWITCH_FLAGS:
-        group.add_argument(flag, action="store_const", const=True, help=text)
-    group.add_argument(
-        "--bias", choices=BIAS_MODES, help="biases of the base model that train (default: none)"
-    )
-    group.add_argument(
-        "--init",
-        choices=tuple(_INITS),
-        help="factors at first: A uniform and B zero, A normal and B zero, or both random "
-        "(default: true)",
-    )
-    group.add_argument("--schedule", choices=SCHEDULES, help="of the rate (default: linear)")
+    for where, flags in ((parser, _RUN_FLAGS), (group, _ADAPTER_FLAGS)):
+        for flag, kind, metavar, text in flags:
+            if kind is bool:
+                where.add_argument(flag, action="store_const", const=True, help=text)
+            elif isinstance(kind, tuple):
+                where.add_argument(flag, choices=kind, help=text)
+            else:
+                where.add_argument(flag, type=kind, metavar=metavar, help=text)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
         "--dry-run",
@@ -163,10 +162,6 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
             files.setdefault(name, []).append(path)
         flags[key] = files
     return flags
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
 
 
 def summary(result: TrainResult) -> str:

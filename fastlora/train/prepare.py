@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
-from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.recommend import Recommendation
 from fastlora.model.targets import check_every_target
 from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
@@ -133,12 +133,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def check_adapters(settings: TrainSettings) -> None:
-    """Tries all adapters on the base model without weights; raises what `add_adapters` does."""
-    base = empty_base(settings)
-    add_adapters(base, settings, recommend(base))
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:

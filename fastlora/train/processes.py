@@ -109,9 +109,7 @@ class RunProcesses:
     """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
 
     Every process has the whole model, and all of them hold the same adapters and optimizer states.
-
-    Args:
-        cpu: Don't use an accelerator.
+    ``cpu`` says not to use an accelerator.
 
     Attributes:
         count: How many there are.
@@ -155,10 +153,8 @@ class RunProcesses:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums gradients over all processes, in one transfer for each dtype.
 
-        A parameter that has no gradient in any of them has none behind it either.
-
-        Args:
-            parameters: The same in all processes, each once.
+        All of them name the same parameters, each once. One that has no gradient in any of them has
+        none behind it either.
         """
         if self.count == 1:
             return
@@ -170,9 +166,8 @@ class RunProcesses:
             flat = torch.cat([flags, *(part.reshape(-1) for part in parts)])
             summed = self._accelerator.reduce(flat, "sum")
             pieces = summed[len(own) :].split([p.numel() for p in own])
-            for parameter, count, piece in zip(
-                own, summed[: len(own)].tolist(), pieces, strict=True
-            ):
+            counts = summed[: len(own)].tolist()
+            for parameter, count, piece in zip(own, counts, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter) if count else None
 
     def in_main(self, work: Callable[[], None]) -> None:

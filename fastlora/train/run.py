@@ -94,7 +94,9 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         CheckpointError: A checkpoint cannot be written; the older ones are as they were.
     """
     found = prepare.check_folders(settings, resume=resume)
-    prepare.check_adapters(settings)
+    # All adapters are tried on the base model without weights, before data or weights are read.
+    empty = prepare.empty_base(settings)
+    prepare.add_adapters(empty, settings, recommend(empty))
     run = Run(settings, found, progress)
     try:
         return run.train()

@@ -128,8 +128,6 @@ class Solo:
         for parameter in self.parameters:
             parameter.grad = None
 
-    # ---------------------------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Returns what `load_state_dict` needs, and the kind that it must be of."""
         return {
