@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,11 +157,9 @@ class LoraModel(nn.Module):
         """See `LoraTuner.delete_adapter`."""
         self.base_model.delete_adapter(adapter_name)
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the model is its base model."""
-        with self.base_model.disable_adapter():
-            yield
+        return self.base_model.disable_adapter()
 
     @classmethod
     def from_pretrained(
