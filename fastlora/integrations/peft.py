@@ -31,6 +31,7 @@ from fastlora.layers.dora import (
 from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
+from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.ops.invariant import refuse_in_mode
@@ -41,9 +42,10 @@ from fastlora.routing.in_force import check_batch, routing_of
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 
-class _FastForward(HasScalings):
+class _FastForward(ForgetsWithMode, HasScalings):
     """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
     Comes before a LoRA layer class of PEFT's among the bases.
@@ -57,6 +59,7 @@ class _FastForward(HasScalings):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""
+        marks.before_forward()
         mixed = kwargs.get("adapter_names") is not None  # routed by PEFT
         routed = None if mixed else routing_of(self)
         if routed is not None and not self.disable_adapters:
@@ -66,8 +69,6 @@ class _FastForward(HasScalings):
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
-        if self.training and self.routed_by is not None:
-            self.routed_by.packs.before_training()
         base, dora = self.base_layer, uses_dora(self, names)
         if not args and not kwargs and not why_not_plain(base):
             forward = dora_forward if dora else lora_forward

@@ -33,7 +33,6 @@ from fastlora.layers.dora_norms import (
     adapter_squares,
     base_squares,
     cached_squares,
-    forget_adapter,
     magnitude_of,
     source_of,
 )
@@ -153,7 +152,6 @@ def _fused(
     # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
     trains = torch.is_grad_enabled() or layer.training
     if trains and eager and not branch.dropout_p and runs_as_one(x, weight, bias, branch.lora_a):
-        forget_adapter(layer, name)
         squares = base_squares(layer, weight)
         factors, scalings = (
             (branch.lora_a, branch.lora_b),
@@ -223,7 +221,6 @@ def _dropped(
     seed, norm_scaling = ops.draw_seed(x, impl) if seed is None else seed, None
     # Without gradients too: a checkpoint's first forward has none, and its repetition's bits.
     if type(layer) is not OwnShare and joins(x, weight, branch.lora_a, seed, impl):
-        forget_adapter(layer, name)
         magnitude = magnitude_of(layer, name)
         squares = base_squares(layer, weight)
         norm_scaling = scaling_of(layer, name)

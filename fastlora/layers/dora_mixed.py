@@ -115,9 +115,10 @@ def _table(
     """
     sources = [_source(layer, routing, slot) for slot in slots]
     key = (layer.routed_as, slots)
-    stamps = [stamp_of(tensor) for source in sources for tensor in source]
     # A share's tensors are made for one forward: their stamps tell nothing.
-    keeps = may_keep(like.device) and None not in stamps and type(layer) is not OwnShare
+    keeps = may_keep(like.device) and type(layer) is not OwnShare
+    stamps = [stamp_of(tensor) for source in sources for tensor in source] if keeps else []
+    keeps = keeps and None not in stamps
     kept = routing.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
@@ -128,7 +129,7 @@ def _table(
     rows[list(slots)] = torch.arange(len(slots))
     made = table, rows.to(like.device)
     if keeps:
-        routing.dora[key] = stamps, made
+        routing.dora[key] = stamps, made, sources  # alive: no other tensors take their addresses
     return made
 
 

@@ -118,7 +118,6 @@ def _mixed_forward(
     shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         mixed_siblings.note_apart(layer, given)
-        routing.group.packs.clear()  # an optimizer may be about to write into the factors
         y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
     else:
         y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
@@ -201,7 +200,6 @@ def _mixed_added_forward(
     if not shares:
         return with_absent(layer, y, routing, rows, own=False)
     if wants_grad:
-        routing.group.packs.clear()
         y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
     else:
         y = mixed.forward_add(y, x, rows, shares, factors)[0]
@@ -247,7 +245,7 @@ def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | N
         invariant_impl(impl, "auto", x)
     elif ops.resolve_impl(impl, x) != "triton":
         return None
-    kernels = mixed_kernels.kernel_routing(routing)
+    kernels = mixed_kernels.kernel_routing(routing, x)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
     return kernels if kernels is not None and kernels.device == x.device else None
 

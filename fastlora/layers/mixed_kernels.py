@@ -16,7 +16,7 @@ from fastlora.layers.compute import plain_weight
 from fastlora.layers.watch import Watch
 from fastlora.ops import mixed_ops
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.routing.routing import KernelRouting, Routing
+from fastlora.routing.routing import KernelRouting, Routing, is_captured
 from fastlora.routing.siblings import share, shared
 
 
@@ -56,8 +56,8 @@ def row_of(layer: Any, number: int, tables: Any) -> int | None:
     return row
 
 
-def kernel_routing(routing: Routing) -> KernelRouting | None:
-    """Returns a routing as kernels read it; None where a factor is not a bare tensor."""
+def kernel_routing(routing: Routing, x: torch.Tensor) -> KernelRouting | None:
+    """Returns a routing as kernels read it for x; None where a factor is not a bare tensor."""
     if routing.residents is not None:
         return routing.kernels[0]
     # Of so many layers: a later block finds those that the model has got since.
@@ -66,6 +66,8 @@ def kernel_routing(routing: Routing) -> KernelRouting | None:
         sets.tables = _model_tables(routing, sets.watch)
     if sets.tables == "none":
         return None
+    if is_captured(x):
+        routing.group.packs.pin(sets)
     if not routing.kernels or routing.kernels[-1].tables is not sets.tables:
         tables: ModelTables = sets.tables
         routing.kernels.append(KernelRouting(routing.ids, tables, tables.max_rank, tables.dtype))

@@ -16,8 +16,9 @@ from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.torch import packed, packed_forward
 from fastlora.ops.torch.packed import Factors, LayerPack, SetPack
 from fastlora.ops.torch.packed_choice import kind_of
-from fastlora.routing.routing import Routing, RowRouting
+from fastlora.routing.routing import Routing, RowRouting, is_captured
 from fastlora.routing.siblings import share, shared
+from fastlora.weight_marks import Mark, marks
 
 
 class Ready(NamedTuple):
@@ -29,7 +30,7 @@ class Ready(NamedTuple):
         rows: The rows that the plan is for.
         dtype, device: Of x.
         impl: The layer's.
-        generation: The packs', once factors may have changed another.
+        mark: The set's.
     """
 
     pack: LayerPack
@@ -38,7 +39,7 @@ class Ready(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     impl: str
-    generation: int
+    mark: Mark | None
 
     def serves(self, x: torch.Tensor, impl: str) -> bool:
         """Whether it was found for such an input."""
@@ -64,7 +65,7 @@ def run_again(
         or torch.is_grad_enabled()
         or not ready.serves(x, getattr(layer, "impl", "auto"))
         or weight.dtype is not ready.dtype
-        or ready.generation != routing.group.packs.generation
+        or (ready.mark is not marks.trained and ready.mark is not None)
         or layer.merged_adapters
         or x.numel() != ready.rows.slots.numel() * x.shape[-1]
         or is_batch_invariant()
@@ -88,6 +89,8 @@ def find_packed(
     sets = routing.set_of(rows.key, Watch)
     impl = getattr(layer, "impl", "auto")
     ready = sets.ready_for(rows)
+    if is_captured(x):
+        group.packs.pin(sets, ready)
     known: Ready | None = ready.get(number)
     if known is not None and known.serves(x, impl):
         routing.ready.update(ready)  # for all layers: the next ones need not come here
@@ -101,7 +104,7 @@ def find_packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
     if plan is None:
         return None
-    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.mark)
     routing.ready[number] = ready[number] = found
     return pack, plan, _shrunk(x, number, rows, pack, plan)
 

@@ -127,7 +127,6 @@ def linear(
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     batch, factors = _batch(x, routing, projection, parts, plan, s)
     if _wants_grad(x, weight, bias, *factors):
-        routing.group.packs.clear()  # an optimizer may be about to write into the factors
         return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
     return mixed_autograd.forward_linear(x, weight, bias, batch, factors)[0]
 
@@ -145,7 +144,6 @@ def add(
         return y
     batch, factors = _batch(x, routing, projection, parts, "auto", s)
     if _wants_grad(y, x, *factors):
-        routing.group.packs.clear()
         return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
     return mixed_autograd.forward_add(y, x, batch, factors)[0]
 

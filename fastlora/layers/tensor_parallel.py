@@ -40,6 +40,7 @@ from fastlora.routing.in_force import routing_of
 from fastlora.routing.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
@@ -169,6 +170,7 @@ class TensorParallelLora(TensorParallelDora):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps x to y as the base layer does, in the layouts that its parallel style has."""
         refuse_in_mode(self, NOT_OUR_GEMM)
+        marks.before_forward()
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
         # There a DTensor's sums are sent before the hook sees a share of them.
@@ -248,7 +250,6 @@ class TensorParallelLora(TensorParallelDora):
             t is not None and t.requires_grad for t in (y, x, *factors)
         )
         if shares and wanted:
-            routing.group.packs.clear()
             y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
         elif shares:
             y = mixed.forward_add(y, x, rows, shares, tuple(factors))[0]  # type: ignore[arg-type]

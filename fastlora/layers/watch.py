@@ -1,7 +1,7 @@
 """Whether adapters' factors are still what they were when they were packed.
 
-Checked once when a block begins: within it, packed factors are dropped by any forward that records
-gradients. What this cannot see are writes through ``.data``, which move no version.
+Checked once when a block begins. What this cannot see are writes that move no version: for these
+there are marks (`fastlora.weight_marks`), which are checked within a block too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Watch:
         present = [name for name in names if name in downs]
         # Modules and numbers compare by identity and by value; tensors do not, and have a list.
         for table in (downs, ups, dropouts, layer.scaling):
-            if len(table) <= _MOST_OTHERS * len(present):
+            # A scaling may be a tensor, which is itself whatever was written into it.
+            told = not any(isinstance(value, torch.Tensor) for value in table.values())
+            if told and len(table) <= _MOST_OTHERS * len(present):
                 self._tables.append(table)
                 self._copies.append(dict(table))
             else:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from fastlora.ops.graph_routing import PoolGraphRouting
-from fastlora.routing.block import is_captured
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
-from fastlora.routing.routing import KernelRouting, Routing, draw_seeds
+from fastlora.routing.routing import KernelRouting, Routing, draw_seeds, is_captured
 from fastlora.validation import AdapterStateError
 
 

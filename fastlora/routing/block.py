@@ -15,7 +15,7 @@ from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Group, Routing, draw_seeds
+from fastlora.routing.routing import Group, Routing, draw_seeds, is_captured
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
 
@@ -40,7 +40,9 @@ def adapters(
     pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
     `AdapterPool.lease` on them meanwhile, taken after the last change of base weights where they
     use DoRA. Slots out of range give NaN rows there and no error; so do adapters with DoRA that
-    nobody has leased yet, and all of them where the capture came before the pool's first.
+    nobody has leased yet, and all of them where the capture came before the pool's first. Over
+    other models a replay finds the adapters as they were at the capture, and what it reads of them
+    stays in memory until `fastlora.refresh`: capture again where they have changed.
 
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
@@ -76,11 +78,6 @@ def adapters(
             yield
         if routing.ids.is_cuda and not torch.cuda.is_current_stream_capturing():
             routing.check_ids()
-
-
-def is_captured(ids: torch.Tensor) -> bool:
-    """Whether ids are read by a CUDA graph that is being captured in this thread."""
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def parameters_routing(

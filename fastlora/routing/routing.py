@@ -229,10 +229,10 @@ class Routing:
     def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
         """Returns what the model keeps of a set of adapters.
 
-        Whether factors changed is asked once for each block and whenever the set was dropped.
+        Whether factors changed is asked once for each block and whenever they may have.
         """
         known = self._sets.get(key)
-        if known is None or known.generation != self.group.packs.generation:
+        if known is None or not known.may_hold:
             watch = make_watch if self.residents is None else None
             known = self._sets[key] = self.group.packs.get(key, watch)
         return known
@@ -252,6 +252,11 @@ class Routing:
             return self.names[slot]
         resident = self.residents[slot]
         return resident.name, resident.version
+
+
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Batches:

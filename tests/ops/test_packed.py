@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -477,3 +479,34 @@ def test_only_the_last_sets_stay() -> None:
         steps(model, x, [f"a{i}", f"a{(i + 1) % 6}"])
         sizes.append(packed_bytes(model))
     assert max(sizes) <= 2 * max(sizes[0], sizes[1])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
+    """Packs, and how to multiply with them, are where a replay looks for them until `refresh`."""
+    x, names = torch.randn(2, 48), ["a0", "a1"]
+    model = build([8] * 6)
+    steps(model, x, names)
+    with mock.patch.object(mixed_packed, "is_captured", lambda _: captured):
+        steps(model, x, names, count=1)
+    (kept,) = model.base_model.group.packs._sets.values()
+    (ready,) = kept._ready.values()
+    read = [weakref.ref(t) for found in ready.values() for t in found.pack if is_tensor(t)]
+    read += [weakref.ref(t) for found in ready.values() for t in found.plan if is_tensor(t)]
+    assert len(read) > len(ready)
+    del kept, ready
+    for i in range(6):
+        steps(model, x, [f"a{i}", f"a{(i + 2) % 6}"])
+    for rows in range(3, 14):  # batches of the same set
+        steps(model, torch.randn(rows, 48), ["a0", "a1"] + ["a1"] * (rows - 2))
+    model.train().eval()
+    gc.collect()
+    assert {reference() is not None for reference in read} == {captured}
+    fastlora.refresh(model)
+    gc.collect()
+    assert {reference() is not None for reference in read} == {False}
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor."""
+    return isinstance(value, torch.Tensor)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
+from fastlora.weight_marks import marks
 
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
 # few rows and many may want them laid out otherwise.
@@ -131,19 +132,24 @@ class SetPack:
     Args:
         watch: Tells whether the factors are still those that were packed; None where they cannot
             change, as in a pool.
-        generation: The cache's when it was made. Once the cache has a later one, factors may have
-            changed.
 
     Attributes:
+        mark: With which they were packed; None where they cannot change.
         tables: What `fastlora.layers.mixed_kernels` keeps with the set.
     """
 
-    def __init__(self, watch: Any, generation: int) -> None:
-        self.watch, self.generation = watch, generation
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.mark = None if watch is None else marks.of_trained()
         self.tables: Any = None
         self._met: set[tuple[int, torch.dtype, Rows]] = set()
         self._packs: dict[tuple[int, torch.dtype, Rows], LayerPack | None] = {}
         self._ready: dict[Any, dict[int, Any]] = {}
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether the factors can still be those that were packed."""
+        return self.mark is None or self.mark is marks.trained
 
     def ready_for(self, rows: Any) -> dict[int, Any]:
         """Returns what `fastlora.layers.mixed_compute` found out about layers, by their numbers.
@@ -198,14 +204,10 @@ class SetPack:
 
 
 class PackCache:
-    """The sets that one model keeps packed: the last ones used.
-
-    Attributes:
-        generation: Counts the times that factors may have changed within a block.
-    """
+    """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
 
     def __init__(self) -> None:
-        self.generation = 0
+        self._captured: dict[int, Any] = {}
         self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
@@ -218,9 +220,8 @@ class PackCache:
         """
         with self._lock:
             known = self._sets.get(key)
-            if known is None or (known.watch is not None and not known.watch.unchanged()):
-                watch = None if make_watch is None else make_watch()
-                known = self._sets[key] = SetPack(watch, self.generation)
+            if known is None or not known.may_hold or not _is_unchanged(known.watch):
+                known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
             self._sets.move_to_end(key)
             while len(self._sets) > _MOST_SETS:
                 self._sets.popitem(last=False)
@@ -228,20 +229,27 @@ class PackCache:
 
     def clear(self) -> None:
         """Forgets all sets: their factors may be about to change, or have changed unseen."""
+        marks.end_trained()  # open blocks have sets too
         with self._lock:
-            self.generation += 1
             self._sets.clear()
 
-    def before_training(self) -> None:
-        """Forgets all sets if there are any: what trains may write in ways that move no version."""
-        if self._sets and not torch.compiler.is_compiling():
-            self.clear()
+    def pin(self, *kept: Any) -> None:
+        """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
+        self._captured.update((id(each), each) for each in kept)
+
+    def unpin(self) -> None:
+        """Forgets what CUDA graphs read, which are not to be replayed any more."""
+        self._captured.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all packs."""
         with self._lock:
             return sum(known.nbytes for known in self._sets.values())
+
+
+def _is_unchanged(watch: Any) -> bool:
+    return watch is None or watch.unchanged()
 
 
 def pack_layers(
