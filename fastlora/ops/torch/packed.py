@@ -294,7 +294,7 @@ def _pack_siblings(
     """`pack_layers` for layers of one layout."""
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
-    dense, many = is_dense(layout.unit, layout.units, dtype, kind), len(layers)
+    dense, many = is_dense(layout.unit, layout.units, dtype), len(layers)
     if dense:
         lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
         parts = lora_a.permute(1, 2, 3, 0).unbind(0)
@@ -333,7 +333,7 @@ def _is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
     layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()
     if layout is not pack.layout:
         return False
-    if is_dense(layout.unit, layout.units, dtype, kind):
+    if is_dense(layout.unit, layout.units, dtype):
         return dims == 2
     return dims == (3 if is_k_first(dtype, kind) else 4)
 
