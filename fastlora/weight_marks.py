@@ -14,6 +14,7 @@ steps holds one of them. All marks are the process's.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -37,7 +38,8 @@ class Marks:
 
     def __init__(self) -> None:
         self.trained, self.frozen = Mark(), Mark()
-        self._watched: set[int] = set()  # ids of frozen weights that something is kept of
+        # Frozen weights that something is kept of, by id: tensors do not compare as keys must.
+        self._watched: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
         self._hooked = False
 
     def of_trained(self) -> Mark:
@@ -52,7 +54,7 @@ class Marks:
         trained = self.of_trained()
         if weight.requires_grad:
             return trained
-        self._watched.add(id(weight))
+        self._watched[id(weight)] = weight
         return self.frozen
 
     def end_trained(self) -> None:
@@ -73,7 +75,11 @@ class Marks:
 
     def _holds_watched(self, optimizer: torch.optim.Optimizer) -> bool:
         groups = optimizer.param_groups
-        return any(id(weight) in self._watched for group in groups for weight in group["params"])
+        return any(
+            self._watched.get(id(weight)) is weight
+            for group in groups
+            for weight in group["params"]
+        )
 
 
 marks = Marks()

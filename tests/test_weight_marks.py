@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TwoLayers, randomise
-
 import fastlora
 from fastlora import adapters
 from fastlora.weight_marks import marks
+from tests.support.tiny import TwoLayers, randomise
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
