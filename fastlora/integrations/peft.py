@@ -21,7 +21,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
+from fastlora.layers.compute import lora_added_forward, lora_forward
 from fastlora.layers.dora import (
     dora_added_forward,
     dora_forward,
@@ -29,6 +29,7 @@ from fastlora.layers.dora import (
     why_dora_not_fused,
 )
 from fastlora.layers.dora_norms import forget_norms
+from fastlora.layers.factors import Parameters, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.mode import ForgetsWithMode
@@ -54,6 +55,8 @@ class _FastForward(ForgetsWithMode, HasScalings):
     # Set once the model is in a mixed batch; see `routed_model`.
     routed_by: Group | None = None
     routed_as = 0
+    table_row = 0
+    impl = "auto"
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 
@@ -216,7 +219,8 @@ class FastPeftLoraModel(PeftLoraModel):
                 yield
             return
         slots = named_ids(tuple(self.peft_config), list(names or ()))
-        with routing_in_force(Routing(routed.group, *slots, (0,) * len(slots[0]), routed.routed)):
+        seeds, source = (0,) * len(slots[0]), Parameters(slots[0])
+        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed)):
             check_batch(routed.group, args, kwargs)
             yield
 
@@ -259,7 +263,7 @@ class RoutedPeftModel(NamedTuple):
     ) -> Routing:
         """Returns the routing of a `fastlora.adapters` block."""
         known = tuple(self.peft_config)
-        return parameters_routing(self.group, self.routed, known, ids, seeds, validate)
+        return parameters_routing(self.group, self.routed, known, Parameters, ids, seeds, validate)
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:

@@ -59,6 +59,7 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.impl = "auto"
+        self.table_row = 0
         self._active_adapters: list[str] = []
         self._disabled = False
         # The model's group of layers, and this one's number, once it is in a model.

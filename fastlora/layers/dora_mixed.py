@@ -16,7 +16,6 @@ import torch
 from fastlora.autograd.dora import DoraScale, scale_of, times
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers import mixed_training
-from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import records_gradients
 from fastlora.layers.dora_norms import (
@@ -27,6 +26,7 @@ from fastlora.layers.dora_norms import (
 )
 from fastlora.layers.own_share import OwnShare
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.routing.routing import Routing, RowRouting, Segment, layer_seed
 
 
@@ -153,7 +153,7 @@ def scale_segments(
     routing: Routing,
     rows: RowRouting,
     slots: DoraSlots,
-    branches: dict[int, Branch],
+    branches: dict[int, Factors],
     projection: int,
 ) -> torch.Tensor:
     """`scale_rows` where gradients may be recorded or dropout acts.
@@ -218,7 +218,7 @@ def _dropped(
     x: torch.Tensor,
     routing: Routing,
     segments: list[Segment],
-    branches: dict[int, Branch],
+    branches: dict[int, Factors],
     projection: int,
 ) -> list[torch.Tensor]:
     weight = dense_weight(layer.get_base_layer())

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastlora.autograd.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
-from fastlora.layers.branch import scaling_of
 from fastlora.layers.dense import dense_weight
+from fastlora.layers.factors import scaling_of
 from fastlora.layers.own_share import OwnShare, local
 from fastlora.sharding import gathers_parameters
 from fastlora.weight_marks import Mark, marks

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.compute import lora_forward
 from fastlora.layers.dora import dora_forward, uses_dora, why_dora_not_fused
+from fastlora.layers.factors import why_not_fused
 from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
+from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward
 from fastlora.layers.dora import dora_added_forward, uses_dora
+from fastlora.layers.factors import why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.ops.invariant import refuse_in_mode

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from fastlora.routing.routers import Router, router_of
 from fastlora.routing.routing import Group, Routing, draw_seeds, is_captured
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
+
+if TYPE_CHECKING:
+    from fastlora.layers.factors import Source
 
 
 @contextlib.contextmanager
@@ -84,6 +87,7 @@ def parameters_routing(
     group: Group,
     layers: Sequence[Any],
     known: Sequence[str],
+    source: Callable[[Sequence[str]], Source],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
@@ -94,6 +98,7 @@ def parameters_routing(
         group: The model's.
         layers: Its routed layers.
         known: Names of its adapters; a slot is an index into them.
+        source: Makes the source of some of these.
         ids, seeds, validate: As in `adapters`.
 
     Raises:
@@ -120,4 +125,4 @@ def parameters_routing(
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     graph = graph_routing(known, names, slots, drawn)
-    return Routing(group, names, slots, drawn, layers, graph=graph)
+    return Routing(group, names, slots, drawn, source(names), layers, graph=graph)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
 from fastlora.weight_marks import marks
 
@@ -31,22 +32,6 @@ _MOST_READY = 8
 WIDEST_BLOCK = 64
 # From so many units on, their number may be rounded up.
 _ROUNDED_UNITS = 8
-
-
-class Factors(NamedTuple):
-    """One adapter on one layer.
-
-    Attributes:
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``, often a view of rank rows.
-        scaling: A number.
-        lora_bias: ``[N]``, not scaled; or None.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
-    lora_bias: torch.Tensor | None
 
 
 class Place(NamedTuple):
@@ -254,7 +239,7 @@ def _is_unchanged(watch: Any) -> bool:
 
 def pack_layers(
     numbers: Sequence[int],
-    layers: Sequence[Sequence[Factors | None]],
+    layers: Sequence[Slots],
     dtype: torch.dtype,
     kind: Rows,
 ) -> list[LayerPack | None]:
@@ -262,7 +247,7 @@ def pack_layers(
 
     Args:
         numbers: The layers' numbers.
-        layers: For each layer the factors of each adapter of the set, None where it has none.
+        layers: The adapters of the set on each layer.
         dtype: Of x, which factors are rounded to.
         kind: Of batch that they are for.
 
@@ -271,13 +256,13 @@ def pack_layers(
         that serves several adapters would carry a NaN from one to the others.
     """
     by_layout: dict[Layout | None, list[int]] = {}
-    for index, factors in enumerate(layers):
-        by_layout.setdefault(_layout(factors, dtype, kind), []).append(index)
+    for index, slots in enumerate(layers):
+        by_layout.setdefault(_layout(slots.own, dtype, kind), []).append(index)
     packs: list[LayerPack | None] = [None] * len(layers)
     for layout, indices in by_layout.items():
         if layout is not None:
             members = tuple(numbers[index] for index in indices)
-            own = [layers[index] for index in indices]
+            own = [layers[index].own for index in indices]
             found = _pack_siblings(layout, members, own, dtype, kind)
             for index, pack in zip(indices, found, strict=True):
                 packs[index] = pack
