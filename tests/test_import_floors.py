@@ -208,7 +208,7 @@ def test_registered_operators() -> None:
 
 
 def test_autograd_functions() -> None:
-    """Subclasses of `torch.autograd.Function` that the package defines; torch's own, wrapped, is none."""
+    """The package's own subclasses of `torch.autograd.Function`."""
     import_everything()
     found, waiting = set[str](), [torch.autograd.Function]
     while waiting:
