@@ -1,38 +1,52 @@
 """Fused low-rank adaptation for PyTorch: layers, whole models, and PEFT models and files."""
 
+import sys as _sys
+from importlib import util as _util
+from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 
-# In a source checkout the kernels lie beside this package, in `kernels/` (setup.py says why).
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "kernels" / "lora_linear.py").is_file():
-    __path__.append(str(_checkout))
-
-import fastlora.integrations.transformers  # noqa: E402, F401 - what LoraModel is on their models
-from fastlora import functional  # noqa: E402  # the path above comes first
-from fastlora.integrations.patch import patch, unpatch  # noqa: E402
-from fastlora.integrations.report import FusionReport, fusion_report  # noqa: E402
-from fastlora.layers import FastLoraLinear  # noqa: E402
-from fastlora.model import LoraModel, get_peft_model  # noqa: E402
-from fastlora.model.config import LoraConfig, TaskType  # noqa: E402
-from fastlora.model.estimate import Estimate, estimate  # noqa: E402
-from fastlora.model.recommend import Recommendation, recommend  # noqa: E402
-from fastlora.ops.invariant import batch_invariant  # noqa: E402
-from fastlora.pool import AdapterPool  # noqa: E402
-from fastlora.routing.block import adapters  # noqa: E402
-from fastlora.routing.refresh import refresh  # noqa: E402
-from fastlora.train import (  # noqa: E402
+import fastlora.integrations.transformers  # noqa: F401 - what LoraModel is on their models
+from fastlora import functional
+from fastlora.integrations.patch import patch, unpatch
+from fastlora.integrations.report import FusionReport, fusion_report
+from fastlora.layers import FastLoraLinear
+from fastlora.model import LoraModel, get_peft_model
+from fastlora.model.config import LoraConfig, TaskType
+from fastlora.model.estimate import Estimate, estimate
+from fastlora.model.recommend import Recommendation, recommend
+from fastlora.ops.invariant import batch_invariant
+from fastlora.pool import AdapterPool
+from fastlora.routing.block import adapters
+from fastlora.routing.refresh import refresh
+from fastlora.train import (
     AdapterOptimizers,
     adapter_losses,
     adapter_parameters,
     causal_lm_losses,
     train_adapters,
 )
-from fastlora.validation import FastLoraError  # noqa: E402
+from fastlora.validation import FastLoraError
 
 # PEFT's name for it, so that a snippet needs only its import changed.
 PeftModel = LoraModel
 
 __version__ = "0.1.0"
+
+
+def _register_kernels() -> None:
+    """Makes a source checkout's folder `kernels/`, which lies beside this one, `fastlora.kernels`.
+
+    An installed package holds them in its own folder, where Python finds them. See `setup.py` for
+    why the folder is a namespace, which no other file of the checkout may join.
+    """
+    checkout = _Path(__file__).resolve().parent.parent
+    if (checkout / "kernels" / "lora_linear.py").is_file():
+        spec = _ModuleSpec("fastlora.kernels", None, is_package=True)
+        spec.submodule_search_locations = [str(checkout / "kernels")]
+        globals()["kernels"] = _sys.modules[spec.name] = _util.module_from_spec(spec)
+
+
+_register_kernels()
 
 __all__ = [
     "AdapterOptimizers",

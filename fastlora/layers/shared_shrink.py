@@ -19,6 +19,7 @@ import torch
 from fastlora import functional
 from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.ops import schema as ops
+from fastlora.ops.backend import constant_when_compiled
 from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.siblings import Family, family_of, keep_shares, known_family, take_share
@@ -99,13 +100,13 @@ def _shared_in_graph(
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def knows_siblings(self: Any) -> bool:
     """Whether a forward has shown a layer's siblings; no reason to compile again once one has."""
     return known_family(self) is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def note_compiled(self: Any, why: str) -> None:
     """Keeps why a layer shares nothing in the graph that is being compiled, empty if it does."""
     self.__dict__["_compiled_alone"] = why

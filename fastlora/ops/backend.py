@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +20,18 @@ IMPLEMENTATIONS = ("auto", "triton", "eager")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = env.triton_interpreted()
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Has `torch.compile` call the function while it traces, and keep the result as a constant.
+
+    This is `torch.compiler.assume_constant_result` without its import of the compiler, which takes
+    longer than that of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache
@@ -32,7 +46,7 @@ def _gpu_status(index: int) -> tuple[bool, str]:
     return True, f"{properties.name} ({chip.arch})"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
     """Returns whether the Triton kernels can run on a device, and why or why not.
 

@@ -76,6 +76,23 @@ def test_wheel_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
     assert Path(kernel) == installed / "fastlora" / "kernels" / "lora_linear.py"
 
 
+def test_wheel_is_one_package(installed: Path, tmp_path: Path) -> None:
+    """Its path is its own folder, a walk through it ends, and strangers beside it are not of it."""
+    for name in ("kernels", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    shutil.copytree(installed / "fastlora", tmp_path / "fastlora")
+    code = """
+import importlib.util, pkgutil, fastlora, fastlora.kernels.lora_linear
+names = [module.name for module in pkgutil.walk_packages(fastlora.__path__, "fastlora.")]
+assert len(names) == len(set(names)) and "fastlora.layers.linear" in names
+assert importlib.util.find_spec("fastlora.tests") is None
+print(*fastlora.__path__, *fastlora.kernels.__path__, sep="\\n")
+"""
+    printed = python(code, tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    assert printed == [str(tmp_path / "fastlora"), str(tmp_path / "fastlora" / "kernels")]
+
+
 def test_checkout_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
     """In the repository root ./fastlora comes first, and finds the kernels beside it."""
     _, kernel = python(IMPORT_KERNELS, ROOT, PYTHONPATH=str(installed)).split()

@@ -1,0 +1,120 @@
+"""`import fastlora`: what it takes, what it leaves out, and which names the package has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastlora.ops.backend import constant_when_compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_RATIO = 1.4
+RUNS = 5
+
+
+def python(code: str, cwd: Path, **env: str) -> str:
+    """Runs code in a new interpreter, which may keep bytecode, and returns what it prints."""
+    environment = {**os.environ, **env}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_import_takes_little_longer_than_that_of_torch(tmp_path: Path) -> None:
+    """Processor time of both, in the same processes: other programs' work does not count."""
+    code = """
+import time
+start = time.process_time()
+import torch
+between = time.process_time()
+import fastlora
+print(between - start, time.process_time() - start)
+"""
+    runs = [python(code, tmp_path, PYTHONPATH=str(ROOT)).split() for _ in range(RUNS)]
+    alone, both = (min(map(float, times)) for times in zip(*runs, strict=True))
+    assert both <= MAX_RATIO * alone, f"{both:.2f} s, {both / alone:.2f} of torch's {alone:.2f} s"
+
+
+def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:
+    """The compiler comes with the first `torch.compile`, other libraries with their models."""
+    code = """
+import sys, fastlora
+heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib")
+own = ("fastlora.kernels.", "fastlora.integrations.")
+print([name for name in sys.modules if name.startswith(own) or name in heavy])
+"""
+    assert python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]\n"
+
+
+def test_the_package_holds_its_own_folder_alone(tmp_path: Path) -> None:
+    """In a checkout neither tests nor setup.py are its modules, and a walk through it ends."""
+    code = """
+import importlib, pkgutil, fastlora
+names = [module.name for module in pkgutil.walk_packages(fastlora.__path__, "fastlora.")]
+assert len(names) == len(set(names)), names
+assert "fastlora.layers.linear" in names and "fastlora.kernels" not in names
+for name in ("tests", "setup", "examples", "fastlora"):
+    try:
+        importlib.import_module(f"fastlora.{name}")
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
+print(*fastlora.__path__, sep="|")
+"""
+    for cwd in (ROOT, tmp_path):
+        assert python(code, cwd, PYTHONPATH=str(ROOT)) == f"{ROOT / 'fastlora'}\n"
+
+
+def test_the_kernels_of_a_checkout_are_an_ordinary_package(tmp_path: Path) -> None:
+    """They are found by every form of an import, before and after one of their modules is."""
+    code = """
+import importlib, importlib.util, pkgutil, fastlora
+spec = importlib.util.find_spec("fastlora.kernels")
+assert list(spec.submodule_search_locations) == list(fastlora.kernels.__path__)
+assert importlib.import_module("fastlora.kernels") is fastlora.kernels
+from fastlora.kernels import philox
+assert fastlora.kernels.philox is philox is importlib.import_module("fastlora.kernels.philox")
+print(*(module.name for module in pkgutil.iter_modules(fastlora.kernels.__path__)))
+"""
+    printed = python(code, tmp_path, PYTHONPATH=str(ROOT))
+    assert printed.split() == sorted(path.stem for path in ROOT.glob("kernels/*.py"))
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    """The mark is private to torch; a torch that changes it fails here."""
+
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    assert constant_when_compiled(ours) is ours
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_a_constant_is_computed_while_tracing() -> None:
+    """Its body, which no graph can hold, runs once for two calls of the graph."""
+    calls: list[str] = []
+
+    @constant_when_compiled
+    def constant() -> int:
+        calls.append(os.urandom(4).hex())
+        return len(calls)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        return x + constant()
+
+    x = torch.zeros(2)
+    assert graph(x).tolist() == graph(x).tolist() == [1.0, 1.0]
+    assert len(calls) == 1
