@@ -1,8 +1,8 @@
-"""Package layout: the top-level folder ``kernels/`` installs as ``fastlora.kernels``.
+"""Package layout: top-level ``kernels/`` and ``bench/`` install as parts of ``fastlora``.
 
 ``kernels`` is also the name of a package of Hugging Face that transformers looks for, so the folder
 has no ``__init__.py``: started in the repository root, transformers sees a bare namespace, which it
-ignores. Everything else about the project stands in ``pyproject.toml``.
+ignores. ``bench`` has none either. Everything else about the project stands in ``pyproject.toml``.
 """
 
 from setuptools import setup
@@ -10,6 +10,7 @@ from setuptools import setup
 setup(
     packages=[
         "fastlora",
+        "fastlora.bench",
         "fastlora.autograd",
         "fastlora.model",
         "fastlora.ops",
@@ -21,6 +22,10 @@ setup(
         "fastlora.pool",
         "fastlora.train",
     ],
-    package_dir={"fastlora": "fastlora", "fastlora.kernels": "kernels"},
+    package_dir={
+        "fastlora": "fastlora",
+        "fastlora.bench": "bench",
+        "fastlora.kernels": "kernels",
+    },
     package_data={"fastlora": ["py.typed"]},
 )

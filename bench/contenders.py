@@ -16,9 +16,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from shapes import DECODE_MAX_ROWS, Point
 
 from fastlora import functional
+from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
 
 SCALING = 2.0  # alpha = 2 r, a common choice; large enough that a missing term is seen
 Results = tuple[torch.Tensor, ...]

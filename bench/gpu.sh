@@ -105,7 +105,7 @@ boxed() {
 install_checkout() {
     local source=$scratch/source site=$scratch/site file
     mkdir -p "$source"
-    for file in fastlora kernels setup.py pyproject.toml README.md LICENSE; do
+    for file in fastlora kernels bench setup.py pyproject.toml README.md LICENSE; do
         [[ ! -e $checkout/$file ]] || cp -R "$checkout/$file" "$source/"
     done
     # Into a folder, not an environment: a venv made from a venv does not see the packages of that.
@@ -154,7 +154,7 @@ measure() {
         ((attempt == 1 || seconds > 15)) || break
         ((seconds > 0)) || seconds=0
         boxed $((seconds + 60)) "$python" "$checkout/bench/$script" --tests "$verdict" \
-            --seconds "$seconds" ${resume:+--resume} "$@"
+            --checkout "$checkout" --seconds "$seconds" ${resume:+--resume} "$@"
         code=$?
         ((code != 0 && code != 3)) || break # it came to its end; 3: some numbers were wrong
         echo "the benchmark ended with code $code (attempt $attempt)"

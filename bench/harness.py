@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import Contender, Problem, Results
-from shapes import Point
 
 from fastlora import testing
+from fastlora.bench.contenders import Contender, Problem, Results
+from fastlora.bench.shapes import Point
 
 # fmt: off
 COLUMNS = (

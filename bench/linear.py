@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import YARDSTICK, Contender, Problem, contenders_for, truths
-from harness import (
+
+from fastlora.bench.contenders import YARDSTICK, Contender, Problem, contenders_for, truths
+from fastlora.bench.harness import (
     Checker,
     DeviceLostError,
     ResultFile,
@@ -29,10 +30,9 @@ from harness import (
     is_lost,
     time_contenders,
 )
-from machine import describe, measure_roofs
-from shapes import Point, Roofs, all_points, floor_us, tiny_points
+from fastlora.bench.machine import ROOT, describe, measure_roofs
+from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 WRONG = 3  # exit code: it came to its end, and a contender failed or gave wrong numbers
 START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go on
 LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
@@ -51,7 +51,7 @@ class Bench:
         self.device = torch.device(args.device)
         self.impl = args.impl
         self.dtype = getattr(torch, args.dtype)
-        common = describe(self.device, CHECKOUT) | {"tests": args.tests}
+        common = describe(self.device, args.checkout) | {"tests": args.tests}
         self.file = ResultFile(args.out, args.resume, common)
         resumed = bool(self.file.rows)
         self.roofs = self._roofs(resumed)
@@ -215,6 +215,7 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the CSV of a lost process"
     )
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose commit the rows carry")
     args = parser.parse_args()
 
     end = time.monotonic() + args.seconds

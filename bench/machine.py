@@ -1,4 +1,4 @@
-"""What a benchmark ran on: card, versions, commit, and what the card was measured to do."""
+"""What a benchmark ran on: machine, versions, commit, and what a card was measured to do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, time_plain
-from shapes import Roofs
+
+from fastlora.bench.harness import Timing, time_plain
+from fastlora.bench.shapes import Roofs
+
+# The checkout; where the package is installed, its own folder.
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(device: torch.device, checkout: Path) -> dict[str, Any]:
+def results_folder() -> Path:
+    """Returns the checkout's folder of results; of an installed package the working directory."""
+    folder = ROOT / "bench" / "results"
+    return folder if folder.is_dir() else Path()
+
+
+def describe(device: torch.device, checkout: Path = ROOT) -> dict[str, Any]:
     """Returns the columns that are the same in every row: card, versions, commit."""
     try:
         import triton
@@ -47,8 +57,19 @@ def _driver() -> str:
     return "unknown"
 
 
+def processor() -> str:
+    """Returns the processor's name, or "unknown"."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else "unknown"
+    return "unknown"
+
+
 def commit(checkout: Path) -> str:
     """Returns the commit, or a digest of the sources where they differ from one or have none."""
+    if not (checkout / "fastlora").is_dir():
+        return f"source-{_digest(checkout)}"  # a repository around it would not be ours
     git = ["git", "-c", "safe.directory=*", "-C", str(checkout)]
     with suppress(OSError, subprocess.SubprocessError):
         head, changes = (
@@ -66,8 +87,9 @@ def commit(checkout: Path) -> str:
 
 def _digest(checkout: Path) -> str:
     digest = hashlib.sha256()
-    for folder in ("fastlora", "kernels", "bench"):
-        for path in sorted((checkout / folder).rglob("*.py")):
+    folders = [checkout / name for name in ("fastlora", "kernels", "bench")]
+    for folder in folders if folders[0].is_dir() else [checkout]:
+        for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(checkout)}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -10,36 +10,24 @@ only after its outputs have been compared with float64.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
-from mixed_strategies import STRATEGIES, by_hand
 
 import fastlora
-from fastlora import measure, smollm2
-from fastlora.mixed_bench import counts
-from fastlora.mixed_contest import (
-    BASE,
-    IN_TURN,
-    OURS,
-    PEFT,
-    Check,
-    Contest,
-    interleaved_seconds,
-    last_output,
-    median_ratio,
-    quiet_transformers,
-)
+from fastlora import smollm2
+from fastlora.bench.cpu_run import DTYPES, csv_rows
+from fastlora.bench.machine import results_folder
+from fastlora.bench.measure import median_ratio
+from fastlora.bench.mixed_bench import counts
+from fastlora.bench.mixed_contest import BASE, IN_TURN, OURS, PEFT, Contest, last_output
+from fastlora.bench.mixed_report import columns
+from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = {"decode": 1, "prefill": 16}
 SEQUENCES, RANK = 64, 16
 # One block around all forwards: what a decode loop does, where `OURS` enters one for each.
@@ -54,14 +42,10 @@ def main() -> int:
     parser.add_argument("--phases", default="decode,prefill")
     parser.add_argument("--adapters", type=counts, default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=9, help="of decode; prefill has a third")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/mixed_cpu.csv")
+    parser.add_argument("--out", type=Path, default=results_folder() / "mixed_cpu.csv")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.device("cpu")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file, measure.torch_threads(1), quiet_transformers():
-        machine = describe(device, ROOT) | {"cpu": processor(), "threads": 1}
-        writer = None
+    with csv_rows(args.out) as write:
         for dtype in args.dtypes.split(","):
             base = smollm2.load_model(smollm2.model_dir(), DTYPES[dtype])
             contest = Contest(base, max(args.adapters), RANK)
@@ -70,13 +54,7 @@ def main() -> int:
                 for adapters in args.adapters:
                     rows = measured(contest, PHASES[phase], adapters, rounds)
                     for row in rows:
-                        facts = {"dtype": dtype, "phase": phase, "adapters": adapters}
-                        full = machine | facts | row
-                        if writer is None:
-                            writer = csv.DictWriter(file, list(full))
-                            writer.writeheader()
-                        writer.writerow(full)
-                    file.flush()
+                        write({"dtype": dtype, "phase": phase} | row)
                     show(dtype, phase, adapters, rows)
     return 0
 
@@ -92,38 +70,28 @@ def measured(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[
         sides[name] = by_hand(contest, strategy, mix, ids)
         if name != "gathered_bmm":  # no row moves there anyway
             sides[name + SORTED] = by_hand(contest, strategy, mix, ids, sorted_before=True)
-    with ExitStack() as stack:
-        stack.enter_context(fastlora.adapters(contest.ours, mix))
-        checks = contest.check(sides, mix, ids)
-        times = interleaved_seconds(sides, rounds, device=ids.device)
+    with fastlora.adapters(contest.ours, mix):
+        rows, times = contest.measure(sides, mix, ids, rounds)
     best = min(STRATEGIES, key=lambda name: statistics.median(times[name]))
-    rows = []
-    for side, seconds in times.items():
-        check = checks.get(side, Check(0.0, 0.0))
-        rows.append(
-            {
-                "sequences": SEQUENCES,
-                "tokens": tokens,
-                "rank": RANK,
-                "side": side,
-                "median_ms": f"{statistics.median(seconds) * 1e3:.2f}",
-                "ratio_to_base": f"{median_ratio(times, side, BASE):.4f}",
-                "ratio_to_peft": f"{median_ratio(times, side, PEFT):.4f}",
-                "ratio_to_best_by_hand": f"{median_ratio(times, side, best):.4f}",
-                "best_by_hand": best,
-                "rounds": rounds,
-                "error": f"{check.error:.3e}",
-                "budget": f"{check.budget:.3e}",
-            }
-        )
-    return rows
+    batch = {"sequences": SEQUENCES, "tokens": tokens, "rank": RANK}
+    return [
+        batch
+        | columns(row)
+        | {
+            "ratio_to_peft": f"{median_ratio(times, row.side, PEFT):.6g}",
+            "ratio_to_best_by_hand": f"{median_ratio(times, row.side, best):.6g}",
+            "best_by_hand": best,
+        }
+        for row in rows
+    ]
 
 
 def show(dtype: str, phase: str, adapters: int, rows: list[dict[str, Any]]) -> None:
     """Prints one batch's ratios."""
     found = {row["side"]: row for row in rows}
     base = ", ".join(f"{s} {float(r['ratio_to_base']):.2f}" for s, r in found.items())
-    print(f"{dtype} {phase} {adapters} adapters, base {found[BASE]['median_ms']} ms; over base:")
+    median = float(found[BASE]["median_ms"])
+    print(f"{dtype} {phase} {adapters} adapters, base {median:.2f} ms; over base:")
     print(f"  {base}")
     for side in (OURS, OURS_ONCE):
         row = found[side]
@@ -132,16 +100,6 @@ def show(dtype: str, phase: str, adapters: int, rows: list[dict[str, Any]]) -> N
             f"{float(row['ratio_to_best_by_hand']):.3f} of {row['best_by_hand']}",
             flush=True,
         )
-
-
-def processor() -> str:
-    """Returns the processor's name, or "unknown"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
 
 
 if __name__ == "__main__":

@@ -14,16 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import mixed_train
 import torch
 import torch.nn.functional as F
-from contenders import SCALING, Contender, Results
-from harness import Checker
-from linear import Bench
-from linear import main as run
-from mixed_strategies import Rows, Stacked, Strategy, gathered_bmm, grouped_mm, segments
-from shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 
+from fastlora.bench import mixed_train
+from fastlora.bench.contenders import SCALING, Contender, Results
+from fastlora.bench.harness import Checker
+from fastlora.bench.linear import Bench
+from fastlora.bench.linear import main as run
+from fastlora.bench.mixed_strategies import (
+    Rows,
+    Stacked,
+    Strategy,
+    gathered_bmm,
+    grouped_mm,
+    segments,
+)
+from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 from fastlora.ops import mixed_ops
 from fastlora.ops.mixed_dense import MAX_RANK_ROWS
 from fastlora.ops.row_groups import RowGroups, build_row_groups

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.mixed_contest import Contest, Side, last_output, twin
+from fastlora.bench.mixed_contest import Contest, Side, last_output, twin
 
 
 @dataclass(frozen=True)

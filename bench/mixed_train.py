@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import SCALING, Contender, Results
-from mixed_strategies import Rows
-from shapes import MIXED_SEQUENCES, Point
 
 from fastlora.autograd.mixed_autograd import KernelBatch, MixedLoraLinearKernels
+from fastlora.bench.contenders import SCALING, Contender, Results
+from fastlora.bench.mixed_strategies import Rows
+from fastlora.bench.shapes import MIXED_SEQUENCES, Point
 from fastlora.ops.row_groups import RowGroups, build_row_groups
 
 YARDSTICK = {"train_base": "base", "mixed_train": "segments"}

@@ -8,15 +8,31 @@ from __future__ import annotations
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from typing import Any
 
 SHOWN = ("peft", "peft_fp32", "addmm", "fused", "split")
 COLUMNS = 3
+
+Points = Sequence[tuple[int, float]]
+
+
+def new_figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """Returns a figure and its axes ``[lines, columns]``; `ImportError` without matplotlib."""
+    # Figure alone: pyplot would ask for a display, and keep the figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False)
+
+
+def draw(axis: Any, series: Mapping[str, Points], ours: Collection[str]) -> None:
+    """Draws a curve of ratios for each name, ours solid, and a line at the base's own time."""
+    for name, points in series.items():
+        axis.plot(*zip(*points, strict=True), "o-" if name in ours else "s--", label=name)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
 
 
 def main() -> int:
@@ -41,19 +57,13 @@ def main() -> int:
             panels[key][row["contender"]].append(point)
 
     lines = -(-len(panels) // COLUMNS)
-    figure, axes = plt.subplots(
-        lines, COLUMNS, figsize=(5 * COLUMNS, 3.4 * lines), squeeze=False, layout="constrained"
-    )
+    figure, axes = new_figure(lines, COLUMNS, (5 * COLUMNS, 3.4 * lines))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (key, series) in zip(axes.flat, sorted(panels.items()), strict=False):
+    for axis, (key, found) in zip(axes.flat, sorted(panels.items()), strict=False):
         mode, model, layer, k, n, r = key
-        for name in SHOWN:
-            if points := sorted(series.get(name, [])):
-                ours = name in ("fused", "split")
-                axis.plot(*zip(*points, strict=True), "o-" if ours else "s--", label=name)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xscale("log", base=2)
+        series = {name: sorted(found[name]) for name in SHOWN if name in found}
+        draw(axis, series, ours=("fused", "split"))
         axis.set_title(f"{model} {layer} {k}->{n}, r={r}, {mode}", fontsize=9)
         axis.set_xlabel("rows (M)")
         axis.set_ylabel("time / base linear")

@@ -14,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from contenders import Problem, contenders_for
-from mixed_kernels import MixedProblem, ours_for
-from mixed_train import CONTENDERS as MIXED_TRAIN
-from mixed_train import MixedTrainProblem
-from shapes import (
+
+from fastlora.bench.contenders import Problem, contenders_for
+from fastlora.bench.mixed_kernels import MixedProblem, ours_for
+from fastlora.bench.mixed_train import CONTENDERS as MIXED_TRAIN
+from fastlora.bench.mixed_train import MixedTrainProblem
+from fastlora.bench.shapes import (
     Point,
     all_points,
     distinct_problems,

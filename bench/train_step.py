@@ -15,7 +15,6 @@ DoRA step is timed against fastlora's own LoRA step too.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -26,15 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
-from mixed import processor
 
 import fastlora
-from fastlora import measure, smollm2
-from fastlora.mixed_contest import quiet_transformers
+from fastlora import smollm2
+from fastlora.bench import measure
+from fastlora.bench.cpu_run import DTYPES, csv_rows
+from fastlora.bench.machine import results_folder
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK = 16
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 
@@ -47,26 +44,18 @@ def main() -> int:
     parser.add_argument("--dropout", default="0,0.1")
     parser.add_argument("--batch", default="4x128", help="sequences x tokens")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train_step_cpu.csv")
+    parser.add_argument("--out", type=Path, default=results_folder() / "train_step_cpu.csv")
     args = parser.parse_args()
     sequences, tokens = map(int, args.batch.split("x"))
     ids = torch.randint(0, 49_000, (sequences, tokens), generator=torch.Generator().manual_seed(0))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file, measure.torch_threads(1), quiet_transformers():
-        common = describe(torch.device("cpu"), ROOT) | {"cpu": processor(), "threads": 1}
-        common |= {"allocator": allocator(), "batch": args.batch, "rank": RANK}
-        writer = None
+    common = {"allocator": allocator(), "batch": args.batch, "rank": RANK}
+    with csv_rows(args.out) as write:
         for method, dtype, dropout in itertools.product(
             args.methods.split(","), args.dtypes.split(","), map(float, args.dropout.split(","))
         ):
             for adapters in ("fp32",) if dtype == "fp32" else ("fp32", dtype):
                 row = measured(method, dtype, adapters, dropout, ids, args.rounds)
-                full = common | row
-                if writer is None:
-                    writer = csv.DictWriter(file, list(full), lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(full)
-                file.flush()
+                write(common | row)
                 show(row)
     return 0
 
@@ -82,29 +71,35 @@ def measured(
     # Gradients are for the tests to compare; this finds sides that do not run the same model.
     if not dropout and abs(losses[0] - losses[1]) > 8 * torch.finfo(DTYPES[dtype]).eps * losses[1]:
         raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
-    result = measure.paired_ratio(mine, other, rounds)
-    over_base = measure.paired_ratio(mine, base, 3)
+    times = measure.interleaved_seconds({"ours": mine, "peft": other}, rounds, warmup=1)
+    over_base = ratio(mine, base, 3)
     peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
     over_lora = ""
     if method == "dora":
         plain = sides_of(*kind, False)[0]()
         measure.share_frozen(ours, plain)
-        over_lora = f"{measure.paired_ratio(mine, step(plain, ids), rounds).ratio:.4f}"
+        over_lora = f"{ratio(mine, step(plain, ids), rounds):.4f}"
     return {
         "method": method,
         "dtype": dtype,
         "adapters": adapters,
         "dropout": dropout,
-        "fastlora_ms": f"{statistics.median(result.times_a) * 1e3:.1f}",
-        "peft_ms": f"{statistics.median(result.times_b) * 1e3:.1f}",
-        "ratio_to_peft": f"{result.ratio:.4f}",
-        "ratio_to_base_forward": f"{over_base.ratio:.4f}",
+        "fastlora_ms": f"{statistics.median(times['ours']) * 1e3:.1f}",
+        "peft_ms": f"{statistics.median(times['peft']) * 1e3:.1f}",
+        "ratio_to_peft": f"{measure.median_ratio(times, 'ours', 'peft'):.4f}",
+        "ratio_to_base_forward": f"{over_base:.4f}",
         "ratio_to_lora": over_lora,
         "fastlora_peak_mib": f"{peaks[0] / 2**20:.1f}",
         "peft_peak_mib": f"{peaks[1] / 2**20:.1f}",
         "peak_ratio": f"{peaks[0] / peaks[1]:.4f}",
         "rounds": rounds,
     }
+
+
+def ratio(side: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
+    """Returns one side's time over another's."""
+    times = measure.interleaved_seconds({"side": side, "other": other}, rounds, warmup=1)
+    return measure.median_ratio(times, "side", "other")
 
 
 def twins(

@@ -33,20 +33,22 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _register_kernels() -> None:
-    """Makes a source checkout's folder `kernels/`, which lies beside this one, `fastlora.kernels`.
+def _register_checkout() -> None:
+    """Makes `kernels/` and `bench/` beside this folder `fastlora.kernels` and `fastlora.bench`.
 
-    An installed package holds them in its own folder, where Python finds them. See `setup.py` for
-    why the folder is a namespace, which no other file of the checkout may join.
+    They lie there in a source checkout. An installed package holds both in its own folder, where
+    Python finds them. See `setup.py` for why they have no `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
-    if (checkout / "kernels" / "lora_linear.py").is_file():
-        spec = _ModuleSpec("fastlora.kernels", None, is_package=True)
-        spec.submodule_search_locations = [str(checkout / "kernels")]
-        globals()["kernels"] = _sys.modules[spec.name] = _util.module_from_spec(spec)
+    if not (checkout / "kernels" / "lora_linear.py").is_file():
+        return
+    for name in ("kernels", "bench"):
+        spec = _ModuleSpec(f"fastlora.{name}", None, is_package=True)
+        spec.submodule_search_locations = [str(checkout / name)]
+        globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_register_kernels()
+_register_checkout()
 
 __all__ = [
     "AdapterOptimizers",

@@ -154,7 +154,7 @@ def _bench_mixed(arguments: list[str]) -> int:
     from fastlora import env
 
     env.prepare_demo_process()
-    from fastlora.mixed_bench import main as run_bench
+    from fastlora.bench.mixed_bench import main as run_bench
 
     return run_bench(arguments)
 

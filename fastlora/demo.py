@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora import env, measure, mixed_bench, mixed_report, smollm2
+from fastlora import env, smollm2
+from fastlora.bench import measure, mixed_bench, mixed_report
+from fastlora.bench.mixed_contest import quiet_transformers
 from fastlora.demo_data import (
     DemoDataError,
     Example,
@@ -30,7 +32,6 @@ from fastlora.demo_data import (
     shipped,
 )
 from fastlora.demo_peft import compare, load_in_peft
-from fastlora.mixed_contest import quiet_transformers
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlora import measure
+from fastlora.bench import measure
 from fastlora.demo_data import MixedBatch
 from fastlora.testing import error_budget
 
@@ -111,10 +111,10 @@ def compare(
     rows = []
     with bar, measure.torch_threads(1):
         for name, step in (("forward", forward), ("forward + backward", forward_backward)):
-            ratio, ours, theirs = measure.paired_ratio(
-                partial(step, model), partial(step, twin), rounds, device=device
-            )
-            row = f"{name:<20}{_ms(theirs):>12}{_ms(ours):>12}{ratio:>10.3f}"
+            sides = {"ours": partial(step, model), "theirs": partial(step, twin)}
+            times = measure.interleaved_seconds(sides, rounds, warmup=1, device=device)
+            ratio = measure.median_ratio(times, "ours", "theirs")
+            row = f"{name:<20}{_ms(times['theirs']):>12}{_ms(times['ours']):>12}{ratio:>10.3f}"
             peaks = [
                 measure.peak_step_bytes(partial(step, m), device=device) for m in (twin, model)
             ]

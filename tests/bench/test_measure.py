@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from fastlora import measure
+from fastlora.bench import measure
 
 MIB = 2**20
 
@@ -105,38 +108,47 @@ def test_other_frozen_parameters_are_not_shared(what: str) -> None:
     assert target.weight.data_ptr() == before
 
 
-def test_paired_ratio_measures_the_ratio() -> None:
-    ratio, times_a, times_b = measure.paired_ratio(lambda: _burn(0.03), lambda: _burn(0.01), 5)
+def _timed(a: Callable[[], object], b: Callable[[], object], rounds: int, **options: Any) -> Any:
+    times = measure.interleaved_seconds({"a": a, "b": b}, rounds, **options)
+    return measure.median_ratio(times, "a", "b"), times["a"], times["b"]
+
+
+def test_the_ratio_is_that_of_the_work() -> None:
+    ratio, times_a, times_b = _timed(lambda: _burn(0.03), lambda: _burn(0.01), 5)
     assert len(times_a) == len(times_b) == 5
     assert ratio == pytest.approx(3.0, rel=0.15)
     assert min(times_a) >= 0.03
     assert min(times_b) >= 0.01
 
 
-def test_paired_ratio_ignores_time_spent_waiting() -> None:
-    result = measure.paired_ratio(lambda: (_burn(0.01), time.sleep(0.05)), lambda: _burn(0.01), 3)
-    assert result.ratio == pytest.approx(1.0, rel=0.3)
+def test_time_spent_waiting_does_not_count() -> None:
+    ratio, *_ = _timed(lambda: (_burn(0.01), time.sleep(0.05)), lambda: _burn(0.01), 3)
+    assert ratio == pytest.approx(1.0, rel=0.3)
 
 
-def test_sides_alternate_and_warm_up_is_not_timed() -> None:
+def test_sides_take_turns_and_warm_up_is_not_timed() -> None:
     calls: list[str] = []
-    result = measure.paired_ratio(lambda: calls.append("a"), lambda: calls.append("b"), 3, warmup=2)
-    assert "".join(calls) == "abab" + "ab" + "ba" + "ab"
-    assert len(result.times_a) == 3
+    sides = {name: functools.partial(calls.append, name) for name in "abc"}
+    times = measure.interleaved_seconds(sides, 4, warmup=2, on_round=lambda: calls.append(" "))
+    assert "".join(calls) == "abcabc" + "abc cba bca acb "
+    assert all(len(seconds) == 4 for seconds in times.values())
+    del sides["c"]
+    calls.clear()
+    measure.interleaved_seconds(sides, 4)
+    assert "".join(calls) == "ab" + "ba" + "ba" + "ab"
 
 
 def test_the_ratio_is_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Round 2 has a side that is 100 times slower than in the others: the median doesn't see it.
-    clock = iter([2.0, 1.0, 1.0, 300.0, 4.0, 2.0])
+    clock = iter([2.0, 1.0, 1.0, 300.0, 2.0, 4.0])
     monkeypatch.setattr(measure, "_cpu_seconds", lambda fn: next(clock))
-    result = measure.paired_ratio(lambda: None, lambda: None, 3, warmup=0)
-    assert result == (2.0, [2.0, 300.0, 4.0], [1.0, 1.0, 2.0])
+    assert _timed(lambda: None, lambda: None, 3) == (2.0, [2.0, 300.0, 4.0], [1.0, 1.0, 2.0])
 
 
 @pytest.mark.parametrize(("kwargs", "value"), [({"rounds": 0}, "0"), ({"warmup": -1}, "-1")])
 def test_bad_counts_are_refused(kwargs: dict[str, int], value: str) -> None:
-    with pytest.raises(ValueError, match=f"got {value}"):
-        measure.paired_ratio(lambda: None, lambda: None, **{"rounds": 1, **kwargs})
+    with pytest.raises(ValueError, match=f"at least [01], got {value}"):
+        _timed(lambda: None, lambda: None, **{"rounds": 1, **kwargs})
 
 
 def test_threads_are_restored_after_an_error() -> None:

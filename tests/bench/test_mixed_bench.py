@@ -16,8 +16,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from fastlora import mixed_bench, mixed_contest, mixed_report
-from fastlora.mixed_contest import BASE, IN_TURN, OURS, PEFT, Contest, Float64, WrongResultError
+
+from fastlora.bench import mixed_bench, mixed_contest, mixed_report
+from fastlora.bench.mixed_contest import (
+    BASE,
+    IN_TURN,
+    OURS,
+    PEFT,
+    Contest,
+    Float64,
+    WrongResultError,
+)
+from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
 from fastlora.testing import assert_within_budget
 from fastlora.validation import FastLoraError
 from tests.support.tiny import tiny_llama
@@ -64,12 +74,7 @@ def test_all_sides_compute_the_same(dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("sorted_before", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_the_strategies_by_hand_compute_the_same(
-    tokens: int, sorted_before: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
-    from mixed_strategies import STRATEGIES, by_hand
-
+def test_the_strategies_by_hand_compute_the_same(tokens: int, sorted_before: bool) -> None:
     contest = Contest(tiny_llama(), 3, 4, peft=False)
     ids, mix = contest.random_ids(48, tokens), contest.random_mix(48, 3)
     with torch.no_grad():
@@ -132,7 +137,7 @@ def test_a_wrong_side_is_not_timed(side: str, monkeypatch: pytest.MonkeyPatch) -
         return found | {side: lambda: real(self, mix[1:] + mix[:1], ids)[side]()}
 
     monkeypatch.setattr(Contest, "sides", sides)
-    monkeypatch.setattr(mixed_bench, "interleaved_seconds", None)
+    monkeypatch.setattr(mixed_contest, "interleaved_seconds", None)
     with pytest.raises(WrongResultError, match=f"{side} is wrong with 2 adapters"):
         mixed_bench.compare(tiny_llama(), [2], 4, 2, 1, 1)
 
@@ -143,23 +148,6 @@ def test_a_side_with_nan_is_wrong() -> None:
     sides = {OURS: lambda: torch.full((2, 97), float("nan"))}
     with pytest.raises(WrongResultError, match="by nan"):
         contest.check(sides, mix, ids)
-
-
-def test_every_round_times_every_side() -> None:
-    calls: list[str] = []
-
-    def side(name: str) -> Any:
-        return lambda: calls.append(name)
-
-    times = mixed_contest.interleaved_seconds(
-        {name: side(name) for name in "abc"}, 4, device=torch.device("cpu")
-    )
-    rounds = ["".join(calls[i : i + 3]) for i in range(0, 12, 3)]
-    assert rounds == ["abc", "cba", "bca", "acb"]
-    assert all(len(seconds) == 4 for seconds in times.values())
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        mixed_contest.interleaved_seconds({}, 0, device=torch.device("cpu"))
-    assert mixed_contest.median_ratio({"a": [1, 6, 9], "b": [1, 2, 9]}, "a", "b") == 1
 
 
 # ---------------------------------------------------------------------------------- the command

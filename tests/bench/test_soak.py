@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import soak
+from fastlora.bench import soak
 
 pytest.importorskip("transformers", reason="the soak's model is a Llama")
 OPTIONS = ["--layers", "1", "--minutes", "0.03", "--adapters", "30", "--max-adapters", "12"]

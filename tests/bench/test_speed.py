@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from fastlora import LoraConfig, get_peft_model
-from fastlora.measure import paired_ratio, peak_step_bytes, share_frozen, torch_threads
+from fastlora.bench.measure import (
+    interleaved_seconds,
+    median_ratio,
+    peak_step_bytes,
+    share_frozen,
+    torch_threads,
+)
 from fastlora.ops.torch import products
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -28,10 +34,9 @@ def is_as_fast(mine: Callable[[], object], other: Callable[[], object], rounds: 
     """Whether the median of so many paired ratios is within the bound, as soon as it is known."""
     ratios: list[float] = []
     for index in range(rounds):
-        if index % 2:
-            ratios.append(1 / paired_ratio(other, mine, 1, warmup=0).ratio)
-        else:
-            ratios.append(paired_ratio(mine, other, 1, warmup=0).ratio)
+        sides = [("mine", mine), ("other", other)]
+        times = interleaved_seconds(dict(sides[::-1] if index % 2 else sides), 1)
+        ratios.append(median_ratio(times, "mine", "other"))
         within = sum(ratio <= MAX_RATIO for ratio in ratios)
         if max(within, len(ratios) - within) > rounds // 2:
             break

@@ -15,29 +15,21 @@ from typing import Any
 import pytest
 import torch
 
+from fastlora.bench.machine import commit
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of ``bench/``, which import each other as scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import contenders
-    import harness
-    import linear
-    import mixed_kernels
-    import mixed_train
-    import shapes
-    import summary
+def bench() -> Any:
+    """The modules of ``bench/``."""
+    import fastlora.bench.linear
+    import fastlora.bench.mixed_kernels
+    import fastlora.bench.summary
 
-    class Modules:
-        pass
-
-    for module in (contenders, harness, linear, mixed_kernels, mixed_train, shapes, summary):
-        setattr(Modules, module.__name__, module)
-    return Modules
+    return fastlora.bench
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -108,6 +100,7 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
         # "ok" says that the numbers were right: only then is a contender timed.
         assert (row["status"], row["tests"]) == ("ok", "pass")
         assert row["torch"] == torch.__version__
+        assert row["commit"] == commit(ROOT)
         times = [float(row[name]) for name in ("p20_us", "median_us", "p80_us")]
         assert times == sorted(times)
         assert all(math.isfinite(value) and value > 0 for value in times)
@@ -330,7 +323,7 @@ def test_summary_and_plot(
     assert "forward tiny b M=1 r=4 peft: wrong: far off" in lines
 
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    import plot
+    from fastlora.bench import plot
 
     monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
     assert plot.main() == 0

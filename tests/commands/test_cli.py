@@ -124,10 +124,10 @@ def test_demo_gets_its_arguments(
 def test_bench_mixed_gets_its_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fastlora.mixed_bench
+    import fastlora.bench.mixed_bench
 
     monkeypatch.setattr(
-        fastlora.mixed_bench, "main", lambda argv: sys.stdout.write(repr(argv)) and 7
+        fastlora.bench.mixed_bench, "main", lambda argv: sys.stdout.write(repr(argv)) and 7
     )
     assert cli.main(["bench", "mixed", "--model", "x", "--debug"]) == 7
     assert capsys.readouterr().out == "['--model', 'x']"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastlora.ops.backend import constant_when_compiled
@@ -52,7 +53,7 @@ def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:
     code = """
 import sys, fastlora
 heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib")
-own = ("fastlora.kernels.", "fastlora.integrations.")
+own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.integrations.")
 print([name for name in sys.modules if name.startswith(own) or name in heavy])
 """
     assert python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]\n"
@@ -64,8 +65,8 @@ def test_the_package_holds_its_own_folder_alone(tmp_path: Path) -> None:
 import importlib, pkgutil, fastlora
 names = [module.name for module in pkgutil.walk_packages(fastlora.__path__, "fastlora.")]
 assert len(names) == len(set(names)), names
-assert "fastlora.layers.linear" in names and "fastlora.kernels" not in names
-for name in ("tests", "setup", "examples", "fastlora"):
+assert "fastlora.layers.linear" in names and not {"fastlora.kernels", "fastlora.bench"} & set(names)
+for name in ("tests", "setup", "examples", "docs", "fastlora"):
     try:
         importlib.import_module(f"fastlora.{name}")
     except ModuleNotFoundError:
@@ -77,19 +78,23 @@ print(*fastlora.__path__, sep="|")
         assert python(code, cwd, PYTHONPATH=str(ROOT)) == f"{ROOT / 'fastlora'}\n"
 
 
-def test_the_kernels_of_a_checkout_are_an_ordinary_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "module"), [("kernels", "philox"), ("bench", "summary")])
+def test_folders_of_a_checkout_are_ordinary_packages(
+    folder: str, module: str, tmp_path: Path
+) -> None:
     """They are found by every form of an import, before and after one of their modules is."""
-    code = """
+    code = f"""
 import importlib, importlib.util, pkgutil, fastlora
-spec = importlib.util.find_spec("fastlora.kernels")
-assert list(spec.submodule_search_locations) == list(fastlora.kernels.__path__)
-assert importlib.import_module("fastlora.kernels") is fastlora.kernels
-from fastlora.kernels import philox
-assert fastlora.kernels.philox is philox is importlib.import_module("fastlora.kernels.philox")
-print(*(module.name for module in pkgutil.iter_modules(fastlora.kernels.__path__)))
+spec = importlib.util.find_spec("fastlora.{folder}")
+assert list(spec.submodule_search_locations) == list(fastlora.{folder}.__path__)
+assert importlib.import_module("fastlora.{folder}") is fastlora.{folder}
+from fastlora.{folder} import {module}
+name = "fastlora.{folder}.{module}"
+assert fastlora.{folder}.{module} is {module} is importlib.import_module(name)
+print(*(found.name for found in pkgutil.iter_modules(fastlora.{folder}.__path__)))
 """
     printed = python(code, tmp_path, PYTHONPATH=str(ROOT))
-    assert printed.split() == sorted(path.stem for path in ROOT.glob("kernels/*.py"))
+    assert printed.split() == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py"))
 
 
 def test_constants_are_marked_as_torch_marks_them() -> None:

@@ -37,7 +37,7 @@ def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the sources alone, without the network."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("fastlora", "kernels"):
+    for name in ("fastlora", "kernels", "bench"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -64,7 +64,8 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
     sources = {
         f"fastlora/{p.relative_to(ROOT / 'fastlora')}" for p in ROOT.glob("fastlora/**/*.py")
     }
-    sources |= {f"fastlora/kernels/{p.name}" for p in ROOT.glob("kernels/*.py")}
+    for folder in ("kernels", "bench"):
+        sources |= {f"fastlora/{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
     assert sources | {"fastlora/py.typed"} <= names
     assert not [n for n in names if not n.startswith(("fastlora/", "fastlora_triton-"))]
 
@@ -91,6 +92,27 @@ print(*fastlora.__path__, *fastlora.kernels.__path__, sep="\\n")
 """
     printed = python(code, tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
     assert printed == [str(tmp_path / "fastlora"), str(tmp_path / "fastlora" / "kernels")]
+
+
+def test_wheel_runs_its_benchmarks(installed: Path, tmp_path: Path) -> None:
+    """The commands of `bench/` by their names in the package; rows carry its sources' digest."""
+    code = """
+import runpy, sys
+sys.argv[1:] = "--out r.csv --tests pass --device cpu --dry-run --max-points 0".split()
+sys.argv += "--dtype float32 --impl eager".split()
+try:
+    runpy.run_module("fastlora.bench.linear", run_name="__main__")
+except SystemExit as done:
+    assert not done.code, done.code
+from fastlora.bench import machine, mixed, sanitize, soak, train_step
+print(machine.commit(machine.ROOT), machine.results_folder())
+print(machine.__file__)
+"""
+    printed, file = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
+    assert Path(file).is_relative_to(installed)
+    digest, folder = printed.split()
+    assert digest.startswith("source-") and folder == "."
+    assert f",{digest}," in (tmp_path / "r.csv").read_text()
 
 
 def test_checkout_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
@@ -169,3 +191,17 @@ import fastlora.kernels.lora_linear
 print("ok")
 """
     assert python(code, ROOT) == "ok\n"
+
+
+def test_an_installed_kernels_package_comes_before_our_folder(tmp_path: Path) -> None:
+    """Even where the repository root is searched first, as in a program that is started there."""
+    code = """
+import sys, kernels
+from fastlora.kernels import philox
+print(sys.path[0] or "root first", kernels.__file__, philox.__file__)
+"""
+    installed = tmp_path / "kernels" / "__init__.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    printed = python(code, ROOT, PYTHONPATH=str(tmp_path))
+    assert printed == f"root first {installed} {ROOT / 'kernels' / 'philox.py'}\n"

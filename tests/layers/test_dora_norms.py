@@ -11,7 +11,7 @@ import torch
 
 import fastlora.layers.dora_norms as dora_layer
 from fastlora.autograd.dora import adapted_squares, scale_of, square_norms
-from fastlora.measure import peak_step_bytes
+from fastlora.bench.measure import peak_step_bytes
 from tests.support.dora_truth import layer_of, make_problem
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")

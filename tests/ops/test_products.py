@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import FastLoraLinear, LoraConfig, get_peft_model, measure
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+from fastlora.bench import measure
 from fastlora.ops.torch import products
 from fastlora.testing import assert_within_budget
 from tests.support.pool_adapters import Blocks, make_folder

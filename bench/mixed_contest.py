@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import fastlora
-from fastlora import measure
+from fastlora.bench.measure import interleaved_seconds, median_ratio
 from fastlora.validation import FastLoraError
 
 BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
@@ -45,6 +45,28 @@ class Check(NamedTuple):
 
     error: float
     budget: float
+
+
+class Row(NamedTuple):
+    """What one side took for one mixed batch.
+
+    Attributes:
+        adapters: Different adapters in the batch.
+        side: Its name.
+        median_ms: Milliseconds of a forward.
+        ratio_to_base: Median of the rounds' ratios to the base model's time.
+        rounds: How many.
+        error: Largest difference from float64; None for the base model.
+        budget: What it may be.
+    """
+
+    adapters: int
+    side: str
+    median_ms: float
+    ratio_to_base: float
+    rounds: int
+    error: float | None
+    budget: float | None
 
 
 class Contest:
@@ -215,50 +237,46 @@ class Contest:
             checks[name] = Check(error, budget)
         return checks
 
+    @torch.no_grad()
+    def measure(
+        self,
+        sides: Mapping[str, Side],
+        mix: Sequence[str],
+        ids: torch.Tensor,
+        rounds: int,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> tuple[list[Row], dict[str, list[float]]]:
+        """Checks the sides of one batch, then times them.
 
-# ------------------------------------------------------------------------------------ times
+        Args:
+            sides: Ways to compute it; `BASE` must be among them.
+            mix: See `sides`.
+            ids: See `sides`.
+            rounds: Timed ones, at least 1.
+            on_step: Called behind the check and behind each round.
 
+        Returns:
+            A row for each side, and the seconds of each in each round.
 
-@torch.no_grad()
-def interleaved_seconds(
-    sides: Mapping[str, Side],
-    rounds: int,
-    *,
-    device: torch.device,
-    on_round: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Times all sides in one process, one after another in each round, by `measure`'s clock.
-
-    Each round starts with another side, and every other one goes backwards.
-
-    Args:
-        sides: Warm already.
-        rounds: How many, at least 1.
-        device: Where the work runs.
-        on_round: Called behind each round.
-
-    Raises:
-        ValueError: ``rounds`` is below 1.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds!r}")
-    names = list(sides)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        start = index // 2 % len(names)
-        order = names[start:] + names[:start]
-        for name in reversed(order) if index % 2 else order:
-            # Paired with nothing: the clock alone is wanted here.
-            timed = measure.paired_ratio(_nothing, sides[name], 1, warmup=0, device=device)
-            times[name] += timed.times_b
-        on_round()
-    return times
-
-
-def median_ratio(times: Mapping[str, Sequence[float]], side: str, other: str) -> float:
-    """Returns the median over the rounds of one side's time over another's."""
-    pairs = zip(times[side], times[other], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+        Raises:
+            WrongResultError: See `check`; nothing was timed.
+        """
+        checks = self.check(sides, mix, ids)
+        on_step()
+        times = interleaved_seconds(sides, rounds, device=ids.device, on_round=on_step)
+        rows = [
+            Row(
+                adapters=len(set(mix)),
+                side=side,
+                median_ms=statistics.median(seconds) * 1e3,
+                ratio_to_base=median_ratio(times, side, BASE),
+                rounds=rounds,
+                error=checks[side].error if side in checks else None,
+                budget=checks[side].budget if side in checks else None,
+            )
+            for side, seconds in times.items()
+        ]
+        return rows, times
 
 
 def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -311,10 +329,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _nothing() -> None:
-    """Takes no time."""
 
 
 def twin(model: Any) -> Any:

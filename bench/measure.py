@@ -1,8 +1,8 @@
-"""Two implementations compared in one process: paired step times, and peak memory of a step.
+"""Implementations compared in one process: step times in turn, and peak memory of a step.
 
-Speed is a median of paired ratios: the two sides run one right after the other, the order flips
+Speed is a median of paired ratios: all sides run one right after the other, the order changes
 every round, and each round gives one ratio, so that whatever slows the machine down for a while
-slows both; `share_frozen` has two models stand on one copy of the base's weights. Memory is the
+slows all; `share_frozen` has two models stand on one copy of the base's weights. Memory is the
 peak of live bytes that the allocator hands out within a step.
 """
 
@@ -10,28 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
-
-
-class PairedRatio(NamedTuple):
-    """What `paired_ratio` measured.
-
-    Attributes:
-        ratio: Median over the rounds of time of ``fn_a`` / time of ``fn_b``.
-        times_a: Seconds of ``fn_a`` in each round.
-        times_b: Seconds of ``fn_b`` in each round.
-    """
-
-    ratio: float
-    times_a: list[float]
-    times_b: list[float]
 
 
 @contextmanager
@@ -45,15 +30,17 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def paired_ratio(
-    fn_a: Callable[[], object],
-    fn_b: Callable[[], object],
+def interleaved_seconds(
+    sides: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
-    warmup: int = 1,
+    warmup: int = 0,
     device: torch.device | str = "cpu",
-) -> PairedRatio:
-    """Times two functions against each other.
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times functions against each other, one after another in each round.
+
+    Each round starts with another side, and every other one goes backwards.
 
     On a CPU the clock is the time that this process spent on a core (`time.process_time`, all its
     threads together): other processes don't count, which on a shared machine is the only number
@@ -61,11 +48,14 @@ def paired_ratio(
     On a GPU it is the time between two CUDA events around the call.
 
     Args:
-        fn_a: The side whose cost is asked for.
-        fn_b: The side it is compared with.
-        rounds: How many pairs are timed, at least 1.
-        warmup: How many calls of each side go before, untimed.
+        sides: By name.
+        rounds: How many are timed, at least 1.
+        warmup: How many untimed rounds go before.
         device: Where the work runs.
+        on_round: Called behind each timed round.
+
+    Returns:
+        Seconds of each side in each round; see `median_ratio`.
 
     Raises:
         ValueError: ``rounds`` is below 1 or ``warmup`` below 0.
@@ -75,20 +65,23 @@ def paired_ratio(
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup!r}")
     timed = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
-    for _ in range(warmup):
-        fn_a()
-        fn_b()
-    times_a: list[float] = []
-    times_b: list[float] = []
+    names = list(sides)
+    for name in names * warmup:
+        sides[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
-        if index % 2:
-            times_b.append(timed(fn_b))
-            times_a.append(timed(fn_a))
-        else:
-            times_a.append(timed(fn_a))
-            times_b.append(timed(fn_b))
-    ratio = statistics.median(a / b for a, b in zip(times_a, times_b, strict=True))
-    return PairedRatio(ratio, times_a, times_b)
+        start = index // 2 % len(names)
+        order = names[start:] + names[:start]
+        for name in reversed(order) if index % 2 else order:
+            times[name].append(timed(sides[name]))
+        on_round()
+    return times
+
+
+def median_ratio(times: Mapping[str, Sequence[float]], side: str, other: str) -> float:
+    """Returns the median over the rounds of one side's time over another's."""
+    pairs = zip(times[side], times[other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def share_frozen(source: nn.Module, target: nn.Module) -> None:

@@ -6,9 +6,10 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastlora.mixed_contest import BASE, IN_TURN, OURS, PEFT
+from fastlora.bench.mixed_contest import BASE, IN_TURN, OURS, PEFT, Row
+from fastlora.bench.plot import draw, new_figure
 
 PLOT_HINT = "matplotlib is not installed; pip install matplotlib"
 _TITLES = {
@@ -16,28 +17,6 @@ _TITLES = {
     PEFT: "PEFT adapter_names",
     IN_TURN: "one after another",
 }
-
-
-class Row(NamedTuple):
-    """One way to compute one mixed batch.
-
-    Attributes:
-        adapters: Different adapters in the batch.
-        side: One of the names in `fastlora.mixed_contest`.
-        median_ms: Milliseconds of a forward.
-        ratio_to_base: Median of the rounds' ratios to the base model's time.
-        rounds: How many.
-        error: Largest difference from float64; None for the base model.
-        budget: What it may be.
-    """
-
-    adapters: int
-    side: str
-    median_ms: float
-    ratio_to_base: float
-    rounds: int
-    error: float | None
-    budget: float | None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -52,16 +31,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def columns(row: Row) -> dict[str, Any]:
+    """Returns a row's columns of a CSV file, numbers with six digits."""
+    named = zip(Row._fields, row, strict=True)
+    return {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in named}
+
+
 def write_csv(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Writes the rows, each with the facts in front; a file is there whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*facts, *Row._fields])
-            for row in rows:
-                found = (f"{v:.6g}" if isinstance(v, float) else v for v in row)
-                writer.writerow([*facts.values(), *found])
+            writer = csv.DictWriter(file, [*facts, *Row._fields])
+            writer.writeheader()
+            writer.writerows({**facts, **columns(row)} for row in rows)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -73,17 +56,13 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     Raises:
         ImportError: It is not installed.
     """
-    # Figure alone: pyplot would ask for a display, and keep the figure.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.add_subplot()
-    for side, label in _TITLES.items():
-        points = [(row.adapters, row.ratio_to_base) for row in rows if row.side == side]
-        axis.plot(*zip(*points, strict=True), "o-" if side == OURS else "s--", label=label)
-    axis.axhline(1.0, color="black", linewidth=0.8)
+    figure, ((axis,),) = new_figure(1, 1, (7, 4.2))
+    series = {
+        label: [(row.adapters, row.ratio_to_base) for row in rows if row.side == side]
+        for side, label in _TITLES.items()
+    }
+    draw(axis, series, ours=(_TITLES[OURS],))
     counts = sorted({row.adapters for row in rows})
-    axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import measure, mixed_report
-from fastlora.mixed_contest import (
-    BASE,
-    Contest,
-    interleaved_seconds,
-    median_ratio,
-    quiet_transformers,
-)
-from fastlora.mixed_report import Row
+from fastlora.bench import measure, mixed_report
+from fastlora.bench.mixed_contest import Contest, Row, quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
 from fastlora.validation import FastLoraError
@@ -186,29 +178,13 @@ def compare(
     with tqdm(total=most, desc="adding adapters", unit="adapter", leave=False) as bar:
         contest = Contest(model, most, rank, on_adapter=bar.update)
     ids = contest.random_ids(sequences, tokens)
-    rows = []
+    rows: list[Row] = []
     steps = len(adapters) * (1 + rounds)
     with tqdm(total=steps, desc="measuring mixed batches", unit="round", leave=False) as bar:
         for count in adapters:
             bar.set_postfix_str(f"{count} adapters")
             mix = contest.random_mix(sequences, count)
-            sides = contest.sides(mix, ids)
-            checks = contest.check(sides, mix, ids)
-            bar.update()
-            times = interleaved_seconds(sides, rounds, device=ids.device, on_round=bar.update)
-            for side, seconds in times.items():
-                check = checks.get(side)
-                rows.append(
-                    Row(
-                        adapters=count,
-                        side=side,
-                        median_ms=statistics.median(seconds) * 1e3,
-                        ratio_to_base=median_ratio(times, side, BASE),
-                        rounds=rounds,
-                        error=check and check.error,
-                        budget=check and check.budget,
-                    )
-                )
+            rows += contest.measure(contest.sides(mix, ids), mix, ids, rounds, bar.update)[0]
     return rows
 
 

@@ -1,0 +1,39 @@
+"""A benchmark on SmolLM2 and a CPU: one thread, and a CSV that says on which machine."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.bench.machine import describe, processor
+from fastlora.bench.measure import torch_threads
+from fastlora.bench.mixed_contest import quiet_transformers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def csv_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Runs the body on one thread; yields what writes a row, with the machine's columns in front.
+
+    Every row reaches the disk when it is written, and the first one gives the columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer: Any = None
+    with path.open("w", newline="") as file, torch_threads(1), quiet_transformers():
+        machine = describe(torch.device("cpu")) | {"cpu": processor(), "threads": 1}
+
+        def write(row: Mapping[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = csv.DictWriter(file, [*machine, *row], lineterminator="\n")
+                writer.writeheader()
+            writer.writerow({**machine, **row})
+            file.flush()
+
+        yield write
