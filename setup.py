@@ -11,6 +11,7 @@ setup(
     packages=[
         "fastlora",
         "fastlora.bench",
+        "fastlora.commands",
         "fastlora.autograd",
         "fastlora.model",
         "fastlora.ops",

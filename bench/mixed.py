@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora import smollm2
 from fastlora.bench.cpu_run import DTYPES, csv_rows
 from fastlora.bench.machine import results_folder
 from fastlora.bench.measure import median_ratio
@@ -27,6 +26,7 @@ from fastlora.bench.mixed_bench import counts
 from fastlora.bench.mixed_contest import BASE, IN_TURN, OURS, PEFT, Contest, last_output
 from fastlora.bench.mixed_report import columns
 from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
+from fastlora.commands import smollm2
 
 PHASES = {"decode": 1, "prefill": 16}
 SEQUENCES, RANK = 64, 16

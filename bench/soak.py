@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
-from fastlora import smollm2
+from fastlora.commands import smollm2
 from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.model.config import CONFIG_NAME
 from fastlora.pool import AdapterPool

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora import smollm2
 from fastlora.bench import measure
 from fastlora.bench.cpu_run import DTYPES, csv_rows
 from fastlora.bench.machine import results_folder
+from fastlora.commands import smollm2
 
 RANK = 16
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")

@@ -25,8 +25,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora
-from fastlora import smollm2
-from fastlora.demo_data import read_examples, shipped
+from fastlora.commands import smollm2
+from fastlora.commands.demo_data import read_examples, shipped
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens, train_adapters
 
 IGNORED = -100

@@ -34,7 +34,7 @@ def _seeded() -> Iterator[None]:
 def smollm2_dir() -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors (converted on the first use on a machine)."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from fastlora import smollm2
+    from fastlora.commands import smollm2
 
     try:
         return smollm2.model_dir(progress=False)
@@ -47,7 +47,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_dir: Path) -> Any:
     """The tokenizer of SmolLM2-135M-Instruct."""
-    from fastlora import smollm2
+    from fastlora.commands import smollm2
 
     return smollm2.load_tokenizer(smollm2_dir)
 
@@ -55,7 +55,7 @@ def smollm2_tokenizer(smollm2_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def fresh_smollm2(smollm2_dir: Path) -> Callable[..., Any]:
     """``fresh_smollm2(dtype=torch.float32)`` gives a new model that the test owns."""
-    from fastlora import smollm2
+    from fastlora.commands import smollm2
 
     def make(dtype: torch.dtype = torch.float32) -> Any:
         return smollm2.load_model(smollm2_dir, dtype)

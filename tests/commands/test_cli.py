@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.model.adapter_folder import WEIGHTS_NAME, save_adapter_folder
 from fastlora.model.config import LoraConfig
 
@@ -54,10 +54,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_module_and_command_run(adapter: Path) -> None:
-    for command in (
-        [sys.executable, "-m", "fastlora"],
-        [sys.executable, "-c", "import sys; from fastlora.cli import main; sys.exit(main())"],
-    ):
+    entry = "import sys; from fastlora.commands.cli import main; sys.exit(main())"
+    for command in ([sys.executable, "-m", "fastlora"], [sys.executable, "-c", entry]):
         done = subprocess.run(
             [*command, "inspect", str(adapter)], capture_output=True, text=True, timeout=60
         )
@@ -114,9 +112,9 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo_gets_its_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fastlora.demo
+    from fastlora.commands import demo
 
-    monkeypatch.setattr(fastlora.demo, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
+    monkeypatch.setattr(demo, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
     assert cli.main(["demo", "--steps", "3", "--", "x"]) == 7
     assert capsys.readouterr().out == "['--steps', '3', '--', 'x']"
 
@@ -124,11 +122,9 @@ def test_demo_gets_its_arguments(
 def test_bench_mixed_gets_its_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fastlora.bench.mixed_bench
+    from fastlora.bench import mixed_bench
 
-    monkeypatch.setattr(
-        fastlora.bench.mixed_bench, "main", lambda argv: sys.stdout.write(repr(argv)) and 7
-    )
+    monkeypatch.setattr(mixed_bench, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
     assert cli.main(["bench", "mixed", "--model", "x", "--debug"]) == 7
     assert capsys.readouterr().out == "['--model', 'x']"
 

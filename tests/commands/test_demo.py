@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import demo, demo_peft
-from fastlora.demo_data import MixedBatch
+from fastlora.commands import demo, demo_peft
+from fastlora.commands.demo_data import MixedBatch
 
 pytest.importorskip("peft")
 

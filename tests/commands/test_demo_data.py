@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import demo, demo_data, smollm2
+from fastlora.commands import demo, demo_data, smollm2
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 STYLES = sorted(DATA.glob("*.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:
     code = """
 import sys, fastlora
 heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib")
-own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.integrations.")
+own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.commands", "fastlora.integrations.")
 print([name for name in sys.modules if name.startswith(own) or name in heavy])
 """
     assert python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]\n"
@@ -76,6 +77,32 @@ print(*fastlora.__path__, sep="|")
 """
     for cwd in (ROOT, tmp_path):
         assert python(code, cwd, PYTHONPATH=str(ROOT)) == f"{ROOT / 'fastlora'}\n"
+
+
+def test_the_library_does_not_import_what_stands_on_it() -> None:
+    """Commands and benchmarks use the library, never the other way round."""
+    above = ("fastlora.bench.", "fastlora.commands.")
+    package = ROOT / "fastlora"
+    below = {
+        path
+        for path in (*package.rglob("*.py"), *ROOT.glob("kernels/*.py"))
+        if package / "commands" not in path.parents and path.name != "__main__.py"
+    }
+    assert {package / "functional.py", package / "train" / "run.py"} <= below
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted(below)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        if any(f"{name}.".startswith(above) for name in imported(node))
+    ]
+    assert found == []
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Returns the full names that an import statement asks for."""
+    names = [alias.name for alias in node.names]
+    return names if isinstance(node, ast.Import) else [f"{node.module}.{name}" for name in names]
 
 
 @pytest.mark.parametrize(("folder", "module"), [("kernels", "philox"), ("bench", "summary")])

@@ -94,6 +94,26 @@ print(*fastlora.__path__, *fastlora.kernels.__path__, sep="\\n")
     assert printed == [str(tmp_path / "fastlora"), str(tmp_path / "fastlora" / "kernels")]
 
 
+def test_wheel_installs_its_command(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    """The entry point names what is there; the help of every command comes from the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "fastlora = fastlora.commands.cli:main" in archive.read(points).decode()
+    code = """
+from fastlora.commands import cli
+for arguments in ("bench mixed --help", "demo --help", "train --help", "--version"):
+    try:
+        cli.main(arguments.split())
+    except SystemExit as done:
+        assert done.code == 0, arguments
+from fastlora.bench import mixed_bench
+from fastlora.commands import demo
+print(cli.__file__, demo.__file__, mixed_bench.__file__, sep="\\n")
+"""
+    files = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()[-3:]
+    assert all(Path(file).is_relative_to(installed) for file in files), files
+
+
 def test_wheel_runs_its_benchmarks(installed: Path, tmp_path: Path) -> None:
     """The commands of `bench/` by their names in the package; rows carry its sources' digest."""
     code = """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlora import cli
+from fastlora.commands import cli
 from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]

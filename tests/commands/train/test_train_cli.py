@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.testing import assert_within_budget
 from fastlora.train import checkpoint
 from tests.support import train_runs
@@ -112,7 +112,7 @@ def test_peft_reads_the_result(whole: Path, base: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train import checkpoint
 
 write = checkpoint._write_state

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train.config import parse_settings
 from fastlora.train.run import Run, train
 from tests.support import train_runs

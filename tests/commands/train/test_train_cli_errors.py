@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
 from fastlora.train.prepare import check_dropout_dtype

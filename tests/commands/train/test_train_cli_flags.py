@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train import command
 from tests.support import train_runs
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
 from fastlora.train.run import NonFiniteError, Run, RunLog

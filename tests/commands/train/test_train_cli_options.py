@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import cli
+from fastlora.commands import cli
 from fastlora.train import causal_lm_losses, count_tokens
 from fastlora.train.config import AdapterSettings, parse_settings, read_settings
 from fastlora.train.data import Corpus, Order, Row, collate, encode, micro_batches

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastlora.bench import measure
-from fastlora.demo_data import MixedBatch
+from fastlora.commands.demo_data import MixedBatch
 from fastlora.testing import error_budget
 
 

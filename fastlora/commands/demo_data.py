@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora import smollm2
+from fastlora.commands import smollm2
 from fastlora.train.losses import IGNORED
 from fastlora.validation import FastLoraError
 
@@ -27,7 +27,7 @@ class Example(NamedTuple):
 
 def shipped(name: str) -> Path:
     """Returns a file of ``examples/data`` in the checkout; raises `DemoDataError` without one."""
-    path = Path(__file__).resolve().parent.parent / "examples" / "data" / name
+    path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DemoDataError(
             f"{path} is missing: the demo's text lies in the source checkout, not in the installed "

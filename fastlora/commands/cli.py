@@ -145,7 +145,7 @@ def _demo(arguments: list[str]) -> int:
     from fastlora import env
 
     env.prepare_demo_process()
-    from fastlora.demo import main as run_demo
+    from fastlora.commands.demo import main as run_demo
 
     return run_demo(arguments)
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora import env, smollm2
+from fastlora import env
 from fastlora.bench import measure, mixed_bench, mixed_report
 from fastlora.bench.mixed_contest import quiet_transformers
-from fastlora.demo_data import (
+from fastlora.commands import smollm2
+from fastlora.commands.demo_data import (
     DemoDataError,
     Example,
     MixedBatch,
@@ -31,7 +32,7 @@ from fastlora.demo_data import (
     read_prompts,
     shipped,
 )
-from fastlora.demo_peft import compare, load_in_peft
+from fastlora.commands.demo_peft import compare, load_in_peft
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.

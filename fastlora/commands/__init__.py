@@ -1,0 +1,1 @@
+"""The `fastlora` command: what a terminal starts, over the whole library."""
