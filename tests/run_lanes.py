@@ -5,7 +5,8 @@
 that the lanes take about as long on two cores; ``aot`` compiles the kernels ahead of time for every
 supported GPU. A fifth lane, ``native``, runs ``tests/kernels`` on the GPU where
 there is one. Lanes run beside each other as far as the cores allow. The first one's output is shown
-while it comes, that of each other one whole when its turn comes, then pytest's closing lines.
+while it comes, that of each other one whole when its turn comes, then pytest's closing lines, their
+total and the slowest tests.
 
     python tests/run_lanes.py [--jobs N] [--lane NAME]... [-- PYTEST ARGUMENTS]
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_TESTS = 5  # pytest's exit code for an empty run
+SLOWEST = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Outcome:
         lines = [line for line in self.output.splitlines() if line.strip()]
         return lines[-1] if lines else "(no output)"
 
+    def counts(self) -> Counter[str]:
+        """Tests by outcome, from pytest's last line: ``{"passed": 3, "skipped": 1}``."""
+        found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed)", self.closing)
+        return Counter({word.replace("errors", "error"): int(number) for number, word in found})
+
+    def durations(self) -> list[tuple[float, str]]:
+        """Seconds and names of the slowest tests or fixtures, from the table that pytest prints."""
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", self.output)
+        table = re.split(r"^=+ slowest \d+ durations =+$", plain, flags=re.M)[1:]
+        rows = re.findall(r"^ *([\d.]+)s (call|setup|teardown) +(.+)$", "".join(table[-1:]), re.M)
+        return [
+            (float(seconds), name if phase == "call" else f"{name} ({phase})")
+            for seconds, phase, name in rows
+        ]
+
 
 PROGRAMS = ("tests/commands", "tests/distributed")
 LANES = (
@@ -74,7 +93,7 @@ def run_lane(lane: Lane, pytest_args: Sequence[str], live: bool) -> Outcome:
     paths = [path for path in lane.paths if (ROOT / path).exists()]
     if not paths:
         return Outcome(lane, 1, 0.0, f"none of {', '.join(lane.paths)} exists")
-    command = [sys.executable, "-m", "pytest", "-q", *paths]
+    command = [sys.executable, "-m", "pytest", "-q", f"--durations={SLOWEST}", *paths]
     command += [f"--ignore={path}" for path in lane.ignore]
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
@@ -119,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [lane for lane in lanes if not args.lane or lane.name in args.lane]
 
     outcomes = []
+    start = time.monotonic()
     _say(f"lanes: {', '.join(lane.name for lane in chosen)}; {min(args.jobs, len(chosen))} at once")
     with ThreadPoolExecutor(max_workers=args.jobs) as pool:
         running = [
@@ -135,6 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         verdict = "passed" if passed(outcome, args.pytest_args) else f"FAILED ({outcome.code})"
         _say(f"{outcome.lane.name:<12}{outcome.seconds:6.0f} s  {verdict:<12} {outcome.closing}")
+    total = sum((outcome.counts() for outcome in outcomes), Counter())
+    counts = ", ".join(f"{number} {word}" for word, number in total.items()) or "no tests"
+    _say(f"{'total':<12}{time.monotonic() - start:6.0f} s  {'':<12} {counts}")
+    rows = [(*row, outcome.lane.name) for outcome in outcomes for row in outcome.durations()]
+    _say(f"\nslowest {SLOWEST} tests:")
+    for seconds, name, lane in sorted(rows, reverse=True)[:SLOWEST]:
+        _say(f"{seconds:8.1f} s  {lane:<12} {name}")
     return 0 if all(passed(outcome, args.pytest_args) for outcome in outcomes) else 1
 
 

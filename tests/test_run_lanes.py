@@ -68,6 +68,39 @@ def test_a_filter_may_leave_a_lane_empty(root: Path, capfdbinary: Any) -> None:
     assert run_lanes.main(["--", "-k", "test_main"]) == 0
 
 
+def test_a_total_and_the_slowest_tests_of_all_lanes(root: Path, capfdbinary: Any) -> None:
+    """Failures, errors and skips count too; what a test prints is no duration."""
+    for folder, slow in (("tests", [0.6, 0.2]), ("tests/commands", [0.4])):
+        seconds = [*slow, *[0.02] * 5]
+        tests = [f"def test_{i}(): time.sleep({s})" for i, s in enumerate(seconds)]
+        text = "\n".join(["import time", *tests])
+        (root / folder / "test_s.py").write_text(text, encoding="utf-8")
+    (root / "tests/aot/test_x.py").write_text(
+        "import pytest, time\n"
+        "@pytest.fixture\n"
+        "def slow():\n    time.sleep(0.8)\n    raise ValueError\n"
+        "def test_error(slow): ...\n"
+        "def test_skip(): pytest.skip('why')\n"
+        "def test_fail():\n    print('99.00s call     tests/fake.py::test')\n    assert False\n",
+        encoding="utf-8",
+    )
+    assert run_lanes.main([]) == 1
+    printed = capfdbinary.readouterr().out.decode()
+    closing = printed[printed.index("===== all lanes") :]
+    (total,) = (line for line in closing.splitlines() if line.startswith("total"))
+    found = dict(part.split()[::-1] for part in total.split(" s ")[1].split(","))
+    assert found == {"passed": "17", "failed": "1", "skipped": "1", "error": "1"}
+    rows = [line.split() for line in closing.split("slowest 10 tests:\n")[1].splitlines()]
+    assert len(rows) == 10
+    assert [row[2:] for row in rows[:4]] == [
+        ["aot", "tests/aot/test_x.py::test_error", "(setup)"],
+        ["main", "tests/test_s.py::test_0"],
+        ["commands", "tests/commands/test_s.py::test_0"],
+        ["main", "tests/test_s.py::test_1"],
+    ]
+    assert not any("fake" in word for row in rows for word in row)
+
+
 def test_an_unknown_lane_is_refused(root: Path, capfdbinary: Any) -> None:
     with pytest.raises(SystemExit) as error:
         run_lanes.main(["--lane", "nope"])
