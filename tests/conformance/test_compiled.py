@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.support.conformance_cases import Case
-from tests.support.conformance_models import Subject
+from tests.support.conformance_models import Subject, direction
 from tests.support.conformance_operators import check_operators, reached_by, registered
 from tests.support.conformance_truth import check, read_masks
 
@@ -112,6 +112,43 @@ def test_switches_compile_nothing() -> None:
         if length == 2:
             count = graphs()
     assert graphs() == count == 3
+
+
+STEPPED = [
+    Case("model", "mixed", "plain"),
+    Case("model", "mixed", "dora"),
+    Case("model", "single", "dora", base_trains=True),
+    Case("patched", "mixed", "plain"),
+    Case("patched", "single", "dora"),
+]
+
+
+STALE = pytest.mark.xfail(strict=True, reason="what an evaluation kept outlives a compiled step")
+
+
+@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=STALE), "eval throughout"])
+@pytest.mark.parametrize("case", STEPPED, ids=str)
+def test_a_fused_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
+    """Fused optimizers write parameters without a version that tells of it."""
+    subject = Subject(case)
+    x, plain = subject.x(), subject.call
+    train = compiled(subject).call if way == "compiled" else plain
+    optimizer = torch.optim.AdamW(
+        [p for p in subject.places().values() if p.requires_grad], lr=0.1, fused=True
+    )
+    for _ in range(2):
+        subject.call = plain
+        subject.net.eval()
+        with torch.no_grad():
+            for _ in range(3):
+                check(subject, {"y": subject.forward(x)}, x, masks={})
+        subject.call = train
+        subject.net.train(way != "eval throughout")
+        y = subject.forward(x)
+        y.backward(direction(y))
+        optimizer.step()
+        optimizer.zero_grad()
+        subject.read()
 
 
 def test_operators() -> None:
