@@ -17,7 +17,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import Chip  # noqa: E402
+from fastlora.kernels.chips import Chip  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launches import MIXED_K_LOOPS, cases  # noqa: E402

@@ -18,12 +18,8 @@ if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastlora import mixed_ops  # noqa: E402
-from fastlora.kernels.configs import cdiv, chip_of  # noqa: E402
-from fastlora.kernels.mixed_configs import (  # noqa: E402
-    mixed_expand_config,
-    mixed_linear_config,
-    mixed_shrink_config,
-)
+from fastlora.kernels.chips import chip_of  # noqa: E402
+from fastlora.kernels.configs import cdiv, choose  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic  # noqa: E402
@@ -117,7 +113,9 @@ class Shrink:
     """What a shrink must do for these rows, in closed form."""
 
     def __init__(self, ids: list[int], dtype: torch.dtype) -> None:
-        config = mixed_shrink_config(chip_of(torch.device("cpu")), len(ids), max(RANKS), dtype)
+        config = choose(
+            chip_of(torch.device("cpu")), "mixed_lora_shrink", dtype, m=len(ids), r=max(RANKS)
+        )
         held = [slot for slot in ids if slot >= 0]
         # A piece holds rows of one adapter and lies in one tile.
         pieces = [slot for tile in tiles(ids, config.block_m) for slot in tile if slot >= 0]
@@ -165,7 +163,7 @@ def check_shrink(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> Non
 
 def check_linear(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> None:
     """The base GEMM as it is without adapters, then each factor once a tile of rows."""
-    config = mixed_linear_config(chip_of(torch.device("cpu")), len(ids), N, dtype)
+    config = choose(chip_of(torch.device("cpu")), "mixed_lora_linear", dtype, m=len(ids), n=N)
     added, size, m = RankRows(ids, dtype, config), dtype.itemsize, len(ids)
     tile = config.block_m * config.block_n * cdiv(K, config.block_k) * config.block_k
     base_flops = 2 * added.tiles_m * added.tiles_n * tile
@@ -180,7 +178,7 @@ def check_linear(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> Non
 
 def check_expand(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> None:
     """y of the rows with an adapter, read and written, and each factor once a tile of rows."""
-    config = mixed_expand_config(chip_of(torch.device("cpu")), len(ids), N, dtype)
+    config = choose(chip_of(torch.device("cpu")), "mixed_lora_expand", dtype, m=len(ids), n=N)
     added = RankRows(ids, dtype, config)
     assert kernel.flops == added.flops
     y = sum(slot >= 0 for slot in ids) * N * dtype.itemsize

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.mixed_configs import MixedExpandConfig  # noqa: E402
+from fastlora.kernels.configs import KernelConfig  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
@@ -32,5 +32,5 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, n: int) -> None:
 def test_every_chunk_and_plane(lab: Any, block_r: int, splits: int) -> None:
     ranks = [[RANKS[slot % 8] for slot in range(64)]]
     problem = MixedProblem(lab, draw_ids(64, 64), ranks, 32, [50], torch.float32, biased=(5, 9))
-    config = MixedExpandConfig(block_m=32, block_n=32, block_r=block_r, num_warps=4)
+    config = KernelConfig(block_m=32, block_n=32, block_r=block_r, num_warps=4)
     problem.check(expand(problem, config, splits))
