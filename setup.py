@@ -10,6 +10,11 @@ from setuptools import setup
 setup(
     packages=[
         "fastlora",
+        "fastlora.autograd",
+        "fastlora.model",
+        "fastlora.ops",
+        "fastlora.ops.torch",
+        "fastlora.routing",
         "fastlora.integrations",
         "fastlora.kernels",
         "fastlora.layers",

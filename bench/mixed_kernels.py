@@ -24,9 +24,9 @@ from linear import main as run
 from mixed_strategies import Rows, Stacked, Strategy, gathered_bmm, grouped_mm, segments
 from shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 
-from fastlora import mixed_ops
-from fastlora.mixed_dense import MAX_RANK_ROWS
-from fastlora.row_groups import RowGroups, build_row_groups
+from fastlora.ops import mixed_ops
+from fastlora.ops.mixed_dense import MAX_RANK_ROWS
+from fastlora.ops.row_groups import RowGroups, build_row_groups
 
 YARDSTICK = {"base": "base", "mixed": "segments"}
 

@@ -17,8 +17,8 @@ from contenders import SCALING, Contender, Results
 from mixed_strategies import Rows
 from shapes import MIXED_SEQUENCES, Point
 
-from fastlora.mixed_autograd import KernelBatch, MixedLoraLinearKernels
-from fastlora.row_groups import RowGroups, build_row_groups
+from fastlora.autograd.mixed_autograd import KernelBatch, MixedLoraLinearKernels
+from fastlora.ops.row_groups import RowGroups, build_row_groups
 
 YARDSTICK = {"train_base": "base", "mixed_train": "segments"}
 

@@ -12,7 +12,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch  # noqa: E402
 
 from fastlora import functional  # noqa: E402
-from fastlora.row_groups import build_row_groups  # noqa: E402
+from fastlora.ops.row_groups import build_row_groups  # noqa: E402
 
 SIZES = ((1, 72, 40, 3), (17, 200, 136, 16), (130, 136, 72, 5))  # (M, K, N, R)
 # The same for mixed batches, whose adapters have these ranks in each of two modules.
@@ -33,7 +33,10 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     Returns:
         The results ``[M, N]``.
     """
-    from fastlora import mixed_dora_scale_ops, mixed_ops  # noqa: F401 - the first registers operators
+    from fastlora.ops import (
+        mixed_dora_scale_ops,  # noqa: F401 - the first registers operators
+        mixed_ops,  # noqa: F401 - the first registers operators
+    )
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)

@@ -7,18 +7,19 @@ _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "kernels" / "lora_linear.py").is_file():
     __path__.append(str(_checkout))
 
+import fastlora.integrations.transformers  # noqa: E402, F401 - what LoraModel is on their models
 from fastlora import functional  # noqa: E402  # the path above comes first
-from fastlora.batch import adapters  # noqa: E402
-from fastlora.batch_invariant import batch_invariant  # noqa: E402
-from fastlora.config import LoraConfig, TaskType  # noqa: E402
-from fastlora.estimate import Estimate, estimate  # noqa: E402
+from fastlora.integrations.patch import patch, unpatch  # noqa: E402
+from fastlora.integrations.report import FusionReport, fusion_report  # noqa: E402
 from fastlora.layers import FastLoraLinear  # noqa: E402
 from fastlora.model import LoraModel, get_peft_model  # noqa: E402
-from fastlora.patch import patch, unpatch  # noqa: E402
+from fastlora.model.config import LoraConfig, TaskType  # noqa: E402
+from fastlora.model.estimate import Estimate, estimate  # noqa: E402
+from fastlora.model.recommend import Recommendation, recommend  # noqa: E402
+from fastlora.ops.invariant import batch_invariant  # noqa: E402
 from fastlora.pool import AdapterPool  # noqa: E402
-from fastlora.recommend import Recommendation, recommend  # noqa: E402
-from fastlora.refresh import refresh  # noqa: E402
-from fastlora.report import FusionReport, fusion_report  # noqa: E402
+from fastlora.routing.block import adapters  # noqa: E402
+from fastlora.routing.refresh import refresh  # noqa: E402
 from fastlora.train import (  # noqa: E402
     AdapterOptimizers,
     adapter_losses,

@@ -197,7 +197,7 @@ def _version(distribution: str) -> str | None:
 def _devices() -> Iterator[dict[str, str]]:
     import torch
 
-    from fastlora.ops import triton_status
+    from fastlora.ops.schema import triton_status
 
     names = ["cpu"]
     names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -245,7 +245,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder is missing or damaged.
     """
-    from fastlora.checkpoint import inspect_adapter_folder
+    from fastlora.model.adapter_folder import inspect_adapter_folder
 
     header = inspect_adapter_folder(path)
     config = header.config
@@ -320,7 +320,7 @@ def _merge(args: argparse.Namespace) -> int:
     # The cheap checks first: nobody waits for a large model to learn of a typing error.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"{out}: exists and is not an empty folder; expected a new one")
-    from fastlora.checkpoint import inspect_adapter_folder
+    from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path
     model = _load_base(args.base, args.dtype)

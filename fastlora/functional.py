@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import autograd, ops, sibling_ops
-from fastlora.batch_invariant import invariant_impl, is_batch_invariant
-from fastlora.plans import PLANS
+from fastlora.autograd import linear as autograd
+from fastlora.autograd import sibling_ops
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import invariant_impl, is_batch_invariant
+from fastlora.ops.plans import PLANS
 from fastlora.validation import (
     ImplementationError,
     check_dropout,

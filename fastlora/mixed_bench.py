@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from fastlora import measure, mixed_report
-from fastlora.config import LoraConfig
 from fastlora.mixed_contest import (
     BASE,
     Contest,
@@ -29,7 +28,8 @@ from fastlora.mixed_contest import (
     quiet_transformers,
 )
 from fastlora.mixed_report import Row
-from fastlora.targets import find_targets
+from fastlora.model.config import LoraConfig
+from fastlora.model.targets import find_targets
 from fastlora.validation import FastLoraError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,8 +6,9 @@ what was expected.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -46,6 +47,16 @@ class PoolFullError(FastLoraError, RuntimeError):
 
 class ImplementationError(FastLoraError, RuntimeError):
     """The implementation that the caller named cannot run here."""
+
+
+@contextlib.contextmanager
+def error_prefix(where: object) -> Iterator[None]:
+    """Puts ``where`` in front of the message of every `FastLoraError` that the block raises."""
+    try:
+        yield
+    except FastLoraError as error:
+        error.args = (f"{where}: {error}", *error.args[1:])
+        raise
 
 
 def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:

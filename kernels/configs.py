@@ -211,7 +211,7 @@ def plan_of(
     - ``augmented``: shrink, then the library's GEMM over ``[x | s] @ [W | scaling * lora_b].T``;
       for one adapter. It copies x and the weight at every call.
     - ``dense``: the library's GEMMs through the rank rows of all slots, masked between the two; for
-      a mixed batch. It copies all factors. See `fastlora.mixed_dense`.
+      a mixed batch. It copies all factors. See `fastlora.ops.mixed_dense`.
 
     No plan has been measured yet, so every chip has the design's.
 

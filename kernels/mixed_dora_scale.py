@@ -16,7 +16,8 @@ import triton.language as tl
 from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer
 
-# In place of an address: scales that are yet to be made (`fastlora.mixed_dora_scale_ops.PENDING`).
+# In place of an address: scales that are yet to be made
+# (`fastlora.ops.mixed_dora_scale_ops.PENDING`).
 PENDING: tl.constexpr = tl.constexpr(16)
 
 
@@ -92,7 +93,7 @@ def launch_mixed_dora_scale(
     Args:
         y: ``[M, N]``, any strides without overlap; fp16, bf16 or fp32.
         bias: ``[N]``, contiguous, of any float dtype, or None.
-        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
         pieces: int32, ``RowGroups.pieces(config.block_m)``.

@@ -151,7 +151,7 @@ def launch_mixed_lora_add(
     Args:
         y: ``[M, N]``, any strides without overlap.
         x: ``[M, K]``, any strides.
-        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
         pieces: int32, ``RowGroups.pieces(config.block_m)``.

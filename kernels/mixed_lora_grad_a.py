@@ -155,7 +155,7 @@ def launch_mixed_lora_grad_a(
         d_lora_a: fp32 ``[ceil(M / rows) + S, G, R, K]``, contiguous.
         x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
         ds: ``[G, M, R]`` in x's dtype over sorted positions, the last dimension contiguous.
-        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
         pieces: int32, ``RowGroups.pieces(rows)``.

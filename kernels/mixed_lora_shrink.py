@@ -257,7 +257,7 @@ def launch_mixed_lora_shrink(
             contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
             has past R is not written.
         x: ``[M, K]``, any strides.
-        order: int32 ``[M]``, like the next two from `fastlora.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
         pieces: int32, ``RowGroups.pieces(config.block_m)``.

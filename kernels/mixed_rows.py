@@ -1,10 +1,11 @@
 """Mixed batches: what the kernels share about the rows and the rank rows of many adapters.
 
-Rows stand in sorted positions (`fastlora.row_groups`): x and y are gathered and scattered through
-``order``, s lies at sorted positions. The rank rows of all adapters that a tile of positions holds
-stand side by side as its columns: a segment takes a multiple of 16 columns, so that 16 neighbours
-belong to one adapter, and what lies past its true rank is masked. A module's addresses, ranks and
-scalings are read from tables with one entry a slot; an adapter's own rank bounds every load.
+Rows stand in sorted positions (`fastlora.ops.row_groups`): x and y are gathered and scattered
+through ``order``, s lies at sorted positions. The rank rows of all adapters that a tile of
+positions holds stand side by side as its columns: a segment takes a multiple of 16 columns, so that
+16 neighbours belong to one adapter, and what lies past its true rank is masked. A module's
+addresses, ranks and scalings are read from tables with one entry a slot; an adapter's own rank
+bounds every load.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastlora.kernels.rank_rows import sum_planes
 
 # Columns that belong to one adapter: the K of a tensor-core instruction.
 COLUMNS: tl.constexpr = tl.constexpr(16)
-# Slot of rows whose id is out of range (`fastlora.row_groups.INVALID_SLOT`).
+# Slot of rows whose id is out of range (`fastlora.ops.row_groups.INVALID_SLOT`).
 INVALID_SLOT: tl.constexpr = tl.constexpr(-2)
 # Shrink fills a row of s up to a multiple of this, so that 16 bytes of fp32 are one load.
 S_COLUMNS: tl.constexpr = tl.constexpr(4)

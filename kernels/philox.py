@@ -3,7 +3,7 @@
 The mask is a function of (seed, row, column, projection) alone, never of a tile, so that every
 kernel that needs it computes it again instead of reading it. Philox4x32-10 with the seed as key and
 the counter ``(row, column // 8, projection, 0)`` gives four 32-bit words: eight 16-bit lanes, one
-for each of eight neighbouring columns. `fastlora.philox_reference` states the same in PyTorch.
+for each of eight neighbouring columns. `fastlora.ops.philox_reference` states the same in PyTorch.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Outcome:
         return lines[-1] if lines else "(no output)"
 
 
-PROGRAMS = ("tests/commands", "tests/distributed", "tests/train_cli")
+PROGRAMS = ("tests/commands", "tests/distributed")
 LANES = (
     Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", *PROGRAMS)),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),

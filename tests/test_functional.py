@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora import autograd
+from fastlora.autograd import linear as autograd
 from fastlora.functional import lora_add, lora_linear
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, ImplementationError
@@ -160,7 +160,7 @@ def test_pytorchs_nodes_are_the_same_layer(
         for name in ("weight", "bias"):
             operands[name].requires_grad_(False)
         packed: list[torch.Tensor] = []
-        hooks = lambda t: packed.append(t) or t, lambda t: t  # noqa: B023, E731
+        hooks = lambda t: packed.append(t) or t, lambda t: t  # noqa: B023
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
             y = lora_linear(x, scaling=2.0, **operands)
         memory = {t.untyped_storage().data_ptr(): t.numel() for t in packed}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import tiny_llama
-
 import fastlora
 from fastlora import LoraConfig, get_peft_model
+from tests.support.tiny import tiny_llama
 
 pytest.importorskip("transformers", reason="the README's models are transformers'")
 pytest.importorskip("peft", reason="the README patches a PEFT model")

@@ -14,7 +14,7 @@ from torch import nn
 from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
 from fastlora.model import LoraModel
-from fastlora.module_walk import outer_modules
+from fastlora.model.walk import outer_modules
 from fastlora.sharding import clip_with_norm_, total_norm
 from fastlora.validation import AdapterStateError
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.batch_invariant import refuse_in_mode
-from fastlora.ids import BASE, named_ids
-from fastlora.in_force import check_batch, routing_of
-from fastlora.in_force import routed as routing_in_force
 from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
 from fastlora.layers.dora import (
     dora_added_forward,
@@ -37,8 +33,13 @@ from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
-from fastlora.recompute import keep_routing
-from fastlora.routing import Group, Routing, join_group
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.block import parameters_routing
+from fastlora.routing.checkpoints import keep_routing
+from fastlora.routing.ids import BASE, named_ids
+from fastlora.routing.in_force import check_batch, routing_of
+from fastlora.routing.in_force import routed as routing_in_force
+from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -247,6 +248,17 @@ class RoutedPeftModel(NamedTuple):
     group: Group
     routed: list[Any]
     peft_config: dict[str, Any]
+
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block."""
+        known = tuple(self.peft_config)
+        return parameters_routing(self.group, self.routed, known, ids, seeds, validate)
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:

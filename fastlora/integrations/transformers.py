@@ -14,24 +14,23 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.model import LoraModel, adapter_state
 
-def lora_model_class(model: nn.Module) -> type:
-    """Returns the class that wraps ``model``: `LoraModel`, or its subclass for transformers."""
-    from fastlora.model import LoraModel
 
+def lora_model_class(model: nn.Module) -> type[LoraModel] | None:
+    """Returns the subclass of `LoraModel` for a transformers model; None for any other."""
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return LoraModel
-    if importlib.util.find_spec("peft") is None:
-        return LoraModel
-    return _transformers_lora_model()
+        return None
+    return None if importlib.util.find_spec("peft") is None else _transformers_lora_model()
+
+
+LoraModel.classes.append(lora_model_class)
 
 
 @functools.cache
-def _transformers_lora_model() -> type:
+def _transformers_lora_model() -> type[LoraModel]:
     from peft import PeftModel
-
-    from fastlora.model import LoraModel
 
     class TransformersLoraModel(LoraModel, PeftModel):  # type: ignore[misc, override]  # ours win
         """A `LoraModel` on a transformers model; see the module's docstring."""
@@ -58,9 +57,6 @@ def _answer_for_peft() -> None:
     """
     import peft
     from peft.utils import save_and_load
-
-    from fastlora import adapter_state
-    from fastlora.model import LoraModel
 
     theirs_get: Any = save_and_load.get_peft_model_state_dict
     theirs_set: Any = save_and_load.set_peft_model_state_dict

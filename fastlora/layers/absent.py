@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fastlora.routing import Routing, RowRouting
+from fastlora.routing.routing import Routing, RowRouting
 
 
 class ZeroGradients(torch.autograd.Function):

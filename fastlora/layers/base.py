@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.ids import check_adapter_name
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude
 from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
-from fastlora.routing import Group
+from fastlora.routing.ids import check_adapter_name
+from fastlora.routing.routing import Group
 from fastlora.sharding import is_sharded
 from fastlora.validation import (
     AdapterNotFoundError,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import functional
-from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight, scaling_of
 from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.ops.invariant import refuse_in_mode
 from fastlora.sharding import is_sharded
 from fastlora.validation import ImplementationError
 

@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import functional, ops
-from fastlora.batch_invariant import is_batch_invariant, refuse_in_mode
-from fastlora.dora import (
+from fastlora import functional
+from fastlora.autograd.dora import (
     DoraScale,
     scale_columns,
     scale_of,
 )
-from fastlora.dora_dropped import DoraDropped, joins
-from fastlora.dora_linear import DoraLinear, runs_as_one
+from fastlora.autograd.dora_dropped import DoraDropped, joins
+from fastlora.autograd.dora_linear import DoraLinear, runs_as_one
 from fastlora.layers.branch import scaling_of
 from fastlora.layers.compute import (
     Branch,
@@ -39,6 +38,8 @@ from fastlora.layers.dora_norms import (
     source_of,
 )
 from fastlora.layers.own_share import OwnShare
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
 
 
 class DoraMagnitude(nn.Module):

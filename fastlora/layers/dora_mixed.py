@@ -3,7 +3,7 @@
 A mixed batch's products, by kernels, packed factors or PyTorch, give ``u + bias`` for every row,
 with ``u = x @ weight.T + scaling * s @ lora_b.T``. What DoRA adds is one scale per column for each
 of its own rows; other rows are not touched. An adapter whose dropout acts meets the base weight a
-second time (`fastlora.dora`): its rows are taken out and computed alone.
+second time (`fastlora.autograd.dora`): its rows are taken out and computed alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora import ops
-from fastlora.dora import DoraScale, scale_of, times
-from fastlora.dora_dropped import DoraDropped
+from fastlora.autograd.dora import DoraScale, scale_of, times
+from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers import mixed_training
 from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
@@ -27,7 +26,8 @@ from fastlora.layers.dora_norms import (
     stamp_of,
 )
 from fastlora.layers.own_share import OwnShare
-from fastlora.routing import Routing, RowRouting, Segment, layer_seed
+from fastlora.ops import schema as ops
+from fastlora.routing.routing import Routing, RowRouting, Segment, layer_seed
 
 
 class DoraSlots(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
+from fastlora.autograd.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
 from fastlora.layers.branch import scaling_of
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.own_share import OwnShare, local

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from fastlora import (
-    mixed_dora_scale_ops,  # noqa: F401 - registers the operators
-    mixed_graph_ops,
-    mixed_ops,
-    ops,
-)
-from fastlora.graph_routing import PoolGraphRouting
-from fastlora.routing import KernelRouting
-from fastlora.row_groups import RowGroups
+from fastlora.autograd import mixed_graph_ops
+from fastlora.ops import mixed_dora_scale_ops, mixed_ops  # noqa: F401 - registers operators
+from fastlora.ops import schema as ops
+from fastlora.ops.graph_routing import PoolGraphRouting
+from fastlora.ops.row_groups import RowGroups
+from fastlora.routing.routing import KernelRouting
 
 
 def scale_in_graph_(layer: Any, y: torch.Tensor, batch: PoolGraphRouting) -> torch.Tensor:

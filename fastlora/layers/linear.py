@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.batch_invariant import refuse_in_mode
-from fastlora.in_force import routing_of
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import lora_forward, why_not_fused
 from fastlora.layers.dora import dora_forward, uses_dora, why_dora_not_fused
 from fastlora.layers.mixed_compute import mixed_forward
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.in_force import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
 from fastlora.validation import UnsupportedLayerError
 

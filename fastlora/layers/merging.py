@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.dora import adapted_sums, nonzero, scale_of, square_norms
+from fastlora.autograd.dora import adapted_sums, nonzero, scale_of, square_norms
 from fastlora.layers.dora import uses_dora
 from fastlora.layers.dora_norms import adapter_squares, forget_norms, magnitude_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fastlora import functional, mixed, ops, packed_forward
-from fastlora.batch_invariant import invariant_impl, is_batch_invariant, refuse_in_mode
+from fastlora import functional
+from fastlora.autograd import mixed
 from fastlora.layers import (
     dora_mixed,
     dora_pool,
@@ -33,7 +33,10 @@ from fastlora.layers.compute import (
     branch_of,
     why_not_fused,
 )
-from fastlora.routing import KernelRouting, Routing, RowRouting, layer_seed
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
+from fastlora.ops.torch import packed_forward
+from fastlora.routing.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.validation import (
     AdapterStateError,
     ImplementationError,

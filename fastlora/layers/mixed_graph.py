@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora import functional, mixed_graph_ops, mixed_ops, ops
-from fastlora.batch_invariant import is_batch_invariant
-from fastlora.graph_routing import GraphRouting, PoolGraphRouting
+from fastlora import functional
+from fastlora.autograd import mixed_graph_ops
 from fastlora.layers import dora_pool, mixed_graph_dora
 from fastlora.layers.mixed_graph_dora import DoraSlots
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
-from fastlora.routing import Routing
+from fastlora.ops import mixed_ops
+from fastlora.ops import schema as ops
+from fastlora.ops.graph_routing import GraphRouting, PoolGraphRouting
+from fastlora.ops.invariant import is_batch_invariant
+from fastlora.routing.routing import Routing
 
 
 def linear(

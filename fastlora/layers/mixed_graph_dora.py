@@ -1,9 +1,9 @@
 """DoRA's rows of a mixed batch in a compiled graph: found by their ids while it runs.
 
 Where no dropout acts, a row finds its adapter's scale in a table. Under active dropout there is no
-such scale, and rows have a second base product (`fastlora.mixed_dora_ops`). The norms of all the
-model's DoRA adapters are made in every forward, of those without rows too, for which ones have rows
-is the mix.
+such scale, and rows have a second base product (`fastlora.autograd.mixed_dora_ops`). The norms of
+all the model's DoRA adapters are made in every forward, of those without rows too, for which ones
+have rows is the mix.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora import mixed_dora_ops, ops  # noqa: F401 - registers operators
-from fastlora.graph_routing import GraphRouting
+from fastlora.autograd import mixed_dora_ops  # noqa: F401 - registers operators
 from fastlora.layers.branch import scaling_of, scaling_tensor
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora_mixed import acts
 from fastlora.layers.dora_norms import adapter_squares, magnitude_of
-from fastlora.training_routing import seeds_of_layer
+from fastlora.ops import schema as ops  # noqa: F401 - registers operators
+from fastlora.ops.graph_routing import GraphRouting
+from fastlora.ops.training_routing import seeds_of_layer
 
 
 class DoraSlots(NamedTuple):

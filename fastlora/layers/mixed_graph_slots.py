@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora import ops
-from fastlora.batch_invariant import is_batch_invariant
-from fastlora.graph_routing import GraphRouting
 from fastlora.layers.branch import factors_of, scaling_of
 from fastlora.layers.mixed_graph_dora import DoraSlots, dora_slots
+from fastlora.ops import schema as ops
+from fastlora.ops.graph_routing import GraphRouting
+from fastlora.ops.invariant import is_batch_invariant
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class GraphSlots(NamedTuple):
-    """What the operators of `fastlora.mixed_graph_ops` take of a layer.
+    """What the operators of `fastlora.autograd.mixed_graph_ops` take of a layer.
 
     An adapter has rank 0 where it leaves the layer alone or its DoRA drops.
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora import mixed_ops
-from fastlora.batch_invariant import refuse_in_mode
 from fastlora.layers.compute import plain_weight
 from fastlora.layers.watch import Watch
-from fastlora.routing import KernelRouting, Routing
-from fastlora.siblings import share, shared
+from fastlora.ops import mixed_ops
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.routing import KernelRouting, Routing
+from fastlora.routing.siblings import share, shared
 
 
 class ModelTables(NamedTuple):

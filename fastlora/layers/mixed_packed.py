@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora import packed, packed_forward
-from fastlora.batch_invariant import is_batch_invariant
 from fastlora.layers.compute import plain_weight
 from fastlora.layers.watch import Watch
-from fastlora.packed import Factors, LayerPack, SetPack
-from fastlora.packed_choice import kind_of
-from fastlora.routing import Routing, RowRouting
-from fastlora.siblings import share, shared
+from fastlora.ops.invariant import is_batch_invariant
+from fastlora.ops.torch import packed, packed_forward
+from fastlora.ops.torch.packed import Factors, LayerPack, SetPack
+from fastlora.ops.torch.packed_choice import kind_of
+from fastlora.routing.routing import Routing, RowRouting
+from fastlora.routing.siblings import share, shared
 
 
 class Ready(NamedTuple):

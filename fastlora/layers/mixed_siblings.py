@@ -2,8 +2,8 @@
 
 Siblings are found, and results are used, as in `fastlora.layers.shared_shrink`: the first sibling
 that is called makes everybody's s in one node, whose backward forms all their d_lora_a
-(`fastlora.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products share nothing in a mixed
-batch, which the fusion report says.
+(`fastlora.autograd.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products share nothing in a
+mixed batch, which the fusion report says.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from fastlora import functional
-from fastlora.in_force import routing_of
 from fastlora.layers.branch import is_hooked
 from fastlora.layers.dora_mixed import dora_slots
 from fastlora.layers.mixed_training import Part, parts_for_kernels, shrink
 from fastlora.layers.shared_shrink import LAST, why_not_now
-from fastlora.routing import Routing
-from fastlora.siblings import Family, family_of, keep_shares, take_share
+from fastlora.routing.in_force import routing_of
+from fastlora.routing.routing import Routing
+from fastlora.routing.siblings import Family, family_of, keep_shares, take_share
 from fastlora.validation import FastLoraError
 
 _Parts = Sequence[Part | None]

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import mixed_autograd, ops
+from fastlora.autograd import mixed_autograd
 from fastlora.layers.compute import is_hooked, plain_weight, why_not_fused
-from fastlora.mixed_grad_tables import table
-from fastlora.routing import Routing
-from fastlora.training_routing import TrainingRouting
+from fastlora.ops import schema as ops
+from fastlora.ops.mixed_grad_tables import table
+from fastlora.ops.training_routing import TrainingRouting
+from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError, UnsupportedLayerError, check_same_device
 
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

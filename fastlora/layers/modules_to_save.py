@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.ids import NO_ADAPTER
-from fastlora.in_force import routing_of
-from fastlora.routing import Group, Routing
+from fastlora.routing.ids import NO_ADAPTER
+from fastlora.routing.in_force import routing_of
+from fastlora.routing.routing import Group, Routing
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 # The slot of an adapter that the batch does not name.

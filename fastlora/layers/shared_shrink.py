@@ -2,12 +2,12 @@
 
 The first of them computes every sibling's s in one node of the graph, whose backward forms all
 their d_lora_a (`fastlora.autograd.LoraShrink`). Found by watching, used by the tensor's identity:
-see `fastlora.siblings`. Where that would not be safe or saves nothing, each layer has its own node,
-and the fusion report says why.
+see `fastlora.routing.siblings`. Where that would not be safe or saves nothing, each layer has its
+own node, and the fusion report says why.
 
 A compiled graph must not see what one call leaves for another. There every sibling calls one
-operator with all their factors and takes its own share (`fastlora.sibling_ops`). Who is a sibling
-was seen in a forward before; what one leaves afterwards changes no graph.
+operator with all their factors and takes its own share (`fastlora.autograd.sibling_ops`). Who is a
+sibling was seen in a forward before; what one leaves afterwards changes no graph.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from fastlora import functional, ops
-from fastlora.batch_invariant import is_batch_invariant
+from fastlora import functional
 from fastlora.layers.branch import Branch, factors_of, is_hooked
-from fastlora.siblings import Family, family_of, keep_shares, known_family, take_share
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import is_batch_invariant
+from fastlora.routing.siblings import Family, family_of, keep_shares, known_family, take_share
 
 _UNKNOWN = "no training forward seen yet"
 _CHECKPOINT = (

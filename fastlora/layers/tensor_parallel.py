@@ -23,9 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastlora import functional, mixed, ops
-from fastlora.batch_invariant import refuse_in_mode
-from fastlora.in_force import routing_of
+from fastlora import functional
+from fastlora.autograd import mixed
 from fastlora.layers.absent import with_absent
 from fastlora.layers.branch import Branch, is_hooked, scaling_of, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
@@ -35,7 +34,10 @@ from fastlora.layers.merging import versions
 from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.own_share import OwnShare, own
 from fastlora.layers.tensor_parallel_dora import COLUMN_WISE, ROW_WISE, TensorParallelDora
-from fastlora.routing import Routing, layer_seed
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.in_force import routing_of
+from fastlora.routing.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 

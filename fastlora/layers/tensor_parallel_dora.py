@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.dora import nonzero
+from fastlora.autograd.dora import nonzero
 from fastlora.layers.dora_mixed import DoraSlots, scale_rows, scale_segments, wants_segments
 from fastlora.layers.dora_norms import cached_squares, forget_norms
 from fastlora.layers.own_share import OwnShare, local, own
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.routing import Routing, RowRouting
+from fastlora.routing.routing import Routing, RowRouting
 from fastlora.validation import UnsupportedLayerError
 
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.batch_invariant import refuse_in_mode
-from fastlora.in_force import routing_of
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
 from fastlora.layers.dora import dora_added_forward, uses_dora
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
+from fastlora.ops.invariant import refuse_in_mode
+from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
 
 # Libraries whose linear layers return a tensor that they have just made and keep no reference to.

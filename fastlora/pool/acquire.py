@@ -11,9 +11,9 @@ from weakref import ref
 from fastlora.pool.entries import Entry, unknown
 from fastlora.pool.image import Image
 from fastlora.pool.leases import Lease, LeaseBook, Request
+from fastlora.pool.reader import AdapterReader
 from fastlora.pool.resident import DeviceCopy
 from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import Transfers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ids import BASE
+from fastlora.routing.ids import BASE
 from fastlora.validation import ConfigError, check_rank
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,19 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.config import CONFIG_NAME
+from fastlora.model.config import CONFIG_NAME
 from fastlora.pool.acquire import Residency
 from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
-from fastlora.pool.batches import pool_block
 from fastlora.pool.image import Packer
-from fastlora.pool.install import PoolLayers
+from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease
+from fastlora.pool.reader import AdapterReader
+from fastlora.pool.router import pool_block, pool_routing
 from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.source import AdapterReader
 from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import make_transfers
+from fastlora.routing.routers import register_router
+from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
 
 _ATTRIBUTE = "_fastlora_pool"
@@ -40,7 +43,7 @@ class AdapterPool:
 
     A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
     adapters that it is reading. So do the packed factors of the last two sets of adapters that came
-    again and ran in plain PyTorch (`fastlora.packed`). In front of a GPU the CPU tier is
+    again and ran in plain PyTorch (`fastlora.ops.torch.packed`). In front of a GPU the CPU tier is
     page-locked, and PyTorch rounds such memory up to powers of two.
 
     Args:
@@ -379,6 +382,16 @@ class AdapterPool:
             if error is None:  # else that one is what ended the block
                 raise
 
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
+        return pool_routing(self, ids, seeds, validate, held)
+
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")
 
@@ -387,3 +400,10 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
     """Returns the pool that was made for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
+
+
+@register_router
+def _router(model: Any) -> AdapterPool | None:
+    if isinstance(model, nn.Module):
+        return pool_of(model)
+    return model if isinstance(model, AdapterPool) else None

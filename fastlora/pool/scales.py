@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastlora.dora import scale_of
+from fastlora.autograd.dora import scale_of
 from fastlora.layers.dora_norms import adapter_squares, base_stamp, may_keep
 from fastlora.pool.resident import DeviceCopy, Scales
 from fastlora.pool.tables import PoolTables

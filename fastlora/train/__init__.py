@@ -5,9 +5,8 @@ rest of a training step so: the loss, clipping, the optimizer, its schedule, non
 """
 
 from fastlora.train.losses import AdapterLosses, adapter_losses, causal_lm_losses, count_tokens
-from fastlora.train.optimizers import AdapterOptimizers, StepReport
-from fastlora.train.parameters import adapter_parameters, train_adapters
-from fastlora.train.solo import AdapterCounts
+from fastlora.train.optimizers import AdapterOptimizers, StepReport, train_adapters
+from fastlora.train.solo import AdapterCounts, adapter_parameters
 
 __all__ = [
     "AdapterCounts",

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastlora import inject
-from fastlora.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
+from fastlora.model.inject import base_parameters
+from fastlora.model.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
 from fastlora.validation import CheckpointError
 
 FORMAT = 1
@@ -47,11 +48,6 @@ class TrainState:
     optimizers: dict[str, Any]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Returns the folder of a step's checkpoint."""
-    return root / f"step-{step:08d}"
-
-
 def adapters_folder(checkpoint: Path) -> Path:
     """Returns the folder of a checkpoint's adapters, one folder each."""
     return checkpoint / _ADAPTERS
@@ -69,22 +65,20 @@ def checkpoints(root: Path) -> list[Path]:
 def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
     """Gives a folder to write the adapters into; after the block it is the newest checkpoint.
 
-    Args:
-        root: The folder of all checkpoints.
-        state: Written beside the adapters.
-        keep: How many stay, this one included.
+    ``keep`` checkpoints stay, this one included.
 
     Raises:
         CheckpointError: Something cannot be written, for instance on a full disk. The older
             checkpoints are all there and whole, and nothing of the new one is left.
     """
-    target = step_folder(root, state.step)
+    target = root / f"step-{state.step:08d}"
     partial = root / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
         partial.mkdir(parents=True)
         yield adapters_folder(partial)
         _write_state(partial, state)
-        _flush_folders(partial)
+        for path, _, _ in os.walk(partial):
+            _flush_folder(Path(path))
         partial.rename(target)
         _flush_folder(root)
     except (OSError, CheckpointError) as error:
@@ -95,8 +89,7 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
-            gone = root / f".{old.name}.{uuid.uuid4().hex}.tmp"
-            old.rename(gone)
+            old.rename(root / f".{old.name}.{uuid.uuid4().hex}.tmp")
     sweep(root)
 
 
@@ -116,13 +109,12 @@ def read_checkpoint(path: Path) -> TrainState:
     try:
         data = json.loads(state_path.read_text(encoding="utf-8"))
         version = data["format"]
-        if version != FORMAT:
-            raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
-        step, identity, skeleton = data["step"], data["identity"], data["optimizers"]
+        if version == FORMAT:
+            step, identity, skeleton = data["step"], data["identity"], data["optimizers"]
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{state_path}: no state of a training run ({error!r})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
     tensors = path / _TENSORS
     try:
         loaded = read_tensors(tensors, read_header(tensors))
@@ -131,18 +123,19 @@ def read_checkpoint(path: Path) -> TrainState:
         raise CheckpointError(f"{tensors}: does not fit {state_path.name} ({error!r})") from error
 
 
-def fingerprint(model: Any) -> dict[str, str]:
+def fingerprint(model: nn.Module) -> dict[str, str]:
     """Returns dtype, shape and a digest of each base parameter, by name.
 
     The digest is over some values spread over the weight: enough to tell a fine-tuned or otherwise
     initialised model, without reading a large one whole.
     """
     found = {}
-    for name, parameter in inject._base_parameters("", model):
+    for name, parameter in base_parameters(model):
         flat = parameter.detach().reshape(-1)
         places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64).long()
         values = flat[places.to(flat.device)].cpu() if flat.numel() else flat.cpu()
-        digest = hashlib.blake2b(_bytes(values), digest_size=8).hexdigest()
+        sampled = values.contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.blake2b(sampled, digest_size=8).hexdigest()
         shape = "x".join(map(str, parameter.shape))
         found[name] = f"{str(parameter.dtype).removeprefix('torch.')} {shape} {digest}"
     return found
@@ -168,13 +161,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _bytes(values: torch.Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
 def _write_state(folder: Path, state: TrainState) -> None:
     tensors: dict[str, torch.Tensor] = {}
     data = {
@@ -187,11 +173,6 @@ def _write_state(folder: Path, state: TrainState) -> None:
     path = folder / _STATE
     path.write_text(json.dumps(data), encoding="utf-8")
     flush_to_disk(path)
-
-
-def _flush_folders(folder: Path) -> None:
-    for path, _, _ in os.walk(folder):
-        _flush_folder(Path(path))
 
 
 def _flush_folder(folder: Path) -> None:

@@ -13,27 +13,37 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora import ops
-from fastlora.config_checks import BIAS_MODES
-from fastlora.estimate import estimate, human_bytes
-from fastlora.recommend import recommend
-from fastlora.report import fusion_report
-from fastlora.targets import ALL_LINEAR
+from fastlora.integrations.report import fusion_report
+from fastlora.model.config_checks import BIAS_MODES
+from fastlora.model.estimate import estimate, human_bytes
+from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.targets import ALL_LINEAR
+from fastlora.ops import schema as ops
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import launched
-from fastlora.train.result import TrainResult
-from fastlora.train.run import train
-from fastlora.train.run_adapters import adapter_configs, add_adapters
+from fastlora.train.run import TrainResult, train
 
-# Flag, type, metavar and help of what a whole run has, and of what every adapter gets.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What --init takes -> init_lora_weights.
+_INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+# Flag, type (bool for a switch) or choices, metavar and help of what a whole run has, and of what
+# every adapter gets.
 _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--model", Path, "DIR", "folder of the base model"),
     ("--out", Path, "DIR", "folder for adapters, checkpoints and the log"),
@@ -46,6 +56,10 @@ _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--save-every", int, "N", "steps between checkpoints, 0 for the end only (default: 100)"),
     ("--keep", int, "N", "checkpoints to keep (default: 2)"),
     ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
+    ("--dtype", DTYPES, "", "of the base model (default: auto)"),
+    ("--chat", bool, "", "wrap prompts in the tokenizer's chat template"),
+    ("--gradient-checkpointing", bool, "", "trade time for memory"),
+    ("--cpu", bool, "", "don't use an accelerator"),
 )
 _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--r", int, "N", "rank"),
@@ -55,19 +69,24 @@ _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--weight-decay", float, "X", "of AdamW (default: 0)"),
     ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
     ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
+    ("--targets", _names, "NAME,NAME,...", "modules to adapt (default: all-linear)"),
+    (
+        *("--modules-to-save", _names, "NAME,NAME,..."),
+        "modules that each adapter trains a whole copy of",
+    ),
+    ("--rslora", bool, "", "scale by alpha / sqrt(r), not by alpha / r"),
+    ("--dora", bool, "", "train a magnitude for each output (DoRA)"),
+    ("--lora-bias", bool, "", "give B a bias"),
+    ("--bias", BIAS_MODES, "", "biases of the base model that train (default: none)"),
+    (
+        *("--init", tuple(_INITS), ""),
+        "factors at first: A uniform and B zero, A normal and B zero, or both random "
+        "(default: true)",
+    ),
+    ("--schedule", SCHEDULES, "", "of the rate (default: linear)"),
 )
-
-_NAMES_FLAGS: tuple[tuple[str, str], ...] = (
-    ("--targets", "modules to adapt (default: all-linear)"),
-    ("--modules-to-save", "modules that each adapter trains a whole copy of"),
-)
-_SWITCH_FLAGS: tuple[tuple[str, str], ...] = (
-    ("--rslora", "scale by alpha / sqrt(r), not by alpha / r"),
-    ("--dora", "train a magnitude for each output (DoRA)"),
-    ("--lora-bias", "give B a bias"),
-)
-# What --init takes -> init_lora_weights.
-_INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
+_NOT_SETTINGS = ("config", "data", "eval_data", "resume", "dry_run", "quiet")
+_RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,32 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-data", action="append", metavar="NAME=FILE", help="to measure its loss on"
     )
-    for flag, kind, metavar, text in _RUN_FLAGS:
-        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: auto)")
-    for flag, text in (
-        ("--chat", "wrap prompts in the tokenizer's chat template"),
-        ("--gradient-checkpointing", "trade time for memory"),
-        ("--cpu", "don't use an accelerator"),
-    ):
-        parser.add_argument(flag, action="store_const", const=True, help=text)
     group = parser.add_argument_group("every adapter's, over the config file's")
-    for flag, kind, metavar, text in _ADAPTER_FLAGS:
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
-    for flag, text in _NAMES_FLAGS:
-        group.add_argument(flag, type=_names, metavar="NAME,NAME,...", help=text)
-    for flag, text in _SWITCH_FLAGS:
-        group.add_argument(flag, action="store_const", const=True, help=text)
-    group.add_argument(
-        "--bias", choices=BIAS_MODES, help="biases of the base model that train (default: none)"
-    )
-    group.add_argument(
-        "--init",
-        choices=tuple(_INITS),
-        help="factors at first: A uniform and B zero, A normal and B zero, or both random "
-        "(default: true)",
-    )
-    group.add_argument("--schedule", choices=SCHEDULES, help="of the rate (default: linear)")
+    for where, flags in ((parser, _RUN_FLAGS), (group, _ADAPTER_FLAGS)):
+        for flag, kind, metavar, text in flags:
+            if kind is bool:
+                where.add_argument(flag, action="store_const", const=True, help=text)
+            elif isinstance(kind, tuple):
+                where.add_argument(flag, choices=kind, help=text)
+            else:
+                where.add_argument(flag, type=kind, metavar=metavar, help=text)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
         "--dry-run",
@@ -132,32 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     settings = read_settings(args.config, _flags(args, parser))
-    reports = os.environ.get("RANK", "0") == "0"
     if args.dry_run:
         text = dry_run(settings, resume=args.resume)
-        if reports:
-            _say(text)
-        return 0
-    result = train(settings, resume=args.resume, progress=not args.quiet)
-    if reports:
-        _say(summary(result))
+    else:
+        text = summary(train(settings, resume=args.resume, progress=not args.quiet))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
     return 0
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Returns the flags that were given, as `read_settings` takes them."""
-    names = [flag for flag, *_ in _RUN_FLAGS]
-    names += ["--dtype", "--chat", "--gradient-checkpointing", "--cpu"]
-    given = {n: getattr(args, n) for n in map(_attribute, names)}
-    of_adapter = [flag for flag, *_ in (*_ADAPTER_FLAGS, *_NAMES_FLAGS, *_SWITCH_FLAGS)]
-    of_adapter += ["--bias", "--schedule"]
-    defaults = {n: getattr(args, n) for n in map(_attribute, of_adapter)}
-    if [name.lower() for name in args.targets or ()] == [ALL_LINEAR]:
-        defaults["targets"] = ALL_LINEAR
-    if args.init is not None:
-        defaults["init_lora_weights"] = _INITS[args.init]
-    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    flags["defaults"] = {key: value for key, value in defaults.items() if value is not None}
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
+    flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
+    if "init" in given:
+        given["init_lora_weights"] = _INITS[given.pop("init")]
+    if [name.lower() for name in given.get("targets", ())] == [ALL_LINEAR]:
+        given["targets"] = ALL_LINEAR
+    flags["defaults"] = given
     for key in ("data", "eval_data"):
         files: dict[str, list[str]] = {}
         for entry in getattr(args, key) or ():
@@ -167,14 +162,6 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
             files.setdefault(name, []).append(path)
         flags[key] = files
     return flags
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _attribute(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def summary(result: TrainResult) -> str:
@@ -196,19 +183,14 @@ def summary(result: TrainResult) -> str:
 
 
 def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Returns what a run would do; checks config and data, and reads no weights.
+    """Returns what a run would do; reads no weights, and raises what `train` would before it does.
 
-    Args:
-        settings: From `read_settings`.
-        resume: The run would go on from a checkpoint.
-
-    Raises:
-        FastLoraError: What `train` would raise before it reads weights.
+    ``resume`` says that the run would go on from a checkpoint.
     """
     found = prepare.check_folders(settings, resume=resume)
-    base = prepare.load_base(settings, empty=True)
+    base = prepare.empty_base(settings)
     advice = recommend(base)
-    configs = adapter_configs(settings, advice)
+    configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
     kind, dtype = type(base).__name__, str(next(base.parameters()).dtype).removeprefix("torch.")
     fusion = _fusion(base, settings, advice)  # puts the adapters on it
@@ -231,9 +213,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         "",
     ]
     for name, config in configs.items():
-        lines += [f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}"]
-        lines += [f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "]
-        lines[-1] += f"{config.lora_dropout:g}; {estimates[name]}"
+        lines += [
+            f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}",
+            f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "
+            f"{config.lora_dropout:g}; {estimates[name]}",
+        ]
     lines += [
         "",
         f"memory      {human_bytes(first.base_bytes + held)} in each process, without activations: "
@@ -255,17 +239,12 @@ def _of_data(corpus: Corpus, own_steps: int) -> str:
     )
 
 
-def _fusion(base: Any, settings: TrainSettings, advice: Any) -> str:
+def _fusion(base: PreTrainedModel, settings: TrainSettings, advice: Recommendation) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
-    report = fusion_report(add_adapters(base, settings, advice))
+    report = fusion_report(prepare.add_adapters(base, settings, advice))
     device = torch.device("cpu")
     if not settings.cpu and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
     runs, why = ops.triton_status(device.type, device.index or 0)
     triton = runs and device.type == "cuda"
     return str(replace(report, implementation="triton" if triton else "eager", reason=why))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

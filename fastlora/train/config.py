@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlora.config import LoraConfig
-from fastlora.ids import check_adapter_name
-from fastlora.recommend import Recommendation
-from fastlora.validation import AdapterStateError, ConfigError, near_names
+from fastlora.model.config import LoraConfig
+from fastlora.model.recommend import Recommendation
+from fastlora.routing.ids import check_adapter_name
+from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -81,15 +81,8 @@ class AdapterSettings:
         given = dict(self.lora)
         if "r" in given and "lora_alpha" not in given:
             given["lora_alpha"] = 2 * given["r"]  # the advice's ratio
-        try:
+        with error_prefix(f"adapter {self.name!r}"):
             return advice.config(task_type="CAUSAL_LM", **given)
-        except ConfigError as error:
-            raise ConfigError(f"adapter {self.name!r}: {error}") from error
-
-    def optimizing(self) -> dict[str, Any]:
-        """Returns what determines its steps beside data and factors, for comparing two runs."""
-        names = ("learning_rate", "weight_decay", "schedule", "warmup_ratio", "max_grad_norm")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -162,44 +155,38 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
 def parse_settings(
     given: Mapping[str, Any], flags: Mapping[str, Any], source: str
 ) -> TrainSettings:
-    """`read_settings` of a dict.
+    """`read_settings` of a dict, which ``source`` names in messages."""
+    with error_prefix(source):
+        return _settings(dict(given), dict(flags))
 
-    Args:
-        given: What the file holds.
-        flags: See `read_settings`.
-        source: Where ``given`` is from, for messages.
-    """
-    tables = _table(given.get("adapters", {}), "adapters", source)
-    defaults = _renamed(_table(given.get("defaults", {}), "defaults", source), "defaults", source)
-    overrides = dict(flags)
-    forced = _renamed(overrides.pop("defaults", {}), "the flags", source)
-    tables = {name: _table(t, f"adapters.{name}", source) for name, t in tables.items()}
+
+def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
+    found = _table(given.pop("adapters", {}), "adapters")
+    tables = {name: _renamed(table, f"adapters.{name}") for name, table in found.items()}
+    defaults = _renamed(given.pop("defaults", {}), "defaults")
+    forced = _renamed(flags.pop("defaults", {}), "the flags")
     for key in ("data", "eval_data"):
-        for name, files in overrides.pop(key, {}).items():
+        for name, files in flags.pop(key, {}).items():
             tables[name] = {**tables.get(name, {}), key: files}
-    top = {k: v for k, v in given.items() if k not in ("adapters", "defaults")} | overrides
+    top = given | flags
     for key in top:
         if key not in _TOP:
             hint = near_names(key, _TOP)
             if key in _OF_ADAPTER | _LORA_FIELDS | set(_ALIASES):
                 hint = "; it belongs into [defaults] or into an adapter's table"
-            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+            raise ConfigError(f"unknown key {key!r}{hint}")
     for name in ("model", "out"):
         if name not in top:
-            raise ConfigError(f"{source}: no {name!r} is given; expected a folder")
+            raise ConfigError(f"no {name!r} is given; expected a folder")
     if not tables:
-        raise ConfigError(f"{source}: no adapter is given; expected a table [adapters.NAME]")
+        raise ConfigError("no adapter is given; expected a table [adapters.NAME]")
+    # An adapter of `init_from` comes with its own config.
+    of_loaded = {key: value for key, value in defaults.items() if key not in _LORA_FIELDS}
     adapters = []
     for name, table in tables.items():
-        own = _renamed(table, f"adapters.{name}", source)
-        if own.get("init_from") is not None:  # it comes with its own config
-            defaults_here = {k: v for k, v in defaults.items() if k not in _LORA_FIELDS}
-        else:
-            defaults_here = defaults
-        adapters.append(
-            _adapter(name, {**defaults_here, **own, **forced}, f"{source}: adapters.{name}")
-        )
-    return _checked(TrainSettings(adapters=tuple(adapters), **_typed(top, source)), source)
+        start = defaults if table.get("init_from") is None else of_loaded
+        adapters.append(_adapter_settings(name, start | table | forced))
+    return _run_settings(top, tuple(adapters))
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -231,55 +218,52 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Makes the paths in a file relative to the folder that it lies in."""
+    """Returns a file's content with its paths relative to the folder that it lies in."""
 
-    def anchor(table: Any, keys: tuple[str, ...]) -> Any:
+    def path(value: Any) -> Any:
+        if isinstance(value, list):
+            return [path(entry) for entry in value]
+        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+
+    def anchor(table: Any, *keys: str) -> Any:
         if not isinstance(table, dict):
-            return table
-        return {k: _at(folder, v) if k in keys else v for k, v in table.items()}
+            return table  # refused later
+        return {key: path(value) if key in keys else value for key, value in table.items()}
 
     of_adapter = ("data", "eval_data", "init_from")
-    result = anchor(data, ("model", "out"))
+    result = anchor(data, "model", "out")
     if "defaults" in data:
-        result["defaults"] = anchor(data["defaults"], of_adapter)
-    tables = data.get("adapters")
-    if isinstance(tables, dict):
-        result["adapters"] = {name: anchor(table, of_adapter) for name, table in tables.items()}
+        result["defaults"] = anchor(data["defaults"], *of_adapter)
+    if isinstance(data.get("adapters"), dict):
+        result["adapters"] = {n: anchor(t, *of_adapter) for n, t in data["adapters"].items()}
     return result
 
 
-def _at(folder: Path, value: Any) -> Any:
-    if isinstance(value, str):
-        return str(folder / Path(value).expanduser())
-    return [_at(folder, entry) for entry in value] if isinstance(value, list) else value
-
-
-def _table(value: Any, name: str, source: str) -> dict[str, Any]:
+def _table(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{source}: {name} must be a table, got {value!r}")
+        raise ConfigError(f"{name} must be a table, got {value!r}")
     return dict(value)
 
 
-def _renamed(table: Mapping[str, Any], where: str, source: str) -> dict[str, Any]:
+def _renamed(table: Any, where: str) -> dict[str, Any]:
     """Returns a table with its short names replaced."""
     result: dict[str, Any] = {}
-    for key, value in table.items():
+    for key, value in _table(table, where).items():
         name = _ALIASES.get(key, key)
         if name in result:
-            raise ConfigError(f"{source}: {where} has {key!r} beside another name of it, {name!r}")
+            raise ConfigError(f"{where} has {key!r} beside another name of it, {name!r}")
         result[name] = value
     return result
 
 
-def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
+def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
+    where = f"adapters.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
         raise ConfigError(
             f"{where}: an adapter cannot be called {name!r}; expected letters, digits, _ and -"
         )
-    try:
+    with error_prefix(where):
         check_adapter_name(name)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
     known = _OF_ADAPTER | _LORA_FIELDS
     for key in table:
         if key not in known:
@@ -290,87 +274,79 @@ def _adapter(name: str, table: dict[str, Any], where: str) -> AdapterSettings:
             f"{where}: inference_mode = true freezes the adapter, and it is asked to train; leave "
             "it out"
         )
-    if table.get("init_from") is not None and lora:
-        raise ConfigError(
-            f"{where}: init_from takes everything from that adapter's own config; leave out "
-            f"{', '.join(sorted(lora))}"
-        )
-    own: dict[str, Any] = {k: v for k, v in table.items() if k in _OF_ADAPTER}
+    own: dict[str, Any] = {key: value for key, value in table.items() if key in _OF_ADAPTER}
+    if own.get("init_from") is not None:
+        if lora:
+            raise ConfigError(
+                f"{where}: init_from takes everything from that adapter's own config; leave out "
+                f"{', '.join(sorted(lora))}"
+            )
+        own["init_from"] = _path(own["init_from"], f"{where}.init_from")
     if "data" not in own:
         raise ConfigError(f"{where}: no data is given; expected a file or a list of files")
     for key in ("data", "eval_data"):
         if key in own:
-            own[key] = _files(own[key], f"{where}.{key}")
-    if own.get("init_from") is not None:
-        own["init_from"] = Path(_string(own["init_from"], f"{where}.init_from")).expanduser()
-    for key, low, high in (
-        ("learning_rate", 0.0, _LARGEST_RATE),
-        ("weight_decay", 0.0, _LARGEST),
-        ("warmup_ratio", 0.0, 1.0),
-        ("max_grad_norm", 0.0, _LARGEST),
+            files = own[key] if isinstance(own[key], (list, tuple)) else [own[key]]
+            if not files:
+                raise ConfigError(f"{where}.{key} is empty, expected a file or a list of files")
+            own[key] = tuple(_path(file, f"{where}.{key}") for file in files)
+    for key, high in (
+        ("learning_rate", _LARGEST_RATE),
+        ("weight_decay", _LARGEST),
+        ("warmup_ratio", 1.0),
+        ("max_grad_norm", _LARGEST),
     ):
         if own.get(key) is not None:
-            own[key] = _number(own[key], f"{where}.{key}", low, high)
-    _choice(own.get("schedule", SCHEDULES[0]), f"{where}.schedule", SCHEDULES)
+            own[key] = _number(own[key], f"{where}.{key}", high)
+    _check_choice(own.get("schedule", SCHEDULES[0]), f"{where}.schedule", SCHEDULES)
     return AdapterSettings(name=name, lora=lora, **own)
 
 
-def _typed(top: dict[str, Any], source: str) -> dict[str, Any]:
-    typed = dict(top)
+def _run_settings(top: dict[str, Any], adapters: tuple[AdapterSettings, ...]) -> TrainSettings:
+    own = dict(top)
     for key, low in (
         *(("steps", 1), ("batch_size", 1), ("micro_batch_size", 1), ("max_length", 2)),
         *(("seed", 0), ("save_every", 0), ("keep", 1), ("eval_every", 0)),
     ):
-        value = typed.get(key)
+        value = own.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{source}: {key} must be a whole number, got {value!r}")
+            raise ConfigError(f"{key} must be a whole number, got {value!r}")
         if value is not None and value < low:
-            raise ConfigError(f"{source}: {key} must be at least {low}, got {value}")
-    if "epochs" in typed:
-        typed["epochs"] = _number(typed["epochs"], f"{source}: epochs", 0.0, math.inf)
+            raise ConfigError(f"{key} must be at least {low}, got {value}")
+    if "epochs" in own:
+        own["epochs"] = _number(own["epochs"], "epochs", math.inf)
     for key in ("chat", "gradient_checkpointing", "deterministic", "cpu"):
-        if not isinstance(typed.get(key, False), bool):
-            raise ConfigError(f"{source}: {key} must be true or false, got {typed[key]!r}")
-    _choice(typed.get("dtype", "auto"), f"{source}: dtype", DTYPES)
+        if not isinstance(own.get(key, False), bool):
+            raise ConfigError(f"{key} must be true or false, got {own[key]!r}")
+    _check_choice(own.get("dtype", "auto"), "dtype", DTYPES)
     for key in ("model", "out"):
-        typed[key] = Path(_string(typed[key], f"{source}: {key}")).expanduser()
-    return typed
-
-
-def _checked(settings: TrainSettings, source: str) -> TrainSettings:
+        own[key] = _path(own[key], key)
+    settings = TrainSettings(adapters=adapters, **own)
     if settings.steps is None and not settings.epochs:
-        raise ConfigError(f"{source}: epochs must be more than 0, got {settings.epochs}")
+        raise ConfigError(f"epochs must be more than 0, got {settings.epochs}")
     micro = settings.micro_batch_size
     if micro is not None and micro > settings.batch_size:
         raise ConfigError(
-            f"{source}: micro_batch_size must be at most batch_size {settings.batch_size}, got "
-            f"{micro}"
+            f"micro_batch_size must be at most batch_size {settings.batch_size}, got {micro}"
         )
     return settings
 
 
-def _files(value: Any, where: str) -> tuple[Path, ...]:
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    if not entries:
-        raise ConfigError(f"{where} is empty, expected a file or a list of files")
-    return tuple(Path(_string(entry, where)).expanduser() for entry in entries)
-
-
-def _string(value: Any, where: str) -> str:
+def _path(value: Any, where: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ConfigError(f"{where} must be a path, got {value!r}")
-    return str(value)
+    return Path(value).expanduser()
 
 
-def _number(value: Any, where: str, low: float, high: float) -> float:
+def _number(value: Any, where: str, high: float) -> float:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
+    if not real or not math.isfinite(value) or not 0.0 <= value <= high:
         large = real and value > high
-        ends = f"from {low:g} to {high:g}" if high < _LARGEST_RATE or large else f"at least {low:g}"
+        ends = f"from 0 to {high:g}" if high < _LARGEST_RATE or large else "at least 0"
         raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
     return float(value)
 
 
-def _choice(value: Any, where: str, choices: tuple[str, ...]) -> None:
+def _check_choice(value: Any, where: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")

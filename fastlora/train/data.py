@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastlora.train.losses import IGNORED
 from fastlora.validation import FastLoraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Texts that go to the tokenizer at once.
 _CHUNK = 512
@@ -27,25 +31,29 @@ class DataError(FastLoraError, ValueError):
     """A data file is missing, empty, or has a line that cannot be used."""
 
 
+class Place(NamedTuple):
+    """Where a sample is from: a file, and its line there from 1; 0 for a plain text file."""
+
+    path: Path
+    line: int
+
+    def __str__(self) -> str:
+        """As messages show it."""
+        return f"{self.path}, line {self.line}" if self.line else str(self.path)
+
+
 class Sample(NamedTuple):
     """A piece of text.
 
     Attributes:
-        path: The file.
-        line: Its line there, from 1; 0 for a piece of a plain text file.
+        place: Where it is from.
         prompt: What the model is given; None where all of the text counts.
         text: What the loss is over.
     """
 
-    path: Path
-    line: int
+    place: Place
     prompt: str | None
     text: str
-
-    @property
-    def place(self) -> str:
-        """Where it is, for messages."""
-        return f"{self.path}, line {self.line}" if self.line else str(self.path)
 
 
 def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
@@ -70,26 +78,26 @@ def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{path}, line {line}: cannot be read ({error})") from error
+            raise DataError(f"{Place(path, line)}: cannot be read ({error})") from error
         digest.update(len(data).to_bytes(8, "little") + data)
         if path.suffix in (".jsonl", ".json"):
             # Not splitlines(): U+2028 may stand in a JSON string.
             lines = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
-            found = [_parsed(path, number, line) for number, line in lines]
+            found = [_parsed(Place(path, number), line) for number, line in lines]
         else:
-            found = [Sample(path, 0, None, text)] if text.strip() else []
+            found = [Sample(Place(path, 0), None, text)] if text.strip() else []
         if not found:
             raise DataError(f"{path}: is empty, expected at least one sample")
         samples += found
     return samples, digest.hexdigest()
 
 
-def _parsed(path: Path, number: int, line: str) -> Sample:
+def _parsed(place: Place, line: str) -> Sample:
     shown = line if len(line) <= 60 else f"{line[:60]}..."
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {number}: not valid JSON ({error}): {shown!r}") from error
+        raise DataError(f"{place}: not valid JSON ({error}): {shown!r}") from error
     keys = set(row) if isinstance(row, dict) else set()
     if {"prompt", "completion"} <= keys and "text" not in keys:
         prompt, text = row["prompt"], row["completion"]
@@ -97,20 +105,18 @@ def _parsed(path: Path, number: int, line: str) -> Sample:
         prompt, text = None, row["text"]
     else:
         raise DataError(
-            f"{path}, line {number}: expected an object with 'prompt' and 'completion', or with "
-            f"'text', got {shown!r}"
+            f"{place}: expected an object with 'prompt' and 'completion', or with 'text', got "
+            f"{shown!r}"
         )
     if not isinstance(text, str) or not (prompt is None or isinstance(prompt, str)):
-        raise DataError(f"{path}, line {number}: expected strings, got {shown!r}")
+        raise DataError(f"{place}: expected strings, got {shown!r}")
     try:
         f"{prompt}{text}".encode()
     except UnicodeEncodeError as error:  # JSON may name half of a character, "\\ud83d"
-        raise DataError(
-            f"{path}, line {number}: a string is no text ({error.reason}), got {shown!r}"
-        ) from error
+        raise DataError(f"{place}: a string is no text ({error.reason}), got {shown!r}") from error
     if not text:
-        raise DataError(f"{path}, line {number}: there is nothing to learn, got {shown!r}")
-    return Sample(path, number, prompt, text)
+        raise DataError(f"{place}: there is nothing to learn, got {shown!r}")
+    return Sample(place, prompt, text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +127,7 @@ class Corpus:
         ids: All tokens, int32.
         ends: Where each sample ends in ``ids``.
         heads: How many of each sample's first tokens have no label.
-        places: Where each sample is from, for messages.
+        places: Where each sample is from.
         digest: Of the files.
         cut: How many samples were longer than allowed.
     """
@@ -129,7 +135,7 @@ class Corpus:
     ids: torch.Tensor
     ends: list[int]
     heads: list[int]
-    places: list[tuple[Path, int]]
+    places: list[Place]
     digest: str
     cut: int
 
@@ -149,32 +155,20 @@ class Corpus:
         """Returns a sample's tokens, int64."""
         return self.ids[self.ends[index] - self.length(index) : self.ends[index]].long()
 
-    def place(self, index: int) -> str:
-        """Returns where a sample is from."""
-        path, line = self.places[index]
-        return f"{path}, line {line}" if line else str(path)
-
 
 def encode(
     paths: Sequence[Path],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
     chat: bool = False,
-    advance: Any = None,
+    advance: Callable[[int], object] | None = None,
 ) -> Corpus:
-    """Returns the samples of some files as tokens.
+    """Returns the samples of some files (`read_samples`) as tokens.
 
     A completion, and a ``text`` of a JSON line, is followed by the tokenizer's end token. What is
-    longer than ``max_length`` is cut, but for a plain text file: that becomes as many samples as it
-    takes.
-
-    Args:
-        paths: See `read_samples`.
-        tokenizer: Of transformers.
-        max_length: At least 2.
-        chat: Wrap prompts in the tokenizer's chat template.
-        advance: Called with the number of samples that were encoded since the last call.
+    longer than ``max_length``, at least 2, is cut, but for a plain text file: that becomes as many
+    samples as it takes. ``advance`` is called with the number of samples since its last call.
 
     Raises:
         DataError: See `read_samples`; or no token of a sample is left to learn from.
@@ -183,73 +177,70 @@ def encode(
     if chat and not getattr(tokenizer, "chat_template", None):
         raise DataError("chat is on, and the base model's tokenizer has no chat template")
     pieces: list[torch.Tensor] = []
-    ends: list[int] = []
     heads: list[int] = []
-    places: list[tuple[Path, int]] = []
+    places: list[Place] = []
     cut = 0
-
-    def add(sample: Sample, ids: list[int], head: int) -> None:
-        if len(ids) <= max(head, 1):
-            raise DataError(
-                f"{sample.place}: no token is left to learn from: the prompt has {head} tokens, "
-                f"and max_length is {max_length}"
-            )
-        pieces.append(torch.tensor(ids, dtype=torch.int32))
-        ends.append((ends[-1] if ends else 0) + len(ids))
-        heads.append(head)
-        places.append((sample.path, sample.line))
-
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
         for sample, (head, tail) in zip(chunk, _encoded(chunk, tokenizer, chat), strict=True):
-            if sample.line:
-                cut += len(head) + len(tail) > max_length
-                add(sample, (head + tail)[:max_length], len(head))
-                continue
-            for at in range(0, len(tail), max_length):
-                # A last piece of one token has nothing to predict it from.
-                if len(tail) - at > 1 or not at:
-                    add(sample, tail[at : at + max_length], 0)
+            ids = head + tail
+            if sample.place.line:
+                cut += len(ids) > max_length
+                parts = [ids[:max_length]]
+            else:
+                parts = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+                if len(parts) > 1 and len(parts[-1]) == 1:
+                    parts.pop()  # nothing to predict its token from
+            for part in parts:
+                if len(part) <= max(len(head), 1):
+                    raise DataError(
+                        f"{sample.place}: no token is left to learn from: the prompt has "
+                        f"{len(head)} tokens, and max_length is {max_length}"
+                    )
+                pieces.append(torch.tensor(part, dtype=torch.int32))
+                heads.append(len(head))
+                places.append(sample.place)
         if advance is not None:
             advance(len(chunk))
+    ends = list(accumulate(map(len, pieces)))
     return Corpus(torch.cat(pieces), ends, heads, places, digest, cut)
 
 
 def _encoded(
-    samples: Sequence[Sample], tokenizer: Any, chat: bool
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, chat: bool
 ) -> list[tuple[list[int], list[int]]]:
     """Returns prompt and labelled tokens of each sample."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompts = [i for i, sample in enumerate(samples) if sample.prompt is not None]
-    texts = [i for i, sample in enumerate(samples) if sample.prompt is None]
-    heads: list[list[int]] = [[] for _ in samples]
-    tails: list[list[int]] = [[] for _ in samples]
-    asked = [samples[i].prompt or "" for i in prompts]
+    prompted = [sample for sample in samples if sample.prompt is not None]
+    prompts = [sample.prompt or "" for sample in prompted]
     if chat:
-        turns = ([{"role": "user", "content": prompt}] for prompt in asked)
-        asked = [
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        prompts = [
+            str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
             for turn in turns
         ]
-    for index, ids in zip(prompts, _ids(asked, tokenizer, special=not chat), strict=True):
-        heads[index] = ids[:-1] if end and ids[-1:] == end and len(ids) > 1 and not chat else ids
-    answers = [samples[i].text for i in prompts]
-    for index, ids in zip(prompts, _ids(answers, tokenizer, special=False), strict=True):
-        tails[index] = ids + end
-    alone = [samples[i].text for i in texts]
-    for index, ids in zip(texts, _ids(alone, tokenizer, special=True), strict=True):
-        ended = ids[-1:] == end or not samples[index].line
-        tails[index] = ids if ended else ids + end
-    return list(zip(heads, tails, strict=True))
+    heads = iter(_ids(prompts, tokenizer, special=not chat))
+    completions = iter(_ids([s.text for s in prompted], tokenizer, special=False))
+    texts = iter(_ids([s.text for s in samples if s.prompt is None], tokenizer, special=True))
+    found: list[tuple[list[int], list[int]]] = []
+    for sample in samples:
+        if sample.prompt is None:
+            ids = next(texts)
+            ended = ids[-1:] == end or not sample.place.line
+            found.append(([], ids if ended else ids + end))
+        else:
+            head = next(heads)
+            if end and not chat and len(head) > 1 and head[-1:] == end:
+                head = head[:-1]
+            found.append((head, next(completions) + end))
+    return found
 
 
-def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
     if not texts:
         return []
     # verbose=False: a text longer than the model's context is cut later, which is no news.
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)[
-        "input_ids"
-    ]
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
     return found
 
 
@@ -263,10 +254,7 @@ class Row(NamedTuple):
 class Order:
     """Which samples a step has: all adapters' data shuffled together, epoch after epoch.
 
-    Args:
-        sizes: Number of samples of each adapter.
-        batch_size: Samples in a step.
-        seed: Of the shuffling.
+    ``sizes`` are the numbers of samples by adapter, ``batch_size`` is the samples in a step.
     """
 
     def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
@@ -306,9 +294,8 @@ class Order:
         parts = []
         while count:
             epoch, at = divmod(first, self.total)
-            part = self._epoch(epoch)[at : at + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
+            parts.append(self._epoch(epoch)[at : at + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
 
     def _epoch(self, epoch: int) -> torch.Tensor:

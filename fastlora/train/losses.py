@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastlora.ids import BASE
+from fastlora.routing.ids import BASE
 from fastlora.validation import check_floating
 
 # The label that transformers leaves out of the loss.

@@ -9,22 +9,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastlora.ids import BASE
+from fastlora.model import LoraModel
+from fastlora.routing.ids import BASE
 from fastlora.train.losses import AdapterLosses
-from fastlora.train.parameters import check_trained_together
-from fastlora.train.solo import AdapterCounts, Solo
-from fastlora.train.together import Together
+from fastlora.train.processes import BatchGroup
+from fastlora.train.solo import AdapterCounts, Solo, adapter_parameters
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
 
-if TYPE_CHECKING:
-    from fastlora.model import LoraModel
+
+def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
+    """Makes these adapters trainable, and of all adapters them alone.
+
+    Unlike ``model.set_adapter``, which a later call of would freeze the others again, it leaves the
+    active adapters as they are, and each may own a copy of the same module (``modules_to_save``):
+    in a mixed batch no row has more than one adapter.
+
+    Raises:
+        AdapterNotFoundError: There is no such adapter.
+        AdapterStateError: Several are named, and one trains the base model's biases.
+        ValueError: None is named.
+    """
+    chosen = check_trained_together(model, names)
+    trained = {id(p) for name in chosen for p in adapter_parameters(model, name).values()}
+    for name in model.peft_config:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(id(parameter) in trained)
+
+
+def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
+    """Returns the names without repetitions if these adapters can train in one batch.
+
+    Raises:
+        AdapterNotFoundError, AdapterStateError, ValueError: See `train_adapters`.
+    """
+    chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    if not chosen:
+        raise ValueError(f"no adapter is named; expected some of {list(model.peft_config)}")
+    for name in chosen:
+        model.base_model.check_known(name)
+    for name in chosen:
+        bias = model.peft_config[name].bias
+        if bias != "none" and len(chosen) > 1:
+            raise AdapterStateError(
+                f"adapter {name!r} has bias={bias!r}: it trains the base model's biases, which "
+                "every row shares; expected bias='none', or to train it alone"
+            )
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -112,7 +149,7 @@ class AdapterOptimizers:
         scalers = {id(a.scaler) for a in self._adapters.values() if a.scaler is not None}
         if scaler is not None and len(scalers) < len(names):
             raise ValueError("scaler made one object twice, expected a new one for each adapter")
-        self._together = Together(group, names, self._adapters[names[0]].parameters[0].device)
+        self._group = BatchGroup(group, names, self._adapters[names[0]].parameters[0].device)
         self._present: set[str] = set()
         self._left_out: set[str] = set()
 
@@ -147,9 +184,9 @@ class AdapterOptimizers:
         """
         present = dict.fromkeys(name for name in names if name is not None and name != BASE)
         chosen = [self._known(name) for name in present]
-        if self._together.alone:
+        if self._group.alone:
             return {adapter.name: adapter.draw_seed() for adapter in chosen}
-        drawn = {n: a.draw_seed(self._together.rank) for n, a in self._adapters.items()}
+        drawn = {n: a.draw_seed(self._group.rank) for n, a in self._adapters.items()}
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
@@ -158,7 +195,7 @@ class AdapterOptimizers:
         Args:
             counts: This process's (`count_tokens`), of all batches of the step.
         """
-        (total,) = self._together.total(counts)
+        (total,) = self._group.total(counts)
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
@@ -178,7 +215,7 @@ class AdapterOptimizers:
         """
         for name in losses.values:
             self._known(name).check_trainable()
-        agreed = self._together.losses(losses)
+        agreed = self._group.agree(losses)
         for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1
         self._left_out.update(agreed.left_out)
@@ -186,19 +223,21 @@ class AdapterOptimizers:
             return
         own = [name for name in agreed.finite if name in losses.by_adapter]
         roots = [
-            self._adapters[n].scaled(losses.by_adapter[n] * agreed.weights[n])
-            if agreed.weights[n] != 1
-            else self._adapters[n].scaled(losses.by_adapter[n])
-            for n in own
+            self._adapters[name].scaled(losses.by_adapter[name], agreed.weights[name])
+            for name in own
         ]
         seeds: list[torch.Tensor | None] = [None] * len(roots)
-        if self._together.alone:
+        if self._group.alone:
             # 0 * NaN: the rows of a loss left out take part in the backward.
             spoiled = [adapter for name, adapter in self._adapters.items() if name not in own]
         else:
             # All of the graph, whatever rows are here: DDP and FSDP2 wait for every parameter.
             spoiled = [self._adapters[name] for name in agreed.left_out]
-            _check_graph(losses.graph)
+            if not losses.graph.requires_grad:
+                raise AdapterStateError(
+                    "the losses have no graph; expected those of a forward inside "
+                    "fastlora.adapters(), with gradients, which reaches every adapter that trains"
+                )
             for name in agreed.finite:
                 if name not in own:  # a loss scale exists from the first loss on
                     self._adapters[name].scaled(losses.graph.new_zeros(()))
@@ -231,11 +270,11 @@ class AdapterOptimizers:
         if present is None:
             wanted = self._present
         else:
-            wanted = self._together.names([self._known(name).name for name in present])
+            wanted = self._group.anywhere([self._known(name).name for name in present])
         # Under DDP's no_sync(), what was set aside for a loss left out was never shared.
         for name in self._adapters:
             if name in wanted and name in self._left_out:
-                self._together.average_(self._adapters[name].parameters)
+                self._group.average_(self._adapters[name].parameters)
         for name in wanted:
             if not self._known(name).gradients():
                 raise AdapterStateError(
@@ -248,13 +287,14 @@ class AdapterOptimizers:
         values = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []
         stepped: list[str] = []
         skipped: list[str] = []
+        grad_norms: dict[str, float] = {}
         for adapter, norm, value in zip(chosen, norms, values, strict=True):
             (stepped if adapter.step(norm, value) else skipped).append(adapter.name)
+            grad_norms[adapter.name] = value
         left_out = tuple(name for name in self._adapters if name in self._left_out)
         self._present.clear()
         self._left_out.clear()
-        found = {adapter.name: value for adapter, value in zip(chosen, values, strict=True)}
-        return StepReport(tuple(stepped), tuple(skipped), left_out, found)
+        return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
         """Drops the gradients of these adapters; of all by default.
@@ -262,8 +302,7 @@ class AdapterOptimizers:
         Raises:
             AdapterNotFoundError: One has no optimizer here.
         """
-        chosen = [self._known(n) for n in (self._adapters if names is None else names)]
-        for adapter in chosen:
+        for adapter in [self._known(n) for n in (self._adapters if names is None else names)]:
             adapter.zero_grad()
             self._present.discard(adapter.name)
 
@@ -293,11 +332,3 @@ class AdapterOptimizers:
                 f"{list(self._adapters)}{near_names(str(name), self._adapters)}"
             )
         return self._adapters[name]
-
-
-def _check_graph(token_losses: torch.Tensor) -> None:
-    if not token_losses.requires_grad:
-        raise AdapterStateError(
-            "the losses have no graph; expected those of a forward inside fastlora.adapters(), "
-            "with gradients, which reaches every adapter that trains"
-        )

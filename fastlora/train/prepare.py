@@ -7,28 +7,33 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlora.model import LoraModel
-from fastlora.recommend import Recommendation
+from fastlora.model import LoraModel, get_peft_model
+from fastlora.model.adapter_folder import inspect_adapter_folder
+from fastlora.model.config import LoraConfig
+from fastlora.model.recommend import Recommendation
+from fastlora.model.targets import check_every_target
 from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode
-from fastlora.train.optimizers import AdapterOptimizers
-from fastlora.validation import CheckpointError, ConfigError, FastLoraError
+from fastlora.train.optimizers import AdapterOptimizers, train_adapters
+from fastlora.train.processes import INSTALL, TrainError
+from fastlora.train.solo import adapter_parameters
+from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
-INSTALL = "pip install 'fastlora-triton[train]'"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class TrainError(FastLoraError, RuntimeError):
-    """A training run cannot start or go on."""
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,73 +76,183 @@ def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
     return found[-1] if found else None
 
 
-def load_tokenizer(settings: TrainSettings) -> Any:
+def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     """Returns the base model's tokenizer; raises `CheckpointError` where it cannot be read."""
     transformers = _transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _CANNOT_READ as error:
         raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
 
 
-def load_base(settings: TrainSettings, *, empty: bool = False, progress: bool = False) -> Any:
-    """Returns the base model as a causal language model.
-
-    Args:
-        settings: The run's.
-        progress: Let transformers show its bar.
-        empty: On the meta device, without reading or allocating weights.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
+def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedModel:
+    """Returns the base model; raises `CheckpointError` where it cannot be read."""
     transformers = _transformers()
-    auto = transformers.AutoModelForCausalLM
-    try:
-        if not empty:
-            with contextlib.nullcontext() if progress else _without_bars(transformers):
-                return auto.from_pretrained(
-                    settings.model, dtype=settings.dtype, local_files_only=True
-                )
+    with _as_causal_model(settings), contextlib.nullcontext() if progress else _without_bars():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=settings.dtype, local_files_only=True
+        )
+
+
+def empty_base(settings: TrainSettings) -> PreTrainedModel:
+    """Returns the base model on the meta device: no weights are read and none allocated."""
+    transformers = _transformers()
+    with _as_causal_model(settings), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         own = getattr(config, "dtype", None) or torch.float32
         dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _as_causal_model(settings: TrainSettings) -> Iterator[None]:
+    try:
+        yield
+    except (*_CANNOT_READ, RuntimeError) as error:
         raise CheckpointError(
             f"{settings.model}: cannot be loaded as a causal language model ({error})"
         ) from error
 
 
-def read_data(
-    settings: TrainSettings, tokenizer: Any, which: str = "data", *, progress: bool = False
-) -> dict[str, Corpus]:
-    """Returns each adapter's tokens; adapters without such files are left out.
+def _transformers() -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import transformers
+    except ImportError as error:
+        raise TrainError(f"training needs transformers; install it with: {INSTALL}") from error
+    return transformers
 
-    Args:
-        settings: The run's.
-        tokenizer: The base model's.
-        which: ``"data"`` or ``"eval_data"``.
-        progress: Show a bar.
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
+    """Returns each adapter's config.
+
+    Raises:
+        ConfigError: A field is wrong.
+        CheckpointError: A folder of ``init_from`` is missing or damaged.
+    """
+    return {
+        adapter.name: adapter.lora_config(advice)
+        if adapter.init_from is None
+        else inspect_adapter_folder(adapter.init_from).config
+        for adapter in settings.adapters
+    }
+
+
+def add_adapters(
+    base: PreTrainedModel, settings: TrainSettings, advice: Recommendation
+) -> LoraModel:
+    """Returns the model with every adapter on it, trainable.
+
+    A new adapter's factors depend on the seed and its name, not on the other adapters.
+
+    Raises:
+        TargetNotFoundError: An entry of a new adapter's targets matches nothing.
+        UnsupportedLayerError, ConfigError: See `get_peft_model`.
+        ConfigError: An adapter trains parameters of the base model, and these are in fp16.
+        AdapterStateError: An adapter trains biases of the base model, and is not alone.
+        CheckpointError: A folder of ``init_from`` does not fit.
+    """
+    configs = adapter_configs(settings, advice)
+    check_dropout_dtype(configs, next(base.parameters()).dtype)
+    has_weights = not all(parameter.is_meta for parameter in base.parameters())
+    model: LoraModel | None = None
+    for adapter in settings.adapters:
+        name, config, folder = adapter.name, configs[adapter.name], adapter.init_from
+        digest = hashlib.blake2b(f"{settings.seed}:{name}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "big"))
+        if folder is not None and has_weights:
+            if model is None:
+                model = LoraModel.from_pretrained(base, folder, name, is_trainable=True)
+            else:
+                model.load_adapter(folder, name, is_trainable=True)
+            continue
+        if folder is None:
+            with error_prefix(f"adapter {name!r}"):
+                check_every_target(base, config)
+        else:
+            config = config.shapes_only()
+        config = replace(config, inference_mode=False)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    if model is None:
+        raise ConfigError("no adapter is given")
+    train_adapters(model, list(configs))
+    _check_unscalable(model)
+    return model
+
+
+def _check_unscalable(model: LoraModel) -> None:
+    """Raises `ConfigError` where an adapter trains what is in fp16: torch unscales no such ones.
+
+    Its factors are fp32; biases of the base model and copies of its modules are as it is.
+    """
+    for name, config in model.peft_config.items():
+        for key, parameter in adapter_parameters(model, name).items():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                copied = ".modules_to_save." in key
+                field, instead = (
+                    ("modules_to_save", "no modules_to_save") if copied else ("bias", "bias='none'")
+                )
+                raise ConfigError(
+                    f"adapter {name!r} has {field}={getattr(config, field)!r}, and what it trains "
+                    "of the base model so is in float16, whose gradients cannot be unscaled; "
+                    f"expected dtype 'bfloat16' or 'float32', or {instead}"
+                )
+
+
+def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
+    """Raises `ConfigError` where an adapter has dropout and the model computes in another dtype
+    than a float of 16, 32 or 64 bits."""
+    for name, config in configs.items():
+        if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
+            raise ConfigError(
+                f"adapter {name!r} has lora_dropout={config.lora_dropout:g}, and the base model is "
+                f"in {dtype}; dropout needs a float of 16, 32 or 64 bits: set dtype, or "
+                "lora_dropout to 0"
+            )
+
+
+def read_data(
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    which: str = "data",
+    *,
+    progress: bool = False,
+) -> dict[str, Corpus]:
+    """Returns each adapter's tokens of ``"data"`` or ``"eval_data"``; those without are left out.
 
     Raises:
         DataError: A file or line is wrong.
     """
-    corpora: dict[str, Corpus] = {}
-    if not any(getattr(adapter, which) for adapter in settings.adapters):
-        return corpora
-    with _bar(f"reading {which}", progress) as advance:
-        for adapter in settings.adapters:
-            files = getattr(adapter, which)
-            if files:
-                corpora[adapter.name] = encode(
-                    files, tokenizer, settings.max_length, chat=settings.chat, advance=advance
-                )
-    return corpora
+    from tqdm import tqdm
+
+    files = {adapter.name: getattr(adapter, which) for adapter in settings.adapters}
+    shown = progress and any(files.values())
+    with tqdm(desc=f"reading {which}", unit=" samples", disable=not shown, leave=False) as bar:
+        return {
+            name: encode(
+                paths, tokenizer, settings.max_length, chat=settings.chat, advance=bar.update
+            )
+            for name, paths in files.items()
+            if paths
+        }
 
 
-def check_fit(base: Any, corpora: Iterable[Corpus]) -> None:
+def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
     """Raises unless a base model can take the samples, which it would notice in the middle.
 
     Raises:
@@ -145,13 +260,14 @@ def check_fit(base: Any, corpora: Iterable[Corpus]) -> None:
         CheckpointError: The tokenizer has tokens that the model has no embedding for.
     """
     positions = getattr(base.config, "max_position_embeddings", None)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    embedding: Any = base.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     for corpus in corpora:
         longest = max(range(len(corpus)), key=corpus.length)
         if positions is not None and corpus.length(longest) > positions:
             raise ConfigError(
-                f"{corpus.place(longest)}: has {corpus.length(longest)} tokens, and the base model "
-                f"takes {positions}; set max_length to at most that"
+                f"{corpus.places[longest]}: has {corpus.length(longest)} tokens, and the base "
+                f"model takes {positions}; set max_length to at most that"
             )
         largest = int(corpus.ids.max())
         if largest >= vocabulary:
@@ -193,7 +309,7 @@ def make_optimizers(
     model: LoraModel,
     settings: TrainSettings,
     advice: Recommendation,
-    own_steps: Mapping[str, int],
+    schedule: Schedule,
     device: torch.device,
 ) -> AdapterOptimizers:
     """Returns each adapter's AdamW, with its schedule and clipping; in fp16, a loss scale too."""
@@ -208,13 +324,13 @@ def make_optimizers(
             for a in settings.adapters
         },
         schedulers={
-            a.name: partial(LambdaLR, lr_lambda=rate(a, own_steps[a.name]))
+            a.name: partial(LambdaLR, lr_lambda=rate(a, schedule.own_steps[a.name]))
             for a in settings.adapters
         },
         max_grad_norm={a.name: a.max_grad_norm for a in settings.adapters if a.max_grad_norm},
         scaler=partial(torch.amp.GradScaler, device.type) if needs_scale(model) else None,
         seed=settings.seed,
-        group=None,  # `fastlora.train.processes` sums gradients and counts itself
+        group=None,  # `RunProcesses` sums gradients and counts itself
     )
 
 
@@ -245,15 +361,7 @@ def identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Returns what determines a run's numbers, ready for JSON.
-
-    Args:
-        settings: The run's.
-        schedule: Its steps.
-        corpora: Its data.
-        model: With the adapters.
-        weights: Of `fingerprint`.
-    """
+    """Returns what determines a run's numbers, ready for JSON; ``weights`` is `fingerprint`'s."""
     adapters = {}
     for adapter in settings.adapters:
         corpus = corpora[adapter.name]
@@ -265,7 +373,11 @@ def identity(
         adapters[adapter.name] = {
             "data": corpus.digest,
             "tokens": tokens.hexdigest(),
-            **adapter.optimizing(),
+            "learning_rate": adapter.learning_rate,
+            "weight_decay": adapter.weight_decay,
+            "schedule": adapter.schedule,
+            "warmup_ratio": adapter.warmup_ratio,
+            "max_grad_norm": adapter.max_grad_norm,
             "config": config,
         }
     return {
@@ -277,32 +389,3 @@ def identity(
         "adapters": adapters,
         "model": dict(weights),
     }
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise TrainError(f"training needs transformers; install it with: {INSTALL}") from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _without_bars(transformers: Any) -> Iterator[None]:
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _bar(what: str, show: bool) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit=" samples", disable=not show, leave=False) as bar:
-        yield bar.update

@@ -1,18 +1,103 @@
-"""The processes of a run, through accelerate: one, or several under torchrun."""
+"""The processes that train together: what they must agree about, and those of `fastlora train`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from fastlora.train.prepare import INSTALL, TrainError
+from fastlora.sharding import is_sharded, several_processes
+from fastlora.train.losses import AdapterLosses
 from fastlora.validation import FastLoraError
 
-_T = TypeVar("_T")
+INSTALL = "pip install 'fastlora-triton[train]'"
+
+
+class TrainError(FastLoraError, RuntimeError):
+    """A training run cannot start or go on."""
+
+
+class Agreed(NamedTuple):
+    """A batch's losses as all processes see them.
+
+    Attributes:
+        finite: Adapters with a loss somewhere, and none anywhere that is not finite.
+        left_out: Adapters with a loss somewhere that is not finite.
+        weights: What this process multiplies its loss of each adapter by, so that the mean of all
+            processes' gradients is that of one process with the whole batch.
+    """
+
+    finite: tuple[str, ...]
+    left_out: tuple[str, ...]
+    weights: dict[str, float]
+
+
+class BatchGroup:
+    """The processes that share batches; or one on its own, which agrees with itself at no cost.
+
+    Args:
+        group: A process group, ``"auto"`` for all processes where torch.distributed runs, or None.
+        names: The adapters, in one order for all processes.
+        device: Where tensors are to lie to be sent.
+    """
+
+    def __init__(self, group: Any, names: Sequence[str], device: torch.device) -> None:
+        if group == "auto":
+            group = dist.group.WORLD if several_processes() else None
+        self._group = group
+        self._names = list(names)
+        self._device = device
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else takes part."""
+        return self.size == 1
+
+    def total(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
+        """Returns the sums over all processes of numbers by adapter; missing ones are zeros."""
+        rows = [[float(table.get(name, 0)) for name in self._names] for table in counts]
+        if not self.alone:
+            sent = torch.tensor(rows, dtype=_widest(self._device), device=self._device)
+            dist.all_reduce(sent, group=self._group)
+            rows = sent.tolist()
+        return [dict(zip(self._names, row, strict=True)) for row in rows]
+
+    def agree(self, losses: AdapterLosses) -> Agreed:
+        """Returns which losses count, the same in every process."""
+        seen, bad, tokens = self.total(
+            dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
+        )
+        finite = tuple(name for name in self._names if seen[name] and not bad[name])
+        left_out = tuple(name for name in self._names if bad[name])
+        weights = dict.fromkeys(losses.values, float(self.size))
+        if losses.own_divisors:
+            # From means over own tokens to shares of the mean over everybody's.
+            weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
+        return Agreed(finite, left_out, weights)
+
+    def anywhere(self, names: Collection[str]) -> set[str]:
+        """Returns the names that any process has."""
+        (found,) = self.total(dict.fromkeys(names, 1))
+        return {name for name, count in found.items() if count}
+
+    def average_(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Replaces gradients by their means, which leaves those that are means already.
+
+        Those of DTensors are always shared: FSDP2 keeps what is not elsewhere.
+        """
+        for parameter in parameters:
+            if self.alone or is_sharded(parameter) or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self._group)
+            parameter.grad /= self.size
 
 
 def launched() -> int:
@@ -20,13 +105,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Processes:
-    """What the processes of a run have to agree on.
+class RunProcesses:
+    """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
 
     Every process has the whole model, and all of them hold the same adapters and optimizer states.
-
-    Args:
-        cpu: Don't use an accelerator.
+    ``cpu`` says not to use an accelerator.
 
     Attributes:
         count: How many there are.
@@ -55,27 +138,23 @@ class Processes:
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
 
-    def own(self, parts: Sequence[_T]) -> Iterable[tuple[int, _T, bool]]:
-        """Yields number and content of each part, and whether it is for this process."""
-        for number, part in enumerate(parts):
-            yield number, part, number % self.count == self._accelerator.process_index
+    def does(self, number: int) -> bool:
+        """Returns whether the part of that number of a step's work is for this process."""
+        return number % self.count == self._accelerator.process_index
 
     def summed(self, values: dict[str, float]) -> dict[str, float]:
         """Returns the sum over all processes of each value."""
         if self.count == 1:
             return values
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        flat = torch.tensor(list(values.values()), dtype=exact, device=self.device)
+        flat = torch.tensor(list(values.values()), dtype=_widest(self.device), device=self.device)
         summed = self._accelerator.reduce(flat, "sum").tolist()
         return dict(zip(values, summed, strict=True))
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums gradients over all processes, in one transfer for each dtype.
 
-        A parameter that has no gradient in any of them has none behind it either.
-
-        Args:
-            parameters: The same in all processes, each once.
+        All of them name the same parameters, each once. One that has no gradient in any of them has
+        none behind it either.
         """
         if self.count == 1:
             return
@@ -87,9 +166,8 @@ class Processes:
             flat = torch.cat([flags, *(part.reshape(-1) for part in parts)])
             summed = self._accelerator.reduce(flat, "sum")
             pieces = summed[len(own) :].split([p.numel() for p in own])
-            for parameter, count, piece in zip(
-                own, summed[: len(own)].tolist(), pieces, strict=True
-            ):
+            counts = summed[: len(own)].tolist()
+            for parameter, count, piece in zip(own, counts, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter) if count else None
 
     def in_main(self, work: Callable[[], None]) -> None:
@@ -113,3 +191,8 @@ class Processes:
     def end(self) -> None:
         """Leaves the process group."""
         self._accelerator.end_training()
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """Returns the widest dtype that a device adds in."""
+    return torch.float32 if device.type == "mps" else torch.float64

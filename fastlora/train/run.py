@@ -8,36 +8,70 @@ of seed, step and forward, so a resumed run repeats bit for bit what the killed 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlora import adapter_state
-from fastlora.batch import adapters
-from fastlora.checkpoint import save_adapter_folder
-from fastlora.model import LoraModel
-from fastlora.recommend import recommend
+from fastlora.model import LoraModel, adapter_state
+from fastlora.model.adapter_folder import save_adapter_folder
+from fastlora.model.recommend import recommend
+from fastlora.model.tensor_file import replacing
+from fastlora.routing.block import adapters
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import TrainSettings
-from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches
-from fastlora.train.log import RunLog
-from fastlora.train.losses import causal_lm_losses
-from fastlora.train.parameters import adapter_parameters
-from fastlora.train.processes import Processes
-from fastlora.train.result import NonFiniteError, TrainResult
-from fastlora.train.run_adapters import add_adapters, check_adapters
+from fastlora.train.data import Corpus, Row, collate, micro_batches
+from fastlora.train.losses import AdapterLosses, causal_lm_losses
+from fastlora.train.processes import RunProcesses, TrainError
+from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError
 
-_SHOWN_LOSSES = 6
-_SHOWN_DIFFERENCES = 5
 # Of fp16's normal numbers the smallest: below it, the gradient of a scaled loss loses digits.
 _LEAST_SCALE = 2.0**-14
+
+
+class NonFiniteError(TrainError):
+    """A loss, a gradient or a weight became NaN or infinite, and the run cannot go on.
+
+    Attributes:
+        step: In which step, counted from 1.
+        adapter: Whose.
+    """
+
+    def __init__(self, message: str, step: int, adapter: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.adapter = adapter
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        steps: Steps in all, those before a resume included.
+        losses: Each adapter's loss in its last step; empty where nothing was left to do.
+        eval_losses: Each adapter's loss on its evaluation data, at the end.
+        adapters: Each adapter's folder.
+        resumed_from: Step of the checkpoint that it went on from; 0 for none.
+        skipped: How many of its steps each adapter skipped because a gradient was not finite in
+            fp16; adapters that skipped none are left out.
+    """
+
+    steps: int
+    losses: dict[str, float]
+    eval_losses: dict[str, float]
+    adapters: dict[str, Path]
+    resumed_from: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def train(settings: TrainSettings, *, resume: bool = False, progress: bool = True) -> TrainResult:
@@ -60,7 +94,9 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         CheckpointError: A checkpoint cannot be written; the older ones are as they were.
     """
     found = prepare.check_folders(settings, resume=resume)
-    check_adapters(settings)
+    # All adapters are tried on the base model without weights, before data or weights are read.
+    empty = prepare.empty_base(settings)
+    prepare.add_adapters(empty, settings, recommend(empty))
     run = Run(settings, found, progress)
     try:
         return run.train()
@@ -69,20 +105,11 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
 
 
 class Run:
-    """A run that is set up, and resumed where it was begun before; see `train`.
-
-    Args:
-        settings: What to train.
-        resumed: A checkpoint to go on from, or None.
-        progress: Show bars.
-
-    Raises:
-        FastLoraError: See `train`.
-    """
+    """A run that is set up, and goes on from the checkpoint ``resumed`` if there is one."""
 
     def __init__(self, settings: TrainSettings, resumed: Path | None, progress: bool) -> None:
         state = None if resumed is None else checkpoint.read_checkpoint(resumed)
-        self.processes = Processes(settings.cpu)
+        self.processes = RunProcesses(settings.cpu)
         self.settings = settings
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
@@ -99,7 +126,7 @@ class Run:
         self.model = self._make_model()
         advice = recommend(self.model)
         self.optimizers = prepare.make_optimizers(
-            self.model, settings, advice, self.schedule.own_steps, self.processes.device
+            self.model, settings, advice, self.schedule, self.processes.device
         )
         weights = checkpoint.fingerprint(self.model.get_base_model())
         self.identity = prepare.identity(settings, self.schedule, self.corpora, self.model, weights)
@@ -120,24 +147,18 @@ class Run:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable = next(getattr(base, name) for name in names if hasattr(base, name))
             enable({"use_reentrant": False})
-        model = add_adapters(base, settings, recommend(base))
+        model = prepare.add_adapters(base, settings, recommend(base))
         return model.to(device).train()
 
     def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
         found = checkpoint.differences(state.identity, self.identity)
         if found:
-            more = len(found) - _SHOWN_DIFFERENCES
-            shown = "; ".join(found[:_SHOWN_DIFFERENCES]) + (
-                f"; and {more} more" if more > 0 else ""
-            )
-            raise CheckpointError(f"{path} is of another run: {shown}")
+            raise CheckpointError(f"{path} is of another run: {_first(found, 5, '; ')}")
         for adapter in self.settings.adapters:
             folder = checkpoint.adapters_folder(path) / adapter.name
             self.model.load_adapter(folder, adapter.name, is_trainable=True)
         self.optimizers.load_state_dict(state.optimizers)
         self.step = state.step
-
-    # ---------------------------------------------------------------------------------- the run
 
     def train(self) -> TrainResult:
         """Does all steps that are left, and writes the adapters."""
@@ -157,12 +178,11 @@ class Run:
                 self._do_step()
                 bar.set_postfix_str(self._shown_losses(), refresh=False)
                 bar.update()
-                done = self.step == steps
-                if done:
+                if self.step == steps:
                     self._check_stepped()
-                if self.held_out and (done or _is_due(self.step, settings.eval_every)):
+                if self.held_out and self._is_due(settings.eval_every):
                     evaluated = self.evaluate()
-                if done or _is_due(self.step, settings.save_every):
+                if self._is_due(settings.save_every):
                     self.save()
         if self.held_out and not evaluated:
             evaluated = self.evaluate()
@@ -173,14 +193,12 @@ class Run:
                 save_adapter(self.model, name, folder)
 
         self.processes.in_main(write)
-        return TrainResult(
-            self.step,
-            dict(self.losses),
-            evaluated,
-            folders,
-            self.resumed_from,
-            skipped=self._skipped(),
-        )
+        losses, skipped = dict(self.losses), self._skipped()
+        return TrainResult(self.step, losses, evaluated, folders, self.resumed_from, skipped)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is to be done now."""
+        return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
         """Ends the log and the process group."""
@@ -189,28 +207,22 @@ class Run:
         self.processes.end()
 
     def _do_step(self) -> None:
-        """Does one optimizer step.
-
-        Raises:
-            NonFiniteError: A loss or gradient is not finite; no adapter has a checkpoint of it.
-        """
+        """Does one optimizer step; raises `NonFiniteError` where a loss or gradient is not."""
         rows = self.schedule.order.rows(self.step)
-        present = [n for n in self.corpora if any(row.adapter == n for row in rows)]
+        drawn = {row.adapter for row in rows}
+        present = [name for name in self.corpora if name in drawn]
         tokens = dict.fromkeys(present, 0)
         for row in rows:
             tokens[row.adapter] += self.corpora[row.adapter].counted(row.sample)
         sums = dict.fromkeys(present, 0.0)
         parts = micro_batches(rows, self.corpora, self.schedule.micro_batch_size)
-        for number, part, own in self.processes.own(parts):
+        for number, part in enumerate(parts):
             # Drawn in every process, so that all count alike.
             seeds = self.optimizers.draw_seeds([row.adapter for row in part])
-            if not own:
+            if not self.processes.does(number):
                 continue
             self._reseed(number)
-            batch = self._batch(part, self.corpora)
-            with adapters(self.model, batch.adapters, seeds=seeds):
-                logits = self.model(**batch.inputs, use_cache=False).logits
-            losses = causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
+            losses = self._forward(part, self.corpora, seeds, tokens)
             self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
@@ -221,14 +233,12 @@ class Run:
         self.processes.sum_gradients(self._trained(present))
         report = self.optimizers.step(present)
         self.optimizers.zero_grad()
-        if report.skipped and not prepare.needs_scale(self.model):
-            name = report.skipped[0]
-            raise self._not_finite("gradient", name, report.grad_norms[name], self.step + 1)
         for name in report.skipped:
-            scale = self.optimizers.loss_scale(name)
-            if scale is not None and scale < _LEAST_SCALE:
-                how = f"with a loss scale down to {scale:g}"
-                value = report.grad_norms[name]
+            scale, value = self.optimizers.loss_scale(name), report.grad_norms[name]
+            if scale is None:
+                raise self._not_finite("gradient", name, value, self.step + 1)
+            if scale < _LEAST_SCALE:
+                how = f" with a loss scale down to {scale:g}"
                 raise self._not_finite("gradient", name, value, self.step + 1, how)
         self.step += 1
         self.losses.update(values)
@@ -264,8 +274,18 @@ class Run:
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
-    def _batch(self, rows: Sequence[Row], corpora: Mapping[str, Corpus]) -> Batch:
-        return collate(rows, corpora, self.pad, self.processes.device)
+    def _forward(
+        self,
+        rows: Sequence[Row],
+        corpora: Mapping[str, Corpus],
+        seeds: Mapping[str, int] | None = None,
+        tokens: Mapping[str, int] | None = None,
+    ) -> AdapterLosses:
+        """Returns the losses of some samples, as means over their own tokens or over ``tokens``."""
+        batch = collate(rows, corpora, self.pad, self.processes.device)
+        with adapters(self.model, batch.adapters, seeds=seeds):
+            logits = self.model(**batch.inputs, use_cache=False).logits
+        return causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
 
     def _reseed(self, number: int) -> None:
         """Makes what the base model draws (its own dropout) a function of step and forward."""
@@ -286,19 +306,15 @@ class Run:
     def _not_finite(
         self, what: str, name: str, value: float, step: int, how: str = ""
     ) -> NonFiniteError:
-        text = f"the {what} of adapter {name!r} is {value}"
-        return self._stopped(f"{text} {how}".rstrip(), name, step)
+        return self._stopped(f"the {what} of adapter {name!r} is {value}{how}", name, step)
 
     def _stopped(self, text: str, name: str, step: int) -> NonFiniteError:
         rows = self.schedule.order.rows(step - 1)
-        places = [self.corpora[name].place(row.sample) for row in rows if row.adapter == name]
+        places = [str(self.corpora[name].places[r.sample]) for r in rows if r.adapter == name]
         found = checkpoint.checkpoints(self.root)
         last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        samples = f". Its samples in that step: {'; '.join(places[:3])}{more}" if places else ""
+        samples = f". Its samples in that step: {_first(places, 3, '; ')}" if places else ""
         return NonFiniteError(f"step {step}: {text}; stopped, {last}{samples}", step, name)
-
-    # ------------------------------------------------------------------ evaluation and saving
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -307,13 +323,10 @@ class Run:
         sums = dict.fromkeys(self.held_out, 0.0)
         self.model.eval()
         parts = micro_batches(rows, self.held_out, self.schedule.micro_batch_size)
-        for _, part, own in self.processes.own(parts):
-            if not own:
+        for number, part in enumerate(parts):
+            if not self.processes.does(number):
                 continue
-            batch = self._batch(part, self.held_out)
-            with adapters(self.model, batch.adapters):
-                logits = self.model(**batch.inputs, use_cache=False).logits
-            losses = causal_lm_losses(logits, batch.labels, batch.adapters)
+            losses = self._forward(part, self.held_out)
             for name, value in losses.values.items():
                 sums[name] += value * losses.tokens[name]
         self.model.train()
@@ -339,8 +352,6 @@ class Run:
 
         self.processes.in_main(write)
 
-    # ------------------------------------------------------------------------------- reporting
-
     def _write_log(self, entry: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(entry)
@@ -351,8 +362,7 @@ class Run:
             f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
             for name, value in self.losses.items()
         ]
-        more = len(shown) - _SHOWN_LOSSES
-        return ", ".join(shown[:_SHOWN_LOSSES]) + (f", and {more} more" if more > 0 else "")
+        return _first(shown, 6, ", ")
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
@@ -368,5 +378,61 @@ def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
         raise CheckpointError(f"{folder}: could not be written ({error})") from error
 
 
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _first(items: Sequence[str], count: int, separator: str) -> str:
+    """Returns the first of some items, joined, and how many more there are."""
+    more = [f"and {len(items) - count} more"] if len(items) > count else []
+    return separator.join([*items[:count], *more])
+
+
+class RunLog:
+    """Appends to ``log.jsonl`` in a run's folder: a JSON object a line, by step or evaluation.
+
+    Entries behind ``step``, from which the run goes on, are of one that was killed, and go. Raises
+    `TrainError`, here and in every call, where the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "log.jsonl"
+        with self._typed():
+            folder.mkdir(parents=True, exist_ok=True)
+            lines: list[str] = []
+            if self.path.is_file():
+                # The last line of a killed run may be torn; it is of no step then.
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            with replacing(self.path) as partial:
+                kept = (line for line in lines if _step_of(line) <= step)
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds an entry, which has a ``step``; JSON has null for numbers that are not finite."""
+        with self._typed():
+            self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Ends the log. A failure here is that of a write before, which was raised."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _typed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainError(f"{self.path}: could not be written ({error})") from error
+
+
+def _finite(value: Any) -> Any:
+    """Returns an entry with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,4 +1,4 @@
-"""What one adapter trains with: its optimizer, schedule, clipping and loss scale."""
+"""What one adapter trains with: its parameters, optimizer, schedule, clipping, loss scale."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from fastlora.model import LoraModel
+from fastlora.model.adapter_state import key_map
 from fastlora.sharding import clip_with_norm_, total_norm
-from fastlora.train.parameters import adapter_parameters
 from fastlora.validation import AdapterStateError, CheckpointError
 
-if TYPE_CHECKING:
-    from fastlora.model import LoraModel
+
+def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
+    """Returns an adapter's parameters by their names in the model: what its file would hold.
+
+    These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
+    ``"lora_only"`` the base model's biases.
+
+    Raises:
+        AdapterNotFoundError: There is no such adapter.
+    """
+    model.base_model.check_known(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    keys = key_map(model, name).values()
+    return {key: parameters[key] for key in keys if key in parameters}
 
 
 @dataclass
@@ -39,21 +52,7 @@ class AdapterCounts:
 
 
 class Solo:
-    """One adapter's side of `AdapterOptimizers`, which has the arguments' description.
-
-    Args:
-        model: With the adapter, trainable.
-        name: The adapter's name.
-        optimizer: Makes the optimizer.
-        scheduler: Makes the schedule, or None.
-        max_grad_norm: None for no clipping.
-        scaler: Makes the loss scale, or None.
-        seed: Start of the dropout seeds.
-
-    Raises:
-        AdapterStateError: The adapter is frozen.
-        ValueError, TypeError: An argument is not as described.
-    """
+    """One adapter's side of `AdapterOptimizers`, whose arguments and errors it has."""
 
     def __init__(
         self,
@@ -70,9 +69,9 @@ class Solo:
         self.name = name
         self.max_grad_norm = max_grad_norm
         self.parameters = _trainable(model, name, needs_fp32=scaler is not None)
-        self.optimizer = _make_optimizer(name, optimizer, self.parameters)
+        self.optimizer = _checked_optimizer(name, optimizer(self.parameters), self.parameters)
         self.scheduler = (
-            None if scheduler is None else _make_scheduler(name, scheduler, self.optimizer)
+            None if scheduler is None else _checked_scheduler(name, scheduler(self.optimizer))
         )
         self.scaler = None if scaler is None else scaler()
         self.seed = seed
@@ -90,8 +89,9 @@ class Solo:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 2
 
-    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """Returns the loss times the adapter's loss scale."""
+    def scaled(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        """Returns a loss, without dimensions, times a weight and the adapter's loss scale."""
+        loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -107,9 +107,7 @@ class Solo:
     def step(self, norm: torch.Tensor, value: float) -> bool:
         """Clips unscaled gradients and steps; returns False where they are not finite.
 
-        Args:
-            norm: Of the gradients.
-            value: The same as a number.
+        ``norm`` is theirs, without dimensions, and ``value`` the same as a number.
         """
         finite = math.isfinite(value)
         if finite:
@@ -130,8 +128,6 @@ class Solo:
         for parameter in self.parameters:
             parameter.grad = None
 
-    # ---------------------------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Returns what `load_state_dict` needs, and the kind that it must be of."""
         return {
@@ -148,21 +144,17 @@ class Solo:
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
-        missing = [key for key in mine if key not in state]
-        if missing:
-            raise CheckpointError(f"{what} lacks {missing[0]!r}")
         for key, own in mine.items():
+            if key not in state:
+                raise CheckpointError(f"{what} lacks {key!r}")
             if isinstance(own, Mapping) and set(state[key] or ()) < set(own):
                 raise CheckpointError(f"{what} has {key} {state[key]!r}, expected {list(own)}")
             if type(own) is int and type(state[key]) is not int:
                 raise CheckpointError(f"{what} has {key} {state[key]!r}, expected an int")
-        kind = self._kind()
-        for key, expected in kind.items():
+        for key, expected in mine["kind"].items():
             found = state["kind"].get(key)
             if found != expected:
-                raise CheckpointError(
-                    f"the state of adapter {self.name!r} has {key} {found}, expected {expected}"
-                )
+                raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a checked state."""
@@ -202,10 +194,9 @@ def _trainable(model: LoraModel, name: str, needs_fp32: bool) -> list[nn.Paramet
     return list(named.values())
 
 
-def _make_optimizer(
-    name: str, make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]
+def _checked_optimizer(
+    name: str, optimizer: Optimizer, parameters: list[nn.Parameter]
 ) -> Optimizer:
-    optimizer = make(parameters)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizers[{name!r}] made {type(optimizer).__name__}, expected a "
@@ -221,10 +212,7 @@ def _make_optimizer(
     return optimizer
 
 
-def _make_scheduler(
-    name: str, make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer
-) -> LRScheduler:
-    scheduler = make(optimizer)
+def _checked_scheduler(name: str, scheduler: LRScheduler) -> LRScheduler:
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
             f"schedulers[{name!r}] made {type(scheduler).__name__}, expected a schedule of "

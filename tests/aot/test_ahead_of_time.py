@@ -18,14 +18,12 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.chips import Chip  # noqa: E402
+from tests.support.aot.launches import MIXED_K_LOOPS, cases  # noqa: E402
+from tests.support.aot.mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
+from tests.support.aot.resources import Resources, key_of  # noqa: E402
+from tests.support.aot.table import TABLE  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launches import MIXED_K_LOOPS, cases  # noqa: E402
-from mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
-from resources import Resources, key_of  # noqa: E402
-from table import TABLE  # noqa: E402
-
-COMPILE = Path(__file__).with_name("compile_kernels.py")
+ROOT = Path(__file__).parents[2]
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # The backward kernels that loop over a large dimension.
 GRADIENTS = ("lora_grad_b", "lora_grad_a", "lora_grad_x")
@@ -37,7 +35,8 @@ def rows() -> list[Row]:
     """The table of `compile_kernels.py`: a row for each kernel, config and chip."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, COMPILE, "--shared", "--known"],
+        [sys.executable, "-m", "tests.support.aot.compile_kernels", "--shared", "--known"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=environment,

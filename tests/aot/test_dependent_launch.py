@@ -18,12 +18,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import compile_launch  # noqa: E402
-from launches import CHIPS, Case, cases, record  # noqa: E402
-from resources import early_loads_of_s  # noqa: E402
-
-from fastlora import env, kernels  # noqa: E402
+from fastlora import env, kernels
+from tests.support.aot.compile_kernels import compile_launch
+from tests.support.aot.launches import CHIPS, Case, cases, record
+from tests.support.aot.resources import early_loads_of_s
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 

@@ -7,10 +7,8 @@ for: constants, options, and what it concludes from the values of sizes, strides
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,15 +16,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launches import CHIPS, Launch, recording  # noqa: E402
-from specialisation import specialise  # noqa: E402
-
-from fastlora import env, mixed_ops  # noqa: E402
-from fastlora.kernels import chips, configs  # noqa: E402
-from fastlora.kernels.chips import Chip  # noqa: E402
-from fastlora.kernels.configs import MAX_SPLITS, all_shipped  # noqa: E402
-from fastlora.row_groups import build_row_groups  # noqa: E402
+from fastlora import env
+from fastlora.kernels import chips, configs
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import MAX_SPLITS, all_shipped
+from fastlora.ops import mixed_ops
+from fastlora.ops.row_groups import build_row_groups
+from tests.support.aot.launches import CHIPS, Launch, recording
+from tests.support.aot.specialisation import specialise
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 

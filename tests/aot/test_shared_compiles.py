@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from compile_kernels import compile_launch, measure_group  # noqa: E402
-from launches import CHIPS, Case, cases, record  # noqa: E402
-from shared_compiles import Compiled, compile_for, groups_of  # noqa: E402
-from specialisation import specialise, target_of  # noqa: E402
-
-from fastlora import env  # noqa: E402
+from fastlora import env
+from tests.support.aot.compile_kernels import compile_launch, measure_group
+from tests.support.aot.launches import CHIPS, Case, cases, record
+from tests.support.aot.shared_compiles import Compiled, compile_for, groups_of
+from tests.support.aot.specialisation import specialise, target_of
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 

@@ -212,8 +212,8 @@ def test_fused_variants_launch_without_their_feature(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastlora import ops
     from fastlora.kernels import chips, lora_linear, lora_shrink
+    from fastlora.ops import schema as ops
 
     seen: dict[str, Any] = {}
     chip = chips.Chip("sm_90", 132)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import cli
-from fastlora.checkpoint import WEIGHTS_NAME, save_adapter_folder
-from fastlora.config import LoraConfig
+from fastlora.model.adapter_folder import WEIGHTS_NAME, save_adapter_folder
+from fastlora.model.config import LoraConfig
 
 PRE = "base_model.model."
 
@@ -150,7 +150,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastlora.ops import resolve_impl, triton_status
+    from fastlora.ops.schema import resolve_impl, triton_status
 
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

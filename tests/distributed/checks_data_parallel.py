@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import steps
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora.testing import assert_within_budget
+from tests.support.distributed import steps
 
 
 def check_steps(folder: Path) -> None:

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import steps
 import torch
 import torch.distributed as dist
 
 import fastlora
+from tests.support.distributed import steps
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)

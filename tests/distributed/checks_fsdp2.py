@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import steps
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,6 +24,7 @@ from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
+from tests.support.distributed import steps
 
 
 def raises(error: Any, match: str, function: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,8 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import mixed_training
-import steps
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +16,8 @@ import fastlora
 from fastlora.sharding import whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, adapter_parameters, causal_lm_losses, count_tokens
+from tests.support import mixed_training
+from tests.support.distributed import steps
 
 # Of each batch the first half is the first process's: adapters there only, here only, in both, in
 # none, and a process with base rows alone.

@@ -7,22 +7,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import steps
 import torch
 import torch.distributed as dist
-from checks_fsdp2 import raises
-from checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
-    check_dora_dropout,
-    check_dora_files_and_merging,
-    check_dora_fresh,
-    check_dora_kept_norms,
-    check_dora_layouts,
-    check_dora_refusals,
-    check_dora_training,
-    check_written_while_merged,
-)
 from safetensors.torch import load_file
-from split_models import IDS, LAYOUTS, PLAN, Pair, mesh, pair, results
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
@@ -38,6 +25,19 @@ from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
+from tests.distributed.checks_fsdp2 import raises
+from tests.distributed.checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
+    check_dora_dropout,
+    check_dora_files_and_merging,
+    check_dora_fresh,
+    check_dora_kept_norms,
+    check_dora_layouts,
+    check_dora_refusals,
+    check_dora_training,
+    check_written_while_merged,
+)
+from tests.support.distributed import steps
+from tests.support.distributed.split_models import IDS, LAYOUTS, PLAN, Pair, mesh, pair, results
 
 
 def check_layouts(folder: Path) -> None:

@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import steps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checks_fsdp2 import raises
 from safetensors.torch import load_file
-from split_models import IDS, LAYOUTS, Pair, mesh, pair, results
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
 import fastlora
-from fastlora import reference
 from fastlora.integrations.distributed import clip_grad_norm_
 from fastlora.layers import dora_norms
 from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.ops.torch import reference
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError
+from tests.distributed.checks_fsdp2 import raises
+from tests.support.distributed import steps
+from tests.support.distributed.split_models import IDS, LAYOUTS, Pair, mesh, pair, results
 
 BOTH = ("default", "b")
 P = 0.5

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from processes import checks_of, outcome_of, run
+from tests.support.distributed.processes import checks_of, module_of, outcome_of, run
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -23,7 +19,7 @@ FILES = (
     *("checks_data_parallel", "checks_fsdp2", "checks_mixed", "checks_tensor_parallel"),
     "checks_docs",
 )
-CHECKS = [(name, check) for name in FILES for check in checks_of(importlib.import_module(name))]
+CHECKS = [(name, check) for name in FILES for check in checks_of(module_of(name))]
 
 
 class Run(NamedTuple):

@@ -11,11 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from processes import environment
-
 from fastlora.testing import assert_within_budget
+from tests.support.distributed.processes import environment
 
 pytest.importorskip("transformers", reason="runs Trainer")
 pytest.importorskip("accelerate", reason="Trainer needs it")
@@ -34,10 +31,10 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the program wrote in two processes."""
     path = tmp_path_factory.mktemp("trainer")
-    program = Path(__file__).parent / "trainer_program.py"
+    program = "tests.support.distributed.trainer_program"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(program), str(path)],
+        [*torchrun, "--nproc-per-node", "2", "--module", program, str(path)],
         env=environment(),
         capture_output=True,
         text=True,
@@ -49,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trainer(folder: Path, tmp_path: Path) -> None:
     """Under DDP and under FSDP2 the adapter of one process, to rounding."""
-    import trainer_program
+    from tests.support.distributed import trainer_program
 
     truth = trainer_program.train(tmp_path / "truth", torch.float64).model
     same = trainer_program.train(tmp_path / "same").model
@@ -67,7 +64,7 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
 
 def adapter_of_start(tmp_path: Path) -> dict[str, torch.Tensor]:
     """The adapter before its first step."""
-    import trainer_program
+    from tests.support.distributed import trainer_program
 
     trainer_program.build().save_pretrained(tmp_path / "start")
     return adapter(tmp_path / "start")
@@ -86,7 +83,7 @@ def test_fsdp2_resumes(folder: Path, kind: str) -> None:
 
 def test_accelerate_loop(folder: Path) -> None:
     """accelerate's loop with micro-batches: what plain steps over whole batches give."""
-    import trainer_program
+    from tests.support.distributed import trainer_program
 
     results = {}
     for dtype in (torch.float64, torch.float32):

@@ -7,8 +7,6 @@ interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +19,7 @@ DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if NATIVE else ()))
 
 
 if triton_interpreted() and importlib.util.find_spec("triton") is not None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import quick_interpreter
+    from tests.support.kernels import quick_interpreter
 
     quick_interpreter.quicken()
 
@@ -77,7 +74,8 @@ def lab() -> Lab:
 @pytest.fixture
 def kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In PyTorch too, dropout takes the masks that the kernels draw."""
-    from fastlora import philox_reference, reference
+    from fastlora.ops import philox_reference
+    from fastlora.ops.torch import reference
 
     def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
         keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)

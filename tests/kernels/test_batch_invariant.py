@@ -10,25 +10,23 @@ rows in the same places. Outside of the mode the same dots change rows.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fastlora
-from fastlora import env, mixed_ops
+from fastlora import env
 from fastlora.functional import lora_add, lora_linear
-from fastlora.row_groups import build_row_groups
+from fastlora.ops import mixed_ops
+from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 OPS = torch.ops.fastlora
 INTERPRETED = env.triton_interpreted()

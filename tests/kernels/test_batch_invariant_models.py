@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +10,12 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import ops
-from fastlora.batch_invariant import is_batch_invariant
-from fastlora.inject import lora_layers
+from fastlora.model.inject import lora_layers
+from fastlora.ops import schema as ops
+from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Block(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +25,7 @@ from fastlora.kernels.lora_shrink import (  # noqa: E402
     launch_lora_shrink,
     launch_lora_shrink_reduce,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ELSEWHERE, ByteCounter, KernelCount  # noqa: E402
+from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount  # noqa: E402
 
 Bytes = dict[str, tuple[int, int]]
 SCALING = 4  # bytes of one fp32

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +24,7 @@ from fastlora.kernels.configs import (
     piece_rows,
     run_rows,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from chips import CHIPS, H100  # noqa: E402
+from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
 KINDS = ((BF16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))

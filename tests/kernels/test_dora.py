@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dora_truth import Problem, dora, make_problem
-
-from fastlora import FastLoraLinear, LoraConfig, adapters, get_peft_model, mixed, ops
-from fastlora.routing import layer_seed
+from fastlora import FastLoraLinear, LoraConfig, adapters, get_peft_model
+from fastlora.autograd import mixed
+from fastlora.ops import schema as ops
+from fastlora.routing.routing import layer_seed
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import ImplementationError
+from tests.support.dora_truth import Problem, dora, make_problem
 
 pytest.importorskip("triton", reason="triton is not installed")
 

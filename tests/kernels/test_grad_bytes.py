@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +14,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora.kernels.configs import KernelConfig, cdiv, choose  # noqa: E402
-from fastlora.kernels.lora_grad_a import launch_lora_grad_a  # noqa: E402
-from fastlora.kernels.lora_grad_b import launch_lora_grad_b  # noqa: E402
-from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-import byte_forms  # noqa: E402
-from byte_counter import ByteCounter, KernelCount  # noqa: E402
-from byte_forms import Form  # noqa: E402
-from count_bytes import (  # noqa: E402
+from fastlora.kernels.configs import KernelConfig, cdiv, choose
+from fastlora.kernels.lora_grad_a import launch_lora_grad_a
+from fastlora.kernels.lora_grad_b import launch_lora_grad_b
+from fastlora.kernels.lora_linear import launch_lora_linear
+from fastlora.kernels.plane_sums import launch_plane_sums
+from tests.support.bytes import byte_forms
+from tests.support.bytes.byte_counter import ByteCounter, KernelCount
+from tests.support.bytes.byte_forms import Form
+from tests.support.bytes.count_bytes import (
     FULL_STEPS,
     H100,
     STEPS,
@@ -186,7 +182,7 @@ def test_other_kernels_issue_what_their_tiles_say(others: Any, sizes: tuple[int,
 
 
 def test_the_table_holds_what_is_counted(steps: Any, others: Any) -> None:
-    """`docs/kernel_bytes.csv` is what ``python tests/kernels/count_bytes.py --write`` writes."""
+    """`docs/kernel_bytes.csv` is what `tests.support.bytes.count_bytes` writes."""
     with TABLE.open() as file:
         written = list(csv.DictReader(file))
     counted = {sizes: {**steps[sizes], **others[sizes]} for sizes in STEPS}

@@ -8,8 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora import env, grad_ops, ops  # noqa: F401 - registers the operators
-from fastlora.philox_reference import philox_keep_mask
+from fastlora import env  # noqa: F401 - registers the operators
+from fastlora.ops import grad_ops  # noqa: F401 - registers the operators
+from fastlora.ops import schema as ops  # noqa: F401 - registers the operators
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.philox_reference import _philox_4x32, philox_keep_mask
+from fastlora.ops.philox_reference import _philox_4x32, philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.lora_dropout import launch_lora_dropout  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.lora_dropout import launch_lora_dropout
 
 
 def dropout(

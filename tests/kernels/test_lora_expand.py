@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import reference
+from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.lora_expand import launch_lora_expand
 
 # Taken pairwise: rows, outputs off the tile, ranks.
 SHAPES = [

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.lora_grad_a import launch_lora_grad_a  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.lora_grad_a import launch_lora_grad_a
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Taken pairwise: rows, inputs off the tile, ranks of one to four siblings.
 SHAPES = [

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import reference
+from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, cdiv, choose  # noqa: E402
-from fastlora.kernels.lora_grad_b import launch_lora_grad_b  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, cdiv, choose
+from fastlora.kernels.lora_grad_b import launch_lora_grad_b
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Taken pairwise: rows, outputs off the tile, ranks.
 SHAPES = [

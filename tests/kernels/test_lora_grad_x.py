@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
-from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_linear import launch_lora_linear
 
 SEED, P = -8_765_432_109_876_543, 0.3
 # Taken pairwise: rows, outputs and inputs off the tile, ranks, with and without dropout.

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.lora_shrink import (  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.lora_shrink import (
     launch_lora_shrink,
     launch_lora_shrink_reduce,
 )

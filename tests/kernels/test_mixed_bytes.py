@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,13 +15,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora import mixed_ops  # noqa: E402
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import cdiv, choose  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic  # noqa: E402
-from mixed_problem import MixedProblem  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import cdiv, choose
+from fastlora.ops import mixed_ops
+from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic
+from tests.support.kernels.mixed_problem import MixedProblem
 
 RANKS = (8, 16, 64)
 SLOTS = 64

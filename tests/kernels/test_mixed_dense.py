@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fastlora
-from fastlora import plans
 from fastlora.env import triton_interpreted
+from fastlora.ops import plans
 from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
-from mixed_problem import MixedProblem, draw_ids  # noqa: E402
-from test_mixed_ops import OPS, linear, linear_arguments, shrink_arguments  # noqa: E402
+from tests.kernels.test_mixed_ops import OPS, linear, linear_arguments, shrink_arguments
+from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
 
 RANKS = (1, 3, 8, 16, 24, 5, 0)
 interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastlora import mixed_ops
 from fastlora.env import triton_interpreted
+from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
-from mixed_problem import draw_ids  # noqa: E402
-from scale_problem import ScaleProblem  # noqa: E402
+from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_problem import draw_ids
+from tests.support.kernels.scale_problem import ScaleProblem
 
 OPS = torch.ops.fastlora
 Scale = Callable[..., torch.Tensor]

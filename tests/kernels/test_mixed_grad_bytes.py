@@ -6,8 +6,6 @@ A forward's equal the closed forms; a backward's are near the design's floor.
 from __future__ import annotations
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter, KernelCount  # noqa: E402
-from count_mixed_bytes import (  # noqa: E402
+from tests.support.bytes.byte_counter import ByteCounter, KernelCount
+from tests.support.bytes.count_mixed_bytes import (
     ADAPTERS,
     H100,
     QUARTER,

@@ -13,7 +13,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fastlora
-from fastlora import AdapterPool, LoraConfig, LoraModel, adapter_state, get_peft_model
+from fastlora import AdapterPool, LoraConfig, LoraModel, get_peft_model
+from fastlora.model import adapter_state
 from fastlora.testing import assert_within_budget
 
 NAMES = ("a", "b", "c")

@@ -5,9 +5,7 @@ A false hint changes nothing in the interpreter, and on a GPU what a load or sto
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,11 +19,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("hints are checked with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora import mixed_ops  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import MixedProblem, draw_ids  # noqa: E402
-from scale_problem import ScaleProblem  # noqa: E402
+from fastlora.ops import mixed_ops
+from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
+from tests.support.kernels.scale_problem import ScaleProblem
 
 HINTS = ("tt.divisibility", "tt.contiguity", "tt.constancy")
 # Three modules of one x: few columns, many, some that fill no block, and an absent one.

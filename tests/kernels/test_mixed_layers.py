@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,18 +12,16 @@ from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import fastlora  # noqa: E402
-from fastlora import adapters  # noqa: E402
-from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
-from fastlora.routing import Routing  # noqa: E402
-from fastlora.testing import assert_within_budget  # noqa: E402
-from fastlora.validation import AdapterNotFoundError  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
+import fastlora
+from fastlora import adapters
+from fastlora.env import triton_interpreted
+from fastlora.model.inject import lora_layers
+from fastlora.pool import router as batches
+from fastlora.routing.in_force import routed
+from fastlora.routing.routing import Routing
+from fastlora.testing import assert_within_budget
+from fastlora.validation import AdapterNotFoundError
+from tests.support.bytes.byte_counter import ByteCounter
 
 RANKS = (8, 16, 64)
 

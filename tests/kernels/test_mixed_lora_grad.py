@@ -6,9 +6,7 @@ are `test_mixed_lora_grad_b` and `test_mixed_lora_grad_a`.
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,13 +15,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.mixed_grad_tables import split_grad_a  # noqa: E402
-from fastlora.testing import assert_within_budget  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
-from mixed_grad_problem import OPS, RANKS, GradProblem, mix  # noqa: E402
+from fastlora.env import triton_interpreted
+from fastlora.ops.mixed_grad_tables import split_grad_a
+from fastlora.testing import assert_within_budget
+from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_grad_problem import OPS, RANKS, GradProblem, mix
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])

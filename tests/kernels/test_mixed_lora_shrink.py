@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +12,10 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, choose  # noqa: E402
-from fastlora.kernels.mixed_lora_shrink import launch_mixed_lora_shrink  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.mixed_lora_shrink import launch_mixed_lora_shrink
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Rows, columns of x, ranks of each module.
 ONE = (RANKS,)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +22,13 @@ if not triton_interpreted():
 if sys.platform != "linux":
     pytest.skip("needs Linux's mmap flags", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
-from scale_problem import ScaleProblem  # noqa: E402
-from test_mixed_dora_scale import by_kernel  # noqa: E402
-from test_mixed_lora_add import add  # noqa: E402
-from test_mixed_lora_expand import expand  # noqa: E402
-from test_mixed_lora_linear import linear  # noqa: E402
-from test_mixed_lora_shrink import check, launch  # noqa: E402
+from tests.kernels.test_mixed_dora_scale import by_kernel
+from tests.kernels.test_mixed_lora_add import add
+from tests.kernels.test_mixed_lora_expand import expand
+from tests.kernels.test_mixed_lora_linear import linear
+from tests.kernels.test_mixed_lora_shrink import check, launch
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
+from tests.support.kernels.scale_problem import ScaleProblem
 
 M = 20
 # Each stride fits 32 bits; rows from the 17th on, the third module and the third plane lie past.

@@ -1,26 +1,23 @@
 """The operators for mixed batches: both plans, siblings, launches, replay, opcheck, compile.
 
-Through `fastlora.mixed_ops`, so that configs are chosen as a layer's are.
+Through `fastlora.ops.mixed_ops`, so that configs are chosen as a layer's are.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora import mixed_ops
 from fastlora.env import triton_interpreted
+from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
+from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 OPS = torch.ops.fastlora

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,16 @@ from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import fastlora  # noqa: E402
-from fastlora import adapter_state, adapters  # noqa: E402
-from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
-from fastlora.testing import assert_within_budget  # noqa: E402
-from fastlora.validation import AdapterStateError  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
+import fastlora
+from fastlora import adapters
+from fastlora.env import triton_interpreted
+from fastlora.model import adapter_state
+from fastlora.model.inject import lora_layers
+from fastlora.pool import router as batches
+from fastlora.routing.in_force import routed
+from fastlora.testing import assert_within_budget
+from fastlora.validation import AdapterStateError
+from tests.support.bytes.byte_counter import ByteCounter
 
 IDS = ["a1", None, "a0", "dora", "a1"]
 KINDS: dict[str, dict[str, Any]] = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from byte_counter import ByteCounter  # noqa: E402
-from mixed_grad_problem import GradProblem  # noqa: E402
-from test_mixed_layers import Attention, eager  # noqa: E402
-from test_mixed_training_layers import NAMES, Scaled, compare, step, trainable  # noqa: E402
-
-import fastlora  # noqa: E402
-from fastlora import adapters, fusion_report, philox_reference, reference  # noqa: E402
-from fastlora.env import triton_interpreted  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.testing import assert_within_budget  # noqa: E402
-from fastlora.train import train_adapters  # noqa: E402
+import fastlora
+from fastlora import adapters, fusion_report
+from fastlora.env import triton_interpreted
+from fastlora.model.inject import lora_layers
+from fastlora.ops import philox_reference
+from fastlora.ops.torch import reference
+from fastlora.testing import assert_within_budget
+from fastlora.train import train_adapters
+from tests.kernels.test_mixed_layers import Attention, eager
+from tests.kernels.test_mixed_training_layers import NAMES, Scaled, compare, step, trainable
+from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_grad_problem import GradProblem
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from torch import nn
 pytest.importorskip("triton", reason="runs kernels")
 
 import fastlora
-from fastlora import adapters, mixed_ops
-from fastlora.inject import lora_layers
+from fastlora import adapters
+from fastlora.model.inject import lora_layers
+from fastlora.ops import mixed_ops
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ImplementationError
 
@@ -187,7 +188,7 @@ def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
     _, pool, _ = pool_of(model)
     ids = torch.zeros(2, dtype=torch.int64, device=lab.device)
     with (
-        mock.patch.object(fastlora.pool.batches, "is_captured", lambda _: True),
+        mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
         pytest.raises(AdapterStateError, match="max_rank"),
         adapters(pool, ids),
     ):
@@ -203,8 +204,8 @@ def test_a_captured_block_is_the_block(lab: Any) -> None:
     for target, slots in ((base, ids), (model, torch.tensor([1, -1, 0]).to(lab.device))):
         expected = run(target, x, slots)
         with (
-            mock.patch.object(fastlora.batch, "is_captured", lambda _: True),
-            mock.patch.object(fastlora.pool.batches, "is_captured", lambda _: True),
+            mock.patch.object(fastlora.routing.block, "is_captured", lambda _: True),
+            mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
         ):
             assert torch.equal(run(target, x, slots), expected)
 

@@ -5,10 +5,8 @@ Gradients under dropout are held to float64 with the mask that the kernels' inte
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,23 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_mixed_layers import build, eager  # noqa: E402
-
-import fastlora  # noqa: E402
-from fastlora import adapters  # noqa: E402
-from fastlora.in_force import routed  # noqa: E402
-from fastlora.inject import lora_layers  # noqa: E402
-from fastlora.pool import batches  # noqa: E402
-from fastlora.routing import Routing, layer_seed  # noqa: E402
-from fastlora.testing import assert_within_budget  # noqa: E402
-from fastlora.train import train_adapters  # noqa: E402
-from fastlora.training_routing import layer_seeds  # noqa: E402
-from fastlora.validation import (  # noqa: E402
+import fastlora
+from fastlora import adapters
+from fastlora.model.inject import lora_layers
+from fastlora.ops.training_routing import layer_seeds
+from fastlora.pool import router as batches
+from fastlora.routing.in_force import routed
+from fastlora.routing.routing import Routing, layer_seed
+from fastlora.testing import assert_within_budget
+from fastlora.train import train_adapters
+from fastlora.validation import (
     AdapterNotFoundError,
     ImplementationError,
     UnsupportedLayerError,
 )
+from tests.kernels.test_mixed_layers import build, eager
 
 NAMES = ["a3", None, "a0", "a4", "a2", "a0", "a3", "__base__", "a2"]
 
@@ -89,8 +85,8 @@ def test_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_a_plan_reaches_forward_and_dx(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """Few rows would be fused, many split; what the environment names goes before that."""
-    from fastlora import plans
     from fastlora.kernels import mixed_lora_expand, mixed_lora_linear
+    from fastlora.ops import plans
 
     seen: list[str] = []
 

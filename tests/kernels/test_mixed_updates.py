@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mixed_problem import RANKS, MixedProblem, draw_ids  # noqa: E402
-from mixed_updates import add, expand  # noqa: E402
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
+from tests.support.kernels.mixed_updates import add, expand
 
 Update = Callable[..., torch.Tensor]
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import FastLoraLinear, env, ops
+from fastlora import FastLoraLinear, env
 from fastlora.functional import lora_add, lora_linear
-from fastlora.philox_reference import philox_keep_mask
+from fastlora.ops import schema as ops
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget, farthest
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of  # noqa: E402
-from fastlora.kernels.configs import choose  # noqa: E402
-from fastlora.kernels.plane_sums import launch_plane_sums  # noqa: E402
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import choose
+from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Outputs off the block and on it, one smaller than a block, one with nothing in it.
 OUTPUTS = [((37, 29), 3), ((1024,), 1), ((5,), 9), ((0, 4), 2)]

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastlora import env, ops, plans
+from fastlora import env
 from fastlora.functional import lora_linear
-from fastlora.philox_reference import philox_keep_mask
-from fastlora.plans import PLANS
+from fastlora.ops import plans
+from fastlora.ops import schema as ops
+from fastlora.ops.philox_reference import philox_keep_mask
+from fastlora.ops.plans import PLANS
 from fastlora.testing import assert_within_budget
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
@@ -100,7 +102,7 @@ def test_the_call_goes_before_the_environment(
 
 def test_the_environment_is_read() -> None:
     """In a fresh process."""
-    code = "from fastlora import plans; raise SystemExit(plans._PLAN != 'split')"
+    code = "from fastlora.ops import plans; raise SystemExit(plans._PLAN != 'split')"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "FASTLORA_PLAN": "Split"}, check=False
     )

@@ -11,8 +11,10 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from fastlora import FastLoraLinear, env, fusion_report, grad_ops, ops
-from fastlora.philox_reference import philox_keep_mask
+from fastlora import FastLoraLinear, env, fusion_report
+from fastlora.ops import grad_ops
+from fastlora.ops import schema as ops
+from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()

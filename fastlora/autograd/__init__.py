@@ -1,0 +1,1 @@
+"""The autograd functions: what is saved for backward, and every gradient."""

@@ -1,0 +1,149 @@
+"""A plain linear with one DoRA adapter and its base product as one autograd function, in PyTorch.
+
+`fastlora.autograd.dora` behind a LoRA forward, without the second ``[M, N]`` result: u is scaled in
+place, and the magnitude's gradient is ``sum(dy * y) / magnitude``, y being what the next layer
+saves as a rule anyway. On a CPU fresh pages cost as much as the arithmetic.
+
+Shapes: as in `fastlora.autograd.dora`; x and y may have any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlora.autograd.dora import (
+    adapted_squares,
+    norm_joins,
+    outside_autocast,
+    scale_columns,
+    scale_columns_backward,
+    scale_of,
+    scaled_with_sums,
+)
+from fastlora.autograd.linear import forward_linear, plain_backward
+from fastlora.ops.gradients import Needs, Saved, layer_gradients
+from fastlora.ops.torch import products, reference
+
+
+def runs_as_one(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor
+) -> bool:
+    """Whether `DoraLinear` takes these.
+
+    Not under a compiler or in inference mode, which have no versions; not with a bias, which in
+    ``y - bias`` would cost digits; and with x saved for lora_a, from which u can be made again.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    eager = x.device.type == "cpu" and x.numel() > 0
+    return eager and bias is None and not weight.requires_grad and lora_a.requires_grad
+
+
+def _counter(y: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor without memory whose ``_version`` is y's: it counts writes into y."""
+    counter = y.detach()
+    counter.data = y.new_empty(0)
+    return counter
+
+
+def _divides(scale: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``scale * u`` in ``dtype`` has u's digits: no number near or below 0, nor NaN."""
+    return scale.amin().item() >= torch.finfo(dtype).smallest_normal ** 0.5
+
+
+def _joined(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns u ``[..., N]``, s and ``weight @ lora_a.T``, all in x's dtype, from one base product.
+
+    See `fastlora.autograd.dora.norm_joins`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # [M + R, K] x [K, N]
+    both = products.linear(torch.cat([rows, lora_a]), weight)
+    u, s = both[: rows.shape[0]], reference.lora_shrink(rows, lora_a)
+    reference.lora_expand_(u, s, lora_b, scaling)
+    return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
+
+
+class DoraLinear(torch.autograd.Function):
+    """``y = g * (x @ weight.T + scaling * x @ lora_a.T @ lora_b.T)``.
+
+    Takes ``||weight||^2`` of each row, and the scaling twice: as a tensor for the product, and for
+    the norm as the number that it is, if it is one.
+
+    Saves x, s, the parameters, the factors in x's dtype, N numbers twice, and where the magnitude
+    wants a gradient one ``[M, N]``: y itself, or u where g has numbers that y cannot be divided by.
+    A y that somebody has written into meanwhile is not used: u is then made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        magnitude: torch.Tensor,
+        base_squares: torch.Tensor,
+        scaling: torch.Tensor,
+        norm_scaling: torch.Tensor | float,
+    ) -> torch.Tensor:
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
+        own, cross = (lora_a, lora_b), None
+        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # once for forward and backward
+        if norm_joins(x, weight, lora_a.shape[0]):
+            u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
+        else:
+            u, s = forward_linear(
+                x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto", None
+            )
+        squares = outside_autocast(adapted_squares, weight, base_squares, *own, norm_scaling, cross)
+        _, _, _, needs_b, needs_m, *_ = ctx.needs_input_grad
+        scale = scale_of(magnitude, squares)
+        from_y = needs_m and _divides(scale, u.dtype)
+        rows = scale_columns(u.view(-1, u.shape[-1]), None, scale, from_y or not needs_m)
+        y = torch.ops.aten._unsafe_view(rows, u.shape)
+        kept = y.data if from_y else u if needs_m else None  # .data counts writes on its own
+        ctx.counter = _counter(y) if from_y else None
+        ctx.version, ctx.x_shape = y._version, x.shape
+        saved_s = s if needs_b else None
+        ctx.save_for_backward(
+            x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, saved_s, kept
+        )
+        return y
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, s, kept = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        dy = grad.reshape(-1, grad.shape[-1])
+        from_y = ctx.counter is not None
+        if from_y and ctx.counter._version != ctx.version:
+            args = (x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto")
+            kept, from_y = forward_linear(*args)[0], False
+        rows = None if kept is None else kept.reshape(dy.shape)
+        d_magnitude: torch.Tensor | None
+        if from_y and rows is not None:
+            du, sums = scaled_with_sums(dy, rows, scale)
+            d_magnitude = sums / magnitude.to(squares.dtype)
+        else:
+            du, d_magnitude = scale_columns_backward(dy, rows, magnitude, squares)
+        saved = Saved(x, lora_a, lora_b, scaling, s, None)
+        needs = Needs(needs_x, needs_a, needs_b, False)
+        found = layer_gradients(du, weight, saved, needs, 0.0, "eager", "auto")
+        dx = None if found.dx is None else found.dx.view(ctx.x_shape)
+        if d_magnitude is not None:
+            d_magnitude = d_magnitude.to(magnitude.dtype)
+        d_factors = [
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip((found.d_lora_a, found.d_lora_b), ctx.dtypes, strict=True)
+        ]
+        return dx, None, *d_factors, d_magnitude, None, None, None

@@ -1,0 +1,260 @@
+"""The operators by which a mixed batch enters a compiled graph.
+
+All that depends on the mix are tensors: slots of the samples or tokens, and dropout seeds. The
+factors of every adapter that the model has are arguments, whether it has rows or not, so that a
+graph serves any mix. In the backward, adapters without rows get zeros.
+
+`mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
+autograd is traced, into `fastlora.autograd.mixed_autograd`. The last is called by layers fed by the
+same x with the factors of all, as in `fastlora.autograd.sibling_ops`, and each hands its s to its
+own operator. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
+`mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.ops.mixed_ops` do
+on a GPU.
+
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
+of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
+adapter that leaves the layer alone has rank 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora.autograd import mixed_autograd
+from fastlora.ops.row_groups import RowGroups, build_row_groups, piece_entries, piece_starts
+from fastlora.ops.schema import _LIBRARY, _implements
+from fastlora.ops.torch import reference
+from fastlora.ops.training_routing import seeds_of_layer
+from fastlora.routing.siblings import is_traced, keep_made, take_made
+
+_FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
+_BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl, Tensor? s"
+_LIBRARY.define(
+    f"mixed_lora_graph_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_BATCH})"
+    " -> Tensor"
+)
+_LIBRARY.define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
+_LIBRARY.define(
+    "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, int own,"
+    " Tensor ids, int slots, ScalarType dtype, ScalarType factor_dtype, str impl) -> Tensor"
+)
+_LIBRARY.define(
+    "mixed_lora_groups(Tensor ids, SymInt m, int slots, Device device)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+_LIBRARY.define("mixed_lora_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
+_LIBRARY.define(
+    "mixed_lora_pool_add_(Tensor(a!) y, Tensor x, Tensor columns, Tensor lora_a_address,"
+    " Tensor lora_b_address, Tensor lora_bias_address, Tensor rank, Tensor scaling, int index,"
+    " ScalarType factor_dtype) -> ()"
+)
+
+
+@_implements("mixed_lora_groups")
+def _mixed_lora_groups(
+    ids: torch.Tensor, m: int, slots: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Order, segment_of, segment_slot, the flag of invalid ids, slot_start; see `RowGroups`."""
+    groups = build_row_groups(ids, m, slots, device)
+    route = groups.order, groups.segment_of, groups.segment_slot
+    return *route, groups.invalid, groups.slot_start
+
+
+@torch.library.register_fake("fastlora::mixed_lora_groups")
+def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    present = torch.sym_min(m, slots + 2)
+    return empty(m), empty(m), empty(present), empty(1, torch.bool), empty(slots + 1)
+
+
+@_implements("mixed_lora_pieces")
+def _mixed_lora_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    """Where pieces of a sorted batch start; see `RowGroups.pieces`."""
+    return piece_starts(segment_of, slots, block_m)
+
+
+@torch.library.register_fake("fastlora::mixed_lora_pieces")
+def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
+
+
+class _GraphRowGroups(RowGroups):
+    """Rows sorted in a graph, where nothing is kept: compilers merge equal calls."""
+
+    def pieces(self, block_m: int) -> torch.Tensor:
+        """As of `RowGroups`, by an operator."""
+        return torch.ops.fastlora.mixed_lora_pieces(self.segment_of, self.slots, block_m)
+
+
+def groups_in_graph(ids: torch.Tensor, x: torch.Tensor, slots: int) -> RowGroups:
+    """Returns the rows of ``x [..., K]`` sorted by slot, by an operator."""
+    m = x.numel() // x.shape[-1]
+    order, segment_of, segment_slot, invalid, slot_start = torch.ops.fastlora.mixed_lora_groups(
+        ids, m, slots, x.device
+    )
+    return _GraphRowGroups(order, segment_of, segment_slot, invalid, m, slots, slot_start)
+
+
+def _batch(
+    x: torch.Tensor,
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+) -> mixed_autograd.KernelBatch:
+    groups = groups_in_graph(ids, x, len(dropout_p))
+    drawn = None
+    if any(dropout_p):
+        drawn = seeds_of_layer(seeds, projection)
+        if impl == "triton":
+            drawn = drawn.to(x.device, non_blocking=True)
+    return mixed_autograd.KernelBatch(groups, scaling, drawn, dropout_p, impl=impl)
+
+
+def _in_turn(
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    lora_bias: Sequence[torch.Tensor | None],
+    s: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """Returns each slot's factors in turn; with an s the gradient of lora_a comes through it."""
+    if s is not None:
+        lora_a = [factor.detach() for factor in lora_a]
+    return [tensor for slot in zip(lora_a, lora_b, lora_bias, strict=True) for tensor in slot]
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_linear", "CompositeImplicitAutograd")
+def _mixed_lora_graph_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+    s: torch.Tensor | None,
+) -> torch.Tensor:
+    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias, s)
+    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_add", "CompositeImplicitAutograd")
+def _mixed_lora_graph_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+    s: torch.Tensor | None,
+) -> torch.Tensor:
+    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias, s)
+    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
+
+
+@torch.library.impl(_LIBRARY, "mixed_lora_graph_shrink", "CompositeImplicitAutograd")
+def _mixed_lora_graph_shrink(
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    places: list[int],
+    modules: int,
+    own: int,
+    ids: torch.Tensor,
+    slots: int,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    impl: str,
+) -> torch.Tensor:
+    """Returns s ``[M, R]`` of module ``own``.
+
+    ``places`` has the place of each lora_a among those of all modules and slots.
+    """
+    by_place = {place: a.to(factor_dtype) for place, a in zip(places, lora_a, strict=True)}
+
+    def make(some: range) -> tuple[torch.Tensor, ...]:
+        rows = x.detach().to(dtype)
+        # Of scalings and dropout this node has nothing.
+        batch = _batch(rows, rows.new_empty(0), ids, ids.new_empty(0), [0.0] * slots, 0, impl)
+        factors = [by_place.get(module * slots + slot) for module in some for slot in range(slots)]
+        made: tuple[torch.Tensor, ...]
+        made = mixed_autograd.MixedLoraShrinkKernels.apply(rows, batch, *factors)
+        return made
+
+    if not is_traced(x):
+        return make(range(own, own + 1))[0]
+    key = tuple(places), modules, slots, dtype, factor_dtype, impl, torch.is_grad_enabled()
+    known = take_made(x, [*lora_a, ids], key)
+    shares = make(range(modules)) if known is None else known
+    if known is None:
+        keep_made(x, [*lora_a, ids], key, shares, modules)
+    return shares[own]
+
+
+@_implements("mixed_lora_pool_add_")
+def _mixed_lora_pool_add_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    columns: torch.Tensor,
+    lora_a_address: torch.Tensor,
+    lora_b_address: torch.Tensor,
+    lora_bias_address: torch.Tensor,
+    rank: torch.Tensor,
+    scaling: torch.Tensor,
+    index: int,
+    factor_dtype: torch.dtype,
+) -> None:
+    """Adds every row's own adapter to ``y [M, N]`` for ``x [M, K]``.
+
+    Tables are ``[G, P]``, as in `fastlora.ops.mixed_ops`, and ``index`` the module's row. Addresses
+    are trusted: the memory behind them must outlive the call.
+    """
+    (m, k), n = x.shape, y.shape[1]
+    groups = build_row_groups(columns, m, rank.shape[1])
+    starts = groups.slot_start.tolist()
+    for column, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        r = int(rank[index, column])
+        if start == stop or not r:
+            continue
+        rows, at = groups.order[start:stop].long(), (index, column)
+        lora_a = block_at(int(lora_a_address[at]), (r, k), factor_dtype)
+        lora_b = block_at(int(lora_b_address[at]), (r, n), factor_dtype).t()
+        part = y[rows]
+        reference.lora_expand_(part, reference.lora_shrink(x[rows], lora_a), lora_b, scaling[at])
+        bias = int(lora_bias_address[at])
+        if bias:
+            part += (block_at(bias, (n,), factor_dtype) * scaling[at]).to(y.dtype)
+        y[rows] = part
+
+
+def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns a block of factors in this process's memory, as it lies there."""
+    raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
+
+
+@torch.library.register_fake("fastlora::mixed_lora_pool_add_")
+def _(*_: Any) -> None:
+    return None

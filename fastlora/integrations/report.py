@@ -1,0 +1,119 @@
+"""The fusion report: for every LoRA layer of a model, whether it runs fused, and why not."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastlora.layers import LoraLayer
+from fastlora.layers.shared_shrink import sibling_note
+from fastlora.ops import schema as ops
+from fastlora.sharding import is_fsdp_module
+
+_SHOWN_ROWS = 24
+
+
+@dataclass(frozen=True)
+class LayerFusion:
+    """One layer's row.
+
+    Attributes:
+        name: Module name in the model.
+        layer: Class of the LoRA layer.
+        fused: Whether base GEMM and LoRA term are one call.
+        reason: Why not, else empty.
+        siblings: How many layers share their passes over x in training (s and d_lora_a), or why
+            they do not; known once a training forward was seen.
+    """
+
+    name: str
+    layer: str
+    fused: bool
+    reason: str = ""
+    siblings: str = ""
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """All rows, and which implementation the model's device gets. Printing it is a table.
+
+    Attributes:
+        rows: One for each LoRA layer, in the model's order.
+        implementation: ``"triton"`` or ``"eager"``.
+        reason: Why that one.
+    """
+
+    rows: tuple[LayerFusion, ...]
+    implementation: str
+    reason: str
+
+    @property
+    def fused(self) -> int:
+        """Number of fused layers."""
+        return sum(row.fused for row in self.rows)
+
+    def __str__(self) -> str:
+        """A table: layers that share layer class and verdict on one line when there are many."""
+        lines = [
+            f"{self.fused} of {len(self.rows)} LoRA layers fused; "
+            f"implementation: {self.implementation} ({self.reason})"
+        ]
+        if len(self.rows) <= _SHOWN_ROWS:
+            cells = [
+                (r.name, r.layer, "yes" if r.fused else "no", r.reason, r.siblings)
+                for r in self.rows
+            ]
+        else:
+            cells = self._grouped()
+        table = [("layer", "class", "fused", "why not", "siblings in training"), *cells]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        for row in table:
+            lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        return "\n".join(lines)
+
+    def _grouped(self) -> list[tuple[str, str, str, str, str]]:
+        groups: dict[tuple[str, str, bool, str, str], int] = {}
+        for row in self.rows:
+            key = (row.name.rpartition(".")[2], row.layer, row.fused, row.reason, row.siblings)
+            groups[key] = groups.get(key, 0) + 1
+        return [
+            (f"*.{name} ({count})", layer, "yes" if fused else "no", reason, siblings)
+            for (name, layer, fused, reason, siblings), count in groups.items()
+        ]
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Reports on a model of ours, a PEFT model (patched or not), or any module with LoRA layers.
+
+    Args:
+        model: Any module.
+    """
+    rows = []
+    gathered: list[str] = []  # what FSDP2 gathers for its forward: all below these
+    for name, module in model.named_modules():
+        if is_fsdp_module(module):
+            gathered.append(f"{name}." if name else "")
+        verdict = _verdict(module, f"{name}.".startswith(tuple(gathered)))
+        if verdict is not None:
+            fused, reason = verdict
+            shared = sibling_note(module) if hasattr(module, "_acting") else ""
+            rows.append(LayerFusion(name, type(module).__name__, fused, reason, shared))
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return FusionReport(tuple(rows), "eager", "the model has no parameters")
+    device = parameter.device
+    runs, why = ops.triton_status(device.type, device.index or 0)
+    triton = runs and device.type == "cuda"
+    return FusionReport(tuple(rows), "triton" if triton else "eager", why)
+
+
+def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:
+    if isinstance(module, LoraLayer):
+        return module.fusion(gathered)
+    if "peft.tuners.lora.layer" in sys.modules:
+        from fastlora.integrations.peft import layer_fusion
+
+        return layer_fusion(module, gathered)
+    return None

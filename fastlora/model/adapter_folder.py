@@ -1,0 +1,320 @@
+"""PEFT adapter folders (``adapter_config.json``, ``adapter_model.safetensors``), without PEFT.
+
+Everything is checked before anything is returned or written: names, shapes, ranks, and the config
+against the tensors. Pickles are never opened.
+
+Method: PEFT 0.21.2, ``utils/save_and_load.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora.model.config import CONFIG_NAME, LoraConfig, read_config_file
+from fastlora.model.targets import modules_to_save_entries
+from fastlora.model.tensor_file import (
+    TensorInfo,
+    flush_to_disk,
+    read_header,
+    read_tensors,
+    replacing,
+    write_tensors,
+)
+from fastlora.validation import CheckpointError, ConfigError, error_prefix
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Names of the modules whose base weight PEFT saves beside the adapter after a vocabulary change.
+_EMBEDDINGS = (
+    *("embed_tokens", "lm_head", "wte", "word_embeddings"),
+    *("embed_in", "embed_out", "shared"),
+)
+# Tensors of features that fastlora does not have yet -> the config field that asks for them.
+_FOREIGN = {
+    "trainable_tokens_delta": "trainable_token_indices",
+    "lora_diag": "kasa_config",
+    "lora_velora_embed": "velora_config",
+}
+_PARTNERS = {
+    "lora_A": "lora_B",
+    "lora_B": "lora_A",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+# What has a value for each output -> the config field that asks for it, and the end of its key.
+_VECTORS = {
+    "lora_B_bias": ("lora_bias", "lora_B.bias"),
+    "magnitude": ("use_dora", "lora_magnitude_vector"),
+}
+_LEAVES = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_B_bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+}
+
+Tensors = Mapping[str, TensorInfo | torch.Tensor]
+
+
+class AdapterKey(NamedTuple):
+    """A key of an adapter file, taken apart.
+
+    Attributes:
+        module: Name of the module in the base model.
+        kind: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"magnitude"`` (of DoRA),
+            ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"saved"`` (of a module in
+            ``modules_to_save``), ``"bias"`` (a base bias that trained), ``"base"`` (a base
+            embedding that was saved along) or
+            ``"duplicate"`` (a copy that PEFT adds for a saved module; nothing to load).
+    """
+
+    module: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """An adapter folder, checked, with no tensor loaded.
+
+    Attributes:
+        path: The folder.
+        config: Its config.
+        infos: Key on disk -> dtype, shape and place.
+        keys: Key on disk -> its parts.
+    """
+
+    path: Path
+    config: LoraConfig
+    infos: dict[str, TensorInfo]
+    keys: dict[str, AdapterKey]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that the file holds factors for, sorted."""
+        return sorted({k.module for k in self.keys.values() if k.kind in _PARTNERS})
+
+
+@dataclass(frozen=True)
+class AdapterFile(AdapterHeader):
+    """An adapter folder, checked and loaded.
+
+    Attributes:
+        tensors: Key on disk -> tensor on the CPU, in the file's dtype; no duplicates.
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+
+def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
+    """Reads a local adapter folder.
+
+    Args:
+        path: The folder. Ids of the Hugging Face Hub are not downloaded.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, unsafe, or contradicts the other; the message
+            names file, tensor, what was found and what was expected.
+    """
+    header = inspect_adapter_folder(path)
+    tensors = read_tensors(header.path / WEIGHTS_NAME, header.infos)
+    wanted = {key: tensors[key] for key, k in header.keys.items() if k.kind != "duplicate"}
+    return AdapterFile(**vars(header), tensors=wanted)
+
+
+def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
+    """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
+    folder = Path(path)
+    _check_folder(folder)
+    config_path = folder / CONFIG_NAME
+    data = read_config_file(config_path)
+    if data.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{config_path}: peft_type is {data['peft_type']!r}, expected 'LORA'")
+    try:
+        config = LoraConfig.from_dict(data, for_loading=True)
+    except ConfigError as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
+    weights = folder / WEIGHTS_NAME
+    infos = read_header(weights)
+    keys = check_tensors(config, infos, str(weights))
+    return AdapterHeader(folder, config, infos, keys)
+
+
+def save_adapter_folder(
+    path: str | os.PathLike[str],
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    auto_mapping: dict[str, Any] | None = None,
+) -> None:
+    """Writes an adapter folder that PEFT and fastlora read.
+
+    Both files are complete on disk under other names before either takes its own, so a full disk
+    or a crash while writing leaves an adapter that was there as it was.
+
+    Args:
+        path: The folder; made if need be.
+        config: Saved with ``inference_mode`` True, as PEFT does.
+        tensors: Key on disk -> tensor on any device.
+        auto_mapping: Class and library of a base model without a task type, as PEFT records it.
+
+    Raises:
+        CheckpointError: The tensors do not fit the config or each other, or cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file, expected a folder")
+    check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
+    text = config.to_json(inference_mode=True, auto_mapping=auto_mapping)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The weights take their name first: a `with` ends from right to left.
+    with replacing(folder / CONFIG_NAME) as new_config, replacing(folder / WEIGHTS_NAME) as weights:
+        write_tensors(weights, tensors)
+        new_config.write_text(text, encoding="utf-8")
+        flush_to_disk(new_config)
+
+
+def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
+    """Returns every key's parts, after checking keys, shapes and ranks against the config.
+
+    Args:
+        config: The adapter's config.
+        tensors: Key on disk -> anything with ``shape`` and ``dtype``.
+        source: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: They do not fit.
+    """
+    with error_prefix(source):
+        keys = {key: _parse(key, config, tensors) for key in tensors}
+        if not any(k.kind in _PARTNERS for k in keys.values()):
+            raise CheckpointError("holds no LoRA factors, expected keys ...lora_A.weight")
+        found = {(k.module, k.kind): key for key, k in keys.items() if k.kind != "saved"}
+        for module, kind in found:
+            if kind in _PARTNERS:
+                _check_factor(config, tensors, found, module, kind)
+            elif kind in _VECTORS:
+                _check_vector(config, tensors, found, module, kind)
+        return keys
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file, expected the folder that holds {WEIGHTS_NAME}")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder. Only local folders are read; for an adapter on the Hugging "
+            "Face Hub, pass the folder that huggingface_hub.snapshot_download(repo_id) returns"
+        )
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    if not missing:
+        return
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if pickles and WEIGHTS_NAME in missing:
+        raise CheckpointError(
+            f"{folder / pickles[0]}: a pickle can run any code when it is opened, so it is not "
+            f"read; expected {WEIGHTS_NAME}. If you trust it, convert it: "
+            "safetensors.torch.save_file(torch.load(bin_path, weights_only=True), "
+            "safetensors_path, metadata={'format': 'pt'})"
+        )
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
+    hint = f"; there are adapters in its subfolders {', '.join(inside[:10])}: name one of them"
+    raise CheckpointError(f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}")
+
+
+def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
+    name = key.removeprefix(KEY_PREFIX)
+    if name == key:
+        raise CheckpointError(f"unknown key {key!r}, expected the prefix {KEY_PREFIX!r}")
+    for suffix, kind in _LEAVES.items():
+        if name.endswith(suffix):
+            return AdapterKey(name.removesuffix(suffix), kind)
+    module, _, leaf = name.rpartition(".")
+    entries = tuple(modules_to_save_entries(config))
+    for outer in accumulate(module.split("."), "{}.{}".format):  # a, a.b, a.b.c
+        if entries and outer.endswith(entries):
+            rest = name.removeprefix(f"{outer}.")
+            copied = rest.startswith(("original_module.", "modules_to_save."))
+            return AdapterKey(outer, "duplicate" if copied else "saved")
+    if leaf in _FOREIGN:
+        raise CheckpointError(
+            f"found {key!r}, which belongs to {_FOREIGN[leaf]}; "
+            "fastlora does not implement that yet"
+        )
+    if leaf in ("lora_A", "lora_B"):
+        raise CheckpointError(
+            f"found {key!r}, a factor of nn.MultiheadAttention; "
+            "fastlora does not implement that yet"
+        )
+    inner = module.removesuffix(".base_layer")
+    if leaf == "bias" and config.bias != "none":
+        return AdapterKey(inner, "bias")
+    adapted = any(f"{KEY_PREFIX}{inner}{suffix}" in tensors for suffix in _LEAVES)
+    if leaf == "weight" and (
+        inner.rpartition(".")[2] in _EMBEDDINGS or (adapted and inner != module)
+    ):
+        return AdapterKey(inner, "base")
+    raise CheckpointError(
+        f"unknown key {key!r}, expected LoRA factors"
+        f"{', a bias' if config.bias != 'none' else ''} or one of modules_to_save={list(entries)}"
+    )
+
+
+def _check_factor(
+    config: LoraConfig, tensors: Tensors, found: dict[tuple[str, str], str], module: str, kind: str
+) -> None:
+    key, partner = found[module, kind], _PARTNERS[kind]
+    if (module, partner) not in found:
+        raise CheckpointError(f"{key!r} has no partner, expected {partner} of {module!r}")
+    shape = tuple(tensors[key].shape)
+    _check_dtype(key, tensors[key])
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{key!r} has shape {shape}, expected 2 dimensions "
+            "(adapters of convolutions are not implemented yet)"
+        )
+    axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
+    rank = config.rank_for(module)
+    if shape[axis] != rank:
+        raise CheckpointError(
+            f"{key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
+            f"expected rank {rank}, which r and rank_pattern of the config give {module!r}"
+        )
+    if kind == "lora_B":
+        for vector, (field, leaf) in _VECTORS.items():
+            if getattr(config, field) and (module, vector) not in found:
+                raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
+
+
+def _check_vector(
+    config: LoraConfig, tensors: Tensors, found: dict[tuple[str, str], str], module: str, kind: str
+) -> None:
+    key, (field, _) = found[module, kind], _VECTORS[kind]
+    if not getattr(config, field):
+        raise CheckpointError(f"found {key!r}, but the config says {field}=False")
+    factor = found.get((module, "lora_B"))
+    if factor is None:
+        raise CheckpointError(f"{key!r} has no factors, expected lora_B of {module!r}")
+    expected = tuple(tensors[factor].shape[:1])
+    if tuple(tensors[key].shape) != expected:
+        raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")
+    if kind == "magnitude":
+        _check_dtype(key, tensors[key])
+
+
+def _check_dtype(key: str, tensor: TensorInfo | torch.Tensor) -> None:
+    if tensor.dtype not in _FACTOR_DTYPES:
+        raise CheckpointError(
+            f"{key!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits"
+        )

@@ -1,0 +1,268 @@
+"""Which tensors of a model belong to an adapter, and what PEFT's files call them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
+from fastlora.model.adapter_folder import KEY_PREFIX, AdapterFile
+from fastlora.model.config import LoraConfig
+from fastlora.model.inject import Plan, base_of, factor_shapes
+from fastlora.model.tuner import LoraTuner
+from fastlora.sharding import copy_whole_
+from fastlora.validation import CheckpointError
+
+
+class AdaptedModel(Protocol):
+    """What is used here of a `LoraModel`."""
+
+    base_model: LoraTuner
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all tensors by name."""
+
+
+def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
+    """Returns the file key of each tensor of an adapter, and its name in ``state_dict()``.
+
+    In a file the adapter's name is left out, a copied module has its own name, and the bias of an
+    adapted layer is its ``base_layer.bias``.
+    """
+    tuner = lora_model.base_model
+    model, config = tuner.model, tuner.peft_config[adapter_name]
+    keys: dict[str, str] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        at = f"{KEY_PREFIX}{name}."
+        if isinstance(module, LoraLayer):
+            inside.append(f"{name}.")
+            if adapter_name in module.lora_A:
+                for factor in ("lora_A", "lora_B"):
+                    keys[f"{at}{factor}.weight"] = f"{at}{factor}.{adapter_name}.weight"
+                if module.lora_B[adapter_name].bias is not None:
+                    keys[f"{at}lora_B.bias"] = f"{at}lora_B.{adapter_name}.bias"
+                if adapter_name in module.lora_magnitude_vector:
+                    magnitude = f"{at}lora_magnitude_vector"
+                    keys[magnitude] = f"{magnitude}.{adapter_name}.weight"
+            base_bias = getattr(module.get_base_layer(), "bias", None)
+            if base_bias is not None and config.bias != "none":
+                own = isinstance(module, FastLoraLinear)
+                keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside.append(f"{name}.")
+            if adapter_name in module.modules_to_save:
+                for key in module.modules_to_save[adapter_name].state_dict():
+                    keys[f"{at}{key}"] = f"{at}modules_to_save.{adapter_name}.{key}"
+    if config.bias == "all":
+        for name, _ in model.named_parameters():
+            if name.endswith("bias") and not name.startswith(tuple(inside)):
+                keys[f"{KEY_PREFIX}{name}"] = f"{KEY_PREFIX}{name}"
+    return keys
+
+
+def check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
+    """Raises `CheckpointError` unless a file's tensors are what its plan needs, shape by shape."""
+    tensors, path = file.tensors, file.path
+    expected = _expected_shapes(model, plan)
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors that this model needs, the first {missing[0]!r}"
+        )
+    shapes = _bias_shapes(model, plan) | expected
+    for key, tensor in tensors.items():
+        shape = shapes.get(key)
+        if file.keys[key].kind == "base":
+            weight = _base_weight(model, file.keys[key].module)
+            shape = None if weight is None else tuple(weight.shape)
+        if shape is None:
+            raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{path}: {key!r} has shape {tuple(tensor.shape)}, this model expects {shape}"
+            )
+
+
+def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Path) -> None:
+    """Raises `CheckpointError` unless a file can overwrite a loaded adapter in place.
+
+    That takes the same modules, and on each the same rank and scaling.
+    """
+    config = plan.config
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+    }
+    if set(layers) != set(plan.targets):
+        differing = sorted(set(layers) ^ set(plan.targets))
+        raise CheckpointError(
+            f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
+            f"({differing[0]} differs); load it under another name"
+        )
+    dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
+    if dora != config.use_dora:
+        raise CheckpointError(
+            f"{path}: use_dora={config.use_dora}, where the loaded adapter {adapter_name!r} has "
+            f"use_dora={dora}; load it under another name"
+        )
+    for name in plan.targets:
+        found = (config.rank_for(name), config.scaling_for(name))
+        loaded = (layers[name].r[adapter_name], layers[name].scaling[adapter_name])
+        if found != loaded:
+            raise CheckpointError(
+                f"{path}: rank and scaling on {name} are {found}, where the loaded adapter "
+                f"{adapter_name!r} has {loaded}; load it under another name"
+            )
+
+
+def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in plan.targets:
+        for key, shape in factor_shapes(model.get_submodule(name), name, plan.config).items():
+            shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
+    for name in plan.modules_to_save:
+        for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
+            shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    return shapes
+
+
+def _bias_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Trained biases: their place in a file depends on the config, and PEFT leaves some out."""
+    if plan.config.bias == "none":
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in plan.targets:
+        bias = getattr(base_of(model.get_submodule(name)), "bias", None)
+        if isinstance(bias, torch.Tensor):
+            shapes[f"{KEY_PREFIX}{name}.base_layer.bias"] = tuple(bias.shape)
+    if plan.config.bias == "all":
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name.endswith("bias"):
+                shapes[f"{KEY_PREFIX}{name}"] = tuple(parameter.shape)
+    return shapes
+
+
+def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
+    """The weight of a module's base layer, or None where there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    weight = getattr(base_of(module), "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def collect(
+    lora_model: AdaptedModel,
+    adapter_name: str,
+    source: dict[str, torch.Tensor],
+    save_embedding_layers: bool | str,
+) -> dict[str, torch.Tensor]:
+    """Returns an adapter's tensors by file key.
+
+    Args:
+        lora_model: The model.
+        adapter_name: Whose.
+        source: Tensors by their names in the model's ``state_dict()``.
+        save_embedding_layers: See `LoraModel.save_pretrained`.
+
+    Raises:
+        CheckpointError: ``source`` lacks one (trained biases may be absent).
+    """
+    tensors = {}
+    for disk, key in key_map(lora_model, adapter_name).items():
+        if key in source:
+            tensors[disk] = source[key]
+        elif not disk.endswith("bias") or ".lora_B." in disk:
+            raise CheckpointError(f"state_dict has no {key!r}, a tensor of {adapter_name!r}")
+    tuner = lora_model.base_model
+    model, config = tuner.model, tuner.peft_config[adapter_name]
+    embeddings = _embeddings(model)
+    save = save_embedding_layers
+    if save == "auto":
+        targeted = any(isinstance(module, LoraLayer) for module in embeddings.values())
+        save = targeted or _is_resized(model, config)
+        if save:
+            warnings.warn(
+                "the base model's embeddings are saved along: one is a target, or resized",
+                stacklevel=4,
+            )
+    if save:
+        for name, module in embeddings.items():
+            if isinstance(module, ModulesToSaveWrapper):
+                continue  # its copy is saved
+            inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
+            own = "weight" if isinstance(module, FastLoraLinear) else inner
+            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
+            if weight is not None:
+                tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
+    return tensors
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Input and output embedding of a transformers model, by name."""
+    methods = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(model, method)() for method in methods if hasattr(model, method)]
+    return {name: module for name, module in model.named_modules() if module in found}
+
+
+def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether the vocabulary is not that of the base model's folder, where there is one."""
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not config.base_model_name_or_path or not path.is_file() or size is None:
+        return False
+    original = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", size)
+    return bool(original != size)
+
+
+@torch.no_grad()
+def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None:
+    """Copies a checked file's tensors into an adapter's parameters, in their own dtypes.
+
+    An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
+    """
+    state = lora_model.state_dict()
+    for disk, key in key_map(lora_model, adapter_name).items():
+        if disk in file.tensors:
+            copy_whole_(state[key], file.tensors[disk])
+    for disk, parts in file.keys.items():
+        if parts.kind == "base":
+            weight = _base_weight(lora_model.base_model.model, parts.module)
+            if weight is not None:
+                copy_whole_(weight, file.tensors[disk])
+
+
+@torch.no_grad()
+def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Copies tensors by file key into an adapter's parameters, as far as there are some.
+
+    Returns:
+        What `nn.Module.load_state_dict` returns: file keys of the adapter that are missing, and
+        those that it has no place for.
+
+    Raises:
+        CheckpointError: A shape differs; nothing has changed.
+    """
+    lora_model.base_model.check_known(adapter_name)
+    state, keys = lora_model.state_dict(), key_map(lora_model, adapter_name)
+    present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
+    for disk, key in present.items():
+        if tensors[disk].shape != state[key].shape:
+            raise CheckpointError(
+                f"{disk!r} has shape {tuple(tensors[disk].shape)}, this model expects "
+                f"{tuple(state[key].shape)}"
+            )
+    for disk, key in present.items():
+        copy_whole_(state[key], tensors[disk])
+    missing = [disk for disk in keys if disk not in tensors]
+    return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

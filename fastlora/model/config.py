@@ -1,0 +1,364 @@
+"""`LoraConfig`: PEFT's field names, defaults and file format, checked when it is made.
+
+A field whose behaviour fastlora does not have yet is accepted at its default and refused otherwise,
+in one error, so that a config never silently does less than it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastlora.model.config_checks import (
+    BASE_CHANGING_INITS,
+    IMPLEMENTED_INITS,
+    TaskType,
+    checked_fields,
+)
+from fastlora.model.tensor_file import replacing
+from fastlora.validation import CheckpointError, ConfigError, error_prefix
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 << 20
+
+# Field -> value that means "unset"; None stands for PEFT's default of None.
+_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "megatron_config": (None, {}),
+    "megatron_core": ("megatron.core", None),
+    "trainable_token_indices": (None,),
+    "loftq_config": ({}, None),
+    "eva_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "qalora_group_size": (16,),
+    "monteclora_config": (None,),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "ensure_weight_tying": (False,),
+}
+# Without effect on an adapter whose weights exist: they steer the initialisation, or belong to a
+# feature that another field switches on.
+_IDLE_AFTER_INIT = (
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+)
+
+# "new": the adapter is about to be initialised. "load": its weights come from a file.
+# "live": it already sits in a model, so whatever its initialisation did to the base is done.
+Stage = Literal["new", "load", "live"]
+_T = TypeVar("_T", bound="LoraConfig")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of one run, never saved.
+
+    Args:
+        ephemeral_gpu_offload: Accepted for PEFT's sake. PEFT uses it for DoRA's norm only.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig:
+    """What an adapter adapts, and how. Fields and defaults are those of PEFT 0.21.2.
+
+    Raises:
+        ConfigError: A value is wrong, two values contradict each other, or a field is set that
+            fastlora does not implement yet. The message names field, value and expectation.
+
+    Args:
+        task_type: "CAUSAL_LM", "SEQ_CLS", ... as in PEFT, or None.
+        peft_type: Always ``"LORA"``.
+        inference_mode: True freezes the adapter.
+        r: Rank, at least 1.
+        target_modules: Names (equal to a module's name or to its end after a dot), a regular
+            expression for whole names, ``"all-linear"``, or None for the architecture's default.
+        exclude_modules: Names or a regular expression, matched alike, taken away from the targets.
+        lora_alpha: The scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA.
+        lora_dropout: Probability in [0, 1), applied to the input of the LoRA branch only.
+        fan_in_fan_out: The base weight is stored ``[in, out]``.
+        bias: Which biases of the base model train and are saved.
+        use_rslora: See ``lora_alpha``.
+        modules_to_save: Modules of which the adapter owns a full trained copy.
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero) or False (both
+            random, so the new adapter changes the output).
+        layers_to_transform: Only these layer indices; needs named ``target_modules``.
+        layers_pattern: Name of the list that those indices count in.
+        rank_pattern: Regular expression for the end of a module's name -> rank; first match wins.
+        alpha_pattern: The same for ``lora_alpha``.
+        use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
+        lora_bias: Gives B a bias, which is scaled with the rest of the branch; not with DoRA.
+        runtime_config: Never saved.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: str | None = "LORA"
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    r: int = 8
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        self._finish("new")
+
+    def _finish(self, stage: Stage) -> None:
+        for name, value in checked_fields(vars(self)).items():
+            setattr(self, name, value)
+        self.check_supported(stage)
+
+    def check_supported(self, stage: Stage = "new") -> None:
+        """Raises `ConfigError`, naming every field that fastlora does not implement yet.
+
+        Args:
+            stage: ``"new"`` for an adapter about to be initialised, ``"load"`` for one whose
+                weights come from a file, ``"live"`` for one that already sits in a model.
+        """
+        idle = _IDLE_AFTER_INIT if stage != "new" else ()
+        unset = {
+            name: getattr(self, name)
+            for name, defaults in _NOT_IMPLEMENTED.items()
+            if name not in idle and getattr(self, name) not in defaults
+        }
+        if unset:
+            names = ", ".join(f"{name}={value!r}" for name, value in unset.items())
+            raise ConfigError(
+                f"fastlora does not implement this yet: {names}; leave it at its default"
+            )
+        init = self.init_lora_weights
+        if stage == "new" and init not in IMPLEMENTED_INITS:
+            raise ConfigError(
+                f"fastlora does not implement init_lora_weights={init!r} yet; "
+                f"expected one of {', '.join(map(repr, IMPLEMENTED_INITS))}"
+            )
+        if stage == "load" and init == "lora_ga":
+            warnings.warn(
+                "init_lora_weights='lora_ga' changed the base weights in training; the adapter is "
+                "added to the base weights as they are now, as PEFT does",
+                stacklevel=2,
+            )
+        if stage == "load" and isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+            raise ConfigError(
+                f"init_lora_weights={init!r}: this adapter was trained on base weights that its "
+                "initialisation had changed, and fastlora does not repeat that change; save it as "
+                "plain LoRA first, with PEFT's save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
+            )
+
+    @property
+    def effective_init(self) -> bool | str:
+        """How to fill factors that a file will overwrite: True where the real way is missing."""
+        return self.init_lora_weights if self.init_lora_weights in IMPLEMENTED_INITS else True
+
+    def shapes_only(self) -> LoraConfig:
+        """Returns a loaded adapter's config as that of a new one with the same shapes.
+
+        Raises:
+            ConfigError: Such an adapter cannot be loaded.
+        """
+        self.check_supported("load")
+        default = LoraConfig()
+        idle = {name: getattr(default, name) for name in _IDLE_AFTER_INIT}
+        return dataclasses.replace(self, init_lora_weights=self.effective_init, **idle)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always False, as `is_prompt_learning`."""
+        return False
+
+    def rank_for(self, name: str) -> int:
+        """Returns the rank of the module called ``name``."""
+        key = pattern_key(self.rank_pattern, name)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_for(self, name: str) -> int | float:
+        """Returns ``lora_alpha`` of the module called ``name``."""
+        key = pattern_key(self.alpha_pattern, name)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_for(self, name: str) -> float:
+        """Returns the factor on the LoRA branch of the module called ``name``."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, ready for JSON: sets as sorted lists, no ``runtime_config``."""
+        data = dataclasses.asdict(self)
+        del data["runtime_config"]
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in data.items()}
+
+    @classmethod
+    def from_dict(cls: type[_T], data: Mapping[str, Any], *, for_loading: bool = False) -> _T:
+        """Returns a config from the fields of an ``adapter_config.json``.
+
+        Keys that no field has (a newer PEFT's) are dropped with one warning, as PEFT does.
+
+        Args:
+            data: Field -> value.
+            for_loading: The weights come from a file: how they were initialised matters only if
+                that changed the base weights, which raises `ConfigError`. The value is kept.
+        """
+        return cls._build(data, "load" if for_loading else "new")
+
+    @classmethod
+    def from_peft(cls: type[_T], peft_config: Any, *, initialised: bool = False) -> _T:
+        """Returns the config that says what a ``peft.LoraConfig`` says.
+
+        Args:
+            peft_config: PEFT's config object.
+            initialised: Its adapter sits in a model already, so how it was initialised is of no
+                interest.
+        """
+        if not callable(getattr(peft_config, "to_dict", None)):
+            raise ConfigError(f"expected a LoraConfig, got {peft_config!r}")
+        data = dict(peft_config.to_dict())
+        config = cls._build(data, "live" if initialised else "new")
+        runtime = getattr(peft_config, "runtime_config", None)
+        offload = bool(getattr(runtime, "ephemeral_gpu_offload", False))
+        config.runtime_config = LoraRuntimeConfig(ephemeral_gpu_offload=offload)
+        return config
+
+    @classmethod
+    def _build(cls: type[_T], data: Mapping[str, Any], stage: Stage) -> _T:
+        config = object.__new__(cls)  # __init__ would check for a new adapter
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name, f in fields.items():
+            if name in data and name != "runtime_config":
+                value = data[name]
+            elif f.default_factory is not dataclasses.MISSING:
+                value = f.default_factory()
+            else:
+                value = f.default
+            setattr(config, name, value)
+        config._finish(stage)
+        unknown = sorted(set(data) - set(fields))
+        if unknown:
+            warnings.warn(
+                f"ignoring the config keys {unknown}: LoraConfig has no such fields; "
+                "the file is probably from a newer PEFT",
+                stacklevel=3,
+            )
+        if "runtime_config" in data:
+            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=3)
+        return config
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, auto_mapping: dict[str, Any] | None = None
+    ) -> None:
+        """Writes ``adapter_config.json`` into a folder, which is made if need be.
+
+        Args:
+            save_directory: The folder.
+            auto_mapping: Class and library of a base model without a task type, as PEFT records it.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / CONFIG_NAME) as partial:
+            partial.write_text(self.to_json(auto_mapping=auto_mapping), encoding="utf-8")
+
+    def to_json(self, **overrides: Any) -> str:
+        """Returns the text of ``adapter_config.json``; an override of None is ignored."""
+        data = self.to_dict() | {key: v for key, v in overrides.items() if v is not None}
+        # Only the fields are sorted. PEFT sorts the patterns too, which can change the first match.
+        return json.dumps({key: data[key] for key in sorted(data)}, indent=2)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_T], folder: str | os.PathLike[str], *, for_loading: bool = False
+    ) -> _T:
+        """Reads ``adapter_config.json`` from a local folder; see `from_dict`.
+
+        Raises:
+            CheckpointError: The file is missing or is not a JSON object.
+            ConfigError: A value in it is refused.
+        """
+        path = Path(folder) / CONFIG_NAME
+        data = read_config_file(path)
+        with error_prefix(path):
+            return cls.from_dict(data, for_loading=for_loading)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Returns the fields in an ``adapter_config.json``, unchecked.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or not a JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected an adapter's {CONFIG_NAME}")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """Returns the first key that, as a regular expression, matches the last parts of ``name``."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)

@@ -1,0 +1,179 @@
+"""The checks behind `LoraConfig`: each names the field, its value, and what was expected."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
+
+
+class TaskType(str, enum.Enum):
+    """What a model is for; members and values are PEFT's."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+BIAS_MODES = ("none", "all", "lora_only")
+# Initialisations that fastlora runs on a new adapter.
+IMPLEMENTED_INITS: tuple[bool | str, ...] = (True, False, "gaussian")
+# Initialisations that touch only the factors: a trained file of theirs is a plain LoRA file.
+_FACTOR_INITS = ("eva", "orthogonal", "mica")
+# These move part of the base weight into the factors. PEFT repeats the first two on every load,
+# and needs the calibration data again for corda and a quantizer for loftq.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+_KNOWN_INITS = (*IMPLEMENTED_INITS, *_FACTOR_INITS, *BASE_CHANGING_INITS, "lora_ga")
+
+
+def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config with equal ways to write a value brought into one.
+
+    Enums become strings, collections of names become sets or lists of their own, and so on.
+
+    Raises:
+        ConfigError: A value is wrong, or contradicts another.
+    """
+    fields = dict(given)
+    for name in ("task_type", "peft_type"):
+        fields[name] = getattr(fields[name], "value", fields[name])  # PEFT's are string enums
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields[name], (list, tuple, set, frozenset)):
+            _check_names(name, fields[name])
+            fields[name] = set(fields[name])
+    for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters"):
+        if isinstance(fields[name], (list, tuple, range)):
+            fields[name] = list(fields[name])  # the caller's list stays the caller's
+        elif isinstance(fields[name], (set, frozenset)):
+            fields[name] = sorted(fields[name], key=str)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if fields[name] is None or isinstance(fields[name], dict):
+            fields[name] = dict(fields[name] or {})
+    if isinstance(fields["init_lora_weights"], str):
+        fields["init_lora_weights"] = fields["init_lora_weights"].lower()
+    if fields["peft_type"] is None:
+        fields["peft_type"] = "LORA"
+    _check_values(fields)
+    return fields | {"lora_dropout": float(fields["lora_dropout"])}
+
+
+def _check_values(fields: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for the first value that is wrong or contradicts another."""
+    if fields["peft_type"] != "LORA":
+        raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")
+    _check_choice("task_type", fields["task_type"], (None, *(task.value for task in TaskType)))
+    _check_choice("bias", fields["bias"], BIAS_MODES)
+    for name in (
+        *("inference_mode", "fan_in_fan_out", "use_rslora", "lora_bias"),
+        *("use_dora", "use_qalora", "ensure_weight_tying"),
+    ):
+        if not isinstance(fields[name], bool):
+            raise ConfigError(f"{name} must be True or False, got {fields[name]!r}")
+    check_rank(fields["r"])
+    _check_number("lora_alpha", fields["lora_alpha"])
+    check_dropout("lora_dropout", fields["lora_dropout"])
+    init = fields["init_lora_weights"]
+    _check_init(init)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields[name], str):
+            _check_regex(name, fields[name])
+        elif fields[name] is not None:
+            _check_names(name, fields[name])
+    saved = fields["modules_to_save"]
+    if saved is not None and not isinstance(saved, list):
+        raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
+    _check_names("modules_to_save", saved or [])
+    for entry in saved or ():
+        _check_regex("modules_to_save", entry)
+    _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(name, fields[name])
+    if fields["lora_bias"] and fields["use_dora"]:
+        raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+    if fields["lora_bias"] and init not in (True, False):
+        raise ConfigError(
+            f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
+        )
+
+
+def _check_init(init: Any) -> None:
+    if isinstance(init, bool):
+        return
+    if isinstance(init, str) and (init in _KNOWN_INITS or re.fullmatch(r"pissa_niter_\d+", init)):
+        return
+    names = ", ".join(map(repr, _KNOWN_INITS))
+    raise ConfigError(
+        f"init_lora_weights must be one of {names} or 'pissa_niter_<n>', got {init!r}"
+    )
+
+
+def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
+    if layers is not None:
+        indices = layers if isinstance(layers, list) else [layers]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+            raise ConfigError(
+                f"layers_to_transform must be a layer index or a list of them, got {layers!r}"
+            )
+    if pattern is not None:
+        if not isinstance(pattern, (str, list)):
+            raise ConfigError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
+        for entry in [pattern] if isinstance(pattern, str) else pattern:
+            _check_regex("layers_pattern", entry)
+    for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+        if value is not None and isinstance(targets, str):
+            raise ConfigError(
+                f"{name}={value!r} needs a list of target_modules, "
+                f"got the string target_modules={targets!r}"
+            )
+    if pattern and layers is None:
+        raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform, got None")
+
+
+def _check_pattern(name: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"{name} must be a dict of module name to value, got {patterns!r}")
+    for key, value in patterns.items():
+        _check_regex(name, key)
+        if name == "alpha_pattern":
+            _check_number(f"alpha_pattern[{key!r}]", value)
+        elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"rank_pattern[{key!r}] must be a positive integer, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        close = near_names(value, [c for c in choices if c]) if isinstance(value, str) else ""
+        raise ConfigError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{close}"
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+
+
+def _check_names(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple, set, frozenset)):
+        raise ConfigError(f"{name} must be a list of module names or a string, got {values!r}")
+    for value in values:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{name} must hold module names, got the entry {value!r}")
+
+
+def _check_regex(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must hold strings, got {value!r}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(
+            f"{name} must hold valid regular expressions, got {value!r} ({error})"
+        ) from error

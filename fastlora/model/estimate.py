@@ -1,0 +1,153 @@
+"""`estimate`: how large an adapter will be, and what training it holds in memory.
+
+From shapes alone: works on a model on the meta device, allocates nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.model import inject
+from fastlora.model.tuner import plan_for
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of an adapter, and of what one of its training steps keeps beside activations.
+
+    Attributes:
+        adapter_parameters: Trainable parameters: the adapter's, and the biases of the base model
+            that its config trains.
+        base_parameters: Of the model without adapters; a weight that is tied counts once.
+        modules: How many modules the adapter adapts.
+        weight_bytes: Of the trainable parameters.
+        gradient_bytes: Of their gradients.
+        optimizer_bytes: Of the optimizer's state.
+        base_bytes: Of the base model's parameters.
+    """
+
+    adapter_parameters: int
+    base_parameters: int
+    modules: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    base_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over those of the base model."""
+        return self.adapter_parameters / max(self.base_parameters, 1)
+
+    @property
+    def training_bytes(self) -> int:
+        """Weights, gradients and optimizer state of the adapter, without the base model."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.adapter_parameters:,} parameters on {self.modules} modules, "
+            f"{100 * self.share:.2f} % of the base model's {self.base_parameters:,}; "
+            f"weights {human_bytes(self.weight_bytes)}, "
+            f"gradients {human_bytes(self.gradient_bytes)}, "
+            f"optimizer {human_bytes(self.optimizer_bytes)}, "
+            f"base model {human_bytes(self.base_bytes)}"
+        )
+
+
+def estimate(
+    model: nn.Module,
+    config: Any,
+    *,
+    optimizer_states: int = 2,
+    autocast_adapter_dtype: bool = True,
+) -> Estimate:
+    """Returns the size of an adapter before it is made.
+
+    Args:
+        model: Any module, on any device (`torch.device("meta")` allocates nothing), with adapters
+            already or without.
+        config: A `fastlora.LoraConfig`, or PEFT's own.
+        optimizer_states: Tensors that the optimizer keeps for each parameter: 2 for Adam and AdamW,
+            1 for SGD with momentum, 0 for plain SGD.
+        autocast_adapter_dtype: As in `get_peft_model`: factors of 16-bit base layers are fp32.
+
+    Raises:
+        TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+        ValueError: ``optimizer_states`` is negative.
+    """
+    if optimizer_states < 0:
+        raise ValueError(f"optimizer_states is {optimizer_states}, expected at least 0")
+    base = getattr(getattr(model, "base_model", None), "model", None)
+    if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
+        model = base  # a LoraModel: targets are named from its base model
+    plan = plan_for(model, "estimate", config)
+    trained = list(_trainable(model, plan, autocast_adapter_dtype))
+    weights = sum(numel * itemsize for numel, itemsize in trained)
+    own = own_parameters(model)
+    return Estimate(
+        adapter_parameters=sum(numel for numel, _ in trained),
+        base_parameters=sum(map(logical_numel, own)),
+        modules=len(plan.targets),
+        weight_bytes=weights,
+        gradient_bytes=weights,
+        optimizer_bytes=optimizer_states * weights,
+        base_bytes=sum(p.nbytes for p in own),
+    )
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that belong to no adapter, each once."""
+    return list({id(p): p for _, p in inject.base_parameters(model)}.values())
+
+
+def logical_numel(parameter: torch.Tensor) -> int:
+    """Returns how many values a parameter stands for: bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    shape = getattr(state, "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def human_bytes(count: int) -> str:
+    """Returns ``9437184`` as ``"9.0 MiB"``."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
+
+
+def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[tuple[int, int]]:
+    """Yields count and bytes an element of each tensor that the adapter would train."""
+    config = plan.config
+    for name in plan.targets:
+        module = model.get_submodule(name)
+        itemsize = _factor_itemsize(module, autocast)
+        for shape in inject.factor_shapes(module, name, config).values():
+            yield math.prod(shape), itemsize
+    for name in plan.modules_to_save:
+        for parameter in inject.base_of(model.get_submodule(name)).parameters():
+            yield parameter.numel(), parameter.itemsize
+    if config.bias == "none":
+        return
+    at_targets = {f"{name}.bias" for name in plan.targets}
+    at_targets |= {f"{name}.base_layer.bias" for name in plan.targets}
+    for name, parameter in inject.base_parameters(model):
+        if inject.is_bias(name) and (config.bias == "all" or name in at_targets):
+            yield parameter.numel(), parameter.itemsize
+
+
+def _factor_itemsize(module: nn.Module, autocast: bool) -> int:
+    # As layers choose it: fp8 and packed integers cannot train.
+    own = inject.base_of(module).parameters(recurse=False)
+    reference = next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
+    itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
+    return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -1,0 +1,380 @@
+"""`get_peft_model` and `LoraModel`: a model with adapters, its calls and its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastlora.layers.linear import DEFAULT_ADAPTER
+from fastlora.model import adapter_state
+from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder, save_adapter_folder
+from fastlora.model.config import LoraConfig
+from fastlora.model.inject import Plan
+from fastlora.model.tuner import LoraTuner, plan_for
+from fastlora.routing.block import adapters
+from fastlora.routing.in_force import check_batch
+from fastlora.sharding import Gathering
+from fastlora.validation import ImplementationError
+
+# Arguments of PEFT's that have no effect on a local folder and a loaded model.
+_WITHOUT_EFFECT = ("torch_device", "low_cpu_mem_usage", "revision", "token", "cache_dir")
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = DEFAULT_ADAPTER,
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> LoraModel:
+    """Adds a LoRA adapter to a model, in place, and returns it wrapped.
+
+    Args:
+        model: Any module; its base parameters are frozen.
+        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
+        adapter_name: Name of the adapter.
+        mixed: Must be False: adapters of other kinds than LoRA are not supported.
+        autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+        revision: Written into the config.
+        low_cpu_mem_usage: Without effect.
+
+    Raises:
+        TargetNotFoundError: The config names no module of the model.
+        UnsupportedLayerError: It names one that cannot be adapted.
+        ConfigError: A field is wrong. The model is unchanged after any of these.
+    """
+    if mixed:
+        raise ImplementationError("mixed=True: adapters of other kinds than LoRA are not supported")
+    result = LoraModel(
+        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    if revision is not None:
+        result.peft_config[adapter_name].revision = revision
+    return result
+
+
+class LoraModel(nn.Module):
+    """A model with named adapters.
+
+    Where transformers and peft are installed and the model is transformers' own, the object is also
+    an instance of `peft.PeftModel`, which is what makes Hugging Face's Trainer save and resume
+    adapters only.
+
+    Args:
+        model: Any module; LoRA layers replace its target modules in place.
+        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
+        adapter_name: Name of the first adapter, which is active.
+        autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+
+    Attributes:
+        base_model: The `LoraTuner` that holds the model and its adapters.
+
+    Raises:
+        TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+    """
+
+    base_model: LoraTuner
+    # What chooses a subclass for a model, or None; integrations put theirs here when imported.
+    classes: ClassVar[list[Callable[[nn.Module], type[LoraModel] | None]]] = []
+
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
+        if cls is LoraModel and model is not None:
+            cls = next(filter(None, (choose(model) for choose in LoraModel.classes)), cls)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = DEFAULT_ADAPTER,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        plan = plan_for(model, adapter_name, peft_config)
+        self._install(model, plan, adapter_name, autocast_adapter_dtype)
+
+    def _install(
+        self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
+    ) -> None:
+        """Wraps ``model`` and gives it its first adapter, active."""
+        nn.Module.__init__(self)
+        self.base_model = LoraTuner(model)
+        self.base_model.add_adapter(
+            adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+        self.set_adapter(adapter_name, plan.config.inference_mode)
+        self.training = model.training
+        if _is_checkpointing(model):
+            _require_input_gradients(model)
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name to config."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first adapter that acts."""
+        return next(iter(self.active_adapters), "")
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        low_cpu_mem_usage: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter, frozen and not active yet.
+
+        Raises:
+            AdapterStateError: The name exists, or another adapter trains biases too.
+            TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+        """
+        plan = plan_for(self.get_base_model(), adapter_name, peft_config)
+        self.base_model.add_adapter(
+            adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """See `LoraTuner.set_adapter`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `LoraTuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model is its base model."""
+        return self.base_model.disable_adapter()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT_ADAPTER,
+        is_trainable: bool = False,
+        config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        *,
+        subfolder: str | None = None,
+        **unused: Any,
+    ) -> LoraModel:
+        """Wraps a model with an adapter from a PEFT adapter folder.
+
+        Args:
+            model: The base model.
+            model_id: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            adapter_name: Name to give it.
+            is_trainable: Whether to go on training it; else it is frozen and in evaluation mode.
+            config: In place of the folder's config.
+            autocast_adapter_dtype: See `get_peft_model`.
+            subfolder: Where in the folder the adapter is.
+            **unused: PEFT's ``torch_device``, ``low_cpu_mem_usage``, ``revision``, ``token`` and
+                ``cache_dir``, which change nothing here.
+
+        Raises:
+            CheckpointError: The folder is missing, damaged, or does not fit the model.
+            TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+                The model is unchanged after any of these.
+        """
+        file = _read_folder(model_id, subfolder, unused)
+        chosen = file.config if config is None else config
+        plan = plan_for(model, adapter_name, chosen, loading=True)
+        plan.config.inference_mode = not is_trainable
+        adapter_state.check_fit(model, plan, file)
+        self = cls.__new__(cls, model)
+        self._install(model, plan, adapter_name, autocast_adapter_dtype)
+        adapter_state.load(self, adapter_name, file)
+        return self if is_trainable else self.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        subfolder: str | None = None,
+        **unused: Any,
+    ) -> None:
+        """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
+
+        Args:
+            model_id: As in `from_pretrained`.
+            adapter_name: A new name, or that of an adapter to overwrite in place.
+            is_trainable: False puts the model into evaluation mode.
+            autocast_adapter_dtype: See `get_peft_model`.
+            subfolder: Where in the folder the adapter is.
+            **unused: As in `from_pretrained`.
+
+        Raises:
+            CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
+        """
+        file = _read_folder(model_id, subfolder, unused)
+        model = self.get_base_model()
+        plan = plan_for(model, adapter_name, file.config, loading=True)
+        plan.config.inference_mode = not is_trainable
+        adapter_state.check_fit(model, plan, file)
+        if adapter_name in self.peft_config:
+            adapter_state.check_same_adapter(model, adapter_name, plan, file.path)
+        else:
+            self.base_model.add_adapter(
+                adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+        adapter_state.load(self, adapter_name, file)
+        if not is_trainable:
+            self.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Writes adapters as PEFT does: ``"default"`` into the folder, others into subfolders.
+
+        Where parameters are sharded over processes (FSDP2, tensor parallelism), every process must
+        call this: the first one writes, and all return when the files are there.
+
+        Args:
+            save_directory: Made if need be. A failure leaves what was there.
+            safe_serialization: Must be True: pickles are neither read nor written.
+            selected_adapters: Which; None for all.
+            save_embedding_layers: Whether to write the base model's embeddings along; ``"auto"``
+                does so where one is a target or the vocabulary differs from the base model's.
+            is_main_process: False writes nothing.
+            state_dict: Tensors to take in place of the model's own, by its parameter names.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+            CheckpointError: ``state_dict`` lacks a tensor of the adapter.
+            ValueError: ``safe_serialization`` is False.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: fastlora writes safetensors only")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        for name in names:
+            self.base_model.check_known(name)
+        gathering = Gathering(self.parameters() if state_dict is None else state_dict.values())
+        if not is_main_process and not gathering.needed:
+            return
+        source = self.state_dict() if state_dict is None else state_dict
+        writes = is_main_process and gathering.writes
+        failure: Exception | None = None
+        for name in names:
+            tensors = adapter_state.collect(self, name, source, save_embedding_layers)
+            tensors = gathering.tensors(tensors, keep=writes)
+            if writes and failure is None:
+                folder = Path(save_directory)
+                folder = folder if name == DEFAULT_ADAPTER else folder / name
+                try:
+                    save_adapter_folder(folder, self.peft_config[name], tensors)
+                except Exception as error:  # the others are waiting, and must hear of it
+                    failure = error
+        gathering.finish(failure)
+
+    def get_base_model(self) -> nn.Module:
+        """Returns the model, with the LoRA layers in it."""
+        return self.base_model.model
+
+    def forward(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the model.
+
+        Args:
+            *args: The model's.
+            adapter_names: An adapter for each sample, as in `fastlora.adapters`.
+            **kwargs: The model's.
+        """
+        if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs)
+            return self.base_model(*args, **kwargs)
+        with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs)
+            return self.base_model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the model's `generate`, beam search included; arguments as in `forward`."""
+        generate: Any = self.get_base_model().generate
+        if adapter_names is None:
+            check_batch(self.base_model.group, args, kwargs, per_sample=True)
+            return generate(*args, **kwargs)
+        with adapters(self, adapter_names):
+            check_batch(self.base_model.group, args, kwargs, per_sample=True)
+            return generate(*args, **kwargs)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns the number of trainable parameters and of all parameters."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the two counts and their ratio, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201  # printing is what it is for
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what is not here on the tuner (``merge_and_unload``) or the model (``config``)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _read_folder(
+    model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
+) -> AdapterFile:
+    """Reads an adapter folder; raises `TypeError` for arguments other than PEFT's idle ones."""
+    for name, value in unused.items():
+        harmless = name in _WITHOUT_EFFECT or (name == "ignore_mismatched_sizes" and not value)
+        if not harmless:
+            raise TypeError(f"unexpected argument {name}={value!r}")
+    return load_adapter_folder(Path(model_id) / (subfolder or ""))
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    # transformers 5 renamed the attribute, and warns about the old one.
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(model, name):
+            return bool(getattr(model, name))
+    return False
+
+
+def _require_input_gradients(model: nn.Module) -> None:
+    """A frozen embedding would cut checkpointed layers off from the gradient."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]  # transformers' method
+    elif hasattr(model, "get_input_embeddings"):
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # as above
+        embeddings.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)

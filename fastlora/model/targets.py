@@ -1,0 +1,374 @@
+"""Which modules a config names: PEFT's matching, as pure functions of model and config.
+
+Method: PEFT 0.21.2, ``tuners/tuners_utils.py`` and ``utils/other.py``. Nothing here changes the
+model or the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch.nn as nn
+
+from fastlora.model.config import LoraConfig, pattern_key
+from fastlora.model.default_targets import DEFAULT_TARGETS
+from fastlora.model.walk import (
+    base_modules,
+    holds_copies,
+    is_lora_layer,
+    original_of,
+    outer_modules,
+)
+from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
+
+ALL_LINEAR = "all-linear"
+# PEFT's marker for an adapter that adapts nothing.
+NO_TARGETS = "dummy-target-modules"
+
+# Heads that PEFT trains in full for a task, whether or not modules_to_save names them.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_CLASSIFIER_HEADS = ("score", "classifier")
+_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Their mixers pass these weights to a fused kernel and never call the modules.
+_MAMBA_BYPASSED = ("out_proj", "conv1d")
+# From this many names on, PEFT stores the shortest suffixes that mean the same.
+_MINIMISE_FROM = 20
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Returns the names of the modules to adapt, in the order of ``named_modules()``.
+
+    A name may be that of a LoRA layer already in place (a second adapter); names inside such a
+    layer are never returned. Entries that match nothing while others match are named in a warning.
+    Where adapters own copies of a module (``modules_to_save``), ``"all-linear"`` leaves it out with
+    all below it; linear layers that are left out so, other than the output head, are warned about.
+
+    Raises:
+        TargetNotFoundError: Nothing matches; the message lists close names.
+        ConfigError: ``target_modules`` is None and the architecture has no default.
+        UnsupportedLayerError: A target is one that its architecture never calls, or a module that
+            other adapters own copies of, or below one.
+    """
+    targets = resolve_target_modules(model, config)
+    if targets == NO_TARGETS:
+        return []
+    saved = modules_to_save_entries(config)
+    wrapped = {name: inside for name, _, inside in base_modules(model) if name}
+    names = list(wrapped)
+    excluded = {name for name in names if _is_excluded(name, config, saved)}
+    found = [n for n in names if n not in excluded and _matches(n, targets, config)]
+    if not found:
+        raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
+    _check_bypassed(model, found)
+    for name in found:
+        if wrapped[name]:
+            raise UnsupportedLayerError(
+                f"target module {name!r} {_of_copies(model, name)}; expected other targets, or "
+                "to leave it out with exclude_modules"
+            )
+    unused = _unused(names, found, bool(excluded), targets, config)
+    if unused:
+        warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
+    if any(wrapped.values()) and _is_all_linear(config.target_modules):
+        left = [n for n, inside in _linears(model, config) if inside and n not in excluded]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            warnings.warn(
+                f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: it {_of_copies(model, left[0])}",
+                stacklevel=3,
+            )
+    return found
+
+
+def check_every_target(model: nn.Module, config: LoraConfig) -> None:
+    """Raises `TargetNotFoundError` where a name in ``target_modules`` matches no module.
+
+    `find_targets` warns about it where others match.
+    """
+    names = [name for name, _, _ in base_modules(model) if name]
+    lost = _lost(names, config.target_modules or ())
+    if lost:
+        raise TargetNotFoundError(
+            f"target_modules entries {lost} match no module{_near(lost, names)}"
+        )
+
+
+def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Returns the names of the modules that the adapter owns a full copy of, in model order.
+
+    An entry matches every name that ends with it (``"head"`` matches ``"lm_head"``), as in PEFT. A
+    module inside another match is left out: it is part of that copy. Modules inside a LoRA layer
+    never match. The heads that a task adds need not exist.
+
+    Raises:
+        TargetNotFoundError: ``modules_to_save`` is set and matches no module. (Where only some of
+            its entries match nothing, a warning names them.)
+        UnsupportedLayerError: A match lies inside a module that other adapters own copies of.
+    """
+    entries = tuple(modules_to_save_entries(config))
+    if not entries:
+        return []
+    # Tied modules count under each of their names.
+    base = list(base_modules(model, remove_duplicate=False))
+    names = [name for name, _, _ in base if name]
+    named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
+    lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
+    if lost:
+        message = f"modules_to_save entries {lost} match no module{_near(lost, names)}"
+        if lost == named:
+            raise TargetNotFoundError(message)
+        warnings.warn(message, stacklevel=2)
+    found: list[str] = []
+    for name in names:  # parents come before their children
+        if name.endswith(entries) and not any(name.startswith(f"{p}.") for p in found):
+            found.append(name)
+    below = {name for name, module, wrapped in base if wrapped and not holds_copies(module)}
+    for name in found:
+        if name in below:
+            raise UnsupportedLayerError(
+                f"modules_to_save names {name!r}, which {_of_copies(model, name)}; expected the "
+                "whole of it, or none"
+            )
+    return found
+
+
+def modules_to_save_entries(config: LoraConfig) -> list[str]:
+    """Returns ``modules_to_save`` and the heads that the task adds to it, each once."""
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *_task_heads(config)]))
+
+
+def _task_heads(config: LoraConfig) -> tuple[str, ...]:
+    return _TASK_HEADS.get(config.task_type or "", ())
+
+
+def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | str:
+    """Returns what ``target_modules`` means on this model: names, or a regular expression.
+
+    None becomes the architecture's default and ``"all-linear"`` the names of the linear layers;
+    this is what belongs in a saved config.
+
+    Raises:
+        ConfigError: ``target_modules`` is None and the architecture has no default.
+    """
+    targets = config.target_modules
+    if targets is None:
+        targets = _default_targets(model, config)
+    if _is_all_linear(targets):
+        targets = {name for name, inside in _linears(model, config) if not inside}
+    if isinstance(targets, str):
+        return targets
+    targets = set(targets)
+    if len(targets) < _MINIMISE_FROM or config.layers_to_transform is not None:
+        # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
+        # PEFT's shortening then changes which modules are meant.
+        return targets
+    others = [n for n, _, _ in base_modules(model) if n and not _matches_names(n, targets)]
+    shorter = minimal_suffixes(targets, others)
+    return shorter if len(shorter) < len(targets) else targets
+
+
+def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
+    """Returns few short suffixes that together match all of ``names`` and none of ``others``."""
+    taken = {suffix for other in others for suffix in _suffixes(other)}
+    chosen: set[str] = set()
+    for name in sorted(names):
+        suffixes = _suffixes(name)
+        if not any(suffix in chosen for suffix in suffixes):
+            chosen.add(next((s for s in suffixes if s not in taken), name))
+    return chosen
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
+    model_type = _model_type(model)
+    defaults = DEFAULT_TARGETS.get(model_type) if isinstance(model_type, str) else None
+    if defaults is None:
+        raise ConfigError(
+            f"target_modules is None and model type {model_type!r} has no default targets; "
+            f"expected a list of module names, a regular expression, or {ALL_LINEAR!r}"
+        )
+    if not isinstance(defaults, str):
+        return set(defaults)
+    if config.layers_to_transform is not None:
+        raise ConfigError(
+            f"layers_to_transform={config.layers_to_transform!r} needs a list of target_modules; "
+            f"the default for {model_type!r} is a regular expression"
+        )
+    return defaults
+
+
+def _model_type(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _transformers_class(module: str, name: str) -> tuple[type, ...]:
+    # An instance of the class can only exist once transformers has been imported.
+    loaded = sys.modules.get(f"transformers.{module}")
+    cls = getattr(loaded, name, None)
+    return (cls,) if isinstance(cls, type) else ()
+
+
+def _is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
+    """Returns the linear layers but the output head, and whether each is at or below a wrapper."""
+    kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
+    head = _output_head(model, config)
+
+    def is_linear(module: nn.Module) -> bool:
+        if not is_lora_layer(module):
+            return isinstance(original_of(module), kinds)
+        # By its name too, as PEFT knows its own.
+        under = (module, module._modules.get("base_layer"))
+        return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
+
+    modules = base_modules(model)
+    return [(n, inside) for n, m, inside in modules if n and m is not head and is_linear(m)]
+
+
+def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    if not isinstance(model, _transformers_class("modeling_utils", "PreTrainedModel")):
+        return None
+    pretrained: Any = model
+    embeddings: nn.Module | None = pretrained.get_output_embeddings()
+    if embeddings is not None or config.task_type != "SEQ_CLS":
+        return embeddings
+    heads = (getattr(model, name, None) for name in _CLASSIFIER_HEADS)
+    return next((head for head in heads if head is not None), None)
+
+
+def _of_copies(model: nn.Module, name: str) -> str:
+    """Says whose copies a module is part of, for messages."""
+    for outer, module in outer_modules(model, remove_duplicate=False):
+        if holds_copies(module) and (name == outer or name.startswith(f"{outer}.")):
+            copies: Any = module._modules["modules_to_save"]
+            where = "is" if name == outer else f"lies in {outer!r},"
+            return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
+    return "is a module that adapters own copies of (modules_to_save)"
+
+
+def _matches_names(name: str, entries: Collection[str]) -> bool:
+    return any(suffix in entries for suffix in _suffixes(name))
+
+
+def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        if exclude and re.fullmatch(exclude, name):
+            return True
+    elif exclude and _matches_names(name, exclude):
+        return True
+    # Whole path components here, and everything below them, although find_modules_to_save takes any
+    # suffix: both are PEFT's rules.
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)
+
+
+def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True  # a full name is exempt from the layer filter
+    return _matches_names(name, targets) and _in_layers(name, config)
+
+
+def _in_layers(name: str, config: LoraConfig) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first numbered part of the name counts: further ones may be experts.
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+        match = re.match(expression, name)
+        if match:
+            index = int(match["idx"])
+            return index in layers if isinstance(layers, list) else index == layers
+    return False
+
+
+def _check_bypassed(model: nn.Module, found: list[str]) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    bad = [name for name in found if name.rpartition(".")[2] in _MAMBA_BYPASSED]
+    if bad and model_type in _MAMBA_TYPES:
+        raise UnsupportedLayerError(
+            f"{bad[0]} is never called in a {model_type!r} model, an adapter on it has no effect; "
+            f"expected target_modules without {', '.join(_MAMBA_BYPASSED)}"
+        )
+
+
+def _near(entries: Iterable[str], names: list[str]) -> str:
+    for entry in entries:
+        # As many parts as the entry has: `attn.q_proj` is close to `self_attn.q_proj`.
+        depth = entry.count(".")
+        candidates = sorted({s for n in names for s in _suffixes(n)[depth : depth + 1]})
+        close = near_names(entry, candidates)
+        if close:
+            return close
+    return f"; it has {', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
+
+
+def _nothing_found(
+    names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
+) -> str:
+    """Says why there is no target."""
+    entries = [targets] if isinstance(targets, str) else sorted(targets)
+    shown = f"target_modules={targets if isinstance(targets, str) else entries!r}"
+    before = [name for name in names if name in excluded and _matches(name, targets, config)]
+    if before:
+        return (
+            f"{shown} matches only what exclude_modules or modules_to_save take away: "
+            f"{', '.join(before[:5])}"
+        )
+    if config.layers_to_transform is not None:
+        layers = (
+            f" with layers_to_transform={config.layers_to_transform!r}, "
+            f"layers_pattern={config.layers_pattern!r}"
+        )
+        if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
+            return f"{shown} exists, but in no layer chosen{layers}"
+        shown += layers
+    return f"{shown} matches no module{_near(entries, names)}"
+
+
+def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
+    """Returns the entries of a list of targets that match no name."""
+    if isinstance(targets, str):
+        return []
+    known = {suffix for name in names for suffix in _suffixes(name)}
+    return sorted(entry for entry in targets if entry not in known)
+
+
+def _unused(
+    names: list[str], found: list[str], excludes: bool, targets: set[str] | str, config: LoraConfig
+) -> list[str]:
+    """Returns what of a config matches no module, for a warning."""
+    lost = _lost(names, targets)
+    unused = [f"target_modules entries {lost}"] if lost else []
+    if config.exclude_modules and not excludes:
+        unused.append(f"exclude_modules={config.exclude_modules!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field)
+        lost = sorted(k for k in keys if all(pattern_key((k,), n) is None for n in found))
+        unused += [f"{field} keys {lost}"] if lost else []
+    return unused

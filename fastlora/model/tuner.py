@@ -1,0 +1,315 @@
+"""`LoraTuner`: the adapters of a whole model; which act, which train, merging.
+
+It is what PEFT calls the tuner and what users reach as ``lora_model.base_model``. Files and the
+model's own calls are `fastlora.model`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.model import inject
+from fastlora.model.config import LoraConfig
+from fastlora.model.targets import resolve_target_modules
+from fastlora.routing.block import parameters_routing
+from fastlora.routing.ids import check_adapter_name
+from fastlora.routing.routers import register_router
+from fastlora.routing.routing import Group, Routing, join_group
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
+
+
+class LoraTuner(nn.Module):
+    """Holds a model and its adapters. Attribute and method names are PEFT's.
+
+    Args:
+        model: Any module; LoRA layers replace its target modules in place.
+
+    Attributes:
+        model: The model, with the LoRA layers in it.
+        peft_config: Adapter name to config.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(True for _ in inject.lora_layers(model)):
+            raise AdapterStateError(
+                "the model has LoRA layers already; use add_adapter(), or unload() it first"
+            )
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self._active: list[str] = []
+        # Known to this model's layers; an object of its own stays theirs in copies and pickles.
+        self.group = Group()
+        self._routed: list[nn.Module] | None = None
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what is not here on the model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same, under PEFT's other name."""
+        return list(self._active)
+
+    def add_adapter(
+        self, adapter_name: str, plan: inject.Plan, *, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Adds an adapter, frozen and not active.
+
+        Args:
+            adapter_name: A new name.
+            plan: From `plan_for`.
+            autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+
+        Raises:
+            AdapterStateError: The name exists, or another adapter trains biases too.
+        """
+        if adapter_name in self.peft_config:
+            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+        config = plan.config
+        for name, other in self.peft_config.items():
+            if config.bias != "none" and other.bias != "none":
+                raise AdapterStateError(
+                    f"bias={config.bias!r}: adapter {name!r} trains the base model's biases "
+                    "already, which all adapters share; expected bias='none'"
+                )
+        inject.add_adapter(
+            self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+        self.peft_config[adapter_name] = config
+        # A layer that is new must know at once whose block may be open around its first forward.
+        touched = [*plan.targets, *plan.modules_to_save]
+        modules = (self.model.get_submodule(name) for name in touched)
+        if any(module.routed_by is not self.group for module in modules):
+            self._find_routed()
+        inject.freeze_base(self.model, self.peft_config.values())
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes these adapters act, and of all adapters them alone trainable.
+
+        Args:
+            adapter_name: One name, or several whose updates add up.
+            inference_mode: Leave all of them frozen.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+            AdapterStateError: Two of them own a copy of the same module.
+        """
+        names = self._known(adapter_name)
+        for wrapper in inject.saved_modules(self.model):
+            owners = [name for name in names if name in wrapper.modules_to_save]
+            if len(owners) > 1:
+                raise AdapterStateError(
+                    f"adapters {owners} each own a copy of one module (modules_to_save); "
+                    "only one of them can act"
+                )
+        self._active = list(dict.fromkeys(names))
+        for layer in inject.lora_layers(self.model):
+            layer._activate(self._active, inference_mode)
+        for wrapper in inject.saved_modules(self.model):
+            wrapper._activate(self._active, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; where it was the only active one, another takes its place.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+            AdapterStateError: It is merged.
+        """
+        self.check_known(adapter_name)
+        inject.delete_adapter(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if adapter_name in self._active:
+            self._active.remove(adapter_name)
+            if not self._active and self.peft_config:
+                self.set_adapter(next(iter(self.peft_config)))
+
+    def enable_adapter_layers(self) -> None:
+        """Undoes `disable_adapter_layers`."""
+        self._set_disabled(False)
+
+    def disable_adapter_layers(self) -> None:
+        """Makes the model its base model; merged adapters are unmerged."""
+        if any(layer.merged for layer in inject.lora_layers(self.model)):
+            self.unmerge_adapter()
+        self._set_disabled(True)
+
+    def _set_disabled(self, disabled: bool) -> None:
+        for layer in inject.lora_layers(self.model):
+            layer._disabled = disabled
+        for wrapper in inject.saved_modules(self.model):
+            wrapper._disabled = disabled
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is its base model."""
+        with contextlib.ExitStack() as stack:
+            for layer in inject.lora_layers(self.model):
+                stack.enter_context(layer.disable_adapter())
+            for wrapper in inject.saved_modules(self.model):
+                stack.callback(setattr, wrapper, "_disabled", wrapper._disabled)
+                wrapper._disabled = True
+            yield
+
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Returns the routing of a `fastlora.adapters` block."""
+        return parameters_routing(
+            self.group, self.routed, tuple(self.peft_config), ids, seeds, validate
+        )
+
+    @property
+    def routed(self) -> list[nn.Module]:
+        """The modules whose adapters a mixed batch chooses by row."""
+        return self._find_routed() if self._routed is None else self._routed
+
+    def _find_routed(self) -> list[nn.Module]:
+        found = inject.routed_modules(self.model)
+        join_group(self.group, found)
+        self._routed = [module for _, module in found]
+        return self._routed
+
+    def check_known(self, name: str) -> None:
+        """Raises `AdapterNotFoundError` unless an adapter of that name is loaded."""
+        if name not in self.peft_config:
+            raise AdapterNotFoundError(
+                f"no adapter {name!r}; loaded are {list(self.peft_config)}"
+                f"{near_names(name, self.peft_config)}"
+            )
+
+    def merge_adapter(
+        self,
+        adapter_names: str | list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        keep_base: bool = True,
+    ) -> None:
+        """Merges adapters into the base weights until `unmerge_adapter`; see `LoraLayer.merge`.
+
+        Raises:
+            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
+        """
+        wanted = None if adapter_names is None else self._known(adapter_names)
+        layers = list(inject.lora_layers(self.model))
+        chosen = [inject.present(layer, wanted) for layer in layers]
+        for layer, names in zip(layers, chosen, strict=True):
+            merges = layer.check_merge(safe_merge, names)
+            tied = inject.shared_with(self.model, layer) if merges else None
+            if tied:
+                raise AdapterStateError(
+                    f"a target shares its weight with {tied}, which merging would change too; "
+                    "merge_and_unload() gives it its own"
+                )
+        for layer, names in zip(layers, chosen, strict=True):
+            layer.merge(adapter_names=names, keep_base=keep_base)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the base weights again."""
+        for layer in inject.lora_layers(self.model):
+            layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: str | list[str] | None = None,
+    ) -> nn.Module:
+        """Merges adapters into the base weights and returns the bare model.
+
+        Args:
+            progressbar: Show one, where tqdm is installed.
+            safe_merge: Refuse weights that are not finite.
+            adapter_names: Which; None for the active ones.
+
+        Raises:
+            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
+        """
+        return inject.unload(
+            self.model,
+            merge=True,
+            safe_merge=safe_merge,
+            adapter_names=None if adapter_names is None else self._known(adapter_names),
+            progressbar=progressbar,
+        )
+
+    def unload(self) -> nn.Module:
+        """Takes the LoRA layers out and returns the bare model.
+
+        A module of ``modules_to_save`` is replaced by the active adapter's copy, as in PEFT.
+        """
+        return inject.unload(self.model, merge=False)
+
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        """Returns one name or several as a list; raises where one is not loaded."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        for name in chosen:
+            self.check_known(name)
+        return chosen
+
+
+def plan_for(
+    model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
+) -> inject.Plan:
+    """Returns what an adapter will touch, with a copy of its config whose targets are resolved.
+
+    Args:
+        model: The base model, with or without adapters.
+        adapter_name: For which adapter.
+        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
+        loading: The adapter's weights come from a file.
+
+    Raises:
+        TargetNotFoundError: The config names no module of the model.
+        UnsupportedLayerError: It names one that cannot be adapted.
+        ConfigError: A field or the name is wrong.
+    """
+    check_adapter_name(adapter_name)
+    given = (
+        peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)
+    )
+    config = copy.deepcopy(given)
+    config.check_supported("load" if loading else "new")
+    plan = inject.plan_adapter(model, config)
+    config.target_modules = resolve_target_modules(model, config)
+    if plan.modules_to_save and not config.modules_to_save:
+        config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]
+    if not config.base_model_name_or_path:
+        name = getattr(model, "name_or_path", None) or getattr(
+            getattr(model, "config", None), "_name_or_path", None
+        )
+        config.base_model_name_or_path = name or None
+    return plan
+
+
+@register_router
+def _router(model: Any) -> LoraTuner | None:
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, LoraTuner) else None

@@ -1,0 +1,1 @@
+"""The registered operators, and the backends that implement them."""

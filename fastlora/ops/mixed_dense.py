@@ -1,0 +1,159 @@
+"""The dense masked plan of a mixed batch: every row meets all rank rows and keeps its adapter's.
+
+``y = x @ weight.T + bias + select(x @ A.T) @ B``, A ``[S * R, K]`` and B ``[S * R, N]`` being the
+factors of all S slots side by side, R rows each, zeros past a slot's rank, B scaled. The products
+are the library's. What others' adapters hold is dropped by selection, and B is finite: an element
+of lora_b that is not makes its own adapter's rows NaN in its column, and nobody else's.
+
+The factors lie behind addresses, which PyTorch cannot read, so they are gathered by
+`launch_mixed_lora_expand`: to rows that are unit vectors of rank rows it adds the rank rows
+themselves. That writes and reads every slot's factors once more, in use or not. All shapes follow
+from S, R and M: a CUDA graph replays any mix, and launches do not depend on it.
+
+Arguments are those of `fastlora.ops.mixed_ops`, of one module.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.ops.row_groups import INVALID_SLOT
+
+# Rank rows, S * R, from which every row's detour through all of them is no plan at all.
+MAX_RANK_ROWS = 256
+
+
+def check_dense(slots: int, max_rank: int) -> None:
+    """Raises `ValueError` for more rank rows than the plan takes."""
+    if slots * max_rank > MAX_RANK_ROWS:
+        raise ValueError(
+            f"plan 'dense' has {slots} slots of rank {max_rank}, {slots * max_rank} rank rows; "
+            f"expected at most {MAX_RANK_ROWS}"
+        )
+
+
+def dense_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    route: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    s: torch.Tensor | None,
+    lora_a_address: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor],
+    *,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+    input_precision: str,
+) -> torch.Tensor:
+    """Returns y ``[M, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        route: order, segment_of and segment_slot.
+        s: ``[splits, M, R']`` where siblings made it, then A is not gathered; else None.
+        lora_a_address: ``[S]``.
+        tables: lora_b_address, lora_bias_address or None, rank and scaling, ``[S]`` each.
+        max_rank: The largest rank there may be; R, if it is not 0.
+        factor_dtype: Of what lies behind the addresses.
+        input_precision: Of the gathering dots, as kernels take it.
+
+    Raises:
+        ValueError: As `check_dense`.
+    """
+    lora_b_address, lora_bias_address, rank, scaling = tables
+    (m, k), n, slots, r = x.shape, weight.shape[0], rank.shape[0], max(max_rank, 1)
+    order, segment_of, segment_slot = route
+    check_dense(slots, r)
+    rank = rank.clamp(max=r)
+    gather = _Gather(x, rank, r, factor_dtype, input_precision)
+    # What is added to a row before any product, by slot: the lora_bias, and NaN where it must be;
+    # then for rows without an adapter, and for invalid ids.
+    start = x.new_zeros(slots + 2, n)
+    start[slots + 1].fill_(float("nan"))
+    gather.add_start_(start[:slots], lora_b_address, lora_bias_address, scaling)
+    if bias is not None:
+        start.add_(bias.to(x.dtype))
+    rows_of = order.long()
+    slot = torch.empty_like(rows_of).scatter_(0, rows_of, segment_slot[segment_of.long()].long())
+    place = torch.where(slot >= 0, slot, slots + (slot == INVALID_SLOT).long())
+    y = start.index_select(0, place).addmm_(x, weight.t())
+
+    if s is None:
+        # [M, K] x [K, S * R]
+        shrunk = F.linear(x, gather.rank_rows(lora_a_address, None, k)).view(m, slots, r)
+    else:
+        summed = s.sum(0)[:, :r].to(x.dtype)
+        shrunk = torch.empty_like(summed).index_copy_(0, rows_of, summed).unsqueeze(1)
+    ids = torch.arange(max(slots, r), device=x.device)
+    own = (slot[:, None] == ids[:slots])[:, :, None] & (ids[:r] < rank[:, None])
+    kept = torch.where(own, shrunk, shrunk.new_zeros(())).view(m, slots * r)
+    lora_b = gather.rank_rows(lora_b_address, scaling, n)
+    # [M, S * R] x [S * R, N]
+    return y.addmm_(kept, torch.nan_to_num_(lora_b, 0.0, 0.0, 0.0))
+
+
+class _Gather:
+    """Reads factors behind addresses into matrices of x's dtype."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        rank: torch.Tensor,
+        r: int,
+        factor_dtype: torch.dtype,
+        input_precision: str,
+    ) -> None:
+        self.x, self.rank, self.r = x, rank, r
+        self.factor_dtype, self.input_precision = factor_dtype, input_precision
+        self.slots = torch.arange(rank.shape[0], dtype=torch.int32, device=x.device)
+
+    def rank_rows(
+        self, address: torch.Tensor, scaling: torch.Tensor | None, columns: int
+    ) -> torch.Tensor:
+        """Returns ``[S * R, columns]``; a column with an element that is not finite is NaN."""
+        rows = self.x.new_zeros(self.rank.shape[0] * self.r, columns)
+        # [R, R'], R' a multiple of 16 as kernels read s; for each slot the same.
+        units = torch.eye(self.r, -(-self.r // 16) * 16, device=self.x.device)
+        self._expand_(rows, units.repeat(self.rank.shape[0], 1), address, None, scaling)
+        return rows
+
+    def add_start_(
+        self,
+        start: torch.Tensor,
+        address: torch.Tensor,
+        bias_address: torch.Tensor | None,
+        scaling: torch.Tensor,
+    ) -> None:
+        """Adds to ``[S, N]`` what an adapter's rows have whatever their s."""
+        nothing = torch.zeros(len(start), -(-self.r // 16) * 16, device=self.x.device)
+        self._expand_(start, nothing, address, bias_address, scaling)
+
+    def _expand_(
+        self,
+        y: torch.Tensor,
+        s: torch.Tensor,
+        address: torch.Tensor,
+        bias_address: torch.Tensor | None,
+        scaling: torch.Tensor | None,
+    ) -> None:
+        from fastlora.kernels import chips, configs, mixed_lora_expand
+
+        config = configs.choose(
+            chips.chip_of(y.device),
+            "mixed_lora_expand",
+            y.dtype,
+            m=y.shape[0],
+            n=y.shape[1],
+            r=s.shape[1],
+            input_precision=self.input_precision,
+        )
+        order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
+        mixed_lora_expand.launch_mixed_lora_expand(
+            *(y, s.unsqueeze(0), order, order // max(y.shape[0] // max(len(self.slots), 1), 1)),
+            *(self.slots, address, bias_address, self.rank, scaling),
+            factor_dtype=self.factor_dtype,
+            config=config,
+        )

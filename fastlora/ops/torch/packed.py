@@ -1,0 +1,353 @@
+"""Packed factors: those of all adapters of a batch side by side, layer by layer.
+
+A set of adapters that comes again, as in every step of a decode, keeps the factors of each layer as
+two tensors, so that one product serves many adapters. Rank rows stand in units as long as the
+largest rank; adapters of smaller ranks share a unit. Layers fed by the same tensor keep their
+lora_a together, and their shrink is one product.
+
+Nothing here computes a forward; `fastlora.ops.torch.packed_forward` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
+
+# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
+# few rows and many may want them laid out otherwise.
+_MOST_SETS = 2
+# Batches whose layers' findings a set keeps.
+_MOST_READY = 8
+# Widest block of rank rows that one product takes; units are coalesced up to it.
+WIDEST_BLOCK = 64
+# From so many units on, their number may be rounded up.
+_ROUNDED_UNITS = 8
+
+
+class Factors(NamedTuple):
+    """One adapter on one layer.
+
+    Attributes:
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``, often a view of rank rows.
+        scaling: A number.
+        lora_bias: ``[N]``, not scaled; or None.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    lora_bias: torch.Tensor | None
+
+
+class Place(NamedTuple):
+    """Where an adapter's rank rows stand: ``rank`` rows from ``first`` on; rank 0 has none."""
+
+    first: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Places of a set of adapters, the same for all layers on which they have these ranks.
+
+    Attributes:
+        unit: Rank rows in a unit.
+        units: Their number.
+        places: One for each adapter of the set, in its order.
+    """
+
+    unit: int
+    units: int
+    places: tuple[Place, ...]
+
+    @property
+    def rank_rows(self) -> int:
+        """All rank rows, those that stay zeros included."""
+        return self.unit * self.units
+
+
+@functools.lru_cache(maxsize=256)
+def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
+    """Puts adapters into units, largest first, each into the first unit with room for it.
+
+    Their number is rounded up where they are many and will be coalesced.
+    """
+    unit = max(ranks)
+    used: list[int] = []
+    places = [Place(0, 0)] * len(ranks)
+    for index in sorted(range(len(ranks)), key=lambda i: -ranks[i]):
+        rank = ranks[index]
+        if not rank:
+            continue
+        roomy = (i for i, taken in enumerate(used) if taken + rank <= unit)
+        # An adapter of the largest rank fills a unit: no search for it.
+        at = len(used) if rank == unit else next(roomy, len(used))
+        if at == len(used):
+            used.append(0)
+        places[index] = Place(at * unit + used[at], rank)
+        used[at] += rank
+    units = len(used)
+    if not coalesced:
+        return Layout(unit, units, tuple(places))
+    rounded = units
+    if units >= _ROUNDED_UNITS:
+        rounded += -units % max(WIDEST_BLOCK // unit, 1)
+    return make_layout(ranks, False) if rounded == units else Layout(unit, rounded, tuple(places))
+
+
+class LayerPack(NamedTuple):
+    """A set's factors on one layer.
+
+    Attributes:
+        layout: Of the rank rows.
+        lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products; else
+            ``[units, L, unit, K]``, or ``[units, K, L * unit]`` where K comes first.
+        member: This layer's place among the L.
+        members: Numbers of the L layers.
+        lora_b: Times the scaling, ``[rank rows, N]`` for dense products, else ``[units, unit, N]``.
+        lora_bias: ``[G + 1, N]``, times the scaling, zeros last; or None.
+    """
+
+    layout: Layout
+    lora_a: torch.Tensor
+    member: int
+    members: tuple[int, ...]
+    lora_b: torch.Tensor
+    lora_bias: torch.Tensor | None
+
+
+class SetPack:
+    """A set of adapters, packed for those layers that have met it twice.
+
+    Args:
+        watch: Tells whether the factors are still those that were packed; None where they cannot
+            change, as in a pool.
+        generation: The cache's when it was made. Once the cache has a later one, factors may have
+            changed.
+
+    Attributes:
+        tables: What `fastlora.layers.mixed_kernels` keeps with the set.
+    """
+
+    def __init__(self, watch: Any, generation: int) -> None:
+        self.watch, self.generation = watch, generation
+        self.tables: Any = None
+        self._met: set[tuple[int, torch.dtype, Rows]] = set()
+        self._packs: dict[tuple[int, torch.dtype, Rows], LayerPack | None] = {}
+        self._ready: dict[Any, dict[int, Any]] = {}
+
+    def ready_for(self, rows: Any) -> dict[int, Any]:
+        """Returns what `fastlora.layers.mixed_compute` found out about layers, by their numbers.
+
+        Args:
+            rows: Of a batch, the very object for which it was found.
+        """
+        known = self._ready.get(rows)
+        if known is None:
+            if len(self._ready) >= _MOST_READY:
+                self._ready = {}
+            known = self._ready[rows] = {}
+        return known
+
+    def get(self, number: int, dtype: torch.dtype, kind: Rows) -> tuple[LayerPack | None, bool]:
+        """Returns a layer's pack, or None; and whether the layer is to be packed now."""
+        key = (number, dtype, kind)
+        pack = self._packs.get(key)
+        if pack is not None or key in self._packs:
+            return pack, False
+        for other in Rows:
+            pack = self._packs.get((number, dtype, other))
+            if pack is not None and _is_for(pack, dtype, kind):
+                self._packs[key] = pack
+                return pack, False
+        if key in self._met:
+            return None, True
+        self._met.add(key)
+        return None, False
+
+    def put(
+        self,
+        numbers: Sequence[int],
+        dtype: torch.dtype,
+        kind: Rows,
+        packs: Sequence[LayerPack | None],
+    ) -> None:
+        """Keeps the packs of layers; None for one whose factors cannot be packed."""
+        for number, pack in zip(numbers, packs, strict=True):
+            self._packs[(number, dtype, kind)] = pack
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packs."""
+        tensors = {}
+        for pack in list(self._packs.values()):
+            if pack is not None:
+                for tensor in (pack.lora_a, pack.lora_b, pack.lora_bias):
+                    if tensor is not None:
+                        tensors[tensor.data_ptr()] = tensor.nbytes
+        return sum(tensors.values())
+
+
+class PackCache:
+    """The sets that one model keeps packed: the last ones used.
+
+    Attributes:
+        generation: Counts the times that factors may have changed within a block.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
+        self._lock = threading.Lock()  # threads that serve one model share its packs
+
+    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Any] | None) -> SetPack:
+        """Returns the set of that key, a new one where it is unknown or its factors changed.
+
+        Args:
+            key: Names the adapters of the set, in order.
+            make_watch: Makes what tells whether factors changed; None where they cannot.
+        """
+        with self._lock:
+            known = self._sets.get(key)
+            if known is None or (known.watch is not None and not known.watch.unchanged()):
+                watch = None if make_watch is None else make_watch()
+                known = self._sets[key] = SetPack(watch, self.generation)
+            self._sets.move_to_end(key)
+            while len(self._sets) > _MOST_SETS:
+                self._sets.popitem(last=False)
+            return known
+
+    def clear(self) -> None:
+        """Forgets all sets: their factors may be about to change, or have changed unseen."""
+        with self._lock:
+            self.generation += 1
+            self._sets.clear()
+
+    def before_training(self) -> None:
+        """Forgets all sets if there are any: what trains may write in ways that move no version."""
+        if self._sets and not torch.compiler.is_compiling():
+            self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packs."""
+        with self._lock:
+            return sum(known.nbytes for known in self._sets.values())
+
+
+def pack_layers(
+    numbers: Sequence[int],
+    layers: Sequence[Sequence[Factors | None]],
+    dtype: torch.dtype,
+    kind: Rows,
+) -> list[LayerPack | None]:
+    """Packs layers that are fed by the same tensor.
+
+    Args:
+        numbers: The layers' numbers.
+        layers: For each layer the factors of each adapter of the set, None where it has none.
+        dtype: Of x, which factors are rounded to.
+        kind: Of batch that they are for.
+
+    Returns:
+        A pack for each layer; None where no adapter has factors, or some are not finite: a product
+        that serves several adapters would carry a NaN from one to the others.
+    """
+    by_layout: dict[Layout | None, list[int]] = {}
+    for index, factors in enumerate(layers):
+        by_layout.setdefault(_layout(factors, dtype, kind), []).append(index)
+    packs: list[LayerPack | None] = [None] * len(layers)
+    for layout, indices in by_layout.items():
+        if layout is not None:
+            members = tuple(numbers[index] for index in indices)
+            own = [layers[index] for index in indices]
+            found = _pack_siblings(layout, members, own, dtype, kind)
+            for index, pack in zip(indices, found, strict=True):
+                packs[index] = pack
+    return packs
+
+
+def _pack_siblings(
+    layout: Layout,
+    members: tuple[int, ...],
+    layers: Sequence[Sequence[Factors | None]],
+    dtype: torch.dtype,
+    kind: Rows,
+) -> list[LayerPack] | list[None]:
+    """`pack_layers` for layers of one layout."""
+    present = next(f for f in layers[0] if f is not None)
+    k, device = present.lora_a.shape[1], present.lora_a.device
+    dense, many = is_dense(layout.unit, layout.units, dtype, kind), len(layers)
+    if dense:
+        lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
+        parts = lora_a.permute(1, 2, 3, 0).unbind(0)
+    elif not is_k_first(dtype, kind):
+        lora_a = torch.zeros(layout.units, many, layout.unit, k, dtype=dtype, device=device)
+        parts = lora_a.unbind(1)
+    else:
+        lora_a = torch.zeros(layout.units, k, many, layout.unit, dtype=dtype, device=device)
+        parts = lora_a.permute(2, 0, 3, 1).unbind(0)
+    packed = [
+        _pack_layer(layout, factors, part, dtype)
+        for factors, part in zip(layers, parts, strict=True)
+    ]
+    if not all(torch.isfinite(t).all() for t in (lora_a, *(lora_b for lora_b, _ in packed))):
+        return [None] * len(layers)
+    if dense:
+        lora_a = lora_a.view(k, -1)
+    elif is_k_first(dtype, kind):
+        lora_a = lora_a.view(layout.units, k, -1)
+    return [
+        LayerPack(
+            layout, lora_a, index, members, lora_b.flatten(0, 1) if dense else lora_b, lora_bias
+        )
+        for index, (lora_b, lora_bias) in enumerate(packed)
+    ]
+
+
+def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: Rows) -> Layout | None:
+    ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in factors)
+    return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
+
+
+def _is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
+    """Whether packing for another kind of batch in the pack's dtype would give the same."""
+    ranks = tuple(place.rank for place in pack.layout.places)
+    layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()
+    if layout is not pack.layout:
+        return False
+    if is_dense(layout.unit, layout.units, dtype, kind):
+        return dims == 2
+    return dims == (3 if is_k_first(dtype, kind) else 4)
+
+
+def _pack_layer(
+    layout: Layout, factors: Sequence[Factors | None], lora_a: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Writes ``lora_a [units, unit, K]`` and returns lora_b and lora_bias."""
+    n = next(f.lora_b.shape[0] for f in factors if f is not None)
+    lora_b = torch.zeros(layout.units, layout.unit, n, dtype=dtype, device=lora_a.device)
+    biases = [f is not None and f.lora_bias is not None for f in factors]
+    lora_bias = None
+    if any(biases):
+        lora_bias = torch.zeros(len(factors) + 1, n, dtype=dtype, device=lora_a.device)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for at, (place, own) in enumerate(zip(layout.places, factors, strict=True)):
+        if own is None:
+            continue
+        unit, first = divmod(place.first, layout.unit)
+        rows = slice(first, first + place.rank)
+        lora_a[unit, rows] = own.lora_a
+        lora_b[unit, rows] = own.lora_b.t().to(exact) * own.scaling
+        if lora_bias is not None and own.lora_bias is not None:
+            lora_bias[at] = own.lora_bias.to(exact) * own.scaling
+    return lora_b, lora_bias

@@ -1,0 +1,258 @@
+"""Forwards of a mixed batch from packed factors: few large products instead of many small ones.
+
+Which products is a matter of rows, rank rows, dtype and processor (`_plan`):
+
+- dense: every row meets all rank rows, and keeps those of its own adapter. No row moves.
+- blocks: rows meet the rank rows of a few adapters, in one batched product. Rows are gathered once.
+- samples: where blocks would be uneven and samples are long, at least as long as the largest rank,
+  the tokens of each meet its adapter's rank rows, in one batched product. Factors are gathered, and
+  no row moves.
+
+Other adapters' columns of s are replaced by zeros, never multiplied, and packed factors are finite:
+nothing of one row or adapter reaches another row.
+
+Measured on one core with AMX, 64 rows of 64 adapters of rank 16, K = N = 576, over the base
+product: a pair of products for each adapter 32 (bf16) and 4.0 (fp32), blocks 4.6 and 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastlora.ops.torch import products
+from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
+from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, kind_of
+from fastlora.routing.routing import RowRouting
+
+# Where units are coalesced, a block wants so many rows.
+_FEW_ROWS = 4
+# Blocks are as long as the longest. Past this many places for each row they waste more than they
+# save.
+_MOST_PLACES = {Rows.FEW: 2.0, Rows.MANY: 1.25, Rows.SAMPLES: 1.25}
+
+
+class Dense(NamedTuple):
+    """Every row against all rank rows.
+
+    Attributes:
+        other: Rank rows that are not the row's own, ``[M, rank rows]``; None for one adapter on
+            every row.
+    """
+
+    other: torch.Tensor | None
+
+
+class Blocks(NamedTuple):
+    """Rows in blocks of coalesced units.
+
+    Attributes:
+        blocks: Their number.
+        longest: C, the places of a block.
+        coalesced: Units of a block.
+        gather: Row at each place, ``[blocks * C]``.
+        place: Place of each row, ``[M]``.
+        other: Rank rows that are not the row's own, ``[blocks, C, coalesced, 1, unit]``; None where
+            there are none.
+        exact: Whether every place holds a row of its own.
+    """
+
+    blocks: int
+    longest: int
+    coalesced: int
+    gather: torch.Tensor
+    place: torch.Tensor
+    other: torch.Tensor | None
+    exact: bool
+
+
+class Samples(NamedTuple):
+    """B samples of T adjacent tokens.
+
+    Attributes:
+        units: Unit of each sample's adapter, any for none; ``[B]`` int64.
+        tokens: T.
+        other: Rank rows that are not the sample's own, ``[B, 1, 1, unit]``; None where there are
+            none.
+    """
+
+    units: torch.Tensor
+    tokens: int
+    other: torch.Tensor | None
+
+
+Plan = Dense | Blocks | Samples
+
+
+class Shrunk(NamedTuple):
+    """What layers fed by the same tensor share.
+
+    Attributes:
+        x: ``[M, K]``, or gathered.
+        s: Of each of the L layers, ``[M, rank rows]``, ``[blocks, C, rank rows of a block]`` or
+            ``[B, T, unit]``; other adapters' columns zeros.
+    """
+
+    x: torch.Tensor
+    s: tuple[torch.Tensor, ...]
+
+
+def plan_for(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
+    """Returns how to multiply, made once for a routing; None where nothing packed is good."""
+    key = (layout, dtype.itemsize)
+    try:
+        return rows.plans[key]
+    except KeyError:
+        plan = rows.plans[key] = _plan(rows, layout, dtype)
+        return plan
+
+
+def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
+    m, device = rows.slots.numel(), rows.slots.device
+    # Index within the set of each row's adapter, G for none; on the CPU, where blocks are counted.
+    member = torch.full((m,), len(rows.segments))
+    for index, (_, start, stop) in enumerate(rows.segments):
+        member[start:stop] = index
+    if rows.inverse is not None:
+        member = member[rows.inverse.cpu()]
+    first = torch.tensor([place.first for place in layout.places] + [0])[member]
+    rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
+    kind = kind_of(m, rows.each)
+    if is_dense(layout.unit, layout.units, dtype, kind):
+        at = torch.arange(layout.rank_rows)
+        other = (at < first[:, None]) | (at >= (first + rank)[:, None])
+        return Dense(other.to(device) if other.any() else None)
+    long = kind is Rows.SAMPLES and rows.each >= layout.unit
+    coalesced = 1
+    while True:
+        plan = _blocks(first, rank, layout, coalesced)
+        wider = 2 * coalesced
+        fits = layout.units % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
+        if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype, kind):
+            break
+        coalesced = wider
+    if long and not plan.exact:
+        return _samples(first[:: rows.each], rank[:: rows.each], layout, rows.each, device)
+    if plan.gather.numel() > _MOST_PLACES[kind] * m:
+        return None
+    gather, place = plan.gather.to(device), plan.place.to(device)
+    masks = None if plan.other is None else plan.other.to(device)
+    return plan._replace(gather=gather, place=place, other=masks)
+
+
+def _samples(
+    first: torch.Tensor, rank: torch.Tensor, layout: Layout, tokens: int, device: torch.device
+) -> Samples:
+    unit = layout.unit
+    at, start = torch.arange(unit), first % unit
+    other = (at < start[:, None]) | (at >= (start + rank)[:, None])
+    masks = other.view(-1, 1, 1, unit).to(device) if other.any() else None
+    return Samples((first // unit).to(device), tokens, masks)
+
+
+def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
+    """Gives every row a place in its adapter's block; base rows fill what is free."""
+    m, blocks = first.numel(), layout.units // coalesced
+    width = coalesced * layout.unit
+    block = first // width
+    own = rank > 0
+    taken = torch.bincount(block[own], minlength=blocks)
+    longest = max(int(taken.max()), -(-m // blocks))
+    free = torch.repeat_interleave(torch.arange(blocks), longest - taken)
+    block[~own] = free[: int((~own).sum())]
+    order = torch.argsort(block, stable=True)
+    lengths = torch.bincount(block, minlength=blocks)
+    starts = torch.cumsum(lengths, 0) - lengths
+    place = torch.empty_like(order)
+    in_order = block[order]
+    place[order] = in_order * longest + torch.arange(m) - starts[in_order]
+    gather = torch.zeros(blocks * longest, dtype=torch.int64)
+    gather[place] = torch.arange(m)
+    at = torch.arange(width)
+    from_block = first - block * width
+    others = torch.ones(blocks * longest, width, dtype=torch.bool)
+    others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])
+    shape = (blocks, longest, coalesced, 1, layout.unit)
+    other = others.view(shape) if others.any() else None
+    exact = blocks * longest == m
+    return Blocks(blocks, longest, coalesced, gather, place, other, exact)
+
+
+def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
+    """Returns s of all layers of the pack for ``x [M, K]``."""
+    layers = len(pack.members)
+    if isinstance(plan, Dense):
+        # [M, K] x [K, L * rank rows]
+        s = products.mm(x, pack.lora_a)
+        if layers == 1:
+            return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
+        by_layer = s.view(x.shape[0], layers, -1)
+        if plan.other is not None:
+            by_layer.masked_fill_(plan.other.unsqueeze(1), 0.0)
+        return Shrunk(x, by_layer.unbind(1))
+    unit, lora_a, k = pack.layout.unit, pack.lora_a, x.shape[1]
+    if isinstance(plan, Samples):
+        # [B, T, K] x [B, K, L * unit]
+        own_a = lora_a.view(len(lora_a), -1, k).index_select(0, plan.units)
+        s = products.bmm(x.view(-1, plan.tokens, k), own_a.transpose(1, 2))
+        s = s.view(-1, plan.tokens, layers, unit)
+        if plan.other is not None:
+            s.masked_fill_(plan.other, 0.0)
+        return Shrunk(x, s.unbind(2))
+    x = x.index_select(0, plan.gather)
+    if lora_a.dim() == 4:
+        lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
+    # [blocks, C, K] x [blocks, K, rank rows of a block]
+    s = products.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
+    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
+    if plan.other is not None:
+        s.masked_fill_(plan.other, 0.0)
+    return Shrunk(x, tuple(own.flatten(-2) for own in s.unbind(3)))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: RowRouting,
+    pack: LayerPack,
+    plan: Plan,
+    shrunk: Shrunk,
+) -> torch.Tensor:
+    """Returns y ``[M, N]`` of a plain linear base layer for ``x [M, K]``."""
+    if isinstance(plan, Blocks) and plan.exact:
+        y = products.linear(shrunk.x, weight, bias)
+        places = y.view(plan.blocks, plan.longest, y.shape[1])
+        products.baddbmm_(places, shrunk.s[pack.member], _block_b(pack, plan))
+        return _add_bias(y.index_select(0, plan.place), rows, pack)
+    return add_(products.linear(x, weight, bias), rows, pack, plan, shrunk)
+
+
+def add_(
+    y: torch.Tensor, rows: RowRouting, pack: LayerPack, plan: Plan, shrunk: Shrunk
+) -> torch.Tensor:
+    """Adds every row's own adapter to ``y [M, N]`` in place."""
+    own = shrunk.s[pack.member]
+    if isinstance(plan, Dense):
+        # [M, rank rows] x [rank rows, N]
+        products.addmm_(y, own, pack.lora_b)
+    elif isinstance(plan, Samples):
+        # [B, T, unit] x [B, unit, N]
+        own_b = pack.lora_b.index_select(0, plan.units)
+        products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), own, own_b)
+    else:
+        # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
+        update = products.bmm(own, _block_b(pack, plan))
+        y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
+    return y if pack.lora_bias is None else _add_bias(y, rows, pack)
+
+
+def _block_b(pack: LayerPack, plan: Blocks) -> torch.Tensor:
+    return pack.lora_b.view(plan.blocks, -1, pack.lora_b.shape[2])
+
+
+def _add_bias(y: torch.Tensor, rows: RowRouting, pack: LayerPack) -> torch.Tensor:
+    if pack.lora_bias is None:
+        return y
+    return y.add_(pack.lora_bias.index_select(0, rows.members))

@@ -1,0 +1,155 @@
+"""A pool's layers: put in place of a model's target modules, and taken out again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
+from fastlora.layers.linear import why_not_plain
+from fastlora.model import inject
+from fastlora.model.config import LoraConfig
+from fastlora.pool.image import Target
+from fastlora.routing.in_force import check_batch, unchecked
+from fastlora.routing.routing import Group, number_layers
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+
+class PoolLayers:
+    """LoRA layers without adapters of their own, in place of a model's target modules.
+
+    Args:
+        model: The base model; unchanged where this raises.
+        target_modules: As in `LoraConfig`.
+        block: Opens a block for the names of a batch: the model's ``adapter_names=``.
+
+    Attributes:
+        group: What marks the layers as this pool's.
+        targets: The modules, in the model's order; a layer's place here is its ``table_row``.
+        layers: In the same order.
+
+    Raises:
+        AdapterStateError: The model has LoRA layers already.
+        ConfigError: The model itself is the target.
+        TargetNotFoundError: ``target_modules`` names nothing.
+        UnsupportedLayerError: It names a module that is no linear layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Any,
+        block: Callable[[Sequence[str | None]], AbstractContextManager[None]],
+    ) -> None:
+        if any(True for _ in inject.lora_layers(model)):
+            raise AdapterStateError(
+                "the model has LoRA layers already; unload() or close() what put them there first"
+            )
+        names = inject.plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        if "" in names:
+            raise ConfigError("the model itself is the target; wrap it in a module first")
+        self.group = Group()
+        self._model = model
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
+        self._block = block
+        # By name: what wraps a method, and what the instance itself had before, or None.
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        try:
+            for name, number in zip(names, number_layers(names), strict=True):
+                self._replace(name, number)
+            self._check_batches()
+        except BaseException:
+            self.remove()
+            raise
+        self.layers = [layer for _, layer in self._replaced.values()]
+        self.targets = [
+            Target(name, layer.in_features, layer.out_features)
+            for name, (_, layer) in self._replaced.items()
+        ]
+
+    def _check_batches(self) -> None:
+        """Makes the model compare each batch with its adapter ids, before any work.
+
+        Within `generate` the batch that came in counts: a beam search makes more rows of it.
+        """
+        self._wrap("forward", contextlib.nullcontext)
+        if hasattr(self._model, "generate"):
+            self._wrap("generate", unchecked, per_sample=True)
+
+    def _wrap(
+        self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
+    ) -> None:
+        """Gives a method of the model PEFT's ``adapter_names=``, and a check of its batch."""
+        method, group, block = getattr(self._model, name), self.group, self._block
+
+        @functools.wraps(method)
+        def call(
+            *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+        ) -> Any:
+            opened = contextlib.nullcontext() if adapter_names is None else block(adapter_names)
+            with opened:
+                check_batch(group, args, kwargs, **rules)
+                with around():
+                    return method(*args, **kwargs)
+
+        own = self._model.__dict__
+        self._wrapped[name] = call, own.get(name)
+        own[name] = call
+
+    def _replace(self, name: str, number: int) -> None:
+        module: Any = self._model.get_submodule(name)
+        layer: Any = (
+            FastLoraWrapper(module)
+            if why_not_plain(module)
+            else FastLoraLinear.from_linear(module, adapter_name=None)
+        )
+        layer.routed_by, layer.routed_as = self.group, number
+        layer.table_row = len(self._replaced)
+        self._model.set_submodule(name, layer)
+        self._replaced[name] = module, layer
+
+    def remove(self) -> None:
+        """Puts the base layers back; parameters train again where they did."""
+        for name, (module, layer) in self._replaced.items():
+            back = layer.to_linear() if isinstance(layer, FastLoraLinear) else module
+            if self._model.get_submodule(name) is layer:
+                self._model.set_submodule(name, back)
+        self._replaced = {}
+        own = self._model.__dict__
+        for method, (call, before) in self._wrapped.items():
+            if own.get(method) is not call:
+                continue  # somebody wrapped it again, and calls ours
+            if before is None:
+                del own[method]
+            else:
+                own[method] = before
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def like(self) -> tuple[torch.device, torch.dtype]:
+        """Returns the device of the base weights, and the dtype of the first.
+
+        Raises:
+            UnsupportedLayerError: They lie on several devices.
+        """
+        found = [layer._factor_like() for _, layer in self._replaced.values()]
+        devices = {
+            next(iter(module.parameters())).device
+            for module, _ in self._replaced.values()
+            if any(True for _ in module.parameters())
+        }
+        if len(devices) > 1:
+            raise UnsupportedLayerError(
+                f"the target modules lie on {', '.join(sorted(map(str, devices)))}; an adapter "
+                "pool needs them on one device"
+            )
+        dtypes = [tensor.dtype for tensor in found if tensor is not None]
+        device = next(iter(devices), torch.device("cpu"))
+        return device, dtypes[0] if dtypes else torch.get_default_dtype()

@@ -1,0 +1,224 @@
+"""Adapters from PEFT folders and state dicts, checked against a pool's modules and packed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import LoraLayer
+from fastlora.layers.dense import dense_weight
+from fastlora.model.adapter_folder import (
+    WEIGHTS_NAME,
+    AdapterKey,
+    check_tensors,
+    load_adapter_folder,
+)
+from fastlora.model.config import CONFIG_NAME, LoraConfig, read_config_file
+from fastlora.model.targets import NO_TARGETS, find_targets
+from fastlora.pool.image import Image, Packer
+from fastlora.validation import (
+    CheckpointError,
+    ConfigError,
+    TargetNotFoundError,
+    UnsupportedLayerError,
+    near_names,
+)
+
+_BLOCK_OF = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_B_bias": "lora_bias",
+    "magnitude": "magnitude",
+}
+_REFUSED = {
+    "saved": "a full copy of a module (modules_to_save)",
+    "duplicate": "a full copy of a module (modules_to_save)",
+    "base": "a changed base weight (an embedding saved along)",
+    "bias": "a trained bias of the base model",
+    "lora_embedding_A": "factors of an embedding",
+    "lora_embedding_B": "factors of an embedding",
+}
+
+
+class AdapterReader:
+    """Reads adapters for one model's pool; holds no adapter, so any thread may use it.
+
+    Args:
+        model: The base model, with the pool's layers in it.
+        packer: Packs what was read; its targets are the pool's.
+        max_rank: Largest rank that is accepted, or None for any.
+    """
+
+    def __init__(self, model: nn.Module, packer: Packer, max_rank: int | None) -> None:
+        self._model, self._packer, self._max_rank = model, packer, max_rank
+        self._index = {target.name: i for i, target in enumerate(packer.targets)}
+        # What a config names in this model; adapters of one kind name the same.
+        self._named: dict[str, list[str]] = {}
+
+    def check_folder(self, folder: Path) -> LoraConfig:
+        """Checks what can be checked without reading tensors: config, rank, and that files exist.
+
+        Returns:
+            The config.
+
+        Raises:
+            CheckpointError: The folder holds no adapter that this pool can take.
+        """
+        if not (folder / WEIGHTS_NAME).is_file():
+            # Where that file is missing, the full check says what is there instead.
+            load_adapter_folder(folder)
+        return self._read_config(folder)
+
+    def read_folder(self, folder: str | os.PathLike[str]) -> Image:
+        """Reads, checks and packs an adapter folder.
+
+        Raises:
+            CheckpointError: It is damaged, holds what a pool cannot take, or does not fit the
+                model; the message names file, tensor, what was found and what was expected.
+        """
+        path = Path(folder)
+        if (path / CONFIG_NAME).is_file():
+            self._read_config(path)  # first, because it refuses more clearly
+        file = load_adapter_folder(path)
+        return self._pack(file.config, file.keys, file.tensors, str(path))
+
+    def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
+        """Checks and packs a state dict with PEFT's keys.
+
+        Args:
+            name: Of the adapter, for messages.
+            tensors: Key as in PEFT's file -> tensor, on any device.
+            config: A `fastlora.LoraConfig`, PEFT's own, or a mapping of its fields.
+
+        Raises:
+            CheckpointError, ConfigError: As `read_folder`.
+        """
+        source = f"the state dict of {name!r}"
+        if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
+            raise ConfigError(f"{source} needs config=, a LoraConfig; got {config!r}")
+        fields = config if isinstance(config, Mapping) else config.to_dict()
+        config = LoraConfig.from_dict(fields, for_loading=True)
+        for key, value in tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise CheckpointError(f"{source}: {key!r} is a {type(value).__name__}, no tensor")
+            if value.is_meta or value.layout != torch.strided:
+                kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+                raise CheckpointError(f"{source}: {key!r} is {kind}, expected a dense tensor")
+        tensors = {key: value.detach() for key, value in tensors.items()}
+        self._check_config(config, source)
+        return self._pack(config, check_tensors(config, tensors, source), tensors, source)
+
+    def _read_config(self, folder: Path) -> LoraConfig:
+        path = folder / CONFIG_NAME
+        data = read_config_file(path)
+        try:
+            config = LoraConfig.from_dict(data, for_loading=True)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self._check_config(config, str(path))
+        return config
+
+    def _check_config(self, config: LoraConfig, source: str) -> None:
+        if config.modules_to_save:
+            raise CheckpointError(
+                f"{source}: modules_to_save={config.modules_to_save} is not supported by an "
+                "adapter pool: the rows of a batch share every module but the LoRA factors"
+            )
+        if config.bias != "none":
+            raise CheckpointError(
+                f"{source}: bias={config.bias!r} is not supported by an adapter pool: the rows of "
+                "a batch share the base model's biases; expected bias='none'"
+            )
+        # Where a pattern changes ranks, the factors tell.
+        if self._max_rank is not None and config.r > self._max_rank and not config.rank_pattern:
+            raise CheckpointError(
+                f"{source}: r={config.r} exceeds the pool's max_rank={self._max_rank}"
+            )
+
+    def _pack(
+        self,
+        config: LoraConfig,
+        keys: Mapping[str, AdapterKey],
+        tensors: Mapping[str, torch.Tensor],
+        source: str,
+    ) -> Image:
+        blocks: dict[int, dict[str, torch.Tensor]] = {}
+        for key, (module, kind) in keys.items():
+            if kind in _REFUSED:
+                raise CheckpointError(
+                    f"{source}: {key!r} is {_REFUSED[kind]}, which an adapter pool does not "
+                    "support: the rows of a batch share it"
+                )
+            index = self._index.get(module)
+            if index is None:
+                raise CheckpointError(f"{source}: {key!r}: {self._why_no_place(module)}")
+            self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
+            blocks.setdefault(index, {})[_BLOCK_OF[kind]] = tensors[key]
+        self._check_complete(config, {self._packer.targets[i].name for i in blocks}, source)
+        scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
+        if config.use_dora:
+            self._check_weights([self._packer.targets[i].name for i in blocks], source)
+        return self._packer.pack(blocks, scaling, source)
+
+    def _check_weights(self, names: list[str], source: str) -> None:
+        """Refuses DoRA on a module whose weight, which its norm needs, cannot be read."""
+        for name in names:
+            module: Any = self._model.get_submodule(name)
+            base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            try:
+                dense_weight(base)
+            except UnsupportedLayerError as error:
+                raise CheckpointError(f"{source}: {name!r}: {error}") from error
+
+    def _why_no_place(self, module: str) -> str:
+        if any(name == module for name, _ in self._model.named_modules()):
+            return (
+                f"{module!r} is not among the modules that this pool adapts; expected one of the "
+                f"{len(self._index)} that target_modules named when it was made"
+            )
+        return f"the model has no module {module!r}{near_names(module, self._index)}"
+
+    def _check_shape(
+        self, index: int, kind: str, shape: tuple[int, ...], key: str, source: str
+    ) -> None:
+        _, k, n = self._packer.targets[index]
+        # Ranks agree with the config by now, and biases with lora_B.
+        found, expected, axis = (
+            (shape[1], k, "[rank, in]") if kind == "lora_A" else (shape[0], n, "[out, ...]")
+        )
+        if found != expected:
+            raise CheckpointError(
+                f"{source}: {key!r} has shape {shape} {axis}, this model expects "
+                f"{expected} in place of {found}"
+            )
+        if kind == "lora_A" and self._max_rank is not None and shape[0] > self._max_rank:
+            raise CheckpointError(
+                f"{source}: {key!r} has rank {shape[0]}, which exceeds the pool's "
+                f"max_rank={self._max_rank}"
+            )
+
+    def _check_complete(self, config: LoraConfig, found: set[str], source: str) -> None:
+        """Refuses an adapter that lacks a module which its config names: it is of another base."""
+        if config.target_modules is None or config.target_modules == NO_TARGETS:
+            return
+        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        values = [getattr(config, name) for name in fields]
+        key = repr([sorted(v) if isinstance(v, set) else v for v in values])
+        named = self._named.get(key)
+        if named is None:
+            try:
+                named = find_targets(self._model, config)
+            except TargetNotFoundError as error:
+                raise CheckpointError(f"{source}: made for another base model: {error}") from error
+            self._named[key] = named
+        missing = [name for name in named if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"{source} lacks factors for {len(missing)} of the {len(named)} modules that its "
+                f"config names in this model, the first {missing[0]!r}; made for another base?"
+            )

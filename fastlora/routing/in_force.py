@@ -1,0 +1,125 @@
+"""The routings in force in a thread: those of its open `fastlora.adapters` blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastlora.routing.routing import Group, Routing
+
+
+class _Thread(threading.local):
+    """What is in force in a thread: the routings of the open blocks, and the last of each model."""
+
+    def __init__(self) -> None:
+        self.unchecked = False
+        self.open: tuple[Routing, ...] = ()
+        self.by_group: dict[Group, Routing] = {}
+
+
+_thread = _Thread()
+
+
+def open_routings() -> tuple[Routing, ...]:
+    """Returns the routings of the blocks that are open in this thread, the innermost last."""
+    return _thread.open
+
+
+def current_routing() -> Routing | None:
+    """Returns the routing of the innermost open block in this thread, or None."""
+    return _thread.open[-1] if _thread.open else None
+
+
+def routing_of(layer: Any) -> tuple[Routing, int] | None:
+    """Returns the routing in force for a layer, and the layer's number; or None."""
+    by_group = _thread.by_group
+    if not by_group:
+        return None
+    routing = by_group.get(layer.routed_by)
+    return None if routing is None else (routing, layer.routed_as)
+
+
+def _put_in_force(routings: tuple[Routing, ...]) -> None:
+    _thread.open = routings
+    _thread.by_group = {routing.group: routing for routing in routings}
+
+
+@contextlib.contextmanager
+def routed(routing: Routing) -> Iterator[None]:
+    """Puts a routing in force within the block, beside those of other models.
+
+    Raises:
+        RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
+            interleaved coroutines in one thread do. This one is closed all the same.
+    """
+    _put_in_force((*_thread.open, routing))
+    try:
+        yield
+    finally:
+        innermost = bool(_thread.open) and _thread.open[-1] is routing
+        _put_in_force(tuple(other for other in _thread.open if other is not routing))
+    if not innermost:
+        raise RuntimeError(
+            "blocks of adapters() must end in the reverse order of their beginning; interleaved "
+            "coroutines need a thread each"
+        )
+
+
+@contextlib.contextmanager
+def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
+    """Puts these routings, and no others, in force within the block."""
+    before = _thread.open
+    _put_in_force(routings)
+    try:
+        yield
+    finally:
+        _put_in_force(before)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Within the block `check_batch` checks nothing in this thread."""
+    before, _thread.unchecked = _thread.unchecked, True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
+
+
+def check_batch(
+    group: Group, args: Sequence[Any], kwargs: Mapping[str, Any], *, per_sample: bool = False
+) -> None:
+    """Raises unless a model's arguments fit the ids of the routing in force for it.
+
+    Args:
+        group: The model's.
+        args, kwargs: Its arguments.
+        per_sample: Ids of tokens will not do: the model will see other tokens than these.
+
+    Raises:
+        ValueError: There are neither as many ids as samples nor as many as tokens.
+    """
+    routing = _thread.by_group.get(group)
+    if routing is None or _thread.unchecked:
+        return
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
+    x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+    if x is None or not x.dim():
+        return
+    features = x.shape[-1] if x.dtype.is_floating_point and x.dim() > 1 else 1
+    samples, tokens = x.shape[0], x.numel() // max(features, 1)
+    count = routing.ids.numel()
+    if count not in (samples, tokens):
+        raise ValueError(
+            f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
+            "one for each sample or each token"
+        )
+    if per_sample and count != samples:
+        raise ValueError(
+            f"the batch has {samples} samples and {count} adapter ids; to generate, expected one "
+            "for each sample"
+        )

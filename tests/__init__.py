@@ -1,0 +1,1 @@
+"""Tests, one folder a folder of `fastlora/`; `tests.support` is what they share."""

@@ -1,0 +1,110 @@
+"""The script of a GPU run, `bench/gpu.sh`, with a stub in place of Python: its rules one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
+
+# What stands in for Python in the tests of the script: it notes its arguments and plays its part.
+STUB = """#!{python}
+import json, os, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(json.dumps([arguments, os.environ.get("PYTHONPATH", "")]) + "\\n")
+plan = json.loads({plan!r})
+text, code = "", 0
+if arguments[0] == "-":
+    text = plan.get("probe", "16 1 some-card")
+elif arguments[:2] == ["-m", "pytest"]:
+    text, code = plan.get("pytest", ["3 passed in 0.1s", 0])
+elif arguments[:2] == ["-m", "pip"]:
+    code = plan.get("pip", 0)
+elif arguments[0].endswith("linear.py"):
+    codes = plan.get("linear", [0])
+    code = codes[min(open({log!r}).read().count("linear.py"), len(codes)) - 1]
+print(text)
+sys.exit(code)
+"""
+
+
+def _stubbed(
+    tmp_path: Path, plan: dict[str, Any], *arguments: str
+) -> tuple[subprocess.CompletedProcess[str], list[Any]]:
+    stub, log = tmp_path / "python-stub", tmp_path / "calls"
+    stub.write_text(STUB.format(python=sys.executable, log=str(log), plan=json.dumps(plan)))
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    result = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return result, calls
+
+
+def _measurements(calls: list[Any]) -> list[list[str]]:
+    return [arguments[1:] for arguments, _ in calls if arguments[0].endswith("linear.py")]
+
+
+def test_green_on_a_gpu(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {})
+    assert result.returncode == 0, result.stdout + result.stderr
+    (arguments,) = _measurements(calls)
+    assert arguments[arguments.index("--tests") + 1] == "pass"
+    assert arguments[arguments.index("--device") + 1] == "cuda"
+    assert float(arguments[arguments.index("--seconds") + 1]) > 300
+    (mixed,) = [call for call, _ in calls if call[0].endswith("mixed_kernels.py")]
+    assert mixed[mixed.index("--tests") + 1] == "pass"
+    assert Path(mixed[mixed.index("--out") + 1]).name == "mixed.csv"
+    assert float(mixed[mixed.index("--seconds") + 1]) > 100
+    pytest_call = next(arguments for arguments, _ in calls if arguments[:2] == ["-m", "pytest"])
+    assert pytest_call[-3:] == ["tests/kernels", "-n", "8"]
+
+
+@pytest.mark.parametrize("outcome", [["1 failed, 9 passed in 1s", 1], ["7 skipped in 1s", 0]])
+def test_red_or_empty_tests_mark_the_rows_and_the_exit_code(
+    tmp_path: Path, outcome: list[Any]
+) -> None:
+    result, calls = _stubbed(tmp_path, {"pytest": outcome})
+    assert result.returncode == 1
+    assert "FAILED: tests" in result.stdout
+    (arguments,) = _measurements(calls)
+    assert arguments[arguments.index("--tests") + 1] == "fail"
+
+
+def test_a_crash_is_resumed_and_wrong_numbers_are_not(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"linear": [139, 75, 3]})
+    assert result.returncode == 1
+    assert "FAILED: benchmark" in result.stdout
+    assert ["--resume" in arguments for arguments in _measurements(calls)] == [False, True, True]
+
+
+def test_without_pip_the_checkout_is_imported(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"pip": 1})
+    assert result.returncode == 0, result.stdout
+    last_path = calls[-1][1].split(os.pathsep)
+    assert last_path[0] == str(ROOT)
+
+
+def test_no_gpu_and_bad_arguments_are_refused(tmp_path: Path) -> None:
+    result, calls = _stubbed(tmp_path, {"probe": "2 0 none"})
+    assert (result.returncode, len(calls)) == (2, 1)
+    assert "torch sees no GPU" in result.stderr
+    for arguments in (("--fast",), ("--seconds", "0"), ("--seconds",), ("--tests", "nowhere")):
+        result, _ = _stubbed(tmp_path, {}, *arguments)
+        assert result.returncode == 2
+        assert arguments[0] in result.stderr

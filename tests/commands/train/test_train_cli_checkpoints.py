@@ -1,0 +1,178 @@
+"""Checkpoints of `fastlora train`: of another run, damaged, and on a disk that fills."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import cli
+from fastlora.train.config import parse_settings
+from fastlora.train.run import Run, train
+from tests.support import train_runs
+from tests.support.tiny import tiny_llama
+from tests.support.train_runs import change, contents
+
+pytest.importorskip("transformers", reason="trains its models")
+pytest.importorskip("accelerate", reason="trains on it")
+
+
+@pytest.fixture(scope="module")
+def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 4 steps with checkpoints at 2 and 4, its data beside it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = train_runs.make_data(folder / "data")
+    given = train_runs.config(base, data, folder / "out", steps=4, save_every=2)
+    path = train_runs.write_config(folder / "c.json", given)
+    assert cli.main(["train", str(path), "--quiet"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([change("adapters.a.lr", 3e-2)], "adapters.a.learning_rate was 0.01, is 0.03"),
+        (
+            [change("adapters.b.r", 8)],
+            "adapters.b.config.r was 4, is 8; adapters.b.config.lora_alpha was 8, is 16",
+        ),
+        ([change("adapters.b", None)], "adapters.b was {"),
+        ([change("steps", 9)], "steps was 4, is 9"),
+        ([change("seed", 9)], "seed was 5, is 9"),
+        ([change("micro_batch_size", 4)], "micro_batch_size was 2, is 4"),
+        ([change("dtype", "bfloat16")], 'was "float32 97x64 '),
+        ([change("max_length", 20)], "adapters.a.tokens was"),
+    ],
+)
+def test_resume_of_another_config(
+    fails: Any, given: Any, stopped: Path, tmp_path: Path, changes: Any, words: str
+) -> None:
+    """What differs is named, and the checkpoint is as it was."""
+    out = tmp_path / "out"
+    shutil.copytree(stopped / "out", out)
+    before = contents(out)
+    for apply in changes:
+        apply(given)
+    error = fails(given, "--resume")
+    assert f"{out / 'checkpoints' / 'step-00000004'} is of another run: " in error
+    assert words in error
+    assert contents(out) == before
+
+
+def test_resume_of_another_model_or_data(
+    fails: Any, given: Any, stopped: Path, tmp_path: Path
+) -> None:
+    """The same architecture with other weights; one more line of data."""
+    shutil.copytree(stopped / "out", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    other = train_runs.make_base(tmp_path / "other")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    model.save_pretrained(other)
+    error = fails(given | {"model": str(other)}, "--resume")
+    assert "is of another run: model.model.layers.1.mlp.up_proj.weight was" in error
+    assert error.count(" was ") == 1
+    with (tmp_path / "data" / "a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert "adapters.a.data was" in fails(given, "--resume")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_second_run_needs_resume(
+    fails: Any, given: Any, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody's checkpoints are written over by accident."""
+    shutil.copytree(stopped / "out", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for flags in ((), ("--dry-run",)):
+        assert "step-00000004 is a checkpoint of an earlier run; resume it" in fails(given, *flags)
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
+    assert "forwards of 2, 1 process; 4 steps are done" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("state.json", lambda b: b[:-9], "state.json: no state of a training run"),
+        ("state.json", lambda b: b.replace(b'"format": 1', b'"format": 7'), "format is 7, expe"),
+        ("state.json", lambda b: b'"x"', "state.json: no state of a training run"),
+        ("optimizers.safetensors", lambda b: b[:-9], "optimizers.safetensors: truncated"),
+        ("adapters/a/adapter_model.safetensors", lambda b: b[:-9], "safetensors: truncated"),
+    ],
+)
+def test_a_damaged_checkpoint(
+    fails: Any, given: Any, stopped: Path, tmp_path: Path, name: str, damage: Any, words: str
+) -> None:
+    """One typed error that names the file."""
+    shutil.copytree(stopped / "out", tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "step-00000004" / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert words in fails(given, "--resume")
+    if "adapter_model" not in name:  # those are read when the weights are
+        assert words in fails(given, "--resume", "--dry-run")
+
+
+def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:
+    """One adapter owns a head, the other takes all linear layers: both load alone, and resume."""
+    given["adapters"]["a"]["modules_to_save"] = ["lm_head"]
+    given["adapters"]["b"] = {"data": given["adapters"]["b"]["data"], "r": 3, "lr": 1e-2}
+    whole = train(parse_settings(given, {}, "test"), progress=False)
+    tensors = train_runs.saved(tmp_path / "out")
+    assert "a:base_model.model.lm_head.weight" in tensors
+    assert len([key for key in tensors if key.startswith("b:")]) == 2 * 14
+    for name, folder in whole.adapters.items():
+        model = fastlora.LoraModel.from_pretrained(tiny_llama(), folder, name)
+        assert list(model.peft_config) == [name]
+    root = tmp_path / "again" / "checkpoints"
+    shutil.copytree(tmp_path / "out" / "checkpoints" / "step-00000002", root / "step-00000002")
+    settings = parse_settings(given, {"out": str(tmp_path / "again")}, "test")
+    assert train(settings, resume=True, progress=False).resumed_from == 2
+    again = train_runs.saved(tmp_path / "again")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+
+
+# ------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("limit", [200, 3_000, 20_000, 45_000])
+def test_a_disk_that_fills(
+    given: Any, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The system refuses to write on at any point: the old checkpoint is whole, and resumes."""
+    settings = parse_settings(given, {}, "test")
+    save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept: dict[str, bytes] = {}
+
+    def limited(run: Run) -> None:
+        if run.step == 2:
+            save(run)
+            kept.update(contents(run.root))
+            return
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            save(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", limited)
+        with pytest.raises(fastlora.FastLoraError, match="could not be written"):
+            train(settings, progress=False)
+    root = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in root.iterdir()] == ["step-00000002"]
+    assert contents(root) == kept and len(kept) == 6
+    train(settings, resume=True, progress=False)
+    ours, theirs = train_runs.saved(tmp_path / "out"), train_runs.saved(stopped / "out")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())

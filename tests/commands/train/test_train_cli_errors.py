@@ -1,0 +1,263 @@
+"""What `fastlora train` refuses, and what is left when it stops: one line, nothing half done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import cli
+from fastlora.train import checkpoint
+from fastlora.train.config import parse_settings
+from fastlora.train.prepare import check_dropout_dtype
+from fastlora.train.run import NonFiniteError, Run
+from fastlora.validation import ConfigError
+from tests.support import train_runs
+
+pytest.importorskip("transformers", reason="trains its models")
+pytest.importorskip("accelerate", reason="trains on it")
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"text": "x y"}', '{"text": "x'], "line 2: not valid JSON (Unterminated string"),
+        (["", '{"text": "x y"}', "[1, 2]"], "line 3: expected an object with 'prompt' and"),
+        (['{"prompt": "x"}'], "line 1: expected an object with 'prompt' and 'completion'"),
+        (['{"prompt": "x", "completion": "y", "text": "z"}'], "line 1: expected an object"),
+        (['{"prompt": "x", "completion": 3}'], "line 1: expected strings"),
+        (['{"text": null}'], "line 1: expected strings"),
+        (['{"prompt": "x", "completion": ""}'], "line 1: there is nothing to learn"),
+        ([], "is empty, expected at least one sample"),
+        (["", "  "], "is empty"),
+        (
+            [json.dumps({"prompt": "x" * 512, "completion": "y"})],
+            "line 1: no token is left to learn from: the prompt has 512 tokens, and max_length",
+        ),
+        (["[" * 100_000], "line 1: not valid JSON"),
+        (['{"text": "x"}', r'{"text": "\ud83d"}'], "line 2: a string is no text (surrogates not"),
+        ([r'{"prompt": "\udfff", "completion": "y"}'], "line 1: a string is no text"),
+    ],
+)
+def test_bad_lines(fails: Any, given: Any, tmp_path: Path, lines: list[str], words: str) -> None:
+    """File and line are named, before a weight is read or a file written."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines))
+    given["adapters"]["b"]["data"] = [str(tmp_path / "data" / "b.jsonl"), str(path)]
+    assert f"{path}" in (error := fails(given)) and words in error
+    assert words in fails(given, "--dry-run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None:
+    """The file is named; also evaluation data is read before training."""
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    given["adapters"]["a"]["data"] = str(tmp_path / "x.txt")
+    assert "x.txt, line 1: cannot be read ('utf-8' codec" in fails(given)
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n\xe9t\xe9\n")
+    assert "x.txt, line 3: cannot be read ('utf-8' codec" in fails(given)
+    given["adapters"]["a"]["data"] = str(tmp_path / "nowhere.txt")
+    assert "nowhere.txt: cannot be read ([Errno 2]" in fails(given)
+    (tmp_path / "empty.txt").write_text(" \n")
+    given["adapters"]["a"] = {
+        **{"data": str(tmp_path / "data" / "a.jsonl"), "eval_data": str(tmp_path / "empty.txt")}
+    }
+    assert "empty.txt: is empty" in fails(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path) -> None:
+    """Too long for its positions, or tokens of another vocabulary: not in the middle of a run."""
+    short = train_runs.make_base(tmp_path / "short", max_position_embeddings=16)
+    error = fails(given | {"model": str(short)})
+    assert "a.jsonl, line 3: has 29 tokens, and the base model takes 16; set max_length" in error
+    few = train_runs.make_base(tmp_path / "few", vocab_size=90)
+    for flags in ((), ("--dry-run",)):
+        assert "the tokenizer gave token 95, and the base model has 90" in fails(
+            given | {"model": str(few)}, *flags
+        )
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model", None, "no 'model' is given"),
+        ("out", None, "no 'out' is given"),
+        ("adapters", {}, "no adapter is given"),
+        ("adapters.a.data", None, "adapters.a: no data is given"),
+        ("adapters.a.data", [], "adapters.a.data is empty"),
+        ("stepz", 3, "unknown key 'stepz'; close names: steps"),
+        ("lr", 3, "unknown key 'lr'; it belongs into [defaults] or into an adapter's table"),
+        ("adapters.a.rank", 3, "adapters.a: unknown key 'rank'"),
+        ("adapters.a.learning_rate", 1e-3, "another name of it, 'learning_rate'"),
+        ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
+        ("adapters.a.lr", -1, "learning_rate must be a number at least 0, got -1"),
+        ("adapters.a.lr", 1e39, "learning_rate must be a number from 0 to 3.4e+37, got 1e+39"),
+        ("adapters.a.lr", 3e38, "learning_rate must be a number from 0 to 3.4e+37, got 3e+38"),
+        ("adapters.a.weight_decay", 1e39, "weight_decay must be a number from 0 to 3.4e+38, got"),
+        ("adapters.a.max_grad_norm", "x", "max_grad_norm must be a number at least 0, got 'x'"),
+        ("adapters.a.schedule", "step", "schedule must be one of linear, cosine, constant"),
+        ("defaults.warmup_ratio", 2, "warmup_ratio must be a number from 0 to 1, got 2"),
+        ("adapters.a.r", 0, "adapter 'a': r must be a positive integer, got 0"),
+        ("adapters.a.targets", ["query"], "'a': target_modules entries ['query'] match no module"),
+        ("adapters.a.inference_mode", True, "inference_mode = true freezes the adapter"),
+        ("adapters.a.init_from", "nowhere", "own config; leave out r"),
+        ("adapters.x/y", {"data": "d"}, "an adapter cannot be called 'x/y'"),
+        ("adapters.checkpoints", {"data": "d"}, "an adapter cannot be called 'checkpoints'"),
+        ("adapters.__base__", {"data": "d"}, "'__base__', which stands for the base model"),
+        ("adapters.a.bias", "all", "'a' has bias='all': it trains the base model's biases"),
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("batch_size", 2.5, "batch_size must be a whole number, got 2.5"),
+        ("micro_batch_size", 9, "micro_batch_size must be at most batch_size 4, got 9"),
+        ("keep", 0, "keep must be at least 1"),
+        ("dtype", "float8_e4m3fn", "dtype must be one of auto, float32, bfloat16, float16"),
+        ("chat", "yes", "chat must be true or false"),
+        ("chat", True, "tokenizer has no chat template"),
+        ("epochs", -1, "epochs must be a number at least 0"),
+        ("model", "nowhere", "nowhere: no model folder (it has no config.json)"),
+    ],
+)
+def test_bad_config(
+    fails: Any, given: Any, tmp_path: Path, path: str, value: Any, words: str
+) -> None:
+    """Every wrong key and value is named, and nothing is written."""
+    train_runs.change(path, value)(given)
+    assert words in fails(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: Any) -> None:
+    """No file, no TOML, no table; and an ``out`` that is a file."""
+    for name, text, words in (
+        ("x.toml", "a = ", "x.toml: not valid TOML"),
+        ("x.json", "{", "x.json: not valid JSON"),
+        ("x.json", "[]", "expected an object, found list"),
+        ("x.json", '{"adapters": []}', "adapters must be a table"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert cli.main(["train", str(tmp_path / name)]) == 1
+        assert words in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "nowhere.toml")]) == 1
+    assert "nowhere.toml: cannot be read" in capsys.readouterr().err
+    (tmp_path / "out").write_text("")
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    assert cli.main(["train", str(path)]) == 1
+    assert "out: is a file, expected a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--data", "x.jsonl"])
+    assert caught.value.code == 2
+
+
+def test_too_few_steps_and_forwards(
+    fails: Any, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter without a step, and processes without a forward."""
+    given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
+    assert "none of the 1 steps has a sample of adapter" in fails(given)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes, and a step of 4 samples has 2 forwards of 2" in fails(
+        given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
+    )
+    # torchrun's variables without its rendezvous: nobody trains alone over the others' files.
+    assert "torchrun started 3 processes" in fails(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.complex64], ids=str)
+def test_dropout_needs_a_float(dtype: torch.dtype) -> None:
+    """In a layer, alone and in a mixed batch: one typed error, and nothing has been drawn."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    config = fastlora.LoraConfig(r=2, lora_dropout=0.1, target_modules=["0"])
+    tuned = fastlora.get_peft_model(model, config).train()
+    base = tuned.get_base_model()[0]
+    base._parameters["weight"] = torch.nn.Parameter(base.weight.to(dtype), requires_grad=False)
+    base._parameters["bias"] = None
+    x = torch.ones(3, 8).to(dtype)
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError, match=f"dropout cannot run in {dtype}; expected a floating"):
+        tuned(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    with (
+        fastlora.adapters(tuned, ["default"] * 3, seeds={"default": 1}),
+        pytest.raises(TypeError, match=f"dropout cannot run in {dtype}"),
+    ):
+        tuned(x)
+
+
+def test_dropout_and_the_base_models_dtype() -> None:
+    """A base in 8 bits is named before training begins."""
+    with_dropout = {"a": fastlora.LoraConfig(lora_dropout=0.1, target_modules=["q"])}
+    with pytest.raises(ConfigError, match=r"'a' has lora_dropout=0.1.*float8_e4m3fn"):
+        check_dropout_dtype(with_dropout, torch.float8_e4m3fn)
+    check_dropout_dtype(with_dropout, torch.bfloat16)
+    check_dropout_dtype({"a": fastlora.LoraConfig(target_modules=["q"])}, torch.float8_e4m3fn)
+
+
+def test_a_frozen_adapter(given: Any) -> None:
+    """One that something froze behind the optimizers' back stops the step; nothing has moved."""
+    run = Run(parse_settings(given, {}, "test"), None, progress=False)
+    for name, parameter in run.model.named_parameters():
+        if ".b." in name:
+            parameter.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    with pytest.raises(fastlora.FastLoraError, match="adapter 'b' is frozen"):
+        run._do_step()
+    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+    run.close()
+
+
+# ------------------------------------------------------------------------------------- not finite
+
+
+def test_a_loss_that_is_not_finite(fails: Any, given: Any, tmp_path: Path) -> None:
+    """Stops with step and adapter; the last good checkpoint stays, and holds the others' steps."""
+    given["adapters"]["b"] |= {"lr": 1e30, "warmup_ratio": 0}
+    error = fails(given, "--save-every", "1")
+    root = tmp_path / "out" / "checkpoints"
+    assert "step 2: the loss of adapter 'b' is nan" in error
+    assert f"the last good checkpoint is {root / 'step-00000001'}" in error
+    assert f"{tmp_path / 'data' / 'b.jsonl'}, line " in error
+    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000001"]
+    assert checkpoint.read_checkpoint(root / "step-00000001").step == 1
+    assert not (tmp_path / "out" / "a").exists()
+
+
+def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
+    """An update out of range after a good loss: neither a checkpoint holds it nor an adapter."""
+    run = Run(parse_settings(given, {}, "test"), None, progress=False)
+    weight = next(p for n, p in run.model.named_parameters() if "lora_B.b." in n)
+
+    def spoil(*_: Any) -> None:
+        if run.step == 3:  # the last one
+            with torch.no_grad():
+                weight[0, 0] = -torch.inf
+
+    run.optimizers.by_adapter["b"].register_step_post_hook(spoil)
+    with pytest.raises(NonFiniteError, match="step 4: the largest weight of adapter 'b' is inf"):
+        run.train()
+    run.close()
+    root = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000002"]
+    assert not (tmp_path / "out" / "b").exists()
+
+
+def test_a_gradient_that_is_not_finite(given: Any) -> None:
+    """The error says what, where and when, to a caller too."""
+    run = Run(parse_settings(given, {}, "test"), None, progress=False)
+    poisoned = [p for n, p in run.model.named_parameters() if "lora_B.a." in n][0]
+    poisoned.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
+        run._do_step()
+    assert (caught.value.step, caught.value.adapter) == (1, "a")
+    assert "there is no checkpoint yet" in str(caught.value)
+    run.close()

@@ -1,0 +1,240 @@
+"""Rows, adapters, threads and blocks that have nothing to do with each other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.testing import assert_within_budget
+from tests.support.conformance_cases import SEEDS, Case
+from tests.support.conformance_models import SHAPES, Subject, direction
+from tests.support.conformance_suite import invariant
+from tests.support.conformance_truth import check, read_masks, results
+
+
+def in_thread(run: Callable[[], Any]) -> Any:
+    """What a function gives in another thread."""
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(run()))
+    thread.start()
+    thread.join()
+    assert got, "the thread failed"
+    return got[0]
+
+
+@invariant(lambda case: case.source != "function", per=("source", "rows", "base", "feature"))
+def nan_in_other_factors(case: Case) -> None:
+    """NaN or infinity in an adapter's weights reaches its own rows, and nothing else."""
+    if case.rows == "several" or (case.rows == "single" and case.source == "pool"):
+        case = case._replace(rows="single", source="layer")
+    subject = Subject(case)
+    x, ids = subject.x(2), subject.ids()
+    clean = subject.step(x)
+    truth = results(subject, x, torch.float64, read_masks(subject, x))
+    subject.net.eval()
+    with torch.no_grad():
+        plain, exact = subject.forward(x), results(subject, x, torch.float64, {})["y"]
+    own = [i for i, name in enumerate(ids or []) if name == "fr"]
+    others = [i for i in range(6) if i not in own]
+    for end in ("A", "B", "bias", "m"):
+        name = f"q.fr.{end}"
+        if name not in subject.values:
+            continue
+        for value in (float("nan"), float("inf")):
+            poisoned = Subject(case)
+            poisoned.values[name][-1].fill_(value)
+            if case.trains:
+                poisoned.put()
+            else:
+                poisoned.load("fr")
+            found = poisoned.step(x)
+            for key in ("y", "x"):
+                rows = (t[key][others] for t in (found, clean, truth))
+                assert_within_budget(*rows, f"{key} beside {name}")
+            if own and value != value:  # tanh makes one of infinity
+                assert found["y"][own].isnan().all()
+            for key, gradient in found.items():
+                if key.count(".") == 2 and ".fr." not in key:
+                    assert_within_budget(gradient, clean[key], truth[key], key)
+            with torch.no_grad():
+                poisoned.net.eval()
+                for _ in range(3):
+                    y = poisoned.forward(x)[others]
+                    assert_within_budget(y, plain[others], exact[others])
+
+
+@invariant(per=("source", "rows", "base", "feature"))
+def nan_in_own_row(case: Case) -> None:
+    """NaN in a row of x stays in that row, and is not hidden there."""
+    subject = Subject(case)
+    x = subject.x(2)
+    masks = read_masks(subject, x)
+    clean, truth = subject.step(x), results(subject, x, torch.float64, masks)
+    others = [0, 1, 3, 4, 5]
+    for value in (float("nan"), float("inf")):
+        bad = x.clone()
+        bad[2] = value  # a row of "en"
+        found = subject.step(bad)
+        assert found["y"][2].isnan().all()
+        for key in ("y", "x"):
+            rows = (t[key][others] for t in (found, clean, truth))
+            assert_within_budget(*rows, key)
+        if case.rows == "mixed":
+            for key, gradient in found.items():
+                if key.count(".") == 2 and ".en." not in key:
+                    assert_within_budget(gradient, clean[key], truth[key], key)
+
+
+@invariant(lambda case: case.rows == "mixed")
+def joint_is_solo(case: Case) -> None:
+    """Each adapter's rows and gradients are those of its rows alone, dropout included."""
+    subject = Subject(case)
+    x, ids = subject.x(), case.ids
+    masks = read_masks(subject, x)
+    joint = subject.step(x)
+    check(subject, joint, x, masks=masks)
+    for name in dict.fromkeys(ids):
+        rows = [i for i, own in enumerate(ids) if own == name]
+        alone, own_ids = x[rows], [name] * len(rows)
+        dy = direction(joint["y"])[rows]
+        # With the masks that the adapter had in the joint batch.
+        check(subject, subject.step(alone, own_ids, dy), alone, own_ids, dy=dy, masks=masks)
+
+
+@invariant(lambda case: case.drops, per=("source", "rows", "base", "feature"))
+def dropout(case: Case) -> None:
+    """The same seed drops the same, another one does not; layers differ; the rate is p."""
+    subject = Subject(case)
+    x = subject.x(40)
+    seeds = {"seeds": SEEDS} if case.rows == "mixed" else {}
+    known = {n: s for n, s in SEEDS.items() if n in subject.adapters}
+    seeds = {"seeds": known} if seeds else {}
+    masks, again = (read_masks(subject, x, **seeds) for _ in range(2))
+    for key, mask in masks.items():
+        p = subject.adapters[key[1]].get("lora_dropout", 0.0)
+        assert torch.equal(mask, again[key])
+        kept, sigma = (mask != 0).double().mean(), (p * (1 - p) / mask.numel()) ** 0.5
+        assert abs(kept - (1 - p)) <= 5 * sigma, key
+        if key[0] == "q" and ("k", key[1]) in masks and p:
+            apart = ((mask != 0) != (masks["k", key[1]] != 0)).double().mean()
+            assert apart > p * (1 - p), key
+    x = subject.x()
+    drawn = subject.forward(x, **seeds)
+    assert torch.equal(drawn, subject.forward(x, **seeds))
+    if seeds:
+        other = subject.forward(x, seeds={**known, "fr": 5})
+        own = [i for i, name in enumerate(case.ids) if name == "fr"]
+        changed = [i for i in range(6) if not torch.equal(other[i], drawn[i])]
+        drops = [n for n, c in subject.adapters.items() if n == "fr" and "lora_dropout" in c]
+        assert changed == (own if drops else [])
+    else:
+        with torch.no_grad():
+            assert not torch.equal(subject.call(x), subject.call(x))
+
+
+@invariant(lambda case: case.rows == "mixed" and case.trains, per=("source", "base", "feature"))
+def absent_adapters(case: Case) -> None:
+    """An adapter without rows gets no gradient, or zeros where they are asked for."""
+    subject = Subject(case)
+    x = subject.x()
+    for ids in (["en"] * 6, ["fr", None] * 3, [None] * 6):
+        masks = read_masks(subject, x, ids)
+        check(subject, subject.step(x, ids), x, ids, masks=masks)
+        found = subject.step(x, ids, absent_gradients=True)
+        check(subject, found, x, ids, zeros=True, masks=masks)
+
+
+@invariant(per=("source", "rows", "base", "feature"))
+def checkpoints_and_threads(case: Case) -> None:
+    """A forward that is done again, outside its block and in another thread, does the same."""
+    subject = Subject(case)
+    mixes = [case.ids, case.ids[::-1]] if case.rows == "mixed" else [subject.ids()] * 2
+
+    def run(kind: str) -> dict[str, torch.Tensor]:
+        leaves, outputs = [subject.x().requires_grad_() for _ in mixes], []
+        for leaf, ids in zip(leaves, mixes, strict=True):
+            with subject.block(ids):
+                if kind == "plain":
+                    outputs.append(subject.call(leaf))
+                else:
+                    reentrant = kind == "reentrant"
+                    outputs.append(checkpoint(subject.call, leaf, use_reentrant=reentrant))
+        in_thread(lambda: [y.backward(direction(y)) for y in outputs])
+        return {"x0": leaves[0].grad, "x1": leaves[1].grad, **subject.gradients()}
+
+    expected = run("plain")
+    for kind in ("reentrant", "not reentrant", "plain"):
+        found = run(kind)
+        assert set(found) == set(expected)
+        for name, gradient in expected.items():
+            assert torch.equal(found[name], gradient), (kind, name)
+
+
+@invariant(lambda case: case.rows == "mixed", per=("source", "base"))
+def blocks(case: Case) -> None:
+    """Blocks nest, end with errors, and belong to a thread; names and slots say the same."""
+    subject, other = Subject(case), Subject(case)
+    subject.net.eval()
+    other.net.eval()
+    x, ids = subject.x(), case.ids
+    reverse = ids[::-1]
+
+    def right(y: torch.Tensor, ids: list[str | None]) -> None:
+        check(subject, {"y": y}, x, ids, masks={})
+
+    plain = None if case.source == "pool" else other.call(x)
+    with pytest.raises(KeyError), subject.block(ids):
+        with subject.block(reverse):
+            right(subject.call(x), reverse)
+            right(in_thread(lambda: subject.forward(x, ids)), ids)
+        right(subject.call(x), ids)
+        if plain is not None:  # another model, another thread: the active adapter
+            assert torch.equal(other.call(x), plain)
+            assert torch.equal(in_thread(lambda: subject.call(x)), plain)
+        raise KeyError
+    if plain is not None:
+        assert torch.equal(subject.call(x), plain)
+    if case.source == "pool":
+        slots = [subject.handle.slot_of(n) if n else -1 for n in ids]
+    else:
+        known = list(subject.handle.peft_config)
+        slots = [known.index(n) if n else -1 for n in ids]
+    by_sample = torch.tensor(slots)
+    right(subject.forward(x, by_sample), ids)
+    right(subject.forward(x, by_sample.repeat_interleave(x.shape[1])), ids)
+    alternating = torch.tensor([slots[0], slots[2], -1] * 6)
+    rows = [None if s < 0 else ids[slots.index(s)] for s in alternating.tolist()]
+    right(subject.forward(x, alternating), rows)
+
+
+@invariant(lambda case: case.rows == "mixed", per=("source", "feature"))
+def wrong_ids(case: Case) -> None:
+    """Each kind of wrong ids raises one typed error that names it, and changes nothing."""
+    from fastlora.validation import AdapterNotFoundError
+
+    subject = Subject(case)
+    subject.net.eval()
+    x = subject.x()
+    refused: list[tuple[Any, type[Exception], str]] = [
+        (["en", "frr"] * 3, AdapterNotFoundError, "'frr'"),
+        (torch.tensor([0, 99] * 3), AdapterNotFoundError, "slot 99"),
+        (torch.tensor([0, -2] * 3), AdapterNotFoundError, "slot -2"),
+        ([], ValueError, "ids is empty"),
+        (["en"] * 5, ValueError, "5 adapter ids"),
+        ("en", TypeError, "is the string 'en'"),
+        (torch.tensor([0.5] * 6), TypeError, "torch.float32, expected integers"),
+        (torch.zeros(1, 6, dtype=torch.int64), ValueError, "expected one dimension"),
+    ]
+    for ids, error, message in refused:
+        with pytest.raises(error, match=message), fastlora.adapters(subject.handle, ids):
+            subject.call(x)
+        check(subject, {"y": subject.forward(x)}, x, masks={})
+    with pytest.raises((ValueError, RuntimeError), match="shape|16"):
+        subject.forward(torch.zeros(6, 3, SHAPES["q"][1] + 1, dtype=case.x_dtype))
+    check(subject, {"y": subject.forward(x)}, x, masks={})

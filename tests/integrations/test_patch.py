@@ -1,0 +1,387 @@
+"""`fastlora.patch`: a PEFT model stays one in every way, next to an unpatched twin."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fastlora
+from fastlora.testing import assert_within_budget
+from fastlora.validation import UnsupportedLayerError
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+peft = pytest.importorskip("peft", reason="patches PEFT models")
+LoraLayer = peft.tuners.lora.LoraLayer
+pytest.importorskip("transformers", reason="uses a Llama")
+
+IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def peft_model(**config: Any) -> Any:
+    """A PEFT model with one random adapter, in float64: equal then means equal in every digit."""
+    torch.manual_seed(1)
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **config}
+    model = peft.get_peft_model(tiny_llama().double(), peft.LoraConfig(**config))
+    randomise(model)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Logits in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def assert_same(model: Any, twin: Any) -> None:
+    """Equal state and outputs, to float64 rounding (torch's own tolerances)."""
+    mine, theirs = model.state_dict(), twin.state_dict()
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=name)
+    torch.testing.assert_close(logits(model), logits(twin))
+
+
+def test_the_whole_life_of_a_model(tmp_path: Path) -> None:
+    """Train, add, set, merge, unmerge, delete, save, load: what the unpatched twin gives."""
+    model, twin = peft_model(), peft_model()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+
+    def step() -> None:
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            m.train()
+            m(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    report = fastlora.patch(model)
+    assert report.fused == len(report.rows) == 6
+    assert isinstance(model, peft.PeftModel)
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters  # optimizer state holds
+    step()
+    assert_same(model, twin)
+
+    for m in (model, twin):
+        torch.manual_seed(5)
+        # New modules too: o_proj was not adapted before.
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
+        m.add_adapter("b", config)
+        randomise(m, seed=3)
+    assert fastlora.fusion_report(model).fused == 8
+    assert_same(model, twin)
+    for action in (
+        lambda m: m.set_adapter("b"),
+        lambda m: m.base_model.set_adapter(["default", "b"]),
+        lambda m: m.merge_adapter(),
+        lambda m: m.unmerge_adapter(),
+        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 3.0),
+        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 1.0),
+        lambda m: m.delete_adapter("default"),
+    ):
+        for m in (model, twin):
+            action(m)
+        assert_same(model, twin)
+
+    model.save_pretrained(tmp_path / "a")
+    twin.save_pretrained(tmp_path / "b")
+    for folder in ("a", "b"):
+        loaded = peft.PeftModel.from_pretrained(tiny_llama().double(), tmp_path / folder / "b")
+        fastlora.patch(loaded)
+        torch.testing.assert_close(logits(loaded), logits(twin))
+    assert_same(model.merge_and_unload(), twin.merge_and_unload())
+
+
+def test_disabling_and_mixed_batches() -> None:
+    """disable_adapter and PEFT's adapter_names go on working."""
+    model, twin = peft_model(), peft_model()
+    fastlora.patch(model)
+    for m in (model, twin):
+        torch.manual_seed(5)
+        m.add_adapter("b", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        randomise(m, seed=3)
+    with model.disable_adapter(), twin.disable_adapter():
+        assert torch.equal(logits(model), logits(twin))
+    names = {"adapter_names": ["b", "__base__"]}
+    with torch.no_grad():
+        mine, theirs = (m.eval()(input_ids=IDS, **names).logits for m in (model, twin))
+    assert torch.equal(mine, theirs)
+
+
+def test_copies_and_unpatch() -> None:
+    """deepcopy and pickle keep the patch; unpatch gives PEFT's classes back."""
+    model = peft_model()
+    classes = [type(m) for m in model.modules()]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    fastlora.patch(model)
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fastlora.fusion_report(other).fused == 6
+        assert torch.equal(logits(other), expected)
+    fastlora.patch(model)  # again: nothing more to do
+    fastlora.unpatch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert fastlora.fusion_report(model).fused == 0
+    assert "fastlora.patch(model) fuses it" in str(fastlora.fusion_report(model))
+
+
+def test_other_scalings_compile_nothing() -> None:
+    """In a compiled patched model, in every way that PEFT sets one; unpatched it has numbers."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = peft_model()
+    fastlora.patch(model)
+    model.add_adapter("late", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    randomise(model, seed=4)
+    model.base_model.set_adapter(["default", "late"])
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    for step in range(6):
+        for layer in layers:
+            if step % 2:
+                layer.scale_layer(0.5 + step)
+            else:
+                layer.set_scale("default", 1.0 + step)
+        torch.testing.assert_close(logits(compiled), logits(model))
+    assert counters["stats"]["unique_graphs"] == 1
+    kinds = [m.scaling.tensors["late"].dtype for m in layers if "late" in m.scaling]
+    assert kinds == [torch.float64] * 4
+    assert {m.scaling.tensors["default"].dtype for m in layers} == {torch.float64}
+    model.float()
+    assert {m.scaling.tensors["default"].dtype for m in layers} == {torch.float32}
+    expected = logits(model)
+    fastlora.unpatch(model)
+    assert {type(layer.scaling) for layer in layers} == {dict}
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_scalings_of_an_adapter_that_was_made_on_the_meta_device(tmp_path: Path) -> None:
+    """PEFT loads it there and puts the file's weights in place: graphs find the scaling."""
+    torch._dynamo.reset()
+    peft_model(lora_alpha=3).save_pretrained(str(tmp_path))
+    model = peft_model()
+    fastlora.patch(model)
+    model.load_adapter(str(tmp_path), "late", low_cpu_mem_usage=True)
+    model.set_adapter("late")
+    layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    assert layer.scaling.tensors["late"] == 0.75
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_any_mix_is_one_graph() -> None:
+    """Of a compiled patched model, whose adapters of a batch vary in number and name."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q", "v"]))
+    randomise(model)
+    fastlora.patch(model)
+    call = model.base_model.model
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4, 16)
+    for names in (["default", "b", None], ["b"] * 3, ["default"] * 3, [None] * 3):
+        with fastlora.adapters(model, names):
+            torch.testing.assert_close(compiled(x), call(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_layer_whose_class_has_changed_is_not_unpatched() -> None:
+    """Before anything else is."""
+    model = peft_model()
+    fastlora.patch(model)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    layers[-1].__class__ = type("Changed", (type(layers[-1]),), {})
+    with pytest.raises(UnsupportedLayerError, match="Changed by now, over FastPeftLinear"):
+        fastlora.unpatch(model)
+    assert all(type(layer.scaling).__name__ == "Scalings" for layer in layers)
+
+
+def hook(model: Any) -> None:
+    """A hook on one base layer."""
+    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.register_forward_hook(
+        lambda *_: None
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "fused", "reason"),
+    [
+        ({"use_dora": True}, None, 6, None),
+        ({"use_dora": True}, hook, 5, "its base layer has forward hooks"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, None, 2, "PEFT's Embedding layer"),
+        ({}, hook, 5, "its base layer has forward hooks"),
+        ({"lora_dropout": 0.1, "lora_bias": True}, None, 6, None),
+    ],
+)
+def test_what_is_not_fused_says_why(
+    config: dict[str, Any],
+    change: Callable[[Any], None] | None,
+    fused: int,
+    reason: str | None,
+) -> None:
+    """A layer that cannot be fused runs as PEFT's or around its base, and the report says so."""
+    model, twin = peft_model(**config), peft_model(**config)
+    for m in (model, twin):
+        if change is not None:
+            change(m)
+    report = fastlora.patch(model)
+    assert report.fused == fused
+    reasons = {row.reason for row in report.rows if not row.fused}
+    assert (not reasons) if reason is None else any(reason in r for r in reasons)
+    assert_same(model, twin)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def quantised(kind: str) -> nn.Module:
+    """A TwoLayers whose q is quantised."""
+    torch.manual_seed(0)
+    model = TwoLayers()
+    if kind == "bitsandbytes":
+        bnb = pytest.importorskip("bitsandbytes")
+        q = bnb.nn.Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
+        q.load_state_dict(model.q.state_dict())
+        model.q = q.to("cpu")
+        model.is_loaded_in_4bit = True
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.q, torchao.Int8WeightOnlyConfig(version=2))
+    return model
+
+
+def dequantised(kind: str) -> nn.Module:
+    """The same in float64, q a plain linear layer with the values that the quantised one has."""
+    model = quantised(kind)
+    linear, bias = nn.Linear(16, 24), model.q.bias
+    with torch.no_grad():
+        model.q.bias = None
+        linear.weight.copy_(model.q(torch.eye(16)).t())
+        linear.bias.copy_(bias)
+    model.q = linear
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
+def test_quantised_base_layers(kind: str) -> None:
+    """Ours and a patched PEFT model over a quantised linear give PEFT's outputs and gradients."""
+    config = {"r": 4, "target_modules": ["q", "v"]}
+    ours = fastlora.get_peft_model(quantised(kind), fastlora.LoraConfig(**config))
+    twin = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    report = fastlora.patch(patched)
+    assert [row.fused for row in report.rows] == [False, True]
+    assert type(patched.base_model.model.q).__name__.startswith("Fast")
+    exact = peft.get_peft_model(dequantised(kind), peft.LoraConfig(**config)).double()
+    x = torch.randn(3, 16)
+    results = []
+    for model in (ours, twin, patched, exact):
+        factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        generator = torch.Generator().manual_seed(3)
+        for parameter in factors.values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        y = model(x.double() if model is exact else x)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), list(factors.values()))])
+    for mine in (results[0], results[2]):
+        for value, near, truth in zip(mine, results[1], results[3], strict=True):
+            assert_within_budget(value, near, truth)
+    with pytest.raises(UnsupportedLayerError, match="dequantise"):
+        ours.merge_and_unload()
+    assert fastlora.fusion_report(ours).fused == 1  # v; nothing was merged
+
+
+def test_gradients_equal_pefts() -> None:
+    """Every gradient of a patched model is the unpatched one's, with several active adapters."""
+    model, twin = peft_model(lora_bias=True), peft_model(lora_bias=True)
+    fastlora.patch(model)
+    for m in (model, twin):
+        torch.manual_seed(5)
+        m.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+        randomise(m, seed=3)
+        m.base_model.set_adapter(["default", "b"])
+        m(input_ids=IDS, labels=IDS).loss.backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name)
+
+
+def test_nothing_to_patch() -> None:
+    """A model without PEFT layers is refused and named."""
+    with pytest.raises(UnsupportedLayerError, match="got a TwoLayers without any"):
+        fastlora.patch(TwoLayers())
+    fastlora.unpatch(nn.Linear(2, 2))  # harmless
+
+
+def mixed_models() -> tuple[Any, Any]:
+    """A patched PEFT model with three adapters, and its unpatched twin."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "a"
+        )
+        model.add_adapter("b", peft.LoraConfig(r=8, use_rslora=True, target_modules="all-linear"))
+        model.add_adapter("c", peft.LoraConfig(r=4, lora_bias=True, target_modules=["k_proj"]))
+        randomise(model)
+        models.append(model.double().eval())
+    fastlora.patch(models[0])
+    return models[0], models[1]
+
+
+def test_mixed_batches_are_pefts() -> None:
+    """`adapter_names=` and `fastlora.adapters` on a patched model give PEFT's results."""
+    patched, twin = mixed_models()
+    ids = torch.randint(0, 97, (5, 6))
+    names = ["b", "__base__", "a", "c", "b"]
+    with torch.no_grad():
+        expected = twin(input_ids=ids, adapter_names=names).logits
+        for _ in range(3):
+            torch.testing.assert_close(patched(input_ids=ids, adapter_names=names).logits, expected)
+            with fastlora.adapters(patched, names):
+                torch.testing.assert_close(patched(input_ids=ids).logits, expected)
+        copied = copy.deepcopy(patched)
+        torch.testing.assert_close(copied(input_ids=ids, adapter_names=names).logits, expected)
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        patched(input_ids=ids, adapter_names=["d"] * 5)
+
+
+def test_mixed_gradients_on_a_patched_model() -> None:
+    """PEFT refuses `adapter_names` in training; inside `adapters` every adapter gets its own."""
+    patched, twin = mixed_models()
+    ids = torch.randint(0, 97, (3, 6))
+    names = ["b", "a", "b"]
+    for model in (patched, twin):
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in key)
+    with fastlora.adapters(patched, names):
+        patched(input_ids=ids).logits.square().sum().backward()
+    for i, name in enumerate(names):
+        twin.set_adapter(name)
+        twin(input_ids=ids[i : i + 1]).logits.square().sum().backward()
+    theirs = dict(twin.named_parameters())
+    for key, parameter in patched.named_parameters():
+        if ".a." in key or ".b." in key:
+            torch.testing.assert_close(parameter.grad, theirs[key].grad, msg=key)
+
+
+def test_mixed_batches_that_cannot_be_routed_are_pefts_own() -> None:
+    """Modules to save: `adapter_names=` goes PEFT's way, `adapters` refuses."""
+    patched, _ = mixed_models()
+    patched.add_adapter(
+        "d", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    ids = torch.randint(0, 97, (2, 6))
+    refused = pytest.raises(fastlora.FastLoraError, match="lm_head.*adapter_names=")
+    with refused, fastlora.adapters(patched, ["a", "b"]):
+        patched(input_ids=ids)
+    with pytest.raises(TypeError, match="got a Linear"), fastlora.adapters(nn.Linear(2, 2), ["a"]):
+        pass

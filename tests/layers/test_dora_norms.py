@@ -1,0 +1,162 @@
+"""DoRA's norms: in factored form, and what a layer keeps of them until something changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora.layers.dora_norms as dora_layer
+from fastlora.autograd.dora import adapted_squares, scale_of, square_norms
+from fastlora.measure import peak_step_bytes
+from tests.support.dora_truth import layer_of, make_problem
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "r", "dtype"),
+    [
+        (33, 20, 3, torch.float32),
+        (1, 300, 16, torch.float32),
+        (2100, 130, 4, torch.bfloat16),
+        (64, 96, 8, torch.float16),
+        (40, 31, 64, torch.float64),
+    ],
+    ids=str,
+)
+def test_norms_in_factored_form(n: int, k: int, r: int, dtype: torch.dtype) -> None:
+    """Against the dense norm in float64; the error of a factored one is that of its terms."""
+    problem = make_problem(1, n, k, r, dtype)
+    squares = adapted_squares(
+        problem.weight, square_norms(problem.weight), problem.lora_a, problem.lora_b, 0.75
+    )
+    wide = problem.to(torch.float64)
+    update = 0.75 * wide.lora_b @ wide.lora_a
+    truth = (wide.weight + update).square().sum(1)
+    terms = (wide.weight.norm(dim=1) + update.norm(dim=1)).square()
+    error = (squares.double() - truth).abs() / terms
+    assert error.max() <= 2 * torch.finfo(dtype).eps
+    assert squares.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
+    """Of a zero row g is 0; a NaN in a row stays in that row."""
+    weight, zeros = torch.eye(3), torch.zeros(3, 1)
+    weight[1], weight[2, 2] = 0, float("nan")
+    for scaling in (2.0, torch.tensor(2.0)):
+        squares = adapted_squares(weight, square_norms(weight), zeros.t(), zeros, scaling)
+        scale = scale_of(torch.tensor([0.5, 3.0, 1.0]), squares)
+        assert scale[0] == 0.5 and scale[1] == 0 and scale[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_makes_no_weight_sized_temporary(dtype: torch.dtype) -> None:
+    """The peak of a norm is a fraction of the weight's bytes."""
+    problem = make_problem(1, 3000, 1024, 4, dtype)
+
+    def norm() -> None:
+        squares = square_norms(problem.weight)
+        adapted_squares(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
+
+    norm()
+    assert peak_step_bytes(norm) < problem.weight.nbytes / 2
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Counts calls of a function that layers make norms with."""
+    calls: list[int] = []
+    before = getattr(dora_layer, name)
+
+    def call(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return before(*args)
+
+    monkeypatch.setattr(dora_layer, name, call)
+    return calls
+
+
+def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base's once; an adapter's in every training forward, and once while only inferring."""
+    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
+    layer.weight.requires_grad_(False)
+    layer.refresh()
+    base, adapter = counted(monkeypatch, "square_norms"), counted(monkeypatch, "adapted_squares")
+    x = torch.randn(5, 20)
+    for _ in range(3):
+        layer(x)
+    assert (len(base), len(adapter)) == (1, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    assert (len(base), len(adapter)) == (1, 4)
+    layer(x)  # an optimizer that moves no version may step behind this
+    with torch.no_grad():
+        layer(x)
+    assert (len(base), len(adapter)) == (1, 6)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    with torch.no_grad():
+        torch.testing.assert_close(copied(x), layer(x))
+    assert (len(base), len(adapter)) == (2, 7)
+
+
+def changes() -> dict[str, Any]:
+    """What may change a norm, and must be seen."""
+
+    def data(layer: Any) -> None:
+        layer.weight.data.mul_(2)
+        layer.refresh()
+
+    def load(layer: Any) -> None:
+        layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()})
+
+    def assign(layer: Any) -> None:
+        state = {n: 2 * t for n, t in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+
+    def merge(layer: Any) -> None:
+        layer.merge()
+        layer.weight.data.mul_(2)
+        layer.unmerge()
+
+    return {
+        "in place": lambda layer: layer.weight.mul_(2),
+        "lora_A": lambda layer: layer.lora_A["default"].weight.mul_(2),
+        "lora_B": lambda layer: layer.lora_B["default"].weight.mul_(2),
+        "magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight.mul_(2),
+        "scaling": lambda layer: layer.set_scale("default", 2.0),
+        ".data and refresh": data,
+        "load_state_dict": load,
+        "load_state_dict(assign=True)": assign,
+        "merge": merge,
+        "to": lambda layer: layer.to(torch.float64).to(torch.float32),
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_a_change_is_seen(change: str) -> None:
+    """After it, outputs are those of a layer that never kept a norm."""
+    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
+    x = torch.randn(5, 20)
+    with torch.no_grad():
+        layer(x)
+        changes()[change](layer)
+        fresh = copy.deepcopy(layer)  # copies keep nothing
+        assert torch.equal(layer(x), fresh(x))
+    assert torch.equal(layer(x), fresh(x))
+
+
+def test_a_base_weight_that_trained() -> None:
+    """An optimizer may step behind a training forward without moving a version."""
+    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
+    x = torch.randn(5, 20)
+    for trains in (False, True, False):
+        layer.weight.requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            y = layer(x)
+        if trains:
+            layer.weight.data.mul_(2)
+    assert torch.equal(y, copy.deepcopy(layer)(x))

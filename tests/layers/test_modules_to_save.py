@@ -1,0 +1,165 @@
+"""Modules that adapters own copies of, beside other adapters: never a target, whoever asks."""
+
+from __future__ import annotations
+
+import cProfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.model.targets import find_targets
+from fastlora.validation import UnsupportedLayerError
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+
+def config(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields})
+
+
+def adapted_names(model: LoraModel, adapter: str) -> set[str]:
+    """The modules that an adapter has factors on."""
+    modules = model.get_base_model().named_modules()
+    return {name for name, module in modules if adapter in getattr(module, "lora_A", ())}
+
+
+def names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules()}
+
+
+def test_all_linear_beside_a_copied_head(tmp_path: Path) -> None:
+    """The second adapter's modules are those that it has alone; both load alone, in any order."""
+    pytest.importorskip("transformers")
+    model = get_peft_model(
+        tiny_llama(), config(target_modules="all-linear", modules_to_save=["lm_head"]), "a"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the head is no target anyway: nothing to say
+        model.add_adapter("b", config(target_modules="all-linear", modules_to_save=["norm"]))
+        model.add_adapter("c", config(target_modules="all-linear"))
+    alone = get_peft_model(tiny_llama(), config(target_modules="all-linear"), "c")
+    expected = adapted_names(alone, "c")
+    assert len(expected) == 14
+    for name in "abc":
+        assert adapted_names(model, name) == expected
+        targets = model.peft_config[name].target_modules
+        assert targets == alone.peft_config["c"].target_modules
+
+    randomise(model)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".modules_to_save." in key:
+                parameter.add_(1.0)
+    model.save_pretrained(tmp_path)
+    x = torch.arange(12).reshape(2, 6)
+    for first, second in ("ab", "ba", "cb", "ac"):
+        loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path / first, first)
+        loaded.load_adapter(tmp_path / second, second)
+        for name in (first, second):
+            model.set_adapter(name)
+            loaded.set_adapter(name)
+            with torch.no_grad():
+                assert torch.equal(model.eval()(x).logits, loaded.eval()(x).logits)
+    model.load_adapter(tmp_path / "a", "a")  # and over what is there
+
+
+def test_two_classifiers() -> None:
+    """The head of a task is a copy for each; a saved list of targets has no path into one."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.LlamaConfig(**{**tiny_llama().config.to_dict(), "pad_token_id": 96})
+    model = get_peft_model(
+        transformers.LlamaForSequenceClassification(settings),
+        config(target_modules="all-linear", task_type="SEQ_CLS"),
+        "a",
+    )
+    model.add_adapter("b", config(target_modules="all-linear", task_type="SEQ_CLS"))
+    for name in "ab":
+        assert not [t for t in model.peft_config[name].target_modules if "score" in t]
+        assert not [n for n in adapted_names(model, name) if "score" in n]
+    assert list(model.get_base_model().score.modules_to_save) == ["a", "b"]
+
+
+class Block(nn.Module):
+    """A part with two linears, to be copied whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 8)
+
+
+class Stack(nn.Module):
+    """Many linears, so that saved names are shortened; and one known by two names."""
+
+    def __init__(self, blocks: int = 12) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.again = self.shared
+
+
+def test_all_linear_beside_a_copied_block() -> None:
+    """What is left out is said, and the shortened names don't match it in a bare model either."""
+    model = get_peft_model(
+        Stack(), LoraConfig(r=2, target_modules=["shared"], modules_to_save=["blocks.3"]), "a"
+    )
+    with pytest.warns(UserWarning, match=r"leaves out 'blocks.3.up' and 1 more: it lies in 'bl"):
+        model.add_adapter("b", LoraConfig(r=2, target_modules="all-linear"))
+    expected = {f"blocks.{i}.{part}" for i in range(12) for part in ("up", "down") if i != 3}
+    assert adapted_names(model, "b") == expected | {"shared"}
+    assert set(find_targets(Stack(), model.peft_config["b"])) == expected | {"shared"}
+
+
+def test_a_copied_module_with_two_names() -> None:
+    """As in the base model, its second name is no module of its own."""
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["up"], "modules_to_save": ["shared"]}
+    model = get_peft_model(Stack(2), LoraConfig(**fields), "a")
+    with pytest.warns(UserWarning, match="leaves out 'shared': it is a module that adapters"):
+        model.add_adapter("b", LoraConfig(r=2, target_modules="all-linear"))
+    assert adapted_names(model, "b") == {f"blocks.{i}.{p}" for i in (0, 1) for p in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["shared", "up"]}, r"target module 'blocks.1.up' lies in 'blocks.1'"),
+        ({"target_modules": r"blocks\.\d\.up"}, r"'blocks.1.up' .* adapters \['a'\] own copies"),
+        ({"target_modules": ["shared"], "modules_to_save": ["down"]}, "names 'blocks.1.down'"),
+        ({"target_modules": ["shared"], "modules_to_save": ["blocks"]}, "own copies of 'blocks.1'"),
+        ({"target_modules": ["modules_to_save.a.up", "shared", "head"]}, "'head' is a module that"),
+    ],
+)
+def test_what_would_reach_into_a_copy_is_refused(fields: dict[str, Any], words: str) -> None:
+    """By one typed error, before anything changes."""
+    stack = nn.ModuleDict({"shared": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    stack["blocks"] = nn.Sequential(Block(), Block(), Block())
+    model = get_peft_model(
+        stack,
+        LoraConfig(r=2, target_modules=["shared"], modules_to_save=["blocks.1", "head"]),
+        "a",
+    )
+    before, adapters = names(model), list(model.peft_config)
+    with pytest.raises(UnsupportedLayerError, match=words):
+        model.add_adapter("b", LoraConfig(r=2, **fields))
+    assert names(model) == before and list(model.peft_config) == adapters
+    # Taken away by its own config, it is no target; neither is the inside of another's copy.
+    own = {"target_modules": ["up", "modules_to_save.a.up"], "exclude_modules": ["blocks.1.up"]}
+    with pytest.warns(UserWarning, match=r"entries \['modules_to_save.a.up'\]"):
+        model.add_adapter("b", LoraConfig(r=2, **own))
+    assert adapted_names(model, "b") == {"blocks.0.up", "blocks.2.up"}
+
+
+def test_adding_a_copy_costs_the_same_whatever_is_there() -> None:
+    """The 64th adapter with a copy of its own takes the calls that the second took."""
+    fields: dict[str, Any] = {"target_modules": ["q", "v"], "modules_to_save": ["head"]}
+    model = get_peft_model(TwoLayers(), LoraConfig(**fields), "a0")
+    calls = []
+    for i in range(1, 64):
+        made, profile = LoraConfig(**fields), cProfile.Profile()
+        profile.runcall(model.add_adapter, f"a{i}", made)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[-1] == calls[0]

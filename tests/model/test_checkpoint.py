@@ -1,0 +1,369 @@
+"""Adapter folders against PEFT's own, and against files that lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+
+from fastlora.model import adapter_folder as checkpoint
+from fastlora.model import tensor_file
+from fastlora.model.adapter_folder import (
+    WEIGHTS_NAME,
+    inspect_adapter_folder,
+    load_adapter_folder,
+    save_adapter_folder,
+)
+from fastlora.model.config import CONFIG_NAME, LoraConfig
+from fastlora.validation import CheckpointError
+
+PRE = "base_model.model."
+
+
+class Model(nn.Module):
+    """One name is also a common adapter name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.q = nn.Linear(4, 6)
+        self.deep = nn.ModuleDict({"q": nn.Linear(4, 6), "v": nn.Linear(4, 5)})
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.q(x) + self.deep["q"](x)) + self.deep["v"](x).sum(-1, keepdim=True)
+
+
+def factors(r: int = 2, *names: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name in names or ("q", "deep.q"):
+        tensors[f"{PRE}{name}.lora_A.weight"] = torch.randn(r, 4).to(dtype)
+        tensors[f"{PRE}{name}.lora_B.weight"] = torch.randn(6, r).to(dtype)
+    return tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_adapter_folder(tmp_path / "a", LoraConfig(r=2, target_modules=["q"]), factors())
+    return tmp_path / "a"
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter_folder(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    with pytest.raises(CheckpointError):
+        inspect_adapter_folder(folder)
+    return message
+
+
+# ------------------------------------------------------------------------------------- with PEFT
+
+PEFT_CONFIGS = [
+    {"target_modules": ["q"]},
+    {"target_modules": ["q", "v"], "rank_pattern": {"deep.q": 1}, "alpha_pattern": {"v": 3}},
+    {"target_modules": ["q"], "lora_bias": True, "use_rslora": True},
+    {"target_modules": ["q", "v"], "use_dora": True},
+    {"target_modules": ["q"], "bias": "lora_only"},
+    {"target_modules": ["q"], "bias": "all", "modules_to_save": ["head"]},
+    {"target_modules": ["q", "embed"], "modules_to_save": ["head", "v"]},
+    {"target_modules": ["q"], "init_lora_weights": "orthogonal"},
+    {"target_modules": ["q"], "task_type": "CAUSAL_LM"},
+]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("fields", PEFT_CONFIGS, ids=lambda f: json.dumps(f)[:60])
+def test_files_cross_both_ways(tmp_path: Path, fields: dict[str, object]) -> None:
+    peft = pytest.importorskip("peft")
+    base = Model()
+    base.config = None
+    base.prepare_inputs_for_generation = None  # what PEFT's causal LM wrapper looks for
+    state = {k: v.clone() for k, v in base.state_dict().items()}
+    theirs = randomised(peft.get_peft_model(base, peft.LoraConfig(r=2, **fields)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / WEIGHTS_NAME)
+
+    file = load_adapter_folder(tmp_path / "theirs")
+    kinds = {key: k.kind for key, k in file.keys.items()}
+    assert set(kinds) == set(stored)
+    assert set(file.tensors) == {k for k in stored if kinds[k] != "duplicate"}
+    for key, tensor in file.tensors.items():
+        assert torch.equal(tensor, stored[key]) and tensor.dtype == stored[key].dtype
+    assert file.modules == sorted(theirs.base_model.targeted_module_names)
+    for name in file.modules:
+        layer = theirs.base_model.model.get_submodule(name)
+        assert file.config.scaling_for(name) == layer.scaling["default"]
+
+    save_adapter_folder(tmp_path / "ours", file.config, file.tensors)
+    fresh = Model()
+    fresh.load_state_dict(state)
+    fresh.config = None
+    fresh.prepare_inputs_for_generation = None
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
+    x = torch.randn(3, 4)
+    assert torch.equal(again.base_model.model(x), theirs.base_model.model(x))
+    metadata = _metadata(tmp_path / "ours" / WEIGHTS_NAME)
+    assert metadata == _metadata(tmp_path / "theirs" / WEIGHTS_NAME) == {"format": "pt"}
+
+
+def _metadata(path: Path) -> object:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length])["__metadata__"]
+
+
+def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=16,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(
+            transformers.LlamaForCausalLM(config),
+            peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]),
+        )
+        model.save_pretrained(tmp_path)
+    kinds = {
+        key.removeprefix(PRE): parts.kind
+        for key, parts in load_adapter_folder(tmp_path).keys.items()
+    }
+    assert kinds == {
+        "model.layers.0.self_attn.q_proj.lora_A.weight": "lora_A",
+        "model.layers.0.self_attn.q_proj.lora_B.weight": "lora_B",
+        "model.embed_tokens.lora_embedding_A": "lora_embedding_A",
+        "model.embed_tokens.lora_embedding_B": "lora_embedding_B",
+        "model.embed_tokens.base_layer.weight": "base",
+        "lm_head.weight": "saved",
+    }
+
+
+def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["v"], use_dora=True))
+    model.save_pretrained(tmp_path)
+    magnitude = next(k for k in load_adapter_folder(tmp_path).tensors if "magnitude" in k)
+    assert inspect_adapter_folder(tmp_path).keys[magnitude].kind == "magnitude"
+    data = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**data, "use_dora": False}))
+    assert "the config says use_dora=False" in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = factors(2, dtype=dtype)
+    tensors[f"{PRE}q.lora_A.weight"][0, 0] = float("nan")  # a value, not an error
+    shared = tensors[f"{PRE}deep.q.lora_B.weight"]
+    tensors[f"{PRE}q.lora_B.weight"] = shared  # aliased
+    tensors[f"{PRE}deep.q.lora_A.weight"] = torch.randn(4, 2).to(dtype).t()  # not contiguous
+    config = LoraConfig(r=2, target_modules=["q"])
+    save_adapter_folder(tmp_path, config, tensors)
+    file = load_adapter_folder(tmp_path)
+    assert list(file.tensors) == list(file.infos)
+    for key, tensor in tensors.items():
+        assert file.tensors[key].dtype == dtype
+        assert torch.equal(file.tensors[key].nan_to_num(7.0), tensor.nan_to_num(7.0))
+    file.tensors[f"{PRE}q.lora_B.weight"].zero_()  # memory of its own: neither file nor neighbour
+    again = load_adapter_folder(tmp_path)
+    assert torch.equal(again.tensors[f"{PRE}q.lora_B.weight"], shared)
+    assert torch.equal(file.tensors[f"{PRE}deep.q.lora_B.weight"], shared)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert config.inference_mode is False and file.config.inference_mode is True
+
+
+def test_inspect_reads_no_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "read_tensors", None)
+    header = inspect_adapter_folder(folder)
+    assert header.modules == ["deep.q", "q"]
+    info = header.infos[f"{PRE}q.lora_B.weight"]
+    assert (info.shape, info.dtype, info.nbytes) == ((6, 2), torch.float32, 48)
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "replace"])
+def test_failed_save_leaves_the_old_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if step == "replace":
+        monkeypatch.setattr(checkpoint.os, "replace", fail)
+    else:
+        monkeypatch.setattr(checkpoint, "flush_to_disk", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter_folder(folder, LoraConfig(r=3, target_modules=["q"]), factors(3))
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_full_disk_is_a_named_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def fail(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_file, "save_file", fail)
+    with pytest.raises(CheckpointError, match="could not be written.*No space left"):
+        save_adapter_folder(folder, LoraConfig(r=3, target_modules=["q"]), factors(3))
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_nothing_inconsistent_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"shape \(2, 4\).*expected rank 3"):
+        save_adapter_folder(tmp_path / "a", LoraConfig(r=3, target_modules=["q"]), factors(2))
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file, expected a folder"):
+        save_adapter_folder(tmp_path / "file", LoraConfig(r=2, target_modules=["q"]), factors(2))
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def test_missing_things_say_what_to_do(tmp_path: Path, folder: Path) -> None:
+    assert "snapshot_download" in refusal(Path("some-org/some-adapter"))
+    assert "is a file" in refusal(folder / WEIGHTS_NAME)
+    assert (
+        f"has no {CONFIG_NAME} and no {WEIGHTS_NAME}; there are adapters in its subfolders a"
+        in (refusal(tmp_path))
+    )
+    (folder / WEIGHTS_NAME).unlink()
+    assert f"has no {WEIGHTS_NAME}" in refusal(folder)
+    torch.save({}, folder / "adapter_model.bin")
+    message = refusal(folder)
+    assert "pickle" in message and "torch.load(bin_path, weights_only=True)" in message
+
+
+def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    bin_path, safetensors_path = folder / "adapter_model.bin", folder / WEIGHTS_NAME
+    torch.save(tensors, bin_path)
+    safetensors_path.unlink()
+    save_file(torch.load(bin_path, weights_only=True), safetensors_path, metadata={"format": "pt"})
+    assert set(load_adapter_folder(folder).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"peft_type": "LOHA", "r": 2}', "peft_type is 'LOHA', expected 'LORA'"),
+        ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
+        ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
+        ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),
+        ('{"r": 2, "init_lora_weights": "pissa"}', "path_initial_model_for_weight_conversion"),
+    ],
+)
+def test_bad_config_file(folder: Path, text: str, words: str) -> None:
+    (folder / CONFIG_NAME).write_text(text)
+    message = refusal(folder)
+    assert words in message and CONFIG_NAME in message
+
+
+A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "words"),
+    [
+        ({}, {A: None}, f"{B!r} has no partner, expected lora_A of 'q'"),
+        ({}, {B: None}, f"{A!r} has no partner, expected lora_B of 'q'"),
+        ({}, {A: (3, 4)}, f"{A!r} has shape (3, 4) (rank, in), so rank 3; expected rank 2"),
+        ({}, {B: (6, 3)}, f"{B!r} has shape (6, 3) (out, rank), so rank 3; expected rank 2"),
+        ({}, {A: (8,)}, f"{A!r} has shape (8,), expected 2 dimensions"),
+        ({}, {A: (2, 4, 3, 3)}, "convolutions are not implemented"),
+        ({"r": 4}, {}, "expected rank 4"),
+        (
+            {"rank_pattern": {"deep.q": 1}},
+            {},
+            "which r and rank_pattern of the config give 'deep.q'",
+        ),
+        ({"lora_bias": True}, {}, "'deep.q' has no lora_B.bias"),
+        (
+            {"lora_bias": True},
+            {f"{PRE}q.lora_B.bias": (5,), f"{PRE}deep.q.lora_B.bias": (6,)},
+            "(5,)",
+        ),
+        ({}, {f"{PRE}q.lora_B.bias": (6,)}, "lora_bias=False"),
+        ({}, {f"{PRE}q.base_layer.bias": (6,)}, f"unknown key '{PRE}q.base_layer.bias'"),
+        ({}, {f"{PRE}other.weight": (6,)}, f"unknown key '{PRE}other.weight'"),
+        ({"modules_to_save": ["head"]}, {f"{PRE}heads.weight": (6,)}, "unknown key"),
+        ({}, {"q.lora_A.weight": (2, 4)}, f"expected the prefix {PRE!r}"),
+        ({}, {f"{PRE}mha.lora_A": (2, 4)}, "nn.MultiheadAttention"),
+        ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config says use_dora=False"),
+        ({"use_dora": True}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "has no lora_magnitude"),
+        (
+            {"use_dora": True},
+            {f"{PRE}q.lora_magnitude_vector": (5,), f"{PRE}deep.q.lora_magnitude_vector": (6,)},
+            "has shape (5,), expected (6,)",
+        ),
+        (
+            {"use_dora": True},
+            {f"{PRE}{m}.lora_magnitude_vector": (6,) for m in ("q", "deep.q", "v")},
+            "has no factors, expected lora_B of 'v'",
+        ),
+        ({}, {f"{PRE}e.token_adapter.trainable_tokens_delta": (6, 1)}, "trainable_token_indices"),
+        ({}, {f"{PRE}e.lora_embedding_A": (2, 7)}, "expected lora_embedding_B of 'e'"),
+    ],
+)
+def test_tensors_that_contradict(
+    folder: Path,
+    fields: dict[str, object],
+    change: dict[str, tuple[int, ...] | None],
+    words: str,
+) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    for key, shape in change.items():
+        if shape is None:
+            del tensors[key]
+        else:
+            tensors[key] = torch.zeros(shape)
+    save_file(tensors, folder / WEIGHTS_NAME)
+    LoraConfig(**{"r": 2, "target_modules": ["q"], **fields}).save_pretrained(folder)
+    assert words in refusal(folder)
+
+
+def test_integer_factors_and_empty_files(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    save_file({**tensors, A: torch.zeros(2, 4, dtype=torch.int32)}, folder / WEIGHTS_NAME)
+    assert "dtype torch.int32" in refusal(folder)
+    save_file({}, folder / WEIGHTS_NAME)
+    assert "holds no LoRA factors" in refusal(folder)
+
+
+def test_unknown_config_keys_are_named_once(folder: Path) -> None:
+    data = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**data, "new_field": 1, "other_new": 2}))
+    with pytest.warns(UserWarning) as caught:
+        load_adapter_folder(folder)
+    assert [("new_field" in str(w.message), "other_new" in str(w.message)) for w in caught] == [
+        (True, True)
+    ]

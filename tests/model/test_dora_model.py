@@ -1,0 +1,191 @@
+"""DoRA on models: SmolLM2 against PEFT, files both ways, patched models, quantised base layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.layers import FastLoraWrapper
+from fastlora.layers.dense import dense_weight
+from fastlora.model.adapter_folder import load_adapter_folder
+from fastlora.ops import schema as ops
+from fastlora.validation import CheckpointError
+from tests.integrations.test_patch import quantised
+from tests.support.dora_truth import fixed_seed
+from tests.support.masked_peft import LINEARS, check_three_layers, randomise
+from tests.support.tiny import tiny_llama
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+pytest.importorskip("transformers", reason="the models are transformers'")
+
+IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(5))
+CONFIG = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_real_model_is_pefts(
+    fresh_smollm2: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    p: float,
+    patched: bool,
+) -> None:
+    """Three layers of SmolLM2, every linear: logits and every gradient, against float64."""
+    monkeypatch.setattr(ops, "draw_seed", fixed_seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": p}
+    mine = check_three_layers(fresh_smollm2, dtype, {**config, "use_dora": True}, patched=patched)
+    assert sum(q.requires_grad for q in mine.parameters()) == 3 * LINEARS
+    if p:
+        report = fastlora.fusion_report(mine)
+        assert report.fused == 0 and {"second base product" in r.reason for r in report.rows} == {
+            True
+        }
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_files_cross_both_ways(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Saved here and loaded in PEFT, and the reverse, with equal logits and equal files."""
+    fields = {**CONFIG, **options, "use_dora": True, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields)).eval()
+    mine = get_peft_model(tiny_llama(), LoraConfig(**fields)).eval()
+    for model in (theirs, mine):
+        randomise(model)
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine.save_pretrained(tmp_path / "mine")
+    with torch.no_grad():
+        for saved, path in ((theirs, tmp_path / "theirs"), (mine, tmp_path / "mine")):
+            expected = saved(input_ids=IDS).logits
+            for cls in (LoraModel, peft.PeftModel):
+                loaded = cls.from_pretrained(tiny_llama(), path).eval()
+                torch.testing.assert_close(loaded(input_ids=IDS).logits, expected)
+    files = [load_adapter_folder(tmp_path / name).tensors for name in ("mine", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert sum("lora_magnitude_vector" in key for key in files[0]) == 6
+    assert [t.shape for t in files[0].values()] == [files[1][k].shape for k in files[0]]
+
+
+def test_the_life_of_dora_adapters(tmp_path: Path) -> None:
+    """add, set, disable, load over, merge, unmerge, delete, merge_and_unload: PEFT's outputs."""
+    theirs = peft.get_peft_model(tiny_llama().double(), peft.LoraConfig(**CONFIG, use_dora=True))
+    mine = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG, use_dora=True))
+    for model, make in ((theirs, peft.LoraConfig), (mine, LoraConfig)):
+        model.add_adapter("plain", make(r=2, target_modules=["q_proj"]))
+        model.add_adapter("second", make(r=3, target_modules=["q_proj"], use_dora=True))
+        randomise(model)
+
+    def same() -> None:
+        with torch.no_grad():
+            results = [m.eval()(input_ids=IDS).logits for m in (mine, theirs)]
+        torch.testing.assert_close(*results)
+
+    same()
+    for action in (
+        lambda m: m.base_model.set_adapter(["default", "plain", "second"]),
+        lambda m: m.merge_adapter(safe_merge=True),
+        lambda m: m.unmerge_adapter(),
+        lambda m: m.set_adapter("second"),
+        lambda m: m.delete_adapter("second"),
+        lambda m: m.set_adapter("default"),
+    ):
+        for model in (mine, theirs):
+            action(model)
+        same()
+    trained = {n for n, p in mine.named_parameters() if p.requires_grad}
+    assert any("lora_magnitude_vector.default.weight" in n for n in trained)
+    with mine.disable_adapter(), theirs.disable_adapter():
+        same()
+    mine.save_pretrained(tmp_path, selected_adapters=["default"])
+    with torch.no_grad():
+        before = mine(input_ids=IDS).logits
+        for name, parameter in mine.named_parameters():
+            if "default" in name:
+                parameter.mul_(3)
+    mine.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(mine(input_ids=IDS).logits, before)
+    plain = LoraConfig(**CONFIG)
+    other = get_peft_model(tiny_llama().double(), plain)
+    with pytest.raises(CheckpointError, match="use_dora=True, where the loaded adapter"):
+        other.load_adapter(tmp_path, "default")
+    with torch.no_grad():
+        merged = [m.merge_and_unload()(input_ids=IDS).logits for m in (mine, theirs)]
+    torch.testing.assert_close(*merged)
+    torch.testing.assert_close(merged[0], before)
+
+
+def test_a_16_bit_model_starts_as_its_base() -> None:
+    """fp32 magnitudes are not rounded to bf16 first, as PEFT's are: g is 1 to fp32 rounding."""
+    base = tiny_llama().bfloat16()
+    with torch.no_grad():
+        expected = base(input_ids=IDS).logits
+    model = get_peft_model(base, LoraConfig(**CONFIG, use_dora=True)).eval()
+    magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]
+    assert magnitudes and all(p.dtype == torch.float32 for p in magnitudes)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_copies_of_a_model_and_refresh() -> None:
+    """deepcopy keeps the numbers; refresh on the model makes writes through .data seen."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG, use_dora=True)).eval()
+    randomise(model)
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, expected)
+        for layer in model.base_model.model.model.layers:
+            layer.self_attn.q_proj.weight.data.mul_(2)
+            layer.self_attn.q_proj.lora_A["default"].weight.data.mul_(2)
+        fastlora.refresh(model)
+        assert torch.equal(model(input_ids=IDS).logits, copy.deepcopy(model)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
+def test_quantised_base_layers(kind: str) -> None:
+    """Over a quantised linear ours is PEFT's layer, and a patched one is too, with gradients."""
+    config = {"r": 4, "target_modules": ["q", "v"], "use_dora": True}
+    theirs = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    randomise(theirs)
+    state = {n: t for n, t in theirs.state_dict().items() if "lora_" in n}
+    ours = get_peft_model(quantised(kind), LoraConfig(**config))
+    patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    report = fastlora.patch(patched)
+    assert [row.fused for row in report.rows] == [False, True]
+    x = torch.randn(3, 16)
+    results = []
+    for model in (theirs, ours, patched):
+        model.load_state_dict(state, strict=False)
+        y = model(x)
+        named = dict(sorted(model.named_parameters()))
+        trained = [p for n, p in named.items() if "lora_" in n and p.requires_grad]
+        results.append([y.detach(), *torch.autograd.grad(y.pow(2).sum(), trained)])
+        if kind != "bitsandbytes":  # whose evaluation on a CPU takes no layer as small as this
+            results[-1].append(model.eval()(x).detach())
+    for other in results[1:]:
+        assert len(other) == len(results[0]) >= 7
+        for mine, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_a_4_bit_layer_in_evaluation() -> None:
+    """bitsandbytes repacks the weight then, on some CPUs; the norm and a merge see the same one."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(128, 96, compute_dtype=torch.float32, quant_type="nf4")
+    layer = FastLoraWrapper(base.to("cpu"))
+    layer.add_adapter("a", r=4, use_dora=True, init_lora_weights=False)
+    layer.set_adapter("a")
+    x = torch.randn(5, 128)
+    expected, weight = layer(x).detach(), dense_weight(base)
+    with torch.no_grad():
+        for _ in range(2):
+            y = layer.eval()(x)
+    # In evaluation bitsandbytes computes in bf16 there.
+    assert (dense_weight(base) - weight).abs().max() < 2**-7 * weight.abs().max()
+    assert (y - expected).abs().max() < 2**-6 * expected.abs().max()

@@ -1,0 +1,252 @@
+"""What drop-in users do to models, next to PEFT itself: dtypes, changed modules, merging."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import fastlora
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+from fastlora.layers import FastLoraWrapper
+from fastlora.testing import assert_within_budget
+from fastlora.validation import (
+    UnsupportedLayerError,
+)
+from tests.support.peft_twins import q_of, twins
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+pytest.importorskip("transformers", reason="uses a Llama")
+
+IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+def test_autocast_of_a_whole_model() -> None:
+    """Under bf16 autocast, layers that get bf16 inputs over fp32 weights compute and train."""
+    ours, theirs, patched = twins(tiny_llama, target_modules="all-linear")
+    # transformers' own loss is fp32.
+    logits = copy.deepcopy(theirs).double()(input_ids=IDS).logits[:, :-1]
+    exact = nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+    losses = []
+    for model in (ours, theirs, patched):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(losses[0], losses[2])
+    assert_within_budget(losses[0], losses[1].bfloat16(), exact.detach())
+    grads = [p.grad for n, p in ours.named_parameters() if "lora_" in n]
+    assert all(g is not None and g.dtype == torch.float32 for g in grads)
+
+
+def test_backward_inside_autocast() -> None:
+    """A forward outside autocast can have its backward inside, in the forward's dtype."""
+    ours, theirs, _ = twins(TwoLayers)
+    x = torch.randn(3, 16)
+    y = ours(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    # The layers after q run their backward in bf16.
+    models = copy.deepcopy(theirs).bfloat16(), theirs.double()
+    for model in models:
+        model(x.to(q_of(model).weight.dtype)).sum().backward()
+    gradients = [q_of(model).lora_A["default"].weight.grad for model in (ours, *models)]
+    assert gradients[0].dtype == torch.float32
+    assert_within_budget(*gradients)
+
+
+def test_training_after_inference_mode() -> None:
+    """Nothing made in inference mode is kept for a later backward."""
+    for model in twins(TwoLayers):
+        with torch.inference_mode():
+            model(torch.randn(3, 16))
+        model(torch.randn(3, 16)).sum().backward()
+
+
+def test_fp16_keeps_its_range() -> None:
+    """A large scaling on a large s overflows fp16 only where the result does."""
+    x, lora_a = torch.full((1, 256), 200.0).half(), torch.full((1, 256), 0.05)
+    lora_b, weight = torch.full((4, 1), 1e-3), torch.zeros(4, 256).half()
+    y = fastlora.functional.lora_linear(x, weight, lora_a, lora_b, 32.0)
+    near, exact = (
+        (x.to(kind) @ lora_a.to(kind).t()) @ (32 * lora_b.to(kind)).t()
+        for kind in (torch.float16, torch.float64)
+    )
+    assert y.dtype == torch.float16
+    assert_within_budget(y, near, exact)
+
+
+# --------------------------------------------------------- modules that users and libraries change
+
+
+def change_hooks(layer: Any) -> None:
+    """A hook that doubles what lora_B returns."""
+    layer.lora_B["default"].register_forward_hook(lambda _, __, y: 2 * y)
+
+
+def change_norm(layer: Any) -> None:
+    """A weight norm with its gain at zero switches the adapter off."""
+    nn.utils.weight_norm(layer.lora_A["default"])
+    layer.lora_A["default"].weight_g.data.zero_()
+
+
+class Tenfold(nn.Module):
+    """In place of dropout."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Ten times x."""
+        return 10 * x
+
+
+def change_dropout(layer: Any) -> None:
+    """A module of the user's in place of dropout."""
+    layer.lora_dropout["default"] = Tenfold()
+
+
+@pytest.mark.parametrize("change", [change_hooks, change_norm, change_dropout])
+def test_changed_factor_modules_are_called(change: Callable[[Any], None]) -> None:
+    """Hooks and replacements on factors and dropout act, and the report says so."""
+    models = twins(TwoLayers)
+    for model in models:
+        change(q_of(model))
+    x = torch.randn(3, 16)
+    ours, theirs, patched = (model(x) for model in models)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(patched, theirs)
+    for model in (models[0], models[2]):
+        report = fastlora.fusion_report(model)
+        assert [row.fused for row in report.rows] == [False, True]
+        assert "adapter 'default'" in report.rows[0].reason
+
+
+def test_offloaded_after_wrapping() -> None:
+    """accelerate's offload hooks on factors are honoured."""
+    accelerate = pytest.importorskip("accelerate")
+    model = get_peft_model(TwoLayers(), LoraConfig(r=4, target_modules=["q", "v"]))
+    randomise(model)
+    x = torch.randn(3, 16)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_factors_on_another_device_are_refused() -> None:
+    """Never garbage: a factor left on the meta device raises."""
+    layer = FastLoraLinear(8, 8, r=2)
+    layer.lora_A["default"].to("meta")
+    with pytest.raises(ValueError, match="lora_a is on meta, expected cpu"):
+        layer(torch.randn(2, 8))
+
+
+def test_a_linear_with_more_than_a_weight_stays_as_it_is() -> None:
+    """Extra state survives, and unloading gives the very module back."""
+    model = TwoLayers()
+    model.q.register_buffer("statistics", torch.ones(3))
+    q, v = model.q, model.v
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q", "v"]))
+    assert isinstance(adapted.base_model.model.q, FastLoraWrapper)
+    assert "base_model.model.q.base_layer.statistics" in adapted.state_dict()
+    bare = adapted.unload()
+    assert bare.q is q
+    assert bare.v is v
+
+
+def test_wrapper_shows_the_weight() -> None:
+    """Models that look at ``layer.weight`` (T5's ``wo``) find the base layer's."""
+    model = TwoLayers()
+    model.q.register_forward_hook(lambda *_: None)
+    weight = model.q.weight
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
+    assert adapted.base_model.model.q.weight is weight
+    assert adapted.base_model.model.q.bias is model.q.bias
+
+
+def test_a_base_that_keeps_its_output_is_not_overwritten() -> None:
+    """A base layer of unknown kind may have kept what it returned."""
+
+    class Keeps(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    layer = FastLoraWrapper(Keeps(8, 8))
+    layer.add_adapter("default", r=2)
+    layer.set_adapter("default")
+    nn.init.normal_(layer.lora_B["default"].weight)
+    with torch.no_grad():
+        y = layer(torch.randn(3, 8))
+    assert not torch.equal(y, layer.base_layer.kept)
+
+
+# ------------------------------------------------------------------------------------- merging
+
+
+def test_merging_a_name_twice_counts_once() -> None:
+    """The same name twice in one call is one merge."""
+    layer = FastLoraLinear(8, 8, r=2)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    layer.merge(adapter_names=["default", "default"])
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_set_adapter_while_disabled_and_merged() -> None:
+    """After the block the adapter set in it acts, not the one merged before."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q"]))
+    randomise(model)
+    x = torch.randn(3, 16)
+    model.set_adapter("b")
+    expected = model(x)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with model.disable_adapter():
+        model.set_adapter("b")
+    assert torch.equal(model(x), expected)
+
+
+def test_unmerge_keeps_what_was_written_meanwhile() -> None:
+    """A state loaded into a merged layer is not undone by unmerge."""
+    layer = FastLoraLinear(8, 8, r=2)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.merge()
+    delta = layer.get_delta_weight("default")
+    with torch.no_grad():
+        layer.weight.copy_(torch.ones(8, 8))
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, torch.ones(8, 8) - delta)
+
+
+@pytest.mark.parametrize("how", ["parametrize", "prune"])
+def test_merging_a_computed_weight_is_refused(how: str) -> None:
+    """A weight that other parameters give cannot take an update."""
+    layer = FastLoraLinear(8, 8, r=2)
+    if how == "prune":
+        prune.l1_unstructured(layer, "weight", 0.2)
+    else:
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with pytest.raises(UnsupportedLayerError, match="parametrization or pruning"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_merging_a_tied_head_by_name() -> None:
+    """Also for adapters given by name, the embedding keeps its weight."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    embedding = model.get_input_embeddings().weight.clone()
+    with pytest.warns(UserWarning, match="its own now"):
+        merged = model.merge_and_unload(adapter_names=["b"])
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    assert not torch.equal(merged.lm_head.weight, embedding)

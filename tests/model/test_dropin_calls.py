@@ -1,0 +1,230 @@
+"""What drop-in users call, next to PEFT itself: its calls, their arguments, its files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import fastlora
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.testing import assert_within_budget
+from fastlora.validation import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedLayerError,
+)
+from tests.support.peft_twins import q_of, twins
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+pytest.importorskip("transformers", reason="uses a Llama")
+
+IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("library", ["peft", "fastlora"])
+def test_the_usual_snippet(library: str, tmp_path: Path) -> None:
+    """PEFT's own quick start, with only the name of the library changed."""
+    names: dict[str, Any] = {"base": tiny_llama, "ids": IDS, "out": str(tmp_path)}
+    snippet = f"""
+from {library} import LoraConfig, PeftModel, TaskType, get_peft_model
+
+config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type=TaskType.CAUSAL_LM)
+model = get_peft_model(base(), config)
+model.print_trainable_parameters()
+model(input_ids=ids, labels=ids).loss.backward()
+model.save_pretrained(out)
+model = PeftModel.from_pretrained(base(), out)
+logits = model(input_ids=ids).logits
+merged = model.merge_and_unload()
+"""
+    exec(snippet, names)
+    assert torch.equal(names["logits"], tiny_llama().eval()(input_ids=IDS).logits)  # B is zero
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_calls_on_the_tuner() -> None:
+    """``model.base_model`` has what PEFT's tuner has, with the same effect."""
+    ours, theirs, _ = twins(TwoLayers)
+    x = torch.randn(3, 16)
+    for model, library in ((ours, fastlora), (theirs, peft)):
+        torch.manual_seed(3)
+        model.add_adapter("b", library.LoraConfig(r=2, target_modules=["q"]))
+        randomise(model, seed=5)
+        model.base_model.set_adapter(["default", "b"])
+    exact = copy.deepcopy(theirs).double()
+
+    def compare(*models: Any) -> None:
+        mine, other, wide = models
+        assert_within_budget(mine(x), other(x), wide(x.double()))
+
+    compare(ours, theirs, exact)
+    for action in (
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(),
+        lambda m: q_of(m).scale_layer(3.0),
+        lambda m: q_of(m).unscale_layer(3.0),
+        lambda m: m.base_model.merge_adapter(),
+        lambda m: m.base_model.unmerge_adapter(),
+        lambda m: m.base_model.delete_adapter("b"),
+    ):
+        for model in (ours, theirs, exact):
+            action(model)
+        compare(ours, theirs, exact)
+    compare(*(model.base_model.merge_and_unload() for model in (ours, theirs, exact)))
+
+
+def test_arguments_of_loading(tmp_path: Path) -> None:
+    """subfolder, config and the arguments without effect are taken; unknown ones are refused."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q"]))
+    model.save_pretrained(tmp_path)
+    fresh = LoraModel.from_pretrained(
+        TwoLayers(), tmp_path, torch_device="cpu", low_cpu_mem_usage=True, revision=None
+    )
+    fresh.load_adapter(tmp_path, "b", subfolder="b", ignore_mismatched_sizes=False)
+    assert q_of(fresh).r == {"default": 2, "b": 4}
+    for call in (
+        lambda: fresh.load_adapter(tmp_path, "c", nonsense=4),
+        lambda: fresh.load_adapter(tmp_path, "c", ignore_mismatched_sizes=True),
+        lambda: fresh.save_pretrained(tmp_path, nonsense=3),
+    ):
+        with pytest.raises(TypeError, match="unexpected|ignore_mismatched"):
+            call()
+
+
+def test_trainability_follows_peft() -> None:
+    """set_adapter trains what it names and leaves the base alone; new adapters start frozen."""
+    models = twins(TwoLayers)[:2]
+    trains = []
+    for model, library in zip(models, (fastlora, peft), strict=True):
+        model.base_model.model.norm.weight.requires_grad_(True)
+        model.set_adapter("default")
+        states = [model.base_model.model.norm.weight.requires_grad]
+        q_of(model).lora_A["default"].requires_grad_(False)
+        model.add_adapter("b", library.LoraConfig(r=2, target_modules=["q"]))
+        states += [p.requires_grad for n, p in model.named_parameters() if ".q.lora" in n]
+        trains.append(states)
+    assert trains[0] == trains[1]
+
+
+def test_a_frozen_loaded_adapter_can_be_trained(tmp_path: Path) -> None:
+    """Loaded for inference it is frozen, until set_adapter says otherwise."""
+    get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"])).save_pretrained(tmp_path)
+    for library in (LoraModel, peft.PeftModel):
+        model = library.from_pretrained(TwoLayers(), tmp_path)
+        assert not any(p.requires_grad for p in model.parameters())
+        model.set_adapter("default")
+        assert any(p.requires_grad for p in model.parameters())
+
+
+def test_one_adapter_with_biases() -> None:
+    """The base's biases belong to all adapters: a second adapter that trains them is refused."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"], bias="all"))
+    with pytest.raises(AdapterStateError, match="'default' trains the base model's biases"):
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["q"], bias="lora_only"))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_modules_to_save_corners() -> None:
+    """Copies of adapted modules, two copies at once, and containers are refused."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    with pytest.raises(UnsupportedLayerError, match="adapts with LoRA"):
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["v"], modules_to_save=["q"]))
+    for name in ("c", "d"):
+        config = LoraConfig(r=2, target_modules=["v"], modules_to_save=["head"])
+        model.add_adapter(name, config)
+    with pytest.raises(AdapterStateError, match="each own a copy"):
+        model.set_adapter(["c", "d"])
+    assert model.active_adapters == ["default"]
+
+    bare = TwoLayers()
+    bare.stack = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(UnsupportedLayerError, match="got ModuleList"):
+        get_peft_model(bare, LoraConfig(r=2, target_modules=["q"], modules_to_save=["stack"]))
+    assert all(p.requires_grad for p in bare.parameters())
+
+
+def test_names_that_modules_use_themselves() -> None:
+    """An adapter cannot be called like a method of the table it is kept in."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    for name, words in (("keys", "a method of nn.ModuleDict"), ("__base__", "the base model")):
+        with pytest.raises(ConfigError, match=f"adapter_name cannot be '{name}', .*{words}"):
+            model.add_adapter(name, LoraConfig(r=2, target_modules=["q"]))
+        with pytest.raises(ConfigError, match=f"adapter_name cannot be '{name}', .*{words}"):
+            q_of(model).add_adapter(name)
+    assert q_of(model).r == {"default": 2}
+
+
+def test_checkpointing_without_transformers_methods() -> None:
+    """A model that says it is checkpointing but has no transformers methods is adapted."""
+    model = TwoLayers()
+    model.is_gradient_checkpointing = True
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
+
+
+def test_multihead_attention_is_refused() -> None:
+    """nn.MultiheadAttention reads its output projection's weight and never calls it."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedLayerError, match="never calls it"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["out_proj"]))
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def test_a_given_state_dict(tmp_path: Path) -> None:
+    """A state without the base's biases is enough; one without a factor is refused by name."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"], bias="all"))
+    state = {n: t for n, t in model.state_dict().items() if "lora_" in n}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2
+    del state["base_model.model.q.lora_A.default.weight"]
+    with pytest.raises(CheckpointError, match=r"no 'base_model.model.q.lora_A.default.weight'"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_resized_embeddings_are_saved_along(tmp_path: Path) -> None:
+    """With a vocabulary that is not the base folder's, the embeddings go with the adapter."""
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    def resized() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        model.resize_token_embeddings(101)
+        return model
+
+    model = get_peft_model(resized(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[97:].fill_(0.5)
+    with pytest.warns(UserWarning, match="embeddings are saved along"):
+        model.save_pretrained(tmp_path / "ours")
+    twin = peft.get_peft_model(resized(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    twin.save_pretrained(tmp_path / "theirs")
+    names = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in ("ours", "theirs")]
+    assert names[0] == names[1]
+    again = LoraModel.from_pretrained(resized(), tmp_path / "ours")
+    assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_fp8_base_weights_get_fp32_factors() -> None:
+    """Factors are never in a dtype that cannot train."""
+
+    class Cast(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    model = TwoLayers()
+    model.q = Cast(16, 24).to(torch.float8_e4m3fn)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
+    assert q_of(adapted).lora_A["default"].weight.dtype == torch.float32
+    adapted(torch.randn(3, 16)).sum().backward()
+    copy.deepcopy(adapted)

@@ -1,0 +1,131 @@
+"""`fastlora.estimate`: counts against the adapters that are really made, and known sizes of OPT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.model.estimate import human_bytes
+from fastlora.validation import ConfigError, TargetNotFoundError
+from tests.support.tiny import TwoLayers, tiny_llama
+
+MIB = 1 << 20
+# Parameters, hidden size, layers, heads, width of the feed-forward, of the embeddings.
+OPT = {
+    "125m": (125_239_296, 768, 12, 12, 3072, 768),
+    "350m": (331_196_416, 1024, 24, 16, 4096, 512),
+    "1.3b": (1_315_758_080, 2048, 24, 32, 8192, 2048),
+}
+
+
+def opt(size: str) -> Any:
+    """An OPT of the real size, without memory."""
+    transformers = pytest.importorskip("transformers", reason="makes OPT")
+    _, hidden, layers, heads, width, embedding = OPT[size]
+    config = transformers.OPTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=width,
+        word_embed_proj_dim=embedding,
+        do_layer_norm_before=size != "350m",
+    )
+    with torch.device("meta"):
+        return transformers.OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "r", "parameters", "mib", "percent"),
+    [
+        ("125m", 16, 1_179_648, 4.5, 0.94),
+        ("350m", 16, 3_145_728, 12, 0.95),
+        ("1.3b", 16, 6_291_456, 24, 0.48),
+        ("125m", 32, 2_359_296, 9, 1.88),
+        ("350m", 32, 6_291_456, 24, 1.90),
+        ("1.3b", 32, 12_582_912, 48, 0.96),
+    ],
+)
+def test_opt(size: str, r: int, parameters: int, mib: float, percent: float) -> None:
+    """What the published recipes for OPT give: r 16 and 32 on q, k, v and out."""
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    found = fastlora.estimate(opt(size), fastlora.LoraConfig(r=r, target_modules=targets))
+    assert found.adapter_parameters == parameters
+    assert found.base_parameters == OPT[size][0]
+    assert found.weight_bytes == found.gradient_bytes == mib * MIB
+    assert found.optimizer_bytes == 2 * mib * MIB
+    assert found.training_bytes == 4 * mib * MIB
+    assert found.base_bytes == 4 * OPT[size][0]
+    assert round(100 * found.share, 2) == percent
+    for words in (f"{parameters:,} parameters", f"{percent:.2f} %", f"weights {mib:.1f} MiB"):
+        assert words in str(found)
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"r": 3, "target_modules": "all-linear"},
+    {"r": 4, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.+v_proj": 9}},
+    {"r": 2, "target_modules": ["o_proj"], "lora_bias": True, "modules_to_save": ["norm"]},
+    {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
+    {"r": 2, "target_modules": ["q_proj", "k_proj"], "bias": "lora_only"},
+    {"r": 2, "target_modules": ["up_proj", "lm_head"], "layers_to_transform": [1]},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:these match no module")
+def test_it_counts_what_is_made(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Parameters and bytes are those of the adapter that get_peft_model makes and trains."""
+    pytest.importorskip("transformers")
+    base = tiny_llama().to(dtype)
+    before = list(base.state_dict())
+    made = fastlora.LoraConfig(**config, task_type="CAUSAL_LM")
+    found = fastlora.estimate(base, made)
+    assert list(base.state_dict()) == before and all(p.requires_grad for p in base.parameters())
+    total = sum(p.numel() for p in base.parameters())
+    model = fastlora.get_peft_model(base, made)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found.adapter_parameters == sum(p.numel() for p in trained)
+    assert found.adapter_parameters == model.get_nb_trainable_parameters()[0]
+    assert found.weight_bytes == sum(p.nbytes for p in trained)
+    assert found.base_parameters == total
+
+    # The same before the second adapter, of the model and of what it wraps.
+    assert fastlora.estimate(model, made) == fastlora.estimate(model.get_base_model(), made)
+    assert fastlora.estimate(model, made) == found
+
+
+def test_peft_config_and_optimizers() -> None:
+    """PEFT's own config object counts alike; the optimizer's state follows its kind."""
+    peft = pytest.importorskip("peft")
+    model = TwoLayers()
+    config = peft.LoraConfig(r=2, target_modules=["q", "v"])
+    found = fastlora.estimate(model, config, optimizer_states=1)
+    assert found.adapter_parameters == 2 * (16 + 24) * 2 and found.modules == 2
+    assert found.optimizer_bytes == found.weight_bytes
+    assert fastlora.estimate(model, config, optimizer_states=0).optimizer_bytes == 0
+    half = fastlora.estimate(model.bfloat16(), config, autocast_adapter_dtype=False)
+    assert half.weight_bytes == found.weight_bytes // 2
+
+
+def test_refusals() -> None:
+    """Errors are those of get_peft_model."""
+    model = TwoLayers()
+    with pytest.raises(TargetNotFoundError, match="close names|matches no module"):
+        fastlora.estimate(model, fastlora.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ConfigError, match="expected a LoraConfig"):
+        fastlora.estimate(model, {"r": 8})
+    with pytest.raises(ValueError, match="optimizer_states is -1"):
+        fastlora.estimate(model, fastlora.LoraConfig(target_modules=["q"]), optimizer_states=-1)
+    assert isinstance(model.q, nn.Linear)
+
+
+def test_human_bytes() -> None:
+    """Powers of 1024."""
+    assert [human_bytes(n) for n in (0, 1023, 1024, 9 * MIB, 3 << 40)] == [
+        *("0 bytes", "1023 bytes", "1.0 KiB"),
+        *("9.0 MiB", "3.0 TiB"),
+    ]

@@ -1,0 +1,390 @@
+"""`LoraModel` on small models: adapters, files, and refusals that change nothing."""
+
+from __future__ import annotations
+
+import copy
+import cProfile
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
+from fastlora.layers import FastLoraLinear
+from fastlora.testing import assert_within_budget
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    FastLoraError,
+    TargetNotFoundError,
+    UnsupportedLayerError,
+)
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+CONFIG = {"r": 4, "target_modules": ["q", "v"]}
+
+
+def adapted(**config: Any) -> LoraModel:
+    """A TwoLayers with one random adapter."""
+    torch.manual_seed(0)
+    model = get_peft_model(TwoLayers(), LoraConfig(**{**CONFIG, **config}))
+    randomise(model)
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that a refused call must leave alone."""
+    return {
+        "modules": [(n, id(m)) for n, m in model.named_modules()],
+        "state": {n: t.clone() for n, t in model.state_dict().items()},
+        "trains": [n for n, p in model.named_parameters() if p.requires_grad],
+        "configs": list(getattr(model, "peft_config", {})),
+        "active": getattr(model, "active_adapters", []),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """Compares with an earlier snapshot."""
+    after = snapshot(model)
+    assert {
+        n: torch.equal(t, after["state"][n]) for n, t in before["state"].items()
+    } == dict.fromkeys(after["state"], True)
+    assert all(before[key] == after[key] for key in ("modules", "trains", "configs", "active"))
+
+
+def test_adapters_come_and_go() -> None:
+    """Add, set one, set several, disable, delete: the outputs are those of each alone."""
+    model, x = adapted(), torch.randn(3, 16)
+    base = TwoLayers()
+    base.load_state_dict(
+        {
+            n.replace("base_model.model.", ""): t
+            for n, t in model.state_dict().items()
+            if "lora" not in n
+        }
+    )
+    first = model(x)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["v"], use_rslora=True))
+    randomise(model, seed=8)
+    assert model.active_adapters == ["default"]
+    second_only_v = [n for n, p in model.named_parameters() if "lora" in n and ".b." in n]
+    assert second_only_v == [
+        "base_model.model.v.lora_A.b.weight",
+        "base_model.model.v.lora_B.b.weight",
+    ]
+    model.set_adapter("b")
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == second_only_v
+    alone = model(x)
+    assert not torch.allclose(alone, first)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x), rtol=0, atol=0)
+    model.set_adapter(["default", "b"])
+    both = model(x)
+    assert not torch.allclose(both, alone)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert torch.equal(model(x), alone)
+    torch.testing.assert_close(model.unload()(x), base(x), rtol=0, atol=0)
+
+
+def test_merge_of_a_tied_weight() -> None:
+    """Merging into a head that shares the embedding's weight leaves the embedding alone."""
+    pytest.importorskip("transformers")
+    ids = torch.randint(0, 97, (2, 7))
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+    randomise(model)
+    embedding = model.get_input_embeddings().weight.clone()
+    expected = model(input_ids=ids).logits
+    exact = copy.deepcopy(model).double()(input_ids=ids).logits
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match=r"shares its weight with model\.embed_tokens"):
+        model.merge_adapter()
+    assert_unchanged(model, before)
+    with pytest.warns(UserWarning, match="has its own now"):
+        merged = model.merge_and_unload()
+    assert_within_budget(merged(input_ids=ids).logits, expected, exact)
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    assert merged.config.tie_word_embeddings is False
+
+
+def test_copies() -> None:
+    """deepcopy and pickle of a whole model, also of the class made for transformers."""
+    models: list[tuple[LoraModel, dict[str, torch.Tensor]]] = [
+        (adapted(), {"x": torch.randn(3, 16)})
+    ]
+    if "transformers" in sys.modules:
+        llama = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+        models.append((llama, {"input_ids": torch.arange(8)[None]}))
+    for model, inputs in models:
+        expected = model(**inputs)
+        expected = getattr(expected, "logits", expected)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other) is type(model)
+            result = other(**inputs)
+            assert torch.equal(getattr(result, "logits", result), expected)
+
+
+def test_save_and_load_several(tmp_path: Path) -> None:
+    """PEFT's folder layout; every adapter comes back, onto a bare model or one with adapters."""
+    model = adapted(bias="all", modules_to_save=["head"])
+    # Named like a module and like an attribute: PEFT drops tensors of "default" here.
+    for name in ("q", "lora_A"):
+        model.add_adapter(name, LoraConfig(r=3, target_modules=["q"]))
+    randomise(model)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.normal_()
+        model.base_model.model.norm.bias.normal_()
+    x = torch.randn(3, 16)
+    outputs = {}
+    for name in ("default", "q", "lora_A"):
+        model.set_adapter(name)
+        outputs[name] = model(x)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "q",
+        "lora_A",
+    }
+    base = copy.deepcopy(model).unload()
+    base.head = copy.deepcopy(model.base_model.model.head.original_module)
+    fresh = LoraModel.from_pretrained(base, tmp_path)
+    assert not fresh.training
+    assert not any(p.requires_grad for p in fresh.parameters())
+    fresh.load_adapter(tmp_path / "q", "q", is_trainable=True)
+    fresh.load_adapter(tmp_path / "lora_A", "other")
+    for name, saved in (("default", "default"), ("q", "q"), ("other", "lora_A")):
+        fresh.set_adapter(name, inference_mode=name == "q")
+        assert torch.equal(fresh(x), outputs[saved])
+        # Loaded for inference, an adapter trains once it is set to.
+        assert any(p.requires_grad for p in fresh.parameters()) == (name != "q")
+
+
+def test_load_over_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
+    """Loading a file over an adapter of the same name writes into the same tensors."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    expected = {n: t.clone() for n, t in model.state_dict().items()}
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    randomise(model, seed=99)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
+    other = adapted(lora_alpha=32)
+    with pytest.raises(CheckpointError, match="rank and scaling on q are"):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_a_resized_embedding_is_loaded(tmp_path: Path) -> None:
+    """An embedding that PEFT saved along goes into the base model, and its shape must fit."""
+    pytest.importorskip("transformers")
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors, key = load_file(file), "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, key: torch.ones(97, 64)}, file)
+    loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, torch.ones(97, 64))
+    save_file({**tensors, key: torch.ones(98, 64)}, file)
+    with pytest.raises(CheckpointError, match=r"shape \(98, 64\), this model expects \(97, 64\)"):
+        LoraModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_conv1d_of_transformers() -> None:
+    """GPT-2's transposed linear works through the wrapper, merge included."""
+    pytest.importorskip("transformers")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).eval()
+    ids = torch.randint(0, 50, (2, 5))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4)).eval()  # the default target
+    randomise(model)
+    report = fusion_report(model)
+    assert [row.name.rpartition(".")[2] for row in report.rows] == ["c_attn"]
+    assert report.fused == 0 and "Conv1D" in report.rows[0].reason
+    peft = pytest.importorskip("peft")
+    twin = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, fan_in_fan_out=True)
+    ).eval()
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(mine[name])
+        expected = twin(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected)
+
+
+def test_counts_are_pefts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed line has PEFT's words and the true counts."""
+    adapted().print_trainable_parameters()
+    trainable = 4 * (16 + 24) * 2
+    total = sum(p.numel() for p in TwoLayers().parameters()) + trainable
+    assert capsys.readouterr().out == (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * trainable / total:.4f}\n"
+    )
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[FastLoraError], str]] = {
+    "no target": ({"target_modules": ["qq"]}, TargetNotFoundError, r"'qq'.*close names: q"),
+    "not linear": ({"target_modules": ["norm"]}, UnsupportedLayerError, "'norm' is a LayerNorm"),
+    "no head": (
+        {"modules_to_save": ["lm"]},
+        TargetNotFoundError,
+        r"entries \['lm'\] match no module",
+    ),
+    "rank": ({"rank_pattern": {"q": 0}}, ConfigError, "rank_pattern"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_config_leaves_the_model(case: str) -> None:
+    """On a bare model and on one that has an adapter."""
+    change, error, message = REFUSED[case]
+    bare, model = TwoLayers(), adapted()
+    for target, call in (
+        (bare, lambda c: get_peft_model(bare, c)),
+        (model, lambda c: model.add_adapter("b", c)),
+    ):
+        before = snapshot(target)
+        with pytest.raises(error, match=message):
+            call(LoraConfig(**{**CONFIG, **change}))
+        assert_unchanged(target, before)
+
+
+def test_a_failure_in_the_middle_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory at the second layer: the first one is a plain linear again."""
+
+    def fail(self: FastLoraLinear, name: str, **values: Any) -> None:
+        if self.in_features == 24:
+            raise torch.OutOfMemoryError("no memory for v")
+        original(self, name, **values)
+
+    original: Callable[..., None] = FastLoraLinear.add_adapter
+    monkeypatch.setattr(FastLoraLinear, "add_adapter", fail)
+    bare = TwoLayers()
+    modules = [(n, type(m)) for n, m in bare.named_modules()]
+    with pytest.raises(torch.OutOfMemoryError):
+        get_peft_model(bare, LoraConfig(**CONFIG))
+    assert [(n, type(m)) for n, m in bare.named_modules()] == modules
+    monkeypatch.undo()
+    model = adapted()
+    monkeypatch.setattr(FastLoraLinear, "add_adapter", fail)
+    before = snapshot(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.add_adapter("b", LoraConfig(**CONFIG))
+    assert_unchanged(model, before)
+
+
+def test_unknown_adapters() -> None:
+    """Every call that takes a name refuses an unknown one and lists what there is."""
+    model = adapted()
+    before = snapshot(model)
+    calls = [
+        lambda: model.set_adapter("defalt"),
+        lambda: model.set_adapter(["default", "defalt"]),
+        lambda: model.delete_adapter("defalt"),
+        lambda: model.merge_adapter(["defalt"]),
+        lambda: model.merge_and_unload(adapter_names=["defalt"]),
+        lambda: model.save_pretrained("unused", selected_adapters=["defalt"]),
+    ]
+    for call in calls:
+        with pytest.raises(AdapterNotFoundError, match=r"'defalt'.*\['default'\].*close names"):
+            call()
+    assert_unchanged(model, before)
+    for name in ("", "a.b"):
+        with pytest.raises(ConfigError, match="without dots"):
+            model.add_adapter(name, LoraConfig(**CONFIG))
+    with pytest.raises(AdapterStateError, match="'default' exists already"):
+        model.add_adapter("default", LoraConfig(**CONFIG))
+    with pytest.raises(AdapterStateError, match="has LoRA layers already"):
+        get_peft_model(model.get_base_model(), LoraConfig(**CONFIG))
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'defalt'"):
+        model(torch.randn(2, 16), adapter_names=["default", "defalt"])
+
+
+def damage(tmp_path: Path, how: str) -> None:
+    """Makes the saved adapter wrong in one way."""
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.v.lora_A.weight"
+    if how == "shape":
+        tensors[key] = torch.zeros(4, 23)
+    elif how == "missing":
+        for leaf in ("lora_A", "lora_B"):
+            del tensors[f"base_model.model.v.{leaf}.weight"]
+    elif how == "extra":
+        for leaf, shape in (("lora_A", (4, 16)), ("lora_B", (5, 4))):
+            tensors[f"base_model.model.head.{leaf}.weight"] = torch.zeros(shape)
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+        return
+    elif how == "gone":
+        file.unlink()
+        return
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("shape", r"lora_A.weight' has shape \(4, 23\), this model expects \(4, 24\)"),
+        ("missing", "lacks 2 tensors that this model needs, the first"),
+        ("extra", "for which this model has no place"),
+        ("truncated", "adapter_model.safetensors"),
+        ("gone", "adapter_model.safetensors"),
+    ],
+)
+def test_a_failed_load_changes_nothing(how: str, message: str, tmp_path: Path) -> None:
+    """A file that does not fit: neither a bare model nor one with adapters is touched."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    damage(tmp_path, how)
+    bare = TwoLayers()
+    before, before_bare = snapshot(model), snapshot(bare)
+    for call in (
+        lambda: model.load_adapter(tmp_path, "new"),
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: LoraModel.from_pretrained(bare, tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+    assert_unchanged(model, before)
+    assert_unchanged(bare, before_bare)
+
+
+def test_merge_and_unload_is_all_or_nothing() -> None:
+    """A safe merge that fails at the second layer leaves the first unmerged."""
+    model = adapted()
+    with torch.no_grad():
+        model.base_model.model.v.lora_A["default"].weight[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+    assert {n for n, t in model.state_dict().items() if not torch.equal(t, before["state"][n])} == {
+        "base_model.model.v.lora_A.default.weight"  # NaN differs from itself
+    }
+    assert isinstance(model.base_model.model.q, FastLoraLinear)
+    assert not model.base_model.model.q.merged
+
+
+def test_adding_an_adapter_costs_the_same_whatever_is_there() -> None:
+    """The 64th adapter takes the calls that the second took: nothing walks over the others."""
+    model = get_peft_model(TwoLayers(), LoraConfig(target_modules=["q", "v"]), "a0")
+    calls = []
+    for i in range(1, 64):
+        config = LoraConfig(target_modules=["q", "v"])
+        profile = cProfile.Profile()
+        profile.runcall(model.add_adapter, f"a{i}", config)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[-1] == calls[0]

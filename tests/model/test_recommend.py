@@ -1,0 +1,71 @@
+"""`fastlora.recommend`: the advice by size, and that a config can be made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import fastlora
+from tests.support.tiny import TwoLayers, tiny_llama
+
+B = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "r", "alpha", "dropout"),
+    [
+        (1, (4, 8), (16, 32), 0.05),
+        (135_000_000, (4, 8), (16, 32), 0.05),
+        (B - 1, (4, 8), (16, 32), 0.05),
+        (B, (8, 16), (32, 64), 0.05),
+        (7 * B - 1, (8, 16), (32, 64), 0.05),
+        (7 * B, (16, 32), (64, 64), 0.1),
+        (13 * B - 1, (16, 32), (64, 64), 0.1),
+        (13 * B, (32, 32), (64, 64), 0.1),
+        (405 * B, (32, 32), (64, 64), 0.1),
+    ],
+)
+def test_by_size(count: int, r: tuple[int, int], alpha: tuple[int, int], dropout: float) -> None:
+    """The start lies in the ranges, and alpha is 2 r."""
+    found = fastlora.recommend(count)
+    assert (found.r_range, found.lora_alpha_range, found.lora_dropout) == (r, alpha, dropout)
+    assert r[0] <= found.r <= r[1] and alpha[0] <= found.lora_alpha <= alpha[1]
+    assert found.lora_alpha == 2 * found.r
+    assert found.learning_rate_range == (1e-4, 5e-4) and 1e-4 <= found.learning_rate <= 5e-4
+    assert found.max_grad_norm == 1.0 and found.num_params == count
+    config = found.config(task_type="CAUSAL_LM", r=3)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, found.lora_alpha, dropout)
+    assert config.target_modules == "all-linear"
+
+
+def test_by_model() -> None:
+    """A model counts without its adapters, and a tied weight once."""
+    pytest.importorskip("transformers")
+    base = tiny_llama()
+    count = sum(p.numel() for p in base.parameters())
+    assert fastlora.recommend(base).num_params == count
+    model = fastlora.get_peft_model(base, fastlora.recommend(base).config())
+    assert fastlora.recommend(model) == fastlora.recommend(count)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fastlora.recommend(model).r = 3  # type: ignore[misc]  # that is the point
+
+
+def test_str() -> None:
+    """One line with everything."""
+    assert str(fastlora.recommend(6_738_000_000)) == (
+        "6.74B parameters: r 16 (8 to 16), lora_alpha 32 (32 to 64), lora_dropout 0.05, "
+        "target_modules 'all-linear', learning rate 0.0002 (0.0001 to 0.0005), "
+        "gradient clipping at 1"
+    )
+    assert str(fastlora.recommend(70 * B)).startswith("70B parameters: r 32 (32), lora_alpha 64 (")
+    count = sum(p.numel() for p in TwoLayers().parameters())
+    assert str(fastlora.recommend(TwoLayers())).startswith(f"{count:,} parameters: r 8 ")
+
+
+@pytest.mark.parametrize("wrong", [0, -5, "7b", 7e9, True, None], ids=repr)
+def test_refusals(wrong: Any) -> None:
+    """Neither a model nor a number of parameters."""
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        fastlora.recommend(wrong)

@@ -1,0 +1,309 @@
+"""Target matching against PEFT's own, config by config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+
+from fastlora import get_peft_model
+from fastlora.model.config import LoraConfig
+from fastlora.model.default_targets import DEFAULT_TARGETS
+from fastlora.model.inject import lora_layers
+from fastlora.model.targets import (
+    find_modules_to_save,
+    find_targets,
+    minimal_suffixes,
+    resolve_target_modules,
+)
+from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.v_proj = nn.Linear(4, 4)
+        self.q_proj_norm = nn.LayerNorm(4)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+
+class Tower(nn.Module):
+    """Names that tell suffixes from parts of words, and layer indices from expert indices."""
+
+    def __init__(self, n: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.layers = nn.ModuleList(Block() for _ in range(n))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.q_proj = nn.Linear(4, 4)
+        self.my_head = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        self.shared = self.q_proj
+
+
+def tiny_llama(cls: str = "LlamaForCausalLM") -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=16,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def tiny_gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def peft_names(model: nn.Module, **fields: object) -> tuple[list[str], list[str], object]:
+    """Targets, saved modules and the resolved target_modules, as PEFT finds them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields))
+    base = wrapped.base_model.model
+    saved = [
+        name
+        for name, module in base.named_modules(remove_duplicate=False)
+        if isinstance(module, peft.utils.other.ModulesToSaveWrapper)
+    ]
+    resolved = wrapped.peft_config["default"].target_modules
+    return list(wrapped.base_model.targeted_module_names), saved, resolved
+
+
+CONFIGS: list[dict[str, object]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj", "v_proj", "up"]},
+    {"target_modules": ["attn.q_proj"]},
+    {"target_modules": ["layers.1.attn.q_proj", "q_proj_nothing"]},
+    {"target_modules": ["head"]},
+    {"target_modules": ["embed", "head"]},
+    {"target_modules": r"layers\.\d+\.attn\.(q|v)_proj"},
+    {"target_modules": r".*\.head"},
+    {"target_modules": "all-linear"},
+    {"target_modules": "ALL-LINEAR"},
+    {"target_modules": "all-linear", "exclude_modules": ["up", "my_head"]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r"layers\.0.*"},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.2.attn.q_proj"]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r"layers\.1\.attn\.q"},
+    {"target_modules": ["q_proj", "up"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "up"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "experts"},
+    {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["no", "blocks"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": []},
+    {"target_modules": ["layers.0.attn.v_proj", "q_proj"], "layers_to_transform": [2]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
+    {"target_modules": ["q_proj", "head", "up"], "modules_to_save": ["layers.0"]},
+    {"target_modules": "all-linear", "modules_to_save": ["my_head", "embed"]},
+    {"target_modules": ["up"], "modules_to_save": ["shared"]},
+    {"target_modules": [f"layers.{i}.attn.{p}_proj" for i in range(12) for p in "qv"]},
+    {"target_modules": [f"{b}.{i}.attn.v_proj" for b in ("layers", "blocks") for i in range(12)]},
+]
+
+
+@pytest.mark.parametrize("fields", CONFIGS, ids=lambda fields: json.dumps(fields)[:60])
+def test_names_are_pefts(fields: dict[str, object]) -> None:
+    model = Tower(12 if len(fields["target_modules"]) == 24 else 3)
+    targets, saved, resolved = peft_names(model, **fields)
+    config = LoraConfig(**fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert find_targets(model, config) == targets
+    assert find_modules_to_save(model, config) == saved
+    ours = resolve_target_modules(model, config)
+    assert ours == resolved
+    # What belongs into a saved config means the same modules again.
+    if targets:
+        again = LoraConfig(**{**fields, "target_modules": ours})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert find_targets(model, again) == targets
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (tiny_llama, {}),
+        (tiny_llama, {"task_type": "CAUSAL_LM"}),
+        (tiny_llama, {"target_modules": "all-linear"}),
+        (tiny_llama, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+        (tiny_llama, {"target_modules": ["gate_proj"], "layers_to_transform": 1}),
+        (tiny_llama, {"modules_to_save": ["lm_head", "norm"]}),
+        (lambda: tiny_llama("LlamaModel"), {"target_modules": "all-linear"}),
+        (
+            lambda: tiny_llama("LlamaForSequenceClassification"),
+            {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+        ),
+        (
+            lambda: tiny_llama("LlamaForSequenceClassification"),
+            {"task_type": "SEQ_CLS", "modules_to_save": ["norm"]},
+        ),
+        (lambda: tiny_llama("LlamaForTokenClassification"), {"task_type": "TOKEN_CLS"}),
+        (lambda: tiny_llama("LlamaForQuestionAnswering"), {"task_type": "QUESTION_ANS"}),
+        (tiny_gpt2, {}),
+        (tiny_gpt2, {"target_modules": "all-linear"}),
+    ],
+)
+def test_names_are_pefts_on_transformers_models(make: object, fields: dict[str, object]) -> None:
+    model = make()
+    targets, saved, resolved = peft_names(model, **fields)
+    config = LoraConfig(**fields)
+    assert find_targets(model, config) == targets
+    assert find_modules_to_save(model, config) == saved
+    assert resolve_target_modules(model, config) == resolved
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", "experts"])
+def test_layer_index_is_the_first_number(pattern: str | None) -> None:
+    model = nn.ModuleDict({"model": Tower()})  # a list needs a name before it to be found unnamed
+    fields = {"target_modules": ["up"], "layers_to_transform": 1, "layers_pattern": pattern}
+    targets, _, _ = peft_names(model, **fields)
+    assert find_targets(model, LoraConfig(**fields)) == targets
+    if pattern is None:
+        assert "model.layers.0.experts.1.up" not in targets
+
+
+def test_full_names_stay_exempt_from_the_layer_filter() -> None:
+    """PEFT's rule, which its own shortening of 20 names and more breaks."""
+    for count in (12, 24):
+        model = nn.ModuleDict({"layers": nn.ModuleList(Attention() for _ in range(count))})
+        names = [f"layers.{i}.q_proj" for i in range(count)]
+        fields = {"target_modules": names, "layers_to_transform": [1], "layers_pattern": "layers"}
+        assert find_targets(model, LoraConfig(**fields)) == names
+        targets, _, _ = peft_names(model, **fields)
+        assert (targets == names) == (count == 12)
+
+
+def test_all_linear_of_a_second_adapter() -> None:
+    """Layers that are called as they are count too, whatever wraps them by now."""
+    kind = type("Projection", (nn.Linear,), {})
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(nn.Sequential(kind(4, 4), nn.Linear(4, 4)), config)
+    model.add_adapter("second", config)
+    assert [list(layer.lora_A) for layer in lora_layers(model)] == [["default", "second"]] * 2
+    own = nn.Embedding(4, 4)  # with factors of its own, as other libraries have them
+    own.lora_A = nn.Parameter(torch.zeros(2, 4))
+    assert find_targets(nn.Sequential(own, nn.Linear(4, 4)), config) == ["1"]
+
+
+def test_second_adapter_matches_layers_and_not_their_insides() -> None:
+    model = peft.get_peft_model(Tower(), peft.LoraConfig(target_modules="all-linear"))
+    base = model.base_model.model
+    assert find_targets(base, LoraConfig(target_modules="all-linear")) == find_targets(
+        Tower(), LoraConfig(target_modules="all-linear")
+    )
+    assert resolve_target_modules(base, LoraConfig(target_modules="all-linear")) == (
+        resolve_target_modules(Tower(), LoraConfig(target_modules="all-linear"))
+    )
+    named = LoraConfig(target_modules=["q_proj"])
+    assert find_targets(base, named) == find_targets(Tower(), named)
+    with pytest.raises(TargetNotFoundError):
+        find_targets(base, LoraConfig(target_modules=["default", "base_layer"]))
+
+
+def test_default_table_is_pefts() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
+
+    ours = {k: v if isinstance(v, str) else list(v) for k, v in DEFAULT_TARGETS.items()}
+    assert {k: ours.get(k) for k in theirs} == theirs
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["q_porj"]}, ["q_porj", "close names", "q_proj"]),
+        ({"target_modules": r"layer\..*q_proj"}, [r"layer\\..*q_proj", "no module"]),
+        ({"target_modules": []}, ["[]", "no module"]),
+        ({"target_modules": ["up"], "exclude_modules": r".*"}, ["exclude_modules", "experts.0.up"]),
+        ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["modules_to_save", "head"]),
+        ({"target_modules": ["up"], "layers_to_transform": 9}, ["up", "layers_to_transform=9"]),
+    ],
+)
+def test_nothing_found(fields: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(peft.tuners.tuners_utils.NoMatchingPeftModuleError):
+        peft.LoraModel(Tower(), peft.LoraConfig(**fields), "default")
+    with pytest.raises(TargetNotFoundError) as caught:
+        find_targets(Tower(), LoraConfig(**fields))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_default_for_the_architecture() -> None:
+    with pytest.raises(ConfigError, match="target_modules is None.*expected a list"):
+        find_targets(Tower(), LoraConfig())
+
+
+def test_default_that_is_a_regex_cannot_be_filtered_by_layer() -> None:
+    model = Tower()
+    model.config = {"model_type": "gemma4"}
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        find_targets(model, LoraConfig(layers_to_transform=1))
+
+
+def test_parts_that_match_nothing_are_warned_about() -> None:
+    config = LoraConfig(
+        target_modules=["q_proj", "k_proj"],
+        exclude_modules=["nowhere"],
+        rank_pattern={"v_proj": 4, "q_proj": 2},
+        alpha_pattern={r"layers\.7\..*": 3},
+    )
+    with pytest.warns(UserWarning) as caught:
+        find_targets(Tower(), config)
+    (warning,) = [str(w.message) for w in caught]
+    for word in ("k_proj", "nowhere", "rank_pattern keys ['v_proj']", r"layers\\.7"):
+        assert word in warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_targets(Tower(), LoraConfig(target_modules=["q_proj"], exclude_modules=["up"]))
+
+
+def test_modules_to_save_that_do_not_exist() -> None:
+    with pytest.raises(TargetNotFoundError, match="haed.*close names: .*head"):
+        find_modules_to_save(Tower(), LoraConfig(target_modules=["up"], modules_to_save=["haed"]))
+    config = LoraConfig(target_modules=["up"], modules_to_save=["head", "nowhere"])
+    with pytest.warns(UserWarning, match="nowhere"):
+        assert find_modules_to_save(Tower(), config)[-2:] == ["my_head", "head"]
+
+
+def test_mamba_modules_that_are_never_called() -> None:
+    model = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(2, 2)})})
+    config = LoraConfig(target_modules=["out_proj"])
+    assert find_targets(model, config) == ["mixer.out_proj"]
+    model.config = transformers.MambaConfig()
+    with pytest.raises(UnsupportedLayerError, match="out_proj"):
+        find_targets(model, config)
+
+
+def test_model_and_config_stay_as_they_were() -> None:
+    model = Tower()
+    before = list(model.named_modules())
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
+    find_targets(model, config)
+    find_modules_to_save(model, config)
+    assert config == LoraConfig(target_modules="all-linear", modules_to_save=["head"])
+    assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in before]
+
+
+def test_minimal_suffixes() -> None:
+    names = [f"enc.{i}.q" for i in range(30)] + ["dec.0.v", "dec.1.v"]
+    others = ["dec.2.v", "enc", "dec"]
+    assert minimal_suffixes(names, others) == {"q", "0.v", "1.v"}

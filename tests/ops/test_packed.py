@@ -1,0 +1,479 @@
+"""Mixed batches from packed factors: the same results, and never from factors that changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fastlora
+from fastlora import adapters
+from fastlora.layers import mixed_packed
+from fastlora.ops.torch import packed_choice, packed_forward, products
+from fastlora.ops.torch.packed import make_layout
+from fastlora.ops.torch.packed_forward import Blocks, Dense, Samples
+from fastlora.testing import assert_within_budget
+from tests.support.tiny import randomise
+
+RANKS = (1, 3, 8, 16, 64)
+CPU = [ProfilerActivity.CPU]
+
+
+class Attention(nn.Module):
+    """Three layers fed by one tensor, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(48, 40), nn.Linear(48, 24), nn.Linear(48, 40)
+        self.o = nn.Linear(40, 48)
+        self.changes_x = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 48]`` to ``[..., 48]``."""
+        q = self.q(x)
+        if self.changes_x:
+            x.mul_(2)
+        return self.o(q * self.k(x).repeat_interleave(2, -1)[..., :40].tanh() + self.v(x))
+
+
+def build(ranks: list[int], dtype: torch.dtype = torch.float32, *, everywhere: bool = False) -> Any:
+    """A model with adapters ``a0``, ``a1``, ... of these ranks, random, in evaluation.
+
+    Every fifth, from the first on, lacks k and v, unless ``everywhere``.
+    """
+    torch.manual_seed(0)
+    model: Any = None
+    for i, rank in enumerate(ranks):
+        config = fastlora.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            use_rslora=i % 3 == 1,
+            lora_bias=i % 4 == 2,
+            target_modules=["q", "k", "v", "o"] if i % 5 or everywhere else ["q", "o"],
+        )
+        if model is None:
+            model = fastlora.get_peft_model(Attention(), config, "a0", autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(f"a{i}", config)
+    randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.1)
+    return model.to(dtype).eval()
+
+
+def alone(model: Any, x: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+    """Each row's output with its adapter alone."""
+    rows = []
+    for i, name in enumerate(names):
+        if name is None:
+            with model.disable_adapter():
+                rows.append(model(x[i : i + 1]))
+        else:
+            model.set_adapter(name)
+            rows.append(model(x[i : i + 1]))
+    return torch.cat(rows)
+
+
+def random_mix(adapters_count: int, batch: int, seed: int) -> list[str | None]:
+    """Names for a batch, base rows among them."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-1, adapters_count, (batch,), generator=generator).tolist()
+    return [None if i < 0 else f"a{i}" for i in drawn]
+
+
+def steps(model: Any, x: torch.Tensor, names: list[str | None], count: int = 3) -> list[Any]:
+    """Outputs of several equal forwards: the factors are packed from the second on."""
+    with torch.no_grad():
+        found = []
+        for _ in range(count):
+            with adapters(model, names):
+                found.append(model(x))
+    return found
+
+
+def packed_bytes(model: Any) -> int:
+    """Bytes that the model keeps packed."""
+    return model.base_model.group.packs.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "batch"), [(1, 4), (3, 8), (16, 9), (64, 64), (64, 100)])
+def test_every_row_is_its_adapters_alone(count: int, batch: int, dtype: torch.dtype) -> None:
+    """Any number of adapters of mixed ranks, rsLoRA, lora_bias, absent modules, base rows."""
+    model = build([RANKS[i % 5] for i in range(count)], dtype)
+    names = random_mix(count, batch, seed=count)
+    x = torch.randn(batch, 3, 48).to(dtype)
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        outputs = steps(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    assert packed_bytes(model) > 0
+    for y in outputs:
+        assert_within_budget(y, expected, exact)
+
+
+PLANS = {
+    # adapters, rank, samples of each on average, tokens, dtype, matrix unit: what must be chosen
+    "one": (1, 8, 6, 1, torch.float32, False, Dense),
+    "two": (2, 16, 4, 1, torch.float32, False, Dense),
+    "few, fp32": (4, 16, 4, 1, torch.float32, False, Blocks),
+    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, Dense),
+    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, Blocks),
+    "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, Dense),
+    "many, fp32": (16, 16, 1, 1, torch.float32, False, Blocks),
+    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, Blocks),
+    "low ranks, fp32": (8, 2, 2, 1, torch.float32, False, Dense),
+    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, Blocks),
+    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, Blocks),
+    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, Blocks),
+    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, Blocks),
+    "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, Dense),
+    "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, Dense),
+    "prefill of two": (2, 16, 8, 20, torch.float32, False, Dense),
+    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, Blocks),
+    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, Blocks),
+    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, Blocks),
+    "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, Samples),
+    "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, Samples),
+    "uneven prefill, bf16, amx": (16, 16, 1.5, 16, torch.bfloat16, True, Samples),
+    "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, Dense),
+    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, Blocks),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case: str) -> None:
+    """Each plan is chosen where it is meant to be, and all give the same results."""
+    count, rank, samples, tokens, dtype, amx, kind = PLANS[case]
+    model = build([rank] * count, dtype, everywhere=True)
+    names: list[str | None] = [f"a{i % count}" for i in range(int(count * samples))]
+    x = torch.randn(len(names), tokens, 48).to(dtype)
+    chosen = []
+    original = packed_forward.plan_for
+
+    def spy(*args: Any) -> Any:
+        chosen.append(original(*args))
+        return chosen[-1]
+
+    has_amx = mock.patch.object(packed_choice, "_AMX", {torch.bfloat16: amx})
+    spied = mock.patch.object(packed_forward, "plan_for", spy)
+    with has_amx, spied, torch.no_grad():
+        outputs = steps(model, x, names)
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    assert {type(plan) for plan in chosen} == {kind}
+    if case == "many, fp32":  # nothing to mask, and every place is a row's own
+        assert all(plan.exact and plan.other is None for plan in chosen)
+    if case == "many, bf16":
+        assert all(plan.coalesced == 4 for plan in chosen)
+    for y in outputs:
+        assert_within_budget(y, expected, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_do_not_grow_with_the_adapters(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed forward: two products and at most five other calls a layer, for any mix.
+
+    Two of the five are lora_bias's; q, k and v share a shrink. How long a forward takes is what
+    ``bench/mixed.py`` measures.
+    """
+    monkeypatch.setattr(products, "_EMULATED", frozenset())  # there a product is several
+    x = torch.randn(64, 48).to(dtype)
+    kinds = {"aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_"}
+    for count in (2, 16, 32, 64):
+        model = build([16] * count, dtype, everywhere=True)
+        names: list[str | None] = [f"a{i % count}" for i in range(64)]
+        steps(model, x, names)
+        with torch.no_grad(), model.disable_adapter(), profile(activities=CPU) as plain:
+            model(x)
+        with torch.no_grad(), adapters(model, names):
+            model(x)  # the plan is made
+            with profile(activities=CPU) as mixed:
+                model(x)
+        added = {
+            key: calls(mixed)[key] - calls(plain)[key]
+            for key in calls(mixed)
+            if calls(mixed)[key] != calls(plain)[key]
+        }
+        assert sum(added.get(key, 0) for key in kinds) == 2 + 4, (count, added)
+        moved = {"aten::masked_fill_", "aten::index_select", "aten::add_"}
+        assert sum(added.get(key, 0) for key in moved) <= 5 * 4, (count, added)
+
+
+def calls(found: Any) -> Counter[str]:
+    """How often each operator was called, but for what a batched product is made of.
+
+    On a processor without bf16 instructions that is a product for each block.
+    """
+    return Counter(event.name for event in found.events() if not within_batched(event))
+
+
+def within_batched(event: Any) -> bool:
+    """Whether a batched product made the call."""
+    parent = event.cpu_parent
+    return parent is not None and ("bmm" in parent.name or within_batched(parent))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_many_tokens(dtype: torch.dtype) -> None:
+    """Mixed ranks that share units, absent modules, lora_bias, base rows, and one row of NaN."""
+    model = build([RANKS[i % 4] for i in range(9)], dtype)
+    names = random_mix(9, 24, seed=2)
+    names[:2] = [None, "a3"]
+    x = torch.randn(24, 20, 48).to(dtype)
+    x[5, 3], x[0, 4] = float("nan"), float("inf")
+    with mock.patch.object(packed_forward, "_samples", wraps=packed_forward._samples) as made:
+        outputs = steps(model, x, names)
+    assert made.called
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    finite = exact.isfinite()
+    for y in outputs:
+        assert torch.equal(y.isfinite(), finite)
+        assert_within_budget(y[finite], expected[finite], exact[finite])
+
+
+def test_batches_of_a_set_share_its_packs() -> None:
+    """A decode, a prefill and a batch of tokens: one copy where all want the same, else two."""
+    for dtype, ranks, copies in (
+        (torch.bfloat16, [16] * 16, 1),
+        (torch.float32, [16] * 2, 1),
+        (torch.float32, [16] * 16, 2),
+    ):
+        model = build(ranks, dtype, everywhere=True)
+        names: list[str | None] = [f"a{i}" for i in range(len(ranks))]
+        sizes = []
+        for count, tokens in ((4, 1), (20, 20), (320, 1)):
+            x = torch.randn(len(names) * count, tokens, 48).to(dtype)
+            with mock.patch.object(packed_choice, "_AMX", {}):
+                outputs = steps(model, x, names * count)
+            with torch.no_grad():
+                expected = alone(model, x[: len(names)], names)
+                exact = alone(copy.deepcopy(model).double(), x[: len(names)].double(), names)
+            assert_within_budget(outputs[-1][: len(names)], expected, exact)
+            sizes.append(packed_bytes(model))
+        assert sizes[1:] == [copies * sizes[0]] * 2
+
+
+@pytest.mark.parametrize(("most", "rows"), [(60, 1), (420, 2)], ids=["few", "many"])
+def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
+    """One adapter with nearly all rows: blocks as long as it would waste more than they save."""
+    model = build([16] * 32, everywhere=True)
+    names: list[str | None] = ["a0"] * most + [f"a{i}" for i in range(1, 32)] * rows
+    x = torch.randn(len(names), 48)
+    with mock.patch.object(packed_forward, "shrink") as shrink:
+        outputs = steps(model, x, names)
+    assert not shrink.called
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    assert_within_budget(outputs[-1], expected, exact)
+
+
+def test_layout_holds_every_rank_row_once() -> None:
+    """Places don't overlap, stay within a unit, and leave less than a unit free on average."""
+    ranks = (3, 64, 0, 8, 16, 1, 8, 64, 16, 3, 3)
+    layout = make_layout(ranks)
+    taken = [0] * layout.rank_rows
+    for place, rank in zip(layout.places, ranks, strict=True):
+        assert place.rank == rank
+        for row in range(place.first, place.first + rank):
+            taken[row] += 1
+        if rank:
+            assert place.first // layout.unit == (place.first + rank - 1) // layout.unit
+    assert max(taken) == 1
+    assert sum(taken) == sum(ranks)
+    assert layout.units == 3  # 64, 64, and all the others together
+
+
+CHANGES: dict[str, Any] = {
+    "in place": lambda layer: (
+        layer.lora_B["a1"].weight.data_ptr() and layer.lora_B["a1"].weight.add_(1.0)
+    ),
+    "another parameter": lambda layer: setattr(
+        layer.lora_A["a1"], "weight", nn.Parameter(torch.ones_like(layer.lora_A["a1"].weight))
+    ),
+    "new storage": lambda layer: setattr(
+        layer.lora_A["a1"].weight, "data", torch.ones_like(layer.lora_A["a1"].weight)
+    ),
+    "scaling": lambda layer: layer.set_scale("a1", 3.0),
+    "dropout": lambda layer: layer.lora_dropout.__setitem__("a1", nn.Dropout(1 - 1e-9).train()),
+}
+
+
+@pytest.mark.parametrize("loaded", [3, 12])
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_between_blocks_are_seen(case: str, loaded: int) -> None:
+    """What was packed is packed anew when a factor, scaling or dropout changed."""
+    model = build([4, 8, 8] + [2] * (loaded - 3))
+    names: list[str | None] = ["a1", "a2", None, "a1"]
+    x = torch.randn(4, 48)
+    before = steps(model, x, names)[-1]
+    assert packed_bytes(model) > 0
+    with torch.no_grad():
+        CHANGES[case](model.base_model.model.q)
+    after = steps(model, x, names)
+    assert not torch.allclose(after[0][0], before[0])
+    if case != "dropout":  # which draws anew
+        with torch.no_grad():
+            expected = alone(model, x, names)
+            exact = alone(copy.deepcopy(model).double(), x.double(), names)
+        for y in after:
+            assert_within_budget(y, expected, exact)
+
+
+def test_a_hook_is_not_passed_over() -> None:
+    """A factor that is hooked after it was packed is refused as before."""
+    model = build([4, 8])
+    names: list[str | None] = ["a0", "a1"]
+    x = torch.randn(2, 48)
+    steps(model, x, names)
+    model.base_model.model.q.lora_A["a1"].register_forward_hook(lambda *_: None)
+    with pytest.raises(fastlora.FastLoraError, match="hooked"):
+        steps(model, x, names)
+
+
+def test_training_within_a_block_is_seen() -> None:
+    """A step between two forwards of one block: the second has the new factors."""
+    model = build([4, 8])
+    names: list[str | None] = ["a0", "a1"]
+    x = torch.randn(2, 48)
+    model.set_adapter(["a0", "a1"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with adapters(model, names):
+        with torch.no_grad():
+            for _ in range(3):
+                before = model(x)
+        assert packed_bytes(model) > 0
+        model(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for _ in range(3):
+                after = model(x)
+    assert not torch.allclose(before, after)
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    assert_within_budget(after, expected, exact)
+
+
+@pytest.mark.parametrize("count", [3, 32])
+def test_nothing_leaks(count: int) -> None:
+    """Inf and NaN in a row of x, or in an adapter, reach no other row."""
+    model = build([16] * count)
+    names: list[str | None] = [f"a{i % count}" for i in range(64)]
+    names[5] = None
+    x = torch.randn(64, 48)
+    with torch.no_grad():
+        expected = alone(model, x, names)
+        exact = alone(copy.deepcopy(model).double(), x.double(), names)
+    broken = x.clone()
+    broken[7], broken[8] = float("inf"), float("nan")
+    others = [i for i in range(64) if i not in (7, 8)]
+    for y in steps(model, broken, names):
+        assert_within_budget(y[others], expected[others], exact[others])
+        assert not torch.isfinite(y[7:9]).all(dim=1).any()
+    with torch.no_grad():
+        model.base_model.model.k.lora_B["a1"].weight[3, 2] = float("nan")
+    hit = [i for i, name in enumerate(names) if name == "a1"]
+    others = [i for i in range(64) if i not in hit]
+    for y in steps(model, x, names):
+        assert torch.isnan(y[hit]).any(dim=1).all()
+        assert_within_budget(y[others], expected[others], exact[others])
+
+
+def count_shrinks(model: Any, x: torch.Tensor, names: list[str | None]) -> int:
+    """How many shrinks one forward takes once everything is packed and traced."""
+    steps(model, x.clone(), names)
+    with mock.patch.object(packed_forward, "shrink", wraps=packed_forward.shrink) as shrink:
+        steps(model, x.clone(), names, count=1)
+    return shrink.call_count
+
+
+def test_siblings_share_their_shrink() -> None:
+    """q, k and v are fed by one tensor: one shrink for them, one for o; found without names."""
+    model = build([8, 8], everywhere=True)
+    x, names = torch.randn(4, 48), ["a0", "a1", None, "a0"]
+    assert count_shrinks(model, x, names) == 2
+    # Copies trace their own.
+    assert count_shrinks(copy.deepcopy(model), x, names) == 2
+
+
+def test_siblings_with_other_ranks_do_not() -> None:
+    """A module that an adapter lacks has another layout."""
+    model = build([8, 8])  # a0 has q and o only
+    assert count_shrinks(model, torch.randn(3, 48), ["a0", "a1", "a1"]) == 3
+
+
+def test_a_written_tensor_is_not_shared() -> None:
+    """x changed in place between siblings: the same object, but not the same values."""
+    model = build([8, 8, 8])
+    names: list[str | None] = ["a1", "a2", "a1"]
+    x = torch.randn(3, 48)
+    steps(model, x, names)
+    model.base_model.model.changes_x = True
+    with torch.no_grad():
+        expected = torch.cat([alone(model, x[i : i + 1].clone(), [names[i]]) for i in range(3)])
+        exact = copy.deepcopy(model).double()
+        exact = torch.cat(
+            [alone(exact, x[i : i + 1].double().clone(), [names[i]]) for i in range(3)]
+        )
+    assert_within_budget(steps(model, x.clone(), names, count=1)[0], expected, exact)
+
+
+def test_inference_mode() -> None:
+    """Writes into inference tensors cannot be seen: nothing is shared, and all is right."""
+    model = build([8, 8, 8])
+    names: list[str | None] = ["a1", "a2", "a1"]
+    x = torch.randn(3, 48)
+    expected = steps(model, x, names)[-1]
+    with torch.inference_mode():
+        for _ in range(3):
+            with adapters(model, names):
+                y = model(x)
+    assert_within_budget(y, expected, expected.double())
+
+
+def test_the_next_block_finds_what_the_last_one_found() -> None:
+    """In a new block with the same ids only the first layer looks for its packed factors."""
+    model = build([8, 8], everywhere=True)
+    x, names = torch.randn(4, 48), list[str | None](["a1", "a0", None, "a1"])
+    expected = steps(model, x, names)[-1]
+    with mock.patch.object(mixed_packed, "find_packed", wraps=mixed_packed.find_packed) as looked:
+        (y,) = steps(model, x, names, count=1)
+        assert looked.call_count == 1
+        (longer,) = steps(model, torch.cat([x, x]), [*names, *names], count=1)
+    assert looked.call_count == 1 + 4
+    assert torch.equal(y, expected)
+    assert_within_budget(longer[:4], expected, expected.double())
+
+
+def test_only_the_last_batches_stay() -> None:
+    """Neither rows nor what layers found of them pile up with the number of different batches."""
+    model = build([8, 8])
+    batches = model.base_model.group.batches
+    for rows in range(1, 40):
+        steps(model, torch.randn(rows, 48), ["a0"] * rows)
+    assert len(batches._known) == batches._MOST
+
+
+def test_only_the_last_sets_stay() -> None:
+    """Memory does not grow with the number of different batches."""
+    model = build([8] * 6)
+    x = torch.randn(2, 48)
+    sizes = []
+    for i in range(6):
+        steps(model, x, [f"a{i}", f"a{(i + 1) % 6}"])
+        sizes.append(packed_bytes(model))
+    assert max(sizes) <= 2 * max(sizes[0], sizes[1])

@@ -1,0 +1,253 @@
+"""16-bit products in fp32, on a processor that is told it emulates them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model, measure
+from fastlora.ops.torch import products
+from fastlora.testing import assert_within_budget
+from tests.support.pool_adapters import Blocks, make_folder
+from tests.support.tiny import randomise
+
+HALVES = (torch.bfloat16, torch.float16)
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
+
+
+@pytest.fixture(autouse=True)
+def emulating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "_EMULATED", frozenset(HALVES))
+    yield
+
+
+class HalfProducts(TorchDispatchMode):
+    """Collects the products that PyTorch is asked for in 16 bits, and how many in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.wide = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in PRODUCTS and any(isinstance(a, torch.Tensor) and a.dim() > 1 for a in args):
+            dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
+            if dtypes & set(HALVES):
+                self.found.append(f"{func} {[tuple(a.shape) for a in args]}")
+            self.wide += not dtypes & set(HALVES)
+        return func(*args, **(kwargs or {}))
+
+
+def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+# In parts of the right operand, of the left one, and whole; nothing, few rows, and no sum.
+SHAPES = [
+    *((17, 1200, 300), (2000, 300, 24), (2000, 24, 300), (15, 33, 100)),
+    *((0, 8, 8), (1, 40, 24), (3, 40, 24), (4, 40, 24), (3, 0, 5)),
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_product_is_as_near_to_the_truth_as_pytorchs(
+    m: int, k: int, n: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    a, b, y, bias = operands(dtype, (m, k), (n, k) if transposed else (k, n), (m, n), (n,))
+    b = b.t() if transposed else b
+    a3, b3, y3 = operands(dtype, (5, m, k), (5, k, n), (5, m, n))
+    if transposed:
+        a3 = a3.transpose(0, 1).contiguous().transpose(0, 1)
+    cases: list[tuple[Callable[..., Any], Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (products.mm, torch.mm, (a, b)),
+        (lambda *o: products.addmm_(o[0].clone(), *o[1:]), torch.addmm, (y, a, b)),
+        (products.bmm, torch.bmm, (a3, b3)),
+        (lambda *o: products.baddbmm_(o[0].clone(), *o[1:]), torch.baddbmm, (y3, a3, b3)),
+        (products.linear, F.linear, (a, b.t())),
+        (products.linear, F.linear, (a, b.t(), bias)),
+    ]
+    for ours, plain, args in cases:
+        actual, truth = ours(*args), plain(*(t.double() for t in args))
+        assert actual.dtype == dtype
+        assert_within_budget(actual, plain(*args), truth, f"{plain.__name__} of {len(args)}")
+
+
+def test_results_are_written_in_place_and_operands_are_not() -> None:
+    a, b, wide = operands(torch.bfloat16, (6, 8), (8, 10), (6, 20))
+    y, before = wide[:, ::2], [t.clone() for t in (a, b, wide)]
+    assert products.addmm_(y, a, b) is y
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+    assert torch.equal(wide[:, 1::2], before[2][:, 1::2])
+    assert not torch.equal(y, before[2][:, ::2])
+
+
+def test_a_gradient_that_is_expanded() -> None:
+    dy, weight = torch.ones((), dtype=torch.bfloat16).expand(33, 20), torch.randn(20, 12).bfloat16()
+    actual = products.mm(dy, weight)
+    assert_within_budget(actual, dy @ weight, dy.double() @ weight.double())
+
+
+def layer(**options: Any) -> FastLoraLinear:
+    torch.manual_seed(0)
+    made = FastLoraLinear.from_linear(
+        nn.Linear(48, 96, bias=False, dtype=torch.bfloat16), r=8, **options
+    )
+    randomise(made)
+    return made
+
+
+def assert_no_half_products(step: Callable[[], Any]) -> None:
+    with HalfProducts() as counted:
+        step()
+    assert counted.wide, "nothing was computed"
+    assert not counted.found
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen base", "base trained too"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_training_step_has_no_16_bit_product(use_dora: bool, p: float, frozen: bool) -> None:
+    made = layer(use_dora=use_dora, lora_dropout=p)
+    made.weight.requires_grad_(not frozen)
+    x = torch.randn(20, 48, dtype=torch.bfloat16, requires_grad=True)
+    assert_no_half_products(lambda: made(x).float().square().sum().backward())
+    assert x.grad is not None and made.lora_A["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_under_autocast_has_no_16_bit_product(use_dora: bool, p: float) -> None:
+    made = layer(use_dora=use_dora, lora_dropout=p).float()
+    x = torch.randn(20, 48, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+
+    assert_no_half_products(step)
+
+
+def three_adapters(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["0", "1"], **options), "a")
+    for name, r in (("b", 4), ("c", 8)):
+        model.add_adapter(name, LoraConfig(r=r, target_modules=["0", "1"], **options))
+    randomise(model)
+    return model.bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+def test_serving_a_mixed_batch_has_no_16_bit_product(tokens: int) -> None:
+    model = three_adapters().eval()
+    x = torch.randn(24, tokens, 48, dtype=torch.bfloat16)
+    with torch.no_grad(), fastlora.adapters(model, ["a", "b", None, "c"] * 6):
+        assert_no_half_products(lambda: model(x))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_training_a_mixed_batch_has_no_16_bit_product(use_dora: bool, p: float) -> None:
+    model = three_adapters(lora_dropout=p, use_dora=use_dora).train()
+    fastlora.train.train_adapters(model, ["a", "b", "c"])
+    x = torch.randn(8, 5, 48, dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        with fastlora.adapters(model, ["a", "b", None, "c"] * 2):
+            model(x).float().square().sum().backward()
+
+    assert_no_half_products(step)
+
+
+def test_serving_from_a_pool_has_no_16_bit_product(tmp_path: Path) -> None:
+    model = Blocks().bfloat16().eval()
+    model.head = nn.Identity()
+    pool = fastlora.AdapterPool(model, target_modules=["q", "v"])
+    for seed in range(3):
+        make_folder(tmp_path / f"a{seed}", seed, r=4)
+    pool.register_folder(tmp_path)
+    ids = torch.randint(0, 11, (8, 3))
+    with torch.no_grad(), fastlora.adapters(pool, ["a0", "a1", None, "a2"] * 2):
+        assert_no_half_products(lambda: model(ids))
+
+
+def test_temporaries_are_chunks() -> None:
+    """The weight, 16 MiB in fp32, is never widened whole, be it the right operand or the left."""
+    x, weight = operands(torch.bfloat16, (64, 1024), (4096, 1024))
+    result, wide = 2 * 64 * 4096, 4 * 64 * 1024
+    for product in (partial(products.linear, x, weight), partial(products.mm, weight, x.t())):
+        peak = measure.peak_step_bytes(product)
+        assert result <= peak < weight.nbytes
+        assert peak <= result + wide + 2 * 4 * (64 * 4096 + 64 * 1024)
+
+
+def test_only_a_processor_without_the_instructions_widens(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability, has = "AVX2", {"bf16": False, "fp16": False}
+    mkldnn, backends = torch.ops.mkldnn, torch.backends
+    monkeypatch.setattr(backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
+    for name in has:
+        monkeypatch.setattr(mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: has[name])
+    assert products._emulated() == set(HALVES)
+    has["bf16"] = True
+    assert products._emulated() == {torch.float16}
+    capability = "AVX512"
+    assert not products._emulated()
+    capability = "AVX2"
+    monkeypatch.setattr(backends.mkldnn, "is_available", lambda: False)
+    assert not products._emulated()
+
+
+def test_what_stays_with_pytorch() -> None:
+    """fp32; graphs and traces, which must not see parts; and the error of mixed dtypes."""
+    a, b = operands(torch.float32, (6, 8), (8, 10))
+    assert torch.equal(products.mm(a, b), a @ b)
+    half = a.bfloat16()
+    assert not products.widens(a) and products.widens(half)
+    wanted = half.clone().requires_grad_()
+    assert products.mm(wanted, b.bfloat16()).requires_grad
+    with torch.no_grad():
+        assert products.widens(wanted)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        products.mm(half, b)
+
+
+def test_a_trace_serves_other_numbers_of_rows() -> None:
+    made = layer().eval()
+    x = torch.randn(20, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        traced = torch.jit.trace(made, (x,), check_trace=False)
+        other = torch.randn(9000, 48, dtype=torch.bfloat16)
+        exact = copy.deepcopy(made).double()(other.double())
+        assert_within_budget(traced(other), made(other), exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_rows_are_read_by_pytorch(dtype: torch.dtype) -> None:
+    """A weight of which every row is read once; but not the weight as it meets a gradient."""
+    for rows, expected in ((1, 1), (3, 1), (4, 0)):
+        x, weight = operands(dtype, (rows, 40), (24, 40))
+        with HalfProducts() as counted:
+            products.linear(x, weight)
+        assert len(counted.found) == expected
+        with HalfProducts() as counted:
+            products.mm(x[:, :24], weight)
+        assert not counted.found

@@ -1,0 +1,354 @@
+"""`AdapterPool`: it stores what files say, keeps its budgets, and a refusal changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fastlora import LoraConfig, get_peft_model
+from fastlora.layers import FastLoraLinear, FastLoraWrapper
+from fastlora.model.adapter_folder import WEIGHTS_NAME
+from fastlora.pool import AdapterPool, pool_of
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    PoolFullError,
+    TargetNotFoundError,
+    UnsupportedLayerError,
+)
+from tests.support.pool_adapters import (
+    RANK2,
+    Blocks,
+    check_pool,
+    make_folder,
+    make_pool,
+    same_adapter,
+    same_factors,
+    saved_factors,
+    state,
+    use,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Eight adapters of rank 2, `a0` to `a7`."""
+    for seed in range(8):
+        make_folder(tmp_path / "adapters" / f"a{seed}", seed)
+    return tmp_path / "adapters"
+
+
+# ------------------------------------------------------------------------------------ contents
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "lora_alpha": 5},
+    "rslora": {"r": 3, "lora_alpha": 5, "use_rslora": True},
+    "bias": {"r": 1, "lora_bias": True},
+    "patterns": {"rank_pattern": {"layers.1.q": 7, "v": 1}, "alpha_pattern": {"layers.1.*": 3}},
+    "part": {"r": 4, "target_modules": ["v"]},
+}
+
+
+def expected_scaling(fields: dict[str, Any], module: str) -> float:
+    config = LoraConfig(**{"r": 2, **fields, "target_modules": ["q"]})
+    rank, alpha = config.rank_for(module), config.alpha_for(module)
+    return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_residents_hold_what_the_files_say(tmp_path: Path, dtype: torch.dtype) -> None:
+    pool = AdapterPool(Blocks().to(dtype), target_modules=["q", "v"])
+    folders = {n: make_folder(tmp_path / n, 5, **fields) for n, fields in KINDS.items()}
+    for name, folder in folders.items():
+        pool.load(name, folder)
+    check_pool(pool)
+    with pool.lease(list(KINDS)) as lease:
+        for name, resident in zip(KINDS, lease.residents, strict=True):
+            assert resident.name == name and pool.slot_of(name) == resident.slot
+            assert resident.image.dtype == dtype
+            assert same_adapter(pool, resident, folders[name])
+            for index, module in enumerate(pool.modules):
+                factors = resident.factors(index)
+                if factors is not None:
+                    assert factors.scaling == expected_scaling(KINDS[name], module.name)
+        assert lease.max_rank == 7
+    assert pool.modules[0] == ("layers.0.q", 10, 14)
+
+
+def test_nothing_is_padded_but_to_16_bytes(tmp_path: Path) -> None:
+    pool = AdapterPool(Blocks().half(), target_modules=["q", "v"])
+    pool.load("a", make_folder(tmp_path / "a", 0, r=3, target_modules=["q"], lora_bias=True))
+    blocks = [3 * 10, 3 * 14, 14]  # elements of 2 bytes
+    assert pool.stats().device_bytes == 3 * sum(-(-size // 8) * 16 for size in blocks)
+
+
+def test_layers_know_their_pool(root: Path) -> None:
+    pool = make_pool(root)
+    for index, (name, k, n) in enumerate(pool.modules):
+        layer = pool._model.get_submodule(name)
+        assert isinstance(layer, FastLoraLinear)
+        assert (layer.table_row, layer.routed_by) == (index, pool.group)
+        assert (layer.in_features, layer.out_features) == (k, n)
+    assert pool_of(pool._model) is pool
+
+
+def test_a_state_dict_is_a_source_and_stays_in_cpu_memory(root: Path) -> None:
+    pool = make_pool(root, max_adapters=1, cpu_bytes=3 * RANK2)
+    tensors = load_file(root / "a3" / WEIGHTS_NAME)
+    config = LoraConfig(r=2, target_modules=["q", "v"])
+    for name in ("m0", "m1", "m2"):
+        pool.load(name, tensors, config=config)
+        check_pool(pool)
+    before = state(pool)
+    with pytest.raises(PoolFullError, match="cpu_bytes"):
+        pool.load("m3", tensors, config=config)
+    assert state(pool) == before
+    pool.unload("m0")
+    for name in [f"a{i}" for i in range(8)]:  # they share what m1 and m2 leave
+        use(pool, name)
+    with pool.lease(["m1"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a3")
+    pool.load("m3", tensors, config=config.to_dict())
+    with pytest.raises(ConfigError, match="needs config="):
+        pool.load("m4", tensors)
+    with pytest.raises(ConfigError, match="state dicts"):
+        pool.load("m4", root / "a0", config=config)
+
+
+# --------------------------------------------------------------------------------------- tiers
+
+
+def test_the_least_recently_used_leaves_first(root: Path) -> None:
+    pool = make_pool(root, max_adapters=3)
+    for name in ("a0", "a1", "a2"):
+        use(pool, name)
+    use(pool, "a0")
+    assert pool.resident == ["a1", "a2", "a0"]
+    use(pool, "a3")
+    assert pool.resident == ["a2", "a0", "a3"]
+    pool.pin("a2")
+    for name in ("a0", "a3", "a4", "a5"):  # a2 is the oldest now
+        use(pool, name)
+    assert pool.resident == ["a2", "a4", "a5"]
+    pool.unpin("a2")
+    use(pool, "a6")
+    assert pool.resident == ["a4", "a5", "a6"]
+    stats = pool.stats()
+    assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (4, 7, 7, 4)
+
+
+def test_a_lease_keeps_its_adapters_on_the_device(root: Path) -> None:
+    pool = make_pool(root, max_adapters=2)
+    with pool.lease(["a0"]) as lease:
+        for name in ("a1", "a2", "a3"):
+            use(pool, name)
+        assert pool.resident == ["a0", "a3"]
+        with pool.lease(["a0"]) as again:
+            assert again.residents == lease.residents
+            again.release()
+        again.release()  # once is enough, the other lease goes on
+        use(pool, "a4")
+        assert pool.resident == ["a0", "a4"]
+    use(pool, "a5", "a6")
+    assert pool.resident == ["a5", "a6"]
+
+
+@pytest.mark.parametrize("cpu_bytes", [0, RANK2, 3 * RANK2 + 5, None])
+def test_budgets_hold_at_every_step(root: Path, cpu_bytes: int | None) -> None:
+    pool = make_pool(root, max_adapters=4, device_bytes=3 * RANK2, cpu_bytes=cpu_bytes)
+    big = make_folder(root.parent / "big", 9, r=4)  # twice the bytes
+    pool.register("big", big)
+    order = torch.randint(0, 9, (40, 2)).tolist()
+    for pair in order:
+        names = ["big" if i == 8 else f"a{i}" for i in pair]
+        with pool.lease(names) as lease:
+            check_pool(pool)
+            for name, resident in zip(names, lease.residents, strict=True):
+                assert same_adapter(pool, resident, big if name == "big" else root / name)
+        check_pool(pool)
+    assert pool.stats().evictions > 10
+
+
+def test_on_a_cpu_images_move_between_tiers_by_reference(root: Path) -> None:
+    pool = make_pool(root, max_adapters=1)
+    addresses = set()
+    for name in ("a0", "a1", "a0"):
+        with pool.lease([name]) as lease:
+            addresses.add(lease.residents[0].image.data_ptr())
+    assert len(addresses) == 2
+    assert pool.stats().loads == 2
+
+
+def test_after_its_folder_is_gone_an_evicted_adapter_is_an_error(root: Path) -> None:
+    pool = make_pool(root, max_adapters=1, cpu_bytes=0)
+    use(pool, "a0")
+    use(pool, "a1")
+    shutil.rmtree(root / "a0")
+    before = state(pool)
+    with pytest.raises(CheckpointError, match="a0"):
+        pool.lease(["a2", "a0"])
+    assert state(pool) == before
+
+
+def test_prefetch_fills_free_room_and_waits_for_none(root: Path) -> None:
+    pool = make_pool(root, max_adapters=2)
+    pool.prefetch(["a0", "a1", "a2"]).result(timeout=20)
+    assert pool.resident == ["a1", "a2"]
+    with pool.lease(["a1", "a2"]):
+        pool.prefetch(["a3"]).result(timeout=20)
+        assert pool.resident == ["a1", "a2"]
+        assert "a3" in pool._tiers.host
+    assert pool.stats().misses == 0
+    with pytest.raises(AdapterNotFoundError):
+        pool.prefetch(["b"])
+
+
+# ------------------------------------------------------------------------------- replacing, leases
+
+
+def test_a_hot_swap_leaves_running_forwards_alone(root: Path) -> None:
+    pool = make_pool(root, max_adapters=2)
+    with pool.lease(["a0"]) as before:
+        old = before.residents[0]
+        column = pool.tables._addresses[:, :, old.column].clone()
+        pool.load("a0", root / "a5")
+        check_pool(pool)
+        assert same_adapter(pool, old, root / "a0")
+        assert torch.equal(pool.tables._addresses[:, :, old.column], column)
+        with pool.lease(["a0"]) as after:
+            new = after.residents[0]
+            assert same_adapter(pool, new, root / "a5")
+            assert new.slot == old.slot and new.column != old.column
+            assert new.version != old.version
+        assert pool.stats().device_bytes == 2 * RANK2
+    assert pool.stats().device_bytes == RANK2
+
+
+def test_swaps_beyond_the_spare_columns_wait_in_the_cpu_tier(root: Path) -> None:
+    pool = make_pool(root, max_adapters=1)
+    leases = []
+    for seed in (0, 1, 2, 3, 4, 5, 6):
+        pool.load("a0", root / f"a{seed}")
+        check_pool(pool)
+        if pool.slot_of("a0") is not None:
+            leases.append(pool.lease(["a0"]))
+    assert len(leases) == 5  # one slot, four spare columns
+    with pytest.raises(PoolFullError):
+        pool.lease(["a0"])
+    for seed, lease in enumerate(leases):
+        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        lease.release()
+        lease.release()
+    with pool.lease(["a0"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a6")
+    assert pool.stats().device_bytes == RANK2
+
+
+def test_unloading_spares_the_leases(root: Path) -> None:
+    pool = make_pool(root, max_adapters=1)
+    with pool.lease(["a0"]) as lease:
+        pool.unload("a0")
+        check_pool(pool)
+        assert "a0" not in pool and len(pool) == 7
+        assert same_adapter(pool, lease.residents[0], root / "a0")
+        with pytest.raises(AdapterNotFoundError):
+            pool.lease(["a0"])
+        pool.lease(["a1"]).release()  # the slot is free at once
+    assert pool.stats().device_bytes == RANK2
+
+
+def test_lease_resident_takes_what_is_there(root: Path) -> None:
+    pool = make_pool(root, max_adapters=3)
+    use(pool, "a0", "a1")
+    with pool.lease_resident() as lease:
+        assert [resident.name for resident in lease.residents] == ["a0", "a1"]
+
+
+def test_a_name_may_repeat_and_a_batch_may_be_all_base(root: Path) -> None:
+    pool = make_pool(root, max_adapters=2)
+    with pool.lease(["a1", "a0", "a1"]) as lease:
+        assert [resident.name for resident in lease.residents] == ["a1", "a0", "a1"]
+    with pool.lease([]) as lease:
+        assert lease.residents == () and lease.max_rank == 0
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+def test_close_gives_the_model_back(root: Path) -> None:
+    model = Blocks()
+    model.layers[1].v.weight.requires_grad_(False)
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    ids = torch.arange(11)
+    expected = model(ids)
+    with AdapterPool(model, target_modules=["q", "v"]) as pool:
+        pool.load("a", root / "a0")
+        assert torch.equal(model(ids), expected)  # no row has an adapter
+        lease = pool.lease(["a"])
+        with pytest.raises(AdapterStateError, match="1 leases are held"):
+            pool.close()
+        lease.release()
+    pool.close()
+    assert dict(model.named_modules()) == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+    assert pool_of(model) is None
+    for call in (lambda: pool.lease(["a"]), lambda: pool.load("a", root / "a0")):
+        with pytest.raises(AdapterStateError, match="closed"):
+            call()
+    with pytest.raises(AdapterStateError, match="closed"):
+        pool.lease_resident()
+
+
+def test_a_model_that_cannot_take_a_pool_is_left_alone(root: Path) -> None:
+    model = Blocks()
+    modules = dict(model.named_modules())
+    with pytest.raises(UnsupportedLayerError, match="embed"):
+        AdapterPool(model, target_modules=["q", "embed"])
+    with pytest.raises(TargetNotFoundError):
+        AdapterPool(model, target_modules=["nothing"])
+    with pytest.raises(ValueError, match="meta"):
+        AdapterPool(model, target_modules=["q"], device="meta")
+    model.layers[2].q.to("meta")
+    with pytest.raises(UnsupportedLayerError, match="lie on cpu, meta"):
+        AdapterPool(model, target_modules=["q"])
+    assert dict(model.named_modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    for adapted in (get_peft_model(Blocks(), LoraConfig(target_modules=["q"])).get_base_model(),):
+        with pytest.raises(AdapterStateError, match="LoRA layers already"):
+            AdapterPool(adapted)
+    with AdapterPool(Blocks()) as pool, pytest.raises(AdapterStateError, match="already"):
+        AdapterPool(pool._model)
+
+
+def test_all_linear_and_layers_called_as_they_are() -> None:
+    model = Blocks()
+    model.layers[0].q.register_forward_hook(lambda module, args, out: out)
+    with AdapterPool(model) as pool:
+        assert [m.name for m in pool.modules][-1] == "head" and len(pool.modules) == 7
+        assert isinstance(model.layers[0].q, FastLoraWrapper)
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(model)
+    assert type(model.layers[0].q) is nn.Linear
+
+
+def test_factors_helper_tells_adapters_apart(root: Path) -> None:
+    """The oracle of this file: it must not call everything equal."""
+    with AdapterPool(Blocks(), target_modules=["q", "v"]) as pool:
+        pool.load("a", root / "a0")
+        with pool.lease(["a"]) as lease:
+            factors = lease.residents[0].factors(0)
+            assert same_factors(factors, root / "a0", "layers.0.q")
+            assert not same_factors(factors, root / "a1", "layers.0.q")
+            assert not same_factors(factors, root / "a0", "layers.1.q")
+        assert set(saved_factors(root / "a0", "layers.0.q")) == {"lora_A.weight", "lora_B.weight"}

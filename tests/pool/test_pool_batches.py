@@ -1,0 +1,201 @@
+"""`fastlora.adapters` over a pool: rows are their adapters', whatever the pool does meanwhile.
+
+In float64, so that equal means equal in every digit that matters.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import AdapterPool, LoraModel, adapters
+from fastlora.routing.in_force import current_routing
+from fastlora.validation import AdapterNotFoundError, CheckpointError, PoolFullError
+from tests.support.pool_adapters import Blocks, make_folder
+
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight adapters of different ranks, scalings and targets."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for i in range(COUNT):
+        make_folder(
+            folder / f"a{i}",
+            seed=i,
+            r=(1, 3, 4, 8)[i % 4],
+            use_rslora=i % 3 == 0,
+            lora_bias=i % 4 == 1,
+            target_modules=["q", "v"] if i % 2 else ["q"],
+        )
+    return folder
+
+
+def make(root: Path, **limits: Any) -> tuple[Blocks, AdapterPool]:
+    """The same model at every call, and its pool with all adapters registered."""
+    torch.manual_seed(0)
+    model = Blocks().double().eval()
+    pool = AdapterPool(model, target_modules=["q", "v"], **limits)
+    pool.register_folder(root)
+    return model, pool
+
+
+class Alone:
+    """Each adapter alone, through `LoraModel`."""
+
+    def __init__(self, root: Path) -> None:
+        self._models: dict[str | None, Any] = {}
+        self._root = root
+
+    def __call__(self, ids: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+        """Rows of ``ids``, each with its own adapter."""
+        with torch.no_grad():
+            rows = [self._model(n)(ids[i : i + 1]) for i, n in enumerate(names)]
+        return torch.cat(rows)
+
+    def _model(self, name: str | None) -> Any:
+        if name not in self._models:
+            torch.manual_seed(0)
+            model: Any = Blocks()
+            if name is not None:
+                model = LoraModel.from_pretrained(model, self._root / name)
+            self._models[name] = model.double().eval()
+        return self._models[name]
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Alone:
+    return Alone(root)
+
+
+def random_names(seed: int, batch: int = 6, most: int = 4) -> list[str | None]:
+    """A batch of at most so many adapters, with base rows."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(COUNT, generator=generator)[:most].tolist()
+    drawn = torch.randint(-1, most, (batch,), generator=generator).tolist()
+    return [None if i < 0 else f"a{chosen[i]}" for i in drawn]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_are_their_adapters(root: Path, alone: Alone, grad: bool) -> None:
+    """Many different batches with evictions in between, each run twice in its block."""
+    model, pool = make(root, max_adapters=4)
+    ids = torch.randint(0, 11, (6, 5))
+    for seed in range(12):
+        names = random_names(seed)
+        expected = alone(ids, names)
+        for target in (model, pool):
+            with torch.set_grad_enabled(grad), adapters(target, names):
+                for _ in range(2):
+                    torch.testing.assert_close(model(ids), expected)
+    assert pool.stats().evictions > 0
+    torch.testing.assert_close(model(ids), alone(ids, [None] * 6))
+
+
+def test_slots_per_sample_and_token(root: Path, alone: Alone) -> None:
+    """An int tensor of the pool's slots, -1 for the base; empty slots are refused."""
+    model, pool = make(root, max_adapters=4)
+    ids = torch.randint(0, 11, (3, 5))
+    names: list[str | None] = ["a3", None, "a6"]
+    with pytest.raises(AdapterNotFoundError, match="slot 0"), adapters(pool, torch.tensor([0])):
+        pass
+    pool.prefetch(["a3", "a6"]).result()
+    slots = torch.tensor([pool.slot_of("a3"), -1, pool.slot_of("a6")])
+    expected = alone(ids, names)
+    for given in (slots, slots.repeat_interleave(5)):
+        with torch.no_grad(), adapters(pool, given):
+            torch.testing.assert_close(model(ids), expected)
+    with pytest.raises(AdapterNotFoundError, match="slot 4"), adapters(pool, torch.tensor([4])):
+        pass
+
+
+def test_an_input_that_trains(root: Path) -> None:
+    """Gradients flow through a pool's adapters to what lies before them (prompt tuning)."""
+    model, pool = make(root)
+    names: list[str | None] = ["a1", None, "a3"]
+    x = torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
+    with adapters(pool, names):
+        model.layers[0](x).square().sum().backward()
+    solo = x.grad.clone()
+    x.grad = None
+    for i, name in enumerate(names):
+        with adapters(pool, [name]):
+            model.layers[0](x[i : i + 1]).square().sum().backward()
+    torch.testing.assert_close(x.grad, solo)
+
+
+def test_a_swap_waits_for_no_one_and_disturbs_no_one(root: Path, alone: Alone) -> None:
+    """In the block the adapter is what it was; the next block has the new one."""
+    model, pool = make(root, max_adapters=4)
+    ids = torch.randint(0, 11, (2, 5))
+    before = alone(ids, ["a1", "a2"])
+    after = alone(ids, ["a7", "a2"])
+    with torch.no_grad():
+        with adapters(pool, ["a1", "a2"]):
+            thread = threading.Thread(target=pool.load, args=("a1", root / "a7"))
+            thread.start()
+            thread.join()
+            for _ in range(3):
+                torch.testing.assert_close(model(ids), before)
+        with adapters(pool, ["a1", "a2"]):
+            for _ in range(3):
+                torch.testing.assert_close(model(ids), after)
+
+
+def test_threads_with_their_own_batches(root: Path, alone: Alone) -> None:
+    """Four threads, more adapters than slots, swaps and unloads in between: no wrong row."""
+    model, pool = make(root, max_adapters=5)
+    ids = torch.randint(0, 11, (4, 5))
+    truths = {seed: alone(ids, random_names(seed, 4, 3)) for seed in range(10)}
+    failures: list[BaseException] = []
+
+    def serve(worker: int) -> None:
+        try:
+            for step in range(40):
+                seed = (3 * worker + step) % 10
+                with torch.no_grad(), adapters(pool, random_names(seed, 4, 3)):
+                    torch.testing.assert_close(model(ids), truths[seed])
+                if step % 8 == worker:  # the same adapter, read again
+                    pool.load(f"a{worker}", root / f"a{worker}")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert pool.stats().evictions > 0
+
+
+def test_refusals_leave_everything_as_it_was(root: Path, tmp_path: Path) -> None:
+    """Unknown names, a pool too small, a damaged file: one error, and the pool goes on."""
+    model, pool = make(root, max_adapters=2)
+    pool.prefetch(["a0", "a1"]).result()
+    resident = pool.resident
+    damaged = make_folder(tmp_path / "damaged", seed=1)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    pool.register("damaged", damaged)
+    ids = torch.randint(0, 11, (3, 5))
+    cases: list[tuple[list[str | None], type[Exception], str]] = [
+        (["a0", "a22", None], AdapterNotFoundError, "no adapter 'a22'.*a2"),
+        (["a0", "a1", "a2"], PoolFullError, "2"),
+        (["damaged", "a0", None], CheckpointError, "adapter_model"),
+        (["a0", "a1"], ValueError, "3 samples .15 tokens. and 2 adapter ids"),
+    ]
+    for names, error, message in cases:
+        with pytest.raises(error, match=message), torch.no_grad(), adapters(pool, names):
+            model(ids)
+        assert sorted(pool.resident) == sorted(resident)
+        assert current_routing() is None
+    pool.close()
+    with pytest.raises(fastlora.FastLoraError, match="closed"), adapters(pool, ["a0"]):
+        pass

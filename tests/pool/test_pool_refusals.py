@@ -1,0 +1,350 @@
+"""`AdapterPool` and bad input: one clear error, and everything as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlora import LoraConfig
+from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
+from fastlora.model.config import CONFIG_NAME
+from fastlora.pool import AdapterPool
+from fastlora.pool.image import Image
+from fastlora.pool.tables import NO_COLUMN
+from fastlora.pool.transfers import Transfers
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    PoolFullError,
+)
+from tests.support.pool_adapters import (
+    RANK2,
+    Blocks,
+    check_pool,
+    make_folder,
+    make_pool,
+    make_tensors,
+    same_adapter,
+    state,
+    use,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Eight adapters of rank 2, `a0` to `a7`."""
+    for seed in range(8):
+        make_folder(tmp_path / "adapters" / f"a{seed}", seed)
+    return tmp_path / "adapters"
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return change
+
+
+def drop(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: [tensors.pop(key) for key in list(tensors) if part in key]
+
+
+Q0 = f"{KEY_PREFIX}layers.0.q"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (truncate, "truncated|ends at byte"),
+    "no weights": (lambda f: (f / WEIGHTS_NAME).unlink(), WEIGHTS_NAME),
+    "no config": (lambda f: (f / CONFIG_NAME).unlink(), CONFIG_NAME),
+    "other names": (lambda f: edit_tensors(f, rename("layers.", "blocks.")), "layers.0"),
+    "not a target": (
+        lambda f: edit_tensors(f, rename("layers.0.q", "head")),
+        "'head' is not among the modules that this pool adapts",
+    ),
+    "fewer layers": (
+        lambda f: edit_tensors(f, drop("layers.2")),
+        "lacks factors for 2 of the 6 modules",
+    ),
+    "no such target": (lambda f: edit_config(f, target_modules=["k"]), "another base"),
+    "wider": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(2, 12)})),
+        "expects 10 in place of 12",
+    ),
+    "taller": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
+        "expects 14 in place of 15",
+    ),
+    "DoRA without magnitudes": (
+        lambda f: edit_config(f, use_dora=True),
+        "has no lora_magnitude_vector",
+    ),
+    "full copies": (lambda f: edit_config(f, modules_to_save=["head"]), "modules_to_save"),
+    "biases": (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
+    "rank": (
+        lambda f: make_folder(f, 1, r=9),
+        "r=9 exceeds the pool's max_rank=8",
+    ),
+    "rank by pattern": (
+        lambda f: make_folder(f, 1, rank_pattern={"layers.1.v": 9}),
+        "rank 9, which exceeds the pool's max_rank=8",
+    ),
+    "embedding saved along": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({f"{KEY_PREFIX}embed_tokens.weight": torch.ones(11, 10)})
+        ),
+        "a changed base weight",
+    ),
+    "overflow": (
+        lambda f: edit_tensors(f, lambda t: t[f"{Q0}.lora_B.weight"].fill_(7e4)),
+        "reaches 7e\\+04, too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_refused_adapter_changes_nothing(root: Path, damage: str) -> None:
+    model = Blocks().half()
+    pool = AdapterPool(model, target_modules=["q", "v"], max_adapters=2, max_rank=8, cpu_bytes=0)
+    pool.register_folder(root)
+    use(pool, "a0", "a1")
+    spoil, message = DAMAGE[damage]
+    spoil(root / "a5")
+    before = state(pool)
+    with pytest.raises(CheckpointError, match=message):
+        pool.load("new", root / "a5")
+    with pytest.raises(CheckpointError, match=message):
+        pool.load("a0", root / "a5")
+    with pytest.raises(CheckpointError, match=message):
+        pool.lease(["a2", "a5"])
+    assert state(pool) == before
+    with pool.lease(["a0"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a0")
+
+
+@pytest.mark.parametrize("damage", ["no weights", "full copies", "biases", "rank"])
+def test_registering_checks_what_needs_no_tensors(root: Path, damage: str) -> None:
+    spoil, message = DAMAGE[damage]
+    spoil(root / "a5")
+    pool = AdapterPool(Blocks(), target_modules=["q", "v"], max_rank=8)
+    with pytest.raises(CheckpointError, match=message):
+        pool.register_folder(root)
+    assert pool.names == []
+    with pytest.raises(CheckpointError, match=message):
+        pool.register("x", root / "a5")
+    assert pool.names == []
+
+
+def test_state_dicts_are_checked_too(root: Path) -> None:
+    pool = AdapterPool(Blocks(), target_modules=["q"])
+    config = LoraConfig(r=2, target_modules=["q"])
+    good = make_tensors(config, 0, [f"layers.{i}.q" for i in range(3)])
+    magnitude = {f"{Q0}.lora_magnitude_vector": torch.ones(14)}
+    for tensors, message in [
+        ({}, "no LoRA factors"),
+        (good | magnitude, "use_dora=False"),
+        ({k: v.long() for k, v in good.items()}, "int64"),
+        ({k: v.numpy() for k, v in good.items()}, "no tensor"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            pool.load("a", tensors, config=config)
+    assert pool.names == []
+
+
+def test_names_are_checked(root: Path) -> None:
+    pool = make_pool(root)
+    with pytest.raises(AdapterNotFoundError, match=r"'a9' among the 8.*close names: a\d"):
+        pool.lease(["a0", "a9"])
+    for call in (pool.unload, pool.pin, pool.unpin, pool.slot_of):
+        with pytest.raises(AdapterNotFoundError, match="'b'"):
+            call("b")
+    with pytest.raises(AdapterStateError, match="'a3' exists already"):
+        pool.register("a3", root / "a3")
+    with pytest.raises(AdapterStateError, match="exists already"):
+        pool.register_folder(root)
+    for name in ("", "__base__", 3):
+        with pytest.raises(ConfigError, match="non-empty string"):
+            pool.load(name, root / "a3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'a0'"):
+        pool.lease("a0")
+    with pytest.raises(CheckpointError, match="no subfolder"):
+        pool.register_folder(root / "a3")
+
+
+def test_what_can_never_fit_is_refused(root: Path) -> None:
+    pool = make_pool(root, max_adapters=3, device_bytes=2 * RANK2)
+    use(pool, "a0")
+    big = make_folder(root.parent / "big", 0, r=5)
+    before = state(pool)
+    with pytest.raises(PoolFullError, match="needs 4 adapters.*at most 3"):
+        pool.lease(["a0", "a1", "a2", "a3"])
+    with pytest.raises(PoolFullError, match=f"{3 * RANK2} bytes.*device_bytes={2 * RANK2}"):
+        pool.lease(["a0", "a1", "a2"])
+    with pytest.raises(PoolFullError, match="more than device_bytes"):
+        pool.load("big", big)
+    assert state(pool) == before
+    pool.pin("a0")
+    pool.pin("a1")
+    before = state(pool)
+    with pytest.raises(PoolFullError, match="2 pinned"):
+        pool.lease(["a2"])
+    with pytest.raises(PoolFullError, match="to be pinned"):
+        pool.load("a7", root / "a7", pin=True)
+    with pytest.raises(PoolFullError, match="2 pinned"):
+        pool.pin("a2")
+    assert state(pool) == before
+    pool.load("a0", root / "a6")  # in the place of the old one
+    assert pool.resident == ["a1", "a0"]
+
+
+def test_limits_are_checked() -> None:
+    model = Blocks()
+    for limits, message in [
+        ({"max_adapters": 0}, "max_adapters"),
+        ({"device_bytes": -1}, "device_bytes"),
+        ({"cpu_bytes": 1.5}, "cpu_bytes"),
+        ({"max_rank": 0}, "r must be"),
+        ({"dtype": torch.int8}, "int8"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            AdapterPool(model, target_modules=["q"], **limits)
+    assert type(model.layers[0].q) is nn.Linear
+
+
+class Separate(Transfers):
+    """A device with memory of its own, which can be full."""
+
+    shares_memory = False
+    full = False
+
+    def upload(self, image: Image) -> Image:
+        """Copies, unless it is full."""
+        if self.full:
+            raise torch.OutOfMemoryError("the device is full")
+        return dataclasses.replace(image, data=image.data.clone())
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """The device is full, for a new name and for a swap; or its tables cannot be written."""
+    device = Separate()
+    device.shares_memory = shares
+    monkeypatch.setattr("fastlora.pool.pool.make_transfers", lambda _: device)
+    pool = make_pool(root, max_adapters=2)
+    pool.load("mine", root / "a0")
+    slot, before = pool.slot_of("mine"), state(pool)
+    assert slot is not None
+    column = pool.tables.column_of[slot].item()
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no page-locked memory")
+
+    for name in ("mine", "other"):
+        device.full = True
+        with pytest.raises(torch.OutOfMemoryError, match="device"):
+            pool.load(name, root / "a1")
+        device.full = False
+        with monkeypatch.context() as broken:
+            broken.setattr(pool.tables, "write", fail)
+            with pytest.raises(torch.OutOfMemoryError, match="page-locked"):
+                pool.load(name, root / "a1")
+    assert state(pool) == before and pool.slot_of("mine") == slot
+    assert pool.tables.column_of[slot].item() == column
+    with pool.lease(["mine"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a0")
+    check_pool(pool)
+
+
+def test_a_swap_that_fails_where_no_column_is_free(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new adapter waits in CPU memory, and its slot means no other's meanwhile."""
+    pool = make_pool(root, max_adapters=1)
+    config = LoraConfig(r=2, target_modules=["q"])
+    tensors = make_tensors(config, 1, [f"layers.{i}.q" for i in range(3)])
+    pool.load("mine", tensors, config=config)
+    slot = pool.slot_of("mine")
+    assert slot is not None
+    leases = []
+    for _ in range(4):  # the columns beside the slots
+        leases.append(pool.lease(["mine"]))
+        pool.load("mine", tensors, config=config)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no page-locked memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pool.tables, "write", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.load("mine", tensors, config=config)
+    assert pool.tables.column_of[slot].item() == NO_COLUMN
+    with pool.lease(["mine"], timeout=30) as lease:
+        assert lease.residents[0].factors(0) is not None
+    for lease in leases:
+        lease.release()
+    check_pool(pool)
+
+
+def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
+    """Prefetching goes on, and the error that ends a block is the one that is raised."""
+    pool = make_pool(root)
+    with pool.lease(["a0"]):
+        waiting = pool.prefetch(["a1", "a2"])
+        with pytest.raises(AdapterStateError, match="1 leases are held"):
+            pool.close()
+        assert waiting.result(60) is None
+        with pytest.raises(KeyError, match="mine"), pool:
+            raise KeyError("mine")
+        use(pool, "a3")
+    pool._residency.stop_prefetching()
+    assert pool._residency._worker_thread is None  # another thread gets its number
+    pool.close()
+
+
+def test_close_gives_back_methods_of_the_instance(root: Path) -> None:
+    """Those of accelerate's hooks, say: they act below the pool's, and remain."""
+    model = Blocks()
+    calls: list[str] = []
+    plain = model.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append("forward")
+        return plain(x)
+
+    def generate(x: torch.Tensor) -> torch.Tensor:
+        calls.append("generate")
+        return model(x)
+
+    model.forward, model.generate = forward, generate
+    with AdapterPool(model, max_adapters=2) as pool:
+        pool.load("a", root / "a0")
+        model.generate(torch.zeros(1, 2, dtype=torch.int64), adapter_names=["a"])
+    assert calls == ["generate", "forward"]
+    assert (model.forward, model.generate) == (forward, generate)
+    with pytest.raises(RuntimeError):
+        AdapterPool(model, max_adapters=2, device="nodevice")
+    assert (model.forward, model.generate) == (forward, generate)

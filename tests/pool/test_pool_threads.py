@@ -1,0 +1,394 @@
+"""`AdapterPool` under threads: waiting, fairness, no half-loaded adapter; the order a GPU needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora.pool.pool
+from fastlora.pool import AdapterPool, Lease
+from fastlora.pool.image import Image
+from fastlora.pool.transfers import Transfers
+from fastlora.validation import AdapterNotFoundError, PoolFullError
+from tests.support.pool_adapters import (
+    check_pool,
+    make_folder,
+    make_pool,
+    same_adapter,
+    saved_factors,
+)
+
+# Long enough for a thread that could go on to have gone on; a test that fails takes this long.
+SOON, LONG = 0.05, 20.0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight adapters, `a0` to `a7`, two of which use DoRA."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed in range(8):
+        make_folder(folder / f"a{seed}", seed, r=1 + seed % 3, use_dora=seed % 4 == 3)
+    return folder
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+def waits(future: Future[Any]) -> bool:
+    time.sleep(SOON)
+    return not future.done()
+
+
+# -------------------------------------------------------------------------------------- waiting
+
+
+def test_a_lease_waits_for_the_leases_of_others(root: Path, threads: ThreadPoolExecutor) -> None:
+    pool = make_pool(root, max_adapters=2)
+    with pool.lease(["a0", "a1"]):
+        waiting = threads.submit(pool.lease, ["a2", "a3"], timeout=LONG)
+        assert waits(waiting)
+        with pytest.raises(PoolFullError, match="2 are leased"):
+            pool.lease(["a2"])  # this thread's own lease is what is in the way
+        with pytest.raises(PoolFullError):
+            threads.submit(pool.lease, ["a4"], timeout=0.01).result(LONG)
+    with waiting.result(LONG):
+        assert pool.resident == ["a2", "a3"]
+    check_pool(pool)
+
+
+def test_first_come_first_served(root: Path, threads: ThreadPoolExecutor) -> None:
+    pool = make_pool(root, max_adapters=2)
+    one, two = pool.lease(["a0"]), pool.lease(["a1"])
+    large = threads.submit(pool.lease, ["a2", "a3"], timeout=LONG)
+    assert waits(large)
+    small = threads.submit(pool.lease, ["a4"], timeout=LONG)
+    one.release()
+    assert waits(small)  # there is room for it, but not its turn
+    two.release()
+    granted = large.result(LONG)
+    assert waits(small)
+    granted.release()
+    small.result(LONG).release()
+
+
+def test_a_thread_that_holds_leases_is_not_kept_waiting_by_others(
+    root: Path, threads: ThreadPoolExecutor
+) -> None:
+    pool = make_pool(root, max_adapters=3)
+    with pool.lease(["a0"]):
+        large = threads.submit(pool.lease, ["a2", "a3", "a4"], timeout=LONG)
+        assert waits(large)
+        pool.lease(["a1"]).release()
+    large.result(LONG).release()
+
+
+def test_two_threads_that_wait_for_each_other(root: Path, threads: ThreadPoolExecutor) -> None:
+    pool = make_pool(root, max_adapters=2)
+    holding = threading.Event()
+
+    def nested() -> None:
+        with pool.lease(["a0"]):
+            holding.set()
+            pool.lease(["a2"], timeout=LONG).release()
+
+    with pool.lease(["a1"]):
+        other = threads.submit(nested)
+        assert holding.wait(LONG)
+        assert waits(other)  # this thread may end its lease
+        with pytest.raises(PoolFullError):
+            pool.lease(["a3"])  # now it cannot
+        assert waits(other)
+    other.result(LONG)
+    check_pool(pool)
+
+
+def test_a_waiter_hears_that_its_adapter_is_gone(root: Path, threads: ThreadPoolExecutor) -> None:
+    pool = make_pool(root, max_adapters=1)
+    with pool.lease(["a0"]):
+        waiting = threads.submit(pool.lease, ["a1"], timeout=LONG)
+        assert waits(waiting)
+        pool.unload("a1")
+        with pytest.raises(AdapterNotFoundError, match="a1"):
+            waiting.result(LONG)
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass
+class SlowReads:
+    """Holds every read outside the main thread until it may go on."""
+
+    started: threading.Semaphore
+    go: threading.Event
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowReads:
+    reads = SlowReads(threading.Semaphore(0), threading.Event())
+    real = fastlora.pool.reader.AdapterReader.read_folder
+
+    def read(self: Any, folder: Any) -> Image:
+        image = real(self, folder)
+        if threading.current_thread() is not threading.main_thread():
+            reads.started.release()
+            assert reads.go.wait(LONG)
+        return image
+
+    monkeypatch.setattr(fastlora.pool.reader.AdapterReader, "read_folder", read)
+    return reads
+
+
+def test_an_adapter_is_read_once_for_all_who_want_it(
+    root: Path, threads: ThreadPoolExecutor, slow: SlowReads
+) -> None:
+    pool = make_pool(root, max_adapters=4, cpu_bytes=0)
+    first = threads.submit(pool.lease, ["a0"], timeout=LONG)
+    assert slow.started.acquire(timeout=LONG)
+    second = threads.submit(pool.lease, ["a0", "a1"], timeout=LONG)
+    assert slow.started.acquire(timeout=LONG)  # a1
+    assert waits(second)
+    slow.go.set()
+    with first.result(LONG) as one, second.result(LONG) as two:
+        assert one.residents[0] is two.residents[0]
+    assert pool.stats().loads == 2
+
+
+def test_a_swap_overtakes_a_read(root: Path, threads: ThreadPoolExecutor, slow: SlowReads) -> None:
+    pool = make_pool(root, max_adapters=1, cpu_bytes=0)
+    lease = threads.submit(pool.lease, ["a0"], timeout=LONG)
+    assert slow.started.acquire(timeout=LONG)
+    pool.load("a0", root / "a3")
+    pool.lease(["a1"]).release()  # the new one leaves the memory again
+    slow.go.set()
+    with lease.result(LONG) as granted:
+        assert same_adapter(pool, granted.residents[0], root / "a3")
+
+
+def test_readers_do_not_hold_the_lock(
+    root: Path, threads: ThreadPoolExecutor, slow: SlowReads
+) -> None:
+    pool = make_pool(root)
+    pool.lease(["a1"]).release()
+    reading = threads.submit(pool.lease, ["a0"], timeout=LONG)
+    assert slow.started.acquire(timeout=LONG)
+    threads.submit(pool.lease, ["a1"], timeout=LONG).result(LONG).release()
+    assert not reading.done()
+    slow.go.set()
+    reading.result(LONG).release()
+
+
+# ------------------------------------------------------------------------------------- hammering
+
+
+def contents(pool: AdapterPool, root: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
+    return {f.name: [saved_factors(f, m.name) for m in pool.modules] for f in root.iterdir()}
+
+
+def is_whole(resident: Any, saved: list[dict[str, torch.Tensor]]) -> bool:
+    return all(
+        torch.equal(resident.factors(i).lora_a, tensors["lora_A.weight"])
+        and torch.equal(resident.factors(i).lora_b.t(), tensors["lora_B.weight"])
+        for i, tensors in enumerate(saved)
+    )
+
+
+@pytest.mark.parametrize("cpu_bytes", [0, 4000, None])
+def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | None) -> None:
+    pool = make_pool(root, max_adapters=4, device_bytes=8000, cpu_bytes=cpu_bytes)
+    known = contents(pool, root)
+    seen = {"leases": 0, "gone": 0, "full": 0}
+    failures: list[str] = []
+    start = threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        start.wait(LONG)
+        for _ in range(60):
+            name = f"a{rng.randrange(8)}"
+            action = rng.random()
+            if action < 0.1:  # another adapter under this name
+                pool.load(name, root / f"a{rng.randrange(8)}")
+            elif action < 0.2:
+                with contextlib.suppress(AdapterNotFoundError):
+                    pool.unload(name)
+                pool.load(name, root / name)
+            elif action < 0.3:
+                with contextlib.suppress(AdapterNotFoundError):
+                    pool.prefetch([name])
+            else:
+                names = [f"a{rng.randrange(8)}" for _ in range(rng.randrange(1, 4))]
+                try:
+                    lease = pool.lease(names)
+                except AdapterNotFoundError:
+                    seen["gone"] += 1
+                    continue
+                with lease:
+                    seen["leases"] += 1
+                    for resident in lease.residents:
+                        for _ in range(2):  # it stays what it is
+                            whole = [n for n, saved in known.items() if is_whole(resident, saved)]
+                            if len(whole) != 1:
+                                failures.append(f"{resident.name} is none of the files: {whole}")
+            used = pool.stats()
+            most = used.cpu_bytes if cpu_bytes is None else cpu_bytes
+            if used.device_bytes > 8000 or used.cpu_bytes > most:
+                failures.append(f"over budget: {used}")
+
+    futures = [Future[None]() for _ in range(4)]
+
+    def run(seed: int) -> None:
+        try:
+            futures[seed].set_result(work(seed))
+        except Exception as error:
+            futures[seed].set_exception(error)
+
+    for seed in range(4):
+        threading.Thread(target=run, args=(seed,), daemon=True).start()
+    for done in futures:
+        done.result(60)  # a deadlock ends here
+    assert not failures, failures[0]
+    assert seen["leases"] > 100
+    pool.prefetch([]).result(LONG)  # behind all others
+    check_pool(pool)
+    assert pool.stats().leases == 0 and pool.stats().evictions > 10
+
+
+# ------------------------------------------------------------------------------ what a GPU needs
+
+
+class RecordingTransfers(Transfers):
+    """A device of its own, on the CPU, that notes in which order it is written and waited for."""
+
+    shares_memory = False
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.marks = 0
+        self.done = False
+
+    def upload(self, image: Image) -> Image:
+        data = image.data.clone()
+        self.log.append(("write", data.data_ptr()))
+        return dataclasses.replace(image, data=data)
+
+    def written(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def is_done(self, mark: Any) -> bool:
+        return self.done
+
+    def wait_for_writes(self, marks: Iterable[Any]) -> None:
+        self.log += [("forward waits for", mark) for mark in marks]
+
+    def read(self) -> tuple[Any, int]:
+        self.marks += 1
+        self.log.append(("forward", self.marks))
+        return self.marks, threading.get_ident()
+
+    def wait_for_reads(self, marks: Iterable[Any]) -> None:
+        self.log += [("pool waits for", mark) for mark in marks]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> RecordingTransfers:
+    transfers = RecordingTransfers()
+    monkeypatch.setattr(fastlora.pool.pool, "make_transfers", lambda device: transfers)
+    return transfers
+
+
+def kinds(device: RecordingTransfers) -> list[str]:
+    return [kind for kind, _ in device.log]
+
+
+def test_memory_on_the_device_is_reused_behind_its_readers(
+    root: Path, device: RecordingTransfers, threads: ThreadPoolExecutor
+) -> None:
+    pool = make_pool(root, max_adapters=1)
+    with pool.lease(["a0"]):
+        threads.submit(lambda: pool.lease(["a0"]).release()).result(LONG)
+    assert kinds(device) == ["write"] + ["forward waits for"] * 2 + ["forward"] * 2
+    forwards = {mark for kind, mark in device.log if kind == "forward"}
+    device.log.clear()
+    with pool.lease(["a1"]):
+        assert kinds(device)[:3] == ["pool waits for"] * 2 + ["write"]
+        assert {mark for kind, mark in device.log if kind == "pool waits for"} == forwards
+        device.log.clear()
+        pool.load("a1", root / "a2")  # the old one is leased: nothing to wait for yet
+        assert kinds(device) == ["write"]
+    assert kinds(device) == ["write", "forward", "pool waits for"]
+    check_pool(pool)
+
+
+def test_forwards_wait_only_for_copies_under_way(root: Path, device: RecordingTransfers) -> None:
+    pool = make_pool(root)
+    pool.lease(["a0"]).release()
+    pool.lease(["a0"]).release()
+    assert kinds(device).count("forward waits for") == 2
+    device.done = True
+    pool.lease(["a0"]).release()
+    device.done = False
+    pool.lease(["a0"]).release()
+    assert kinds(device).count("forward waits for") == 2
+
+
+def test_the_cpu_tier_keeps_copies_of_what_a_gpu_holds(
+    root: Path, device: RecordingTransfers
+) -> None:
+    pool = make_pool(root, max_adapters=2)
+    order = ["a0", "a1", "a2", "a0", "a1"]
+    for name in order:
+        with pool.lease([name]) as lease:
+            assert same_adapter(pool, lease.residents[0], root / name)
+        check_pool(pool)
+    stats = pool.stats()
+    assert (stats.loads, stats.in_cpu, stats.on_device) == (3, 3, 2)
+    assert kinds(device).count("write") == 5
+    pool.load("a0", root / "a5")
+    with pool.lease(["a0"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a5")
+    check_pool(pool)
+
+
+def test_a_copy_that_fails_loses_no_adapter(
+    root: Path, device: RecordingTransfers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shares in (False, True):
+        monkeypatch.setattr(RecordingTransfers, "shares_memory", shares)
+        pool = make_pool(root, max_adapters=2)
+        pool.lease(["a0"]).release()
+        real, calls = device.upload, []
+
+        def upload(
+            image: Image, real: Callable[[Image], Image] = real, calls: Any = calls
+        ) -> Image:
+            calls.append(image)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("the device is full")
+            return real(image)
+
+        monkeypatch.setattr(device, "upload", upload)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.lease(["a1", "a2"])
+        check_pool(pool)
+        monkeypatch.setattr(device, "upload", real)
+        lease: Lease = pool.lease(["a1", "a2"])
+        for resident in lease.residents:
+            assert same_adapter(pool, resident, root / resident.name)
+        lease.release()
+        assert pool.stats().loads == 3
+        check_pool(pool)

@@ -1,0 +1,360 @@
+"""Blocks of `fastlora.adapters`: what they refuse, what they see, and what they leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import adapters
+from fastlora.routing.in_force import current_routing
+from fastlora.routing.routing import number_layers
+from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
+
+
+def build(base: nn.Module | None = None, targets: Any = ("q", "v"), **config: Any) -> Any:
+    """Adapters a, b and c at random over TwoLayers, in evaluation and float64."""
+    torch.manual_seed(0)
+    made = fastlora.LoraConfig(r=4, target_modules=list(targets), **config)
+    model = fastlora.get_peft_model(base or TwoLayers(), made, "a")
+    model.add_adapter("b", made)
+    model.add_adapter("c", made)
+    randomise(model)
+    return model.double().eval()
+
+
+def rows_of(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The model's output, without gradients."""
+    with torch.no_grad():
+        return model(x)
+
+
+# -------------------------------------------------------------------------- ids and the batch
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 12])
+def test_ids_that_are_neither_samples_nor_tokens(count: int) -> None:
+    """Numbers that divide the rows, or the samples, are wrong all the same."""
+    model = fastlora.get_peft_model(
+        tiny_llama(), fastlora.LoraConfig(target_modules=["q_proj"]), "a"
+    )
+    ids = torch.randint(0, 97, (4, 6))
+    message = rf"4 samples \(24 tokens\) and {count} adapter ids"
+    with pytest.raises(ValueError, match=message), adapters(model, ["a"] * count):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, adapter_names=["a"] * count)
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids=ids, adapter_names=["a"] * count, max_new_tokens=1)
+    assert current_routing() is None
+
+
+def test_ids_of_a_patched_model_fit_its_batch() -> None:
+    """As in PEFT."""
+    peft = pytest.importorskip("peft", reason="patches a PEFT model")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_llama(), config, "a")
+    fastlora.patch(model.eval())
+    for count in (1, 2, 5, 8):
+        with pytest.raises(ValueError, match=f"4 samples .* {count} adapter ids"):
+            model(input_ids=torch.zeros(4, 5, dtype=torch.int64), adapter_names=["a"] * count)
+    with pytest.raises(ValueError, match="2 adapter ids"), adapters(model, ["a"] * 2):
+        model(input_ids=torch.zeros(4, 5, dtype=torch.int64))
+
+
+def test_ids_of_a_pool_fit_its_batch() -> None:
+    """Before any work, and for the batch that came in where a beam search makes more of it."""
+    model = tiny_llama().eval()
+    pool = fastlora.AdapterPool(model, target_modules=["q_proj"])
+    generate = type(model).generate
+    ids = torch.randint(1, 97, (2, 5))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"2 samples .* 1 adapter ids"), adapters(pool, [None]):
+            call(input_ids=ids)
+    with adapters(pool, [None, None]):
+        found = model.generate(
+            input_ids=ids, max_new_tokens=3, num_beams=3, do_sample=False, pad_token_id=0
+        )
+    pool.close()
+    assert model.generate.__func__ is generate
+    expected = model.generate(
+        input_ids=ids, max_new_tokens=3, num_beams=3, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(found, expected)
+    with pytest.raises(TypeError, match="AdapterPool"), adapters(model, [None]):
+        pass
+
+
+WRONG_IDS = {
+    "a number": (["a", 3], "holds 3, expected names"),
+    "nested": ([["a"], "b"], r"holds \['a'\], expected names"),
+    "a set": ({"a", "b"}, "a set, expected a sequence"),
+    "complex": (torch.zeros(2, dtype=torch.complex64), "complex64, expected integers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IDS)
+def test_ids_of_odd_kinds(case: str) -> None:
+    ids, message = WRONG_IDS[case]
+    for target in (build(), fastlora.AdapterPool(TwoLayers(), target_modules=["q"])):
+        with pytest.raises(TypeError, match=message), adapters(target, ids):
+            pass
+
+
+@pytest.mark.parametrize("target", [None, 5])
+def test_no_model(target: Any) -> None:
+    with pytest.raises(TypeError, match="adapters.. takes a LoraModel"), adapters(target, ["a"]):
+        pass
+
+
+@pytest.mark.parametrize("seeds", [[1, 2], {"a": 1.5}, {"a": None}])
+def test_seeds_of_odd_kinds(seeds: Any) -> None:
+    with pytest.raises(TypeError, match="seed"), adapters(build(), ["a"], seeds=seeds):
+        pass
+
+
+def test_evaluation_draws_no_seed() -> None:
+    """Sampling goes on as it would without adapters; in training dropout seeds are drawn."""
+    model = build(lora_dropout=0.1)
+    before = torch.random.get_rng_state()
+    with adapters(model, ["a", "b"]):
+        pass
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model.train()
+    with adapters(model, ["a", "b"]):
+        pass
+    assert not torch.equal(torch.random.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------ open blocks
+
+
+def test_blocks_of_two_models_nest() -> None:
+    """Each model follows its own innermost block."""
+    one, two = build(), build()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    expected = one(x, adapter_names=["b", "c"]), two(x, adapter_names=["c", "b"])
+    with adapters(one, ["b", "c"]), adapters(two, ["c", "b"]):
+        torch.testing.assert_close(one(x), expected[0])
+        torch.testing.assert_close(two(x), expected[1])
+        with adapters(one, ["c", "b"]):
+            torch.testing.assert_close(two(x), expected[1])
+        torch.testing.assert_close(one(x), expected[0])
+
+
+def test_blocks_that_end_out_of_order() -> None:
+    """It is said, and none stays in force."""
+    model = build()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    first, second = adapters(model, ["b", "b"]), adapters(model, ["c", "c"])
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="reverse order"):
+        first.__exit__(None, None, None)
+    torch.testing.assert_close(model(x), model(x, adapter_names=["c", "c"]))
+    second.__exit__(None, None, None)
+    assert current_routing() is None
+
+
+def test_a_merge_within_a_block() -> None:
+    """It would count twice."""
+    model = build()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with adapters(model, ["b", "c"]):
+        rows_of(model, x)
+        model.merge_adapter(["b"])
+        with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
+            model(x)
+        model.unmerge_adapter()
+        torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
+
+
+CHANGES = {
+    "scaling": lambda model: model.base_model.model.q.set_scale("b", 3.0),
+    "loaded": lambda model: model.load_state_dict(
+        {key: tensor * 2 for key, tensor in model.state_dict().items()}
+    ),
+    "deleted": lambda model: model.base_model.model.q.delete_adapter("b"),
+    "data": lambda model: [
+        model.base_model.model.q.lora_A["b"].weight.data.mul_(2),
+        fastlora.refresh(model),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_within_a_block(case: str) -> None:
+    """Packed factors are forgotten by whatever of ours changes them, and by `refresh`."""
+    model = build()
+    x = torch.randn(4, 16, dtype=torch.float64)
+    names = ["b", "c", "b", None]
+    with adapters(model, names):
+        before = [rows_of(model, x) for _ in range(4)][-1]
+        CHANGES[case](model)
+        found = rows_of(model, x)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, build_again(model, x, names))
+
+
+def build_again(model: Any, x: torch.Tensor, names: list[str | None]) -> torch.Tensor:
+    """What the model computes from its factors as they are now: with gradients nothing is kept."""
+    with torch.enable_grad(), adapters(model, names):
+        return model(x).detach()
+
+
+def test_training_that_moves_no_version() -> None:
+    """An optimizer that writes through ``.data``, between two mixed evaluations."""
+    model = build()
+    x = torch.randn(4, 16, dtype=torch.float64)
+    names = ["b", "c", "b", None]
+    for _ in range(4):
+        with adapters(model, names):
+            before = rows_of(model, x)
+    model.train()
+    model.set_adapter("b")
+    model(x).square().sum().backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.data.add_(parameter.grad, alpha=-0.1)
+    model.eval()
+    with adapters(model, names):
+        found = rows_of(model, x)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, build_again(model, x, names))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_within_a_block_without(use_reentrant: bool) -> None:
+    """A checkpoint with gradients in a block that began without them keeps its routing."""
+    model = build()
+    model.set_adapter(["a", "b", "c"])
+    x = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for checkpointed in (False, True):
+        with torch.no_grad(), adapters(model, ["b", "c"]), torch.enable_grad():
+            y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+        (grad,) = torch.autograd.grad(y.sum(), x) if not checkpointed else (None,)
+        if checkpointed:
+            y.sum().backward()
+            grad = x.grad
+        grads.append(grad)
+    torch.testing.assert_close(*grads)
+
+
+# ------------------------------------------------------------------------------- layers, pools
+
+
+def test_layers_whose_names_collide() -> None:
+    """CRC-32 of both is the same; each keeps its own factors."""
+    assert len(set(number_layers(["plumless", "buckeroo"]))) == 2
+
+    class Colliding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plumless, self.buckeroo = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.plumless(x).tanh() + self.buckeroo(x.sin())
+
+    model = build(Colliding(), targets=("plumless", "buckeroo"))
+    x = torch.randn(2, 16, dtype=torch.float64)
+    for _ in range(4):
+        with adapters(model, ["b", "c"]):
+            found = rows_of(model, x)
+    torch.testing.assert_close(found, build_again(model, x, ["b", "c"]))
+
+
+def test_a_patched_model_with_an_adapter_deleted_and_added_elsewhere() -> None:
+    """New layers follow the routing too."""
+    peft = pytest.importorskip("peft", reason="patches a PEFT model")
+    twins = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]), "a")
+        model.add_adapter("b", peft.LoraConfig(target_modules=["q_proj"]))
+        twins.append(model.double().eval())
+    patched, twin = twins
+    fastlora.patch(patched)
+    ids = torch.randint(0, 97, (3, 5))
+    patched(input_ids=ids, adapter_names=["a", "b", "a"])
+    for model in twins:
+        model.delete_adapter("a")
+        torch.manual_seed(1)
+        model.add_adapter("a", peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"]))
+        torch.manual_seed(2)
+        randomise(model)
+        model.double().eval()
+    names = ["a", "b", "__base__"]
+    expected = twin(input_ids=ids, adapter_names=names).logits
+    torch.testing.assert_close(patched(input_ids=ids, adapter_names=names).logits, expected)
+    with adapters(patched, names):
+        torch.testing.assert_close(patched(input_ids=ids).logits, expected)
+
+
+def state(scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """An adapter of rank 2 on q."""
+    torch.manual_seed(3)
+    prefix = "base_model.model.q."
+    shapes = {"lora_A.weight": (2, 16), "lora_B.weight": (24, 2)}
+    return {prefix + key: torch.randn(shape) * scale for key, shape in shapes.items()}
+
+
+CONFIG = {"r": 2, "target_modules": ["q"]}
+
+
+def test_an_adapter_loaded_in_inference_mode() -> None:
+    """It serves gradients of the input afterwards."""
+    model = TwoLayers()
+    with torch.inference_mode():
+        pool = fastlora.AdapterPool(model, target_modules=["q"])
+        pool.load("a", state(), config=CONFIG)
+        with adapters(pool, ["a", None]):
+            model(torch.randn(2, 16))
+    pool.load("b", state(2.0), config=CONFIG)
+    x = torch.randn(2, 16, requires_grad=True)
+    with adapters(pool, ["a", "b"]):
+        model(x).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_unloading_frees_packed_factors() -> None:
+    model = TwoLayers().eval()
+    pool = fastlora.AdapterPool(model, target_modules=["q"])
+    for name in ("a", "b"):
+        pool.load(name, state(), config=CONFIG)
+    for _ in range(3):
+        with torch.no_grad(), adapters(pool, ["a", "b"]):
+            model(torch.randn(2, 16))
+    assert pool.group.packs.nbytes > 0
+    pool.unload("a")
+    assert pool.group.packs.nbytes == 0
+
+
+def test_state_dicts_that_are_no_dense_tensors() -> None:
+    pool = fastlora.AdapterPool(TwoLayers(), target_modules=["q"])
+    for change, message in ((lambda t: t.to("meta"), "meta"), (lambda t: t.to_sparse(), "sparse")):
+        broken = {key: change(tensor) for key, tensor in state().items()}
+        with pytest.raises(CheckpointError, match=message):
+            pool.load("a", broken, config=CONFIG)
+    assert len(pool) == 0
+    pool.load("a", {k: t.requires_grad_() for k, t in state().items()}, config=CONFIG)
+
+
+def test_names_that_rows_cannot_have(tmp_path: Path) -> None:
+    """A folder called __base__, and a string where names belong."""
+    model = fastlora.get_peft_model(TwoLayers(), fastlora.LoraConfig(**CONFIG), "x")
+    for name in ("fine", "__base__"):
+        model.save_pretrained(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "x").rename(tmp_path / name)
+    pool = fastlora.AdapterPool(TwoLayers(), target_modules=["q"])
+    with pytest.raises(ConfigError, match="__base__"):
+        pool.register_folder(tmp_path)
+    assert len(pool) == 0
+    with pytest.raises(TypeError, match="'abc', expected a list"):
+        pool.prefetch("abc")

@@ -1,0 +1,1 @@
+"""What tests share: models, adapters, truths, and the programs that tests start."""

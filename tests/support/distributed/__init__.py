@@ -1,0 +1,1 @@
+"""Runs checks in two processes, and what those checks share."""

@@ -1,0 +1,1 @@
+"""What tests of kernels share: problems with their truths, and a quicker interpreter."""

@@ -1,0 +1,217 @@
+"""A mixed batch with gradients: adapters as parameters, and what every gradient should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlora.ops import (
+    mixed_grad_ops,  # noqa: F401 - registers the operators
+    mixed_train_ops,  # noqa: F401 - registers the operators
+)
+from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
+from fastlora.ops.philox_reference import philox_keep_mask
+from fastlora.ops.row_groups import build_row_groups
+from fastlora.testing import assert_within_budget
+
+OPS = torch.ops.fastlora
+# One adapter without a part in the module; slots 5 and up get rows only where a test says so.
+RANKS = (1, 3, 8, 16, 64, 0, 16)
+PS = (0.5, 0.1, 0.0, 0.25, 0.3, 0.0, 0.2)
+
+
+def mix(m: int) -> list[int]:
+    """Slots of m rows out of order: rows without an adapter, an empty slot, one without rows."""
+    return [(5 * row + row // 3) % 7 - 1 for row in range(m)]
+
+
+@dataclass
+class GradProblem:
+    """The operands of a module's forward and backward, S adapters as parameters.
+
+    Args:
+        lab: The fixture.
+        ids: Slot of each row.
+        n, k: The module's sides.
+        dtype: Of x, the base and the gradients that flow.
+        factor_dtype: Of the factors; x's where it is None.
+        ranks: Of the adapters.
+        biased: Slots with a lora_bias.
+        dropout: Whether each adapter drops with its own of `PS`.
+        rows: Positions of a run in the backward; None for what a layer takes.
+    """
+
+    lab: Any
+    ids: Sequence[int]
+    n: int
+    k: int
+    dtype: torch.dtype
+    factor_dtype: torch.dtype | None = None
+    ranks: Sequence[int] = RANKS
+    biased: Sequence[int] = (1, 4)
+    dropout: bool = False
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        lab, self.m, self.slots = self.lab, len(self.ids), len(self.ranks)
+        factor_dtype = self.factor_dtype or self.dtype
+        self.x = lab.rand(self.m, self.k, dtype=self.dtype)
+        self.dy = lab.rand(self.m, self.n, dtype=self.dtype)
+        self.weight = lab.rand(self.n, self.k, dtype=self.dtype) / self.k**0.5
+        self.lora_a = [
+            (lab.rand(r, self.k) / self.k**0.5).to(self.dtype).to(factor_dtype) for r in self.ranks
+        ]
+        self.lora_b = [
+            (lab.rand(self.n, r) / max(r, 1) ** 0.5).to(self.dtype).to(factor_dtype)
+            for r in self.ranks
+        ]
+        self.lora_bias = [
+            lab.rand(self.n, dtype=self.dtype).to(factor_dtype) if slot in self.biased else None
+            for slot in range(self.slots)
+        ]
+        # rsLoRA's among them.
+        self.scaling = torch.tensor(
+            [16 / max(r, 1) ** (0.5 if slot % 2 else 1) for slot, r in enumerate(self.ranks)]
+        ).to(lab.device)
+        self.seeds = None
+        if self.dropout:
+            self.seeds = torch.tensor([2**61 + 977 * slot for slot in range(self.slots)])
+            self.seeds = self.seeds.to(lab.device)
+        self.ps = [PS[slot % len(PS)] if self.dropout else 0.0 for slot in range(self.slots)]
+        self.groups = build_row_groups(
+            torch.tensor(self.ids, dtype=torch.int64, device=lab.device), self.m, self.slots
+        )
+        self.with_bias = [bias is not None for bias in self.lora_bias]
+
+    @property
+    def route(self) -> tuple[torch.Tensor, ...]:
+        """What every operator takes of the row groups."""
+        groups = self.groups
+        return groups.order, groups.segment_of, groups.segment_slot, groups.slot_start
+
+    # ------------------------------------------------------------------ operators
+
+    def forward_arguments(self, plan: str, impl: str = "triton") -> tuple[Any, ...]:
+        """Of ``mixed_lora_train_linear``."""
+        pieces = train_pieces(self.groups)
+        factors = (self.lora_a, self.lora_b, self.lora_bias, self.scaling, self.seeds, self.ps)
+        return (self.x, self.weight, None, *self.route, pieces, *factors, impl, plan)
+
+    def grad_b_arguments(
+        self, s: torch.Tensor, impl: str = "triton", factors: bool = True
+    ) -> tuple[Any, ...]:
+        """Of ``mixed_lora_grad_b``."""
+        runs = self._runs(runs_b, self.n, impl)
+        tables = (self.lora_b, self.with_bias, self.scaling)
+        return (self.dy, s, *self.route, *runs, *tables, factors, impl)
+
+    def _runs(self, of: Callable[..., Any], columns: int, impl: str) -> tuple[torch.Tensor, int]:
+        """Returns pieces and rows, which only kernels read."""
+        if impl == "eager":
+            return self.groups.slot_start, 1
+        if self.rows is not None:
+            return self.groups.pieces(self.rows), self.rows
+        return of(self.groups, self.dtype, columns)
+
+    def grad_x_arguments(
+        self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True
+    ) -> tuple[Any, ...]:
+        """Of ``mixed_lora_grad_x``."""
+        weight = self.weight if base else None
+        return (self.dy, weight, ds, *self.route, self.lora_a, self.seeds, self.ps, impl, plan)
+
+    def grad_a_arguments(self, ds: torch.Tensor, impl: str = "triton") -> tuple[Any, ...]:
+        """Of ``mixed_lora_grad_a``."""
+        runs = self._runs(runs_a, self.k, impl)
+        seeds = None if self.seeds is None else self.seeds.unsqueeze(0)
+        return (
+            *(self.x, ds.unsqueeze(0), *self.route, *runs),
+            *(self.lora_a, seeds, self.ps, impl),
+        )
+
+    def run(self, plan: str = "fused", impl: str = "triton") -> dict[str, torch.Tensor]:
+        """Returns y, dx and every factor's gradient, by name and slot."""
+        y, s = OPS.mixed_lora_train_linear(*self.forward_arguments(plan, impl))
+        ds, packed = OPS.mixed_lora_grad_b(*self.grad_b_arguments(s, impl))
+        found = {"y": y, "dx": OPS.mixed_lora_grad_x(*self.grad_x_arguments(ds, plan, impl))}
+        self.take_b(found, packed)
+        packed = OPS.mixed_lora_grad_a(*self.grad_a_arguments(ds, impl))
+        for slot, gradient in enumerate(split_grad_a(packed, self.lora_a)):
+            found[f"d_lora_a {slot}"] = gradient
+        return found
+
+    def take_b(self, found: dict[str, torch.Tensor], packed: torch.Tensor) -> None:
+        """Adds the gradients of lora_b and lora_bias."""
+        parts = split_grad_b(packed, self.lora_b, self.with_bias)
+        for slot, (gradient, bias) in enumerate(parts):
+            found[f"d_lora_b {slot}"] = gradient
+            if bias is not None:
+                found[f"d_lora_bias {slot}"] = bias
+
+    # ---------------------------------------------------------------------- truth
+
+    def rows_of(self, slot: int) -> list[int]:
+        """Rows that use a slot."""
+        return [row for row, own in enumerate(self.ids) if own == slot]
+
+    def masks(self, slot: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """What dropout multiplies an adapter's rows by, ``[count, K]``."""
+        p = self.ps[slot]
+        if self.seeds is None or not count:
+            return torch.ones(count, self.k, dtype=dtype, device=self.lab.device)
+        keep = philox_keep_mask(int(self.seeds[slot]), count, self.k, p)
+        return (keep.to(dtype) / (1 - p)).to(self.lab.device)
+
+    def expected(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Returns what `run` should, adapter by adapter in PyTorch's products in ``dtype``."""
+        x, dy, weight = self.x.to(dtype), self.dy.to(dtype), self.weight.to(dtype)
+        y, dx = x @ weight.t(), dy @ weight
+        found = {"y": y, "dx": dx}
+        for slot in range(self.slots):
+            rows = self.rows_of(slot)
+            a, b = self.lora_a[slot].to(dtype), self.lora_b[slot].to(dtype)
+            c = self.scaling[slot].to(dtype)
+            mask = self.masks(slot, len(rows), dtype)
+            # By selection: nothing of a dropped element is left.
+            dropped = torch.where(mask > 0, x[rows] * mask, 0)
+            s = dropped @ a.t()
+            delta = s @ b.t()
+            if self.with_bias[slot]:
+                delta = delta + self.lora_bias[slot].to(dtype)
+                found[f"d_lora_bias {slot}"] = c * dy[rows].sum(0)
+            ds = c * (dy[rows] @ b)
+            y[rows] += c * delta
+            dx[rows] += torch.where(mask > 0, (ds @ a) * mask, 0)
+            found[f"d_lora_b {slot}"] = dy[rows].t() @ (c * s)
+            found[f"d_lora_a {slot}"] = ds.t() @ dropped
+        return found
+
+    def check(self, found: dict[str, torch.Tensor]) -> None:
+        """Raises unless each result is as near to float64 as PyTorch is in the same dtype."""
+        near, exact = self.expected(self.dtype), self.expected(torch.float64)
+        for name, actual in found.items():
+            kind = self.dtype if name in ("y", "dx") else self.lora_a[0].dtype
+            assert actual.dtype == kind, name
+            assert_within_budget(actual.to(self.dtype), near[name], exact[name], name)
+
+    def check_apart(self, run: Callable[[], dict[str, torch.Tensor]], spoilt: torch.Tensor) -> None:
+        """Puts NaN, then infinity, into one element of an operand.
+
+        Raises unless results are not finite exactly where float64 arithmetic adapter by adapter
+        says so, and keep every other bit.
+        """
+        clean, before = run(), spoilt.clone()
+        for value in (float("nan"), float("inf")):
+            spoilt.fill_(value)
+            found, exact = run(), self.expected(torch.float64)
+            spoilt.copy_(before)
+            touched = 0
+            for name, actual in found.items():
+                finite = exact[name].isfinite()
+                assert torch.equal(actual.isfinite(), finite), name
+                assert torch.equal(actual[finite], clean[name][finite]), name
+                touched += int(not finite.all())
+            assert touched

@@ -1,0 +1,185 @@
+"""A mixed batch to launch kernels on, and what each of its rows should be in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.ops.row_groups import build_row_groups
+from fastlora.testing import assert_within_budget
+
+# Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone.
+RANKS = (1, 3, 8, 16, 24, 64, 128, 0)
+
+
+def draw_ids(m: int, slots: int, seed: int = 0) -> list[int]:
+    """Returns a slot for each row, rows without an adapter among them."""
+    chance = random.Random(seed)
+    return [chance.randint(-1, slots - 1) for _ in range(m)]
+
+
+class Factors(NamedTuple):
+    """One adapter's part in one module, as views of its image."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    lora_bias: torch.Tensor | None
+
+
+@dataclass
+class MixedProblem:
+    """The operands of a launch: x, G modules that share it, S adapters in images of their own.
+
+    Args:
+        lab: The fixture.
+        ids: Slot of each row.
+        ranks: Rank of each slot in each module, ``[G][S]``.
+        k: Columns of x.
+        ns: Outputs of each module.
+        dtype: Of x and the base.
+        factor_dtype: Of the images; x's where it is None.
+        biased: Slots whose adapter has a lora_bias.
+    """
+
+    lab: Any
+    ids: Sequence[int]
+    ranks: Sequence[Sequence[int]]
+    k: int
+    ns: Sequence[int]
+    dtype: torch.dtype
+    factor_dtype: torch.dtype | None = None
+    biased: Sequence[int] = ()
+    images: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.factor_dtype = self.factor_dtype or self.dtype
+        self.m, self.slots = len(self.ids), len(self.ranks[0])
+        self.max_rank = max(1, *(max(row) for row in self.ranks))
+        self.x = self.lab.rand(self.m, self.k, dtype=self.dtype)
+        self.weights = [self.lab.rand(n, self.k, dtype=self.dtype) / self.k**0.5 for n in self.ns]
+        self.biases = [self.lab.rand(n, dtype=self.dtype) for n in self.ns]
+        self.scaling = 0.5 + torch.rand(len(self.ns), self.slots).to(self.lab.device)
+        self.rank = torch.tensor(self.ranks, dtype=torch.int32, device=self.lab.device)
+        per_slot = [self._image(slot) for slot in range(self.slots)]
+        self.factors = [[slot[g] for slot in per_slot] for g in range(len(self.ns))]
+        self.lora_a_address = self._table([[f.lora_a for f in row] for row in self.factors])
+        self.lora_b_address = self._table([[f.lora_b for f in row] for row in self.factors])
+        biases = self._table([[f.lora_bias for f in row] for row in self.factors])
+        self.lora_bias_address = biases if self.biased else None
+        self.groups = build_row_groups(self._ids(self.ids), self.m, self.slots)
+
+    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
+
+    def _image(self, slot: int) -> list[Factors]:
+        """Makes one adapter: blocks at multiples of 16 bytes, NaN between them."""
+        width = self.factor_dtype.itemsize
+        blocks: list[tuple[int, torch.Tensor]] = []
+        end, parts = 0, []
+        for g, n in enumerate(self.ns):
+            r = self.ranks[g][slot]
+            made = [self.lab.rand(r, self.k) / self.k**0.5, self.lab.rand(r, n) / max(r, 1) ** 0.5]
+            if slot in self.biased:
+                made.append(self.lab.rand(n))
+            for block in made:
+                blocks.append((end, block.to(self.dtype)))
+                end = -(-(end + block.numel()) * width // 16) * 16 // width
+            parts.append(len(made))
+        image = self.lab.poisoned(end + 1, dtype=self.factor_dtype)
+        views = []
+        for start, block in blocks:
+            view = image[start : start + block.numel()].view(block.shape)
+            views.append(view.copy_(block))
+        self.images.append(image)
+        found = iter(views)
+        return [Factors(*(next(found) for _ in range(p)), *[None] * (3 - p)) for p in parts]
+
+    def _table(self, blocks: list[list[torch.Tensor | None]]) -> torch.Tensor:
+        addresses = [
+            [0 if block is None or not block.numel() else block.data_ptr() for block in row]
+            for row in blocks
+        ]
+        return torch.tensor(addresses, dtype=torch.int64, device=self.lab.device)
+
+    @property
+    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What every launch takes of the row groups."""
+        return self.groups.order, self.groups.segment_of, self.groups.segment_slot
+
+    def tables(self, g: int = 0) -> tuple[torch.Tensor | None, ...]:
+        """What expand, linear and add take of module g's tables."""
+        bias = self.lora_bias_address
+        return (
+            self.lora_b_address[g],
+            None if bias is None else bias[g],
+            self.rank[g],
+            self.scaling[g],
+        )
+
+    def regroup(self, ids: Sequence[int]) -> None:
+        """Gives the rows other slots, in the same buffers."""
+        self.ids = ids
+        self.groups.update_(self._ids(ids))
+
+    def rows_of(self, slot: int) -> list[int]:
+        """Rows that use a slot."""
+        return [row for row, own in enumerate(self.ids) if own == slot]
+
+    def positions_of(self, slot: int) -> list[int]:
+        """Sorted positions of the rows that use a slot."""
+        order = self.groups.order.tolist()
+        return [position for position, row in enumerate(order) if self.ids[row] == slot]
+
+    def shrunk(self, splits: int = 1) -> torch.Tensor:
+        """Returns s as a shrink leaves it, fp32 ``[splits, G, M, R]``; NaN where it writes nothing.
+
+        In splits whose sum is right to fp32; ranks are filled up to a multiple of four with zeros.
+        """
+        columns = -(-self.max_rank // 16) * 16
+        s = self.lab.poisoned(splits, len(self.ns), self.m, columns, dtype=torch.float32)
+        for g, factors in enumerate(self.factors):
+            for slot, (lora_a, _, _) in enumerate(factors):
+                at, r = self.positions_of(slot), lora_a.shape[0]
+                value = self.x[self.rows_of(slot)].float() @ lora_a.float().t()
+                parts = torch.rand(splits, 1, 1).to(value.device)
+                s[:, g, at, : -(-r // 4) * 4] = 0
+                s[:, g, at, :r] = value * (parts / parts.sum())
+        return s
+
+    def expected(self, g: int, dtype: torch.dtype, base: bool = True) -> torch.Tensor:
+        """Returns module g's y, or its adapters' part alone, in ``dtype`` by PyTorch."""
+        x = self.x.to(dtype)
+        y = torch.zeros(self.m, self.ns[g], dtype=dtype, device=x.device)
+        if base:
+            y = F.linear(x, self.weights[g].to(dtype), self.biases[g].to(dtype))
+        for slot, (lora_a, lora_b, lora_bias) in enumerate(self.factors[g]):
+            rows = self.rows_of(slot)
+            delta = x[rows] @ lora_a.to(dtype).t() @ lora_b.to(dtype)
+            if lora_bias is not None:
+                delta = delta + lora_bias.to(dtype)
+            y[rows] += (self.scaling[g, slot].double() * delta).to(dtype)
+        return y
+
+    def check(self, y: torch.Tensor, g: int = 0) -> None:
+        """Raises unless y is module g's, as near to float64 as PyTorch is in the same dtype."""
+        assert_within_budget(y, self.expected(g, self.dtype), self.expected(g, torch.float64), "y")
+
+    def check_apart(self, run: Callable[[], torch.Tensor], spoilt: torch.Tensor) -> None:
+        """Puts NaN, then infinity, into one element of an operand of module 0.
+
+        Raises unless y is not finite exactly where float64 arithmetic row by row says so, and keeps
+        every other bit.
+        """
+        clean, before = run(), spoilt.clone()
+        for value in (float("nan"), float("inf")):
+            spoilt.fill_(value)
+            y, finite = run(), self.expected(0, torch.float64).isfinite()
+            spoilt.copy_(before)
+            assert finite.any() and not finite.all()
+            assert torch.equal(y.isfinite(), finite)
+            assert torch.equal(y[finite], clean[finite])

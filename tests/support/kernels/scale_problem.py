@@ -1,0 +1,102 @@
+"""A batch whose rows `mixed_dora_scale` scales, and what each should be in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora.ops.mixed_dora_scale_ops import PENDING
+from fastlora.ops.row_groups import build_row_groups
+from fastlora.testing import assert_within_budget
+
+# Of two modules, of which the second is launched.
+MODULES = 2
+
+
+class ScaleProblem:
+    """The operands of a launch.
+
+    Args:
+        lab: The fixture.
+        ids: Slot of each row.
+        slots: How many there are.
+        n: Outputs.
+        dtype: Of y and the bias.
+        scaled: Slots whose adapter has scales; all where it is None.
+        pending: Slots whose scales are yet to be made.
+        bias: Whether there is one.
+    """
+
+    def __init__(
+        self,
+        lab: Any,
+        ids: Sequence[int],
+        slots: int,
+        n: int,
+        dtype: torch.dtype,
+        *,
+        scaled: Sequence[int] | None = None,
+        pending: Sequence[int] = (),
+        bias: bool = True,
+    ) -> None:
+        self.lab, self.ids, self.n, self.dtype = lab, ids, n, dtype
+        self.scaled = set(range(slots) if scaled is None else scaled)
+        self.pending = set(pending)
+        self.y = 3 * lab.rand(len(ids), n, dtype=dtype)
+        self.bias = lab.rand(n, dtype=dtype) if bias else None
+        self.scales = [0.5 + torch.rand(n).to(lab.device) for _ in range(slots)]
+        self.address = torch.full((MODULES, slots), PENDING, device=lab.device)
+        self.write()
+        self.groups = build_row_groups(self._ids(ids), len(ids), slots)
+
+    def write(self) -> None:
+        """Writes the table, where it lies."""
+        for slot, scale in enumerate(self.scales):
+            known = scale.data_ptr() if slot in self.scaled else 0
+            self.address[1, slot] = PENDING if slot in self.pending else known
+
+    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The ids as a routing has them: those out of range are -2."""
+        slots = len(self.scales)
+        return self._ids([slot if -1 <= slot < slots else -2 for slot in self.ids])
+
+    @property
+    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a launch takes of the row groups."""
+        return self.groups.order, self.groups.segment_of, self.groups.segment_slot
+
+    def regroup(self, ids: Sequence[int]) -> None:
+        """Gives the rows other slots, in the same buffers."""
+        self.ids = ids
+        self.groups.update_(self._ids(ids))
+
+    def rows_of(self, slots: set[int]) -> list[int]:
+        """The rows of some slots."""
+        return [row for row, slot in enumerate(self.ids) if slot in slots]
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        """y in ``dtype``, by PyTorch."""
+        y = self.y.to(dtype, copy=True)
+        bias = 0.0 if self.bias is None else self.bias.to(dtype)
+        for row, slot in enumerate(self.ids):
+            if slot in self.scaled:
+                y[row] = ((y[row] - bias) * self.scales[slot].to(dtype)) + bias
+        return y
+
+    def check(self, y: torch.Tensor) -> None:
+        """Raises unless own rows are as near to float64 as PyTorch is, and others what they were.
+
+        Rows of pending slots must be NaN.
+        """
+        own = self.rows_of(self.scaled - self.pending)
+        rest = self.rows_of(set(self.ids) - self.scaled - self.pending)
+        assert torch.equal(y[rest].view(torch.uint8), self.y[rest].view(torch.uint8))
+        assert y[self.rows_of(self.pending)].isnan().all()
+        found = y[own], self.expected(self.dtype)[own], self.expected(torch.float64)[own]
+        assert_within_budget(*found, "y")

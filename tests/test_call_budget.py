@@ -1,0 +1,111 @@
+"""How many calls of ours, and into how many files, one layer's forward is; counted, not timed.
+
+Counts do not depend on the machine. Each ceiling is what the code takes today; beside it stands
+what it is to come down to, or may go up to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+
+OURS = str(Path(fastlora.__file__).parent) + "/"
+
+
+class Budget(NamedTuple):
+    """Ceilings of one forward.
+
+    Attributes:
+        calls: Python calls of functions of the package.
+        files: Files of the package that they are in.
+        final_calls, final_files: What both are to be in the end, at most.
+    """
+
+    calls: int
+    files: int
+    final_calls: int
+    final_files: int
+
+
+BUDGETS = {
+    "one adapter, few rows": Budget(17, 13, 20, 10),
+    "one adapter": Budget(32, 15, 36, 14),
+    "mixed training": Budget(63, 19, 70, 16),
+    "mixed decode": Budget(17, 8, 20, 8),
+}
+
+
+def counted(run: Callable[[], Any]) -> tuple[int, set[str]]:
+    """Calls into the package while something runs, and the files that they are in."""
+    calls, files = 0, set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            calls += 1
+            files.add(frame.f_code.co_filename.removeprefix(OURS))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return calls, files
+
+
+def adapted(names: str, train: bool) -> Any:
+    """A model of one linear with adapters of rank 4."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 48)), config, adapter_name=names[0]
+    )
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(train and "lora_" in name)
+    return model.train(train)
+
+
+def layer_alone(rows: int) -> Callable[[], Any]:
+    """A training forward of one adapter."""
+    layer, x = FastLoraLinear(64, 48, r=4), torch.randn(rows, 64)
+    return lambda: layer(x)
+
+
+def mixed(train: bool) -> tuple[int, set[str]]:
+    """A later forward of one layer in an open block: two adapters and none, or decode of four."""
+    names = "ab" if train else "abcd"
+    model = adapted(names, train)
+    layer, x = model.base_model.model[0], torch.randn(7 if train else 11, 64)
+    with torch.set_grad_enabled(train):
+        for _ in range(2):
+            with fastlora.adapters(model, [*names, None] * 2 + [None]):
+                for _ in range(3):
+                    layer(x)
+                found = counted(lambda: layer(x))
+    return found
+
+
+@pytest.mark.parametrize("what", BUDGETS)
+def test_a_forward_keeps_its_budget(what: str) -> None:
+    budget = BUDGETS[what]
+    if what.startswith("mixed"):
+        calls, files = mixed(train=what == "mixed training")
+    else:
+        run = layer_alone(8 if what.endswith("few rows") else 2048)
+        for _ in range(3):
+            run()
+        calls, files = counted(run)
+    assert calls <= budget.calls, f"in the end at most {budget.final_calls}"
+    assert len(files) <= budget.files, f"in the end at most {budget.final_files}: {sorted(files)}"

@@ -1,0 +1,219 @@
+"""The order of imports inside the package, and what it registers; ceilings that may only fall.
+
+A floor is one more than the highest floor of what is imported; what imports each other in a circle
+shares one. The files and folders directly in the package have floors, and the files of a folder
+among themselves. Imports inside functions count, those under TYPE_CHECKING do not.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tests.support.conformance_operators import import_everything, registered
+
+ROOT = Path(__file__).parent.parent
+# Today's values, and in brackets what they are to come down to.
+FLOORS = 23  # (9)
+FLOORS_IN_A_FOLDER = 15  # of layers/
+CIRCLES = 1  # (0) of modules
+CIRCLES_OF_FOLDERS = 1  # (0) five files and folders that import each other in functions
+OPERATORS = 33  # (17)
+AUTOGRAD_FUNCTIONS = 13  # (6)
+# Folders and files of the package from the ground up; an import may not go up. Filled in when the
+# files have moved: until then folders say nothing about order.
+ORDER: tuple[tuple[str, ...], ...] = ()
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name; those in ``kernels/`` are installed as ``fastlora.kernels``."""
+    found = {}
+    for folder, package in (("fastlora", "fastlora"), ("kernels", "fastlora.kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join((package, *(part for part in parts if part != "__init__")))
+            found[name] = path
+    return found
+
+
+class _Imports(ast.NodeVisitor):
+    """Collects names of modules, and names imported from modules."""
+
+    def __init__(self, package: str) -> None:
+        self.package, self.found = package, set[str]()
+
+    def visit_If(self, node: ast.If) -> None:
+        name = node.test.attr if isinstance(node.test, ast.Attribute) else ""
+        name = node.test.id if isinstance(node.test, ast.Name) else name
+        for child in node.orelse if name == "TYPE_CHECKING" else [node.test, *node.body]:
+            self.visit(child)
+        if name != "TYPE_CHECKING":
+            for child in node.orelse:
+                self.visit(child)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        source = node.module or ""
+        if node.level:
+            above = self.package.split(".")[: -node.level + 1 or None]
+            source = ".".join([*above, source] if source else above)
+        self.found |= {f"{source}.{alias.name}" for alias in node.names}
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """``importlib.import_module("...")``."""
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else ""
+        if name == "import_module" and node.args and isinstance(node.args[0], ast.Constant):
+            self.found.add(str(node.args[0].value))
+        self.generic_visit(node)
+
+
+def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of ours that a module imports. The package itself imports what it hands on."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    visitor = _Imports(package)
+    visitor.visit(ast.parse(path.read_text()))
+    found = set()
+    for target in visitor.found:
+        while target and target not in known:
+            target = target.rpartition(".")[0]
+        if target and target != name:
+            found.add(target)
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """What each module imports."""
+    known = modules()
+    return {name: imports_of(name, path, known) for name, path in known.items()}
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, in groups, the lowest first (Tarjan); single ones too."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in sorted(edges[name]):
+            if target not in index:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], index[target])
+        if low[name] == index[name]:
+            group = []
+            while not group or group[-1] != name:
+                group.append(stack.pop())
+            found.append(sorted(group))
+
+    for name in sorted(edges):
+        if name not in index:
+            visit(name)
+    return found
+
+
+def floors(edges: dict[str, set[str]]) -> dict[str, int]:
+    """The floor of each module, from 1."""
+    found: dict[str, int] = {}
+    for group in circles(edges):
+        below = {target for name in group for target in edges[name]} - set(group)
+        found |= dict.fromkeys(group, 1 + max((found[target] for target in below), default=0))
+    return found
+
+
+def units(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same of files and folders directly in the package."""
+    found: dict[str, set[str]] = {}
+    for name, targets in edges.items():
+        own, *others = (".".join(n.split(".")[:2]) for n in (name, *targets))
+        found.setdefault(own, set()).update(set(others) - {own})
+    return found
+
+
+def inside(edges: dict[str, set[str]], folder: str) -> dict[str, set[str]]:
+    """The same of the files of one folder."""
+    own = {name for name in edges if name.startswith(f"{folder}.")}
+    return {name: edges[name] & own for name in own}
+
+
+def upward(edges: dict[str, set[str]]) -> Iterator[str]:
+    """Imports that go up in `ORDER`."""
+    rank = {part: floor for floor, parts in enumerate(ORDER) for part in parts}
+
+    def of(name: str) -> int | None:
+        return rank.get(name.split(".")[1] if "." in name else "__init__")
+
+    for name, targets in sorted(edges.items()):
+        for target in sorted(targets):
+            mine, theirs = of(name), of(target)
+            if mine is not None and theirs is not None and theirs > mine:
+                yield f"{name} imports {target}"
+
+
+def test_floors() -> None:
+    edges = graph()
+    found = floors(units(edges))
+    highest = max(found.values())
+    assert highest <= FLOORS, sorted(name for name, floor in found.items() if floor == highest)
+    for folder in set(units(edges)) - {"fastlora"}:
+        among = floors(inside(edges, folder)).values()
+        assert max(among, default=0) <= FLOORS_IN_A_FOLDER, folder
+
+
+def test_circles() -> None:
+    edges = graph()
+    for found, ceiling in ((edges, CIRCLES), (units(edges), CIRCLES_OF_FOLDERS)):
+        groups = [group for group in circles(found) if len(group) > 1]
+        assert len(groups) <= ceiling, groups
+
+
+def test_imports_go_down() -> None:
+    assert not list(upward(graph()))
+
+
+def test_reading_of_imports() -> None:
+    """Inside functions, relative, of names and of modules; not those for type checkers."""
+    text = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from p import a
+else:
+    import p.c
+def f():
+    from p.b import thing
+    from . import d
+"""
+    visitor = _Imports("p.q")
+    visitor.visit(ast.parse(text))
+    assert visitor.found == {"typing.TYPE_CHECKING", "p.c", "p.b.thing", "p.q.d"}
+    edges = {"p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.a", "p.c"}, "p.c": set()}
+    assert floors(edges) == {"p.c": 1, "p.a": 2, "p.b": 2, "p": 3}
+    edges = {"p.q.d": {"p.a"}, "p.q.e": {"p.q.d"}, "p.a": set()}
+    assert units(edges) == {"p.q": {"p.a"}, "p.a": set()}
+    assert floors(inside(edges, "p.q")) == {"p.q.d": 1, "p.q.e": 2}
+
+
+def test_registered_operators() -> None:
+    found = registered()
+    assert 0 < len(found) <= OPERATORS, sorted(found)
+
+
+def test_autograd_functions() -> None:
+    """Subclasses of `torch.autograd.Function` that the package defines."""
+    import_everything()
+    found, waiting = set[str](), [torch.autograd.Function]
+    while waiting:
+        for made in waiting.pop().__subclasses__():
+            waiting.append(made)
+            if made.__module__.startswith("fastlora."):
+                found.add(f"{made.__module__}.{made.__name__}")
+    assert 0 < len(found) <= AUTOGRAD_FUNCTIONS, ", ".join(sorted(found))
