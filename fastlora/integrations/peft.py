@@ -21,7 +21,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.compute import lora_added_forward, lora_forward, why_not_fused
+from fastlora.layers.compute import lora_added_forward, lora_forward
 from fastlora.layers.dora import (
     dora_added_forward,
     dora_forward,
@@ -29,8 +29,10 @@ from fastlora.layers.dora import (
     why_dora_not_fused,
 )
 from fastlora.layers.dora_norms import forget_norms
+from fastlora.layers.factors import Parameters, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
+from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.ops.invariant import refuse_in_mode
@@ -41,9 +43,10 @@ from fastlora.routing.in_force import check_batch, routing_of
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 
-class _FastForward(HasScalings):
+class _FastForward(ForgetsWithMode, HasScalings):
     """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
     Comes before a LoRA layer class of PEFT's among the bases.
@@ -52,11 +55,14 @@ class _FastForward(HasScalings):
     # Set once the model is in a mixed batch; see `routed_model`.
     routed_by: Group | None = None
     routed_as = 0
+    table_row = 0
+    impl = "auto"
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""
+        marks.before_forward()
         mixed = kwargs.get("adapter_names") is not None  # routed by PEFT
         routed = None if mixed else routing_of(self)
         if routed is not None and not self.disable_adapters:
@@ -66,8 +72,6 @@ class _FastForward(HasScalings):
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
-        if self.training and self.routed_by is not None:
-            self.routed_by.packs.before_training()
         base, dora = self.base_layer, uses_dora(self, names)
         if not args and not kwargs and not why_not_plain(base):
             forward = dora_forward if dora else lora_forward
@@ -215,7 +219,8 @@ class FastPeftLoraModel(PeftLoraModel):
                 yield
             return
         slots = named_ids(tuple(self.peft_config), list(names or ()))
-        with routing_in_force(Routing(routed.group, *slots, (0,) * len(slots[0]), routed.routed)):
+        seeds, source = (0,) * len(slots[0]), Parameters(slots[0])
+        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed)):
             check_batch(routed.group, args, kwargs)
             yield
 
@@ -258,7 +263,7 @@ class RoutedPeftModel(NamedTuple):
     ) -> Routing:
         """Returns the routing of a `fastlora.adapters` block."""
         known = tuple(self.peft_config)
-        return parameters_routing(self.group, self.routed, known, ids, seeds, validate)
+        return parameters_routing(self.group, self.routed, known, Parameters, ids, seeds, validate)
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:

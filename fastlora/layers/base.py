@@ -15,6 +15,7 @@ from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude
 from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.merging import Mergeable
+from fastlora.layers.mode import ForgetsWithMode, forget_kept
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.routing.ids import check_adapter_name
@@ -31,7 +32,7 @@ from fastlora.validation import (
 )
 
 
-class LoraLayer(HasScalings, Mergeable):
+class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     Attributes:
@@ -58,6 +59,7 @@ class LoraLayer(HasScalings, Mergeable):
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.impl = "auto"
+        self.table_row = 0
         self._active_adapters: list[str] = []
         self._disabled = False
         # The model's group of layers, and this one's number, once it is in a model.
@@ -175,11 +177,11 @@ class LoraLayer(HasScalings, Mergeable):
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def refresh(self) -> None:
-        """Forgets what the layer keeps of its weights' norms.
+        """Forgets what the layer keeps of its weights, and its model of adapters in mixed batches.
 
         Call it after writing through a parameter's ``.data``, which nothing else can see.
         """
-        forget_norms(self)
+        forget_kept(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter.

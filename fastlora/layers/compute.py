@@ -6,48 +6,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fastlora import functional
-from fastlora.layers.branch import Branch, branch_of, is_hooked, plain_weight, scaling_of
+from fastlora.layers.factors import factors_of, scaling_of, why_not_fused
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.sharding import is_sharded
 from fastlora.validation import ImplementationError
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
 
 
-def why_not_fused(layer: Any, names: list[str], gathered: bool = False) -> str:
-    """Returns why adapters cannot run as bare tensors, or an empty string.
-
-    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
-    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
-    the forward.
-    """
-    for name in names:
-        factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
-        if any(factor is None for factor in factors):
-            modules = layer.lora_A[name], layer.lora_B[name]
-            if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
-                if gathered and not any(map(is_hooked, modules)):
-                    continue
-                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
-            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
-        dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-            return f"adapter {name!r} has its own dropout module, or hooks on it"
-    return ""
-
-
-def refuse_triton(layer: Any, names: list[str]) -> None:
+def refuse_triton(layer: AdapterLayer, names: list[str]) -> None:
     """Raises `ImplementationError` where kernels are to run and modules must be called instead."""
     if getattr(layer, "impl", "auto") == "triton":
         raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")
 
 
-def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+def _called(
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, names: list[str]
+) -> torch.Tensor:
     """Adds adapters by calling their modules one by one, as PEFT does."""
     refuse_triton(layer, names)
     for name in names:
@@ -58,33 +38,39 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> t
     return y
 
 
-def _branches(layer: Any, x: torch.Tensor, names: list[str]) -> list[Branch] | None:
-    """Returns the active adapters as few branches: one, unless dropout masks x for each alone.
+def _together(layer: AdapterLayer, x: torch.Tensor, names: list[str]) -> list[Factors] | None:
+    """Returns the active adapters as one, unless dropout masks x for each alone.
 
-    None where the modules of one of them must be called.
+    A lora_bias is scaled. None where the modules of one of them must be called.
     """
-    branches = []
+    found = []
     for name in names:
-        branch = branch_of(layer, name, x)
-        if branch is None:
+        factors = factors_of(layer, name, x)
+        if factors is None:
             return None
-        branches.append(branch)
-    if len(branches) == 1 or any(branch.dropout_p for branch in branches):
-        return branches
-    biases = [branch.lora_bias for branch in branches if branch.lora_bias is not None]
+        found.append(_with_scaled_bias(factors))
+    if len(found) == 1 or any(factors.dropout_p for factors in found):
+        return found
+    biases = [factors.lora_bias for factors in found if factors.lora_bias is not None]
+    scalings: list[Any] = [factors.scaling for factors in found]
     return [
-        Branch(
-            torch.cat([branch.lora_a for branch in branches]),
-            torch.cat([branch.lora_b for branch in branches], dim=1),
-            torch.cat([b.scaling.expand(b.lora_a.shape[0]) for b in branches]),
+        Factors(
+            torch.cat([factors.lora_a for factors in found]),
+            torch.cat([factors.lora_b for factors in found], dim=1),
+            torch.cat([s.expand(f.lora_a.shape[0]) for s, f in zip(scalings, found, strict=True)]),
             sum(biases[1:], biases[0]) if biases else None,
-            0.0,
         )
     ]
 
 
+def _with_scaled_bias(factors: Factors) -> Factors:
+    if factors.lora_bias is None:
+        return factors
+    return factors._replace(lora_bias=factors.lora_bias * factors.scaling)
+
+
 def lora_forward(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -103,41 +89,47 @@ def lora_forward(
     """
     alone, first, others = len(names) == 1, None, []
     if alone:
-        first = branch_of(layer, names[0], x)
-    elif (branches := _branches(layer, x, names)) is not None:
-        first, *others = branches
+        first = factors_of(layer, names[0], x)
+    elif (found := _together(layer, x, names)) is not None:
+        first, *others = found
     if first is None:
         refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, F.linear(x, weight, bias), x, names)
     shrunk = shared_shrink(layer, x, first, impl) if alone else None
-    lora_a, lora_b, scaling, lora_bias, dropout_p = first
+    lora_a, lora_b, scaling, lora_bias, dropout_p, _ = first
     if lora_bias is not None:
+        lora_bias = lora_bias * scaling if alone else lora_bias
         bias = lora_bias if bias is None else bias + lora_bias
     y = functional.linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, shrunk=shrunk)
     return _add(y, x, others, impl, inplace=True) if others else y
 
 
 def lora_added_forward(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
+    layer: AdapterLayer,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    names: list[str],
+    impl: str,
+    inplace: bool,
 ) -> torch.Tensor:
     """Adds the active adapters to the output ``y [..., N]`` of a base layer called as it is."""
     refuse_in_mode(layer, NOT_OUR_GEMM)
-    branches = _branches(layer, x, names)
-    if branches is None:
+    found = _together(layer, x, names)
+    if found is None:
         return _called(layer, y, x, names)
-    shrunk = shared_shrink(layer, x, branches[0], impl) if len(names) == 1 else None
-    return _add(y, x, branches, impl, inplace, shrunk)
+    shrunk = shared_shrink(layer, x, found[0], impl) if len(names) == 1 else None
+    return _add(y, x, found, impl, inplace, shrunk)
 
 
 def _add(
     y: torch.Tensor,
     x: torch.Tensor,
-    branches: list[Branch],
+    adapters: list[Factors],
     impl: str,
     inplace: bool,
     shrunk: functional.Shrunk | None = None,
 ) -> torch.Tensor:
-    for lora_a, lora_b, scaling, lora_bias, dropout_p in branches:
+    for lora_a, lora_b, scaling, lora_bias, dropout_p, _ in adapters:
         y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace, shrunk)
         if lora_bias is not None:
             y = y + lora_bias.to(y.dtype)

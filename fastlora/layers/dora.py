@@ -20,25 +20,19 @@ from fastlora.autograd.dora import (
 )
 from fastlora.autograd.dora_dropped import DoraDropped, joins
 from fastlora.autograd.dora_linear import DoraLinear, runs_as_one
-from fastlora.layers.branch import scaling_of
-from fastlora.layers.compute import (
-    Branch,
-    branch_of,
-    lora_added_forward,
-    lora_forward,
-    refuse_triton,
-)
+from fastlora.layers.compute import lora_added_forward, lora_forward, refuse_triton
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora_norms import (
     adapter_squares,
     base_squares,
     cached_squares,
-    forget_adapter,
     magnitude_of,
     source_of,
 )
+from fastlora.layers.factors import factors_of, scaling_of
 from fastlora.layers.own_share import OwnShare
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
 
 
@@ -93,7 +87,7 @@ def dora_forward(
     if not uses_dora(layer, first):
         y = lora_forward(layer, x, weight, bias, first, impl)
     else:
-        branch = branch_of(layer, first[0], x)
+        branch = factors_of(layer, first[0], x)
         if branch is None:
             refuse_in_mode(layer, f"adapter {first[0]!r} has a factor that is hooked")
             y = _called(layer, F.linear(x, weight, bias), x, first[0])
@@ -113,7 +107,7 @@ def dora_added_forward(
         if not uses_dora(layer, run):
             y = lora_added_forward(layer, y, x, run, impl, inplace)
         else:
-            branch = branch_of(layer, run[0], x)
+            branch = factors_of(layer, run[0], x)
             if branch is None:
                 y = _called(layer, y, x, run[0])
             else:
@@ -140,7 +134,7 @@ def _fused(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     name: str,
-    branch: Branch,
+    branch: Factors,
     impl: str,
 ) -> torch.Tensor:
     """A plain base layer with one DoRA adapter: a LoRA forward, and a scale of its columns."""
@@ -153,7 +147,6 @@ def _fused(
     # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
     trains = torch.is_grad_enabled() or layer.training
     if trains and eager and not branch.dropout_p and runs_as_one(x, weight, bias, branch.lora_a):
-        forget_adapter(layer, name)
         squares = base_squares(layer, weight)
         factors, scalings = (
             (branch.lora_a, branch.lora_b),
@@ -174,7 +167,7 @@ def added(
     y: torch.Tensor,
     x: torch.Tensor,
     name: str,
-    branch: Branch,
+    branch: Factors,
     impl: str,
     inplace: bool,
     seed: torch.Tensor | None = None,
@@ -212,7 +205,7 @@ def _dropped(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     name: str,
-    branch: Branch,
+    branch: Factors,
     impl: str,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -223,7 +216,6 @@ def _dropped(
     seed, norm_scaling = ops.draw_seed(x, impl) if seed is None else seed, None
     # Without gradients too: a checkpoint's first forward has none, and its repetition's bits.
     if type(layer) is not OwnShare and joins(x, weight, branch.lora_a, seed, impl):
-        forget_adapter(layer, name)
         magnitude = magnitude_of(layer, name)
         squares = base_squares(layer, weight)
         norm_scaling = scaling_of(layer, name)

@@ -16,7 +16,6 @@ import torch
 from fastlora.autograd.dora import DoraScale, scale_of, times
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers import mixed_training
-from fastlora.layers.compute import Branch
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import records_gradients
 from fastlora.layers.dora_norms import (
@@ -27,6 +26,7 @@ from fastlora.layers.dora_norms import (
 )
 from fastlora.layers.own_share import OwnShare
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.routing.routing import Routing, RowRouting, Segment, layer_seed
 
 
@@ -115,9 +115,10 @@ def _table(
     """
     sources = [_source(layer, routing, slot) for slot in slots]
     key = (layer.routed_as, slots)
-    stamps = [stamp_of(tensor) for source in sources for tensor in source]
     # A share's tensors are made for one forward: their stamps tell nothing.
-    keeps = may_keep(like.device) and None not in stamps and type(layer) is not OwnShare
+    keeps = may_keep(like.device) and type(layer) is not OwnShare
+    stamps = [stamp_of(tensor) for source in sources for tensor in source] if keeps else []
+    keeps = keeps and None not in stamps
     kept = routing.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
@@ -128,7 +129,7 @@ def _table(
     rows[list(slots)] = torch.arange(len(slots))
     made = table, rows.to(like.device)
     if keeps:
-        routing.dora[key] = stamps, made
+        routing.dora[key] = stamps, made, sources  # alive: no other tensors take their addresses
     return made
 
 
@@ -152,7 +153,7 @@ def scale_segments(
     routing: Routing,
     rows: RowRouting,
     slots: DoraSlots,
-    branches: dict[int, Branch],
+    branches: dict[int, Factors],
     projection: int,
 ) -> torch.Tensor:
     """`scale_rows` where gradients may be recorded or dropout acts.
@@ -217,7 +218,7 @@ def _dropped(
     x: torch.Tensor,
     routing: Routing,
     segments: list[Segment],
-    branches: dict[int, Branch],
+    branches: dict[int, Factors],
     projection: int,
 ) -> list[torch.Tensor]:
     weight = dense_weight(layer.get_base_layer())

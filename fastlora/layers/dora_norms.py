@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from fastlora.autograd.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
-from fastlora.layers.branch import scaling_of
 from fastlora.layers.dense import dense_weight
+from fastlora.layers.factors import scaling_of
 from fastlora.layers.own_share import OwnShare, local
 from fastlora.sharding import gathers_parameters
+from fastlora.weight_marks import Mark, marks
 
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int, Mark]
 
 
 class _Kept(NamedTuple):
@@ -29,9 +30,9 @@ class _Kept(NamedTuple):
 class NormCache:
     """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
 
-    They are looked up by address and version of what they come from. Writes through ``.data`` move
-    neither: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
-    nothing is kept. A copied layer starts with an empty cache.
+    They are looked up by mark, address and version of what they come from. Writes through ``.data``
+    move none of them: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process
+    that uses it nothing is kept. A copied layer starts with an empty cache.
     """
 
     def __init__(self) -> None:
@@ -57,8 +58,11 @@ def magnitude_of(layer: Any, name: str) -> torch.Tensor:
     return layer._modules["lora_magnitude_vector"]._modules[name].weight
 
 
-def stamp_of(tensor: torch.Tensor) -> Stamp | None:
-    """Returns what changes when a tensor's contents do, or None where nothing tells."""
+def stamp_of(tensor: torch.Tensor, base: bool = False) -> Stamp | None:
+    """Returns what changes when a tensor's contents do, or None where nothing tells.
+
+    ``base`` says that it is a layer's base weight.
+    """
     own = local(tensor)
     if type(own) not in (nn.Parameter, torch.Tensor):
         return None
@@ -68,7 +72,8 @@ def stamp_of(tensor: torch.Tensor) -> Stamp | None:
         return None
     # What writes into a DTensor moves its version, not that of the part.
     version = own._version if own is tensor else own._version + tensor._version
-    return id(tensor), own.data_ptr(), version
+    mark = marks.of_base(tensor) if base else marks.of_trained()
+    return id(tensor), own.data_ptr(), version, mark
 
 
 def may_keep(device: torch.device) -> bool:
@@ -81,7 +86,7 @@ def may_keep(device: torch.device) -> bool:
 def base_stamp(layer: Any) -> tuple[Stamp, NormCache] | None:
     """Returns what changes when a layer's base weight does, or is said to (`forget_norms`)."""
     weight = getattr(layer.get_base_layer(), "weight", None)
-    stamp = stamp_of(weight) if isinstance(weight, torch.Tensor) else None
+    stamp = stamp_of(weight, base=True) if isinstance(weight, torch.Tensor) else None
     return None if stamp is None else (stamp, _cache(layer))
 
 
@@ -114,7 +119,7 @@ def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         _cache(layer).base = None
         return square_norms(weight)
     own = getattr(_kept_by(layer).get_base_layer(), "weight", None)
-    stamp = stamp_of(own) if isinstance(own, torch.Tensor) else None
+    stamp = stamp_of(own, base=True) if isinstance(own, torch.Tensor) else None
     if stamp is None:
         return square_norms(weight)
     cache = _cache(layer)
@@ -149,11 +154,9 @@ def cached_squares(
     scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if torch.is_grad_enabled() or not keeps:
-        if keeps:  # a compiler must not see what is kept
-            forget_adapter(layer, name)
         return adapter_squares(layer, lora_a, lora_b, scaling, part)
     weight = _kept_by(layer).get_base_layer().weight
-    stamps = [stamp_of(tensor) for tensor in (weight, lora_a, lora_b)]
+    stamps = [stamp_of(weight, base=True), stamp_of(lora_a), stamp_of(lora_b)]
     if None in stamps:
         return adapter_squares(layer, lora_a, lora_b, scaling, part)
     kept = _cache(layer).adapters
@@ -172,10 +175,3 @@ def source_of(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return layer.magnitudes[name], layer.squares[name]
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
-
-
-def forget_adapter(layer: Any, name: str) -> None:
-    """Drops an adapter's own norms, which a forward with gradients computes anew."""
-    cache = _kept_by(layer).__dict__.get("_dora_norms")
-    if cache is not None:
-        cache.adapters.pop(name, None)

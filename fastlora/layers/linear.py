@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward, why_not_fused
+from fastlora.layers.compute import lora_forward
 from fastlora.layers.dora import dora_forward, uses_dora, why_dora_not_fused
+from fastlora.layers.factors import why_not_fused
 from fastlora.layers.mixed_compute import mixed_forward
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 DEFAULT_ADAPTER = "default"
 
@@ -153,6 +155,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
+        marks.before_forward()
         routed = routing_of(self)
         names = self._acting() if routed is None else []
         # As nn.Module keeps them: looking an attribute up takes a microsecond.
@@ -169,8 +172,6 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if routed is not None:
             return mixed_forward(self, x, weight, bias, *routed)
-        if self.training and self.routed_by is not None:
-            self.routed_by.packs.before_training()
         forward = dora_forward if uses_dora(self, names) else lora_forward
         return forward(self, x, weight, bias, names, self.impl)
 

@@ -11,8 +11,6 @@ Three ways, the same result to rounding, but for what a dropout draws:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastlora import functional
@@ -27,26 +25,23 @@ from fastlora.layers import (
     mixed_training,
 )
 from fastlora.layers.absent import with_absent, with_all_absent
-from fastlora.layers.compute import (
-    NOT_OUR_GEMM,
-    Branch,
-    branch_of,
-    why_not_fused,
-)
+from fastlora.layers.compute import NOT_OUR_GEMM
+from fastlora.layers.factors import scaling_beside
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.ops.torch import packed_forward
 from fastlora.routing.routing import KernelRouting, Routing, RowRouting, layer_seed
 from fastlora.validation import (
     AdapterStateError,
     ImplementationError,
-    UnsupportedLayerError,
     check_same_device,
 )
 
 
 def mixed_forward(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -74,7 +69,7 @@ def mixed_forward(
 
 
 def _mixed_forward(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -103,10 +98,10 @@ def _mixed_forward(
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
     if not bare:
-        parts = mixed_training.parts_for_kernels(layer, x, routing, without)
-        if parts is not None:
-            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, parts)
-            y = mixed_training.linear(x, weight, bias, routing, projection, parts, s)
+        own = mixed_training.slots_for_kernels(layer, x, routing, without)
+        if own is not None:
+            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, own)
+            y = mixed_training.linear(x, weight, bias, routing, projection, own, s)
             return with_all_absent(layer, y, x, routing)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device)
@@ -118,14 +113,13 @@ def _mixed_forward(
     shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         mixed_siblings.note_apart(layer, given)
-        routing.group.packs.clear()  # an optimizer may be about to write into the factors
         y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
     else:
         y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
     return with_absent(layer, y, routing, rows)
 
 
-def check_unmerged(layer: Any) -> None:
+def check_unmerged(layer: AdapterLayer) -> None:
     """Raises `AdapterStateError` where adapters are merged into the weights of a layer."""
     if layer.merged_adapters:
         raise AdapterStateError(
@@ -135,7 +129,7 @@ def check_unmerged(layer: Any) -> None:
 
 
 def mixed_added_forward(
-    layer: Any,
+    layer: AdapterLayer,
     y: torch.Tensor,
     x: torch.Tensor,
     routing: Routing,
@@ -157,7 +151,7 @@ def mixed_added_forward(
 
 
 def _mixed_added_forward(
-    layer: Any,
+    layer: AdapterLayer,
     y: torch.Tensor,
     x: torch.Tensor,
     routing: Routing,
@@ -183,13 +177,12 @@ def _mixed_added_forward(
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
     elif y.dtype == x.dtype:
-        parts = mixed_training.parts_for_kernels(layer, x, routing, without)
-        if parts is not None:
-            own = any(parts)
-            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, parts)
-            y = mixed_training.add(y, x, routing, projection, parts, s)
-            return with_all_absent(layer, y, x, routing, own=own)
-    elif getattr(layer, "impl", "auto") == "triton":
+        own = mixed_training.slots_for_kernels(layer, x, routing, without)
+        if own is not None:
+            s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, own)
+            y = mixed_training.add(y, x, routing, projection, own, s)
+            return with_all_absent(layer, y, x, routing, own=any(own.own))
+    elif layer.impl == "triton":
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
         )
@@ -201,7 +194,6 @@ def _mixed_added_forward(
     if not shares:
         return with_absent(layer, y, routing, rows, own=False)
     if wants_grad:
-        routing.group.packs.clear()
         y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
     else:
         y = mixed.forward_add(y, x, rows, shares, factors)[0]
@@ -209,7 +201,7 @@ def _mixed_added_forward(
 
 
 def _with_dora(
-    layer: Any,
+    layer: AdapterLayer,
     y: torch.Tensor,
     x: torch.Tensor,
     routing: Routing,
@@ -224,12 +216,14 @@ def _with_dora(
     if not dora_mixed.wants_segments(layer, y, routing, slots):
         return dora_mixed.scale_rows(layer, y, routing, slots)
     rows = routing.rows(x.numel() // x.shape[-1], x.device)
-    found = [(slot, _branch(layer, x, routing, slot)) for slot in slots.dropped]
-    branches = {slot: branch for slot, branch in found if branch is not None}
+    found = [(slot, _share_of(layer, x, routing, slot)) for slot in slots.dropped]
+    branches = {slot: factors for slot, factors in found if factors is not None}
     return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
 
 
-def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | None) -> bool:
+def _without_gradients(
+    layer: AdapterLayer, routing: Routing, *tensors: torch.Tensor | None
+) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
     if routing.captured:  # of a pool, whose adapters drop nothing
         return not _wants_grad(*tensors)
@@ -241,19 +235,19 @@ def _without_gradients(layer: Any, routing: Routing, *tensors: torch.Tensor | No
     )
 
 
-def _kernels(layer: Any, x: torch.Tensor, routing: Routing) -> KernelRouting | None:
-    impl = getattr(layer, "impl", "auto")
+def _kernels(layer: AdapterLayer, x: torch.Tensor, routing: Routing) -> KernelRouting | None:
+    impl = layer.impl
     if is_batch_invariant():
         invariant_impl(impl, "auto", x)
     elif ops.resolve_impl(impl, x) != "triton":
         return None
-    kernels = mixed_kernels.kernel_routing(routing)
+    kernels = mixed_kernels.kernel_routing(routing, x)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
     return kernels if kernels is not None and kernels.device == x.device else None
 
 
 def _pool_kernels(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, routing: Routing
 ) -> KernelRouting | None:
     """Returns what kernels made y by, over a pool: then it may be written into; else None."""
     if routing.residents is None or functional.autocast_dtype(x) is not None or y.dtype != x.dtype:
@@ -299,7 +293,7 @@ def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
 
 
 def _shares(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     routing: Routing,
     rows: RowRouting,
@@ -310,7 +304,7 @@ def _shares(
     shares: list[mixed.Share] = []
     factors: list[torch.Tensor | None] = []
     for segment in rows.segments:
-        branch = None if segment.slot in without else _branch(layer, x, routing, segment.slot)
+        branch = None if segment.slot in without else _share_of(layer, x, routing, segment.slot)
         if branch is None:
             continue
         if branch.lora_a.device != x.device:
@@ -324,25 +318,20 @@ def _shares(
     return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
 
 
-def _branch(layer: Any, x: torch.Tensor, routing: Routing, slot: int) -> Branch | None:
-    """Returns one adapter's branch, or None where the layer lacks it."""
-    if routing.residents is not None:
-        found = routing.residents[slot].factors(layer.table_row)
-        if found is None:
-            return None
-        lora_a, rank_rows, scaling, lora_bias = found[:4]
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        tensor = torch.full((), scaling, dtype=exact, device=x.device)
-        if lora_bias is not None:
-            lora_bias = lora_bias * scaling
-        return Branch(lora_a, rank_rows.t(), tensor, lora_bias, 0.0)
-    name = routing.names[slot]
-    if name not in layer._modules["lora_A"]._modules:
+def _share_of(layer: AdapterLayer, x: torch.Tensor, routing: Routing, slot: int) -> Factors | None:
+    """Returns one adapter's factors with a scaled lora_bias; None where the layer lacks it."""
+    factors = routing.source.factors(layer, slot)
+    if factors is None:
         return None
-    branch = branch_of(layer, name, x)
-    if branch is None:
-        raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
-    return branch
+    scaling, lora_bias = factors.scaling, factors.lora_bias
+    if routing.residents is None:
+        beside = scaling_beside(layer, routing.names[slot], x)
+    else:
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        beside = torch.full((), float(scaling), dtype=exact, device=x.device)
+    if lora_bias is not None:
+        lora_bias = lora_bias * scaling
+    return factors._replace(scaling=beside, lora_bias=lora_bias)
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:

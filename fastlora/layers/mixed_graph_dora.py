@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.autograd import mixed_dora_ops  # noqa: F401 - registers operators
-from fastlora.layers.branch import scaling_of, scaling_tensor
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora_mixed import acts
 from fastlora.layers.dora_norms import adapter_squares, magnitude_of
+from fastlora.layers.factors import scaling_of, scaling_tensor
 from fastlora.ops import schema as ops  # noqa: F401 - registers operators
 from fastlora.ops.graph_routing import GraphRouting
 from fastlora.ops.training_routing import seeds_of_layer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
-from fastlora.layers.branch import is_hooked
+from fastlora.layers.factors import is_hooked
 from fastlora.layers.mixed_graph_slots import GraphSlots, slots_of
 from fastlora.layers.mixed_siblings import APART_IN_PYTORCH, DROPOUT, FROZEN, HOOKED
 from fastlora.layers.shared_shrink import LAST, UNSEEN

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.layers.branch import factors_of, scaling_of
+from fastlora.layers.factors import factors_of
 from fastlora.layers.mixed_graph_dora import DoraSlots, dora_slots
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.graph_routing import GraphRouting
 from fastlora.ops.invariant import is_batch_invariant
 
@@ -57,14 +58,19 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
         return None
     names = [name for name in batch.names if name in layer.lora_A]
     found = [factors_of(layer, name) for name in names]
-    if not names or None in found or any(f[0].device != x.device for f in found if f is not None):
+    if (
+        not names
+        or None in found
+        or any(f.lora_a.device != x.device for f in found if f is not None)
+    ):
         return None
     own = dict(zip(names, found, strict=True))
     dora = dora_slots(layer, batch)
     acting = [
         None if slot in dora.dropped else own.get(name) for slot, name in enumerate(batch.names)
     ]
-    dtypes = [t.dtype for f in acting if f is not None for t in f[:3] if t is not None]
+    slots = Slots(tuple(acting))
+    dtypes = [t.dtype for t in slots.tensors() if t is not None]
     dtype = functools.reduce(torch.promote_types, dtypes or [x.dtype])
     impl = getattr(layer, "impl", "auto")
     impl = ops.resolve_impl(impl, x) if dtype in _KERNEL_DTYPES or impl == "triton" else "eager"
@@ -73,11 +79,10 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
     none_b = x.new_empty(layer.out_features, 0, dtype=dtype)
     zero = torch.zeros((), dtype=exact, device=x.device)
     lora_a, lora_b, lora_bias, scalings, dropout_p = [], [], [], [], []
-    for name, factors in zip(batch.names, acting, strict=True):
-        scaling = zero
-        if factors is not None:
-            scaling = torch.as_tensor(scaling_of(layer, name), dtype=exact, device=x.device)
-        down, up, bias, p = (none_a, none_b, None, 0.0) if factors is None else factors
+    for factors in acting:
+        factors = factors or Factors(none_a, none_b, zero)
+        scaling = torch.as_tensor(factors.scaling, dtype=exact, device=x.device)
+        down, up, _, bias, p, _ = factors
         lora_a.append(down.to(dtype))
         lora_b.append(up.to(dtype))
         lora_bias.append(None if bias is None else bias.to(dtype))

@@ -7,57 +7,35 @@ the tables are neighbours, share one shrink.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastlora.layers.compute import plain_weight
-from fastlora.layers.watch import Watch
+from fastlora.layers.factors import Watch, factors_of
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import mixed_ops
+from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.routing.routing import KernelRouting, Routing
+from fastlora.routing.routing import KernelRouting, Routing, is_captured
 from fastlora.routing.siblings import share, shared
 
 
-class ModelTables(NamedTuple):
-    """The tables of adapters that are parameters: a row for each layer, a column for each adapter.
-
-    Attributes:
-        a_address, b_address, bias_address, rank, scaling: As a pool's, ``[G, S]``.
-        max_rank: The largest rank.
-        dtype: Of the factors.
-        kept: What lies behind the addresses.
-        rows: Row of each layer, by its number. Layers that the model gets later have none.
-    """
-
-    a_address: torch.Tensor
-    b_address: torch.Tensor
-    bias_address: torch.Tensor
-    rank: torch.Tensor
-    scaling: torch.Tensor
-    max_rank: int
-    dtype: torch.dtype
-    kept: list[torch.Tensor]
-    rows: dict[int, int]
-
-
-def row_of(layer: Any, number: int, tables: Any) -> int | None:
+def row_of(layer: AdapterLayer, number: int, tables: Any) -> int | None:
     """Returns a layer's row in the tables, or None where they were made before the layer was.
 
     Args:
         layer: A pool's know their rows.
         number: The layer's number in its model.
-        tables: A pool's, or `ModelTables`.
+        tables: The model's, or a pool's.
     """
-    if isinstance(tables, ModelTables):
+    if isinstance(tables, Tables) and tables.rows is not None:
         return tables.rows.get(number)
-    row: int = layer.table_row
-    return row
+    return layer.table_row
 
 
-def kernel_routing(routing: Routing) -> KernelRouting | None:
-    """Returns a routing as kernels read it; None where a factor is not a bare tensor."""
+def kernel_routing(routing: Routing, x: torch.Tensor) -> KernelRouting | None:
+    """Returns a routing as kernels read it for x; None where a factor is not a bare tensor."""
     if routing.residents is not None:
         return routing.kernels[0]
     # Of so many layers: a later block finds those that the model has got since.
@@ -66,44 +44,48 @@ def kernel_routing(routing: Routing) -> KernelRouting | None:
         sets.tables = _model_tables(routing, sets.watch)
     if sets.tables == "none":
         return None
+    if is_captured(x):
+        routing.group.packs.pin(sets)
     if not routing.kernels or routing.kernels[-1].tables is not sets.tables:
-        tables: ModelTables = sets.tables
+        tables: Tables = sets.tables
         routing.kernels.append(KernelRouting(routing.ids, tables, tables.max_rank, tables.dtype))
     return routing.kernels[-1]
 
 
-def _model_tables(routing: Routing, watch: Any) -> ModelTables | str:
+def _model_tables(routing: Routing, watch: Any) -> Tables | str:
     """Returns the tables of all adapters of a routing on all layers of its model, or ``"none"``.
 
     lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
     """
     found = _factors_of(routing, watch)
-    if found is None or len({tensor.device for _, _, blocks, _ in found for tensor in blocks}) > 1:
+    blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
+    tensors = [tensor for own in blocks for tensor in own if tensor is not None]
+    if found is None or len({tensor.device for tensor in tensors}) > 1:
         return "none"
     shape = (len(routing.layers), len(routing.names))
     addresses = torch.zeros(3, *shape, dtype=torch.int64)
     rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
     kept: list[torch.Tensor] = []
     # The widest holds each adapter's factors exactly, whoever else is in the batch.
-    dtypes = [tensor.dtype for _, _, blocks, _ in found for tensor in blocks]
+    dtypes = [tensor.dtype for tensor in tensors]
     dtype = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
-    for row, column, blocks, scale in found:
-        for kind, tensor in enumerate(blocks):
-            kept.append(_block(tensor, dtype))
-            addresses[kind, row, column] = kept[-1].data_ptr()
-        rank[row, column], scaling[row, column] = blocks[0].shape[0], scale
+    for row, column, factors in found:
+        for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
+            if tensor is not None:
+                kept.append(_block(tensor, dtype))
+                addresses[kind, row, column] = kept[-1].data_ptr()
+        rank[row, column] = factors.lora_a.shape[0]
+        scaling[row, column] = float(factors.scaling)
     device = kept[0].device if kept else routing.ids.device
     largest = int(rank.max()) if rank.numel() else 0
     rows = {layer.routed_as: row for row, layer in enumerate(routing.layers)}
-    a_address, b_address, bias_address = addresses.to(device).unbind(0)
-    numbers = rank.to(device), scaling.to(device)
-    return ModelTables(a_address, b_address, bias_address, *numbers, largest, dtype, kept, rows)
+    a, b, bias = addresses.to(device).unbind(0)
+    numbers = rank.to(device), scaling.to(device), largest
+    return Tables(a, b, bias, *numbers, dtype, rows=rows, kept=tuple(kept))
 
 
-def _factors_of(
-    routing: Routing, watch: Any
-) -> list[tuple[int, int, list[torch.Tensor], float]] | None:
-    """Returns row, column, blocks and scaling of every adapter on every layer.
+def _factors_of(routing: Routing, watch: Any) -> list[tuple[int, int, Factors]] | None:
+    """Returns row, column and factors of every adapter on every layer.
 
     None where a factor is not a bare tensor.
     """
@@ -115,12 +97,10 @@ def _factors_of(
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue
-            lora_a, up = plain_weight(layer.lora_A[name]), layer.lora_B[name]
-            lora_b = plain_weight(up)
-            if lora_a is None or lora_b is None:
+            factors = factors_of(layer, name, drops=False)
+            if factors is None:
                 return None
-            blocks = [lora_a, lora_b.t()] + ([] if up.bias is None else [up.bias])
-            found.append((row, column, blocks, float(layer.scaling[name])))
+            found.append((row, column, factors))
     return found
 
 
@@ -131,7 +111,7 @@ def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def linear(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -182,7 +162,7 @@ def linear(
 
 
 def add_(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting, number: int
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting, number: int
 ) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
     flat, tables = x.reshape(-1, x.shape[-1]), kernels.tables
@@ -210,7 +190,7 @@ def add_(
 
 
 def _shared_shrink(
-    layer: Any,
+    layer: AdapterLayer,
     row: int,
     x: torch.Tensor,
     flat: torch.Tensor,

@@ -5,19 +5,21 @@ From the second time on that a set of adapters comes, without gradients and with
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from fastlora.layers.compute import plain_weight
-from fastlora.layers.watch import Watch
+from fastlora.layers.factors import Watch, slots_of
+from fastlora.layers.protocol import AdapterLayer
+from fastlora.ops.factors import Slots
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.torch import packed, packed_forward
-from fastlora.ops.torch.packed import Factors, LayerPack, SetPack
+from fastlora.ops.torch.packed import LayerPack, SetPack
 from fastlora.ops.torch.packed_choice import kind_of
-from fastlora.routing.routing import Routing, RowRouting
+from fastlora.routing.routing import Routing, RowRouting, is_captured
 from fastlora.routing.siblings import share, shared
+from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import Mark, marks
 
 
 class Ready(NamedTuple):
@@ -29,7 +31,7 @@ class Ready(NamedTuple):
         rows: The rows that the plan is for.
         dtype, device: Of x.
         impl: The layer's.
-        generation: The packs', once factors may have changed another.
+        mark: The set's.
     """
 
     pack: LayerPack
@@ -38,7 +40,7 @@ class Ready(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     impl: str
-    generation: int
+    mark: Mark | None
 
     def serves(self, x: torch.Tensor, impl: str) -> bool:
         """Whether it was found for such an input."""
@@ -46,7 +48,7 @@ class Ready(NamedTuple):
 
 
 def run_again(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -62,9 +64,9 @@ def run_again(
         ready is None
         or layer.training
         or torch.is_grad_enabled()
-        or not ready.serves(x, getattr(layer, "impl", "auto"))
+        or not ready.serves(x, layer.impl)
         or weight.dtype is not ready.dtype
-        or ready.generation != routing.group.packs.generation
+        or (ready.mark is not marks.trained and ready.mark is not None)
         or layer.merged_adapters
         or x.numel() != ready.rows.slots.numel() * x.shape[-1]
         or is_batch_invariant()
@@ -78,7 +80,7 @@ def run_again(
 
 
 def find_packed(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
+    layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
 ) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
     """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
     group = routing.group
@@ -86,8 +88,10 @@ def find_packed(
     if not rows.segments:
         return None
     sets = routing.set_of(rows.key, Watch)
-    impl = getattr(layer, "impl", "auto")
+    impl = layer.impl
     ready = sets.ready_for(rows)
+    if is_captured(x):
+        group.packs.pin(sets, ready)
     known: Ready | None = ready.get(number)
     if known is not None and known.serves(x, impl):
         routing.ready.update(ready)  # for all layers: the next ones need not come here
@@ -101,7 +105,7 @@ def find_packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
     if plan is None:
         return None
-    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.generation)
+    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.mark)
     routing.ready[number] = ready[number] = found
     return pack, plan, _shrunk(x, number, rows, pack, plan)
 
@@ -131,8 +135,8 @@ def _pack(
     kind = kind_of(rows.slots.numel(), rows.each)
     layers = [routing.group.siblings.layers[number]() for number in members]
     names = [routing.names[segment.slot] for segment in rows.segments]
-    found = [_factors(member, x, routing, rows) for member in layers]
-    bare = [factors for factors in found if factors is not None]
+    found = [_slots(member, x, routing, rows) for member in layers]
+    bare = [slots for slots in found if slots is not None]
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
         packs = packed.pack_layers(members, bare, x.dtype, kind)
@@ -143,30 +147,19 @@ def _pack(
     return packs
 
 
-def _factors(
-    layer: Any, x: torch.Tensor, routing: Routing, rows: RowRouting
-) -> list[Factors | None] | None:
-    """Returns the factors of each adapter with rows; None where they are not bare tensors."""
+def _slots(
+    layer: AdapterLayer | None, x: torch.Tensor, routing: Routing, rows: RowRouting
+) -> Slots | None:
+    """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     if layer is None:
         return None
-    slots = [segment.slot for segment in rows.segments]
-    if routing.residents is not None:
-        found = [routing.residents[slot].factors(layer.table_row) for slot in slots]
-        return [None if f is None else Factors(f[0], f[1].t(), f[2], f[3]) for f in found]
-    present, factors = layer._modules["lora_A"]._modules, list[Factors | None]()
-    for slot in slots:
-        name = routing.names[slot]
-        if name not in present:
-            factors.append(None)
-            continue
-        lora_b = layer.lora_B[name]
-        lora_a, weight_b = plain_weight(present[name]), plain_weight(lora_b)
-        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
-        acts = dropout.training and type(dropout) is not nn.Identity
-        if lora_a is None or weight_b is None or acts or lora_a.device != x.device:
-            return None
-        factors.append(Factors(lora_a, weight_b, float(scaling), lora_b.bias))
-    return factors
+    try:
+        slots = slots_of(routing.source, layer, [segment.slot for segment in rows.segments])
+    except UnsupportedLayerError:  # which the layer's own call raises
+        return None
+    if any(f.dropout_p or f.lora_a.device != x.device for f in slots.present):
+        return None
+    return slots
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:

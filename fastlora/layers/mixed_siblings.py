@@ -9,22 +9,20 @@ mixed batch, which the fusion report says.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fastlora import functional
-from fastlora.layers.branch import is_hooked
 from fastlora.layers.dora_mixed import dora_slots
-from fastlora.layers.mixed_training import Part, parts_for_kernels, shrink
+from fastlora.layers.factors import is_hooked
+from fastlora.layers.mixed_training import shrink, slots_for_kernels
 from fastlora.layers.shared_shrink import LAST, why_not_now
+from fastlora.ops.factors import Slots
 from fastlora.routing.in_force import routing_of
 from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import Family, family_of, keep_shares, take_share
 from fastlora.validation import FastLoraError
-
-_Parts = Sequence[Part | None]
 
 DROPOUT = "under dropout each of them masks x for itself"
 HOOKED = "one of them has hooks"
@@ -38,7 +36,7 @@ def shared_shrink(
     rows: torch.Tensor,
     routing: Routing,
     projection: int,
-    parts: _Parts,
+    slots: Slots,
 ) -> torch.Tensor | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
@@ -48,7 +46,7 @@ def shared_shrink(
         rows: The same in the dtype that is computed in.
         routing: The batch's.
         projection: The layer's number in its model.
-        parts: Of `parts_for_kernels`.
+        slots: Of `slots_for_kernels`.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return None
@@ -59,9 +57,9 @@ def shared_shrink(
     if not why:
         # Of a block that has ended nothing is held: it knows all layers of its model.
         context = (weakref.ref(routing), functional.autocast_dtype(x))
-        s = take_share(layer, x, context, _key(parts))
+        s = take_share(layer, x, context, _key(slots))
         if s is None:
-            s, why, shares = _share(layer, family, rows, routing, projection, parts)
+            s, why, shares = _share(layer, family, rows, routing, projection, slots)
             if shares:
                 keep_shares(x, context, shares)
     family.why_not[id(layer)] = why
@@ -82,11 +80,10 @@ def note_apart(layer: Any, x: torch.Tensor) -> None:
         family.why_not[id(layer)] = APART_IN_PYTORCH
 
 
-def _key(parts: _Parts) -> tuple[Any, ...]:
+def _key(slots: Slots) -> tuple[Any, ...]:
     """What a share depends on: factors, unchanged since, and no dropout."""
     return tuple(
-        None if part is None else (id(part.lora_a), part.lora_a._version, part.dropout_p)
-        for part in parts
+        None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own
     )
 
 
@@ -96,22 +93,22 @@ def _share(
     rows: torch.Tensor,
     routing: Routing,
     projection: int,
-    parts: _Parts,
+    slots: Slots,
 ) -> tuple[torch.Tensor | None, str, list[tuple[Any, Any, torch.Tensor]]]:
     """Computes for a layer and those siblings that have yet to be called.
 
     Returns:
         The layer's s, or None and why there is none; the siblings' shares.
     """
-    why = _why_not(layer, parts, rows)
+    why = _why_not(layer, slots, rows)
     if why:
         return None, why, []
     members = [reference() for reference in family.members]
-    found, dtype = [(layer, parts)], _first(parts).lora_a.dtype
+    found, dtype = [(layer, slots)], slots.present[0].lora_a.dtype
     for member in members[members.index(layer) + 1 :]:
         if member is None:
             continue
-        others, reason = _parts_of(member, rows, routing, dtype)
+        others, reason = _slots_of(member, rows, routing, dtype)
         if others is not None:
             found.append((member, others))
         else:
@@ -123,39 +120,35 @@ def _share(
     return made[0], "", shares[1:]
 
 
-def _first(parts: _Parts) -> Part:
-    return next(part for part in parts if part is not None)
-
-
-def _parts_of(
+def _slots_of(
     layer: Any, rows: torch.Tensor, routing: Routing, dtype: torch.dtype
-) -> tuple[_Parts | None, str]:
-    """Returns the parts that a sibling will compute with, or None and why not."""
+) -> tuple[Slots | None, str]:
+    """Returns the adapters that a sibling will compute with, or None and why not."""
     routed = routing_of(layer)
     if routed is None or routed[0] is not routing:
         return None, "one of them is of another model"
     dora = dora_slots(layer, routing)
     try:
-        parts = parts_for_kernels(layer, rows, routing, () if dora is None else dora.dropped)
+        slots = slots_for_kernels(layer, rows, routing, () if dora is None else dora.dropped)
     except (FastLoraError, ValueError):  # which its own call will raise
         return None, "one of them cannot run"
-    if parts is None:
+    if slots is None:
         return None, "one of them runs without kernels"
-    why = _why_not(layer, parts, rows)
-    if not why and _first(parts).lora_a.dtype != dtype:
+    why = _why_not(layer, slots, rows)
+    if not why and slots.present[0].lora_a.dtype != dtype:
         why = "they have factors of different dtypes"
-    return (None, why) if why else (parts, "")
+    return (None, why) if why else (slots, "")
 
 
-def _why_not(layer: Any, parts: _Parts, rows: torch.Tensor) -> str:
+def _why_not(layer: Any, slots: Slots, rows: torch.Tensor) -> str:
     """Returns why a layer has its own pass over x, or an empty string."""
-    present = [part for part in parts if part is not None]
+    present = slots.present
     if is_hooked(layer):
         return HOOKED
-    if any(part.dropout_p for part in present):
+    if any(factors.dropout_p for factors in present):
         return DROPOUT
-    if not any(part.lora_a.requires_grad for part in present):
+    if not any(factors.lora_a.requires_grad for factors in present):
         return FROZEN
-    if any(part.lora_a.shape[1] != rows.shape[-1] for part in present):
+    if any(factors.lora_a.shape[1] != rows.shape[-1] for factors in present):
         return "one of them takes another number of features"
     return ""

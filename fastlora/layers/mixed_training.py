@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fastlora.autograd import mixed_autograd
-from fastlora.layers.compute import is_hooked, plain_weight, why_not_fused
+from fastlora.layers.factors import slots_of
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Slots
 from fastlora.ops.mixed_grad_tables import table
 from fastlora.ops.training_routing import TrainingRouting
 from fastlora.routing.routing import Routing
-from fastlora.validation import ImplementationError, UnsupportedLayerError, check_same_device
+from fastlora.validation import ImplementationError, check_same_device
 
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Part(NamedTuple):
-    """One adapter's part in a layer.
-
-    Attributes:
-        lora_a, lora_b, lora_bias: ``[rank, K]``, ``[N, rank]``, ``[N]`` or None; not scaled.
-        scaling: A number, or a tensor without dimensions.
-        dropout_p: Probability that acts now.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    lora_bias: torch.Tensor | None
-    scaling: Any
-    dropout_p: float
-
-
-def parts_for_kernels(
-    layer: Any, x: torch.Tensor, routing: Routing, without: Sequence[int] = ()
-) -> list[Part | None] | None:
-    """Returns each slot's part in a layer; None where the batch runs in PyTorch's GEMMs.
+def slots_for_kernels(
+    layer: AdapterLayer, x: torch.Tensor, routing: Routing, without: Sequence[int] = ()
+) -> Slots | None:
+    """Returns the batch's adapters on a layer; None where it runs in PyTorch's GEMMs.
 
     Slots of ``without`` have none: others compute their rows.
 
@@ -48,48 +32,25 @@ def parts_for_kernels(
         UnsupportedLayerError: A factor is hooked, or not a plain linear: rows cannot share it.
         ValueError: A factor is on another device than x.
     """
-    impl = getattr(layer, "impl", "auto")
-    if ops.resolve_impl(impl, x) != "triton":
+    if ops.resolve_impl(layer.impl, x) != "triton":
         return None
-    slots = range(len(routing.names))
-    parts = [None if slot in without else _part(layer, routing, slot) for slot in slots]
-    why = _why_not(routing, parts)
-    if why and impl == "triton":
+    slots = slots_of(routing.source, layer, range(len(routing.names)), without)
+    why = _why_not(routing, slots)
+    if why and layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run a mixed batch with gradients: {why}")
     if why:
         return None
-    for part in parts:
-        if part is not None and part.lora_a.device != x.device:
-            check_same_device(x, lora_a=part.lora_a, lora_b=part.lora_b)
-    return parts
+    for factors in slots.present:
+        if factors.lora_a.device != x.device:
+            check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)
+    return slots
 
 
-def _part(layer: Any, routing: Routing, slot: int) -> Part | None:
-    """Returns one adapter's part, or None where it leaves the layer alone."""
-    if routing.residents is not None:
-        found = routing.residents[slot].factors(layer.table_row)
-        if found is None:
-            return None
-        lora_a, rank_rows, scaling, lora_bias = found[:4]  # its magnitude scales what comes out
-        return Part(lora_a, rank_rows.t(), lora_bias, scaling, 0.0)
-    name, modules = routing.names[slot], layer._modules
-    down = modules["lora_A"]._modules.get(name)
-    if down is None:
-        return None
-    up, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-    lora_a, lora_b = plain_weight(down), plain_weight(up)
-    plain = type(dropout) in (nn.Dropout, nn.Identity) and not is_hooked(dropout)
-    if lora_a is None or lora_b is None or not plain:
-        raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
-    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Part(lora_a, lora_b, up._parameters["bias"], layer.scaling[name], dropout_p)
-
-
-def _why_not(routing: Routing, parts: Sequence[Part | None]) -> str:
+def _why_not(routing: Routing, slots: Slots) -> str:
     """Returns why kernels cannot take some factors, or an empty string."""
     dtypes: dict[torch.dtype, str] = {}
-    for name, part in zip(routing.names, parts, strict=True):
-        for tensor in () if part is None else (part.lora_a, part.lora_b, part.lora_bias):
+    for name, factors in zip(routing.names, slots.own, strict=True):
+        for tensor in () if factors is None else (*factors[:2], factors.lora_bias):
             if tensor is not None:
                 dtypes.setdefault(tensor.dtype, name)
     for dtype, name in dtypes.items():
@@ -107,7 +68,7 @@ def linear(
     bias: torch.Tensor | None,
     routing: Routing,
     projection: int,
-    parts: Sequence[Part | None],
+    slots: Slots,
     s: torch.Tensor | None = None,
     plan: str = "auto",
 ) -> torch.Tensor:
@@ -119,15 +80,14 @@ def linear(
         bias: ``[N]`` or None.
         routing: The batch's.
         projection: The layer's number in its model, which makes its dropout its own.
-        parts: Of `parts_for_kernels`.
+        slots: Of `slots_for_kernels`.
         s: The layer's own of `shrink`, or None: it is made here.
         plan: As in `fastlora.functional.lora_linear`.
     """
-    if not any(parts):
+    if not any(slots.own):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    batch, factors = _batch(x, routing, projection, parts, plan, s)
+    batch, factors = _batch(x, routing, projection, slots, plan, s)
     if _wants_grad(x, weight, bias, *factors):
-        routing.group.packs.clear()  # an optimizer may be about to write into the factors
         return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
     return mixed_autograd.forward_linear(x, weight, bias, batch, factors)[0]
 
@@ -137,21 +97,20 @@ def add(
     x: torch.Tensor,
     routing: Routing,
     projection: int,
-    parts: Sequence[Part | None],
+    slots: Slots,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns ``y [..., N]`` plus every row's own adapter for ``x [..., K]``; s as in `linear`."""
-    if not any(parts):
+    if not any(slots.own):
         return y
-    batch, factors = _batch(x, routing, projection, parts, "auto", s)
+    batch, factors = _batch(x, routing, projection, slots, "auto", s)
     if _wants_grad(y, x, *factors):
-        routing.group.packs.clear()
         return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
     return mixed_autograd.forward_add(y, x, batch, factors)[0]
 
 
 def shrink(
-    x: torch.Tensor, routing: Routing, projection: int, parts: Sequence[Sequence[Part | None]]
+    x: torch.Tensor, routing: Routing, projection: int, layers: Sequence[Slots]
 ) -> tuple[torch.Tensor, ...]:
     """Returns the s of layers that are fed by the same x and drop nothing, for `linear` and `add`.
 
@@ -161,10 +120,10 @@ def shrink(
         x: ``[..., K]``.
         routing: The batch's.
         projection: Of the first layer.
-        parts: Of each layer.
+        layers: The adapters on each layer.
     """
-    batch, _ = _batch(x, routing, projection, parts[0], "auto", None)
-    lora_a = [None if part is None else part.lora_a for own in parts for part in own]
+    batch, _ = _batch(x, routing, projection, layers[0], "auto", None)
+    lora_a = [lora_a for slots in layers for lora_a in slots.tensors()[::3]]
     found: tuple[torch.Tensor, ...] = mixed_autograd.MixedLoraShrinkKernels.apply(
         x.detach(), batch, *lora_a
     )
@@ -175,7 +134,7 @@ def _batch(
     x: torch.Tensor,
     routing: Routing,
     projection: int,
-    parts: Sequence[Part | None],
+    slots: Slots,
     plan: str,
     s: torch.Tensor | None,
 ) -> tuple[mixed_autograd.KernelBatch, list[torch.Tensor | None]]:
@@ -184,17 +143,15 @@ def _batch(
     The gradient of a lora_a comes through the s that was made with it, if one was.
     """
     training = _training_routing(routing, projection)
-    dropout_p = [0.0 if part is None else part.dropout_p for part in parts]
+    dropout_p = slots.dropout_p
     batch = mixed_autograd.KernelBatch(
         training.groups(x.numel() // x.shape[-1], x.device),
-        _scalings(parts, x.device),
+        _scalings(slots, x.device),
         training.seeds_of(projection, x.device) if any(dropout_p) else None,
         dropout_p,
         plan,
     )
-    factors: list[torch.Tensor | None] = []
-    for part in parts:
-        factors += [None] * 3 if part is None else part[:3]
+    factors = slots.tensors()
     if s is not None:
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
     return batch, factors
@@ -216,9 +173,9 @@ def _training_routing(routing: Routing, projection: int) -> TrainingRouting:
     return routing.training[0]
 
 
-def _scalings(parts: Sequence[Part | None], device: torch.device) -> torch.Tensor:
+def _scalings(slots: Slots, device: torch.device) -> torch.Tensor:
     """Returns the scalings as fp32 ``[S]``; a tensor of PEFT's compiled hot swap is read there."""
-    values = [0.0 if part is None else part.scaling for part in parts]
+    values = [0.0 if factors is None else factors.scaling for factors in slots.own]
     if not any(isinstance(value, torch.Tensor) for value in values):
         return table(tuple(float(value) for value in values), torch.float32, device)
     return torch.stack(

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from fastlora import functional
-from fastlora.layers.branch import Branch, factors_of, is_hooked
+from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.siblings import Family, family_of, keep_shares, known_family, take_share
 
@@ -39,7 +40,7 @@ _DROPOUT = "PyTorch has nothing to share under dropout, where each projection ma
 
 
 def shared_shrink(
-    layer: Any, x: torch.Tensor, branch: Branch, impl: str
+    layer: Any, x: torch.Tensor, branch: Factors, impl: str
 ) -> functional.Shrunk | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
@@ -77,7 +78,7 @@ def shared_shrink(
 
 
 def _shared_in_graph(
-    layer: Any, x: torch.Tensor, branch: Branch, impl: str
+    layer: Any, x: torch.Tensor, branch: Factors, impl: str
 ) -> functional.Shrunk | None:
     """`shared_shrink` in a graph that is being compiled; for any number of rows."""
     if not layer.knows_siblings():
@@ -185,7 +186,7 @@ def _sibling_factor(
     factors = factors_of(layer, names[0])
     if factors is None:
         return None, 0.0, "one of them has a factor or dropout that is hooked, or not plain"
-    lora_a, _, _, dropout_p = factors
+    lora_a, dropout_p = factors.lora_a, factors.dropout_p
     if not lora_a.requires_grad:
         return None, 0.0, "one of them is frozen"
     if lora_a.device != x.device or lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:

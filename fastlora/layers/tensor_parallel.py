@@ -26,20 +26,22 @@ from torch import nn
 from fastlora import functional
 from fastlora.autograd import mixed
 from fastlora.layers.absent import with_absent
-from fastlora.layers.branch import Branch, is_hooked, scaling_of, scaling_tensor
 from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.dora import added, uses_dora, why_dora_not_fused
 from fastlora.layers.dora_mixed import dora_slots
+from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.merging import versions
 from fastlora.layers.mixed_compute import check_unmerged
 from fastlora.layers.own_share import OwnShare, own
 from fastlora.layers.tensor_parallel_dora import COLUMN_WISE, ROW_WISE, TensorParallelDora
 from fastlora.ops import schema as ops
+from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.routing.routing import Routing, layer_seed
 from fastlora.sharding import is_sharded, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
@@ -169,6 +171,7 @@ class TensorParallelLora(TensorParallelDora):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps x to y as the base layer does, in the layouts that its parallel style has."""
         refuse_in_mode(self, NOT_OUR_GEMM)
+        marks.before_forward()
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
         # There a DTensor's sums are sent before the hook sees a share of them.
@@ -205,7 +208,7 @@ class TensorParallelLora(TensorParallelDora):
         self, y: torch.Tensor, x: torch.Tensor, name: str, share: OwnShare | None
     ) -> torch.Tensor:
         branch = self._own_branch(name, x)
-        lora_a, lora_b, scaling, lora_bias, dropout_p = branch
+        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = branch
         seed = None
         if dropout_p:
             seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
@@ -248,7 +251,6 @@ class TensorParallelLora(TensorParallelDora):
             t is not None and t.requires_grad for t in (y, x, *factors)
         )
         if shares and wanted:
-            routing.group.packs.clear()
             y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
         elif shares:
             y = mixed.forward_add(y, x, rows, shares, tuple(factors))[0]  # type: ignore[arg-type]
@@ -273,8 +275,8 @@ class TensorParallelLora(TensorParallelDora):
                 "are not those of ColwiseParallel or RowwiseParallel"
             )
 
-    def _own_branch(self, name: str, x: torch.Tensor) -> Branch:
-        """Returns this process's share of an adapter as plain tensors."""
+    def _own_branch(self, name: str, x: torch.Tensor) -> Factors:
+        """Returns this process's share of an adapter as plain tensors; its lora_bias is scaled."""
         up, dropout = self.lora_B[name], self.lora_dropout[name]
         for module in (self.lora_A[name], up, dropout):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
@@ -283,15 +285,15 @@ class TensorParallelLora(TensorParallelDora):
                     "which a tensor-parallel layer cannot run"
                 )
         by_column = self.style == COLUMN_WISE
-        scaling, lora_bias = scaling_of(self, name), up.bias
+        lora_bias = up.bias
         if lora_bias is not None:
             # Row-wise, all shares of y are summed: the bias goes into the first one.
             first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()
-            lora_bias = own(lora_bias, summed=not by_column) * (scaling * first)
-        return Branch(
+            lora_bias = own(lora_bias, summed=not by_column) * (self.scaling[name] * first)
+        return Factors(
             own(self.lora_A[name].weight, summed=by_column),
             own(up.weight, summed=not by_column),
-            scaling_tensor(self, name, scaling, x),
+            scaling_beside(self, name, x),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )

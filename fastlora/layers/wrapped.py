@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward, why_not_fused
+from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward
 from fastlora.layers.dora import dora_added_forward, uses_dora
+from fastlora.layers.factors import why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 # Libraries whose linear layers return a tensor that they have just made and keep no reference to.
 _MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
@@ -67,6 +69,7 @@ class FastLoraWrapper(LoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
         refuse_in_mode(self, NOT_OUR_GEMM)
+        marks.before_forward()
         y = self.base_layer(x, *args, **kwargs)
         routed = routing_of(self)
         if routed is not None and not self._disabled:
@@ -74,8 +77,6 @@ class FastLoraWrapper(LoraLayer):
         names = self._acting()
         if not names:
             return y
-        if self.training and self.routed_by is not None:
-            self.routed_by.packs.before_training()
         forward = dora_added_forward if uses_dora(self, names) else lora_added_forward
         return forward(self, y, x, names, self.impl, self._may_write_into(y, x))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.factors import Parameters
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import resolve_target_modules
@@ -183,7 +184,7 @@ class LoraTuner(nn.Module):
     ) -> Routing:
         """Returns the routing of a `fastlora.adapters` block."""
         return parameters_routing(
-            self.group, self.routed, tuple(self.peft_config), ids, seeds, validate
+            self.group, self.routed, tuple(self.peft_config), Parameters, ids, seeds, validate
         )
 
     @property

@@ -1,6 +1,6 @@
 """Many adapters behind one model: storage in tiers, leases, hot swap."""
 
-from fastlora.pool.image import Factors
+from fastlora.ops.factors import Factors
 from fastlora.pool.leases import Lease
 from fastlora.pool.pool import AdapterPool, pool_of
 from fastlora.pool.resident import Resident

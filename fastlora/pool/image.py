@@ -42,24 +42,6 @@ class Target(NamedTuple):
     out_features: int
 
 
-class Factors(NamedTuple):
-    """What an adapter does to one module; views of its image.
-
-    Attributes:
-        lora_a: ``[r, K]``.
-        lora_b: ``[r, N]``: rank rows, PEFT's lora_b transposed.
-        scaling: Factor on the whole branch.
-        lora_bias: ``[N]``, not scaled, or None.
-        magnitude: ``[N]`` of DoRA in fp32 (fp64 in an fp64 image), or None.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
-    lora_bias: torch.Tensor | None
-    magnitude: torch.Tensor | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where the blocks lie; adapters of equal shape share one.
@@ -84,13 +66,20 @@ class Layout:
         return tuple((self.offsets[_MAGNITUDE] != ABSENT).nonzero().view(-1).tolist())
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Returns the blocks of one module in an image, by kind; none where it is absent."""
+        """Returns the blocks of one module in an image, by kind; none where it is absent.
+
+        In PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows.
+        """
         rank, offsets = self._blocks[index]
         views = {}
         for kind, start in zip(BLOCK_KINDS, offsets, strict=True):
             if start != ABSENT:
                 shape = _shape(self.targets[index], kind, rank)
-                strides = (shape[1], 1) if len(shape) == 2 else (1,)
+                strides: tuple[int, ...] = (1,)
+                if kind == "lora_a":
+                    strides = (shape[1], 1)
+                elif kind == "lora_b":
+                    strides = (1, shape[0])
                 # One call where slicing and view() would take two: thousands are made for a batch.
                 if kind == "magnitude":
                     shape = (shape[0] * _lanes(data.dtype),)
@@ -103,7 +92,7 @@ class Layout:
 def _shape(target: Target, kind: str, rank: int) -> tuple[int, ...]:
     if kind == "lora_a":
         return rank, target.in_features
-    return (rank, target.out_features) if kind == "lora_b" else (target.out_features,)
+    return (target.out_features, rank) if kind == "lora_b" else (target.out_features,)
 
 
 def _lanes(dtype: torch.dtype) -> int:
@@ -179,7 +168,7 @@ class Packer:
         for index, blocks in tensors.items():
             views = layout.views(data, index)
             for kind, tensor in blocks.items():
-                views[kind].copy_(tensor.t() if kind == "lora_b" else tensor)
+                views[kind].copy_(tensor)
         self._check_overflow(data, layout, tensors, source)
         numbers = tuple(float(scaling.get(index, 0.0)) for index in range(len(self.targets)))
         return Image(data, layout, numbers, next(self._versions))

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fastlora.pool.image import Factors, Image
+from fastlora.ops.factors import Factors
+from fastlora.pool.image import Image
 
 
 class Scales:
@@ -71,8 +72,8 @@ class Resident:
             known = None
             if views:
                 scaling = self._scaling[table_row]
-                more = views.get("lora_bias"), views.get("magnitude")
-                known = Factors(views["lora_a"], views["lora_b"], scaling, *more)
+                bias, magnitude = views.get("lora_bias"), views.get("magnitude")
+                known = Factors(views["lora_a"], views["lora_b"], scaling, bias, 0.0, magnitude)
             self._views[table_row] = known
         return known  # type: ignore[return-value]  # False is replaced above
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from fastlora.layers.factors import Pool
 from fastlora.ops.graph_routing import PoolGraphRouting
-from fastlora.routing.block import is_captured
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
-from fastlora.routing.routing import KernelRouting, Routing, draw_seeds
+from fastlora.routing.routing import KernelRouting, Routing, draw_seeds, is_captured
 from fastlora.validation import AdapterStateError
 
 
@@ -71,7 +71,7 @@ def pool_routing(
         names,
         slots,
         draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
-        residents=lease.residents,
+        Pool(lease.residents),
         kernels=[kernels],
         graph=graph,
     )
@@ -90,7 +90,7 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "as the largest rank that may ever be loaded"
         )
     kernels = KernelRouting(pool.tables.columns(ids), pool.tables, pool.max_rank, pool.dtype)
-    return Routing(pool.group, (), ids, (), residents=(), kernels=[kernels], captured=True)
+    return Routing(pool.group, (), ids, (), Pool(()), kernels=[kernels], captured=True)
 
 
 def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class ScaleMaker:
         for row in rows:
             factors: Any = resident.factors(row)
             squares = adapter_squares(
-                self._layers[row], factors.lora_a, factors.lora_b.t(), factors.scaling
+                self._layers[row], factors.lora_a, factors.lora_b, factors.scaling
             )
             made, kept = scale_of(factors.magnitude, squares), scales.by_module.get(row)
             if kept is not None and kept.dtype == made.dtype == torch.float32:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,9 +15,12 @@ from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Group, Routing, draw_seeds
+from fastlora.routing.routing import Group, Routing, draw_seeds, is_captured
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
+
+if TYPE_CHECKING:
+    from fastlora.layers.factors import Source
 
 
 @contextlib.contextmanager
@@ -40,7 +43,9 @@ def adapters(
     pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
     `AdapterPool.lease` on them meanwhile, taken after the last change of base weights where they
     use DoRA. Slots out of range give NaN rows there and no error; so do adapters with DoRA that
-    nobody has leased yet, and all of them where the capture came before the pool's first.
+    nobody has leased yet, and all of them where the capture came before the pool's first. Over
+    other models a replay finds the adapters as they were at the capture, and what it reads of them
+    stays in memory until `fastlora.refresh`: capture again where they have changed.
 
     Args:
         model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
@@ -78,15 +83,11 @@ def adapters(
             routing.check_ids()
 
 
-def is_captured(ids: torch.Tensor) -> bool:
-    """Whether ids are read by a CUDA graph that is being captured in this thread."""
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def parameters_routing(
     group: Group,
     layers: Sequence[Any],
     known: Sequence[str],
+    source: Callable[[Sequence[str]], Source],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
@@ -97,6 +98,7 @@ def parameters_routing(
         group: The model's.
         layers: Its routed layers.
         known: Names of its adapters; a slot is an index into them.
+        source: Makes the source of some of these.
         ids, seeds, validate: As in `adapters`.
 
     Raises:
@@ -123,4 +125,4 @@ def parameters_routing(
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     graph = graph_routing(known, names, slots, drawn)
-    return Routing(group, names, slots, drawn, layers, graph=graph)
+    return Routing(group, names, slots, drawn, source(names), layers, graph=graph)

@@ -6,26 +6,31 @@ from torch import nn
 
 from fastlora.layers.dora_norms import forget_norms
 from fastlora.pool import pool_of
+from fastlora.weight_marks import marks
 
 
 def refresh(model: nn.Module) -> None:
     """Forgets whatever fastlora derived from a model's weights.
 
-    Needed only after writes that PyTorch does not count: through ``.data`` or ``set_`` (PEFT's
-    `hotswap_adapter`, some optimizers outside of training forwards), in place in the middle of a
-    `fastlora.adapters` block, or, over a pool with DoRA adapters, after any change of base weights
-    there. Everything else is noticed.
+    Needed only after writes that nobody tells of: through ``.data`` or ``set_`` (PEFT's
+    `hotswap_adapter`), by compiled code under no `torch.optim.Optimizer`, in place in the middle of
+    a `fastlora.adapters` block, or, over a pool with DoRA adapters, after any change of base
+    weights there. Everything else is noticed: steps of optimizers, fused or compiled ones too, and
+    a change between training and evaluation, whatever was written in between.
+
+    CUDA graphs that were captured over the model before must not be replayed afterwards: what they
+    read is given back.
 
     Args:
         model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
     """
+    marks.end_trained()
     for module in model.modules():
         forget_norms(module)
         group = getattr(module, "routed_by", None)
         if group is not None:
             group.packs.clear()
-        if hasattr(module, "lora_magnitude_vector"):
-            forget_norms(module)
+            group.packs.unpin()
     for module in model.modules():
         pool = pool_of(module)
         if pool is not None:

@@ -11,7 +11,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,9 @@ from fastlora.ops.torch.packed import PackCache, SetPack
 from fastlora.routing.ids import NO_ADAPTER
 from fastlora.routing.siblings import Siblings
 from fastlora.validation import AdapterNotFoundError
+
+if TYPE_CHECKING:
+    from fastlora.layers.factors import Source
 
 _SEED_BITS = 62
 _MASK_64 = 2**64 - 1
@@ -188,7 +191,7 @@ class Routing:
             checked yet, and -2 is an id that was out of range.
         seeds: Dropout seed of each slot, for this forward.
         layers: The model's routed modules when the block began.
-        residents: Where a pool holds the adapters, the pool's entry of each slot; else None.
+        source: Where the adapters of the slots come from.
         kernels: What Triton kernels read; empty until a layer needs it.
         ready: What `fastlora.layers.mixed_compute` found out about a layer, by its number.
         training: What kernels read with gradients; empty until a layer needs it.
@@ -203,8 +206,8 @@ class Routing:
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: tuple[int, ...]
+    source: Source
     layers: Sequence[Any] = ()
-    residents: tuple[Any, ...] | None = None
     kernels: list[KernelRouting] = field(default_factory=list, repr=False)
     ready: dict[int, Any] = field(default_factory=dict, repr=False)
     training: list[Any] = field(default_factory=list, repr=False)
@@ -229,10 +232,10 @@ class Routing:
     def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
         """Returns what the model keeps of a set of adapters.
 
-        Whether factors changed is asked once for each block and whenever the set was dropped.
+        Whether factors changed is asked once for each block and whenever they may have.
         """
         known = self._sets.get(key)
-        if known is None or known.generation != self.group.packs.generation:
+        if known is None or not known.may_hold:
             watch = make_watch if self.residents is None else None
             known = self._sets[key] = self.group.packs.get(key, watch)
         return known
@@ -246,12 +249,15 @@ class Routing:
         if any(kernels.found_invalid() for kernels in (*self.kernels, *self.training)):
             raise AdapterNotFoundError(_out_of_range(self.names) + "; its rows came out NaN")
 
-    def identity(self, slot: int) -> Any:
-        """Returns what tells the adapter of a slot from all others."""
-        if self.residents is None:
-            return self.names[slot]
-        resident = self.residents[slot]
-        return resident.name, resident.version
+    @property
+    def residents(self) -> tuple[Any, ...] | None:
+        """A pool's entry of each slot; None where adapters are parameters."""
+        return self.source.residents
+
+
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Batches:
@@ -278,7 +284,7 @@ class _Batches:
 
 
 def _key(routing: Routing, segments: Sequence[Segment]) -> tuple[Any, ...]:
-    return tuple(routing.identity(segment.slot) for segment in segments)
+    return tuple(routing.source.identity(segment.slot) for segment in segments)
 
 
 def _out_of_range(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fastlora
 from fastlora import adapters
 from fastlora.env import triton_interpreted
+from fastlora.layers.factors import Parameters
 from fastlora.model.inject import lora_layers
 from fastlora.pool import router as batches
 from fastlora.routing.in_force import routed
@@ -151,8 +152,8 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     ids = torch.tensor([0, 5, -1, 2, -7])
     slots = batches.looked_up(torch.arange(3), ids).to(lab.device)
     assert slots.tolist() == [0, -2, -1, 2, -2]
-    tuner = model.base_model
-    routing = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
+    tuner, names = model.base_model, ("a0", "a1", "a2")
+    routing = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
     x = torch.randn(5, 64).to(lab.device, dtype)
     with torch.no_grad(), routed(routing):
         y = model(x)
@@ -165,6 +166,6 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
         routing.check_ids()
     for layer in lora_layers(model):
         layer.impl = "eager"
-    again = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
+    again = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
     with pytest.raises(AdapterNotFoundError, match="out of range"), torch.no_grad(), routed(again):
         model(x)

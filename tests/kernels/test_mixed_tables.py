@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,7 @@ pytest.importorskip("triton", reason="runs kernels")
 
 import fastlora
 from fastlora import adapters
+from fastlora.layers import mixed_kernels
 from fastlora.model.inject import lora_layers
 from fastlora.ops import mixed_ops
 from fastlora.testing import assert_within_budget
@@ -208,6 +211,62 @@ def test_a_captured_block_is_the_block(lab: Any) -> None:
             mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
         ):
             assert torch.equal(run(target, x, slots), expected)
+
+
+def test_tables_end_with_what_they_were_made_from(lab: Any) -> None:
+    """A fused step moves no version, nor does a write before eval(): lora_b is copied anew."""
+    model = build(lab)
+    x, names = torch.randn(3, 48, device=lab.device), ["a1", None, "a0"]
+    up = model.base_model.model.q.lora_B["a1"].weight
+    up.requires_grad_(True).grad = torch.ones_like(up)
+    step = torch.optim.SGD([up], lr=0.5, fused=True).step
+    for write in (step, lambda: up.data.mul_(3)):
+        before, version = run(model, x, names), up._version
+        if write is not step:
+            model.train()
+        write()
+        model.eval()
+        assert up._version == version
+        expected = run(copy.deepcopy(model), x, names)
+        assert torch.equal(run(model, x, names), expected)
+        assert not torch.equal(before[0], expected[0])
+
+
+def tables_of(model: Any, x: torch.Tensor, ids: Any) -> list[weakref.ref[torch.Tensor]]:
+    """What a forward's kernels read of the adapters: tables, and the factors behind addresses."""
+    run(model, x, ids)
+    sets = model.base_model.group.packs._sets.values()
+    (tables,) = (kept.tables for kept in sets if kept.tables is not None)
+    return [weakref.ref(t) for t in (*tables[:5], *tables.kept)]
+
+
+def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
+    """Its replays find tables and copies of lora_b at their addresses, whatever comes meanwhile.
+
+    Without a capture they go with the next sets of adapters.
+    """
+    x, slots = torch.randn(3, 48, device=lab.device), torch.tensor([1, -1, 0]).to(lab.device)
+    for captured in (False, True):
+        model = build(lab, (8, 4, 2))
+        if captured:
+            with (
+                mock.patch.object(fastlora.routing.block, "is_captured", lambda _: True),
+                mock.patch.object(mixed_kernels, "is_captured", lambda _: True),
+            ):
+                read = tables_of(model, x, slots)
+        else:
+            read = tables_of(model, x, slots)
+        for names in (["a0", "a1", "a0"], ["a1", "a2", "a1"], ["a2", "a0", "a0"]):
+            run(model, x, names)
+        with adapters(model, ["a0", "a1", None]):
+            model.train()(x.clone().requires_grad_()).sum().backward()
+        model.eval()
+        run(model, x, slots)
+        gc.collect()
+        assert all(reference() is not None for reference in read) == captured
+        fastlora.refresh(model)
+        gc.collect()
+        assert not any(reference() is not None for reference in read)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")

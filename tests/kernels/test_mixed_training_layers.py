@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora import adapters
+from fastlora.layers.factors import Parameters
 from fastlora.model.inject import lora_layers
 from fastlora.ops.training_routing import layer_seeds
 from fastlora.pool import router as batches
@@ -277,8 +278,8 @@ def test_ids_that_nobody_checked() -> None:
     """
     model = trainable(3, torch.float32)
     slots = batches.looked_up(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
-    tuner = model.base_model
-    routing = Routing(tuner.group, ("a0", "a1", "a2"), slots, (0, 0, 0), tuner.routed)
+    tuner, names = model.base_model, ("a0", "a1", "a2")
+    routing = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
     x = torch.randn(5, 64)
     with routed(routing):
         y = model.base_model.model.q(x)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -120,12 +122,21 @@ def test_every_row_is_its_adapters_alone(count: int, batch: int, dtype: torch.dt
         assert_within_budget(y, expected, exact)
 
 
+def matrix_unit(has: bool) -> Any:
+    """Within it the processor has a matrix unit for bf16, or has none, whatever it is."""
+    return mock.patch.object(
+        packed_choice, "_MATRIX_UNIT", frozenset([torch.bfloat16] if has else [])
+    )
+
+
 PLANS = {
     # adapters, rank, samples of each on average, tokens, dtype, matrix unit: what must be chosen
     "one": (1, 8, 6, 1, torch.float32, False, Dense),
     "two": (2, 16, 4, 1, torch.float32, False, Dense),
     "few, fp32": (4, 16, 4, 1, torch.float32, False, Blocks),
-    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, Dense),
+    "two, bf16": (2, 16, 4, 1, torch.bfloat16, False, Dense),
+    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, Blocks),
+    "few, bf16, amx": (4, 16, 4, 1, torch.bfloat16, True, Dense),
     "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, Blocks),
     "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, Dense),
     "many, fp32": (16, 16, 1, 1, torch.float32, False, Blocks),
@@ -140,10 +151,11 @@ PLANS = {
     "prefill of two": (2, 16, 8, 20, torch.float32, False, Dense),
     "prefill, fp32": (4, 16, 5, 16, torch.float32, False, Blocks),
     "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, Blocks),
-    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, Blocks),
+    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, Dense),
+    "prefill of many, bf16, amx": (17, 16, 2, 16, torch.bfloat16, True, Blocks),
     "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, Samples),
     "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, Samples),
-    "uneven prefill, bf16, amx": (16, 16, 1.5, 16, torch.bfloat16, True, Samples),
+    "uneven prefill, bf16, amx": (17, 16, 1.5, 16, torch.bfloat16, True, Samples),
     "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, Dense),
     "short samples, high rank": (4, 32, 5, 16, torch.float32, False, Blocks),
 }
@@ -163,7 +175,7 @@ def test_plans(case: str) -> None:
         chosen.append(original(*args))
         return chosen[-1]
 
-    has_amx = mock.patch.object(packed_choice, "_AMX", {torch.bfloat16: amx})
+    has_amx = matrix_unit(amx)
     spied = mock.patch.object(packed_forward, "plan_for", spy)
     with has_amx, spied, torch.no_grad():
         outputs = steps(model, x, names)
@@ -178,9 +190,13 @@ def test_plans(case: str) -> None:
         assert_within_budget(y, expected, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "amx"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=str,
+)
 def test_calls_do_not_grow_with_the_adapters(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A packed forward: two products and at most five other calls a layer, for any mix.
 
@@ -188,6 +204,8 @@ def test_calls_do_not_grow_with_the_adapters(
     ``bench/mixed.py`` measures.
     """
     monkeypatch.setattr(products, "_EMULATED", frozenset())  # there a product is several
+    units = frozenset([torch.bfloat16] if amx else [])
+    monkeypatch.setattr(packed_choice, "_MATRIX_UNIT", units)
     x = torch.randn(64, 48).to(dtype)
     kinds = {"aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_"}
     for count in (2, 16, 32, 64):
@@ -224,17 +242,30 @@ def within_batched(event: Any) -> bool:
     return parent is not None and ("bmm" in parent.name or within_batched(parent))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_samples_of_many_tokens(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "amx", "kind"),
+    [
+        (torch.float32, False, Samples),
+        (torch.bfloat16, False, Samples),
+        (torch.bfloat16, True, Dense),
+    ],
+    ids=str,
+)
+def test_samples_of_many_tokens(dtype: torch.dtype, amx: bool, kind: type) -> None:
     """Mixed ranks that share units, absent modules, lora_bias, base rows, and one row of NaN."""
     model = build([RANKS[i % 4] for i in range(9)], dtype)
     names = random_mix(9, 24, seed=2)
     names[:2] = [None, "a3"]
     x = torch.randn(24, 20, 48).to(dtype)
     x[5, 3], x[0, 4] = float("nan"), float("inf")
-    with mock.patch.object(packed_forward, "_samples", wraps=packed_forward._samples) as made:
+    with (
+        matrix_unit(amx),
+        mock.patch.object(packed_forward, "plan_for", wraps=packed_forward.plan_for) as plans,
+    ):
         outputs = steps(model, x, names)
-    assert made.called
+    with matrix_unit(amx):
+        found = {type(packed_forward.plan_for(*call.args)) for call in plans.call_args_list}
+    assert found == {kind}
     with torch.no_grad():
         expected = alone(model, x, names)
         exact = alone(copy.deepcopy(model).double(), x.double(), names)
@@ -256,7 +287,7 @@ def test_batches_of_a_set_share_its_packs() -> None:
         sizes = []
         for count, tokens in ((4, 1), (20, 20), (320, 1)):
             x = torch.randn(len(names) * count, tokens, 48).to(dtype)
-            with mock.patch.object(packed_choice, "_AMX", {}):
+            with matrix_unit(False):
                 outputs = steps(model, x, names * count)
             with torch.no_grad():
                 expected = alone(model, x[: len(names)], names)
@@ -477,3 +508,34 @@ def test_only_the_last_sets_stay() -> None:
         steps(model, x, [f"a{i}", f"a{(i + 1) % 6}"])
         sizes.append(packed_bytes(model))
     assert max(sizes) <= 2 * max(sizes[0], sizes[1])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
+    """Packs, and how to multiply with them, are where a replay looks for them until `refresh`."""
+    x, names = torch.randn(2, 48), ["a0", "a1"]
+    model = build([8] * 6)
+    steps(model, x, names)
+    with mock.patch.object(mixed_packed, "is_captured", lambda _: captured):
+        steps(model, x, names, count=1)
+    (kept,) = model.base_model.group.packs._sets.values()
+    (ready,) = kept._ready.values()
+    read = [weakref.ref(t) for found in ready.values() for t in found.pack if is_tensor(t)]
+    read += [weakref.ref(t) for found in ready.values() for t in found.plan if is_tensor(t)]
+    assert len(read) > len(ready)
+    del kept, ready
+    for i in range(6):
+        steps(model, x, [f"a{i}", f"a{(i + 2) % 6}"])
+    for rows in range(3, 14):  # batches of the same set
+        steps(model, torch.randn(rows, 48), ["a0", "a1"] + ["a1"] * (rows - 2))
+    model.train().eval()
+    gc.collect()
+    assert {reference() is not None for reference in read} == {captured}
+    fastlora.refresh(model)
+    gc.collect()
+    assert {reference() is not None for reference in read} == {False}
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor."""
+    return isinstance(value, torch.Tensor)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -251,3 +254,26 @@ def test_few_rows_are_read_by_pytorch(dtype: torch.dtype) -> None:
         with HalfProducts() as counted:
             products.mm(x[:, :24], weight)
         assert not counted.found
+
+
+LOWERED = """
+import torch
+from fastlora.ops.torch import products
+assert products._EMULATED == frozenset([torch.bfloat16, torch.float16]), products._EMULATED
+a, b = torch.randn(8, 40).bfloat16(), torch.randn(40, 24).bfloat16()
+assert torch.equal(products.mm(a, b), (a.float() @ b.float()).bfloat16())
+"""
+
+
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx2", False) or not torch.backends.mkldnn.is_available(),
+    reason="needs x86 with AVX2, and oneDNN",
+)
+def test_a_machine_that_says_it_has_avx2_only() -> None:
+    """Whatever it has: libraries and we go by what the environment lowers it to."""
+    lowered = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", LOWERED]
+    done = subprocess.run(
+        command, env={**os.environ, **lowered}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -201,7 +201,7 @@ def contents(pool: AdapterPool, root: Path) -> dict[str, list[dict[str, torch.Te
 def is_whole(resident: Any, saved: list[dict[str, torch.Tensor]]) -> bool:
     return all(
         torch.equal(resident.factors(i).lora_a, tensors["lora_A.weight"])
-        and torch.equal(resident.factors(i).lora_b.t(), tensors["lora_B.weight"])
+        and torch.equal(resident.factors(i).lora_b, tensors["lora_B.weight"])
         for i, tensors in enumerate(saved)
     )
 

@@ -115,7 +115,7 @@ def same_factors(found: Factors | None, folder: Path, module: str) -> bool:
     bias = saved.get("lora_B.bias")
     return bool(
         torch.equal(found.lora_a, saved["lora_A.weight"].to(found.lora_a.dtype))
-        and torch.equal(found.lora_b.t(), saved["lora_B.weight"].to(found.lora_b.dtype))
+        and torch.equal(found.lora_b, saved["lora_B.weight"].to(found.lora_b.dtype))
         and (found.lora_bias is None) == (bias is None)
         and (bias is None or torch.equal(found.lora_bias, bias.to(found.lora_bias.dtype)))
     )
@@ -172,7 +172,7 @@ def _check_column(pool: AdapterPool, resident: Any, index: int) -> None:
     _check_scale(tables.scale_address[at].item(), factors, resident.scales, index)
     assert tables.rank[at] == factors.lora_a.shape[0]
     assert tables.scaling[at] == torch.tensor(factors.scaling, dtype=torch.float32)
-    blocks = (factors.lora_a, factors.lora_b, factors.lora_bias)
+    blocks = (factors.lora_a, factors.lora_b.t(), factors.lora_bias)
     for address, block in zip(addresses, blocks, strict=True):
         assert (address == 0) == (block is None)
         if block is not None:

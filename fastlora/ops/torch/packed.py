@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
+from fastlora.weight_marks import marks
 
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
 # few rows and many may want them laid out otherwise.
@@ -30,22 +32,6 @@ _MOST_READY = 8
 WIDEST_BLOCK = 64
 # From so many units on, their number may be rounded up.
 _ROUNDED_UNITS = 8
-
-
-class Factors(NamedTuple):
-    """One adapter on one layer.
-
-    Attributes:
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``, often a view of rank rows.
-        scaling: A number.
-        lora_bias: ``[N]``, not scaled; or None.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
-    lora_bias: torch.Tensor | None
 
 
 class Place(NamedTuple):
@@ -131,19 +117,24 @@ class SetPack:
     Args:
         watch: Tells whether the factors are still those that were packed; None where they cannot
             change, as in a pool.
-        generation: The cache's when it was made. Once the cache has a later one, factors may have
-            changed.
 
     Attributes:
+        mark: With which they were packed; None where they cannot change.
         tables: What `fastlora.layers.mixed_kernels` keeps with the set.
     """
 
-    def __init__(self, watch: Any, generation: int) -> None:
-        self.watch, self.generation = watch, generation
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.mark = None if watch is None else marks.of_trained()
         self.tables: Any = None
         self._met: set[tuple[int, torch.dtype, Rows]] = set()
         self._packs: dict[tuple[int, torch.dtype, Rows], LayerPack | None] = {}
         self._ready: dict[Any, dict[int, Any]] = {}
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether the factors can still be those that were packed."""
+        return self.mark is None or self.mark is marks.trained
 
     def ready_for(self, rows: Any) -> dict[int, Any]:
         """Returns what `fastlora.layers.mixed_compute` found out about layers, by their numbers.
@@ -198,14 +189,10 @@ class SetPack:
 
 
 class PackCache:
-    """The sets that one model keeps packed: the last ones used.
-
-    Attributes:
-        generation: Counts the times that factors may have changed within a block.
-    """
+    """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
 
     def __init__(self) -> None:
-        self.generation = 0
+        self._captured: dict[int, Any] = {}
         self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
@@ -218,9 +205,8 @@ class PackCache:
         """
         with self._lock:
             known = self._sets.get(key)
-            if known is None or (known.watch is not None and not known.watch.unchanged()):
-                watch = None if make_watch is None else make_watch()
-                known = self._sets[key] = SetPack(watch, self.generation)
+            if known is None or not known.may_hold or not _is_unchanged(known.watch):
+                known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
             self._sets.move_to_end(key)
             while len(self._sets) > _MOST_SETS:
                 self._sets.popitem(last=False)
@@ -228,14 +214,17 @@ class PackCache:
 
     def clear(self) -> None:
         """Forgets all sets: their factors may be about to change, or have changed unseen."""
+        marks.end_trained()  # open blocks have sets too
         with self._lock:
-            self.generation += 1
             self._sets.clear()
 
-    def before_training(self) -> None:
-        """Forgets all sets if there are any: what trains may write in ways that move no version."""
-        if self._sets and not torch.compiler.is_compiling():
-            self.clear()
+    def pin(self, *kept: Any) -> None:
+        """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
+        self._captured.update((id(each), each) for each in kept)
+
+    def unpin(self) -> None:
+        """Forgets what CUDA graphs read, which are not to be replayed any more."""
+        self._captured.clear()
 
     @property
     def nbytes(self) -> int:
@@ -244,9 +233,13 @@ class PackCache:
             return sum(known.nbytes for known in self._sets.values())
 
 
+def _is_unchanged(watch: Any) -> bool:
+    return watch is None or watch.unchanged()
+
+
 def pack_layers(
     numbers: Sequence[int],
-    layers: Sequence[Sequence[Factors | None]],
+    layers: Sequence[Slots],
     dtype: torch.dtype,
     kind: Rows,
 ) -> list[LayerPack | None]:
@@ -254,7 +247,7 @@ def pack_layers(
 
     Args:
         numbers: The layers' numbers.
-        layers: For each layer the factors of each adapter of the set, None where it has none.
+        layers: The adapters of the set on each layer.
         dtype: Of x, which factors are rounded to.
         kind: Of batch that they are for.
 
@@ -263,13 +256,13 @@ def pack_layers(
         that serves several adapters would carry a NaN from one to the others.
     """
     by_layout: dict[Layout | None, list[int]] = {}
-    for index, factors in enumerate(layers):
-        by_layout.setdefault(_layout(factors, dtype, kind), []).append(index)
+    for index, slots in enumerate(layers):
+        by_layout.setdefault(_layout(slots.own, dtype, kind), []).append(index)
     packs: list[LayerPack | None] = [None] * len(layers)
     for layout, indices in by_layout.items():
         if layout is not None:
             members = tuple(numbers[index] for index in indices)
-            own = [layers[index] for index in indices]
+            own = [layers[index].own for index in indices]
             found = _pack_siblings(layout, members, own, dtype, kind)
             for index, pack in zip(indices, found, strict=True):
                 packs[index] = pack
@@ -286,7 +279,7 @@ def _pack_siblings(
     """`pack_layers` for layers of one layout."""
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
-    dense, many = is_dense(layout.unit, layout.units, dtype, kind), len(layers)
+    dense, many = is_dense(layout.unit, layout.units, dtype), len(layers)
     if dense:
         lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
         parts = lora_a.permute(1, 2, 3, 0).unbind(0)
@@ -325,7 +318,7 @@ def _is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
     layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()
     if layout is not pack.layout:
         return False
-    if is_dense(layout.unit, layout.units, dtype, kind):
+    if is_dense(layout.unit, layout.units, dtype):
         return dims == 2
     return dims == (3 if is_k_first(dtype, kind) else 4)
 

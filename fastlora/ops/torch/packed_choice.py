@@ -18,17 +18,18 @@ _LONG = 16
 # base products, dense and the best of the others: one Zen 4 core, fp32, 64 rows of 2, 3 and 4
 # adapters 1.13 and 1.13, 1.19 and 1.15, 1.23 and 1.16; bf16 1.20 and 1.23 of 2, 1.32 and 1.30 of 4,
 # 1.53 and 1.42 of 8; 1,024 rows of 2 and 4 in bf16 1.13 and 1.17, 1.22 and 1.14.
-_DENSE, _DENSE_FEW_16_BIT = 32, 64
+_DENSE = 32
 # On a matrix unit products are nearly free: 64 rows of 16 adapters 1.78 and 2.71 of the whole model
-# (bf16, one Xeon core with AMX).
-_DENSE_AMX = 256
-# There, 64 samples of 16 tokens: of 4 adapters 1.24 and 1.35, of 16 1.45 and 1.41.
-_DENSE_AMX_SAMPLES = 64
+# (bf16, one Xeon core with AMX); 64 samples of 16 tokens of 4 adapters 1.24 and 1.35, of 16 1.45
+# and 1.41.
+_DENSE_MATRIX_UNIT = 256
 _CAPABILITIES = torch.cpu.get_capabilities()
-_AMX = {
-    torch.bfloat16: bool(_CAPABILITIES.get("amx_bf16", False)),
-    torch.float16: bool(_CAPABILITIES.get("amx_fp16", False)),
-}
+# The dtypes that this processor has a matrix unit for.
+_MATRIX_UNIT = frozenset(
+    dtype
+    for dtype, name in ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16"))
+    if _CAPABILITIES.get(name, False)
+)
 
 
 class Rows(enum.Enum):
@@ -52,16 +53,10 @@ def kind_of(rows: int, each: int) -> Rows:
     return Rows.SAMPLES if each >= _LONG else Rows.MANY
 
 
-def is_dense(unit: int, units: int, dtype: torch.dtype, kind: Rows) -> bool:
+def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
     """Whether every row had better meet all rank rows: ``units`` of ``unit`` each."""
-    if units == 1:
-        return True
-    limit = _DENSE
-    if _AMX.get(dtype, False):
-        limit = _DENSE_AMX_SAMPLES if kind is Rows.SAMPLES else _DENSE_AMX
-    elif dtype.itemsize == 2 and kind is Rows.FEW:
-        limit = _DENSE_FEW_16_BIT
-    return unit * units <= limit
+    limit = _DENSE_MATRIX_UNIT if dtype in _MATRIX_UNIT else _DENSE
+    return units == 1 or unit * units <= limit
 
 
 def is_coalesced(dtype: torch.dtype, kind: Rows) -> bool:

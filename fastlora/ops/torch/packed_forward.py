@@ -119,7 +119,7 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
     first = torch.tensor([place.first for place in layout.places] + [0])[member]
     rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
     kind = kind_of(m, rows.each)
-    if is_dense(layout.unit, layout.units, dtype, kind):
+    if is_dense(layout.unit, layout.units, dtype):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
         return Dense(other.to(device) if other.any() else None)

@@ -1,0 +1,305 @@
+"""Where a layer's adapters come from: its parameters, or a pool's images."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import repeat
+from operator import attrgetter, contains, eq, getitem, is_
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.scalings import Scalings
+from fastlora.ops.factors import Factors, Slots
+from fastlora.sharding import is_sharded
+from fastlora.validation import UnsupportedLayerError
+
+
+def factors_of(
+    layer: AdapterLayer, name: str, x: torch.Tensor | None = None, *, drops: bool = True
+) -> Factors | None:
+    """Returns one adapter's factors from its parameters; None where its modules must be called.
+
+    Args:
+        layer: Has the adapter.
+        name: The adapter's.
+        x: Where given, the scaling is a tensor without dimensions beside x; else as `scaling_of`.
+        drops: False where no dropout can act: its module is not looked at.
+    """
+    # Looked up as nn.Module keeps them, in few calls: each takes microseconds in a large model.
+    modules = layer._modules
+    down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout:
+        dropout_p = dropout.p if dropout.training else 0.0
+    elif drops and type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
+        return None
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return None
+    if is_hooked(down, up, dropout) if drops else is_hooked(down, up):
+        return None
+    lora_a, lora_b = down._parameters.get("weight"), up._parameters.get("weight")
+    if type(lora_a) is not nn.Parameter or type(lora_b) is not nn.Parameter:
+        return None
+    scaling = scaling_of(layer, name) if x is None else scaling_beside(layer, name, x)
+    magnitudes = modules.get("lora_magnitude_vector")
+    magnitude = None
+    if magnitudes is not None and name in magnitudes._modules:
+        magnitude = magnitudes._modules[name]._parameters["weight"]
+    return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
+
+
+def why_not_fused(layer: AdapterLayer, names: list[str], gathered: bool = False) -> str:
+    """Returns why adapters cannot run as bare tensors, or an empty string.
+
+    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
+    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
+    the forward.
+    """
+    for name in names:
+        factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
+        if any(factor is None for factor in factors):
+            modules = layer.lora_A[name], layer.lora_B[name]
+            if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
+                if gathered and not any(map(is_hooked, modules)):
+                    continue
+                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
+            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
+        dropout = layer.lora_dropout[name]
+        if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
+            return f"adapter {name!r} has its own dropout module, or hooks on it"
+    return ""
+
+
+def scaling_of(layer: AdapterLayer, name: str) -> Any:
+    """Returns an adapter's scaling: a number, or in a graph that is compiled a tensor, its input.
+
+    A number would be part of the graph. A tensor also where the user put one.
+    """
+    scalings = layer.scaling
+    if torch.compiler.is_compiling() and isinstance(scalings, Scalings):
+        return scalings.tensors[name]
+    return scalings[name]
+
+
+def scaling_beside(layer: AdapterLayer, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Returns an adapter's scaling as a tensor without dimensions: on x's device, fp32 or fp64."""
+    scalings = layer.scaling
+    if type(scalings) is Scalings and x.is_cpu:
+        beside = scalings.tensors[name]
+        if beside.is_cpu and beside.dtype is x.dtype is torch.float32:
+            return beside
+    return scaling_tensor(layer, name, scaling_of(layer, name), x)
+
+
+def scaling_tensor(layer: AdapterLayer, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
+    """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
+    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(value, torch.Tensor):  # in a compiled graph, or for PEFT's compiled hot swap
+        return value.to(device=device, dtype=dtype).reshape(())
+    if torch.compiler.is_compiling():
+        # What an eager forward has cached meanwhile must not be a reason to compile again.
+        return torch.full((), value, dtype=dtype, device=device)
+    cache = layer.__dict__.setdefault("_scaling_tensors", {})
+    cached = cache.get(name)
+    if cached is not None and cached[:3] == (value, device, dtype):
+        return cached[3]
+    with torch.inference_mode(False):  # it will be saved for a backward one day
+        tensor = torch.full((), value, dtype=dtype, device=device)
+    # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if type(tensor) is torch.Tensor and not capturing:
+        cache[name] = (value, device, dtype, tensor)
+    return tensor
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules does more than its class's forward."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """Returns the weight of a linear that nothing has hooked into, else None."""
+    if type(module) is not nn.Linear or is_hooked(module):
+        return None
+    weight = module._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter else None
+
+
+# --------------------------------------------------------------------------------------- sources
+
+
+class Source(Protocol):
+    """Where the adapters of a batch come from."""
+
+    @property
+    def residents(self) -> tuple[Any, ...] | None:
+        """A pool's entry of each slot; None where adapters are parameters."""
+
+    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+        """Returns a slot's factors on a layer; None where the adapter leaves the layer alone.
+
+        Raises:
+            UnsupportedLayerError: The adapter's modules must be called, which rows cannot share.
+        """
+
+    def identity(self, slot: int) -> Hashable:
+        """Returns what tells the adapter of a slot from all others."""
+
+
+class Parameters:
+    """Adapters that are parameters of the model's layers.
+
+    Args:
+        names: Adapter of each slot.
+    """
+
+    residents = None
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+        """See `Source.factors`."""
+        name = self.names[slot]
+        if name not in layer._modules["lora_A"]._modules:
+            return None
+        found = factors_of(layer, name)
+        if found is None:
+            raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+        return found
+
+    def identity(self, slot: int) -> Hashable:
+        """See `Source.identity`."""
+        return self.names[slot]
+
+
+class Pool:
+    """Adapters that an `fastlora.AdapterPool` holds.
+
+    Args:
+        residents: The pool's entry of each slot.
+    """
+
+    def __init__(self, residents: tuple[Any, ...]) -> None:
+        self.residents = residents
+
+    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+        """See `Source.factors`."""
+        found: Factors | None = self.residents[slot].factors(layer.table_row)
+        return found
+
+    def identity(self, slot: int) -> Hashable:
+        """See `Source.identity`."""
+        resident = self.residents[slot]
+        return resident.name, resident.version
+
+
+def slots_of(
+    source: Source, layer: AdapterLayer, which: Sequence[int], without: Sequence[int] = ()
+) -> Slots:
+    """Returns a layer's adapters in these slots; those of ``without`` are None."""
+    own = (None if slot in without else source.factors(layer, slot) for slot in which)
+    return Slots(tuple(own))
+
+
+# --------------------------------------------------------------- whether parameters are unchanged
+
+_version = attrgetter("_version")
+_data_ptr = torch.Tensor.data_ptr
+_training = attrgetter("training")
+# Without gradients, backward hooks are of no consequence.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# A layer's whole table of modules is compared where at least one in so many is of the set.
+_MOST_OTHERS = 4
+
+
+class Watch:
+    """Remembers modules, parameters with their versions, scalings and dropouts of adapters.
+
+    It is asked once when a block begins. It does not see writes that move no version: for these
+    there are marks (`fastlora.weight_marks`), which are checked within a block too.
+
+    In flat lists, which are compared without a loop in Python: 64 adapters on SmolLM2 are 13,440
+    pairs of factors, and every block pays for the look at each of them.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[dict[str, Any]] = []
+        self._copies: list[dict[str, Any]] = []
+        self._holders: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._objects: list[Any] = []
+        self._parameters: list[torch.Tensor] = []
+        self._stamps: list[tuple[int, int]] = []
+        self._dropouts: list[nn.Module] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._own: list[dict[str, Any]] = []
+        self._hooked = self._untold = False
+
+    def add(self, layer: AdapterLayer, names: Sequence[str]) -> None:
+        """Remembers those of the adapters that a layer has."""
+        modules = layer._modules
+        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        dropouts = modules["lora_dropout"]._modules
+        present = [name for name in names if name in downs]
+        # Modules and numbers compare by identity and by value; tensors do not, and have a list.
+        for table in (downs, ups, dropouts, layer.scaling):
+            # A scaling may be a tensor, which is itself whatever was written into it.
+            told = not any(isinstance(value, torch.Tensor) for value in table.values())
+            if told and len(table) <= _MOST_OTHERS * len(present):
+                self._tables.append(table)
+                self._copies.append(dict(table))
+            else:
+                for name in present:
+                    self._remember(table, name)
+        for name in present:
+            for module in (downs[name], ups[name]):
+                self._hooked |= is_hooked(module)
+                self._hooks += [module.__dict__[kind] for kind in _HOOKS]
+                self._own.append(module.__dict__)
+                for key in module._parameters:
+                    self._remember(module._parameters, key)
+            if type(dropouts[name]) is nn.Dropout:
+                self._dropouts.append(dropouts[name])
+
+    def _remember(self, holder: dict[str, Any], key: str) -> None:
+        value = holder[key]
+        self._holders.append(holder)
+        self._keys.append(key)
+        self._objects.append(value)
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            self._untold = True
+        elif isinstance(value, torch.Tensor):
+            self._parameters.append(value)
+            self._stamps.append((value._version, value.data_ptr()))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is as it was, and nothing has been hooked into it."""
+        # One pass for both: a tensor once read is still in the processor's cache.
+        tensors = self._parameters
+        stamps = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)
+        try:
+            return (
+                not self._hooked
+                and not self._untold
+                and self._tables == self._copies
+                and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
+                and all(map(eq, stamps, self._stamps))
+                and not any(map(_training, self._dropouts))
+                and not any(self._hooks)
+                and not any(map(contains, self._own, repeat("forward")))
+            )
+        except KeyError:  # an adapter was deleted
+            return False

@@ -1,0 +1,56 @@
+"""What the code of a forward needs of a layer: ours have it, and PEFT's after `fastlora.patch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from fastlora.routing.routing import Group
+
+
+class AdapterLayer(Protocol):
+    """A linear with adapters by name, under PEFT's names.
+
+    Attributes:
+        impl: As in `fastlora.functional.lora_linear`.
+        training: Whether dropout can act.
+        routed_by: The model's group of layers; None outside of a model.
+        routed_as: The layer's number in its model.
+        table_row: The layer's row in a pool's tables; only layers of a pool have one.
+    """
+
+    impl: str
+    training: bool
+    routed_by: Group | None
+    routed_as: int
+    table_row: int
+
+    @property
+    def _modules(self) -> Mapping[str, Any]:
+        """``lora_A``, ``lora_B``, ``lora_dropout`` and others, as nn.Module keeps them."""
+
+    @property
+    def lora_A(self) -> Any:
+        """Adapter name to a linear with weight ``[R, K]``."""
+
+    @property
+    def lora_B(self) -> Any:
+        """Adapter name to a linear with weight ``[N, R]``."""
+
+    @property
+    def lora_dropout(self) -> Any:
+        """Adapter name to a dropout or an identity."""
+
+    @property
+    def scaling(self) -> Any:
+        """Adapter name to a number."""
+
+    @property
+    def merged_adapters(self) -> Sequence[str]:
+        """Names of the adapters that are merged into the base weight."""
+
+    def get_base_layer(self) -> Any:
+        """Returns the base layer; the layer itself where it is its own."""
+
+    def _acting(self) -> list[str]:
+        """Returns the names that act outside of a mixed batch."""

@@ -1,0 +1,105 @@
+"""One adapter on one linear, and the adapters of one linear by slot: what operators are made from.
+
+Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Factors(NamedTuple):
+    """One adapter on one linear.
+
+    Attributes:
+        lora_a: ``[R, K]``; several adapters are their rank rows side by side.
+        lora_b: ``[N, R]``; rank rows side by side, often a view with strides ``(1, N)``.
+        scaling: A number, or a tensor without dimensions, or one of R numbers.
+        lora_bias: ``[N]``, not scaled, or None.
+        dropout_p: Probability that acts now.
+        magnitude: ``[N]`` of DoRA, or None.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: Any  # as above
+    lora_bias: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    magnitude: torch.Tensor | None = None
+
+
+class Slots(NamedTuple):
+    """The adapters of one linear by slot.
+
+    Attributes:
+        own: Factors of each slot; None where the adapter leaves the linear alone.
+        key: Names the adapters and the linear.
+    """
+
+    own: tuple[Factors | None, ...]
+    key: Hashable = None
+
+    @property
+    def present(self) -> list[Factors]:
+        """The factors of slots that have any."""
+        return [factors for factors in self.own if factors is not None]
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank; 0 where no slot has factors."""
+        return max((factors.lora_a.shape[0] for factors in self.present), default=0)
+
+    @property
+    def dropout_p(self) -> list[float]:
+        """Probability that acts on each slot."""
+        return [0.0 if factors is None else factors.dropout_p for factors in self.own]
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Returns ``lora_a, lora_b, lora_bias`` of each slot in turn; three None for none."""
+        found: list[torch.Tensor | None] = []
+        for factors in self.own:
+            if factors is None:
+                found += (None, None, None)
+            else:
+                found += (factors.lora_a, factors.lora_b, factors.lora_bias)
+        return found
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor | None]) -> Slots:
+        """Returns the same slots with other tensors, as `tensors` returns them."""
+        own: list[Factors | None] = []
+        triples = zip(self.own, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+        for factors, lora_a, lora_b, lora_bias in triples:
+            if factors is None or lora_a is None or lora_b is None:
+                own.append(None)
+            else:
+                own.append(factors._replace(lora_a=lora_a, lora_b=lora_b, lora_bias=lora_bias))
+        return Slots(tuple(own), self.key)
+
+
+class Tables(NamedTuple):
+    """Where adapters' factors lie: a row for each linear (G), a column for each adapter (S).
+
+    Attributes:
+        a_address, b_address, bias_address: int64 ``[G, S]``; 0 where there is nothing.
+        rank: int32 ``[G, S]``; 0 where an adapter leaves the linear alone.
+        scaling: fp32 ``[G, S]``.
+        max_rank: No adapter has a larger one.
+        dtype: Of the factors.
+        scale_address: int64 ``[G, S]`` of DoRA's scales; None where no adapter uses DoRA.
+        rows: Row of a linear by its number in the model; None where linears know their rows.
+        kept: What lies behind the addresses, if it is the tables' to keep.
+    """
+
+    a_address: torch.Tensor
+    b_address: torch.Tensor
+    bias_address: torch.Tensor
+    rank: torch.Tensor
+    scaling: torch.Tensor
+    max_rank: int
+    dtype: torch.dtype
+    scale_address: torch.Tensor | None = None
+    rows: dict[int, int] | None = None
+    kept: tuple[torch.Tensor, ...] = ()
