@@ -172,16 +172,17 @@ def _without(feature: str) -> tuple[Any, ...]:
     """Returns (object, attribute, replacement) that switch a feature of the fused plan off."""
     from fastlora.kernels import configs, lora_linear
 
-    choose, launch = configs.shrink_config, lora_linear.launch_lora_linear
+    chosen, launch = configs.choose, lora_linear.launch_lora_linear
     changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
 
-    def shrink_config(*args: Any, **kwargs: Any) -> Any:
-        return replace(choose(*args, **kwargs), **changes)
+    def choose(chip: Any, stem: str, *args: Any, **kwargs: Any) -> Any:
+        config = chosen(chip, stem, *args, **kwargs)
+        return replace(config, **changes) if stem == "lora_shrink" else config
 
     def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
         launch(*args, **{**kwargs, "pdl": False})
 
-    patches: tuple[Any, ...] = ((configs, "shrink_config", shrink_config),)
+    patches: tuple[Any, ...] = ((configs, "choose", choose),)
     if feature == "pdl":
         patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
     return patches

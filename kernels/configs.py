@@ -1,124 +1,137 @@
-"""Which config a launch takes: by chip, dtype, row bucket, problem and rank.
+"""Which config a launch takes (`choose`), and which plan makes a linear (`plan_of`).
 
-The `*_config` functions take the widest tile of the row bucket that still fills the chip and add
-what depends on the problem: BLOCK_R, and the splits of the K axis. Everything here is arithmetic on
-the host, done inside the opaque ops: no kernel, no tensor.
+Both are pure functions of plain values, asked for on every launch inside the opaque operators, and
+remembered. Nothing depends on the mix of a mixed batch: configs follow from its rows, the layer's
+sizes and the largest rank, so that one CUDA graph replays any mix.
+
+A launch is named by its kernel, or by a name of its own where the kernel does another job: dx of a
+linear, or the forward of training, which have many rows, dropout, and factors as parameters lie.
+
+In the batch-invariant mode nothing depends on the batch either. A launch takes what a batch of
+`INVARIANT_ROWS` rows would take outside of the mode, so tile, instruction, splits of K and cache
+hints follow from N, K, rank, dtype and chip alone. 64 rows are the fewest that Hopper's and
+Blackwell's matrix instructions hold: a compromise that costs decode (tiles of 64 rows where 16
+would do, so fewer programs) and prefill (64 rows where 128 or 256 columns more would reuse more).
+The price is unmeasured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from fastlora.env import triton_interpreted
-from fastlora.kernels.config_tables import (
-    EXPAND,
-    LINEAR,
-    SHRINK,
-    ShrinkTile,
-)
+from fastlora.kernels.chips import Chip, Row, Table
+from fastlora.kernels.table_amd import GFX942, GFX950
+from fastlora.kernels.table_nvidia import SM_80, SM_86, SM_90, SM_100
 
+# Each plane is read back by every column of linear's tiles, so the shrink splits no further.
+MAX_SPLITS = 8
+# Siblings of one read of x in `lora_grad_a`, and the rank rows of all of them that a tile holds.
+MAX_SIBLINGS = 4
+_MAX_RANK_ROWS = 192
+# Up to here a linear is bound by its weight's bytes; above, the library's GEMM is ahead of ours.
+FUSED_MAX_ROWS = 64
+# Row tile of the shrink of a mixed batch in training.
+TRAIN_PIECE_ROWS = 64
+INVARIANT_ROWS = 64
+# Rank rows of one dot in the mode: a block of one adapter, never two adapters side by side.
+_INVARIANT_BLOCK_R = 16
+# More columns than any BLOCK_R: the widest is taken.
+_ALL_COLUMNS = 4096
 # Ranks past a tile's largest BLOCK_R go in chunks of at most this many: the loop over chunks hoists
 # its addresses into registers.
 _MAX_CHUNK_R = 32
-# Each plane is read back by every column of linear's tiles, so the shrink splits no further.
-MAX_SPLITS = 8
-# Steps of the K loop below which a split is not worth a program.
+# Steps of a loop below which a split of it is not worth a program.
 _MIN_STEPS = 2
 
-_KIB = 1024
-# Shared memory (LDS) that one program may use.
-_SHARED_LIMITS = {
-    "sm_80": 163 * _KIB,
-    "sm_86": 99 * _KIB,
-    "sm_90": 227 * _KIB,
-    "sm_100": 227 * _KIB,
-    "gfx942": 64 * _KIB,
-    "gfx950": 160 * _KIB,
+# Kernels without a dot take one tile on every chip, in every dtype. `mixed_dora_scale` works by
+# pieces: 32 elements a thread of 32 lanes.
+_ANY_CHIP: Table = {
+    ("lora_dropout", "any"): (Row(8, 0, 256, 4),),
+    ("plane_sums", "any"): (Row(num_warps=4),),
+    ("mixed_dora_scale", "any"): (
+        Row(128, 64, 0, 8),
+        Row(64, 128, 0, 8),
+        Row(16, 256, 0, 4),
+    ),
+    ("mixed_lora_grad_reduce", "any"): (Row(32, 64, 0, 4, 1, (16,)),),
 }
-_FAMILIES = {
-    "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
-    "sm_80": "sm_80",
-    "sm_86": "sm_86",
-    "sm_87": "sm_80",
-    "sm_89": "sm_86",
-    "sm_90": "sm_90",
-    "sm_100": "sm_100",
-    "sm_103": "sm_100",
-    "sm_120": "sm_86",
-    "sm_121": "sm_86",
-    "gfx942": "gfx942",
-    "gfx950": "gfx950",
+TABLES: dict[str, Table] = {
+    "sm_80": {**SM_80, **_ANY_CHIP},
+    "sm_86": {**SM_86, **_ANY_CHIP},
+    "sm_90": {**SM_90, **_ANY_CHIP},
+    "sm_100": {**SM_100, **_ANY_CHIP},
+    "gfx942": {**GFX942, **_ANY_CHIP},
+    "gfx950": {**GFX950, **_ANY_CHIP},
 }
-_PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-
-
-class Chip(NamedTuple):
-    """What a config depends on: the arch, as in "sm_90" or "gfx942", and the processors it has."""
-
-    arch: str
-    num_sms: int
-
-    @property
-    def is_supported(self) -> bool:
-        """Whether the tables cover this chip."""
-        return self.arch in _FAMILIES
-
-    @property
-    def family(self) -> str:
-        """The arch whose tables this chip uses; `ValueError` for a chip that has none."""
-        if not self.is_supported:
-            raise ValueError(f"no configs for {self.arch!r}, expected one of {sorted(_FAMILIES)}")
-        return _FAMILIES[self.arch]
-
-    @property
-    def shared_limit(self) -> int:
-        """Bytes of shared memory that one program may use."""
-        return _SHARED_LIMITS[self.family]
-
-    @property
-    def max_registers(self) -> int | None:
-        """Registers a thread may use; None on AMD, where the compiler has no such option.
-
-        Left alone, ptxas stores a register or two to memory to reach the next step of occupancy
-        (triton 3.9: 8 or 16 bytes in 12 of 580 kernels; in none once the limit is said).
-        """
-        return None if self.family.startswith("gfx") else 255
-
-    @property
-    def has_pdl(self) -> bool:
-        """Whether a kernel may be launched as a programmatic dependent of the one before."""
-        return self.arch in _PDL_ARCHS
-
-
-def chip_of(device: torch.device) -> Chip:
-    """Returns the chip behind a CUDA or ROCm device, or the interpreter's stand-in."""
-    if triton_interpreted():
-        return Chip("interpreter", 4)
-    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _gpu(index: int) -> Chip:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        arch = properties.gcnArchName.split(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-    return Chip(arch, properties.multi_processor_count)
+# The names of all launches.
+LAUNCHES = tuple(dict.fromkeys(launch for launch, _ in TABLES["sm_90"]))
+_KERNELS = {
+    "lora_grad_x": "lora_linear",
+    "lora_grad_x_add": "lora_expand",
+    "mixed_lora_train_shrink": "mixed_lora_shrink",
+    "mixed_lora_train_linear": "mixed_lora_linear",
+    "mixed_lora_train_expand": "mixed_lora_expand",
+    "mixed_lora_grad_x": "mixed_lora_linear",
+    "mixed_lora_grad_x_add": "mixed_lora_expand",
+}
+# The axes of the output that a kernel's programs share out, and the axis that splits divide. The
+# others have a program for each piece of a mixed batch, or one tile for every problem.
+_GRIDS = {
+    "lora_shrink": ("mr", "k"),
+    "lora_linear": ("mn", ""),
+    "lora_expand": ("mn", ""),
+    "lora_grad_b": ("nr", "m"),
+    "lora_grad_a": ("kr", "m"),
+    "mixed_lora_linear": ("mn", ""),
+    "mixed_lora_expand": ("mn", ""),
+}
+# Launches that tile rows as `piece_rows` says.
+_BY_PIECES = ("mixed_lora_shrink", "mixed_dora_scale")
+# Kernels that take all ranks in one program, in chunks if need be.
+_CHUNKED = ("lora_linear", "lora_expand")
+# Kernels of mixed batches with one BLOCK_R, the rank rows of one dot, for every rank.
+_ANY_RANK = ("mixed_lora_linear", "mixed_lora_expand", "mixed_lora_add", "mixed_lora_grad_reduce")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """What every kernel's config has: the options that Triton takes beside the arguments."""
+    """How a kernel is launched: its tile, what follows from the problem, and Triton's options.
 
+    Attributes:
+        block_m: The tile, with ``block_n``, ``block_k`` and ``block_r``: as in `chips.Row`.
+        num_warps: Of one program.
+        num_stages: Of the pipelined loop.
+        max_registers: A thread's; None to leave it to the compiler.
+        input_precision: How fp32 dots round, "ieee" or "tf32"; "" for a kernel without a dot.
+        group_m: Row tiles side by side in the order of a linear's programs.
+        splits: Programs that share a sum, each with a plane of its own.
+        siblings: Modules of one read of x (`lora_grad_a`).
+        narrow_r: BLOCK_R of the mixed shrink where so many columns suffice.
+        rank_rows_first: Whether a factor's gradient is made in tiles of ``[R, columns]``.
+        launch_dependents: Whether a shrink lets the next launch start early.
+        batch_invariant: Whether a linear runs in the batch-invariant mode.
+    """
+
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    block_r: int = 0
     num_warps: int
     num_stages: int = 1
     max_registers: int | None = None
+    input_precision: str = "ieee"
+    group_m: int = 8
+    splits: int = 1
+    siblings: int = 1
+    narrow_r: int = 0
+    rank_rows_first: bool = False
+    launch_dependents: bool = False
+    batch_invariant: bool = False
 
     @property
     def launch_options(self) -> dict[str, int]:
@@ -129,51 +142,160 @@ class KernelConfig:
         return options
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShrinkConfig(KernelConfig):
-    """How `launch_lora_shrink` and `launch_lora_shrink_reduce` run."""
+@functools.lru_cache(maxsize=16384)
+def choose(
+    chip: Chip,
+    launch: str,
+    dtype: torch.dtype,
+    *,
+    m: int = 0,
+    n: int = 0,
+    k: int = 0,
+    r: int = 0,
+    siblings: int = 1,
+    input_precision: str = "ieee",
+    batch_invariant: bool = False,
+) -> KernelConfig:
+    """Returns the config of a launch. A size that a kernel does not depend on may be left out.
 
-    block_m: int
-    block_k: int
-    block_r: int
-    splits: int = 1
-    launch_dependents: bool = False
-    input_precision: str = "ieee"
+    A measured row goes first (`chips.Row`). Else it is the widest tile of m's bucket that fills the
+    chip: three in four of its processors get a program. A sum over a long axis is split into the
+    fewest parts that fill it. Of `lora_grad_b`'s tiles it is the one with the fewest bytes of
+    planes, since the columns of dy share ds as the rows share d_lora_b.
+
+    Args:
+        chip: Where the launch runs.
+        launch: One of `LAUNCHES`.
+        dtype: Of x, y or dy.
+        m: Rows.
+        n: The layer's N, also where the launch makes dx.
+        k: The layer's K.
+        r: Rank; the largest of siblings. For a mixed batch the largest of its adapters, and for its
+            shrink and d_lora_a the rank rows of an adapter in all modules of the launch.
+        siblings: Modules of one `lora_grad_a`.
+        input_precision: "ieee" or "tf32"; matters for fp32 only.
+        batch_invariant: Whether the config may not depend on ``m``.
+
+    Raises:
+        ValueError: There is no table for the chip.
+        TypeError: The kernel has a dot and takes no such dtype.
+    """
+    kind, rows = _rows_of(chip, launch, dtype, input_precision)
+    if batch_invariant:
+        m, r = INVARIANT_ROWS, _ALL_COLUMNS if launch == "mixed_lora_shrink" else r
+    if launch in _BY_PIECES:
+        rows = [row for row in rows if row.block_m == piece_rows(m)]
+    measured = () if batch_invariant else _measured(rows, m, n, k, r)
+    tiles = [row for row in measured if row.num_warps][:1] or _bucket(m, rows)
+    row, splits = _on_grid(chip, launch, tiles, (m, n, k, r), siblings)
+    block_r = _block_r(kernel_of(launch), row, r, siblings)
+    return _config(chip, launch, kind, row, block_r, splits, siblings, batch_invariant)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig(KernelConfig):
-    """How `launch_lora_linear` runs."""
+@functools.lru_cache(maxsize=16384)
+def plan_of(
+    chip: Chip,
+    launch: str,
+    dtype: torch.dtype,
+    *,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    input_precision: str = "ieee",
+) -> str:
+    """Returns which launches make a linear: a measured plan, else "fused" up to `FUSED_MAX_ROWS`.
 
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    group_m: int = 8
-    input_precision: str = "ieee"
-    batch_invariant: bool = False
+    - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
+    - ``split``: the library's GEMM, shrink, and an in-place update.
+    - ``augmented``: shrink, then the library's GEMM over ``[x | s] @ [W | scaling * lora_b].T``;
+      for one adapter. It copies x and the weight at every call.
+    - ``dense``: the library's GEMMs through the rank rows of all slots, masked between the two; for
+      a mixed batch. It copies all factors. See `fastlora.ops.mixed_dense`.
+
+    No plan has been measured yet, so every chip has the design's.
+
+    Args:
+        chip: Where the launches run.
+        launch: The launch of the plan "fused": "lora_linear", "lora_grad_x", "mixed_lora_linear",
+            "mixed_lora_train_linear" or "mixed_lora_grad_x".
+        dtype: Of x or dy.
+        m: Rows.
+        n: The layer's N, also for a dx.
+        k: The layer's K.
+        r: Rank; for a mixed batch slots times the largest rank.
+        input_precision: As in `choose`.
+
+    Raises:
+        ValueError: There is no table for the chip.
+        TypeError: The kernels take no such dtype.
+    """
+    _, rows = _rows_of(chip, launch, dtype, input_precision)
+    found = next((row.plan for row in _measured(rows, m, n, k, r) if row.plan), None)
+    return found or ("fused" if m <= FUSED_MAX_ROWS else "split")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpandConfig(KernelConfig):
-    """How `launch_lora_expand` runs."""
+def piece_rows(m: int, batch_invariant: bool = False) -> int:
+    """Returns the row tile of the kernels that work by pieces, for a mixed batch of ``m`` rows.
 
-    block_m: int
-    block_n: int
-    block_r: int
-    input_precision: str = "ieee"
+    Small against the batch, since a piece holds rows of one adapter only.
+    """
+    if batch_invariant:
+        m = INVARIANT_ROWS
+    if m <= 128:
+        return 16
+    return 64 if m <= 2048 else 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class DropoutConfig(KernelConfig):
-    """How `launch_lora_dropout` runs."""
+def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
+    """Returns the positions of a run: a multiple of the tile's rows, as many as fill the chip.
 
-    block_m: int
-    block_k: int
+    The kernels that sum over the rows of a mixed batch work on runs of sorted positions.
+
+    Args:
+        chip: Where the launch runs.
+        m: Rows of the batch; also symbolic, since a compiled graph serves any number of rows.
+        columns: Programs that share a row of dy or x.
+        block_m: Rows of the launch's tile.
+    """
+    # Three in four of the chip's processors, as a tile's choice asks for.
+    wanted = cdiv(3 * chip.num_sms, 4 * max(columns, 1))
+    steps = torch.sym_max(cdiv(m, block_m), 1)
+    runs = torch.sym_max(torch.sym_min(wanted, steps // _MIN_STEPS), 1)
+    return cdiv(steps, runs) * block_m
+
+
+def kernel_of(launch: str) -> str:
+    """Returns the kernel that a launch runs."""
+    return _KERNELS.get(launch, launch)
+
+
+def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
+    """Whether ``config`` can run on ``chip`` with operands of ``width`` bytes an element.
+
+    Sides of a dot are powers of two from 16 up, and the buffers of the loop fit the chip's shared
+    memory, a factor counted as the fp32 that it may be. What the compiler adds to them is known
+    only after it ran: the ahead-of-time test compares that with the limit.
+    """
+    m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
+    # Of one step of the loop, and of what stays through it.
+    step, kept = {
+        "lora_shrink": (k * (m * width + r * 4), 0),
+        "lora_linear": (k * (m + n) * width, 0),
+        "lora_add": (k * (m * width + r * 4), 0),
+        "lora_grad_b": (m * n * width, n * r * width),
+        "lora_grad_a": (m * k * width, 0),
+    }.get(kernel_of(launch).removeprefix("mixed_"), (0, 0))
+    # At least: Ampere and AMD keep the stage in use in registers, Hopper does not.
+    buffers = max(config.num_stages - 1, 1) * step + kept
+    sides = [side for side in (m, n, k, r, config.narrow_r) if side]
+    least = 16 if config.input_precision else 1
+    powers = all(side >= least and side & (side - 1) == 0 for side in sides)
+    return powers and config.num_warps in (1, 2, 4, 8) and buffers <= chip.shared_limit
 
 
 class Shipped(NamedTuple):
-    """One config that a launch may take: the kernel's stem, x's dtype, a rank that takes it."""
+    """One config that a launch may take: the launch, x's dtype, a rank that takes it."""
 
     kernel: str
     dtype: torch.dtype
@@ -181,202 +303,192 @@ class Shipped(NamedTuple):
     config: KernelConfig
 
 
-# Each choice is a pure function of its arguments, asked for on every launch.
-remembered = functools.lru_cache(maxsize=4096)
-
-
-@remembered
-def shrink_config(
-    chip: Chip, m: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
-) -> ShrinkConfig:
-    """Returns the config of `launch_lora_shrink` for x ``[m, k]`` and lora_a ``[r, k]``.
-
-    ``input_precision``, "ieee" or "tf32", matters for fp32 only. Split into the fewest parts that
-    fill the chip.
-    """
-    kind = kind_of(chip, dtype, input_precision)
-
-    def programs(tile: ShrinkTile) -> int:
-        return cdiv(m, tile.block_m) * cdiv(r, block_r_of(r, tile.blocks_r))
-
-    tile = widest_that_fills(chip, m, SHRINK[chip.family][kind], lambda t: MAX_SPLITS * programs(t))
-    most = min(MAX_SPLITS, cdiv(k, tile.block_k) // _MIN_STEPS)
-    splits = 1
-    while not fills(chip, splits * programs(tile)) and 2 * splits <= most:
-        splits *= 2
-    return _shrink(chip, kind, tile, block_r_of(r, tile.blocks_r), splits)
-
-
-@remembered
-def linear_config(
-    chip: Chip, m: int, n: int, k: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
-) -> LinearConfig:
-    """Returns the config of `launch_lora_linear` for x ``[m, k]`` and lora_b ``[n, r]``."""
-    kind = kind_of(chip, dtype, input_precision)
-    tile = tile_of_output(chip, m, n, LINEAR[chip.family][kind])
-    return config_of(LinearConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
-
-
-@remembered
-def expand_config(
-    chip: Chip, m: int, n: int, r: int, dtype: torch.dtype, *, input_precision: str = "ieee"
-) -> ExpandConfig:
-    """Returns the config of `launch_lora_expand` for y ``[m, n]`` and lora_b ``[n, r]``."""
-    kind = kind_of(chip, dtype, input_precision)
-    tile = tile_of_output(chip, m, n, EXPAND[chip.family][kind])
-    return config_of(ExpandConfig, chip, kind, tile, block_r=chunk_r_of(r, tile.blocks_r))
-
-
-def dropout_config(chip: Chip, m: int, k: int, dtype: torch.dtype) -> DropoutConfig:
-    """Returns the config of `launch_lora_dropout` for x ``[m, k]``: one for every problem."""
-    return DropoutConfig(block_m=8, block_k=256, num_warps=4)
-
-
-def is_valid(chip: Chip, config: ShrinkConfig | LinearConfig | ExpandConfig, width: int) -> bool:
-    """Whether ``config`` can run on ``chip`` with operands of ``width`` bytes an element.
-
-    Sides of a dot are powers of two from 16 up, and the buffers of the K loop fit the chip's shared
-    memory, a factor counted as the fp32 that it may be. What the compiler adds to them is known
-    only after it ran: the ahead-of-time test compares that with the limit.
-    """
-    rows = config.block_m
-    sides = [rows, config.block_r]
-    buffers = 0
-    if isinstance(config, ExpandConfig):
-        sides.append(config.block_n)
-    else:
-        sides.append(config.block_k)
-        # At least: Ampere and AMD keep the stage in use in registers, Hopper does not.
-        stages = max(config.num_stages - 1, 1)
-        per_column = rows * width
-        if isinstance(config, LinearConfig):
-            sides.append(config.block_n)
-            per_column += config.block_n * width
-        else:
-            per_column += config.block_r * 4
-        buffers = stages * config.block_k * per_column
-    powers = all(side >= 16 and side & (side - 1) == 0 for side in sides)
-    return powers and config.num_warps in (1, 2, 4, 8) and buffers <= chip.shared_limit
-
-
 def all_shipped(chip: Chip) -> Iterator[Shipped]:
     """Yields every config that a launch may take on ``chip``, each once, with the hardest rank.
 
-    Of a split shrink the most splits stand for all: the kernel is the same. A BLOCK_R that also
-    serves as the chunk of larger ranks comes with such a rank.
+    Splits change the grid only, so the most splits of a shrink and a gradient without them stand
+    for all; the most siblings stand for fewer. A BLOCK_R that also serves as the chunk of larger
+    ranks comes with such a rank.
     """
-    family = chip.family
-    for kind in LINEAR[family]:
-        dtype = torch.bfloat16 if kind == "half" else torch.float32
-        for shrink in SHRINK[family][kind]:
-            for r in shrink.blocks_r:
-                config = _shrink(chip, kind, shrink, r, MAX_SPLITS)
-                yield Shipped("lora_shrink", dtype, r, config)
-        for linear in LINEAR[family][kind]:
-            for block_r, r in hardest_ranks(linear.blocks_r):
-                config_l = config_of(LinearConfig, chip, kind, linear, block_r=block_r)
-                yield Shipped("lora_linear", dtype, r, config_l)
-        for expand in EXPAND[family][kind]:
-            for block_r, r in hardest_ranks(expand.blocks_r):
-                config_e = config_of(ExpandConfig, chip, kind, expand, block_r=block_r)
-                yield Shipped("lora_expand", dtype, r, config_e)
-    for dtype in (torch.bfloat16, torch.float32):
-        yield Shipped("lora_dropout", dtype, 0, dropout_config(chip, 1, 1, dtype))
+    made = []
+    for (launch, kind), rows in TABLES[chip.family].items():
+        splits = MAX_SPLITS if launch == "lora_shrink" else 1
+        for row in (row for row in rows if row.num_warps):
+            for block_r, r in _hardest_ranks(kernel_of(launch), row):
+                siblings = _most_siblings(row, block_r) if launch == "lora_grad_a" else 1
+                config = _config(chip, launch, kind, row, block_r, splits, siblings)
+                made += [Shipped(launch, dtype, r, config) for dtype in _dtypes(launch, kind)]
+    yield from dict.fromkeys(made)
 
 
-class _HasRows(Protocol):
-    @property
-    def block_m(self) -> int: ...
+def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
+    """Yields every config that a launch may take in the batch-invariant mode.
+
+    Those of a single adapter are of rank 16: of other ranks they differ by a cache hint from what
+    `all_shipped` yields.
+    """
+    for (launch, kind), rows in TABLES[chip.family].items():
+        if launch == "mixed_lora_shrink":
+            rows = tuple(row for row in rows if row.block_m == piece_rows(INVARIANT_ROWS))
+        elif launch not in ("lora_linear", "mixed_lora_linear"):
+            continue
+        for row in _bucket(INVARIANT_ROWS, rows):
+            kernel, (dtype,) = kernel_of(launch), _dtypes(launch, kind)
+            rank = row.blocks_r[-1] if launch == "mixed_lora_shrink" else _INVARIANT_BLOCK_R
+            block_r = _block_r(kernel, row, rank)
+            config = _config(chip, launch, kind, row, block_r, batch_invariant=True)
+            yield Shipped(launch, dtype, 64 if kernel in _ANY_RANK else rank, config)
 
 
-class _HasColumns(_HasRows, Protocol):
-    @property
-    def block_n(self) -> int: ...
+def _rows_of(
+    chip: Chip, launch: str, dtype: torch.dtype, input_precision: str
+) -> tuple[str, Sequence[Row]]:
+    """Returns the kind of arithmetic, and the launch's rows of the chip's table."""
+    table = TABLES[chip.family]
+    if (launch, "any") in table:
+        kind = "any"
+    elif dtype in (torch.float16, torch.bfloat16):
+        kind = "half"
+    elif dtype == torch.float32:
+        kind = "tf32" if input_precision == "tf32" and (launch, "tf32") in table else "ieee"
+    else:
+        raise TypeError(f"x has dtype {dtype}, expected float16, bfloat16 or float32")
+    return kind, table[launch, kind]
 
 
-_Tile = TypeVar("_Tile", bound=_HasRows)
-_OutputTile = TypeVar("_OutputTile", bound=_HasColumns)
-_Config = TypeVar("_Config", bound=KernelConfig)
+def _measured(rows: Sequence[Row], m: int, n: int, k: int, r: int) -> list[Row]:
+    """Returns the measurements that cover a problem."""
+    return [row for row in rows if row.is_measured and row.covers(m, n, k, r)]
 
 
-def tile_of_output(chip: Chip, m: int, n: int, tiles: Sequence[_OutputTile]) -> _OutputTile:
-    """Returns `widest_that_fills` for kernels with a program for each tile of y ``[m, n]``."""
-    return widest_that_fills(chip, m, tiles, lambda t: cdiv(m, t.block_m) * cdiv(n, t.block_n))
-
-
-def widest_that_fills(
-    chip: Chip, m: int, tiles: Sequence[_Tile], programs: Callable[[_Tile], int]
-) -> _Tile:
-    """Returns the first tile of m's bucket whose programs fill the chip, or else the last one.
+def _bucket(m: int, rows: Sequence[Row]) -> list[Row]:
+    """Returns the candidates for m rows.
 
     Up to 64 rows the tile covers all of them; beyond, 64-row tiles are the way to more programs.
     """
-    rows = [tile.block_m for tile in tiles]
-    bucket = min((block_m for block_m in rows if m <= block_m), default=max(rows))
-    candidates = [tile for tile in tiles if min(bucket, 64) <= tile.block_m <= bucket]
-    return next((tile for tile in candidates if fills(chip, programs(tile))), candidates[-1])
+    candidates = [row for row in rows if not row.is_measured]
+    sizes = [row.block_m for row in candidates]
+    bucket = min((size for size in sizes if m <= size), default=max(sizes))
+    return [row for row in candidates if min(bucket, 64) <= row.block_m <= bucket]
 
 
-def fills(chip: Chip, programs: int) -> bool:
+def _on_grid(
+    chip: Chip, launch: str, rows: Sequence[Row], mnkr: tuple[int, int, int, int], siblings: int
+) -> tuple[Row, int]:
+    """Returns the row that serves the problem best, and the splits of its sums."""
+    kernel = kernel_of(launch)
+    if kernel not in _GRIDS:
+        return rows[0], 1
+    (first, second), split = _GRIDS[kernel]
+    m, n, k, r = mnkr
+    sizes = {"m": m, "n": k if "grad_x" in launch else n, "k": k, "r": r}
+    choices = []
+    for index, row in enumerate(rows):
+        block_r = _block_r(kernel, row, r, siblings)
+        blocks = {"m": row.block_m, "n": row.block_n, "k": row.block_k, "r": block_r}
+        tiles = {axis: cdiv(sizes[axis], block) for axis, block in blocks.items() if block}
+        programs, splits = tiles[first] * tiles[second], 1
+        most = tiles[split] // _MIN_STEPS if split else 1
+        if split == "k":
+            most = min(most, MAX_SPLITS)
+        while not _fills(chip, splits * programs) and 2 * splits <= most:
+            splits *= 2
+        if split == "m":
+            shared = m * tiles[first] if kernel == "lora_grad_b" and tiles[first] > 1 else 0
+            planes = shared + (splits * sizes[first] if splits > 1 else 0)
+            cost = (tiles["r"], not _fills(chip, splits * programs), planes)
+        else:
+            # The first that fills the chip, or else the last one.
+            idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs)
+            cost = (0, idle, -index if idle else 0)
+        choices.append((cost, index, row, splits))
+    _, _, row, splits = min(choices)
+    return row, splits
+
+
+def _fills(chip: Chip, programs: int) -> bool:
     """Whether at least three in four of the chip's processors get a program."""
     return 4 * programs >= 3 * chip.num_sms
 
 
-def kind_of(chip: Chip, dtype: torch.dtype, input_precision: str) -> str:
-    if dtype in (torch.float16, torch.bfloat16):
-        return "half"
-    if dtype != torch.float32:
-        raise TypeError(f"x has dtype {dtype}, expected float16, bfloat16 or float32")
-    return input_precision if input_precision in LINEAR[chip.family] else "ieee"
+def _block_r(kernel: str, row: Row, r: int, siblings: int = 1) -> int:
+    """Returns the smallest BLOCK_R of a row that holds ``r`` rank rows, or the largest there is."""
+    blocks = row.blocks_r or (0,)
+    if kernel == "lora_grad_a":
+        blocks = tuple(b for b in blocks if siblings * b <= _MAX_RANK_ROWS) or blocks[:1]
+    if kernel in _CHUNKED and r > blocks[-1]:
+        return max(block for block in blocks if block <= _MAX_CHUNK_R)
+    return next((block for block in blocks if r <= block), blocks[-1])
 
 
-def config_of(
-    config: type[_Config], chip: Chip, kind: str, tile: NamedTuple, **rest: Any
-) -> _Config:
-    """Returns a config with a tile's sizes, the chip's registers and the kind's precision.
-
-    Args:
-        config: Its class. Fields that the tile has too, by name, are the tile's.
-        chip: Where the launch runs.
-        kind: Of arithmetic, from `kind_of`.
-        tile: Of one of the tables.
-        rest: The fields that follow from the problem and the chip.
-    """
-    names = {field.name for field in fields(config)}
-    sizes = {name: size for name, size in tile._asdict().items() if name in names}
-    precision = "tf32" if kind == "tf32" else "ieee"
-    return config(**sizes, **rest, max_registers=chip.max_registers, input_precision=precision)
-
-
-def _shrink(chip: Chip, kind: str, tile: ShrinkTile, block_r: int, splits: int) -> ShrinkConfig:
-    return config_of(
-        ShrinkConfig,
-        chip,
-        kind,
-        tile,
-        block_r=block_r,
-        splits=splits,
-        launch_dependents=chip.has_pdl,
-    )
-
-
-def block_r_of(r: int, blocks_r: tuple[int, ...]) -> int:
-    """Returns the smallest BLOCK_R that holds ``r`` rank rows, or the largest there is."""
-    return next((block for block in blocks_r if r <= block), blocks_r[-1])
-
-
-def chunk_r_of(r: int, blocks_r: tuple[int, ...]) -> int:
-    """Returns BLOCK_R of a kernel that takes all ranks in one program, in chunks if need be."""
-    if r <= blocks_r[-1]:
-        return block_r_of(r, blocks_r)
-    return max(block for block in blocks_r if block <= _MAX_CHUNK_R)
-
-
-def hardest_ranks(blocks_r: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def _hardest_ranks(kernel: str, row: Row) -> Iterator[tuple[int, int]]:
     """Yields each BLOCK_R with a rank that takes it: one past all blocks for the chunk's."""
-    beyond = 4 * blocks_r[-1]
-    for block_r in blocks_r:
-        yield block_r, beyond if block_r == chunk_r_of(beyond, blocks_r) else block_r
+    for block_r in row.blocks_r or (0,):
+        beyond = 4 * row.blocks_r[-1] if kernel in _CHUNKED else 0
+        if kernel in _ANY_RANK:
+            yield block_r, 64
+        else:
+            yield (
+                block_r,
+                beyond if beyond and block_r == _block_r(kernel, row, beyond) else block_r,
+            )
+
+
+def _most_siblings(row: Row, block_r: int) -> int:
+    """Returns the most siblings that one launch with this BLOCK_R may have."""
+    narrowest = block_r == row.blocks_r[0]
+    return MAX_SIBLINGS if narrowest else min(MAX_SIBLINGS, _MAX_RANK_ROWS // block_r)
+
+
+def _dtypes(launch: str, kind: str) -> tuple[torch.dtype, ...]:
+    """Returns the dtypes of x that the ahead-of-time test compiles for a kind of arithmetic."""
+    if kind != "any":
+        return (torch.bfloat16 if kind == "half" else torch.float32,)
+    # Sums of fp32 planes read no x.
+    sums = launch in ("plane_sums", "mixed_lora_grad_reduce")
+    return (torch.bfloat16,) if sums else (torch.bfloat16, torch.float32)
+
+
+def _config(
+    chip: Chip,
+    launch: str,
+    kind: str,
+    row: Row,
+    block_r: int,
+    splits: int = 1,
+    siblings: int = 1,
+    batch_invariant: bool = False,
+) -> KernelConfig:
+    """Returns the config of a row, with what follows from the chip and the problem."""
+    kernel = kernel_of(launch)
+    is_mixed, narrow_r = kernel.startswith("mixed_"), 0
+    if kernel == "mixed_lora_shrink":
+        narrow_r = block_r if batch_invariant else max(16, block_r // 4)
+    if batch_invariant and kernel == "mixed_lora_linear":
+        block_r = _INVARIANT_BLOCK_R
+    # Rank rows come second where tensor cores take 64 rows at least: the columns of dy and x are
+    # more than rank rows. Elsewhere dy and x meet their dots untransposed: only then does Triton
+    # 3.9 copy them asynchronously there (sm_80, dy of 64 x 128: 15 copies of 3 stages instead of
+    # the 3 of s, and 118 registers instead of 148).
+    is_factor_grad = kernel.removeprefix("mixed_") in ("lora_grad_b", "lora_grad_a")
+    narrow_mma = not chip.has_wide_mma and (kind == "half" or not is_mixed)
+    has_dot = kind != "any"
+    return KernelConfig(
+        block_m=row.block_m,
+        block_n=row.block_n,
+        block_k=row.block_k,
+        block_r=block_r,
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+        max_registers=chip.max_registers if has_dot else None,
+        input_precision=("tf32" if kind == "tf32" else "ieee") if has_dot else "",
+        splits=splits,
+        siblings=siblings,
+        narrow_r=narrow_r,
+        rank_rows_first=is_factor_grad and narrow_mma,
+        launch_dependents=kernel in ("lora_shrink", "mixed_lora_shrink") and chip.has_pdl,
+        batch_invariant=kernel in ("lora_linear", "mixed_lora_linear") and batch_invariant,
+    )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import DropoutConfig, cdiv
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -62,7 +62,7 @@ def launch_lora_dropout(
     *,
     seed: torch.Tensor,
     dropout_p: float,
-    config: DropoutConfig,
+    config: KernelConfig,
 ) -> None:
     """Writes ``x`` with the dropped elements zero and the kept ones over ``1 - dropout_p``.
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import ExpandConfig, cdiv
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -113,7 +113,7 @@ def launch_lora_expand(
     lora_b: torch.Tensor,
     scaling: torch.Tensor | None,
     *,
-    config: ExpandConfig,
+    config: KernelConfig,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:

@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.grad_configs import MAX_SIBLINGS, GradAConfig
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -239,7 +238,7 @@ def launch_lora_grad_a(
     *,
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
-    config: GradAConfig,
+    config: KernelConfig,
 ) -> None:
     """Writes ``ds.T @ dropout(x)`` for each sibling, or its planes.
 

@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.grad_configs import GradBConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
 
 
@@ -154,13 +153,13 @@ def launch_lora_grad_b(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
     *,
-    config: GradBConfig,
+    config: KernelConfig,
 ) -> None:
     """Writes ``scaling * dy @ lora_b`` and ``dy.T @ (scaling * s)``, or their planes.
 
     Args:
         ds: ``[M, R]`` in dy's dtype where one program spans all columns, else fp32 ``[Q, M, R]``,
-            ``Q = config.columns(N)``; contiguous.
+            ``Q = ceil(N / config.block_n)``; contiguous.
         d_lora_b: ``[N, R]``, any floating dtype, where ``config.splits == 1``, else fp32
             ``[splits, N, R]``; contiguous.
         d_bias: fp32 ``[N]`` or ``[splits, N]``, contiguous, for the sums of dy's columns; or None.

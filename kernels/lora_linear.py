@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.configs import LinearConfig, cdiv
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -198,7 +198,7 @@ def launch_lora_linear(
     *,
     bias: torch.Tensor | None,
     s_out: torch.Tensor | None,
-    config: LinearConfig,
+    config: KernelConfig,
     pdl: bool,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,

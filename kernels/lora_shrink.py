@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import ShrinkConfig, cdiv
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_shrunk
 
@@ -159,7 +159,7 @@ def launch_lora_shrink(
     *,
     seed: torch.Tensor | None,
     dropout_p: float,
-    config: ShrinkConfig,
+    config: KernelConfig,
 ) -> None:
     """Writes ``dropout(x) @ lora_a.T``.
 
@@ -207,7 +207,7 @@ def launch_lora_shrink(
 
 
 def launch_lora_shrink_reduce(
-    s: torch.Tensor, planes: torch.Tensor, *, config: ShrinkConfig
+    s: torch.Tensor, planes: torch.Tensor, *, config: KernelConfig
 ) -> None:
     """Writes the sum of the planes of a split shrink.
 

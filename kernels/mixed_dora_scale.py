@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import MixedScaleConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer
 
 # In place of an address: scales that are yet to be made
@@ -87,7 +86,7 @@ def launch_mixed_dora_scale(
     pieces: torch.Tensor,
     scale_address: torch.Tensor,
     *,
-    config: MixedScaleConfig,
+    config: KernelConfig,
 ) -> None:
     """Scales the rows whose adapter has scales; NaN where these are yet to be made.
 

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import MixedAddConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer, triton_dtype
 
 
@@ -145,7 +144,7 @@ def launch_mixed_lora_add(
     scaling: torch.Tensor,
     *,
     factor_dtype: torch.dtype,
-    config: MixedAddConfig,
+    config: KernelConfig,
 ) -> None:
     """Adds each row's own adapter to ``y`` in place; rows of invalid ids become NaN.
 

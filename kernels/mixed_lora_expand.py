@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import MixedExpandConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
     TABLES,
@@ -144,7 +143,7 @@ def launch_mixed_lora_expand(
     scaling: torch.Tensor | None,
     *,
     factor_dtype: torch.dtype,
-    config: MixedExpandConfig,
+    config: KernelConfig,
     by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:

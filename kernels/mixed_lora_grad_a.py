@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_grad_configs import MixedGradAConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_lora_grad_b import add_rows, store_sum
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -147,7 +146,7 @@ def launch_mixed_lora_grad_a(
     *,
     rows: int,
     max_columns: int,
-    config: MixedGradAConfig,
+    config: KernelConfig,
     dropout: DropoutTables | None = None,
 ) -> None:
     """Writes planes of ``ds.T @ dropout(x)`` for G modules, each row's own adapter.

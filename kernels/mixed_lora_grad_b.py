@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_grad_configs import MixedGradBConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -206,7 +205,7 @@ def launch_mixed_lora_grad_b(
     rows: int,
     max_rank: int,
     factor_dtype: torch.dtype,
-    config: MixedGradBConfig,
+    config: KernelConfig,
 ) -> None:
     """Writes planes of ``dy @ lora_b`` and of ``dy.T @ s``, each row's own adapter.
 

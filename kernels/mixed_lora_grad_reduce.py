@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_grad_configs import MixedGradReduceConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import S_COLUMNS, TABLES
 from fastlora.kernels.rank_rows import sum_planes
 
@@ -225,7 +224,7 @@ def launch_mixed_lora_grad_reduce(
     columns: int,
     rows: int,
     by_column: bool,
-    config: MixedGradReduceConfig,
+    config: KernelConfig,
     bias_planes: torch.Tensor | None = None,
     bias_offset: torch.Tensor | None = None,
     ds: DsPlanes | None = None,
@@ -250,7 +249,7 @@ def launch_mixed_lora_grad_reduce(
         ds: For one module, ``G = 1``; None for no ds.
     """
     modules, slots = rank.shape
-    factors = 0 if out is None else slots * cdiv(columns, config.block_l)
+    factors = 0 if out is None else slots * cdiv(columns, config.block_n)
     programs = factors + (0 if ds is None else cdiv(m, config.block_m))
     if programs == 0:
         return
@@ -279,7 +278,7 @@ def launch_mixed_lora_grad_reduce(
         stride_dsp=0 if ds is None else ds.planes.stride(0),
         stride_table=rank.stride(0),
         BLOCK_M=config.block_m,
-        BLOCK_L=config.block_l,
+        BLOCK_L=config.block_n,
         BLOCK_R=config.block_r,
         BY_COLUMN=by_column,
         HAS_DS=ds is not None,

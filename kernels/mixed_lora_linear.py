@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import MixedLinearConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import (
     TABLES,
     DropoutTables,
@@ -196,7 +195,7 @@ def launch_mixed_lora_linear(
     scaling: torch.Tensor | None,
     *,
     factor_dtype: torch.dtype,
-    config: MixedLinearConfig,
+    config: KernelConfig,
     pdl: bool,
     by_column: bool = False,
     dropout: DropoutTables | None = None,

@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import MixedShrinkConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -248,7 +247,7 @@ def launch_mixed_lora_shrink(
     rank: torch.Tensor,
     *,
     factor_dtype: torch.dtype,
-    config: MixedShrinkConfig,
+    config: KernelConfig,
     dropout: DropoutTables | None = None,
 ) -> None:
     """Writes each row's ``dropout(x) @ lora_a.T`` for G modules, one plane a split of K.

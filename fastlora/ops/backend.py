@@ -38,9 +38,9 @@ def constant_when_compiled(function: _Function) -> _Function:
 def _gpu_status(index: int) -> tuple[bool, str]:
     """Whether GPU ``index`` is one that the kernels are built for."""
     properties = torch.cuda.get_device_properties(index)
-    from fastlora.kernels import configs
+    from fastlora.kernels import chips
 
-    chip = configs.chip_of(torch.device("cuda", index))
+    chip = chips.chip_of(torch.device("cuda", index))
     if not chip.is_supported:
         return False, f"{properties.name} is {chip.arch}, for which there are no kernel configs"
     return True, f"{properties.name} ({chip.arch})"

@@ -42,12 +42,12 @@ def _triton_grad_b(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One launch over dy, and one that sums planes where programs shared a sum."""
-    from fastlora.kernels import configs, grad_configs, lora_grad_b, plane_sums
+    from fastlora.kernels import chips, configs, lora_grad_b, plane_sums
 
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
-    chip, precision = configs.chip_of(dy.device), _precision(dy.dtype)
-    config = grad_configs.grad_b_config(chip, m, n, r, dy.dtype, input_precision=precision)
-    columns, splits = config.columns(n), config.splits
+    chip, precision = chips.chip_of(dy.device), _precision(dy.dtype)
+    config = configs.choose(chip, "lora_grad_b", dy.dtype, m=m, n=n, r=r, input_precision=precision)
+    columns, splits = configs.cdiv(n, config.block_n), config.splits
     ds, d_lora_b = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
     d_bias = dy.new_empty(n if with_bias else 0, dtype=fp32)
     written = [ds, d_lora_b, d_bias]
@@ -72,7 +72,8 @@ def _triton_grad_b(
     ]
     if split:
         outs, stacks = zip(*split, strict=True)
-        plane_sums.launch_plane_sums(outs, stacks, config=grad_configs.plane_sums_config())
+        config = configs.choose(chip, "plane_sums", dy.dtype)
+        plane_sums.launch_plane_sums(outs, stacks, config=config)
     return result
 
 
@@ -86,13 +87,15 @@ def _triton_grad_x(
     plan: str,
 ) -> torch.Tensor:
     """One fused launch; or a GEMM of the library's, augmented or with an in-place update behind."""
-    from fastlora.kernels import configs, grad_configs, lora_expand, lora_linear
+    from fastlora.kernels import chips, configs, lora_expand, lora_linear
 
-    m, (r, k) = dy.shape[0], lora_a.shape
-    chip, precision = configs.chip_of(dy.device), _precision(dy.dtype)
+    (m, n), (r, k) = dy.shape, lora_a.shape
+    chip = chips.chip_of(dy.device)
+    sizes: dict[str, Any] = {"m": m, "n": n, "k": k, "r": r}
+    sizes["input_precision"] = _precision(dy.dtype)
     dropout = {"seed": seed, "dropout_p": dropout_p if seed is not None else 0.0}
     # A forward's "invariant" is "auto" here: d_lora_a and d_lora_b sum over the batch anyhow.
-    plan = choose_plan("auto" if plan == "invariant" else plan, dy, r)
+    plan = choose_plan("auto" if plan == "invariant" else plan, dy, weight, r, "lora_grad_x")
     if plan == "augmented" and seed is None:  # under dropout the mask is on one of the two terms
         stacked = torch.cat([weight, lora_a.to(dy.dtype)])
         return torch.cat([dy, ds], dim=1) @ stacked
@@ -107,13 +110,13 @@ def _triton_grad_x(
             None,
             bias=None,
             s_out=None,
-            config=grad_configs.grad_x_config(chip, m, k, r, dy.dtype, input_precision=precision),
+            config=configs.choose(chip, "lora_grad_x", dy.dtype, **sizes),
             pdl=False,
             **dropout,
         )
         return dx
     dx = dy @ weight
-    config = grad_configs.grad_x_add_config(chip, m, k, r, dy.dtype, input_precision=precision)
+    config = configs.choose(chip, "lora_grad_x_add", dy.dtype, **sizes)
     lora_expand.launch_lora_expand(dx, ds, lora_a.t(), None, config=config, **dropout)
     return dx
 
@@ -126,20 +129,21 @@ def _triton_grad_a(
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """One launch over x for each four siblings, and one that sums planes where rows are split."""
-    from fastlora.kernels import configs, grad_configs, lora_grad_a, plane_sums
+    from fastlora.kernels import chips, configs, lora_grad_a, plane_sums
 
-    (m, k), chip = x.shape, configs.chip_of(x.device)
+    (m, k), chip = x.shape, chips.chip_of(x.device)
     result = [x.new_empty(factor.shape, dtype=factor.dtype) for factor in lora_a]
-    for start in range(0, len(ds), grad_configs.MAX_SIBLINGS):
-        part = slice(start, start + grad_configs.MAX_SIBLINGS)
+    for start in range(0, len(ds), configs.MAX_SIBLINGS):
+        part = slice(start, start + configs.MAX_SIBLINGS)
         outs, rows = result[part], [tensor.contiguous() for tensor in ds[part]]
-        config = grad_configs.grad_a_config(
+        config = configs.choose(
             chip,
-            m,
-            k,
-            max(tensor.shape[1] for tensor in rows),
-            len(rows),
+            "lora_grad_a",
             x.dtype,
+            m=m,
+            k=k,
+            r=max(tensor.shape[1] for tensor in rows),
+            siblings=len(rows),
             input_precision=_precision(x.dtype),
         )
         written = outs
@@ -155,7 +159,8 @@ def _triton_grad_a(
             config=config,
         )
         if written is not outs:
-            plane_sums.launch_plane_sums(outs, written, config=grad_configs.plane_sums_config())
+            config = configs.choose(chip, "plane_sums", x.dtype)
+            plane_sums.launch_plane_sums(outs, written, config=config)
     return result
 
 

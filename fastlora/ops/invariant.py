@@ -7,7 +7,7 @@ shared a shrink. Bit equality is claimed of GPUs only, and only as far as the na
 
 Why it holds:
 
-- One kernel, tile, split of K and plan for every batch (`fastlora.kernels.invariant_configs`): the
+- One kernel, tile, split of K and plan for every batch (`fastlora.kernels.configs`): the
   base GEMM is Triton's too, since cuBLAS goes by M; x is laid out one way; splits are added in
   their order.
 - Base GEMM and shrink: an element of a dot is made from its row of x, its column of the other

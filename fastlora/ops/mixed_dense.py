@@ -139,10 +139,16 @@ class _Gather:
         bias_address: torch.Tensor | None,
         scaling: torch.Tensor | None,
     ) -> None:
-        from fastlora.kernels import configs, mixed_configs, mixed_lora_expand
+        from fastlora.kernels import chips, configs, mixed_lora_expand
 
-        config = mixed_configs.mixed_expand_config(
-            *(configs.chip_of(y.device), *y.shape, y.dtype), input_precision=self.input_precision
+        config = configs.choose(
+            chips.chip_of(y.device),
+            "mixed_lora_expand",
+            y.dtype,
+            m=y.shape[0],
+            n=y.shape[1],
+            r=s.shape[1],
+            input_precision=self.input_precision,
         )
         order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
         mixed_lora_expand.launch_mixed_lora_expand(

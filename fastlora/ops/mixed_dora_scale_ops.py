@@ -45,8 +45,9 @@ def _mixed_dora_scale_(
     index: int,
 ) -> None:
     """One launch, whatever the batch; `fastlora.ops.mixed_ops.pieces_of` gives the pieces."""
-    from fastlora.kernels import mixed_configs, mixed_dora_scale
+    from fastlora.kernels import chips, configs, mixed_dora_scale
 
+    (m, n), chip = y.shape, chips.chip_of(y.device)
     with _on_device(y):
         mixed_dora_scale.launch_mixed_dora_scale(
             y,
@@ -56,7 +57,7 @@ def _mixed_dora_scale_(
             segment_slot,
             pieces,
             scale_address[index],
-            config=mixed_configs.mixed_dora_scale_config(y.shape[0]),
+            config=configs.choose(chip, "mixed_dora_scale", y.dtype, m=m, n=n),
         )
 
 

@@ -86,14 +86,15 @@ def _mixed_lora_grad_b(
         parts = split_grad_b(packed, lora_b, with_bias) if with_factors else None
         eager.grad_b(dy, s, ds, parts, order, slot_start, lora_b, scaling)
         return ds, packed
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_grad_b
+    from fastlora.kernels import chips, configs, mixed_lora_grad_b
     from fastlora.kernels import mixed_lora_grad_reduce as reduce
 
     (m, n), max_rank, device = dy.shape, s.shape[1], dy.device
     ds, biased = torch.empty_like(s), with_factors and any(with_bias)
     with _on_device(dy):
-        config = mixed_grad_configs.mixed_grad_b_config(
-            configs.chip_of(device), max_rank, dy.dtype, input_precision=_precision(dy.dtype)
+        chip, precision = chips.chip_of(device), _precision(dy.dtype)
+        config = configs.choose(
+            chip, "mixed_lora_grad_b", dy.dtype, r=max_rank, input_precision=precision
         )
         count = configs.cdiv(m, rows) + len(lora_b)
         planes = [
@@ -133,7 +134,7 @@ def _mixed_lora_grad_b(
             columns=n,
             rows=rows,
             by_column=True,
-            config=mixed_grad_configs.mixed_grad_reduce_config(),
+            config=configs.choose(chip, "mixed_lora_grad_reduce", dy.dtype),
             bias_planes=bias_planes,
             bias_offset=table(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
             ds=reduce.DsPlanes(ds, ds_planes, segment_of, segment_slot),
@@ -157,11 +158,14 @@ def _mixed_lora_grad_x(
     plan: str,
 ) -> torch.Tensor:
     """dx of one module; without a weight that of the adapters' term alone."""
-    (m, _), k, device = dy.shape, lora_a[0].shape[1], dy.device
+    (m, n), k, device = dy.shape, lora_a[0].shape[1], dy.device
+    max_rank = max(a.shape[0] for a in lora_a)
     fused = False
     if weight is not None and impl == "triton":
-        rank_rows = len(lora_a) * max(a.shape[0] for a in lora_a)
-        fused = choose_mixed_train_plan(plan, dy, rank_rows) == "fused"
+        chosen = choose_mixed_train_plan(
+            plan, dy, weight, len(lora_a) * max_rank, "mixed_lora_grad_x"
+        )
+        fused = chosen == "fused"
     if weight is None:
         dx = dy.new_zeros(m, k)
     else:
@@ -169,9 +173,11 @@ def _mixed_lora_grad_x(
     if impl != "triton":
         eager.grad_x_(dx, ds, order, slot_start, lora_a, seeds, dropout_p)
         return dx
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_expand, mixed_lora_linear
+    from fastlora.kernels import chips, configs, mixed_lora_expand, mixed_lora_linear
 
-    chip, precision = configs.chip_of(device), _precision(dy.dtype)
+    chip = chips.chip_of(device)
+    sizes: dict[str, Any] = {"m": m, "n": n, "k": k, "r": max_rank}
+    sizes["input_precision"] = _precision(dy.dtype)
     with _on_device(dy):
         blocks = aligned_blocks(lora_a)
         given: dict[str, Any] = {
@@ -181,9 +187,7 @@ def _mixed_lora_grad_x(
         route = (order, segment_of, segment_slot)
         tables = (addresses_of(blocks, device), None, ranks_of(lora_a, device), None)
         if fused and weight is not None:
-            config = mixed_grad_configs.mixed_grad_x_config(
-                chip, m, k, dy.dtype, input_precision=precision
-            )
+            config = configs.choose(chip, "mixed_lora_grad_x", dy.dtype, **sizes)
             mixed_lora_linear.launch_mixed_lora_linear(
                 dx,
                 dy,
@@ -197,11 +201,9 @@ def _mixed_lora_grad_x(
                 **given,
             )
         else:
-            config_add = mixed_grad_configs.mixed_grad_x_add_config(
-                chip, m, k, dy.dtype, input_precision=precision
-            )
+            config = configs.choose(chip, "mixed_lora_grad_x_add", dy.dtype, **sizes)
             mixed_lora_expand.launch_mixed_lora_expand(
-                dx, ds.unsqueeze(0), *route, *tables, config=config_add, **given
+                dx, ds.unsqueeze(0), *route, *tables, config=config, **given
             )
     return dx
 
@@ -232,7 +234,7 @@ def _mixed_lora_grad_a(
     if impl != "triton":
         eager.grad_a(x, ds, split_grad_a(packed, lora_a), order, slot_start, seeds, dropout_p)
         return packed
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_grad_a
+    from fastlora.kernels import chips, configs, mixed_lora_grad_a
     from fastlora.kernels import mixed_lora_grad_reduce as reduce
 
     (m, k), device = x.shape, x.device
@@ -242,8 +244,9 @@ def _mixed_lora_grad_a(
         planes = x.new_empty(count, modules, ds.shape[2], k, dtype=torch.float32)
         each = 1 if seeds is not None else modules
         columns = max_columns_of(lora_a, slots, each)
-        config = mixed_grad_configs.mixed_grad_a_config(
-            configs.chip_of(device), columns, x.dtype, input_precision=_precision(x.dtype)
+        chip, precision = chips.chip_of(device), _precision(x.dtype)
+        config = configs.choose(
+            chip, "mixed_lora_grad_a", x.dtype, r=columns, input_precision=precision
         )
         for first in range(0, modules, each):
             some = slice(first, first + each)
@@ -273,7 +276,7 @@ def _mixed_lora_grad_a(
             columns=k,
             rows=rows,
             by_column=False,
-            config=mixed_grad_configs.mixed_grad_reduce_config(),
+            config=configs.choose(chip, "mixed_lora_grad_reduce", x.dtype),
         )
     return packed
 

@@ -22,28 +22,28 @@ Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def train_pieces(groups: RowGroups) -> torch.Tensor:
     """Returns ``pieces`` of the forward's operators."""
-    from fastlora.kernels.mixed_grad_configs import TRAIN_PIECE_ROWS
+    from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
     return groups.pieces(TRAIN_PIECE_ROWS)
 
 
 def runs_b(groups: RowGroups, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, int]:
     """Returns ``pieces`` and ``rows`` of `mixed_lora_grad_b` for dy ``[M, n]``."""
-    from fastlora.kernels import configs, mixed_grad_configs
+    from fastlora.kernels import chips, configs
 
-    chip, precision = configs.chip_of(groups.order.device), _precision(dtype)
-    config = mixed_grad_configs.mixed_grad_b_config(chip, 1, dtype, input_precision=precision)
-    rows = mixed_grad_configs.run_rows(chip, groups.m, n, config)
+    chip, precision = chips.chip_of(groups.order.device), _precision(dtype)
+    config = configs.choose(chip, "mixed_lora_grad_b", dtype, input_precision=precision)
+    rows = configs.run_rows(chip, groups.m, configs.cdiv(n, config.block_n), config.block_m)
     return groups.pieces(rows), rows
 
 
 def runs_a(groups: RowGroups, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, int]:
     """Returns ``pieces`` and ``rows`` of `mixed_lora_grad_a` for x ``[M, k]``."""
-    from fastlora.kernels import configs, mixed_grad_configs
+    from fastlora.kernels import chips, configs
 
-    chip, precision = configs.chip_of(groups.order.device), _precision(dtype)
-    config = mixed_grad_configs.mixed_grad_a_config(chip, 1, dtype, input_precision=precision)
-    rows = mixed_grad_configs.run_rows(chip, groups.m, k, config)
+    chip, precision = chips.chip_of(groups.order.device), _precision(dtype)
+    config = configs.choose(chip, "mixed_lora_grad_a", dtype, input_precision=precision)
+    rows = configs.run_rows(chip, groups.m, configs.cdiv(k, config.block_k), config.block_m)
     return groups.pieces(rows), rows
 
 

@@ -76,10 +76,9 @@ _LIBRARY.define(
 
 def pieces_of(groups: RowGroups, batch_invariant: bool = False) -> torch.Tensor:
     """Returns the pieces that the operators take for these rows."""
-    from fastlora.kernels.invariant_configs import INVARIANT_PIECE_ROWS
-    from fastlora.kernels.mixed_configs import piece_rows
+    from fastlora.kernels.configs import piece_rows
 
-    return groups.pieces(INVARIANT_PIECE_ROWS if batch_invariant else piece_rows(groups.m))
+    return groups.pieces(piece_rows(groups.m, batch_invariant))
 
 
 def _shrunk_shape(
@@ -105,21 +104,23 @@ def _shrink(
     factor_dtype: torch.dtype,
     batch_invariant: bool,
 ) -> torch.Tensor:
-    from fastlora.kernels import configs, invariant_configs, mixed_configs, mixed_lora_shrink
+    from fastlora.kernels import chips, configs, mixed_lora_shrink
 
     (m, k), modules = x.shape, rank.shape[0]
     shape = _shrunk_shape(m, k, modules, max_rank, batch_invariant)
     s = x.new_empty(shape, dtype=torch.float32)
-    chip, precision = configs.chip_of(x.device), _precision(x.dtype)
     if batch_invariant:
         x = _whole_rows(x)
-        config = invariant_configs.invariant_mixed_shrink_config(
-            chip, x.dtype, input_precision=precision
-        )
-    else:
-        config = mixed_configs.mixed_shrink_config(
-            chip, m, modules * max_rank, x.dtype, input_precision=precision
-        )
+    config = configs.choose(
+        chips.chip_of(x.device),
+        "mixed_lora_shrink",
+        x.dtype,
+        m=m,
+        k=k,
+        r=modules * max_rank,
+        input_precision=_precision(x.dtype),
+        batch_invariant=batch_invariant,
+    )
     mixed_lora_shrink.launch_mixed_lora_shrink(
         s,
         x,
@@ -152,10 +153,16 @@ def _expand(
     factor_dtype: torch.dtype,
 ) -> None:
     """Adds to y; s ``[splits, M, R]`` and the tables ``[S]`` are this module's own."""
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_expand
+    from fastlora.kernels import chips, configs, mixed_lora_expand
 
-    config = mixed_configs.mixed_expand_config(
-        configs.chip_of(y.device), *y.shape, y.dtype, input_precision=_precision(y.dtype)
+    config = configs.choose(
+        chips.chip_of(y.device),
+        "mixed_lora_expand",
+        y.dtype,
+        m=y.shape[0],
+        n=y.shape[1],
+        r=s.shape[-1],
+        input_precision=_precision(y.dtype),
     )
     mixed_lora_expand.launch_mixed_lora_expand(
         y,
@@ -211,12 +218,12 @@ def _mixed_lora_linear(
 
     The plan "dense" is `fastlora.ops.mixed_dense`. See `fastlora.ops.plans.choose_mixed_plan`.
     """
-    from fastlora.kernels import configs, invariant_configs, mixed_configs, mixed_lora_linear
+    from fastlora.kernels import chips, configs, mixed_lora_linear
 
-    m, n, invariant = x.shape[0], weight.shape[0], plan == "invariant"
+    (m, k), n, invariant = x.shape, weight.shape[0], plan == "invariant"
     route = (order, segment_of, segment_slot)
     tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
-    plan = choose_mixed_plan(plan, x, rank.shape[1] * max_rank)
+    plan = choose_mixed_plan(plan, x, weight, rank.shape[1] * max_rank)
     if plan == "dense" and is_batch_invariant():
         raise ImplementationError(
             "plan 'dense' cannot run in the batch-invariant mode: the library's GEMM goes by M"
@@ -249,15 +256,18 @@ def _mixed_lora_linear(
             _expand(y, own, route, tables, factor_dtype)
             return y
         y = x.new_empty(m, n)
-        chip, precision = configs.chip_of(x.device), _precision(x.dtype)
-        if invariant:
-            config = invariant_configs.invariant_mixed_linear_config(
-                chip, n, x.dtype, input_precision=precision
-            )
-        else:
-            config = mixed_configs.mixed_linear_config(
-                chip, m, n, x.dtype, input_precision=precision
-            )
+        chip = chips.chip_of(x.device)
+        config = configs.choose(
+            chip,
+            "mixed_lora_linear",
+            x.dtype,
+            m=m,
+            n=n,
+            k=k,
+            r=max_rank,
+            input_precision=_precision(x.dtype),
+            batch_invariant=invariant,
+        )
         mixed_lora_linear.launch_mixed_lora_linear(
             y,
             x,
@@ -311,7 +321,7 @@ def _mixed_lora_add_(
     factor_dtype: torch.dtype,
 ) -> None:
     """One launch at decode sizes; beyond, where every tile of N would make s anew, two."""
-    from fastlora.kernels import configs, mixed_configs, mixed_lora_add
+    from fastlora.kernels import chips, configs, mixed_lora_add
 
     route = (order, segment_of, segment_slot)
     tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
@@ -322,8 +332,15 @@ def _mixed_lora_add_(
             s = _shrink(x, route, pieces, *tables_a, max_rank, factor_dtype, False)
             _expand(y, s[:, 0], route, tables, factor_dtype)
             return
-        config = mixed_configs.mixed_add_config(
-            configs.chip_of(x.device), x.dtype, input_precision=_precision(x.dtype)
+        config = configs.choose(
+            chips.chip_of(x.device),
+            "mixed_lora_add",
+            x.dtype,
+            m=x.shape[0],
+            n=y.shape[1],
+            k=x.shape[1],
+            r=max_rank,
+            input_precision=_precision(x.dtype),
         )
         mixed_lora_add.launch_mixed_lora_add(
             y,

@@ -67,14 +67,17 @@ def _shrink(
 
     Dropout is that of the one module, ``G = 1``.
     """
-    from fastlora.kernels import configs, lora_shrink, mixed_grad_configs, mixed_lora_shrink
+    from fastlora.kernels import chips, configs, lora_shrink, mixed_lora_shrink
 
     (m, k), max_rank, device = x.shape, max_rank_of(lora_a), x.device
     blocks, slots = aligned_blocks(lora_a), len(lora_a) // modules
-    config = mixed_grad_configs.mixed_train_shrink_config(
-        configs.chip_of(device),
-        max_columns_of(lora_a, slots, modules),
+    config = configs.choose(
+        chips.chip_of(device),
+        "mixed_lora_train_shrink",
         x.dtype,
+        m=m,
+        k=k,
+        r=max_columns_of(lora_a, slots, modules),
         input_precision=_precision(x.dtype),
     )
     splits = _shrunk_shape(m, k, modules, max_rank, False)[0]
@@ -122,11 +125,17 @@ def _expand(
     scaling: torch.Tensor,
 ) -> None:
     """Adds every row's own adapter to y ``[M, N]``, for s ``[M, R]``."""
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_expand
+    from fastlora.kernels import chips, configs, mixed_lora_expand
 
     blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
-    config = mixed_grad_configs.mixed_grad_x_add_config(
-        configs.chip_of(y.device), *y.shape, y.dtype, input_precision=_precision(y.dtype)
+    config = configs.choose(
+        chips.chip_of(y.device),
+        "mixed_lora_train_expand",
+        y.dtype,
+        m=y.shape[0],
+        n=y.shape[1],
+        r=max(b.shape[1] for b in lora_b),
+        input_precision=_precision(y.dtype),
     )
     mixed_lora_expand.launch_mixed_lora_expand(
         y,
@@ -155,15 +164,15 @@ def _linear(
 
     ``after_shrink`` says that the launch before is the shrink that made s.
     """
-    from fastlora.kernels import configs, mixed_grad_configs, mixed_lora_linear
+    from fastlora.kernels import chips, configs, mixed_lora_linear
 
-    m, n = x.shape[0], weight.shape[0]
-    if choose_mixed_train_plan(plan, x, len(lora_b) * max(b.shape[1] for b in lora_b)) == "split":
+    (m, k), n, max_rank = x.shape, weight.shape[0], max(b.shape[1] for b in lora_b)
+    if choose_mixed_train_plan(plan, x, weight, len(lora_b) * max_rank) == "split":
         y = F.linear(x, weight, bias)
         _expand(y, s, route, lora_b, lora_bias, scaling)
         return y
     blocks_b, blocks_bias = aligned_blocks(lora_b), aligned_blocks(lora_bias)
-    y, chip = x.new_empty(m, n), configs.chip_of(x.device)
+    y, chip = x.new_empty(m, n), chips.chip_of(x.device)
     mixed_lora_linear.launch_mixed_lora_linear(
         y,
         x,
@@ -173,8 +182,15 @@ def _linear(
         *route,
         *_tables_b(lora_b, blocks_b, blocks_bias, scaling),
         factor_dtype=lora_b[0].dtype,
-        config=mixed_grad_configs.mixed_grad_x_config(
-            chip, m, n, x.dtype, input_precision=_precision(x.dtype)
+        config=configs.choose(
+            chip,
+            "mixed_lora_train_linear",
+            x.dtype,
+            m=m,
+            n=n,
+            k=k,
+            r=max_rank,
+            input_precision=_precision(x.dtype),
         ),
         pdl=chip.has_pdl and after_shrink,
         by_column=True,

@@ -1,7 +1,7 @@
 """Which launches make a linear over the kernels: named by a call, the environment, or a table.
 
-See `fastlora.kernels.plan_tables` for what each plan launches. Chosen inside the operators, where
-no compiler looks: a graph serves every size.
+See `fastlora.kernels.configs.plan_of` for what each plan launches. Chosen inside the operators,
+where no compiler looks: a graph serves every size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ MIXED_TRAIN_PLANS = ("auto", "fused", "split")
 _PLAN = env.plan()
 
 
-def choose_plan(plan: str, x: torch.Tensor, r: int) -> str:
+def choose_plan(
+    plan: str, x: torch.Tensor, weight: torch.Tensor, r: int, launch: str = "lora_linear"
+) -> str:
     """Returns what to launch for x ``[M, K]`` and rank R: the plan named, else a table's.
 
-    Named is one by the call, else by ``FASTLORA_PLAN``, unless that is a plan of mixed batches.
+    Named is one by the call, else by ``FASTLORA_PLAN``, unless that is a plan of mixed batches. For
+    a dx, ``x`` is dy and ``launch`` "lora_grad_x"; ``weight`` is ``[N, K]`` for both.
 
     Raises:
         ValueError: ``FASTLORA_PLAN`` names no plan.
@@ -29,14 +32,11 @@ def choose_plan(plan: str, x: torch.Tensor, r: int) -> str:
     if plan == "auto":
         plan = _from_environment(PLANS)
     if plan == "auto":
-        from fastlora.kernels import configs, plan_tables
-
-        family = configs.chip_of(x.device).family
-        plan = plan_tables.plan_for(family, x.dtype, x.shape[0], r)
+        plan = _from_table(launch, x, weight, r)
     return plan
 
 
-def choose_mixed_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
+def choose_mixed_plan(plan: str, x: torch.Tensor, weight: torch.Tensor, rank_rows: int) -> str:
     """The same for a mixed batch whose slots have so many rank rows, all together.
 
     Raises:
@@ -47,17 +47,20 @@ def choose_mixed_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
     if plan == "auto":
         plan = _from_environment(MIXED_PLANS)
     if plan == "auto":
-        from fastlora.kernels import configs, plan_tables
-
-        family = configs.chip_of(x.device).family
-        plan = plan_tables.mixed_plan_for(family, x.dtype, x.shape[0], rank_rows)
+        plan = _from_table("mixed_lora_linear", x, weight, rank_rows)
     return plan
 
 
-def choose_mixed_train_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
+def choose_mixed_train_plan(
+    plan: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rank_rows: int,
+    launch: str = "mixed_lora_train_linear",
+) -> str:
     """The same in training, whose forward and dx have `MIXED_TRAIN_PLANS`; others are passed over.
 
-    For a dx, ``x`` is dy.
+    For a dx, ``x`` is dy and ``launch`` "mixed_lora_grad_x".
 
     Raises:
         ValueError: ``FASTLORA_PLAN`` names no plan.
@@ -65,11 +68,35 @@ def choose_mixed_train_plan(plan: str, x: torch.Tensor, rank_rows: int) -> str:
     if plan not in MIXED_TRAIN_PLANS or plan == "auto":
         plan = _from_environment(MIXED_TRAIN_PLANS)
     if plan == "auto":
-        from fastlora.kernels import configs, plan_tables
-
-        family = configs.chip_of(x.device).family
-        plan = plan_tables.mixed_train_plan_for(family, x.dtype, x.shape[0], rank_rows)
+        plan = _from_table(launch, x, weight, rank_rows)
     return plan
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products.
+
+    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) set what is read here
+    too; reading those raises once somebody has used the newer one.
+    """
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def _from_table(launch: str, x: torch.Tensor, weight: torch.Tensor, r: int) -> str:
+    """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
+    from fastlora.kernels import chips, configs
+
+    (n, k), precision = weight.shape, _precision(x.dtype)
+    return configs.plan_of(
+        chips.chip_of(x.device),
+        launch,
+        x.dtype,
+        m=x.shape[0],
+        n=n,
+        k=k,
+        r=r,
+        input_precision=precision,
+    )
 
 
 def _from_environment(known: tuple[str, ...]) -> str:

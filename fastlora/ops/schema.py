@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from fastlora.ops.backend import draw_seed as draw_seed
 from fastlora.ops.backend import resolve_impl as resolve_impl
 from fastlora.ops.backend import triton_status as triton_status
-from fastlora.ops.plans import augmented, choose_plan
+from fastlora.ops.plans import _precision, augmented, choose_plan
 from fastlora.ops.torch import reference
 
-# Of the mixed add, which has no table of plans: as `fastlora.kernels.plan_tables.DEFAULT`.
+# Of the mixed add, which has no table of plans: as `fastlora.kernels.configs.FUSED_MAX_ROWS`.
 _FUSED_MAX_ROWS = 64
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
@@ -50,16 +50,6 @@ def _implements(name: str) -> Any:
     return torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products.
-
-    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) set what is read here
-    too; reading those raises once somebody has used the newer one.
-    """
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
 def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -79,11 +69,12 @@ def _triton_shrink(
     x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
     """Runs shrink, and its reduction where K was split; returns s ``[M, R]`` in x's dtype."""
-    from fastlora.kernels import configs, lora_shrink
+    from fastlora.kernels import chips, configs, lora_shrink
 
-    (m, k), r = x.shape, lora_a.shape[0]
-    chip = configs.chip_of(x.device)
-    config = configs.shrink_config(chip, m, k, r, x.dtype, input_precision=_precision(x.dtype))
+    (m, k), r, precision = x.shape, lora_a.shape[0], _precision(x.dtype)
+    config = configs.choose(
+        chips.chip_of(x.device), "lora_shrink", x.dtype, m=m, k=k, r=r, input_precision=precision
+    )
     s = x.new_empty(m, r)
     if config.splits == 1:
         lora_shrink.launch_lora_shrink(s, x, lora_a, seed=seed, dropout_p=dropout_p, config=config)
@@ -97,10 +88,12 @@ def _triton_shrink(
 def _triton_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> None:
-    from fastlora.kernels import configs, lora_expand
+    from fastlora.kernels import chips, configs, lora_expand
 
-    chip, (m, n), r = configs.chip_of(y.device), y.shape, s.shape[1]
-    config = configs.expand_config(chip, m, n, r, s.dtype, input_precision=_precision(s.dtype))
+    (m, n), r, precision = y.shape, s.shape[1], _precision(s.dtype)
+    config = configs.choose(
+        chips.chip_of(y.device), "lora_expand", s.dtype, m=m, n=n, r=r, input_precision=precision
+    )
     lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
 
 
@@ -119,23 +112,18 @@ def _triton_fused_linear(
 
     Where shrink splits K, its planes go straight into that epilogue, which sums them.
     """
-    from fastlora.kernels import configs, invariant_configs, lora_linear, lora_shrink
+    from fastlora.kernels import chips, configs, lora_linear, lora_shrink
 
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
-    chip, dtype, precision = configs.chip_of(x.device), x.dtype, _precision(x.dtype)
+    chip = chips.chip_of(x.device)
     # From one plane to the next; in the mode a multiple of 16, as Triton would ask of it again.
     plane_rows = m
     if invariant:
         x, plane_rows = _whole_rows(x), configs.cdiv(m, 16) * 16
-        shrink_config = invariant_configs.invariant_shrink_config(
-            chip, k, r, dtype, input_precision=precision
-        )
-        linear_config = invariant_configs.invariant_linear_config(
-            chip, n, k, r, dtype, input_precision=precision
-        )
-    else:
-        shrink_config = configs.shrink_config(chip, m, k, r, dtype, input_precision=precision)
-        linear_config = configs.linear_config(chip, m, n, k, r, dtype, input_precision=precision)
+    given: dict[str, Any] = {"m": m, "n": n, "k": k, "r": r, "batch_invariant": invariant}
+    given["input_precision"] = _precision(x.dtype)
+    shrink_config = configs.choose(chip, "lora_shrink", x.dtype, **given)
+    linear_config = configs.choose(chip, "lora_linear", x.dtype, **given)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     split = shrink_config.splits > 1
     shrunk = s
@@ -170,9 +158,9 @@ def _triton_linear_of(
     plan: str,
 ) -> torch.Tensor:
     """y from an s that is there already."""
-    from fastlora.kernels import configs, lora_linear
+    from fastlora.kernels import chips, configs, lora_linear
 
-    plan = choose_plan(plan, x, lora_b.shape[1])
+    plan = choose_plan(plan, x, weight, lora_b.shape[1])
     if plan == "augmented":
         return augmented(x, weight, bias, s, lora_b, scaling)
     if plan == "split":
@@ -180,8 +168,9 @@ def _triton_linear_of(
         _triton_expand_(y, s, lora_b, scaling)
         return y
     (m, k), (n, r) = x.shape, lora_b.shape
-    config = configs.linear_config(
-        configs.chip_of(x.device), m, n, k, r, x.dtype, input_precision=_precision(x.dtype)
+    chip, precision = chips.chip_of(x.device), _precision(x.dtype)
+    config = configs.choose(
+        chip, "lora_linear", x.dtype, m=m, n=n, k=k, r=r, input_precision=precision
     )
     y = x.new_empty(m, n)
     lora_linear.launch_lora_linear(
@@ -202,7 +191,7 @@ def _triton_linear(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses and runs a plan; see `fastlora.ops.plans`."""
-    if plan == "invariant" or choose_plan(plan, x, lora_a.shape[0]) == "fused":
+    if plan == "invariant" or choose_plan(plan, x, weight, lora_a.shape[0]) == "fused":
         return _triton_fused_linear(
             x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan == "invariant"
         )
@@ -276,10 +265,11 @@ def _lora_expand_(
 @_implements("lora_dropout")
 def _lora_dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: str) -> torch.Tensor:
     if impl == "triton":
-        from fastlora.kernels import configs, lora_dropout
+        from fastlora.kernels import chips, configs, lora_dropout
 
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        config = configs.dropout_config(configs.chip_of(x.device), *x.shape, x.dtype)
+        m, k = x.shape
+        config = configs.choose(chips.chip_of(x.device), "lora_dropout", x.dtype, m=m, k=k)
         with _on_device(x):
             lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
         return out

@@ -17,7 +17,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import Chip  # noqa: E402
+from fastlora.kernels.chips import Chip  # noqa: E402
 from tests.support.aot.launches import MIXED_K_LOOPS, cases  # noqa: E402
 from tests.support.aot.mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
 from tests.support.aot.resources import Resources, key_of  # noqa: E402

@@ -17,8 +17,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora import env
-from fastlora.kernels import configs, invariant_configs
-from fastlora.kernels.configs import MAX_SPLITS, Chip, all_shipped
+from fastlora.kernels import chips, configs
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import MAX_SPLITS, all_shipped
 from fastlora.ops import mixed_ops
 from fastlora.ops.row_groups import build_row_groups
 from tests.support.aot.launches import CHIPS, Launch, recording
@@ -54,7 +55,7 @@ FEW_ROWS = (1, 15, 64, 65, 2048, 8192)
 @pytest.fixture(params=CHIPS, ids=CHIP_IDS)
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Chip:
     """The chip that launches are for."""
-    monkeypatch.setattr(configs, "chip_of", lambda device: request.param)
+    monkeypatch.setattr(chips, "chip_of", lambda device: request.param)
     return request.param
 
 
@@ -143,20 +144,18 @@ def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
 
 def test_configs_are_compiled_ahead_of_time(chip: Chip) -> None:
     """Those of the mode, or, for one adapter of another rank, all but their cache hint."""
-    shipped = {entry.config for entry in invariant_configs.all_invariant_shipped(chip)}
+    shipped = {entry.config for entry in configs.all_invariant_shipped(chip)}
     usual = {entry.config for entry in all_shipped(chip)}
     for dtype, precision in (*((d, "ieee") for d in DTYPES), (torch.float32, "tf32")):
-        options: Any = {"input_precision": precision}
-        assert invariant_configs.invariant_mixed_shrink_config(chip, dtype, **options) in shipped
+        options: Any = {"input_precision": precision, "batch_invariant": True}
+        assert configs.choose(chip, "mixed_lora_shrink", dtype, r=16, **options) in shipped
         for n in (16, 576, 1000, 4096, 14336, 151936):
-            mixed_config = invariant_configs.invariant_mixed_linear_config(
-                chip, n, dtype, **options
-            )
+            mixed_config = configs.choose(chip, "mixed_lora_linear", dtype, n=n, **options)
             assert mixed_config in shipped
-            assert mixed_config.block_m == invariant_configs.INVARIANT_ROWS
+            assert mixed_config.block_m == configs.INVARIANT_ROWS
             for r in (1, 16, 17, 64, 100, 512):
-                one = invariant_configs.invariant_linear_config(chip, n, 576, r, dtype, **options)
-                assert one.block_m == invariant_configs.INVARIANT_ROWS
+                one = configs.choose(chip, "lora_linear", dtype, n=n, k=576, r=r, **options)
+                assert one.block_m == configs.INVARIANT_ROWS
                 assert replace(one, batch_invariant=False) in usual
-                shrink = invariant_configs.invariant_shrink_config(chip, 576, r, dtype, **options)
+                shrink = configs.choose(chip, "lora_shrink", dtype, k=576, r=r, **options)
                 assert replace(shrink, splits=MAX_SPLITS) in usual

@@ -205,12 +205,12 @@ def test_fused_variants_launch_without_their_feature(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastlora.kernels import configs, lora_linear, lora_shrink
+    from fastlora.kernels import chips, lora_linear, lora_shrink
     from fastlora.ops import schema as ops
 
     seen: dict[str, Any] = {}
-    chip = configs.Chip("sm_90", 132)
-    monkeypatch.setattr(configs, "chip_of", lambda device: chip)
+    chip = chips.Chip("sm_90", 132)
+    monkeypatch.setattr(chips, "chip_of", lambda device: chip)
     monkeypatch.setattr(ops, "resolve_impl", lambda impl, x: "triton")
     monkeypatch.setattr(
         lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)

@@ -133,15 +133,17 @@ def test_the_place_of_rank_rows_matters(
     """One tile of the mode, but adapters side by side in a dot, or no selection: rows change."""
     from dataclasses import replace
 
-    from fastlora.kernels import invariant_configs
+    from fastlora.kernels import configs
 
-    original = invariant_configs.invariant_mixed_linear_config
+    original = configs.choose
 
-    def weakened(*args: Any, **options: Any) -> Any:
-        config = original(*args, **options)
+    def weakened(chip: Any, launch: str, *args: Any, **options: Any) -> Any:
+        config = original(chip, launch, *args, **options)
+        if launch != "mixed_lora_linear":
+            return config
         return replace(config, batch_invariant=False, block_r=16 if own_blocks else 64)
 
-    monkeypatch.setattr(invariant_configs, "invariant_mixed_linear_config", weakened)
+    monkeypatch.setattr(configs, "choose", weakened)
     assert changed_rows(mixed_problem(lab, 20, 72, 40, torch.float32), (1, 2, 17), "invariant")
 
 

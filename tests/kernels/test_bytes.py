@@ -15,15 +15,9 @@ if not triton_interpreted():
 
 import triton.language as tl  # noqa: E402
 
-from fastlora.kernels import configs  # noqa: E402
-from fastlora.kernels.configs import (  # noqa: E402
-    Chip,
-    DropoutConfig,
-    ExpandConfig,
-    LinearConfig,
-    ShrinkConfig,
-    cdiv,
-)
+from fastlora.kernels import chips, configs  # noqa: E402
+from fastlora.kernels.chips import Chip  # noqa: E402
+from fastlora.kernels.configs import KernelConfig, cdiv  # noqa: E402
 from fastlora.kernels.lora_dropout import launch_lora_dropout  # noqa: E402
 from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
 from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
@@ -55,7 +49,7 @@ def test_lora_shrink(
 ) -> None:
     x, lora_a = lab.rand(m, k, dtype=dtype), lab.rand(r, k, dtype=dtype)
     out = lab.rand(m, r, dtype=dtype) if splits == 1 else lab.rand(splits, m, r)
-    config = ShrinkConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
+    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
     with ByteCounter(x=[x], lora_a=[lora_a], out=[out]) as counter:
         launch_lora_shrink(out, x, lora_a, seed=None, dropout_p=0.0, config=config)
     count = counter.kernels["_lora_shrink_kernel"]
@@ -78,7 +72,7 @@ def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Any) -> None:
     m, k, r = 33, 100, 24
     x, lora_a, out = lab.rand(m, k), lab.rand(r, k), lab.rand(m, r)
     seed = torch.tensor([7])
-    config = ShrinkConfig(block_m=32, block_k=32, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4)
     with ByteCounter(x=[x], lora_a=[lora_a], out=[out], seed=[seed]) as counter:
         launch_lora_shrink(out, x, lora_a, seed=seed, dropout_p=0.5, config=config)
     assert counter.total.loads["seed"] == (8, 8 * 4)  # 2 tiles of rows, 2 of rank rows
@@ -88,7 +82,7 @@ def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Any) -> None:
 def test_lora_shrink_reduce(lab: Any, dtype: torch.dtype) -> None:
     splits, m, r = 4, 33, 24
     planes, s = lab.rand(splits, m, r), lab.rand(m, r, dtype=dtype)
-    config = ShrinkConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
+    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
     with ByteCounter(planes=[planes], s=[s]) as counter:
         launch_lora_shrink_reduce(s, planes, config=config)
     read, written = 4 * splits * m * r, s.element_size() * m * r
@@ -107,7 +101,7 @@ def test_lora_linear(
     bias = lab.rand(n, dtype=dtype) if planes > 1 else None
     s_out = lab.rand(m, r, dtype=dtype) if planes > 1 else None
     scaling = torch.ones(1)
-    config = LinearConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
     counter = ByteCounter(x=[x], weight=[weight], s=[s], lora_b=[lora_b], scaling=[scaling], y=[y])
     if bias is not None and s_out is not None:
         counter.register("bias", bias)
@@ -152,7 +146,7 @@ def test_lora_expand(lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: in
     y, s = lab.rand(m, n, dtype=dtype), lab.rand(m, r, dtype=dtype)
     lora_b = lab.rand(n, r, dtype=dtype)
     scaling = torch.ones(r)
-    config = ExpandConfig(block_m=32, block_n=64, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=32, block_n=64, block_r=16, num_warps=4)
     with ByteCounter(y=[y], s=[s], lora_b=[lora_b], scaling=[scaling]) as counter:
         launch_lora_expand(y, s, lora_b, scaling, config=config)
     count = counter.kernels["_lora_expand_kernel"]
@@ -174,7 +168,7 @@ def test_lora_expand(lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: in
 def test_lora_dropout(lab: Any, dtype: torch.dtype) -> None:
     m, k = 19, 300
     x, out, seed = lab.rand(m, k, dtype=dtype), lab.rand(m, k, dtype=dtype), torch.tensor([7])
-    config = DropoutConfig(block_m=8, block_k=256, num_warps=4)
+    config = KernelConfig(block_m=8, block_k=256, num_warps=4)
     with ByteCounter(x=[x], out=[out], seed=[seed]) as counter:
         launch_lora_dropout(out, x, seed=seed, dropout_p=0.5, config=config)
     size = x.element_size() * m * k
@@ -189,7 +183,7 @@ def test_lora_dropout(lab: Any, dtype: torch.dtype) -> None:
 def test_gaps_between_strided_elements_are_not_touched(lab: Any, layout: str) -> None:
     y, s, lora_b = (lab.strided(lab.rand(*shape), layout) for shape in ((19, 45), (19, 6), (45, 6)))
     scaling = torch.ones(1)
-    config = ExpandConfig(block_m=16, block_n=32, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=16, block_n=32, block_r=16, num_warps=4)
     with ByteCounter(y=[y], s=[s], lora_b=[lora_b], scaling=[scaling]) as counter:
         launch_lora_expand(y, s, lora_b, scaling, config=config)
     assert counter.total.distinct == 4 * (2 * 19 * 45 + 19 * 6 + 45 * 6) + SCALING
@@ -202,7 +196,7 @@ def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
 ) -> None:
     """Decode as an H100 would run it: one read of x is all that lies between count and floor."""
     chip = Chip("sm_90", 132)
-    monkeypatch.setattr(configs, "chip_of", lambda device: chip)
+    monkeypatch.setattr(chips, "chip_of", lambda device: chip)
     # Programmatic dependent launch: the interpreter has no order of launches to relax.
     for name in ("gdc_wait", "gdc_launch_dependents"):
         monkeypatch.setattr(tl.extra.cuda, name, lambda: None)
@@ -218,7 +212,7 @@ def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
         )
     counter.register("y", y)
     counter.register("s", s)
-    splits = configs.shrink_config(chip, m, width, r, half).splits
+    splits = configs.choose(chip, "lora_shrink", half, m=m, k=width, r=r).splits
     assert splits > 1
     planes = 4 * splits * m * r
     floor = 2 * (width * width + 2 * r * width) + 2 * m * 2 * width

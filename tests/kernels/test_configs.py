@@ -1,105 +1,261 @@
-"""The config tables: valid on their chips, reachable, and picked as the launch sizes ask."""
+"""The configs: valid on their chips, compiled ahead of time, and picked as the sizes ask."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from fastlora.kernels import configs
+from fastlora.kernels.chips import Chip, Row
 from fastlora.kernels.configs import (
+    LAUNCHES,
+    MAX_SIBLINGS,
     MAX_SPLITS,
-    Chip,
-    LinearConfig,
+    TRAIN_PIECE_ROWS,
+    KernelConfig,
     all_shipped,
-    expand_config,
+    cdiv,
+    choose,
     is_valid,
-    linear_config,
-    shrink_config,
+    piece_rows,
+    run_rows,
 )
 from tests.support.chips import CHIPS, H100
 
 BF16 = torch.bfloat16
+KINDS = ((BF16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+EVERY_CHIP = pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
+ROWS = (0, 1, 16, 17, 33, 64, 65, 128, 129, 300, 2000, 2049, 16384)
+WIDTHS = (16, 576, 1024, 4096, 14336)
+RANKS = (1, 16, 17, 48, 64, 100, 128, 512)
+# Sums of fp32 planes read no x.
+SUMS = ("plane_sums", "mixed_lora_grad_reduce")
 
 
-@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
+def chosen(launch: str, **sizes: Any) -> KernelConfig:
+    """The config on an H100 in bf16."""
+    return choose(H100, launch, BF16, **sizes)
+
+
+@EVERY_CHIP
 def test_every_choice_is_shipped_and_valid(chip: Chip) -> None:
     """Whatever the problem, the config is one that the ahead-of-time test compiled."""
-    shipped = {
-        (entry.dtype, entry.config) for entry in all_shipped(chip) if entry.kernel != "lora_dropout"
-    }
-    taken = set()
-    for dtype, precision in ((BF16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-        for m, n, k, r in itertools.product(
-            (0, 1, 16, 17, 33, 64, 65, 300, 2000, 16384), (16, 576, 1024, 4096, 14336),
-            (16, 576, 4096), (1, 16, 17, 64, 100, 128, 512),
-        ):  # fmt: skip
-            for config in (
-                replace(
-                    shrink_config(chip, m, k, r, dtype, input_precision=precision),
-                    splits=MAX_SPLITS,
-                ),
-                linear_config(chip, m, n, k, r, dtype, input_precision=precision),
-                expand_config(chip, m, n, r, dtype, input_precision=precision),
-            ):
-                taken.add((dtype, config))
-    assert taken <= shipped
-    for dtype, config in shipped:
-        assert is_valid(chip, config, dtype.itemsize), config
-    # The rest of the table is for chips of other sizes; most of it is in use on this one.
-    assert len(taken) >= 0.75 * len(shipped), shipped - taken
+    for launch in LAUNCHES:
+        found = [entry for entry in all_shipped(chip) if entry.kernel == launch]
+        # Splits change the grid only, and the most siblings stand for fewer.
+        shipped = {(e.dtype, replace(e.config, splits=1, siblings=1)) for e in found}
+        most = {(e.dtype, replace(e.config, splits=1, siblings=1)): e.config for e in found}
+        counts = range(1, MAX_SIBLINGS + 1) if launch == "lora_grad_a" else (1,)
+        taken = set()
+        for dtype, precision in KINDS:
+            options: dict[str, Any] = {"input_precision": precision}
+            for m, n, r, siblings in itertools.product(ROWS, WIDTHS, RANKS, counts):
+                for k in (16, n):
+                    config = choose(
+                        chip, launch, dtype, m=m, n=n, k=k, r=r, siblings=siblings, **options
+                    )
+                    assert config.siblings == siblings
+                    key = (dtype, replace(config, splits=1, siblings=1))
+                    if launch in SUMS:
+                        key = (BF16, key[1])
+                    assert key in shipped, (launch, key)
+                    assert siblings <= most[key].siblings
+                    taken.add(key)
+        for entry in found:
+            assert is_valid(chip, launch, entry.config, entry.dtype.itemsize), entry
+        # The rest of the table is for chips of other sizes; most of it is in use on this one.
+        least = 0.75 if chip.arch != "interpreter" else 0.65
+        if launch.startswith(("mixed_lora_train", "mixed_lora_grad")):
+            least = 1
+        assert len(taken) >= least * len(shipped), shipped - taken
+
+
+@EVERY_CHIP
+def test_row_tiles_that_the_host_knows(chip: Chip) -> None:
+    """Pieces and runs of a mixed batch are made before the launch, from the same row tile."""
+    for (dtype, precision), m in itertools.product(KINDS, ROWS):
+        for launch in ("mixed_lora_shrink", "mixed_dora_scale"):
+            config = choose(chip, launch, dtype, m=m, r=48, input_precision=precision)
+            assert config.block_m == piece_rows(m)
+    for (launch, _), rows in configs.TABLES[chip.family].items():
+        if launch == "mixed_lora_train_shrink":
+            assert {row.block_m for row in rows} == {TRAIN_PIECE_ROWS}
+        if launch == "mixed_lora_add":
+            assert {row.block_m for row in rows} == {piece_rows(configs.FUSED_MAX_ROWS)}
+        if launch in ("mixed_lora_grad_b", "mixed_lora_grad_a"):
+            assert len({row.block_m for row in rows}) == 1
 
 
 def test_half_types_share_their_configs() -> None:
-    assert linear_config(H100, 1, 4096, 4096, 16, torch.float16) == linear_config(
-        H100, 1, 4096, 4096, 16, BF16
-    )
+    sizes = {"m": 1, "n": 4096, "k": 4096, "r": 16}
+    for launch in LAUNCHES:
+        assert choose(H100, launch, torch.float16, **sizes) == chosen(launch, **sizes)
+
+
+def test_fp32_is_exact_where_tf32_has_no_rows() -> None:
+    sizes = {"m": 64, "n": 4096, "k": 4096, "r": 16, "input_precision": "tf32"}
+    assert choose(H100, "lora_linear", torch.float32, **sizes).input_precision == "tf32"
+    gfx950 = choose(Chip("gfx950", 256), "lora_linear", torch.float32, **sizes)
+    assert gfx950.input_precision == "ieee"
 
 
 def test_decode_fills_the_chip_with_narrow_tiles() -> None:
     for n, block_n in ((1024, 16), (4096, 32), (14336, 64)):
-        assert linear_config(H100, 1, n, 4096, 16, BF16).block_n == block_n
+        assert chosen("lora_linear", m=1, n=n, k=4096, r=16).block_n == block_n
 
 
 @pytest.mark.parametrize(("m", "block_m"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
 def test_one_tile_covers_a_small_batch(m: int, block_m: int) -> None:
-    assert linear_config(H100, m, 4096, 4096, 16, BF16).block_m == block_m
-    assert shrink_config(H100, m, 4096, 16, BF16).block_m == block_m
-    assert expand_config(H100, m, 4096, 16, BF16).block_m == block_m
+    launches = ("lora_shrink", "lora_linear", "lora_expand")
+    for launch in (*launches, "mixed_lora_linear", "mixed_lora_expand"):
+        assert chosen(launch, m=m, n=4096, k=4096, r=16).block_m == block_m
 
 
 def test_large_batches_take_large_tiles() -> None:
-    config = linear_config(H100, 8192, 4096, 4096, 16, BF16)
+    config = chosen("lora_linear", m=8192, n=4096, k=4096, r=16)
     assert (config.block_m, config.block_n) == (128, 256)
-    assert shrink_config(H100, 8192, 4096, 16, BF16).block_m == 128
+    assert chosen("lora_shrink", m=8192, k=4096, r=16).block_m == 128
 
 
 def test_the_fewest_splits_that_fill_the_chip() -> None:
-    assert shrink_config(H100, 1, 4096, 16, BF16).splits == MAX_SPLITS
-    assert shrink_config(H100, 2048, 4096, 16, BF16).splits == 8
-    assert shrink_config(H100, 8192, 4096, 16, BF16).splits == 2
-    assert shrink_config(H100, 65536, 4096, 16, BF16).splits == 1
+    def splits(launch: str, **sizes: int) -> int:
+        return chosen(launch, r=16, **sizes).splits
+
+    assert splits("lora_shrink", m=1, k=4096) == MAX_SPLITS
+    assert splits("lora_shrink", m=2048, k=4096) == 8
+    assert splits("lora_shrink", m=8192, k=4096) == 2
+    assert splits("lora_shrink", m=65536, k=4096) == 1
     # 256 columns are two steps of the K loop: nothing to split.
-    assert shrink_config(H100, 1, 256, 16, BF16).splits == 1
+    assert splits("lora_shrink", m=1, k=256) == 1
+    assert splits("lora_grad_a", m=2048, k=2048) == 4
+    assert splits("lora_grad_a", m=2048, k=14336) == 1
+    # 64 rows are two steps.
+    assert splits("lora_grad_a", m=64, k=2048) == 1
+    assert splits("lora_grad_b", m=64, n=4096) == 1
 
 
 def test_long_ranks_go_in_short_chunks() -> None:
-    assert linear_config(H100, 1, 4096, 4096, 128, BF16).block_r == 128
-    assert linear_config(H100, 1, 4096, 4096, 129, BF16).block_r == 32
+    assert chosen("lora_linear", m=1, n=4096, k=4096, r=128).block_r == 128
+    assert chosen("lora_linear", m=1, n=4096, k=4096, r=129).block_r == 32
+
+
+def test_dx_has_the_columns_of_x() -> None:
+    """N and K are the layer's: tiles of dx are as many as K needs."""
+    sizes = {"m": 2048, "r": 16}
+    assert chosen("lora_grad_x", n=16, k=4096, **sizes).block_m == 128
+    assert chosen("lora_grad_x", n=4096, k=16, **sizes).block_m == 64
+
+
+@pytest.mark.parametrize(
+    ("m", "n"), [(2048, 2048), (1024, 1024), (1024, 4096), (8192, 4096), (8192, 1024), (512, 14336)]
+)
+def test_grad_b_fills_the_chip_with_few_planes(m: int, n: int) -> None:
+    """Planes of both kinds take at most half more than the fewest bytes of any filling grid."""
+    config = chosen("lora_grad_b", m=m, n=n, r=16)
+    columns, splits = cdiv(n, config.block_n), config.splits
+    assert 4 * columns * splits >= 3 * H100.num_sms
+    fewest = min(
+        q * m + p * n for q in range(1, 133) for p in range(1, 133) if 4 * q * p >= 3 * 132
+    )
+    assert columns * m + splits * n <= 1.5 * fewest, (columns, splits)
+
+
+def test_grad_b_takes_wide_tiles_where_rows_abound() -> None:
+    config = chosen("lora_grad_b", m=16384, n=4096, r=16)
+    assert (config.block_n, config.splits) == (256, 8)
+
+
+@pytest.mark.parametrize(("siblings", "r", "block_r"), [(1, 64, 64), (3, 64, 64), (4, 64, 32)])
+def test_siblings_share_the_rank_rows_of_a_tile(siblings: int, r: int, block_r: int) -> None:
+    config = chosen("lora_grad_a", m=2048, k=2048, r=r, siblings=siblings)
+    assert config.block_r == block_r
+    assert siblings * block_r <= 192
+
+
+def test_few_columns_take_a_narrow_block() -> None:
+    assert chosen("mixed_lora_shrink", m=16, r=16).block_r == 16
+    wide = chosen("mixed_lora_shrink", m=16, r=48)
+    assert (wide.block_r, wide.narrow_r) == (64, 16)
+
+
+def test_pieces_are_small_against_the_batch() -> None:
+    rows = [piece_rows(m) for m in (1, 64, 128, 129, 2048, 2049)]
+    assert rows == [16, 16, 16, 64, 64, 128]
+    assert {piece_rows(m, batch_invariant=True) for m in ROWS} == {16}
+
+
+@pytest.mark.parametrize("columns", [192, 576, 4096, 14336])
+@pytest.mark.parametrize("m", [0, 1, 63, 130, 2048, 8192])
+def test_runs_are_the_fewest_that_fill_the_chip(m: int, columns: int) -> None:
+    """Whole tiles of rows; one run fewer would leave more than a quarter of the chip idle."""
+    config = chosen("mixed_lora_grad_b", r=16)
+    tiles = cdiv(columns, config.block_n)
+    rows = run_rows(H100, m, tiles, config.block_m)
+    runs = max(cdiv(m, rows), 1)
+    assert rows % config.block_m == 0
+    assert runs == 1 or 4 * (runs - 1) * tiles < 3 * H100.num_sms
+    # It fills the chip to a run, or none of its runs could be two of two steps each.
+    assert 4 * (runs + 1) * tiles >= 3 * H100.num_sms or rows < 4 * config.block_m
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Row:
+    """A row that a tuner wrote in front of others: up to 8 rows of one layer, to rank 16."""
+    row = Row(32, 64, 64, 8, 3, (16, 32), max_m=8, n=4096, k=1024, max_r=16)
+    table, key = configs.TABLES["sm_90"], ("lora_linear", "half")
+    monkeypatch.setitem(table, key, (row, Row(max_m=64, n=64, plan="split"), *table[key]))
+    for name in ("choose", "plan_of"):  # which remember nothing
+        monkeypatch.setattr(configs, name, getattr(configs, name).__wrapped__)
+    return row
+
+
+def test_a_measurement_goes_first(measured: Row) -> None:
+    """Where all its limits hold; not in the batch-invariant mode, nor for another launch."""
+    sizes = {"m": 8, "n": 4096, "k": 1024, "r": 16}
+
+    def block_m(launch: str = "lora_linear", **others: Any) -> int:
+        return configs.choose(H100, launch, BF16, **{**sizes, **others}).block_m
+
+    config = configs.choose(H100, "lora_linear", BF16, **sizes)
+    assert (config.block_m, config.block_n, config.block_k) == (32, 64, 64)
+    assert (config.num_warps, config.num_stages, config.block_r) == (8, 3, 16)
+    assert block_m(m=1, r=1) == 32
+    assert [block_m(m=9), block_m(n=4095), block_m(k=1025), block_m(r=17)] == [16] * 4
+    assert block_m("lora_grad_x") == 64
+    assert block_m(batch_invariant=True) == configs.INVARIANT_ROWS
+    taken = {e.r for e in all_shipped(H100) if e.config == config}
+    assert taken == {16}, "it is compiled ahead of time"
+
+
+def test_a_measured_plan_says_nothing_of_tiles(measured: Row) -> None:
+    sizes = {"m": 64, "k": 1024, "r": 16}
+    found = [configs.plan_of(H100, "lora_linear", BF16, n=n, **sizes) for n in (64, 65)]
+    assert found == ["split", "fused"]
+    assert configs.choose(H100, "lora_linear", BF16, n=64, **sizes).block_m == 64
+    assert all(e.config.num_warps for e in all_shipped(H100))
 
 
 def test_unknown_chip_and_dtype_are_named() -> None:
-    with pytest.raises(ValueError, match="sm_70"):
-        linear_config(Chip("sm_70", 80), 1, 64, 64, 8, BF16)
-    with pytest.raises(TypeError, match="float64"):
-        linear_config(H100, 1, 64, 64, 8, torch.float64)
+    for launch in ("lora_linear", "lora_grad_b", "mixed_lora_linear", "plane_sums"):
+        with pytest.raises(ValueError, match="sm_70"):
+            choose(Chip("sm_70", 80), launch, BF16, m=1, n=64, k=64, r=8)
+    for launch in ("lora_linear", "lora_grad_a", "mixed_lora_shrink"):
+        with pytest.raises(TypeError, match="float64"):
+            choose(H100, launch, torch.float64, m=1, n=64, k=64, r=8)
 
 
 def test_predicate_refuses() -> None:
-    fine = LinearConfig(block_m=128, block_n=128, block_k=64, block_r=16, num_warps=8, num_stages=4)
-    assert is_valid(H100, fine, 2)
-    assert not is_valid(Chip("gfx942", 304), fine, 2)  # 96 KiB of buffers, 64 KiB of LDS
-    assert not is_valid(H100, replace(fine, block_n=96), 2)
-    assert not is_valid(H100, replace(fine, block_r=8), 2)
-    assert not is_valid(H100, replace(fine, num_warps=3), 2)
+    fine = KernelConfig(block_m=128, block_n=128, block_k=64, block_r=16, num_warps=8, num_stages=4)
+    grad = KernelConfig(block_m=64, block_n=256, block_r=64, num_warps=8, num_stages=3)
+    for launch, config in (("lora_linear", fine), ("lora_grad_b", grad)):
+        assert is_valid(H100, launch, config, 2)
+        assert not is_valid(H100, launch, replace(config, block_n=96), 2)
+        assert not is_valid(H100, launch, replace(config, block_r=8), 2)
+        assert not is_valid(H100, launch, replace(config, num_warps=3), 2)
+    # 96 KiB of buffers, 64 KiB of LDS.
+    assert not is_valid(Chip("gfx942", 304), "lora_linear", fine, 2)
+    assert not is_valid(Chip("sm_86", 84), "lora_grad_b", replace(grad, num_stages=4), 2)

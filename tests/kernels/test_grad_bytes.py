@@ -14,12 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora.kernels.configs import LinearConfig
-from fastlora.kernels.grad_configs import (
-    GradAConfig,
-    GradBConfig,
-    plane_sums_config,
-)
+from fastlora.kernels.configs import KernelConfig, cdiv, choose
 from fastlora.kernels.lora_grad_a import launch_lora_grad_a
 from fastlora.kernels.lora_grad_b import launch_lora_grad_b
 from fastlora.kernels.lora_linear import launch_lora_linear
@@ -60,12 +55,12 @@ def test_lora_grad_b(
 ) -> None:
     """Splits come with the sums of columns and a scaling per rank row; one split with neither."""
     half, f = torch.float16, 4
-    config = GradBConfig(
+    config = KernelConfig(
         block_m=16, block_n=32, block_r=16, num_warps=4, splits=splits,
         rank_rows_first=rank_rows_first,
     )  # fmt: skip
     dy, s, lora_b = lab.rand(m, n, dtype=half), lab.rand(m, r, dtype=half), lab.rand(n, r)
-    ds = lab.rand(config.columns(n), m, r)
+    ds = lab.rand(cdiv(n, config.block_n), m, r)
     d_lora_b = lab.rand(n, r) if splits == 1 else lab.rand(splits, n, r)
     d_bias = None if splits == 1 else lab.rand(splits, n)
     scaling = torch.ones(r if splits > 1 else 1)
@@ -88,7 +83,7 @@ def test_lora_grad_a(lab: Any, m: int, k: int, r: int, splits: int, rank_rows_fi
     """Splits come with three siblings and their dropouts; one split with one, without dropout."""
     half = torch.float16
     ranks = [r] if splits == 1 else [r, 5, 16]
-    config = GradAConfig(
+    config = KernelConfig(
         block_m=16, block_k=32, block_r=16, siblings=len(ranks), num_warps=4, splits=splits,
         rank_rows_first=rank_rows_first,
     )  # fmt: skip
@@ -112,7 +107,7 @@ def test_lora_grad_a(lab: Any, m: int, k: int, r: int, splits: int, rank_rows_fi
 @pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES)
 def test_lora_grad_x(lab: Any, m: int, n: int, k: int, r: int, dropout_p: float) -> None:
     half = torch.float16
-    config = LinearConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
     dy, weight = lab.rand(m, n, dtype=half), lab.rand(n, k, dtype=half)
     ds, lora_a, dx = lab.rand(m, r, dtype=half), lab.rand(r, k), lab.rand(m, k, dtype=half)
     seed = torch.tensor([7])
@@ -141,7 +136,7 @@ def test_plane_sums(lab: Any) -> None:
     planes = [lab.rand(3, 40, 7), lab.rand(1, 2000), lab.rand(5, 9)]
     outs = [lab.rand(40, 7, dtype=torch.float16), lab.rand(2000), lab.rand(9)]
     with ByteCounter(planes=planes, outs=outs) as counter:
-        launch_plane_sums(outs, planes, config=plane_sums_config())
+        launch_plane_sums(outs, planes, config=choose(H100, "plane_sums", torch.float32))
     form = byte_forms.plane_sums([280, 2000, 9], [3, 1, 5], [2, 4, 4])
     check(counter.total, form)
 

@@ -12,12 +12,13 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import DropoutConfig, chip_of, dropout_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_dropout import launch_lora_dropout
 
 
 def dropout(
-    lab: Any, x: torch.Tensor, seed: int, p: float, config: DropoutConfig | None = None
+    lab: Any, x: torch.Tensor, seed: int, p: float, config: KernelConfig | None = None
 ) -> torch.Tensor:
     """Launches on ``x`` and returns the result."""
     out = lab.poisoned(*x.shape, dtype=x.dtype)
@@ -26,7 +27,8 @@ def dropout(
         x,
         seed=torch.tensor([seed], device=x.device),
         dropout_p=p,
-        config=config or dropout_config(chip_of(x.device), *x.shape, x.dtype),
+        config=config
+        or choose(chip_of(x.device), "lora_dropout", x.dtype, m=x.shape[0], k=x.shape[1]),
     )
     return out
 
@@ -57,7 +59,7 @@ def test_mask_does_not_depend_on_the_tile(lab: Any) -> None:
     x = torch.ones(21, 100, device=lab.device)
     expected = philox_keep_mask(5, 21, 100, 0.5)
     for block_m, block_k in ((1, 8), (4, 32), (32, 128)):
-        config = DropoutConfig(block_m=block_m, block_k=block_k, num_warps=4)
+        config = KernelConfig(block_m=block_m, block_k=block_k, num_warps=4)
         assert torch.equal((dropout(lab, x, 5, 0.5, config) != 0).cpu(), expected)
 
 

@@ -12,7 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ExpandConfig, chip_of, expand_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_expand import launch_lora_expand
 
 # Taken pairwise: rows, outputs off the tile, ranks.
@@ -34,14 +35,14 @@ def check(
     s: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
-    config: ExpandConfig | None = None,
+    config: KernelConfig | None = None,
 ) -> None:
     """Expands into ``y`` and compares with float64."""
     rounded = lora_b.to(s.dtype)
     truth = y.double() + (s.double() * scaling.double()) @ rounded.double().t()
     same_dtype = reference.lora_expand_(y.clone(), s, rounded, scaling)
     (m, n), r = y.shape, s.shape[1]
-    config = config or expand_config(chip_of(y.device), m, n, r, s.dtype)
+    config = config or choose(chip_of(y.device), "lora_expand", s.dtype, m=m, n=n, r=r)
     launch_lora_expand(y, s, lora_b, scaling, config=config)
     assert_within_budget(y, same_dtype, truth, "y")
 
@@ -53,7 +54,7 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, n: int, r: int) -> None:
 
 
 def test_every_chunk_of_ranks(lab: Any) -> None:
-    config = ExpandConfig(block_m=16, block_n=32, block_r=16, num_warps=4)
+    config = KernelConfig(block_m=16, block_n=32, block_r=16, num_warps=4)
     scaling = torch.linspace(0.1, 2.0, 50, device=lab.device)
     check(lab.rand(20, 40), lab.rand(20, 50), lab.rand(40, 50), scaling, config)
 

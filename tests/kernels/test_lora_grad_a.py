@@ -14,12 +14,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of
-from fastlora.kernels.grad_configs import (
-    GradAConfig,
-    grad_a_config,
-    plane_sums_config,
-)
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_grad_a import launch_lora_grad_a
 from fastlora.kernels.plane_sums import launch_plane_sums
 
@@ -34,7 +30,7 @@ SHAPES = [
     (16, 40, (128, 64)),
     (257, 31, (4, 4, 4, 4)),
 ]
-SMALL = GradAConfig(block_m=16, block_k=32, block_r=16, siblings=1, num_warps=4, num_stages=2)
+SMALL = KernelConfig(block_m=16, block_k=32, block_r=16, siblings=1, num_warps=4, num_stages=2)
 
 
 def gradients(
@@ -43,12 +39,14 @@ def gradients(
     ds: Sequence[torch.Tensor],
     seeds: Sequence[int] | None = None,
     dropout_p: Sequence[float] = (),
-    config: GradAConfig | None = None,
+    config: KernelConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """Returns each sibling's gradient, through planes and their sums where the rows are split."""
     (m, k), ranks = x.shape, [rows.shape[1] for rows in ds]
-    config = config or grad_a_config(chip_of(x.device), m, k, max(ranks), len(ds), x.dtype)
+    config = config or choose(
+        chip_of(x.device), "lora_grad_a", x.dtype, m=m, k=k, r=max(ranks), siblings=len(ds)
+    )
     outs = [lab.poisoned(r, k, dtype=dtype or x.dtype) for r in ranks]
     written = outs
     if config.splits > 1:
@@ -62,7 +60,7 @@ def gradients(
         config=config,
     )
     if written is not outs:
-        launch_plane_sums(outs, written, config=plane_sums_config())
+        launch_plane_sums(outs, written, config=choose(chip_of(x.device), "plane_sums", x.dtype))
     return outs
 
 

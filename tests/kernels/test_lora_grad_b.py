@@ -13,12 +13,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of
-from fastlora.kernels.grad_configs import (
-    GradBConfig,
-    grad_b_config,
-    plane_sums_config,
-)
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, cdiv, choose
 from fastlora.kernels.lora_grad_b import launch_lora_grad_b
 from fastlora.kernels.plane_sums import launch_plane_sums
 
@@ -33,7 +29,7 @@ SHAPES = [
     (16, 20, 128),
     (257, 257, 4),
 ]
-SMALL = GradBConfig(block_m=16, block_n=32, block_r=16, num_warps=4, num_stages=2)
+SMALL = KernelConfig(block_m=16, block_n=32, block_r=16, num_warps=4, num_stages=2)
 
 
 class Problem:
@@ -45,11 +41,13 @@ class Problem:
         self.lora_b = lab.rand(n, r, dtype=dtype)
         self.scaling = torch.tensor([0.75], device=lab.device)
 
-    def run(self, config: GradBConfig | None = None) -> tuple[torch.Tensor, ...]:
+    def run(self, config: KernelConfig | None = None) -> tuple[torch.Tensor, ...]:
         """Returns ds, d_lora_b and d_bias, through planes and their sums where there are any."""
         (m, n), r = self.dy.shape, self.lora_b.shape[1]
-        config = config or grad_b_config(chip_of(self.dy.device), m, n, r, self.dy.dtype)
-        columns, splits = config.columns(n), config.splits
+        config = config or choose(
+            chip_of(self.dy.device), "lora_grad_b", self.dy.dtype, m=m, n=n, r=r
+        )
+        columns, splits = cdiv(n, config.block_n), config.splits
         outs = [
             self.lab.poisoned(m, r, dtype=self.dy.dtype),
             self.lab.poisoned(n, r, dtype=self.lora_b.dtype),
@@ -62,7 +60,10 @@ class Problem:
         launch_lora_grad_b(*written, self.dy, self.s, self.lora_b, self.scaling, config=config)
         pairs = [(out, w) for out, w in zip(outs, written, strict=True) if out is not w]
         if pairs:
-            launch_plane_sums(*zip(*pairs, strict=True), config=plane_sums_config())
+            launch_plane_sums(
+                *zip(*pairs, strict=True),
+                config=choose(chip_of(self.dy.device), "plane_sums", self.dy.dtype),
+            )
         return tuple(outs)
 
     def check(self, ds: torch.Tensor, d_lora_b: torch.Tensor, d_bias: torch.Tensor) -> None:
@@ -95,7 +96,7 @@ def test_every_split_and_rank_block(lab: Any, splits: int, rank_rows_first: bool
 def test_one_block_of_columns_writes_ds_itself(lab: Any, rank_rows_first: bool) -> None:
     problem = Problem(lab, 40, 30, 5, torch.float16)
     config = replace(SMALL, rank_rows_first=rank_rows_first)
-    assert config.columns(30) == 1
+    assert cdiv(30, config.block_n) == 1
     problem.check(*problem.run(config))
 
 

@@ -16,8 +16,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ExpandConfig, LinearConfig, chip_of
-from fastlora.kernels.grad_configs import grad_x_add_config, grad_x_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 
@@ -47,7 +47,7 @@ class Problem:
     def options(self, p: float) -> dict[str, Any]:
         return {"seed": torch.tensor([SEED], device=self.lab.device), "dropout_p": p}
 
-    def fused(self, p: float, config: LinearConfig | None = None) -> torch.Tensor:
+    def fused(self, p: float, config: KernelConfig | None = None) -> torch.Tensor:
         """Returns dx by one launch."""
         m, (r, k) = self.dy.shape[0], self.lora_a.shape
         dx = self.lab.poisoned(m, k, dtype=self.dy.dtype)
@@ -60,17 +60,17 @@ class Problem:
             None,
             bias=None,
             s_out=None,
-            config=config or grad_x_config(chip_of(dx.device), m, k, r, dx.dtype),
+            config=config or choose(chip_of(dx.device), "lora_grad_x", dx.dtype, m=m, k=k, r=r),
             pdl=False,
             **self.options(p),
         )
         return dx
 
-    def added(self, p: float, config: ExpandConfig | None = None) -> torch.Tensor:
+    def added(self, p: float, config: KernelConfig | None = None) -> torch.Tensor:
         """Returns dx by an update of ``dy @ weight``."""
         dx = self.dy @ self.weight
         (m, k), r = dx.shape, self.ds.shape[1]
-        config = config or grad_x_add_config(chip_of(dx.device), m, k, r, dx.dtype)
+        config = config or choose(chip_of(dx.device), "lora_grad_x_add", dx.dtype, m=m, k=k, r=r)
         launch_lora_expand(dx, self.ds, self.lora_a.t(), None, config=config, **self.options(p))
         return dx
 
@@ -94,10 +94,10 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: int, p:
 @pytest.mark.parametrize("p", [0.0, P])
 def test_every_chunk_of_ranks(lab: Any, p: float) -> None:
     problem = Problem(lab, 20, 40, 70, 50, torch.float32)  # chunks of 16, 16, 16 and 2
-    config = LinearConfig(block_m=16, block_n=32, block_k=32, block_r=16, num_warps=4, num_stages=2)
+    config = KernelConfig(block_m=16, block_n=32, block_k=32, block_r=16, num_warps=4, num_stages=2)
     problem.check(problem.fused(p, config), p)
     problem.check(
-        problem.added(p, ExpandConfig(block_m=16, block_n=32, block_r=16, num_warps=4)), p
+        problem.added(p, KernelConfig(block_m=16, block_n=32, block_r=16, num_warps=4)), p
     )
 
 
@@ -132,10 +132,10 @@ def test_the_mask_is_the_written_one_whatever_the_tile(lab: Any, blocks: tuple[i
     problem.weight = torch.zeros_like(problem.weight)
     problem.ds, problem.lora_a = torch.ones_like(problem.ds), torch.ones_like(problem.lora_a) / 4
     expected = 2.0 * philox_keep_mask(SEED, 35, 70, 0.5).to(lab.device)
-    linear = LinearConfig(
+    linear = KernelConfig(
         block_m=block_m, block_n=block_n, block_k=16, block_r=16, num_warps=4, num_stages=2
     )
-    expand = ExpandConfig(block_m=block_m, block_n=block_n, block_r=16, num_warps=4)
+    expand = KernelConfig(block_m=block_m, block_n=block_n, block_r=16, num_warps=4)
     assert torch.equal(problem.fused(0.5, linear), expected)
     assert torch.equal(problem.added(0.5, expand), expected)
 

@@ -12,7 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import LinearConfig, chip_of, linear_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_linear import launch_lora_linear
 
 # Taken pairwise: rows, outputs and inputs off the tile, ranks.
@@ -27,7 +28,7 @@ SHAPES = [
     (33, 257, 31, 4),
     (5, 40, 96, 300),
 ]
-SMALL = LinearConfig(block_m=16, block_n=32, block_k=32, block_r=16, num_warps=4, num_stages=2)
+SMALL = KernelConfig(block_m=16, block_n=32, block_k=32, block_r=16, num_warps=4, num_stages=2)
 
 
 class Problem:
@@ -41,7 +42,7 @@ class Problem:
         self.scaling = torch.tensor([0.75], device=lab.device)
 
     def run(
-        self, config: LinearConfig | None = None, s_out: torch.Tensor | None = None
+        self, config: KernelConfig | None = None, s_out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Launches and returns y."""
         (m, k), (n, r) = self.x.shape, self.lora_b.shape
@@ -55,7 +56,7 @@ class Problem:
             self.scaling,
             bias=self.bias,
             s_out=s_out,
-            config=config or linear_config(chip_of(y.device), m, n, k, r, y.dtype),
+            config=config or choose(chip_of(y.device), "lora_linear", y.dtype, m=m, n=n, k=k, r=r),
             pdl=False,
         )
         return y
@@ -104,7 +105,7 @@ def test_every_chunk_of_ranks(lab: Any) -> None:
 @pytest.mark.parametrize("group_m", [1, 3, 8])
 def test_program_order_covers_every_tile(lab: Any, group_m: int) -> None:
     problem = Problem(lab, 75, 100, 16, 4, torch.float32)
-    config = LinearConfig(
+    config = KernelConfig(
         block_m=16, block_n=32, block_k=16, block_r=16, num_warps=4, num_stages=2, group_m=group_m
     )
     problem.check(problem.run(config))

@@ -14,7 +14,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import ShrinkConfig, chip_of, shrink_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_shrink import (
     launch_lora_shrink,
     launch_lora_shrink_reduce,
@@ -38,7 +39,7 @@ def shrink(
     lab: Any,
     x: torch.Tensor,
     lora_a: torch.Tensor,
-    config: ShrinkConfig,
+    config: KernelConfig,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
@@ -62,7 +63,7 @@ def assert_shrunk(s: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor) -> Non
 @pytest.mark.parametrize(("m", "k", "r"), SHAPES)
 def test_values(lab: Any, dtype: torch.dtype, m: int, k: int, r: int) -> None:
     x, lora_a = lab.rand(m, k, dtype=dtype), lab.rand(r, k, dtype=dtype)
-    config = shrink_config(chip_of(x.device), m, k, r, dtype)
+    config = choose(chip_of(x.device), "lora_shrink", dtype, m=m, k=k, r=r)
     assert_shrunk(shrink(lab, x, lora_a, config), x, lora_a)
 
 
@@ -71,7 +72,7 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, k: int, r: int) -> None:
 def test_every_split_and_rank_block(lab: Any, splits: int, block_r: int) -> None:
     # 5 blocks of K: with 4 and 8 splits some parts are short and some are empty.
     x, lora_a = lab.rand(40, 150), lab.rand(50, 150)
-    config = ShrinkConfig(
+    config = KernelConfig(
         block_m=32, block_k=32, block_r=block_r, num_warps=4, num_stages=2, splits=splits
     )
     assert_shrunk(shrink(lab, x, lora_a, config), x, lora_a)
@@ -79,27 +80,29 @@ def test_every_split_and_rank_block(lab: Any, splits: int, block_r: int) -> None
 
 def test_fp32_factor_is_rounded_to_the_dtype_of_x(lab: Any, dtype: torch.dtype) -> None:
     x, lora_a = lab.rand(17, 136, dtype=dtype), lab.rand(8, 136)
-    config = shrink_config(chip_of(x.device), 17, 136, 8, dtype)
+    config = choose(chip_of(x.device), "lora_shrink", dtype, m=17, k=136, r=8)
     assert_shrunk(shrink(lab, x, lora_a, config), x, lora_a)
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
 def test_strided_inputs(lab: Any, layout: str) -> None:
     x, lora_a = lab.rand(19, 70), lab.rand(6, 70)
-    config = shrink_config(chip_of(x.device), 19, 70, 6, torch.float32)
+    config = choose(chip_of(x.device), "lora_shrink", torch.float32, m=19, k=70, r=6)
     s = shrink(lab, lab.strided(x, layout), lab.strided(lora_a, layout), config)
     assert_shrunk(s, x, lora_a)
 
 
 def test_expanded_row(lab: Any) -> None:
     x, lora_a = lab.rand(1, 70).expand(20, 70), lab.rand(6, 70)
-    config = shrink_config(chip_of(x.device), 20, 70, 6, torch.float32)
+    config = choose(chip_of(x.device), "lora_shrink", torch.float32, m=20, k=70, r=6)
     assert_shrunk(shrink(lab, x, lora_a, config), x, lora_a)
 
 
 def test_strided_output(lab: Any) -> None:
     x, lora_a = lab.rand(19, 64), lab.rand(6, 64)
-    config = replace(shrink_config(chip_of(x.device), 19, 64, 6, torch.float32), splits=1)
+    config = replace(
+        choose(chip_of(x.device), "lora_shrink", torch.float32, m=19, k=64, r=6), splits=1
+    )
     wide = lab.poisoned(19, 12, dtype=torch.float32)
     launch_lora_shrink(wide[:, ::2], x, lora_a, seed=None, dropout_p=0.0, config=config)
     assert_shrunk(wide[:, ::2], x, lora_a)
@@ -108,7 +111,7 @@ def test_strided_output(lab: Any) -> None:
 
 def test_no_rows(lab: Any) -> None:
     x, lora_a = lab.rand(0, 64), lab.rand(6, 64)
-    config = shrink_config(chip_of(x.device), 0, 64, 6, torch.float32)
+    config = choose(chip_of(x.device), "lora_shrink", torch.float32, m=0, k=64, r=6)
     assert shrink(lab, x, lora_a, config).shape == (0, 6)
 
 
@@ -116,7 +119,7 @@ def test_no_rows(lab: Any) -> None:
 def test_dropout_is_the_written_mask(lab: Any, dtype: torch.dtype, splits: int) -> None:
     m, k, r, p, seed = 37, 150, 5, 0.3, -8_765_432_109_876_543
     x, lora_a = lab.rand(m, k, dtype=dtype), lab.rand(r, k, dtype=dtype)
-    config = ShrinkConfig(
+    config = KernelConfig(
         block_m=16, block_k=32, block_r=16, num_warps=4, num_stages=2, splits=splits
     )
     s = shrink(lab, x, lora_a, config, torch.tensor([seed], device=x.device), p)
@@ -132,7 +135,7 @@ def test_mask_does_not_depend_on_the_tile(lab: Any) -> None:
     x = lab.rand(m, k).abs() + 1
     expected = philox_keep_mask(seed, m, k, p)
     for block_m, block_k in ((16, 16), (64, 32), (32, 64)):
-        config = ShrinkConfig(
+        config = KernelConfig(
             block_m=block_m, block_k=block_k, block_r=64, num_warps=4, num_stages=2
         )
         eye = torch.eye(k, device=x.device)
@@ -144,6 +147,6 @@ def test_nan_of_a_dropped_element_does_not_pass(lab: Any) -> None:
     m, k, p, seed = 16, 32, 0.5, 7
     keep = philox_keep_mask(seed, m, k, p).to(lab.device)
     x = torch.where(keep, lab.rand(m, k), float("nan"))
-    config = shrink_config(chip_of(x.device), m, k, 4, torch.float32)
+    config = choose(chip_of(x.device), "lora_shrink", torch.float32, m=m, k=k, r=4)
     s = shrink(lab, x, lab.rand(4, k), config, torch.tensor([seed], device=x.device), p)
     assert s.isfinite().all()

@@ -15,12 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora.kernels.configs import cdiv, chip_of
-from fastlora.kernels.mixed_configs import (
-    mixed_expand_config,
-    mixed_linear_config,
-    mixed_shrink_config,
-)
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import cdiv, choose
 from fastlora.ops import mixed_ops
 from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic
 from tests.support.kernels.mixed_problem import MixedProblem
@@ -113,7 +109,9 @@ class Shrink:
     """What a shrink must do for these rows, in closed form."""
 
     def __init__(self, ids: list[int], dtype: torch.dtype) -> None:
-        config = mixed_shrink_config(chip_of(torch.device("cpu")), len(ids), max(RANKS), dtype)
+        config = choose(
+            chip_of(torch.device("cpu")), "mixed_lora_shrink", dtype, m=len(ids), r=max(RANKS)
+        )
         held = [slot for slot in ids if slot >= 0]
         # A piece holds rows of one adapter and lies in one tile.
         pieces = [slot for tile in tiles(ids, config.block_m) for slot in tile if slot >= 0]
@@ -161,7 +159,7 @@ def check_shrink(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> Non
 
 def check_linear(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> None:
     """The base GEMM as it is without adapters, then each factor once a tile of rows."""
-    config = mixed_linear_config(chip_of(torch.device("cpu")), len(ids), N, dtype)
+    config = choose(chip_of(torch.device("cpu")), "mixed_lora_linear", dtype, m=len(ids), n=N)
     added, size, m = RankRows(ids, dtype, config), dtype.itemsize, len(ids)
     tile = config.block_m * config.block_n * cdiv(K, config.block_k) * config.block_k
     base_flops = 2 * added.tiles_m * added.tiles_n * tile
@@ -176,7 +174,7 @@ def check_linear(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> Non
 
 def check_expand(kernel: KernelCount, ids: list[int], dtype: torch.dtype) -> None:
     """y of the rows with an adapter, read and written, and each factor once a tile of rows."""
-    config = mixed_expand_config(chip_of(torch.device("cpu")), len(ids), N, dtype)
+    config = choose(chip_of(torch.device("cpu")), "mixed_lora_expand", dtype, m=len(ids), n=N)
     added = RankRows(ids, dtype, config)
     assert kernel.flops == added.flops
     y = sum(slot >= 0 for slot in ids) * N * dtype.itemsize

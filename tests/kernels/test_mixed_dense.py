@@ -111,46 +111,56 @@ def test_opcheck(lab: Any) -> None:
     )
 
 
+def put_rows(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, launch: str, rows: tuple[Any, ...]
+) -> None:
+    """Puts measured rows into the table of the device's chip, for fp32."""
+    from fastlora.kernels import chips, configs
+
+    table = configs.TABLES[chips.chip_of(device).family]
+    monkeypatch.setitem(table, (launch, "ieee"), (*rows, *table[launch, "ieee"]))
+    # Which remembers nothing.
+    monkeypatch.setattr(configs, "plan_of", configs.plan_of.__wrapped__)
+
+
 def test_who_chooses(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call, else ``FASTLORA_PLAN``, else the table; a plan of other batches is passed over."""
-    from fastlora.kernels import configs, plan_tables
+    from fastlora.kernels.chips import Row
 
-    x = lab.rand(20, 48)
-    assert plans.choose_mixed_plan("auto", x, 200) == "fused"
-    assert plans.choose_mixed_plan("auto", lab.rand(65, 48), 200) == "split"
-    row, family = plan_tables.PlanRow, configs.chip_of(x.device).family
-    table = (row("dense", max_rows=32, max_rank=128), row("split"))
-    monkeypatch.setitem(plan_tables.MIXED_MEASURED, (family, torch.float32), table)
-    found = [plans.choose_mixed_plan("auto", x, rows) for rows in (128, 129)]
+    x, weight = lab.rand(20, 48), lab.rand(40, 48)
+    assert plans.choose_mixed_plan("auto", x, weight, 200) == "fused"
+    assert plans.choose_mixed_plan("auto", lab.rand(65, 48), weight, 200) == "split"
+    rows = (Row(max_m=32, max_r=128, plan="dense"), Row(plan="split"))
+    put_rows(monkeypatch, x.device, "mixed_lora_linear", rows)
+    found = [plans.choose_mixed_plan("auto", x, weight, r) for r in (128, 129)]
     assert found == ["dense", "split"]
     monkeypatch.setattr(plans, "_PLAN", "dense")
-    assert plans.choose_mixed_plan("auto", x, 1000) == "dense"
-    assert plans.choose_mixed_plan("fused", x, 128) == "fused"
-    assert plans.choose_plan("auto", x, 8) == "fused"
+    assert plans.choose_mixed_plan("auto", x, weight, 1000) == "dense"
+    assert plans.choose_mixed_plan("fused", x, weight, 128) == "fused"
+    assert plans.choose_plan("auto", x, weight, 8) == "fused"
     monkeypatch.setattr(plans, "_PLAN", "augmented")
-    assert plans.choose_mixed_plan("auto", x, 128) == "dense"
+    assert plans.choose_mixed_plan("auto", x, weight, 128) == "dense"
     with pytest.raises(ValueError, match="plan must be one of auto, .* got 'augmented'"):
-        plans.choose_mixed_plan("augmented", x, 128)
+        plans.choose_mixed_plan("augmented", x, weight, 128)
 
 
 def test_who_chooses_in_training(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same order; what training does not have is passed over, be it named by call or not."""
-    from fastlora.kernels import configs, plan_tables
+    from fastlora.kernels.chips import Row
 
-    x = lab.rand(20, 48)
+    x, weight = lab.rand(20, 48), lab.rand(40, 48)
     choose = plans.choose_mixed_train_plan
-    assert [choose(plan, x, 64) for plan in ("auto", "split", "augmented")] == [
+    assert [choose(plan, x, weight, 64) for plan in ("auto", "split", "augmented")] == [
         *("fused", "split", "fused"),
     ]
-    assert choose("auto", lab.rand(65, 48), 64) == "split"
-    row, family = plan_tables.PlanRow, configs.chip_of(x.device).family
-    table = (row("split", max_rank=64), row("fused"))
-    monkeypatch.setitem(plan_tables.MIXED_TRAIN_MEASURED, (family, torch.float32), table)
-    assert [choose("auto", x, rows) for rows in (64, 65)] == ["split", "fused"]
+    assert choose("auto", lab.rand(65, 48), weight, 64) == "split"
+    rows = (Row(max_r=64, plan="split"), Row(plan="fused"))
+    put_rows(monkeypatch, x.device, "mixed_lora_train_linear", rows)
+    assert [choose("auto", x, weight, r) for r in (64, 65)] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "split")
-    assert [choose(plan, x, 65) for plan in ("auto", "fused")] == ["split", "fused"]
+    assert [choose(plan, x, weight, 65) for plan in ("auto", "fused")] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "dense")
-    assert choose("auto", x, 65) == "fused"
+    assert choose("auto", x, weight, 65) == "fused"
 
 
 def test_what_is_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.mixed_configs import MixedAddConfig
+from fastlora.kernels.configs import KernelConfig
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 from tests.support.kernels.mixed_updates import add
 
@@ -32,7 +32,5 @@ def test_number_of_adapters(lab: Any, slots: int) -> None:
 
 def test_every_chunk(lab: Any) -> None:
     problem = MixedProblem(lab, draw_ids(40, 8), [RANKS], 50, [50], torch.float32, biased=(0,))
-    config = MixedAddConfig(
-        block_m=16, block_n=32, block_k=16, block_r=16, num_warps=4, num_stages=2
-    )
+    config = KernelConfig(block_m=16, block_n=32, block_k=16, block_r=16, num_warps=4, num_stages=2)
     problem.check(add(problem, config))

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.mixed_configs import MixedExpandConfig
+from fastlora.kernels.configs import KernelConfig
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 from tests.support.kernels.mixed_updates import expand
 
@@ -28,5 +28,5 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, n: int) -> None:
 def test_every_chunk_and_plane(lab: Any, block_r: int, splits: int) -> None:
     ranks = [[RANKS[slot % 8] for slot in range(64)]]
     problem = MixedProblem(lab, draw_ids(64, 64), ranks, 32, [50], torch.float32, biased=(5, 9))
-    config = MixedExpandConfig(block_m=32, block_n=32, block_r=block_r, num_warps=4)
+    config = KernelConfig(block_m=32, block_n=32, block_r=block_r, num_warps=4)
     problem.check(expand(problem, config, splits))

@@ -9,19 +9,19 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of
-from fastlora.kernels.mixed_configs import MixedLinearConfig, mixed_linear_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.mixed_lora_linear import launch_mixed_lora_linear
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Rows, outputs, columns of x.
 SHAPES = [(1, 128, 256), (15, 33, 100), (16, 64, 72), (17, 130, 65), (64, 96, 200), (150, 70, 31)]
-SMALL = MixedLinearConfig(block_m=16, block_n=32, block_k=32, block_r=32, num_warps=4, num_stages=2)
+SMALL = KernelConfig(block_m=16, block_n=32, block_k=32, block_r=32, num_warps=4, num_stages=2)
 
 
 def linear(
     problem: MixedProblem,
-    config: MixedLinearConfig | None = None,
+    config: KernelConfig | None = None,
     g: int = 0,
     splits: int = 1,
     y: torch.Tensor | None = None,
@@ -38,7 +38,8 @@ def linear(
         *problem.route,
         *problem.tables(g),
         factor_dtype=problem.factor_dtype,
-        config=config or mixed_linear_config(chip_of(y.device), problem.m, n, problem.dtype),
+        config=config
+        or choose(chip_of(y.device), "mixed_lora_linear", problem.dtype, m=problem.m, n=n),
         pdl=False,
     )
     return y
@@ -63,7 +64,7 @@ def test_every_chunk_and_plane(lab: Any, block_r: int, splits: int) -> None:
     problem = MixedProblem(
         lab, draw_ids(40, 8), [RANKS], 32, [50], torch.float32, biased=range(0, 8, 2)
     )
-    config = MixedLinearConfig(
+    config = KernelConfig(
         block_m=32, block_n=32, block_k=32, block_r=block_r, num_warps=4, num_stages=2
     )
     problem.check(linear(problem, config, splits=splits))
@@ -166,7 +167,7 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
 @pytest.mark.parametrize("group_m", [1, 3])
 def test_program_order_covers_every_tile(lab: Any, group_m: int) -> None:
     problem = MixedProblem(lab, draw_ids(75, 8), [RANKS], 16, [100], torch.float32)
-    config = MixedLinearConfig(
+    config = KernelConfig(
         block_m=16,
         block_n=32,
         block_k=16,

@@ -12,8 +12,8 @@ from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import chip_of
-from fastlora.kernels.mixed_configs import MixedShrinkConfig, mixed_shrink_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.mixed_lora_shrink import launch_mixed_lora_shrink
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
@@ -23,10 +23,14 @@ THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 SHAPES = [(1, 256, ONE), (15, 100, THREE), (17, 72, ONE), (64, 65, THREE), (150, 200, THREE)]
 
 
-def launch(problem: MixedProblem, s: torch.Tensor, config: MixedShrinkConfig | None = None) -> None:
+def launch(problem: MixedProblem, s: torch.Tensor, config: KernelConfig | None = None) -> None:
     """Writes s ``[splits, G, M, R]``."""
-    config = config or mixed_shrink_config(
-        chip_of(problem.x.device), problem.m, len(problem.ns) * problem.max_rank, problem.dtype
+    config = config or choose(
+        chip_of(problem.x.device),
+        "mixed_lora_shrink",
+        problem.dtype,
+        m=problem.m,
+        r=len(problem.ns) * problem.max_rank,
     )
     launch_mixed_lora_shrink(
         s,
@@ -41,7 +45,7 @@ def launch(problem: MixedProblem, s: torch.Tensor, config: MixedShrinkConfig | N
 
 
 def shrink(
-    problem: MixedProblem, splits: int = 1, config: MixedShrinkConfig | None = None
+    problem: MixedProblem, splits: int = 1, config: KernelConfig | None = None
 ) -> torch.Tensor:
     """Returns s ``[splits, G, M, R]`` over NaN."""
     columns = -(-problem.max_rank // 16) * 16
@@ -78,7 +82,7 @@ def test_values(lab: Any, dtype: torch.dtype, m: int, k: int, ranks: Any) -> Non
 def test_every_split_and_rank_block(lab: Any, splits: int, block_r: int) -> None:
     # 3 blocks of K: with 2 splits one is short, with 4 one is empty.
     problem = MixedProblem(lab, draw_ids(40, 8), THREE, 90, [8] * 3, torch.float32)
-    config = MixedShrinkConfig(
+    config = KernelConfig(
         block_m=16,
         block_k=32,
         block_r=block_r,
@@ -135,7 +139,7 @@ def test_a_rank_larger_than_s_stays_within_it(lab: Any, block_r: int) -> None:
     problem = MixedProblem(
         lab, draw_ids(40, 3), ((8, 40, 3), (64, 4, 24)), 72, [8] * 2, torch.float32
     )
-    config = MixedShrinkConfig(
+    config = KernelConfig(
         block_m=16, block_k=32, block_r=block_r, narrow_r=16, num_warps=4, num_stages=2
     )
     whole = shrink(problem, 1, config)

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.grad_configs import plane_sums_config
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import choose
 from fastlora.kernels.plane_sums import launch_plane_sums
 
 # Outputs off the block and on it, one smaller than a block, one with nothing in it.
@@ -29,7 +30,9 @@ def test_sums(lab: Any, dtype: torch.dtype, count: int) -> None:
     chosen = OUTPUTS[:count]
     planes = [lab.rand(p, *shape) for shape, p in chosen]
     outs = [lab.poisoned(*shape, dtype=dtype) for shape, _ in chosen]
-    launch_plane_sums(outs, planes, config=plane_sums_config())
+    launch_plane_sums(
+        outs, planes, config=choose(chip_of(planes[0].device), "plane_sums", torch.float32)
+    )
     for out, stack in zip(outs, planes, strict=True):
         assert torch.equal(out, in_order(stack).to(dtype))
 
@@ -38,7 +41,9 @@ def test_each_output_has_its_dtype_and_nothing_else_is_written(lab: Any) -> None
     planes = [lab.rand(4, 2000), lab.rand(2, 1030)]
     room = lab.poisoned(2010, dtype=torch.float16)
     outs = [room[:2000], lab.poisoned(1030, dtype=torch.float32)]
-    launch_plane_sums(outs, planes, config=plane_sums_config())
+    launch_plane_sums(
+        outs, planes, config=choose(chip_of(planes[0].device), "plane_sums", torch.float32)
+    )
     assert torch.equal(outs[0], in_order(planes[0]).half())
     assert torch.equal(outs[1], in_order(planes[1]))
     assert room[2000:].isnan().all()

@@ -23,7 +23,7 @@ DEVICE = "cuda" if NATIVE else "cpu"
 if not ops.triton_status(DEVICE)[0]:
     pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
 
-from fastlora.kernels import configs, plan_tables  # noqa: E402  # only where there are kernels
+from fastlora.kernels import chips, configs  # noqa: E402  # only where there are kernels
 
 
 @pytest.fixture
@@ -57,20 +57,31 @@ def test_the_default_is_the_designs(m: int, expected: str, launched: list[str]) 
     """On every chip, while nothing has been measured: fused up to 64 rows, split above."""
     lora_linear(*operands(m), 0.5, impl="triton")
     assert launched == [expected]
-    assert plan_tables.plan_for("sm_90", torch.bfloat16, m, 16) == expected
+    h100 = chips.Chip("sm_90", 132)
+    for launch in ("lora_linear", "lora_grad_x", "mixed_lora_linear", "mixed_lora_grad_x"):
+        assert configs.plan_of(h100, launch, torch.bfloat16, m=m, n=40, k=48, r=16) == expected
 
 
 def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """The first row whose limits hold, for the chip's family and x's dtype alone."""
-    row = plan_tables.PlanRow
-    table = (row("augmented", max_rows=30, max_rank=8), row("fused", max_rows=30), row("split"))
-    family = configs.chip_of(torch.device(DEVICE)).family
-    monkeypatch.setitem(plan_tables.MEASURED, (family, torch.float32), table)
-    found = [
-        plan_tables.plan_for(family, torch.float32, *size) for size in ((30, 8), (30, 9), (31, 8))
-    ]
-    assert found == ["augmented", "fused", "split"]
-    assert plan_tables.plan_for(family, torch.float16, 30, 8) == "fused"
+    """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
+    chip, row, key = chips.chip_of(torch.device(DEVICE)), chips.Row, ("lora_linear", "ieee")
+    table = configs.TABLES[chip.family]
+    rows = (
+        row(max_m=30, n=40, k=48, max_r=8, plan="augmented"),
+        row(max_m=30, plan="fused"),
+        row(plan="split"),
+    )
+    monkeypatch.setitem(table, key, (*rows, *table[key]))
+    plan_of = configs.plan_of.__wrapped__  # which remembers nothing
+    monkeypatch.setattr(configs, "plan_of", plan_of)
+
+    def found(m: int, r: int, launch: str = "lora_linear", n: int = 40, k: int = 48) -> str:
+        return plan_of(chip, launch, torch.float32, m=m, n=n, k=k, r=r)
+
+    assert [found(30, 8), found(30, 9), found(31, 8)] == ["augmented", "fused", "split"]
+    assert [found(30, 8, n=41), found(30, 8, k=49)] == ["fused", "fused"]
+    assert found(31, 8, "lora_grad_x") == "fused"
+    assert plan_of(chip, "lora_linear", torch.float16, m=31, n=40, k=48, r=8) == "fused"
     lora_linear(*operands(30), 0.5, impl="triton")
     assert launched == ["augmented"]
 

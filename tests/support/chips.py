@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.kernels.configs import Chip
+from fastlora.kernels.chips import Chip
 
 GPUS = (
     Chip("sm_80", 108),

@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-# Launches that another kernel's launcher makes.
-MODULES = {"lora_grad_x": "lora_linear", "lora_grad_x_add": "lora_expand"}
-
 
 class GradOperands:
     """What `launches._Operands` calls the launchers with; its attributes are described there."""

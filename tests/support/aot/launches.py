@@ -14,15 +14,16 @@ from unittest import mock
 
 import torch
 
-from fastlora.kernels import configs
-from fastlora.kernels.configs import Chip, Shipped
-from fastlora.kernels.grad_configs import all_grad_shipped
-from fastlora.kernels.invariant_configs import all_invariant_shipped
-from fastlora.kernels.mixed_configs import all_mixed_shipped
-from fastlora.kernels.mixed_grad_configs import all_mixed_grad_shipped
-from tests.support.aot.grad_launches import MODULES, GradOperands
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import (
+    MAX_SPLITS,
+    Shipped,
+    all_invariant_shipped,
+    all_shipped,
+    kernel_of,
+)
+from tests.support.aot.grad_launches import GradOperands
 from tests.support.aot.mixed_grad_launches import (
-    MIXED_MODULES,
     SHARED_BY_SIBLINGS,
     MixedGradOperands,
     is_compiled,
@@ -68,11 +69,13 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """
     result = []
     for chip in chips:
-        for shipped in (
-            *configs.all_shipped(chip),
-            *all_mixed_shipped(chip),
-            *all_grad_shipped(chip),
-        ):
+        for shipped in all_shipped(chip):
+            if shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad")):
+                if is_compiled(chip, shipped):
+                    result.append(Case(chip.arch, shipped, "training"))
+                    if shipped.kernel in SHARED_BY_SIBLINGS and shipped.dtype == torch.bfloat16:
+                        result.append(Case(chip.arch, shipped, "siblings"))
+                continue
             result.append(Case(chip.arch, shipped, "heavy"))
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
                 result.append(Case(chip.arch, shipped, "plain"))
@@ -86,11 +89,6 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             narrow = shipped.kernel == "mixed_lora_shrink" and shipped.config.block_r == 16
             if narrow and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "alone"))
-        for shipped in all_mixed_grad_shipped(chip):
-            if is_compiled(chip, shipped):
-                result.append(Case(chip.arch, shipped, "training"))
-                if shipped.kernel in SHARED_BY_SIBLINGS and shipped.dtype == torch.bfloat16:
-                    result.append(Case(chip.arch, shipped, "siblings"))
         for shipped in all_invariant_shipped(chip):
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
@@ -120,7 +118,7 @@ class _Operands(GradOperands, MixedGradOperands):
         self.factor_dtype = torch.float32 if self.heavy else self.dtype
 
     def __call__(self, module: Any) -> None:
-        getattr(self, self.stem)(getattr(module, f"launch_{module_of(self.stem)}"))
+        getattr(self, self.stem)(getattr(module, f"launch_{kernel_of(self.stem)}"))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -137,7 +135,7 @@ class _Operands(GradOperands, MixedGradOperands):
 
     def lora_linear(self, launch: Callable[..., None]) -> None:
         s = self.empty(self.m, self.r)
-        planes = self.empty(configs.MAX_SPLITS, self.m, self.r, dtype=torch.float32)
+        planes = self.empty(MAX_SPLITS, self.m, self.r, dtype=torch.float32)
         launch(
             self.empty(self.m, self.n),
             self.empty(self.m, self.k),
@@ -245,15 +243,10 @@ class _Operands(GradOperands, MixedGradOperands):
         )
 
 
-def module_of(stem: str) -> str:
-    """Returns the stem of the module whose launcher makes a launch."""
-    return {**MODULES, **MIXED_MODULES}.get(stem, stem)
-
-
 def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
     """Returns the one launch that a launcher makes."""
-    with recording(module_of(stem)) as made:
-        launch(importlib.import_module(f"fastlora.kernels.{module_of(stem)}"))
+    with recording(kernel_of(stem)) as made:
+        launch(importlib.import_module(f"fastlora.kernels.{kernel_of(stem)}"))
     (only,) = made
     return only
 

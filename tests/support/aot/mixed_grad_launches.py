@@ -7,18 +7,11 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.configs import Chip, Shipped
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import Shipped
 from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 
-# Launches that another kernel's launcher makes.
-MIXED_MODULES = {
-    "mixed_lora_grad_x": "mixed_lora_linear",
-    "mixed_lora_grad_x_add": "mixed_lora_expand",
-    "mixed_lora_train_shrink": "mixed_lora_shrink",
-    "mixed_lora_train_linear": "mixed_lora_linear",
-    "mixed_lora_train_expand": "mixed_lora_expand",
-}
 # Launches that siblings share in training.
 SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 _SLOTS = 64

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastlora.kernels.configs import DropoutConfig, ExpandConfig, LinearConfig, ShrinkConfig, cdiv
-from fastlora.kernels.grad_configs import GradAConfig, GradBConfig
+from fastlora.kernels.configs import KernelConfig, cdiv
 
 Bytes = dict[str, tuple[int, int]]
 SCALING = 4  # bytes of one fp32
@@ -36,7 +35,7 @@ class Form(NamedTuple):
         return sum(i for side in (self.loads, self.stores) for _, i in side.values())
 
 
-def shrink(m: int, k: int, r: int, e: int, f: int, config: ShrinkConfig) -> Form:
+def shrink(m: int, k: int, r: int, e: int, f: int, config: KernelConfig) -> Form:
     """`launch_lora_shrink` without dropout: x once per block of rank rows."""
     tiles_m, blocks_r = cdiv(m, config.block_m), cdiv(r, config.block_r)
     written = e * m * r if config.splits == 1 else 4 * config.splits * m * r
@@ -58,7 +57,7 @@ def shrink_reduce(m: int, r: int, e: int, planes: int) -> Form:
 
 
 def linear(
-    m: int, n: int, k: int, r: int, e: int, f: int, planes: int, config: LinearConfig
+    m: int, n: int, k: int, r: int, e: int, f: int, planes: int, config: KernelConfig
 ) -> Form:
     """`launch_lora_linear` as a forward without bias; s is written besides where it is planes."""
     tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
@@ -81,7 +80,7 @@ def linear(
     )
 
 
-def expand(m: int, n: int, r: int, e: int, f: int, config: ExpandConfig) -> Form:
+def expand(m: int, n: int, r: int, e: int, f: int, config: KernelConfig) -> Form:
     """`launch_lora_expand` with one scaling: y read and written, s once per tile of N."""
     tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
     depth = cdiv(r, config.block_r) * config.block_r
@@ -97,7 +96,7 @@ def expand(m: int, n: int, r: int, e: int, f: int, config: ExpandConfig) -> Form
     )
 
 
-def dropout(m: int, k: int, e: int, config: DropoutConfig) -> Form:
+def dropout(m: int, k: int, e: int, config: KernelConfig) -> Form:
     """`launch_lora_dropout`: x once, what is kept once, and the seed in every program."""
     programs = cdiv(m, config.block_m) * cdiv(k, config.block_k)
     return Form(
@@ -108,10 +107,10 @@ def dropout(m: int, k: int, e: int, config: DropoutConfig) -> Form:
 
 
 def grad_b(
-    m: int, n: int, r: int, e: int, f: int, scalings: int, with_bias: bool, config: GradBConfig
+    m: int, n: int, r: int, e: int, f: int, scalings: int, with_bias: bool, config: KernelConfig
 ) -> Form:
     """`launch_lora_grad_b`: dy once per block of rank rows, s and lora_b once per program."""
-    columns, splits = config.columns(n), config.splits
+    columns, splits = cdiv(n, config.block_n), config.splits
     blocks_r, steps = cdiv(r, config.block_r), cdiv(m, config.block_m)
     ds = e * m * r if columns == 1 else 4 * columns * m * r
     d_lora_b = f * n * r if splits == 1 else 4 * splits * n * r
@@ -132,7 +131,7 @@ def grad_b(
 
 
 def grad_a(
-    m: int, k: int, ranks: Sequence[int], e: int, f: int, dropout: bool, config: GradAConfig
+    m: int, k: int, ranks: Sequence[int], e: int, f: int, dropout: bool, config: KernelConfig
 ) -> Form:
     """`launch_lora_grad_a`: x once per block of rank rows, ds once per block of columns."""
     columns, splits, count = cdiv(k, config.block_k), config.splits, len(ranks)
@@ -150,7 +149,7 @@ def grad_a(
 
 
 def grad_x(
-    m: int, n: int, k: int, r: int, e: int, f: int, dropout: bool, config: LinearConfig
+    m: int, n: int, k: int, r: int, e: int, f: int, dropout: bool, config: KernelConfig
 ) -> Form:
     """`launch_lora_linear` as the gradient of x: dy ``[m, n]``, dx ``[m, k]``."""
     tiles_m, tiles_k = cdiv(m, config.block_m), cdiv(k, config.block_n)

@@ -20,16 +20,9 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from fastlora.kernels import configs
-from fastlora.kernels.configs import (
-    Chip,
-    cdiv,
-    dropout_config,
-    expand_config,
-    linear_config,
-    shrink_config,
-)
-from fastlora.kernels.grad_configs import grad_a_config, grad_b_config, grad_x_config
+from fastlora.kernels import chips
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import cdiv, choose
 from fastlora.ops import grad_ops  # noqa: F401 - registers the operators
 from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
@@ -52,7 +45,7 @@ _E, _F = 2, 4  # bytes of fp16 activations, and of the fp32 masters of the facto
 def _on_quarter() -> Iterator[None]:
     """Kernels are launched as on that chip."""
     with (
-        mock.patch.object(configs, "chip_of", lambda device: QUARTER),
+        mock.patch.object(chips, "chip_of", lambda device: QUARTER),
         # Programmatic dependent launch: the interpreter has no order of launches to relax.
         mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
         mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
@@ -91,11 +84,11 @@ def count_step(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
 
 def forms_of_step(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> dict[str, Form]:
     """Returns what `count_step` must find, from the shapes and the tiles of the chosen configs."""
-    shrink = shrink_config(chip, m, k, r, _HALF)
-    linear = linear_config(chip, m, n, k, r, _HALF)
-    grad_b = grad_b_config(chip, m, n, r, _HALF)
-    grad_x = grad_x_config(chip, m, k, r, _HALF)
-    grad_a = grad_a_config(chip, m, k, r, 1, _HALF)
+    shrink = choose(chip, "lora_shrink", _HALF, m=m, k=k, r=r)
+    linear = choose(chip, "lora_linear", _HALF, m=m, n=n, k=k, r=r)
+    grad_b = choose(chip, "lora_grad_b", _HALF, m=m, n=n, r=r)
+    grad_x = choose(chip, "lora_grad_x", _HALF, m=m, k=k, r=r)
+    grad_a = choose(chip, "lora_grad_a", _HALF, m=m, k=k, r=r, siblings=1)
     forms = {
         "lora_shrink": byte_forms.shrink(m, k, r, _E, _F, shrink),
         "lora_linear": byte_forms.linear(m, n, k, r, _E, _F, shrink.splits, linear),
@@ -103,7 +96,7 @@ def forms_of_step(m: int, k: int, n: int, r: int, chip: Chip = QUARTER) -> dict[
         "lora_grad_x": byte_forms.grad_x(m, n, k, r, _E, _F, False, grad_x),
         "lora_grad_a": byte_forms.grad_a(m, k, [r], _E, _F, False, grad_a),
     }
-    planes = [(m * r, grad_b.columns(n), _E), (n * r, grad_b.splits, _F)]
+    planes = [(m * r, cdiv(n, grad_b.block_n), _E), (n * r, grad_b.splits, _F)]
     summed = [entry for entry in planes if entry[1] > 1]
     if summed:
         forms["plane_sums of lora_grad_b"] = byte_forms.plane_sums(*zip(*summed, strict=True))
@@ -128,10 +121,14 @@ def count_others(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
 def forms_of_others(m: int, k: int, n: int, r: int) -> dict[str, Form]:
     """Returns what `count_others` must find."""
     forms = {
-        "lora_expand": byte_forms.expand(m, n, r, _E, _F, expand_config(QUARTER, m, n, r, _HALF)),
-        "lora_dropout": byte_forms.dropout(m, k, _E, dropout_config(QUARTER, m, k, _HALF)),
+        "lora_expand": byte_forms.expand(
+            m, n, r, _E, _F, choose(QUARTER, "lora_expand", _HALF, m=m, n=n, r=r)
+        ),
+        "lora_dropout": byte_forms.dropout(
+            m, k, _E, choose(QUARTER, "lora_dropout", _HALF, m=m, k=k)
+        ),
     }
-    splits = shrink_config(QUARTER, m, k, r, _HALF).splits
+    splits = choose(QUARTER, "lora_shrink", _HALF, m=m, k=k, r=r).splits
     if splits > 1:
         forms["lora_shrink_reduce"] = byte_forms.shrink_reduce(m, r, _E, splits)
     return forms

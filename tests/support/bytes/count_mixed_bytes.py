@@ -19,21 +19,9 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from fastlora.kernels import configs
-from fastlora.kernels.configs import Chip, cdiv
-from fastlora.kernels.mixed_configs import (
-    mixed_add_config,
-    mixed_dora_scale_config,
-    mixed_expand_config,
-    mixed_linear_config,
-    mixed_shrink_config,
-)
-from fastlora.kernels.mixed_grad_configs import (
-    mixed_grad_a_config,
-    mixed_grad_b_config,
-    mixed_grad_x_config,
-    run_rows,
-)
+from fastlora.kernels import chips
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.configs import cdiv, choose, run_rows
 from fastlora.ops import mixed_ops
 from tests.support.bytes import mixed_byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
@@ -95,7 +83,7 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
             ],
         )
         with (
-            mock.patch.object(configs, "chip_of", lambda device: QUARTER),
+            mock.patch.object(chips, "chip_of", lambda device: QUARTER),
             # Programmatic dependent launch: the interpreter has no order of launches to relax.
             mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
             mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
@@ -128,14 +116,18 @@ def forms_of_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str,
     """Returns what `count_forward` must find, all but the tables' and the routing's bytes."""
     half = torch.float16
     splits = mixed_ops._shrunk_shape(m, k, 1, r, False)[0]
-    shrink = mixed_shrink_config(QUARTER, m, r, half)
-    linear = mixed_linear_config(QUARTER, m, n, half)
-    expand, add = mixed_expand_config(QUARTER, m, n, half), mixed_add_config(QUARTER, half)
+    shrink = choose(QUARTER, "mixed_lora_shrink", half, m=m, r=r)
+    linear = choose(QUARTER, "mixed_lora_linear", half, m=m, n=n)
+    expand, add = (
+        choose(QUARTER, "mixed_lora_expand", half, m=m, n=n),
+        choose(QUARTER, "mixed_lora_add", half),
+    )
+    scale = choose(QUARTER, "mixed_dora_scale", half, m=m, n=n)
     return {
         "mixed_lora_shrink": mixed_byte_forms.shrink(m, k, r, adapters, E, F, splits, shrink),
         "mixed_lora_linear": mixed_byte_forms.linear(m, n, k, r, adapters, E, F, splits, linear),
         "mixed_lora_expand": mixed_byte_forms.expand(m, n, r, adapters, E, F, splits, expand),
-        "mixed_dora_scale": mixed_byte_forms.scale(m, n, adapters, E, mixed_dora_scale_config(m)),
+        "mixed_dora_scale": mixed_byte_forms.scale(m, n, adapters, E, scale),
         "mixed_lora_add": mixed_byte_forms.add(DECODE, n, k, r, adapters, E, F, add),
     }
 
@@ -159,7 +151,7 @@ def count_backward(m: int, k: int, n: int, r: int, adapters: int) -> ByteCounter
         biased=(),
     )
     groups, s = problem.groups, torch.randn(m, max(r, 16)).half()
-    with mock.patch.object(configs, "chip_of", lambda device: QUARTER):
+    with mock.patch.object(chips, "chip_of", lambda device: QUARTER):
         b, a = problem.grad_b_arguments(s), problem.grad_a_arguments(s)
     counter = ByteCounter(
         x=[problem.x],
@@ -171,7 +163,7 @@ def count_backward(m: int, k: int, n: int, r: int, adapters: int) -> ByteCounter
         routing=[groups.order, groups.segment_of, groups.segment_slot, groups.slot_start],
     )
     with (
-        mock.patch.object(configs, "chip_of", lambda device: QUARTER),
+        mock.patch.object(chips, "chip_of", lambda device: QUARTER),
         # Programmatic dependent launch: the interpreter has no order of launches to relax.
         mock.patch.object(tl.extra.cuda, "gdc_wait", lambda: None),
         mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
@@ -221,14 +213,20 @@ def closed_form(m: int, k: int, n: int, r: int, adapters: int, chip: Chip) -> tu
     From shapes and tiles alone, for adapters with as many rows each.
     """
     half = torch.float16
-    config_b, config_a = mixed_grad_b_config(chip, r, half), mixed_grad_a_config(chip, r, half)
-    config_x = mixed_grad_x_config(chip, m, k, half)
+    config_b, config_a = (
+        choose(chip, "mixed_lora_grad_b", half, r=r),
+        choose(chip, "mixed_lora_grad_a", half, r=r),
+    )
+    config_x = choose(chip, "mixed_lora_grad_x", half, m=m, k=k)
     tiles_n, tiles_k = cdiv(n, config_b.block_n), cdiv(k, config_a.block_k)
     # An adapter's rows and a run's meet in as many pieces as there are planes.
     share = m // adapters
     pieces = [
         len({(row // rows, row // share) for row in range(m)})
-        for rows in (run_rows(chip, m, n, config_b), run_rows(chip, m, k, config_a))
+        for rows in (
+            run_rows(chip, m, tiles_n, config_b.block_m),
+            run_rows(chip, m, tiles_k, config_a.block_m),
+        )
     ]
     ds_planes, b_planes = 4 * tiles_n * m * r, 4 * pieces[0] * n * r
     a_planes, own_b, own_a = 4 * pieces[1] * r * k, F * adapters * r * n, F * adapters * r * k

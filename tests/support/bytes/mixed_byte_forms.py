@@ -8,14 +8,7 @@ each adapter, piece or row. ``e`` is the bytes of an element of activations, ``f
 
 from __future__ import annotations
 
-from fastlora.kernels.configs import cdiv
-from fastlora.kernels.mixed_configs import (
-    MixedAddConfig,
-    MixedExpandConfig,
-    MixedLinearConfig,
-    MixedScaleConfig,
-    MixedShrinkConfig,
-)
+from fastlora.kernels.configs import KernelConfig, cdiv
 from tests.support.bytes.byte_forms import Form
 
 
@@ -26,7 +19,7 @@ def meetings(m: int, adapters: int, block_m: int) -> int:
 
 
 def shrink(
-    m: int, k: int, r: int, adapters: int, e: int, f: int, splits: int, config: MixedShrinkConfig
+    m: int, k: int, r: int, adapters: int, e: int, f: int, splits: int, config: KernelConfig
 ) -> Form:
     """`launch_mixed_lora_shrink`: x once per block of rank rows, lora_a once per piece."""
     pieces = meetings(m, adapters, config.block_m)
@@ -52,7 +45,7 @@ def linear(
     e: int,
     f: int,
     splits: int,
-    config: MixedLinearConfig,
+    config: KernelConfig,
 ) -> Form:
     """`launch_mixed_lora_linear` without bias: the base GEMM's bytes, and the rank rows'."""
     tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
@@ -70,7 +63,7 @@ def linear(
 
 
 def expand(
-    m: int, n: int, r: int, adapters: int, e: int, f: int, splits: int, config: MixedExpandConfig
+    m: int, n: int, r: int, adapters: int, e: int, f: int, splits: int, config: KernelConfig
 ) -> Form:
     """`launch_mixed_lora_expand`: y read and written, and the rank rows' bytes."""
     loads, flops = _rank_rows(m, n, r, adapters, f, splits, config)
@@ -79,7 +72,7 @@ def expand(
 
 
 def add(
-    m: int, n: int, k: int, r: int, adapters: int, e: int, f: int, config: MixedAddConfig
+    m: int, n: int, k: int, r: int, adapters: int, e: int, f: int, config: KernelConfig
 ) -> Form:
     """`launch_mixed_lora_add`: every tile of N makes s anew, so x and lora_a are read for each."""
     pieces, tiles_n = meetings(m, adapters, config.block_m), cdiv(n, config.block_n)
@@ -98,7 +91,7 @@ def add(
     )  # fmt: skip
 
 
-def scale(m: int, n: int, adapters: int, e: int, config: MixedScaleConfig) -> Form:
+def scale(m: int, n: int, adapters: int, e: int, config: KernelConfig) -> Form:
     """`launch_mixed_dora_scale` with a bias: y read and written, the rest once per piece."""
     pieces, y = meetings(m, adapters, config.block_m), (e * m * n, e * m * n)
     return Form(
@@ -119,7 +112,7 @@ def _rank_rows(
     adapters: int,
     f: int,
     splits: int,
-    config: MixedLinearConfig | MixedExpandConfig,
+    config: KernelConfig | KernelConfig,
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """Loads and FLOPs of adding the rank rows: s once per tile of N, lora_b once per tile of M.
 

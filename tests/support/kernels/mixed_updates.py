@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.kernels.configs import chip_of
-from fastlora.kernels.mixed_configs import (
-    MixedAddConfig,
-    MixedExpandConfig,
-    mixed_add_config,
-    mixed_expand_config,
-)
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.mixed_lora_add import launch_mixed_lora_add
 from fastlora.kernels.mixed_lora_expand import launch_mixed_lora_expand
 from tests.support.kernels.mixed_problem import MixedProblem
 
 
 def add(
-    problem: MixedProblem, config: MixedAddConfig | None = None, y: torch.Tensor | None = None
+    problem: MixedProblem, config: KernelConfig | None = None, y: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Returns module 0's y, from a base product that is right."""
     if y is None:
         y = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
-    config = config or mixed_add_config(chip_of(y.device), y.dtype)
+    config = config or choose(chip_of(y.device), "mixed_lora_add", y.dtype)
     launch_mixed_lora_add(
         y,
         problem.x,
@@ -38,7 +33,7 @@ def add(
 
 def expand(
     problem: MixedProblem,
-    config: MixedExpandConfig | None = None,
+    config: KernelConfig | None = None,
     splits: int = 1,
     y: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -51,6 +46,7 @@ def expand(
         *problem.route,
         *problem.tables(),
         factor_dtype=problem.factor_dtype,
-        config=config or mixed_expand_config(chip_of(y.device), *y.shape, y.dtype),
+        config=config
+        or choose(chip_of(y.device), "mixed_lora_expand", y.dtype, m=y.shape[0], n=y.shape[1]),
     )
     return y

@@ -1,0 +1,159 @@
+"""What a chip is: its limits, and the rows of the table that `fastlora.kernels.configs` reads."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastlora.env import triton_interpreted
+
+_KIB = 1024
+# Shared memory (LDS) that one program may use.
+_SHARED_LIMITS = {
+    "sm_80": 163 * _KIB,
+    "sm_86": 99 * _KIB,
+    "sm_90": 227 * _KIB,
+    "sm_100": 227 * _KIB,
+    "gfx942": 64 * _KIB,
+    "gfx950": 160 * _KIB,
+}
+_FAMILIES = {
+    "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
+    "sm_80": "sm_80",
+    "sm_86": "sm_86",
+    "sm_87": "sm_80",
+    "sm_89": "sm_86",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "gfx942": "gfx942",
+    "gfx950": "gfx950",
+}
+_PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+
+
+class Chip(NamedTuple):
+    """What a config depends on: the arch, as in "sm_90" or "gfx942", and the processors it has."""
+
+    arch: str
+    num_sms: int
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the tables cover this chip."""
+        return self.arch in _FAMILIES
+
+    @property
+    def family(self) -> str:
+        """The arch whose table this chip uses; `ValueError` for a chip that has none."""
+        if not self.is_supported:
+            raise ValueError(f"no configs for {self.arch!r}, expected one of {sorted(_FAMILIES)}")
+        return _FAMILIES[self.arch]
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that one program may use."""
+        return _SHARED_LIMITS[self.family]
+
+    @property
+    def max_registers(self) -> int | None:
+        """Registers a thread may use; None on AMD, where the compiler has no such option.
+
+        Left alone, ptxas stores a register or two to memory to reach the next step of occupancy
+        (triton 3.9: 8 or 16 bytes in 12 of 580 kernels; in none once the limit is said).
+        """
+        return None if self.family.startswith("gfx") else 255
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel may be launched as a programmatic dependent of the one before."""
+        return self.arch in _PDL_ARCHS
+
+    @property
+    def has_wide_mma(self) -> bool:
+        """Whether its tensor cores take 64 rows at least, not 16."""
+        return self.family in ("sm_90", "sm_100")
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Returns the chip behind a CUDA or ROCm device, or the interpreter's stand-in."""
+    if triton_interpreted():
+        return Chip("interpreter", 4)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Chip(arch, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a chip's table: a tile that a launch may take, or what a tuner measured.
+
+    A table maps ``(launch, kind)`` to rows. Launches are those of `configs.LAUNCHES`. A kind is
+    "half" (fp16 and bf16), or a precision of fp32: "tf32" or "ieee".
+
+    The first six columns are the tile. Rows without the other columns are candidates for every
+    problem; they run from the widest tile to the narrowest, and `configs.choose` picks one by its
+    rules. A row with a value in the other columns is a measurement, of a tile or of a plan. The
+    first measurement that covers the problem goes before every candidate, except in the
+    batch-invariant mode. A tuner writes measurements in front of the candidates, under the chip
+    that it ran on. In a launch of a mixed batch that works by pieces or runs of rows, a
+    measurement has the ``block_m`` of the candidates: the host makes them before the launch.
+
+    Attributes:
+        block_m: Rows of x, y, s or dy; 0, here and below, where the kernel has no such side.
+        block_n: Columns of y or dy; of dx where the launch makes dx.
+        block_k: Columns of x, or a step of the K loop.
+        num_warps: Of a program; 0 in a row with a plan.
+        num_stages: Of the pipelined loop.
+        blocks_r: Every BLOCK_R at which the tile spills no register, from the smallest. The
+            ahead-of-time test compiles each.
+        max_m: The most rows M that the measurement covers; None for any.
+        n: The layer's N that it covers; None for any.
+        k: The layer's K that it covers; None for any.
+        max_r: The largest rank that it covers; None for any. A shrink or a gradient of lora_a for
+            several modules of a mixed batch counts the rank rows of all of them, a plan of a mixed
+            batch those of all slots.
+        plan: The fastest plan (`configs.plan_of`), in a row without a tile; "" in all others.
+    """
+
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 0
+    num_stages: int = 1
+    blocks_r: tuple[int, ...] = ()
+    max_m: int | None = None
+    n: int | None = None
+    k: int | None = None
+    max_r: int | None = None
+    plan: str = ""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the row is a measurement."""
+        return self.plan != "" or (self.max_m, self.n, self.k, self.max_r) != (None,) * 4
+
+    def covers(self, m: int, n: int, k: int, r: int) -> bool:
+        """Whether the row holds for M rows, a layer of N by K, and rank R."""
+        return (
+            (self.max_m is None or m <= self.max_m)
+            and (self.n is None or n == self.n)
+            and (self.k is None or k == self.k)
+            and (self.max_r is None or r <= self.max_r)
+        )
+
+
+Table = dict[tuple[str, str], tuple[Row, ...]]
