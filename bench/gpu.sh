@@ -131,6 +131,7 @@ run_tests() {
     fi
     ((xdist == 0 || cores < 4)) || [[ -n $dry ]] || arguments+=(-n $((cores < 8 ? cores : 8)))
     # What was installed comes before the checkout, where only `tests` is looked for.
+    arguments=(-o pythonpath= "${arguments[@]}")
     (
         cd "$checkout" || exit 2
         export PYTHONSAFEPATH=1 PYTHONPATH=$PYTHONPATH:$checkout OMP_NUM_THREADS=1

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.model import LoraModel, adapter_state
 from fastlora.model.adapter_folder import save_adapter_folder
+from fastlora.model.lora_model import LoraModel, adapter_state
 from fastlora.model.recommend import recommend
 from fastlora.model.tensor_file import replacing
 from fastlora.routing.block import adapters

@@ -1,33 +1,80 @@
 """What the kernel tests share: where they run, in which dtypes, and tensors that show neglect.
 
-They run in Triton's interpreter (``TRITON_INTERPRET=1``, on the CPU) or natively on a CUDA GPU. The
-interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
+They run natively on a CUDA GPU, else in Triton's interpreter on the CPU. Triton reads
+``TRITON_INTERPRET`` once, at its import, and other tests need a Triton that compiles: so the
+interpreter starts by itself where nothing but kernel tests is asked for; among other tests, without
+a GPU, they skip, and the run ends with the command that runs them. The interpreter's bf16
+arithmetic is wrong, so bf16 needs a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastlora.env import triton_interpreted
-
-NATIVE = torch.cuda.is_available() and not triton_interpreted()
-DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if NATIVE else ()))
+FOLDER = Path(__file__).parent
+COMMAND = "python -m pytest tests/kernels"
 
 
-if triton_interpreted() and importlib.util.find_spec("triton") is not None:
-    from tests.support.kernels import quick_interpreter
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter."""
+    from fastlora.env import triton_interpreted  # reads its environment: not before it is set
 
-    quick_interpreter.quicken()
+    return triton_interpreted()
+
+
+def native() -> bool:
+    """Whether they run on a GPU."""
+    return torch.cuda.is_available() and not interpreted()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the interpreter if only kernel tests are asked for and nothing can run them."""
+    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    alone = all(path.resolve().is_relative_to(FOLDER) for path in asked)
+    if alone and not torch.cuda.is_available() and not sys.modules.keys() & {"triton", "fastlora"}:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if interpreted() and importlib.util.find_spec("triton") is not None:
+        from tests.support.kernels import quick_interpreter
+
+        quick_interpreter.quicken()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of this folder where nothing runs kernels."""
+    if not native() and not interpreted():
+        for item in items:
+            if item.path.is_relative_to(FOLDER):
+                item.add_marker(pytest.mark.skip(reason=f"beside other tests; run {COMMAND}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says last, and in red, that kernel tests did not run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    number = sum(COMMAND in str(report.longrepr) for report in skipped)
+    if number:
+        terminalreporter.section("kernel tests did not run", red=True)
+        terminalreporter.line(
+            f"{number} tests of tests/kernels were skipped: without a GPU they need Triton's "
+            f"interpreter, which other tests cannot have in the same process.\n"
+            f"Run them alone: {COMMAND}. All tests, each kind in its own process: make test",
+            red=True,
+        )
 
 
 class Lab:
     """Makes the tensors of a test, on the device under test."""
 
-    device = torch.device("cuda" if NATIVE else "cpu")
+    @property
+    def device(self) -> torch.device:
+        """Where the test's tensors lie."""
+        return torch.device("cuda" if native() else "cpu")
 
     def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normal values, the same on every device."""
@@ -59,15 +106,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Gives every test with a ``dtype`` argument of no other source the dtypes that run here."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "dtype" in metafunc.fixturenames and not any("dtype" in mark.args[0] for mark in marks):
-        metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+        dtypes = (torch.float32, torch.float16, *((torch.bfloat16,) if native() else ()))
+        metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture
 def lab() -> Lab:
-    """The device under test; skips where no kernel can run."""
+    """The device under test."""
     pytest.importorskip("triton", reason="triton is not installed")
-    if not NATIVE and not triton_interpreted():
-        pytest.skip("kernels need a CUDA GPU or TRITON_INTERPRET=1")
     return Lab()
 
 
@@ -87,7 +133,7 @@ def kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's dots where there is one, hostile ones in the interpreter."""
-    if not triton_interpreted():
+    if not interpreted():
         return
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
