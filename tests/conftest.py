@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+# Their assertions too show what they compared.
+pytest.register_assert_rewrite("tests.support")
+
 
 def pytest_configure() -> None:
     """One intra-op thread, unless OMP_NUM_THREADS asks for more: results and times that repeat."""
@@ -28,6 +31,17 @@ def pytest_configure() -> None:
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo without graphs and with its counters at zero; for `pytest.mark.usefixtures`."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

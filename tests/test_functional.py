@@ -10,6 +10,7 @@ from fastlora.autograd import linear as autograd
 from fastlora.functional import lora_add, lora_linear
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, ImplementationError
+from tests.support.plain import plain
 
 # M, N, K, R: pairwise over the sizes that matter (empty, one row, around a tile, off the tile).
 SHAPES = [
@@ -35,18 +36,6 @@ def make(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> dict[str, torch.
         "lora_b": torch.randn(n, r) / r**0.5,
     }
     return {name: t.to(dtype).requires_grad_() for name, t in operands.items()}
-
-
-def plain(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """The expression as anybody would write it."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
 
 
 @pytest.fixture(params=["one node", "PyTorch's nodes"])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora.functional  # noqa: F401  # registers the operators
 from fastlora import FastLoraLinear, LoraConfig, get_peft_model
 from fastlora.testing import assert_within_budget
+from tests.support.tiny import trainable
 
 IDS = torch.randint(0, 49_000, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -35,11 +36,6 @@ def run(function: Any, x: torch.Tensor, parameters: list[nn.Parameter]) -> list[
     torch.manual_seed(9)
     y = function(x)
     return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), parameters)]
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that train."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import fastlora
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, quantised, randomise, tiny_llama
 
 peft = pytest.importorskip("peft", reason="patches PEFT models")
 LoraLayer = peft.tuners.lora.LoraLayer
@@ -240,22 +240,6 @@ def test_what_is_not_fused_says_why(
     assert (not reasons) if reason is None else any(reason in r for r in reasons)
     assert_same(model, twin)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-
-
-def quantised(kind: str) -> nn.Module:
-    """A TwoLayers whose q is quantised."""
-    torch.manual_seed(0)
-    model = TwoLayers()
-    if kind == "bitsandbytes":
-        bnb = pytest.importorskip("bitsandbytes")
-        q = bnb.nn.Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
-        q.load_state_dict(model.q.state_dict())
-        model.q = q.to("cpu")
-        model.is_loaded_in_4bit = True
-    else:
-        torchao = pytest.importorskip("torchao.quantization")
-        torchao.quantize_(model.q, torchao.Int8WeightOnlyConfig(version=2))
-    return model
 
 
 def dequantised(kind: str) -> nn.Module:

@@ -10,24 +10,13 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.model.inject import lora_layers
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
+from tests.support.kernels.mixed_models import use_impl
+from tests.support.tiny import Gated
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-
-class Block(nn.Module):
-    """Two siblings and a layer behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(48, 64), nn.Linear(48, 64), nn.Linear(64, 48)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 48]`` to ``[..., 48]``."""
-        return self.down(self.gate(x) * self.up(x))
 
 
 def build(lab: Any, dtype: torch.dtype, ranks: Sequence[int]) -> Any:
@@ -43,7 +32,9 @@ def build(lab: Any, dtype: torch.dtype, ranks: Sequence[int]) -> Any:
             lora_bias=index == 1,
         )
         if model is None:
-            model = fastlora.get_peft_model(Block(), config, "a0", autocast_adapter_dtype=False)
+            model = fastlora.get_peft_model(
+                Gated(48, 64, called=False), config, "a0", autocast_adapter_dtype=False
+            )
         else:
             model.add_adapter(f"a{index}", config)
     return model.to(lab.device, dtype).eval()
@@ -83,7 +74,7 @@ def test_a_model_with_one_adapter(lab: Any, dtype: torch.dtype) -> None:
 def test_a_pool(lab: Any) -> None:
     """Slots and neighbours of an adapter come and go; its rows stay."""
     torch.manual_seed(0)
-    base = Block().to(lab.device).eval()
+    base = Gated(48, 64, called=False).to(lab.device).eval()
     pool = fastlora.AdapterPool(base, target_modules=["gate", "up", "down"], max_adapters=2)
     states = {}
     for index, r in enumerate((4, 24, 16)):
@@ -115,8 +106,7 @@ def test_a_pool(lab: Any) -> None:
 def test_compile(lab: Any, dtype: torch.dtype) -> None:
     """One trace inside of the mode and one outside, without a break."""
     model, x = build(lab, dtype, (8,)), lab.rand(7, 48, dtype=dtype)
-    for layer in lora_layers(model):
-        layer.impl = "triton"
+    use_impl(model, "triton")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     plans: list[str] = []
     original = ops._triton_linear
@@ -160,8 +150,7 @@ def test_refusals_of_mixed_batches(lab: Any) -> None:
         refused(model.eval(), x, ids, "a factor that is hooked")
         hook.remove()
         refused(model.double(), x.double(), ids, "the kernels take fp16, bf16 and fp32")
-        for layer in lora_layers(model.float()):
-            layer.impl = "eager"
+        use_impl(model.float(), "eager")
         refused(model, x, ids, "impl='eager' cannot run in the batch-invariant mode")
         with fastlora.adapters(model, ids):
             assert model(x).isfinite().all()
@@ -169,7 +158,7 @@ def test_refusals_of_mixed_batches(lab: Any) -> None:
 
 def test_refusals_of_one_adapter(lab: Any) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
-    model = fastlora.get_peft_model(Block().to(lab.device), config)
+    model = fastlora.get_peft_model(Gated(48, 64, called=False).to(lab.device), config)
     x = lab.rand(2, 48)
     refused(model.train(), x, None, "dropout_p=0.5 cannot act .* its place in the batch")
     model.eval()
@@ -187,7 +176,7 @@ def test_refusals_of_wrapped_layers(lab: Any) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise AssertionError("the base layer ran")
 
-    block = Block().to(lab.device)
+    block = Gated(48, 64, called=False).to(lab.device)
     block.gate = Own(48, 64, device=lab.device)
     config = fastlora.LoraConfig(r=4, target_modules=["gate", "up", "down"])
     model = fastlora.get_peft_model(block, config).eval()

@@ -14,8 +14,8 @@ from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels.test_mixed_ops import OPS, linear, linear_arguments, shrink_arguments
 from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_operators import OPS, linear, linear_arguments, shrink_arguments
 from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
 
 RANKS = (1, 3, 8, 16, 24, 5, 0)

@@ -9,29 +9,15 @@ import pytest
 import torch
 
 from fastlora.env import triton_interpreted
-from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.support.bytes.byte_counter import ByteCounter
 from tests.support.kernels.mixed_problem import draw_ids
-from tests.support.kernels.scale_problem import ScaleProblem
+from tests.support.kernels.scale_problem import ScaleProblem, arguments, by_kernel
 
 OPS = torch.ops.fastlora
 Scale = Callable[..., torch.Tensor]
-
-
-def arguments(problem: ScaleProblem, y: torch.Tensor) -> tuple[Any, ...]:
-    """What the kernel's operator takes."""
-    pieces = mixed_ops.pieces_of(problem.groups)
-    return (y, problem.bias, *problem.route, pieces, problem.address, 1)
-
-
-def by_kernel(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns y, scaled by the kernel."""
-    y = problem.y.clone() if y is None else y
-    OPS.mixed_dora_scale_(*arguments(problem, y))
-    return y
 
 
 def by_address(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:

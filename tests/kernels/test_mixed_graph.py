@@ -4,85 +4,42 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 import fastlora
-from fastlora import AdapterPool, LoraConfig, LoraModel, get_peft_model
+from fastlora import AdapterPool, LoraConfig, LoraModel
 from fastlora.model import adapter_state
 from fastlora.testing import assert_within_budget
+from tests.support.compiled_mixed import results
+from tests.support.kernels.mixed_models import eager, use_impl
+from tests.support.tiny import Gated, with_adapters
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 NAMES = ("a", "b", "c")
-SEEDS = {"a": 5, "b": 6, "c": 7}
-
-
-class Gated(nn.Module):
-    """Two linears fed by one tensor, and one behind them that is called as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(32, 48), nn.Linear(32, 48, bias=False)
-        self.down = nn.Linear(48, 32)
-        self.down.register_forward_hook(lambda module, args, y: y * 2.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 32]`` to ``[..., 32]``."""
-        return self.down(self.gate(x).tanh() * self.up(x))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def adapted(lab: Any, p: float = 0.0) -> LoraModel:
     """Three adapters that train, on the kernels."""
     torch.manual_seed(0)
     targets = (["gate", "up", "down"], ["gate", "down"], ["up", "down"])
-    first, *others = (
-        LoraConfig(r=r, target_modules=names, lora_dropout=p, lora_bias=r == 3)
-        for r, names in zip((4, 3, 16), targets, strict=True)
-    )
-    model = get_peft_model(Gated(), first, adapter_name="a")
-    for name, config in zip(NAMES[1:], others, strict=True):
-        model.add_adapter(name, config)
+    configs = {
+        name: LoraConfig(r=r, target_modules=names, lora_dropout=p, lora_bias=r == 3)
+        for name, r, names in zip(NAMES, (4, 3, 16), targets, strict=True)
+    }
+    model = with_adapters(Gated(32, 48), configs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_()
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.impl = "triton"
+    use_impl(model, "triton")
     return model.to(lab.device).train()
-
-
-def results(call: Any, model: Any, x: torch.Tensor, ids: Any) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of the factors."""
-    x = x.detach().requires_grad_()
-    with fastlora.adapters(model, ids, seeds=SEEDS):
-        y = call(x)
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    found = torch.autograd.grad(y.pow(2).mean(), wanted, allow_unused=True, materialize_grads=True)
-    return [y.detach(), *found]
-
-
-def in_pytorch(model: LoraModel) -> Any:
-    """A copy that runs without kernels."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.impl = "eager"
-    return model
 
 
 @pytest.mark.usefixtures("kernel_masks")
@@ -95,7 +52,7 @@ def test_mixes_compile_nothing_in_training(lab: Any, p: float, lengths: list[int
     for length in lengths:
         x = torch.randn(6, length, 32, device=lab.device)
         ids = [chosen.choice([*NAMES, None]) for _ in range(6)]
-        plain, exact = in_pytorch(model), in_pytorch(model).double()
+        plain, exact = eager(model), eager(model).double()
         found = (
             results(compiled, model, x, ids),
             results(plain, plain, x, ids),
@@ -124,9 +81,7 @@ def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
         own = adapter_state.collect(model, name, model.state_dict(), False)
         states[name] = {key: tensor.clone() for key, tensor in own.items()}
         pool.load(name, states[name], config=config)
-    for module in base.modules():
-        if hasattr(module, "lora_A"):
-            module.impl = "triton"
+    use_impl(base, "triton")
     compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
     x = torch.randn(6, 4, 32, device=lab.device)
     with torch.no_grad():
@@ -136,7 +91,7 @@ def test_mixes_and_swaps_compile_nothing_over_a_pool(lab: Any) -> None:
             for call, owner in ((compiled, pool), (base, pool)):
                 with fastlora.adapters(owner, ids):
                     found.append(call(x))
-            exact = in_pytorch(model).double()
+            exact = eager(model).double()
             with fastlora.adapters(exact, ids):
                 assert_within_budget(*found, exact(x.double()))
             if step in (1, 3):

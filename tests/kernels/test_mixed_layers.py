@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+
+from tests.support.kernels.mixed_models import build, eager, run, use_impl
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
-from fastlora import adapters
 from fastlora.env import triton_interpreted
 from fastlora.layers.factors import Parameters
-from fastlora.model.inject import lora_layers
 from fastlora.pool import router as batches
 from fastlora.routing.in_force import routed
 from fastlora.routing.routing import Routing
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterNotFoundError
 from tests.support.bytes.byte_counter import ByteCounter
-
-RANKS = (8, 16, 64)
-
-
-class Attention(nn.Module):
-    """q, k and v fed by one tensor, and o."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width // 2)
-        self.v, self.o = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., width]`` to ``[..., width]``."""
-        return self.o(self.q(x) * self.k(x).tanh().repeat_interleave(2, -1) + self.v(x))
-
-
-def build(lab: Any, count: int, dtype: torch.dtype, **changes: Any) -> Any:
-    """A model with random adapters ``a0``, ``a1``, ... of mixed ranks, on the kernels."""
-    torch.manual_seed(0)
-    model: Any = None
-    for i in range(count):
-        config = {
-            "r": RANKS[i % 3],
-            "use_rslora": i % 2 == 1,
-            "lora_bias": i % 4 == 3,
-            "target_modules": ["q", "k", "v", "o"] if i % 5 != 4 else ["q", "o"],
-            "init_lora_weights": False,
-            **changes,
-        }
-        if model is None:
-            model = fastlora.get_peft_model(
-                Attention(), fastlora.LoraConfig(**config), "a0", autocast_adapter_dtype=False
-            )
-        else:
-            model.add_adapter(f"a{i}", fastlora.LoraConfig(**config))
-    model = model.to(lab.device, dtype).eval()
-    for layer in lora_layers(model):
-        layer.impl = "triton"
-    return model
-
-
-def eager(model: Any) -> Any:
-    """A copy that runs in plain PyTorch."""
-    other = copy.deepcopy(model)
-    for layer in lora_layers(other):
-        layer.impl = "eager"
-    return other
-
-
-def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:
-    """A mixed forward without gradients."""
-    with torch.no_grad(), adapters(model, ids):
-        return model(x)
 
 
 @pytest.mark.parametrize(("count", "batch", "tokens"), [(1, 3, 1), (7, 17, 1), (9, 11, 8)])
@@ -130,8 +74,7 @@ def test_a_pool_on_the_kernels(lab: Any, dtype: torch.dtype) -> None:
             if f".{name}." in key
         }
         pool.load(name, state, config=config)
-    for layer in lora_layers(base):
-        layer.impl = "triton"
+    use_impl(base, "triton")
     names = ["a3", None, "a0", "a4", "a2", "a1", "a3"]
     x = torch.randn(7, 2, 64).to(lab.device, dtype)
     expected = run(eager(model), x, names)
@@ -164,8 +107,7 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     assert y[[1, 4]].isnan().all()
     with pytest.raises(AdapterNotFoundError, match="out of range.*came out NaN"):
         routing.check_ids()
-    for layer in lora_layers(model):
-        layer.impl = "eager"
+    use_impl(model, "eager")
     again = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
     with pytest.raises(AdapterNotFoundError, match="out of range"), torch.no_grad(), routed(again):
         model(x)

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.configs import KernelConfig
+from tests.support.kernels.mixed_launches import add
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
-from tests.support.kernels.mixed_updates import add
 
 # Rows, outputs, columns of x.
 SHAPES = [(1, 128, 256), (15, 33, 100), (16, 64, 72), (17, 130, 65), (64, 96, 200)]

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.configs import KernelConfig
+from tests.support.kernels.mixed_launches import expand
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
-from tests.support.kernels.mixed_updates import expand
 
 # Rows, outputs.
 SHAPES = [(1, 128), (15, 33), (16, 64), (17, 130), (64, 96), (150, 70)]

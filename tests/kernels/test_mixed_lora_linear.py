@@ -9,40 +9,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, choose
-from fastlora.kernels.mixed_lora_linear import launch_mixed_lora_linear
+from fastlora.kernels.configs import KernelConfig
+from tests.support.kernels.mixed_launches import linear
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Rows, outputs, columns of x.
 SHAPES = [(1, 128, 256), (15, 33, 100), (16, 64, 72), (17, 130, 65), (64, 96, 200), (150, 70, 31)]
 SMALL = KernelConfig(block_m=16, block_n=32, block_k=32, block_r=32, num_warps=4, num_stages=2)
-
-
-def linear(
-    problem: MixedProblem,
-    config: KernelConfig | None = None,
-    g: int = 0,
-    splits: int = 1,
-    y: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns module g's y, over NaN, from an s that is right."""
-    n = problem.ns[g]
-    y = problem.lab.poisoned(problem.m, n, dtype=problem.dtype) if y is None else y
-    launch_mixed_lora_linear(
-        y,
-        problem.x,
-        problem.weights[g],
-        problem.biases[g],
-        problem.shrunk(splits)[:, g],
-        *problem.route,
-        *problem.tables(g),
-        factor_dtype=problem.factor_dtype,
-        config=config
-        or choose(chip_of(y.device), "mixed_lora_linear", problem.dtype, m=problem.m, n=n),
-        pdl=False,
-    )
-    return y
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

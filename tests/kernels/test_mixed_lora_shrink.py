@@ -6,15 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-from fastlora.testing import assert_within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, choose
-from fastlora.kernels.mixed_lora_shrink import launch_mixed_lora_shrink
+from fastlora.kernels.configs import KernelConfig
+from tests.support.kernels.mixed_launches import check_shrunk, shrink_into
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Rows, columns of x, ranks of each module.
@@ -23,58 +19,20 @@ THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 SHAPES = [(1, 256, ONE), (15, 100, THREE), (17, 72, ONE), (64, 65, THREE), (150, 200, THREE)]
 
 
-def launch(problem: MixedProblem, s: torch.Tensor, config: KernelConfig | None = None) -> None:
-    """Writes s ``[splits, G, M, R]``."""
-    config = config or choose(
-        chip_of(problem.x.device),
-        "mixed_lora_shrink",
-        problem.dtype,
-        m=problem.m,
-        r=len(problem.ns) * problem.max_rank,
-    )
-    launch_mixed_lora_shrink(
-        s,
-        problem.x,
-        *problem.route,
-        problem.groups.pieces(config.block_m),
-        problem.lora_a_address,
-        problem.rank,
-        factor_dtype=problem.factor_dtype,
-        config=config,
-    )
-
-
 def shrink(
     problem: MixedProblem, splits: int = 1, config: KernelConfig | None = None
 ) -> torch.Tensor:
     """Returns s ``[splits, G, M, R]`` over NaN."""
     columns = -(-problem.max_rank // 16) * 16
     s = problem.lab.poisoned(splits, len(problem.ns), problem.m, columns, dtype=torch.float32)
-    launch(problem, s, config)
+    shrink_into(problem, s, config)
     return s
-
-
-def check(problem: MixedProblem, s: torch.Tensor) -> None:
-    """Compares every row's sum of planes, in fours, and that nothing else was written."""
-    for g, factors in enumerate(problem.factors):
-        actual, same_dtype, truth = [], [], []
-        for slot, (lora_a, _, _) in enumerate(factors):
-            at, r = problem.positions_of(slot), lora_a.shape[0]
-            filled = -(-r // 4) * 4
-            x, lora_a = problem.x[problem.rows_of(slot)], lora_a.to(problem.dtype)
-            actual.append(s[:, g, at, :r].sum(0).flatten())
-            same_dtype.append(F.linear(x, lora_a).flatten())
-            truth.append((x.double() @ lora_a.double().t()).flatten())
-            assert (s[:, g, at, r:filled] == 0).all()
-            assert s[:, g, at, filled:].isnan().all()
-        assert_within_budget(torch.cat(actual), torch.cat(same_dtype), torch.cat(truth), "s")
-        assert s[:, g, problem.positions_of(-1)].isnan().all()
 
 
 @pytest.mark.parametrize(("m", "k", "ranks"), SHAPES)
 def test_values(lab: Any, dtype: torch.dtype, m: int, k: int, ranks: Any) -> None:
     problem = MixedProblem(lab, draw_ids(m, 8), ranks, k, [8] * len(ranks), dtype)
-    check(problem, shrink(problem))
+    check_shrunk(problem, shrink(problem))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
@@ -90,28 +48,28 @@ def test_every_split_and_rank_block(lab: Any, splits: int, block_r: int) -> None
         num_warps=4,
         num_stages=2,
     )
-    check(problem, shrink(problem, splits, config))
+    check_shrunk(problem, shrink(problem, splits, config))
 
 
 def test_fp32_factors_are_rounded_to_the_dtype_of_x(lab: Any, dtype: torch.dtype) -> None:
     problem = MixedProblem(lab, draw_ids(20, 8), ONE, 72, [8], dtype, torch.float32)
     for image in problem.images:
         image += 1e-5 * torch.randn_like(image)
-    check(problem, shrink(problem))
+    check_shrunk(problem, shrink(problem))
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed", "both"])
 def test_strided_x(lab: Any, layout: str) -> None:
     problem = MixedProblem(lab, draw_ids(20, 8), ONE, 72, [8], torch.float32)
     problem.x = lab.strided(problem.x, layout)
-    check(problem, shrink(problem))
+    check_shrunk(problem, shrink(problem))
 
 
 @pytest.mark.parametrize("slots", [1, 64])
 def test_number_of_adapters(lab: Any, slots: int) -> None:
     ranks = [[RANKS[slot % 8] for slot in range(slots)]]
     problem = MixedProblem(lab, draw_ids(70, slots), ranks, 40, [8], torch.float32)
-    check(problem, shrink(problem))
+    check_shrunk(problem, shrink(problem))
 
 
 def test_a_spoilt_factor_stays_in_its_own_columns(lab: Any) -> None:
@@ -145,6 +103,6 @@ def test_a_rank_larger_than_s_stays_within_it(lab: Any, block_r: int) -> None:
     whole = shrink(problem, 1, config)
     width = 16
     around = lab.poisoned(1, 2, problem.m, 80, dtype=torch.float32)
-    launch(problem, around[..., :width], config)
+    shrink_into(problem, around[..., :width], config)
     assert around[..., width:].isnan().all()
     assert torch.equal(around[..., :width].nan_to_num(7.0), whole[..., :width].nan_to_num(7.0))

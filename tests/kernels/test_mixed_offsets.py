@@ -22,13 +22,9 @@ if not triton_interpreted():
 if sys.platform != "linux":
     pytest.skip("needs Linux's mmap flags", allow_module_level=True)
 
-from tests.kernels.test_mixed_dora_scale import by_kernel
-from tests.kernels.test_mixed_lora_add import add
-from tests.kernels.test_mixed_lora_expand import expand
-from tests.kernels.test_mixed_lora_linear import linear
-from tests.kernels.test_mixed_lora_shrink import check, launch
+from tests.support.kernels.mixed_launches import add, check_shrunk, expand, linear, shrink_into
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
-from tests.support.kernels.scale_problem import ScaleProblem
+from tests.support.kernels.scale_problem import ScaleProblem, by_kernel
 
 M = 20
 # Each stride fits 32 bits; rows from the 17th on, the third module and the third plane lie past.
@@ -62,8 +58,8 @@ def test_rows_of_x_and_y(lab: Any, problem: MixedProblem) -> None:
     near = problem.x
     problem.x = far(near, (ROW_STRIDE, 1))
     s = lab.poisoned(1, 3, M, 128, dtype=torch.float32)
-    launch(problem, s)
-    check(problem, s)
+    shrink_into(problem, s)
+    check_shrunk(problem, s)
     y = far(lab.poisoned(M, 36, dtype=torch.float16), (ROW_STRIDE, 1))
     problem.check(linear(problem, y=y))
     base = F.linear(near, problem.weights[0], problem.biases[0])
@@ -78,8 +74,8 @@ def test_planes_and_modules_of_s(
 ) -> None:
     strides = (PLANE_STRIDE, MODULE_STRIDE, 128, 1)
     s = far(lab.poisoned(3, 3, M, 128, dtype=torch.float32), strides)
-    launch(problem, s)
-    check(problem, s)
+    shrink_into(problem, s)
+    check_shrunk(problem, s)
     s.copy_(problem.shrunk(3))  # of so small a K, the shrink's last planes are zeros
     monkeypatch.setattr(problem, "shrunk", lambda splits: s)
     for g in range(3):

@@ -12,78 +12,22 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.env import triton_interpreted
-from fastlora.ops import mixed_ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.kernels.mixed_operators import (
+    OPS,
+    add_arguments,
+    linear,
+    linear_arguments,
+    shrink_arguments,
+    tables,
+)
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
-OPS = torch.ops.fastlora
 interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
-
-
-def linear(
-    problem: MixedProblem, g: int = 0, s: torch.Tensor | None = None, plan: str = "auto"
-) -> torch.Tensor:
-    """One module's y."""
-    return OPS.mixed_lora_linear(*linear_arguments(problem, g, s, plan))
-
-
-def linear_arguments(
-    problem: MixedProblem, g: int, s: torch.Tensor | None, plan: str
-) -> tuple[Any, ...]:
-    return (
-        problem.x,
-        problem.weights[g],
-        problem.biases[g],
-        *problem.route,
-        mixed_ops.pieces_of(problem.groups),
-        s,
-        problem.lora_a_address,
-        *tables(problem),
-        g,
-        problem.max_rank,
-        problem.factor_dtype,
-        plan,
-    )
-
-
-def shrink_arguments(problem: MixedProblem) -> tuple[Any, ...]:
-    return (
-        problem.x,
-        *problem.route,
-        mixed_ops.pieces_of(problem.groups),
-        problem.lora_a_address,
-        problem.rank,
-        problem.max_rank,
-        problem.factor_dtype,
-    )
-
-
-def add_arguments(problem: MixedProblem, y: torch.Tensor) -> tuple[Any, ...]:
-    return (
-        y,
-        problem.x,
-        *problem.route,
-        mixed_ops.pieces_of(problem.groups),
-        problem.lora_a_address,
-        *tables(problem),
-        0,
-        problem.max_rank,
-        problem.factor_dtype,
-    )
-
-
-def tables(problem: MixedProblem) -> tuple[torch.Tensor | None, ...]:
-    """The tables past lora_a's, of all modules."""
-    return (
-        problem.lora_b_address,
-        problem.lora_bias_address,
-        problem.rank,
-        problem.scaling,
-    )
 
 
 def base(problem: MixedProblem, g: int = 0) -> torch.Tensor:

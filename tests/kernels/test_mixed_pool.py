@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.kernels.mixed_models import use_impl
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora import adapters
 from fastlora.env import triton_interpreted
 from fastlora.model import adapter_state
-from fastlora.model.inject import lora_layers
 from fastlora.pool import router as batches
 from fastlora.routing.in_force import routed
 from fastlora.testing import assert_within_budget
@@ -66,10 +67,8 @@ def pool_over_block(lab: Any) -> tuple[Any, Any, Any]:
                     parameter.data *= 1.5
         state = adapter_state.collect(model, name, model.state_dict(), False)
         pool.load(name, state, config=config)
-    for layer in lora_layers(model):
-        layer.impl = "eager"
-    for layer in lora_layers(served):
-        layer.impl = "triton"
+    use_impl(model, "eager")
+    use_impl(served, "triton")
     return served, pool, model.eval()
 
 

@@ -22,10 +22,18 @@ from fastlora.ops import philox_reference
 from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
-from tests.kernels.test_mixed_layers import Attention, eager
-from tests.kernels.test_mixed_training_layers import NAMES, Scaled, compare, step, trainable
 from tests.support.bytes.byte_counter import ByteCounter
 from tests.support.kernels.mixed_grad_problem import GradProblem
+from tests.support.kernels.mixed_models import (
+    NAMES,
+    Attention,
+    Scaled,
+    compare,
+    eager,
+    step,
+    trainable,
+    use_impl,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -446,8 +454,7 @@ def test_beside_base_layers_called_as_they_are(dtype: torch.dtype, launches: lis
     model.add_adapter("a1", fastlora.LoraConfig(r=3, lora_bias=True, **config))
     model = model.to(dtype).eval()
     train_adapters(model, ["a0", "a1"])
-    for layer in lora_layers(model):
-        layer.impl = "triton"
+    use_impl(model, "triton")
     x, names = torch.randn(5, 7, 64).to(dtype), ["a1", "a0", None, "a1", "a0"]
     step(model, x, names)
     step(model, torch.randn(5, 7, 64).to(dtype), names)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.kernels.mixed_models import run, use_impl
+from tests.support.tiny import with_adapters
+
 pytest.importorskip("triton", reason="runs kernels")
 
 import fastlora
@@ -38,22 +41,9 @@ class Pair(nn.Module):
 def build(lab: Any, ranks: tuple[int, ...] = (8, 4)) -> Any:
     """Random adapters ``a0``, ``a1``, ... in fp32, on the kernels."""
     torch.manual_seed(0)
-    model: Any = None
-    for i, rank in enumerate(ranks):
-        config = fastlora.LoraConfig(r=rank, target_modules=["q", "k"], init_lora_weights=False)
-        if model is None:
-            model = fastlora.get_peft_model(Pair(), config, "a0")
-        else:
-            model.add_adapter(f"a{i}", config)
-    for layer in lora_layers(model):
-        layer.impl = "triton"
-    return model.to(lab.device).eval()
-
-
-def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:
-    """A mixed forward without gradients."""
-    with torch.no_grad(), adapters(model, ids):
-        return model(x)
+    fields = {"target_modules": ["q", "k"], "init_lora_weights": False}
+    configs = {f"a{i}": fastlora.LoraConfig(r=rank, **fields) for i, rank in enumerate(ranks)}
+    return use_impl(with_adapters(Pair(), configs), "triton").to(lab.device).eval()
 
 
 def shrinks(model: Any, x: torch.Tensor) -> int:
@@ -84,8 +74,7 @@ def test_neighbours_of_another_dtype_change_nothing(lab: Any, dtype: torch.dtype
     own = [0, 2]
     alone = run(model, x[own], ["a1", "a1"])
     truth = copy.deepcopy(model).double()
-    for layer in lora_layers(truth):
-        layer.impl = "eager"
+    use_impl(truth, "eager")
     exact = run(truth, x[own].double(), ["a1", "a1"])
     for layer in lora_layers(model):
         for factors in (layer.lora_A, layer.lora_B):
@@ -129,8 +118,7 @@ def test_layers_adapted_within_a_block(lab: Any) -> None:
 
     def on_kernels() -> None:
         model.eval()
-        for layer in lora_layers(model):
-            layer.impl = "triton"
+        use_impl(model, "triton")
 
     on_kernels()
     with torch.no_grad(), adapters(model, ids):
@@ -159,8 +147,7 @@ def pool_of(model: Any, **limits: Any) -> tuple[Any, Any, dict[str, Any]]:
             if f".{name}." in key
         }
         pool.load(name, states[name], config=config)
-    for layer in lora_layers(base):
-        layer.impl = "triton"
+    use_impl(base, "triton")
     return base, pool, states
 
 

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from tests.support.kernels.mixed_models import (
+    NAMES,
+    Scaled,
+    compare,
+    eager,
+    step,
+    trainable,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -25,16 +33,12 @@ from fastlora.ops.training_routing import layer_seeds
 from fastlora.pool import router as batches
 from fastlora.routing.in_force import routed
 from fastlora.routing.routing import Routing, layer_seed
-from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import (
     AdapterNotFoundError,
     ImplementationError,
     UnsupportedLayerError,
 )
-from tests.kernels.test_mixed_layers import build, eager
-
-NAMES = ["a3", None, "a0", "a4", "a2", "a0", "a3", "__base__", "a2"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,34 +46,6 @@ def on_the_labs_device(lab: Any) -> Iterator[None]:
     """Tensors are made where the kernels run."""
     with torch.device(lab.device):
         yield
-
-
-def trainable(count: int, dtype: torch.dtype, **changes: Any) -> Any:
-    """A model on the kernels with every adapter trainable."""
-    model = build(SimpleNamespace(device=torch.get_default_device()), count, dtype, **changes)
-    train_adapters(model, [f"a{i}" for i in range(count)])
-    return model
-
-
-def step(
-    model: Any, x: torch.Tensor, names: Any, seeds: dict[str, int] | None = None
-) -> dict[str, torch.Tensor]:
-    """Output, and the gradients of x and of every parameter that has one."""
-    x = x.detach().requires_grad_()
-    with adapters(model, names, seeds=seeds):
-        y = model(x)
-    y.to(torch.promote_types(y.dtype, torch.float32)).pow(2).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return {"y": y.detach(), "dx": x.grad, **found}
-
-
-def compare(
-    found: dict[str, torch.Tensor], near: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
-) -> None:
-    assert set(found) == set(near) == set(exact)
-    for name, actual in found.items():
-        assert_within_budget(actual, near[name], exact[name], name)
 
 
 def test_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
@@ -246,10 +222,6 @@ def test_base_weight_and_bias_may_train(dtype: torch.dtype) -> None:
     found = step(model, x, names)
     assert any(name.endswith("q.weight") for name in found)
     compare(found, near, exact)
-
-
-class Scaled(nn.Linear):
-    """A base layer that is called as it is."""
 
 
 def test_beside_a_base_layer_called_as_it_is(dtype: torch.dtype) -> None:

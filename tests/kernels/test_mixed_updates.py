@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.support.kernels.mixed_launches import add, expand
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
-from tests.support.kernels.mixed_updates import add, expand
 
 Update = Callable[..., torch.Tensor]
 

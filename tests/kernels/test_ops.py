@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, env
@@ -17,6 +16,7 @@ from fastlora.functional import lora_add, lora_linear
 from fastlora.ops import schema as ops
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget, farthest
+from tests.support.plain import plain
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -53,18 +53,6 @@ def exact_linear(tensors: dict[str, Any], scaling: Any) -> torch.Tensor:
     """`lora_linear` in float64."""
     wide = {name: t if t is None else t.double() for name, t in tensors.items()}
     return lora_linear(**wide, scaling=scaling, impl="eager")
-
-
-def plain(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """The expression as anybody would write it."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
 
 
 def plain_results(

@@ -5,98 +5,22 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora import LoraModel
 from fastlora.layers import shared_shrink
 from fastlora.testing import assert_within_budget
+from tests.support.compiled import graph_count
+from tests.support.compiled_mixed import NAMES, SEEDS, K, adapted, check, results
 
-K = 16
-NAMES = ("a", "b", "c", "d")
-# Ranks, alphas and targets of their own; one has a bias.
-KINDS: dict[str, dict[str, Any]] = {
-    "a": {"r": 4, "lora_alpha": 8, "target_modules": ["gate", "up", "down"]},
-    "b": {"r": 3, "lora_alpha": 2, "target_modules": ["gate", "down"]},
-    "c": {"r": 8, "use_rslora": True, "target_modules": ["up", "down"]},
-    "d": {"r": 1, "lora_bias": True, "target_modules": ["gate", "up", "down"]},
-}
-
-
-class Gated(nn.Module):
-    """Two linears fed by one tensor, and one behind them that is called as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
-        self.down = nn.Linear(24, K)
-        self.down.register_forward_hook(lambda module, args, y: y * 2.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 16]`` to ``[..., 16]``."""
-        return self.down(self.gate(x).tanh() * self.up(x))
-
-
-def adapted(p: float = 0.0) -> LoraModel:
-    """The model with four adapters, all of which train."""
-    torch.manual_seed(0)
-    first, *others = (LoraConfig(**KINDS[name], lora_dropout=p) for name in NAMES)
-    model = get_peft_model(Gated(), first, adapter_name=NAMES[0])
-    for name, config in zip(NAMES[1:], others, strict=True):
-        model.add_adapter(name, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_()
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return model.train()
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graph_count() -> int:
-    """How many graphs Dynamo has compiled, and fails if one was broken."""
-    assert not counters["graph_break"]
-    return counters["stats"]["unique_graphs"]
-
-
-SEEDS = dict(zip((*NAMES, "e", "f"), (11, 22, 33, 44, 55, 66), strict=True))
-
-
-def results(call: Any, model: LoraModel, x: torch.Tensor, ids: Any) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of the factors; zeros where there is none."""
-    x = x.detach().requires_grad_(torch.is_grad_enabled())
-    with fastlora.adapters(model, ids, seeds=SEEDS):
-        y = call(x)
-    if not torch.is_grad_enabled():
-        return [y]
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    found = torch.autograd.grad(y.pow(2).mean(), wanted, allow_unused=True, materialize_grads=True)
-    return [y.detach(), *found]
-
-
-def check(mine: list[torch.Tensor], model: LoraModel, x: torch.Tensor, ids: Any) -> None:
-    """As near to float64 as the model that is not compiled."""
-    exact = copy.deepcopy(model).double()
-    pairs = zip(results(model, model, x, ids), results(exact, exact, x.double(), ids), strict=True)
-    for index, (one, (plain, truth)) in enumerate(zip(mine, pairs, strict=True)):
-        assert_within_budget(one, plain, truth, f"result {index}")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def draw(chosen: random.Random, count: int) -> list[str | None]:

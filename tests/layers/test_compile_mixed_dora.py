@@ -9,16 +9,11 @@ import pytest
 import torch
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from tests.layers.test_compile_mixed import (  # noqa: F401
-    NAMES,
-    Gated,
-    K,
-    _fresh,
-    adapted,
-    check,
-    graph_count,
-    results,
-)
+from tests.support.compiled import graph_count
+from tests.support.compiled_mixed import NAMES, K, adapted, check, results
+from tests.support.tiny import Gated
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # On layers that are fused, with a bias and without, and on one that is called as it is.
 DORA: dict[str, dict[str, Any]] = {

@@ -6,7 +6,6 @@ Backends that only trace: which products a graph holds does not depend on who co
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +13,14 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import FastLoraLinear
 from fastlora.testing import assert_within_budget
+from tests.support.compiled import gradients, graph_count
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 K = 24
 # Ranks whose sums, of q/k, q/k/v and gate/up, are no other dimension here.
@@ -42,14 +43,6 @@ class Block(nn.Module):
         """Maps ``[..., 24]`` to ``[..., 24]``."""
         x = x + self.o(torch.tanh(self.q(x)) + self.k(x) * self.v(x))
         return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Graphs:
@@ -78,15 +71,6 @@ class Graphs:
         ]
 
 
-def gradients(call: Any, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of every trainable parameter."""
-    torch.manual_seed(4)
-    x = x.detach().requires_grad_()
-    y = call(x)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y.pow(2).mean(), [x, *parameters])]
-
-
 def check(call: Any, model: nn.Module, x: torch.Tensor) -> None:
     """Compiled values and gradients stay within the budget beside those of layers apart."""
     alone = copy.deepcopy(model)  # which has not seen its siblings
@@ -96,12 +80,6 @@ def check(call: Any, model: nn.Module, x: torch.Tensor) -> None:
         zip(gradients(call, model, x), same, truth, strict=True)
     ):
         assert_within_budget(mine, plain, true, f"result {index}")
-
-
-def graph_count() -> int:
-    """How many graphs Dynamo has compiled, and fails if one was broken."""
-    assert not counters["graph_break"]
-    return counters["stats"]["unique_graphs"]
 
 
 def notes(model: nn.Module) -> list[str]:

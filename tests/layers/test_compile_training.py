@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,61 +15,28 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.testing import assert_within_budget
+from tests.support.compiled import gradients, graph_count
+from tests.support.tiny import Gated, with_adapters
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 NAMES = ("default", "b")
-
-
-class Gated(nn.Module):
-    """Two linears fed by one tensor, and one behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(16, 24), nn.Linear(16, 24)
-        self.down = nn.Linear(24, 16, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 16]`` to ``[..., 16]``."""
-        return self.down(self.gate(x).tanh() * self.up(x))
 
 
 def adapted(p: float = 0.0) -> LoraModel:
     """The model with two adapters of one rank and two scalings."""
     torch.manual_seed(0)
     config = {"r": 4, "target_modules": ["gate", "up", "down"], "lora_dropout": p}
-    model = get_peft_model(Gated(), LoraConfig(**config, lora_alpha=8))
-    model.add_adapter("b", LoraConfig(**config, lora_alpha=3))
+    configs = (LoraConfig(**config, lora_alpha=alpha) for alpha in (8, 3))
+    model = with_adapters(Gated(called=False), dict(zip(NAMES, configs, strict=True)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     return model.train()
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled_graphs() -> int:
-    """How many graphs Dynamo has compiled, and fails if one was broken."""
-    assert not counters["graph_break"]
-    return counters["stats"]["unique_graphs"]
-
-
-def gradients(call: Any, model: LoraModel, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of the trainable parameters."""
-    torch.manual_seed(2)
-    x = x.detach().requires_grad_()
-    y = call(x)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y.pow(2).mean(), [x, *parameters])]
 
 
 def check_gradients(mine: list[torch.Tensor], model: LoraModel, x: torch.Tensor) -> None:
@@ -101,16 +67,16 @@ def test_fifty_switches_compile_nothing(dynamic: bool, p: float, backend: str) -
 
     for name in NAMES:
         step(name, 2, lengths[-1], check=True)
-    assert compiled_graphs() == len(NAMES)
+    assert graph_count() == len(NAMES)
     step("b", 1, 1, check=True)
-    assert compiled_graphs() == len(NAMES) + 1
+    assert graph_count() == len(NAMES) + 1
     chosen = random.Random(0)
     for index in range(50):
         if index % 10 == 9:
             step("b", 1, 1)
         else:
             step(chosen.choice(NAMES), 2, chosen.choice(lengths), check=index % 10 == 0)
-    assert compiled_graphs() == len(NAMES) + 1
+    assert graph_count() == len(NAMES) + 1
 
 
 def test_automatic_dynamic_shapes() -> None:
@@ -119,10 +85,10 @@ def test_automatic_dynamic_shapes() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for length in (5, 6):
         gradients(compiled, model, torch.randn(2, length, 16))
-    assert compiled_graphs() == 2
+    assert graph_count() == 2
     for length in range(7, 57):
         gradients(compiled, model, torch.randn(2, length, 16))
-    assert compiled_graphs() == 2
+    assert graph_count() == 2
 
 
 @pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
@@ -131,7 +97,7 @@ def test_other_scalings_compile_nothing(kind: dict[str, Any], training: bool) ->
     """A number that is set anew is an input of the graph; 50 of them, in every way to set one."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["gate", "up", "down"], **kind)
-    model = get_peft_model(Gated(), config)
+    model = get_peft_model(Gated(called=False), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -160,7 +126,7 @@ def test_other_scalings_compile_nothing(kind: dict[str, Any], training: bool) ->
             sides = results(model, model, x), results(wide, wide, x.double())
             for found, plain, truth in zip(mine, *sides, strict=True):
                 assert_within_budget(found, plain, truth)
-    assert compiled_graphs() == 1
+    assert graph_count() == 1
 
 
 def test_a_scaling_that_is_a_tensor_is_an_input() -> None:
@@ -175,7 +141,7 @@ def test_a_scaling_that_is_a_tensor_is_an_input() -> None:
         for scaling in scalings:
             scaling.fill_(factor)
         check_gradients(gradients(compiled, model, x), model, x)
-    assert compiled_graphs() == 1
+    assert graph_count() == 1
 
 
 def test_an_eager_forward_in_between_changes_no_guard() -> None:
@@ -187,7 +153,7 @@ def test_an_eager_forward_in_between_changes_no_guard() -> None:
         gradients(model, model, x)
     for mine, plain in zip(gradients(compiled, model, x), expected, strict=True):
         assert torch.equal(mine, plain)
-    assert compiled_graphs() == 1
+    assert graph_count() == 1
 
 
 def masked(node: Any, mask: Any) -> bool:

@@ -18,6 +18,8 @@ from fastlora import FastLoraLinear
 from fastlora.autograd import linear as autograd
 from fastlora.layers import FastLoraWrapper, shared_shrink
 from fastlora.testing import assert_within_budget, farthest
+from tests.support.compiled import gradients
+from tests.support.tiny import trainable
 
 
 class Block(nn.Module):
@@ -81,24 +83,11 @@ def _any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that train."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of every trainable parameter."""
-    torch.manual_seed(4)
-    x = x.detach().requires_grad_()
-    y = model(x)
-    return [y.detach(), *torch.autograd.grad(y.pow(2).mean(), [x, *trainable(model)])]
-
-
 def apart(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """`gradients` with each layer on its own."""
     alone = copy.deepcopy(model)  # a copy has not seen its siblings
     with counted() as calls:
-        result = gradients(alone, x)
+        result = gradients(alone, alone, x)
     assert not calls
     return result
 
@@ -143,7 +132,7 @@ def test_values_and_gradients(dtype: torch.dtype, wrapped: bool) -> None:
     model, x = model.to(dtype), x.to(dtype)
     model(x)
     with counted() as calls:
-        shared = gradients(model, x)
+        shared = gradients(model, model, x)
     assert calls == [3]
     assert_near(shared, model, x)
 
@@ -154,7 +143,7 @@ def test_gradients_have_their_own_memory_and_few_rows_are_apart(
     """Shared from 1,024 rows on; each d_lora_a, though cut from one product, is its own tensor."""
     model, x = Block(), torch.randn(1024, 24)
     model(x)
-    shared = gradients(model, x)
+    shared = gradients(model, model, x)
     assert len({t.untyped_storage().data_ptr() for t in shared}) == len(shared)
     monkeypatch.undo()
     with counted() as calls:
@@ -170,7 +159,7 @@ def test_wide_layers_make_s_again() -> None:
     model, x = Wide(), torch.randn(9, 24)
     model(x)
     with counted() as calls:
-        shared = gradients(model, x)
+        shared = gradients(model, model, x)
     assert calls == [2]
     assert_near(shared, model, x)
     saved = model.gate(x).grad_fn.saved_tensors
@@ -185,7 +174,7 @@ def test_base_weights_and_biases_train_too() -> None:
         layer.bias.requires_grad_()
     model(x)
     with counted() as calls:
-        shared = gradients(model, x)
+        shared = gradients(model, model, x)
     assert calls == [3]
     assert_near(shared, model, x)
 
@@ -214,7 +203,7 @@ def test_dropout_is_not_shared_here_and_masks_stay() -> None:
     expected = apart(model, x)
     model(x)
     with counted() as calls:
-        shared = gradients(model, x)
+        shared = gradients(model, model, x)
     assert not calls
     for mine, plain in zip(shared, expected, strict=True):
         assert torch.equal(mine, plain)
@@ -269,7 +258,7 @@ def test_a_sibling_that_cannot_share(change: str) -> None:
     model(x)
     CHANGES[change][0](model)
     with counted() as calls:
-        shared = gradients(model, x)
+        shared = gradients(model, model, x)
     assert calls == [2]
     assert_near(shared, model, x)
     CHANGES[change][0](_With(model.k))
@@ -316,7 +305,7 @@ def test_autocast_keeps_one_cast_of_x() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
         with counted() as calls:
-            shared = gradients(model, x)
+            shared = gradients(model, model, x)
         assert calls == [3]
         assert_near([result.bfloat16() for result in shared], model, x)
 

@@ -17,10 +17,9 @@ from fastlora.layers.dense import dense_weight
 from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.ops import schema as ops
 from fastlora.validation import CheckpointError
-from tests.integrations.test_patch import quantised
 from tests.support.dora_truth import fixed_seed
 from tests.support.masked_peft import LINEARS, check_three_layers, randomise
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import quantised, tiny_llama
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 pytest.importorskip("transformers", reason="the models are transformers'")

@@ -14,6 +14,7 @@ import torch
 import fastlora
 from fastlora import adapters
 from fastlora.testing import summed_otherwise
+from tests.support.tiny import with_adapters
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
@@ -75,12 +76,8 @@ class Solo:
     """PEFT's model with one adapter of each kind, which takes the weights of any of ours."""
 
     def __init__(self, fresh: Callable[..., Any], ours: Any) -> None:
-        self.model: Any = None
-        for kind, config in enumerate(KINDS):
-            if self.model is None:
-                self.model = peft.get_peft_model(fresh(), peft.LoraConfig(**config), "kind0")
-            else:
-                self.model.add_adapter(f"kind{kind}", peft.LoraConfig(**config))
+        configs = {f"kind{i}": peft.LoraConfig(**config) for i, config in enumerate(KINDS)}
+        self.model = with_adapters(fresh(), configs, peft)
         self.theirs = {
             name.replace(".base_layer.", "."): parameter
             for name, parameter in self.model.named_parameters()

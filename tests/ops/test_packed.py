@@ -21,7 +21,7 @@ from fastlora.ops.torch import packed_choice, packed_forward, products
 from fastlora.ops.torch.packed import make_layout
 from fastlora.ops.torch.packed_forward import Blocks, Dense, Samples
 from fastlora.testing import assert_within_budget
-from tests.support.tiny import randomise
+from tests.support.tiny import randomise, with_adapters
 
 RANKS = (1, 3, 8, 16, 64)
 CPU = [ProfilerActivity.CPU]
@@ -50,19 +50,17 @@ def build(ranks: list[int], dtype: torch.dtype = torch.float32, *, everywhere: b
     Every fifth, from the first on, lacks k and v, unless ``everywhere``.
     """
     torch.manual_seed(0)
-    model: Any = None
-    for i, rank in enumerate(ranks):
-        config = fastlora.LoraConfig(
+    configs = {
+        f"a{i}": fastlora.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             use_rslora=i % 3 == 1,
             lora_bias=i % 4 == 2,
             target_modules=["q", "k", "v", "o"] if i % 5 or everywhere else ["q", "o"],
         )
-        if model is None:
-            model = fastlora.get_peft_model(Attention(), config, "a0", autocast_adapter_dtype=False)
-        else:
-            model.add_adapter(f"a{i}", config)
+        for i, rank in enumerate(ranks)
+    }
+    model = with_adapters(Attention(), configs, autocast_adapter_dtype=False)
     randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

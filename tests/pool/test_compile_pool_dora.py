@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 import fastlora
 from fastlora import AdapterPool, LoraConfig
 from fastlora.testing import assert_within_budget
-from tests.layers.test_compile_mixed import _fresh  # noqa: F401
+from tests.support.compiled import graph_count
 from tests.support.pool_adapters import Blocks, make_folder, saved_factors
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 PLAIN = ("p0", "p1")
 DORA: dict[str, dict[str, Any]] = {
@@ -80,12 +81,6 @@ def check(
         assert_within_budget(found, plain, truth(model, root, names, tokens))
 
 
-def graphs() -> int:
-    """How many graphs there are, none of them broken."""
-    assert not counters["graph_break"]
-    return int(counters["stats"]["unique_graphs"])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_mix_is_one_graph(tmp_path: Path, dtype: torch.dtype) -> None:
     """Four of six adapters fit, so that mixes evict; one is swapped, and a base weight changed."""
@@ -107,7 +102,7 @@ def test_any_mix_is_one_graph(tmp_path: Path, dtype: torch.dtype) -> None:
                 model.layers[0].q.weight.mul_(1.5)
                 model.layers[1].q.weight[3].add_(0.5)
     assert pool.stats().evictions > 3
-    assert graphs() == 1
+    assert graph_count() == 1
 
 
 def test_a_pool_pays_with_its_first_dora_adapter(tmp_path: Path) -> None:
@@ -130,4 +125,4 @@ def test_a_pool_pays_with_its_first_dora_adapter(tmp_path: Path) -> None:
     pool.unload("d0")
     check(compiled, model, pool, tmp_path, ["p1", "p0"] * 2)
     # The first check of three samples, those of four after it.
-    assert graphs() <= 3
+    assert graph_count() <= 3

@@ -14,8 +14,14 @@ import fastlora
 from fastlora.pool import AdapterPool, scales
 from fastlora.pool.tables import NO_COLUMN, PENDING
 from fastlora.validation import AdapterStateError
-from tests.pool.test_pool_threads import RecordingTransfers, kinds
-from tests.support.pool_adapters import Blocks, check_pool, make_folder, make_pool, saved_factors
+from tests.support.pool_adapters import (
+    Blocks,
+    RecordingTransfers,
+    check_pool,
+    make_folder,
+    make_pool,
+    saved_factors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +296,13 @@ def test_their_order_on_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fastlora.pool.pool, "make_transfers", lambda _: device)
     pool = make_pool(root)
     with pool.lease(["a"]):
-        assert kinds(device) == ["write", "forward", "pool waits for"] + ["forward waits for"] * 2
+        assert device.kinds() == ["write", "forward", "pool waits for"] + ["forward waits for"] * 2
         assert device.log[1][1] == device.log[2][1]
     with pool.lease(["a"]):  # nothing to make
-        assert kinds(device)[5:] == ["forward"] + ["forward waits for"] * 2
+        assert device.kinds()[5:] == ["forward"] + ["forward waits for"] * 2
     device.log.clear()
     with torch.no_grad():
         pool._model.layers[2].v.weight.add_(1)
     with pool.lease(["a"]):
         readers = ["pool waits for"] * 2  # the last forward of this stream, and this lease
-        assert kinds(device) == ["forward", *readers, *["forward waits for"] * 2]
+        assert device.kinds() == ["forward", *readers, *["forward waits for"] * 2]

@@ -7,7 +7,7 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 import fastlora.pool.pool
 from fastlora.pool import AdapterPool, Lease
 from fastlora.pool.image import Image
-from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterNotFoundError, PoolFullError
 from tests.support.pool_adapters import (
+    RecordingTransfers,
     check_pool,
     make_folder,
     make_pool,
@@ -270,49 +270,11 @@ def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | 
 # ------------------------------------------------------------------------------ what a GPU needs
 
 
-class RecordingTransfers(Transfers):
-    """A device of its own, on the CPU, that notes in which order it is written and waited for."""
-
-    shares_memory = False
-
-    def __init__(self) -> None:
-        self.log: list[tuple[str, Any]] = []
-        self.marks = 0
-        self.done = False
-
-    def upload(self, image: Image) -> Image:
-        data = image.data.clone()
-        self.log.append(("write", data.data_ptr()))
-        return dataclasses.replace(image, data=data)
-
-    def written(self) -> int:
-        self.marks += 1
-        return self.marks
-
-    def is_done(self, mark: Any) -> bool:
-        return self.done
-
-    def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        self.log += [("forward waits for", mark) for mark in marks]
-
-    def read(self) -> tuple[Any, int]:
-        self.marks += 1
-        self.log.append(("forward", self.marks))
-        return self.marks, threading.get_ident()
-
-    def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        self.log += [("pool waits for", mark) for mark in marks]
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> RecordingTransfers:
     transfers = RecordingTransfers()
     monkeypatch.setattr(fastlora.pool.pool, "make_transfers", lambda device: transfers)
     return transfers
-
-
-def kinds(device: RecordingTransfers) -> list[str]:
-    return [kind for kind, _ in device.log]
 
 
 def test_memory_on_the_device_is_reused_behind_its_readers(
@@ -321,16 +283,16 @@ def test_memory_on_the_device_is_reused_behind_its_readers(
     pool = make_pool(root, max_adapters=1)
     with pool.lease(["a0"]):
         threads.submit(lambda: pool.lease(["a0"]).release()).result(LONG)
-    assert kinds(device) == ["write"] + ["forward waits for"] * 2 + ["forward"] * 2
+    assert device.kinds() == ["write"] + ["forward waits for"] * 2 + ["forward"] * 2
     forwards = {mark for kind, mark in device.log if kind == "forward"}
     device.log.clear()
     with pool.lease(["a1"]):
-        assert kinds(device)[:3] == ["pool waits for"] * 2 + ["write"]
+        assert device.kinds()[:3] == ["pool waits for"] * 2 + ["write"]
         assert {mark for kind, mark in device.log if kind == "pool waits for"} == forwards
         device.log.clear()
         pool.load("a1", root / "a2")  # the old one is leased: nothing to wait for yet
-        assert kinds(device) == ["write"]
-    assert kinds(device) == ["write", "forward", "pool waits for"]
+        assert device.kinds() == ["write"]
+    assert device.kinds() == ["write", "forward", "pool waits for"]
     check_pool(pool)
 
 
@@ -338,12 +300,12 @@ def test_forwards_wait_only_for_copies_under_way(root: Path, device: RecordingTr
     pool = make_pool(root)
     pool.lease(["a0"]).release()
     pool.lease(["a0"]).release()
-    assert kinds(device).count("forward waits for") == 2
+    assert device.kinds().count("forward waits for") == 2
     device.done = True
     pool.lease(["a0"]).release()
     device.done = False
     pool.lease(["a0"]).release()
-    assert kinds(device).count("forward waits for") == 2
+    assert device.kinds().count("forward waits for") == 2
 
 
 def test_the_cpu_tier_keeps_copies_of_what_a_gpu_holds(
@@ -357,7 +319,7 @@ def test_the_cpu_tier_keeps_copies_of_what_a_gpu_holds(
         check_pool(pool)
     stats = pool.stats()
     assert (stats.loads, stats.in_cpu, stats.on_device) == (3, 3, 2)
-    assert kinds(device).count("write") == 5
+    assert device.kinds().count("write") == 5
     pool.load("a0", root / "a5")
     with pool.lease(["a0"]) as lease:
         assert same_adapter(pool, lease.residents[0], root / "a5")

@@ -15,16 +15,14 @@ from fastlora import adapters
 from fastlora.routing.in_force import current_routing
 from fastlora.routing.routing import number_layers
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, randomise, tiny_llama, with_adapters
 
 
 def build(base: nn.Module | None = None, targets: Any = ("q", "v"), **config: Any) -> Any:
     """Adapters a, b and c at random over TwoLayers, in evaluation and float64."""
     torch.manual_seed(0)
     made = fastlora.LoraConfig(r=4, target_modules=list(targets), **config)
-    model = fastlora.get_peft_model(base or TwoLayers(), made, "a")
-    model.add_adapter("b", made)
-    model.add_adapter("c", made)
+    model = with_adapters(base or TwoLayers(), dict.fromkeys("abc", made))
     randomise(model)
     return model.double().eval()
 

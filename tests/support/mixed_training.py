@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 import fastlora
 from fastlora.train import AdapterOptimizers, adapter_parameters, causal_lm_losses, train_adapters
-from tests.support.tiny import TwoLayers, randomise
+from tests.support.tiny import TwoLayers, randomise, with_adapters
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["q", "v"]},
@@ -36,13 +36,8 @@ SCHEDULERS: dict[str, Callable[..., Any]] = {
 def build(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
     """A token model of 5 labels with every adapter of CONFIGS, factors at random, trainable."""
     torch.manual_seed(0)
-    model: Any = None
-    for name, config in CONFIGS.items():
-        config = fastlora.LoraConfig(**config, lora_dropout=dropout)
-        if model is None:
-            model = fastlora.get_peft_model(TwoLayers(), config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
+    configs = {n: fastlora.LoraConfig(**c, lora_dropout=dropout) for n, c in CONFIGS.items()}
+    model = with_adapters(TwoLayers(), configs)
     randomise(model)
     train_adapters(model, list(CONFIGS))
     return model.to(dtype).train()

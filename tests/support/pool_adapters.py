@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME, save_adapter
 from fastlora.model.config import LoraConfig
 from fastlora.ops.mixed_dora_scale_ops import PENDING
 from fastlora.pool import AdapterPool, Factors
+from fastlora.pool.image import Image
+from fastlora.pool.transfers import Transfers
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and
 # 2 x 14 elements, which are whole multiples of 16 bytes.
@@ -186,3 +191,41 @@ def _check_scale(address: int, factors: Factors, scales: Any, index: int) -> Non
         assert address == PENDING
     else:
         assert torch.equal(at_address(address, scales.blocks[index]), scales.blocks[index])
+
+
+class RecordingTransfers(Transfers):
+    """A device of its own, on the CPU, that notes in which order it is written and waited for."""
+
+    shares_memory = False
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.marks = 0
+        self.done = False
+
+    def upload(self, image: Image) -> Image:
+        data = image.data.clone()
+        self.log.append(("write", data.data_ptr()))
+        return dataclasses.replace(image, data=data)
+
+    def written(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def is_done(self, mark: Any) -> bool:
+        return self.done
+
+    def wait_for_writes(self, marks: Iterable[Any]) -> None:
+        self.log += [("forward waits for", mark) for mark in marks]
+
+    def read(self) -> tuple[Any, int]:
+        self.marks += 1
+        self.log.append(("forward", self.marks))
+        return self.marks, threading.get_ident()
+
+    def wait_for_reads(self, marks: Iterable[Any]) -> None:
+        self.log += [("pool waits for", mark) for mark in marks]
+
+    def kinds(self) -> list[str]:
+        """What happened, in order."""
+        return [kind for kind, _ in self.log]

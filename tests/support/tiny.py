@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+
+import fastlora
 
 
 def tiny_llama(**changes: Any) -> Any:
@@ -42,6 +46,37 @@ class TwoLayers(nn.Module):
         return self.head(self.v(self.norm(self.q(x)).relu()))
 
 
+class Gated(nn.Module):
+    """Two linears fed by one tensor, and one behind them that is called as it is, or is not."""
+
+    def __init__(self, width: int = 16, inner: int = 24, called: bool = True) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width)
+        if called:
+            self.down.register_forward_hook(lambda module, args, y: y * 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., width]`` to ``[..., width]``."""
+        return self.down(self.gate(x).tanh() * self.up(x))
+
+
+def with_adapters(
+    base: nn.Module, configs: Mapping[str, Any], library: Any = fastlora, **options: Any
+) -> Any:
+    """Puts adapters into a model, in this order; ``options`` go to `get_peft_model`."""
+    (first, config), *others = configs.items()
+    model = library.get_peft_model(base, config, first, **options)
+    for name, other in others:
+        model.add_adapter(name, other)
+    return model
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def randomise(model: nn.Module, seed: int = 7) -> None:
     """Gives every lora_B of a model a random value."""
     generator = torch.Generator().manual_seed(seed)
@@ -49,3 +84,19 @@ def randomise(model: nn.Module, seed: int = 7) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def quantised(kind: str) -> nn.Module:
+    """A TwoLayers whose q is quantised."""
+    torch.manual_seed(0)
+    model = TwoLayers()
+    if kind == "bitsandbytes":
+        bnb = pytest.importorskip("bitsandbytes")
+        q = bnb.nn.Linear4bit(16, 24, compute_dtype=torch.float32, quant_type="nf4")
+        q.load_state_dict(model.q.state_dict())
+        model.q = q.to("cpu")
+        model.is_loaded_in_4bit = True
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.q, torchao.Int8WeightOnlyConfig(version=2))
+    return model

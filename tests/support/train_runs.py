@@ -139,3 +139,9 @@ def failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return errors[0]
 
     return fails
+
+
+def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
+    """The entries of a kind in a run's log."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if kind in entry]

@@ -19,6 +19,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data that no test changes."""
+    from tests.support import train_runs
+
+    return train_runs.make_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def given(base: Path, tmp_path: Path) -> dict[str, Any]:
     """A config whose data the test may change."""

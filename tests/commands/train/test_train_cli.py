@@ -18,14 +18,10 @@ from fastlora.testing import assert_within_budget
 from fastlora.train import checkpoint
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
+from tests.support.train_runs import log
 
 pytest.importorskip("transformers", reason="trains its models")
 pytest.importorskip("accelerate", reason="trains on it")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return train_runs.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -50,12 +46,6 @@ def whole(base: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     )
     assert cli.main(["train", str(path), "--quiet"]) == 0
     return folder / "whole"
-
-
-def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
-    """The entries of a kind in a run's log."""
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if kind in entry]
 
 
 def same(left: Path, right: Path) -> bool:

@@ -21,14 +21,10 @@ from fastlora.train.prepare import rate
 from fastlora.train.run import Run
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
+from tests.support.train_runs import log
 
 pytest.importorskip("transformers", reason="trains its models")
 pytest.importorskip("accelerate", reason="trains on it")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return train_runs.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +32,6 @@ def tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)
-
-
-def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
-    """The entries of a kind in a run's log."""
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if kind in entry]
 
 
 def trained(given: dict[str, Any], tmp_path: Path, *flags: str) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastlora.ops import mixed_ops
 from fastlora.ops.mixed_dora_scale_ops import PENDING
 from fastlora.ops.row_groups import build_row_groups
 from fastlora.testing import assert_within_budget
@@ -100,3 +101,16 @@ class ScaleProblem:
         assert y[self.rows_of(self.pending)].isnan().all()
         found = y[own], self.expected(self.dtype)[own], self.expected(torch.float64)[own]
         assert_within_budget(*found, "y")
+
+
+def arguments(problem: ScaleProblem, y: torch.Tensor) -> tuple[Any, ...]:
+    """What the kernel's operator takes."""
+    pieces = mixed_ops.pieces_of(problem.groups)
+    return (y, problem.bias, *problem.route, pieces, problem.address, 1)
+
+
+def by_kernel(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns y, scaled by the kernel."""
+    y = problem.y.clone() if y is None else y
+    torch.ops.fastlora.mixed_dora_scale_(*arguments(problem, y))
+    return y
