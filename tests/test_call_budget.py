@@ -37,10 +37,10 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(18, 13, 20, 10),
-    "one adapter": Budget(33, 15, 36, 14),
-    "mixed training": Budget(63, 19, 70, 16),
-    "mixed decode": Budget(18, 8, 20, 8),
+    "one adapter, few rows": Budget(18, 14, 20, 10),
+    "one adapter": Budget(33, 16, 36, 14),
+    "mixed training": Budget(72, 20, 70, 16),
+    "mixed decode": Budget(19, 10, 20, 8),
 }
 
 
