@@ -33,7 +33,8 @@ from fastlora.bench.mixed_strategies import (
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 from fastlora.ops import mixed_ops
 from fastlora.ops.mixed_dense import MAX_RANK_ROWS
-from fastlora.ops.row_groups import RowGroups, build_row_groups
+from fastlora.ops.rows import Rows as SortedRows
+from fastlora.ops.rows import sort_rows
 
 YARDSTICK = {"base": "base", "mixed": "segments"}
 
@@ -60,7 +61,7 @@ class MixedProblem:
     slots: torch.Tensor
     stacked: Stacked
     rows: Rows
-    groups: RowGroups
+    groups: SortedRows
     pieces: torch.Tensor
     addresses: tuple[torch.Tensor, torch.Tensor]
     rank: torch.Tensor
@@ -84,7 +85,7 @@ class MixedProblem:
         each = tuple((lora_a[index, :r].t(), lora_b[index, :r]) for index, r in enumerate(ranks))
         ids = torch.arange(sequences) % len(ranks)
         slots = ids[torch.randperm(sequences)].to(device)
-        groups = build_row_groups(slots, point.m, len(ranks))
+        groups = sort_rows(slots, point.m, len(ranks))
         addresses = tuple(
             torch.tensor([[factor[index].data_ptr() for index in range(len(ranks))]], device=device)
             for factor in (lora_a, lora_b)

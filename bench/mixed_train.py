@@ -18,7 +18,8 @@ from fastlora.autograd.mixed_autograd import KernelBatch, MixedLoraLinearKernels
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_strategies import Rows
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
-from fastlora.ops.row_groups import RowGroups, build_row_groups
+from fastlora.ops.rows import Rows as SortedRows
+from fastlora.ops.rows import sort_rows
 
 YARDSTICK = {"train_base": "base", "mixed_train": "segments"}
 
@@ -37,7 +38,7 @@ class MixedTrainProblem:
     factors: list[torch.Tensor]
     slots: torch.Tensor
     rows: Rows
-    groups: RowGroups
+    groups: SortedRows
     scaling: torch.Tensor
     impl: str
 
@@ -64,7 +65,7 @@ class MixedTrainProblem:
             factors=[factor.requires_grad_() for factor in factors],
             slots=slots,
             rows=Rows.of(slots, len(ranks), point.m // sequences, sorted_before=False),
-            groups=build_row_groups(slots, point.m, len(ranks)),
+            groups=sort_rows(slots, point.m, len(ranks)),
             scaling=torch.full((len(ranks),), SCALING, device=device),
             impl=impl,
         )

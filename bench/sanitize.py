@@ -12,7 +12,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch  # noqa: E402
 
 from fastlora import functional  # noqa: E402
-from fastlora.ops.row_groups import build_row_groups  # noqa: E402
+from fastlora.ops.rows import sort_rows  # noqa: E402
 
 SIZES = ((1, 72, 40, 3), (17, 200, 136, 16), (130, 136, 72, 5))  # (M, K, N, R)
 # The same for mixed batches, whose adapters have these ranks in each of two modules.
@@ -53,7 +53,7 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     largest = int(rank.max())
     tables = (table(lora_b), table(lora_bias), rank, torch.ones(rank.shape, device=device))
     a_address = table(lora_a)
-    groups = build_row_groups(torch.arange(m, device=device) % 5 - 1, m, 4)
+    groups = sort_rows(torch.arange(m, device=device) % 5 - 1, m, 4)
     route = (groups.order, groups.segment_of, groups.segment_slot)
     pieces = mixed_ops.pieces_of(groups)
     ops = torch.ops.fastlora

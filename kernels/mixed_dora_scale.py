@@ -93,10 +93,10 @@ def launch_mixed_dora_scale(
     Args:
         y: ``[M, N]``, any strides without overlap; fp16, bf16 or fp32.
         bias: ``[N]``, contiguous, of any float dtype, or None.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        pieces: int32, ``RowGroups.pieces(config.block_m)``.
+        pieces: int32, ``Rows.pieces(config.block_m)``.
         scale_address: int64 ``[S]``: where each slot's g lies, fp32 ``[N]``; 0 for none.
         config: From `mixed_dora_scale_config`.
     """

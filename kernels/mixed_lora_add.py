@@ -151,10 +151,10 @@ def launch_mixed_lora_add(
     Args:
         y: ``[M, N]``, any strides without overlap.
         x: ``[M, K]``, any strides.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        pieces: int32, ``RowGroups.pieces(config.block_m)``.
+        pieces: int32, ``Rows.pieces(config.block_m)``.
         lora_a_address: int64 ``[S]``: where each slot's lora_a ``[rank, K]`` lies.
         lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.

@@ -152,7 +152,7 @@ def launch_mixed_lora_expand(
     Args:
         y: ``[M, N]``, any strides without overlap; its dtype is the dtype of the dots.
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module, any dtype.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
         lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,

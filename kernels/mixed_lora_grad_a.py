@@ -155,10 +155,10 @@ def launch_mixed_lora_grad_a(
         d_lora_a: fp32 ``[ceil(M / rows) + S, G, R, K]``, contiguous.
         x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
         ds: ``[G, M, R]`` in x's dtype over sorted positions, the last dimension contiguous.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        pieces: int32, ``RowGroups.pieces(rows)``.
+        pieces: int32, ``Rows.pieces(rows)``.
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         rows: Positions of one run.
         max_columns: No smaller than any adapter's ranks of all modules together, each in fours.

@@ -217,10 +217,10 @@ def launch_mixed_lora_grad_b(
         d_bias: fp32 ``[ceil(M / rows) + S, N]``, contiguous, for the sums of dy's columns, or None.
         dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
         s: ``[M, R]`` in dy's dtype over sorted positions, the last dimension contiguous.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        pieces: int32, ``RowGroups.pieces(rows)``.
+        pieces: int32, ``Rows.pieces(rows)``.
         lora_b_address: int64 ``[S]``: where each slot's lora_b ``[N, rank]`` lies.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
         rows: Positions of one run.

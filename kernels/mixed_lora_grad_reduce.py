@@ -234,7 +234,7 @@ def launch_mixed_lora_grad_reduce(
     Args:
         out: All gradients in one buffer, in the factors' dtype; None for ds alone.
         planes: fp32 ``[P, G, R, L]``, any strides (those of d_lora_b are ``[P, N, R]``, seen so).
-        slot_start: int32 ``[S + 1]``, of `fastlora.ops.row_groups.RowGroups`.
+        slot_start: int32 ``[S + 1]``, of `fastlora.ops.rows.Rows`.
         rank: int32 ``[G, S]``.
         scaling: fp32 ``[G, S]``; None for 1.
         offset: int64 ``[G, S]``: where each slot's gradient begins in ``out``.

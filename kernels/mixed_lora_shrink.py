@@ -257,10 +257,10 @@ def launch_mixed_lora_shrink(
             contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
             has past R is not written.
         x: ``[M, K]``, any strides.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.row_groups.RowGroups`.
+        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
-        pieces: int32, ``RowGroups.pieces(config.block_m)``.
+        pieces: int32, ``Rows.pieces(config.block_m)``.
         lora_a_address: int64 ``[G, S]``: where each slot's lora_a ``[rank, K]`` lies.
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         factor_dtype: Of the factors; they are cast to x's dtype at the load.

@@ -1,6 +1,6 @@
 """Mixed batches: what the kernels share about the rows and the rank rows of many adapters.
 
-Rows stand in sorted positions (`fastlora.ops.row_groups`): x and y are gathered and scattered
+Rows stand in sorted positions (`fastlora.ops.rows`): x and y are gathered and scattered
 through ``order``, s lies at sorted positions. The rank rows of all adapters that a tile of
 positions holds stand side by side as its columns: a segment takes a multiple of 16 columns, so that
 16 neighbours belong to one adapter, and what lies past its true rank is masked. A module's
@@ -21,7 +21,7 @@ from fastlora.kernels.rank_rows import sum_planes
 
 # Columns that belong to one adapter: the K of a tensor-core instruction.
 COLUMNS: tl.constexpr = tl.constexpr(16)
-# Slot of rows whose id is out of range (`fastlora.ops.row_groups.INVALID_SLOT`).
+# Slot of rows whose id is out of range (`fastlora.ops.rows.INVALID_SLOT`).
 INVALID_SLOT: tl.constexpr = tl.constexpr(-2)
 # Shrink fills a row of s up to a multiple of this, so that 16 bytes of fp32 are one load.
 S_COLUMNS: tl.constexpr = tl.constexpr(4)
@@ -55,7 +55,7 @@ class DropoutTables(NamedTuple):
     """Dropout of one module's adapters, by slot; an adapter without it has a threshold of 0.
 
     Attributes:
-        slot_start: int32 ``[S + 1]``, `RowGroups.slot_start`: a row's number among those of its
+        slot_start: int32 ``[S + 1]``, `Rows.slot_start`: a row's number among those of its
             adapter is its sorted position minus this.
         seed: int64 ``[S]``.
         threshold: int32 ``[S]``, round(p * 65536).

@@ -39,8 +39,8 @@ class Budget(NamedTuple):
 BUDGETS = {
     "one adapter, few rows": Budget(18, 14, 20, 10),
     "one adapter": Budget(33, 16, 36, 14),
-    "mixed training": Budget(72, 20, 70, 16),
-    "mixed decode": Budget(19, 10, 20, 8),
+    "mixed training": Budget(65, 20, 70, 16),
+    "mixed decode": Budget(18, 9, 20, 8),
 }
 
 

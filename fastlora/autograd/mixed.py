@@ -10,13 +10,14 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R_i, K]`` and ``lora_b [N, R_
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
 from fastlora.autograd.linear import plain_backward
+from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.torch import products, reference
-from fastlora.routing.routing import RowRouting, Segment
 from fastlora.validation import check_dropout_dtype
 
 # From so many adapters of one rank on, stacking their factors costs less than a pair of products
@@ -51,19 +52,44 @@ class Share(NamedTuple):
         return reference.lora_dropout(rows, self.seed, self.dropout_p)
 
 
-def _in_order(tensor: torch.Tensor, rows: RowRouting) -> torch.Tensor:
-    return tensor if rows.order is None else tensor.index_select(0, rows.order)
+class _Padded(NamedTuple):
+    """Segments side by side as ``[G, C]``, C the longest one's rows.
+
+    Attributes:
+        longest: C.
+        rows: Row of each place, ``[G * C]``; where a segment is shorter, its first row again.
+        places: The places that hold a row of their own, ``[sum of rows]``.
+        targets: The row of each of these, ``[sum of rows]``.
+    """
+
+    longest: int
+    rows: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
 
 
-def _back(tensor: torch.Tensor, rows: RowRouting) -> torch.Tensor:
-    return tensor if rows.inverse is None else tensor.index_select(0, rows.inverse)
+@functools.lru_cache(maxsize=64)
+def _padded(segments: tuple[Segment, ...], device: torch.device) -> _Padded:
+    """Returns how to lay out some segments' rows as a batch; the same for every layer."""
+    longest = max(segment.stop - segment.start for segment in segments)
+    rows: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    for index, (_, start, stop) in enumerate(segments):
+        own = list(range(start, stop))
+        rows += own + [start] * (longest - len(own))
+        places += range(index * longest, index * longest + len(own))
+        targets += own
+    with torch.inference_mode(False):
+        tensors = (torch.tensor(values, device=device) for values in (rows, places, targets))
+        return _Padded(longest, *tensors)
 
 
 def forward_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: RowRouting,
+    rows: Rows,
     shares: list[Share],
     factors: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -72,32 +98,32 @@ def forward_linear(
     ``factors`` holds ``lora_a, lora_b, lora_bias`` of each share in turn; lora_bias is scaled and
     may be None.
     """
-    flat = _in_order(x.reshape(-1, x.shape[-1]), rows)
+    flat = rows.sorted(x.reshape(-1, x.shape[-1]))
     y = products.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     shrunk = _add_shares(y, flat, rows, shares, factors)
-    return _back(y, rows).view(*x.shape[:-1], weight.shape[0]), shrunk
+    return rows.restored(y).view(*x.shape[:-1], weight.shape[0]), shrunk
 
 
 def forward_add(
     y: torch.Tensor,
     x: torch.Tensor,
-    rows: RowRouting,
+    rows: Rows,
     shares: list[Share],
     factors: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns ``y`` plus each share, and each share's s; y ``[..., N]`` itself is not written."""
-    flat = _in_order(x.reshape(-1, x.shape[-1]), rows)
-    result = _in_order(y.reshape(-1, y.shape[-1]), rows)
-    if rows.order is None:
+    flat = rows.sorted(x.reshape(-1, x.shape[-1]))
+    result = rows.sorted(y.reshape(-1, y.shape[-1]))
+    if rows.in_order:
         result = result.clone()
     shrunk = _add_shares(result, flat, rows, shares, factors)
-    return _back(result, rows).view(y.shape), shrunk
+    return rows.restored(result).view(y.shape), shrunk
 
 
 def _add_shares(
     y: torch.Tensor,
     x: torch.Tensor,
-    rows: RowRouting,
+    rows: Rows,
     shares: list[Share],
     factors: tuple[torch.Tensor, ...],
 ) -> list[torch.Tensor]:
@@ -130,7 +156,7 @@ def _add_shares(
 def _add_batched(
     y: torch.Tensor,
     x: torch.Tensor,
-    rows: RowRouting,
+    rows: Rows,
     shares: list[Share],
     factors: tuple[torch.Tensor, ...],
     group: list[int],
@@ -143,7 +169,7 @@ def _add_batched(
     lora_a = torch.stack([factors[3 * i] for i in group]).to(x.dtype)
     lora_b = torch.stack([factors[3 * i + 1] for i in group]).to(x.dtype)
     scaling = torch.stack([shares[i].scaling for i in group]).view(-1, 1, 1)
-    layout = rows.padded(tuple(shares[i].segment for i in group))
+    layout = _padded(tuple(shares[i].segment for i in group), x.device)
     spread = x.index_select(0, layout.rows).view(len(group), layout.longest, x.shape[1])
     # [G, C, K] x [G, K, R], then [G, C, R] x [G, R, N]
     s = products.bmm(spread, lora_a.transpose(1, 2))
@@ -169,7 +195,7 @@ class MixedLoraLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        rows: RowRouting,
+        rows: Rows,
         shares: list[Share],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
@@ -184,17 +210,17 @@ class MixedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dy = _in_order(grad.reshape(-1, grad.shape[-1]), ctx.rows)
+        dy = ctx.rows.sorted(grad.reshape(-1, grad.shape[-1]))
         dx = products.mm(dy, weight.to(dy.dtype)) if needs_x else None
         flat = x.reshape(-1, x.shape[-1])
-        d_factors = _backward_shares(ctx, dy, dx, _in_order(flat, ctx.rows), saved)
+        d_factors = _backward_shares(ctx, dy, dx, ctx.rows.sorted(flat), saved)
         d_weight = d_bias = None
         if needs_weight:
             d_weight = products.mm(grad.reshape(-1, grad.shape[-1]).t(), flat).to(weight.dtype)
         if needs_bias:
             d_bias = dy.sum(0).to(ctx.bias_dtype)
         if dx is not None:
-            dx = _back(dx, ctx.rows).view(ctx.x_shape)
+            dx = ctx.rows.restored(dx).view(ctx.x_shape)
         return dx, d_weight, d_bias, None, None, *d_factors
 
 
@@ -207,7 +233,7 @@ class MixedLoraAdd(torch.autograd.Function):
         y: torch.Tensor,
         x: torch.Tensor,
         _: None,
-        rows: RowRouting,
+        rows: Rows,
         shares: list[Share],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
@@ -220,12 +246,12 @@ class MixedLoraAdd(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        dy = _in_order(grad.reshape(-1, grad.shape[-1]).to(x.dtype), ctx.rows)
-        flat = _in_order(x.reshape(-1, x.shape[-1]), ctx.rows)
+        dy = ctx.rows.sorted(grad.reshape(-1, grad.shape[-1]).to(x.dtype))
+        flat = ctx.rows.sorted(x.reshape(-1, x.shape[-1]))
         dx = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
         d_factors = _backward_shares(ctx, dy, dx, flat, saved)
         if dx is not None:
-            dx = _back(dx, ctx.rows).view(ctx.x_shape)
+            dx = ctx.rows.restored(dx).view(ctx.x_shape)
         return grad, dx, None, None, None, *d_factors
 
 

@@ -25,7 +25,7 @@ from fastlora.ops import (
     mixed_train_ops,  # noqa: F401 - registers operators
 )
 from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
-from fastlora.ops.row_groups import RowGroups
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products  # noqa: F401 - registers operators
 
 _Factor = torch.Tensor | None
@@ -35,7 +35,7 @@ class KernelBatch(NamedTuple):
     """What a layer's kernels read beside tensors with gradients.
 
     Attributes:
-        groups: The rows.
+        rows: The rows.
         scaling: fp32 ``[S]``.
         seeds: The layer's dropout seeds, int64 ``[S]``, or None where no dropout acts.
         dropout_p: Of each slot.
@@ -43,7 +43,7 @@ class KernelBatch(NamedTuple):
         impl: ``"triton"``, or ``"eager"`` for the same operators in PyTorch.
     """
 
-    groups: RowGroups
+    rows: Rows
     scaling: torch.Tensor
     seeds: torch.Tensor | None
     dropout_p: list[float]
@@ -54,14 +54,13 @@ class KernelBatch(NamedTuple):
     def pieces(self) -> torch.Tensor:
         """What the forward's operators take of the rows' pieces; PyTorch has none."""
         if self.impl != "triton":
-            return self.groups.order.new_empty(0)
-        return train_pieces(self.groups)
+            return self.rows.order.new_empty(0)
+        return train_pieces(self.rows)
 
     @property
-    def route(self) -> tuple[torch.Tensor, ...]:
-        """What every operator takes of the groups."""
-        groups = self.groups
-        return groups.order, groups.segment_of, groups.segment_slot, groups.slot_start
+    def route(self) -> list[torch.Tensor]:
+        """What every operator takes of the rows."""
+        return self.rows.tensors()
 
 
 class _Lists(NamedTuple):
@@ -277,7 +276,7 @@ def _runs(of: Any, batch: KernelBatch, rows: torch.Tensor) -> tuple[torch.Tensor
     """Returns ``pieces`` and ``rows`` of an operator over ``[M, columns]``."""
     if batch.impl != "triton":
         return batch.pieces, 0
-    found: tuple[torch.Tensor, int] = of(batch.groups, rows.dtype, rows.shape[1])
+    found: tuple[torch.Tensor, int] = of(batch.rows, rows.dtype, rows.shape[1])
     return found
 
 
@@ -366,5 +365,5 @@ def _without_the_unwritten(
     """Returns ds with zeros where no adapter has anything, so that no NaN is found there."""
     # Slots -2 and -1 are rows without an adapter.
     ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
-    own = ranks[batch.groups.segment_slot.long()[batch.groups.segment_of.long()]]
+    own = ranks[batch.rows.segment_slot.long()[batch.rows.segment_of.long()]]
     return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)

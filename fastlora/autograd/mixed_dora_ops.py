@@ -18,7 +18,7 @@ import torch
 
 from fastlora.autograd.dora_dropped import Dropped, Wanted, forward_rows, gradients
 from fastlora.autograd.linear import plain_backward
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from fastlora.ops.schema import _LIBRARY, _implements
 
 _ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitude, Tensor[] squares, Tensor scaling"
@@ -62,17 +62,17 @@ def _owners(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[_Own]:
-    groups = build_row_groups(ids, x.shape[0], seeds.shape[0])
-    starts = groups.slot_start.tolist()
+    batch = sort_rows(ids, x.shape[0], seeds.shape[0])
+    segment_of = {segment.slot: segment for segment in batch.segments}
     for place, slot in enumerate(slots):
-        start, stop = starts[slot], starts[slot + 1]
-        if start < stop:
+        if slot in segment_of:
+            _, start, stop = segment_of[slot]
             seed = seeds[slot : slot + 1].to(x.device if impl == "triton" else "cpu")
             adapter = Dropped(
                 *(lora_a[place], lora_b[place], magnitude[place], squares[place], scaling[place]),
                 *(seed, dropout_p[place], impl),
             )
-            rows = groups.order[start:stop].long().to(x.device)
+            rows = batch.order[start:stop].long().to(x.device)
             yield _Own(place, rows, slice(start, stop), adapter)
 
 

@@ -7,7 +7,8 @@ graph serves any mix. In the backward, adapters without rows get zeros.
 `mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
 autograd is traced, into `fastlora.autograd.mixed_autograd`. The last is called by layers fed by the
 same x with the factors of all, as in `fastlora.autograd.sibling_ops`, and each hands its s to its
-own operator. `mixed_lora_groups` sorts rows, once a graph: layers call it alike.
+own operator. rows are sorted once a graph: layers call
+`fastlora.ops.rows.sort_rows` alike.
 `mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.ops.mixed_ops` do
 on a GPU.
 
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 
 from fastlora.autograd import mixed_autograd
-from fastlora.ops.row_groups import RowGroups, build_row_groups, piece_entries, piece_starts
+from fastlora.ops.rows import sort_rows
 from fastlora.ops.schema import _LIBRARY, _implements
+from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch import reference
-from fastlora.ops.training_routing import seeds_of_layer
 from fastlora.routing.siblings import is_traced, keep_made, take_made
 
 _FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
@@ -44,64 +45,10 @@ _LIBRARY.define(
     " Tensor ids, int slots, ScalarType dtype, ScalarType factor_dtype, str impl) -> Tensor"
 )
 _LIBRARY.define(
-    "mixed_lora_groups(Tensor ids, SymInt m, int slots, Device device)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-_LIBRARY.define("mixed_lora_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
-_LIBRARY.define(
     "mixed_lora_pool_add_(Tensor(a!) y, Tensor x, Tensor columns, Tensor lora_a_address,"
     " Tensor lora_b_address, Tensor lora_bias_address, Tensor rank, Tensor scaling, int index,"
     " ScalarType factor_dtype) -> ()"
 )
-
-
-@_implements("mixed_lora_groups")
-def _mixed_lora_groups(
-    ids: torch.Tensor, m: int, slots: int, device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """Order, segment_of, segment_slot, the flag of invalid ids, slot_start; see `RowGroups`."""
-    groups = build_row_groups(ids, m, slots, device)
-    route = groups.order, groups.segment_of, groups.segment_slot
-    return *route, groups.invalid, groups.slot_start
-
-
-@torch.library.register_fake("fastlora::mixed_lora_groups")
-def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    present = torch.sym_min(m, slots + 2)
-    return empty(m), empty(m), empty(present), empty(1, torch.bool), empty(slots + 1)
-
-
-@_implements("mixed_lora_pieces")
-def _mixed_lora_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Where pieces of a sorted batch start; see `RowGroups.pieces`."""
-    return piece_starts(segment_of, slots, block_m)
-
-
-@torch.library.register_fake("fastlora::mixed_lora_pieces")
-def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
-
-
-class _GraphRowGroups(RowGroups):
-    """Rows sorted in a graph, where nothing is kept: compilers merge equal calls."""
-
-    def pieces(self, block_m: int) -> torch.Tensor:
-        """As of `RowGroups`, by an operator."""
-        return torch.ops.fastlora.mixed_lora_pieces(self.segment_of, self.slots, block_m)
-
-
-def groups_in_graph(ids: torch.Tensor, x: torch.Tensor, slots: int) -> RowGroups:
-    """Returns the rows of ``x [..., K]`` sorted by slot, by an operator."""
-    m = x.numel() // x.shape[-1]
-    order, segment_of, segment_slot, invalid, slot_start = torch.ops.fastlora.mixed_lora_groups(
-        ids, m, slots, x.device
-    )
-    return _GraphRowGroups(order, segment_of, segment_slot, invalid, m, slots, slot_start)
 
 
 def _batch(
@@ -113,13 +60,13 @@ def _batch(
     projection: int,
     impl: str,
 ) -> mixed_autograd.KernelBatch:
-    groups = groups_in_graph(ids, x, len(dropout_p))
+    rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):
         drawn = seeds_of_layer(seeds, projection)
         if impl == "triton":
             drawn = drawn.to(x.device, non_blocking=True)
-    return mixed_autograd.KernelBatch(groups, scaling, drawn, dropout_p, impl=impl)
+    return mixed_autograd.KernelBatch(rows, scaling, drawn, dropout_p, impl=impl)
 
 
 def _in_turn(
@@ -232,13 +179,12 @@ def _mixed_lora_pool_add_(
     are trusted: the memory behind them must outlive the call.
     """
     (m, k), n = x.shape, y.shape[1]
-    groups = build_row_groups(columns, m, rank.shape[1])
-    starts = groups.slot_start.tolist()
-    for column, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    batch = sort_rows(columns, m, rank.shape[1])
+    for column, start, stop in batch.segments:
         r = int(rank[index, column])
-        if start == stop or not r:
+        if not r:
             continue
-        rows, at = groups.order[start:stop].long(), (index, column)
+        rows, at = batch.order[start:stop].long(), (index, column)
         lora_a = block_at(int(lora_a_address[at]), (r, k), factor_dtype)
         lora_b = block_at(int(lora_b_address[at]), (r, n), factor_dtype).t()
         part = y[rows]

@@ -36,6 +36,7 @@ from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import BASE, named_ids
@@ -219,7 +220,7 @@ class FastPeftLoraModel(PeftLoraModel):
                 yield
             return
         slots = named_ids(tuple(self.peft_config), list(names or ()))
-        seeds, source = (0,) * len(slots[0]), Parameters(slots[0])
+        seeds, source = draw_seeds(slots[0], None, draw=False), Parameters(slots[0])
         with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed)):
             check_batch(routed.group, args, kwargs)
             yield

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fastlora.routing.routing import Routing, RowRouting
+from fastlora.ops.rows import Rows
+from fastlora.routing.routing import Routing
 
 
 class ZeroGradients(torch.autograd.Function):
@@ -35,7 +36,7 @@ class ZeroGradients(torch.autograd.Function):
 
 
 def with_absent(
-    layer: Any, y: torch.Tensor, routing: Routing, rows: RowRouting, *, own: bool = True
+    layer: Any, y: torch.Tensor, routing: Routing, rows: Rows | None, *, own: bool = True
 ) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
@@ -43,12 +44,13 @@ def with_absent(
         layer: Holds the adapters.
         y: Its output, any shape.
         routing: The batch's; says whether that is wanted.
-        rows: The routing of the layer's rows.
+        rows: The layer's rows; None where they are known on the device alone: then all get zeros.
         own: Whether nothing else refers to y; else it is copied.
     """
     if not routing.absent_gradients or not torch.is_grad_enabled():
         return y
-    present = {routing.names[segment.slot] for segment in rows.segments}
+    segments = () if rows is None else rows.segments
+    present = {routing.names[segment.slot] for segment in segments}
     absent = [
         parameter
         for name in layer.lora_A
@@ -68,10 +70,8 @@ def with_all_absent(
     """
     if not routing.absent_gradients or not torch.is_grad_enabled():
         return y
-    if routing.ids.is_cuda:
-        rows = RowRouting(routing.ids, None, None, ())
-    else:
-        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    m = x.numel() // x.shape[-1]
+    rows = None if routing.ids.is_cuda else routing.rows(m, x.device)
     return with_absent(layer, y, routing, rows, own=own)
 
 

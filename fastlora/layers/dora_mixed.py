@@ -15,7 +15,6 @@ import torch
 
 from fastlora.autograd.dora import DoraScale, scale_of, times
 from fastlora.autograd.dora_dropped import DoraDropped
-from fastlora.layers import mixed_training
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import records_gradients
 from fastlora.layers.dora_norms import (
@@ -27,7 +26,8 @@ from fastlora.layers.dora_norms import (
 from fastlora.layers.own_share import OwnShare
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors
-from fastlora.routing.routing import Routing, RowRouting, Segment, layer_seed
+from fastlora.ops.rows import Rows, Segment
+from fastlora.routing.routing import Routing
 
 
 class DoraSlots(NamedTuple):
@@ -48,12 +48,14 @@ def dora_slots(layer: Any, routing: Routing) -> DoraSlots | None:
     Of a CUDA graph's slots only whether there may be any is known, and none are named.
     """
     if routing.captured:
-        return DoraSlots((), ()) if routing.kernels[0].tables.uses_dora else None
-    if routing.residents is not None:
+        return DoraSlots((), ()) if _tables_have_scales(routing) else None
+    if routing.source.residents is not None:
         scaled = tuple(
             slot
-            for slot, resident in enumerate(routing.residents)
-            if resident.uses_dora and _pool_magnitude(layer, resident) is not None
+            for slot, resident in enumerate(routing.source.residents)
+            if resident is not None
+            and resident.uses_dora
+            and _pool_magnitude(layer, resident) is not None
         )
         return DoraSlots(scaled, ()) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
@@ -65,6 +67,11 @@ def dora_slots(layer: Any, routing: Routing) -> DoraSlots | None:
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if acts(dropouts[routing.names[slot]]))
     return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
+
+
+def _tables_have_scales(routing: Routing) -> bool:
+    tables = routing.source.tables
+    return tables is not None and tables.scale_address is not None
 
 
 def acts(dropout: torch.nn.Module) -> bool:
@@ -119,7 +126,7 @@ def _table(
     keeps = may_keep(like.device) and type(layer) is not OwnShare
     stamps = [stamp_of(tensor) for source in sources for tensor in source] if keeps else []
     keeps = keeps and None not in stamps
-    kept = routing.dora.get(key) if keeps else None
+    kept = routing.kept.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
         return kept[1]
     pool = routing.residents is not None
@@ -129,7 +136,8 @@ def _table(
     rows[list(slots)] = torch.arange(len(slots))
     made = table, rows.to(like.device)
     if keeps:
-        routing.dora[key] = stamps, made, sources  # alive: no other tensors take their addresses
+        # With its sources alive no other tensors take their addresses.
+        routing.kept.dora[key] = stamps, made, sources
     return made
 
 
@@ -151,7 +159,7 @@ def scale_segments(
     y: torch.Tensor,
     x: torch.Tensor,
     routing: Routing,
-    rows: RowRouting,
+    rows: Rows,
     slots: DoraSlots,
     branches: dict[int, Factors],
     projection: int,
@@ -176,7 +184,7 @@ def scale_segments(
     own_segments = [*scaled, *dropped]
     index = _rows_of(own_segments, rows, flat.device)
     # The batch as it lies: all rows, and each segment behind the one before it.
-    whole = index.numel() == flat.shape[0] and rows.order is None
+    whole = index.numel() == flat.shape[0] and rows.in_order
     whole = whole and all(a.stop == b.start for a, b in itertools.pairwise(own_segments))
     own = flat if whole else flat.index_select(0, index)
     count = sum(segment.stop - segment.start for segment in scaled)
@@ -194,10 +202,10 @@ def scale_segments(
     return (result if whole else flat.index_copy(0, index, result)).view(y.shape)
 
 
-def _rows_of(segments: list[Segment], rows: RowRouting, device: torch.device) -> torch.Tensor:
+def _rows_of(segments: list[Segment], rows: Rows, device: torch.device) -> torch.Tensor:
     """Returns the rows of some segments, in their order, by their places in the batch."""
     places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(device)
-    return places if rows.order is None else rows.order.index_select(0, places)
+    return places if rows.in_order else rows.order.index_select(0, places).long()
 
 
 def _scaled(
@@ -227,10 +235,8 @@ def _dropped(
     parts = []
     for segment, base, rows in zip(segments, own.split(lengths), x.split(lengths), strict=True):
         branch = branches[segment.slot]
-        if impl == "triton":
-            seed = mixed_training.seed_of(routing, projection, segment.slot, x.device)
-        else:
-            seed = layer_seed(routing.seeds[segment.slot], projection)
+        device = x.device if impl == "triton" else torch.device("cpu")
+        seed = routing.seeds_of(projection, device)[segment.slot : segment.slot + 1]
         if type(layer) is OwnShare:
             seed = layer.own_seed(seed)
         magnitude, squares = _source(layer, routing, segment.slot)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.scalings import Scalings
-from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.factors import Factors, Slots, Tables
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
@@ -145,10 +145,18 @@ class Source(Protocol):
 
     @property
     def residents(self) -> tuple[Any, ...] | None:
-        """A pool's entry of each slot; None where adapters are parameters."""
+        """A pool's entry of each slot, None for an empty one; None for parameters."""
 
-    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+    @property
+    def tables(self) -> Tables | None:
+        """Where all factors lie, where that is known at all times."""
+
+    def factors(
+        self, layer: AdapterLayer, slot: int, x: torch.Tensor | None = None
+    ) -> Factors | None:
         """Returns a slot's factors on a layer; None where the adapter leaves the layer alone.
+
+        Where x is given, the scaling is a tensor without dimensions beside it.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called, which rows cannot share.
@@ -165,17 +173,19 @@ class Parameters:
         names: Adapter of each slot.
     """
 
-    residents = None
+    residents = tables = None
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
 
-    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+    def factors(
+        self, layer: AdapterLayer, slot: int, x: torch.Tensor | None = None
+    ) -> Factors | None:
         """See `Source.factors`."""
         name = self.names[slot]
         if name not in layer._modules["lora_A"]._modules:
             return None
-        found = factors_of(layer, name)
+        found = factors_of(layer, name, x)
         if found is None:
             raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
         return found
@@ -189,16 +199,23 @@ class Pool:
     """Adapters that an `fastlora.AdapterPool` holds.
 
     Args:
-        residents: The pool's entry of each slot.
+        residents: The pool's entry of each slot, a column of the tables; None for an empty one.
+        tables: The pool's.
     """
 
-    def __init__(self, residents: tuple[Any, ...]) -> None:
-        self.residents = residents
+    def __init__(self, residents: tuple[Any, ...], tables: Tables) -> None:
+        self.residents, self.tables = residents, tables
 
-    def factors(self, layer: AdapterLayer, slot: int) -> Factors | None:
+    def factors(
+        self, layer: AdapterLayer, slot: int, x: torch.Tensor | None = None
+    ) -> Factors | None:
         """See `Source.factors`."""
-        found: Factors | None = self.residents[slot].factors(layer.table_row)
-        return found
+        resident = self.residents[slot]
+        found: Factors | None = None if resident is None else resident.factors(layer.table_row)
+        if found is None or x is None:
+            return found
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""

@@ -26,13 +26,13 @@ from fastlora.layers import (
 )
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import NOT_OUR_GEMM
-from fastlora.layers.factors import scaling_beside
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed_forward
-from fastlora.routing.routing import KernelRouting, Routing, RowRouting, layer_seed
+from fastlora.routing.routing import Routing
 from fastlora.validation import (
     AdapterStateError,
     ImplementationError,
@@ -90,10 +90,10 @@ def _mixed_forward(
     invariant = is_batch_invariant()
     bare = dtype is None and _without_gradients(layer, routing, x, weight, bias)
     if bare:
-        kernels = _kernels(layer, x, routing)
-        if kernels is not None:
+        tables = _tables(layer, x, routing)
+        if tables is not None:
             plan = "invariant" if invariant else "auto"
-            return mixed_kernels.linear(layer, x, weight, bias, routing, kernels, projection, plan)
+            return mixed_kernels.linear(layer, x, weight, bias, routing, tables, projection, plan)
     _refuse_captured(routing, bare, dtype)
     if invariant:
         refuse_in_mode(layer, _why_not_kernels(bare, dtype))
@@ -104,12 +104,12 @@ def _mixed_forward(
             y = mixed_training.linear(x, weight, bias, routing, projection, own, s)
             return with_all_absent(layer, y, x, routing)
     if bare:
-        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         found = mixed_packed.find_packed(layer, x, routing, rows, projection)
         if found is not None:
             y = packed_forward.linear(mixed_packed.flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
     if _wants_grad(x, weight, bias, *factors):
         mixed_siblings.note_apart(layer, given)
@@ -166,13 +166,13 @@ def _mixed_added_forward(
     x = x.to(dtype or x.dtype)
     bare = dtype is None and y.dtype == x.dtype and _without_gradients(layer, routing, x, y)
     if bare:
-        kernels = _kernels(layer, x, routing)
-        if kernels is not None:
+        tables = _tables(layer, x, routing)
+        if tables is not None:
             rows_y = _own_rows(y, inplace)
-            return mixed_kernels.add_(layer, rows_y, x, kernels, projection).view(y.shape)
+            return mixed_kernels.add_(layer, rows_y, x, routing, tables, projection).view(y.shape)
     _refuse_captured(routing, bare, dtype)
     if bare:
-        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         found = mixed_packed.find_packed(layer, x, routing, rows, projection)
         if found is not None:
             return packed_forward.add_(_own_rows(y, inplace), rows, *found).view(y.shape)
@@ -186,7 +186,7 @@ def _mixed_added_forward(
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
         )
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     shares, factors = _shares(layer, x, routing, rows, projection, without)
     wants_grad = _wants_grad(y, x, *factors)
     if wants_grad:
@@ -210,12 +210,11 @@ def _with_dora(
 ) -> torch.Tensor:
     """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
-    kernels = _pool_kernels(layer, y, x, routing)
-    if kernels is not None:
-        return dora_pool.scale_rows_(layer, y, kernels)
+    if _by_pool_kernels(layer, y, x, routing):
+        return dora_pool.scale_rows_(layer, y, routing)
     if not dora_mixed.wants_segments(layer, y, routing, slots):
         return dora_mixed.scale_rows(layer, y, routing, slots)
-    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     found = [(slot, _share_of(layer, x, routing, slot)) for slot in slots.dropped]
     branches = {slot: factors for slot, factors in found if factors is not None}
     return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
@@ -235,24 +234,25 @@ def _without_gradients(
     )
 
 
-def _kernels(layer: AdapterLayer, x: torch.Tensor, routing: Routing) -> KernelRouting | None:
-    impl = layer.impl
+def _tables(layer: AdapterLayer, x: torch.Tensor, routing: Routing) -> Tables | None:
+    """Returns where kernels find the factors; None where kernels do not run."""
     if is_batch_invariant():
-        invariant_impl(impl, "auto", x)
-    elif ops.resolve_impl(impl, x) != "triton":
+        invariant_impl(layer.impl, "auto", x)
+    elif ops.resolve_impl(layer.impl, x) != "triton":
         return None
-    kernels = mixed_kernels.kernel_routing(routing, x)
+    tables = mixed_kernels.tables_of(routing, x)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
-    return kernels if kernels is not None and kernels.device == x.device else None
+    return tables if tables is not None and tables.rank.device == x.device else None
 
 
-def _pool_kernels(
+def _by_pool_kernels(
     layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, routing: Routing
-) -> KernelRouting | None:
-    """Returns what kernels made y by, over a pool: then it may be written into; else None."""
+) -> bool:
+    """Whether kernels made y over a pool: then it may be written into."""
     if routing.residents is None or functional.autocast_dtype(x) is not None or y.dtype != x.dtype:
-        return None
-    return _kernels(layer, x, routing) if _without_gradients(layer, routing, x, y) else None
+        return False
+    bare = _without_gradients(layer, routing, x, y)
+    return bare and _tables(layer, x, routing) is not None
 
 
 def _refuse_captured(routing: Routing, bare: bool, dtype: torch.dtype | None) -> None:
@@ -296,7 +296,7 @@ def _shares(
     layer: AdapterLayer,
     x: torch.Tensor,
     routing: Routing,
-    rows: RowRouting,
+    rows: Rows,
     projection: int,
     without: tuple[int, ...] = (),
 ) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
@@ -311,7 +311,8 @@ def _shares(
             check_same_device(x, lora_a=branch.lora_a, lora_b=branch.lora_b)
         seed = None
         if branch.dropout_p:
-            seed = layer_seed(routing.seeds[segment.slot], projection)
+            seeds = routing.seeds_of(projection, torch.device("cpu"))
+            seed = seeds[segment.slot : segment.slot + 1]
         shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
         # lora_bias is scaled already.
         factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
@@ -320,18 +321,10 @@ def _shares(
 
 def _share_of(layer: AdapterLayer, x: torch.Tensor, routing: Routing, slot: int) -> Factors | None:
     """Returns one adapter's factors with a scaled lora_bias; None where the layer lacks it."""
-    factors = routing.source.factors(layer, slot)
-    if factors is None:
-        return None
-    scaling, lora_bias = factors.scaling, factors.lora_bias
-    if routing.residents is None:
-        beside = scaling_beside(layer, routing.names[slot], x)
-    else:
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        beside = torch.full((), float(scaling), dtype=exact, device=x.device)
-    if lora_bias is not None:
-        lora_bias = lora_bias * scaling
-    return factors._replace(scaling=beside, lora_bias=lora_bias)
+    factors = routing.source.factors(layer, slot, x)
+    if factors is None or factors.lora_bias is None:
+        return factors
+    return factors._replace(lora_bias=factors.lora_bias * factors.scaling)
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from fastlora import functional
-from fastlora.autograd import mixed_graph_ops
+from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
 from fastlora.layers import dora_pool, mixed_graph_dora
 from fastlora.layers.mixed_graph_dora import DoraSlots
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
 from fastlora.ops import mixed_ops
 from fastlora.ops import schema as ops
-from fastlora.ops.graph_routing import GraphRouting, PoolGraphRouting
 from fastlora.ops.invariant import is_batch_invariant
+from fastlora.ops.rows import sort_rows
 from fastlora.routing.routing import Routing
 
 
@@ -35,16 +35,18 @@ def linear(
 ) -> torch.Tensor | None:
     """`mixed_forward` in a graph; None where it cannot be in one."""
     given, x = x, x.to(functional.autocast_dtype(x) or x.dtype)
-    if isinstance(routing.graph, PoolGraphRouting):
+    batch = routing.whole
+    if batch is None:
+        return None
+    if batch.source.tables is not None:
         if not _serves(layer, x, weight, bias):
             return None
         if ops.resolve_impl(layer.impl, x) == "triton":
-            return _pool_kernels(layer, x, weight, bias, routing.graph)
+            return _pool_kernels(layer, x, weight, bias, batch)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return _pool_add_(layer, y, x, routing.graph)
-    batch = routing.graph
+        return _pool_add_(layer, y, x, batch)
     slots = slots_of(layer, x, batch)
-    if batch is None or slots is None:
+    if slots is None:
         return None
     s = shared_shrink(layer, given, x, batch, slots)
     arguments = slots.arguments(batch, projection)
@@ -57,13 +59,15 @@ def add(
 ) -> torch.Tensor | None:
     """`mixed_added_forward` in a graph; None where it cannot be in one."""
     given, x = x, x.to(functional.autocast_dtype(x) or x.dtype)
-    if isinstance(routing.graph, PoolGraphRouting):
+    batch = routing.whole
+    if batch is None:
+        return None
+    if batch.source.tables is not None:
         runs = x.dtype == y.dtype and _serves(layer, x, y)
         copied = y.clone(memory_format=torch.contiguous_format)
-        return _pool_add_(layer, copied, x, routing.graph) if runs else None
-    batch = routing.graph
+        return _pool_add_(layer, copied, x, batch) if runs else None
     slots = slots_of(layer, x, batch) if x.dtype == y.dtype else None
-    if batch is None or slots is None:
+    if slots is None:
         return None
     s = shared_shrink(layer, given, x, batch, slots)
     arguments = slots.arguments(batch, projection)
@@ -75,7 +79,7 @@ def _with_dora(
     layer: Any,
     y: torch.Tensor,
     x: torch.Tensor,
-    batch: GraphRouting,
+    batch: Routing,
     projection: int,
     slots: DoraSlots,
 ) -> torch.Tensor:
@@ -93,23 +97,25 @@ def _serves(layer: Any, *tensors: torch.Tensor | None) -> bool:
     return x.device.type == "cpu" or ops.resolve_impl(layer.impl, x) == "triton"
 
 
+def _tables(batch: Routing) -> Any:
+    return batch.source.tables
+
+
 def _pool_kernels(
     layer: Any,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    batch: PoolGraphRouting,
+    batch: Routing,
 ) -> torch.Tensor:
-    flat, tables = x.reshape(-1, x.shape[-1]), batch.tables
-    groups = mixed_graph_ops.groups_in_graph(batch.columns, flat, tables.rank.shape[1])
+    flat, tables = x.reshape(-1, x.shape[-1]), _tables(batch)
+    rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
     y = torch.ops.fastlora.mixed_lora_linear(
         flat,
         weight.to(x.dtype),
         None if bias is None else bias.to(x.dtype),
-        groups.order,
-        groups.segment_of,
-        groups.segment_slot,
-        mixed_ops.pieces_of(groups),
+        *rows.tensors()[:3],
+        mixed_ops.pieces_of(rows),
         None,
         tables.a_address,
         tables.b_address,
@@ -117,37 +123,33 @@ def _pool_kernels(
         tables.rank,
         tables.scaling,
         layer.table_row,
-        batch.max_rank,
-        batch.dtype,
+        tables.max_rank,
+        tables.dtype,
         "auto",
     )
     y = y.view(*x.shape[:-1], weight.shape[0])
     return dora_pool.scale_in_graph_(layer, y, batch)
 
 
-def _pool_add_(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, batch: PoolGraphRouting
-) -> torch.Tensor:
+def _pool_add_(layer: Any, y: torch.Tensor, x: torch.Tensor, batch: Routing) -> torch.Tensor:
     """Adds to ``y [..., N]``, which is contiguous, in place, and scales DoRA's rows."""
-    flat, rows, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), batch.tables
+    flat, flat_x, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), _tables(batch)
     numbers = tables.rank, tables.scaling, layer.table_row
     addresses = tables.a_address, tables.b_address, tables.bias_address
     if ops.resolve_impl(layer.impl, x) == "triton":
-        groups = mixed_graph_ops.groups_in_graph(batch.columns, rows, tables.rank.shape[1])
+        rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
         torch.ops.fastlora.mixed_lora_add_(
             flat,
-            rows,
-            groups.order,
-            groups.segment_of,
-            groups.segment_slot,
-            mixed_ops.pieces_of(groups),
+            flat_x,
+            *rows.tensors()[:3],
+            mixed_ops.pieces_of(rows),
             *addresses,
             *numbers,
-            batch.max_rank,
-            batch.dtype,
+            tables.max_rank,
+            tables.dtype,
         )
     else:
         torch.ops.fastlora.mixed_lora_pool_add_(
-            flat, rows, batch.columns, *addresses, *numbers, batch.dtype
+            flat, flat_x, batch.ids, *addresses, *numbers, tables.dtype
         )
     return dora_pool.scale_in_graph_(layer, y, batch)

@@ -18,12 +18,12 @@ from fastlora.layers.dora_mixed import acts
 from fastlora.layers.dora_norms import adapter_squares, magnitude_of
 from fastlora.layers.factors import scaling_of, scaling_tensor
 from fastlora.ops import schema as ops  # noqa: F401 - registers operators
-from fastlora.ops.graph_routing import GraphRouting
-from fastlora.ops.training_routing import seeds_of_layer
+from fastlora.ops.seeds import seeds_of_layer
+from fastlora.routing.routing import Routing
 
 
 class DoraSlots(NamedTuple):
-    """Which of a model's adapters use DoRA on one layer, by their places in `GraphRouting.names`.
+    """Which of a model's adapters use DoRA on one layer, by their places in `Routing.names`.
 
     Attributes:
         scaled: Those whose rows are scaled after their LoRA term.
@@ -34,7 +34,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...]
 
 
-def dora_slots(layer: Any, batch: GraphRouting) -> DoraSlots:
+def dora_slots(layer: Any, batch: Routing) -> DoraSlots:
     """Returns which slots use DoRA on a layer."""
     magnitudes = layer._modules.get("lora_magnitude_vector")
     names = () if magnitudes is None else magnitudes._modules
@@ -53,7 +53,7 @@ def add_dropped(
     layer: Any,
     y: torch.Tensor,
     x: torch.Tensor,
-    batch: GraphRouting,
+    batch: Routing,
     projection: int,
     slots: tuple[int, ...],
 ) -> torch.Tensor:
@@ -88,9 +88,7 @@ def add_dropped(
     )
 
 
-def scale_rows(
-    layer: Any, y: torch.Tensor, batch: GraphRouting, slots: tuple[int, ...]
-) -> torch.Tensor:
+def scale_rows(layer: Any, y: torch.Tensor, batch: Routing, slots: tuple[int, ...]) -> torch.Tensor:
     """Returns ``y [..., N]`` with the rows of DoRA adapters scaled, as autograd traces it.
 
     Args:

@@ -15,11 +15,11 @@ from fastlora.layers.factors import is_hooked
 from fastlora.layers.mixed_graph_slots import GraphSlots, slots_of
 from fastlora.layers.mixed_siblings import APART_IN_PYTORCH, DROPOUT, FROZEN, HOOKED
 from fastlora.layers.shared_shrink import LAST, UNSEEN
-from fastlora.ops.graph_routing import GraphRouting
+from fastlora.routing.routing import Routing
 
 
 def shared_shrink(
-    layer: Any, given: torch.Tensor, x: torch.Tensor, batch: GraphRouting, slots: GraphSlots
+    layer: Any, given: torch.Tensor, x: torch.Tensor, batch: Routing, slots: GraphSlots
 ) -> torch.Tensor | None:
     """Returns the layer's s ``[M, R]`` from the pass that it shares, None where it has its own.
 
@@ -68,7 +68,7 @@ def shared_shrink(
 
 
 def _slots(
-    member: Any, layer: Any, x: torch.Tensor, batch: GraphRouting, slots: GraphSlots
+    member: Any, layer: Any, x: torch.Tensor, batch: Routing, slots: GraphSlots
 ) -> tuple[GraphSlots | None, str]:
     """Returns the slots that a sibling will compute with, or None and why not."""
     if member is None or getattr(member, "routed_by", None) is not layer.routed_by:

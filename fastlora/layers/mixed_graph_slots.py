@@ -11,8 +11,8 @@ from fastlora.layers.factors import factors_of
 from fastlora.layers.mixed_graph_dora import DoraSlots, dora_slots
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors, Slots
-from fastlora.ops.graph_routing import GraphRouting
 from fastlora.ops.invariant import is_batch_invariant
+from fastlora.routing.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,21 +40,21 @@ class GraphSlots(NamedTuple):
     dora: DoraSlots
     own_lora_a: list[torch.Tensor | None]
 
-    def arguments(self, batch: GraphRouting, projection: int) -> tuple[Any, ...]:
+    def arguments(self, batch: Routing, projection: int) -> tuple[Any, ...]:
         """Returns what stands behind the base layer's tensors in the operators' schemas."""
         number = projection if any(self.dropout_p) else 0
         return *self[:4], batch.ids, batch.seeds, self.dropout_p, number, self.impl
 
 
-def slots_of(layer: Any, x: torch.Tensor, batch: Any) -> GraphSlots | None:
+def slots_of(layer: Any, x: torch.Tensor, batch: Routing) -> GraphSlots | None:
     """Returns a layer's slots; None where it cannot be in a graph.
 
     Args:
         layer: Holds the adapters.
         x: Its input, in the dtype that it computes in.
-        batch: The routing's ``graph``.
+        batch: The routing's ``whole``.
     """
-    if not isinstance(batch, GraphRouting) or layer.merged_adapters or is_batch_invariant():
+    if layer.merged_adapters or is_batch_invariant():
         return None
     names = [name for name in batch.names if name in layer.lora_A]
     found = [factors_of(layer, name) for name in names]

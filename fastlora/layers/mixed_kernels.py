@@ -17,11 +17,11 @@ from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import mixed_ops
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.routing.routing import KernelRouting, Routing, is_captured
+from fastlora.routing.routing import Routing, is_captured
 from fastlora.routing.siblings import share, shared
 
 
-def row_of(layer: AdapterLayer, number: int, tables: Any) -> int | None:
+def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
     """Returns a layer's row in the tables, or None where they were made before the layer was.
 
     Args:
@@ -29,27 +29,24 @@ def row_of(layer: AdapterLayer, number: int, tables: Any) -> int | None:
         number: The layer's number in its model.
         tables: The model's, or a pool's.
     """
-    if isinstance(tables, Tables) and tables.rows is not None:
+    if tables.rows is not None:
         return tables.rows.get(number)
     return layer.table_row
 
 
-def kernel_routing(routing: Routing, x: torch.Tensor) -> KernelRouting | None:
-    """Returns a routing as kernels read it for x; None where a factor is not a bare tensor."""
-    if routing.residents is not None:
-        return routing.kernels[0]
+def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
+    """Returns where a batch's factors lie, for x; None where a factor is not a bare tensor."""
+    if routing.source.tables is not None:
+        return routing.source.tables
     # Of so many layers: a later block finds those that the model has got since.
     sets = routing.set_of(("tables", len(routing.layers), *routing.names), Watch)
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
-    if sets.tables == "none":
+    if not isinstance(sets.tables, Tables):
         return None
     if is_captured(x):
         routing.group.packs.pin(sets)
-    if not routing.kernels or routing.kernels[-1].tables is not sets.tables:
-        tables: Tables = sets.tables
-        routing.kernels.append(KernelRouting(routing.ids, tables, tables.max_rank, tables.dtype))
-    return routing.kernels[-1]
+    return sets.tables
 
 
 def _model_tables(routing: Routing, watch: Any) -> Tables | str:
@@ -116,7 +113,7 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    kernels: KernelRouting,
+    tables: Tables,
     number: int,
     plan: str = "auto",
 ) -> torch.Tensor:
@@ -128,63 +125,64 @@ def linear(
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
         routing: The batch's.
-        kernels: The same for kernels.
+        tables: Of `tables_of`.
         number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
     """
-    flat, tables = x.reshape(-1, x.shape[-1]), kernels.tables
+    flat = x.reshape(-1, x.shape[-1])
     row = row_of(layer, number, tables)
     if row is None:
         refuse_in_mode(layer, "it was adapted after the block began")
         return F.linear(x, weight, bias)
-    groups = kernels.groups(flat.shape[0], x.device)
-    rows, s = _shared_shrink(layer, row, x, flat, routing, kernels, number, plan)
+    rows = routing.rows(flat.shape[0], x.device)
+    some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
     y = torch.ops.fastlora.mixed_lora_linear(
         flat,
         weight,
         bias,
-        groups.order,
-        groups.segment_of,
-        groups.segment_slot,
-        mixed_ops.pieces_of(groups, plan == "invariant"),
+        *rows.tensors()[:3],
+        mixed_ops.pieces_of(rows, plan == "invariant"),
         s,
-        tables.a_address[rows],
-        tables.b_address[rows],
-        tables.bias_address[rows],
-        tables.rank[rows],
-        tables.scaling[rows],
-        row - rows.start,
-        kernels.max_rank,
-        kernels.dtype,
+        tables.a_address[some],
+        tables.b_address[some],
+        tables.bias_address[some],
+        tables.rank[some],
+        tables.scaling[some],
+        row - some.start,
+        tables.max_rank,
+        tables.dtype,
         plan,
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def add_(
-    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, kernels: KernelRouting, number: int
+    layer: AdapterLayer,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    tables: Tables,
+    number: int,
 ) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
-    flat, tables = x.reshape(-1, x.shape[-1]), kernels.tables
+    flat = x.reshape(-1, x.shape[-1])
     row = row_of(layer, number, tables)
     if row is None:
         return y
-    groups, rows = kernels.groups(flat.shape[0], x.device), slice(row, row + 1)
+    rows, some = routing.rows(flat.shape[0], x.device), slice(row, row + 1)
     torch.ops.fastlora.mixed_lora_add_(
         y,
         flat,
-        groups.order,
-        groups.segment_of,
-        groups.segment_slot,
-        mixed_ops.pieces_of(groups),
-        tables.a_address[rows],
-        tables.b_address[rows],
-        tables.bias_address[rows],
-        tables.rank[rows],
-        tables.scaling[rows],
+        *rows.tensors()[:3],
+        mixed_ops.pieces_of(rows),
+        tables.a_address[some],
+        tables.b_address[some],
+        tables.bias_address[some],
+        tables.rank[some],
+        tables.scaling[some],
         0,
-        kernels.max_rank,
-        kernels.dtype,
+        tables.max_rank,
+        tables.dtype,
     )
     return y
 
@@ -195,7 +193,7 @@ def _shared_shrink(
     x: torch.Tensor,
     flat: torch.Tensor,
     routing: Routing,
-    kernels: KernelRouting,
+    tables: Tables,
     number: int,
     plan: str,
 ) -> tuple[slice, torch.Tensor | None]:
@@ -212,7 +210,7 @@ def _shared_shrink(
     members = {}
     for member in siblings.of(layer, number, x) or ():
         other = siblings.layers[member]()
-        place = None if other is None else row_of(other, member, kernels.tables)
+        place = None if other is None else row_of(other, member, tables)
         if place is not None:
             members[place] = member
     first, stop = alone.start, alone.stop
@@ -220,25 +218,23 @@ def _shared_shrink(
         first -= 1
     while stop in members:
         stop += 1
-    rows = slice(first, stop)
+    some = slice(first, stop)
     if stop - first < 2:
         return alone, None
-    groups, invariant = kernels.groups(flat.shape[0], x.device), plan == "invariant"
-    key = (groups, kernels, invariant)
+    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
+    key = (rows, tables, invariant)
     s = shared(x, number, key)
     if s is None:
         s = torch.ops.fastlora.mixed_lora_shrink(
             flat,
-            groups.order,
-            groups.segment_of,
-            groups.segment_slot,
-            mixed_ops.pieces_of(groups, invariant),
-            kernels.tables.a_address[rows],
-            kernels.tables.rank[rows],
-            kernels.max_rank,
-            kernels.dtype,
+            *rows.tensors()[:3],
+            mixed_ops.pieces_of(rows, invariant),
+            tables.a_address[some],
+            tables.rank[some],
+            tables.max_rank,
+            tables.dtype,
             invariant,
         )
         numbers = tuple(members[row] for row in range(first, stop))
         share(x, number, numbers, key, s)
-    return rows, s
+    return some, s

@@ -13,10 +13,12 @@ from fastlora.layers.factors import Watch, slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Slots
 from fastlora.ops.invariant import is_batch_invariant
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
-from fastlora.ops.torch.packed import LayerPack, SetPack
+from fastlora.ops.torch.packed import LayerPack
 from fastlora.ops.torch.packed_choice import kind_of
-from fastlora.routing.routing import Routing, RowRouting, is_captured
+from fastlora.routing.kept import SetPack
+from fastlora.routing.routing import Routing, is_captured
 from fastlora.routing.siblings import share, shared
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
@@ -36,7 +38,7 @@ class Ready(NamedTuple):
 
     pack: LayerPack
     plan: packed_forward.Plan
-    rows: RowRouting
+    rows: Rows
     dtype: torch.dtype
     device: torch.device
     impl: str
@@ -59,7 +61,7 @@ def run_again(
 
     Most of a decode step is spent here, where the host's own time counts.
     """
-    ready: Ready | None = routing.ready.get(number)
+    ready: Ready | None = routing.kept.ready.get(number)
     if (
         ready is None
         or layer.training
@@ -68,7 +70,7 @@ def run_again(
         or weight.dtype is not ready.dtype
         or (ready.mark is not marks.trained and ready.mark is not None)
         or layer.merged_adapters
-        or x.numel() != ready.rows.slots.numel() * x.shape[-1]
+        or x.numel() != ready.rows.m * x.shape[-1]
         or is_batch_invariant()
         or torch.is_autocast_enabled(ready.device.type)
     ):
@@ -80,38 +82,39 @@ def run_again(
 
 
 def find_packed(
-    layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: RowRouting, number: int
+    layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: Rows, number: int
 ) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
     """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
     group = routing.group
     members = group.siblings.of(layer, number, x)
     if not rows.segments:
         return None
-    sets = routing.set_of(rows.key, Watch)
+    sets = routing.set_of(routing.identities(rows), Watch)
     impl = layer.impl
-    ready = sets.ready_for(rows)
+    found_for = sets.found_for(rows)
+    ready = found_for.ready
     if is_captured(x):
-        group.packs.pin(sets, ready)
+        group.packs.pin(sets, found_for)
     known: Ready | None = ready.get(number)
     if known is not None and known.serves(x, impl):
-        routing.ready.update(ready)  # for all layers: the next ones need not come here
+        routing.kept.ready.update(ready)  # for all layers: the next ones need not come here
         return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
-    kind = kind_of(rows.slots.numel(), rows.each)
+    kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
     if due and members is not None:
         pack = _pack(sets, members, x, routing, rows)[members.index(number)]
     if pack is None:
         return None
-    plan = packed_forward.plan_for(rows, pack.layout, x.dtype)
+    plan = packed_forward.plan_for(rows, pack.layout, x.dtype, found_for.plans)
     if plan is None:
         return None
     found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.mark)
-    routing.ready[number] = ready[number] = found
+    routing.kept.ready[number] = ready[number] = found
     return pack, plan, _shrunk(x, number, rows, pack, plan)
 
 
 def _shrunk(
-    x: torch.Tensor, number: int, rows: RowRouting, pack: LayerPack, plan: packed_forward.Plan
+    x: torch.Tensor, number: int, rows: Rows, pack: LayerPack, plan: packed_forward.Plan
 ) -> packed_forward.Shrunk:
     """Returns s of a layer and its siblings, which the first of them computes."""
     if len(pack.members) == 1:
@@ -129,10 +132,10 @@ def _pack(
     members: tuple[int, ...],
     x: torch.Tensor,
     routing: Routing,
-    rows: RowRouting,
+    rows: Rows,
 ) -> list[LayerPack | None]:
     """Packs the batch's adapters for a layer and its siblings."""
-    kind = kind_of(rows.slots.numel(), rows.each)
+    kind = kind_of(rows.m, rows.each)
     layers = [routing.group.siblings.layers[number]() for number in members]
     names = [routing.names[segment.slot] for segment in rows.segments]
     found = [_slots(member, x, routing, rows) for member in layers]
@@ -148,7 +151,7 @@ def _pack(
 
 
 def _slots(
-    layer: AdapterLayer | None, x: torch.Tensor, routing: Routing, rows: RowRouting
+    layer: AdapterLayer | None, x: torch.Tensor, routing: Routing, rows: Rows
 ) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     if layer is None:

@@ -13,7 +13,6 @@ from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Slots
 from fastlora.ops.mixed_grad_tables import table
-from fastlora.ops.training_routing import TrainingRouting
 from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError, check_same_device
 
@@ -142,12 +141,11 @@ def _batch(
 
     The gradient of a lora_a comes through the s that was made with it, if one was.
     """
-    training = _training_routing(routing, projection)
     dropout_p = slots.dropout_p
     batch = mixed_autograd.KernelBatch(
-        training.groups(x.numel() // x.shape[-1], x.device),
+        routing.rows(x.numel() // x.shape[-1], x.device),
         _scalings(slots, x.device),
-        training.seeds_of(projection, x.device) if any(dropout_p) else None,
+        routing.seeds_of(projection, x.device) if any(dropout_p) else None,
         dropout_p,
         plan,
     )
@@ -155,22 +153,6 @@ def _batch(
     if s is not None:
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
     return batch, factors
-
-
-def seed_of(routing: Routing, projection: int, slot: int, device: torch.device) -> torch.Tensor:
-    """Returns the dropout seed of one adapter on a layer, int64 ``[1]`` on the device."""
-    seeds = _training_routing(routing, projection).seeds_of(projection, device)
-    return seeds[slot : slot + 1]
-
-
-def _training_routing(routing: Routing, projection: int) -> TrainingRouting:
-    """Returns what a routing keeps for the kernels of training, made once."""
-    if not routing.training:
-        numbers = dict.fromkeys(
-            [*(layer.routed_as for layer in routing.layers if hasattr(layer, "lora_A")), projection]
-        )
-        routing.training.append(TrainingRouting(routing.ids, routing.seeds, tuple(numbers)))
-    return routing.training[0]
 
 
 def _scalings(slots: Slots, device: torch.device) -> torch.Tensor:

@@ -38,7 +38,7 @@ from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
-from fastlora.routing.routing import Routing, layer_seed
+from fastlora.routing.routing import Routing
 from fastlora.sharding import is_sharded, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 from fastlora.weight_marks import marks
@@ -230,7 +230,7 @@ class TensorParallelLora(TensorParallelDora):
             )
         dtype = functional.autocast_dtype(x)
         x = x.to(dtype or x.dtype)
-        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         shares: list[mixed.Share] = []
         factors: list[torch.Tensor | None] = []
         dora, dropped = dora_slots(self, routing), {}
@@ -244,7 +244,8 @@ class TensorParallelLora(TensorParallelDora):
                 continue
             seed = None
             if branch.dropout_p:
-                seed = self._own_seed(layer_seed(routing.seeds[segment.slot], projection))
+                seeds = routing.seeds_of(projection, torch.device("cpu"))
+                seed = self._own_seed(seeds[segment.slot : segment.slot + 1])
             shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
             factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
         wanted = torch.is_grad_enabled() and any(

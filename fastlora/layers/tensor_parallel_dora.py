@@ -25,7 +25,8 @@ from fastlora.layers.dora_mixed import DoraSlots, scale_rows, scale_segments, wa
 from fastlora.layers.dora_norms import cached_squares, forget_norms
 from fastlora.layers.own_share import OwnShare, local, own
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.routing.routing import Routing, RowRouting
+from fastlora.ops.rows import Rows
+from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
 
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
@@ -87,7 +88,7 @@ class TensorParallelDora(FastLoraWrapper):
         y: torch.Tensor,
         x: torch.Tensor,
         routing: Routing,
-        rows: RowRouting,
+        rows: Rows,
         slots: DoraSlots,
         branches: dict[int, Any],
         projection: int,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.row_groups import INVALID_SLOT
+from fastlora.ops.rows import INVALID_SLOT
 
 # Rank rows, S * R, from which every row's detour through all of them is no plan at all.
 MAX_RANK_ROWS = 256

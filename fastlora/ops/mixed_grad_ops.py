@@ -9,7 +9,7 @@ depends on the mix but what lies on the device.
 Shapes, for a batch of M rows, S slots and G modules that share x:
 
     x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, y and dy ``[M, N]``, dx ``[M, K]``
-    order, segment_of, segment_slot, slot_start, pieces: int32, of `RowGroups`
+    order, segment_of, segment_slot, slot_start, pieces: int32, of `Rows`
     lora_a ``[rank, K]``, lora_b ``[N, rank]``, lora_bias ``[N]`` or None: S each, of one dtype
     scaling: fp32 ``[S]``; seeds: int64 ``[S]`` on the device, or None; dropout_p: S numbers
     s and ds: ``[M, R]`` in x's dtype over sorted positions, R the largest rank rounded up to a

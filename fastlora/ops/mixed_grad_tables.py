@@ -13,38 +13,38 @@ from typing import Any
 
 import torch
 
-from fastlora.ops.row_groups import RowGroups
+from fastlora.ops.rows import Rows
 from fastlora.ops.schema import _precision
 
 # Order, segment_of, segment_slot.
 Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def train_pieces(groups: RowGroups) -> torch.Tensor:
+def train_pieces(rows: Rows) -> torch.Tensor:
     """Returns ``pieces`` of the forward's operators."""
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
-    return groups.pieces(TRAIN_PIECE_ROWS)
+    return rows.pieces(TRAIN_PIECE_ROWS)
 
 
-def runs_b(groups: RowGroups, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, int]:
+def runs_b(rows: Rows, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, int]:
     """Returns ``pieces`` and ``rows`` of `mixed_lora_grad_b` for dy ``[M, n]``."""
     from fastlora.kernels import chips, configs
 
-    chip, precision = chips.chip_of(groups.order.device), _precision(dtype)
+    chip, precision = chips.chip_of(rows.order.device), _precision(dtype)
     config = configs.choose(chip, "mixed_lora_grad_b", dtype, input_precision=precision)
-    rows = configs.run_rows(chip, groups.m, configs.cdiv(n, config.block_n), config.block_m)
-    return groups.pieces(rows), rows
+    run = configs.run_rows(chip, rows.m, configs.cdiv(n, config.block_n), config.block_m)
+    return rows.pieces(run), run
 
 
-def runs_a(groups: RowGroups, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, int]:
+def runs_a(rows: Rows, dtype: torch.dtype, k: int) -> tuple[torch.Tensor, int]:
     """Returns ``pieces`` and ``rows`` of `mixed_lora_grad_a` for x ``[M, k]``."""
     from fastlora.kernels import chips, configs
 
-    chip, precision = chips.chip_of(groups.order.device), _precision(dtype)
+    chip, precision = chips.chip_of(rows.order.device), _precision(dtype)
     config = configs.choose(chip, "mixed_lora_grad_a", dtype, input_precision=precision)
-    rows = configs.run_rows(chip, groups.m, configs.cdiv(k, config.block_k), config.block_m)
-    return groups.pieces(rows), rows
+    run = configs.run_rows(chip, rows.m, configs.cdiv(k, config.block_k), config.block_m)
+    return rows.pieces(run), run
 
 
 def split_grad_b(

@@ -7,7 +7,7 @@ mix, and a CUDA graph replays any.
 Shapes everywhere, for a batch of M rows, S slots and G modules that share x (1 for one module):
 
     x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, y ``[M, N]``
-    order, segment_of, segment_slot, pieces: int32, `RowGroups`; pieces is `pieces_of` it
+    order, segment_of, segment_slot, pieces: int32, `Rows`; pieces is `pieces_of` it
     lora_a_address, lora_b_address, lora_bias_address: int64 ``[G, S]``, where blocks of factors lie
     in memory: lora_a ``[rank, K]``, lora_b as rank rows ``[rank, N]``, lora_bias ``[N]`` or 0, each
     at a multiple of 16 bytes and in ``factor_dtype``; lora_bias_address is None if none has one
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.mixed_dense import dense_linear
 from fastlora.ops.plans import choose_mixed_plan
-from fastlora.ops.row_groups import RowGroups
+from fastlora.ops.rows import Rows
 from fastlora.ops.schema import (
     _FUSED_MAX_ROWS,
     _LIBRARY,
@@ -74,11 +74,11 @@ _LIBRARY.define(
 )
 
 
-def pieces_of(groups: RowGroups, batch_invariant: bool = False) -> torch.Tensor:
+def pieces_of(rows: Rows, batch_invariant: bool = False) -> torch.Tensor:
     """Returns the pieces that the operators take for these rows."""
     from fastlora.kernels.configs import piece_rows
 
-    return groups.pieces(piece_rows(groups.m, batch_invariant))
+    return rows.pieces(piece_rows(rows.m, batch_invariant))
 
 
 def _shrunk_shape(

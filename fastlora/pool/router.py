@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fastlora.layers.factors import Pool
-from fastlora.ops.graph_routing import PoolGraphRouting
+from fastlora.ops.factors import Tables
+from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
-from fastlora.routing.routing import KernelRouting, Routing, draw_seeds, is_captured
+from fastlora.routing.routing import Routing, is_captured
 from fastlora.validation import AdapterStateError
 
 
@@ -36,44 +37,55 @@ def pool_routing(
 ) -> Routing:
     """Returns a routing to adapters of a pool, leased until ``held`` closes.
 
+    Its slots are the columns of the pool's tables.
+
     Args:
         pool: An `AdapterPool`.
         ids, seeds, validate: As in `fastlora.adapters`.
         held: Takes the lease.
     """
     if not isinstance(ids, torch.Tensor):
-        names, slots = named_ids(None, ids)
+        names, places = named_ids(None, ids)
         lease = held.enter_context(pool.lease(names))
+        columns = torch.tensor([resident.column for resident in lease.residents])
+        columns = looked_up(columns.to(torch.int64), places)
     elif is_captured(ids):
         return captured_pool_routing(pool, ids)
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
-        names = tuple(resident.name for resident in lease.residents)
-        # From the pool's slots to places in the lease.
-        places = torch.full((pool.max_adapters,), OUT_OF_RANGE)
+        # From the pool's slots to columns.
+        table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
-        for place, resident in enumerate(lease.residents):
-            places[resident.slot] = place
+        for resident in lease.residents:
+            table[resident.slot] = resident.column
             in_slots[resident.slot] = resident.name
         if not ids.is_cuda or validate:
             checked_slots(ids, in_slots)
-        slots = looked_up(places, ids)
-    columns = torch.tensor([resident.column for resident in lease.residents], dtype=torch.int64)
-    kernels = KernelRouting(
-        looked_up(columns, slots), pool.tables, pool.max_rank or lease.max_rank, pool.dtype
-    )
-    # A copy: whether it is a tensor that the routing has elsewhere too would be guarded.
-    columns = kernels.columns.clone()
-    graph = PoolGraphRouting(columns, pool.tables, kernels.max_rank, pool.dtype)
-    return Routing(
-        pool.group,
-        names,
-        slots,
-        draw_seeds(names, seeds, draw=False),  # a pool's adapters have no dropout
-        Pool(lease.residents),
-        kernels=[kernels],
-        graph=graph,
+        columns = looked_up(table, ids)
+    residents: list[Any] = [None] * pool.tables.rank.shape[1]
+    for resident in lease.residents:
+        residents[resident.column] = resident
+    by_column = tuple("" if resident is None else resident.name for resident in residents)
+    source = Pool(tuple(residents), tables_of(pool, pool.max_rank or lease.max_rank))
+    drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
+    # A copy: if it were a tensor that the routing has elsewhere too, graphs would be guarded by it.
+    whole = Routing(pool.group, by_column, columns.clone(), drawn, source)
+    return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
+
+
+def tables_of(pool: Any, max_rank: int) -> Tables:
+    """Returns where a pool's factors lie, and scales once it has seen an adapter with DoRA."""
+    tables = pool.tables
+    return Tables(
+        tables.a_address,
+        tables.b_address,
+        tables.bias_address,
+        tables.rank,
+        tables.scaling,
+        max_rank,
+        pool.dtype,
+        tables.scale_address if tables.uses_dora else None,
     )
 
 
@@ -89,8 +101,13 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "a CUDA graph over a pool needs AdapterPool(max_rank=...): its buffers are as large "
             "as the largest rank that may ever be loaded"
         )
-    kernels = KernelRouting(pool.tables.columns(ids), pool.tables, pool.max_rank, pool.dtype)
-    return Routing(pool.group, (), ids, (), Pool(()), kernels=[kernels], captured=True)
+    nobody = (None,) * pool.tables.rank.shape[1]
+    source, seeds = (
+        Pool(nobody, tables_of(pool, pool.max_rank)),
+        draw_seeds(nobody, None, draw=False),
+    )
+    columns = pool.tables.columns(ids)
+    return Routing(pool.group, nobody, columns, seeds, source, captured=True)
 
 
 def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

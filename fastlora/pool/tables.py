@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.ops.mixed_dora_scale_ops import PENDING
-from fastlora.ops.row_groups import INVALID_SLOT, NO_SLOT
+from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
 
 # Rows of an empty slot are as wrong as those of a slot that does not exist.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.ops.graph_routing import graph_routing
+from fastlora.ops.seeds import draw_seeds
 from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import routed
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Group, Routing, draw_seeds, is_captured
+from fastlora.routing.routing import Group, Routing, is_captured
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
 
@@ -124,5 +124,27 @@ def parameters_routing(
         names, slots = known, checked_slots(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
-    graph = graph_routing(known, names, slots, drawn)
-    return Routing(group, names, slots, drawn, source(names), layers, graph=graph)
+    whole = Routing(group, known, _among(known, names, slots), drawn, source(known), layers)
+    if names != known:
+        whole = dataclasses.replace(whole, seeds=_spread(drawn, known, names))
+    return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
+
+
+def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) -> torch.Tensor:
+    """Returns slots ``[B]`` of ``names`` as slots of ``known``, in a tensor of its own.
+
+    If it were a tensor that a routing has elsewhere too, compiled graphs would be guarded by that.
+    """
+    if names == known or not names:
+        return slots.clone()
+    place = {name: index for index, name in enumerate(known)}
+    table = torch.tensor([*(place[name] for name in names), NO_ADAPTER], device=slots.device)
+    return table[slots.clamp(min=NO_ADAPTER)]
+
+
+def _spread(seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]) -> torch.Tensor:
+    """Returns the seeds of ``names`` among those of ``known``, zeros for others."""
+    place = {name: index for index, name in enumerate(known)}
+    spread = torch.zeros(len(known), dtype=torch.int64)
+    spread[[place[name] for name in names]] = seeds
+    return spread

@@ -21,7 +21,7 @@ from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import MAX_SPLITS, all_shipped
 from fastlora.ops import mixed_ops
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from tests.support.aot.launches import CHIPS, Launch, recording
 from tests.support.aot.specialisation import specialise
 
@@ -93,7 +93,7 @@ def mixed(
 ) -> None:
     """One module's linear, after a shrink of its own or of its siblings."""
     slots, invariant = 1 + max_rank, plan == "invariant"
-    groups = build_row_groups(torch.zeros(m, dtype=torch.int64), m, slots)
+    groups = sort_rows(torch.zeros(m, dtype=torch.int64), m, slots)
     route = (groups.order, groups.segment_of, groups.segment_slot)
     pieces = mixed_ops.pieces_of(groups, invariant)
     address = torch.empty(modules, slots, dtype=torch.int64)

@@ -20,7 +20,7 @@ import fastlora
 from fastlora import env
 from fastlora.functional import lora_add, lora_linear
 from fastlora.ops import mixed_ops
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 
@@ -58,7 +58,7 @@ def batch(
     slots = range(problem.slots) if slots is None else slots
     place = {slot: column for column, slot in enumerate(slots)}
     ids = torch.tensor([place.get(problem.ids[row], -1) for row in rows], dtype=torch.int64)
-    groups = build_row_groups(ids.to(problem.x.device), len(rows), len(slots))
+    groups = sort_rows(ids.to(problem.x.device), len(rows), len(slots))
     route = (groups.order, groups.segment_of, groups.segment_slot)
     pieces = mixed_ops.pieces_of(groups, plan == "invariant")
     max_rank = max_rank or problem.max_rank
@@ -171,7 +171,7 @@ def test_values_of_a_mixed_batch(lab: Any, dtype: torch.dtype, m: int, n: int, k
 def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     problem = mixed_problem(lab, 20, 36, 40, torch.float32)
     ids, problem.ids = problem.ids, [8, *problem.ids[1:]]
-    groups = build_row_groups(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
+    groups = sort_rows(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
     y = OPS.mixed_lora_linear(
         *(problem.x, problem.weights[0], problem.biases[0]),
         *(groups.order, groups.segment_of, groups.segment_slot, mixed_ops.pieces_of(groups, True)),

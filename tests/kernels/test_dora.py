@@ -11,7 +11,7 @@ from torch import nn
 from fastlora import FastLoraLinear, LoraConfig, adapters, get_peft_model
 from fastlora.autograd import mixed
 from fastlora.ops import schema as ops
-from fastlora.routing.routing import layer_seed
+from fastlora.ops.seeds import seeds_of_layer
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import ImplementationError
@@ -192,7 +192,7 @@ def test_mixed_rows_with_dropout(
             y = call(x)
         trained = [x, *(p for p in model.parameters() if p.requires_grad)]
         mine = [y, *torch.autograd.grad(y, trained, dy, materialize_grads=True)]
-        own_seed = layer_seed(seed, layer.routed_as).to(lab.device)
+        own_seed = seeds_of_layer(torch.tensor([seed]), layer.routed_as).to(lab.device)
         ones = torch.ones(ids.count("drops"), 20, device=lab.device)
         mask = torch.ops.fastlora.lora_dropout(ones, own_seed, 0.3, "triton")
         results = []

@@ -96,7 +96,8 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     slots = batches.looked_up(torch.arange(3), ids).to(lab.device)
     assert slots.tolist() == [0, -2, -1, 2, -2]
     tuner, names = model.base_model, ("a0", "a1", "a2")
-    routing = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
+    seeds = torch.zeros(3, dtype=torch.int64)
+    routing = Routing(tuner.group, names, slots, seeds, Parameters(names), tuner.routed)
     x = torch.randn(5, 64).to(lab.device, dtype)
     with torch.no_grad(), routed(routing):
         y = model(x)
@@ -108,6 +109,6 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     with pytest.raises(AdapterNotFoundError, match="out of range.*came out NaN"):
         routing.check_ids()
     use_impl(model, "eager")
-    again = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
+    again = Routing(tuner.group, names, slots, seeds, Parameters(names), tuner.routed)
     with pytest.raises(AdapterNotFoundError, match="out of range"), torch.no_grad(), routed(again):
         model(x)

@@ -29,10 +29,9 @@ import fastlora
 from fastlora import adapters
 from fastlora.layers.factors import Parameters
 from fastlora.model.inject import lora_layers
-from fastlora.ops.training_routing import layer_seeds
 from fastlora.pool import router as batches
 from fastlora.routing.in_force import routed
-from fastlora.routing.routing import Routing, layer_seed
+from fastlora.routing.routing import Routing
 from fastlora.train import train_adapters
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -251,7 +250,8 @@ def test_ids_that_nobody_checked() -> None:
     model = trainable(3, torch.float32)
     slots = batches.looked_up(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
     tuner, names = model.base_model, ("a0", "a1", "a2")
-    routing = Routing(tuner.group, names, slots, (0, 0, 0), Parameters(names), tuner.routed)
+    seeds = torch.zeros(3, dtype=torch.int64)
+    routing = Routing(tuner.group, names, slots, seeds, Parameters(names), tuner.routed)
     x = torch.randn(5, 64)
     with routed(routing):
         y = model.base_model.model.q(x)
@@ -316,12 +316,3 @@ def test_what_kernels_cannot_take_is_said() -> None:
     model.double()
     with adapters(model, ["a0", "a1"]), pytest.raises(ImplementationError, match="torch.float64"):
         layer(x.double())
-
-
-def test_layer_seeds() -> None:
-    """All layers' dropout seeds at once are `layer_seed`, one by one."""
-    seeds, projections = (0, 7, 2**62 - 1, 123456789), (0, 3, 2**32 - 1)
-    table = layer_seeds(seeds, projections)
-    for row, projection in enumerate(projections):
-        expected = [int(layer_seed(seed, projection)) for seed in seeds]
-        assert table[row].tolist() == expected

@@ -97,7 +97,7 @@ def test_rows_are_sorted_once_a_graph() -> None:
     ids = ["a", "b", None, "d"]
     mine = results(torch.compile(model, backend=backend, fullgraph=True), model, x, ids)
     check(mine, model, x, ids)
-    sort = torch.ops.fastlora.mixed_lora_groups.default
+    sort = torch.ops.fastlora.rows_sort.default
     assert [sum(n.target is sort for n in graph.graph.nodes) for graph in graphs] == [1, 0]
 
 
@@ -191,8 +191,8 @@ def operands() -> dict[str, Any]:
         "mixed_lora_graph_add": (y, x, *factors),
         "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
         "mixed_dora_graph_dropped": (y, *dora),
-        "mixed_lora_groups": (numbers[1], 8, 2, torch.device("cpu")),
-        "mixed_lora_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),
+        "rows_sort": (numbers[1], 8, 2, torch.device("cpu")),
+        "rows_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),
         "mixed_lora_pool_add_": (y, x.detach(), numbers[1], *tables, 0, torch.float32),
         "kept": blocks,
     }

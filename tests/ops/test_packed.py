@@ -491,7 +491,7 @@ def test_the_next_block_finds_what_the_last_one_found() -> None:
 def test_only_the_last_batches_stay() -> None:
     """Neither rows nor what layers found of them pile up with the number of different batches."""
     model = build([8, 8])
-    batches = model.base_model.group.batches
+    batches = model.base_model.group.rows
     for rows in range(1, 40):
         steps(model, torch.randn(rows, 48), ["a0"] * rows)
     assert len(batches._known) == batches._MOST

@@ -11,6 +11,7 @@ import torch
 
 import fastlora
 from fastlora import AdapterPool
+from fastlora.pool import pool_of
 from fastlora.testing import assert_within_budget
 from tests.support.compiled import graph_count
 from tests.support.pool_adapters import Blocks, make_folder
@@ -55,7 +56,7 @@ def test_fifty_mixes_over_a_pool_compile_nothing(tmp_path: Path) -> None:
                 assert_within_budget(mine, plain, truth)
             if step == 25:
                 make_folder(tmp_path / "a0", seed=99, r=4)
-                for each in (pool, fastlora.routing.block.pool_of(exact)):
+                for each in (pool, pool_of(exact)):
                     each.load("a0", tmp_path / "a0")
     assert pool.stats().evictions > 10
     assert graph_count() == 1

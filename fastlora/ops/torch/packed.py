@@ -11,23 +11,15 @@ Nothing here computes a forward; `fastlora.ops.torch.packed_forward` does.
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
-from fastlora.weight_marks import marks
 
-# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
-# few rows and many may want them laid out otherwise.
-_MOST_SETS = 2
-# Batches whose layers' findings a set keeps.
-_MOST_READY = 8
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
 # From so many units on, their number may be rounded up.
@@ -111,132 +103,6 @@ class LayerPack(NamedTuple):
     lora_bias: torch.Tensor | None
 
 
-class SetPack:
-    """A set of adapters, packed for those layers that have met it twice.
-
-    Args:
-        watch: Tells whether the factors are still those that were packed; None where they cannot
-            change, as in a pool.
-
-    Attributes:
-        mark: With which they were packed; None where they cannot change.
-        tables: What `fastlora.layers.mixed_kernels` keeps with the set.
-    """
-
-    def __init__(self, watch: Any) -> None:
-        self.watch = watch
-        self.mark = None if watch is None else marks.of_trained()
-        self.tables: Any = None
-        self._met: set[tuple[int, torch.dtype, Rows]] = set()
-        self._packs: dict[tuple[int, torch.dtype, Rows], LayerPack | None] = {}
-        self._ready: dict[Any, dict[int, Any]] = {}
-
-    @property
-    def may_hold(self) -> bool:
-        """Whether the factors can still be those that were packed."""
-        return self.mark is None or self.mark is marks.trained
-
-    def ready_for(self, rows: Any) -> dict[int, Any]:
-        """Returns what `fastlora.layers.mixed_compute` found out about layers, by their numbers.
-
-        Args:
-            rows: Of a batch, the very object for which it was found.
-        """
-        known = self._ready.get(rows)
-        if known is None:
-            if len(self._ready) >= _MOST_READY:
-                self._ready = {}
-            known = self._ready[rows] = {}
-        return known
-
-    def get(self, number: int, dtype: torch.dtype, kind: Rows) -> tuple[LayerPack | None, bool]:
-        """Returns a layer's pack, or None; and whether the layer is to be packed now."""
-        key = (number, dtype, kind)
-        pack = self._packs.get(key)
-        if pack is not None or key in self._packs:
-            return pack, False
-        for other in Rows:
-            pack = self._packs.get((number, dtype, other))
-            if pack is not None and _is_for(pack, dtype, kind):
-                self._packs[key] = pack
-                return pack, False
-        if key in self._met:
-            return None, True
-        self._met.add(key)
-        return None, False
-
-    def put(
-        self,
-        numbers: Sequence[int],
-        dtype: torch.dtype,
-        kind: Rows,
-        packs: Sequence[LayerPack | None],
-    ) -> None:
-        """Keeps the packs of layers; None for one whose factors cannot be packed."""
-        for number, pack in zip(numbers, packs, strict=True):
-            self._packs[(number, dtype, kind)] = pack
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packs."""
-        tensors = {}
-        for pack in list(self._packs.values()):
-            if pack is not None:
-                for tensor in (pack.lora_a, pack.lora_b, pack.lora_bias):
-                    if tensor is not None:
-                        tensors[tensor.data_ptr()] = tensor.nbytes
-        return sum(tensors.values())
-
-
-class PackCache:
-    """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
-
-    def __init__(self) -> None:
-        self._captured: dict[int, Any] = {}
-        self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
-        self._lock = threading.Lock()  # threads that serve one model share its packs
-
-    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Any] | None) -> SetPack:
-        """Returns the set of that key, a new one where it is unknown or its factors changed.
-
-        Args:
-            key: Names the adapters of the set, in order.
-            make_watch: Makes what tells whether factors changed; None where they cannot.
-        """
-        with self._lock:
-            known = self._sets.get(key)
-            if known is None or not known.may_hold or not _is_unchanged(known.watch):
-                known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
-            self._sets.move_to_end(key)
-            while len(self._sets) > _MOST_SETS:
-                self._sets.popitem(last=False)
-            return known
-
-    def clear(self) -> None:
-        """Forgets all sets: their factors may be about to change, or have changed unseen."""
-        marks.end_trained()  # open blocks have sets too
-        with self._lock:
-            self._sets.clear()
-
-    def pin(self, *kept: Any) -> None:
-        """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
-        self._captured.update((id(each), each) for each in kept)
-
-    def unpin(self) -> None:
-        """Forgets what CUDA graphs read, which are not to be replayed any more."""
-        self._captured.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packs."""
-        with self._lock:
-            return sum(known.nbytes for known in self._sets.values())
-
-
-def _is_unchanged(watch: Any) -> bool:
-    return watch is None or watch.unchanged()
-
-
 def pack_layers(
     numbers: Sequence[int],
     layers: Sequence[Slots],
@@ -312,7 +178,7 @@ def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: Rows) -
     return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
 
 
-def _is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
+def is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
     """Whether packing for another kind of batch in the pack's dtype would give the same."""
     ranks = tuple(place.rank for place in pack.layout.places)
     layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()

@@ -17,20 +17,21 @@ product: a pair of products for each adapter 32 (bf16) and 4.0 (fp32), blocks 4.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
-from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, kind_of
-from fastlora.routing.routing import RowRouting
+from fastlora.ops.torch.packed_choice import Rows as RowsKind
+from fastlora.ops.torch.packed_choice import is_coalesced, is_dense, kind_of
 
 # Where units are coalesced, a block wants so many rows.
 _FEW_ROWS = 4
 # Blocks are as long as the longest. Past this many places for each row they waste more than they
 # save.
-_MOST_PLACES = {Rows.FEW: 2.0, Rows.MANY: 1.25, Rows.SAMPLES: 1.25}
+_MOST_PLACES = {RowsKind.FEW: 2.0, RowsKind.MANY: 1.25, RowsKind.SAMPLES: 1.25}
 
 
 class Dense(NamedTuple):
@@ -98,24 +99,27 @@ class Shrunk(NamedTuple):
     s: tuple[torch.Tensor, ...]
 
 
-def plan_for(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
-    """Returns how to multiply, made once for a routing; None where nothing packed is good."""
+def plan_for(
+    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[Any, Plan | None]
+) -> Plan | None:
+    """Returns how to multiply; None where nothing packed is good.
+
+    Args:
+        rows: The batch's.
+        layout: Of the packed factors.
+        dtype: Of x.
+        known: The plans that were made for these rows and these adapters.
+    """
     key = (layout, dtype.itemsize)
-    try:
-        return rows.plans[key]
-    except KeyError:
-        plan = rows.plans[key] = _plan(rows, layout, dtype)
-        return plan
+    if key not in known:
+        known[key] = _plan(rows, layout, dtype)
+    return known[key]
 
 
-def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
-    m, device = rows.slots.numel(), rows.slots.device
+def _plan(rows: Rows, layout: Layout, dtype: torch.dtype) -> Plan | None:
+    m, device = rows.m, rows.order.device
     # Index within the set of each row's adapter, G for none; on the CPU, where blocks are counted.
-    member = torch.full((m,), len(rows.segments))
-    for index, (_, start, stop) in enumerate(rows.segments):
-        member[start:stop] = index
-    if rows.inverse is not None:
-        member = member[rows.inverse.cpu()]
+    member = rows.members.cpu()
     first = torch.tensor([place.first for place in layout.places] + [0])[member]
     rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
     kind = kind_of(m, rows.each)
@@ -123,7 +127,7 @@ def _plan(rows: RowRouting, layout: Layout, dtype: torch.dtype) -> Plan | None:
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
         return Dense(other.to(device) if other.any() else None)
-    long = kind is Rows.SAMPLES and rows.each >= layout.unit
+    long = kind is RowsKind.SAMPLES and rows.each >= layout.unit
     coalesced = 1
     while True:
         plan = _blocks(first, rank, layout, coalesced)
@@ -215,7 +219,7 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: RowRouting,
+    rows: Rows,
     pack: LayerPack,
     plan: Plan,
     shrunk: Shrunk,
@@ -229,9 +233,7 @@ def linear(
     return add_(products.linear(x, weight, bias), rows, pack, plan, shrunk)
 
 
-def add_(
-    y: torch.Tensor, rows: RowRouting, pack: LayerPack, plan: Plan, shrunk: Shrunk
-) -> torch.Tensor:
+def add_(y: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan, shrunk: Shrunk) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place."""
     own = shrunk.s[pack.member]
     if isinstance(plan, Dense):
@@ -252,7 +254,7 @@ def _block_b(pack: LayerPack, plan: Blocks) -> torch.Tensor:
     return pack.lora_b.view(plan.blocks, -1, pack.lora_b.shape[2])
 
 
-def _add_bias(y: torch.Tensor, rows: RowRouting, pack: LayerPack) -> torch.Tensor:
+def _add_bias(y: torch.Tensor, rows: Rows, pack: LayerPack) -> torch.Tensor:
     if pack.lora_bias is None:
         return y
     return y.add_(pack.lora_bias.index_select(0, rows.members))

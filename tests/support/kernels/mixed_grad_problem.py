@@ -14,7 +14,7 @@ from fastlora.ops import (
 )
 from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget
 
 OPS = torch.ops.fastlora
@@ -81,7 +81,7 @@ class GradProblem:
             self.seeds = torch.tensor([2**61 + 977 * slot for slot in range(self.slots)])
             self.seeds = self.seeds.to(lab.device)
         self.ps = [PS[slot % len(PS)] if self.dropout else 0.0 for slot in range(self.slots)]
-        self.groups = build_row_groups(
+        self.groups = sort_rows(
             torch.tensor(self.ids, dtype=torch.int64, device=lab.device), self.m, self.slots
         )
         self.with_bias = [bias is not None for bias in self.lora_bias]

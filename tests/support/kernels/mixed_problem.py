@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget
 
 # Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone.
@@ -71,7 +71,7 @@ class MixedProblem:
         self.lora_b_address = self._table([[f.lora_b for f in row] for row in self.factors])
         biases = self._table([[f.lora_bias for f in row] for row in self.factors])
         self.lora_bias_address = biases if self.biased else None
-        self.groups = build_row_groups(self._ids(self.ids), self.m, self.slots)
+        self.groups = sort_rows(self._ids(self.ids), self.m, self.slots)
 
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)

@@ -9,7 +9,7 @@ import torch
 
 from fastlora.ops import mixed_ops
 from fastlora.ops.mixed_dora_scale_ops import PENDING
-from fastlora.ops.row_groups import build_row_groups
+from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget
 
 # Of two modules, of which the second is launched.
@@ -50,7 +50,7 @@ class ScaleProblem:
         self.scales = [0.5 + torch.rand(n).to(lab.device) for _ in range(slots)]
         self.address = torch.full((MODULES, slots), PENDING, device=lab.device)
         self.write()
-        self.groups = build_row_groups(self._ids(ids), len(ids), slots)
+        self.groups = sort_rows(self._ids(ids), len(ids), slots)
 
     def write(self) -> None:
         """Writes the table, where it lies."""

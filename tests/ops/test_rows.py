@@ -1,4 +1,4 @@
-"""`build_row_groups`: against groups made in Python, refilled in place, bad ids, no host sync."""
+"""`sort_rows`: against rows sorted in Python, what the host sees, bad ids, no host sync."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastlora.ops.row_groups import INVALID_SLOT, NO_SLOT, build_row_groups
+from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_of, sort_rows
 
 
 def expected_groups(ids: list[int], slots: int) -> tuple[list[int], list[int], list[int]]:
@@ -48,54 +48,55 @@ def test_groups(m: int, slots: int, dtype: torch.dtype) -> None:
     chance = random.Random(m + slots)
     for low, high in ((-1, slots - 1), (-4, slots + 3), (0, 0), (slots - 1, slots - 1)):
         ids = [chance.randint(low, high) for _ in range(m)]
-        groups = build_row_groups(torch.tensor(ids, dtype=dtype), m, slots)
+        groups = sort_rows(torch.tensor(ids, dtype=dtype), m, slots)
         check(groups, ids, slots, (1, 16, 32))
         assert groups.order.dtype == groups.segment_of.dtype == torch.int32
         assert groups.invalid.tolist() == [any(not -1 <= slot < slots for slot in ids)]
 
 
 def test_an_id_covers_rows_in_sequence() -> None:
-    groups = build_row_groups(torch.tensor([2, -1, 0]), 12, 3)
+    groups = sort_rows(torch.tensor([2, -1, 0]), 12, 3)
     check(groups, [2] * 4 + [-1] * 4 + [0] * 4, 3, (16,))
 
 
 def test_no_rows() -> None:
-    groups = build_row_groups(torch.tensor([], dtype=torch.int64), 0, 4)
+    groups = sort_rows(torch.tensor([], dtype=torch.int64), 0, 4)
     assert groups.order.shape == groups.segment_slot.shape == (0,)
     assert groups.pieces(16).tolist() == [0]
     assert groups.invalid.tolist() == [False]
 
 
-def test_update_writes_the_same_buffers() -> None:
-    m, slots = 24, 4
-    chance = random.Random(0)
-    groups = build_row_groups(torch.full((m,), -1), m, slots)
-    buffers = [groups.order, groups.segment_of, groups.segment_slot, groups.pieces(16)]
-    addresses = [buffer.data_ptr() for buffer in buffers]
-    for _ in range(5):
-        ids = [chance.randint(-1, slots - 1) for _ in range(m)]
-        groups.update_(torch.tensor(ids))
-        check(groups, ids, slots, (16, 32))
-    again = [groups.order, groups.segment_of, groups.segment_slot, groups.pieces(16)]
-    assert [buffer.data_ptr() for buffer in again] == addresses
-
-
-def test_the_flag_of_an_update_stays() -> None:
-    groups = build_row_groups(torch.zeros(6, dtype=torch.int64), 6, 2)
-    assert not groups.invalid
-    groups.update_(torch.tensor([0, 2]))
-    groups.update_(torch.tensor([0, 1]))
-    assert groups.invalid
-    groups.invalid.zero_()
-    groups.update_(torch.tensor([0, 1]))
-    assert not groups.invalid
+def test_what_the_host_sees_is_what_the_device_has() -> None:
+    """Segments, the inverse order and members, from ids and from an operator's tensors alike."""
+    chance = random.Random(1)
+    for m, slots, each in ((12, 3, 1), (12, 5, 4), (1, 1, 1), (40, 9, 2)):
+        ids = [chance.randint(-1, slots - 1) for _ in range(m // each)]
+        spread = [slot for slot in ids for _ in range(each)]
+        rows = sort_rows(torch.tensor(ids), m, slots)
+        order, _, _ = expected_groups(spread, slots)
+        expected = [
+            (slot, order.index(own[0]), order.index(own[0]) + len(own))
+            for slot in range(slots)
+            if (own := [row for row in range(m) if spread[row] == slot])
+        ]
+        for found in (rows, rows_of(rows.tensors())):
+            assert list(found.segments) == expected
+            assert found.in_order == (spread == sorted(spread))
+            assert found.inverse[found.order.long()].tolist() == list(range(m))
+            present = [segment.slot for segment in found.segments]
+            members = [present.index(s) if s in present else len(present) for s in spread]
+            assert found.members.tolist() == members
+            x = torch.arange(m)
+            assert torch.equal(found.restored(found.sorted(x)), x)
+            assert found.sorted(x).tolist() == order
+        assert rows.each == each
 
 
 def test_sizes_do_not_depend_on_the_ids() -> None:
     shapes = {
         tuple(tuple(t.shape) for t in (g.order, g.segment_of, g.segment_slot, g.pieces(16)))
         for low, high in ((-1, -1), (0, 0), (-1, 63), (-9, 90))
-        for g in [build_row_groups(torch.randint(low, high + 1, (48,)), 48, 64)]
+        for g in [sort_rows(torch.randint(low, high + 1, (48,)), 48, 64)]
     }
     assert len(shapes) == 1
 
@@ -103,9 +104,8 @@ def test_sizes_do_not_depend_on_the_ids() -> None:
 def test_no_value_is_read_on_the_host() -> None:
     """On the meta device there are no values: whatever needed one would raise."""
     ids = torch.empty(8, dtype=torch.int64, device="meta")
-    groups = build_row_groups(ids, 32, 5)
+    groups = sort_rows(ids, 32, 5)
     groups.pieces(16)
-    groups.update_(ids)
     assert groups.order.shape == (32,)
 
 
@@ -118,13 +118,6 @@ def test_bad_ids_are_named() -> None:
         (torch.zeros(0, dtype=torch.int64), 4, ValueError, r"\(0,\)"),
     ):
         with pytest.raises(error, match=message):
-            build_row_groups(ids, m, 2)
+            sort_rows(ids, m, 2)
     with pytest.raises(ValueError, match="slots is -1"):
-        build_row_groups(torch.zeros(1, dtype=torch.int64), 1, -1)
-
-
-def test_a_refused_update_changes_nothing() -> None:
-    groups = build_row_groups(torch.tensor([1, 0, -1]), 3, 2)
-    with pytest.raises(ValueError, match="expected"):
-        groups.update_(torch.tensor([0, 1]))
-    check(groups, [1, 0, -1], 2, (16,))
+        sort_rows(torch.zeros(1, dtype=torch.int64), 1, -1)

@@ -1,0 +1,245 @@
+"""Which slot each row of a batch has: the one description of a mixed batch's rows.
+
+Rows are sorted by slot on the device, by a handful of operations of fixed sizes: nothing waits for
+the host, and a CUDA graph may hold them. A segment is the run of sorted positions that share a
+slot; a piece is a run inside one segment that never crosses a multiple of a kernel's row tile.
+PyTorch's products read segments on the host. Where one slot has all rows there is no `Rows`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from fastlora.ops.schema import _LIBRARY, _implements
+
+NO_SLOT = -1
+INVALID_SLOT = -2
+
+_LIBRARY.define(
+    "rows_sort(Tensor ids, SymInt m, int slots, Device device)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
+
+
+class Segment(NamedTuple):
+    """Rows of one slot, by their sorted positions.
+
+    Attributes:
+        slot: The slot.
+        start: First position.
+        stop: Behind the last position.
+    """
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a batch sorted by slot.
+
+    Attributes:
+        order: int32 ``[M]``, the row at each sorted position; rows of a slot keep their order.
+            Invalid ids come first, then rows without an adapter, then slot after slot.
+        segment_of: int32 ``[M]``, the segment of each sorted position, from 0 up.
+        segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment: `NO_SLOT` for rows
+            without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
+        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M; a
+            slot without rows starts where the next one does.
+        invalid: bool ``[1]``, whether an id was out of range.
+        slots: Ids run from -1 to ``slots - 1``.
+        m: Rows of the batch.
+        each: Adjacent rows of each id; 1 where that is not known.
+        ids: Slot of each sample or token, ``[B]``; None where rows came as tensors.
+    """
+
+    order: torch.Tensor
+    segment_of: torch.Tensor
+    segment_slot: torch.Tensor
+    slot_start: torch.Tensor
+    invalid: torch.Tensor
+    slots: int
+    m: int
+    each: int = 1
+    ids: torch.Tensor | None = None
+    _pieces: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns what operators take as their argument ``Tensor[] rows``."""
+        return [self.order, self.segment_of, self.segment_slot, self.slot_start]
+
+    def pieces(self, block_m: int) -> torch.Tensor:
+        """Returns where each piece starts, int32 ``[pieces + 1]``; unused entries are M.
+
+        Kept after the first call, but in a compiled graph, where compilers merge equal calls. When
+        a CUDA graph is captured over rows sorted outside of it, that call must come before the
+        capture, as a warm-up run does.
+
+        Args:
+            block_m: Rows of a tile; there are ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
+        """
+        operator = torch.ops.fastlora.rows_pieces
+        if torch.compiler.is_compiling() or type(self.segment_of) is not torch.Tensor:
+            return operator(self.segment_of, self.slots, block_m)
+        made = self._pieces.get(block_m)
+        if made is None:
+            made = operator(self.segment_of, self.slots, block_m)
+            made = self._pieces.setdefault(block_m, made)
+        return made
+
+    # --------------------------------------------------------- on the host, for PyTorch's products
+
+    @functools.cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """One segment for each slot that has rows, in order of slots; waits for ids on a GPU."""
+        if self.ids is None:
+            starts = self.slot_start.tolist()
+        else:
+            counts = torch.bincount(self._slot_of_ids + 2, minlength=self.slots + 2) * self.each
+            starts = counts.cumsum(0)[1:].tolist()
+        pairs = enumerate(zip(starts, starts[1:], strict=False))
+        return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
+
+    @functools.cached_property
+    def _slot_of_ids(self) -> torch.Tensor:
+        """The ids on the CPU, int64 ``[B]``; `INVALID_SLOT` for those out of range."""
+        if self.ids is None:
+            raise ValueError("rows that came as tensors have no ids")
+        ids = self.ids.to(device="cpu", dtype=torch.int64)
+        return ids.masked_fill((ids < NO_SLOT) | (ids >= self.slots), INVALID_SLOT)
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether rows lie sorted already."""
+        if self.ids is None:
+            return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
+        ids = self._slot_of_ids
+        return bool((ids[1:] >= ids[:-1]).all())
+
+    @functools.cached_property
+    def inverse(self) -> torch.Tensor:
+        """Sorted position of each row, int64 ``[M]``."""
+        inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
+        inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
+        return inverse
+
+    @functools.cached_property
+    def members(self) -> torch.Tensor:
+        """Index among the segments of each row's slot, their number for none; int64 ``[M]``."""
+        member = torch.full((self.m,), len(self.segments))
+        for index, (_, start, stop) in enumerate(self.segments):
+            member[start:stop] = index
+        member = member.to(self.order.device)
+        return member if self.in_order else member.index_select(0, self.inverse)
+
+    def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns ``tensor [M, ...]`` at sorted positions; itself where rows lie sorted."""
+        return tensor if self.in_order else tensor.index_select(0, self.order)
+
+    def restored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Undoes `sorted`."""
+        return tensor if self.in_order else tensor.index_select(0, self.inverse)
+
+
+def sort_rows(ids: torch.Tensor, m: int, slots: int, device: torch.device | None = None) -> Rows:
+    """Sorts the rows of a batch by slot.
+
+    Args:
+        ids: Integer tensor ``[B]``, m a multiple of B: each id covers ``m / B`` rows in sequence.
+            -1 is a row without an adapter; other values outside ``[0, slots)`` are invalid, which
+            sets a flag on the device instead of raising, since finding out would wait for it.
+        m: Rows of the batch.
+        slots: Slots there are.
+        device: Where rows are sorted; None for the device of ids.
+
+    Raises:
+        TypeError: ids are not integers.
+        ValueError: ids have another shape, or slots is negative.
+    """
+    order, segment_of, segment_slot, slot_start, invalid = torch.ops.fastlora.rows_sort(
+        ids, m, slots, device or ids.device
+    )
+    each = m // max(ids.shape[0], 1)
+    return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids)
+
+
+def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
+    """Returns what `Rows.tensors` gave to an operator."""
+    order, segment_of, segment_slot, slot_start = tensors
+    none = order.new_empty(0, dtype=torch.bool)
+    sizes = slot_start.shape[0] - 1, order.shape[0]
+    return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)
+
+
+@_implements("rows_sort")
+def _rows_sort(
+    ids: torch.Tensor, m: int, slots: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns order, segment_of, segment_slot, slot_start and the flag; see `Rows`."""
+    if slots < 0:
+        raise ValueError(f"slots is {slots}, expected 0 or more")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
+    if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
+        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [B] with B dividing {m} rows")
+    ids = ids.to(device=device, non_blocking=True)
+    bad = (ids < NO_SLOT) | (ids >= slots)
+    # int32 sorts twice as fast, and is what the kernels read.
+    slot = ids.masked_fill(bad, INVALID_SLOT).to(torch.int32)
+    per_id = m // max(ids.shape[0], 1)
+    slot = slot.view(-1, 1).expand(-1, per_id).reshape(m)
+    slot, order = torch.sort(slot, stable=True)
+    segment_of = _starts(slot).cumsum(0, dtype=torch.int32) - 1
+    segment_slot = slot.new_full((min(m, slots + 2),), NO_SLOT)
+    segment_slot.scatter_(0, segment_of.long(), slot)
+    every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
+    slot_start = torch.searchsorted(slot, every_slot, out_int32=True)
+    return order.to(torch.int32), segment_of, segment_slot, slot_start, bad.any().view(1)
+
+
+@torch.library.register_fake("fastlora::rows_sort")
+def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    present = torch.sym_min(m, slots + 2)
+    return empty(m), empty(m), empty(present), empty(slots + 1), empty(1, torch.bool)
+
+
+@_implements("rows_pieces")
+def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    """Returns where pieces of sorted rows start; see `Rows.pieces`."""
+    m = segment_of.shape[0]
+    position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
+    starts = _starts(segment_of) | (position % block_m == 0)
+    entries = piece_entries(m, slots, block_m)
+    # Position 0 starts a tile and a segment, so the last two entries are never a piece: they take
+    # the positions that start none, all with the value M.
+    place = torch.where(starts, starts.cumsum(0) - 1, entries - 1)
+    result = position.new_full((entries,), m)
+    return result.scatter_(0, place, position.masked_fill(~starts, m))
+
+
+@torch.library.register_fake("fastlora::rows_pieces")
+def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+    return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
+
+
+def piece_entries(m: int, slots: int, block_m: int) -> int:
+    """Returns the length of what `Rows.pieces` returns; also of symbolic sizes."""
+    entries: int = -(-m // block_m) + torch.sym_min(m, slots + 2) + 1
+    return entries
+
+
+def _starts(values: torch.Tensor) -> torch.Tensor:
+    """Returns bool ``[M]``: whether a value differs from the one before it (the first one does)."""
+    differs = torch.ones(values.shape, dtype=torch.bool, device=values.device)
+    torch.ne(values[1:], values[:-1], out=differs[1:])
+    return differs

@@ -1,0 +1,78 @@
+"""Seeds of dropout: drawn for each adapter of a batch, and from these one for each layer.
+
+A layer's seed is a SplitMix64 step from its adapter's, so that the masks of layers are independent
+and follow from one number (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+SEED_BITS = 62
+_INCREMENT = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def draw_seeds(
+    names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
+) -> torch.Tensor:
+    """Returns a dropout seed for each adapter, int64 ``[S]`` on the CPU.
+
+    Args:
+        names: Adapters of the batch.
+        given: Seeds of some; others are drawn from torch's generator.
+        draw: Whether dropout can act. Otherwise the generator is left alone, and seeds are 0.
+
+    Raises:
+        TypeError: ``given`` is not a mapping to integers.
+    """
+    chosen = {} if given is None else given
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"seeds is a {type(given).__name__}, expected a mapping of names to ints")
+    for given_name, seed in chosen.items():
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"the seed of {given_name!r} is {seed!r}, expected an int")
+    seeds = torch.zeros(len(names), dtype=torch.int64)
+    if draw and names:
+        seeds = torch.randint(0, 2**SEED_BITS, (len(names),))
+    for slot, name in enumerate(names):
+        if name in chosen:
+            seeds[slot] = _signed(chosen[name])
+    return seeds
+
+
+def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """Returns the seed of each layer and adapter, int64 ``[L, S]``.
+
+    Args:
+        seeds: Of the adapters, int64 ``[S]``.
+        layers: Numbers of the layers, L.
+    """
+    steps = [_signed((number + 1) * _INCREMENT) for number in layers]
+    steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
+    return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps, as 64-bit words do
+
+
+def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
+    """Returns `layer_seeds` of one layer, int64 ``[S]``."""
+    return _mixed_bits(seeds + _signed((layer + 1) * _INCREMENT))
+
+
+def _signed(value: int) -> int:
+    """Returns a 64-bit number as int64 holds it."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        z = (z ^ _shifted(z, shift)) * _signed(multiplier)
+    return _shifted(z ^ _shifted(z, 31), 64 - SEED_BITS)
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns z moved to the right by ``bits``, with zeros coming in from the left."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,237 @@
+"""What is kept of mixed batches: of one block, and of one model between its blocks.
+
+A `Routing` is immutable and holds one `BlockKept`. A model's `Group` holds one `PackCache` and one
+`KnownRows`. Everything kept of factors ends with `PackCache.clear`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.seeds import layer_seeds, seeds_of_layer
+from fastlora.ops.torch.packed import LayerPack, is_for
+from fastlora.ops.torch.packed_choice import Rows as RowsKind
+from fastlora.weight_marks import marks
+
+# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
+# few rows and many may want them laid out otherwise.
+_MOST_SETS = 2
+# Batches for which a set keeps what was found out about layers.
+_MOST_BATCHES = 8
+
+
+def stream_of(device: torch.device) -> int:
+    """Returns the current stream of a device; 0 where it has none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class KnownRows:
+    """The rows of a model's last batches: the next step of a decode has the same ids again."""
+
+    _MOST, _MOST_IDS = 8, 4096
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Rows] = {}
+
+    def get(self, ids: torch.Tensor, m: int, slots: int, device: torch.device) -> Rows:
+        """Returns `sort_rows` of these, the known one for known ids on a CPU."""
+        is_compiling = torch.compiler.is_compiling
+        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or is_compiling():
+            return sort_rows(ids, m, slots, device)
+        key = (m, device, stream_of(device), slots, tuple(ids.tolist()))
+        rows = self._known.get(key)
+        if rows is None:
+            rows = sort_rows(ids, m, slots, device)
+            known = list(self._known.items())[1 - self._MOST :]
+            self._known = dict([*known, (key, rows)])  # a new one: other threads read the old one
+        return rows
+
+
+@dataclass
+class BatchFound:
+    """What a set of adapters keeps for the rows of one batch.
+
+    Attributes:
+        ready: By number of a layer, what `fastlora.layers.mixed_packed` found out about it.
+        plans: By layout and bytes of an element, how to multiply packed factors.
+    """
+
+    ready: dict[int, Any] = field(default_factory=dict)
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+
+class SetPack:
+    """A set of adapters, packed for those layers that have met it twice.
+
+    Args:
+        watch: Tells whether the factors are still those that were packed; None where they cannot
+            change, as in a pool.
+
+    Attributes:
+        mark: With which they were packed; None where they cannot change.
+        tables: The set's tables for kernels; a string where there can be none.
+    """
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.mark = None if watch is None else marks.of_trained()
+        self.tables: Any = None
+        self._met: set[tuple[int, torch.dtype, RowsKind]] = set()
+        self._packs: dict[tuple[int, torch.dtype, RowsKind], LayerPack | None] = {}
+        self._found: dict[Rows, BatchFound] = {}
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether the factors can still be those that were packed."""
+        return self.mark is None or self.mark is marks.trained
+
+    def found_for(self, rows: Rows) -> BatchFound:
+        """Returns what is kept for the very rows of a batch."""
+        known = self._found.get(rows)
+        if known is None:
+            if len(self._found) >= _MOST_BATCHES:
+                self._found = {}
+            known = self._found[rows] = BatchFound()
+        return known
+
+    def get(self, number: int, dtype: torch.dtype, kind: RowsKind) -> tuple[LayerPack | None, bool]:
+        """Returns a layer's pack, or None; and whether the layer is to be packed now."""
+        key = (number, dtype, kind)
+        pack = self._packs.get(key)
+        if pack is not None or key in self._packs:
+            return pack, False
+        for other in RowsKind:
+            pack = self._packs.get((number, dtype, other))
+            if pack is not None and is_for(pack, dtype, kind):
+                self._packs[key] = pack
+                return pack, False
+        if key in self._met:
+            return None, True
+        self._met.add(key)
+        return None, False
+
+    def put(
+        self,
+        numbers: Sequence[int],
+        dtype: torch.dtype,
+        kind: RowsKind,
+        packs: Sequence[LayerPack | None],
+    ) -> None:
+        """Keeps the packs of layers; None for one whose factors cannot be packed."""
+        for number, pack in zip(numbers, packs, strict=True):
+            self._packs[(number, dtype, kind)] = pack
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packs."""
+        tensors = {}
+        for pack in list(self._packs.values()):
+            if pack is not None:
+                for tensor in (pack.lora_a, pack.lora_b, pack.lora_bias):
+                    if tensor is not None:
+                        tensors[tensor.data_ptr()] = tensor.nbytes
+        return sum(tensors.values())
+
+
+class PackCache:
+    """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
+
+    def __init__(self) -> None:
+        self._captured: dict[int, Any] = {}
+        self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
+        self._lock = threading.Lock()  # threads that serve one model share its packs
+
+    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Any] | None) -> SetPack:
+        """Returns the set of that key, a new one where it is unknown or its factors changed.
+
+        Args:
+            key: Names the adapters of the set, in order.
+            make_watch: Makes what tells whether factors changed; None where they cannot.
+        """
+        with self._lock:
+            known = self._sets.get(key)
+            if known is None or not known.may_hold or not _is_unchanged(known.watch):
+                known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
+            self._sets.move_to_end(key)
+            while len(self._sets) > _MOST_SETS:
+                self._sets.popitem(last=False)
+            return known
+
+    def clear(self) -> None:
+        """Forgets all sets: their factors may be about to change, or have changed unseen."""
+        marks.end_trained()  # open blocks have sets too
+        with self._lock:
+            self._sets.clear()
+
+    def pin(self, *kept: Any) -> None:
+        """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
+        self._captured.update((id(each), each) for each in kept)
+
+    def unpin(self) -> None:
+        """Forgets what CUDA graphs read, which are not to be replayed any more."""
+        self._captured.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packs."""
+        with self._lock:
+            return sum(known.nbytes for known in self._sets.values())
+
+
+def _is_unchanged(watch: Any) -> bool:
+    return watch is None or watch.unchanged()
+
+
+class BlockKept:
+    """What one block keeps: made at most once for its batch.
+
+    Attributes:
+        ready: By number of a layer, what `fastlora.layers.mixed_packed` found out about it.
+        dora: What `fastlora.layers.dora_mixed` keeps of norms.
+        is_checked: Whether the host has looked at the ids.
+    """
+
+    def __init__(self) -> None:
+        self.ready: dict[int, Any] = {}
+        self.dora: dict[Any, Any] = {}
+        self.is_checked = False
+        self.rows: dict[tuple[int, torch.device, int], Rows] = {}
+        self._seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = {}
+        self._sets: dict[tuple[Any, ...], SetPack] = {}
+
+    def set_of(
+        self, packs: PackCache, key: tuple[Any, ...], make_watch: Callable[[], Any] | None
+    ) -> SetPack:
+        """Returns what the model keeps of a set of adapters.
+
+        Whether factors changed is asked once for each block and whenever they may have.
+        """
+        known = self._sets.get(key)
+        if known is None or not known.may_hold:
+            known = self._sets[key] = packs.get(key, make_watch)
+        return known
+
+    def seeds_of(
+        self, seeds: torch.Tensor, number: int, layers: Sequence[Any], device: torch.device
+    ) -> torch.Tensor:
+        """Returns a layer's dropout seeds, int64 ``[S]``; one copy brings those of all layers."""
+        key = (device, stream_of(device))
+        known = self._seeds.get(key)
+        if known is None:
+            numbers = [layer.routed_as for layer in layers if hasattr(layer, "lora_A")]
+            with torch.inference_mode(False):  # functions save them for a backward
+                made = layer_seeds(seeds, numbers)
+            if device.type == "cuda":
+                made = made.pin_memory().to(device, non_blocking=True)
+            known = self._seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
+        if number not in known:  # a layer that came after the block began
+            with torch.inference_mode(False):
+                known[number] = seeds_of_layer(seeds, number).to(device)
+        return known[number]
