@@ -92,7 +92,8 @@ class ModulesToSaveWrapper(nn.Module):
         rows = routing.rows(x.shape[0], x.device)
         slots = {name: slot for slot, name in enumerate(routing.names)}
         copied = [slot if n in self.modules_to_save else NO_ADAPTER for n, slot in slots.items()]
-        own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[rows.slots]
+        ids = routing.ids.to(x.device).repeat_interleave(rows.each)
+        own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[ids]
         # Every process that shares the batch calls the same modules in the same order, some on no
         # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.
         together = routing.absent_gradients and torch.is_grad_enabled()
