@@ -517,11 +517,12 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
     with mock.patch.object(mixed_packed, "is_captured", lambda _: captured):
         steps(model, x, names, count=1)
     (kept,) = model.base_model.group.packs._sets.values()
-    (ready,) = kept._ready.values()
+    (batch,) = kept._found.values()
+    ready = batch.ready
     read = [weakref.ref(t) for found in ready.values() for t in found.pack if is_tensor(t)]
     read += [weakref.ref(t) for found in ready.values() for t in found.plan if is_tensor(t)]
     assert len(read) > len(ready)
-    del kept, ready
+    del kept, batch, ready
     for i in range(6):
         steps(model, x, [f"a{i}", f"a{(i + 2) % 6}"])
     for rows in range(3, 14):  # batches of the same set
