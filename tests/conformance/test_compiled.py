@@ -123,10 +123,7 @@ STEPPED = [
 ]
 
 
-STALE = pytest.mark.xfail(strict=True, reason="what an evaluation kept outlives a compiled step")
-
-
-@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=STALE), "eval throughout"])
+@pytest.mark.parametrize("way", ["eager", "compiled", "eval throughout"])
 @pytest.mark.parametrize("case", STEPPED, ids=str)
 def test_a_fused_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     """Fused optimizers write parameters without a version that tells of it."""
