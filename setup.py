@@ -17,6 +17,7 @@ setup(
         "fastlora.ops",
         "fastlora.ops.torch",
         "fastlora.routing",
+        "fastlora.testing",
         "fastlora.integrations",
         "fastlora.kernels",
         "fastlora.layers",

@@ -17,6 +17,8 @@ from fastlora.validation import ImplementationError, check_dropout_dtype
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
+# Types of devices that "auto" means kernels for, where they run.
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = env.triton_interpreted()
@@ -76,7 +78,7 @@ def resolve_impl(impl: str, x: torch.Tensor) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     device_type = x.device.type
-    if impl == "auto" and device_type != "cuda":
+    if impl == "auto" and device_type not in KERNEL_DEVICES:
         return "eager"
     runs, why = triton_status(device_type, x.device.index or 0)
     if runs and x.dtype not in _TRITON_DTYPES:

@@ -1,0 +1,126 @@
+"""The kernels' host path without a GPU: everything but the launch itself, which is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+from fastlora.env import triton_interpreted
+from fastlora.ops import backend
+
+_WARP_SIZE = {"cuda": 32, "hip": 64}
+# Triton keeps what it compiled by the number of the device: each block has a device of its own.
+_numbers = itertools.count(1_000)
+
+
+class Launch(NamedTuple):
+    """One launch.
+
+    Attributes:
+        kernel: Name of the Triton function.
+        grid: Programs along each axis.
+        num_warps: Of a program.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    num_warps: int
+
+
+@contextlib.contextmanager
+def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[list[Launch]]:
+    """Within the block, the Triton path runs on CPU tensors up to each launch, which is counted.
+
+    Configs are chosen and kernels compiled for the named chip, arguments are bound and the launcher
+    is called, as on a GPU. No kernel computes: what it would have written is whatever the memory
+    held. Not thread-safe, and not for Triton's interpreter, which has no launches.
+
+    Args:
+        chip: The chip's arch, such as ``"sm_90"`` or ``"gfx942"``; one that there are configs for.
+        processors: Its streaming multiprocessors (compute units).
+
+    Yields:
+        The launches so far, in order.
+
+    Raises:
+        ValueError: There are no configs for the chip.
+        RuntimeError: ``TRITON_INTERPRET=1`` is set.
+    """
+    if triton_interpreted():
+        raise RuntimeError("stubbed_launches() needs Triton's compiler; unset TRITON_INTERPRET")
+    from triton.compiler import compiler
+    from triton.runtime.driver import driver
+
+    from fastlora.kernels import chips
+
+    described = chips.Chip(chip, processors)
+    shared_limit = described.shared_limit  # raises for an unknown chip
+    launches: list[Launch] = []
+    before = driver._active
+    driver.set_active(_Driver(chip, processors, shared_limit, launches))
+    compiler.max_shared_mem.cache_clear()
+    try:
+        with (
+            mock.patch.object(chips, "chip_of", lambda _: described),
+            mock.patch.object(backend, "KERNEL_DEVICES", ("cpu",)),
+            mock.patch.object(backend, "triton_status", lambda *_: (True, f"stubbed ({chip})")),
+        ):
+            yield launches
+    finally:
+        driver.set_active(before)
+        compiler.max_shared_mem.cache_clear()
+
+
+class _Driver:
+    """What Triton's runtime asks of a driver, for a device that is not there."""
+
+    def __init__(
+        self, chip: str, processors: int, shared_limit: int, launches: list[Launch]
+    ) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        kind = "hip" if chip.startswith("gfx") else "cuda"
+        arch: Any = chip if kind == "hip" else int(chip.removeprefix("sm_"))
+        self._target = GPUTarget(kind, arch, _WARP_SIZE[kind])
+        self._number = next(_numbers)
+        self._launches = launches
+        self._properties = {
+            "max_shared_mem": shared_limit,
+            "multiprocessor_count": processors,
+            "warpSize": _WARP_SIZE[kind],
+        }
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        """Returns what kernels are compiled for."""
+        return self._target
+
+    def get_current_device(self) -> int:
+        """Returns the device's number."""
+        return self._number
+
+    def get_current_stream(self, device: int) -> int:
+        """Returns the default stream."""
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Returns the chip's limits."""
+        return self._properties
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Returns module, function, registers, spills and the most threads of a program."""
+        return object(), object(), 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        """Nothing was loaded."""
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """Returns what launches a kernel: it notes that it was called."""
+
+        def launch(x: int, y: int, z: int, *_: Any) -> None:
+            self._launches.append(Launch(metadata.name, (x, y, z), metadata.num_warps))
+
+        return launch
