@@ -31,7 +31,7 @@ def test_one_file_runs() -> None:
 
 
 def test_beside_other_tests_they_skip_with_the_command_that_runs_them() -> None:
-    out = run("tests/test_testing.py", KERNELS)
+    out = run("tests/testing/test_tolerances.py", KERNELS)
     assert " passed" in out and " skipped" in out
     assert "kernel tests did not run" in out
     assert "Run them alone: python -m pytest tests/kernels." in out
