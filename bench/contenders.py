@@ -153,6 +153,13 @@ class _AddmmFunction(torch.autograd.Function):
         return dx, None, d_lora_a, d_lora_b
 
 
+def _augmented(p: Problem) -> Results:
+    """One GEMM over K + R, rounded once; both operands are copied."""
+    x = torch.cat([p.x, F.linear(p.x, p.lora_a)], dim=1)
+    weight = torch.cat([p.weight, (p.lora_b.float() * p.scaling).to(p.weight.dtype)], dim=1)
+    return (F.linear(x, weight),)
+
+
 # ------------------------------------------------------------------------------------- fastlora's
 
 
@@ -220,6 +227,7 @@ FORWARD = (
     Contender("split", "full", lambda p: _linear(p, "split"), ours=True),
     Contender("peft_fp32", "full", lambda p: _peft(p, True)),
     Contender("addmm", "full", _addmm),
+    Contender("augmented", "full", _augmented),
     Contender("peft_part", "part", _peft_part),
     Contender("shrink_expand", "part", _shrink_expand, ours=True),
     Contender("addmm_part", "part", _addmm_part),

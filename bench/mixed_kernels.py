@@ -22,6 +22,7 @@ from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.harness import Checker
 from fastlora.bench.linear import Bench
 from fastlora.bench.linear import main as run
+from fastlora.bench.mixed_dense import MAX_RANK_ROWS, dense_linear
 from fastlora.bench.mixed_strategies import (
     Rows,
     Stacked,
@@ -32,7 +33,6 @@ from fastlora.bench.mixed_strategies import (
 )
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 from fastlora.ops import mixed_ops
-from fastlora.ops.mixed_dense import MAX_RANK_ROWS
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 
@@ -149,6 +149,17 @@ def _add(p: MixedProblem) -> Results:
     return (y,)
 
 
+def _dense(p: MixedProblem) -> Results:
+    (a_address, b_address), (*route, _) = p.addresses, p.route
+    tables = b_address[0], None, p.rank[0], p.scaling[0]
+    y = dense_linear(
+        *(p.x, p.base.weight, None, (route[0], route[1], route[2]), None, a_address[0], tables),
+        max_rank=max(p.ranks),
+        factor_dtype=p.x.dtype,
+    )
+    return (y,)
+
+
 @functools.cache
 def has_grouped_mm(device: str, dtype: torch.dtype) -> bool:
     """Whether this PyTorch has grouped products, for this device and dtype."""
@@ -176,11 +187,11 @@ OURS = (
     Contender("split", "mixed", functools.partial(_linear, "split"), ours=True),
     Contender("add", "mixed", _add, ours=True),
 )
-DENSE = Contender("dense", "mixed", functools.partial(_linear, "dense"), ours=True)
+DENSE = Contender("dense", "mixed", _dense, ours=True)
 
 
 def ours_for(point: Point) -> tuple[Contender, ...]:
-    """Returns fastlora's ways at a point: the dense one where its rank rows are few enough."""
+    """Returns the ways over kernels at a point: dense products where rank rows are few enough."""
     ranks = point.ranks_of_adapters
     return (*OURS, DENSE) if len(ranks) * max(ranks) <= MAX_RANK_ROWS else OURS
 

@@ -208,10 +208,6 @@ def plan_of(
 
     - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
     - ``split``: the library's GEMM, shrink, and an in-place update.
-    - ``augmented``: shrink, then the library's GEMM over ``[x | s] @ [W | scaling * lora_b].T``;
-      for one adapter. It copies x and the weight at every call.
-    - ``dense``: the library's GEMMs through the rank rows of all slots, masked between the two; for
-      a mixed batch. It copies all factors. See `fastlora.ops.mixed_dense`.
 
     No plan has been measured yet, so every chip has the design's.
 

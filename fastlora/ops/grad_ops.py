@@ -86,7 +86,7 @@ def _triton_grad_x(
     dropout_p: float,
     plan: str,
 ) -> torch.Tensor:
-    """One fused launch; or a GEMM of the library's, augmented or with an in-place update behind."""
+    """One fused launch, or a GEMM of the library's with an in-place update behind."""
     from fastlora.kernels import chips, configs, lora_expand, lora_linear
 
     (m, n), (r, k) = dy.shape, lora_a.shape
@@ -95,11 +95,7 @@ def _triton_grad_x(
     sizes["input_precision"] = _precision(dy.dtype)
     dropout = {"seed": seed, "dropout_p": dropout_p if seed is not None else 0.0}
     # A forward's "invariant" is "auto" here: d_lora_a and d_lora_b sum over the batch anyhow.
-    plan = choose_plan("auto" if plan == "invariant" else plan, dy, weight, r, "lora_grad_x")
-    if plan == "augmented" and seed is None:  # under dropout the mask is on one of the two terms
-        stacked = torch.cat([weight, lora_a.to(dy.dtype)])
-        return torch.cat([dy, ds], dim=1) @ stacked
-    if plan == "fused":
+    if choose_plan(plan, dy, weight, r, "lora_grad_x") == "fused":
         dx = dy.new_empty(m, k)
         lora_linear.launch_lora_linear(
             dx,

@@ -41,7 +41,7 @@ from fastlora.ops.mixed_grad_tables import (
     split_grad_b,
     table,
 )
-from fastlora.ops.plans import choose_mixed_train_plan
+from fastlora.ops.plans import choose_plan
 from fastlora.ops.schema import _LIBRARY, _implements, _on_device, _precision
 from fastlora.ops.torch import mixed_grad_reference as eager
 from fastlora.ops.torch import products
@@ -162,10 +162,8 @@ def _mixed_lora_grad_x(
     max_rank = max(a.shape[0] for a in lora_a)
     fused = False
     if weight is not None and impl == "triton":
-        chosen = choose_mixed_train_plan(
-            plan, dy, weight, len(lora_a) * max_rank, "mixed_lora_grad_x"
-        )
-        fused = chosen == "fused"
+        rank_rows = len(lora_a) * max_rank
+        fused = choose_plan(plan, dy, weight, rank_rows, "mixed_lora_grad_x") == "fused"
     if weight is None:
         dx = dy.new_zeros(m, k)
     else:

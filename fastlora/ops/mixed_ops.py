@@ -29,9 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.invariant import is_batch_invariant
-from fastlora.ops.mixed_dense import dense_linear
-from fastlora.ops.plans import choose_mixed_plan
+from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.schema import (
     _FUSED_MAX_ROWS,
@@ -41,7 +39,6 @@ from fastlora.ops.schema import (
     _precision,
     _whole_rows,
 )
-from fastlora.validation import ImplementationError
 
 # A split of K costs a plane of s. Four keep the shrink short enough to hide behind a base GEMM.
 _MAX_SPLITS = 4
@@ -214,34 +211,14 @@ def _mixed_lora_linear(
     factor_dtype: torch.dtype,
     plan: str,
 ) -> torch.Tensor:
-    """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand.
-
-    The plan "dense" is `fastlora.ops.mixed_dense`. See `fastlora.ops.plans.choose_mixed_plan`.
-    """
+    """y of one module: a shrink, unless siblings made s, then linear, or base GEMM and expand."""
     from fastlora.kernels import chips, configs, mixed_lora_linear
 
     (m, k), n, invariant = x.shape, weight.shape[0], plan == "invariant"
     route = (order, segment_of, segment_slot)
     tables = _module_tables(index, lora_b_address, lora_bias_address, rank, scaling)
-    plan = choose_mixed_plan(plan, x, weight, rank.shape[1] * max_rank)
-    if plan == "dense" and is_batch_invariant():
-        raise ImplementationError(
-            "plan 'dense' cannot run in the batch-invariant mode: the library's GEMM goes by M"
-        )
+    plan = choose_plan(plan, x, weight, rank.shape[1] * max_rank, "mixed_lora_linear")
     with _on_device(x):
-        if plan == "dense":
-            return dense_linear(
-                x,
-                weight,
-                bias,
-                route,
-                None if s is None else s[:, index],
-                lora_a_address[index],
-                tables,
-                max_rank=max_rank,
-                factor_dtype=factor_dtype,
-                input_precision=_precision(x.dtype),
-            )
         if invariant:
             x = _whole_rows(x)
         if s is None:

@@ -23,7 +23,7 @@ from fastlora.ops.mixed_grad_tables import (
     table,
 )
 from fastlora.ops.mixed_ops import _shrunk_shape
-from fastlora.ops.plans import choose_mixed_train_plan
+from fastlora.ops.plans import choose_plan
 from fastlora.ops.schema import _LIBRARY, _implements, _on_device, _precision
 from fastlora.ops.torch import mixed_grad_reference as eager
 from fastlora.ops.torch import products
@@ -167,7 +167,8 @@ def _linear(
     from fastlora.kernels import chips, configs, mixed_lora_linear
 
     (m, k), n, max_rank = x.shape, weight.shape[0], max(b.shape[1] for b in lora_b)
-    if choose_mixed_train_plan(plan, x, weight, len(lora_b) * max_rank) == "split":
+    rank_rows = len(lora_b) * max_rank
+    if choose_plan(plan, x, weight, rank_rows, "mixed_lora_train_linear") == "split":
         y = F.linear(x, weight, bias)
         _expand(y, s, route, lora_b, lora_bias, scaling)
         return y

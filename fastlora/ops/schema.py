@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from fastlora.ops.backend import draw_seed as draw_seed
 from fastlora.ops.backend import resolve_impl as resolve_impl
 from fastlora.ops.backend import triton_status as triton_status
-from fastlora.ops.plans import _precision, augmented, choose_plan
+from fastlora.ops.plans import choose_plan
+from fastlora.ops.plans import precision as _precision  # noqa: F401
 from fastlora.ops.torch import reference
 
 # Of the mixed add, which has no table of plans: as `fastlora.kernels.configs.FUSED_MAX_ROWS`.
@@ -160,10 +161,7 @@ def _triton_linear_of(
     """y from an s that is there already."""
     from fastlora.kernels import chips, configs, lora_linear
 
-    plan = choose_plan(plan, x, weight, lora_b.shape[1])
-    if plan == "augmented":
-        return augmented(x, weight, bias, s, lora_b, scaling)
-    if plan == "split":
+    if choose_plan(plan, x, weight, lora_b.shape[1]) == "split":
         y = F.linear(x, weight, bias)
         _triton_expand_(y, s, lora_b, scaling)
         return y
@@ -191,9 +189,10 @@ def _triton_linear(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses and runs a plan; see `fastlora.ops.plans`."""
-    if plan == "invariant" or choose_plan(plan, x, weight, lora_a.shape[0]) == "fused":
+    chosen = choose_plan(plan, x, weight, lora_a.shape[0])
+    if chosen != "split":
         return _triton_fused_linear(
-            x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, plan == "invariant"
+            x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, chosen == "invariant"
         )
     s = _triton_shrink(x, lora_a, seed, dropout_p)
     return _triton_linear_of(x, weight, bias, s, lora_b, scaling, plan), s

@@ -42,7 +42,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     note(ops, "_triton_fused_linear", "fused")
     note(ops, "_triton_expand_", "split")
-    note(ops, "augmented", "augmented")
     return seen
 
 
@@ -67,7 +66,7 @@ def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: lis
     chip, row, key = chips.chip_of(torch.device(DEVICE)), chips.Row, ("lora_linear", "ieee")
     table = configs.TABLES[chip.family]
     rows = (
-        row(max_m=30, n=40, k=48, max_r=8, plan="augmented"),
+        row(max_m=30, n=40, k=48, max_r=8, plan="split"),
         row(max_m=30, plan="fused"),
         row(plan="split"),
     )
@@ -78,12 +77,12 @@ def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: lis
     def found(m: int, r: int, launch: str = "lora_linear", n: int = 40, k: int = 48) -> str:
         return plan_of(chip, launch, torch.float32, m=m, n=n, k=k, r=r)
 
-    assert [found(30, 8), found(30, 9), found(31, 8)] == ["augmented", "fused", "split"]
+    assert [found(30, 8), found(30, 9), found(31, 8)] == ["split", "fused", "split"]
     assert [found(30, 8, n=41), found(30, 8, k=49)] == ["fused", "fused"]
     assert found(31, 8, "lora_grad_x") == "fused"
     assert plan_of(chip, "lora_linear", torch.float16, m=31, n=40, k=48, r=8) == "fused"
     lora_linear(*operands(30), 0.5, impl="triton")
-    assert launched == ["augmented"]
+    assert launched == ["split"]
 
 
 def test_the_call_goes_before_the_environment(
@@ -91,13 +90,63 @@ def test_the_call_goes_before_the_environment(
 ) -> None:
     """``plan=`` names it; else ``FASTLORA_PLAN``; a name that is none is refused."""
     tensors = operands(20)
-    monkeypatch.setattr(plans, "_PLAN", "augmented")
+    monkeypatch.setattr(plans, "_PLAN", "split")
     lora_linear(*tensors, 0.5, impl="triton")
-    lora_linear(*tensors, 0.5, impl="triton", plan="split")
-    assert launched == ["augmented", "split"]
-    monkeypatch.setattr(plans, "_PLAN", "best")
-    with pytest.raises(ValueError, match="FASTLORA_PLAN is 'best', expected one of auto, fused"):
-        lora_linear(*tensors, 0.5, impl="triton")
+    lora_linear(*tensors, 0.5, impl="triton", plan="fused")
+    assert launched == ["split", "fused"]
+    for name in ("best", "dense", "augmented", "invariant"):
+        monkeypatch.setattr(plans, "_PLAN", name)
+        with pytest.raises(ValueError, match=f"FASTLORA_PLAN is '{name}', expected one of auto, f"):
+            lora_linear(*tensors, 0.5, impl="triton")
+    with pytest.raises(ValueError, match="plan must be one of auto, .* got 'augmented'"):
+        lora_linear(*tensors, 0.5, impl="triton", plan="augmented")
+
+
+def put_rows(monkeypatch: pytest.MonkeyPatch, launch: str, rows: tuple[chips.Row, ...]) -> None:
+    """Puts measured rows into the table of the device's chip, for fp32."""
+    table, key = configs.TABLES[chips.chip_of(torch.device(DEVICE)).family], (launch, "ieee")
+    monkeypatch.setitem(table, key, (*rows, *table[key]))
+    # Which remembers nothing.
+    monkeypatch.setattr(configs, "plan_of", configs.plan_of.__wrapped__)
+
+
+def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call, else ``FASTLORA_PLAN``, else the table."""
+    weight = torch.empty(40, 48, device=DEVICE)
+
+    def choose(plan: str, m: int, rank_rows: int) -> str:
+        x = torch.empty(m, 48, device=DEVICE)
+        return plans.choose_plan(plan, x, weight, rank_rows, "mixed_lora_linear")
+
+    assert [choose("auto", m, 200) for m in (20, 65)] == ["fused", "split"]
+    rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
+    put_rows(monkeypatch, "mixed_lora_linear", rows)
+    assert [choose("auto", 20, rows) for rows in (128, 129)] == ["split", "fused"]
+    monkeypatch.setattr(plans, "_PLAN", "split")
+    assert choose("auto", 20, 1000) == "split"
+    assert choose("fused", 20, 128) == "fused"
+    assert choose("invariant", 20, 128) == "invariant"
+    with pytest.raises(ValueError, match="plan must be one of auto, .* got 'dense'"):
+        choose("dense", 20, 128)
+
+
+@pytest.mark.parametrize("launch", ["mixed_lora_train_linear", "mixed_lora_grad_x"])
+def test_who_chooses_in_training(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
+    """The same order; "invariant", which training does not have, is passed over."""
+    weight = torch.empty(40, 48, device=DEVICE)
+
+    def choose(plan: str, m: int, rank_rows: int) -> str:
+        x = torch.empty(m, 48, device=DEVICE)
+        return plans.choose_plan(plan, x, weight, rank_rows, launch)
+
+    assert [choose(plan, 20, 64) for plan in ("auto", "split", "invariant")] == [
+        *("fused", "split", "fused"),
+    ]
+    assert choose("auto", 65, 64) == "split"
+    put_rows(monkeypatch, launch, (chips.Row(max_r=64, plan="split"), chips.Row(plan="fused")))
+    assert [choose("auto", 20, rows) for rows in (64, 65)] == ["split", "fused"]
+    monkeypatch.setattr(plans, "_PLAN", "split")
+    assert [choose(plan, 20, 65) for plan in ("auto", "fused")] == ["split", "fused"]
 
 
 def test_the_environment_is_read() -> None:

@@ -1,4 +1,4 @@
-"""The dense masked plan of a mixed batch: every row meets all rank rows and keeps its adapter's.
+"""A mixed batch by dense products: every row meets all rank rows and keeps its adapter's.
 
 ``y = x @ weight.T + bias + select(x @ A.T) @ B``, A ``[S * R, K]`` and B ``[S * R, N]`` being the
 factors of all S slots side by side, R rows each, zeros past a slot's rank, B scaled. The products
@@ -10,6 +10,7 @@ The factors lie behind addresses, which PyTorch cannot read, so they are gathere
 themselves. That writes and reads every slot's factors once more, in use or not. All shapes follow
 from S, R and M: a CUDA graph replays any mix, and launches do not depend on it.
 
+A contender of `mixed_kernels`: it copies all factors at every call, and fastlora has no such plan.
 Arguments are those of `fastlora.ops.mixed_ops`, of one module.
 """
 
@@ -18,18 +19,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastlora.ops.plans import precision
 from fastlora.ops.rows import INVALID_SLOT
 
-# Rank rows, S * R, from which every row's detour through all of them is no plan at all.
+# Rank rows, S * R, from which every row's detour through all of them is no way at all.
 MAX_RANK_ROWS = 256
 
 
 def check_dense(slots: int, max_rank: int) -> None:
-    """Raises `ValueError` for more rank rows than the plan takes."""
+    """Raises `ValueError` for more rank rows than this way takes."""
     if slots * max_rank > MAX_RANK_ROWS:
         raise ValueError(
-            f"plan 'dense' has {slots} slots of rank {max_rank}, {slots * max_rank} rank rows; "
-            f"expected at most {MAX_RANK_ROWS}"
+            f"{slots} slots of rank {max_rank} are {slots * max_rank} rank rows, expected at most "
+            f"{MAX_RANK_ROWS}"
         )
 
 
@@ -44,7 +46,6 @@ def dense_linear(
     *,
     max_rank: int,
     factor_dtype: torch.dtype,
-    input_precision: str,
 ) -> torch.Tensor:
     """Returns y ``[M, N]``.
 
@@ -58,7 +59,6 @@ def dense_linear(
         tables: lora_b_address, lora_bias_address or None, rank and scaling, ``[S]`` each.
         max_rank: The largest rank there may be; R, if it is not 0.
         factor_dtype: Of what lies behind the addresses.
-        input_precision: Of the gathering dots, as kernels take it.
 
     Raises:
         ValueError: As `check_dense`.
@@ -68,7 +68,7 @@ def dense_linear(
     order, segment_of, segment_slot = route
     check_dense(slots, r)
     rank = rank.clamp(max=r)
-    gather = _Gather(x, rank, r, factor_dtype, input_precision)
+    gather = _Gather(x, rank, r, factor_dtype)
     # What is added to a row before any product, by slot: the lora_bias, and NaN where it must be;
     # then for rows without an adapter, and for invalid ids.
     start = x.new_zeros(slots + 2, n)
@@ -99,15 +99,9 @@ class _Gather:
     """Reads factors behind addresses into matrices of x's dtype."""
 
     def __init__(
-        self,
-        x: torch.Tensor,
-        rank: torch.Tensor,
-        r: int,
-        factor_dtype: torch.dtype,
-        input_precision: str,
+        self, x: torch.Tensor, rank: torch.Tensor, r: int, factor_dtype: torch.dtype
     ) -> None:
-        self.x, self.rank, self.r = x, rank, r
-        self.factor_dtype, self.input_precision = factor_dtype, input_precision
+        self.x, self.rank, self.r, self.factor_dtype = x, rank, r, factor_dtype
         self.slots = torch.arange(rank.shape[0], dtype=torch.int32, device=x.device)
 
     def rank_rows(
@@ -148,7 +142,7 @@ class _Gather:
             m=y.shape[0],
             n=y.shape[1],
             r=s.shape[1],
-            input_precision=self.input_precision,
+            input_precision=precision(y.dtype),
         )
         order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
         mixed_lora_expand.launch_mixed_lora_expand(
