@@ -16,6 +16,7 @@ setup(
         "fastlora.model",
         "fastlora.ops",
         "fastlora.ops.torch",
+        "fastlora.ops.triton",
         "fastlora.routing",
         "fastlora.testing",
         "fastlora.integrations",

@@ -11,7 +11,7 @@ themselves. That writes and reads every slot's factors once more, in use or not.
 from S, R and M: a CUDA graph replays any mix, and launches do not depend on it.
 
 A contender of `mixed_kernels`: it copies all factors at every call, and fastlora has no such plan.
-Arguments are those of `fastlora.ops.mixed_ops`, of one module.
+Arguments are those of `fastlora.ops.schema`, of one module.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.plans import precision
 from fastlora.ops.rows import INVALID_SLOT
+from fastlora.ops.triton.configs import config_of
 
 # Rank rows, S * R, from which every row's detour through all of them is no way at all.
 MAX_RANK_ROWS = 256
@@ -133,17 +133,9 @@ class _Gather:
         bias_address: torch.Tensor | None,
         scaling: torch.Tensor | None,
     ) -> None:
-        from fastlora.kernels import chips, configs, mixed_lora_expand
+        from fastlora.kernels import mixed_lora_expand
 
-        config = configs.choose(
-            chips.chip_of(y.device),
-            "mixed_lora_expand",
-            y.dtype,
-            m=y.shape[0],
-            n=y.shape[1],
-            r=s.shape[1],
-            input_precision=precision(y.dtype),
-        )
+        config = config_of("mixed_lora_expand", y, *y.shape, r=s.shape[-1])
         order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
         mixed_lora_expand.launch_mixed_lora_expand(
             *(y, s.unsqueeze(0), order, order // max(y.shape[0] // max(len(self.slots), 1), 1)),

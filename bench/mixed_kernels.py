@@ -32,9 +32,9 @@ from fastlora.bench.mixed_strategies import (
     segments,
 )
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
-from fastlora.ops import mixed_ops
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_at
 
 YARDSTICK = {"base": "base", "mixed": "segments"}
 
@@ -62,7 +62,6 @@ class MixedProblem:
     stacked: Stacked
     rows: Rows
     groups: SortedRows
-    pieces: torch.Tensor
     addresses: tuple[torch.Tensor, torch.Tensor]
     rank: torch.Tensor
     scaling: torch.Tensor
@@ -99,24 +98,21 @@ class MixedProblem:
             stacked=Stacked(lora_a, lora_b, each, SCALING),
             rows=Rows.of(slots, len(ranks), point.m // sequences, sorted_before=False),
             groups=groups,
-            pieces=mixed_ops.pieces_of(groups),
             addresses=(addresses[0], addresses[1]),
             rank=torch.tensor([ranks], dtype=torch.int32, device=device),
             scaling=torch.full((1, len(ranks)), SCALING, device=device),
         )
 
     @property
-    def route(self) -> tuple[torch.Tensor, ...]:
+    def routed(self) -> list[torch.Tensor]:
         """What the operators take of the row groups."""
-        groups = self.groups
-        return groups.order, groups.segment_of, groups.segment_slot, self.pieces
+        return rows_at(self.groups)
 
     @property
     def tables(self) -> tuple[Any, ...]:
         """What the operators take of the adapters: tables of one module, and what is fixed."""
-        a_address, b_address = self.addresses
-        largest, dtype = max(self.ranks), self.x.dtype
-        return a_address, b_address, None, self.rank, self.scaling, 0, largest, dtype
+        tables = [*self.addresses, self.rank, self.scaling]
+        return tables, 0, max(self.ranks), self.x.dtype
 
 
 def truths(p: MixedProblem) -> dict[str, Results]:
@@ -139,18 +135,18 @@ def _by_hand(strategy: Strategy, p: MixedProblem) -> Results:
 
 
 def _linear(plan: str, p: MixedProblem) -> Results:
-    linear = torch.ops.fastlora.mixed_lora_linear
-    return (linear(p.x, p.base.weight, None, *p.route, None, *p.tables, plan),)
+    linear = torch.ops.fastlora.lora_linear_at
+    return (linear(p.x, p.base.weight, None, p.routed, None, *p.tables, plan),)
 
 
 def _add(p: MixedProblem) -> Results:
     y = F.linear(p.x, p.base.weight)
-    torch.ops.fastlora.mixed_lora_add_(y, p.x, *p.route, *p.tables)
+    torch.ops.fastlora.lora_add_at_(y, p.x, p.routed, *p.tables, "triton")
     return (y,)
 
 
 def _dense(p: MixedProblem) -> Results:
-    (a_address, b_address), (*route, _) = p.addresses, p.route
+    (a_address, b_address), route = p.addresses, p.routed
     tables = b_address[0], None, p.rank[0], p.scaling[0]
     y = dense_linear(
         *(p.x, p.base.weight, None, (route[0], route[1], route[2]), None, a_address[0], tables),

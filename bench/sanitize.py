@@ -33,10 +33,8 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     Returns:
         The results ``[M, N]``.
     """
-    from fastlora.ops import (
-        mixed_dora_scale_ops,  # noqa: F401 - the first registers operators
-        mixed_ops,  # noqa: F401 - the first registers operators
-    )
+    from fastlora.ops import schema  # noqa: F401 - registers operators
+    from fastlora.ops.triton.configs import rows_at
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -51,24 +49,21 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     lora_bias = [[normal(n) for _ in ranks] for ranks in MIXED_RANKS]
     rank = torch.tensor(MIXED_RANKS, dtype=torch.int32, device=device)
     largest = int(rank.max())
-    tables = (table(lora_b), table(lora_bias), rank, torch.ones(rank.shape, device=device))
-    a_address = table(lora_a)
-    groups = sort_rows(torch.arange(m, device=device) % 5 - 1, m, 4)
-    route = (groups.order, groups.segment_of, groups.segment_slot)
-    pieces = mixed_ops.pieces_of(groups)
+    addresses = table(lora_a), table(lora_b)
+    scaling = torch.ones(rank.shape, device=device)
+    tables = [*addresses, rank, scaling, table(lora_bias)]
+    batch = sort_rows(torch.arange(m, device=device) % 5 - 1, m, 4)
+    rows = rows_at(batch)
     ops = torch.ops.fastlora
-    s = ops.mixed_lora_shrink(x, *route, pieces, a_address, rank, largest, dtype)
+    s = ops.lora_shrink_at(x, rows, tables, largest, dtype, False)
     results = [
-        ops.mixed_lora_linear(
-            x, weight, bias, *route, pieces, shared, a_address, *tables, 0, largest, dtype, plan
-        )
+        ops.lora_linear_at(x, weight, bias, rows, shared, tables, 0, largest, dtype, plan)
         for plan, shared in (("fused", None), ("fused", s), ("split", None))
     ]
     y = torch.nn.functional.linear(x, weight, bias)
-    ops.mixed_lora_expand_(y, s, *route, *tables, 1, dtype)
-    ops.mixed_lora_add_(y, x, *route, pieces, a_address, *tables, 1, largest, dtype)
+    ops.lora_add_at_(y, x, rows, tables, 1, largest, dtype, "triton")
     scales = [torch.ones(n, device=device) for _ in MIXED_RANKS[1]]
-    ops.mixed_dora_scale_(y, bias, *route, pieces, table([scales]), 0)
+    ops.lora_scale_(y, bias, rows, table([scales]), 0, "triton")
     return [*results, y]
 
 

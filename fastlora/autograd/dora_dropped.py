@@ -128,7 +128,7 @@ def forward_rows(
         )
     else:
         if impl == "triton":
-            dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p, impl)
+            dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p)
         else:
             dropped = reference.select_(keep_mask(rows, seed, dropout_p, after=None), rows)
         z = products.linear(dropped, weight_x)
@@ -139,8 +139,8 @@ def forward_rows(
     else:
         y = base if inplace else base.clone(memory_format=torch.contiguous_format)
     if impl == "triton":
-        s = torch.ops.fastlora.lora_shrink(dropped, lora_a, None, 0.0, impl)
-        torch.ops.fastlora.lora_expand_(y, s, scaled_b, scaling, impl)
+        s = torch.ops.fastlora.lora_shrink(dropped, [], [lora_a], 1, None, [0.0], impl)
+        torch.ops.fastlora.lora_expand_(y, s, [], [scaled_b], [None], scaling, impl)
     else:
         s = reference.lora_shrink(dropped, lora_a).mul_(adapter.up)
         reference.lora_expand_(y, s, scaled_b, scaling)
@@ -285,7 +285,7 @@ def _mask(
     """Returns what dropout keeps of ``rows``: ones and zeros, integers unless kernels drew them."""
     if impl == "triton":
         ones = torch.ones_like(rows, memory_format=torch.contiguous_format)
-        return torch.ops.fastlora.lora_dropout(ones, seed, dropout_p, impl).sign_()
+        return torch.ops.fastlora.lora_dropout(ones, seed, dropout_p).sign_()
     return keep_mask(rows, seed, dropout_p, after=after)
 
 

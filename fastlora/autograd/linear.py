@@ -57,11 +57,19 @@ def _shrink(
     impl: str,
 ) -> torch.Tensor:
     if impl == "triton":
-        return torch.ops.fastlora.lora_shrink(x, lora_a, seed, dropout_p, impl)
+        return torch.ops.fastlora.lora_shrink(x, [], [lora_a], 1, seed, [dropout_p], impl)
     if seed is None:
         return reference.lora_shrink(x, lora_a)
     dropped = reference.select_(keep_mask(x, seed, dropout_p, after=None), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
+
+
+def _shrink_together(x: torch.Tensor, lora_a: list[torch.Tensor], impl: str) -> torch.Tensor:
+    """Returns the s of siblings without dropout side by side, ``[M, R]``."""
+    if impl == "triton":
+        none = [0.0] * len(lora_a)
+        return torch.ops.fastlora.lora_shrink(x, [], lora_a, len(lora_a), None, none, impl)
+    return reference.lora_shrink(x, torch.cat([a.to(x.dtype) for a in lora_a]))
 
 
 def forward_linear(
@@ -88,13 +96,13 @@ def forward_linear(
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if impl == "triton" and s is None:
-        y, made = torch.ops.fastlora.lora_linear(
-            rows, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan
+    if impl == "triton":
+        factors = [lora_a, lora_b, None]
+        drop = seed, [dropout_p]
+        y, *own = torch.ops.fastlora.lora_linear(
+            rows, weight, bias, [], s, factors, scaling, *drop, impl, plan
         )
-    elif impl == "triton":
-        y = torch.ops.fastlora.lora_linear_of(rows, weight, bias, s, lora_b, scaling, impl, plan)
-        made = s
+        made = own[0] if s is None else s
     else:
         made = _shrink(rows, lora_a, seed, dropout_p, impl) if s is None else s
         y = reference.lora_linear(rows, weight, bias, made, lora_b, scaling)
@@ -177,7 +185,7 @@ def forward_add(
         y = y.clone(memory_format=torch.contiguous_format)
     rows = y.view(-1, y.shape[-1])
     if impl == "triton":
-        torch.ops.fastlora.lora_expand_(rows, s, lora_b, scaling, impl)
+        torch.ops.fastlora.lora_expand_(rows, s, [], [lora_b], [None], scaling, impl)
     else:
         reference.lora_expand_(rows, s, lora_b, scaling)
     return y, s
@@ -357,9 +365,8 @@ class LoraShrink(torch.autograd.Function):
         shrunk: list[torch.Tensor | None] = [None] * len(lora_a)
         bare = [index for index, seed in enumerate(seeds) if seed is None]
         if len(bare) > 1:
-            joined = torch.cat([lora_a[index].to(x.dtype) for index in bare])
-            ranks = [lora_a[index].shape[0] for index in bare]
-            parts = _shrink(rows, joined, None, 0.0, impl).split(ranks, dim=1)
+            some = [lora_a[index] for index in bare]
+            parts = _shrink_together(rows, some, impl).split([a.shape[0] for a in some], dim=1)
             for index, part in zip(bare, parts, strict=True):
                 shrunk[index] = part
         return tuple(

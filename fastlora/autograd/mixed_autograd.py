@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.autograd.linear import plain_backward
-from fastlora.ops import (
-    mixed_grad_ops,  # noqa: F401 - registers operators
-    mixed_train_ops,  # noqa: F401 - registers operators
-)
-from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
+from fastlora.ops import schema  # noqa: F401 - registers operators
+from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch import products  # noqa: F401 - registers operators
+from fastlora.ops.torch import products
+from fastlora.ops.triton.configs import rows_listed, runs_a, runs_b
 
 _Factor = torch.Tensor | None
 
@@ -51,41 +49,9 @@ class KernelBatch(NamedTuple):
     impl: str = "triton"
 
     @property
-    def pieces(self) -> torch.Tensor:
-        """What the forward's operators take of the rows' pieces; PyTorch has none."""
-        if self.impl != "triton":
-            return self.rows.order.new_empty(0)
-        return train_pieces(self.rows)
-
-    @property
-    def route(self) -> list[torch.Tensor]:
-        """What every operator takes of the rows."""
-        return self.rows.tensors()
-
-
-class _Lists(NamedTuple):
-    lora_a: list[torch.Tensor]
-    lora_b: list[torch.Tensor]
-    lora_bias: list[_Factor]
-
-
-def _present(lora_a: Sequence[_Factor]) -> list[torch.Tensor]:
-    """Returns the factors, of rank 0 where an adapter leaves a layer alone."""
-    a = next(tensor for tensor in lora_a if tensor is not None)
-    none = a.new_empty(0, a.shape[1])
-    return [none if tensor is None else tensor for tensor in lora_a]
-
-
-def _lists(factors: Sequence[_Factor]) -> _Lists:
-    """Returns the factors by kind; of rank 0 where an adapter leaves the layer alone."""
-    downs, ups, biases = factors[::3], factors[1::3], factors[2::3]
-    b = next(tensor for tensor in ups if tensor is not None)
-    none_b = b.new_empty(b.shape[0], 0)
-    return _Lists(
-        _present(downs),
-        [none_b if tensor is None else tensor for tensor in ups],
-        list(biases),
-    )
+    def in_pieces(self) -> list[torch.Tensor]:
+        """What the forward's operators take as rows; PyTorch has no pieces."""
+        return rows_listed(self.rows) if self.impl == "triton" else self.rows.tensors()
 
 
 def forward_linear(
@@ -100,25 +66,17 @@ def forward_linear(
 
     ``s`` is made here unless a sibling made it.
     """
-    flat, lists = x.reshape(-1, x.shape[-1]), _lists(factors)
-    base = flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if s is None:
-        y, s = torch.ops.fastlora.mixed_lora_train_linear(
-            *base,
-            *batch.route,
-            batch.pieces,
-            *lists,
-            batch.scaling,
-            batch.seeds,
-            batch.dropout_p,
-            batch.impl,
-            batch.plan,
-        )
-    else:
-        y = torch.ops.fastlora.mixed_lora_train_linear_of(
-            *base, *batch.route, s, *lists[1:], batch.scaling, batch.impl, batch.plan
-        )
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    base = (
+        x.reshape(-1, x.shape[-1]),
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+    )
+    rows = batch.in_pieces if s is None else batch.rows.tensors()
+    y, *own = torch.ops.fastlora.lora_linear(
+        *(*base, rows, s, factors, batch.scaling, batch.seeds, batch.dropout_p),
+        *(batch.impl, batch.plan),
+    )
+    return y.view(*x.shape[:-1], weight.shape[0]), own[0] if s is None else s
 
 
 def forward_add(
@@ -129,23 +87,16 @@ def forward_add(
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y plus every row's own adapter, and s; y itself is not written."""
-    flat, lists = y.reshape(-1, y.shape[-1]), _lists(factors)
     if s is None:
-        result, s = torch.ops.fastlora.mixed_lora_train_add(
-            flat,
-            x.reshape(-1, x.shape[-1]),
-            *batch.route,
-            batch.pieces,
-            *lists,
-            batch.scaling,
-            batch.seeds,
-            batch.dropout_p,
-            batch.impl,
-        )
-    else:
-        result = torch.ops.fastlora.mixed_lora_train_add_of(
-            flat, *batch.route, s, *lists[1:], batch.scaling, batch.impl
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        drop = batch.seeds, batch.dropout_p
+        s = torch.ops.fastlora.lora_shrink(
+            flat, batch.in_pieces, factors[::3], 1, *drop, batch.impl
+        ).squeeze(0)
+    result = y.reshape(-1, y.shape[-1]).clone(memory_format=torch.contiguous_format)
+    torch.ops.fastlora.lora_expand_(
+        result, s, batch.rows.tensors(), factors[1::3], factors[2::3], batch.scaling, batch.impl
+    )
     return result.view(y.shape), s
 
 
@@ -164,13 +115,10 @@ class MixedLoraShrinkKernels(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.batch = batch
         ctx.save_for_backward(x, *lora_a)
-        s = torch.ops.fastlora.mixed_lora_train_shrink(
-            x.reshape(-1, x.shape[-1]),
-            *batch.route,
-            batch.pieces,
-            _present(lora_a),
-            len(lora_a) // len(batch.dropout_p),
-            batch.impl,
+        modules, none = len(lora_a) // len(batch.dropout_p), [0.0] * len(lora_a)
+        s: torch.Tensor = torch.ops.fastlora.lora_shrink(
+            *(x.reshape(-1, x.shape[-1]), batch.in_pieces, lora_a, modules),
+            *(None, none, batch.impl),
         )
         return s.unbind()
 
@@ -183,9 +131,8 @@ class MixedLoraShrinkKernels(torch.autograd.Function):
         wanted = [g for g, grad in enumerate(grads) if grad is not None]
         places = [g * slots + slot for g in wanted for slot in range(slots)]
         if any(needs[place] for place in places):
-            lora_a, flat = _present([saved[place] for place in places]), x.reshape(-1, x.shape[-1])
-            ds: Any = [grads[g] for g in wanted]
-            gradients = _grad_a(flat, torch.stack(ds), batch, lora_a, None)
+            lora_a, flat = [saved[place] for place in places], x.reshape(-1, x.shape[-1])
+            gradients = _grad_a(flat, [grads[g] for g in wanted], batch, lora_a, None)
             for place, gradient in zip(places, gradients, strict=True):
                 found[place] = gradient if needs[place] else None
         return None, None, *found
@@ -272,11 +219,11 @@ def _save(
     )
 
 
-def _runs(of: Any, batch: KernelBatch, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Returns ``pieces`` and ``rows`` of an operator over ``[M, columns]``."""
+def _in_runs(of: Any, batch: KernelBatch, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Returns rows, and how many make a run, of an operator over ``x [M, columns]``."""
     if batch.impl != "triton":
-        return batch.pieces, 0
-    found: tuple[torch.Tensor, int] = of(batch.rows, rows.dtype, rows.shape[1])
+        return batch.rows.tensors(), 0
+    found: tuple[list[torch.Tensor], int] = of(batch.rows, x.dtype, x.shape[1])
     return found
 
 
@@ -299,38 +246,31 @@ def _backward(
         needs_x: Whether x needs a gradient.
     """
     s, seeds, *factors = saved
-    lists, batch, needs = _lists(factors), ctx.batch, ctx.needs_input_grad[5:]
-    with_bias = [bias is not None for bias in lists.lora_bias]
+    batch, needs = ctx.batch, ctx.needs_input_grad[5:]
+    lora_a, lora_b = factors[::3], factors[1::3]
+    with_bias = [bias is not None for bias in factors[2::3]]
     with_factors = any(needs[1::3]) or any(needs[2::3])
     operators, slots = torch.ops.fastlora, len(with_bias)
-    ds, packed = operators.mixed_lora_grad_b(
-        dy,
-        s,
-        *batch.route,
-        *_runs(runs_b, batch, dy),
-        lists.lora_b,
-        with_bias,
-        batch.scaling,
-        with_factors,
-        batch.impl,
+    ds, packed, _ = operators.lora_grad_b(
+        *(dy, s, *_in_runs(runs_b, batch, dy), lora_b, with_bias),
+        *(batch.scaling, with_factors, batch.impl),
     )
-    dropout = (lists.lora_a, seeds, batch.dropout_p)
     dx = None
     if needs_x:
-        dx = operators.mixed_lora_grad_x(
-            dy, weight, ds, *batch.route, *dropout, batch.impl, batch.plan
+        drop = seeds, batch.dropout_p
+        dx = operators.lora_grad_x(
+            dy, weight, ds, batch.rows.tensors(), lora_a, *drop, batch.impl, batch.plan
         ).view(ctx.x_shape)
     gradients: list[torch.Tensor | None] = [None] * (3 * slots)
     if with_factors:
-        for slot, (d_lora_b, d_bias) in enumerate(split_grad_b(packed, lists.lora_b, with_bias)):
+        for slot, (d_lora_b, d_bias) in enumerate(split_grad_b(packed, lora_b, with_bias)):
             gradients[3 * slot + 1 : 3 * slot + 3] = [d_lora_b, d_bias]
     if x is not None and any(needs[::3]):
         flat = x.reshape(-1, x.shape[-1])
-        own = None if seeds is None else seeds.unsqueeze(0)
-        gradients[::3] = _grad_a(flat, ds.unsqueeze(0), batch, lists.lora_a, own)
+        gradients[::3] = _grad_a(flat, [ds], batch, lora_a, seeds)
     d_s = ds if ctx.needs_input_grad[4] else None
     if d_s is not None and torch.is_anomaly_enabled():
-        d_s = _without_the_unwritten(ds, batch, lists.lora_a)
+        d_s = _without_the_unwritten(ds, batch, lora_a)
     return (
         dx,
         d_s,
@@ -340,30 +280,25 @@ def _backward(
 
 def _grad_a(
     flat: torch.Tensor,
-    ds: torch.Tensor,
+    ds: Sequence[torch.Tensor | None],
     batch: KernelBatch,
-    lora_a: list[torch.Tensor],
+    lora_a: Sequence[_Factor],
     seeds: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Returns the gradients of the lora_a of G modules, for ds ``[G, M, R]``."""
-    packed = torch.ops.fastlora.mixed_lora_grad_a(
-        flat,
-        ds,
-        *batch.route,
-        *_runs(runs_a, batch, flat),
-        lora_a,
-        seeds,
-        batch.dropout_p * ds.shape[0],
-        batch.impl,
+    """Returns the gradients of the lora_a of G modules, for ds ``[M, R]`` of each."""
+    (packed,) = torch.ops.fastlora.lora_grad_a(
+        *(flat, ds, *_in_runs(runs_a, batch, flat), lora_a, seeds),
+        *(batch.dropout_p * len(ds), batch.impl),
     )
     return split_grad_a(packed, lora_a)
 
 
 def _without_the_unwritten(
-    ds: torch.Tensor, batch: KernelBatch, lora_a: Sequence[torch.Tensor]
+    ds: torch.Tensor, batch: KernelBatch, lora_a: Sequence[_Factor]
 ) -> torch.Tensor:
     """Returns ds with zeros where no adapter has anything, so that no NaN is found there."""
     # Slots -2 and -1 are rows without an adapter.
-    ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
+    found = [0 if factor is None else factor.shape[0] for factor in lora_a]
+    ranks = torch.tensor([*found, 0, 0], device=ds.device)
     own = ranks[batch.rows.segment_slot.long()[batch.rows.segment_of.long()]]
     return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)

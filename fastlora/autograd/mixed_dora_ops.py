@@ -19,23 +19,23 @@ import torch
 from fastlora.autograd.dora_dropped import Dropped, Wanted, forward_rows, gradients
 from fastlora.autograd.linear import plain_backward
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.schema import _LIBRARY, _implements
+from fastlora.ops.schema import composes, define, fakes, implements
 
 _ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] magnitude, Tensor[] squares, Tensor scaling"
 _BATCH = "Tensor ids, Tensor seeds, int[] slots, float[] dropout_p, str impl"
 # They read on the host how many rows each adapter has: a CUDA graph cannot hold that.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-_LIBRARY.define(
+define(
     f"mixed_dora_dropped(Tensor y, Tensor x, Tensor weight, {_ADAPTERS}, {_BATCH}, bool keeps_z)"
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-_LIBRARY.define(
+define(
     f"mixed_dora_dropped_backward(Tensor dy, Tensor x, Tensor weight, {_ADAPTERS}, {_BATCH},"
     " Tensor s, Tensor z, bool[] wanted) -> Tensor[]",
     tags=_TAGS,
 )
-_LIBRARY.define(
+define(
     f"mixed_dora_graph_dropped(Tensor y, Tensor x, Tensor weight, {_ADAPTERS}, {_BATCH}) -> Tensor"
 )
 
@@ -76,7 +76,7 @@ def _owners(
             yield _Own(place, rows, slice(start, stop), adapter)
 
 
-@_implements("mixed_dora_dropped")
+@implements("mixed_dora_dropped")
 def _mixed_dora_dropped(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,14 +102,14 @@ def _saved(
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
 
 
-@torch.library.register_fake("fastlora::mixed_dora_dropped")
+@fakes("mixed_dora_dropped")
 def _(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return y.new_empty(y.shape), *_saved(y, x, batch[0], batch[-1])
 
 
-@_implements("mixed_dora_dropped_backward")
+@implements("mixed_dora_dropped_backward")
 def _mixed_dora_dropped_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
@@ -151,7 +151,7 @@ def _results(
     ]
 
 
-@torch.library.register_fake("fastlora::mixed_dora_dropped_backward")
+@fakes("mixed_dora_dropped_backward")
 def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> list[torch.Tensor]:
     return _results(x, weight, batch, batch[-1])
 
@@ -201,7 +201,7 @@ class _MixedDoraDropped(torch.autograd.Function):
         return grad, dx, d_weight, None, None, None, None, None, *d_factors
 
 
-@torch.library.impl(_LIBRARY, "mixed_dora_graph_dropped", "CompositeImplicitAutograd")
+@composes("mixed_dora_graph_dropped")
 def _mixed_dora_graph_dropped(
     y: torch.Tensor,
     x: torch.Tensor,

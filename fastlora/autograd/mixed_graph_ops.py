@@ -7,10 +7,7 @@ graph serves any mix. In the backward, adapters without rows get zeros.
 `mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
 autograd is traced, into `fastlora.autograd.mixed_autograd`. The last is called by layers fed by the
 same x with the factors of all, as in `fastlora.autograd.sibling_ops`, and each hands its s to its
-own operator. rows are sorted once a graph: layers call
-`fastlora.ops.rows.sort_rows` alike.
-`mixed_lora_pool_add_` reads a pool's tables on a CPU, as the kernels of `fastlora.ops.mixed_ops` do
-on a GPU.
+own operator. Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
 of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
@@ -19,35 +16,26 @@ adapter that leaves the layer alone has rank 0.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fastlora.autograd import mixed_autograd
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.schema import _LIBRARY, _implements
+from fastlora.ops.schema import composes, define
 from fastlora.ops.seeds import seeds_of_layer
-from fastlora.ops.torch import reference
 from fastlora.routing.siblings import is_traced, keep_made, take_made
 
 _FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
 _BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl, Tensor? s"
-_LIBRARY.define(
+define(
     f"mixed_lora_graph_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_BATCH})"
     " -> Tensor"
 )
-_LIBRARY.define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
-_LIBRARY.define(
+define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
+define(
     "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, int own,"
     " Tensor ids, int slots, ScalarType dtype, ScalarType factor_dtype, str impl) -> Tensor"
-)
-_LIBRARY.define(
-    "mixed_lora_pool_add_(Tensor(a!) y, Tensor x, Tensor columns, Tensor lora_a_address,"
-    " Tensor lora_b_address, Tensor lora_bias_address, Tensor rank, Tensor scaling, int index,"
-    " ScalarType factor_dtype) -> ()"
 )
 
 
@@ -81,7 +69,7 @@ def _in_turn(
     return [tensor for slot in zip(lora_a, lora_b, lora_bias, strict=True) for tensor in slot]
 
 
-@torch.library.impl(_LIBRARY, "mixed_lora_graph_linear", "CompositeImplicitAutograd")
+@composes("mixed_lora_graph_linear")
 def _mixed_lora_graph_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -102,7 +90,7 @@ def _mixed_lora_graph_linear(
     return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
 
 
-@torch.library.impl(_LIBRARY, "mixed_lora_graph_add", "CompositeImplicitAutograd")
+@composes("mixed_lora_graph_add")
 def _mixed_lora_graph_add(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -122,7 +110,7 @@ def _mixed_lora_graph_add(
     return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
 
 
-@torch.library.impl(_LIBRARY, "mixed_lora_graph_shrink", "CompositeImplicitAutograd")
+@composes("mixed_lora_graph_shrink")
 def _mixed_lora_graph_shrink(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
@@ -158,49 +146,3 @@ def _mixed_lora_graph_shrink(
     if known is None:
         keep_made(x, [*lora_a, ids], key, shares, modules)
     return shares[own]
-
-
-@_implements("mixed_lora_pool_add_")
-def _mixed_lora_pool_add_(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    columns: torch.Tensor,
-    lora_a_address: torch.Tensor,
-    lora_b_address: torch.Tensor,
-    lora_bias_address: torch.Tensor,
-    rank: torch.Tensor,
-    scaling: torch.Tensor,
-    index: int,
-    factor_dtype: torch.dtype,
-) -> None:
-    """Adds every row's own adapter to ``y [M, N]`` for ``x [M, K]``.
-
-    Tables are ``[G, P]``, as in `fastlora.ops.mixed_ops`, and ``index`` the module's row. Addresses
-    are trusted: the memory behind them must outlive the call.
-    """
-    (m, k), n = x.shape, y.shape[1]
-    batch = sort_rows(columns, m, rank.shape[1])
-    for column, start, stop in batch.segments:
-        r = int(rank[index, column])
-        if not r:
-            continue
-        rows, at = batch.order[start:stop].long(), (index, column)
-        lora_a = block_at(int(lora_a_address[at]), (r, k), factor_dtype)
-        lora_b = block_at(int(lora_b_address[at]), (r, n), factor_dtype).t()
-        part = y[rows]
-        reference.lora_expand_(part, reference.lora_shrink(x[rows], lora_a), lora_b, scaling[at])
-        bias = int(lora_bias_address[at])
-        if bias:
-            part += (block_at(bias, (n,), factor_dtype) * scaling[at]).to(y.dtype)
-        y[rows] = part
-
-
-def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Returns a block of factors in this process's memory, as it lies there."""
-    raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(raw, dtype=dtype).view(shape)
-
-
-@torch.library.register_fake("fastlora::mixed_lora_pool_add_")
-def _(*_: Any) -> None:
-    return None

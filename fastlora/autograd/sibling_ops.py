@@ -17,18 +17,16 @@ import torch
 
 from fastlora.autograd import linear as autograd
 from fastlora.ops import schema as ops
-from fastlora.ops.schema import _LIBRARY
+from fastlora.ops.schema import composes, define
 from fastlora.routing.siblings import is_traced, keep_made, take_made
 
-_LIBRARY.define(
+define(
     "lora_shrink_siblings(Tensor x, Tensor[] lora_a, float[] dropout_p, int own, ScalarType dtype,"
     " str impl) -> (Tensor, Tensor[])"
 )
 
 
-# Composite, so that it runs above autograd: in a graph's tracing, and as it is where a graph is
-# not compiled further.
-@torch.library.impl(_LIBRARY, "lora_shrink_siblings", "CompositeImplicitAutograd")
+@composes("lora_shrink_siblings")
 def _lora_shrink_siblings(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fastlora.ops import mixed_dora_scale_ops, mixed_ops  # noqa: F401 - registers operators
 from fastlora.ops import schema as ops
-from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.rows import Rows
+from fastlora.ops.triton.configs import rows_at
 from fastlora.routing.routing import Routing
 
 
-def scale_in_graph_(layer: Any, y: torch.Tensor, batch: Routing) -> torch.Tensor:
+def scale_in_graph_(layer: Any, y: torch.Tensor, batch: Routing, rows: Rows) -> torch.Tensor:
     """Scales DoRA's rows of ``y [..., N]`` in place, in a graph that is being compiled.
 
     Nothing where the pool has not seen such an adapter: its first one compiles a graph anew.
@@ -25,31 +25,21 @@ def scale_in_graph_(layer: Any, y: torch.Tensor, batch: Routing) -> torch.Tensor
     if tables.scale_address is None:
         return y
     flat = y.view(-1, y.shape[-1])
-    if ops.resolve_impl(layer.impl, y) == "triton":
-        rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
-        _scale_(layer, flat, tables, rows)
-    else:
-        torch.ops.fastlora.mixed_dora_pool_scale_(
-            flat, _bias_of(layer), batch.ids, tables.scale_address, layer.table_row
-        )
+    _scale_(layer, flat, tables, rows, ops.resolve_impl(layer.impl, y))
     return y
 
 
 def scale_rows_(layer: Any, y: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Scales DoRA's rows of ``y [..., N]`` in place on the Triton kernels."""
     flat = y.view(-1, y.shape[-1])
-    _scale_(layer, flat, routing.source.tables, routing.rows(flat.shape[0], y.device))
+    _scale_(layer, flat, routing.source.tables, routing.rows(flat.shape[0], y.device), "triton")
     return y
 
 
-def _scale_(layer: Any, flat: torch.Tensor, tables: Any, rows: Rows) -> None:
-    torch.ops.fastlora.mixed_dora_scale_(
-        flat,
-        _bias_of(layer),
-        *rows.tensors()[:3],
-        mixed_ops.pieces_of(rows),
-        tables.scale_address,
-        layer.table_row,
+def _scale_(layer: Any, flat: torch.Tensor, tables: Any, rows: Rows, impl: str) -> None:
+    own = rows_at(rows) if impl == "triton" else rows.tensors()
+    torch.ops.fastlora.lora_scale_(
+        flat, _bias_of(layer), own, tables.scale_address, layer.table_row, impl
     )
 
 

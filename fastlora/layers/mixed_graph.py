@@ -18,10 +18,10 @@ from fastlora.layers import dora_pool, mixed_graph_dora
 from fastlora.layers.mixed_graph_dora import DoraSlots
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
-from fastlora.ops import mixed_ops
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_at
 from fastlora.routing.routing import Routing
 
 
@@ -110,46 +110,24 @@ def _pool_kernels(
 ) -> torch.Tensor:
     flat, tables = x.reshape(-1, x.shape[-1]), _tables(batch)
     rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
-    y = torch.ops.fastlora.mixed_lora_linear(
-        flat,
-        weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
-        *rows.tensors()[:3],
-        mixed_ops.pieces_of(rows),
-        None,
-        tables.a_address,
-        tables.b_address,
-        tables.bias_address,
-        tables.rank,
-        tables.scaling,
-        layer.table_row,
-        tables.max_rank,
-        tables.dtype,
-        "auto",
+    y = torch.ops.fastlora.lora_linear_at(
+        *(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)),
+        *(rows_at(rows), None, tables.tensors(), layer.table_row),
+        *(tables.max_rank, tables.dtype, "auto"),
     )
     y = y.view(*x.shape[:-1], weight.shape[0])
-    return dora_pool.scale_in_graph_(layer, y, batch)
+    return dora_pool.scale_in_graph_(layer, y, batch, rows)
 
 
 def _pool_add_(layer: Any, y: torch.Tensor, x: torch.Tensor, batch: Routing) -> torch.Tensor:
     """Adds to ``y [..., N]``, which is contiguous, in place, and scales DoRA's rows."""
     flat, flat_x, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), _tables(batch)
-    numbers = tables.rank, tables.scaling, layer.table_row
-    addresses = tables.a_address, tables.b_address, tables.bias_address
-    if ops.resolve_impl(layer.impl, x) == "triton":
-        rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
-        torch.ops.fastlora.mixed_lora_add_(
-            flat,
-            flat_x,
-            *rows.tensors()[:3],
-            mixed_ops.pieces_of(rows),
-            *addresses,
-            *numbers,
-            tables.max_rank,
-            tables.dtype,
-        )
-    else:
-        torch.ops.fastlora.mixed_lora_pool_add_(
-            flat, flat_x, batch.ids, *addresses, *numbers, tables.dtype
-        )
-    return dora_pool.scale_in_graph_(layer, y, batch)
+    rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)
+    impl, own, max_rank = ops.resolve_impl(layer.impl, x), rows.tensors(), 0
+    if impl == "triton":
+        # PyTorch reads neither: another largest rank, which a guard would see, compiles nothing.
+        own, max_rank = rows_at(rows), tables.max_rank
+    torch.ops.fastlora.lora_add_at_(
+        flat, flat_x, own, tables.tensors(), layer.table_row, max_rank, tables.dtype, impl
+    )
+    return dora_pool.scale_in_graph_(layer, y, batch, rows)

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import mixed_ops
+from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.triton.configs import rows_at
 from fastlora.routing.routing import Routing, is_captured
 from fastlora.routing.siblings import share, shared
 
@@ -136,22 +137,9 @@ def linear(
         return F.linear(x, weight, bias)
     rows = routing.rows(flat.shape[0], x.device)
     some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
-    y = torch.ops.fastlora.mixed_lora_linear(
-        flat,
-        weight,
-        bias,
-        *rows.tensors()[:3],
-        mixed_ops.pieces_of(rows, plan == "invariant"),
-        s,
-        tables.a_address[some],
-        tables.b_address[some],
-        tables.bias_address[some],
-        tables.rank[some],
-        tables.scaling[some],
-        row - some.start,
-        tables.max_rank,
-        tables.dtype,
-        plan,
+    y = torch.ops.fastlora.lora_linear_at(
+        *(flat, weight, bias, rows_at(rows, plan == "invariant"), s),
+        *(tables.tensors(some), row - some.start, tables.max_rank, tables.dtype, plan),
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -170,19 +158,9 @@ def add_(
     if row is None:
         return y
     rows, some = routing.rows(flat.shape[0], x.device), slice(row, row + 1)
-    torch.ops.fastlora.mixed_lora_add_(
-        y,
-        flat,
-        *rows.tensors()[:3],
-        mixed_ops.pieces_of(rows),
-        tables.a_address[some],
-        tables.b_address[some],
-        tables.bias_address[some],
-        tables.rank[some],
-        tables.scaling[some],
-        0,
-        tables.max_rank,
-        tables.dtype,
+    torch.ops.fastlora.lora_add_at_(
+        *(y, flat, rows_at(rows), tables.tensors(some), 0),
+        *(tables.max_rank, tables.dtype, "triton"),
     )
     return y
 
@@ -225,15 +203,9 @@ def _shared_shrink(
     key = (rows, tables, invariant)
     s = shared(x, number, key)
     if s is None:
-        s = torch.ops.fastlora.mixed_lora_shrink(
-            flat,
-            *rows.tensors()[:3],
-            mixed_ops.pieces_of(rows, invariant),
-            tables.a_address[some],
-            tables.rank[some],
-            tables.max_rank,
-            tables.dtype,
-            invariant,
+        s = torch.ops.fastlora.lora_shrink_at(
+            *(flat, rows_at(rows, invariant)),
+            *(tables.tensors(some), tables.max_rank, tables.dtype, invariant),
         )
         numbers = tuple(members[row] for row in range(first, stop))
         share(x, number, numbers, key, s)

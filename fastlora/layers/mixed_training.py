@@ -12,7 +12,7 @@ from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Slots
-from fastlora.ops.mixed_grad_tables import table
+from fastlora.ops.triton.tables import table
 from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError, check_same_device
 

@@ -83,7 +83,8 @@ class Tables(NamedTuple):
     """Where adapters' factors lie: a row for each linear (G), a column for each adapter (S).
 
     Attributes:
-        a_address, b_address, bias_address: int64 ``[G, S]``; 0 where there is nothing.
+        a_address, b_address, bias_address: int64 ``[G, S]``; 0 where there is nothing. No
+            bias_address where no adapter has a lora_bias.
         rank: int32 ``[G, S]``; 0 where an adapter leaves the linear alone.
         scaling: fp32 ``[G, S]``.
         max_rank: No adapter has a larger one.
@@ -95,7 +96,7 @@ class Tables(NamedTuple):
 
     a_address: torch.Tensor
     b_address: torch.Tensor
-    bias_address: torch.Tensor
+    bias_address: torch.Tensor | None
     rank: torch.Tensor
     scaling: torch.Tensor
     max_rank: int
@@ -103,3 +104,17 @@ class Tables(NamedTuple):
     scale_address: torch.Tensor | None = None
     rows: dict[int, int] | None = None
     kept: tuple[torch.Tensor, ...] = ()
+
+    def tensors(self, some: slice = slice(None)) -> list[torch.Tensor]:
+        """Returns some linears' tables as the operators' argument ``Tensor[] tables``."""
+        found = [self.a_address, self.b_address, self.rank, self.scaling]
+        if self.bias_address is not None:
+            found.append(self.bias_address)
+        return [table[some] for table in found]
+
+
+def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:
+    """Returns what `Tables.tensors` gave to an operator."""
+    a_address, b_address, rank, scaling, *biases = tensors
+    bias_address = biases[0] if biases else None
+    return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)

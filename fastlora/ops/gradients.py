@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fastlora.ops.grad_ops  # noqa: F401  # registers the operators of a backward
+import fastlora.ops.schema  # noqa: F401  # registers the operators
 from fastlora.ops.torch import products, reference
 
 
@@ -87,7 +87,7 @@ def _triton_gradients(
     lora_a, lora_b, seed = saved.lora_a, saved.lora_b, saved.seed
     if needs.lora_b:
         ds, d_lora_b, sums = torch.ops.fastlora.lora_grad_b(
-            dy, saved.s, lora_b, saved.scaling, needs.bias, "triton"
+            *(dy, saved.s, [], 0, [lora_b], [needs.bias], saved.scaling, True, "triton")
         )
         d_bias = sums if needs.bias else None
     else:
@@ -96,16 +96,13 @@ def _triton_gradients(
     if needs.lora_a:
         rows = saved.x.reshape(-1, saved.x.shape[-1])
         (d_lora_a,) = torch.ops.fastlora.lora_grad_a(
-            rows, [ds], [lora_a], seed, [dropout_p], "triton"
+            rows, [ds], [], 0, [lora_a], seed, [dropout_p], "triton"
         )
-    if needs.x and weight is not None:
+    if needs.x:
+        base = None if weight is None else weight.to(dy.dtype)
         dx = torch.ops.fastlora.lora_grad_x(
-            dy, weight.to(dy.dtype), ds, lora_a, seed, dropout_p, "triton", plan
+            dy, base, ds, [], [lora_a], seed, [dropout_p], "triton", plan
         )
-    elif needs.x:
-        dx = products.mm(ds, lora_a.to(dy.dtype))
-        if seed is not None:
-            dx = torch.ops.fastlora.lora_dropout(dx, seed, dropout_p, "triton")
     return Gradients(dx, d_lora_a, d_lora_b, ds, d_bias)
 
 
@@ -167,7 +164,7 @@ def grad_a(
         if any(seed is not None for seed in seeds):
             none = next(seed for seed in seeds if seed is not None)
             all_seeds = torch.cat([none if seed is None else seed for seed in seeds])
-        return torch.ops.fastlora.lora_grad_a(x, ds, lora_a, all_seeds, list(dropouts), impl)
+        return torch.ops.fastlora.lora_grad_a(x, ds, [], 0, lora_a, all_seeds, list(dropouts), impl)
     found: dict[int, torch.Tensor] = {}
     bare = [index for index, seed in enumerate(seeds) if seed is None]
     if len(bare) > 1:

@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.schema import _LIBRARY, _implements
+from fastlora.ops.schema import define, fakes, implements
 
 NO_SLOT = -1
 INVALID_SLOT = -2
 
-_LIBRARY.define(
+define(
     "rows_sort(Tensor ids, SymInt m, int slots, Device device)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
+define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
 
 
 class Segment(NamedTuple):
@@ -178,7 +178,7 @@ def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
     return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)
 
 
-@_implements("rows_sort")
+@implements("rows_sort")
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -204,7 +204,7 @@ def _rows_sort(
     return order.to(torch.int32), segment_of, segment_slot, slot_start, bad.any().view(1)
 
 
-@torch.library.register_fake("fastlora::rows_sort")
+@fakes("rows_sort")
 def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -213,7 +213,7 @@ def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torc
     return empty(m), empty(m), empty(present), empty(slots + 1), empty(1, torch.bool)
 
 
-@_implements("rows_pieces")
+@implements("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
     """Returns where pieces of sorted rows start; see `Rows.pieces`."""
     m = segment_of.shape[0]
@@ -227,7 +227,7 @@ def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Te
     return result.scatter_(0, place, position.masked_fill(~starts, m))
 
 
-@torch.library.register_fake("fastlora::rows_pieces")
+@fakes("rows_pieces")
 def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
     return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
 

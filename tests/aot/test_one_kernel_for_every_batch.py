@@ -20,8 +20,8 @@ from fastlora import env
 from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import MAX_SPLITS, all_shipped
-from fastlora.ops import mixed_ops
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_at
 from tests.support.aot.launches import CHIPS, Launch, recording
 from tests.support.aot.specialisation import specialise
 
@@ -85,7 +85,8 @@ def single(plan: str, m: int, n: int, k: int, r: int, dtype: torch.dtype) -> Non
     weight, lora_a, lora_b = (torch.empty(s, dtype=dtype) for s in ((n, k), (r, k), (n, r)))
     scaling = torch.empty(())
     for x in inputs(m, k, dtype):
-        OPS.lora_linear(x, weight, None, lora_a, lora_b, scaling, None, 0.0, "triton", plan)
+        factors = [lora_a, lora_b, None]
+        OPS.lora_linear(x, weight, None, [], None, factors, scaling, None, [0.0], "triton", plan)
 
 
 def mixed(
@@ -93,21 +94,16 @@ def mixed(
 ) -> None:
     """One module's linear, after a shrink of its own or of its siblings."""
     slots, invariant = 1 + max_rank, plan == "invariant"
-    groups = sort_rows(torch.zeros(m, dtype=torch.int64), m, slots)
-    route = (groups.order, groups.segment_of, groups.segment_slot)
-    pieces = mixed_ops.pieces_of(groups, invariant)
+    rows = rows_at(sort_rows(torch.zeros(m, dtype=torch.int64), m, slots), invariant)
     address = torch.empty(modules, slots, dtype=torch.int64)
-    rank, scaling = address.int(), address.float()
+    tables = [address, address, address.int(), address.float(), address]
     weight = torch.empty(n, k, dtype=dtype)
     for x in inputs(m, k, dtype):
         s = None
         if modules > 1:
-            s = OPS.mixed_lora_shrink(x, *route, pieces, address, rank, max_rank, dtype, invariant)
+            s = OPS.lora_shrink_at(x, rows, tables, max_rank, dtype, invariant)
         for index in {0, modules - 1}:
-            OPS.mixed_lora_linear(
-                x, weight, None, *route, pieces, s, address, address, address, rank, scaling,
-                index, max_rank, dtype, plan,
-            )  # fmt: skip
+            OPS.lora_linear_at(x, weight, None, rows, s, tables, index, max_rank, dtype, plan)
 
 
 def kernels(chip: Chip, operation: Callable[..., None], *arguments: Any) -> set[str]:

@@ -19,8 +19,8 @@ import torch
 import fastlora
 from fastlora import env
 from fastlora.functional import lora_add, lora_linear
-from fastlora.ops import mixed_ops
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_at
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 
@@ -58,30 +58,18 @@ def batch(
     slots = range(problem.slots) if slots is None else slots
     place = {slot: column for column, slot in enumerate(slots)}
     ids = torch.tensor([place.get(problem.ids[row], -1) for row in rows], dtype=torch.int64)
-    groups = sort_rows(ids.to(problem.x.device), len(rows), len(slots))
-    route = (groups.order, groups.segment_of, groups.segment_slot)
-    pieces = mixed_ops.pieces_of(groups, plan == "invariant")
+    batch = sort_rows(ids.to(problem.x.device), len(rows), len(slots))
+    own = rows_at(batch, plan == "invariant")
     max_rank = max_rank or problem.max_rank
     columns = torch.tensor(slots, device=problem.x.device)
-    a, b, bias, rank, scaling = (
-        table[:, columns]
-        for table in (
-            problem.lora_a_address,
-            problem.lora_b_address,
-            problem.lora_bias_address,
-            problem.rank,
-            problem.scaling,
-        )
-    )
+    tables = [table[:, columns] for table in problem.all_tables]
     x, s = problem.x[list(rows)], None
     if siblings:
-        s = OPS.mixed_lora_shrink(
-            x, *route, pieces, a, rank, max_rank, problem.factor_dtype, plan == "invariant"
-        )
+        s = OPS.lora_shrink_at(x, own, tables, max_rank, problem.factor_dtype, plan == "invariant")
     else:
-        a, b, bias, rank, scaling = a[:1], b[:1], bias[:1], rank[:1], scaling[:1]
-    return OPS.mixed_lora_linear(
-        *(x, problem.weights[0], problem.biases[0], *route, pieces, s, a, b, bias, rank, scaling),
+        tables = [table[:1] for table in tables]
+    return OPS.lora_linear_at(
+        *(x, problem.weights[0], problem.biases[0], own, s, tables),
         *(0, max_rank, problem.factor_dtype, plan),
     )
 
@@ -171,12 +159,11 @@ def test_values_of_a_mixed_batch(lab: Any, dtype: torch.dtype, m: int, n: int, k
 def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     problem = mixed_problem(lab, 20, 36, 40, torch.float32)
     ids, problem.ids = problem.ids, [8, *problem.ids[1:]]
-    groups = sort_rows(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
-    y = OPS.mixed_lora_linear(
+    rows = sort_rows(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
+    y = OPS.lora_linear_at(
         *(problem.x, problem.weights[0], problem.biases[0]),
-        *(groups.order, groups.segment_of, groups.segment_slot, mixed_ops.pieces_of(groups, True)),
-        *(None, problem.lora_a_address, problem.lora_b_address, problem.lora_bias_address),
-        *(problem.rank, problem.scaling, 0, problem.max_rank, problem.factor_dtype, "invariant"),
+        *(rows_at(rows, True), None, problem.all_tables),
+        *(0, problem.max_rank, problem.factor_dtype, "invariant"),
     )
     problem.ids = ids
     assert y[0].isnan().all()
@@ -187,11 +174,11 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
 def test_opcheck(lab: Any) -> None:
     problem = mixed_problem(lab, 20, 40, 530, torch.float32)
     arguments = (
-        *(problem.x, *problem.route, mixed_ops.pieces_of(problem.groups, True)),
-        *(problem.lora_a_address, problem.rank, problem.max_rank, problem.factor_dtype, True),
+        *(problem.x, problem.rows(True), problem.all_tables),
+        *(problem.max_rank, problem.factor_dtype, True),
     )
     torch.library.opcheck(
-        OPS.mixed_lora_shrink.default, arguments, test_utils=["test_schema", "test_faketensor"]
+        OPS.lora_shrink_at.default, arguments, test_utils=["test_schema", "test_faketensor"]
     )
 
 

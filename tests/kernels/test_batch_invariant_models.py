@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
 from tests.support.kernels.mixed_models import use_impl
@@ -105,18 +104,20 @@ def test_a_pool(lab: Any) -> None:
 
 def test_compile(lab: Any, dtype: torch.dtype) -> None:
     """One trace inside of the mode and one outside, without a break."""
+    from fastlora.ops.triton import forward
+
     model, x = build(lab, dtype, (8,)), lab.rand(7, 48, dtype=dtype)
     use_impl(model, "triton")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     plans: list[str] = []
-    original = ops._triton_linear
+    original = forward.linear
 
     def watched(*args: Any) -> Any:
         plans.append(args[-1])
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr(ops, "_triton_linear", watched)
+        patched.setattr(forward, "linear", watched)
         compiled(x)
         with fastlora.batch_invariant():
             assert torch.equal(compiled(x), model(x))

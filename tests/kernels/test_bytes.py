@@ -208,7 +208,8 @@ def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
         x=[x], weight=[weight], lora_a=[lora_a], lora_b=[lora_b], scaling=[scaling]
     ) as counter:
         y, s = torch.ops.fastlora.lora_linear(
-            x, weight, None, lora_a, lora_b, scaling, None, 0.0, "triton", "auto"
+            *(x, weight, None, [], None, [lora_a, lora_b, None], scaling, None, [0.0]),
+            *("triton", "auto"),
         )
     counter.register("y", y)
     counter.register("s", s)

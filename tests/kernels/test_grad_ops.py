@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastlora import env  # noqa: F401 - registers the operators
-from fastlora.ops import grad_ops  # noqa: F401 - registers the operators
 from fastlora.ops import schema as ops  # noqa: F401 - registers the operators
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
+from tests.support.kernels.gradients import grad_b
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -51,8 +51,8 @@ def test_grad_b(dtype: torch.dtype, m: int, n: int, r: int, with_bias: bool) -> 
     dy, s, lora_b = rand(m, n, dtype=dtype), rand(m, r, dtype=dtype), rand(n, r)
     lora_b = lora_b.to(dtype).float()
     scaling = torch.tensor(0.75, device=DEVICE)
-    actual = OPS.lora_grad_b(dy, s, lora_b, scaling, with_bias, "triton")
-    same = OPS.lora_grad_b(dy, s, lora_b.to(dtype), scaling, with_bias, "eager")
+    actual = OPS.lora_grad_b(dy, s, [], 0, [lora_b], [with_bias], scaling, True, "triton")
+    same = grad_b(dy, s, lora_b.to(dtype), scaling)
     wide, factor = dy.double(), lora_b.double()
     truth = (wide @ factor * 0.75, wide.t() @ s.double() * 0.75, wide.sum(0))
     assert [t.dtype for t in actual] == [dtype, torch.float32, torch.float32]
@@ -72,7 +72,7 @@ def test_sums_of_rows_are_as_good_as_pytorchs(draw: int) -> None:
     torch.manual_seed(draw)
     dy, s, lora_b = rand(70, 40), torch.ones(70, 1).to(DEVICE), rand(40, 1)
     scaling = torch.tensor(1.0, device=DEVICE)
-    _, _, d_bias = OPS.lora_grad_b(dy, s, lora_b, scaling, True, "triton")
+    _, _, d_bias = OPS.lora_grad_b(dy, s, [], 0, [lora_b], [True], scaling, True, "triton")
     assert_within_budget(d_bias, dy.sum(0), dy.double().sum(0), "d_bias")
 
 
@@ -85,11 +85,14 @@ def test_grad_x(dtype: torch.dtype, m: int, plan: str) -> None:
     seed = torch.tensor([7], device=DEVICE)
     keep = kept(7, m, k, p)
     for chosen, mask, rate in ((None, torch.ones_like(keep), 0.0), (seed, keep, p)):
-        dx = OPS.lora_grad_x(dy, weight, ds, lora_a, chosen, p, "triton", plan)
+        dx = OPS.lora_grad_x(dy, weight, ds, [], [lora_a], chosen, [p], "triton", plan)
         same = dy @ weight + torch.where(mask, ds @ lora_a.to(dtype) / (1 - rate), 0)
         term = ds.double() @ lora_a.double() / (1 - rate)
         truth = dy.double() @ weight.double() + torch.where(mask, term, 0)
         assert_within_budget(dx, same, truth, "dx")
+        alone = OPS.lora_grad_x(dy, None, ds, [], [lora_a], chosen, [p], "triton", plan)
+        same = torch.where(mask, ds @ lora_a.to(dtype) / (1 - rate), 0)
+        assert_within_budget(alone, same, torch.where(mask, term, 0), "dx without a base layer")
 
 
 @pytest.mark.parametrize(("m", "fused"), [(64, True), (65, False)])
@@ -97,12 +100,12 @@ def test_auto_is_fused_up_to_64_rows(m: int, fused: bool) -> None:
     """Above, the library's GEMM and an update in place."""
     from fastlora.kernels import lora_expand, lora_linear
 
-    args = (rand(m, 8), rand(8, 16), rand(m, 4), rand(4, 16), None, 0.0, "triton", "auto")
+    given = (rand(m, 8), rand(8, 16), rand(m, 4), [], [rand(4, 16)])
     with (
         mock.patch.object(lora_linear, "launch_lora_linear") as linear,
         mock.patch.object(lora_expand, "launch_lora_expand") as expand,
     ):
-        OPS.lora_grad_x(*args)
+        OPS.lora_grad_x(*given, None, [0.0], "triton", "auto")
     assert (linear.call_count, expand.call_count) == ((1, 0) if fused else (0, 1))
 
 
@@ -115,7 +118,7 @@ def test_grad_a(dtype: torch.dtype, m: int, ranks: tuple[int, ...], dropout: boo
     lora_a = [rand(r, k) for r in ranks]
     rates = [0.1 * i if dropout else 0.0 for i in range(count)]
     seeds = torch.arange(count, device=DEVICE) - 2 if dropout else None
-    results = OPS.lora_grad_a(x, ds, lora_a, seeds, rates, "triton")
+    results = OPS.lora_grad_a(x, ds, [], 0, lora_a, seeds, rates, "triton")
     for i, (result, rows, p) in enumerate(zip(results, ds, rates, strict=True)):
         dropped = torch.where(kept(i - 2, m, k, p), x, 0)
         truth = rows.double().t() @ (dropped.double() / (1 - p))
@@ -123,48 +126,29 @@ def test_grad_a(dtype: torch.dtype, m: int, ranks: tuple[int, ...], dropout: boo
         assert_within_budget(result, rows.t() @ (dropped / (1 - p)), truth, f"d_lora_a[{i}]")
 
 
-def test_eager_gives_what_the_kernels_give() -> None:
-    """Without dropout, whose masks differ between implementations, in fp32."""
-    dy, weight, x, s = rand(70, 40), rand(40, 65), rand(70, 65), rand(70, 5)
-    lora_a, lora_b = rand(5, 65), rand(40, 5)
-    scaling = torch.linspace(0.5, 2.0, 5, device=DEVICE)
-
-    given = (dy, weight, x, s, lora_a, lora_b)
-
-    def gradients(impl: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        dy, weight, x, s, lora_a, lora_b = (tensor.to(dtype) for tensor in given)
-        ds, d_lora_b, d_bias = OPS.lora_grad_b(dy, s, lora_b, scaling, True, impl)
-        dx = OPS.lora_grad_x(dy, weight, ds, lora_a, None, 0.0, impl, "auto")
-        (d_lora_a,) = OPS.lora_grad_a(x, [ds], [lora_a], None, [0.0], impl)
-        return [ds, d_lora_b, d_bias, dx, d_lora_a]
-
-    sides = gradients("triton"), gradients("eager"), gradients("eager", torch.float64)
-    for mine, plain, exact in zip(*sides, strict=True):
-        # d_bias is fp32 whatever dy is.
-        assert_within_budget(mine, plain, exact.double())
+def test_a_scaling_of_each_rank_row() -> None:
+    """ds and d_lora_b by each rank row's own, in fp32."""
+    dy, s, lora_b, scaling = rand(70, 40), rand(70, 5), rand(40, 5), torch.linspace(0.5, 2.0, 5)
+    given = (dy, s, lora_b, scaling.to(DEVICE))
+    mine = OPS.lora_grad_b(dy, s, [], 0, [lora_b], [True], given[-1], True, "triton")
+    exact = grad_b(*(tensor.double() for tensor in given))
+    for found, plain, true in zip(mine, grad_b(*given), exact, strict=True):
+        assert_within_budget(found, plain, true)
 
 
-def test_eager_dropout_is_one_mask_in_dx_and_d_lora_a() -> None:
-    k, p, seed = 48, 0.5, torch.tensor([11])
-    x, eye = torch.rand(33, k) + 1, torch.eye(33)
-    (dropped,) = OPS.lora_grad_a(x, [eye], [torch.empty(33, k)], seed, [p], "eager")
-    dx = OPS.lora_grad_x(torch.zeros(33, 4), torch.zeros(4, k), eye, x, seed, p, "eager", "auto")
-    assert torch.equal(dropped, dx)
-    assert torch.equal(dropped, torch.where(dropped != 0, 2 * x, 0))
-    assert 0.4 < (dropped != 0).double().mean().item() < 0.6
-
-
-@pytest.mark.parametrize("impl", ["triton", "eager"])
-def test_opcheck(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake and dispatch of every operator agree with what it does."""
     monkeypatch.undo()
-    seed = torch.tensor([7, 8], device=DEVICE if impl == "triton" else "cpu")
+    seed = torch.tensor([7, 8], device=DEVICE)
     dy, s, lora_b, lora_a = rand(20, 40), rand(20, 3), rand(40, 3).half(), rand(3, 48)
     scaling = torch.tensor(0.5, device=DEVICE)
-    calls = {
-        OPS.lora_grad_b: (dy, s, lora_b, scaling, True, impl),
-        OPS.lora_grad_x: (dy, rand(40, 48), s, lora_a, seed[:1], 0.5, impl, "fused"),
-        OPS.lora_grad_a: (rand(20, 48), [s, s + 1], [lora_a, lora_a], seed, [0.5, 0.1], impl),
-    }
-    for operator, arguments in calls.items():
+    ds, factors = [s, s + 1], [lora_a, lora_a]
+    calls = [
+        (OPS.lora_grad_b, (dy, s, [], 0, [lora_b], [True], scaling, True, "triton")),
+        (OPS.lora_grad_b, (dy, s, [], 0, [lora_b], [False], scaling, True, "triton")),
+        (OPS.lora_grad_x, (dy, None, s, [], [lora_a], seed[:1], [0.5], "triton", "fused")),
+        (OPS.lora_grad_x, (dy, rand(40, 48), s, [], [lora_a], None, [0.0], "triton", "split")),
+        (OPS.lora_grad_a, (rand(20, 48), ds, [], 0, factors, seed, [0.5, 0.1], "triton")),
+    ]
+    for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)

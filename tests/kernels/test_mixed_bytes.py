@@ -17,7 +17,7 @@ if not triton_interpreted():
 
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import cdiv, choose
-from fastlora.ops import mixed_ops
+from fastlora.ops import schema  # noqa: F401 - registers operators
 from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount, Traffic
 from tests.support.kernels.mixed_problem import MixedProblem
 
@@ -57,31 +57,20 @@ def count(lab: Any, active: int, m: int, dtype: torch.dtype, plan: str) -> Count
     torch.manual_seed(0)
     ranks = [[rank_of(slot) for slot in range(SLOTS)]]
     problem = MixedProblem(lab, batch(active, m), ranks, K, [N], dtype)
-    pieces = mixed_ops.pieces_of(problem.groups)
-    tables = (problem.lora_a_address, problem.lora_b_address, problem.rank, problem.scaling)
+    order, segment_of, segment_slot, _, pieces = rows = problem.rows()
+    tables = problem.all_tables
     images = {f"image{slot}": [image] for slot, image in enumerate(problem.images)}
     with ByteCounter(
         x=[problem.x],
         weight=[problem.weights[0]],
         bias=[problem.biases[0]],
-        tables=list(tables),
-        routing=[*problem.route, pieces],
+        tables=tables,
+        routing=[order, segment_of, segment_slot, pieces],
         **images,
     ) as counter:
-        y = torch.ops.fastlora.mixed_lora_linear(
-            problem.x,
-            problem.weights[0],
-            problem.biases[0],
-            *problem.route,
-            pieces,
-            None,
-            *tables[:2],
-            None,
-            *tables[2:],
-            0,
-            problem.max_rank,
-            dtype,
-            plan,
+        y = torch.ops.fastlora.lora_linear_at(
+            *(problem.x, problem.weights[0], problem.biases[0], rows, None, tables),
+            *(0, problem.max_rank, dtype, plan),
         )
     counter.register("y", y)
     problem.check(y)

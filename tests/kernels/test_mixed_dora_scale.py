@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastlora.env import triton_interpreted
+from fastlora.ops.rows import sort_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -23,7 +24,7 @@ Scale = Callable[..., torch.Tensor]
 def by_address(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
     """Returns y, scaled by PyTorch, which reads the memory of this process."""
     y = problem.y.clone() if y is None else y
-    OPS.mixed_dora_pool_scale_(y, problem.bias, problem.columns, problem.address, 1)
+    OPS.lora_scale_(*arguments(problem, y, "eager"))
     return y
 
 
@@ -58,11 +59,9 @@ def test_rows_of_a_sample(lab: Any) -> None:
     """An id may stand for several rows in sequence."""
     ids = [slot for slot in (2, -1, 0, 2) for _ in range(5)]
     problem = ScaleProblem(lab, ids, 3, 40, torch.float32, scaled=(0, 2))
+    problem.groups = sort_rows(torch.tensor(ids[::5], device=lab.device), len(ids), 3)
     if lab.device.type == "cpu":
-        y = problem.y.clone()
-        columns = problem.columns[::5]
-        OPS.mixed_dora_pool_scale_(y, problem.bias, columns, problem.address, 1)
-        problem.check(y)
+        problem.check(by_address(problem))
     problem.check(by_kernel(problem))
 
 
@@ -105,7 +104,7 @@ def test_recorded_buffers_replay_any_mix_and_any_scales(lab: Any) -> None:
             problem.check(by_kernel(problem))
         return {name: count.grids for name, count in counter.kernels.items()}
 
-    first = [t.data_ptr() for t in arguments(problem, problem.y)[2:7]]
+    first = [t.data_ptr() for t in (*problem.rows, problem.address)]
     recorded = run()
     assert list(recorded) == ["_mixed_dora_scale_kernel"]
     assert len(recorded["_mixed_dora_scale_kernel"]) == 1
@@ -114,7 +113,7 @@ def test_recorded_buffers_replay_any_mix_and_any_scales(lab: Any) -> None:
         problem.scales[1] = problem.scales[1] * 2  # elsewhere
         problem.write()
         problem.regroup(draw_ids(40, 4, seed))
-        assert [t.data_ptr() for t in arguments(problem, problem.y)[2:7]] == first
+        assert [t.data_ptr() for t in (*problem.rows, problem.address)] == first
         assert run() == recorded
 
 
@@ -129,14 +128,12 @@ def test_both_ways_are_the_eager_forward(lab: Any) -> None:
     torch.testing.assert_close(by_kernel(problem), exact.half(), rtol=2**-10, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mixed_dora_scale_", "mixed_dora_pool_scale_"])
-def test_opcheck(lab: Any, name: str) -> None:
-    """Schema, fake and dispatch agree with what the operators do."""
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_opcheck(lab: Any, impl: str) -> None:
+    """Schema, fake and dispatch agree with what the operator does."""
+    if impl == "eager" and lab.device.type != "cpu":
+        pytest.skip("addresses are those of a GPU")
     problem = ScaleProblem(lab, draw_ids(20, 4), 4, 36, torch.float32, scaled=(0, 3))
-    given = arguments(problem, problem.y.clone())
-    if name == "mixed_dora_pool_scale_":
-        if lab.device.type != "cpu":
-            pytest.skip("addresses are those of a GPU")
-        given = (*given[:2], problem.columns, *given[6:])
+    given = arguments(problem, problem.y.clone(), impl)
     checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(getattr(OPS, name).default, given, test_utils=checks)
+    torch.library.opcheck(OPS.lora_scale_.default, given, test_utils=checks)

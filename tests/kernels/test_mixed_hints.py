@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("hints are checked with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora.ops import mixed_ops
+from fastlora.ops import schema  # noqa: F401 - registers operators
 from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
 from tests.support.kernels.scale_problem import ScaleProblem
 
@@ -76,28 +76,17 @@ def hints() -> Any:
 def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
     """One shrink for three modules, then each other kernel for one; ids in random order."""
     problem = MixedProblem(lab, draw_ids(m, 8), RANKS, 40, [24] * 3, torch.float16, biased=(1,))
-    pieces = mixed_ops.pieces_of(problem.groups)
-    ops, route = torch.ops.fastlora, problem.route
-    s = ops.mixed_lora_shrink(
-        problem.x, *route, pieces, problem.lora_a_address, problem.rank, 128, torch.float16
-    )
-    tables = (problem.lora_b_address, problem.lora_bias_address, problem.rank, problem.scaling)
-    known = (problem.x, problem.weights[0], problem.biases[0], *route, pieces, s)
-    y = ops.mixed_lora_linear(
-        *known, problem.lora_a_address, *tables, 0, 128, torch.float16, "fused"
-    )
-    problem.check(y)
-    base = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
-    expanded, added = base.clone(), base.clone()
-    ops.mixed_lora_expand_(expanded, s, *route, *tables, 0, torch.float16)
-    problem.check(expanded)
-    ops.mixed_lora_add_(
-        added, problem.x, *route, pieces, problem.lora_a_address, *tables, 0, 128, torch.float16
-    )
+    ops, rows, given = torch.ops.fastlora, problem.rows(), (problem.all_tables, 0, 128)
+    s = ops.lora_shrink_at(problem.x, rows, problem.all_tables, 128, torch.float16, False)
+    known = (problem.x, problem.weights[0], problem.biases[0], rows, s)
+    for plan in ("fused", "split"):
+        problem.check(ops.lora_linear_at(*known, *given, torch.float16, plan))
+    added = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
+    ops.lora_add_at_(added, problem.x, rows, *given, torch.float16, "triton")
     problem.check(added)
     scaled = ScaleProblem(lab, problem.ids, 8, 24, torch.float16, scaled=(1, 2), pending=(3,))
     scaled_y = scaled.y.clone()
-    ops.mixed_dora_scale_(scaled_y, scaled.bias, *route, pieces, scaled.address, 1)
+    ops.lora_scale_(scaled_y, scaled.bias, rows, scaled.address, 1, "triton")
     scaled.check(scaled_y)
     assert {kind for kind, _, _ in hints} == set(HINTS)
     assert not [hint for hint in hints if not hint[2]]

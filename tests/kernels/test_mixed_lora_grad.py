@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.env import triton_interpreted
-from fastlora.ops.mixed_grad_tables import split_grad_a
+from fastlora.ops.layout import split_grad_a
 from fastlora.testing import assert_within_budget
 from tests.support.bytes.byte_counter import ByteCounter
 from tests.support.kernels.mixed_grad_problem import OPS, RANKS, GradProblem, mix
@@ -54,14 +54,14 @@ def test_siblings_from_one_read_of_x(lab: Any, dtype: torch.dtype) -> None:
     one = GradProblem(lab, mix(40), 20, 40, dtype, ranks=(1, 3, 8, 16, 24, 0, 16), dropout=True)
     other = GradProblem(lab, one.ids, 33, 40, dtype, ranks=(16, 0, 1, 5, 24, 8, 3), dropout=True)
     other.x, other.seeds = one.x, one.seeds + 12345
-    ds = torch.stack([lab.rand(40, 32, dtype=dtype) for _ in range(2)])
+    ds = [lab.rand(40, 32, dtype=dtype) for _ in range(2)]
     both = [*one.lora_a, *other.lora_a]
     for drops in (False, True):
-        seeds = torch.stack([one.seeds, other.seeds]) if drops else None
+        seeds = torch.cat([one.seeds, other.seeds]) if drops else None
         arguments = one.grad_a_arguments(ds[0])
         with ByteCounter(x=[one.x]) if triton_interpreted() else nullcontext() as counter:
-            packed = OPS.mixed_lora_grad_a(
-                one.x, ds, *arguments[2:8], both, seeds, one.ps + other.ps, "triton"
+            (packed,) = OPS.lora_grad_a(
+                one.x, ds, *arguments[2:4], both, seeds, one.ps + other.ps, "triton"
             )
         if counter is not None:
             count = counter.kernels["_mixed_lora_grad_a_kernel"]
@@ -179,13 +179,13 @@ def test_masks_are_held_exactly(lab: Any) -> None:
         problem.lora_a[slot].zero_()
         for row in range(r):
             problem.lora_a[slot][row, row % 40] = 1.0  # s is x's first columns
-    y, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused"))
+    y, s = OPS.lora_linear(*problem.forward_arguments("fused"))
     ds = torch.ones_like(s)
     starts = problem.groups.slot_start.tolist()
     order = problem.groups.order.tolist()
-    gradients = OPS.mixed_lora_grad_a(*problem.grad_a_arguments(ds))
+    (gradients,) = OPS.lora_grad_a(*problem.grad_a_arguments(ds))
     for plan in ("fused", "split"):
-        dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(ds, plan))
+        dx = OPS.lora_grad_x(*problem.grad_x_arguments(ds, plan))
         for slot, r in enumerate(problem.ranks):
             at = slice(starts[slot], starts[slot + 1])
             rows = order[at]
@@ -221,15 +221,15 @@ def test_rows_of_an_invalid_id(lab: Any) -> None:
 def test_what_is_not_asked_for_is_not_written(lab: Any) -> None:
     """ds alone, for a backward that no factor of lora_b takes part in; dx without a base."""
     problem = GradProblem(lab, mix(30), 36, 40, torch.float32, dropout=True)
-    _, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused"))
-    both, _ = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s))
-    alone, packed = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s, factors=False))
+    _, s = OPS.lora_linear(*problem.forward_arguments("fused"))
+    both, *_ = OPS.lora_grad_b(*problem.grad_b_arguments(s))
+    alone, packed, _ = OPS.lora_grad_b(*problem.grad_b_arguments(s, factors=False))
     assert not packed.numel()
     for slot, r in enumerate(problem.ranks):
         at = slice(*problem.groups.slot_start[slot : slot + 2].tolist())
         assert torch.equal(both[at, :r], alone[at, :r])
-    dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(both, "auto", base=False))
-    whole = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(both, "split"))
+    dx = OPS.lora_grad_x(*problem.grad_x_arguments(both, "auto", base=False))
+    whole = OPS.lora_grad_x(*problem.grad_x_arguments(both, "split"))
     torch.testing.assert_close(dx + problem.dy @ problem.weight, whole)
     assert not dx[problem.rows_of(-1)].any()
 
@@ -254,15 +254,13 @@ def test_opcheck(lab: Any) -> None:
     """Schemas, fakes and dispatch agree with what the kernels do."""
     ids = [0, 2, -1, 1, 0]
     problem = GradProblem(lab, ids, 20, 24, torch.float32, ranks=(1, 3, 8), dropout=True)
-    _, s = OPS.mixed_lora_train_linear(*problem.forward_arguments("fused", "eager"))
-    ds, _ = OPS.mixed_lora_grad_b(*problem.grad_b_arguments(s, "eager"))
-    add = problem.forward_arguments("fused")
+    _, s = OPS.lora_linear(*problem.forward_arguments("fused", "eager"))
+    ds, *_ = OPS.lora_grad_b(*problem.grad_b_arguments(s, "eager"))
     checks = {
-        "mixed_lora_train_linear": problem.forward_arguments("fused"),
-        "mixed_lora_train_add": (problem.dy, problem.x, *add[3:-1]),
-        "mixed_lora_grad_b": problem.grad_b_arguments(s),
-        "mixed_lora_grad_x": problem.grad_x_arguments(ds, "fused"),
-        "mixed_lora_grad_a": problem.grad_a_arguments(ds),
+        "lora_linear": problem.forward_arguments("fused"),
+        "lora_grad_b": problem.grad_b_arguments(s),
+        "lora_grad_x": problem.grad_x_arguments(ds, "fused"),
+        "lora_grad_a": problem.grad_a_arguments(ds),
     }
     for name, arguments in checks.items():
         # Columns of s and ds past a rank are not written: two runs are not compared.

@@ -1,6 +1,6 @@
 """The operators for mixed batches: both plans, siblings, launches, replay, opcheck, compile.
 
-Through `fastlora.ops.mixed_ops`, so that configs are chosen as a layer's are.
+Those over tables of addresses; configs are chosen as a layer's are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from tests.support.kernels.mixed_operators import (
     linear,
     linear_arguments,
     shrink_arguments,
-    tables,
 )
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
@@ -44,12 +43,9 @@ def test_values(lab: Any, dtype: torch.dtype, plan: str, m: int, n: int, k: int)
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
-    s = OPS.mixed_lora_shrink(*shrink_arguments(problem))
+    s = OPS.lora_shrink_at(*shrink_arguments(problem))
     for g in range(3):
         problem.check(linear(problem, g, s, plan), g)
-        y = base(problem, g)
-        OPS.mixed_lora_expand_(y, s, *problem.route, *tables(problem), g, problem.factor_dtype)
-        problem.check(y, g)
         problem.check(linear(problem, g, plan=plan), g)
 
 
@@ -58,7 +54,7 @@ def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
     """In one launch, and where that costs more, in two."""
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], 100, [50], dtype, biased=(0,))
     y = base(problem)
-    OPS.mixed_lora_add_(*add_arguments(problem, y))
+    OPS.lora_add_at_(*add_arguments(problem, y))
     problem.check(y)
 
 
@@ -81,7 +77,7 @@ def launches(problem: MixedProblem) -> dict[str, list[tuple[int, ...]]]:
     with ByteCounter() as counter:
         linear(problem, plan="fused")
         linear(problem, plan="split")
-        OPS.mixed_lora_add_(*add_arguments(problem, base(problem)))
+        OPS.lora_add_at_(*add_arguments(problem, base(problem)))
     return {name: count.grids for name, count in counter.kernels.items()}
 
 
@@ -91,7 +87,7 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
     m = slots = 64
     ranks = [[RANKS[slot % 6] for slot in range(slots)]]
     problem = MixedProblem(lab, [0] * m, ranks, 24, [36], torch.float32, biased=(3,))
-    first = [tensor.data_ptr() for tensor in linear_arguments(problem, 0, None, "fused")[3:7]]
+    first = [tensor.data_ptr() for tensor in problem.rows()]
     recorded = launches(problem)
     assert {name: len(grids) for name, grids in recorded.items()} == {
         "_mixed_lora_shrink_kernel": 2,
@@ -101,31 +97,24 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
     }
     for ids in ([-1] * m, [*range(m)], draw_ids(m, slots)):
         problem.regroup(ids)
-        again = linear_arguments(problem, 0, None, "fused")[3:7]
-        assert [tensor.data_ptr() for tensor in again] == first
+        assert [tensor.data_ptr() for tensor in problem.rows()] == first
         assert launches(problem) == recorded
         problem.check(linear(problem))
 
 
-@pytest.mark.parametrize(
-    "name", ["mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand_", "mixed_lora_add_"]
-)
+@pytest.mark.parametrize("name", ["lora_shrink_at", "lora_linear_at", "lora_add_at_"])
 def test_opcheck(lab: Any, name: str) -> None:
     """Schema, fake and dispatch of every operator agree with what its kernels do."""
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
-    s = OPS.mixed_lora_shrink(*shrink_arguments(problem))
+    s = OPS.lora_shrink_at(*shrink_arguments(problem))
     arguments = {
-        "mixed_lora_shrink": shrink_arguments(problem),
-        "mixed_lora_linear": linear_arguments(problem, 0, None, "fused"),
-        "mixed_lora_expand_": (
-            *(base(problem), s, *problem.route, *tables(problem)),
-            *(0, problem.factor_dtype),
-        ),
-        "mixed_lora_add_": add_arguments(problem, base(problem)),
+        "lora_shrink_at": shrink_arguments(problem),
+        "lora_linear_at": linear_arguments(problem, 0, s, "fused"),
+        "lora_add_at_": add_arguments(problem, base(problem)),
     }
     # What a shrink leaves unwritten may hold anything, so two runs are not compared.
     checks = ["test_schema", "test_faketensor"]
-    if name != "mixed_lora_shrink":
+    if name != "lora_shrink_at":
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=checks)
 
@@ -135,8 +124,8 @@ def test_compile(lab: Any) -> None:
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def siblings(arguments: list[tuple[Any, ...]], shrink: tuple[Any, ...]) -> list[torch.Tensor]:
-        s = OPS.mixed_lora_shrink(*shrink)
-        return [OPS.mixed_lora_linear(*a[:7], s, *a[8:]) for a in arguments]
+        s = OPS.lora_shrink_at(*shrink)
+        return [OPS.lora_linear_at(*a[:4], s, *a[5:]) for a in arguments]
 
     for m in (20, 24, 40):
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)

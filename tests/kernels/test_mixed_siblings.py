@@ -113,11 +113,11 @@ def test_values_and_gradients(dtype: torch.dtype, launches: list[int]) -> None:
     x = torch.randn(9, 9 if dtype == torch.float32 else 1, 64).to(dtype)
     count, apart = counted_step(model, x, NAMES)
     assert launches == [1] * 4
-    assert count["mixed_lora_grad_a"] == 4
+    assert count["lora_grad_a"] == 4
     launches.clear()
     count, found = counted_step(model, x, NAMES)
     assert launches == [3, 1]  # of q, k and v; of o
-    assert count["mixed_lora_grad_a"] == 2
+    assert count["lora_grad_a"] == 2
     assert notes(model)[:3] == ["3 share x"] * 3
     slow = eager(model)
     near, exact = step(slow, x, NAMES), step(slow.double(), x.double(), NAMES)
@@ -152,7 +152,7 @@ def test_dora_slots() -> None:
     x, names = torch.randn(5, 64), ["d", "a1", None, "a0", "d"]
     step(model, x, names)
     count, found = counted_step(model, x, names)
-    assert count["mixed_lora_grad_a"] == 2
+    assert count["lora_grad_a"] == 2
     slow = eager(model)
     compare(found, step(slow, x, names), step(slow.double(), x.double(), names))
 
@@ -244,7 +244,7 @@ def test_frozen_adapters() -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name and frozen not in name)
         count, found = counted_step(model, x, names)
-        assert count["mixed_lora_grad_a"] == 2
+        assert count["lora_grad_a"] == 2
         kept = {name for name in near if frozen not in name}
         compare(found, {n: near[n] for n in kept}, {n: exact[n] for n in kept})
     assert notes(model)[:3] == [
@@ -411,28 +411,35 @@ def test_operators_agree_with_the_eager_ones(lab: Any, k: int) -> None:
     """Those that make or take a shared s: schemas, fakes, values; s in planes of K too."""
     ops = torch.ops.fastlora
     problem = GradProblem(lab, [0, 2, -1, 1, 0], 20, k, torch.float32, ranks=(1, 3, 8))
-    x, weight, _, *route, pieces = problem.forward_arguments("fused")[:8]
-    shrink = (x, *route, pieces, [*problem.lora_a, *problem.lora_a[::-1]], 2)
-    s = ops.mixed_lora_train_shrink(*shrink, "eager")
-    factors = (problem.lora_b, problem.lora_bias, problem.scaling)
-    linear, add = (x, weight, None, *route, s[0], *factors), (problem.dy, *route, s[0], *factors)
+    rows, none = problem.rows_in_pieces, [0.0] * 3
+    shrink = problem.x, rows, [*problem.lora_a, *problem.lora_a[::-1]], 2, None, none * 2
+    s = ops.lora_shrink(*shrink, "eager")
+    linear = problem.x, problem.weight, None, rows, s[0], problem.factors, problem.scaling
+    expand = problem.dy, s[0], rows, problem.lora_b, problem.lora_bias, problem.scaling
     calls = {
-        "mixed_lora_train_shrink": (shrink, ()),
-        "mixed_lora_train_linear_of": (linear, ("auto",)),
-        "mixed_lora_train_add_of": (add, ()),
+        "lora_shrink": (shrink, ()),
+        "lora_linear": ((*linear, None, none), ("auto",)),
+        "lora_expand_": (expand, ()),
     }
     for name, (arguments, rest) in calls.items():
-        operator, given = getattr(ops, name), (*arguments, "triton", *rest)
+
+        def run(impl: str, given: Any = arguments, name: str = name, rest: Any = rest) -> Any:
+            first, *others = given
+            first = first.clone()
+            found = getattr(ops, name)(first, *others, impl, *rest)
+            return first if found is None else found[0] if isinstance(found, list) else found
+
         torch.library.opcheck(
-            operator.default, given, test_utils=("test_schema", "test_faketensor")
+            getattr(ops, name).default,
+            (arguments[0].clone(), *arguments[1:], "triton", *rest),
+            test_utils=("test_schema", "test_faketensor"),
         )
-        made, plain = operator(*given), operator(*arguments, "eager", *rest)
-        if name == "mixed_lora_train_shrink":
+        made, plain = run("triton"), run("eager")
+        if name == "lora_shrink":
             # Where no adapter has anything, kernels write nothing.
             made = torch.where(plain == 0, plain, made)
             assert bool((plain != 0).any(-1).any(-1).all())
-        exact = operator(*in_float64(arguments), "eager", *rest)
-        assert_within_budget(made, plain, exact, name)
+        assert_within_budget(made, plain, run("eager", in_float64(arguments)), name)
 
 
 def in_float64(value: Any) -> Any:

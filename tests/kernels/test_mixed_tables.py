@@ -19,9 +19,9 @@ pytest.importorskip("triton", reason="runs kernels")
 
 import fastlora
 from fastlora import adapters
+from fastlora.kernels import mixed_lora_shrink
 from fastlora.layers import mixed_kernels
 from fastlora.model.inject import lora_layers
-from fastlora.ops import mixed_ops
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ImplementationError
 
@@ -50,7 +50,8 @@ def shrinks(model: Any, x: torch.Tensor) -> int:
     """How many shrinks a forward takes whose siblings are known."""
     for _ in range(2):
         run(model, x, ["a0", "a1"])
-    with mock.patch.object(mixed_ops, "_shrink", wraps=mixed_ops._shrink) as shrink:
+    launch = mixed_lora_shrink.launch_mixed_lora_shrink
+    with mock.patch.object(mixed_lora_shrink, "launch_mixed_lora_shrink", wraps=launch) as shrink:
         run(model, x, ["a0", "a1"])
     return shrink.call_count
 
@@ -61,7 +62,7 @@ def test_inference_mode_shrinks_each_layer_once(lab: Any) -> None:
     assert shrinks(model, x) == 1
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == 2  # q's and k's, neither of them for both
-        with mock.patch.object(torch.ops.fastlora, "mixed_lora_shrink") as joint:
+        with mock.patch.object(torch.ops.fastlora, "lora_shrink_at") as joint:
             run(model, x.clone(), ["a0", "a1"])
         assert not joint.called
 
@@ -86,7 +87,8 @@ def test_a_factor_on_another_device_never_reaches_a_kernel(lab: Any) -> None:
     """Its address would mean nothing there."""
     model, x = build(lab), torch.randn(2, 48, device=lab.device)
     model.base_model.model.q.lora_A["a0"].to_empty(device="meta")
-    with mock.patch.object(mixed_ops, "_shrink") as shrink, pytest.raises(Exception) as caught:
+    patched = mock.patch.object(mixed_lora_shrink, "launch_mixed_lora_shrink")
+    with patched as shrink, pytest.raises(Exception) as caught:
         run(model, x, ["a0", "a1"])
     assert not shrink.called
     assert isinstance(caught.value, (ValueError, ImplementationError)), caught.value

@@ -15,6 +15,7 @@ from fastlora import FastLoraLinear, env
 from fastlora.functional import lora_add, lora_linear
 from fastlora.ops import schema as ops
 from fastlora.ops.philox_reference import philox_keep_mask
+from fastlora.ops.triton import configs
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.plain import plain
 
@@ -170,19 +171,24 @@ def calls() -> dict[str, tuple[Any, ...]]:
     scaling = torch.tensor(0.5, device=DEVICE)
     seed = torch.tensor([7], device=DEVICE)
     s = torch.randn(20, 3, device=DEVICE)
-    linear = (x, tensors["weight"], tensors["bias"], lora_a, lora_b, scaling)
+    y = torch.randn(20, 40, device=DEVICE)
+    base = (x, tensors["weight"], tensors["bias"], [])
+    factors = ([lora_a, lora_b, None], scaling)
     return {
-        "lora_shrink": (x, lora_a, seed, 0.5, "triton"),
-        "lora_linear": (*linear, seed, 0.5, "triton", "fused"),
-        "lora_expand_": (torch.randn(20, 40, device=DEVICE), s, lora_b, scaling, "triton"),
-        "lora_dropout": (x, seed, 0.5, "triton"),
+        "lora_shrink": (x, [], [lora_a], 1, seed, [0.5], "triton"),
+        "lora_shrink of siblings": (x, [], [lora_a, lora_a[:2]], 2, None, [0.0] * 2, "triton"),
+        "lora_linear": (*base, None, *factors, seed, [0.5], "triton", "fused"),
+        "lora_linear of s": (*base, s, *factors, None, [0.0], "triton", "fused"),
+        "lora_expand_": (y, s, [], [lora_b], [None], scaling, "triton"),
+        "lora_dropout": (x, seed, 0.5),
     }
 
 
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_linear", "lora_expand_", "lora_dropout"])
+@pytest.mark.parametrize("name", list(calls()))
 def test_opcheck(name: str) -> None:
     """Schema, fake and dispatch of every operator agree with what its kernels do."""
-    torch.library.opcheck(getattr(torch.ops.fastlora, name).default, calls()[name])
+    operator = getattr(torch.ops.fastlora, name.split()[0]).default
+    torch.library.opcheck(operator, calls()[name])
 
 
 def layer() -> FastLoraLinear:
@@ -250,8 +256,8 @@ def test_either_switch_for_tf32_is_understood() -> None:
     try:
         for mode, precision in (("tf32", "tf32"), ("ieee", "ieee")):
             matmul.fp32_precision = mode
-            assert ops._precision(torch.float32) == precision
-            assert ops._precision(torch.bfloat16) == "ieee"
+            assert configs.precision(torch.float32) == precision
+            assert configs.precision(torch.bfloat16) == "ieee"
             result = lora_linear(**tensors, scaling=1.0, impl="triton")
             assert_within_budget(result, near[precision], exact)
     finally:

@@ -23,7 +23,9 @@ DEVICE = "cuda" if NATIVE else "cpu"
 if not ops.triton_status(DEVICE)[0]:
     pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
 
-from fastlora.kernels import chips, configs  # noqa: E402  # only where there are kernels
+# Only where there are kernels.
+from fastlora.kernels import chips, configs  # noqa: E402
+from fastlora.ops.triton import forward  # noqa: E402
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    note(ops, "_triton_fused_linear", "fused")
-    note(ops, "_triton_expand_", "split")
+    note(forward, "_fused_one", "fused")
+    note(forward, "_expand_one_", "split")
     return seen
 
 
@@ -166,7 +168,9 @@ def test_gradients_agree_under_dropout_too(p: float) -> None:
     )
     seed = torch.tensor([7], device=DEVICE) if p else None
     results = {
-        plan: torch.ops.fastlora.lora_grad_x(dy, weight, ds, lora_a, seed, p, "triton", plan)
+        plan: torch.ops.fastlora.lora_grad_x(
+            dy, weight, ds, [], [lora_a], seed, [p], "triton", plan
+        )
         for plan in PLANS
     }
     keep = philox_keep_mask(7, 20, 48, p) if p else torch.ones(20, 48, dtype=torch.bool)

@@ -184,16 +184,15 @@ def operands() -> dict[str, Any]:
     blocks = [torch.randn(2, 6), torch.randn(2, 5)]
     none = torch.zeros(1, 2, dtype=torch.int64)
     addresses = [torch.tensor([[0, block.data_ptr()]]) for block in blocks]
-    tables = (*addresses, none, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2))
+    tables = [*addresses, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2), none]
+    rows = torch.ops.fastlora.rows_sort(numbers[1], 8, 2, torch.device("cpu"))[:4]
     return {
         "lora_shrink_siblings": (x, a, [0.0, 0.5], 1, torch.float32, "eager"),
         "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
         "mixed_lora_graph_add": (y, x, *factors),
         "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
         "mixed_dora_graph_dropped": (y, *dora),
-        "rows_sort": (numbers[1], 8, 2, torch.device("cpu")),
-        "rows_pieces": (torch.tensor([0, 0, 1], dtype=torch.int32), 2, 16),
-        "mixed_lora_pool_add_": (y, x.detach(), numbers[1], *tables, 0, torch.float32),
+        "lora_add_at_": (y, x.detach(), rows, tables, 0, 2, torch.float32, "eager"),
         "kept": blocks,
     }
 

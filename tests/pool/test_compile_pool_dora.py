@@ -116,12 +116,12 @@ def test_a_pool_pays_with_its_first_dora_adapter(tmp_path: Path) -> None:
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     check(compiled, model, pool, tmp_path, ["p0", None, "p1"])
-    assert not any("dora" in target for target in called)
+    assert not any("lora_scale_" in target for target in called)
     assert not pool.tables.scale_address.any()
     for name in DORA:
         pool.load(name, tmp_path / name)
         check(compiled, model, pool, tmp_path, [name, "p0", None, name])
-    assert sum("dora" in target for target in called) == len(pool.modules)
+    assert sum("lora_scale_" in target for target in called) == len(pool.modules)
     pool.unload("d0")
     check(compiled, model, pool, tmp_path, ["p1", "p0"] * 2)
     # The first check of three samples, those of four after it.

@@ -7,8 +7,6 @@ of size ``M x N`` is allocated beside the result, and x is never cast or copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fastlora.ops.torch import products
@@ -136,50 +134,3 @@ def lora_d_b(
     if not compiling and dy.shape[0] >= _MANY_ROWS and dy.numel() >= _MANY_NUMBERS:
         return cast(products.mm(scaled.t(), dy).t().contiguous(), lora_b.dtype)
     return cast(products.mm(dy.t(), scaled), lora_b.dtype)
-
-
-def lora_grad_b(
-    dy: torch.Tensor,
-    s: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    with_bias: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns ds ``[M, R]``, d_lora_b ``[N, R]`` in lora_b's dtype, and the sums of dy's columns.
-
-    ``ds = scaling * dy @ lora_b``, ``d_lora_b = dy.T @ (scaling * s)``; the sums are fp32 ``[N]``,
-    empty unless ``with_bias``.
-    """
-    ds, d_lora_b = lora_ds(dy, lora_b, scaling), lora_d_b(dy, s, lora_b, scaling)
-    sums = dy.sum(0, dtype=torch.float32) if with_bias else dy.new_empty(0, dtype=torch.float32)
-    return ds, d_lora_b, sums
-
-
-def lora_grad_x(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    ds: torch.Tensor,
-    lora_a: torch.Tensor,
-    seed: torch.Tensor | None,
-    p: float,
-) -> torch.Tensor:
-    """Returns ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)``, shape ``[M, K]``."""
-    dx, factor = products.mm(dy, weight), lora_a.to(dy.dtype)
-    if seed is None:
-        return products.addmm_(dx, ds, factor)
-    return dx.add_(lora_dropout(products.mm(ds, factor), seed, p))
-
-
-def lora_grad_a(
-    x: torch.Tensor,
-    ds: Sequence[torch.Tensor],
-    lora_a: Sequence[torch.Tensor],
-    seeds: torch.Tensor | None,
-    p: Sequence[float],
-) -> list[torch.Tensor]:
-    """Returns ``ds.T @ dropout(x)`` of each sibling, ``[R, K]`` in its lora_a's dtype."""
-    gradients = []
-    for i, (rows, factor) in enumerate(zip(ds, lora_a, strict=True)):
-        dropped = x if seeds is None else lora_dropout(x.contiguous(), seeds[i], p[i])
-        gradients.append(products.mm(rows.t(), dropped).to(factor.dtype))
-    return gradients

@@ -23,7 +23,7 @@ import triton.language as tl
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import cdiv, choose
-from fastlora.ops import grad_ops  # noqa: F401 - registers the operators
+from fastlora.ops import schema  # noqa: F401 - registers the operators
 from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.bytes.byte_forms import Form
@@ -60,15 +60,16 @@ def count_step(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
     scaling, ops = torch.tensor(0.5), torch.ops.fastlora
     with _on_quarter():
         with ByteCounter() as forward:
+            factors = [lora_a, lora_b, None]
             _, s = ops.lora_linear(
-                x, weight, None, lora_a, lora_b, scaling, None, 0.0, "triton", "fused"
+                x, weight, None, [], None, factors, scaling, None, [0.0], "triton", "fused"
             )
         with ByteCounter() as backward:
-            ds, _, _ = ops.lora_grad_b(dy, s, lora_b, scaling, False, "triton")
+            ds, _, _ = ops.lora_grad_b(dy, s, [], 0, [lora_b], [False], scaling, True, "triton")
         with ByteCounter() as d_input:
-            ops.lora_grad_x(dy, weight, ds, lora_a, None, 0.0, "triton", "fused")
+            ops.lora_grad_x(dy, weight, ds, [], [lora_a], None, [0.0], "triton", "fused")
         with ByteCounter() as d_factor:
-            ops.lora_grad_a(x, [ds], [lora_a], None, [0.0], "triton")
+            ops.lora_grad_a(x, [ds], [], 0, [lora_a], None, [0.0], "triton")
     counted: dict[str, KernelCount] = {}
     for counter, renamed in (
         (forward, {}),
@@ -110,9 +111,9 @@ def count_others(m: int, k: int, n: int, r: int) -> dict[str, KernelCount]:
     x, y, seed = torch.randn(m, k, dtype=_HALF), torch.randn(m, n, dtype=_HALF), torch.tensor([7])
     s, lora_b, scaling = torch.randn(m, r, dtype=_HALF), torch.randn(n, r), torch.tensor(0.5)
     with _on_quarter(), ByteCounter() as counter:
-        torch.ops.fastlora.lora_expand_(y, s, lora_b, scaling, "triton")
-        torch.ops.fastlora.lora_dropout(x, seed, 0.5, "triton")
-        torch.ops.fastlora.lora_shrink(x, torch.randn(r, k), None, 0.0, "triton")
+        torch.ops.fastlora.lora_expand_(y, s, [], [lora_b], [None], scaling, "triton")
+        torch.ops.fastlora.lora_dropout(x, seed, 0.5)
+        torch.ops.fastlora.lora_shrink(x, [], [torch.randn(r, k)], 1, None, [0.0], "triton")
     found = {name[1 : -len("_kernel")]: count for name, count in counter.kernels.items()}
     del found["lora_shrink"]  # as in the step
     return found

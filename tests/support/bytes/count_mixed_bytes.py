@@ -22,7 +22,8 @@ import triton.language as tl
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import cdiv, choose, run_rows
-from fastlora.ops import mixed_ops
+from fastlora.ops import schema  # noqa: F401 - registers operators
+from fastlora.ops.layout import planes_shape
 from tests.support.bytes import mixed_byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.bytes.byte_forms import Form
@@ -64,9 +65,8 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
     many, few = (_forward_problem(rows, k, n, r, adapters) for rows in (m, DECODE))
     counted: dict[str, KernelCount] = {}
     for problem, decode in ((many, False), (few, True)):
-        pieces, y = mixed_ops.pieces_of(problem.groups), torch.zeros(problem.m, n).half()
-        route, table_a = (*problem.route, pieces), problem.lora_a_address
-        tables = (problem.lora_b_address, None, problem.rank, problem.scaling)
+        order, segment_of, segment_slot, _, pieces = rows = problem.rows()
+        tables, y = problem.all_tables, torch.zeros(problem.m, n).half()
         factors, kind = problem.factors[0], torch.float32
         scales = [torch.ones(n) for _ in factors]
         scale_address = torch.tensor([[scale.data_ptr() for scale in scales]])
@@ -78,7 +78,7 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
             scales=scales,
             bias=problem.biases,
             routing=[
-                *(*route, table_a, problem.lora_b_address, problem.rank, problem.scaling),
+                *(order, segment_of, segment_slot, pieces, *tables),
                 scale_address,
             ],
         )
@@ -90,18 +90,18 @@ def count_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Ke
             counter,
         ):
             if decode:
-                OPS.mixed_lora_add_(y, problem.x, *route, table_a, *tables, 0, r, kind)
+                OPS.lora_add_at_(y, problem.x, rows, tables, 0, r, kind, "triton")
                 made = [y]
             else:
-                s = OPS.mixed_lora_shrink(problem.x, *route, table_a, problem.rank, r, kind)
+                s = OPS.lora_shrink_at(problem.x, rows, tables, r, kind, False)
                 counter.register("s", s)
-                full = OPS.mixed_lora_linear(
-                    problem.x, problem.weights[0], None, *route, s, table_a, *tables,
-                    0, r, kind, "fused",
-                )  # fmt: skip
-                OPS.mixed_lora_expand_(y, s, *problem.route, *tables, 0, kind)
-                OPS.mixed_dora_scale_(y, problem.biases[0], *route, scale_address, 0)
-                made = [full, y]
+                made = [
+                    OPS.lora_linear_at(
+                        problem.x, problem.weights[0], None, rows, s, tables, 0, r, kind, plan
+                    )
+                    for plan in ("fused", "split")
+                ]
+                OPS.lora_scale_(made[1], problem.biases[0], rows, scale_address, 0, "triton")
         counter.register("y", *made)
         counted |= counter.kernels
     return {stem_of(name): count for name, count in counted.items()}
@@ -115,7 +115,7 @@ def _forward_problem(rows: int, k: int, n: int, r: int, adapters: int) -> MixedP
 def forms_of_forward(m: int, k: int, n: int, r: int, adapters: int) -> dict[str, Form]:
     """Returns what `count_forward` must find, all but the tables' and the routing's bytes."""
     half = torch.float16
-    splits = mixed_ops._shrunk_shape(m, k, 1, r, False)[0]
+    splits = planes_shape(m, k, 1, r)[0]
     shrink = choose(QUARTER, "mixed_lora_shrink", half, m=m, r=r)
     linear = choose(QUARTER, "mixed_lora_linear", half, m=m, n=n)
     expand, add = (
@@ -169,9 +169,9 @@ def count_backward(m: int, k: int, n: int, r: int, adapters: int) -> ByteCounter
         mock.patch.object(tl.extra.cuda, "gdc_launch_dependents", lambda: None),
         counter,
     ):
-        ds, packed_b = OPS.mixed_lora_grad_b(*b)
-        dx = OPS.mixed_lora_grad_x(*problem.grad_x_arguments(ds, "fused"))
-        packed_a = OPS.mixed_lora_grad_a(a[0], ds.unsqueeze(0), *a[2:])
+        ds, packed_b, _ = OPS.lora_grad_b(*b)
+        dx = OPS.lora_grad_x(*problem.grad_x_arguments(ds, "fused"))
+        (packed_a,) = OPS.lora_grad_a(a[0], [ds], *a[2:])
     for name, tensor in (("ds", ds), ("d_lora_b", packed_b), ("dx", dx), ("d_lora_a", packed_a)):
         counter.register(name, tensor)
     return counter

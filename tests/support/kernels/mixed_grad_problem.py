@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from fastlora.ops import (
-    mixed_grad_ops,  # noqa: F401 - registers the operators
-    mixed_train_ops,  # noqa: F401 - registers the operators
-)
-from fastlora.ops.mixed_grad_tables import runs_a, runs_b, split_grad_a, split_grad_b, train_pieces
+from fastlora.ops import schema  # noqa: F401 - registers the operators
+from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_listed, runs_a, runs_b
 from fastlora.testing import assert_within_budget
 
 OPS = torch.ops.fastlora
@@ -87,58 +85,61 @@ class GradProblem:
         self.with_bias = [bias is not None for bias in self.lora_bias]
 
     @property
-    def route(self) -> tuple[torch.Tensor, ...]:
-        """What every operator takes of the row groups."""
-        groups = self.groups
-        return groups.order, groups.segment_of, groups.segment_slot, groups.slot_start
+    def rows_in_pieces(self) -> list[torch.Tensor]:
+        """What the forward's operators take of the row groups."""
+        return rows_listed(self.groups)
+
+    @property
+    def factors(self) -> list[torch.Tensor | None]:
+        """Those of each slot in turn."""
+        slots = zip(self.lora_a, self.lora_b, self.lora_bias, strict=True)
+        return [tensor for own in slots for tensor in own]
 
     # ------------------------------------------------------------------ operators
 
     def forward_arguments(self, plan: str, impl: str = "triton") -> tuple[Any, ...]:
-        """Of ``mixed_lora_train_linear``."""
-        pieces = train_pieces(self.groups)
-        factors = (self.lora_a, self.lora_b, self.lora_bias, self.scaling, self.seeds, self.ps)
-        return (self.x, self.weight, None, *self.route, pieces, *factors, impl, plan)
+        """Of ``lora_linear``."""
+        drop = self.seeds, self.ps
+        base = self.x, self.weight, None, self.rows_in_pieces, None
+        return (*base, self.factors, self.scaling, *drop, impl, plan)
 
     def grad_b_arguments(
         self, s: torch.Tensor, impl: str = "triton", factors: bool = True
     ) -> tuple[Any, ...]:
-        """Of ``mixed_lora_grad_b``."""
+        """Of ``lora_grad_b``."""
         runs = self._runs(runs_b, self.n, impl)
-        tables = (self.lora_b, self.with_bias, self.scaling)
-        return (self.dy, s, *self.route, *runs, *tables, factors, impl)
+        return (self.dy, s, *runs, self.lora_b, self.with_bias, self.scaling, factors, impl)
 
-    def _runs(self, of: Callable[..., Any], columns: int, impl: str) -> tuple[torch.Tensor, int]:
-        """Returns pieces and rows, which only kernels read."""
+    def _runs(
+        self, of: Callable[..., Any], columns: int, impl: str
+    ) -> tuple[list[torch.Tensor], int]:
+        """Returns rows, with pieces for kernels, and how many make a run."""
+        rows = self.groups.tensors()
         if impl == "eager":
-            return self.groups.slot_start, 1
+            return rows, 0
         if self.rows is not None:
-            return self.groups.pieces(self.rows), self.rows
+            return [*rows, self.groups.pieces(self.rows)], self.rows
         return of(self.groups, self.dtype, columns)
 
     def grad_x_arguments(
         self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True
     ) -> tuple[Any, ...]:
-        """Of ``mixed_lora_grad_x``."""
-        weight = self.weight if base else None
-        return (self.dy, weight, ds, *self.route, self.lora_a, self.seeds, self.ps, impl, plan)
+        """Of ``lora_grad_x``."""
+        weight, rows = self.weight if base else None, self.groups.tensors()
+        return (self.dy, weight, ds, rows, self.lora_a, self.seeds, self.ps, impl, plan)
 
     def grad_a_arguments(self, ds: torch.Tensor, impl: str = "triton") -> tuple[Any, ...]:
-        """Of ``mixed_lora_grad_a``."""
+        """Of ``lora_grad_a``."""
         runs = self._runs(runs_a, self.k, impl)
-        seeds = None if self.seeds is None else self.seeds.unsqueeze(0)
-        return (
-            *(self.x, ds.unsqueeze(0), *self.route, *runs),
-            *(self.lora_a, seeds, self.ps, impl),
-        )
+        return (self.x, [ds], *runs, self.lora_a, self.seeds, self.ps, impl)
 
     def run(self, plan: str = "fused", impl: str = "triton") -> dict[str, torch.Tensor]:
         """Returns y, dx and every factor's gradient, by name and slot."""
-        y, s = OPS.mixed_lora_train_linear(*self.forward_arguments(plan, impl))
-        ds, packed = OPS.mixed_lora_grad_b(*self.grad_b_arguments(s, impl))
-        found = {"y": y, "dx": OPS.mixed_lora_grad_x(*self.grad_x_arguments(ds, plan, impl))}
+        y, s = OPS.lora_linear(*self.forward_arguments(plan, impl))
+        ds, packed, _ = OPS.lora_grad_b(*self.grad_b_arguments(s, impl))
+        found = {"y": y, "dx": OPS.lora_grad_x(*self.grad_x_arguments(ds, plan, impl))}
         self.take_b(found, packed)
-        packed = OPS.mixed_lora_grad_a(*self.grad_a_arguments(ds, impl))
+        (packed,) = OPS.lora_grad_a(*self.grad_a_arguments(ds, impl))
         for slot, gradient in enumerate(split_grad_a(packed, self.lora_a)):
             found[f"d_lora_a {slot}"] = gradient
         return found

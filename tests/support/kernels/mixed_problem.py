@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.triton.configs import rows_at
 from fastlora.testing import assert_within_budget
+from tests.support.kernels.rows import refill_
 
 # Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone.
 RANKS = (1, 3, 8, 16, 24, 64, 128, 0)
@@ -111,6 +113,16 @@ class MixedProblem:
         """What every launch takes of the row groups."""
         return self.groups.order, self.groups.segment_of, self.groups.segment_slot
 
+    @property
+    def all_tables(self) -> list[torch.Tensor]:
+        """What operators take as tables."""
+        biases = [] if self.lora_bias_address is None else [self.lora_bias_address]
+        return [self.lora_a_address, self.lora_b_address, self.rank, self.scaling, *biases]
+
+    def rows(self, batch_invariant: bool = False) -> list[torch.Tensor]:
+        """What operators over tables take as rows."""
+        return rows_at(self.groups, batch_invariant)
+
     def tables(self, g: int = 0) -> tuple[torch.Tensor | None, ...]:
         """What expand, linear and add take of module g's tables."""
         bias = self.lora_bias_address
@@ -124,7 +136,7 @@ class MixedProblem:
     def regroup(self, ids: Sequence[int]) -> None:
         """Gives the rows other slots, in the same buffers."""
         self.ids = ids
-        self.groups.update_(self._ids(ids))
+        refill_(self.groups, self._ids(ids))
 
     def rows_of(self, slot: int) -> list[int]:
         """Rows that use a slot."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from fastlora.ops import mixed_ops
-from fastlora.ops.mixed_dora_scale_ops import PENDING
 from fastlora.ops.rows import sort_rows
+from fastlora.ops.schema import PENDING
+from fastlora.ops.triton.configs import rows_at
 from fastlora.testing import assert_within_budget
+from tests.support.kernels.rows import refill_
 
 # Of two modules, of which the second is launched.
 MODULES = 2
@@ -62,10 +63,9 @@ class ScaleProblem:
         return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
 
     @property
-    def columns(self) -> torch.Tensor:
-        """The ids as a routing has them: those out of range are -2."""
-        slots = len(self.scales)
-        return self._ids([slot if -1 <= slot < slots else -2 for slot in self.ids])
+    def rows(self) -> list[torch.Tensor]:
+        """What operators take of the row groups."""
+        return rows_at(self.groups)
 
     @property
     def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ class ScaleProblem:
     def regroup(self, ids: Sequence[int]) -> None:
         """Gives the rows other slots, in the same buffers."""
         self.ids = ids
-        self.groups.update_(self._ids(ids))
+        refill_(self.groups, self._ids(ids))
 
     def rows_of(self, slots: set[int]) -> list[int]:
         """The rows of some slots."""
@@ -103,14 +103,13 @@ class ScaleProblem:
         assert_within_budget(*found, "y")
 
 
-def arguments(problem: ScaleProblem, y: torch.Tensor) -> tuple[Any, ...]:
-    """What the kernel's operator takes."""
-    pieces = mixed_ops.pieces_of(problem.groups)
-    return (y, problem.bias, *problem.route, pieces, problem.address, 1)
+def arguments(problem: ScaleProblem, y: torch.Tensor, impl: str) -> tuple[Any, ...]:
+    """What the operator takes."""
+    return (y, problem.bias, problem.rows, problem.address, 1, impl)
 
 
 def by_kernel(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
     """Returns y, scaled by the kernel."""
     y = problem.y.clone() if y is None else y
-    torch.ops.fastlora.mixed_dora_scale_(*arguments(problem, y))
+    torch.ops.fastlora.lora_scale_(*arguments(problem, y, "triton"))
     return y

@@ -1,0 +1,1 @@
+"""Triton kernels behind the operators: configs, tables of addresses, launches."""

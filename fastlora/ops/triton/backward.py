@@ -1,0 +1,307 @@
+"""Launches of a backward, and the gradients of x without a base layer.
+
+``rows`` chooses the kernels as in `fastlora.ops.triton.forward`. Each launch repeats bit for bit:
+sums over parts of the rows are planes, added in their order.
+
+See `fastlora.ops.schema` for shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastlora.kernels import (
+    lora_expand,
+    lora_grad_a,
+    lora_grad_b,
+    lora_linear,
+    mixed_lora_grad_a,
+    mixed_lora_grad_b,
+    plane_sums,
+)
+from fastlora.kernels import mixed_lora_grad_reduce as reduce
+from fastlora.kernels.configs import MAX_SIBLINGS
+from fastlora.ops.layout import layout, layout_b, present
+from fastlora.ops.plans import choose_plan
+from fastlora.ops.torch import products
+from fastlora.ops.triton.configs import config_of
+from fastlora.ops.triton.forward import (
+    Base,
+    add_rank_rows_,
+    dropout,
+    launches,
+    product_and_rank_rows,
+)
+from fastlora.ops.triton.tables import (
+    Drop,
+    RankRows,
+    addresses_of,
+    aligned_blocks,
+    max_columns_of,
+    ranks_of,
+    table,
+)
+
+_Factors = Sequence[torch.Tensor | None]
+_GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# ------------------------------------------------------------------------------------ operators
+
+
+@launches
+def grad_b(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    run: int,
+    lora_b: _Factors,
+    with_bias: Sequence[bool],
+    scaling: torch.Tensor,
+    with_factors: bool,
+) -> _GradB:
+    """Returns ds, the factors' gradients, and for one slot the sums of dy's columns."""
+    ups = present(lora_b, 1)
+    if not rows:
+        return _grad_b_one(dy, s, ups[0], scaling, with_bias[0])
+    return _grad_b_listed(dy, s, rows, run, ups, with_bias, scaling, with_factors)
+
+
+@launches
+def grad_x(
+    dy: torch.Tensor,
+    weight: torch.Tensor | None,
+    ds: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    lora_a: _Factors,
+    drop: Drop,
+    plan: str,
+) -> torch.Tensor:
+    """Returns dx ``[M, K]``; without a weight that of the adapters' term alone."""
+    downs = present(lora_a, 0)
+    if not rows:
+        return _grad_x_one(dy, weight, ds, downs[0], drop, plan)
+    (m, n), k, largest = dy.shape, downs[0].shape[1], max(a.shape[0] for a in downs)
+    sizes = (m, n, k, largest)
+    up = RankRows.of_lora_a(downs, dy.device)
+    if weight is None:
+        dx = dy.new_zeros(m, k)
+    elif choose_plan(plan, dy, weight, len(downs) * largest, "mixed_lora_grad_x") == "fused":
+        config = config_of("mixed_lora_grad_x", dy, *sizes)
+        base = Base(weight.t(), None)
+        return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)
+    else:
+        dx = products.mm(dy, weight)
+    config = config_of("mixed_lora_grad_x_add", dy, *sizes)
+    add_rank_rows_(dx, ds.unsqueeze(0), rows, up, config=config, drop=drop)
+    return dx
+
+
+@launches
+def grad_a(
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    run: int,
+    lora_a: _Factors,
+    drop: Drop,
+) -> list[torch.Tensor]:
+    """Returns d_lora_a of each sibling of one slot, or one buffer of all modules and slots."""
+    downs = present(lora_a, 0)
+    if not rows:
+        return _grad_a_one(x, ds, downs, drop)
+    return [_grad_a_listed(x, ds, rows, run, downs, drop)]
+
+
+# ------------------------------------------------------------------------------- one adapter
+
+
+def _grad_b_one(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    with_bias: bool,
+) -> _GradB:
+    """One launch over dy, and one that sums planes where programs shared a sum."""
+    (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
+    if not dy.numel():
+        sums = dy.new_zeros(n if with_bias else 0, dtype=fp32)
+        return dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums
+    config = config_of("lora_grad_b", dy, m, n, r=r)
+    columns, splits = -(-n // config.block_n), config.splits
+    ds, d_lora_b = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
+    d_bias = dy.new_empty(n if with_bias else 0, dtype=fp32)
+    written = [ds, d_lora_b, d_bias]
+    if columns > 1:
+        written[0] = dy.new_empty(columns, m, r, dtype=fp32)
+    if splits > 1:
+        written[1] = dy.new_empty(splits, n, r, dtype=fp32)
+        written[2] = dy.new_empty(splits, n, dtype=fp32) if with_bias else d_bias
+    lora_grad_b.launch_lora_grad_b(
+        *(written[0], written[1], written[2] if with_bias else None, dy, s, lora_b, scaling),
+        config=config,
+    )
+    result = (ds, d_lora_b, d_bias)
+    split = [
+        (out, planes) for out, planes in zip(result, written, strict=True) if out is not planes
+    ]
+    if split:
+        outs, stacks = zip(*split, strict=True)
+        plane_sums.launch_plane_sums(outs, stacks, config=config_of("plane_sums", dy))
+    return result
+
+
+def _grad_x_one(
+    dy: torch.Tensor,
+    weight: torch.Tensor | None,
+    ds: torch.Tensor,
+    lora_a: torch.Tensor,
+    drop: Drop,
+    plan: str,
+) -> torch.Tensor:
+    """One fused launch, or a GEMM of the library's with an in-place update behind."""
+    if weight is None:
+        dx = products.mm(ds, lora_a.to(dy.dtype))
+        return dx if drop.seeds is None else dropout(dx, drop.seeds, drop.p[0])
+    (m, n), (r, k) = dy.shape, lora_a.shape
+    if not dy.numel():
+        return dy.new_zeros(m, k)
+    sizes = (m, n, k, r)
+    dropped = {"seed": drop.seeds, "dropout_p": 0.0 if drop.seeds is None else drop.p[0]}
+    if choose_plan(plan, dy, weight, r, "lora_grad_x") == "fused":
+        dx = dy.new_empty(m, k)
+        lora_linear.launch_lora_linear(
+            *(dx, dy, weight.t(), ds, lora_a.t(), None),
+            bias=None,
+            s_out=None,
+            config=config_of("lora_grad_x", dy, *sizes),
+            pdl=False,
+            **dropped,
+        )
+        return dx
+    dx = dy @ weight
+    config = config_of("lora_grad_x_add", dy, *sizes)
+    lora_expand.launch_lora_expand(dx, ds, lora_a.t(), None, config=config, **dropped)
+    return dx
+
+
+def _grad_a_one(
+    x: torch.Tensor, ds: Sequence[torch.Tensor], lora_a: Sequence[torch.Tensor], drop: Drop
+) -> list[torch.Tensor]:
+    """One launch over x for each four siblings, and one that sums planes where rows are split."""
+    m, k = x.shape
+    if not x.numel():
+        return [torch.zeros_like(factor) for factor in lora_a]
+    result = [x.new_empty(factor.shape, dtype=factor.dtype) for factor in lora_a]
+    for start in range(0, len(ds), MAX_SIBLINGS):
+        part = slice(start, start + MAX_SIBLINGS)
+        outs, inner = result[part], [tensor.contiguous() for tensor in ds[part]]
+        r = max(tensor.shape[1] for tensor in inner)
+        config = config_of("lora_grad_a", x, m, k=k, r=r, siblings=len(inner))
+        written = outs
+        if config.splits > 1:
+            shapes = ((config.splits, *out.shape) for out in outs)
+            written = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        lora_grad_a.launch_lora_grad_a(
+            *(written, x, inner),
+            seeds=None if drop.seeds is None else drop.seeds[part].contiguous(),
+            dropout_p=drop.p[part],
+            config=config,
+        )
+        if written is not outs:
+            plane_sums.launch_plane_sums(outs, written, config=config_of("plane_sums", x))
+    return result
+
+
+# ------------------------------------------------------------------------------- many adapters
+
+
+def _grad_b_listed(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    run: int,
+    lora_b: Sequence[torch.Tensor],
+    with_bias: Sequence[bool],
+    scaling: torch.Tensor,
+    with_factors: bool,
+) -> _GradB:
+    """One launch over dy in planes, and one that sums them."""
+    (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
+    order, segment_of, segment_slot, slot_start, pieces = rows
+    offsets, bias_offsets, end = layout_b(lora_b, with_bias)
+    packed = lora_b[0].new_empty(end if with_factors else 0)
+    ds, biased = torch.empty_like(s), with_factors and any(with_bias)
+    config = config_of("mixed_lora_grad_b", dy, r=largest)
+    count = -(-m // run) + len(lora_b)
+    ds_planes = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
+    b_planes = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
+    bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
+    rank = table(tuple(b.shape[1] for b in lora_b), torch.int32, device)
+    blocks = aligned_blocks(lora_b)
+    mixed_lora_grad_b.launch_mixed_lora_grad_b(
+        *(ds_planes, b_planes, bias_planes, dy, s, order, segment_of, segment_slot, pieces),
+        *(addresses_of(blocks, device), rank),
+        rows=run,
+        max_rank=max(1, *(b.shape[1] for b in lora_b)),
+        factor_dtype=lora_b[0].dtype,
+        config=config,
+    )
+    reduce.launch_mixed_lora_grad_reduce(
+        packed if with_factors else None,
+        None if b_planes is None else b_planes.transpose(1, 2).unsqueeze(1),
+        *(slot_start, rank.unsqueeze(0), scaling.unsqueeze(0)),
+        table(tuple(offsets), torch.int64, device).unsqueeze(0),
+        m=m,
+        columns=n,
+        rows=run,
+        by_column=True,
+        config=config_of("mixed_lora_grad_reduce", dy),
+        bias_planes=bias_planes,
+        bias_offset=table(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
+        ds=reduce.DsPlanes(ds, ds_planes, segment_of, segment_slot),
+    )
+    return ds, packed, dy.new_empty(0, dtype=fp32)
+
+
+def _grad_a_listed(
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    run: int,
+    lora_a: Sequence[torch.Tensor],
+    drop: Drop,
+) -> torch.Tensor:
+    """One launch over x for all modules, or under dropout one for each; and one that sums."""
+    (m, k), modules, device = x.shape, len(ds), x.device
+    slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
+    offsets, end = layout(lora_a)
+    packed = lora_a[0].new_empty(end)
+    rank = ranks_of(lora_a, device).view(modules, slots)
+    count = -(-m // run) + slots
+    planes = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
+    each = 1 if drop.seeds is not None else modules
+    columns = max_columns_of(lora_a, slots, each)
+    config = config_of("mixed_lora_grad_a", x, r=columns)
+    for first in range(0, modules, each):
+        some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)
+        own_drop = Drop(None if drop.seeds is None else drop.seeds[own], drop.p[own])
+        mixed_lora_grad_a.launch_mixed_lora_grad_a(
+            *(planes[:, some], x, joined[some], *rows[:3], rows[4], rank[some]),
+            rows=run,
+            max_columns=columns,
+            config=config,
+            dropout=own_drop.tables(rows[3]),
+        )
+    reduce.launch_mixed_lora_grad_reduce(
+        *(packed, planes, rows[3], rank, None),
+        table(tuple(offsets), torch.int64, device).view(modules, slots),
+        m=m,
+        columns=k,
+        rows=run,
+        by_column=False,
+        config=config_of("mixed_lora_grad_reduce", x),
+    )
+    return packed

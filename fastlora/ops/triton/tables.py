@@ -1,0 +1,151 @@
+"""Tables on the device of what the host knows: addresses, ranks, offsets, numbers of dropout.
+
+A table follows from the parameters alone, so it is kept for the next call with the same ones. It
+goes to the device without waiting for it: a CUDA graph needs a warm-up run before its capture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fastlora.ops.factors import Tables
+
+if TYPE_CHECKING:  # imports Triton
+    from fastlora.kernels.mixed_rows import DropoutTables
+
+Number = int | float
+
+
+class Drop(NamedTuple):
+    """Dropout of a launch: seeds int64 ``[S]`` on the device, None for none; of each slot its p."""
+
+    seeds: torch.Tensor | None
+    p: Sequence[float]
+
+    def tables(self, slot_start: torch.Tensor) -> DropoutTables | None:
+        """Returns what kernels for mixed batches read."""
+        if self.seeds is None:
+            return None
+        from fastlora.kernels.mixed_rows import DropoutTables
+
+        thresholds = tuple(round(p * 65536) for p in self.p)
+        inv_keep = tuple(1.0 / (1.0 - p) for p in self.p)
+        device = self.seeds.device
+        return DropoutTables(
+            slot_start,
+            self.seeds,
+            table(thresholds, torch.int32, device),
+            table(inv_keep, torch.float32, device),
+        )
+
+
+NO_DROP = Drop(None, ())
+
+
+class RankRows(NamedTuple):
+    """What adds to rows of y their adapters' rank rows, of one module; tables are ``[S]``.
+
+    Attributes:
+        address: int64, where lora_b lies, or for a gradient of x lora_a.
+        bias_address: int64, where lora_bias lies, 0 for none; None if no adapter has one.
+        rank: int32.
+        scaling: fp32; None for 1.
+        dtype: Of what lies behind the addresses.
+        by_column: Whether lora_b lies as ``[N, rank]`` rather than as rank rows.
+        kept: What must live until the launch.
+    """
+
+    address: torch.Tensor
+    bias_address: torch.Tensor | None
+    rank: torch.Tensor
+    scaling: torch.Tensor | None
+    dtype: torch.dtype
+    by_column: bool = False
+    kept: tuple[torch.Tensor | None, ...] = ()
+
+    @classmethod
+    def of_lora_b(
+        cls,
+        lora_b: Sequence[torch.Tensor],
+        lora_bias: Sequence[torch.Tensor | None],
+        scaling: torch.Tensor,
+    ) -> RankRows:
+        """Returns those of a forward."""
+        device = scaling.device
+        blocks, biases = aligned_blocks(lora_b), aligned_blocks(lora_bias)
+        bias_address = None
+        if any(bias is not None for bias in biases):
+            bias_address = addresses_of(biases, device)
+        ranks = table(tuple(b.shape[1] for b in lora_b), torch.int32, device)
+        address = addresses_of(blocks, device)
+        kept = (*blocks, *biases)
+        return cls(address, bias_address, ranks, scaling, lora_b[0].dtype, True, kept)
+
+    @classmethod
+    def of_tables(cls, tables: Tables, index: int) -> RankRows:
+        """Returns those of a forward, of one module."""
+        bias = None if tables.bias_address is None else tables.bias_address[index]
+        own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
+        return cls(*own, tables.dtype)
+
+    @classmethod
+    def of_lora_a(cls, lora_a: Sequence[torch.Tensor], device: torch.device) -> RankRows:
+        """Returns those of a gradient of x."""
+        blocks = aligned_blocks(lora_a)
+        address, rank = addresses_of(blocks, device), ranks_of(lora_a, device)
+        return cls(address, None, rank, None, lora_a[0].dtype, False, tuple(blocks))
+
+
+def table(values: tuple[Number, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns numbers as a tensor ``[len]`` on a device, without waiting for it."""
+    # One for each stream: another stream's copy may still be on its way.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _table(values, dtype, device, stream)
+
+
+@functools.lru_cache(maxsize=8192)
+def _table(
+    values: tuple[Number, ...], dtype: torch.dtype, device: torch.device, stream: int
+) -> torch.Tensor:
+    # Read by many calls, in inference mode or out of it.
+    with torch.inference_mode(False):
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def aligned_blocks(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Returns factors as kernels read them: contiguous, and at a multiple of 16 bytes."""
+    return [
+        t
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0)
+        else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    ]
+
+
+def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
+    """Returns where blocks lie, int64; 0 for None and for what has no elements."""
+    values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
+    return table(values, torch.int64, device)
+
+
+def ranks_of(lora_a: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Returns the ranks, int32."""
+    return table(tuple(a.shape[0] for a in lora_a), torch.int32, device)
+
+
+def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
+    """Returns the most rank rows of an adapter in so many neighbouring modules, each in fours."""
+    filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
+    starts = range(0, len(filled), modules * slots)
+    sums = [
+        sum(filled[start + slot : start + modules * slots : slots])
+        for start in starts
+        for slot in range(slots)
+    ]
+    return max(1, *sums)
