@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Read when torch and the tokenizers start, so before the first import of them. Threads that spin
 # while they wait make small operations several times slower on a shared machine.
@@ -10,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# torch keys compiled graphs by the names of operators, so those of another checkout would be found.
+_COMPILED = tempfile.TemporaryDirectory(prefix="fastlora-inductor-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
