@@ -24,6 +24,34 @@ def is_sharded(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local(parameter: Any) -> torch.Tensor:
+    """Returns this process's part of a DTensor, in the graph where one is recorded through it.
+
+    What is a part already, a plain tensor, comes back as it is.
+    """
+    if not is_sharded(parameter):
+        return parameter
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        return parameter.to_local()
+    with torch.no_grad():
+        return parameter.to_local()
+
+
+def own(parameter: Any, *, summed: bool) -> torch.Tensor:
+    """Returns this process's part of a parameter as a plain tensor.
+
+    ``summed`` says that it is the whole parameter, of whose gradient every process has one summand:
+    they are added up in the backward.
+    """
+    if not (summed and torch.is_grad_enabled() and parameter.requires_grad):
+        return parameter.to_local()
+    from torch.distributed.tensor import Partial
+
+    # The redistribution changes nothing now; its backward turns the sum that is pending into one.
+    whole = parameter.redistribute(parameter.device_mesh, parameter.placements)
+    return whole.to_local(grad_placements=[Partial()])
+
+
 def several_processes() -> bool:
     """Whether torch.distributed runs, with more than this process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

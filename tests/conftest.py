@@ -12,16 +12,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# torch keys compiled graphs by the names of operators, so those of another checkout would be found.
-_COMPILED = tempfile.TemporaryDirectory(prefix="fastlora-inductor-")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _COMPILED.name)
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# torch keys compiled graphs by the names of operators, so those of another checkout would be found.
+_compiled = tempfile.TemporaryDirectory(prefix="fastlora-inductor-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled.name)
 
 # Their assertions too show what they compared.
 pytest.register_assert_rewrite("tests.support")

@@ -1,4 +1,4 @@
-"""DoRA's arithmetic: the norm in factored form, and the autograd functions above a LoRA result.
+"""DoRA's scale behind a LoRA result, and a linear with its scale, as autograd functions.
 
 With ``u = x @ weight.T + scaling * s @ lora_b.T`` the layer's output is ``g * u + bias``, where
 ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, and the norm is detached.
@@ -8,8 +8,9 @@ With active dropout the base product meets the dropped input too, as in PEFT:
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``
 (`fastlora.autograd.dora_dropped`).
 
-g is never rounded to 16 bits: near 1, where training starts, these come in steps of 2**-8 and more.
-A row whose norm is 0 has g = 0.
+`DoraLinear` is a base product and its scale in one, in PyTorch on a CPU: no second ``[M, N]``
+result. u is scaled in place, and the magnitude's gradient is ``sum(dy * y) / magnitude``, y being
+what the next layer saves as a rule anyway. On a CPU fresh pages cost as much as the arithmetic.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
@@ -20,237 +21,20 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, `
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fastlora.autograd.linear import plain_backward
-from fastlora.ops.torch import products
-
-# Elements of the weight that a norm widens at once.
-_CHUNK = 1 << 18
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(torch.float32, dtype)
-
-
-def outside_autocast(compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """Calls ``compute`` with tensors of one device, the first of the arguments among them."""
-    device_type = args[0].device.type
-    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return compute(*args)
-    return compute(*args)
-
-
-@torch.no_grad()
-def square_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
-
-    16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
-    """
-    wide = _wide(weight.dtype)
-    if weight.dtype == wide or torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    rows = max(_CHUNK // max(weight.shape[1], 1), 1)
-    parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.split(rows)]
-    return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
-
-
-def adapted_squares(
-    weight: torch.Tensor,
-    squares: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor | float,
-    cross: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns `adapted_sums` of whole rows, infinity where they are 0; see `nonzero`."""
-    return nonzero(adapted_sums(weight, squares, lora_a, lora_b, scaling, cross))
-
-
-@torch.no_grad()
-def adapted_sums(
-    weight: torch.Tensor,
-    squares: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor | float,
-    cross: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
-
-    In factored form,
-    ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``: the largest temporary is
-    ``[N, R]``. Where the update cancels most of a row, what remains has the rounding of its terms.
-    Sums over parts of the columns, each of weight and lora_a, add up to those of the whole rows.
-
-    Args:
-        weight: ``[N, K]``.
-        squares: Of `square_norms`.
-        lora_a: ``[R, K]``; rounded to the weight's dtype for the product with it.
-        lora_b: ``[N, R]``.
-        scaling: A number, or a tensor without dimensions.
-        cross: ``weight @ lora_a.T``, ``[N, R]``, where somebody has it; may be overwritten.
-
-    Returns:
-        ``[N]`` in fp32 (fp64 for an fp64 weight).
-    """
-    wide = squares.dtype
-    a, b = lora_a.to(wide), lora_b.to(wide)
-    # [N, K] x [K, R], then [N, R] x [R, R]
-    if cross is None:
-        cross = products.mm(weight, lora_a.to(weight.dtype).t())
-    cross = cross.to(wide)
-    gram = torch.mm(a, a.t())
-    if isinstance(scaling, torch.Tensor):
-        inner = cross.addmm_(b, gram * scaling, beta=2.0)
-        total = squares + inner.mul_(b).sum(1) * scaling
-    else:  # numbers cost no operations of their own
-        inner = cross.addmm_(b, gram, beta=2.0, alpha=scaling)
-        rows = torch.baddbmm(
-            squares[:, None, None], inner[:, None, :], b[:, :, None], alpha=scaling
-        )
-        total = rows.view(-1)
-    return total
-
-
-def nonzero(sums: torch.Tensor) -> torch.Tensor:
-    """Returns squared norms with infinity for 0: a row whose norm is 0 has g = 0, not NaN."""
-    return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
-
-
-def norm_joins(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
-    """Whether lora_a's rows join those of x, ``[..., K]``, in the base product, for ``cross``.
-
-    That saves reading the weight again and costs a copy of x, where there is none anyway. SmolLM2's
-    linears, 512 rows, fp32, one AVX2 core: cross 97 to 753 us, the copy 99 to 388, no gain at
-    N = 192. The result is a view of the product, whose last R rows live as long: an eighth at most.
-    """
-    m, n = x.shape[:-1].numel(), weight.shape[0]
-    return weight.dtype == x.dtype and 8 * rank <= m <= n
-
-
-def scale_of(magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Returns g, ``[N]``, of a magnitude and `adapted_squares`."""
-    return magnitude.detach().to(squares.dtype) * squares.rsqrt()
-
-
-def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
-
-    On a GPU a wider scale makes no wider copy of u.
-    """
-    if u.dtype == scale.dtype:
-        return torch.mul(u, scale, out=out)
-    if torch.compiler.is_compiling():
-        return (u * scale).to(u.dtype)
-    return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
-
-
-# ------------------------------------------------------------------------ a scale for each column
-
-
-def _in_one_pass(u: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether batch norm's CPU kernels scale u's columns: widened, one pass, rounded once.
-
-    In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with g for a
-    weight, and its weight's gradient is a sum of ``dy * u`` over rows. bf16, 512 x 1536, one core
-    with AMX: 181 us instead of 224, and the backward with its column sums 357 instead of 535. Not
-    in fp32, where its sums are worse than PyTorch's.
-    """
-    half = u.dtype in (torch.float16, torch.bfloat16) and u.numel() > 0
-    eager = u.device.type == "cpu" and not torch.compiler.is_compiling()
-    return half and eager and scale.dtype == torch.float32  # fp64 over an fp64 weight
-
-
-def _as_image(rows: torch.Tensor) -> torch.Tensor:
-    """Views contiguous ``[M, N]`` as an image of N channels, channels last: batch norm's layout."""
-    m, n = rows.shape
-    return rows.as_strided((1, n, m, 1), (m * n, 1, n, n))
-
-
-@functools.lru_cache(maxsize=64)
-def _unit(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Batch norm's mean 0 and variance 1, ``[N]``, and an empty tensor. Nobody writes into them.
-
-    Kept, like other small things here: behind large products an operation on N numbers takes 10 to
-    15 us, its code no longer being in the cache.
-    """
-    with torch.inference_mode(False):
-        return torch.zeros(n, dtype=dtype), torch.ones(n, dtype=dtype), torch.empty(0, dtype=dtype)
-
-
-def _batch_norm(
-    u: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, out: torch.Tensor | None
-) -> torch.Tensor:
-    shift = None if bias is None else bias.detach().to(scale.dtype)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format) if out is None else out
-    zeros, ones, unused = _unit(u.shape[1], scale.dtype)
-    torch.native_batch_norm(
-        *(_as_image(u.contiguous()), scale, shift, zeros, ones, False, 0.0, 0.0),
-        out=(_as_image(y), unused, unused),
-    )
-    return y
-
-
-def _batch_norm_backward(
-    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``scale * dy`` and the sums of the columns of ``dy * u``."""
-    zeros, ones, _ = _unit(u.shape[1], scale.dtype)
-    # Of other layouts it reads the wrong elements.
-    du, sums, _ = torch.ops.aten.native_batch_norm_backward(
-        *(_as_image(dy.contiguous()), _as_image(u.contiguous()), scale, zeros, ones),
-        *(zeros, ones, False, 0.0, [True, True, False]),
-    )
-    return du.as_strided(u.shape, (u.shape[1], 1)), sums
-
-
-def scale_columns(
-    u: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, inplace: bool = False
-) -> torch.Tensor:
-    """Returns ``scale * u + bias`` without recording a graph, in u itself if ``inplace``.
-
-    Args:
-        u: ``[M, N]``; contiguous if ``inplace``.
-        bias: ``[N]`` or None.
-        scale: g, ``[N]``, of `scale_of`.
-        inplace: Whether u may be overwritten.
-    """
-    out = u if inplace else None
-    if _in_one_pass(u, scale):
-        return _batch_norm(u, bias, scale, out)
-    y = times(u, scale, out)
-    return y if bias is None else y.add_(bias)
-
-
-def scaled_with_sums(
-    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
-    if _in_one_pass(u, scale):
-        return _batch_norm_backward(dy, u, scale)
-    product = dy * u
-    # fp16 sums of scaled losses can leave its range.
-    sums = product.sum(0, dtype=torch.float32 if dy.dtype == torch.float16 else None)
-    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
-    return times(dy, scale, product), sums
-
-
-def scale_columns_backward(
-    dy: torch.Tensor, u: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the gradients of u, and of the magnitude where u is there."""
-    scale = scale_of(magnitude, squares)
-    if u is None:
-        return scale_columns(dy, None, scale), None
-    du, sums = scaled_with_sums(dy, u, scale)
-    return du, sums * squares.rsqrt()
+from fastlora.autograd.linear import forward_linear, plain_backward
+from fastlora.ops.gradients import Needs, Saved, layer_gradients
+from fastlora.ops.torch import products, reference
+from fastlora.ops.torch.norms import adapted_squares, norm_joins, outside_autocast
+from fastlora.ops.torch.scale import (
+    scale_columns,
+    scale_columns_backward,
+    scale_of,
+    scaled_with_sums,
+)
 
 
 class DoraScale(torch.autograd.Function):
@@ -300,3 +84,128 @@ class DoraScale(torch.autograd.Function):
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         du = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
         return du.view(grad.shape) if ctx.needs_input_grad[0] else None, d_bias, None, *d_pairs
+
+
+# ------------------------------------------------------------------ a base product and its scale
+
+
+def runs_as_one(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor
+) -> bool:
+    """Whether `DoraLinear` takes these.
+
+    Not under a compiler or in inference mode, which have no versions; not with a bias, which in
+    ``y - bias`` would cost digits; and with x saved for lora_a, from which u can be made again.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    eager = x.device.type == "cpu" and x.numel() > 0
+    return eager and bias is None and not weight.requires_grad and lora_a.requires_grad
+
+
+def _counter(y: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor without memory whose ``_version`` is y's: it counts writes into y."""
+    counter = y.detach()
+    counter.data = y.new_empty(0)
+    return counter
+
+
+def _divides(scale: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``scale * u`` in ``dtype`` has u's digits: no number near or below 0, nor NaN."""
+    return scale.amin().item() >= torch.finfo(dtype).smallest_normal ** 0.5
+
+
+def _joined(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns u ``[..., N]``, s and ``weight @ lora_a.T``, all in x's dtype, from one base product.
+
+    See `fastlora.ops.torch.norms.norm_joins`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # [M + R, K] x [K, N]
+    both = products.linear(torch.cat([rows, lora_a]), weight)
+    u, s = both[: rows.shape[0]], reference.lora_shrink(rows, lora_a)
+    reference.lora_expand_(u, s, lora_b, scaling)
+    return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
+
+
+class DoraLinear(torch.autograd.Function):
+    """``y = g * (x @ weight.T + scaling * x @ lora_a.T @ lora_b.T)``.
+
+    Takes ``||weight||^2`` of each row, and the scaling twice: as a tensor for the product, and for
+    the norm as the number that it is, if it is one.
+
+    Saves x, s, the parameters, the factors in x's dtype, N numbers twice, and where the magnitude
+    wants a gradient one ``[M, N]``: y itself, or u where g has numbers that y cannot be divided by.
+    A y that somebody has written into meanwhile is not used: u is then made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        magnitude: torch.Tensor,
+        base_squares: torch.Tensor,
+        scaling: torch.Tensor,
+        norm_scaling: torch.Tensor | float,
+    ) -> torch.Tensor:
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
+        own, cross = (lora_a, lora_b), None
+        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # once for forward and backward
+        if norm_joins(x, weight, lora_a.shape[0]):
+            u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
+        else:
+            u, s = forward_linear(
+                x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto", None
+            )
+        squares = outside_autocast(adapted_squares, weight, base_squares, *own, norm_scaling, cross)
+        _, _, _, needs_b, needs_m, *_ = ctx.needs_input_grad
+        scale = scale_of(magnitude, squares)
+        from_y = needs_m and _divides(scale, u.dtype)
+        rows = scale_columns(u.view(-1, u.shape[-1]), None, scale, from_y or not needs_m)
+        y = torch.ops.aten._unsafe_view(rows, u.shape)
+        kept = y.data if from_y else u if needs_m else None  # .data counts writes on its own
+        ctx.counter = _counter(y) if from_y else None
+        ctx.version, ctx.x_shape = y._version, x.shape
+        saved_s = s if needs_b else None
+        ctx.save_for_backward(
+            x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, saved_s, kept
+        )
+        return y
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_a, lora_b, magnitude, squares, scale, scaling, s, kept = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        dy = grad.reshape(-1, grad.shape[-1])
+        from_y = ctx.counter is not None
+        if from_y and ctx.counter._version != ctx.version:
+            args = (x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto")
+            kept, from_y = forward_linear(*args)[0], False
+        rows = None if kept is None else kept.reshape(dy.shape)
+        d_magnitude: torch.Tensor | None
+        if from_y and rows is not None:
+            du, sums = scaled_with_sums(dy, rows, scale)
+            d_magnitude = sums / magnitude.to(squares.dtype)
+        else:
+            du, d_magnitude = scale_columns_backward(dy, rows, magnitude, squares)
+        saved = Saved(x, lora_a, lora_b, scaling, s, None)
+        needs = Needs(needs_x, needs_a, needs_b, False)
+        found = layer_gradients(du, weight, saved, needs, 0.0, "eager", "auto")
+        dx = None if found.dx is None else found.dx.view(ctx.x_shape)
+        if d_magnitude is not None:
+            d_magnitude = d_magnitude.to(magnitude.dtype)
+        d_factors = [
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip((found.d_lora_a, found.d_lora_b), ctx.dtypes, strict=True)
+        ]
+        return dx, None, *d_factors, d_magnitude, None, None, None

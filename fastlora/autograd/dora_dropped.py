@@ -1,212 +1,209 @@
-"""One DoRA adapter with active dropout, as PEFT computes it: the base product twice.
+"""DoRA adapters with active dropout, as PEFT computes one: the base product twice.
 
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T`` with the
 names, shapes and sources of `fastlora.autograd.dora`.
+
+Several adapters have rows each, and both base products are of these rows alone. Eagerly their rows
+lie one adapter behind the other. In a compiled graph, which serves any mix, an operator each way
+finds them by id when the graph runs; there an adapter without rows gets zeros as gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.autograd.dora import (
-    adapted_squares,
-    norm_joins,
-    outside_autocast,
-    scale_of,
-    scaled_with_sums,
-    times,
-)
 from fastlora.autograd.linear import plain_backward
-from fastlora.ops.gradients import keep_mask
-from fastlora.ops.torch import products, reference
+from fastlora.ops.rows import sort_rows
+from fastlora.ops.schema import define, fakes, implements
+from fastlora.ops.torch.dora_dropped import Dropped, Wanted, forward_rows, gradients
+
+# Of each adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
+_EACH = 6
+_BATCH = "Tensor[] adapters, Tensor ids, int[] slots, float[] dropout_p, str impl"
+# They read on the host how many rows each adapter has: a CUDA graph cannot hold that.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+define(
+    f"dora_dropped(Tensor y, Tensor x, Tensor weight, {_BATCH}, bool keeps_z)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+define(
+    f"dora_dropped_backward(Tensor dy, Tensor x, Tensor weight, {_BATCH}, Tensor s, Tensor z,"
+    " bool[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
 
 
-def joins(
-    x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor, impl: str
-) -> bool:
-    """Whether the norm is best computed in `DoraDropped`, from ``||weight||^2``.
+# ------------------------------------------------------------------------- several adapters
 
-    Then lora_a's rows go through the base product behind those of ``dropout(x)``.
+
+class _Own(NamedTuple):
+    """An adapter that has rows: its place among all, and theirs in x and in s and z."""
+
+    place: int
+    rows: torch.Tensor | slice
+    part: slice
+    adapter: Dropped
+
+
+def _by(count: int, tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """Returns a sequence cut into parts of so many."""
+    return [tensors[at : at + count] for at in range(0, len(tensors), count)]
+
+
+def _each(adapters: Sequence[torch.Tensor], dropout_p: Sequence[float], impl: str) -> list[Dropped]:
+    parts = zip(_by(_EACH, adapters), dropout_p, strict=True)
+    return [Dropped._make((*own, p, impl)) for own, p in parts]
+
+
+def _adjacent(adapters: list[Dropped], lengths: Sequence[int]) -> Iterator[_Own]:
+    """Yields adapters of which each has so many rows, one behind the other."""
+    stop = 0
+    for place, (adapter, length) in enumerate(zip(adapters, lengths, strict=True)):
+        start, stop = stop, stop + length
+        yield _Own(place, slice(start, stop), slice(start, stop), adapter)
+
+
+def _by_id(
+    x: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    slots: list[int],
+    dropout_p: list[float],
+    impl: str,
+) -> Iterator[_Own]:
+    """Yields adapters that have rows; ``slots`` has the number in ids of each."""
+    batch = sort_rows(ids, x.shape[0], max(slots) + 1)
+    starts = batch.slot_start.tolist()
+    for place, adapter in enumerate(_each(adapters, dropout_p, impl)):
+        start, stop = starts[slots[place]], starts[slots[place] + 1]
+        if start < stop:
+            seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
+            rows = batch.order[start:stop].long().to(x.device)
+            yield _Own(place, rows, slice(start, stop), adapter._replace(seed=seed))
+
+
+def _add_all_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    owners: Iterator[_Own],
+    s: torch.Tensor,
+    z: torch.Tensor,
+) -> None:
+    """Adds adapters to their rows of y ``[M, N]``, and writes their s and z."""
+    for own in owners:
+        made = forward_rows(y[own.rows], x[own.rows], weight, None, own.adapter, inplace=True)
+        if not isinstance(own.rows, slice):  # else in place
+            y[own.rows] = made.y
+        s[own.part, : made.s.shape[1]] = made.s
+        if z.shape[0]:
+            z[own.part] = made.z
+
+
+def _saved(
+    y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], keeps_z: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns memory for s and z, of which only the adapters' rows are ever touched."""
+    rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
+    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
+
+
+def _all_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    owners: Iterator[_Own],
+    s: torch.Tensor,
+    z: torch.Tensor,
+    wanted: Sequence[bool],
+    found: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Writes the gradients into what `_results` gave."""
+    for tensor in found:
+        tensor.zero_()
+    for own in owners:
+        at = 2 + 3 * own.place
+        own_s = s[own.part, : own.adapter.lora_a.shape[0]]
+        own_z = z[own.part] if z.shape[0] else None
+        asked = Wanted(*wanted[:2], *wanted[at : at + 3])
+        got = gradients(
+            *(dy[own.rows], x[own.rows], weight, own.adapter, own_s, own_z, asked),
+            own_base=False,
+        )
+        if got.x is not None:
+            found[0][own.rows] = got.x
+        if got.weight is not None:
+            found[1] += got.weight
+        for offset, gradient in enumerate(got[2:]):
+            if gradient is not None:
+                found[at + offset].copy_(gradient)
+    return found
+
+
+def _results(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Returns memory for the gradients of x, the weight, and lora_a, lora_b and magnitude of each.
+
+    Of no element where one is not wanted.
     """
-    eager = impl != "triton" and not torch.compiler.is_compiling() and type(seed) is torch.Tensor
-    on_cpu = x.device.type == "cpu"  # what the norm costs elsewhere is not measured
-    return eager and on_cpu and lora_a.shape[0] > 0 and norm_joins(x, weight, lora_a.shape[0])
+    like = [x, weight, *(t for own in _by(_EACH, adapters) for t in own[:3])]
+    return [
+        tensor.new_empty(tensor.shape if asked else (0,))
+        for tensor, asked in zip(like, wanted, strict=True)
+    ]
 
 
-class Dropped(NamedTuple):
-    """One DoRA adapter whose dropout acts.
+@implements("dora_dropped")
+def _dora_dropped(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y with the adapters' rows added, and their s and z in the order of sorted rows."""
+    y = y.clone(memory_format=torch.contiguous_format)
+    s, z = _saved(y, x, batch[0], batch[-1])
+    _add_all_(y, x, weight, _by_id(x, *batch[:-1]), s, z)
+    return y, s, z
+
+
+@fakes("dora_dropped")
+def _(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), *_saved(y, x, batch[0], batch[-1])
+
+
+@implements("dora_dropped_backward")
+def _dora_dropped_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> list[torch.Tensor]:
+    """Returns the gradients; see `_results`."""
+    *own, s, z, wanted = batch
+    found = _results(x, weight, own[0], wanted)
+    return _all_gradients(dy, x, weight, _by_id(x, *own), s, z, wanted, found)
+
+
+@fakes("dora_dropped_backward")
+def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> list[torch.Tensor]:
+    return _results(x, weight, batch[0], batch[-1])
+
+
+class OwnRows(NamedTuple):
+    """Which rows several adapters have.
 
     Attributes:
-        lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.
-        squares: `adapted_squares`, ``[N]``.
-        scaling: Without dimensions.
-        seed: Of its mask, int64 ``[1]``.
-        dropout_p: Probability.
-        impl: ``"triton"`` or ``"eager"``.
+        lengths: How many rows each has, all of x one behind the other; or empty, and ids tell.
+        slots: The number in ids of each.
     """
 
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    magnitude: torch.Tensor
-    squares: torch.Tensor
-    scaling: torch.Tensor
-    seed: torch.Tensor
-    dropout_p: float
-    impl: str
-
-    @property
-    def up(self) -> float:
-        """What dropout multiplies by."""
-        return 1.0 / (1.0 - self.dropout_p)
-
-    @property
-    def z_up(self) -> float:
-        """What is missing in z: in PyTorch `up` goes into what is smaller or scaled anyway."""
-        return 1.0 if self.impl == "triton" else self.up
-
-
-class Made(NamedTuple):
-    """A forward's ``y [M, N]``, ``s [M, R]``, ``z [M, N]``, and the squares that it used."""
-
-    y: torch.Tensor
-    s: torch.Tensor
-    z: torch.Tensor
-    squares: torch.Tensor
-
-
-class Wanted(NamedTuple):
-    """Which gradients a backward is to find."""
-
-    x: bool
-    weight: bool
-    lora_a: bool
-    lora_b: bool
-    magnitude: bool
-
-
-class Found(NamedTuple):
-    """The gradients of `Wanted`, None where it was not."""
-
-    x: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    lora_a: torch.Tensor | None = None
-    lora_b: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-
-
-def forward_rows(
-    base: torch.Tensor | None,
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    adapter: Dropped,
-    norm_scaling: torch.Tensor | float | None = None,
-    inplace: bool = False,
-) -> Made:
-    """Runs an adapter on ``rows [M, K]`` without recording a graph.
-
-    Args:
-        base: The base layer's output ``[M, N]``, or None to compute it from weight and bias.
-        rows: x.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or None.
-        adapter: With ``norm_scaling``, where `joins` says so, its squares are those of the weight.
-        norm_scaling: The scaling, as a number if it is one.
-        inplace: Whether base, contiguous then, may become y.
-    """
-    lora_a, lora_b, magnitude, squares, scaling, seed, dropout_p, impl = adapter
-    weight_x, m = weight.to(rows.dtype), rows.shape[0]
-    if norm_scaling is not None:
-        both = reference.lora_selected(rows, seed, dropout_p, lora_a.shape[0])
-        both[m:] = lora_a
-        dropped, product = both[:m], products.linear(both, weight_x)
-        z, cross = product[:m], product[m:].t()
-        squares = outside_autocast(
-            adapted_squares, weight, squares, lora_a, lora_b, norm_scaling, cross
-        )
-    else:
-        if impl == "triton":
-            dropped = torch.ops.fastlora.lora_dropout(rows, seed, dropout_p)
-        else:
-            dropped = reference.select_(keep_mask(rows, seed, dropout_p, after=None), rows)
-        z = products.linear(dropped, weight_x)
-    change = scale_of(magnitude, squares).sub_(1.0)
-    scaled_b = _scaled_rows(lora_b, magnitude, squares, rows.dtype)
-    if base is None:
-        y = products.linear(rows, weight_x, None if bias is None else bias.to(rows.dtype))
-    else:
-        y = base if inplace else base.clone(memory_format=torch.contiguous_format)
-    if impl == "triton":
-        s = torch.ops.fastlora.lora_shrink(dropped, [], [lora_a], 1, None, [0.0], impl)
-        torch.ops.fastlora.lora_expand_(y, s, [], [scaled_b], [None], scaling, impl)
-    else:
-        s = reference.lora_shrink(dropped, lora_a).mul_(adapter.up)
-        reference.lora_expand_(y, s, scaled_b, scaling)
-    y.addcmul_(z.to(y.dtype), change.mul_(adapter.z_up).to(y.dtype))
-    return Made(y, s, z, squares)
-
-
-def gradients(
-    dy: torch.Tensor,
-    rows: torch.Tensor | None,
-    weight: torch.Tensor,
-    adapter: Dropped,
-    s: torch.Tensor | None,
-    z: torch.Tensor | None,
-    wanted: Wanted,
-    *,
-    own_base: bool,
-) -> Found:
-    """Returns the gradients for ``dy [M, N]``.
-
-    Args:
-        dy: In x's dtype.
-        rows: x, ``[M, K]``; not read for the gradients of x, lora_b and magnitude.
-        weight: ``[N, K]``.
-        adapter: As in the forward.
-        s: Of the forward, where lora_b or the magnitude is wanted.
-        z: Of the forward, where the magnitude is.
-        wanted: What to find.
-        own_base: Whether the forward made the base layer's output, and its gradients count too.
-    """
-    lora_a, lora_b, magnitude, squares, scaling, seed, dropout_p, impl = adapter
-    d_weight = d_lora_a = d_lora_b = d_magnitude = dx = None
-    z = z if wanted.magnitude else None
-    through_z, sums = _through_z(dy, z, magnitude, squares, adapter.up)
-    if s is not None and (wanted.lora_b or wanted.magnitude):
-        # [R, M] x [M, N]: (scaling * s)^T dy serves both.
-        inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)
-        if wanted.lora_b:
-            d_lora_b = (inner * scale_of(magnitude, squares)).t().to(lora_b.dtype).contiguous()
-        if sums is not None:
-            through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0)
-            d_magnitude = through_s.add_(sums, alpha=adapter.z_up).mul_(squares.rsqrt())
-            d_magnitude = d_magnitude.to(magnitude.dtype)
-    if wanted.x or wanted.lora_a or wanted.weight:
-        # 1 / (1 - p) of the dropped rows and of dx stands in ds and in through_z.
-        scaled_b = _scaled_rows(lora_b, magnitude, squares, dy.dtype)
-        ds = products.mm(dy, scaled_b).mul_(scaling).mul_(adapter.up)
-        if rows is None:
-            rows = dy.new_empty(dy.shape[0], weight.shape[1])
-        keep = _mask(rows, seed, dropout_p, impl, dy)
-        weight_x = weight.to(dy.dtype)
-    if wanted.x:
-        # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
-        dx = products.mm(through_z, weight_x)
-        dx = products.addmm_(dx, ds, lora_a.to(dy.dtype))
-        dx = dx.mul_(keep) if keep.is_floating_point() else reference.drop_(dx, keep)
-        dx = products.addmm_(dx, dy, weight_x) if own_base else dx
-    if rows is not None and (wanted.lora_a or wanted.weight):
-        kept = rows * keep if keep.is_floating_point() else reference.select_(keep, rows)
-        if wanted.lora_a:
-            d_lora_a = products.mm(ds.t(), kept).to(lora_a.dtype)
-        if wanted.weight:
-            d_weight = products.mm(through_z.t(), kept)
-            d_weight = products.addmm_(d_weight, dy.t(), rows) if own_base else d_weight
-            d_weight = d_weight.to(weight.dtype)
-    return Found(dx, d_weight, d_lora_a, d_lora_b, d_magnitude)
+    lengths: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
 
 
 class DoraDropped(torch.autograd.Function):
@@ -214,8 +211,8 @@ class DoraDropped(torch.autograd.Function):
 
     Takes the norm's squares, or with ``norm_scaling``, where `joins` says so, those of the weight.
 
-    Saves x, s, the seed, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
-    mask's ``1 / (1 - p)``, where the magnitude wants a gradient. The mask is made again from the
+    Saves x, s, the seeds, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
+    mask's ``1 / (1 - p)``, where a magnitude wants a gradient. The mask is made again from the
     seed.
     """
 
@@ -226,84 +223,77 @@ class DoraDropped(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        magnitude: torch.Tensor,
-        squares: torch.Tensor,
-        scaling: torch.Tensor,
-        seed: torch.Tensor,
-        dropout_p: float,
+        batch: OwnRows | None,
+        ids: torch.Tensor | None,
+        dropout_p: tuple[float, ...],
         impl: str,
-        norm_scaling: torch.Tensor | float | None = None,
+        norm_scaling: torch.Tensor | float | None,
+        *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Takes ``base``, the base layer's output, or computes it from weight and bias if None."""
-        own = Dropped(lora_a, lora_b, magnitude, squares, scaling, seed, dropout_p, impl)
+        """Takes ``base``, the base layer's output, or computes it from weight and bias if None.
+
+        ``adapters`` has six tensors of each; see `Dropped`. Without ``batch`` there is one, which
+        has all rows. ``ids [B]`` are per sample or per token.
+        """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        y, s, z, squares = forward_rows(flat, rows, weight, bias, own, norm_scaling)
-        needs = ctx.needs_input_grad
-        ctx.dropout_p, ctx.impl, ctx.x_shape, ctx.x_dtype = dropout_p, impl, x.shape, x.dtype
-        ctx.own_base = base is None
+        rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
+        needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (9, 10, 11))
+        if batch is None or flat is None:
+            (own,) = _each(adapters, dropout_p, impl)
+            y, s, z, squares = forward_rows(flat, rows, weight, bias, own, norm_scaling)
+            adapters = *adapters[:3], squares, *adapters[4:]
+        elif batch.lengths:
+            y = flat.clone(memory_format=torch.contiguous_format)
+            s, z = _saved(y, rows, adapters, needs_m)
+            owners = _adjacent(_each(adapters, dropout_p, impl), batch.lengths)
+            _add_all_(y, rows, weight, owners, s, z)
+        else:
+            y, s, z = torch.ops.fastlora.dora_dropped(
+                *(flat, rows, weight, adapters, ids, batch.slots, dropout_p, impl, needs_m)
+            )
+        ctx.batch, ctx.dropout_p, ctx.impl = batch, dropout_p, impl
+        ctx.x_shape, ctx.x_dtype, ctx.own_base = x.shape, x.dtype, base is None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
-            x if needs[2] or needs[4] else None,
+            x if needs[2] or needs_a or batch is not None else None,
             weight,
-            lora_a,
-            lora_b,
-            magnitude,
-            squares,
-            scaling,
-            s if needs[5] or needs[6] else None,
-            z if needs[6] else None,
-            seed,
+            ids,
+            s if needs_b or needs_m else None,
+            z if needs_m else None,
+            *adapters,
         )
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_a, lora_b, magnitude, squares, scaling, s, z, seed = ctx.saved_tensors
-        needs_base, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad[:7]
-        adapter = Dropped(
-            lora_a, lora_b, magnitude, squares, scaling, seed, ctx.dropout_p, ctx.impl
-        )
+        x, weight, ids, s, z, *adapters = ctx.saved_tensors
+        needs_base, needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        own_needs = _by(_EACH, ctx.needs_input_grad[9:])
+        wanted = [needs_x, needs_weight, *(need for own in own_needs for need in own[:3])]
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        wanted = Wanted(needs_x, needs_weight, *needs)
-        found = gradients(dy, rows, weight, adapter, s, z, wanted, own_base=ctx.own_base)
-        dx = None if found.x is None else found.x.view(ctx.x_shape)
+        found: Sequence[torch.Tensor | None]
+        if rows is None or ctx.batch is None:
+            (own,) = _each(adapters, ctx.dropout_p, ctx.impl)
+            found = gradients(dy, rows, weight, own, s, z, Wanted(*wanted), own_base=ctx.own_base)
+        else:
+            s = dy.new_empty(0, 0) if s is None else s
+            z = dy.new_empty(0, 0) if z is None else z
+            if ctx.batch.lengths:
+                owners = _adjacent(_each(adapters, ctx.dropout_p, ctx.impl), ctx.batch.lengths)
+                results = _results(rows, weight, adapters, wanted)
+                found = _all_gradients(dy, rows, weight, owners, s, z, wanted, results)
+            else:
+                found = torch.ops.fastlora.dora_dropped_backward(
+                    *(dy, rows, weight, adapters, ids, ctx.batch.slots, ctx.dropout_p, ctx.impl),
+                    *(s, z, wanted),
+                )
+        dx, d_weight, *d_own = (t if ask else None for t, ask in zip(found, wanted, strict=True))
+        dx = None if dx is None else dx.view(ctx.x_shape)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        d_adapters = [d for own in _by(3, d_own) for d in (*own, None, None, None)]
         return (
-            *(grad if needs_base else None, dx, found.weight, d_bias, *found[2:]),
-            *(None, None, None, None, None, None),
+            *(grad if needs_base else None, dx, d_weight, d_bias),
+            *(None, None, None, None, None, *d_adapters),
         )
-
-
-def _mask(
-    rows: torch.Tensor, seed: torch.Tensor, dropout_p: float, impl: str, after: torch.Tensor
-) -> torch.Tensor:
-    """Returns what dropout keeps of ``rows``: ones and zeros, integers unless kernels drew them."""
-    if impl == "triton":
-        ones = torch.ones_like(rows, memory_format=torch.contiguous_format)
-        return torch.ops.fastlora.lora_dropout(ones, seed, dropout_p).sign_()
-    return keep_mask(rows, seed, dropout_p, after=after)
-
-
-def _through_z(
-    dy: torch.Tensor,
-    z: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    squares: torch.Tensor,
-    up: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns ``up * (g - 1) * dy``, and the sums over rows of ``dy * z`` where z is there."""
-    change = scale_of(magnitude, squares).sub_(1.0).mul_(up)
-    return (times(dy, change), None) if z is None else scaled_with_sums(dy, z, change)
-
-
-def _scaled_rows(
-    lora_b: torch.Tensor, magnitude: torch.Tensor, squares: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Returns ``g * lora_b`` in ``dtype``, rounded once."""
-    scale = scale_of(magnitude, squares)
-    return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

@@ -28,11 +28,11 @@ from fastlora.layers.dora import (
     uses_dora,
     why_dora_not_fused,
 )
-from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.factors import Parameters, why_not_fused
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.mode import ForgetsWithMode
+from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.ops.invariant import refuse_in_mode

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import DoraMagnitude
-from fastlora.layers.dora_norms import forget_norms
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.mode import ForgetsWithMode, forget_kept
+from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
 from fastlora.routing.ids import check_adapter_name
@@ -134,7 +133,7 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
             raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
         reference = self._factor_like()  # raises before anything changes, as the next line may
         if use_dora:
-            dense_weight(self._own_share().get_base_layer())
+            self._own_weight()
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         _reset_parameters(lora_a, lora_b, r, init_lora_weights)

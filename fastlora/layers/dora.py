@@ -1,7 +1,6 @@
-"""DoRA on one layer: magnitudes, and the forward of its adapters.
+"""DoRA on one layer: magnitudes, and the forward of active adapters.
 
-A layer here is anything with PEFT's attributes, as in `fastlora.layers.compute`, or an `OwnShare`
-of one; an adapter uses DoRA where ``lora_magnitude_vector`` has its name.
+An adapter uses DoRA where the layer's ``lora_magnitude_vector`` has its name.
 """
 
 from __future__ import annotations
@@ -13,27 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import functional
-from fastlora.autograd.dora import (
-    DoraScale,
-    scale_columns,
-    scale_of,
-)
-from fastlora.autograd.dora_dropped import DoraDropped, joins
-from fastlora.autograd.dora_linear import DoraLinear, runs_as_one
+from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
+from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers.compute import lora_added_forward, lora_forward, refuse_triton
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora_norms import (
-    adapter_squares,
-    base_squares,
-    cached_squares,
-    magnitude_of,
-    source_of,
-)
-from fastlora.layers.factors import factors_of, scaling_of
-from fastlora.layers.own_share import OwnShare
+from fastlora.layers.factors import factors_of, scale_by_name, scaling_of
+from fastlora.layers.norms import adapter_squares, base_squares, magnitude_of
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
+from fastlora.ops.torch.dora_dropped import joins
+from fastlora.ops.torch.scale import scale_columns, scale_of
 
 
 class DoraMagnitude(nn.Module):
@@ -111,7 +100,7 @@ def dora_added_forward(
             if branch is None:
                 y = _called(layer, y, x, run[0])
             else:
-                y = added(layer, y, x, run[0], branch, impl, inplace)
+                y = _added(layer, y, x, run[0], branch, impl, inplace)
         inplace = True
     return y
 
@@ -142,27 +131,22 @@ def _fused(
     x = x.to(dtype or x.dtype)
     if dtype is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    magnitude = magnitude_of(layer, name)
     eager = not is_batch_invariant() and ops.resolve_impl(impl, x) == "eager"
     # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
     trains = torch.is_grad_enabled() or layer.training
     if trains and eager and not branch.dropout_p and runs_as_one(x, weight, bias, branch.lora_a):
         squares = base_squares(layer, weight)
-        factors, scalings = (
-            (branch.lora_a, branch.lora_b),
-            (branch.scaling, scaling_of(layer, name)),
+        factors = branch.lora_a, branch.lora_b, magnitude_of(layer, name)
+        return DoraLinear.apply(
+            x, weight, *factors, squares, branch.scaling, scaling_of(layer, name)
         )
-        return DoraLinear.apply(x, weight, *factors, magnitude, squares, *scalings)
     if branch.dropout_p:
         return _dropped(layer, None, x, weight, bias, name, branch, impl)
-    squares = cached_squares(layer, name, branch.lora_a, branch.lora_b)
     u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
-    if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, None, magnitude, squares)
-    return _scaled(u, bias, magnitude, squares)
+    return scaled(u, bias, *scale_by_name(layer, name))
 
 
-def added(
+def _added(
     layer: Any,
     y: torch.Tensor,
     x: torch.Tensor,
@@ -170,30 +154,44 @@ def added(
     branch: Factors,
     impl: str,
     inplace: bool,
-    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One DoRA adapter beside a base layer that was called, or behind other adapters.
-
-    ``seed`` is its dropout's, drawn here if None.
-    """
-    dtype = functional.autocast_dtype(x)
-    x = x.to(dtype or x.dtype)
+    """One DoRA adapter beside a base layer that was called, or behind other adapters."""
+    x = x.to(functional.autocast_dtype(x) or x.dtype)
     base = layer.get_base_layer()
-    bias = getattr(base, "bias", None)
     if branch.dropout_p:
-        return _dropped(layer, y, x, dense_weight(base), None, name, branch, impl, seed)
-    magnitude, squares = source_of(layer, name)
-    u = functional.add(y, x, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl, inplace)
-    u = u if bias is None else u - bias.to(u.dtype)
+        return _dropped(layer, y, x, dense_weight(base), None, name, branch, impl)
+    scale = scale_by_name(layer, name)
+    return added(y, x, branch, getattr(base, "bias", None), *scale, impl, inplace)
+
+
+def added(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    factors: Factors,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: Any,
+    impl: str,
+    inplace: bool,
+) -> torch.Tensor:
+    """Adds an adapter to the output ``y [..., N]`` of a base layer with this bias, and scales it.
+
+    No dropout acts. ``inplace`` says whether y may be overwritten where no gradient is recorded.
+    """
+    lora_a, lora_b, scaling, *_ = factors
+    u = functional.add(y, x, lora_a, lora_b, scaling, 0.0, impl, inplace)
+    return scaled(u if bias is None else u - bias.to(u.dtype), bias, magnitude, squares)
+
+
+def scaled(
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: Any,
+) -> torch.Tensor:
+    """Returns ``g * u + bias`` for ``u [..., N]``, in u's memory where no graph is recorded."""
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
-    return _scaled(u, bias, magnitude, squares)
-
-
-def _scaled(
-    u: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor
-) -> torch.Tensor:
-    """``g * u + bias`` in u's memory, no graph being recorded."""
     rows = scale_columns(u.reshape(-1, u.shape[-1]), bias, scale_of(magnitude, squares), True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see forward_linear
 
@@ -207,23 +205,21 @@ def _dropped(
     name: str,
     branch: Factors,
     impl: str,
-    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One DoRA adapter whose dropout acts."""
     if is_batch_invariant():
         refuse_in_mode(layer, f"dropout_p={branch.dropout_p} acts; call eval()")
     impl = ops.resolve_impl(impl, x)
-    seed, norm_scaling = ops.draw_seed(x, impl) if seed is None else seed, None
+    seed, norm_scaling = ops.draw_seed(x, impl), None
     # Without gradients too: a checkpoint's first forward has none, and its repetition's bits.
-    if type(layer) is not OwnShare and joins(x, weight, branch.lora_a, seed, impl):
-        magnitude = magnitude_of(layer, name)
-        squares = base_squares(layer, weight)
+    if joins(x, weight, branch.lora_a, seed, impl):
+        magnitude, squares = magnitude_of(layer, name), base_squares(layer, weight)
         norm_scaling = scaling_of(layer, name)
     else:
-        magnitude, squares = source_of(layer, name)
+        magnitude, squares = scale_by_name(layer, name)
     return DoraDropped.apply(
-        *(base, x, weight, bias, branch.lora_a, branch.lora_b, magnitude, squares),
-        *(branch.scaling, seed, branch.dropout_p, impl, norm_scaling),
+        *(base, x, weight, bias, None, None, (branch.dropout_p,), impl, norm_scaling),
+        *(branch.lora_a, branch.lora_b, magnitude, squares, branch.scaling, seed),
     )
 
 

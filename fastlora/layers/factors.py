@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, eq, getitem, is_
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from fastlora.layers.norms import cached_squares, magnitude_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.scalings import Scalings
 from fastlora.ops.factors import Factors, Slots, Tables
@@ -115,6 +116,25 @@ def scaling_tensor(layer: AdapterLayer, name: str, value: Any, x: torch.Tensor) 
     return tensor
 
 
+class Scale(NamedTuple):
+    """What DoRA's g ``[N]`` of one adapter on one linear is made of; see `scale_of`.
+
+    Attributes:
+        magnitude: ``[N]``; g itself where there are no squares.
+        squares: The norms' squares, ``[N]``, infinity for 0; or None.
+    """
+
+    magnitude: torch.Tensor
+    squares: Any  # as above
+
+
+def scale_by_name(layer: AdapterLayer, name: str) -> Scale:
+    """Returns the `Scale` of an adapter that is a parameter and uses DoRA on a layer."""
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    squares = cached_squares(layer, name, lora_a, lora_b, scaling_of(layer, name))
+    return Scale(magnitude_of(layer, name), squares)
+
+
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether calling one of these modules does more than its class's forward."""
     for module in modules:
@@ -162,6 +182,9 @@ class Source(Protocol):
             UnsupportedLayerError: The adapter's modules must be called, which rows cannot share.
         """
 
+    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
+        """Returns what DoRA scales with on a layer in a slot that uses it there."""
+
     def identity(self, slot: int) -> Hashable:
         """Returns what tells the adapter of a slot from all others."""
 
@@ -190,6 +213,10 @@ class Parameters:
             raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
         return found
 
+    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
+        """See `Source.scale`."""
+        return scale_by_name(layer, self.names[slot])
+
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""
         return self.names[slot]
@@ -216,6 +243,10 @@ class Pool:
             return found
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
+
+    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
+        """See `Source.scale`; a pool keeps g itself (`fastlora.pool.scales`)."""
+        return Scale(self.residents[slot].scales.by_module[layer.table_row], None)
 
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.autograd.dora import adapted_sums, nonzero, scale_of, square_norms
+from fastlora.layers.dense import dense_weight
 from fastlora.layers.dora import uses_dora
-from fastlora.layers.dora_norms import adapter_squares, forget_norms, magnitude_of
+from fastlora.layers.norms import adapter_squares, forget_norms, magnitude_of
+from fastlora.ops.torch.norms import adapted_sums, nonzero, square_norms
+from fastlora.ops.torch.scale import scale_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.
@@ -59,9 +61,9 @@ class Mergeable(nn.Module):
         weight, bias, _ = self._mergeable()
         return versions(weight, bias)
 
-    def _own_share(self) -> Any:
-        """Returns what `dora.adapter_squares` takes as the layer."""
-        return self
+    def _own_weight(self) -> torch.Tensor:
+        """Returns the base weight as a dense matrix, ``[N, K]`` of this process."""
+        return dense_weight(self.get_base_layer())
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
         """Returns an adapter's magnitude, ``[N]`` of this process's weight."""
@@ -208,7 +210,7 @@ class Mergeable(nn.Module):
         """Returns g ``[N]`` of those adapters that use DoRA."""
         dora = [name for name in names if uses_dora(self, [name])]
         return {
-            name: scale_of(self._own_magnitude(name), squares)
+            name: scale_of(self._own_magnitude(name).detach(), squares)
             for name, squares in self._unmerged_squares(dora).items()
         }
 
@@ -219,10 +221,10 @@ class Mergeable(nn.Module):
             return {}
         factors = {name: self._factors(name)[:2] for name in names}
         if not self.merged:
-            share = self._own_share()
+            weight = self._own_weight()
             return {
                 name: self._of_whole_rows(
-                    adapter_squares(share, *factors[name], self.scaling[name], part=True)
+                    adapter_squares(self, *factors[name], self.scaling[name], weight)
                 )
                 for name in names
             }

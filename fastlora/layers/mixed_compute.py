@@ -16,8 +16,7 @@ import torch
 from fastlora import functional
 from fastlora.autograd import mixed
 from fastlora.layers import (
-    dora_mixed,
-    dora_pool,
+    dora_rows,
     mixed_graph,
     mixed_kernels,
     mixed_packed,
@@ -62,7 +61,7 @@ def mixed_forward(
         made = mixed_graph.linear(layer, x, weight, bias, routing, projection)
         if made is not None:
             return made
-    dora = dora_mixed.dora_slots(layer, routing)
+    dora = dora_rows.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_forward(layer, x, weight, bias, routing, projection, dropped)
     return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
@@ -144,7 +143,7 @@ def mixed_added_forward(
         made = mixed_graph.add(layer, y, x, routing, projection)
         if made is not None:
             return made
-    dora = dora_mixed.dora_slots(layer, routing)
+    dora = dora_rows.dora_slots(layer, routing)
     dropped = () if dora is None else dora.dropped
     y = _mixed_added_forward(layer, y, x, routing, projection, inplace, dropped)
     return y if dora is None else _with_dora(layer, y, x, routing, dora, projection)
@@ -205,19 +204,15 @@ def _with_dora(
     y: torch.Tensor,
     x: torch.Tensor,
     routing: Routing,
-    slots: dora_mixed.DoraSlots,
+    slots: dora_rows.DoraSlots,
     projection: int,
 ) -> torch.Tensor:
     """Scales the rows of adapters that use DoRA, and runs those whose dropout acts."""
     x = x.to(functional.autocast_dtype(x) or x.dtype)
     if _by_pool_kernels(layer, y, x, routing):
-        return dora_pool.scale_rows_(layer, y, routing)
-    if not dora_mixed.wants_segments(layer, y, routing, slots):
-        return dora_mixed.scale_rows(layer, y, routing, slots)
-    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
-    found = [(slot, _share_of(layer, x, routing, slot)) for slot in slots.dropped]
-    branches = {slot: factors for slot, factors in found if factors is not None}
-    return dora_mixed.scale_segments(layer, y, x, routing, rows, slots, branches, projection)
+        return dora_rows.scale_pool_rows_(layer, y, routing)
+    own = [_share_of(layer, x, routing, slot) for slot in slots.dropped]
+    return dora_rows.dora_rows(layer, y, x, routing, slots, own, projection)
 
 
 def _without_gradients(

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from fastlora import functional
 from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
-from fastlora.layers import dora_pool, mixed_graph_dora
-from fastlora.layers.mixed_graph_dora import DoraSlots
+from fastlora.layers.dora_rows import rows_in_graph, scale_pool_rows_
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
 from fastlora.ops import schema as ops
@@ -51,7 +50,7 @@ def linear(
     s = shared_shrink(layer, given, x, batch, slots)
     arguments = slots.arguments(batch, projection)
     y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments, s)
-    return _with_dora(layer, y, x, batch, projection, slots.dora)
+    return rows_in_graph(layer, y, x, batch, slots.dora, projection)
 
 
 def add(
@@ -72,19 +71,7 @@ def add(
     s = shared_shrink(layer, given, x, batch, slots)
     arguments = slots.arguments(batch, projection)
     y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments, s)
-    return _with_dora(layer, y, x, batch, projection, slots.dora)
-
-
-def _with_dora(
-    layer: Any,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    batch: Routing,
-    projection: int,
-    slots: DoraSlots,
-) -> torch.Tensor:
-    y = mixed_graph_dora.add_dropped(layer, y, x, batch, projection, slots.dropped)
-    return mixed_graph_dora.scale_rows(layer, y, batch, slots.scaled)
+    return rows_in_graph(layer, y, x, batch, slots.dora, projection)
 
 
 def _serves(layer: Any, *tensors: torch.Tensor | None) -> bool:
@@ -116,7 +103,7 @@ def _pool_kernels(
         *(tables.max_rank, tables.dtype, "auto"),
     )
     y = y.view(*x.shape[:-1], weight.shape[0])
-    return dora_pool.scale_in_graph_(layer, y, batch, rows)
+    return scale_pool_rows_(layer, y, batch)
 
 
 def _pool_add_(layer: Any, y: torch.Tensor, x: torch.Tensor, batch: Routing) -> torch.Tensor:
@@ -130,4 +117,4 @@ def _pool_add_(layer: Any, y: torch.Tensor, x: torch.Tensor, batch: Routing) -> 
     torch.ops.fastlora.lora_add_at_(
         flat, flat_x, own, tables.tensors(), layer.table_row, max_rank, tables.dtype, impl
     )
-    return dora_pool.scale_in_graph_(layer, y, batch, rows)
+    return scale_pool_rows_(layer, y, batch)

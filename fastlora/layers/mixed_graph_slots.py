@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
-from fastlora.layers.mixed_graph_dora import DoraSlots, dora_slots
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.invariant import is_batch_invariant
@@ -65,7 +65,7 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Routing) -> GraphSlots | None:
     ):
         return None
     own = dict(zip(names, found, strict=True))
-    dora = dora_slots(layer, batch)
+    dora = dora_slots(layer, batch) or DoraSlots()
     acting = [
         None if slot in dora.dropped else own.get(name) for slot, name in enumerate(batch.names)
     ]

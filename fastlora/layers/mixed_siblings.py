@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastlora import functional
-from fastlora.layers.dora_mixed import dora_slots
+from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import is_hooked
 from fastlora.layers.mixed_training import shrink, slots_for_kernels
 from fastlora.layers.shared_shrink import LAST, why_not_now

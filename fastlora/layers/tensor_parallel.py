@@ -10,8 +10,18 @@ Shapes on one of T processes, where ``parallelize_module`` split the base layer:
 In both, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on what it has,
 added to its share of y. A product is linear, so partial sums of s ride along in those of y: the
 forward sends nothing that the base layer does not. In the backward dx joins the base layer's
-reduction, and only the whole factor's gradient is summed over the processes. DoRA's scale is in
-`fastlora.layers.tensor_parallel_dora`.
+reduction, and only the whole factor's gradient is summed over the processes.
+
+DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
+
+- column-wise the weight has whole rows, so ``magnitude [N/T]`` is split along with them, and
+  nothing is sent;
+- row-wise it has a part of each row. ``magnitude [N]`` is whole, and the squared norms ``[N]`` are
+  summed over the processes in every forward. Outputs are summed behind it, and g times a sum is the
+  sum of g times each summand: each process scales its own.
+
+What is kept of norms between forwards is each process's own part: whether a forward sends does not
+depend on it, and so no process waits for one that found its part where another did not.
 """
 
 from __future__ import annotations
@@ -25,23 +35,36 @@ from torch import nn
 
 from fastlora import functional
 from fastlora.autograd import mixed
+from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import NOT_OUR_GEMM
 from fastlora.layers.dora import added, uses_dora, why_dora_not_fused
-from fastlora.layers.dora_mixed import dora_slots
-from fastlora.layers.factors import is_hooked, scaling_beside
+from fastlora.layers.dora_rows import (
+    DoraSlots,
+    dora_slots,
+    scale_by_id,
+    scale_table,
+    segments_scaled,
+    wants_segments,
+)
+from fastlora.layers.factors import Scale, is_hooked, scaling_beside, scaling_of
 from fastlora.layers.merging import versions
 from fastlora.layers.mixed_compute import check_unmerged
-from fastlora.layers.own_share import OwnShare, own
-from fastlora.layers.tensor_parallel_dora import COLUMN_WISE, ROW_WISE, TensorParallelDora
+from fastlora.layers.norms import cached_squares, forget_norms
+from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.rows import Rows
+from fastlora.ops.torch.dora_dropped import Dropped
+from fastlora.ops.torch.norms import nonzero
 from fastlora.routing.in_force import routing_of
 from fastlora.routing.routing import Routing
-from fastlora.sharding import is_sharded, whole
+from fastlora.sharding import is_sharded, local, own, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 from fastlora.weight_marks import marks
+
+COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
@@ -74,7 +97,7 @@ def parallel_style(module: nn.Module) -> str | None:
     )
 
 
-class TensorParallelLora(TensorParallelDora):
+class TensorParallelLora(FastLoraWrapper):
     """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` over several processes.
 
     The factors are DTensors over the base layer's mesh: column-wise lora_B is split along N and
@@ -90,6 +113,8 @@ class TensorParallelLora(TensorParallelDora):
     Raises:
         UnsupportedLayerError: It is split in a way that adapters cannot follow, or not at all.
     """
+
+    base_layer: Any  # an nn.Linear whose parameters are DTensors
 
     def __init__(self, base_layer: nn.Module) -> None:
         style = parallel_style(base_layer)
@@ -157,6 +182,25 @@ class TensorParallelLora(TensorParallelDora):
             # Before the hook that parallelize_module registered: it sees this process's share.
             self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
 
+    def reset_magnitude(self, adapter_name: str) -> None:
+        """See `LoraLayer.reset_magnitude`; every process must call it."""
+        from torch.distributed.tensor import DTensor
+
+        super().reset_magnitude(adapter_name)
+        holder: Any = self.lora_magnitude_vector[adapter_name]
+        mesh, placements = self.base_layer.weight.device_mesh, [self._output_placement()]
+        shape, stride = torch.Size([self.out_features]), (1,)
+        magnitude = DTensor.from_local(
+            holder.weight.detach(), mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+        holder.weight = nn.Parameter(magnitude, requires_grad=False)
+
+    def _output_placement(self) -> Any:
+        """How what has one number for each output is spread over the processes."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return Shard(0) if self.style == COLUMN_WISE else Replicate()
+
     def _factor_like(self) -> torch.Tensor | None:
         weight = self.base_layer.weight
         if weight.device_mesh.ndim != 1:
@@ -196,24 +240,37 @@ class TensorParallelLora(TensorParallelDora):
             result = self._mixed(own_x, y.to_local(), *routed)
         else:
             result = y.to_local()
-            dora = [name for name in names if uses_dora(self, [name])]
-            share = self._dora_share(dora, self.impl) if dora else None
+            scales = self._dora_scales([name for name in names if uses_dora(self, [name])])
+            bias = self._own_bias() if scales else None
             for name in names:
-                result = self._added(result, own_x, name, share)
+                result = self._added(result, own_x, name, scales.get(name), bias)
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )
 
     def _added(
-        self, y: torch.Tensor, x: torch.Tensor, name: str, share: OwnShare | None
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        name: str,
+        scale: Scale | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        branch = self._own_branch(name, x)
-        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = branch
+        """Adds one adapter; ``scale`` and ``bias`` are this process's, for DoRA."""
+        factors = self._own_branch(name, x)
+        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
         seed = None
         if dropout_p:
             seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
-        if share is not None and name in share.magnitudes:
-            return added(share, y, x, name, branch, self.impl, True, seed)
+        if scale is not None:
+            x = x.to(functional.autocast_dtype(x) or x.dtype)
+            if seed is None:
+                return added(y, x, factors, bias, *scale, self.impl, True)
+            impl = ops.resolve_impl(self.impl, x)
+            return DoraDropped.apply(
+                *(y, x, self._own_weight(), None, None, None, (dropout_p,), impl, None),
+                *(lora_a, lora_b, *scale, scaling, seed),
+            )
         y = functional.add(
             y, x, lora_a, lora_b, scaling, dropout_p, self.impl, inplace=True, seed=seed
         )
@@ -258,7 +315,33 @@ class TensorParallelLora(TensorParallelDora):
         y = with_absent(self, y, routing, rows)
         if dora is None:
             return y
-        return self._scaled_mixed(y, x, routing, rows, dora, dropped, projection)
+        return self._dora_rows(y, x, routing, rows, dora, dropped, projection)
+
+    def _dora_rows(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        rows: Rows,
+        slots: DoraSlots,
+        own_factors: dict[int, Factors],
+        projection: int,
+    ) -> torch.Tensor:
+        """`fastlora.layers.dora_rows.dora_rows` on this process's share of y."""
+        both = *slots.scaled, *slots.dropped
+        by_name, bias = self._dora_scales([routing.names[slot] for slot in both]), self._own_bias()
+        scales = {slot: by_name[routing.names[slot]] for slot in both}
+        if not wants_segments(self, y, routing, slots):
+            found = [scales[slot] for slot in slots.scaled]
+            table = scale_table(found, slots.scaled, len(routing.names), y.device)
+            return scale_by_id(y, bias, routing.ids, *table)
+        dropped, seeds = {}, routing.seeds_of(projection, torch.device("cpu"))
+        for slot, factors in own_factors.items():
+            lora_a, lora_b, scaling, _, dropout_p, _ = factors
+            seed = self._own_seed(seeds[slot : slot + 1])
+            scale = scales.pop(slot)
+            dropped[slot] = Dropped(lora_a, lora_b, *scale, scaling, seed, dropout_p, "eager")
+        return segments_scaled(y, x, self._own_weight(), bias, rows, scales, dropped)
 
     def _check_layouts(self, x: Any, y: Any) -> None:
         to: Any = x.placements[0] if is_sharded(x) else None
@@ -307,6 +390,54 @@ class TensorParallelLora(TensorParallelDora):
         shared = seed.to(mesh.device_type)
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
+
+    # ----------------------------------------------------------------------------------- DoRA
+
+    def _dora_scales(self, names: list[str]) -> dict[str, Scale]:
+        """Returns what this process scales with for some adapters, all of them with DoRA."""
+        by_column = self.style == COLUMN_WISE
+        magnitudes, sums = [], []
+        for name in names:
+            magnitude: Any = self.lora_magnitude_vector[name]
+            magnitudes.append(own(magnitude.weight, summed=not by_column))
+            lora_a: Any = self.lora_A[name].weight
+            lora_b: Any = self.lora_B[name].weight
+            scaling, weight = scaling_of(self, name), self._own_weight()
+            sums.append(cached_squares(self, name, lora_a, lora_b, scaling, weight))
+        if not names:
+            return {}
+        squares = self._of_whole_rows(torch.stack(sums))  # one message for all
+        return dict(zip(names, map(Scale, magnitudes, squares.unbind()), strict=True))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
+        forget_norms(self)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _own_weight(self) -> torch.Tensor:
+        return local(self.base_layer.weight)
+
+    def _own_bias(self) -> torch.Tensor | None:
+        """This process's share of the base bias in its share of y; all may be trained.
+
+        Row-wise an equal part, as torch adds it. Taken out before the scale and put back behind
+        it, the parts sum up to the bias wherever torch has added it.
+        """
+        bias = self.base_layer.bias
+        if bias is None or self.style == COLUMN_WISE:
+            return None if bias is None else own(bias, summed=False)
+        return own(bias, summed=True) / self.base_layer.weight.device_mesh.size()
+
+    def _of_whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.style == ROW_WISE:
+            sums = sums.clone()
+            group = self.base_layer.weight.device_mesh.get_group()
+            torch.distributed.all_reduce(sums, group=group)
+        return nonzero(sums)
+
+    def _own_magnitude(self, name: str) -> torch.Tensor:
+        magnitude: Any = self.lora_magnitude_vector[name]
+        return local(magnitude.weight)
 
     # ------------------------------------------------------------------------ merging, report
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fastlora.autograd.dora import scale_of
-from fastlora.layers.dora_norms import adapter_squares, base_stamp, may_keep
+from fastlora.layers.norms import adapter_squares, base_stamp, may_keep
+from fastlora.ops.torch.scale import scale_of
 from fastlora.pool.resident import DeviceCopy, Scales
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.transfers import Transfers

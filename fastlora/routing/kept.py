@@ -194,7 +194,7 @@ class BlockKept:
 
     Attributes:
         ready: By number of a layer, what `fastlora.layers.mixed_packed` found out about it.
-        dora: What `fastlora.layers.dora_mixed` keeps of norms.
+        dora: What `fastlora.layers.dora_rows` keeps of norms.
         is_checked: Whether the host has looked at the ids.
     """
 

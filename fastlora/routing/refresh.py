@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.dora_norms import forget_norms
+from fastlora.layers.norms import forget_norms
 from fastlora.pool import pool_of
 from fastlora.weight_marks import marks
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear
-from fastlora.autograd import dora, dora_dropped, dora_linear
-from fastlora.layers import dora_norms
-from fastlora.ops.torch import reference
+from fastlora.autograd import dora
+from fastlora.layers import norms as dora_norms
+from fastlora.ops.torch import dora_dropped, norms, reference
 from fastlora.testing import assert_within_budget
 from tests.support.dora_truth import Problem, make_problem
 from tests.support.dora_truth import dora as plain_dora
@@ -119,9 +119,9 @@ def test_an_output_may_be_written_into(
     """As that of an `nn.Linear` may: gradients are those of a write into a copy."""
     layer = layer_of(make_problem(1, 24, 20, 4, torch.float64, bias=False), use_dora)
     again: list[int] = []
-    plain = dora_linear.scale_columns_backward
+    plain = dora.scale_columns_backward
     monkeypatch.setattr(
-        dora_linear, "scale_columns_backward", lambda *args: again.append(1) or plain(*args)
+        dora, "scale_columns_backward", lambda *args: again.append(1) or plain(*args)
     )
     x = torch.randn(*shape, dtype=torch.float64)
     results = []
@@ -213,9 +213,9 @@ def test_the_norm_joins_the_base_product(
 
     def squares(*args: Any) -> torch.Tensor:
         given.append(len(args) == 6 and args[5] is not None)
-        return dora.adapted_squares(*args)
+        return norms.adapted_squares(*args)
 
-    for module in (dora_linear, dora_dropped, dora_norms):
+    for module in (dora, dora_dropped, dora_norms):
         monkeypatch.setattr(module, "adapted_squares", squares)
     layer(torch.randn(m, 20, requires_grad=True)).sum().backward()
     assert given == [joins]

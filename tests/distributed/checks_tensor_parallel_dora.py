@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_
-from fastlora.layers import dora_norms
+from fastlora.layers import norms as dora_norms
 from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.ops.torch import reference
 from fastlora.sharding import copy_whole_, whole

@@ -179,8 +179,12 @@ def operands() -> dict[str, Any]:
     factors = (a, b, [None, torch.randn(5)], *numbers, [0.0, 0.5], 3, "eager", None)
     shrink = numbers[1], 2, torch.float32, torch.float32
     magnitudes = [torch.rand(5, requires_grad=True) for _ in a]
-    norms = [torch.rand(5) + 1.0 for _ in a], *numbers
-    dora = (x, torch.randn(5, 6), a, b, magnitudes, *norms, [0, 1], [0.5, 0.3], "eager")
+    norms = [torch.rand(5) + 1.0 for _ in a]
+    # Of one rank, and each row with an adapter: memory for s and z is not written elsewhere.
+    rank_3 = [torch.randn(3, 6) for _ in a], [torch.randn(5, 3) for _ in a]
+    parts = zip(*rank_3, magnitudes, norms, numbers[0], numbers[2].split(1), strict=True)
+    batch = ([t.detach() for own in parts for t in own], torch.tensor([0, 1, 0, 1]), [0, 1])
+    dora = (y, x.detach(), torch.randn(5, 6), *batch, [0.5, 0.3], "eager")
     blocks = [torch.randn(2, 6), torch.randn(2, 5)]
     none = torch.zeros(1, 2, dtype=torch.int64)
     addresses = [torch.tensor([[0, block.data_ptr()]]) for block in blocks]
@@ -191,7 +195,8 @@ def operands() -> dict[str, Any]:
         "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
         "mixed_lora_graph_add": (y, x, *factors),
         "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
-        "mixed_dora_graph_dropped": (y, *dora),
+        "dora_dropped": (*dora, True),
+        "dora_dropped_backward": (*dora, torch.randn(8, 3), torch.randn(8, 5), [True] * 8),
         "lora_add_at_": (y, x.detach(), rows, tables, 0, 2, torch.float32, "eager"),
         "kept": blocks,
     }

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import fastlora.layers.dora_norms as dora_layer
-from fastlora.autograd.dora import adapted_squares, scale_of, square_norms
+import fastlora.layers.norms as dora_layer
 from fastlora.bench.measure import peak_step_bytes
+from fastlora.ops.torch.norms import adapted_squares, square_norms
+from fastlora.ops.torch.scale import scale_of
 from tests.support.dora_truth import layer_of, make_problem
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")

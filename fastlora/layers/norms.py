@@ -1,7 +1,4 @@
-"""The norms that DoRA divides by on one layer, and what is kept of them between forwards.
-
-A layer here is one of `fastlora.layers.dora`.
-"""
+"""The norms that DoRA divides by on one layer, and what is kept of them between forwards."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.autograd.dora import adapted_squares, adapted_sums, outside_autocast, square_norms
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.factors import scaling_of
-from fastlora.layers.own_share import OwnShare, local
-from fastlora.sharding import gathers_parameters
+from fastlora.ops.torch.norms import adapted_squares, adapted_sums, outside_autocast, square_norms
+from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks
 
 Stamp = tuple[int, int, int, Mark]
@@ -53,9 +48,8 @@ def forget_norms(layer: Any) -> None:
 
 def magnitude_of(layer: Any, name: str) -> torch.Tensor:
     """Returns an adapter's magnitude, ``[N]``."""
-    if type(layer) is OwnShare:
-        return layer.magnitudes[name]
-    return layer._modules["lora_magnitude_vector"]._modules[name].weight
+    magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
+    return magnitude
 
 
 def stamp_of(tensor: torch.Tensor, base: bool = False) -> Stamp | None:
@@ -91,22 +85,25 @@ def base_stamp(layer: Any) -> tuple[Stamp, NormCache] | None:
 
 
 def adapter_squares(
-    layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any, part: bool = False
+    layer: Any,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: Any,
+    own_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
 
     Args:
         layer: Its base layer has the W.
-        lora_a: ``[R, K]``; of a share perhaps still a DTensor, as lora_b.
+        lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
-        part: Return `adapted_sums` instead: the layer has some of the columns.
+        own_weight: This process's part of W, where it has some of the rows or columns: then
+            `adapted_sums` comes back, of its columns.
     """
-    weight = dense_weight(layer.get_base_layer())
+    weight = dense_weight(layer.get_base_layer()) if own_weight is None else own_weight
+    compute = adapted_squares if own_weight is None else adapted_sums
     squares = base_squares(layer, weight)
-    if type(layer) is OwnShare:
-        lora_a, lora_b = local(lora_a), local(lora_b)
-    compute = adapted_sums if part else adapted_squares
     return outside_autocast(compute, weight, squares, lora_a, lora_b, scaling)
 
 
@@ -118,7 +115,7 @@ def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         # It trains: written to soon, and not every optimizer moves versions.
         _cache(layer).base = None
         return square_norms(weight)
-    own = getattr(_kept_by(layer).get_base_layer(), "weight", None)
+    own = getattr(layer.get_base_layer(), "weight", None)
     stamp = stamp_of(own, base=True) if isinstance(own, torch.Tensor) else None
     if stamp is None:
         return square_norms(weight)
@@ -130,13 +127,7 @@ def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     return known[1]
 
 
-def _kept_by(layer: Any) -> Any:
-    """Returns the layer that keeps norms, and whose parameters tell when they change."""
-    return layer.layer if type(layer) is OwnShare else layer
-
-
 def _cache(layer: Any) -> NormCache:
-    layer = _kept_by(layer)
     cache = layer.__dict__.get("_dora_norms")
     if cache is None:
         cache = layer.__dict__["_dora_norms"] = NormCache()
@@ -144,34 +135,32 @@ def _cache(layer: Any) -> NormCache:
 
 
 def cached_squares(
-    layer: Any, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, part: bool = False
+    layer: Any,
+    name: str,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: Any,
+    own_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
 
     With gradients they are computed in every forward: an optimizer may be about to step, and not
-    all of them move versions.
+    all of them move versions. lora_a and lora_b may be DTensors beside ``own_weight``.
     """
-    scaling = scaling_of(layer, name)
     keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
-    if torch.is_grad_enabled() or not keeps:
-        return adapter_squares(layer, lora_a, lora_b, scaling, part)
-    weight = _kept_by(layer).get_base_layer().weight
-    stamps = [stamp_of(weight, base=True), stamp_of(lora_a), stamp_of(lora_b)]
+    stamps: list[Stamp | None] = [None]
+    if keeps and not torch.is_grad_enabled():
+        weight = layer.get_base_layer().weight
+        stamps = [stamp_of(weight, base=True), stamp_of(lora_a), stamp_of(lora_b)]
+    if own_weight is not None:
+        lora_a, lora_b = local(lora_a), local(lora_b)
     if None in stamps:
-        return adapter_squares(layer, lora_a, lora_b, scaling, part)
+        return adapter_squares(layer, lora_a, lora_b, scaling, own_weight)
     kept = _cache(layer).adapters
     key = (*stamps, scaling)
     known = kept.get(name)
     if known is None or known.key != key:
         with torch.inference_mode(False):
-            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling, part)
+            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling, own_weight)
         known = kept[name] = _Kept(key, value)
     return known.value
-
-
-def source_of(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what g is made of: an adapter's magnitude on a layer, and its squared norms there."""
-    if type(layer) is OwnShare:
-        return layer.magnitudes[name], layer.squares[name]
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return magnitude_of(layer, name), cached_squares(layer, name, lora_a, lora_b)
