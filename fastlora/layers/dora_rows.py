@@ -26,7 +26,6 @@ from fastlora.layers.dora import records_gradients
 from fastlora.layers.factors import Scale, scaling_of, scaling_tensor
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Rows, Segment, sort_rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.dora_dropped import Dropped
@@ -96,7 +95,6 @@ def dora_rows(
     x: torch.Tensor,
     routing: Routing,
     slots: DoraSlots,
-    own: Sequence[Factors | None],
     projection: int,
 ) -> torch.Tensor:
     """Returns ``y [..., N]`` with DoRA in its rows.
@@ -107,7 +105,6 @@ def dora_rows(
         x: ``[..., K]``, in the dtype that the layer computes in.
         routing: The batch's.
         slots: Of `dora_slots`.
-        own: Factors of the dropped slots.
         projection: The layer's number in its model.
     """
     bias, source = bias_of(layer), routing.source
@@ -120,12 +117,14 @@ def dora_rows(
     if routing.residents is not None:  # a later block may write other scales where these lie
         scales = {slot: Scale(g.clone(), None) for slot, (g, _) in scales.items()}
     dropped: dict[int, Dropped] = {}
-    impl = ops.resolve_impl(getattr(layer, "impl", "auto"), x)
-    seeds = routing.seeds_of(projection, x.device if impl == "triton" else torch.device("cpu"))
-    for slot, factors in zip(slots.dropped, own, strict=True):
-        if factors is not None and slot in present:
+    for slot in slots.dropped:
+        factors = source.factors(layer, slot, x) if slot in present else None
+        if factors is not None:
             lora_a, lora_b, scaling, _, dropout_p, _ = factors
-            seed, scale = seeds[slot : slot + 1], source.scale(layer, slot)
+            impl = ops.resolve_impl(getattr(layer, "impl", "auto"), x)
+            device = x.device if impl == "triton" else torch.device("cpu")
+            seed = routing.seeds_of(projection, device)[slot : slot + 1]
+            scale = source.scale(layer, slot)
             dropped[slot] = Dropped(lora_a, lora_b, *scale, scaling, seed, dropout_p, impl)
     weight = dense_weight(layer.get_base_layer()) if dropped else None
     return segments_scaled(y, x, weight, bias, rows, scales, dropped)

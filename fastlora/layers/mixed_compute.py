@@ -211,8 +211,7 @@ def _with_dora(
     x = x.to(functional.autocast_dtype(x) or x.dtype)
     if _by_pool_kernels(layer, y, x, routing):
         return dora_rows.scale_pool_rows_(layer, y, routing)
-    own = [_share_of(layer, x, routing, slot) for slot in slots.dropped]
-    return dora_rows.dora_rows(layer, y, x, routing, slots, own, projection)
+    return dora_rows.dora_rows(layer, y, x, routing, slots, projection)
 
 
 def _without_gradients(
