@@ -16,8 +16,8 @@ from fastlora.model.estimate import Estimate, estimate
 from fastlora.model.recommend import Recommendation, recommend
 from fastlora.ops.invariant import batch_invariant
 from fastlora.pool import AdapterPool
+from fastlora.pool.refresh import refresh
 from fastlora.routing.block import adapters
-from fastlora.routing.refresh import refresh
 from fastlora.train import (
     AdapterOptimizers,
     adapter_losses,

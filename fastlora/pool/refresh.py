@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastlora.layers.norms import forget_norms
-from fastlora.pool import pool_of
+from fastlora.pool.pool import pool_of
 from fastlora.weight_marks import marks
 
 
