@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd.mixed_autograd import KernelBatch, MixedLoraLinearKernels
+from fastlora.autograd.linear import Call, run
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_strategies import Rows
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
@@ -110,11 +110,12 @@ def _segments(p: MixedTrainProblem) -> Results:
 
 
 def _kernels(plan: str, p: MixedTrainProblem) -> Results:
-    batch = KernelBatch(p.groups, p.scaling, None, [0.0] * len(p.scaling), plan, p.impl)
+    impl = "opaque" if p.impl == "eager" else p.impl  # the operators, in PyTorch too
+    call = Call(impl, plan, (0.0,) * len(p.scaling), p.groups)
     factors: list[Any] = []
     for lora_a, lora_b in zip(p.factors[::2], p.factors[1::2], strict=True):
         factors += [lora_a, lora_b, None]
-    y = MixedLoraLinearKernels.apply(p.x, p.weight, None, batch, None, *factors)
+    y = run(p.x, p.weight, None, None, call, p.scaling, None, factors)
     return _backward(p, y)
 
 

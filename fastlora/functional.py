@@ -185,21 +185,26 @@ def linear(
     impl: str = "auto",
     plan: str = "auto",
     shrunk: Shrunk | None = None,
+    lora_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`lora_linear` for layers, which know that their tensors fit.
 
     ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x). ``shrunk``
     is this layer's of `shrink`, where siblings shared that; x, dropout_p and impl are then those
-    that it was made with.
+    that it was made with. ``lora_bias`` ``[N]`` is not scaled, and goes with a scaling without
+    dimensions.
     """
     if (
         not dropout_p
         and shrunk is None
+        and (lora_bias is None or lora_bias.dtype is x.dtype)
         and (impl == "auto" or impl == "eager")
         and plan == "auto"
         and not is_batch_invariant()
         and autograd.records_natively(x, weight, bias, lora_a, lora_b, scaling)
     ):
+        if lora_bias is not None:
+            bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
         return autograd.native_linear(x, weight, bias, lora_a, lora_b, scaling)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -213,22 +218,12 @@ def linear(
         impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
     else:
         impl = ops.resolve_impl(impl, x)
-    if shrunk is None:
-        s, seed = None, ops.draw_seed(x, impl) if dropout_p > 0.0 else None
-    else:
+    if shrunk is not None:
         s, seed = shrunk
-        lora_a = lora_a.detach()
-    args = (x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan, s)
-    if torch.is_grad_enabled() and (
-        s is not None
-        or x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        return autograd.LoraLinear.apply(*args)
-    return autograd.forward_linear(*args)[0]
+    else:
+        s, seed = None, ops.draw_seed(x, impl) if dropout_p > 0.0 else None
+    call, factors = autograd.Call(impl, plan, (dropout_p,)), (lora_a, lora_b, lora_bias)
+    return autograd.run(x, weight, bias, None, call, scaling, seed, factors, s)
 
 
 def add(
@@ -242,6 +237,7 @@ def add(
     inplace: bool = False,
     shrunk: Shrunk | None = None,
     seed: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`lora_add` for layers, which know that their tensors fit; the rest as in `linear`.
 
@@ -258,17 +254,13 @@ def add(
     device = x.device
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
-    impl = ops.resolve_impl(impl, x)
+    impl, s = ops.resolve_impl(impl, x), None
     if shrunk is not None:
         s, seed = shrunk
-        args = (y, x, lora_a.detach(), lora_b, scaling, seed, dropout_p, impl)
-        return autograd.LoraAdd.apply(*args, s)
-    if dropout_p > 0.0 and seed is None:
+    elif dropout_p > 0.0 and seed is None:
         seed = ops.draw_seed(x, impl)
-    args = (y, x, lora_a, lora_b, scaling, seed, dropout_p, impl)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
-        return autograd.LoraAdd.apply(*args, None)
-    return autograd.forward_add(*args, inplace)[0]
+    call, factors = autograd.Call(impl, "auto", (dropout_p,)), (lora_a, lora_b, lora_bias)
+    return autograd.run(x, None, None, y, call, scaling, seed, factors, s, inplace)
 
 
 def shrink(

@@ -37,9 +37,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(18, 14, 20, 10),
-    "one adapter": Budget(33, 16, 36, 14),
-    "mixed training": Budget(65, 20, 70, 16),
+    "one adapter, few rows": Budget(18, 15, 20, 10),
+    "one adapter": Budget(35, 18, 36, 14),
+    "mixed training": Budget(64, 25, 70, 16),
     "mixed decode": Budget(18, 9, 20, 8),
 }
 

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from fastlora.autograd.linear import forward_linear, plain_backward
-from fastlora.ops.gradients import Needs, Saved, layer_gradients
-from fastlora.ops.torch import products, reference
+from fastlora.autograd.linear import plain_backward
+from fastlora.ops.torch import products, reference, single
 from fastlora.ops.torch.norms import adapted_squares, norm_joins, outside_autocast
 from fastlora.ops.torch.scale import (
     scale_columns,
@@ -134,6 +133,20 @@ def _joined(
     return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
 
 
+def _apart(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns u ``[..., N]`` and s, all in x's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    u, s = products.linear(rows, weight.to(x.dtype)), reference.lora_shrink(rows, lora_a)
+    reference.lora_expand_(u, s, lora_b, scaling)
+    return u.view(*x.shape[:-1], weight.shape[0]), s
+
+
 class DoraLinear(torch.autograd.Function):
     """``y = g * (x @ weight.T + scaling * x @ lora_a.T @ lora_b.T)``.
 
@@ -163,9 +176,7 @@ class DoraLinear(torch.autograd.Function):
         if norm_joins(x, weight, lora_a.shape[0]):
             u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
         else:
-            u, s = forward_linear(
-                x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto", None
-            )
+            u, s = _apart(x, weight, lora_a, lora_b, scaling)
         squares = outside_autocast(adapted_squares, weight, base_squares, *own, norm_scaling, cross)
         _, _, _, needs_b, needs_m, *_ = ctx.needs_input_grad
         scale = scale_of(magnitude, squares)
@@ -189,8 +200,7 @@ class DoraLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])
         from_y = ctx.counter is not None
         if from_y and ctx.counter._version != ctx.version:
-            args = (x, weight, None, lora_a, lora_b, scaling, None, 0.0, "eager", "auto")
-            kept, from_y = forward_linear(*args)[0], False
+            kept, from_y = _apart(x, weight, lora_a, lora_b, scaling)[0], False
         rows = None if kept is None else kept.reshape(dy.shape)
         d_magnitude: torch.Tensor | None
         if from_y and rows is not None:
@@ -198,9 +208,9 @@ class DoraLinear(torch.autograd.Function):
             d_magnitude = sums / magnitude.to(squares.dtype)
         else:
             du, d_magnitude = scale_columns_backward(dy, rows, magnitude, squares)
-        saved = Saved(x, lora_a, lora_b, scaling, s, None)
-        needs = Needs(needs_x, needs_a, needs_b, False)
-        found = layer_gradients(du, weight, saved, needs, 0.0, "eager", "auto")
+        flat = x.reshape(-1, x.shape[-1])
+        wanted = single.Wanted(needs_x, needs_a, needs_b)
+        found = single.gradients(du, weight, flat, lora_a, lora_b, scaling, s, None, 0.0, wanted)
         dx = None if found.dx is None else found.dx.view(ctx.x_shape)
         if d_magnitude is not None:
             d_magnitude = d_magnitude.to(magnitude.dtype)

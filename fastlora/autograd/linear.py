@@ -1,114 +1,140 @@
-"""The autograd functions above the operators: what is saved, and every gradient.
+"""The one autograd function of a linear with adapters: what is saved, and every gradient.
 
-Saved for backward are x itself, s (unless it is cheap to make again), the seed and the parameters;
-never a cast or dropped copy of x, nor a mask. Whatever needs no gradient is neither saved nor
-computed.
+`run` takes a base weight, or what the base layer made; one adapter for all rows, or many with
+`fastlora.ops.rows.Rows`; an s that a sibling made, or none. Saved for backward are x itself, s
+(unless it is cheap to make again), the seeds and the parameters; never a cast or dropped copy of x,
+nor a mask. Whatever needs no gradient is neither saved nor computed.
 
-One function does a layer; on a CPU, where rows are few, PyTorch's own nodes do (`native_linear`),
-which save s always. Where layers fed by the same tensor share their passes over it, the
-graph has two kinds of node: `LoraShrink` makes every sibling's s, and its backward yields their
-d_lora_a and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with
-the LoRA term inside, ds (the gradient of s) and d_lora_b.
+On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`), which save
+s always. Where layers fed by the same tensor share their passes over it, the graph has two kinds of
+node: `LoraShrink` makes every sibling's s, and its backward yields their d_lora_a and nothing else;
+each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA term inside, ds
+(the gradient of s) and d_lora_b.
 
-Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
-``y [M, N]``, ``scaling`` a number or ``[R]``; x and y may have any leading dimensions.
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
+``lora_b [N, R]``, ``lora_bias [N]`` or None, not scaled; s as in `fastlora.ops.backend.Backend`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora.ops.gradients import Needs, Saved, grad_a, keep_mask, layer_gradients
-from fastlora.ops.torch import products, reference
+import fastlora.ops.operators  # noqa: F401  # registers a backend
+from fastlora.ops.backend import BACKENDS, Wanted
+from fastlora.ops.factors import operands_of
+from fastlora.ops.layout import present
+from fastlora.ops.rows import Rows
+from fastlora.ops.torch import products
+from fastlora.ops.torch.backend import is_wide
 
-# From so many times its rank a layer is wide enough that a CPU makes s again for under 1 % of the
-# layer's products. For all layers of SmolLM2 that costs 1.2 % of a step in fp32 and saves 0.75 %
-# of its peak memory (2 x 128 tokens, rank 16, one Xeon core), for the wide ones a quarter of both.
-_WIDE = 64
 # Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
 # PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
 _FEW_ROWS = 1024
 # And so many in a wide layer, whose s PyTorch's nodes save: at 256 rows 3 % of a step.
 _FEW_WIDE_ROWS = 512
 
-
-def is_wide(lora_b: torch.Tensor) -> bool:
-    """Whether s is cheap to make again beside the products of the layer."""
-    n, r = lora_b.shape
-    return n >= _WIDE * r
+_Factor = torch.Tensor | None
 
 
-def keeps_s(x: torch.Tensor, lora_b: torch.Tensor, impl: str) -> bool:
-    """Whether s is saved; else the backward makes it again from the x that it reads anyway."""
-    return impl == "triton" or x.device.type != "cpu" or not is_wide(lora_b)
+class Call(NamedTuple):
+    """What a call is beside tensors.
 
-
-def _shrink(
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    impl: str,
-) -> torch.Tensor:
-    if impl == "triton":
-        return torch.ops.fastlora.lora_shrink(x, [], [lora_a], 1, seed, [dropout_p], impl)
-    if seed is None:
-        return reference.lora_shrink(x, lora_a)
-    dropped = reference.select_(keep_mask(x, seed, dropout_p, after=None), x)
-    return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
-
-
-def _shrink_together(x: torch.Tensor, lora_a: list[torch.Tensor], impl: str) -> torch.Tensor:
-    """Returns the s of siblings without dropout side by side, ``[M, R]``."""
-    if impl == "triton":
-        none = [0.0] * len(lora_a)
-        return torch.ops.fastlora.lora_shrink(x, [], lora_a, len(lora_a), None, none, impl)
-    return reference.lora_shrink(x, torch.cat([a.to(x.dtype) for a in lora_a]))
-
-
-def forward_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    impl: str,
-    plan: str,
-    s: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``(y [..., N], s [M, R])`` without recording a graph; x is ``[..., K]``.
-
-    ``s`` is made here unless a sibling made it. The eager path calls PyTorch directly: under
-    `torch.compile` its ops are then visible.
+    Attributes:
+        impl: Name of the backend.
+        plan: As in `fastlora.functional.lora_linear`.
+        dropout_p: Probability that acts on each adapter.
+        rows: Which adapter each row has; None where one has all.
+        slots: Slot of each adapter; None where they are 0 to ``S - 1``.
     """
+
+    impl: str
+    plan: str = "auto"
+    dropout_p: tuple[float, ...] = (0.0,)
+    rows: Rows | None = None
+    slots: tuple[int, ...] | None = None
+
+
+def run(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    call: Call,
+    scaling: torch.Tensor,
+    seeds: torch.Tensor | None,
+    factors: Sequence[_Factor],
+    s: torch.Tensor | None = None,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Returns ``[..., N]``: a base product, or a given y, with every row's own adapter.
+
+    Args:
+        x: The input, in the dtype of the products.
+        weight, bias: Of the base layer; None where y is given.
+        y: The base layer's output.
+        call: What else the call is.
+        scaling: fp32 (fp64 beside an fp64 x) ``[S]``; of one adapter without rows also ``[R]`` or
+            without dimensions.
+        seeds: Of the adapters' dropout, int64 ``[S]``; None where none acts.
+        factors: ``lora_a, lora_b, lora_bias`` of each adapter in turn; three None where an adapter
+            leaves the layer alone.
+        s: Of `LoraShrink`, where a sibling made it.
+        inplace: Whether y may be overwritten where no gradient is recorded.
+    """
+    if s is not None:  # the gradient of lora_a comes through it
+        factors = list(factors)
+        factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
+    if records_gradients(x, weight, bias, y, s, *factors):
+        return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
+    return _forward(x, weight, bias, y, s, scaling, seeds, call, factors, inplace)[0]
+
+
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether a graph is recorded through one of these."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    s: torch.Tensor | None,
+    scaling: torch.Tensor,
+    seeds: torch.Tensor | None,
+    call: Call,
+    factors: Sequence[_Factor],
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``[..., N]`` and s without recording a graph."""
     dtype, shape = x.dtype, x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    if weight.dtype != dtype:
+    if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if impl == "triton":
-        factors = [lora_a, lora_b, None]
-        drop = seed, [dropout_p]
-        y, *own = torch.ops.fastlora.lora_linear(
-            rows, weight, bias, [], s, factors, scaling, *drop, impl, plan
-        )
-        made = own[0] if s is None else s
-    else:
-        made = _shrink(rows, lora_a, seed, dropout_p, impl) if s is None else s
-        y = reference.lora_linear(rows, weight, bias, made, lora_b, scaling)
+    given = y
+    if y is not None:
+        if not y.is_contiguous():
+            y, inplace = y.contiguous(), True
+        y = y.view(-1, y.shape[-1])
+    operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
+    made, s = BACKENDS[call.impl].forward(
+        rows, weight, bias, y, operands, call.rows, s, call.plan, inplace
+    )
+    if made is y and given is not None and given.is_contiguous():
+        return given, s
     if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
-        y = torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
-    return y, made
+        made = torch.ops.aten._unsafe_view.default(made, (*shape[:-1], made.shape[-1]))
+    return made, s
 
 
 def records_natively(
@@ -150,7 +176,7 @@ def native_linear(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """`LoraLinear`, or `forward_linear` without gradients, in PyTorch's own nodes.
+    """`run` in PyTorch's own nodes.
 
     The same bits. No Python runs in the backward, and little here: between two products of a large
     model its code has left the cache, and each call takes microseconds. Saves x, ``scaling * s``
@@ -164,31 +190,6 @@ def native_linear(
     if len(shape) == 2:
         return y
     return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
-
-
-def forward_add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    impl: str,
-    inplace: bool,
-    s: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``(y + LoRA(x), s)`` without recording a graph; in place only if y is contiguous."""
-    if s is None:
-        s = _shrink(x.reshape(-1, x.shape[-1]), lora_a, seed, dropout_p, impl)
-    if not inplace or not y.is_contiguous():
-        y = y.clone(memory_format=torch.contiguous_format)
-    rows = y.view(-1, y.shape[-1])
-    if impl == "triton":
-        torch.ops.fastlora.lora_expand_(rows, s, [], [lora_b], [None], scaling, impl)
-    else:
-        reference.lora_expand_(rows, s, lora_b, scaling)
-    return y, s
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:
@@ -210,143 +211,87 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """``y = x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+    """`run` where a graph is recorded; y itself is not written.
 
-    Saves x, s, the seed and the parameters; the dropout mask is made again from the seed. With an
-    ``s`` that `LoraShrink` made, ``lora_a`` comes detached and x is not saved.
+    Saves x, s, the seeds and the parameters; dropout masks are made again from the seeds. With an
+    ``s`` that `LoraShrink` made, every lora_a comes detached and x is not saved for it.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        scaling: torch.Tensor,
-        seed: torch.Tensor | None,
-        dropout_p: float,
-        impl: str,
-        plan: str,
+        y: torch.Tensor | None,
         s: torch.Tensor | None,
+        scaling: torch.Tensor,
+        seeds: torch.Tensor | None,
+        call: Call,
+        *factors: Any,  # tensors, or None
     ) -> torch.Tensor:
-        y, s = forward_linear(
-            x, weight, bias, lora_a, lora_b, scaling, seed, dropout_p, impl, plan, s
-        )
-        _, needs_weight, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        ctx.dropout_p, ctx.impl = dropout_p, impl
-        ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
+        made, s = _forward(x, weight, bias, y, s, scaling, seeds, call, factors)
+        needs = ctx.needs_input_grad
+        needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
+        saves_s = call.rows is not None
+        if needs_b and not saves_s:
+            saves_s = BACKENDS[call.impl].keeps_s(x, factors[1])
+        saves_x = needs_a or needs[1] or (needs_b and not saves_s)
+        ctx.call, ctx.x_shape, ctx.x_dtype = call, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        saves_s = needs_b and keeps_s(x, lora_b, impl)
         ctx.save_for_backward(
-            x if needs_a or needs_weight or (needs_b and not saves_s) else None,
-            weight,
-            lora_a,
-            lora_b,
-            scaling,
-            s if saves_s else None,
-            seed,
+            x if saves_x else None, weight, s if saves_s else None, scaling, seeds, *factors
         )
-        ctx.x_shape = x.shape
-        return y
+        return made
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, *_, needs_s = ctx.needs_input_grad
+        # Once: what checkpoints recompute can be taken a single time.
+        x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_y, needs_s, _, _, _, *needs = ctx.needs_input_grad
+        call = ctx.call
         dy = grad.reshape(-1, grad.shape[-1])
-        found = layer_gradients(
+        if dy.dtype != ctx.x_dtype:
+            dy = dy.to(ctx.x_dtype)
+        flat = None if x is None else x.reshape(-1, x.shape[-1])
+        plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
+        found = BACKENDS[call.impl].gradients(
             dy,
             weight,
-            Saved(x, *saved),
-            Needs(needs_x, needs_a, needs_b, needs_s, needs_bias),
-            ctx.dropout_p,
-            ctx.impl,
-            ctx.plan,
+            flat,
+            operands_of(factors, scaling, call.dropout_p, seeds, call.slots),
+            call.rows,
+            s,
+            Wanted(needs_x, needs_bias, needs_s, needs),
+            plan,
         )
-        dx, d_bias = found.dx, found.d_bias
-        d_weight = None
-        if needs_weight:
-            d_weight = products.mm(dy.t(), x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if d_bias is not None:
-            d_bias = d_bias.to(ctx.bias_dtype)
-        if dx is not None:
-            dx = dx.view(ctx.x_shape)
-        factors = found.d_lora_a, found.d_lora_b
+        dx, d_bias, d_weight = found.dx, found.d_bias, None
+        if needs_weight and flat is not None:
+            d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (
-            dx,
+            None if dx is None else dx.view(ctx.x_shape),
             d_weight,
-            d_bias,
-            *factors,
-            None,
-            None,
-            None,
-            None,
-            None,
+            d_bias.to(ctx.bias_dtype) if needs_bias and d_bias is not None else None,
+            grad if needs_y else None,
             found.ds if needs_s else None,
-        )
-
-
-class LoraAdd(torch.autograd.Function):
-    """``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``, for a base layer that is called as it is.
-
-    Never in place: what made y may need it for its own backward. ``s`` as in `LoraLinear`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        scaling: torch.Tensor,
-        seed: torch.Tensor | None,
-        dropout_p: float,
-        impl: str,
-        s: torch.Tensor | None,
-    ) -> torch.Tensor:
-        result, s = forward_add(y, x, lora_a, lora_b, scaling, seed, dropout_p, impl, False, s)
-        _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        ctx.dropout_p, ctx.impl = dropout_p, impl
-        saves_s = needs_b and keeps_s(x, lora_b, impl)
-        ctx.save_for_backward(
-            x if needs_a or (needs_b and not saves_s) else None,
-            lora_a,
-            lora_b,
-            scaling,
-            s if saves_s else None,
-            seed,
-        )
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return result
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _, needs_x, needs_a, needs_b, *_, needs_s = ctx.needs_input_grad
-        dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
-        found = layer_gradients(
-            dy,
             None,
-            Saved(*ctx.saved_tensors),
-            Needs(needs_x, needs_a, needs_b, needs_s),
-            ctx.dropout_p,
-            ctx.impl,
-            "auto",
+            None,
+            None,
+            *(
+                gradient if wanted else None
+                for gradient, wanted in zip(found.factors, needs, strict=True)
+            ),
         )
-        dx = None if found.dx is None else found.dx.view(ctx.x_shape)
-        d_factors, ds = (found.d_lora_a, found.d_lora_b), found.ds if needs_s else None
-        return grad, dx, *d_factors, None, None, None, None, ds
 
 
 class LoraShrink(torch.autograd.Function):
-    """``s_i = dropout_i(x) @ lora_a_i.T`` of layers that are fed by the same x, ``[M, R_i]`` each.
+    """s of G layers that are fed by the same x.
 
-    Saves x, the seeds and the factors. The backward reads x once for all ``d_lora_a_i``; x's
-    gradient is not its part, so x comes detached.
+    Takes x detached, since its gradient is not this node's part; of each layer a seed or None, and
+    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Saves x,
+    the seeds and the factors. The backward reads x once for all d_lora_a; a layer with an s that
+    nobody used takes no part in it.
     """
 
     @staticmethod
@@ -356,38 +301,47 @@ class LoraShrink(torch.autograd.Function):
         seeds: tuple[torch.Tensor | None, ...],
         dropouts: tuple[float, ...],
         impl: str,
-        *lora_a: torch.Tensor,
+        rows: Rows | None,
+        *lora_a: _Factor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dropouts, ctx.impl = dropouts, impl
+        ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
         ctx.save_for_backward(x, *lora_a, *seeds)
-        rows = x.reshape(-1, x.shape[-1])
-        shrunk: list[torch.Tensor | None] = [None] * len(lora_a)
-        bare = [index for index, seed in enumerate(seeds) if seed is None]
-        if len(bare) > 1:
-            some = [lora_a[index] for index in bare]
-            parts = _shrink_together(rows, some, impl).split([a.shape[0] for a in some], dim=1)
-            for index, part in zip(bare, parts, strict=True):
-                shrunk[index] = part
-        return tuple(
-            _shrink(rows, lora_a[index], seeds[index], dropouts[index], impl) if s is None else s
-            for index, s in enumerate(shrunk)
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        layers = _by_layer(lora_a, len(dropouts))
+        return tuple(BACKENDS[impl].shrink(flat, layers, seeds, dropouts, rows))
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         count = len(ctx.dropouts)
         x, *saved = ctx.saved_tensors
-        lora_a, seeds = saved[:count], saved[count:]
-        rows = x.reshape(-1, x.shape[-1])
-        needs = ctx.needs_input_grad[4:]
-        wanted = [i for i in range(count) if needs[i] and grads[i] is not None]
-        found: list[torch.Tensor | None] = [None] * count
+        lora_a, seeds = saved[: len(saved) - count], saved[len(saved) - count :]
+        each, needs = len(lora_a) // count, ctx.needs_input_grad[5:]
+        found: list[torch.Tensor | None] = [None] * len(lora_a)
+        wanted = [
+            i
+            for i in range(count)
+            if grads[i] is not None and any(needs[i * each : (i + 1) * each])
+        ]
         if wanted:
             ds: Any = [grads[i] for i in wanted]
-            pairs = [lora_a[i] for i in wanted], [seeds[i] for i in wanted]
-            gradients = grad_a(rows, ds, *pairs, [ctx.dropouts[i] for i in wanted], ctx.impl)
-            for index, gradient in zip(wanted, gradients, strict=True):
-                found[index] = gradient
-        return None, None, None, None, *found
+            layers = _by_layer(lora_a, count)
+            gradients = BACKENDS[ctx.impl].grad_a(
+                x.reshape(-1, x.shape[-1]),
+                ds,
+                [layers[i] for i in wanted],
+                [seeds[i] for i in wanted],
+                [ctx.dropouts[i] for i in wanted],
+                ctx.rows,
+            )
+            places = [i * each + slot for i in wanted for slot in range(each)]
+            for place, gradient in zip(places, gradients, strict=True):
+                found[place] = gradient if needs[place] else None
+        return None, None, None, None, None, *found
+
+
+def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
+    """Returns the lora_a of each layer, of rank 0 where an adapter leaves it alone."""
+    each = len(lora_a) // layers
+    return [present(lora_a[start : start + each], 0) for start in range(0, len(lora_a), each)]

@@ -5,7 +5,7 @@ factors of every adapter that the model has are arguments, whether it has rows o
 graph serves any mix. In the backward, adapters without rows get zeros.
 
 `mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
-autograd is traced, into `fastlora.autograd.mixed_autograd`. The last is called by layers fed by the
+autograd is traced, into `fastlora.autograd.linear`. The last is called by layers fed by the
 same x with the factors of all, as in `fastlora.autograd.sibling_ops`, and each hands its s to its
 own operator. Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.autograd import mixed_autograd
+from fastlora.autograd.linear import Call, LoraShrink, run
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.schema import composes, define
 from fastlora.ops.seeds import seeds_of_layer
@@ -39,33 +39,35 @@ define(
 )
 
 
-def _batch(
+def _call(
     x: torch.Tensor,
-    scaling: torch.Tensor,
     ids: torch.Tensor,
     seeds: torch.Tensor,
     dropout_p: list[float],
     projection: int,
     impl: str,
-) -> mixed_autograd.KernelBatch:
+) -> tuple[Call, torch.Tensor | None]:
+    """Returns what `run` takes beside tensors, and the layer's dropout seeds."""
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):
         drawn = seeds_of_layer(seeds, projection)
         if impl == "triton":
             drawn = drawn.to(x.device, non_blocking=True)
-    return mixed_autograd.KernelBatch(rows, scaling, drawn, dropout_p, impl=impl)
+    # How rows lie is not to be seen by whoever traces.
+    return Call(_opaque(impl), "auto", tuple(dropout_p), rows), drawn
+
+
+def _opaque(impl: str) -> str:
+    return "opaque" if impl == "eager" else impl
 
 
 def _in_turn(
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
-    s: torch.Tensor | None,
 ) -> list[torch.Tensor | None]:
-    """Returns each slot's factors in turn; with an s the gradient of lora_a comes through it."""
-    if s is not None:
-        lora_a = [factor.detach() for factor in lora_a]
+    """Returns each slot's factors in turn."""
     return [tensor for slot in zip(lora_a, lora_b, lora_bias, strict=True) for tensor in slot]
 
 
@@ -85,9 +87,9 @@ def _mixed_lora_graph_linear(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias, s)
-    return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
+    call, drawn = _call(x, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias)
+    return run(x, weight, bias, None, call, scaling, drawn, factors, s)
 
 
 @composes("mixed_lora_graph_add")
@@ -105,9 +107,9 @@ def _mixed_lora_graph_add(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch = _batch(x, scaling, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias, s)
-    return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
+    call, drawn = _call(x, ids, seeds, dropout_p, projection, impl)
+    factors = _in_turn(lora_a, lora_b, lora_bias)
+    return run(x, None, None, y, call, scaling, drawn, factors, s)
 
 
 @composes("mixed_lora_graph_shrink")
@@ -131,11 +133,12 @@ def _mixed_lora_graph_shrink(
 
     def make(some: range) -> tuple[torch.Tensor, ...]:
         rows = x.detach().to(dtype)
-        # Of scalings and dropout this node has nothing.
-        batch = _batch(rows, rows.new_empty(0), ids, ids.new_empty(0), [0.0] * slots, 0, impl)
+        m = rows.numel() // rows.shape[-1]
         factors = [by_place.get(module * slots + slot) for module in some for slot in range(slots)]
-        made: tuple[torch.Tensor, ...]
-        made = mixed_autograd.MixedLoraShrinkKernels.apply(rows, batch, *factors)
+        none = (None,) * len(some), (0.0,) * len(some)
+        made: tuple[torch.Tensor, ...] = LoraShrink.apply(
+            rows, *none, _opaque(impl), sort_rows(ids, m, slots, rows.device), *factors
+        )
         return made
 
     if not is_traced(x):

@@ -64,4 +64,4 @@ def shrink_siblings(
     """
     x = x.detach().to(dtype)
     seeds = tuple(ops.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
-    return autograd.LoraShrink.apply(x, seeds, tuple(dropout_p), impl, *lora_a), seeds
+    return autograd.LoraShrink.apply(x, seeds, tuple(dropout_p), impl, None, *lora_a), seeds

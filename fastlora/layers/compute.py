@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,35 +38,38 @@ def _called(
     return y
 
 
-def _together(layer: AdapterLayer, x: torch.Tensor, names: list[str]) -> list[Factors] | None:
+class _Together(NamedTuple):
+    """The adapters that act, as few calls as can be.
+
+    Attributes:
+        adapters: One for each call.
+        bias: Scaled lora_biases of adapters that became one call, ``[N]``; or None.
+    """
+
+    adapters: list[Factors]
+    bias: torch.Tensor | None = None
+
+
+def _together(layer: AdapterLayer, x: torch.Tensor, names: list[str]) -> _Together | None:
     """Returns the active adapters as one, unless dropout masks x for each alone.
 
-    A lora_bias is scaled. None where the modules of one of them must be called.
+    None where the modules of one of them must be called.
     """
     found = []
     for name in names:
         factors = factors_of(layer, name, x)
         if factors is None:
             return None
-        found.append(_with_scaled_bias(factors))
+        found.append(factors)
     if len(found) == 1 or any(factors.dropout_p for factors in found):
-        return found
-    biases = [factors.lora_bias for factors in found if factors.lora_bias is not None]
-    scalings: list[Any] = [factors.scaling for factors in found]
-    return [
-        Factors(
-            torch.cat([factors.lora_a for factors in found]),
-            torch.cat([factors.lora_b for factors in found], dim=1),
-            torch.cat([s.expand(f.lora_a.shape[0]) for s, f in zip(scalings, found, strict=True)]),
-            sum(biases[1:], biases[0]) if biases else None,
-        )
-    ]
-
-
-def _with_scaled_bias(factors: Factors) -> Factors:
-    if factors.lora_bias is None:
-        return factors
-    return factors._replace(lora_bias=factors.lora_bias * factors.scaling)
+        return _Together(found)
+    biases = [f.lora_bias * f.scaling for f in found if f.lora_bias is not None]
+    joined = Factors(
+        torch.cat([factors.lora_a for factors in found]),
+        torch.cat([factors.lora_b for factors in found], dim=1),
+        torch.cat([factors.scaling.expand(factors.lora_a.shape[0]) for factors in found]),
+    )
+    return _Together([joined], sum(biases[1:], biases[0]) if biases else None)
 
 
 def lora_forward(
@@ -87,21 +90,27 @@ def lora_forward(
         names: Active adapters that the layer has, at least one.
         impl: As in `fastlora.functional.lora_linear`.
     """
-    alone, first, others = len(names) == 1, None, []
-    if alone:
+    others: list[Factors] = []
+    if len(names) == 1:
         first = factors_of(layer, names[0], x)
-    elif (found := _together(layer, x, names)) is not None:
-        first, *others = found
+        shrunk = None if first is None else shared_shrink(layer, x, first, impl)
+    else:
+        found, first, shrunk = _together(layer, x, names), None, None
+        if found is not None:
+            first, *others = found.adapters
+            bias = bias if found.bias is None else _sum(bias, found.bias)
     if first is None:
         refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, F.linear(x, weight, bias), x, names)
-    shrunk = shared_shrink(layer, x, first, impl) if alone else None
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = first
-    if lora_bias is not None:
-        lora_bias = lora_bias * scaling if alone else lora_bias
-        bias = lora_bias if bias is None else bias + lora_bias
-    y = functional.linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, shrunk=shrunk)
+    y = functional.linear(
+        x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, "auto", shrunk, lora_bias
+    )
     return _add(y, x, others, impl, inplace=True) if others else y
+
+
+def _sum(bias: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    return more if bias is None else bias + more
 
 
 def lora_added_forward(
@@ -117,8 +126,9 @@ def lora_added_forward(
     found = _together(layer, x, names)
     if found is None:
         return _called(layer, y, x, names)
-    shrunk = shared_shrink(layer, x, found[0], impl) if len(names) == 1 else None
-    return _add(y, x, found, impl, inplace, shrunk)
+    shrunk = shared_shrink(layer, x, found.adapters[0], impl) if len(names) == 1 else None
+    y = _add(y, x, found.adapters, impl, inplace, shrunk)
+    return y if found.bias is None else y + found.bias.to(y.dtype)
 
 
 def _add(
@@ -130,8 +140,8 @@ def _add(
     shrunk: functional.Shrunk | None = None,
 ) -> torch.Tensor:
     for lora_a, lora_b, scaling, lora_bias, dropout_p, _ in adapters:
-        y = functional.add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace, shrunk)
-        if lora_bias is not None:
-            y = y + lora_bias.to(y.dtype)
+        y = functional.add(
+            y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace, shrunk, None, lora_bias
+        )
         inplace = True
     return y

@@ -193,7 +193,7 @@ def scaled(
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, None, magnitude, squares)
     rows = scale_columns(u.reshape(-1, u.shape[-1]), bias, scale_of(magnitude, squares), True)
-    return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see forward_linear
+    return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see `run`
 
 
 def _dropped(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from fastlora import functional
-from fastlora.autograd import mixed
+from fastlora.autograd.linear import records_gradients
 from fastlora.layers import (
     dora_rows,
     mixed_graph,
@@ -25,9 +25,10 @@ from fastlora.layers import (
 )
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.compute import NOT_OUR_GEMM
+from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors, Tables
+from fastlora.ops.factors import Slots, Tables
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed_forward
@@ -100,7 +101,9 @@ def _mixed_forward(
         own = mixed_training.slots_for_kernels(layer, x, routing, without)
         if own is not None:
             s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, own)
-            y = mixed_training.linear(x, weight, bias, routing, projection, own, s)
+            y = mixed_training.mixed_run(
+                x, weight, bias, None, routing, projection, own, "triton", s=s
+            )
             return with_all_absent(layer, y, x, routing)
     if bare:
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
@@ -109,12 +112,12 @@ def _mixed_forward(
             y = packed_forward.linear(mixed_packed.flat(x), weight, bias, rows, *found)
             return y.view(*x.shape[:-1], weight.shape[0])
     rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
-    shares, factors = _shares(layer, x, routing, rows, projection, without)
-    if _wants_grad(x, weight, bias, *factors):
+    slots = _present(layer, x, routing, rows, without)
+    if not bare:
         mixed_siblings.note_apart(layer, given)
-        y = mixed.MixedLoraLinear.apply(x, weight, bias, rows, shares, *factors)
-    else:
-        y = mixed.forward_linear(x, weight, bias, rows, shares, factors)[0]
+    y = mixed_training.mixed_run(
+        *(x, weight, bias, None, routing, projection, slots, "eager", rows.present), rows=rows
+    )
     return with_absent(layer, y, routing, rows)
 
 
@@ -179,24 +182,20 @@ def _mixed_added_forward(
         own = mixed_training.slots_for_kernels(layer, x, routing, without)
         if own is not None:
             s = mixed_siblings.shared_shrink(layer, given, x, routing, projection, own)
-            y = mixed_training.add(y, x, routing, projection, own, s)
+            y = mixed_training.mixed_run(x, None, None, y, routing, projection, own, "triton", s=s)
             return with_all_absent(layer, y, x, routing, own=any(own.own))
     elif layer.impl == "triton":
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {y.dtype} for x in {x.dtype}"
         )
     rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
-    shares, factors = _shares(layer, x, routing, rows, projection, without)
-    wants_grad = _wants_grad(y, x, *factors)
-    if wants_grad:
+    slots = _present(layer, x, routing, rows, without)
+    if not bare:
         mixed_siblings.note_apart(layer, given)
-    if not shares:
-        return with_absent(layer, y, routing, rows, own=False)
-    if wants_grad:
-        y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-    else:
-        y = mixed.forward_add(y, x, rows, shares, factors)[0]
-    return with_absent(layer, y, routing, rows)
+    y = mixed_training.mixed_run(
+        *(x, None, None, y, routing, projection, slots, "eager", rows.present), rows=rows
+    )
+    return with_absent(layer, y, routing, rows, own=any(slots.own))
 
 
 def _with_dora(
@@ -219,12 +218,12 @@ def _without_gradients(
 ) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
     if routing.captured:  # of a pool, whose adapters drop nothing
-        return not _wants_grad(*tensors)
+        return not records_gradients(*tensors)
     if layer.training:
         return False
     # A pool's factors have no gradients; those of parameters are not asked one by one.
     return not torch.is_grad_enabled() or (
-        routing.residents is not None and not _wants_grad(*tensors)
+        routing.residents is not None and not records_gradients(*tensors)
     )
 
 
@@ -283,43 +282,16 @@ def _own_rows(y: torch.Tensor, inplace: bool) -> torch.Tensor:
     return flat if inplace or flat.data_ptr() != y.data_ptr() else flat.clone()
 
 
-# ------------------------------------------------------------------------------------- shares
-
-
-def _shares(
+def _present(
     layer: AdapterLayer,
     x: torch.Tensor,
     routing: Routing,
     rows: Rows,
-    projection: int,
-    without: tuple[int, ...] = (),
-) -> tuple[list[mixed.Share], tuple[torch.Tensor, ...]]:
-    """Returns what each adapter with rows here contributes, and all their factors in turn."""
-    shares: list[mixed.Share] = []
-    factors: list[torch.Tensor | None] = []
-    for segment in rows.segments:
-        branch = None if segment.slot in without else _share_of(layer, x, routing, segment.slot)
-        if branch is None:
-            continue
-        if branch.lora_a.device != x.device:
-            check_same_device(x, lora_a=branch.lora_a, lora_b=branch.lora_b)
-        seed = None
-        if branch.dropout_p:
-            seeds = routing.seeds_of(projection, torch.device("cpu"))
-            seed = seeds[segment.slot : segment.slot + 1]
-        shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
-        # lora_bias is scaled already.
-        factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
-    return shares, tuple(factors)  # type: ignore[arg-type]  # a lora_bias may be None
-
-
-def _share_of(layer: AdapterLayer, x: torch.Tensor, routing: Routing, slot: int) -> Factors | None:
-    """Returns one adapter's factors with a scaled lora_bias; None where the layer lacks it."""
-    factors = routing.source.factors(layer, slot, x)
-    if factors is None or factors.lora_bias is None:
-        return factors
-    return factors._replace(lora_bias=factors.lora_bias * factors.scaling)
-
-
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    without: tuple[int, ...],
+) -> Slots:
+    """Returns the adapters that have rows; those of ``without`` are None."""
+    slots = slots_of(routing.source, layer, rows.present, without)
+    for factors in slots.own:
+        if factors is not None and factors.lora_a.device != x.device:
+            check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)
+    return slots

@@ -2,7 +2,7 @@
 
 Siblings are found, and results are used, as in `fastlora.layers.shared_shrink`: the first sibling
 that is called makes everybody's s in one node, whose backward forms all their d_lora_a
-(`fastlora.autograd.mixed_autograd.MixedLoraShrinkKernels`). PyTorch's products share nothing in a
+(`fastlora.autograd.linear.LoraShrink`). PyTorch's products share nothing in a
 mixed batch, which the fusion report says.
 """
 
@@ -73,7 +73,8 @@ def note_apart(layer: Any, x: torch.Tensor) -> None:
         layer: Any.
         x: Its input, the very tensor that it was called with: it shows who its siblings are.
     """
-    if torch.compiler.is_compiling():  # what a graph does is noted by `mixed_graph`
+    # What a graph does is noted by `mixed_graph`.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     family = family_of(layer, x)
     if family is not None:
@@ -115,7 +116,7 @@ def _share(
             why = f"of its siblings, {reason}"
     if len(found) < 2:
         return None, why or LAST, []
-    made = shrink(rows, routing, projection, [own for _, own in found])
+    made = shrink(rows, routing, [own for _, own in found], "triton")
     shares = [(member, _key(own), s) for (member, own), s in zip(found, made, strict=True)]
     return made[0], "", shares[1:]
 

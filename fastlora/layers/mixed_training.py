@@ -1,20 +1,22 @@
-"""A mixed batch with gradients, or dropout, on Triton kernels: from a layer to one function."""
+"""A mixed batch with gradients, or dropout: from a layer to one function."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd import mixed_autograd
+from fastlora.autograd.linear import Call, LoraShrink, run
 from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Slots
+from fastlora.ops.rows import Rows
 from fastlora.ops.triton.tables import table
 from fastlora.routing.routing import Routing
-from fastlora.validation import ImplementationError, check_same_device
+from fastlora.validation import ImplementationError, check_dropout_dtype, check_same_device
 
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -61,109 +63,93 @@ def _why_not(routing: Routing, slots: Slots) -> str:
     return ""
 
 
-def linear(
+def mixed_run(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    y: torch.Tensor | None,
     routing: Routing,
-    projection: int,
+    number: int,
     slots: Slots,
+    impl: str,
+    which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
-    plan: str = "auto",
+    seeds: torch.Tensor | None = None,
+    inplace: bool = False,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
-    """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
+    """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or None.
+        weight, bias: Of a plain linear base layer; None where y is given.
+        y: ``[..., N]``, what the base layer made.
         routing: The batch's.
-        projection: The layer's number in its model, which makes its dropout its own.
-        slots: Of `slots_for_kernels`.
-        s: The layer's own of `shrink`, or None: it is made here.
-        plan: As in `fastlora.functional.lora_linear`.
+        number: The layer's in its model, which makes its dropout its own.
+        slots: The adapters.
+        impl: Name of the backend.
+        which: Their slots; None for all.
+        s: Of `shrink`, or None: it is made here.
+        seeds: Of their dropout, ``[S]``; None for those of the routing.
+        inplace: Whether y may be overwritten where no gradient is recorded.
+        rows: Of the batch; None to look them up.
     """
-    if not any(slots.own):
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    batch, factors = _batch(x, routing, projection, slots, plan, s)
-    if _wants_grad(x, weight, bias, *factors):
-        return mixed_autograd.MixedLoraLinearKernels.apply(x, weight, bias, batch, s, *factors)
-    return mixed_autograd.forward_linear(x, weight, bias, batch, factors)[0]
-
-
-def add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    routing: Routing,
-    projection: int,
-    slots: Slots,
-    s: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns ``y [..., N]`` plus every row's own adapter for ``x [..., K]``; s as in `linear`."""
-    if not any(slots.own):
+    tensors: list[torch.Tensor | None] = []
+    scalings: list[Any] = []
+    dropout_p: list[float] = []
+    found = drops = False
+    for factors in slots.own:
+        if factors is None:
+            tensors += (None, None, None)
+            scalings.append(0.0)
+            dropout_p.append(0.0)
+            continue
+        found, drops = True, drops or bool(factors.dropout_p)
+        tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
+        scalings.append(factors.scaling)
+        dropout_p.append(factors.dropout_p)
+    if not found and y is not None:
         return y
-    batch, factors = _batch(x, routing, projection, slots, "auto", s)
-    if _wants_grad(y, x, *factors):
-        return mixed_autograd.MixedLoraAddKernels.apply(y, x, None, batch, s, *factors)
-    return mixed_autograd.forward_add(y, x, batch, factors)[0]
+    if not found:
+        base: Any = weight
+        return F.linear(x, base.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if drops and seeds is None:
+        check_dropout_dtype(x.dtype)
+        seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
+        seeds = seeds if which is None else seeds[list(which)]
+    rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
+    call = Call(impl, "auto", tuple(dropout_p), rows, which)
+    return run(x, weight, bias, y, call, scalings_beside(scalings, x), seeds, tensors, s, inplace)
 
 
 def shrink(
-    x: torch.Tensor, routing: Routing, projection: int, layers: Sequence[Slots]
+    x: torch.Tensor, routing: Routing, layers: Sequence[Slots], impl: str
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the s of layers that are fed by the same x and drop nothing, for `linear` and `add`.
+    """Returns the s of layers that are fed by the same x and drop nothing, for `mixed_run`.
 
     In the backward x is read once for all their d_lora_a.
 
     Args:
         x: ``[..., K]``.
         routing: The batch's.
-        projection: Of the first layer.
-        layers: The adapters on each layer.
+        layers: The adapters on each layer, all slots.
+        impl: Name of the backend.
     """
-    batch, _ = _batch(x, routing, projection, layers[0], "auto", None)
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
     lora_a = [lora_a for slots in layers for lora_a in slots.tensors()[::3]]
-    found: tuple[torch.Tensor, ...] = mixed_autograd.MixedLoraShrinkKernels.apply(
-        x.detach(), batch, *lora_a
-    )
+    none = (None,) * len(layers), (0.0,) * len(layers)
+    found: tuple[torch.Tensor, ...] = LoraShrink.apply(x.detach(), *none, impl, rows, *lora_a)
     return found
 
 
-def _batch(
-    x: torch.Tensor,
-    routing: Routing,
-    projection: int,
-    slots: Slots,
-    plan: str,
-    s: torch.Tensor | None,
-) -> tuple[mixed_autograd.KernelBatch, list[torch.Tensor | None]]:
-    """Returns what kernels read of the batch, and the factors of all slots in turn.
+def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
+    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
 
-    The gradient of a lora_a comes through the s that was made with it, if one was.
+    A tensor of PEFT's compiled hot swap is read on its device.
     """
-    dropout_p = slots.dropout_p
-    batch = mixed_autograd.KernelBatch(
-        routing.rows(x.numel() // x.shape[-1], x.device),
-        _scalings(slots, x.device),
-        routing.seeds_of(projection, x.device) if any(dropout_p) else None,
-        dropout_p,
-        plan,
-    )
-    factors = slots.tensors()
-    if s is not None:
-        factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
-    return batch, factors
-
-
-def _scalings(slots: Slots, device: torch.device) -> torch.Tensor:
-    """Returns the scalings as fp32 ``[S]``; a tensor of PEFT's compiled hot swap is read there."""
-    values = [0.0 if factors is None else factors.scaling for factors in slots.own]
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        return table(tuple(float(value) for value in values), torch.float32, device)
-    return torch.stack(
-        [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values]
-    )
-
-
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
+            return torch.stack(same)
+    return table(tuple(values), dtype, x.device)

@@ -34,7 +34,6 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlora import functional
-from fastlora.autograd import mixed
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers.absent import with_absent
 from fastlora.layers.compute import NOT_OUR_GEMM
@@ -50,10 +49,11 @@ from fastlora.layers.dora_rows import (
 from fastlora.layers.factors import Scale, is_hooked, scaling_beside, scaling_of
 from fastlora.layers.merging import versions
 from fastlora.layers.mixed_compute import check_unmerged
+from fastlora.layers.mixed_training import mixed_run
 from fastlora.layers.norms import cached_squares, forget_norms
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.dora_dropped import Dropped
@@ -271,10 +271,12 @@ class TensorParallelLora(FastLoraWrapper):
                 *(y, x, self._own_weight(), None, None, None, (dropout_p,), impl, None),
                 *(lora_a, lora_b, *scale, scaling, seed),
             )
-        y = functional.add(
-            y, x, lora_a, lora_b, scaling, dropout_p, self.impl, inplace=True, seed=seed
+        return functional.add(
+            *(y, x, lora_a, lora_b, scaling, dropout_p, self.impl),
+            inplace=True,
+            seed=seed,
+            lora_bias=lora_bias,
         )
-        return y if lora_bias is None else y + lora_bias.to(y.dtype)
 
     def _mixed(
         self, x: torch.Tensor, y: torch.Tensor, routing: Routing, projection: int
@@ -288,30 +290,24 @@ class TensorParallelLora(FastLoraWrapper):
         dtype = functional.autocast_dtype(x)
         x = x.to(dtype or x.dtype)
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
-        shares: list[mixed.Share] = []
-        factors: list[torch.Tensor | None] = []
+        which = rows.present
         dora, dropped = dora_slots(self, routing), {}
-        for segment in rows.segments:
-            name = routing.names[segment.slot]
-            if name not in self.lora_A:
-                continue
-            branch = self._own_branch(name, x)
-            if dora is not None and segment.slot in dora.dropped:
-                dropped[segment.slot] = branch
-                continue
-            seed = None
-            if branch.dropout_p:
-                seeds = routing.seeds_of(projection, torch.device("cpu"))
-                seed = self._own_seed(seeds[segment.slot : segment.slot + 1])
-            shares.append(mixed.Share(segment, branch.scaling, seed, branch.dropout_p))
-            factors += [branch.lora_a, branch.lora_b, branch.lora_bias]
-        wanted = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (y, x, *factors)
+        own_factors: list[Factors | None] = []
+        for slot in which:
+            name = routing.names[slot]
+            factors = self._own_branch(name, x) if name in self.lora_A else None
+            if factors is not None and dora is not None and slot in dora.dropped:
+                dropped[slot], factors = factors, None
+            own_factors.append(factors)
+        slots, seeds = Slots(tuple(own_factors)), None
+        if any(slots.dropout_p):
+            seeds = routing.seeds_of(projection, torch.device("cpu"))[list(which)]
+            seeds = self._own_seed(seeds)
+        y = mixed_run(
+            *(x, None, None, y, routing, projection, slots, "eager", which),
+            seeds=seeds,
+            rows=rows,
         )
-        if shares and wanted:
-            y = mixed.MixedLoraAdd.apply(y, x, None, rows, shares, *factors)
-        elif shares:
-            y = mixed.forward_add(y, x, rows, shares, tuple(factors))[0]  # type: ignore[arg-type]
         y = with_absent(self, y, routing, rows)
         if dora is None:
             return y
@@ -360,7 +356,7 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def _own_branch(self, name: str, x: torch.Tensor) -> Factors:
-        """Returns this process's share of an adapter as plain tensors; its lora_bias is scaled."""
+        """Returns this process's share of an adapter as plain tensors; all of it unscaled."""
         up, dropout = self.lora_B[name], self.lora_dropout[name]
         for module in (self.lora_A[name], up, dropout):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
@@ -373,7 +369,7 @@ class TensorParallelLora(FastLoraWrapper):
         if lora_bias is not None:
             # Row-wise, all shares of y are summed: the bias goes into the first one.
             first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()
-            lora_bias = own(lora_bias, summed=not by_column) * (self.scaling[name] * first)
+            lora_bias = own(lora_bias, summed=not by_column) * first
         return Factors(
             own(self.lora_A[name].weight, summed=by_column),
             own(up.weight, summed=not by_column),

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from fastlora import env
 from fastlora.validation import ImplementationError, check_dropout_dtype
+
+if TYPE_CHECKING:
+    from fastlora.ops.factors import Operands
+    from fastlora.ops.rows import Rows
+
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
@@ -102,3 +107,133 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     check_dropout_dtype(x.dtype)
     device = x.device if impl == "triton" else torch.device("cpu")
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a layer are wanted.
+
+    Attributes:
+        x: Of x.
+        bias: Of the base bias.
+        s: Of an s that was given.
+        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn.
+    """
+
+    x: bool
+    bias: bool
+    s: bool
+    factors: Sequence[bool]
+
+
+class Gradients(NamedTuple):
+    """Gradients of a layer; None for those that are not wanted.
+
+    Attributes:
+        dx: ``[M, K]``.
+        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn; None also where an
+            adapter has no rows.
+        ds: ``[M, R]``.
+        d_bias: ``[N]`` of the base bias.
+    """
+
+    dx: torch.Tensor | None
+    factors: list[torch.Tensor | None]
+    ds: torch.Tensor | None
+    d_bias: torch.Tensor | None
+
+
+class Backend(Protocol):
+    """An implementation of a linear with adapters; what calls it knows its name only.
+
+    Shapes: ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, ``y`` and ``dy [M, N]``. With rows, s and
+    ds are ``[M, R]`` at sorted positions, R at least the largest rank; without, one adapter has all
+    rows, and its rank is R.
+    """
+
+    def keeps_s(self, x: torch.Tensor, lora_b: torch.Tensor) -> bool:
+        """Whether a backward of one adapter needs the forward's s; else it makes s anew from x."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        y: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        plan: str,
+        inplace: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the base layer's product with every row's own adapter, and s.
+
+        Args:
+            x: The input.
+            weight: Of the base layer, in x's dtype; None where y is its output.
+            bias: Of the base layer, in any dtype; None with y.
+            y: The base layer's output, contiguous; None with a weight.
+            operands: The adapters.
+            rows: Which adapter each row has.
+            s: Where a sibling made it; else it is made here.
+            plan: As in `fastlora.functional.lora_linear`.
+            inplace: Whether y may be overwritten.
+        """
+
+    def gradients(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor | None,
+        x: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        wanted: Wanted,
+        plan: str,
+    ) -> Gradients:
+        """Returns the gradients of `forward` but that of the base weight.
+
+        Args:
+            dy: Any strides, in x's dtype.
+            weight: As in `forward`, any dtype; None for dx of the adapters' term alone.
+            x: None where no gradient needs it.
+            operands, rows, plan: As in `forward`.
+            s: Of `forward`, where `keeps_s`.
+            wanted: Which gradients.
+        """
+
+    def shrink(
+        self,
+        x: torch.Tensor,
+        lora_a: Sequence[Sequence[torch.Tensor]],
+        seeds: Sequence[torch.Tensor | None],
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor]:
+        """Returns s of each of G layers that are fed by the same x.
+
+        Args:
+            x: Their input.
+            lora_a: Of each layer the adapters', by slot; one without rows.
+            seeds: Of each layer int64 ``[1]``, or None; all None with rows.
+            dropout_p: Of each layer.
+            rows: Which adapter each row has.
+        """
+
+    def grad_a(
+        self,
+        x: torch.Tensor,
+        ds: Sequence[torch.Tensor],
+        lora_a: Sequence[Sequence[torch.Tensor]],
+        seeds: Sequence[torch.Tensor | None],
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor | None]:
+        """Returns the gradients of `shrink`'s lora_a, of all layers in turn."""
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Makes a backend known under a name that ``impl`` resolves to."""
+    BACKENDS[name] = backend

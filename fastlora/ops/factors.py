@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.ops.layout import present
+
 
 class Factors(NamedTuple):
     """One adapter on one linear.
@@ -77,6 +79,43 @@ class Slots(NamedTuple):
             else:
                 own.append(factors._replace(lora_a=lora_a, lora_b=lora_b, lora_bias=lora_bias))
         return Slots(tuple(own), self.key)
+
+
+class Operands(NamedTuple):
+    """The adapters of one linear as functions, backends and operators take them.
+
+    Attributes:
+        lora_a, lora_b, lora_bias: Of each adapter ``[R, K]``, ``[N, R]``, ``[N]`` or None, not
+            scaled. An adapter that leaves the linear alone has rank 0.
+        scaling: ``[S]``, one number an adapter; for a single adapter without dimensions or ``[R]``.
+        dropout_p: Probability that acts on each.
+        seeds: Dropout seed of each, int64 ``[S]``; None where no dropout acts.
+        slots: Slot of each adapter; None where they are 0 to ``S - 1``.
+    """
+
+    lora_a: list[torch.Tensor]
+    lora_b: list[torch.Tensor]
+    lora_bias: list[torch.Tensor | None]
+    scaling: torch.Tensor
+    dropout_p: tuple[float, ...]
+    seeds: torch.Tensor | None = None
+    slots: tuple[int, ...] | None = None
+
+
+def operands_of(
+    tensors: Sequence[torch.Tensor | None],
+    scaling: torch.Tensor,
+    dropout_p: tuple[float, ...],
+    seeds: torch.Tensor | None,
+    slots: tuple[int, ...] | None,
+) -> Operands:
+    """Returns the operands of what `Slots.tensors` returned."""
+    if len(tensors) == 3:
+        lora_a, lora_b, lora_bias = tensors
+        if lora_a is not None and lora_b is not None:
+            return Operands([lora_a], [lora_b], [lora_bias], scaling, dropout_p, seeds, slots)
+    downs, ups = present(tensors[::3], 0), present(tensors[1::3], 1)
+    return Operands(downs, ups, list(tensors[2::3]), scaling, dropout_p, seeds, slots)
 
 
 class Tables(NamedTuple):

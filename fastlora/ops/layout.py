@@ -22,10 +22,15 @@ _PLANE_ROWS = 16384
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
     """Returns factors of rank 0 for None. Ranks of lora_a are dimension 0, of lora_b 1."""
-    first = next(factor for factor in factors if factor is not None)
-    shape = list(first.shape)
+    found = list[torch.Tensor]()
+    for factor in factors:
+        if factor is not None:
+            found.append(factor)
+    if len(found) == len(factors):
+        return found
+    shape = list(found[0].shape)
     shape[rank_dim] = 0
-    none = first.new_empty(shape)
+    none = found[0].new_empty(shape)
     return [none if factor is None else factor for factor in factors]
 
 

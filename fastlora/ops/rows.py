@@ -108,6 +108,11 @@ class Rows:
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
 
     @functools.cached_property
+    def present(self) -> tuple[int, ...]:
+        """The slots that have rows."""
+        return tuple(segment.slot for segment in self.segments)
+
+    @functools.cached_property
     def _slot_of_ids(self) -> torch.Tensor:
         """The ids on the CPU, int64 ``[B]``; `INVALID_SLOT` for those out of range."""
         if self.ids is None:

@@ -177,7 +177,7 @@ def test_checkpoints_outside_the_block_and_in_another_thread(use_reentrant: bool
 
 
 def test_saved_tensors() -> None:
-    """x, s, seeds and parameters, and nothing of the size of y or of another copy of x."""
+    """x, s, seeds, scalings and parameters; nothing of the size of y or of another copy of x."""
     model = trainable(3, torch.float32, lora_dropout=0.1).train()
     layer = model.base_model.model.q
     x = torch.randn(40, 64, requires_grad=True)
@@ -194,7 +194,7 @@ def test_saved_tensors() -> None:
         layer(x)
     known = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
     others = [tensor for tensor in saved if tensor.data_ptr() not in known]
-    assert sorted(tuple(tensor.shape) for tensor in others) == [(3,), (40, 64)]  # seeds and s
+    assert sorted(tuple(tensor.shape) for tensor in others) == [(3,), (3,), (40, 64)]
     assert sum(tensor.data_ptr() == x.data_ptr() for tensor in saved) == 1
 
 

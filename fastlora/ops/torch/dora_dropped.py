@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.gradients import keep_mask
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.norms import adapted_squares, norm_joins, outside_autocast
 from fastlora.ops.torch.scale import scale_of, scaled_with_sums, times
+from fastlora.ops.torch.single import keep_mask
 
 
 def joins(

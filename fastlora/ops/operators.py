@@ -1,0 +1,218 @@
+"""The backend of the registered operators: Triton's kernels, and PyTorch within compiled graphs.
+
+An operator is opaque to compilers, which see neither Triton nor, in a mixed batch, how rows lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastlora.ops import schema  # noqa: F401 - registers operators
+from fastlora.ops.backend import Gradients, Wanted, register_backend
+from fastlora.ops.factors import Operands
+from fastlora.ops.layout import Factor, split_grad_a, split_grad_b
+from fastlora.ops.rows import Rows
+from fastlora.ops.torch import reference
+from fastlora.ops.torch.backend import joined_bias
+from fastlora.ops.triton.configs import rows_listed, runs_a, runs_b
+
+RunsOf = Callable[[Rows, torch.dtype, int], tuple[list[torch.Tensor], int]]
+
+
+class OperatorBackend:
+    """See `fastlora.ops.backend.Backend`.
+
+    Args:
+        impl: What the operators run: ``"triton"``, or ``"eager"`` for PyTorch.
+    """
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+
+    def keeps_s(self, x: torch.Tensor, lora_b: torch.Tensor) -> bool:
+        """Always: its kernel reads s."""
+        return True
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        y: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        plan: str,
+        inplace: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `fastlora.ops.backend.Backend.forward`."""
+        lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
+        drop, operators = (seeds, list(dropout_p)), torch.ops.fastlora
+        if weight is not None:
+            biases: Sequence[Factor] = lora_bias
+            if rows is None and lora_bias[0] is not None:  # of one adapter a base bias takes it
+                bias, biases = joined_bias(bias, lora_bias[0], scaling), [None]
+            factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
+            base = x, weight, None if bias is None else bias.to(x.dtype)
+            sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
+            y, *own = operators.lora_linear(
+                *base, sorted_rows, s, factors, scaling, *drop, self.impl, plan
+            )
+            return y, own[0] if s is None else s
+        if y is None:
+            raise ValueError("neither a base weight nor a base output is given")
+        if s is None:
+            s = operators.lora_shrink(x, self._in_pieces(rows), lora_a, 1, *drop, self.impl)
+            s = s if rows is None else s.squeeze(0)
+        y = y if inplace else y.clone(memory_format=torch.contiguous_format)
+        biases = lora_bias if rows is not None else [None]
+        operators.lora_expand_(y, s, self._whole(rows), lora_b, biases, scaling, self.impl)
+        if rows is None and lora_bias[0] is not None:
+            y += (lora_bias[0] * scaling).to(y.dtype)
+        return y, s
+
+    def _whole(self, rows: Rows | None) -> list[torch.Tensor]:
+        return [] if rows is None else rows.tensors()
+
+    def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
+        """What operators that shrink take as rows; PyTorch has no pieces."""
+        if rows is None or self.impl != "triton":
+            return self._whole(rows)
+        return rows_listed(rows)
+
+    def gradients(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor | None,
+        x: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        wanted: Wanted,
+        plan: str,
+    ) -> Gradients:
+        """See `fastlora.ops.backend.Backend.gradients`."""
+        lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
+        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, torch.ops.fastlora
+        found: list[torch.Tensor | None] = [None] * len(wants)
+        d_bias, sums = None, wanted.bias or (rows is None and wants[2])
+        if rows is not None:
+            own, run = self._in_runs(runs_b, rows, dy)
+            with_bias = [bias is not None for bias in lora_bias]
+            with_factors = any(wants[1::3]) or any(wants[2::3])
+            ds, packed, _ = operators.lora_grad_b(
+                dy, s, own, run, lora_b, with_bias, scaling, with_factors, self.impl
+            )
+            if with_factors:
+                for slot, pair in enumerate(split_grad_b(packed, lora_b, with_bias)):
+                    found[3 * slot + 1 : 3 * slot + 3] = pair
+        elif wants[1]:
+            ds, found[1], d_bias = operators.lora_grad_b(
+                dy, s, [], 0, lora_b, [sums], scaling, True, self.impl
+            )
+        else:
+            ds = reference.lora_ds(dy, lora_b[0], scaling)
+        if sums and (d_bias is None or rows is not None):
+            d_bias = dy.sum(0)
+        if rows is None and wants[2] and d_bias is not None:
+            found[2] = d_bias * scaling
+        dx = None
+        if wanted.x:
+            base = None if weight is None else weight.to(dy.dtype)
+            dx = operators.lora_grad_x(
+                dy, base, ds, self._whole(rows), lora_a, *drop, self.impl, plan
+            )
+        if x is not None and any(wants[::3]):
+            found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows)
+        if wanted.s and rows is not None and torch.is_anomaly_enabled():
+            ds = _without_the_unwritten(ds, rows, lora_a)
+        return Gradients(dx, found, ds, d_bias)
+
+    def _in_runs(
+        self, of: RunsOf, rows: Rows, like: torch.Tensor
+    ) -> tuple[list[torch.Tensor], int]:
+        """Returns rows, and how many make a run, of an operator over ``[M, columns]``."""
+        if self.impl != "triton":
+            return rows.tensors(), 0
+        return of(rows, like.dtype, like.shape[1])
+
+    def _grad_a(
+        self,
+        x: torch.Tensor,
+        ds: Sequence[torch.Tensor],
+        lora_a: Sequence[torch.Tensor],
+        seeds: torch.Tensor | None,
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor]:
+        """Returns the gradients of the lora_a of G layers, for one ds each."""
+        operator, drop = torch.ops.fastlora.lora_grad_a, (seeds, list(dropout_p))
+        if rows is None:
+            made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
+            return made
+        own, run = self._in_runs(runs_a, rows, x)
+        (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
+        return split_grad_a(packed, lora_a)
+
+    # ---------------------------------------------------------------------------------- siblings
+
+    def shrink(
+        self,
+        x: torch.Tensor,
+        lora_a: Sequence[Sequence[torch.Tensor]],
+        seeds: Sequence[torch.Tensor | None],
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor]:
+        """See `fastlora.ops.backend.Backend.shrink`."""
+        operator, flat = torch.ops.fastlora.lora_shrink, [a for own in lora_a for a in own]
+        if rows is not None:
+            none = [0.0] * len(flat)
+            s = operator(x, self._in_pieces(rows), flat, len(lora_a), None, none, self.impl)
+            return list(s.unbind())
+        found: dict[int, torch.Tensor] = {}
+        bare = [index for index, seed in enumerate(seeds) if seed is None]
+        if len(bare) > 1:
+            some = [flat[index] for index in bare]
+            s = operator(x, [], some, len(some), None, [0.0] * len(some), self.impl)
+            parts = s.split([a.shape[0] for a in some], dim=1)
+            found = dict(zip(bare, parts, strict=True))
+        for index, (a, seed, p) in enumerate(zip(flat, seeds, dropout_p, strict=True)):
+            if index not in found:
+                found[index] = operator(x, [], [a], 1, seed, [p], self.impl)
+        return [found[index] for index in range(len(flat))]
+
+    def grad_a(
+        self,
+        x: torch.Tensor,
+        ds: Sequence[torch.Tensor],
+        lora_a: Sequence[Sequence[torch.Tensor]],
+        seeds: Sequence[torch.Tensor | None],
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor | None]:
+        """See `fastlora.ops.backend.Backend.grad_a`."""
+        flat, all_seeds = [a for own in lora_a for a in own], None
+        if rows is not None:
+            dropout_p = [0.0] * len(flat)
+        elif any(seed is not None for seed in seeds):
+            any_seed = next(seed for seed in seeds if seed is not None)
+            all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
+        return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows)]
+
+
+def _without_the_unwritten(
+    ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Returns ds with zeros where no adapter has anything, so that no NaN is found there."""
+    # Slots -2 and -1 are rows without an adapter.
+    ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
+    own = ranks[rows.segment_slot.long()[rows.segment_of.long()]]
+    return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)
+
+
+register_backend("triton", OperatorBackend("triton"))
+# A mixed batch in PyTorch within a compiled graph.
+register_backend("opaque", OperatorBackend("eager"))

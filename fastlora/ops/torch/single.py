@@ -1,0 +1,151 @@
+"""One adapter on the rows that it is given, in PyTorch: forward, and every gradient.
+
+Shapes: ``x [M, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s`` and ``ds [M, R]``, ``y`` and
+``dy [M, N]``, ``scaling`` a number, or a tensor without dimensions or ``[R]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastlora.ops.torch import products, reference
+
+
+def keep_mask(
+    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
+
+    ``after`` is a tensor of the backward that draws it, None in a forward.
+    """
+    if torch.compiler.is_compiling() or type(seed) is not torch.Tensor:
+        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
+    return reference.lora_keep(x, seed, dropout_p)
+
+
+def shrink(
+    x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Returns s; x is dropped first where there is a seed."""
+    if seed is None:
+        return reference.lora_shrink(x, lora_a)
+    dropped = reference.select_(keep_mask(x, seed, dropout_p, after=None), x)
+    return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
+
+
+class Wanted(NamedTuple):
+    """Which gradients of an adapter are wanted."""
+
+    x: bool
+    lora_a: bool
+    lora_b: bool
+
+
+class Found(NamedTuple):
+    """The gradients of one adapter: ``dx [M, K]``, ``d_lora_a``, ``d_lora_b``, ``ds [M, R]``."""
+
+    dx: torch.Tensor | None
+    d_lora_a: torch.Tensor | None
+    d_lora_b: torch.Tensor | None
+    ds: torch.Tensor
+
+
+def gradients(
+    dy: torch.Tensor,
+    weight: torch.Tensor | None,
+    x: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    s: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    wanted: Wanted,
+) -> Found:
+    """Returns the gradients of a layer; of its LoRA term alone where ``weight`` is None.
+
+    ``dy`` is in x's dtype. s is made again where it was not saved, from the rows that d_lora_a
+    reads.
+    """
+    d_lora_a = d_lora_b = dx = keep = None
+    factor, dropped = reference.cast(lora_a, dy.dtype), 1.0 / (1.0 - dropout_p)
+    ds = reference.lora_ds(dy, lora_b, scaling)
+    inner = ds
+    if seed is not None and (wanted.x or x is not None):
+        like = dy.new_empty(dy.shape[0], factor.shape[1]) if x is None else x
+        keep = keep_mask(like, seed, dropout_p, after=ds)
+        inner = ds * dropped
+    if wanted.x and keep is not None:
+        # The base's share goes into the dropped update: one buffer of x's size less to make.
+        dx = reference.drop_(products.mm(inner, factor), keep)
+        if weight is not None:
+            products.addmm_(dx, dy, reference.cast(weight, dy.dtype))
+    elif wanted.x:
+        if weight is None:
+            dx = products.mm(ds, factor)
+        else:
+            base = products.mm(dy, reference.cast(weight, dy.dtype))
+            dx = products.addmm_(base, ds, factor)
+    if x is not None and keep is not None:
+        x = reference.select_(keep, x)
+    if wanted.lora_a and x is not None:
+        d_lora_a = reference.cast(products.mm(inner.t(), x), lora_a.dtype)
+    if wanted.lora_b:
+        if s is None and x is not None:
+            s = reference.lora_shrink(x, factor)
+            if keep is not None:
+                s.mul_(dropped)
+        if s is not None:
+            d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
+    return Found(dx, d_lora_a, d_lora_b, ds)
+
+
+def shrink_siblings(
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor | None],
+    dropout_p: Sequence[float],
+) -> list[torch.Tensor]:
+    """Returns s of layers that are fed by the same x: one product for those without dropout."""
+    found: dict[int, torch.Tensor] = {}
+    bare = [index for index, seed in enumerate(seeds) if seed is None]
+    if len(bare) > 1:
+        joined = torch.cat([lora_a[index].to(x.dtype) for index in bare])
+        ranks = [lora_a[index].shape[0] for index in bare]
+        found = dict(zip(bare, shrink(x, joined, None, 0.0).split(ranks, dim=1), strict=True))
+    for index, own in enumerate(zip(lora_a, seeds, dropout_p, strict=True)):
+        if index not in found:
+            found[index] = shrink(x, *own)
+    return [found[index] for index in range(len(lora_a))]
+
+
+def grad_a_siblings(
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    lora_a: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor | None],
+    dropout_p: Sequence[float],
+) -> list[torch.Tensor]:
+    """Returns the ``d_lora_a`` of siblings, from one read of x unless masks part them."""
+    found: dict[int, torch.Tensor] = {}
+    bare = [index for index, seed in enumerate(seeds) if seed is None]
+    if len(bare) > 1:
+        joined = products.mm(torch.cat([ds[index] for index in bare], dim=1).t(), x)
+        parts = joined.split([ds[index].shape[1] for index in bare])
+        # Memory of their own: a slice would keep its siblings' gradients alive.
+        found = {
+            index: part.to(lora_a[index].dtype, copy=True)
+            for index, part in zip(bare, parts, strict=True)
+        }
+    for index, (gradient, seed, p) in enumerate(zip(ds, seeds, dropout_p, strict=True)):
+        if index in found:
+            continue
+        rows = x
+        if seed is not None:
+            rows = reference.select_(keep_mask(x, seed, p, after=gradient), x)
+            gradient = gradient * (1.0 / (1.0 - p))
+        found[index] = products.mm(gradient.t(), rows)
+    return [reference.cast(found[index], a.dtype) for index, a in enumerate(lora_a)]
