@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.conformance.state import changes
 from tests.support.conformance_cases import Case
 from tests.support.conformance_models import Subject, direction
 from tests.support.conformance_operators import check_operators, reached_by, registered
@@ -20,6 +21,7 @@ CASES = [
     Case("layer", "single", "plain", dtype="float64", base_trains=True),
     Case("layer", "several", "dora_dropout"),
     Case("layer", "single", "dora", base="called"),
+    Case("layer", "single", "dora_dropout", dtype="float64"),
     Case("model", "single", "dropout", tokens=180),
     Case("model", "several", "bias", dtype="bfloat16", factors="float32"),
     Case("model", "mixed", "plain", base="called"),
@@ -87,12 +89,15 @@ def test_mixes_and_lengths_compile_nothing(case: Case) -> None:
     if case.trains:
         for step in range(12):
             x = subject.x(chosen.randint(5, 30))
-            ids: Any = [chosen.choice(names) for _ in range(6)]
+            own = [chosen.choice(names) for _ in range(6)]
+            ids: Any = own
             if step % 4 == 3:
-                ids = torch.tensor([names.index(name) if name else -1 for name in ids])
-            if step % 5 == 4 and case.source == "model":
-                subject.net.q.set_scale("en", 0.1 * step)
-            subject.step(x, ids)
+                ids = torch.tensor([names.index(name) if name else -1 for name in own])
+            if step == 4:
+                changes(subject)["scale"]()
+            found = subject.step(x, ids)
+            if step % 5 == 4 and not case.drops:
+                check(subject, found, x, own, zeros=True, masks={})
         assert graphs() == 1
     before = graphs()
     subject.net.eval()
@@ -123,29 +128,45 @@ STEPPED = [
 ]
 
 
-@pytest.mark.parametrize("way", ["eager", "compiled", "eval throughout"])
+WAYS = ("eager", "compiled", "eager, eval throughout", "compiled, eval throughout", "step alone")
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", STEPPED, ids=str)
-def test_a_fused_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
+def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     """Fused optimizers write parameters without a version that tells of it."""
     subject = Subject(case)
     x, plain = subject.x(), subject.call
-    train = compiled(subject).call if way == "compiled" else plain
-    optimizer = torch.optim.AdamW(
-        [p for p in subject.places().values() if p.requires_grad], lr=0.1, fused=True
-    )
-    for _ in range(2):
+    train = compiled(subject).call if "compiled" in way else plain
+    trained = [p for p in subject.places().values() if p.requires_grad]
+
+    def evaluate() -> None:
         subject.call = plain
-        subject.net.eval()
         with torch.no_grad():
             for _ in range(3):
                 check(subject, {"y": subject.forward(x)}, x, masks={})
-        subject.call = train
-        subject.net.train(way != "eval throughout")
+
+    def find_gradients() -> None:
         y = subject.forward(x)
         y.backward(direction(y))
+
+    subject.net.eval()
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.AdamW(trained, lr=0.1, **{kind: True})
+        if way == "step alone":  # of gradients from before the evaluation
+            find_gradients()
+        evaluate()
+        subject.call = train
+        if way in ("eager", "compiled"):
+            subject.net.train()
+        if way != "step alone":
+            find_gradients()
         optimizer.step()
         optimizer.zero_grad()
+        if subject.net.training:
+            subject.net.eval()
         subject.read()
+        evaluate()
 
 
 def test_operators() -> None:

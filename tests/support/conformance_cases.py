@@ -35,17 +35,24 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         for i, name in enumerate(("en", "fr", "de", "es", "it"))
     },
     "dropout": {
-        "en": _lora(4, 6, lora_dropout=0.25),
+        "en": _lora(1, 1.5, lora_dropout=0.25),  # "o" is wide beside it: its s is made again
         "fr": _lora(3, 2, "qo", lora_dropout=0.5),
         "de": _lora(8, 4),
     },
+    # "en" is small enough that its norm joins the base product of 16 to 24 rows.
     "dora": {
-        "en": _lora(4, 6, use_dora=True),
+        "en": _lora(2, 3, use_dora=True),
         "fr": _lora(3, 2, "qo", use_dora=True),
         "de": _lora(8, 4),
     },
+    # Several that are active act in this order: a lora_bias before DoRA is scaled by it.
+    "biased_dora": {
+        "en": _lora(4, 8, "qo", lora_bias=True),
+        "fr": _lora(2, 3, use_dora=True),
+        "de": _lora(1, 2, use_dora=True),
+    },
     "dora_dropout": {
-        "en": _lora(4, 6, use_dora=True, lora_dropout=0.25),
+        "en": _lora(2, 3, use_dora=True, lora_dropout=0.25),
         "fr": _lora(3, 2, "qo", use_dora=True),
         "de": _lora(8, 4, "ko", lora_dropout=0.5),
     },
@@ -145,10 +152,14 @@ CASES = [
     Case("layer", "single", "dora", base="called"),  # 2
     Case("layer", "several", "bias", dtype="float64"),
     Case("layer", "several", "dropout"),
-    Case("layer", "several", "dora_dropout", dtype="float64"),
+    Case("layer", "several", "dora_dropout"),
     Case("layer", "several", "plain", base="called"),
+    Case("layer", "several", "biased_dora"),
+    Case("layer", "several", "biased_dora", base="called"),
     Case("model", "single", "plain", tokens=180),  # 2, siblings share
     Case("model", "single", "dropout", tokens=180, dtype="float64"),  # 2, siblings share
+    Case("model", "single", "bias", tokens=180, base_trains=True),  # 2, siblings share
+    Case("model", "single", "plain", base="called", dtype="bfloat16", tokens=180),  # the same
     Case("model", "single", "rslora", dtype="bfloat16"),
     Case("model", "single", "dora_dropout", base="called", dtype="bfloat16", factors="float32"),
     Case("model", "several", "plain", base_trains=True),
@@ -160,6 +171,7 @@ CASES = [
     Case("model", "mixed", "many", dtype="bfloat16", factors="float32", tokens=1),
     Case("model", "mixed", "dropout", tokens=40),
     Case("model", "mixed", "dora", base_trains=True),
+    Case("model", "mixed", "biased_dora"),
     Case("model", "mixed", "dora_dropout", dtype="float64"),
     Case("model", "mixed", "plain", base="called", dtype="float16"),
     Case("model", "mixed", "dora_dropout", base="called"),

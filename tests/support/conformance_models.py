@@ -26,7 +26,7 @@ from tests.support.conformance_cases import FEATURES, SEEDS, Case
 
 SAMPLES, WIDTH = 6, 16
 # N and K of each linear; N is at least K, so that a dropout mask can be read off an output.
-SHAPES = {"q": (24, 16), "k": (24, 16), "o": (30, 24)}
+SHAPES = {"q": (24, 16), "k": (24, 16), "o": (66, 24)}
 BIASED = ("q", "o")
 PREFIX = "base_model.model."  # of PEFT's keys
 
@@ -49,7 +49,7 @@ class Net(nn.Module):
             setattr(self, name, kind(k, n, bias=name in BIASED))
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Maps ``[..., 16]`` to ``[..., 30]``."""
+        """Maps ``[..., 16]`` to ``[..., 66]``."""
         if self.probing:
             return {"q": self.q(x), "k": self.k(x), "o": self.o(x.new_ones(*x.shape[:-1], 24))}
         return self.o(torch.tanh(self.q(x)) + self.k(x))

@@ -94,7 +94,7 @@ class Plain:
         self.masks, self.order = masks, order
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 16]`` to ``[..., 30]``."""
+        """Maps ``[..., 16]`` to ``[..., 66]``."""
         rows = x.reshape(-1, x.shape[-1])
         hidden = torch.tanh(self.linear("q", rows)) + self.linear("k", rows)
         return self.linear("o", hidden).view(*x.shape[:-1], -1)
@@ -172,7 +172,7 @@ def merged(subject: Subject) -> dict[str, torch.Tensor]:
     """The base model's tensors with the active adapters in them, in float64."""
     found = {n: v for n, v in subject.values.items() if n.count(".") == 1}
     for layer in SHAPES:
-        base = found[f"{layer}.weight"]
+        base, change = found[f"{layer}.weight"], torch.zeros(1).double()
         for name in subject.case.active:
             at = f"{layer}.{name}"
             if f"{at}.A" not in subject.values:
@@ -180,10 +180,14 @@ def merged(subject: Subject) -> dict[str, torch.Tensor]:
             update = subject.values[f"{at}.B"] @ subject.values[f"{at}.A"]
             update = scaling(subject.adapters[name]) * update
             weight = found[f"{layer}.weight"] + update
+            if f"{at}.bias" in subject.values:
+                change = change + scaling(subject.adapters[name]) * subject.values[f"{at}.bias"]
             if f"{at}.m" in subject.values:
                 g = subject.values[f"{at}.m"] / (base + update).norm(dim=1)
-                weight = g[:, None] * weight
+                weight, change = g[:, None] * weight, g * change
             found[f"{layer}.weight"] = weight
+        if f"{layer}.bias" in found:
+            found[f"{layer}.bias"] = found[f"{layer}.bias"] + change
     return found
 
 

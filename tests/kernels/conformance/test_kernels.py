@@ -39,6 +39,7 @@ CASES = [
 ]
 FEW = [case for case in CASES if case.feature not in ("rslora", "plain") or case.base == "called"]
 NAMES = (
+    "autocast",
     "few_rows",
     "joint_is_solo",
     "nan_in_own_row",
