@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastlora.autograd import linear as autograd
 from fastlora.functional import lora_add, lora_linear
@@ -89,34 +88,6 @@ def test_gradcheck(numbers: list[float], nodes: None) -> None:
     )
 
 
-def test_strided_expanded_and_three_dimensional_inputs(nodes: None) -> None:
-    """Layout is of no consequence: not for x, not for the incoming gradient."""
-    operands = make(24, 40, 32, 4, torch.float32)
-    x = operands.pop("x").detach()
-    expected = lora_linear(x, scaling=0.5, **operands)
-    strided = x.t().contiguous().t().requires_grad_()
-    cube = x.view(2, 3, 4, 32)
-    torch.testing.assert_close(lora_linear(strided, scaling=0.5, **operands), expected)
-    torch.testing.assert_close(
-        lora_linear(cube, scaling=0.5, **operands), expected.view(2, 3, 4, 40)
-    )
-    lora_linear(strided, scaling=0.5, **operands).sum().backward()  # a gradient of stride 0
-    base = torch.ones(24, 40) @ operands["weight"]
-    lora = 0.5 * torch.ones(24, 40) @ operands["lora_b"] @ operands["lora_a"]
-    torch.testing.assert_close(strided.grad, (base + lora).detach())
-
-
-def test_fp32_factors_on_a_16_bit_base() -> None:
-    """Factors are rounded to x's dtype for the product and get gradients in their own."""
-    operands = make(40, 48, 32, 8, torch.bfloat16)
-    masters = {n: operands[n].detach().float().requires_grad_() for n in ("lora_a", "lora_b")}
-    y = lora_linear(**{**operands, **masters}, scaling=2.0)
-    torch.testing.assert_close(y, lora_linear(**operands, scaling=2.0), rtol=0, atol=0)
-    y.sum().backward()
-    assert masters["lora_a"].grad.dtype == masters["lora_b"].grad.dtype == torch.float32
-    assert operands["x"].grad.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(("n", "keeps_s"), [(48, True), (256, False)])
 def test_only_what_needs_a_gradient_is_saved(n: int, keeps_s: bool) -> None:
     """Saved for backward: x, seed, scaling, parameters, and s where it is not made again."""
@@ -199,32 +170,6 @@ def test_frozen_factors_save_no_activations(nodes: None) -> None:
     torch.testing.assert_close(operands["x"].grad, expected.sum(0).expand(64, -1))
 
 
-def test_dropout_touches_the_lora_branch_only() -> None:
-    """With B at zero dropout changes nothing; with an identity A it is a mask of the right rate."""
-    m, k = 400, 64
-    x, weight = torch.randn(m, k), torch.randn(k, k)
-    zero, eye = torch.zeros(k, k), torch.eye(k)
-    y = lora_linear(x, weight, eye, zero, 1.0, dropout_p=0.25)
-    torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=0)
-    delta = lora_linear(x, zero, eye, eye, 1.0, dropout_p=0.25)
-    kept = delta != 0
-    torch.testing.assert_close(delta[kept], (x / 0.75)[kept])
-    # Five standard deviations of a binomial: one in two million draws would lie outside.
-    rate, spread = kept.double().mean().item(), (0.25 * 0.75 / (m * k)) ** 0.5
-    assert abs(rate - 0.75) < 5 * spread
-
-
-def test_dropout_follows_torchs_generator() -> None:
-    """The same seed gives the same mask, the next call another one."""
-    operands = make(32, 40, 24, 4, torch.float32)
-    torch.manual_seed(3)
-    first, second = (lora_linear(**operands, scaling=1.0, dropout_p=0.5) for _ in range(2))
-    torch.manual_seed(3)
-    again = lora_linear(**operands, scaling=1.0, dropout_p=0.5)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, second)
-
-
 def test_add_in_place_and_out_of_place() -> None:
     """`lora_add` overwrites y only where it is told to and no gradient is recorded."""
     operands = make(16, 40, 24, 4, torch.float32)
@@ -237,19 +182,6 @@ def test_add_in_place_and_out_of_place() -> None:
     result = lora_add(y, x, lora_a, lora_b, 0.5, inplace=True)
     assert result.data_ptr() == y.data_ptr()
     torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype) -> None:
-    """Under autocast an fp32 layer computes as one in the autocast dtype, gradients in fp32."""
-    operands = make(20, 40, 32, 4, torch.float32)
-    with torch.autocast("cpu", dtype):
-        y = lora_linear(**operands, scaling=2.0)
-    assert y.dtype == dtype
-    halves = {name: t.detach().to(dtype) for name, t in operands.items()}
-    torch.testing.assert_close(y.detach(), lora_linear(**halves, scaling=2.0), rtol=0, atol=0)
-    y.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in operands.values())
 
 
 BAD = {

@@ -79,41 +79,6 @@ def make_optimizer(model: Any, kind: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=0.1, fused=kind == "fused", foreach=kind == "foreach")
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "eval, trained base"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("library", ["ours", "patched"])
-@pytest.mark.parametrize("kept", KEPT)
-def test_a_step_between_evaluations(kept: str, library: str, compiled: bool, mode: str) -> None:
-    """By any optimizer, with and without a change of mode, of factors and of the base weight."""
-    dora, mixed = KEPT[kept]
-    model = build(library, dora)
-    if "base" in mode:
-        base_weight(model).requires_grad_(True)
-    call = torch.compile(model, backend="aot_eager") if compiled else model
-    for kind in ("fused", "foreach"):
-        optimizer = make_optimizer(model, kind)
-        before = evaluate(model, mixed)
-        if mode == "train":
-            model.train()
-        outputs(model, mixed, call).square().sum().backward()
-        optimizer.step()
-        model.eval()
-        assert_seen(model, mixed, before)
-
-
-@pytest.mark.parametrize("library", ["ours", "patched"])
-@pytest.mark.parametrize("kept", KEPT)
-def test_a_step_alone(kept: str, library: str) -> None:
-    """Gradients from before the first evaluation, which a step behind it uses."""
-    dora, mixed = KEPT[kept]
-    model = build(library, dora)
-    optimizer = make_optimizer(model, "fused")
-    outputs(model, mixed).square().sum().backward()
-    before = evaluate(model, mixed)
-    optimizer.step()
-    assert_seen(model, mixed, before)
-
-
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 @pytest.mark.parametrize("kept", KEPT)
 def test_a_compiled_step(kept: str, kind: str) -> None:

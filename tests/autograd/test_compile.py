@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
-from torch.utils.checkpoint import checkpoint
 
 import fastlora.functional  # noqa: F401  # registers the operators
 from fastlora import FastLoraLinear, LoraConfig, get_peft_model
@@ -102,26 +101,6 @@ def test_compile_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:
     results.append(run(lambda _: loss(wide), IDS, trainable(wide)))
     for mine, plain, truth in zip(*results, strict=True):
         assert_within_budget(mine, plain, truth)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant: bool) -> None:
-    """Recomputed, the dropout masks are those of the forward: gradients equal the plain run's."""
-    model = two_layers(0.3)
-    x = torch.randn(7, 64, requires_grad=True)
-    plain = run(model, x, trainable(model))
-    again = (
-        run(lambda x: checkpoint(model, x, use_reentrant=use_reentrant), x, trainable(model))
-        if not use_reentrant
-        else None
-    )
-    if again is None:  # the reentrant kind supports backward() only
-        torch.manual_seed(9)
-        y = checkpoint(model, x, use_reentrant=True)
-        y.pow(2).sum().backward()
-        again = [y.detach(), *(p.grad for p in trainable(model))]
-    for mine, expected in zip(again, plain, strict=True):
-        assert torch.equal(mine, expected)
 
 
 def test_checkpointing_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> None:

@@ -95,21 +95,6 @@ def test_values_and_every_gradient(
             assert_within_budget(own, plain, exact, name)
 
 
-def test_factors_keep_their_dtype_beside_a_16_bit_base() -> None:
-    """fp32 parameters, bf16 rows: fp32 gradients, within the budget of bf16's."""
-    problem = make_problem(40, 33, 20, 4, torch.bfloat16, bias=False)
-    layer = layer_of(problem)
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        getattr(layer, name).float()
-    dy = torch.randn(40, 33, dtype=torch.bfloat16)
-    mine = results_of(layer, problem.x, dy)
-    dtypes = [t.dtype for t in mine]
-    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 3
-    same, truth = (truth_of(problem, d, dy) for d in (torch.bfloat16, torch.float64))
-    for name, own, plain, exact in zip(("y", *TRAINED), mine, same, truth, strict=True):
-        assert_within_budget(own, plain, exact, name)
-
-
 @pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
 @pytest.mark.parametrize("shape", [(6, 20), (2, 3, 20)], ids=str)
 @pytest.mark.parametrize("write", ["whole", "part", "relu_"])

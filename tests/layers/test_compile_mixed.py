@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import threading
 from typing import Any
 
@@ -18,50 +17,9 @@ from fastlora import LoraModel
 from fastlora.layers import shared_shrink
 from fastlora.testing import assert_within_budget
 from tests.support.compiled import graph_count
-from tests.support.compiled_mixed import NAMES, SEEDS, K, adapted, check, results
+from tests.support.compiled_mixed import SEEDS, K, adapted, check, results
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-
-def draw(chosen: random.Random, count: int) -> list[str | None]:
-    """Adapters of samples: any mix, of one adapter or of none too."""
-    some = chosen.sample([*NAMES, None], chosen.randint(1, 5))
-    return [chosen.choice(some) for _ in range(count)]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_fifty_mixes_compile_nothing_in_training(dynamic: bool, p: float) -> None:
-    """Names, slots and scalings change, lengths where asked for; eager forwards in between."""
-    model, chosen = adapted(p), random.Random(1)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    for step in range(51):
-        x = torch.randn(6, chosen.randint(7, 30) if dynamic else 5, K)
-        ids: Any = draw(chosen, 6)
-        if step % 5 == 4:
-            ids = torch.randint(-1, len(NAMES), (6,))
-        if step % 7 == 6:
-            layers[step % len(layers)].set_scale("a", 0.1 * step)
-        mine = results(compiled, model, x, ids)
-        if step % 5 in (0, 4) and step < 25:
-            check(mine, model, x, ids)
-    assert graph_count() == 1
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_fifty_mixes_compile_nothing_in_serving(backend: str) -> None:
-    """Without gradients."""
-    model, chosen = adapted().eval(), random.Random(2)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    x = torch.randn(6, 5, K)
-    with torch.no_grad():
-        for step in range(51):
-            ids = draw(chosen, 6)
-            mine = results(compiled, model, x, ids)
-            if step % 10 == 0:
-                check(mine, model, x, ids)
-    assert graph_count() == 1
 
 
 def test_one_graph_for_a_batch_and_one_without() -> None:

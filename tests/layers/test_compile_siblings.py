@@ -139,21 +139,6 @@ def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None
     assert graph_count() == 1
 
 
-def test_fifty_lengths_compile_nothing() -> None:
-    """One graph for any number of rows, eager forwards in between or not."""
-    model = Block()
-    model(torch.randn(2, 3, K))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in range(3, 53):
-        x = torch.randn(2, length, K)
-        if length % 10 == 3:
-            check(compiled, model, x)
-            model(x)
-        else:
-            gradients(compiled, model, x)
-    assert graph_count() == 1
-
-
 def frozen(*layers: nn.Module) -> None:
     """Freezes layers."""
     for layer in layers:

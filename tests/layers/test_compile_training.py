@@ -7,7 +7,6 @@ the backend.
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
 import pytest
@@ -45,38 +44,6 @@ def check_gradients(mine: list[torch.Tensor], model: LoraModel, x: torch.Tensor)
     sides = mine, gradients(model, model, x), gradients(wide, wide, x.double())
     for found, plain, truth in zip(*sides, strict=True):
         assert_within_budget(found, plain, truth)
-
-
-@pytest.mark.parametrize(
-    ("dynamic", "p", "backend"),
-    # Dropout in graphs of a backward of its own, whose masks are many small nodes, takes 15 s.
-    [(False, 0.0, "aot_eager"), (True, 0.0, "aot_eager"), (True, 0.3, "eager")],
-)
-def test_fifty_switches_compile_nothing(dynamic: bool, p: float, backend: str) -> None:
-    """One graph a set of trainable parameters, one for M = 1; then nothing, eager runs or not."""
-    model = adapted(p)
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-    lengths = [7] if not dynamic else list(range(2, 40))
-
-    def step(name: str, batch: int, length: int, check: bool = False) -> None:
-        model.set_adapter(name)
-        x = torch.randn(batch, length, 16)
-        mine = gradients(compiled, model, x)
-        if check:
-            check_gradients(mine, model, x)
-
-    for name in NAMES:
-        step(name, 2, lengths[-1], check=True)
-    assert graph_count() == len(NAMES)
-    step("b", 1, 1, check=True)
-    assert graph_count() == len(NAMES) + 1
-    chosen = random.Random(0)
-    for index in range(50):
-        if index % 10 == 9:
-            step("b", 1, 1)
-        else:
-            step(chosen.choice(NAMES), 2, chosen.choice(lengths), check=index % 10 == 0)
-    assert graph_count() == len(NAMES) + 1
 
 
 def test_automatic_dynamic_shapes() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
@@ -15,7 +12,6 @@ from fastlora.ops import schema as ops
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.dora_truth import (
-    SEED,
     dora,
     fixed_seed,
     keep_mask,
@@ -37,64 +33,6 @@ def gradients(
 
 
 # ------------------------------------------------------------------------------- values, gradients
-
-# Rows, outputs and inputs off the tile, ranks: taken pairwise.
-CASES = [
-    (0, 33, 20, 3, torch.float32, 0.0),
-    (1, 64, 48, 1, torch.float32, 0.0),
-    (15, 33, 100, 4, torch.float32, 0.3),
-    (16, 130, 72, 16, torch.float32, 0.0),
-    (17, 96, 31, 24, torch.bfloat16, 0.0),
-    (127, 80, 65, 8, torch.bfloat16, 0.3),
-    (2000, 48, 33, 3, torch.bfloat16, 0.0),
-    (127, 40, 33, 64, torch.float16, 0.0),
-    (16, 48, 65, 8, torch.float16, 0.3),
-    (2000, 33, 48, 128, torch.float32, 0.3),
-    (17, 20, 31, 8, torch.float64, 0.0),
-    (15, 31, 20, 4, torch.float64, 0.3),
-]
-
-
-@pytest.mark.parametrize("layout", ["plain", "strided", "expanded"])
-@pytest.mark.parametrize(("m", "n", "k", "r", "dtype", "p"), CASES, ids=str)
-def test_values_and_every_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    p: float,
-    layout: str,
-) -> None:
-    """Against float64, for x, weight, bias, A, B and magnitude, and a gradient of any layout."""
-    monkeypatch.setattr(ops, "draw_seed", fixed_seed)
-    alpha = 0.75 * r
-    problem = make_problem(m, n, k, r, dtype, bias=m != 16)
-    dy = torch.randn(m, n).to(dtype)
-    if layout == "strided":
-        dy = torch.randn(n, m).to(dtype).t()
-        problem = problem._replace(x=torch.randn(m, 2 * k).to(dtype)[:, ::2])
-    elif layout == "expanded":
-        dy = torch.randn(1, 1).to(dtype).expand(m, n)
-    layer = layer_of(problem, alpha, p, wrapped=layout == "strided")
-    x = problem.x.detach().requires_grad_(True)
-    y = layer(x)
-    mine = [y, *gradients(y, [x, *parameters_of(layer)], dy)]
-
-    mask = keep_mask(m, k, p) if p else None
-    results = []
-    for other in (dtype, torch.float64):
-        operands = problem.to(other)
-        y = dora(operands, 0.75, mask)
-        results.append([y.detach(), *gradients(y, list(operands), dy)])
-    names = ["y", *(name for name, t in zip(NAMES, problem, strict=True) if t is not None)]
-    for name, own, same_dtype, truth in zip(names, mine, *results, strict=True):
-        assert own.dtype == dtype
-        if dtype == torch.float64:  # in the truth's own dtype there is no budget
-            torch.testing.assert_close(own.detach(), truth)
-        else:
-            assert_within_budget(own.detach(), same_dtype, truth, name)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -268,45 +206,6 @@ def test_what_is_saved_for_backward(p: float, magnitude_trains: bool) -> None:
     # s where it is not made again
     assert set(shapes) - {(m, r)} == ({(m, n)} if magnitude_trains else set())
     assert shapes.count((m, n)) == magnitude_trains
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    """Either kind gives the plain run's outputs and gradients, with dropout."""
-    layer = layer_of(make_problem(9, 24, 20, 4, torch.float32), 6, 0.3)
-    x = torch.randn(9, 20)
-    results = []
-    for function in (layer, lambda t: checkpoint(layer, t, use_reentrant=reentrant)):
-        torch.manual_seed(SEED)
-        own = x.clone().requires_grad_(True)
-        y = function(own)
-        layer.zero_grad()
-        y.sum().backward()
-        grads = [t.grad for t in (own, *parameters_of(layer))]
-        results.append([y.detach(), *(g.clone() for g in grads)])
-    for plain, mine in zip(*results, strict=True):
-        assert torch.equal(plain, mine)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_compile(p: float) -> None:
-    """One graph, forward and backward, in training and in inference."""
-    torch.compiler.reset()
-    layer = layer_of(make_problem(9, 24, 20, 4, torch.float32), 6, p)
-    model = nn.Sequential(layer, nn.SiLU(), FastLoraLinear(24, 8, r=2, use_dora=True))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    exact, inputs = copy.deepcopy(model).double(), torch.randn(9, 20)
-    results = []
-    for function, owner in ((compiled, model), (model, model), (exact, exact)):
-        torch.manual_seed(SEED)
-        x = inputs.to(next(owner.parameters()).dtype).requires_grad_()
-        trained = [p for p in owner.parameters() if p.requires_grad]
-        y = function(x)
-        results.append([y.detach(), *torch.autograd.grad(y.pow(2).sum(), [x, *trained])])
-        with torch.no_grad():
-            results[-1].append(function(x))
-    for mine, plain, truth in zip(*results, strict=True):
-        assert_within_budget(mine, plain, truth)
 
 
 def test_second_derivatives_raise() -> None:

@@ -107,13 +107,6 @@ def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def changes() -> dict[str, Any]:
     """What may change a norm, and must be seen."""
 
-    def data(layer: Any) -> None:
-        layer.weight.data.mul_(2)
-        layer.refresh()
-
-    def load(layer: Any) -> None:
-        layer.load_state_dict({n: 2 * t for n, t in layer.state_dict().items()})
-
     def assign(layer: Any) -> None:
         state = {n: 2 * t for n, t in layer.state_dict().items()}
         layer.load_state_dict(state, assign=True)
@@ -124,13 +117,6 @@ def changes() -> dict[str, Any]:
         layer.unmerge()
 
     return {
-        "in place": lambda layer: layer.weight.mul_(2),
-        "lora_A": lambda layer: layer.lora_A["default"].weight.mul_(2),
-        "lora_B": lambda layer: layer.lora_B["default"].weight.mul_(2),
-        "magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight.mul_(2),
-        "scaling": lambda layer: layer.set_scale("default", 2.0),
-        ".data and refresh": data,
-        "load_state_dict": load,
         "load_state_dict(assign=True)": assign,
         "merge": merge,
         "to": lambda layer: layer.to(torch.float64).to(torch.float32),

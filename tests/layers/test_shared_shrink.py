@@ -124,19 +124,6 @@ def assert_near(
         assert_within_budget(mine, farthest(runs, exact), exact, f"result {index}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_values_and_gradients(dtype: torch.dtype, wrapped: bool) -> None:
-    """The second forward shares; every gradient, that of x too, stays within the budget."""
-    model, x = Block(wrapped=wrapped), torch.randn(2, 9, 24)
-    model, x = model.to(dtype), x.to(dtype)
-    model(x)
-    with counted() as calls:
-        shared = gradients(model, model, x)
-    assert calls == [3]
-    assert_near(shared, model, x)
-
-
 def test_gradients_have_their_own_memory_and_few_rows_are_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -164,19 +151,6 @@ def test_wide_layers_make_s_again() -> None:
     assert_near(shared, model, x)
     saved = model.gate(x).grad_fn.saved_tensors
     assert not any(t is not None and t.shape == (9, 4) for t in saved)
-
-
-def test_base_weights_and_biases_train_too() -> None:
-    """d_weight and d_bias of shared layers equal those of layers on their own."""
-    model, x = Block(), torch.randn(9, 24)
-    for layer in (model.q, model.k, model.v):
-        layer.weight.requires_grad_()
-        layer.bias.requires_grad_()
-    model(x)
-    with counted() as calls:
-        shared = gradients(model, model, x)
-    assert calls == [3]
-    assert_near(shared, model, x)
 
 
 def test_what_is_saved() -> None:
@@ -303,28 +277,6 @@ def test_one_sibling_alone_has_a_gradient() -> None:
     assert model.q.lora_A["default"].weight.grad is None
 
 
-def test_autocast_keeps_one_cast_of_x() -> None:
-    """Under autocast the siblings' gradients equal those of layers on their own."""
-    model, x = Block(), torch.randn(9, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(x)
-        with counted() as calls:
-            shared = gradients(model, model, x)
-        assert calls == [3]
-        assert_near([result.bfloat16() for result in shared], model, x)
-
-
-def test_backward_in_another_thread() -> None:
-    """The graph belongs to no thread."""
-    model, x = Block(), torch.randn(9, 24)
-    model(x)
-    loss = model(x).pow(2).mean()
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
-    assert_near([parameter.grad for parameter in trainable(model)], model, x, since=2)
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_checkpoints_under_autocast_and_from_another_thread(use_reentrant: bool, p: float) -> None:
@@ -352,46 +304,6 @@ def test_checkpoints_under_autocast_and_from_another_thread(use_reentrant: bool,
     if not p:
         with torch.autocast("cpu", torch.bfloat16):
             assert_near([result.bfloat16() for result in shared], model, x, since=1)
-
-
-def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    """Four backwards into the same gradients, each shared, as near to the truth as one."""
-    model, x = Block(), torch.randn(4, 7, 24)
-    model(x)
-    with counted() as calls:
-        for part in x:
-            (model(part).pow(2).mean() / 4).backward()
-    assert calls == [3] * 4
-    assert_near([parameter.grad for parameter in trainable(model)], model, x, since=2)
-
-
-def test_grad_scaler() -> None:
-    """A scaled step is as good as a plain one; one that overflows is skipped, the scale halved."""
-    model, x = Block(), torch.randn(9, 24)
-    model(x)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-
-    def step(inputs: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.float16):
-            loss = model(inputs).float().pow(2).mean()
-        scaler.scale(loss).backward()
-
-    with counted() as calls:
-        step(x)
-    assert calls == [3]
-    scaler.unscale_(optimizer)
-    with torch.autocast("cpu", torch.float16):  # unscaled, which loses more in ds
-        assert_near([p.grad.half() for p in trainable(model)], model, x, since=2)
-    scaler.step(optimizer)
-    scaler.update()
-    before = [p.detach().clone() for p in trainable(model)]
-    model.zero_grad()
-    step(x * 1e4)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0
-    assert all(torch.equal(p, old) for p, old in zip(trainable(model), before, strict=True))
 
 
 def test_the_report_names_siblings() -> None:

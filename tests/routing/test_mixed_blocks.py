@@ -173,28 +173,14 @@ def test_a_merge_within_a_block() -> None:
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
 
 
-CHANGES = {
-    "scaling": lambda model: model.base_model.model.q.set_scale("b", 3.0),
-    "loaded": lambda model: model.load_state_dict(
-        {key: tensor * 2 for key, tensor in model.state_dict().items()}
-    ),
-    "deleted": lambda model: model.base_model.model.q.delete_adapter("b"),
-    "data": lambda model: [
-        model.base_model.model.q.lora_A["b"].weight.data.mul_(2),
-        fastlora.refresh(model),
-    ],
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_changes_within_a_block(case: str) -> None:
-    """Packed factors are forgotten by whatever of ours changes them, and by `refresh`."""
+def test_an_adapter_deleted_within_a_block() -> None:
+    """Its rows are base rows from then on, packed factors or not."""
     model = build()
     x = torch.randn(4, 16, dtype=torch.float64)
     names = ["b", "c", "b", None]
     with adapters(model, names):
         before = [rows_of(model, x) for _ in range(4)][-1]
-        CHANGES[case](model)
+        model.base_model.model.q.delete_adapter("b")
         found = rows_of(model, x)
     assert not torch.allclose(found, before)
     torch.testing.assert_close(found, build_again(model, x, names))
@@ -204,27 +190,6 @@ def build_again(model: Any, x: torch.Tensor, names: list[str | None]) -> torch.T
     """What the model computes from its factors as they are now: with gradients nothing is kept."""
     with torch.enable_grad(), adapters(model, names):
         return model(x).detach()
-
-
-def test_training_that_moves_no_version() -> None:
-    """An optimizer that writes through ``.data``, between two mixed evaluations."""
-    model = build()
-    x = torch.randn(4, 16, dtype=torch.float64)
-    names = ["b", "c", "b", None]
-    for _ in range(4):
-        with adapters(model, names):
-            before = rows_of(model, x)
-    model.train()
-    model.set_adapter("b")
-    model(x).square().sum().backward()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.data.add_(parameter.grad, alpha=-0.1)
-    model.eval()
-    with adapters(model, names):
-        found = rows_of(model, x)
-    assert not torch.allclose(found, before)
-    torch.testing.assert_close(found, build_again(model, x, names))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
