@@ -178,23 +178,6 @@ def test_scalings_of_an_adapter_that_was_made_on_the_meta_device(tmp_path: Path)
     torch.testing.assert_close(logits(compiled), logits(model))
 
 
-def test_any_mix_is_one_graph() -> None:
-    """Of a compiled patched model, whose adapters of a batch vary in number and name."""
-    torch._dynamo.reset()
-    counters.clear()
-    model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(r=2, target_modules=["q"]))
-    model.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q", "v"]))
-    randomise(model)
-    fastlora.patch(model)
-    call = model.base_model.model
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    x = torch.randn(3, 4, 16)
-    for names in (["default", "b", None], ["b"] * 3, ["default"] * 3, [None] * 3):
-        with fastlora.adapters(model, names):
-            torch.testing.assert_close(compiled(x), call(x))
-    assert counters["stats"]["unique_graphs"] == 1
-
-
 def test_a_layer_whose_class_has_changed_is_not_unpatched() -> None:
     """Before anything else is."""
     model = peft_model()
@@ -282,22 +265,6 @@ def test_quantised_base_layers(kind: str) -> None:
     assert fastlora.fusion_report(ours).fused == 1  # v; nothing was merged
 
 
-def test_gradients_equal_pefts() -> None:
-    """Every gradient of a patched model is the unpatched one's, with several active adapters."""
-    model, twin = peft_model(lora_bias=True), peft_model(lora_bias=True)
-    fastlora.patch(model)
-    for m in (model, twin):
-        torch.manual_seed(5)
-        m.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
-        randomise(m, seed=3)
-        m.base_model.set_adapter(["default", "b"])
-        m(input_ids=IDS, labels=IDS).loss.backward()
-    theirs = dict(twin.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name)
-
-
 def test_nothing_to_patch() -> None:
     """A model without PEFT layers is refused and named."""
     with pytest.raises(UnsupportedLayerError, match="got a TwoLayers without any"):
@@ -336,25 +303,6 @@ def test_mixed_batches_are_pefts() -> None:
         torch.testing.assert_close(copied(input_ids=ids, adapter_names=names).logits, expected)
     with pytest.raises(ValueError, match="non-existing adapter"):
         patched(input_ids=ids, adapter_names=["d"] * 5)
-
-
-def test_mixed_gradients_on_a_patched_model() -> None:
-    """PEFT refuses `adapter_names` in training; inside `adapters` every adapter gets its own."""
-    patched, twin = mixed_models()
-    ids = torch.randint(0, 97, (3, 6))
-    names = ["b", "a", "b"]
-    for model in (patched, twin):
-        for key, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in key)
-    with fastlora.adapters(patched, names):
-        patched(input_ids=ids).logits.square().sum().backward()
-    for i, name in enumerate(names):
-        twin.set_adapter(name)
-        twin(input_ids=ids[i : i + 1]).logits.square().sum().backward()
-    theirs = dict(twin.named_parameters())
-    for key, parameter in patched.named_parameters():
-        if ".a." in key or ".b." in key:
-            torch.testing.assert_close(parameter.grad, theirs[key].grad, msg=key)
 
 
 def test_mixed_batches_that_cannot_be_routed_are_pefts_own() -> None:

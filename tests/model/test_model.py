@@ -60,41 +60,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     assert all(before[key] == after[key] for key in ("modules", "trains", "configs", "active"))
 
 
-def test_adapters_come_and_go() -> None:
-    """Add, set one, set several, disable, delete: the outputs are those of each alone."""
-    model, x = adapted(), torch.randn(3, 16)
-    base = TwoLayers()
-    base.load_state_dict(
-        {
-            n.replace("base_model.model.", ""): t
-            for n, t in model.state_dict().items()
-            if "lora" not in n
-        }
-    )
-    first = model(x)
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["v"], use_rslora=True))
-    randomise(model, seed=8)
-    assert model.active_adapters == ["default"]
-    second_only_v = [n for n, p in model.named_parameters() if "lora" in n and ".b." in n]
-    assert second_only_v == [
-        "base_model.model.v.lora_A.b.weight",
-        "base_model.model.v.lora_B.b.weight",
-    ]
-    model.set_adapter("b")
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == second_only_v
-    alone = model(x)
-    assert not torch.allclose(alone, first)
-    with model.disable_adapter():
-        torch.testing.assert_close(model(x), base(x), rtol=0, atol=0)
-    model.set_adapter(["default", "b"])
-    both = model(x)
-    assert not torch.allclose(both, alone)
-    model.delete_adapter("default")
-    assert model.active_adapters == ["b"]
-    assert torch.equal(model(x), alone)
-    torch.testing.assert_close(model.unload()(x), base(x), rtol=0, atol=0)
-
-
 def test_merge_of_a_tied_weight() -> None:
     """Merging into a head that shares the embedding's weight leaves the embedding alone."""
     pytest.importorskip("transformers")

@@ -98,38 +98,6 @@ def test_rows_are_their_adapters(root: Path, alone: Alone, grad: bool) -> None:
     torch.testing.assert_close(model(ids), alone(ids, [None] * 6))
 
 
-def test_slots_per_sample_and_token(root: Path, alone: Alone) -> None:
-    """An int tensor of the pool's slots, -1 for the base; empty slots are refused."""
-    model, pool = make(root, max_adapters=4)
-    ids = torch.randint(0, 11, (3, 5))
-    names: list[str | None] = ["a3", None, "a6"]
-    with pytest.raises(AdapterNotFoundError, match="slot 0"), adapters(pool, torch.tensor([0])):
-        pass
-    pool.prefetch(["a3", "a6"]).result()
-    slots = torch.tensor([pool.slot_of("a3"), -1, pool.slot_of("a6")])
-    expected = alone(ids, names)
-    for given in (slots, slots.repeat_interleave(5)):
-        with torch.no_grad(), adapters(pool, given):
-            torch.testing.assert_close(model(ids), expected)
-    with pytest.raises(AdapterNotFoundError, match="slot 4"), adapters(pool, torch.tensor([4])):
-        pass
-
-
-def test_an_input_that_trains(root: Path) -> None:
-    """Gradients flow through a pool's adapters to what lies before them (prompt tuning)."""
-    model, pool = make(root)
-    names: list[str | None] = ["a1", None, "a3"]
-    x = torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
-    with adapters(pool, names):
-        model.layers[0](x).square().sum().backward()
-    solo = x.grad.clone()
-    x.grad = None
-    for i, name in enumerate(names):
-        with adapters(pool, [name]):
-            model.layers[0](x[i : i + 1]).square().sum().backward()
-    torch.testing.assert_close(x.grad, solo)
-
-
 def test_a_swap_waits_for_no_one_and_disturbs_no_one(root: Path, alone: Alone) -> None:
     """In the block the adapter is what it was; the next block has the new one."""
     model, pool = make(root, max_adapters=4)
