@@ -34,7 +34,7 @@ from fastlora.bench.mixed_strategies import (
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 
 YARDSTICK = {"base": "base", "mixed": "segments"}
 

@@ -34,7 +34,7 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
         The results ``[M, N]``.
     """
     from fastlora.ops import schema  # noqa: F401 - registers operators
-    from fastlora.ops.triton.configs import rows_at
+    from fastlora.ops.triton.pieces import rows_at
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)

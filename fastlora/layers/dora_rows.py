@@ -30,7 +30,7 @@ from fastlora.ops.rows import Rows, Segment, sort_rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.dora_dropped import Dropped
 from fastlora.ops.torch.scale import scale_of, times
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing
 
 

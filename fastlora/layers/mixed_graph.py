@@ -20,7 +20,7 @@ from fastlora.layers.mixed_graph_slots import slots_of
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing
 
 

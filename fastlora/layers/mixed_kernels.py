@@ -17,7 +17,7 @@ from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing, is_captured
 from fastlora.routing.siblings import share, shared
 
@@ -137,9 +137,13 @@ def linear(
         return F.linear(x, weight, bias)
     rows = routing.rows(flat.shape[0], x.device)
     some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
+    # Of its own shrink a layer takes tables whole: slices cost time in every decode.
+    found, index = (
+        (tables.tensors(), row) if s is None else (tables.tensors(some), row - some.start)
+    )
     y = torch.ops.fastlora.lora_linear_at(
         *(flat, weight, bias, rows_at(rows, plan == "invariant"), s),
-        *(tables.tensors(some), row - some.start, tables.max_rank, tables.dtype, plan),
+        *(found, index, tables.max_rank, tables.dtype, plan),
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -157,9 +161,9 @@ def add_(
     row = row_of(layer, number, tables)
     if row is None:
         return y
-    rows, some = routing.rows(flat.shape[0], x.device), slice(row, row + 1)
+    rows = routing.rows(flat.shape[0], x.device)
     torch.ops.fastlora.lora_add_at_(
-        *(y, flat, rows_at(rows), tables.tensors(some), 0),
+        *(y, flat, rows_at(rows), tables.tensors(), row),
         *(tables.max_rank, tables.dtype, "triton"),
     )
     return y

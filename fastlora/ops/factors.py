@@ -144,12 +144,12 @@ class Tables(NamedTuple):
     rows: dict[int, int] | None = None
     kept: tuple[torch.Tensor, ...] = ()
 
-    def tensors(self, some: slice = slice(None)) -> list[torch.Tensor]:
-        """Returns some linears' tables as the operators' argument ``Tensor[] tables``."""
+    def tensors(self, some: slice | None = None) -> list[torch.Tensor]:
+        """Returns some linears' tables, or all, as the operators' argument ``Tensor[] tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
-        return [table[some] for table in found]
+        return found if some is None else [table[some] for table in found]
 
 
 def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:

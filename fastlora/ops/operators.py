@@ -16,7 +16,7 @@ from fastlora.ops.layout import Factor, split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
 from fastlora.ops.torch.backend import joined_bias
-from fastlora.ops.triton.configs import rows_listed, runs_a, runs_b
+from fastlora.ops.triton.pieces import rows_listed, runs_a, runs_b
 
 RunsOf = Callable[[Rows, torch.dtype, int], tuple[list[torch.Tensor], int]]
 

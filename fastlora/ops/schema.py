@@ -15,7 +15,7 @@ Shapes, for M rows, S slots (adapters) and G modules (layers) that share x:
         of one dtype, None where an adapter leaves the layer alone
     rows: empty where one slot has all rows. Else int32 order ``[M]``, segment_of ``[M]``,
         segment_slot, slot_start ``[S + 1]`` of `fastlora.ops.rows`, and for a shrink and the
-        gradients of factors pieces: see `fastlora.ops.triton.configs`
+        gradients of factors pieces: see `fastlora.ops.triton.pieces`
     s and ds: ``[M, R]`` in x's dtype. With rows they are over sorted positions, R is
         `layout.columns_of` the largest rank, and a row is written up to its adapter's rank
     scaling: fp32 ``[S]``; of one slot also ``[R]`` or without dimensions
@@ -151,16 +151,15 @@ def _lora_linear(
     plan: str,
 ) -> _Tensors:
     """y, and s unless it is given; ``factors`` are lora_a, lora_b and lora_bias of each slot."""
-    kinds = factors[::3], factors[1::3], factors[2::3]
     if impl == "triton":
         from fastlora.ops.triton import forward, tables
 
-        adapters, drop = forward.Adapters(*kinds, scaling), tables.Drop(seeds, dropout_p)
-        return forward.linear(x, forward.Base(weight, bias), rows, s, adapters, drop, plan)
+        base, drop = forward.Base(weight, bias), tables.Drop(seeds, dropout_p)
+        return forward.linear(x, base, rows, s, factors, scaling, drop, plan)
     y, own = products.linear(x, weight, bias), s
     if own is None:
-        own = eager.shrink(x, rows, present(kinds[0], 0), 1, seeds, dropout_p)[0]
-    eager.expand_(y, own, rows, present(kinds[1], 1), kinds[2], scaling)
+        own = eager.shrink(x, rows, present(factors[::3], 0), 1, seeds, dropout_p)[0]
+    eager.expand_(y, own, rows, present(factors[1::3], 1), factors[2::3], scaling)
     return [y, own] if s is None else [y]
 
 

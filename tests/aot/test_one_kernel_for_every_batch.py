@@ -21,7 +21,7 @@ from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import MAX_SPLITS, all_shipped
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from tests.support.aot.launches import CHIPS, Launch, recording
 from tests.support.aot.specialisation import specialise
 

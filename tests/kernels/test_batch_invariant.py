@@ -20,7 +20,7 @@ import fastlora
 from fastlora import env
 from fastlora.functional import lora_add, lora_linear
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 

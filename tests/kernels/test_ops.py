@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, env
 from fastlora.functional import lora_add, lora_linear
+from fastlora.ops import plans
 from fastlora.ops import schema as ops
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.triton import configs
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.plain import plain
 
@@ -256,8 +256,8 @@ def test_either_switch_for_tf32_is_understood() -> None:
     try:
         for mode, precision in (("tf32", "tf32"), ("ieee", "ieee")):
             matmul.fp32_precision = mode
-            assert configs.precision(torch.float32) == precision
-            assert configs.precision(torch.bfloat16) == "ieee"
+            assert plans.precision(torch.float32) == precision
+            assert plans.precision(torch.bfloat16) == "ieee"
             result = lora_linear(**tensors, scaling=1.0, impl="triton")
             assert_within_budget(result, near[precision], exact)
     finally:

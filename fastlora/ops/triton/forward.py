@@ -31,7 +31,7 @@ from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
 from fastlora.ops.factors import Tables
 from fastlora.ops.layout import columns_of, max_rank, planes_shape, present
 from fastlora.ops.plans import choose_plan
-from fastlora.ops.triton.configs import chip_of, config_of, on_device
+from fastlora.ops.triton.configs import chip_of, config_of
 from fastlora.ops.triton.tables import (
     NO_DROP,
     Drop,
@@ -50,11 +50,13 @@ _Factors = Sequence[torch.Tensor | None]
 def launches(
     function: Callable[Concatenate[torch.Tensor, _Given], _Made],
 ) -> Callable[Concatenate[torch.Tensor, _Given], _Made]:
-    """Makes a function launch on the device of its first argument."""
+    """Makes a function launch on its first argument's device, which need not be the current one."""
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        with on_device(x):
+        if not x.is_cuda:
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
             return function(x, *args, **kwargs)
 
     return run
@@ -65,15 +67,6 @@ class Base(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-
-
-class Adapters(NamedTuple):
-    """Factors of each slot, None where an adapter leaves the layer alone, and their scalings."""
-
-    lora_a: _Factors
-    lora_b: _Factors
-    lora_bias: _Factors
-    scaling: torch.Tensor
 
 
 # ------------------------------------------------------------------------------------ operators
@@ -103,26 +96,29 @@ def linear(
     base: Base,
     rows: Sequence[torch.Tensor],
     s: torch.Tensor | None,
-    adapters: Adapters,
+    factors: _Factors,
+    scaling: torch.Tensor,
     drop: Drop,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Returns y, and s unless that was given."""
+    """Returns y, and s unless that was given; factors are three of each slot in turn."""
     if not rows:
-        return _linear_one(x, base, s, adapters, drop, plan)
-    lora_b = present(adapters.lora_b, 1)
-    own, after_shrink = s, False
+        lora_a, lora_b, _ = factors
+        if lora_a is None or lora_b is None:
+            raise ValueError("one slot has all rows, and it has no factors")
+        return _linear_one(x, base, s, lora_a, lora_b, scaling, drop, plan)
+    ups, biases, own, after_shrink = present(factors[1::3], 1), factors[2::3], s, False
     if own is None:
-        made, after_shrink = _shrink_listed(x, rows, adapters.lora_a, 1, drop)
+        made, after_shrink = _shrink_listed(x, rows, factors[::3], 1, drop)
         own = made[0]
-    (m, k), n, largest = x.shape, base.weight.shape[0], max(b.shape[1] for b in lora_b)
-    rank_rows = len(lora_b) * largest
+    (m, k), n, largest = x.shape, base.weight.shape[0], max(b.shape[1] for b in ups)
+    rank_rows = len(ups) * largest
     plan = choose_plan(plan, x, base.weight, rank_rows, "mixed_lora_train_linear")
     if plan == "split":
         y = F.linear(x, *base)
-        expand_(y, own, rows, lora_b, adapters.lora_bias, adapters.scaling)
+        expand_(y, own, rows, ups, biases, scaling)
     else:
-        up = RankRows.of_lora_b(lora_b, adapters.lora_bias, adapters.scaling)
+        up = RankRows.of_lora_b(ups, biases, scaling)
         config = config_of("mixed_lora_train_linear", x, m, n, k, largest)
         y = product_and_rank_rows(
             x, base, own.unsqueeze(0), rows, up, config=config, pdl=after_shrink
@@ -270,32 +266,32 @@ def _linear_one(
     x: torch.Tensor,
     base: Base,
     s: torch.Tensor | None,
-    adapters: Adapters,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
     drop: Drop,
     plan: str,
 ) -> list[torch.Tensor]:
-    (lora_b,), scaling = present(adapters.lora_b, 1), adapters.scaling
     plan = choose_plan(plan, x, base.weight, lora_b.shape[1])
-    if s is None:
-        (lora_a,) = present(adapters.lora_a, 0)
+    own = s
+    if own is None:
         if plan != "split":
             return _fused_one(x, base, lora_a, lora_b, scaling, drop, plan == "invariant")
-        made = _shrink_one(x, lora_a, drop)
-        return [*_linear_one(x, base, made, adapters, drop, plan), made]
+        own = _shrink_one(x, lora_a, drop)
     if plan == "split":
         y = F.linear(x, *base)
-        _expand_one_(y, s, lora_b, scaling)
-        return [y]
-    (m, k), (n, r) = x.shape, lora_b.shape
-    y = x.new_empty(m, n)
-    lora_linear.launch_lora_linear(
-        *(y, x, base.weight, s, lora_b, scaling),
-        bias=base.bias,
-        s_out=None,
-        config=config_of("lora_linear", x, m, n, k, r),
-        pdl=False,
-    )
-    return [y]
+        _expand_one_(y, own, lora_b, scaling)
+    else:
+        (m, k), (n, r) = x.shape, lora_b.shape
+        y = x.new_empty(m, n)
+        lora_linear.launch_lora_linear(
+            *(y, x, base.weight, own, lora_b, scaling),
+            bias=base.bias,
+            s_out=None,
+            config=config_of("lora_linear", x, m, n, k, r),
+            pdl=False,
+        )
+    return [y, own] if s is None else [y]
 
 
 def _fused_one(

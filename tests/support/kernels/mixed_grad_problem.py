@@ -12,7 +12,7 @@ from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_listed, runs_a, runs_b
+from fastlora.ops.triton.pieces import rows_listed, runs_a, runs_b
 from fastlora.testing import assert_within_budget
 
 OPS = torch.ops.fastlora

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.rows import refill_
 

@@ -9,7 +9,7 @@ import torch
 
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.schema import PENDING
-from fastlora.ops.triton.configs import rows_at
+from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.rows import refill_
 
