@@ -13,7 +13,7 @@ from fastlora.testing import Launch, stubbed_launches
 pytest.importorskip("triton", reason="triton is not installed")
 
 FORWARD = ["_lora_shrink_kernel", "_lora_linear_kernel"]
-BACKWARD = ["_lora_grad_b_kernel", "_lora_grad_a_kernel", "_lora_linear_kernel"]
+BACKWARD = ["_lora_grad_b_kernel", "_lora_linear_kernel", "_lora_grad_a_kernel"]
 
 
 def names(launches: Sequence[Launch]) -> list[str]:
