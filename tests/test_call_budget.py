@@ -40,7 +40,7 @@ BUDGETS = {
     "one adapter, few rows": Budget(18, 15, 20, 10),
     "one adapter": Budget(35, 18, 36, 14),
     "mixed training": Budget(64, 25, 70, 16),
-    "mixed decode": Budget(18, 9, 20, 8),
+    "mixed decode": Budget(19, 10, 20, 8),
 }
 
 

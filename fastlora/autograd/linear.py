@@ -32,6 +32,7 @@ from fastlora.ops.layout import present
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.backend import is_wide
+from fastlora.ops.torch.reference import column_sums
 
 # Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
 # PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
@@ -267,6 +268,9 @@ class LoraLinear(torch.autograd.Function):
             plan,
         )
         dx, d_bias, d_weight = found.dx, found.d_bias, None
+        if call.rows is None and needs[2] and grad.dtype != ctx.x_dtype:  # a y that was given
+            exact = grad.reshape(-1, grad.shape[-1])
+            found.factors[2] = (column_sums(exact) * scaling).to(factors[2].dtype)
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (

@@ -73,6 +73,7 @@ def run_again(
         or x.numel() != ready.rows.m * x.shape[-1]
         or is_batch_invariant()
         or torch.is_autocast_enabled(ready.device.type)
+        or is_captured(x)  # what a graph reads is pinned by `find_packed`
     ):
         return None
     pack = ready.pack

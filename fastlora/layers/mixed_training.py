@@ -110,9 +110,16 @@ def mixed_run(
         dropout_p.append(factors.dropout_p)
     if not found and y is not None:
         return y
-    if not found:
+    if not found and impl != "eager":
         base: Any = weight
         return F.linear(x, base.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if not found and weight is not None:
+        # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+        (n, k), zero = weight.shape, scalings_beside((0.0,), x)
+        return run(
+            *(x, weight, bias, None, Call(impl), zero.reshape(()), None),
+            (x.new_empty(0, k), x.new_empty(n, 0), None),
+        )
     if drops and seeds is None:
         check_dropout_dtype(x.dtype)
         seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))

@@ -383,7 +383,7 @@ class TensorParallelLora(FastLoraWrapper):
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
-        shared = seed.to(mesh.device_type)
+        shared = seed.to(mesh.device_type, copy=True)  # the block keeps its own
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 

@@ -115,9 +115,9 @@ class OperatorBackend:
         else:
             ds = reference.lora_ds(dy, lora_b[0], scaling)
         if sums and (d_bias is None or rows is not None):
-            d_bias = dy.sum(0)
-        if rows is None and wants[2] and d_bias is not None:
-            found[2] = d_bias * scaling
+            d_bias = reference.column_sums(dy)
+        if rows is None and wants[2] and d_bias is not None and lora_bias[0] is not None:
+            found[2] = (d_bias * scaling).to(lora_bias[0].dtype)
         dx = None
         if wanted.x:
             base = None if weight is None else weight.to(dy.dtype)

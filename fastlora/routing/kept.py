@@ -43,12 +43,15 @@ class KnownRows:
     def get(self, ids: torch.Tensor, m: int, slots: int, device: torch.device) -> Rows:
         """Returns `sort_rows` of these, the known one for known ids on a CPU."""
         is_compiling = torch.compiler.is_compiling
-        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or is_compiling():
+        # A CUDA graph reads rows where they lie, for longer than they are kept here.
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or is_compiling() or captured:
             return sort_rows(ids, m, slots, device)
         key = (m, device, stream_of(device), slots, tuple(ids.tolist()))
         rows = self._known.get(key)
         if rows is None:
-            rows = sort_rows(ids, m, slots, device)
+            # A copy: rows read ids later too, when the caller may have written others there.
+            rows = sort_rows(ids.clone(), m, slots, device)
             known = list(self._known.items())[1 - self._MOST :]
             self._known = dict([*known, (key, rows)])  # a new one: other threads read the old one
         return rows

@@ -79,7 +79,7 @@ def seeds_of(model: Any) -> list[tuple[str, torch.Tensor]]:
 
         def own_seed(seed: torch.Tensor, name: str = name, layer: Any = layer) -> torch.Tensor:
             made = TensorParallelLora._own_seed(layer, seed)
-            seen.append((name, made))
+            seen.append((name, made[:1]))  # of a mixed batch's, the one plain adapter's
             return made
 
         layer._own_seed = own_seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -167,3 +169,22 @@ def test_wrapper_does_not_write_into_an_output_that_others_hold() -> None:
             y = layer(x)
         assert torch.equal(x, before)
         assert not kept or not torch.equal(kept[0], y)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["plain", "called"])
+def test_the_gradient_of_a_bias_of_b_is_summed_in_the_bias_dtype(called: bool) -> None:
+    """64 rows of 600 times a scaling of 4 are no fp16 number."""
+    base = nn.Linear(16, 8, dtype=torch.float16)
+    options: Any = {"r": 2, "lora_alpha": 8, "lora_bias": True}
+    if called:
+        layer: Any = FastLoraWrapper(base)
+        layer.add_adapter("default", **options)
+        layer.set_adapter("default")
+    else:
+        layer = FastLoraLinear.from_linear(base, **options)
+    layer.lora_A.float()
+    layer.lora_B.float()
+    y = layer(torch.randn(64, 16, dtype=torch.float16))
+    y.backward(torch.full_like(y, 600.0))
+    bias = layer.lora_B["default"].bias
+    assert torch.equal(bias.grad, torch.full_like(bias, 64 * 600.0 * 4))

@@ -475,6 +475,19 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
     assert {reference() is not None for reference in read} == {False}
 
 
+def test_a_capture_within_an_open_block_pins_what_it_reads() -> None:
+    """Also where the block's forward before it has found everything."""
+    x, names = torch.randn(2, 48), ["a0", "a1"]
+    model = build([8] * 2)
+    steps(model, x, names)
+    with torch.no_grad(), adapters(model, names):
+        model(x)
+        assert not model.base_model.group.packs._captured
+        with mock.patch.object(mixed_packed, "is_captured", lambda _: True):
+            model(x)
+    assert model.base_model.group.packs._captured
+
+
 def is_tensor(value: Any) -> bool:
     """Whether it is a tensor."""
     return isinstance(value, torch.Tensor)

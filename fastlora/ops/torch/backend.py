@@ -88,8 +88,10 @@ class TorchBackend:
             *(dy, weight, x, lora_a, lora_b, scaling, s, operands.seeds, operands.dropout_p[0]),
             single.Wanted(wanted.x, wants_a, wants_b),
         )
-        d_bias = dy.sum(0) if wanted.bias or wants_bias else None
-        d_lora_bias = d_bias * scaling if wants_bias and d_bias is not None else None
+        d_bias = reference.column_sums(dy) if wanted.bias or wants_bias else None
+        d_lora_bias = None
+        if wants_bias and d_bias is not None and lora_bias is not None:
+            d_lora_bias = (d_bias * scaling).to(lora_bias.dtype)
         return Gradients(found.dx, [found.d_lora_a, found.d_lora_b, d_lora_bias], found.ds, d_bias)
 
     def _of_segments(

@@ -91,7 +91,7 @@ def grad_b(
             d_lora_b, d_bias = parts[slot]
             d_lora_b.copy_(products.mm(own.t(), (s[at, :r] * scaling[slot]).to(own.dtype)))
             if d_bias is not None:
-                d_bias.copy_(own.sum(0) * scaling[slot])
+                d_bias.copy_(reference.column_sums(own) * scaling[slot])
     return ds
 
 

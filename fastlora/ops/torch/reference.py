@@ -20,6 +20,14 @@ _LANES_PER_WORD = 64 // _LANE_BITS
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def column_sums(dy: torch.Tensor) -> torch.Tensor:
+    """Returns the sums of ``dy [M, N]`` over its rows, in fp32 (fp64 for fp64).
+
+    A scaling in 16 bits would overflow, and round a second time.
+    """
+    return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
+
+
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns a tensor in a dtype; itself where it has it, for which ``.to`` takes 2 us."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

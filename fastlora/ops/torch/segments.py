@@ -189,7 +189,7 @@ class _Padded(NamedTuple):
     targets: torch.Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _padded(segments: tuple[Segment, ...], device: torch.device) -> _Padded:
     """Returns how to lay out some segments' rows as a batch; the same for every layer."""
     longest = max(segment.stop - segment.start for segment in segments)
@@ -245,7 +245,7 @@ def grad_b(
             scaled = (share.part(s, r) * scaling).to(own.dtype)
             d_lora_b[place] = products.mm(own.t(), scaled).to(lora_b.dtype)
         if wants[3 * place + 2] and lora_bias is not None:
-            d_lora_bias[place] = (own.sum(0) * scaling).to(lora_bias.dtype)
+            d_lora_bias[place] = (reference.column_sums(own) * scaling).to(lora_bias.dtype)
     return ds, d_lora_b, d_lora_bias
 
 
