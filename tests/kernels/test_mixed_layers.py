@@ -12,7 +12,6 @@ from tests.support.kernels.mixed_models import build, eager, run, use_impl
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import fastlora
 from fastlora.env import triton_interpreted
 from fastlora.layers.factors import Parameters
 from fastlora.pool import router as batches
@@ -21,23 +20,6 @@ from fastlora.routing.routing import Routing
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterNotFoundError
 from tests.support.bytes.byte_counter import ByteCounter
-
-
-@pytest.mark.parametrize(("count", "batch", "tokens"), [(1, 3, 1), (7, 17, 1), (9, 11, 8)])
-def test_a_model_on_the_kernels(
-    lab: Any, count: int, batch: int, tokens: int, dtype: torch.dtype
-) -> None:
-    """Decode and prefill sizes, mixed ranks, rsLoRA, lora_bias, absent modules and base rows."""
-    model = build(lab, count, dtype)
-    generator = torch.Generator().manual_seed(batch)
-    drawn = torch.randint(-1, count, (batch,), generator=generator)
-    names = [None if i < 0 else f"a{i}" for i in drawn.tolist()]
-    x = torch.randn(batch, tokens, 64, generator=generator).to(lab.device, dtype)
-    reference = eager(model)
-    expected = run(reference, x, names)
-    exact = run(reference.double(), x.double(), names)
-    for ids in (names, names, drawn.to(lab.device)):  # traced on the first call; names and slots
-        assert_within_budget(run(model, x, ids), expected, exact)
 
 
 def launches(model: Any, x: torch.Tensor, ids: Any) -> Counter[str]:
@@ -60,33 +42,6 @@ def test_launches_do_not_depend_on_the_mix(lab: Any) -> None:
     ]
     assert found[0] == found[1] == found[2]
     assert sorted(found[0].values()) == [2, 4]  # shrinks and linears
-
-
-def test_a_pool_on_the_kernels(lab: Any, dtype: torch.dtype) -> None:
-    """Rows of a pool's adapters equal the same adapters as parameters; slots and names alike."""
-    model = build(lab, 5, dtype)
-    base = eager(model).unload()
-    pool = fastlora.AdapterPool(base, target_modules=["q", "k", "v", "o"], max_adapters=8)
-    for name, config in model.peft_config.items():
-        state = {
-            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor
-            for key, tensor in model.base_model.model.state_dict().items()
-            if f".{name}." in key
-        }
-        pool.load(name, state, config=config)
-    use_impl(base, "triton")
-    names = ["a3", None, "a0", "a4", "a2", "a1", "a3"]
-    x = torch.randn(7, 2, 64).to(lab.device, dtype)
-    expected = run(eager(model), x, names)
-    exact = run(eager(model).double(), x.double(), names)
-    slots = torch.tensor([-1 if name is None else pool.slot_of(name) for name in names])
-    for ids in (names, names, slots):
-        assert_within_budget(run(base, x, ids), expected, exact)
-    state["base_model.model.q.lora_A.weight"].mul_(2)
-    pool.load("a4", state, config=model.peft_config["a4"])  # a hot swap
-    assert not torch.allclose(run(base, x, names)[3], expected[3])
-    with pytest.raises(AdapterNotFoundError, match="slot 7"):
-        run(base, x, torch.tensor([0, 7]))
 
 
 def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:

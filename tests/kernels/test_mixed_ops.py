@@ -34,13 +34,6 @@ def base(problem: MixedProblem, g: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 40, 48), (1, 64, 48), (37, 50, 1100), (130, 33, 65)])
-def test_values(lab: Any, dtype: torch.dtype, plan: str, m: int, n: int, k: int) -> None:
-    problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], k, [n], dtype, biased=(1, 7))
-    problem.check(linear(problem, plan=plan))
-
-
-@pytest.mark.parametrize("plan", ["fused", "split"])
 def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
     s = OPS.lora_shrink_at(*shrink_arguments(problem))

@@ -77,26 +77,6 @@ def slots_of(pool: Any, names: list[str | None]) -> torch.Tensor:
     return torch.tensor([-1 if name is None else pool.slot_of(name) for name in names])
 
 
-@pytest.mark.parametrize("trains", [False, True])
-def test_gradients_through_a_pool(lab: Any, trains: bool) -> None:
-    """Rows and the gradient of x are those of the same adapters as parameters."""
-    served, pool, model = pool_over_block(lab)
-    served.train(trains)
-    x = torch.randn(5, 2, 48, device=lab.device)
-
-    def run(m: Any, owner: Any, x: torch.Tensor) -> list[torch.Tensor]:
-        x = x.clone().requires_grad_()
-        with adapters(owner, IDS):
-            y = m(x)
-        y.square().sum().backward()
-        return [y.detach(), x.grad]
-
-    found, expected = run(served, pool, x), run(model, model, x)
-    exact = run(model.double(), model, x.double())
-    for mine, plain, truth in zip(found, expected, exact, strict=True):
-        assert_within_budget(mine, plain, truth)
-
-
 def test_training_mode_without_gradients(lab: Any) -> None:
     """A pool drops nothing: rows are those of evaluation."""
     served, pool, _ = pool_over_block(lab)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -25,14 +23,10 @@ from fastlora.train import train_adapters
 from tests.support.bytes.byte_counter import ByteCounter
 from tests.support.kernels.mixed_grad_problem import GradProblem
 from tests.support.kernels.mixed_models import (
-    NAMES,
-    Attention,
-    Scaled,
     compare,
     eager,
     step,
     trainable,
-    use_impl,
 )
 
 
@@ -49,18 +43,6 @@ def kernel_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """The kernels' mask in PyTorch's place."""
     keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)
     return keep.to(x.device, reference.INTEGERS[x.itemsize])
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of operators, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func._schema.name.removeprefix("fastlora::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -95,34 +77,9 @@ def backward_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def counted_step(model: Any, x: torch.Tensor, names: Any) -> tuple[Counter[str], Any]:
-    """Calls of operators in a step, and what `step` returns."""
-    with Calls() as calls:
-        found = step(model, x, names)
-    return calls.count, found
-
-
 def notes(model: Any) -> list[str]:
     """What the fusion report says of q, k, v and o."""
     return [row.siblings for row in fusion_report(model).rows]
-
-
-def test_values_and_gradients(dtype: torch.dtype, launches: list[int]) -> None:
-    """Mixed ranks, lora_bias, an adapter that k and v lack, base rows; few rows and many."""
-    model = trainable(5, dtype)
-    x = torch.randn(9, 9 if dtype == torch.float32 else 1, 64).to(dtype)
-    count, apart = counted_step(model, x, NAMES)
-    assert launches == [1] * 4
-    assert count["lora_grad_a"] == 4
-    launches.clear()
-    count, found = counted_step(model, x, NAMES)
-    assert launches == [3, 1]  # of q, k and v; of o
-    assert count["lora_grad_a"] == 2
-    assert notes(model)[:3] == ["3 share x"] * 3
-    slow = eager(model)
-    near, exact = step(slow, x, NAMES), step(slow.double(), x.double(), NAMES)
-    compare(found, near, exact)
-    compare(found, apart, exact)
 
 
 @pytest.mark.skipif(not triton_interpreted(), reason="bytes are counted in the interpreter")
@@ -141,37 +98,6 @@ def test_x_is_read_once_forward_and_once_backward() -> None:
     apart, shared = issued
     assert shared == [x.nbytes] * 2
     assert apart == [3 * x.nbytes] * 2
-
-
-def test_dora_slots() -> None:
-    """An adapter with DoRA shares as any other: its scales come after."""
-    model = trainable(2, torch.float32)
-    config = fastlora.LoraConfig(r=4, target_modules=["q", "v"], use_dora=True)
-    model.add_adapter("d", config)
-    train_adapters(model, ["a0", "a1", "d"])
-    x, names = torch.randn(5, 64), ["d", "a1", None, "a0", "d"]
-    step(model, x, names)
-    count, found = counted_step(model, x, names)
-    assert count["lora_grad_a"] == 2
-    slow = eager(model)
-    compare(found, step(slow, x, names), step(slow.double(), x.double(), names))
-
-
-def test_autocast(launches: list[int]) -> None:
-    """The tensor that the layers are called with counts, not each layer's copy in half."""
-    model = trainable(3, torch.float32)
-    x, names = torch.randn(6, 64), ["a1", None, "a0", "a2", "a1", "a0"]
-
-    def run(some: Any) -> dict[str, torch.Tensor]:
-        with torch.autocast(x.device.type, torch.float16):
-            return {name: tensor.half() for name, tensor in step(some, x, names).items()}
-
-    run(model)
-    launches.clear()
-    found = run(model)
-    assert launches == [3, 1]
-    slow = eager(model)
-    compare(found, run(slow), step(slow.double(), x.double(), names))
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
@@ -210,48 +136,6 @@ def step_of_two(model: Any, x: torch.Tensor, names: Any) -> dict[str, torch.Tens
     with adapters(model, names):
         (layers.q(x).pow(2).sum() + layers.k(x).pow(2).sum()).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def test_absent_adapters_get_zeros() -> None:
-    """Of all siblings, where processes share a batch."""
-    model = trainable(5, torch.float32)
-    x, names = torch.randn(4, 64), ["a1", None, "a4", "a1"]
-
-    def run(some: Any, given: torch.Tensor) -> dict[str, torch.Tensor]:
-        with adapters(some, names, absent_gradients=True):
-            some(given).pow(2).sum().backward()
-        found = {n: p.grad for n, p in some.named_parameters() if p.grad is not None}
-        some.zero_grad(set_to_none=True)
-        return found
-
-    run(model, x)
-    found = run(model, x)
-    assert notes(model)[:3] == ["3 share x"] * 3
-    assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert not any(g.any() for n, g in found.items() if ".a1." not in n and ".a4." not in n)
-    slow = eager(model)
-    compare(found, run(slow, x), run(slow.double(), x.double()))
-
-
-def test_frozen_adapters() -> None:
-    """What is asked for is right, and the rest is None; a layer that is frozen shares nothing."""
-    model = trainable(3, torch.float32)
-    x, names = torch.randn(5, 64), ["a1", "a0", None, "a2", "a0"]
-    step(model, x, names)
-    slow = eager(model)
-    near, exact = step(slow, x, names), step(slow.double(), x.double(), names)
-    for frozen in (".a0.", "lora_B", ".k.lora_"):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name and frozen not in name)
-        count, found = counted_step(model, x, names)
-        assert count["lora_grad_a"] == 2
-        kept = {name for name in near if frozen not in name}
-        compare(found, {n: near[n] for n in kept}, {n: exact[n] for n in kept})
-    assert notes(model)[:3] == [
-        "3 share x",
-        "3, not shared: one of them is frozen, or no adapter of the batch acts on it",
-        "3 share x",
-    ]
 
 
 def test_what_is_not_shared(launches: list[int]) -> None:
@@ -447,26 +331,3 @@ def in_float64(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     return type(value)(map(in_float64, value)) if isinstance(value, (list, tuple)) else value
-
-
-def test_beside_base_layers_called_as_they_are(dtype: torch.dtype, launches: list[int]) -> None:
-    """q and k add their adapters to their base layers' output, v is fused: one s for all."""
-    torch.manual_seed(0)
-    base = Attention()
-    base.q.__class__ = base.k.__class__ = Scaled
-    config = {"target_modules": ["q", "k", "v"], "init_lora_weights": False}
-    model = fastlora.get_peft_model(
-        base, fastlora.LoraConfig(r=8, **config), "a0", autocast_adapter_dtype=False
-    )
-    model.add_adapter("a1", fastlora.LoraConfig(r=3, lora_bias=True, **config))
-    model = model.to(dtype).eval()
-    train_adapters(model, ["a0", "a1"])
-    use_impl(model, "triton")
-    x, names = torch.randn(5, 7, 64).to(dtype), ["a1", "a0", None, "a1", "a0"]
-    step(model, x, names)
-    step(model, torch.randn(5, 7, 64).to(dtype), names)
-    launches.clear()
-    found = step(model, x, names)
-    assert launches == [3]
-    slow = eager(model)
-    compare(found, step(slow, x, names), step(slow.double(), x.double(), names))

@@ -65,61 +65,6 @@ def seeds_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seeds
 
 
-@pytest.mark.parametrize("m", [5, 67], ids=["fused", "split"])
-@pytest.mark.parametrize("siblings", SIBLINGS, ids=["plain", "dropout"])
-def test_gradients_of_siblings(
-    siblings: Any, m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and every gradient, of x, factors, base weights and biases, from one d_lora_a pass."""
-    k = 48
-    layers = []
-    for n, r, p in siblings:
-        layer = FastLoraLinear(k, n, r=r, lora_dropout=p, lora_alpha=3)
-        layer.impl = "triton"
-        nn.init.normal_(layer.lora_B["default"].weight, std=r**-0.5)
-        layers.append(layer.to(DEVICE, dtype).requires_grad_())
-    x = torch.randn(m, k).to(DEVICE, dtype).requires_grad_()
-    for layer in layers:
-        layer(x)
-    calls: list[int] = []
-    from fastlora.ops.triton import backward
-
-    grad_a = backward.grad_a
-    seeds = seeds_drawn(monkeypatch)
-    monkeypatch.setattr(
-        backward,
-        "grad_a",
-        lambda x, ds, *rest: calls.append(len(ds)) or grad_a(x, ds, *rest),
-    )
-    layers[-1](torch.randn(m, k).to(DEVICE, dtype))  # another tensor: now they are known
-    seeds.clear()
-    actual = [layer(x) for layer in layers]
-    assert len(seeds) == sum(p > 0 for _, _, p in siblings)
-    remaining = iter(seeds)
-    masks = [(next(remaining) if p else None, p) for _, _, p in siblings]
-    dys = [torch.randn_like(y) for y in actual]
-    torch.autograd.backward(actual, dys)
-    assert calls == [len(siblings)]
-    assert fusion_report(nn.ModuleList(layers)).rows[0].siblings == f"{len(siblings)} share x"
-    sides = []
-    for side_dtype in (dtype, torch.float64):
-        copies = as_plain(layers, side_dtype)
-        own = x.detach().to(side_dtype).requires_grad_()
-        ys = [expected(c, own, *mask) for c, mask in zip(copies, masks, strict=True)]
-        torch.autograd.backward(ys, [dy.to(side_dtype) for dy in dys])
-        sides.append((ys, own, copies))
-    (same_y, same_x, same), (true_y, true_x, true) = sides
-    for mine, plain, exact in zip(actual, same_y, true_y, strict=True):
-        assert_within_budget(mine.detach(), plain.detach(), exact.detach(), "y")
-    assert_within_budget(x.grad, same_x.grad, true_x.grad, "dx")
-    for mine_of, plain_of, exact_of in zip(layers, same, true, strict=True):
-        named = zip(
-            mine_of.named_parameters(), plain_of.parameters(), exact_of.parameters(), strict=True
-        )
-        for (name, mine), plain, exact in named:
-            assert_within_budget(mine.grad, plain.grad, exact.grad, name)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_siblings_in_a_compiled_graph(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One shrink in the forward graph and one d_lora_a in the backward; the masks of layers apart.
