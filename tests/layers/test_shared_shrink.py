@@ -315,3 +315,43 @@ def test_the_report_names_siblings() -> None:
     notes = [row.siblings for row in fastlora.fusion_report(model).rows]
     assert notes[:3] == ["3 share x"] * 3
     assert "3 share x" in str(fastlora.fusion_report(model))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    """Four backwards into the same gradients, each shared, as near to the truth as one."""
+    model, x = Block(), torch.randn(4, 7, 24)
+    model(x)
+    with counted() as calls:
+        for part in x:
+            (model(part).pow(2).mean() / 4).backward()
+    assert calls == [3] * 4
+    assert_near([parameter.grad for parameter in trainable(model)], model, x, since=2)
+
+
+def test_grad_scaler() -> None:
+    """A scaled step is as good as a plain one; one that overflows is skipped, the scale halved."""
+    model, x = Block(), torch.randn(9, 24)
+    model(x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+
+    def step(inputs: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.float16):
+            loss = model(inputs).float().pow(2).mean()
+        scaler.scale(loss).backward()
+
+    with counted() as calls:
+        step(x)
+    assert calls == [3]
+    scaler.unscale_(optimizer)
+    with torch.autocast("cpu", torch.float16):  # unscaled, which loses more in ds
+        assert_near([p.grad.half() for p in trainable(model)], model, x, since=2)
+    scaler.step(optimizer)
+    scaler.update()
+    before = [p.detach().clone() for p in trainable(model)]
+    model.zero_grad()
+    step(x * 1e4)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert all(torch.equal(p, old) for p, old in zip(trainable(model), before, strict=True))
