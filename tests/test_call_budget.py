@@ -37,10 +37,10 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(18, 15, 20, 10),
-    "one adapter": Budget(35, 18, 36, 14),
-    "mixed training": Budget(64, 25, 70, 16),
-    "mixed decode": Budget(19, 10, 20, 8),
+    "one adapter, few rows": Budget(19, 16, 20, 10),
+    "one adapter": Budget(36, 19, 36, 14),
+    "mixed training": Budget(64, 24, 70, 16),
+    "mixed decode": Budget(20, 10, 20, 8),
 }
 
 

@@ -21,20 +21,15 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.compute import lora_added_forward, lora_forward
-from fastlora.layers.dora import (
-    dora_added_forward,
-    dora_forward,
-    uses_dora,
-    why_dora_not_fused,
-)
-from fastlora.layers.factors import Parameters, why_not_fused
+from fastlora.layers.bases import Base
+from fastlora.layers.factors import Parameters
+from fastlora.layers.forward import forward
 from fastlora.layers.linear import why_not_plain
-from fastlora.layers.mixed_compute import mixed_added_forward, mixed_forward
 from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.shared_shrink import knows_siblings, note_compiled
+from fastlora.layers.why import fusion
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
@@ -73,14 +68,15 @@ class _FastForward(ForgetsWithMode, HasScalings):
         if mixed or self.disable_adapters or self.merged or not names or variant:
             refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
-        base, dora = self.base_layer, uses_dora(self, names)
-        if not args and not kwargs and not why_not_plain(base):
-            forward = dora_forward if dora else lora_forward
-            return forward(self, x, base.weight, base.bias, names, "auto")
         kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
-        y = base(x, *args, **kwargs)
-        added_forward = dora_added_forward if dora else lora_added_forward
-        return added_forward(self, y, x, names, "auto", inplace=False)
+        return forward(self, x, self._base(x, *args, **kwargs), None, names)
+
+    def _base(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Base:
+        """The base layer: its weight where it is a plain linear, else what it makes of x."""
+        module = self.base_layer
+        if not args and not kwargs and not why_not_plain(module):
+            return Base(module.weight, module.bias)
+        return Base(y=module(x, *args, **kwargs))
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""
@@ -106,10 +102,7 @@ class _FastForward(ForgetsWithMode, HasScalings):
                     f"adapter {name!r} is a {type(variant).__name__}, which cannot share a batch "
                     "with other adapters"
                 )
-        base = self.base_layer
-        if not args and not kwargs and not why_not_plain(base):
-            return mixed_forward(self, x, base.weight, base.bias, *routed)
-        return mixed_added_forward(self, base(x, *args, **kwargs), x, *routed)
+        return forward(self, x, self._base(x, *args, **kwargs), routed, [])
 
     def _acting(self: Any) -> list[str]:
         """Names that the next forward adds to the base layer's output itself, not through PEFT."""
@@ -124,9 +117,7 @@ class _FastForward(ForgetsWithMode, HasScalings):
         for name in names:
             if _foreign_variant(self, name):
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-        why = why_not_fused(self, names, gathered) or why_not_plain(self.base_layer, gathered)
-        why = why or why_dora_not_fused(self, names)
-        return not why, why
+        return fusion(self, names, why_not_plain(self.base_layer, gathered), gathered)
 
 
 def _foreign_variant(layer: Any, name: str) -> bool:

@@ -14,10 +14,13 @@ from torch import nn
 from fastlora import functional
 from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
 from fastlora.autograd.dora_dropped import DoraDropped
-from fastlora.layers.compute import lora_added_forward, lora_forward, refuse_triton
+from fastlora.autograd.linear import records_gradients
+from fastlora.layers.active import run_active
+from fastlora.layers.bases import Base
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.factors import factors_of, scale_by_name, scaling_of
 from fastlora.layers.norms import adapter_squares, base_squares, magnitude_of
+from fastlora.layers.why import refuse_triton, uses_dora
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors
 from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
@@ -37,72 +40,32 @@ class DoraMagnitude(nn.Module):
         self.weight = nn.Parameter(magnitude)
 
 
-def uses_dora(layer: Any, names: list[str]) -> bool:
-    """Whether one of these adapters of the layer uses DoRA."""
-    magnitudes = layer._modules.get("lora_magnitude_vector")
-    return bool(magnitudes is not None and magnitudes._modules) and any(
-        name in magnitudes._modules for name in names
-    )
-
-
-def why_dora_not_fused(layer: Any, names: list[str]) -> str:
-    """Returns why active adapters are not one call because of DoRA, or an empty string."""
-    if not uses_dora(layer, names):
-        return ""
-    if len(names) > 1:
-        return "several active adapters, some with DoRA: they act one after the other"
-    dropout = layer.lora_dropout[names[0]]
-    if dropout.training and not isinstance(dropout, nn.Identity):
-        return "DoRA with dropout in training: a second base product, both PyTorch's"
-    return ""
-
-
 # ------------------------------------------------------------------------------------- forward
 
 
-def dora_forward(
-    layer: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    names: list[str],
-    impl: str,
-) -> torch.Tensor:
-    """Runs a plain linear base layer with active adapters of which some use DoRA.
+def run_active_dora(layer: Any, x: torch.Tensor, base: Base, names: list[str]) -> torch.Tensor:
+    """Returns ``[..., N]`` of a base layer and its active adapters, some of them with DoRA.
 
     One after the other, as PEFT does: DoRA scales what came before it, other adapters too.
     """
-    first, *rest = _runs(layer, names)
-    if not uses_dora(layer, first):
-        y = lora_forward(layer, x, weight, bias, first, impl)
-    else:
-        branch = factors_of(layer, first[0], x)
-        if branch is None:
-            refuse_in_mode(layer, f"adapter {first[0]!r} has a factor that is hooked")
-            y = _called(layer, F.linear(x, weight, bias), x, first[0])
-        else:
-            y = _fused(layer, x, weight, bias, first[0], branch, impl)
-    return dora_added_forward(layer, y, x, [n for run in rest for n in run], impl, True)
-
-
-def dora_added_forward(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, names: list[str], impl: str, inplace: bool
-) -> torch.Tensor:
-    """Adds active adapters, of which some use DoRA, to the output ``y [..., N]`` of a base layer.
-
-    ``inplace`` says whether y may be overwritten where no gradient is recorded.
-    """
     for run in _runs(layer, names):
         if not uses_dora(layer, run):
-            y = lora_added_forward(layer, y, x, run, impl, inplace)
+            y = run_active(layer, x, base, run)
         else:
-            branch = factors_of(layer, run[0], x)
-            if branch is None:
-                y = _called(layer, y, x, run[0])
-            else:
-                y = _added(layer, y, x, run[0], branch, impl, inplace)
-        inplace = True
+            y = _run_one(layer, x, base, run[0])
+        base = Base(y=y, inplace=True)
     return y
+
+
+def _run_one(layer: Any, x: torch.Tensor, base: Base, name: str) -> torch.Tensor:
+    """`run_active_dora` for one adapter with DoRA."""
+    branch = factors_of(layer, name, x)
+    if branch is None:
+        refuse_in_mode(layer, f"adapter {name!r} has a factor that is hooked")
+        return _called(layer, base.output(x), x, name)
+    if base.weight is not None:
+        return _fused(layer, x, base.weight, base.bias, name, branch, layer.impl)
+    return _added(layer, base.output(x), x, name, branch, layer.impl, base.inplace)
 
 
 def _runs(layer: Any, names: list[str]) -> list[list[str]]:
@@ -224,7 +187,7 @@ def _dropped(
 
 
 def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-    """Adds a DoRA adapter by calling its modules, as PEFT does; see `compute.why_not_fused`."""
+    """Adds a DoRA adapter by calling its modules, as PEFT does."""
     refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
     dropout, scaling = layer.lora_dropout[name], scaling_of(layer, name)
@@ -241,8 +204,3 @@ def _called(layer: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Te
     else:
         scaled = y if bias is None else y - bias
     return (y + update + change * (scaled + update)).to(y.dtype)
-
-
-def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether a graph is recorded through one of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -258,7 +258,7 @@ def slots_of(
     source: Source, layer: AdapterLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
     """Returns a layer's adapters in these slots; those of ``without`` are None."""
-    own = list[Factors | None]()
+    own: list[Factors | None] = []
     for slot in which:
         own.append(None if slot in without else source.factors(layer, slot))
     return Slots(tuple(own))

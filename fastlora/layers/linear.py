@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import lora_forward
-from fastlora.layers.dora import dora_forward, uses_dora, why_dora_not_fused
-from fastlora.layers.factors import why_not_fused
-from fastlora.layers.mixed_compute import mixed_forward
+from fastlora.layers.bases import Base
+from fastlora.layers.forward import forward
+from fastlora.layers.why import fusion
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
@@ -170,10 +169,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             return F.linear(x, weight, bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
-        if routed is not None:
-            return mixed_forward(self, x, weight, bias, *routed)
-        forward = dora_forward if uses_dora(self, names) else lora_forward
-        return forward(self, x, weight, bias, names, self.impl)
+        return forward(self, x, Base(weight, bias), routed, names)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""
@@ -184,15 +180,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
         ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
         """
-        names = self._acting()
         if is_sharded(self._parameters.get("weight")) and not gathered:
             return False, "its base weight is sharded (a DTensor) and nothing gathers it"
-        why = why_not_fused(self, names, gathered)
-        drops = [n for n in names if isinstance(self.lora_dropout[n], nn.Dropout)]
-        why = why or why_dora_not_fused(self, names)
-        if not why and drops and len(names) > 1:
-            why = "several active adapters with dropout: the first is fused, others are added to it"
-        return not why, why
+        return fusion(self, self._acting(), "", gathered)
 
     def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         if is_sharded(self._parameters.get("weight")):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.dora import uses_dora
 from fastlora.layers.norms import adapter_squares, forget_norms, magnitude_of
+from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, nonzero, square_norms
 from fastlora.ops.torch.scale import scale_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -208,7 +208,8 @@ class Mergeable(nn.Module):
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Returns g ``[N]`` of those adapters that use DoRA."""
-        dora = [name for name in names if uses_dora(self, [name])]
+        layer: Any = self
+        dora = [name for name in names if uses_dora(layer, [name])]
         return {
             name: scale_of(self._own_magnitude(name).detach(), squares)
             for name, squares in self._unmerged_squares(dora).items()

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora import functional
 from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
+from fastlora.functional import autocast_dtype
+from fastlora.layers.bases import Base
 from fastlora.layers.dora_rows import rows_in_graph, scale_pool_rows_
 from fastlora.layers.mixed_graph_siblings import shared_shrink
 from fastlora.layers.mixed_graph_slots import slots_of
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.rows import sort_rows
@@ -24,57 +26,46 @@ from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing
 
 
-def linear(
-    layer: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    routing: Routing,
-    projection: int,
+def run_in_graph(
+    layer: AdapterLayer, x: torch.Tensor, base: Base, routing: Routing, number: int
 ) -> torch.Tensor | None:
-    """`mixed_forward` in a graph; None where it cannot be in one."""
-    given, x = x, x.to(functional.autocast_dtype(x) or x.dtype)
-    batch = routing.whole
-    if batch is None:
+    """Returns ``[..., N]`` of a mixed batch in a graph; None where it cannot be in one."""
+    given, x = x, x.to(autocast_dtype(x) or x.dtype)
+    batch, (weight, bias, y, _) = routing.whole, base
+    if batch is None or (y is not None and y.dtype != x.dtype):
         return None
     if batch.source.tables is not None:
-        if not _serves(layer, x, weight, bias):
-            return None
-        if ops.resolve_impl(layer.impl, x) == "triton":
-            return _pool_kernels(layer, x, weight, bias, batch)
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return _pool_add_(layer, y, x, batch)
+        return _of_pool(layer, x, base, batch)
     slots = slots_of(layer, x, batch)
     if slots is None:
         return None
     s = shared_shrink(layer, given, x, batch, slots)
-    arguments = slots.arguments(batch, projection)
-    y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments, s)
-    return rows_in_graph(layer, y, x, batch, slots.dora, projection)
+    arguments = slots.arguments(batch, number)
+    if weight is not None:
+        y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments, s)
+    else:
+        y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments, s)
+    return rows_in_graph(layer, y, x, batch, slots.dora, number)
 
 
-def add(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, projection: int
+def _of_pool(
+    layer: AdapterLayer, x: torch.Tensor, base: Base, batch: Routing
 ) -> torch.Tensor | None:
-    """`mixed_added_forward` in a graph; None where it cannot be in one."""
-    given, x = x, x.to(functional.autocast_dtype(x) or x.dtype)
-    batch = routing.whole
-    if batch is None:
+    """`run_in_graph` over a pool."""
+    weight, bias, y, _ = base
+    if not _serves(layer, x, weight, bias, y):
         return None
-    if batch.source.tables is not None:
-        runs = x.dtype == y.dtype and _serves(layer, x, y)
-        copied = y.clone(memory_format=torch.contiguous_format)
-        return _pool_add_(layer, copied, x, batch) if runs else None
-    slots = slots_of(layer, x, batch) if x.dtype == y.dtype else None
-    if slots is None:
+    if y is not None:
+        return _pool_add_(layer, y.clone(memory_format=torch.contiguous_format), x, batch)
+    if weight is None:
         return None
-    s = shared_shrink(layer, given, x, batch, slots)
-    arguments = slots.arguments(batch, projection)
-    y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments, s)
-    return rows_in_graph(layer, y, x, batch, slots.dora, projection)
+    if ops.resolve_impl(layer.impl, x) == "triton":
+        return _pool_kernels(layer, x, weight, bias, batch)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _pool_add_(layer, y, x, batch)
 
 
-def _serves(layer: Any, *tensors: torch.Tensor | None) -> bool:
+def _serves(layer: AdapterLayer, *tensors: torch.Tensor | None) -> bool:
     """Whether a pool's adapters can run in a graph: without gradients, in what its tables hold."""
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     x = tensors[0]
@@ -89,7 +80,7 @@ def _tables(batch: Routing) -> Any:
 
 
 def _pool_kernels(
-    layer: Any,
+    layer: AdapterLayer,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -106,7 +97,9 @@ def _pool_kernels(
     return scale_pool_rows_(layer, y, batch)
 
 
-def _pool_add_(layer: Any, y: torch.Tensor, x: torch.Tensor, batch: Routing) -> torch.Tensor:
+def _pool_add_(
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, batch: Routing
+) -> torch.Tensor:
     """Adds to ``y [..., N]``, which is contiguous, in place, and scales DoRA's rows."""
     flat, flat_x, tables = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), _tables(batch)
     rows = sort_rows(batch.ids, flat.shape[0], tables.rank.shape[1], flat.device)

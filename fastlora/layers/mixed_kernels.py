@@ -10,15 +10,16 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from fastlora.layers.bases import Base
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.triton.pieces import rows_at
-from fastlora.routing.routing import Routing, is_captured
+from fastlora.routing.in_force import is_captured
+from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import share, shared
 
 
@@ -108,33 +109,48 @@ def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return block.clone() if block.data_ptr() % 16 else block
 
 
-def linear(
+def run(
     layer: AdapterLayer,
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    base: Base,
     routing: Routing,
     tables: Tables,
     number: int,
-    plan: str = "auto",
+    plan: str,
 ) -> torch.Tensor:
-    """Returns ``[..., N]`` of a plain linear base layer with every row's own adapter.
+    """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
     Args:
         layer: Runs its base layer where the tables do not know it.
         x: ``[..., K]``.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or None.
+        base: The base layer.
         routing: The batch's.
         tables: Of `tables_of`.
         number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
     """
-    flat = x.reshape(-1, x.shape[-1])
     row = row_of(layer, number, tables)
     if row is None:
         refuse_in_mode(layer, "it was adapted after the block began")
-        return F.linear(x, weight, bias)
+        return base.output(x)
+    if base.weight is None:
+        y = base.rows_to_write()
+        return _add_(y, x, row, routing, tables).view(*x.shape[:-1], y.shape[1])
+    return _linear(layer, x, base.weight, base.bias, row, routing, tables, number, plan)
+
+
+def _linear(
+    layer: AdapterLayer,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row: int,
+    routing: Routing,
+    tables: Tables,
+    number: int,
+    plan: str,
+) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1])
     rows = routing.rows(flat.shape[0], x.device)
     some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
     # Of its own shrink a layer takes tables whole: slices cost time in every decode.
@@ -148,19 +164,11 @@ def linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def add_(
-    layer: AdapterLayer,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    routing: Routing,
-    tables: Tables,
-    number: int,
+def _add_(
+    y: torch.Tensor, x: torch.Tensor, row: int, routing: Routing, tables: Tables
 ) -> torch.Tensor:
     """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
     flat = x.reshape(-1, x.shape[-1])
-    row = row_of(layer, number, tables)
-    if row is None:
-        return y
     rows = routing.rows(flat.shape[0], x.device)
     torch.ops.fastlora.lora_add_at_(
         *(y, flat, rows_at(rows), tables.tensors(), row),

@@ -5,101 +5,58 @@ From the second time on that a set of adapters comes, without gradients and with
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
+from fastlora.layers.bases import Base
+from fastlora.layers.decide import KeptDecision
 from fastlora.layers.factors import Watch, slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Slots
-from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
 from fastlora.ops.torch.packed import LayerPack
 from fastlora.ops.torch.packed_choice import kind_of
+from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import SetPack
-from fastlora.routing.routing import Routing, is_captured
+from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import share, shared
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import Mark, marks
 
 
-class Ready(NamedTuple):
-    """A layer's packed factors and how to multiply, found once for a routing.
-
-    Attributes:
-        pack: The factors.
-        plan: How to multiply.
-        rows: The rows that the plan is for.
-        dtype, device: Of x.
-        impl: The layer's.
-        mark: The set's.
-    """
-
-    pack: LayerPack
-    plan: packed_forward.Plan
-    rows: Rows
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    mark: Mark | None
-
-    def serves(self, x: torch.Tensor, impl: str) -> bool:
-        """Whether it was found for such an input."""
-        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
-
-
-def run_again(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    routing: Routing,
-    number: int,
-) -> torch.Tensor | None:
-    """Runs what an earlier forward of this routing found for the layer; None if it no longer holds.
+def run_kept(x: torch.Tensor, base: Base, kept: KeptDecision, number: int) -> torch.Tensor:
+    """Returns ``[..., N]`` by packed factors.
 
     Most of a decode step is spent here, where the host's own time counts.
     """
-    ready: Ready | None = routing.kept.ready.get(number)
-    if (
-        ready is None
-        or layer.training
-        or torch.is_grad_enabled()
-        or not ready.serves(x, layer.impl)
-        or weight.dtype is not ready.dtype
-        or (ready.mark is not marks.trained and ready.mark is not None)
-        or layer.merged_adapters
-        or x.numel() != ready.rows.m * x.shape[-1]
-        or is_batch_invariant()
-        or torch.is_autocast_enabled(ready.device.type)
-        or is_captured(x)  # what a graph reads is pinned by `find_packed`
-    ):
-        return None
-    pack = ready.pack
-    shrunk = _shrunk(x, number, ready.rows, pack, ready.plan)
-    y = packed_forward.linear(flat(x), weight, bias, ready.rows, pack, ready.plan, shrunk)
+    pack, plan, rows, *_ = kept
+    shrunk = _shrunk(x, number, rows, pack, plan)
+    if base.weight is not None:
+        y = packed_forward.linear(flat(x), base.weight, base.bias, rows, pack, plan, shrunk)
+    else:
+        y = packed_forward.add_(base.rows_to_write(), rows, pack, plan, shrunk)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def find_packed(
+def find(
     layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: Rows, number: int
-) -> tuple[LayerPack, packed_forward.Plan, packed_forward.Shrunk] | None:
-    """Returns the layer's packed factors, how to multiply, and its s; None where not packed."""
+) -> KeptDecision | None:
+    """Returns the layer's packed factors and how to multiply; None where they are not packed.
+
+    Kept for the block, and with the set of adapters for blocks with the same rows.
+    """
     group = routing.group
     members = group.siblings.of(layer, number, x)
     if not rows.segments:
         return None
     sets = routing.set_of(routing.identities(rows), Watch)
-    impl = layer.impl
     found_for = sets.found_for(rows)
-    ready = found_for.ready
     if is_captured(x):
         group.packs.pin(sets, found_for)
-    known: Ready | None = ready.get(number)
-    if known is not None and known.serves(x, impl):
-        routing.kept.ready.update(ready)  # for all layers: the next ones need not come here
-        return known.pack, known.plan, _shrunk(x, number, rows, known.pack, known.plan)
+    known: KeptDecision | None = found_for.decisions.get(number)
+    if known is not None and known.serves(x, layer.impl):
+        # For all layers: the next ones need not come here.
+        routing.kept.decisions.update(found_for.decisions)
+        return known
     kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
     if due and members is not None:
@@ -109,9 +66,9 @@ def find_packed(
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype, found_for.plans)
     if plan is None:
         return None
-    found = Ready(pack, plan, rows, x.dtype, x.device, impl, sets.mark)
-    routing.kept.ready[number] = ready[number] = found
-    return pack, plan, _shrunk(x, number, rows, pack, plan)
+    found = KeptDecision(pack, plan, rows, x.dtype, x.device, layer.impl, sets.mark)
+    routing.kept.decisions[number] = found_for.decisions[number] = found
+    return found
 
 
 def _shrunk(

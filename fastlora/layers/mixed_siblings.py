@@ -9,14 +9,16 @@ mixed batch, which the fusion report says.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fastlora import functional
+from fastlora.autograd.linear import LoraShrink
+from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import is_hooked
-from fastlora.layers.mixed_training import shrink, slots_for_kernels
 from fastlora.layers.shared_shrink import LAST, why_not_now
 from fastlora.ops.factors import Slots
 from fastlora.routing.in_force import routing_of
@@ -116,7 +118,7 @@ def _share(
             why = f"of its siblings, {reason}"
     if len(found) < 2:
         return None, why or LAST, []
-    made = shrink(rows, routing, [own for _, own in found], "triton")
+    made = _shrink(rows, routing, [own for _, own in found], "triton")
     shares = [(member, _key(own), s) for (member, own), s in zip(found, made, strict=True)]
     return made[0], "", shares[1:]
 
@@ -153,3 +155,23 @@ def _why_not(layer: Any, slots: Slots, rows: torch.Tensor) -> str:
     if any(factors.lora_a.shape[1] != rows.shape[-1] for factors in present):
         return "one of them takes another number of features"
     return ""
+
+
+def _shrink(
+    x: torch.Tensor, routing: Routing, layers: Sequence[Slots], impl: str
+) -> tuple[torch.Tensor, ...]:
+    """Returns the s of layers that are fed by the same x and drop nothing.
+
+    In the backward x is read once for all their d_lora_a.
+
+    Args:
+        x: ``[..., K]``.
+        routing: The batch's.
+        layers: The adapters on each layer, all slots.
+        impl: Name of the backend.
+    """
+    rows = routing.rows(x.numel() // x.shape[-1], x.device)
+    lora_a = [lora_a for slots in layers for lora_a in slots.tensors()[::3]]
+    none = (None,) * len(layers), (0.0,) * len(layers)
+    found: tuple[torch.Tensor, ...] = LoraShrink.apply(x.detach(), *none, impl, rows, *lora_a)
+    return found

@@ -36,8 +36,9 @@ from torch import nn
 from fastlora import functional
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers.absent import with_absent
-from fastlora.layers.compute import NOT_OUR_GEMM
-from fastlora.layers.dora import added, uses_dora, why_dora_not_fused
+from fastlora.layers.bases import Base
+from fastlora.layers.decide import check_unmerged
+from fastlora.layers.dora import added
 from fastlora.layers.dora_rows import (
     DoraSlots,
     dora_slots,
@@ -47,10 +48,10 @@ from fastlora.layers.dora_rows import (
     wants_segments,
 )
 from fastlora.layers.factors import Scale, is_hooked, scaling_beside, scaling_of
+from fastlora.layers.forward import run_rows
 from fastlora.layers.merging import versions
-from fastlora.layers.mixed_compute import check_unmerged
-from fastlora.layers.mixed_training import mixed_run
 from fastlora.layers.norms import cached_squares, forget_norms
+from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Factors, Slots
@@ -303,8 +304,8 @@ class TensorParallelLora(FastLoraWrapper):
         if any(slots.dropout_p):
             seeds = routing.seeds_of(projection, torch.device("cpu"))[list(which)]
             seeds = self._own_seed(seeds)
-        y = mixed_run(
-            *(x, None, None, y, routing, projection, slots, "eager", which),
+        y = run_rows(
+            *(x, Base(y=y), routing, projection, slots, "eager", which),
             seeds=seeds,
             rows=rows,
         )

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.compute import NOT_OUR_GEMM, lora_added_forward
-from fastlora.layers.dora import dora_added_forward, uses_dora
+from fastlora.layers.bases import Base
 from fastlora.layers.factors import why_not_fused
+from fastlora.layers.forward import forward
 from fastlora.layers.linear import why_not_plain
-from fastlora.layers.mixed_compute import mixed_added_forward
+from fastlora.layers.why import NOT_OUR_GEMM
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
@@ -71,14 +71,11 @@ class FastLoraWrapper(LoraLayer):
         refuse_in_mode(self, NOT_OUR_GEMM)
         marks.before_forward()
         y = self.base_layer(x, *args, **kwargs)
-        routed = routing_of(self)
-        if routed is not None and not self._disabled:
-            return mixed_added_forward(self, y, x, *routed, self._may_write_into(y, x))
-        names = self._acting()
-        if not names:
+        routed = None if self._disabled else routing_of(self)
+        names = self._acting() if routed is None else []
+        if routed is None and not names:
             return y
-        forward = dora_added_forward if uses_dora(self, names) else lora_added_forward
-        return forward(self, y, x, names, self.impl, self._may_write_into(y, x))
+        return forward(self, x, Base(y=y, inplace=self._may_write_into(y, x)), routed, names)
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""

@@ -13,8 +13,8 @@ from fastlora.ops.factors import Tables
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
-from fastlora.routing.in_force import routed
-from fastlora.routing.routing import Routing, is_captured
+from fastlora.routing.in_force import is_captured, routed
+from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
-from fastlora.routing.in_force import routed
+from fastlora.routing.in_force import is_captured, routed
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Group, Routing, is_captured
+from fastlora.routing.routing import Group, Routing
 from fastlora.sharding import several_processes, unwrapped
 from fastlora.validation import AdapterStateError
 

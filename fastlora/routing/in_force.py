@@ -1,4 +1,4 @@
-"""The routings in force in a thread: those of its open `fastlora.adapters` blocks."""
+"""What is in force in a thread: the routings of its open `fastlora.adapters` blocks, a capture."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def routing_of(layer: Any) -> tuple[Routing, int] | None:
         return None
     routing = by_group.get(layer.routed_by)
     return None if routing is None else (routing, layer.routed_as)
+
+
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _put_in_force(routings: tuple[Routing, ...]) -> None:

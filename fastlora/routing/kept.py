@@ -62,11 +62,11 @@ class BatchFound:
     """What a set of adapters keeps for the rows of one batch.
 
     Attributes:
-        ready: By number of a layer, what `fastlora.layers.mixed_packed` found out about it.
+        decisions: By number of a layer, what was decided for it.
         plans: By layout and bytes of an element, how to multiply packed factors.
     """
 
-    ready: dict[int, Any] = field(default_factory=dict)
+    decisions: dict[int, Any] = field(default_factory=dict)
     plans: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -196,13 +196,13 @@ class BlockKept:
     """What one block keeps: made at most once for its batch.
 
     Attributes:
-        ready: By number of a layer, what `fastlora.layers.mixed_packed` found out about it.
+        decisions: By number of a layer, what was decided for it.
         dora: What `fastlora.layers.dora_rows` keeps of norms.
         is_checked: Whether the host has looked at the ids.
     """
 
     def __init__(self) -> None:
-        self.ready: dict[int, Any] = {}
+        self.decisions: dict[int, Any] = {}
         self.dora: dict[Any, Any] = {}
         self.is_checked = False
         self.rows: dict[tuple[int, torch.device, int], Rows] = {}

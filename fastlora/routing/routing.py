@@ -145,11 +145,6 @@ class Routing:
         return f"an adapter id is out of range; expected -1 for none or a slot of {names[:20]}"
 
 
-def is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     """Returns a number for each layer of a model: its name's CRC-32, or the next free number.
 

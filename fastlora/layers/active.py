@@ -1,0 +1,103 @@
+"""The adapters that are active on a layer, outside of mixed batches: one call for all rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastlora import functional
+from fastlora.layers.bases import Base
+from fastlora.layers.factors import factors_of, scaling_of, why_not_fused
+from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton
+from fastlora.ops.factors import Factors
+from fastlora.ops.invariant import refuse_in_mode
+
+
+def _called(
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, names: list[str]
+) -> torch.Tensor:
+    """Adds adapters by calling their modules one by one, as PEFT does."""
+    refuse_triton(layer, names)
+    for name in names:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        inner = x.to(down.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        update = up(down(layer.lora_dropout[name](inner))) * scaling_of(layer, name)
+        y = (y + update).to(y.dtype)
+    return y
+
+
+class _Together(NamedTuple):
+    """The adapters that act, as few calls as can be.
+
+    Attributes:
+        adapters: One for each call.
+        bias: Scaled lora_biases of adapters that became one call, ``[N]``; or None.
+    """
+
+    adapters: list[Factors]
+    bias: torch.Tensor | None = None
+
+
+def _together(layer: AdapterLayer, x: torch.Tensor, names: list[str]) -> _Together | None:
+    """Returns the active adapters as one, unless dropout masks x for each alone.
+
+    None where the modules of one of them must be called.
+    """
+    found = []
+    for name in names:
+        factors = factors_of(layer, name, x)
+        if factors is None:
+            return None
+        found.append(factors)
+    if len(found) == 1 or any(factors.dropout_p for factors in found):
+        return _Together(found)
+    biases = [f.lora_bias * f.scaling for f in found if f.lora_bias is not None]
+    joined = Factors(
+        torch.cat([factors.lora_a for factors in found]),
+        torch.cat([factors.lora_b for factors in found], dim=1),
+        torch.cat([factors.scaling.expand(factors.lora_a.shape[0]) for factors in found]),
+    )
+    return _Together([joined], sum(biases[1:], biases[0]) if biases else None)
+
+
+def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str]) -> torch.Tensor:
+    """Returns ``[..., N]`` of a base layer and its active adapters, none of them with DoRA.
+
+    Args:
+        layer: Holds the adapters.
+        x: ``[..., K]``.
+        base: The base layer.
+        names: Of the adapters, at least one.
+    """
+    if base.weight is None:
+        refuse_in_mode(layer, NOT_OUR_GEMM)
+    found, shrunk = _Together([]), None
+    if len(names) == 1:
+        first = factors_of(layer, names[0], x)
+        if first is not None:
+            shrunk = shared_shrink(layer, x, first, layer.impl)
+    else:
+        together = _together(layer, x, names)
+        found = found if together is None else together
+        first = found.adapters[0] if found.adapters else None
+    if first is None:
+        refuse_in_mode(layer, why_not_fused(layer, names))
+        return _called(layer, base.output(x), x, names)
+    lora_a, lora_b, scaling, lora_bias, dropout_p, _ = first
+    adapter, impl, bias = (lora_a, lora_b, scaling, dropout_p), layer.impl, base.bias
+    if base.weight is not None:
+        if found.bias is not None:
+            bias = found.bias if bias is None else bias + found.bias
+        y = functional.linear(x, base.weight, bias, *adapter, impl, "auto", shrunk, lora_bias)
+    else:
+        y = base.output(x)
+        y = functional.add(y, x, *adapter, impl, base.inplace, shrunk, None, lora_bias)
+        y = y if found.bias is None else y + found.bias.to(y.dtype)
+    for other in found.adapters[1:]:
+        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = other
+        adapter = lora_a, lora_b, scaling, dropout_p
+        y = functional.add(y, x, *adapter, impl, True, None, None, lora_bias)
+    return y

@@ -1,0 +1,184 @@
+"""The one forward of every LoRA layer: ours, patched ones of PEFT's, and shares of split ones.
+
+Outside of a mixed batch the active adapters act on all rows (`fastlora.layers.active`, and with
+DoRA `fastlora.layers.dora`). In a mixed batch each row has its own adapter, and
+`fastlora.layers.decide` says who computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.autograd.linear import Call, run
+from fastlora.functional import autocast_dtype
+from fastlora.layers import dora_rows, mixed_graph, mixed_kernels, mixed_packed
+from fastlora.layers.absent import with_absent, with_all_absent
+from fastlora.layers.active import run_active
+from fastlora.layers.bases import Base
+from fastlora.layers.decide import How, KeptDecision, check_devices, decide
+from fastlora.layers.dora import run_active_dora
+from fastlora.layers.factors import slots_of
+from fastlora.layers.mixed_siblings import note_apart, shared_shrink
+from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.why import uses_dora
+from fastlora.ops.factors import Slots
+from fastlora.ops.rows import Rows
+from fastlora.ops.triton.tables import table
+from fastlora.routing.routing import Routing
+from fastlora.validation import check_dropout_dtype
+
+
+def forward(
+    layer: AdapterLayer,
+    x: torch.Tensor,
+    base: Base,
+    routed: tuple[Routing, int] | None,
+    names: list[str],
+) -> torch.Tensor:
+    """Returns ``[..., N]`` of a base layer and the adapters that act.
+
+    Args:
+        layer: Holds the adapters, or its pool does.
+        x: ``[..., K]``.
+        base: The base layer.
+        routed: The routing in force and the layer's number, in a mixed batch.
+        names: Else the adapters that act, at least one.
+    """
+    if routed is not None:
+        return _mixed(layer, x, base, *routed)
+    if uses_dora(layer, names):
+        return run_active_dora(layer, x, base, names)
+    return run_active(layer, x, base, names)
+
+
+def _mixed(
+    layer: AdapterLayer, x: torch.Tensor, base: Base, routing: Routing, number: int
+) -> torch.Tensor:
+    """`forward` where each row has its own adapter; rows of adapters it lacks are base rows."""
+    if torch.compiler.is_compiling():
+        made = mixed_graph.run_in_graph(layer, x, base, routing, number)
+        if made is not None:
+            return made
+    dora = dora_rows.dora_slots(layer, routing)
+    if dora is None:
+        return _by_rows(layer, x, base, routing, number, ())[0]
+    y, how = _by_rows(layer, x, base, routing, number, dora.dropped)
+    if how is How.TABLES and routing.source.residents is not None:
+        return dora_rows.scale_pool_rows_(layer, y, routing)
+    x = x.to(autocast_dtype(x) or x.dtype)
+    return dora_rows.dora_rows(layer, y, x, routing, dora, number)
+
+
+def _by_rows(
+    layer: AdapterLayer,
+    x: torch.Tensor,
+    base: Base,
+    routing: Routing,
+    number: int,
+    without: tuple[int, ...],
+) -> tuple[torch.Tensor, How]:
+    """Returns `_mixed` before DoRA's scales, and who made it.
+
+    Slots of ``without`` get the base layer only.
+    """
+    kept: KeptDecision | None = routing.kept.decisions.get(number)
+    if kept is not None and kept.holds(layer, x, base):
+        return mixed_packed.run_kept(x, base, kept, number), How.PYTORCH
+    given, dtype = x, autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
+    how, is_bare, plan, tables, slots = decide(layer, x, base, routing, dtype, without)
+    if tables is not None:
+        return mixed_kernels.run(layer, x, base, routing, tables, number, plan), how
+    if slots is not None:
+        s = shared_shrink(layer, given, x, routing, number, slots)
+        y = run_rows(x, base, routing, number, slots, "triton", s=s)
+        return with_all_absent(layer, y, x, routing, own=y is not base.y), how
+    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
+    if is_bare:
+        found = mixed_packed.find(layer, x, routing, rows, number)
+        if found is not None:
+            return mixed_packed.run_kept(x, base, found, number), how
+    else:
+        note_apart(layer, given)
+    slots = slots_of(routing.source, layer, rows.present, without)
+    check_devices(slots, x)
+    y = run_rows(x, base, routing, number, slots, "eager", rows.present, rows=rows)
+    return with_absent(layer, y, routing, rows, own=y is not base.y), how
+
+
+def run_rows(
+    x: torch.Tensor,
+    base: Base,
+    routing: Routing,
+    number: int,
+    slots: Slots,
+    impl: str,
+    which: tuple[int, ...] | None = None,
+    s: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    rows: Rows | None = None,
+) -> torch.Tensor:
+    """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
+
+    Args:
+        x: ``[..., K]``.
+        base: The base layer.
+        routing: The batch's.
+        number: The layer's in its model, which makes its dropout its own.
+        slots: The adapters.
+        impl: Name of the backend.
+        which: Their slots; None for all.
+        s: The layer's, where a sibling made it.
+        seeds: Of their dropout, ``[S]``; None for those of the routing.
+        rows: Of the batch; None to look them up.
+    """
+    tensors: list[torch.Tensor | None] = []
+    scalings: list[Any] = []
+    dropout_p: list[float] = []
+    found = drops = False
+    for factors in slots.own:
+        if factors is None:
+            tensors += (None, None, None)
+            scalings.append(0.0)
+            dropout_p.append(0.0)
+            continue
+        found, drops = True, drops or bool(factors.dropout_p)
+        tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
+        scalings.append(factors.scaling)
+        dropout_p.append(factors.dropout_p)
+    weight, bias, y, inplace = base
+    if not found and y is not None:
+        return y
+    if not found and weight is not None:
+        if impl != "eager":
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+        (n, k), zero = weight.shape, scalings_beside((0.0,), x)
+        return run(
+            *(x, weight, bias, None, Call(impl), zero.reshape(()), None),
+            (x.new_empty(0, k), x.new_empty(n, 0), None),
+        )
+    if drops and seeds is None:
+        check_dropout_dtype(x.dtype)
+        seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
+        seeds = seeds if which is None else seeds[list(which)]
+    rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
+    call = Call(impl, "auto", tuple(dropout_p), rows, which)
+    return run(x, weight, bias, y, call, scalings_beside(scalings, x), seeds, tensors, s, inplace)
+
+
+def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
+    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
+
+    A tensor of PEFT's compiled hot swap is read on its device.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
+            return torch.stack(same)
+    return table(tuple(values), dtype, x.device)
