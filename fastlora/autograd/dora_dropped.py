@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.autograd.linear import plain_backward
+from fastlora.ops.library import define, fakes, implements
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.schema import define, fakes, implements
 from fastlora.ops.torch.dora_dropped import Dropped, Wanted, forward_rows, gradients
 
 # Of each adapter: lora_a, lora_b, magnitude, squares, scaling, seed.

@@ -4,10 +4,10 @@ All that depends on the mix are tensors: slots of the samples or tokens, and dro
 factors of every adapter that the model has are arguments, whether it has rows or not, so that a
 graph serves any mix. In the backward, adapters without rows get zeros.
 
-`mixed_lora_graph_linear`, `mixed_lora_graph_add` and `mixed_lora_graph_shrink` decompose where
-autograd is traced, into `fastlora.autograd.linear`. The last is called by layers fed by the
-same x with the factors of all, as in `fastlora.autograd.sibling_ops`, and each hands its s to its
-own operator. Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
+`lora_mixed` and `mixed_lora_graph_shrink` decompose where autograd is traced, into
+`fastlora.autograd.linear`. The last is called by layers fed by the same x with the factors of all,
+as in `fastlora.autograd.sibling_ops`, and each hands its s to its own operator. Rows are sorted
+once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
 of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
@@ -16,23 +16,19 @@ adapter that leaves the layer alone has rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fastlora.autograd.linear import Call, LoraShrink, run
+from fastlora.ops.library import composes, define
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.schema import composes, define
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.routing.siblings import is_traced, keep_made, take_made
 
 _FACTORS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling"
 _BATCH = "Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl, Tensor? s"
 define(
-    f"mixed_lora_graph_linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_BATCH})"
-    " -> Tensor"
+    f"lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, {_FACTORS}, {_BATCH}) -> Tensor"
 )
-define(f"mixed_lora_graph_add(Tensor y, Tensor x, {_FACTORS}, {_BATCH}) -> Tensor")
 define(
     "mixed_lora_graph_shrink(Tensor x, Tensor[] lora_a, int[] places, int modules, int own,"
     " Tensor ids, int slots, ScalarType dtype, ScalarType factor_dtype, str impl) -> Tensor"
@@ -62,20 +58,12 @@ def _opaque(impl: str) -> str:
     return "opaque" if impl == "eager" else impl
 
 
-def _in_turn(
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    lora_bias: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor | None]:
-    """Returns each slot's factors in turn."""
-    return [tensor for slot in zip(lora_a, lora_b, lora_bias, strict=True) for tensor in slot]
-
-
-@composes("mixed_lora_graph_linear")
-def _mixed_lora_graph_linear(
+@composes("lora_mixed")
+def _lora_mixed(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    y: torch.Tensor | None,
     lora_a: list[torch.Tensor],
     lora_b: list[torch.Tensor],
     lora_bias: list[torch.Tensor | None],
@@ -87,29 +75,11 @@ def _mixed_lora_graph_linear(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
+    """`fastlora.autograd.linear.run` of a mixed batch."""
     call, drawn = _call(x, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias)
-    return run(x, weight, bias, None, call, scaling, drawn, factors, s)
-
-
-@composes("mixed_lora_graph_add")
-def _mixed_lora_graph_add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    lora_bias: list[torch.Tensor | None],
-    scaling: torch.Tensor,
-    ids: torch.Tensor,
-    seeds: torch.Tensor,
-    dropout_p: list[float],
-    projection: int,
-    impl: str,
-    s: torch.Tensor | None,
-) -> torch.Tensor:
-    call, drawn = _call(x, ids, seeds, dropout_p, projection, impl)
-    factors = _in_turn(lora_a, lora_b, lora_bias)
-    return run(x, None, None, y, call, scaling, drawn, factors, s)
+    each = zip(lora_a, lora_b, lora_bias, strict=True)
+    factors = [tensor for slot in each for tensor in slot]
+    return run(x, weight, bias, y, call, scaling, drawn, factors, s)
 
 
 @composes("mixed_lora_graph_shrink")

@@ -17,7 +17,7 @@ import torch
 
 from fastlora.autograd import linear as autograd
 from fastlora.ops import schema as ops
-from fastlora.ops.schema import composes, define
+from fastlora.ops.library import composes, define
 from fastlora.routing.siblings import is_traced, keep_made, take_made
 
 define(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.rows import Rows
 from fastlora.routing.routing import Routing
 
@@ -36,7 +37,7 @@ class ZeroGradients(torch.autograd.Function):
 
 
 def with_absent(
-    layer: Any, y: torch.Tensor, routing: Routing, rows: Rows | None, *, own: bool = True
+    layer: AdapterLayer, y: torch.Tensor, routing: Routing, rows: Rows | None, *, own: bool = True
 ) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
@@ -62,7 +63,7 @@ def with_absent(
 
 
 def with_all_absent(
-    layer: Any, y: torch.Tensor, x: torch.Tensor, routing: Routing, *, own: bool = True
+    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, routing: Routing, *, own: bool = True
 ) -> torch.Tensor:
     """`with_absent` for kernels, to which rows are known on the device alone.
 
@@ -75,7 +76,7 @@ def with_all_absent(
     return with_absent(layer, y, routing, rows, own=own)
 
 
-def _parameters_of(layer: Any, name: str) -> Iterator[torch.Tensor]:
+def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:
     """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:

@@ -40,12 +40,8 @@ def run_in_graph(
     if slots is None:
         return None
     s = shared_shrink(layer, given, x, batch, slots)
-    arguments = slots.arguments(batch, number)
-    if weight is not None:
-        y = torch.ops.fastlora.mixed_lora_graph_linear(x, weight, bias, *arguments, s)
-    else:
-        y = torch.ops.fastlora.mixed_lora_graph_add(y, x, *arguments, s)
-    return rows_in_graph(layer, y, x, batch, slots.dora, number)
+    made = torch.ops.fastlora.lora_mixed(x, weight, bias, y, *slots.arguments(batch, number), s)
+    return rows_in_graph(layer, made, x, batch, slots.dora, number)
 
 
 def _of_pool(

@@ -12,14 +12,14 @@ import torch
 
 from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.factors import is_hooked
-from fastlora.layers.mixed_graph_slots import GraphSlots, slots_of
+from fastlora.layers.mixed_graph_slots import InGraph, slots_of
 from fastlora.layers.mixed_siblings import APART_IN_PYTORCH, DROPOUT, FROZEN, HOOKED
 from fastlora.layers.shared_shrink import LAST, UNSEEN
 from fastlora.routing.routing import Routing
 
 
 def shared_shrink(
-    layer: Any, given: torch.Tensor, x: torch.Tensor, batch: Routing, slots: GraphSlots
+    layer: Any, given: torch.Tensor, x: torch.Tensor, batch: Routing, slots: InGraph
 ) -> torch.Tensor | None:
     """Returns the layer's s ``[M, R]`` from the pass that it shares, None where it has its own.
 
@@ -40,7 +40,7 @@ def shared_shrink(
         layer.note_compiled("none")
         return None
     why = _why_not(layer, slots)
-    found: list[tuple[Any, GraphSlots]] = []
+    found: list[tuple[Any, InGraph]] = []
     if not why:
         for member in members:
             own, reason = (slots, "") if member is layer else _slots(member, layer, x, batch, slots)
@@ -55,12 +55,12 @@ def shared_shrink(
     factors: list[torch.Tensor] = []
     places: list[int] = []
     for number, (_, own) in enumerate(found):
-        for slot, lora_a in enumerate(own.own_lora_a):
+        for slot, lora_a in enumerate(own.own.tensors()[::3]):
             if lora_a is not None:
                 factors.append(lora_a)
                 places.append(number * len(batch.names) + slot)
     (mine,) = [number for number, (member, _) in enumerate(found) if member is layer]
-    rows = batch.ids, len(batch.names), x.dtype, slots.lora_a[0].dtype
+    rows = batch.ids, len(batch.names), x.dtype, slots.operands.lora_a[0].dtype
     s: torch.Tensor = torch.ops.fastlora.mixed_lora_graph_shrink(
         given, factors, places, len(found), mine, *rows, slots.impl
     )
@@ -68,8 +68,8 @@ def shared_shrink(
 
 
 def _slots(
-    member: Any, layer: Any, x: torch.Tensor, batch: Routing, slots: GraphSlots
-) -> tuple[GraphSlots | None, str]:
+    member: Any, layer: Any, x: torch.Tensor, batch: Routing, slots: InGraph
+) -> tuple[InGraph | None, str]:
     """Returns the slots that a sibling will compute with, or None and why not."""
     if member is None or getattr(member, "routed_by", None) is not layer.routed_by:
         return None, "one of them is of another model"
@@ -77,20 +77,20 @@ def _slots(
     if own is None:
         return None, "one of them is not in the graph"
     why = _why_not(member, own)
-    if not why and own.lora_a[0].dtype != slots.lora_a[0].dtype:
+    if not why and own.operands.lora_a[0].dtype != slots.operands.lora_a[0].dtype:
         why = "they have factors of different dtypes"
-    if not why and own.lora_a[0].shape[1] != x.shape[-1]:
+    if not why and own.operands.lora_a[0].shape[1] != x.shape[-1]:
         why = "one of them takes another number of features"
     return (None, why) if why else (own, "")
 
 
-def _why_not(layer: Any, slots: GraphSlots) -> str:
+def _why_not(layer: Any, slots: InGraph) -> str:
     """Returns why a layer has its own pass over x, or an empty string."""
     if slots.impl != "triton":
         return APART_IN_PYTORCH
     if is_hooked(layer):
         return HOOKED
-    if any(slots.dropout_p):
+    if any(slots.operands.dropout_p):
         return DROPOUT
-    factors = [a for a in slots.own_lora_a if a is not None]
+    factors = [factors.lora_a for factors in slots.own.present]
     return "" if any(a.requires_grad for a in factors) else FROZEN

@@ -9,44 +9,40 @@ import torch
 
 from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
+from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.factors import Operands, Slots, operands_of
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class GraphSlots(NamedTuple):
-    """What the operators of `fastlora.autograd.mixed_graph_ops` take of a layer.
-
-    An adapter has rank 0 where it leaves the layer alone or its DoRA drops.
+class InGraph(NamedTuple):
+    """A layer in a compiled mixed batch.
 
     Attributes:
-        lora_a, lora_b, lora_bias: Of each slot ``[rank, K]``, ``[N, rank]``, ``[N]`` or None.
-        scaling: ``[S]``.
-        dropout_p: Of each slot, the probability that acts.
+        operands: The adapters of all slots, in one dtype.
+        own: The same as parameters; None for an adapter that leaves the layer alone, or if its
+            DoRA drops.
         impl: ``"triton"`` or ``"eager"``.
-        dora: What is done behind these operators.
-        own_lora_a: As lora_a, before the factors got one dtype; None for rank 0.
+        dora: What is done behind.
     """
 
-    lora_a: list[torch.Tensor]
-    lora_b: list[torch.Tensor]
-    lora_bias: list[torch.Tensor | None]
-    scaling: torch.Tensor
-    dropout_p: list[float]
+    operands: Operands
+    own: Slots
     impl: str
     dora: DoraSlots
-    own_lora_a: list[torch.Tensor | None]
 
-    def arguments(self, batch: Routing, projection: int) -> tuple[Any, ...]:
-        """Returns what stands behind the base layer's tensors in the operators' schemas."""
-        number = projection if any(self.dropout_p) else 0
-        return *self[:4], batch.ids, batch.seeds, self.dropout_p, number, self.impl
+    def arguments(self, batch: Routing, number: int) -> tuple[Any, ...]:
+        """Returns what stands behind the base layer's tensors in the schema of ``lora_mixed``."""
+        lora_a, lora_b, lora_bias, scaling, dropout_p, *_ = self.operands
+        number = number if any(dropout_p) else 0
+        lists = lora_a, lora_b, lora_bias, scaling
+        return *lists, batch.ids, batch.seeds, list(dropout_p), number, self.impl
 
 
-def slots_of(layer: Any, x: torch.Tensor, batch: Routing) -> GraphSlots | None:
+def slots_of(layer: AdapterLayer, x: torch.Tensor, batch: Routing) -> InGraph | None:
     """Returns a layer's slots; None where it cannot be in a graph.
 
     Args:
@@ -72,22 +68,15 @@ def slots_of(layer: Any, x: torch.Tensor, batch: Routing) -> GraphSlots | None:
     slots = Slots(tuple(acting))
     dtypes = [t.dtype for t in slots.tensors() if t is not None]
     dtype = functools.reduce(torch.promote_types, dtypes or [x.dtype])
-    impl = getattr(layer, "impl", "auto")
+    impl = layer.impl
     impl = ops.resolve_impl(impl, x) if dtype in _KERNEL_DTYPES or impl == "triton" else "eager"
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    none_a = x.new_empty(0, layer.in_features, dtype=dtype)
-    none_b = x.new_empty(layer.out_features, 0, dtype=dtype)
-    zero = torch.zeros((), dtype=exact, device=x.device)
-    lora_a, lora_b, lora_bias, scalings, dropout_p = [], [], [], [], []
-    for factors in acting:
-        factors = factors or Factors(none_a, none_b, zero)
-        scaling = torch.as_tensor(factors.scaling, dtype=exact, device=x.device)
-        down, up, _, bias, p, _ = factors
-        lora_a.append(down.to(dtype))
-        lora_b.append(up.to(dtype))
-        lora_bias.append(None if bias is None else bias.to(dtype))
-        scalings.append(scaling.reshape(()))
-        dropout_p.append(p)
-    own_lora_a = [None if factors is None else factors[0] for factors in acting]
-    stacked = torch.stack(scalings)
-    return GraphSlots(lora_a, lora_b, lora_bias, stacked, dropout_p, impl, dora, own_lora_a)
+    scalings = [0.0 if factors is None else factors.scaling for factors in acting]
+    numbers = [torch.as_tensor(s, dtype=exact, device=x.device).reshape(()) for s in scalings]
+    if slots.present:
+        tensors = [None if t is None else t.to(dtype) for t in slots.tensors()]
+    else:  # all of rank 0
+        none = x.new_empty(0, layer.in_features, dtype=dtype)
+        tensors = [none, x.new_empty(layer.out_features, 0, dtype=dtype), None] * len(acting)
+    operands = operands_of(tensors, torch.stack(numbers), tuple(slots.dropout_p), None, None)
+    return InGraph(operands, slots, impl, dora)

@@ -16,6 +16,7 @@ class AdapterLayer(Protocol):
         training: Whether dropout can act.
         routed_by: The model's group of layers; None outside of a model.
         routed_as: The layer's number in its model.
+        in_features, out_features: K and N.
         table_row: The layer's row in a pool's tables; only layers of a pool have one.
     """
 
@@ -24,6 +25,8 @@ class AdapterLayer(Protocol):
     routed_by: Group | None
     routed_as: int
     table_row: int
+    in_features: int
+    out_features: int
 
     @property
     def _modules(self) -> Mapping[str, Any]:

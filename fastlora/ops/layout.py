@@ -22,7 +22,7 @@ _PLANE_ROWS = 16384
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
     """Returns factors of rank 0 for None. Ranks of lora_a are dimension 0, of lora_b 1."""
-    found = list[torch.Tensor]()
+    found: list[torch.Tensor] = []
     for factor in factors:
         if factor is not None:
             found.append(factor)

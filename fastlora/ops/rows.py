@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.schema import define, fakes, implements
+from fastlora.ops.library import define, fakes, implements
 
 NO_SLOT = -1
 INVALID_SLOT = -2
@@ -176,8 +176,8 @@ def sort_rows(ids: torch.Tensor, m: int, slots: int, device: torch.device | None
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
-    """Returns what `Rows.tensors` gave to an operator."""
-    order, segment_of, segment_slot, slot_start = tensors
+    """Returns what `Rows.tensors` gave to an operator; pieces behind them are not read."""
+    order, segment_of, segment_slot, slot_start = tensors[:4]
     none = order.new_empty(0, dtype=torch.bool)
     sizes = slot_start.shape[0] - 1, order.shape[0]
     return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)

@@ -32,9 +32,6 @@ the column: `fastlora.kernels.philox` with kernels; PyTorch draws its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 # Part of this module for its callers: what they pass to the operators comes of these.
@@ -51,8 +48,9 @@ from fastlora.ops.layout import (
     planes_shape,
     present,
 )
+from fastlora.ops.library import define, fakes, implements
 from fastlora.ops.torch import addresses, products, reference
-from fastlora.ops.torch import mixed_grad_reference as eager
+from fastlora.ops.torch import listed as eager
 
 _Tensors = list[torch.Tensor]
 _Factors = list[Factor]
@@ -60,31 +58,6 @@ _Factors = list[Factor]
 # In place of an address of DoRA's scales that are yet to be made: its rows become NaN. A kernel's
 # hints hold for it: a multiple of 16.
 PENDING = 16
-
-_LIBRARY = torch.library.Library("fastlora", "DEF")
-
-
-def define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
-    """Adds an operator."""
-    _LIBRARY.define(schema, tags=tags)
-
-
-def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what runs below autograd, on every device."""
-    found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
-    return found
-
-
-def composes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what runs above autograd: while a graph is traced, and where nothing traces."""
-    found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
-    return found
-
-
-def fakes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what tracing sees."""
-    found: Callable[..., Any] = torch.library.register_fake(f"fastlora::{name}")
-    return found
 
 
 # -------------------------------------------------------------------------------------- forward

@@ -150,8 +150,8 @@ def operands() -> dict[str, Any]:
     rows = torch.ops.fastlora.rows_sort(numbers[1], 8, 2, torch.device("cpu"))[:4]
     return {
         "lora_shrink_siblings": (x, a, [0.0, 0.5], 1, torch.float32, "eager"),
-        "mixed_lora_graph_linear": (x, torch.randn(5, 6), None, *factors),
-        "mixed_lora_graph_add": (y, x, *factors),
+        "lora_mixed": (x, torch.randn(5, 6), None, None, *factors),
+        "lora_mixed over y": (x, None, None, y, *factors),
         "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
         "dora_dropped": (*dora, True),
         "dora_dropped_backward": (*dora, torch.randn(8, 3), torch.randn(8, 5), [True] * 8),
@@ -167,5 +167,5 @@ def test_opcheck(name: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if name != "lora_shrink_siblings":  # whose seeds differ from call to call
         checks += ("test_aot_dispatch_dynamic",)
-    operator = getattr(torch.ops.fastlora, name).default
+    operator = getattr(torch.ops.fastlora, name.split()[0]).default
     torch.library.opcheck(operator, arguments[name], test_utils=checks)

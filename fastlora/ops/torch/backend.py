@@ -131,7 +131,12 @@ class TorchBackend:
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.shrink`."""
         if rows is not None:
-            return [segments.shrink(x, own, rows) for own in lora_a]
+            x, made = rows.sorted(x), list[torch.Tensor]()
+            for own in lora_a:
+                s = x.new_zeros(x.shape[0], max(a.shape[0] for a in own))
+                segments.shrink_(s, x, _bare(own), rows)
+                made.append(s)
+            return made
         return single.shrink_siblings(x, [own for (own,) in lora_a], seeds, dropout_p)
 
     def grad_a(
@@ -148,10 +153,13 @@ class TorchBackend:
             return [*single.grad_a_siblings(x, ds, [a for (a,) in lora_a], seeds, dropout_p)]
         x, found = rows.sorted(x), list[torch.Tensor | None]()
         for own, gradient in zip(lora_a, ds, strict=True):
-            none = [a.new_empty(0, 0) for a in own]
-            operands = Operands(list(own), none, [None] * len(own), x, (0.0,) * len(own))
-            found += segments.grad_a(x, gradient, operands, rows, [True] * (3 * len(own)))
+            found += segments.grad_a(x, gradient, _bare(own), rows, [True] * (3 * len(own)))
         return found
+
+
+def _bare(lora_a: Sequence[torch.Tensor]) -> Operands:
+    """Returns operands of which only lora_a is read, without dropout."""
+    return Operands(list(lora_a), [], [], lora_a[0].new_empty(0), (0.0,) * len(lora_a))
 
 
 def joined_bias(

@@ -206,16 +206,20 @@ def _padded(segments: tuple[Segment, ...], device: torch.device) -> _Padded:
         return _Padded(longest, *tensors)
 
 
-def shrink(x: torch.Tensor, lora_a: Sequence[torch.Tensor], rows: Rows) -> torch.Tensor:
-    """Returns s of adapters without dropout, for slots 0 to ``S - 1``."""
-    x, s = rows.sorted(x), x.new_zeros(x.shape[0], max(a.shape[0] for a in lora_a))
-    for slot, start, stop in rows.segments:
-        r = lora_a[slot].shape[0]
-        s[start:stop, :r] = reference.lora_shrink(x[start:stop], lora_a[slot])
-    return s
+# --------------------------------------------------------------------------- of sorted operands
 
 
-# ------------------------------------------------------------------- gradients, of sorted operands
+def shrink_(s: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows) -> None:
+    """Writes every share's s."""
+    for share in _shares(operands, rows):
+        lora_a = operands.lora_a[share.place]
+        mine = _dropped(x[share.at], operands, share.place)
+        share.part(s, lora_a.shape[0]).copy_(reference.lora_shrink(mine, lora_a))
+
+
+def expand_(y: torch.Tensor, s: torch.Tensor, operands: Operands, rows: Rows) -> None:
+    """Adds ``scaling * (s @ lora_b.T + lora_bias)`` to every share's own rows of y."""
+    _add_shares(y, y, operands, rows, s)  # x is not read where s is given
 
 
 def grad_b(
