@@ -33,12 +33,12 @@ class Marks:
 
     Attributes:
         trained: Of weights that may train.
-        frozen: Of frozen base weights.
+        frozen: Of base weights that are frozen, or merged into.
     """
 
     def __init__(self) -> None:
         self.trained, self.frozen = Mark(), Mark()
-        # Frozen weights that something is kept of, by id: tensors do not compare as keys must.
+        # Base weights that something is kept of, by id: tensors do not compare as keys must.
         self._watched: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
         self._hooked = False
 
@@ -51,15 +51,21 @@ class Marks:
 
     def of_base(self, weight: torch.Tensor) -> Mark:
         """Returns the mark to keep what was made from a base weight with."""
-        trained = self.of_trained()
-        if weight.requires_grad:
-            return trained
+        return self.of_trained() if weight.requires_grad else self.of_steps(weight)
+
+    def of_steps(self, weight: torch.Tensor) -> Mark:
+        """Returns the mark that ends where an optimizer that holds this tensor steps."""
+        self.of_trained()
         self._watched[id(weight)] = weight
         return self.frozen
 
     def end_trained(self) -> None:
         """Ends what is kept of weights that may train."""
         self.trained = Mark()
+
+    def end_all(self) -> None:
+        """Ends whatever is kept of weights."""
+        self.trained, self.frozen = Mark(), Mark()
 
     def before_forward(self) -> None:
         """Ends it where the forward that begins may record gradients: a step may follow."""

@@ -29,6 +29,7 @@ from fastlora.validation import (
     check_rank,
     near_names,
 )
+from fastlora.weight_marks import marks
 
 
 class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
@@ -180,6 +181,7 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
 
         Call it after writing through a parameter's ``.data``, which nothing else can see.
         """
+        marks.end_all()
         forget_kept(self)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.norms import adapter_squares, forget_norms, magnitude_of
+from fastlora.layers.norms import base_squares, forget_norms, magnitude_of, version_of
 from fastlora.layers.why import uses_dora
-from fastlora.ops.torch.norms import adapted_sums, nonzero, square_norms
+from fastlora.ops.torch.norms import adapted_sums, nonzero, outside_autocast, square_norms
 from fastlora.ops.torch.scale import scale_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from fastlora.weight_marks import marks
 
 # Rows of the weight that a merge handles at once: its only temporary.
 _MERGE_ROWS = 1024
@@ -35,10 +36,10 @@ class Mergeable(nn.Module):
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
-        # (weight, bias) as they were before the first merge, only while merged, and the versions
-        # of the parameters behind the last one.
+        # (weight, bias) as they were before the first merge, only while merged, and what `_written`
+        # returned behind the last one.
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._merged_versions: tuple[int, ...] = ()
+        self._when_merged: list[Any] = []
         # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
         self._merged_scales: dict[str, torch.Tensor] = {}
 
@@ -54,12 +55,12 @@ class Mergeable(nn.Module):
         """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
-    # What differs where several processes have parts of the layer.
+    def _written(self) -> list[Any]:
+        """Returns of the base weight and its bias what changes when they are written to."""
+        base = self.get_base_layer()
+        return [_stamp(getattr(base, name, None)) for name in ("weight", "bias")]
 
-    def _written(self) -> tuple[int, ...]:
-        """Returns how often the base weight and its bias were written in place."""
-        weight, bias, _ = self._mergeable()
-        return versions(weight, bias)
+    # What differs where several processes have parts of the layer.
 
     def _own_weight(self) -> torch.Tensor:
         """Returns the base weight as a dense matrix, ``[N, K]`` of this process."""
@@ -108,30 +109,22 @@ class Mergeable(nn.Module):
             return
         weight, bias, transposed = self._mergeable()
         if keep_base and not self.merged:
-            self._unmerged = (
-                weight.detach().clone(),
-                None if bias is None else bias.detach().clone(),
-            )
+            self._unmerged = _copies(weight, bias)
         self._merged_scales |= self._scales(names)
         for name in names:
             self._merge_one(weight.t() if transposed else weight, bias, name)
-            self.merged_adapters.append(name)
-        self._merged_versions = self._written()
+        self._when_merged = self._written()
         forget_norms(self)
 
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
         """Returns the names that `merge` would merge, or raises as it would; changes nothing."""
-        names = self._active_adapters if adapter_names is None else adapter_names
-        if adapter_names is not None:
-            for name in names:
-                self._check_known(name)
-        names = [
-            name
-            for name in dict.fromkeys(names)
-            if name in self.lora_A and name not in self.merged_adapters
-        ]
+        for name in adapter_names or ():
+            self._check_known(name)
+        wanted = self._active_adapters if adapter_names is None else adapter_names
+        merged = self.merged_adapters
+        names = [n for n in dict.fromkeys(wanted) if n in self.lora_A and n not in merged]
         if not names:
             return []
         weight, bias, transposed = self._mergeable()
@@ -141,23 +134,22 @@ class Mergeable(nn.Module):
                     f"adapter {name!r} has a lora_bias, and the base layer no bias to merge it into"
                 )
         if safe_merge:
-            new_weight = weight.detach().clone()
-            new_bias = None if bias is None else bias.detach().clone()
-            merged, scales = list(self.merged_adapters), self._merged_scales
+            new_weight, new_bias = _copies(weight, bias)
+            before, scales = list(merged), self._merged_scales
             self._merged_scales = scales | self._scales(names)
             try:
                 for name in names:
-                    new_rows = new_weight.t() if transposed else new_weight
-                    self._merge_one(new_rows, new_bias, name)
-                    if not self._all_agree(_all_finite(new_weight, new_bias)):
+                    self._merge_one(new_weight.t() if transposed else new_weight, new_bias, name)
+                    made = [new_weight] if new_bias is None else [new_weight, new_bias]
+                    if not self._all_agree(all(bool(t.isfinite().all()) for t in made)):
                         raise AdapterStateError(
                             f"merging adapter {name!r} gives weights that are not finite"
                         )
-                    self.merged_adapters.append(name)
             finally:
-                self.merged_adapters[:], self._merged_scales = merged, scales
+                merged[:], self._merged_scales = before, scales
         return names
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes every merged adapter out of the base weight again.
 
@@ -172,10 +164,12 @@ class Mergeable(nn.Module):
             return
         weight, bias, transposed = self._mergeable()
         kept = self._unmerged
-        unwritten = kept is not None and self._written() == self._merged_versions
+        unwritten = kept is not None and self._written() == self._when_merged
         # Alike in every process: one that was written to alone would wait for the others below.
         if self._all_agree(unwritten) and kept is not None:
-            _restore(weight, bias, kept)
+            weight.copy_(kept[0])
+            if bias is not None and kept[1] is not None:
+                bias.copy_(kept[1])
         else:
             for name, scale in self._merged_scales.items():
                 if not self._all_agree(bool(scale.all())):
@@ -204,7 +198,8 @@ class Mergeable(nn.Module):
         DoRA scales what was merged before it, as its forward scales what came before.
         """
         self._add_delta(weight, name, 1.0, self._merged_scales.get(name))
-        self._add_to_bias(bias, [*self.merged_adapters, name], 1.0)
+        self.merged_adapters.append(name)
+        self._add_to_bias(bias, self.merged_adapters, 1.0)
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Returns g ``[N]`` of those adapters that use DoRA."""
@@ -220,28 +215,26 @@ class Mergeable(nn.Module):
         """Returns `adapted_squares` of adapters on the base weight as it is without a merge."""
         if not names:
             return {}
-        factors = {name: self._factors(name)[:2] for name in names}
         if not self.merged:
-            weight = self._own_weight()
-            return {
-                name: self._of_whole_rows(
-                    adapter_squares(self, *factors[name], self.scaling[name], weight)
-                )
-                for name in names
-            }
-        weight, _, transposed = self._mergeable()
-        if self._unmerged is not None and self._written()[:1] == self._merged_versions[:1]:
-            base = self._unmerged[0].t() if transposed else self._unmerged[0]
+            base = self._own_weight()
+            squares = base_squares(self, base)
         else:
-            base = (weight.t() if transposed else weight).detach().clone()
-            self._unmerge_from(base, None)
-        squares = square_norms(base)
-        return {
-            name: self._of_whole_rows(
-                adapted_sums(base, squares, *factors[name], self.scaling[name])
-            )
-            for name in names
-        }
+            weight, _, transposed = self._mergeable()
+            kept = self._unmerged
+            if kept is not None and self._written()[0] == self._when_merged[0]:
+                weight = kept[0]
+            base = weight.t() if transposed else weight
+            if kept is None or weight is not kept[0]:
+                base = base.detach().clone()
+                self._unmerge_from(base, None)
+            squares = square_norms(base)
+        found = {}
+        for name in names:
+            lora_a, lora_b, _ = self._factors(name)
+            factors = lora_a, lora_b, self.scaling[name]
+            sums = outside_autocast(adapted_sums, base, squares, *factors)
+            found[name] = self._of_whole_rows(sums)
+        return found
 
     @torch.no_grad()
     def _add_delta(
@@ -312,35 +305,25 @@ class Mergeable(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         forget_norms(self)
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
+        unwritten = self._unmerged is not None and self._written() == self._when_merged
         if self._unmerged is not None:
-            unwritten = self._written() == self._merged_versions
             weight, bias = self._unmerged
-            self._unmerged = (fn(weight), None if bias is None else fn(bias))
-            super()._apply(fn, recurse)
-            if unwritten:
-                self._merged_versions = self._written()
-            return self
+            self._unmerged = fn(weight), None if bias is None else fn(bias)
         super()._apply(fn, recurse)
+        if unwritten:
+            self._when_merged = self._written()
         return self
 
 
-def versions(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    """How often each tensor was written in place (inference tensors are not counted: 0)."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in there)
+def _copies(
+    weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def _all_finite(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    tensors = [weight] if bias is None else [weight, bias]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-@torch.no_grad()
-def _restore(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    before: tuple[torch.Tensor, torch.Tensor | None],
-) -> None:
-    weight.copy_(before[0])
-    if bias is not None and before[1] is not None:
-        bias.copy_(before[1])
+def _stamp(tensor: torch.Tensor | None) -> Any:
+    """Returns what changes when a tensor is replaced, written in place, or stepped."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else version_of(tensor)
+    return id(tensor), version, marks.of_steps(tensor)

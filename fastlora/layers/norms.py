@@ -64,10 +64,15 @@ def stamp_of(tensor: torch.Tensor, base: bool = False) -> Stamp | None:
         return None
     if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
         return None
-    # What writes into a DTensor moves its version, not that of the part.
-    version = own._version if own is tensor else own._version + tensor._version
     mark = marks.of_base(tensor) if base else marks.of_trained()
-    return id(tensor), own.data_ptr(), version, mark
+    return id(tensor), own.data_ptr(), version_of(tensor), mark
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Returns how often a tensor was written in place. It must not be an inference tensor."""
+    own = local(tensor)
+    # What writes into a DTensor moves its version, or that of the part.
+    return own._version if own is tensor else own._version + tensor._version
 
 
 def may_keep(device: torch.device) -> bool:

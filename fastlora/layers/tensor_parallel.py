@@ -49,7 +49,6 @@ from fastlora.layers.dora_rows import (
 )
 from fastlora.layers.factors import Scale, is_hooked, scaling_beside, scaling_of
 from fastlora.layers.forward import run_rows
-from fastlora.layers.merging import versions
 from fastlora.layers.norms import cached_squares, forget_norms
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
@@ -456,12 +455,6 @@ class TensorParallelLora(FastLoraWrapper):
                 f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
             )
         return weight.to_local(), None if bias is None else bias.to_local(), False
-
-    def _written(self) -> tuple[int, ...]:
-        """Writes into a DTensor move its own version, or that of the part."""
-        whole = versions(self.base_layer.weight, self.base_layer.bias)
-        parts = versions(*self._mergeable()[:2])
-        return tuple(a + b for a, b in zip(whole, parts, strict=True))
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lora_a: Any

@@ -24,7 +24,7 @@ def refresh(model: nn.Module) -> None:
     Args:
         model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
     """
-    marks.end_trained()
+    marks.end_all()
     for module in model.modules():
         forget_norms(module)
         group = getattr(module, "routed_by", None)

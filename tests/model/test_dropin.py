@@ -201,6 +201,44 @@ def test_unmerge_keeps_what_was_written_meanwhile() -> None:
     torch.testing.assert_close(layer.weight, torch.ones(8, 8) - delta)
 
 
+@pytest.mark.parametrize("how", ["step", "fused step", "assigned", ".data and refresh"])
+def test_unmerge_keeps_what_moves_no_version(how: str) -> None:
+    """A fused step while merged, a replaced weight, and a write that is told of stay, as any."""
+    layer = FastLoraLinear(8, 8, bias=False, r=2)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.merge()
+    delta = layer.get_delta_weight("default")
+    layer.weight.requires_grad_(True)
+    if "step" in how:
+        layer(torch.randn(3, 8)).sum().backward()
+        torch.optim.SGD([layer.weight], lr=0.5, fused=how == "fused step").step()
+    elif how == "assigned":
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        for _ in range(layer.weight._version):
+            state["weight"] += 1.0
+        layer.load_state_dict(state, assign=True)
+    else:
+        layer.weight.data += 1.0
+        layer.refresh()
+    written = layer.weight.detach().clone()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, written - delta, rtol=1e-5, atol=1e-5)
+
+
+def test_unmerge_is_exact_behind_the_step_of_another_model() -> None:
+    """Training elsewhere, and a forward with gradients, are no writes."""
+    layer, other = FastLoraLinear(8, 8, r=2), FastLoraLinear(8, 8, r=2)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    before = layer.weight.clone()
+    layer.bias.requires_grad_(True)
+    layer.merge()
+    layer(torch.randn(3, 8)).sum().backward()
+    other(torch.randn(3, 8)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.5).step()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("how", ["parametrize", "prune"])
 def test_merging_a_computed_weight_is_refused(how: str) -> None:
     """A weight that other parameters give cannot take an update."""
