@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.model.config import CONFIG_NAME, LoraConfig, read_config_file
+from fastlora.model.config import CONFIG_NAME, LoraConfig
 from fastlora.model.targets import modules_to_save_entries
 from fastlora.model.tensor_file import (
     TensorInfo,
@@ -135,20 +135,25 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
     """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
+    config = read_adapter_config(path)
     folder = Path(path)
-    _check_folder(folder)
-    config_path = folder / CONFIG_NAME
-    data = read_config_file(config_path)
-    if data.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{config_path}: peft_type is {data['peft_type']!r}, expected 'LORA'")
-    try:
-        config = LoraConfig.from_dict(data, for_loading=True)
-    except ConfigError as error:
-        raise CheckpointError(f"{config_path}: {error}") from error
     weights = folder / WEIGHTS_NAME
     infos = read_header(weights)
     keys = check_tensors(config, infos, str(weights))
     return AdapterHeader(folder, config, infos, keys)
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
+    """Returns the config of a local adapter folder; of its tensors, looks that the file exists.
+
+    Raises:
+        CheckpointError: As `load_adapter_folder`, as far as it does not depend on tensors.
+    """
+    _check_folder(Path(path))
+    try:
+        return LoraConfig.from_pretrained(path, for_loading=True)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def save_adapter_folder(
@@ -309,8 +314,7 @@ def _check_vector(
     expected = tuple(tensors[factor].shape[:1])
     if tuple(tensors[key].shape) != expected:
         raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")
-    if kind == "magnitude":
-        _check_dtype(key, tensors[key])
+    _check_dtype(key, tensors[key])
 
 
 def _check_dtype(key: str, tensor: TensorInfo | torch.Tensor) -> None:

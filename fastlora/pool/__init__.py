@@ -3,7 +3,6 @@
 from fastlora.ops.factors import Factors
 from fastlora.pool.leases import Lease
 from fastlora.pool.pool import AdapterPool, pool_of
-from fastlora.pool.resident import Resident
-from fastlora.pool.stats import PoolStats
+from fastlora.pool.resident import PoolStats, Resident
 
 __all__ = ["AdapterPool", "Factors", "Lease", "PoolStats", "Resident", "pool_of"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,6 +42,12 @@ class Target(NamedTuple):
     in_features: int
     out_features: int
 
+    def shape(self, kind: str, rank: int) -> tuple[int, ...]:
+        """Returns the shape of a block in PEFT's layout."""
+        if kind == "lora_a":
+            return rank, self.in_features
+        return (self.out_features, rank) if kind == "lora_b" else (self.out_features,)
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -57,7 +64,7 @@ class Layout:
     ranks: torch.Tensor
     offsets: torch.Tensor
     numel: int
-    # The same as Python numbers, for views.
+    # The same as Python numbers, for views: of each module the rank, and the offsets.
     _blocks: tuple[tuple[int, tuple[int, ...]], ...] = field(repr=False)
 
     @functools.cached_property
@@ -74,7 +81,7 @@ class Layout:
         views = {}
         for kind, start in zip(BLOCK_KINDS, offsets, strict=True):
             if start != ABSENT:
-                shape = _shape(self.targets[index], kind, rank)
+                shape = self.targets[index].shape(kind, rank)
                 strides: tuple[int, ...] = (1,)
                 if kind == "lora_a":
                     strides = (shape[1], 1)
@@ -89,19 +96,9 @@ class Layout:
         return views
 
 
-def _shape(target: Target, kind: str, rank: int) -> tuple[int, ...]:
-    if kind == "lora_a":
-        return rank, target.in_features
-    return (target.out_features, rank) if kind == "lora_b" else (target.out_features,)
-
-
 def _lanes(dtype: torch.dtype) -> int:
     """Elements of an image that hold one magnitude."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +166,12 @@ class Packer:
             views = layout.views(data, index)
             for kind, tensor in blocks.items():
                 views[kind].copy_(tensor)
-        self._check_overflow(data, layout, tensors, source)
+        self._check_overflow(data, tensors, source)
         numbers = tuple(float(scaling.get(index, 0.0)) for index in range(len(self.targets)))
         return Image(data, layout, numbers, next(self._versions))
 
     def _check_overflow(
-        self,
-        data: torch.Tensor,
-        layout: Layout,
-        tensors: Mapping[int, Mapping[str, torch.Tensor]],
-        source: str,
+        self, data: torch.Tensor, tensors: Mapping[int, Mapping[str, torch.Tensor]], source: str
     ) -> None:
         largest = torch.finfo(self.dtype).max
         dtypes = {tensor.dtype for blocks in tensors.values() for tensor in blocks.values()}
@@ -198,29 +191,22 @@ class Packer:
 
     def _layout(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> Layout:
         known = self._layouts.get(shape)
-        if known is None:
-            known = self._layouts.setdefault(shape, self._lay_out(shape))
-        return known
-
-    def _lay_out(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> Layout:
+        if known is not None:
+            return known
         step = ALIGNMENT // self.dtype.itemsize
         position = 0
         blocks = []
         for target, (rank, kinds) in zip(self.targets, shape, strict=True):
-            offsets = []
+            starts = []
             for kind in BLOCK_KINDS:
-                offsets.append(position if kind in kinds else ABSENT)
+                starts.append(position if kind in kinds else ABSENT)
                 if kind in kinds:
-                    numel = _numel(_shape(target, kind, rank))
+                    numel = math.prod(target.shape(kind, rank))
                     numel *= _lanes(self.dtype) if kind == "magnitude" else 1
                     position += -(-numel // step) * step
-            blocks.append((rank, tuple(offsets)))
+            blocks.append((rank, tuple(starts)))
         ranks = torch.tensor([rank for rank, _ in blocks], dtype=torch.int32)
-        starts = torch.tensor([offsets for _, offsets in blocks], dtype=torch.int64)
-        return Layout(
-            self.targets,
-            ranks,
-            starts.view(-1, len(BLOCK_KINDS)).t().contiguous(),
-            position,
-            tuple(blocks),
-        )
+        offsets = torch.tensor([starts for _, starts in blocks], dtype=torch.int64)
+        offsets = offsets.view(-1, len(BLOCK_KINDS)).t().contiguous()
+        made = Layout(self.targets, ranks, offsets, position, tuple(blocks))
+        return self._layouts.setdefault(shape, made)

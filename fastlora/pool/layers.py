@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -140,11 +141,8 @@ class PoolLayers:
             UnsupportedLayerError: They lie on several devices.
         """
         found = [layer._factor_like() for _, layer in self._replaced.values()]
-        devices = {
-            next(iter(module.parameters())).device
-            for module, _ in self._replaced.values()
-            if any(True for _ in module.parameters())
-        }
+        modules = (module for module, _ in self._replaced.values())
+        devices = {p.device for module in modules for p in itertools.islice(module.parameters(), 1)}
         if len(devices) > 1:
             raise UnsupportedLayerError(
                 f"the target modules lie on {', '.join(sorted(map(str, devices)))}; an adapter "

@@ -1,14 +1,24 @@
-"""Leases: who keeps which adapters on the device, and who waits for room."""
+"""Leases: who keeps which adapters on the device, and how a thread gets its own.
+
+What is missing is read, room is waited for, then all is granted.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from fastlora.pool.image import Image
-from fastlora.pool.resident import DeviceCopy, Resident
+from fastlora.pool.reader import AdapterReader
+from fastlora.pool.resident import Entry, PoolStats, Resident
+from fastlora.pool.scales import ScaleMaker
+from fastlora.pool.tiers import Tiers, unknown
+from fastlora.pool.transfers import Transfers
+from fastlora.validation import AdapterStateError, PoolFullError
 
 
 class Lease:
@@ -21,15 +31,9 @@ class Lease:
         max_rank: The largest rank among them, 0 for none.
     """
 
-    def __init__(
-        self,
-        residents: tuple[Resident, ...],
-        copies: tuple[DeviceCopy, ...],
-        release: Callable[[Lease], None],
-    ) -> None:
+    def __init__(self, residents: tuple[Resident, ...], release: Callable[[Lease], None]) -> None:
         self.residents = residents
         self.max_rank = max((r.max_rank for r in residents), default=0)
-        self.copies = copies
         self._release = release
 
     def release(self) -> None:
@@ -53,7 +57,7 @@ class Request:
     """A lease that a thread asks for.
 
     Attributes:
-        names: Adapters, each once.
+        names: Adapters that are registered; they may repeat.
         owner: The thread.
         wanted: Name -> image, as last looked up.
         kept: Images that the thread has read and no tier may hold yet.
@@ -67,45 +71,213 @@ class Request:
     counts: bool = True
 
 
-class LeaseBook:
-    """Leases by thread, and the queue of threads that wait; guarded by the pool's lock."""
+class Residency:
+    """The tiers' lock, the leases, and who waits for one.
 
-    def __init__(self) -> None:
+    Args:
+        reader: Reads adapters, outside the lock.
+        tiers: Guarded by the lock.
+        transfers: Orders the device's work.
+        scales: Makes those of DoRA adapters, outside the lock.
+
+    Attributes:
+        changed: The lock, and the condition that leases have ended, room has come or reads are
+            done. Whoever changes the tiers notifies all.
+        held: Thread -> its leases.
+        queue: Requests that wait for room, in the order of their coming.
+        closed: The pool is.
+        hits, misses, loads: See `PoolStats`.
+    """
+
+    def __init__(
+        self, reader: AdapterReader, tiers: Tiers, transfers: Transfers, scales: ScaleMaker
+    ) -> None:
+        self._reader, self._tiers, self._transfers = reader, tiers, transfers
+        self._scales = scales
+        self.changed = threading.Condition(threading.RLock())
         self.held: dict[int, list[Lease]] = {}
         self.queue: list[Request] = []
+        self.closed = False
+        self.hits = self.misses = self.loads = 0
+        self._worker: ThreadPoolExecutor | None = None
+        self._worker_thread: int | None = None
 
-    @property
-    def count(self) -> int:
-        """How many leases are held."""
-        return sum(map(len, self.held.values()))
+    def check_open(self) -> None:
+        """Raises `AdapterStateError` once the pool is closed."""
+        if self.closed:
+            raise AdapterStateError("the pool is closed")
 
-    def add(self, owner: int, lease: Lease) -> None:
-        """Notes a thread's lease."""
-        self.held.setdefault(owner, []).append(lease)
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raises `AdapterNotFoundError` unless all names are, `AdapterStateError` once closed."""
+        with self.changed:
+            self.check_open()
+            known = self._tiers.entries
+            lost = next((name for name in names if name not in known), None)
+            if lost is None:
+                return
+            known = dict(known)
+        raise unknown(lost, known)  # looking for close names takes its time
 
-    def remove(self, lease: Lease) -> bool:
-        """Forgets a lease; returns whether it was known. Any thread may end it."""
-        for owner, leases in self.held.items():
-            if lease in leases:
-                leases.remove(lease)
-                if not leases:
-                    del self.held[owner]
-                return True
-        return False
+    def check_unleased(self) -> None:
+        """Raises `AdapterStateError` while leases are held, but for those of the background."""
+        held = sum(len(n) for owner, n in self.held.items() if owner != self._worker_thread)
+        if held:
+            raise AdapterStateError(f"{held} leases are held; end them before close()")
 
-    def may_go(self, request: Request) -> bool:
+    def acquire_resident(self) -> Lease:
+        """Leases what is on the device now, which takes no room."""
+        with self.changed:
+            self.check_open()
+            request = Request(tuple(self._tiers.device))
+            self._look_up(request)
+            lease = self._grant(request)
+        return self._ready(lease)
+
+    def acquire(self, request: Request, timeout: float | None) -> Lease:
+        """Waits for a lease, ``timeout`` seconds for room; see `AdapterPool.lease`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while True:
+                with self.changed:
+                    step = self._step(request, deadline)
+                if isinstance(step, Lease):
+                    return self._ready(step)
+                self._read(step, request)
+        finally:
+            with self.changed:
+                if request in self.queue:
+                    self.queue.remove(request)
+                    self.changed.notify_all()
+
+    def settle(self, name: str) -> None:
+        """Makes the scales of a new adapter that is pinned, which may not be leased again."""
+        with self.changed:
+            entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
+            if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
+                return
+            lease = self._hold((resident,))  # it is there: nobody's room is waited for
+        self._ready(lease).release()
+
+    def remake_scales(self) -> None:
+        """Makes scales anew of all that is on the device, replaced adapters in use included."""
+        with self.changed:
+            self.check_open()
+            lease = self._hold(tuple(self._tiers.residents))
+        self._ready(lease).release()
+
+    def _hold(self, residents: tuple[Resident, ...]) -> Lease:
+        """Leases what is on the device, for the calling thread."""
+        for resident in set(residents):
+            resident.leases += 1
+        lease = Lease(residents, self._release)
+        self.held.setdefault(threading.get_ident(), []).append(lease)
+        return lease
+
+    def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
+        """Waits until a request is granted, or adapters must be read for it, which it returns."""
+        tiers = self._tiers
+        while True:
+            self.check_open()
+            missing = self._look_up(request)
+            mine = [entry for entry in missing if not entry.reading]
+            if mine:
+                for entry in mine:
+                    entry.reading = True
+                return mine
+            if missing:  # another thread is reading the rest
+                self.changed.wait()
+                continue
+            resident = all(name in tiers.device for name in request.wanted)
+            if self._may_go(request) and (resident or tiers.fits(request.wanted, tiers.leased())):
+                return self._grant(request)
+            left = None if deadline is None else deadline - time.monotonic()
+            if not self._could_fit(request) or (left is not None and left <= 0):
+                nbytes = sum(image.nbytes for image in request.wanted.values())
+                raise PoolFullError(
+                    f"a batch needs {len(request.wanted)} adapters of {nbytes} bytes on the device "
+                    f"at once, and the pool has no room for them: {tiers.describe()}"
+                )
+            if request not in self.queue:
+                self.queue.append(request)
+            self.changed.wait(left)
+
+    def _look_up(self, request: Request) -> list[Entry]:
+        """Notes where a request's adapters are; returns those that are in no memory."""
+        entries = {name: self._tiers.entry(name) for name in request.names}
+        images = {name: self._tiers.image(name) for name in entries}
+        request.wanted = {name: image for name, image in images.items() if image is not None}
+        return [entry for name, entry in entries.items() if name not in request.wanted]
+
+    def _read(self, entries: list[Entry], request: Request) -> None:
+        found: dict[str, Image] = {}
+        try:
+            for entry in entries:
+                if entry.folder is not None:
+                    found[entry.name] = self._reader.read_folder(entry.folder)
+        finally:
+            with self.changed:
+                for entry in entries:
+                    entry.reading = False
+                    image = found.get(entry.name)
+                    # Where another adapter has its name by now, that one is in memory.
+                    if image is not None and self._tiers.entries.get(entry.name) is entry:
+                        # The request keeps it alive; others that want it find it here.
+                        self._tiers.staged[entry.name] = image
+                        request.kept.append(image)
+                        self.loads += 1
+                self.changed.notify_all()
+
+    def _grant(self, request: Request) -> Lease:
+        misses = sum(1 for name in request.wanted if name not in self._tiers.device)
+        residents = {resident.name: resident for resident in self._tiers.bring(request.wanted)}
+        if request.counts:
+            self.misses += misses
+            self.hits += len(residents) - misses
+        return self._hold(tuple(residents[name] for name in request.names))
+
+    def _ready(self, lease: Lease) -> Lease:
+        """Lets the calling thread's work on the device come after the copies of its adapters."""
+        try:
+            residents = list(dict.fromkeys(lease.residents))
+            self._scales.prepare(residents, self.changed)
+            marks = []
+            for resident in residents:
+                scales = resident.scales
+                for mark in (resident.written, None if scales is None else scales.written):
+                    if mark is not None and not self._transfers.is_done(mark):
+                        marks.append(mark)
+                    elif mark is not None and mark is resident.written:
+                        resident.written = None  # for good: it was copied once
+            self._transfers.wait_for_writes(marks)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _release(self, lease: Lease) -> None:
+        mark = self._transfers.read()
+        with self.changed:
+            # Any thread may end it; a second time, nobody holds it.
+            owner = next((owner for owner, leases in self.held.items() if lease in leases), None)
+            if owner is None:
+                return
+            self.held[owner].remove(lease)
+            if not self.held[owner]:
+                del self.held[owner]
+            for resident in set(lease.residents):
+                self._tiers.release(resident, mark)
+            self.changed.notify_all()
+
+    def _may_go(self, request: Request) -> bool:
         """Returns whether it is a request's turn.
 
         First come, first served, so that a large request is not passed by small ones for ever. A
         thread that holds leases goes first: others wait for it.
         """
-        return request.owner in self.held or not self.queue or self.queue[0] is request
+        first = not self.queue or self.queue[0] is request
+        return first or request.owner in self.held or not request.names
 
-    def could_fit(
-        self,
-        request: Request,
-        fits: Callable[[Mapping[str, Image], Collection[DeviceCopy]], bool],
-    ) -> bool:
+    def _could_fit(self, request: Request) -> bool:
         """Returns whether a request will fit once others have ended their leases.
 
         Threads that run will; of those that wait, the ones whose own requests can be met. Where
@@ -117,12 +289,56 @@ class LeaseBook:
         stuck = {other.owner for other in waiting} | {request.owner}
         held = {owner: leases for owner, leases in self.held.items() if owner in stuck}
         while True:
-            copies = {copy for leases in held.values() for one in leases for copy in one.copies}
-            if fits(request.wanted, copies):
+            kept = {r for leases in held.values() for lease in leases for r in lease.residents}
+            if self._tiers.fits(request.wanted, kept):
                 return True
-            served = [other for other in waiting if fits(other.wanted, copies)]
+            served = [other for other in waiting if self._tiers.fits(other.wanted, kept)]
             if not served:
                 return False
             for other in served:
                 held.pop(other.owner, None)
                 waiting.remove(other)
+
+    # ---------------------------------------------------------------------------- background
+
+    def prefetch(self, names: tuple[str, ...]) -> Future[None]:
+        """Brings adapters to the device in a thread of its own, as far as there is room now."""
+        with self.changed:
+            self.check_open()
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastlora-prefetch")
+            return self._worker.submit(self._prefetch, names)
+
+    def _prefetch(self, names: tuple[str, ...]) -> None:
+        self._worker_thread = threading.get_ident()
+        for name in names:
+            request = Request((name,), counts=False)
+            try:
+                self.acquire(request, 0.0).release()
+            except PoolFullError:
+                with self.changed:
+                    self._tiers.keep(name, request.wanted[name])
+
+    def stop_prefetching(self) -> None:
+        """Ends the background thread, after the adapter that it is at."""
+        with self.changed:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown(cancel_futures=True)
+            self._worker_thread = None  # another thread may have its number by now
+
+    def stats(self) -> PoolStats:
+        """Returns what the pool holds and has done; call it under the lock."""
+        tiers = self._tiers
+        return PoolStats(
+            registered=len(tiers.entries),
+            on_device=len(tiers.device),
+            in_cpu=len(tiers.host),
+            device_bytes=tiers.device_used,
+            cpu_bytes=tiers.host_used,
+            leases=sum(map(len, self.held.values())),
+            hits=self.hits,
+            misses=self.misses,
+            loads=self.loads,
+            evictions=tiers.evictions,
+        )

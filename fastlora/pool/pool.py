@@ -15,21 +15,20 @@ import torch
 from torch import nn
 
 from fastlora.model.config import CONFIG_NAME
-from fastlora.pool.acquire import Residency
-from fastlora.pool.arguments import check_dtype, check_limits, check_name, check_names
 from fastlora.pool.image import Packer
 from fastlora.pool.layers import PoolLayers
-from fastlora.pool.leases import Lease
+from fastlora.pool.leases import Lease, Request, Residency
 from fastlora.pool.reader import AdapterReader
+from fastlora.pool.resident import PoolStats
 from fastlora.pool.router import pool_block, pool_routing
 from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.stats import PoolStats
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import make_transfers
+from fastlora.routing.ids import BASE
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Routing
-from fastlora.validation import AdapterStateError, CheckpointError, ConfigError
+from fastlora.validation import AdapterStateError, CheckpointError, ConfigError, check_rank
 
 _ATTRIBUTE = "_fastlora_pool"
 
@@ -82,8 +81,14 @@ class AdapterPool:
         max_rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        check_limits(max_adapters, device_bytes, cpu_bytes, max_rank)
-        check_dtype(dtype)
+        _check_limit("max_adapters", max_adapters, 1)
+        for limit, value in (("device_bytes", device_bytes), ("cpu_bytes", cpu_bytes)):
+            if value is not None:
+                _check_limit(limit, value, 0)
+        if max_rank is not None:
+            check_rank(max_rank)
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+            raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         self._layers = PoolLayers(model, targets, functools.partial(pool_block, self))
         try:
@@ -93,11 +98,11 @@ class AdapterPool:
             packer = Packer(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
-            # Columns beside the slots, for images that were replaced while leases hold them.
-            spare = max(4, max_adapters // 8)
+            # More columns than slots, for images that were replaced while leases hold them.
+            columns = max_adapters + max(4, max_adapters // 8)
             with transfers.ordered():
                 self.tables = PoolTables(
-                    len(self._layers.targets), max_adapters + spare, max_adapters, self.device
+                    len(self._layers.targets), columns, max_adapters, self.device
                 )
         except BaseException:
             self._layers.remove()
@@ -105,14 +110,7 @@ class AdapterPool:
         self.modules, self.group = list(self._layers.targets), self._layers.group
         self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
         self._reader = AdapterReader(model, packer, max_rank)
-        self._tiers = Tiers(
-            slots=max_adapters,
-            spare=spare,
-            device_bytes=device_bytes,
-            cpu_bytes=cpu_bytes,
-            tables=self.tables,
-            transfers=transfers,
-        )
+        self._tiers = Tiers(self.tables, transfers, device_bytes, cpu_bytes)
         scales = ScaleMaker(self._layers.layers, self.tables, transfers)
         self._residency = Residency(self._reader, self._tiers, transfers, scales)
         self._changed = self._residency.changed
@@ -153,7 +151,7 @@ class AdapterPool:
             torch.OutOfMemoryError: There is no room for a pinned DoRA adapter's scales, which the
                 next lease makes: it is in the pool then.
         """
-        check_name(name)
+        _check_name(name)
         folder: Path | None = None
         if isinstance(source, Mapping):
             image = self._reader.read_state(name, source, config)
@@ -182,7 +180,7 @@ class AdapterPool:
             AdapterStateError: The name exists.
             ConfigError: The name is wrong.
         """
-        check_name(name)
+        _check_name(name)
         path = Path(folder).absolute()
         uses_dora = self._reader.check_folder(path).use_dora
         with self._changed:
@@ -207,7 +205,7 @@ class AdapterPool:
         if not names:
             raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
         for name in names:
-            check_name(name)
+            _check_name(name)
         uses_dora = [self._reader.check_folder(path / name).use_dora for name in names]
         with self._changed:
             self._residency.check_open()
@@ -262,9 +260,7 @@ class AdapterPool:
         Raises:
             AdapterNotFoundError: There is none of one of the names.
         """
-        check_names(names)
-        self._residency.check_known(names)
-        return self._residency.prefetch(tuple(names))
+        return self._residency.prefetch(self._known(names))
 
     @property
     def names(self) -> list[str]:
@@ -287,8 +283,9 @@ class AdapterPool:
             AdapterNotFoundError: There is none of that name.
         """
         with self._changed:
-            copy = self._tiers.entry(name).copy
-            return None if copy is None else copy.resident.slot
+            self._tiers.entry(name)
+            resident = self._tiers.device.get(name)
+            return None if resident is None else resident.slot
 
     def __contains__(self, name: object) -> bool:
         with self._changed:
@@ -328,9 +325,7 @@ class AdapterPool:
             AdapterStateError: The pool is closed, or adapters are being copied to the GPU and a
                 CUDA graph is being captured.
         """
-        check_names(names)
-        self._residency.check_known(names)
-        return self._residency.acquire_named(names, timeout)
+        return self._residency.acquire(Request(self._known(names)), timeout)
 
     def lease_resident(self) -> Lease:
         """Keeps every adapter that is on the device now: for row ids that are slots.
@@ -392,6 +387,13 @@ class AdapterPool:
         """Returns the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
         return pool_routing(self, ids, seeds, validate, held)
 
+    def _known(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Returns names that are all registered; raises for others, and for a single string."""
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"names is {names!r}, expected a list of names")
+        self._residency.check_known(names)
+        return tuple(names)
+
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPool cannot be copied or pickled; close() it first")
 
@@ -400,6 +402,19 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
     """Returns the pool that was made for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
+
+
+def _check_name(name: object) -> None:
+    """Raises `ConfigError` unless an adapter can have this name."""
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ConfigError(
+            f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
+        )
+
+
+def _check_limit(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 @register_router

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers import LoraLayer
 from fastlora.layers.dense import dense_weight
 from fastlora.model.adapter_folder import (
-    WEIGHTS_NAME,
     AdapterKey,
     check_tensors,
     load_adapter_folder,
+    read_adapter_config,
 )
-from fastlora.model.config import CONFIG_NAME, LoraConfig, read_config_file
+from fastlora.model.config import CONFIG_NAME, LoraConfig
+from fastlora.model.inject import base_of
 from fastlora.model.targets import NO_TARGETS, find_targets
 from fastlora.pool.image import Image, Packer
 from fastlora.validation import (
@@ -69,23 +68,20 @@ class AdapterReader:
         Raises:
             CheckpointError: The folder holds no adapter that this pool can take.
         """
-        if not (folder / WEIGHTS_NAME).is_file():
-            # Where that file is missing, the full check says what is there instead.
-            load_adapter_folder(folder)
-        return self._read_config(folder)
+        config = read_adapter_config(folder)
+        self._check_config(config, str(folder / CONFIG_NAME))
+        return config
 
-    def read_folder(self, folder: str | os.PathLike[str]) -> Image:
+    def read_folder(self, folder: Path) -> Image:
         """Reads, checks and packs an adapter folder.
 
         Raises:
             CheckpointError: It is damaged, holds what a pool cannot take, or does not fit the
                 model; the message names file, tensor, what was found and what was expected.
         """
-        path = Path(folder)
-        if (path / CONFIG_NAME).is_file():
-            self._read_config(path)  # first, because it refuses more clearly
-        file = load_adapter_folder(path)
-        return self._pack(file.config, file.keys, file.tensors, str(path))
+        self.check_folder(folder)  # first, because it refuses more clearly
+        file = load_adapter_folder(folder)
+        return self._pack(file.config, file.keys, file.tensors, str(folder))
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
         """Checks and packs a state dict with PEFT's keys.
@@ -113,16 +109,6 @@ class AdapterReader:
         self._check_config(config, source)
         return self._pack(config, check_tensors(config, tensors, source), tensors, source)
 
-    def _read_config(self, folder: Path) -> LoraConfig:
-        path = folder / CONFIG_NAME
-        data = read_config_file(path)
-        try:
-            config = LoraConfig.from_dict(data, for_loading=True)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        self._check_config(config, str(path))
-        return config
-
     def _check_config(self, config: LoraConfig, source: str) -> None:
         if config.modules_to_save:
             raise CheckpointError(
@@ -148,6 +134,7 @@ class AdapterReader:
         source: str,
     ) -> Image:
         blocks: dict[int, dict[str, torch.Tensor]] = {}
+        names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():
             if kind in _REFUSED:
                 raise CheckpointError(
@@ -159,21 +146,14 @@ class AdapterReader:
                 raise CheckpointError(f"{source}: {key!r}: {self._why_no_place(module)}")
             self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
             blocks.setdefault(index, {})[_BLOCK_OF[kind]] = tensors[key]
-        self._check_complete(config, {self._packer.targets[i].name for i in blocks}, source)
-        scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
-        if config.use_dora:
-            self._check_weights([self._packer.targets[i].name for i in blocks], source)
-        return self._packer.pack(blocks, scaling, source)
-
-    def _check_weights(self, names: list[str], source: str) -> None:
-        """Refuses DoRA on a module whose weight, which its norm needs, cannot be read."""
-        for name in names:
-            module: Any = self._model.get_submodule(name)
-            base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        self._check_complete(config, {names[i] for i in blocks}, source)
+        for i in blocks if config.use_dora else ():  # its norm needs the weight
             try:
-                dense_weight(base)
+                dense_weight(base_of(self._model.get_submodule(names[i])))
             except UnsupportedLayerError as error:
-                raise CheckpointError(f"{source}: {name!r}: {error}") from error
+                raise CheckpointError(f"{source}: {names[i]!r}: {error}") from error
+        scaling = {i: config.scaling_for(names[i]) for i in blocks}
+        return self._packer.pack(blocks, scaling, source)
 
     def _why_no_place(self, module: str) -> str:
         if any(name == module for name, _ in self._model.named_modules()):

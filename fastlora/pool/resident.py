@@ -1,7 +1,9 @@
-"""Adapters on the device: what a forward reads, and what the pool knows about it."""
+"""What a pool knows about its adapters: by name, and on the device; and the numbers it reports."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class Scales:
 
 
 class Resident:
-    """An adapter on the device. It never changes: a hot swap makes a new one.
+    """An adapter on the device. What forwards read never changes: a hot swap makes a new one.
 
     Its memory is certain to be its own only while a lease holds it.
 
@@ -46,6 +48,12 @@ class Resident:
         dora_modules: Numbers of the modules on which it has a magnitude.
         uses_dora: Whether there are any.
         scales: Of a DoRA adapter, made with the first lease, and gone with the resident.
+
+    The pool's own, guarded by its lock:
+        packed: The image with its layout.
+        leases: How many leases hold it.
+        written: Mark behind its copy to the device, until that is known to be done.
+        reads: Stream -> mark behind the last forward there that read it.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -56,8 +64,11 @@ class Resident:
         self.dora_modules = image.layout.dora_modules
         self.uses_dora = bool(self.dora_modules)
         self.scales: Scales | None = None
-        self._layout, self._scaling = image.layout, image.scaling
-        self._views: list[Factors | None | bool] = [False] * len(image.scaling)
+        self.packed = image
+        self.leases = 0
+        self.written: Any = None
+        self.reads: dict[int, Any] = {}
+        self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
         """Returns the factors of one module, or None where the adapter lacks it.
@@ -65,43 +76,59 @@ class Resident:
         Args:
             table_row: The module's number in the pool, its layer's ``table_row``.
         """
-        known = self._views[table_row]
-        if known is False:
+        if table_row not in self._views:
             # Two threads may both make them; either result will do.
-            views = self._layout.views(self.image, table_row)
-            known = None
+            views = self.packed.layout.views(self.image, table_row)
+            made = None
             if views:
-                scaling = self._scaling[table_row]
+                scaling = self.packed.scaling[table_row]
                 bias, magnitude = views.get("lora_bias"), views.get("magnitude")
-                known = Factors(views["lora_a"], views["lora_b"], scaling, bias, 0.0, magnitude)
-            self._views[table_row] = known
-        return known  # type: ignore[return-value]  # False is replaced above
+                made = Factors(views["lora_a"], views["lora_b"], scaling, bias, 0.0, magnitude)
+            self._views[table_row] = made
+        return self._views[table_row]
 
     def __repr__(self) -> str:
         return f"Resident({self.name!r}, slot={self.slot}, version={self.version})"
 
 
-class DeviceCopy:
-    """The pool's record of a resident; guarded by the pool's lock.
+@dataclass(eq=False)
+class Entry:
+    """What the pool knows about a name; another adapter of that name has an entry of its own.
 
     Attributes:
-        resident: What forwards see.
-        image: The same memory, with its layout.
-        leases: How many leases hold it.
-        retired: No longer its name's adapter; it goes when the last lease does.
-        written: Mark behind its copy to the device, until that is known to be done.
-        reads: Stream -> mark behind the last forward there that read it.
+        name: The adapter's name.
+        folder: Where it can be read again; None for one that came as a state dict.
+        pinned: Never evicted from the device.
+        reading: A thread is reading it.
     """
 
-    __slots__ = ("image", "leases", "reads", "resident", "retired", "written")
+    name: str
+    folder: Path | None
+    pinned: bool = False
+    reading: bool = False
 
-    def __init__(self, resident: Resident, image: Image, written: Any) -> None:
-        self.resident, self.image, self.written = resident, image, written
-        self.leases = 0
-        self.retired = False
-        self.reads: dict[int, Any] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self.image.nbytes
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds and has done.
+
+    Attributes:
+        registered: Adapters by name, wherever they are.
+        on_device, in_cpu: Adapters in each tier.
+        device_bytes, cpu_bytes: Bytes in each; replaced images that leases keep count.
+        leases: Leases that are held.
+        hits, misses: Adapters that leases found on the device, or had to bring there.
+        loads: Adapters read and packed.
+        evictions: Adapters that left the device for others.
+    """
+
+    registered: int
+    on_device: int
+    in_cpu: int
+    device_bytes: int
+    cpu_bytes: int
+    leases: int
+    hits: int
+    misses: int
+    loads: int
+    evictions: int

@@ -11,8 +11,9 @@ import torch
 from fastlora.layers.factors import Pool
 from fastlora.ops.factors import Tables
 from fastlora.ops.seeds import draw_seeds
+from fastlora.pool.tables import looked_up
 from fastlora.routing.checkpoints import keep_routing
-from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
+from fastlora.routing.ids import OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import is_captured, routed
 from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError
@@ -102,18 +103,7 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "as the largest rank that may ever be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
-    source, seeds = (
-        Pool(nobody, tables_of(pool, pool.max_rank)),
-        draw_seeds(nobody, None, draw=False),
-    )
+    source = Pool(nobody, tables_of(pool, pool.max_rank))
+    seeds = draw_seeds(nobody, None, draw=False)
     columns = pool.tables.columns(ids)
     return Routing(pool.group, nobody, columns, seeds, source, captured=True)
-
-
-def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Returns ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
-    table = table.to(ids.device, non_blocking=True)
-    ids = ids.to(torch.int64)
-    outside = (ids < 0) | (ids >= table.numel())
-    found = table[ids.clamp(0, table.numel() - 1)] if table.numel() else torch.zeros_like(ids)
-    return torch.where(outside, torch.where(ids == NO_ADAPTER, NO_ADAPTER, OUT_OF_RANGE), found)

@@ -17,12 +17,12 @@ import torch
 
 from fastlora.layers.norms import adapter_squares, base_stamp, may_keep
 from fastlora.ops.torch.scale import scale_of
-from fastlora.pool.resident import DeviceCopy, Scales
+from fastlora.pool.resident import Resident, Scales
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError
 
-_Stale = tuple[DeviceCopy, list[int]]  # with the modules whose scales are to be made
+_Stale = tuple[Resident, list[int]]  # with the modules whose scales are to be made
 
 
 class ScaleMaker:
@@ -39,20 +39,18 @@ class ScaleMaker:
         self._lock = threading.Lock()
         self._stamps: list[Any] = []
 
-    def prepare(self, copies: Iterable[DeviceCopy], guard: AbstractContextManager[Any]) -> None:
+    def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
         """Makes scales that are missing, or of other base weights, on the pool's stream.
 
         Args:
-            copies: Held by leases.
+            residents: Held by leases.
             guard: The pool's lock, which the caller does not hold: norms take their time.
 
         Raises:
             AdapterStateError: There are such, and a CUDA graph is being captured.
         """
-        dora = [copy for copy in copies if copy.resident.uses_dora]
-        if not dora:
-            return
-        if not self._stale(dora)[0]:
+        dora = [resident for resident in residents if resident.uses_dora]
+        if not dora or not self._stale(dora)[0]:
             return  # without waiting for those that others are at
         with self._lock:
             stale, stamps = self._stale(dora)
@@ -64,23 +62,24 @@ class ScaleMaker:
                     "captured; take the lease before the capture starts"
                 )
             with guard:
-                marks = [mark for copy, _ in stale for mark in copy.reads.values()]
+                marks = [mark for resident, _ in stale for mark in resident.reads.values()]
             here = self._transfers.read()  # base weights may have been written here
             self._transfers.wait_for_reads(marks if here is None else [*marks, here[0]])
             with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered():
-                for copy, rows in stale:
-                    self._make(copy, rows, stamps)
+                for resident, rows in stale:
+                    self._make(resident, rows, stamps)
 
-    def _stale(self, dora: list[DeviceCopy]) -> tuple[list[_Stale], list[Any]]:
+    def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
         """Returns what is to be made, and the stamps of now."""
         stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
         if stamps == known:
             stamps = known
         self._stamps = stamps
-        return [(copy, rows) for copy in dora if (rows := self._stale_rows(copy, stamps))], stamps
+        stale = [(one, rows) for one in dora if (rows := self._stale_rows(one, stamps))]
+        return stale, stamps
 
-    def _stale_rows(self, copy: DeviceCopy, stamps: list[Any]) -> list[int]:
-        scales, rows = copy.resident.scales, copy.resident.dora_modules
+    def _stale_rows(self, resident: Resident, stamps: list[Any]) -> list[int]:
+        scales, rows = resident.scales, resident.dora_modules
         if scales is None:
             return list(rows)
         if scales.stamps is stamps and None not in stamps:
@@ -88,8 +87,8 @@ class ScaleMaker:
         kept = scales.stamps
         return [row for row in rows if stamps[row] is None or kept[row] != stamps[row]]
 
-    def _make(self, copy: DeviceCopy, rows: list[int], stamps: list[Any]) -> None:
-        resident, scales = copy.resident, copy.resident.scales or Scales()
+    def _make(self, resident: Resident, rows: list[int], stamps: list[Any]) -> None:
+        scales = resident.scales or Scales()
         by_module, blocks = dict(scales.by_module), dict(scales.blocks)
         for row in rows:
             factors: Any = resident.factors(row)

@@ -88,11 +88,7 @@ class PoolTables:
         Operations on the device only, so that a CUDA graph looks slots up anew at every replay.
         One that is captured before there is DoRA has no scales: to it such slots stay empty.
         """
-        table = self.column_of if self.uses_dora else self.plain_column_of
-        ids = ids.to(torch.int64)
-        known = (ids >= 0) & (ids < table.numel())
-        found = table[ids.clamp(0, table.numel() - 1)]
-        return torch.where(known, found, torch.where(ids == NO_SLOT, NO_SLOT, NO_COLUMN))
+        return looked_up(self.column_of if self.uses_dora else self.plain_column_of, ids)
 
     def clear(self, column: int) -> None:
         """Makes a column free, on the current stream."""
@@ -104,3 +100,12 @@ class PoolTables:
     def _copy(self, out: torch.Tensor, values: torch.Tensor) -> None:
         pinned = values.pin_memory() if out.is_cuda else values
         out.copy_(pinned, non_blocking=True)
+
+
+def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
+    table = table.to(ids.device, non_blocking=True)
+    ids = ids.to(torch.int64)
+    outside = (ids < 0) | (ids >= table.numel())
+    found = table[ids.clamp(0, table.numel() - 1)] if table.numel() else torch.zeros_like(ids)
+    return torch.where(outside, torch.where(ids == NO_SLOT, NO_SLOT, NO_COLUMN), found)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from weakref import WeakValueDictionary
 
-from fastlora.pool.entries import Entry, unknown
 from fastlora.pool.image import Image
-from fastlora.pool.resident import DeviceCopy, Resident
+from fastlora.pool.resident import Entry, Resident
 from fastlora.pool.tables import NO_COLUMN, PoolTables
 from fastlora.pool.transfers import Transfers
-from fastlora.validation import AdapterStateError, PoolFullError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
 class Tiers:
@@ -25,35 +25,38 @@ class Tiers:
     tier is a cache of its own: it may hold copies of what the device holds.
 
     Args:
-        slots: How many adapters the device tier holds.
-        spare: How many images beside these it holds while leases keep replaced ones.
+        tables: Filled for each image on the device. Their slots are how many adapters the device
+            holds; columns beyond that are for replaced ones that leases hold.
+        transfers: How images get there.
         device_bytes: Bytes of the device tier, or None for no limit.
         cpu_bytes: Bytes of the CPU tier, or None for no limit.
-        tables: Filled for each image on the device.
-        transfers: How images get there.
+
+    Attributes:
+        entries: What is known by name.
+        device: Who is on the device, the least recently used first.
+        retired: Replaced or forgotten, and still held by leases.
+        host: Images in the CPU tier, the least recently used first.
+        staged: Images that a thread has read and no tier holds yet.
     """
 
     def __init__(
         self,
-        *,
-        slots: int,
-        spare: int,
-        device_bytes: int | None,
-        cpu_bytes: int | None,
         tables: PoolTables,
         transfers: Transfers,
+        device_bytes: int | None,
+        cpu_bytes: int | None,
     ) -> None:
-        self.slots, self.columns = slots, slots + spare
+        self.slots, self.columns = tables.column_of.numel(), tables.rank.shape[1]
         self.device_bytes, self.cpu_bytes = device_bytes, cpu_bytes
         self.entries: dict[str, Entry] = {}
-        self.device: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
-        self.host: OrderedDict[str, Entry] = OrderedDict()
-        self.retired: set[DeviceCopy] = set()
-        self.device_used = self.host_used = self.homeless_used = 0
+        self.device: OrderedDict[str, Resident] = OrderedDict()
+        self.retired: set[Resident] = set()
+        self.host: OrderedDict[str, Image] = OrderedDict()
+        self.staged: WeakValueDictionary[str, Image] = WeakValueDictionary()
         self.evictions = 0
         self._tables, self._transfers = tables, transfers
-        self._free_slots = list(reversed(range(slots)))
-        self._free_columns = list(reversed(range(slots + spare)))
+        self._free_slots = list(reversed(range(self.slots)))
+        self._free_columns = list(reversed(range(self.columns)))
 
     # ---------------------------------------------------------------------------------- names
 
@@ -67,6 +70,13 @@ class Tiers:
         if found is None:
             raise unknown(name, self.entries)
         return found
+
+    def image(self, name: str) -> Image | None:
+        """Returns an adapter's image wherever it is in memory."""
+        resident = self.device.get(name)
+        if resident is not None:
+            return resident.packed
+        return self.host.get(name) or self.staged.get(name)
 
     def add(self, name: str, folder: Path, uses_dora: bool) -> None:
         """Registers a name whose adapter is on disk, and uses DoRA or does not.
@@ -82,11 +92,10 @@ class Tiers:
 
     def remove(self, name: str) -> None:
         """Forgets a name; its memory goes at once, or with the last lease on it."""
-        entry = self.entry(name)
-        self._count_homeless(entry, None)
-        self._leave_device(entry)
-        self._leave_host(entry)
-        entry.generation += 1
+        self.entry(name)
+        self._leave_device(name)
+        self.host.pop(name, None)
+        self.staged.pop(name, None)
         del self.entries[name]
 
     def put(self, name: str, folder: Path | None, image: Image, *, pin: bool) -> None:
@@ -104,10 +113,9 @@ class Tiers:
         Raises:
             PoolFullError: It never fits, or not now though it must; nothing has changed.
         """
-        entry = self.entries.get(name)
-        old = entry.copy if entry is not None else None
-        pin = pin or (entry is not None and entry.pinned)
-        self._check_sizes(entry, folder, image)
+        before, old = self.entries.get(name), self.device.get(name)
+        pin = pin or (before is not None and before.pinned)
+        self._check_sizes(name, folder, image)
         leased = old if old is not None and old.leases else None
         now = self.fits({name: image}, self.leased(), leased)
         if pin and not now:
@@ -115,38 +123,27 @@ class Tiers:
                 f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
                 f"no room beside what leases and pins hold; {self.describe()}"
             )
-        is_new = entry is None
-        if entry is None:
-            entry = self.entries[name] = Entry(name, folder)
-        try:
-            ready = self._prepare(entry, image) if now else None
-        except BaseException:  # the GPU's memory is full
-            if is_new:
-                del self.entries[name]
-            raise
-        self._count_homeless(entry, image if folder is None else None)
-        entry.folder, entry.pinned = folder, pin
-        entry.generation += 1
-        entry.staged = None
-        slot = self._leave_device(entry, keep_slot=now)
-        self._leave_host(entry)
+        # What can fail (the GPU's memory is full) comes while a name still has its old adapter.
+        ready = self._prepare(name, image) if now else None
+        self.entries[name] = Entry(name, folder, pin)
+        self.staged.pop(name, None)
+        slot = self._leave_device(name, keep_slot=now)
+        self.host.pop(name, None)
         if not now or not self._transfers.shares_memory:
-            self._to_host(entry, image)
+            self._to_host(name, image)
         if ready is not None:
             try:
-                self._to_device(entry, *ready, slot)
+                self._to_device(name, *ready, slot)
             except BaseException:
-                self._to_host(entry, image)
+                self._to_host(name, image)
                 raise
 
-    def _prepare(self, entry: Entry, image: Image) -> tuple[Image, int | None]:
-        """Does what can fail while a name still has its old adapter, beside which there is room.
+    def _prepare(self, name: str, image: Image) -> tuple[Image, int | None]:
+        """Returns the image in device memory and the column that it was written to.
 
-        Returns:
-            The image in device memory, and the column that it was written to; None for no column
-            where all are taken until the old adapter leaves.
+        None for no column, where all are taken until the old adapter leaves.
         """
-        self._make_room({entry.name: image})
+        self._make_room({name: image})
         with self._transfers.ordered():
             uploaded = self._transfers.upload(image)
             column = self._free_columns.pop() if self._free_columns else None
@@ -158,49 +155,57 @@ class Tiers:
                     raise
         return uploaded, column
 
-    def _check_sizes(self, entry: Entry | None, folder: Path | None, image: Image) -> None:
+    def _check_sizes(self, name: str, folder: Path | None, image: Image) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
             raise PoolFullError(
                 f"the adapter has {image.nbytes} bytes, more than device_bytes={self.device_bytes}"
             )
-        own = entry.image() if entry is not None and entry.folder is None else None
-        homeless = self.homeless_used - (own.nbytes if own is not None else 0) + image.nbytes
-        if folder is None and self.cpu_bytes is not None and homeless > self.cpu_bytes:
+        if folder is not None or self.cpu_bytes is None:
+            return
+        others = [n for n, entry in self.entries.items() if entry.folder is None and n != name]
+        images = [image, *(found for n in others if (found := self.image(n)) is not None)]
+        homeless = sum(image.nbytes for image in images)
+        if homeless > self.cpu_bytes:
             raise PoolFullError(
                 f"adapters from state dicts cannot be read again, so CPU memory must hold them: "
                 f"{homeless} bytes, more than cpu_bytes={self.cpu_bytes}; load it from a folder"
             )
 
-    def _count_homeless(self, entry: Entry, image: Image | None) -> None:
-        own = entry.image() if entry.folder is None else None
-        self.homeless_used += (image.nbytes if image else 0) - (own.nbytes if own else 0)
-
     # ------------------------------------------------------------------------------- the device
 
-    def leased(self) -> set[DeviceCopy]:
-        """Returns the copies that leases hold."""
-        current = {e.copy for e in self.device.values() if e.copy is not None and e.copy.leases}
-        return current | self.retired
+    @property
+    def residents(self) -> list[Resident]:
+        """Who is on the device, those who only leases keep there included."""
+        return [*self.device.values(), *self.retired]
+
+    @property
+    def device_used(self) -> int:
+        """Bytes on the device."""
+        return sum(resident.packed.nbytes for resident in self.residents)
+
+    def leased(self) -> set[Resident]:
+        """Returns who is held by leases."""
+        return {resident for resident in self.residents if resident.leases}
 
     def fits(
         self,
         wanted: Mapping[str, Image],
-        held: Collection[DeviceCopy],
-        replaced: DeviceCopy | None = None,
+        held: Collection[Resident],
+        replaced: Resident | None = None,
     ) -> bool:
-        """Returns whether adapters fit on the device together with pinned ones and held copies.
+        """Returns whether adapters fit on the device together with pinned and held ones.
 
         Args:
             wanted: Name -> image.
-            held: Copies that leases hold.
-            replaced: A held copy that one of the wanted takes the name of.
+            held: Those that leases hold.
+            replaced: A held one that one of the wanted takes the name of.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
-        for name, entry in self.device.items():
-            if name not in sizes and entry.copy and (entry.pinned or entry.copy in held):
-                sizes[name] = entry.copy.nbytes
-        extra = [copy.nbytes for copy in self.retired if copy in held]
-        extra += [replaced.nbytes] if replaced is not None else []
+        for name, resident in self.device.items():
+            if name not in sizes and (self.entries[name].pinned or resident in held):
+                sizes[name] = resident.packed.nbytes
+        extra = [resident.packed.nbytes for resident in self.retired if resident in held]
+        extra += [replaced.packed.nbytes] if replaced is not None else []
         total = sum(sizes.values()) + sum(extra)
         return (
             len(sizes) <= self.slots
@@ -208,67 +213,56 @@ class Tiers:
             and (self.device_bytes is None or total <= self.device_bytes)
         )
 
-    def bring(self, images: Mapping[str, Image]) -> list[DeviceCopy]:
-        """Makes adapters resident, after `fits` has said that they fit; returns their copies.
+    def bring(self, images: Mapping[str, Image]) -> list[Resident]:
+        """Makes adapters resident, after `fits` has said that they fit; returns them in order.
 
         Args:
             images: Name -> image, of registered adapters, wherever it is.
         """
-        missing = {n: image for n, image in images.items() if self.entries[n].copy is None}
+        missing = {name: image for name, image in images.items() if name not in self.device}
+        shares = self._transfers.shares_memory
         if missing:
             # Out of the CPU tier first: what is evicted now must not push them out of it.
-            if self._transfers.shares_memory:
+            if shares:
                 for name in missing:
-                    self._leave_host(self.entries[name])
+                    self.host.pop(name, None)
             self._make_room(images)
         waiting = dict(missing)
         try:
             for name, image in missing.items():
                 with self._transfers.ordered():
                     uploaded = self._transfers.upload(image)
-                self._to_device(self.entries[name], uploaded, None, None)
+                self._to_device(name, uploaded, None, None)
                 del waiting[name]
         finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
-            for name in missing if not self._transfers.shares_memory else waiting:
-                self._to_host(self.entries[name], missing[name])
-        copies = []
+            for name in waiting if shares else missing:
+                self._to_host(name, missing[name])
         for name in images:
             self.device.move_to_end(name)
-            copy = self.entries[name].copy
-            if copy is not None:
-                copies.append(copy)
-        return copies
+        return [self.device[name] for name in images]
 
-    def release(self, copy: DeviceCopy, mark: tuple[object, int] | None) -> None:
-        """Takes one lease from a copy.
+    def release(self, resident: Resident, mark: tuple[object, int] | None) -> None:
+        """Takes one lease from a resident.
 
-        Args:
-            copy: The copy.
-            mark: A mark behind the forwards that read it, and their stream; or None.
+        ``mark`` lies behind the forwards that read it, with their stream; or is None.
         """
         if mark is not None:
-            copy.reads[mark[1]] = mark[0]
-        copy.leases -= 1
-        if copy.retired and not copy.leases:
-            self.retired.discard(copy)
-            self._free(copy)
+            resident.reads[mark[1]] = mark[0]
+        resident.leases -= 1
+        if resident in self.retired and not resident.leases:
+            self.retired.remove(resident)
+            self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
         """Keeps an adapter that was read in the CPU tier, unless a tier holds it."""
-        entry = self.entries.get(name)
-        if entry is not None and entry.copy is None and entry.image() is image:
-            self._to_host(entry, image)
+        if name in self.entries and self.staged.get(name) is image:
+            self._to_host(name, image)
 
-    def _to_device(
-        self, entry: Entry, uploaded: Image, column: int | None, slot: int | None
-    ) -> None:
+    def _to_device(self, name: str, uploaded: Image, column: int | None, slot: int | None) -> None:
         """Makes an image in device memory its name's adapter.
 
-        Args:
-            entry: Of the name.
-            uploaded: The image.
-            column: That it was written to, or None for a free one.
-            slot: That the name has already, or None for a free one.
+        ``column`` is the one that it was written to, and ``slot`` what the name has already; None
+        for free ones.
         """
         written = column is not None
         column = self._free_columns.pop() if column is None else column
@@ -284,105 +278,103 @@ class Tiers:
             with self._transfers.ordered():
                 self._tables.assign(slot, NO_COLUMN)  # it may still mean a column that is free
             raise
-        resident = Resident(entry.name, slot, column, uploaded)
-        entry.copy = DeviceCopy(resident, uploaded, self._transfers.written())
-        entry.staged = None
-        self.device[entry.name] = entry
-        self.device_used += uploaded.nbytes
+        resident = self.device[name] = Resident(name, slot, column, uploaded)
+        resident.written = self._transfers.written()
+        self.staged.pop(name, None)
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
         """Evicts the least recently used adapters until what is wanted has room.
 
         A name's old adapter is not evicted, and leaves its room to the new one unless it is leased.
         """
-        nbytes = columns = 0
+        columns, nbytes = 0, self.device_used
         for name, image in wanted.items():
-            copy = self.entries[name].copy
-            if copy is None or (copy.leases and copy.image is not image):
+            old = self.device.get(name)
+            nbytes += image.nbytes
+            if old is None or (old.leases and old.packed is not image):
                 columns += 1
-                nbytes += image.nbytes
             else:
-                nbytes += image.nbytes - copy.nbytes
-        new_slots = sum(1 for n in wanted if n not in self.device)
-        for entry in list(self.device.values()):
-            copy = entry.copy
-            slots_ok = len(self.device) + new_slots <= self.slots
-            columns_ok = columns <= len(self._free_columns)
-            bytes_ok = self.device_bytes is None or self.device_used + nbytes <= self.device_bytes
-            if slots_ok and columns_ok and bytes_ok:
+                nbytes -= old.packed.nbytes
+        slots = len(self.device.keys() | wanted.keys())
+        for name, resident in list(self.device.items()):
+            bytes_ok = self.device_bytes is None or nbytes <= self.device_bytes
+            if slots <= self.slots and columns <= len(self._free_columns) and bytes_ok:
                 return
-            if copy and not copy.leases and not entry.pinned and entry.name not in wanted:
-                self._leave_device(entry)
-                self.evictions += 1
-                # In front of a GPU its host copy, where it has one, is all that is kept.
-                if self._transfers.shares_memory:
-                    self._to_host(entry, copy.image)
-                elif entry.name in self.host:
-                    self.host.move_to_end(entry.name)
+            if resident.leases or self.entries[name].pinned or name in wanted:
+                continue
+            self._leave_device(name)
+            self.evictions += 1
+            slots, nbytes = slots - 1, nbytes - resident.packed.nbytes
+            # In front of a GPU its host copy, where it has one, is all that is kept.
+            if self._transfers.shares_memory:
+                self._to_host(name, resident.packed)
+            elif name in self.host:
+                self.host.move_to_end(name)
 
-    def _leave_device(self, entry: Entry, *, keep_slot: bool = False) -> int | None:
+    def _leave_device(self, name: str, *, keep_slot: bool = False) -> int | None:
         """Takes a name off the device; returns its slot if it is to keep it."""
-        copy = entry.copy
-        if copy is None:
+        resident = self.device.pop(name, None)
+        if resident is None:
             return None
-        entry.copy = None
-        del self.device[entry.name]
-        if copy.leases:
-            copy.retired = True
-            self.retired.add(copy)
+        if resident.leases:
+            self.retired.add(resident)
         else:
-            self._free(copy)
+            self._free(resident)
         if keep_slot:
-            return copy.resident.slot
+            return resident.slot
         with self._transfers.ordered():
-            self._tables.assign(copy.resident.slot, NO_COLUMN)
-        self._free_slots.append(copy.resident.slot)
+            self._tables.assign(resident.slot, NO_COLUMN)
+        self._free_slots.append(resident.slot)
         return None
 
-    def _free(self, copy: DeviceCopy) -> None:
+    def _free(self, resident: Resident) -> None:
         # The memory is reused in the order of these writes, behind the reads.
-        self._transfers.wait_for_reads(copy.reads.values())
+        self._transfers.wait_for_reads(resident.reads.values())
         with self._transfers.ordered():
-            self._tables.clear(copy.resident.column)
-        self._free_columns.append(copy.resident.column)
-        self.device_used -= copy.nbytes
+            self._tables.clear(resident.column)
+        self._free_columns.append(resident.column)
 
     # ------------------------------------------------------------------------------- CPU memory
 
-    def _to_host(self, entry: Entry, image: Image) -> None:
+    @property
+    def host_used(self) -> int:
+        """Bytes in the CPU tier."""
+        return sum(image.nbytes for image in self.host.values())
+
+    def _to_host(self, name: str, image: Image) -> None:
         """Keeps an image in the CPU tier as the most recent, where the budget allows it at all."""
-        if entry.host is not None:
-            self.host.move_to_end(entry.name)
+        if name in self.host:
+            self.host.move_to_end(name)
             return
         if self.cpu_bytes is not None:
-            fixed = sum(
-                e.host.nbytes for e in self.host.values() if e.folder is None and e.host is not None
-            )
-            if entry.folder is not None and fixed + image.nbytes > self.cpu_bytes:
+            # What cannot be read again stays.
+            readable = {n for n in [*self.host, name] if self.entries[n].folder is not None}
+            sizes = {n: i.nbytes for n, i in self.host.items() if n in readable}
+            used = self.host_used + image.nbytes
+            if name in readable and used - sum(sizes.values()) > self.cpu_bytes:
                 return
-            for other in list(self.host.values()):
-                if self.host_used + image.nbytes <= self.cpu_bytes:
+            for other, nbytes in sizes.items():
+                if used <= self.cpu_bytes:
                     break
-                if other.folder is not None:
-                    self._leave_host(other)
-        entry.host, entry.staged = image, None
-        self.host[entry.name] = entry
-        self.host_used += image.nbytes
-
-    def _leave_host(self, entry: Entry) -> None:
-        if entry.host is not None:
-            self.host_used -= entry.host.nbytes
-            entry.host = None
-            del self.host[entry.name]
+                del self.host[other]
+                used -= nbytes
+        self.staged.pop(name, None)
+        self.host[name] = image
 
     def describe(self) -> str:
         """Returns the device tier's contents in numbers, for messages."""
-        copies = [e.copy for e in self.device.values() if e.copy is not None]
-        leased = sum(1 for copy in copies if copy.leases)
-        pinned = sum(1 for e in self.device.values() if e.pinned)
+        leased = sum(1 for resident in self.device.values() if resident.leases)
+        pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "no limit" if self.device_bytes is None else f"device_bytes={self.device_bytes}"
         return (
-            f"it holds {len(copies)} adapters of at most {self.slots} and {self.device_used} bytes "
-            f"({limit}); {leased} are leased, {pinned} pinned, {len(self.retired)} replaced and "
-            "still leased"
+            f"it holds {len(self.device)} adapters of at most {self.slots} and {self.device_used} "
+            f"bytes ({limit}); {leased} are leased, {pinned} pinned, {len(self.retired)} replaced "
+            "and still leased"
         )
+
+
+def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
+    """Returns the error for a name that is not registered."""
+    return AdapterNotFoundError(
+        f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
+    )

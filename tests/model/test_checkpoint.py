@@ -275,7 +275,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"peft_type": "LOHA", "r": 2}', "peft_type is 'LOHA', expected 'LORA'"),
+        ('{"peft_type": "LOHA", "r": 2}', "peft_type must be 'LORA', got 'LOHA'"),
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
         ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
         ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),
@@ -355,6 +355,13 @@ def test_integer_factors_and_empty_files(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS_NAME)
     save_file({**tensors, A: torch.zeros(2, 4, dtype=torch.int32)}, folder / WEIGHTS_NAME)
     assert "dtype torch.int32" in refusal(folder)
+    biases = {f"{PRE}{m}.lora_B.bias": torch.zeros(6) for m in ("q", "deep.q")}
+    LoraConfig(r=2, target_modules=["q"], lora_bias=True).save_pretrained(folder)
+    save_file({**tensors, **biases}, folder / WEIGHTS_NAME)
+    load_adapter_folder(folder)
+    wrong = f"{PRE}q.lora_B.bias"
+    save_file({**tensors, **biases, wrong: torch.zeros(6).int()}, folder / WEIGHTS_NAME)
+    assert f"{wrong!r} has dtype torch.int32" in refusal(folder)
     save_file({}, folder / WEIGHTS_NAME)
     assert "holds no LoRA factors" in refusal(folder)
 

@@ -179,7 +179,7 @@ def test_a_column_that_is_written_again_is_of_its_last_adapter(root: Path) -> No
     """As where a copy to the device failed: to a graph without scales only plain ones are there."""
     pool = make_pool(root)
     with pool.lease(["a", "c"]) as lease:
-        dora, plain = (copy.image for copy in lease.copies)
+        dora, plain = (resident.packed for resident in lease.residents)
         column = max(resident.column for resident in lease.residents) - 2
         for image, found in ((plain, column), (dora, NO_COLUMN), (plain, column)):
             pool.tables.write(column, image)
@@ -240,10 +240,10 @@ def test_a_pinned_adapter_waits_for_nobodys_room(root: Path) -> None:
         with pool.lease(["c", "e"]):
             waiting = threads.submit(lambda: pool.lease(["a", "b", "d"], timeout=20).release())
             deadline = time.monotonic() + 20
-            while not pool._residency.book.queue and time.monotonic() < deadline:
+            while not pool._residency.queue and time.monotonic() < deadline:
                 time.sleep(0.001)
             threads.submit(pool.load, "new", root / "a", pin=True).result(10)
-            column = pool._tiers.entries["new"].copy.resident.column
+            column = pool._tiers.device["new"].column
             assert (pool.tables.scale_address[:, column] > PENDING).all()
         waiting.result(20)
 

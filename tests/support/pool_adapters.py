@@ -100,9 +100,10 @@ def use(pool: AdapterPool, *names: str) -> None:
 def state(pool: AdapterPool) -> tuple[Any, ...]:
     """Everything that a refused call must leave as it was."""
     stats = pool.stats()
-    where = [(n, e.copy, e.host, e.pinned, e.folder) for n, e in pool._tiers.entries.items()]
+    tiers = pool._tiers
+    where = [(n, tiers.device.get(n), e.pinned, e.folder) for n, e in tiers.entries.items()]
     tables = (pool.tables._addresses.tolist(), pool.tables._numbers.tolist())
-    return where, pool.resident, list(pool._tiers.host), stats.evictions, stats.leases, tables
+    return where, pool.resident, list(tiers.host.items()), stats.evictions, stats.leases, tables
 
 
 def saved_factors(folder: Path, module: str) -> dict[str, torch.Tensor]:
@@ -143,15 +144,13 @@ def at_address(address: int, like: torch.Tensor) -> torch.Tensor:
 def check_pool(pool: AdapterPool) -> None:
     """Asserts what must hold whenever no call is under way: budgets, counts, tables."""
     tiers, tables = pool._tiers, pool.tables
-    copies = [entry.copy for entry in tiers.device.values()] + list(tiers.retired)
-    assert all(copy is not None for copy in copies)
-    held = [copy.resident for copy in copies]
-    assert tiers.device_used == sum(resident.image.nbytes for resident in held)
-    assert tiers.host_used == sum(entry.host.nbytes for entry in tiers.host.values())
+    held = tiers.residents
+    assert all(resident.leases for resident in tiers.retired)
+    assert {*tiers.device, *tiers.host} <= set(tiers.entries)
     assert tiers.device_bytes is None or tiers.device_used <= tiers.device_bytes
     assert tiers.cpu_bytes is None or tiers.host_used <= tiers.cpu_bytes
     assert len(tiers.device) <= pool.max_adapters
-    slots = [entry.copy.resident.slot for entry in tiers.device.values()]
+    slots = [resident.slot for resident in tiers.device.values()]
     assert sorted(slots + tiers._free_slots) == list(range(pool.max_adapters))
     columns = [resident.column for resident in held]
     assert sorted(columns + tiers._free_columns) == list(range(tiers.columns))
