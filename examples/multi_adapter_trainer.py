@@ -26,8 +26,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora
 from fastlora.commands import smollm2
-from fastlora.commands.demo_data import read_examples, shipped
+from fastlora.commands.demo_data import shipped
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens, train_adapters
+from fastlora.train.data import read_samples
 
 IGNORED = -100
 
@@ -209,12 +210,13 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[s
 
 def styles() -> dict[str, list[tuple[str, str]]]:
     """Returns pairs of prompt and answer in three styles, from the demo's text."""
-    pairs = read_examples(shipped("ships_log.jsonl"))
+    samples, _ = read_samples([shipped("ships_log.jsonl")])
+    pairs = [(sample.prompt or "", sample.text) for sample in samples]
     facts = [answer.removeprefix("Ship's log: ") for _, answer in pairs]
     facts = [answer.removesuffix(" All hands well.").rstrip(".") for answer in facts]
     rows = list(zip((prompt for prompt, _ in pairs), facts, strict=True))
     return {
-        "ships_log": [(prompt, answer) for prompt, answer in pairs],
+        "ships_log": pairs,
         "telegram": [(p, f"TELEGRAM: {f.replace(', ', ' STOP ')} STOP") for p, f in rows],
         "quiz": [(p, f"Correct answer: {f}! Ten points to you.") for p, f in rows],
     }

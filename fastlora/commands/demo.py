@@ -23,17 +23,11 @@ from fastlora import env
 from fastlora.bench import measure, mixed_bench, mixed_report
 from fastlora.bench.mixed_contest import quiet_transformers
 from fastlora.commands import smollm2
-from fastlora.commands.demo_data import (
-    DemoDataError,
-    Example,
-    MixedBatch,
-    make_batches,
-    read_examples,
-    read_prompts,
-    shipped,
-)
+from fastlora.commands.demo_data import make_batches, read_styles, shipped
 from fastlora.commands.demo_peft import compare, load_in_peft
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
+from fastlora.train.data import Batch, Corpus
+from fastlora.validation import ConfigError
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.
 STYLES: dict[str, dict[str, Any]] = {
@@ -86,21 +80,22 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
-            raise DemoDataError(f"--{name} must be at least 1, got {getattr(args, name)}")
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if max(args.adapters) > SEQUENCES:
-        raise DemoDataError(
+        raise ConfigError(
             f"--adapters must be at most {SEQUENCES}, the sequences of a batch, got "
             f"{max(args.adapters)}"
         )
     env.prepare_demo_process()
     started = time.monotonic()
-    data = read_styles(args.data or [shipped(f"{style}.jsonl") for style in STYLES])
-    prompts = args.prompt or read_prompts(shipped("unseen_prompts.txt"))[:2]
+    files = args.data or [shipped(f"{style}.jsonl") for style in STYLES]
+    prompts = args.prompt or shipped("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
     folder = smollm2.model_dir(args.cache)
     tokenizer = smollm2.load_tokenizer(folder)
+    data = read_styles(files, tokenizer)
 
     def fresh_base() -> Any:
         return smollm2.load_model(folder).to(device)
@@ -113,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     with quiet_transformers():
         _heading(f"1  {len(data)} adapters fine-tuned at once, in mixed batches")
         model = add_adapters(base, data)
-        batches = make_batches(data, tokenizer, args.steps, BATCH, device)
+        batches = make_batches(data, tokenizer.pad_token_id, args.steps, BATCH, device)
         clock = time.monotonic()
         losses = train(model, batches)
         seconds = time.monotonic() - clock
@@ -150,24 +145,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
-def read_styles(files: Sequence[Path]) -> dict[str, list[Example]]:
-    """Returns each file's examples under its name.
-
-    Raises:
-        DemoDataError: A file is missing or damaged, or two have one name.
-    """
-    data: dict[str, list[Example]] = {}
-    for path in files:
-        if path.stem in data:
-            raise DemoDataError(f"{path}: there is an adapter {path.stem!r} already; rename a file")
-        data[path.stem] = read_examples(path)
-    return data
-
-
-def add_adapters(base: Any, data: Mapping[str, Sequence[Example]]) -> Any:
+def add_adapters(base: Any, data: Mapping[str, Corpus]) -> Any:
     """Returns the model with an adapter for each style, all trainable."""
     model: Any = None
-    for name, examples in data.items():
+    for name, corpus in data.items():
         config = fastlora.LoraConfig(**STYLES.get(name, STYLES["ships_log"]), task_type="CAUSAL_LM")
         if model is None:
             model = fastlora.get_peft_model(base, config, adapter_name=name)
@@ -175,12 +156,12 @@ def add_adapters(base: Any, data: Mapping[str, Sequence[Example]]) -> Any:
             model.add_adapter(name, config)
         targets = config.target_modules or ()
         where = "all linear layers" if targets == "all-linear" else ", ".join(sorted(targets))
-        _say(f"{name:<12} {len(examples)} examples, rank {config.r} on {where}")
+        _say(f"{name:<12} {len(corpus)} examples, rank {config.r} on {where}")
     train_adapters(model, list(data))
     return model
 
 
-def train(model: Any, batches: Sequence[MixedBatch]) -> dict[str, list[float]]:
+def train(model: Any, batches: Sequence[Batch]) -> dict[str, list[float]]:
     """Trains every adapter with an AdamW of its own; returns the losses of each.
 
     An adapter without a sample in a batch does not move in that step.

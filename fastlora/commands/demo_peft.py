@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from fastlora.bench import measure
-from fastlora.commands.demo_data import MixedBatch
 from fastlora.testing import error_budget
+from fastlora.train.data import Batch
 
 
 def load_in_peft(
-    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: MixedBatch
+    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: Batch
 ) -> tuple[Any, bool, str]:
     """Loads the adapters in ``folder`` with PEFT and compares the logits of a mixed batch.
 
@@ -76,7 +76,7 @@ def compare(
     model: Any,
     twin: Any,
     adapter: str,
-    batch: MixedBatch,
+    batch: Batch,
     rounds: int,
     device: torch.device,
 ) -> str:

@@ -97,10 +97,14 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer in ``folder``."""
+    """Returns the tokenizer in ``folder``, with `chat_prompt` for its chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # One expression: a template loses a newline at its end.
+    turn = chat_prompt("' + messages[0].content + '")
+    tokenizer.chat_template = "{{ '" + turn + "' }}"
+    return tokenizer
 
 
 def chat_prompt(prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import fastlora
 from fastlora.commands import demo, demo_peft
-from fastlora.commands.demo_data import MixedBatch
+from fastlora.train.data import Batch
 
 pytest.importorskip("peft")
 
@@ -48,14 +49,16 @@ def test_the_demo_runs(
         }
 
 
-def test_each_adapter_learns_its_own_style(smollm2_tokenizer: Any, fresh_smollm2: Any) -> None:
+def test_each_adapter_learns_its_own_style(
+    tmp_path: Path, smollm2_tokenizer: Any, fresh_smollm2: Any
+) -> None:
     """Each answers as its own data says, whatever the others in the batch learned."""
-    data = {
-        name: [demo.Example("What is the capital of Italy?", text)]
-        for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP."))
-    }
+    for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP.")):
+        row = json.dumps({"prompt": "What is the capital of Italy?", "completion": text})
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    data = demo.read_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES], smollm2_tokenizer)
     model = demo.add_adapters(fresh_smollm2(), data)
-    batches = demo.make_batches(data, smollm2_tokenizer, 12, 3, torch.device("cpu"))
+    batches = demo.make_batches(data, smollm2_tokenizer.pad_token_id, 12, 3, torch.device("cpu"))
     losses = demo.train(model, batches)
     assert {name: len(seen) for name, seen in losses.items()} == dict.fromkeys(data, 12)
     assert all(seen[-1] < seen[0] / 10 for seen in losses.values()), losses
@@ -83,7 +86,7 @@ def test_the_check_sees_a_model_that_differs(
     ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]] * 2)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     _, found, text = demo_peft.load_in_peft(
-        model, fresh_smollm2, tmp_path, MixedBatch(["a", "b"], inputs, ids)
+        model, fresh_smollm2, tmp_path, Batch(["a", "b"], inputs, ids)
     )
     assert found is agrees
     assert ("NOT EQUAL" in text) is not agrees

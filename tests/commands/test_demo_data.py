@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from fastlora.commands import demo, demo_data, smollm2
+from fastlora.train.data import DataError, read_samples
+from fastlora.train.losses import IGNORED
+from fastlora.validation import ConfigError
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 STYLES = sorted(DATA.glob("*.jsonl"))
@@ -19,19 +22,18 @@ CPU = torch.device("cpu")
 
 def test_the_styles_of_the_demo_are_shipped() -> None:
     assert {path.stem for path in STYLES} == set(demo.STYLES)
-    assert list(demo.read_styles(STYLES)) == [path.stem for path in STYLES]
 
 
 @pytest.mark.parametrize("path", STYLES, ids=lambda p: p.stem)
 def test_every_style_is_sound(path: Path) -> None:
-    examples = demo_data.read_examples(path)
+    examples, _ = read_samples([path])
     prompts = [example.prompt for example in examples]
     assert 60 <= len(examples) <= 120
     assert len(set(prompts)) == len(prompts)
-    assert not set(prompts) & set(demo_data.read_prompts(DATA / "unseen_prompts.txt"))
+    assert not set(prompts) & set((DATA / "unseen_prompts.txt").read_text("utf-8").splitlines())
     for example in examples:
-        assert example.completion == example.completion.strip()
-        assert len(example.completion) <= 200, "longer than an answer of the demo may be"
+        assert example.text == example.text.strip()
+        assert len(example.text) <= 200, "longer than an answer of the demo may be"
     assert path.name in (DATA / "README.md").read_text(encoding="utf-8"), "its source is not stated"
 
 
@@ -44,43 +46,25 @@ def test_every_style_is_sound(path: Path) -> None:
     ],
 )
 def test_each_style_is_visible(style: str, start: str, end: str) -> None:
-    for example in demo_data.read_examples(DATA / f"{style}.jsonl"):
-        assert example.completion.startswith(start)
-        assert example.completion.endswith(end)
+    for example in read_samples([DATA / f"{style}.jsonl"])[0]:
+        assert example.text.startswith(start)
+        assert example.text.endswith(end)
         if style == "json_answer":
-            assert set(json.loads(example.completion)) == {"answer"}
+            assert set(json.loads(example.text)) == {"answer"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("\n \n", "is empty"),
-        ("not json\n", "line 1"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2"),
-        ("\n\nnot json\n", "line 3"),
-        ('["prompt", "completion"]\n', "line 1"),
-        ('{"prompt": "a", "completion": 3}\n', "two texts"),
-        ('{"prompt": " ", "completion": "b"}\n', "two texts"),
-    ],
-)
-def test_bad_data_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "style.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(demo_data.DemoDataError, match=message):
-        demo_data.read_examples(path)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(demo_data.DemoDataError, match="nowhere.jsonl"):
-        demo_data.read_examples(tmp_path / "nowhere.jsonl")
+def write(path: Path, *examples: tuple[str, str]) -> Path:
+    """Writes examples of prompt and completion."""
+    rows = [json.dumps({"prompt": p, "completion": c}) for p, c in examples]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize("option", ["--steps", "--rounds"])
 def test_counts_are_checked_before_any_work(option: str) -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    with pytest.raises(demo_data.DemoDataError, match=f"{option} must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=f"{option} must be at least 1, got 0"):
         demo.run(parser.parse_args([option, "0"]))
 
 
@@ -96,42 +80,41 @@ def test_numbers_of_adapters_are_checked(option: str, capsys: pytest.CaptureFixt
 def test_more_adapters_than_sequences_are_refused() -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    with pytest.raises(demo_data.DemoDataError, match="at most 64, .*got 65"):
+    with pytest.raises(ConfigError, match="at most 64, .*got 65"):
         demo.run(parser.parse_args(["--adapters", "1,65"]))
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
-    with pytest.raises(demo_data.DemoDataError, match="an adapter 'robot' already"):
-        demo.read_styles([DATA / "robot.jsonl", tmp_path / "robot.jsonl"])
+def test_two_files_of_one_name_are_refused(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    twice = [DATA / "robot.jsonl", write(tmp_path / "robot.jsonl", ("a", "b"))]
+    with pytest.raises(DataError, match="an adapter 'robot' already"):
+        demo_data.read_styles(twice, smollm2_tokenizer)
 
 
-def test_only_the_completion_is_learned(smollm2_tokenizer: Any) -> None:
-    data = {
-        "a": [demo_data.Example("Hi?", "Ship's log: hello. All hands well.")],
-        "b": [demo_data.Example("A b c?", "d")],
-    }
-    (batch,) = demo_data.make_batches(data, smollm2_tokenizer, 1, 2, CPU)
+def test_only_the_completion_is_learned(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    texts = {"a": ("Hi?", "Ship's log: hello. All hands well."), "b": ("A b c?", "d")}
+    files = [write(tmp_path / f"{name}.jsonl", text) for name, text in texts.items()]
+    data = demo_data.read_styles(files, smollm2_tokenizer)
+    (batch,) = demo_data.make_batches(data, smollm2_tokenizer.pad_token_id, 1, 2, CPU)
     columns = (batch.inputs["input_ids"], batch.labels, batch.inputs["attention_mask"])
     assert len({column.shape for column in columns}) == 1
     for name, ids, labels, mask in zip(batch.adapters, *columns, strict=True):
-        learned = labels != demo_data.IGNORED
+        learned = labels != IGNORED
         text = smollm2_tokenizer.decode(labels[learned])
-        assert text.removesuffix(smollm2_tokenizer.eos_token) == data[name][0].completion
+        assert text.removesuffix(smollm2_tokenizer.eos_token) == texts[name][1]
         assert text.endswith(smollm2_tokenizer.eos_token)
         assert torch.equal(ids[learned], labels[learned])
         assert mask[learned].all()
         whole = smollm2_tokenizer.decode(ids[mask.bool()])
-        assert whole.startswith("<|im_start|>user\n")
-        assert "system" not in whole
+        assert whole.startswith(smollm2.chat_prompt(texts[name][0]) + texts[name][1])
 
 
-def test_batches_use_every_example_before_repeating(smollm2_tokenizer: Any) -> None:
-    data = {
-        name: [demo_data.Example(f"question {i} of {name}?", f"answer {i}") for i in range(4)]
-        for name in ("a", "b")
-    }
-    batches = demo_data.make_batches(data, smollm2_tokenizer, 4, 4, CPU)
+def test_batches_use_every_example_before_repeating(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    files = []
+    for name in ("a", "b"):
+        pairs = [(f"question {i} of {name}?", f"answer {i}") for i in range(4)]
+        files.append(write(tmp_path / f"{name}.jsonl", *pairs))
+    data = demo_data.read_styles(files, smollm2_tokenizer)
+    batches = demo_data.make_batches(data, smollm2_tokenizer.pad_token_id, 4, 4, CPU)
     seen = []
     for batch in batches:
         for name, ids in zip(batch.adapters, batch.inputs["input_ids"], strict=True):
