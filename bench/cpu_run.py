@@ -12,7 +12,7 @@ import torch
 
 from fastlora.bench.machine import describe, processor
 from fastlora.bench.measure import torch_threads
-from fastlora.bench.mixed_contest import quiet_transformers
+from fastlora.integrations.transformers import quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

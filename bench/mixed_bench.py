@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from fastlora.bench import measure, mixed_report
-from fastlora.bench.mixed_contest import Contest, Row, quiet_transformers
+from fastlora.bench.mixed_contest import Contest, Row
+from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
 from fastlora.validation import FastLoraError

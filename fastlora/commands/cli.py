@@ -197,7 +197,7 @@ def _version(distribution: str) -> str | None:
 def _devices() -> Iterator[dict[str, str]]:
     import torch
 
-    from fastlora.ops.schema import triton_status
+    from fastlora.integrations.report import implementation_on
 
     names = ["cpu"]
     names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -205,12 +205,7 @@ def _devices() -> Iterator[dict[str, str]]:
     if other is not None and other.type != "cuda":
         names.append(other.type)
     for name in names:
-        device = torch.device(name)
-        runs, why = triton_status(device.type, device.index or 0)
-        if runs and device.type != "cuda":
-            why = f"{why}, when impl='triton' is asked for"
-        # impl="auto" takes Triton on a GPU only.
-        chosen = "triton" if runs and device.type == "cuda" else "eager"
+        chosen, why = implementation_on(torch.device(name))
         yield {"device": name, "implementation": chosen, "why": why}
 
 

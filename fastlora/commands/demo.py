@@ -21,10 +21,10 @@ import torch
 import fastlora
 from fastlora import env
 from fastlora.bench import measure, mixed_bench, mixed_report
-from fastlora.bench.mixed_contest import quiet_transformers
 from fastlora.commands import smollm2
 from fastlora.commands.demo_data import make_batches, read_styles, shipped
 from fastlora.commands.demo_peft import compare, load_in_peft
+from fastlora.integrations.transformers import quiet_transformers
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.train.data import Batch, Corpus
 from fastlora.validation import ConfigError

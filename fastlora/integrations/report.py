@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer
@@ -103,10 +104,15 @@ def fusion_report(model: nn.Module) -> FusionReport:
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport(tuple(rows), "eager", "the model has no parameters")
-    device = parameter.device
+    return FusionReport(tuple(rows), *implementation_on(parameter.device))
+
+
+def implementation_on(device: torch.device) -> tuple[str, str]:
+    """Returns what ``impl="auto"`` takes on a device, and why."""
     runs, why = ops.triton_status(device.type, device.index or 0)
-    triton = runs and device.type == "cuda"
-    return FusionReport(tuple(rows), "triton" if triton else "eager", why)
+    if device.type == "cuda" or not runs:
+        return "triton" if runs else "eager", why
+    return "eager", f"{why}, when impl='triton' is asked for"
 
 
 def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:

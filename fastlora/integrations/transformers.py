@@ -7,9 +7,12 @@ of both classes: everything Trainer calls is ours, and its checks find a PeftMod
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -87,6 +90,24 @@ def _answer_for_peft() -> None:
     for module in modules:
         module.get_peft_model_state_dict = get
         module.set_peft_model_state_dict = put
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides the notes of transformers, and PEFT's use of names that it is about to rename."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def __getattr__(name: str) -> Any:

@@ -118,10 +118,7 @@ class AdapterFile(AdapterHeader):
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
-    """Reads a local adapter folder.
-
-    Args:
-        path: The folder. Ids of the Hugging Face Hub are not downloaded.
+    """Reads a local adapter folder; ids of the Hugging Face Hub are not downloaded.
 
     Raises:
         CheckpointError: A file is missing, damaged, unsafe, or contradicts the other; the message
@@ -144,10 +141,9 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
-    """Returns the config of a local adapter folder; of its tensors, looks that the file exists.
+    """Returns the config of a local adapter folder that also has a file of tensors.
 
-    Raises:
-        CheckpointError: As `load_adapter_folder`, as far as it does not depend on tensors.
+    Raises `CheckpointError` as `load_adapter_folder`, as far as it does not depend on tensors.
     """
     _check_folder(Path(path))
     try:
@@ -163,19 +159,11 @@ def save_adapter_folder(
     *,
     auto_mapping: dict[str, Any] | None = None,
 ) -> None:
-    """Writes an adapter folder that PEFT and fastlora read.
+    """Writes an adapter folder that PEFT and fastlora read, with ``inference_mode`` True.
 
     Both files are complete on disk under other names before either takes its own, so a full disk
-    or a crash while writing leaves an adapter that was there as it was.
-
-    Args:
-        path: The folder; made if need be.
-        config: Saved with ``inference_mode`` True, as PEFT does.
-        tensors: Key on disk -> tensor on any device.
-        auto_mapping: Class and library of a base model without a task type, as PEFT records it.
-
-    Raises:
-        CheckpointError: The tensors do not fit the config or each other, or cannot be written.
+    or a crash while writing leaves an adapter that was there as it was. Raises `CheckpointError`
+    where ``tensors``, by key on disk, do not fit the config or each other, or cannot be written.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -191,15 +179,9 @@ def save_adapter_folder(
 
 
 def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
-    """Returns every key's parts, after checking keys, shapes and ranks against the config.
+    """Returns every key's parts; raises `CheckpointError` unless all fit the config.
 
-    Args:
-        config: The adapter's config.
-        tensors: Key on disk -> anything with ``shape`` and ``dtype``.
-        source: Name of the file, for messages.
-
-    Raises:
-        CheckpointError: They do not fit.
+    ``source`` names the file in messages.
     """
     with error_prefix(source):
         keys = {key: _parse(key, config, tensors) for key in tensors}

@@ -167,16 +167,10 @@ def collect(
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
 ) -> dict[str, torch.Tensor]:
-    """Returns an adapter's tensors by file key.
+    """Returns an adapter's tensors by file key, out of those by name in ``state_dict()``.
 
-    Args:
-        lora_model: The model.
-        adapter_name: Whose.
-        source: Tensors by their names in the model's ``state_dict()``.
-        save_embedding_layers: See `LoraModel.save_pretrained`.
-
-    Raises:
-        CheckpointError: ``source`` lacks one (trained biases may be absent).
+    Raises `CheckpointError` where ``source`` lacks one; trained biases may be absent. For
+    ``save_embedding_layers`` see `LoraModel.save_pretrained`.
     """
     tensors = {}
     for disk, key in key_map(lora_model, adapter_name).items():
@@ -246,12 +240,8 @@ def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None
 def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Copies tensors by file key into an adapter's parameters, as far as there are some.
 
-    Returns:
-        What `nn.Module.load_state_dict` returns: file keys of the adapter that are missing, and
-        those that it has no place for.
-
-    Raises:
-        CheckpointError: A shape differs; nothing has changed.
+    Returns the file keys of the adapter that are missing, and those that it has no place for, as
+    `nn.Module.load_state_dict`. Raises `CheckpointError`, before any change, where a shape differs.
     """
     lora_model.base_model.check_known(adapter_name)
     state, keys = lora_model.state_dict(), key_map(lora_model, adapter_name)

@@ -134,19 +134,12 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Adds an adapter to every module of its plan, inactive; on failure the model is as before.
-
-    Args:
-        model: The base model, with or without adapters.
-        adapter_name: A name that it does not have.
-        plan: From `plan_adapter` on the same model.
-        autocast_adapter_dtype: Keep factors of a 16-bit base layer in fp32, as PEFT does.
-    """
-    replaced: list[tuple[str, nn.Module]] = []
+    """Adds an adapter to every module of its plan, inactive; on failure the model is as before."""
+    replaced: dict[str, nn.Module] = {}
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def replace(name: str, made: nn.Module) -> None:
-        replaced.append((name, model.get_submodule(name)))
+        replaced[name] = model.get_submodule(name)
         _set_submodule(model, name, made)
 
     try:
@@ -165,7 +158,7 @@ def add_adapter(
                 wrapper.add_adapter(adapter_name)
     except BaseException:
         delete_adapter(model, adapter_name)
-        for name, module in replaced:
+        for name, module in replaced.items():
             _set_submodule(model, name, module)
         for parameter in trained:
             parameter.requires_grad_(True)

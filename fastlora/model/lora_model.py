@@ -306,10 +306,7 @@ class LoraModel(nn.Module):
             adapter_names: An adapter for each sample, as in `fastlora.adapters`.
             **kwargs: The model's.
         """
-        if adapter_names is None:
-            check_batch(self.base_model.group, args, kwargs)
-            return self.base_model(*args, **kwargs)
-        with adapters(self, adapter_names):
+        with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs)
             return self.base_model(*args, **kwargs)
 
@@ -318,12 +315,14 @@ class LoraModel(nn.Module):
     ) -> Any:
         """Calls the model's `generate`, beam search included; arguments as in `forward`."""
         generate: Any = self.get_base_model().generate
-        if adapter_names is None:
+        with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs, per_sample=True)
             return generate(*args, **kwargs)
-        with adapters(self, adapter_names):
-            check_batch(self.base_model.group, args, kwargs, per_sample=True)
-            return generate(*args, **kwargs)
+
+    def _block(
+        self, adapter_names: Sequence[str | None] | None
+    ) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of trainable parameters and of all parameters."""

@@ -51,6 +51,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.stop - self.start
 
 
@@ -68,12 +69,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def read_tensors(path: Path, expected: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file, on the CPU, in memory of their own.
 
-    Args:
-        path: The file.
-        expected: What `read_header` returned and the caller has checked.
-
-    Raises:
-        CheckpointError: The file is not the one that was checked, or ends early.
+    Raises `CheckpointError` where the file ends early, or its header is not ``expected``, which
+    `read_header` returned and the caller has checked.
     """
     tensors = {}
     with path.open("rb") as file, error_prefix(path):
@@ -92,8 +89,7 @@ def read_tensors(path: Path, expected: Mapping[str, TensorInfo]) -> dict[str, to
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a safetensors file that says ``{"format": "pt"}``, and waits until it is on disk.
 
-    Raises:
-        CheckpointError: The file could not be written.
+    Raises `CheckpointError` where it could not be written.
     """
     stored: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

@@ -128,10 +128,8 @@ class LoraTuner(nn.Module):
                     "only one of them can act"
                 )
         self._active = list(dict.fromkeys(names))
-        for layer in inject.lora_layers(self.model):
-            layer._activate(self._active, inference_mode)
-        for wrapper in inject.saved_modules(self.model):
-            wrapper._activate(self._active, inference_mode)
+        for _, module in inject.routed_modules(self.model):
+            module._activate(self._active, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; where it was the only active one, another takes its place.
@@ -159,10 +157,8 @@ class LoraTuner(nn.Module):
         self._set_disabled(True)
 
     def _set_disabled(self, disabled: bool) -> None:
-        for layer in inject.lora_layers(self.model):
-            layer._disabled = disabled
-        for wrapper in inject.saved_modules(self.model):
-            wrapper._disabled = disabled
+        for _, module in inject.routed_modules(self.model):
+            module._disabled = disabled
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.integrations.report import fusion_report
+from fastlora.integrations.report import fusion_report, implementation_on
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, human_bytes
 from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.targets import ALL_LINEAR
-from fastlora.ops import schema as ops
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
@@ -245,6 +244,5 @@ def _fusion(base: PreTrainedModel, settings: TrainSettings, advice: Recommendati
     device = torch.device("cpu")
     if not settings.cpu and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
-    runs, why = ops.triton_status(device.type, device.index or 0)
-    triton = runs and device.type == "cuda"
-    return str(replace(report, implementation="triton" if triton else "eager", reason=why))
+    implementation, why = implementation_on(device)
+    return str(replace(report, implementation=implementation, reason=why))

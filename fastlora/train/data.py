@@ -244,6 +244,12 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool)
     return found
 
 
+def seed_of(*parts: object, nbytes: int = 7) -> int:
+    """Returns a seed that is a function of its parts, of so many bytes."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
+
+
 class Row(NamedTuple):
     """One sample of a batch: its adapter, and its number among the adapter's."""
 
@@ -300,8 +306,7 @@ class Order:
 
     def _epoch(self, epoch: int) -> torch.Tensor:
         if epoch not in self._epochs:
-            digest = hashlib.blake2b(f"{self.seed}:{epoch}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             recent = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
             self._epochs = {**recent, epoch: torch.randperm(self.total, generator=generator)}
         return self._epochs[epoch]

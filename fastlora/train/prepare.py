@@ -23,7 +23,7 @@ from fastlora.model.recommend import Recommendation
 from fastlora.model.targets import check_every_target
 from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
-from fastlora.train.data import Corpus, Order, encode
+from fastlora.train.data import Corpus, Order, encode, seed_of
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
 from fastlora.train.processes import INSTALL, TrainError
 from fastlora.train.solo import adapter_parameters
@@ -170,8 +170,7 @@ def add_adapters(
     model: LoraModel | None = None
     for adapter in settings.adapters:
         name, config, folder = adapter.name, configs[adapter.name], adapter.init_from
-        digest = hashlib.blake2b(f"{settings.seed}:{name}".encode(), digest_size=7).digest()
-        torch.manual_seed(int.from_bytes(digest, "big"))
+        torch.manual_seed(seed_of(settings.seed, name))
         if folder is not None and has_weights:
             if model is None:
                 model = LoraModel.from_pretrained(base, folder, name, is_trainable=True)

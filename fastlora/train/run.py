@@ -9,7 +9,6 @@ of seed, step and forward, so a resumed run repeats bit for bit what the killed 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from fastlora.model.tensor_file import replacing
 from fastlora.routing.block import adapters
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import TrainSettings
-from fastlora.train.data import Corpus, Row, collate, micro_batches
+from fastlora.train.data import Corpus, Row, collate, micro_batches, seed_of
 from fastlora.train.losses import AdapterLosses, causal_lm_losses
 from fastlora.train.processes import RunProcesses, TrainError
 from fastlora.train.solo import adapter_parameters
@@ -291,9 +290,7 @@ class Run:
         """Makes what the base model draws (its own dropout) a function of step and forward."""
         from accelerate.utils import set_seed
 
-        text = f"{self.settings.seed}:{self.step}:{number}"
-        digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
-        set_seed(int.from_bytes(digest, "big"))
+        set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
 
     def _check_weights(self) -> None:
         """Raises `NonFiniteError` where the last step's update, not its loss, went out of range."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fastlora.model import LoraModel
 from fastlora.model.adapter_state import key_map
 from fastlora.sharding import clip_with_norm_, total_norm
+from fastlora.train.data import seed_of
 from fastlora.validation import AdapterStateError, CheckpointError
 
 
@@ -84,10 +84,9 @@ class Solo:
 
     def draw_seed(self, rank: int = 0) -> int:
         """Returns the seed of the next forward in a process, 62 bits."""
-        text = f"{self.seed}:{self.counts.forwards}:{self.name}" + (f":{rank}" if rank else "")
+        parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 2
+        return seed_of(*parts, nbytes=8) >> 2
 
     def scaled(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Returns a loss, without dimensions, times a weight and the adapter's loss scale."""
