@@ -38,7 +38,7 @@ def rows() -> list[Row]:
     """The table of `compile_kernels.py`: a row for each kernel, config and chip."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.aot.compile_kernels", "--shared", "--known"],
+        [sys.executable, "-m", "tests.support.aot.compile_kernels", "--known"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -42,6 +42,13 @@ class Launch(NamedTuple):
 
     kernel: Any
     arguments: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What is read of a compiled launch: the text of its stages, its bytes of shared memory."""
+
+    asm: Mapping[str, Any]
+    shared: int
 
 
 @dataclass(frozen=True)
