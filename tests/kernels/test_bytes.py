@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,12 +17,8 @@ if not triton_interpreted():
 
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import KernelConfig, cdiv, choose
-from fastlora.kernels.lora_dropout import launch_lora_dropout
 from fastlora.kernels.lora_expand import launch_lora_expand
-from fastlora.kernels.lora_grad_a import launch_lora_grad_a
-from fastlora.kernels.lora_grad_b import launch_lora_grad_b
-from fastlora.kernels.lora_linear import launch_lora_linear
-from fastlora.kernels.lora_shrink import launch_lora_shrink, launch_lora_shrink_reduce
+from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
 from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount
@@ -48,180 +42,93 @@ from tests.support.bytes.count_bytes import (
 )
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import MixedProblem
+from tests.support.kernels.one_adapter import Problem
 
 # ---------------------------------------------------------------- small tiles, off and on them
 
 
-class Counted(NamedTuple):
-    """A launch with its tensors by name, what it must count, and its grid where that is known."""
-
-    launch: Callable[[], None]
-    tensors: dict[str, Any]
-    form: Form
-    grid: tuple[int, ...] | None = None
-
-
 CONFIG = KernelConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
 HALF = torch.float16
+# Of each of a problem's launches: the kernel, and what it reads.
+LAUNCHES = {
+    "shrink": ("lora_shrink", ("x", "lora_a")),
+    "linear": ("lora_linear", ("x", "weight", "s", "lora_b", "scaling", "bias")),
+    "expand": ("lora_expand", ("s", "lora_b", "scaling")),
+    "dropout": ("lora_dropout", ("x",)),
+    "grad_b": ("lora_grad_b", ("dy", "s", "lora_b", "scaling")),
+    "grad_a": ("lora_grad_a", ("x",)),
+    "grad_x": ("lora_linear", ("dy", "weight", "ds", "lora_a")),
+}
 
 
-class Operands:
-    """Of some sizes, fp16 with fp32 factors; "more" is with all that a launch can have."""
-
-    def __init__(self, lab: Lab, sizes: Sizes, more: bool, rank_rows_first: bool) -> None:
-        self.lab, self.sizes, self.more = lab, sizes, more
-        m, n, k, r, *_ = sizes
-        self.first = {"rank_rows_first": rank_rows_first}
-        self.dtype = HALF if sizes.e == 2 else torch.float32
-        self.x, self.y, self.dx = self.rand(m, k), self.rand(m, n), self.rand(m, k)
-        self.dy, self.s, self.ds = self.rand(m, n), self.rand(m, r), self.rand(m, r)
-        self.weight, self.bias = self.rand(n, k), self.rand(n)
-        self.lora_a = self.rand(r, k, dtype=torch.float32)
-        self.lora_b = self.rand(n, r, dtype=torch.float32)
-        self.scaling = torch.ones(r if more else 1)
-        self.seed = torch.tensor([7])
-
-    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """In the dtype of activations."""
-        return self.lab.rand(*shape, dtype=dtype or self.dtype)
-
-    def named(self, *names: str, **more: Any) -> dict[str, Any]:
-        """Some of the operands, and others."""
-        return {name: getattr(self, name) for name in names} | more
-
-    def written(self, *shape: int, parts: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An output, or its planes."""
-        return self.rand(*shape, dtype=dtype) if parts == 1 else self.lab.rand(parts, *shape)
-
-    def lora_shrink(self) -> Counted:
-        """Into planes."""
-        m, _, _, r, *_ = self.sizes
-        config = replace(CONFIG, splits=4 if self.more else 1)
-        s = self.written(m, r, parts=config.splits)
-        return Counted(
-            lambda: launch_lora_shrink(
-                s, self.x, self.lora_a, seed=None, dropout_p=0.0, config=config
-            ),
-            self.named("x", "lora_a", s=s),
-            byte_forms.shrink(self.sizes, config),
-            (cdiv(m, 32) * cdiv(r, 16), config.splits, 1),
-        )
-
-    def lora_shrink_reduce(self) -> Counted:
-        """Sums four planes."""
-        planes = self.lab.rand(4, *self.s.shape)
-        return Counted(
-            lambda: launch_lora_shrink_reduce(self.s, planes, config=CONFIG),
-            self.named("s", planes=planes),
-            byte_forms.shrink_reduce(self.sizes, 4),
-        )
-
-    def lora_linear(self) -> Counted:
-        """From planes, with a bias and with s written besides."""
-        m, n, _, r, *_ = self.sizes
-        planes = 4 if self.more else 1
-        s, scaling = self.written(m, r, parts=planes), torch.ones(1)
-        bias, s_out = (self.bias, self.s) if self.more else (None, None)
-        return Counted(
-            lambda: launch_lora_linear(
-                self.y, self.x, self.weight, s, self.lora_b, scaling,
-                bias=bias, s_out=s_out, config=CONFIG, pdl=False,
-            ),
-            self.named(
-                "x", "weight", "lora_b", "y", *["bias"] * self.more,
-                s=[s, *[self.s] * self.more], scaling=scaling,
-            ),
-            byte_forms.linear(self.sizes, CONFIG, planes, self.more),
-            (cdiv(m, 32) * cdiv(n, 64), 1, 1),
-        )  # fmt: skip
-
-    def lora_expand(self) -> Counted:
-        """With a scaling of each rank row."""
-        return Counted(
-            lambda: launch_lora_expand(self.y, self.s, self.lora_b, self.scaling, config=CONFIG),
-            self.named("y", "s", "lora_b", "scaling"),
-            byte_forms.expand(self.sizes, CONFIG, self.scaling.numel()),
-        )
-
-    def lora_dropout(self) -> Counted:
-        """One read and one write."""
-        return Counted(
-            lambda: launch_lora_dropout(
-                self.dx, self.x, seed=self.seed, dropout_p=0.5, config=CONFIG
-            ),
-            self.named("x", "seed", out=self.dx),
-            byte_forms.dropout(self.sizes, CONFIG),
-        )
-
-    def lora_grad_b(self) -> Counted:
-        """In splits, with the sums of columns and a scaling of each rank row."""
-        m, n, _, r, *_ = self.sizes
-        config = replace(CONFIG, block_m=16, block_n=32, splits=3 if self.more else 1, **self.first)
-        ds = self.written(m, r, parts=cdiv(n, config.block_n))
-        d_lora_b = self.written(n, r, parts=config.splits, dtype=torch.float32)
-        d_bias = {"d_bias": self.lab.rand(3, n)} if self.more else {}
-        return Counted(
-            lambda: launch_lora_grad_b(
-                ds, d_lora_b, d_bias.get("d_bias"), self.dy, self.s, self.lora_b, self.scaling,
-                config=config,
-            ),
-            self.named("dy", "s", "lora_b", "scaling", ds=ds, d_lora_b=d_lora_b, **d_bias),
-            byte_forms.grad_b(self.sizes, config, self.scaling.numel(), self.more),
-        )  # fmt: skip
-
-    def lora_grad_a(self) -> Counted:
-        """In splits, of three siblings with their dropouts."""
-        m, _, k, r, *_ = self.sizes
-        ranks = [r, 1, r] if self.more else [r]
-        config = replace(CONFIG, block_m=16, siblings=len(ranks), **self.first)
-        config = replace(config, splits=3 if self.more else 1)
-        ds = [self.rand(m, rank) for rank in ranks]
-        outs = [self.written(rank, k, parts=config.splits, dtype=torch.float32) for rank in ranks]
-        seeds = torch.arange(3) if self.more else None
-        tensors = self.named("x", **({} if seeds is None else {"seeds": seeds}))
-        for i, pair in enumerate(zip(ds, outs, strict=True)):
-            tensors |= dict(zip((f"ds_{i}", f"d_lora_a_{i}"), pair, strict=True))
-        return Counted(
-            lambda: launch_lora_grad_a(
-                outs, self.x, ds, seeds=seeds, dropout_p=[0.1] * len(ranks), config=config
-            ),
-            tensors,
-            byte_forms.grad_a(self.sizes, config, ranks, self.more),
-        )
-
-    def lora_grad_x(self) -> Counted:
-        """With dropout."""
-        p = 0.5 if self.more else 0.0
-        return Counted(
-            lambda: launch_lora_linear(
-                self.dx, self.dy, self.weight.t(), self.ds, self.lora_a.t(), None,
-                bias=None, s_out=None, config=CONFIG, pdl=False, seed=self.seed, dropout_p=p,
-            ),
-            self.named("dy", "weight", "ds", "lora_a", "dx", "seed"),
-            byte_forms.grad_x(self.sizes, CONFIG, self.more),
-        )  # fmt: skip
-
-
-STEMS = [name for name in vars(Operands) if name.startswith("lora_")]
+def expected(problem: Problem, launch: str, more: bool, config: KernelConfig) -> Form:
+    """What a launch must count; "more" is with all that it can have."""
+    widths = problem.x.itemsize, problem.lora_a.itemsize
+    sizes = Sizes(problem.m, problem.n, problem.k, problem.r, *widths)
+    if launch == "linear":
+        return byte_forms.linear(sizes, config, 4 if more else 1, more)
+    if launch == "expand":
+        return byte_forms.expand(sizes, config, problem.scaling.numel())
+    if launch == "grad_b":
+        return byte_forms.grad_b(sizes, config, problem.scaling.numel(), True)
+    if launch == "grad_a":
+        return byte_forms.grad_a(sizes, config, [ds.shape[1] for ds in problem.all_ds], more)
+    if launch == "grad_x":
+        return byte_forms.grad_x(sizes, config, more)
+    return {"shrink": byte_forms.shrink, "dropout": byte_forms.dropout}[launch](sizes, config)
 
 
 @pytest.mark.parametrize("more", [False, True])
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize(
     ("m", "n", "k", "r"), [(1, 64, 64, 16), (33, 70, 100, 24), (64, 128, 160, 8), (130, 40, 72, 3)]
 )
-def test_a_launch(lab: Lab, stem: str, m: int, n: int, k: int, r: int, more: bool) -> None:
-    """Decode and a few tiles of rows, on the tile and off it in every dimension."""
-    for e, f, rank_rows_first in ((2, 4, False), (4, 4, True)):
-        counted = getattr(Operands(lab, Sizes(m, n, k, r, e, f), more, rank_rows_first), stem)()
-        counter = ByteCounter()
-        for name, tensors in counted.tensors.items():
-            counter.register(name, *(tensors if isinstance(tensors, list) else [tensors]))
-        with counter:
-            counted.launch()
-        check(counter.total, counted.form)
-        assert counter.total.launches == 1
-        assert counted.grid in (None, counter.total.grids[0])
+def test_a_launch(
+    lab: Lab, dtype: torch.dtype, launch: str, m: int, n: int, k: int, r: int, more: bool
+) -> None:
+    """Decode and a few tiles of rows, on the tile and off it in every dimension.
+
+    More are splits and planes, a bias and s written besides, a scaling of each rank row, siblings,
+    and dropout where a launch of the backward has it.
+    """
+    drops = launch == "dropout" or more and launch in ("grad_a", "grad_x")
+    problem = Problem(lab, m, n, k, r, dtype, 0.5 * drops, (1, r) if more else ())
+    problem.lora_a, problem.lora_b = problem.lora_a.float(), problem.lora_b.float()
+    problem.scaling = torch.ones(r if more and launch != "linear" else 1)
+    config = replace(CONFIG, siblings=len(problem.all_ds), rank_rows_first=dtype == HALF)
+    if more and launch in ("shrink", "grad_b", "grad_a"):
+        config = replace(config, splits=3)
+    kernel, names = LAUNCHES[launch]
+    counter, s_out = ByteCounter(), lab.rand(m, r, dtype=dtype)
+    if launch == "linear" and more:
+        problem.s = lab.rand(4, m, r)
+        counter.register("s", s_out)
+    elif launch == "linear":
+        problem.bias, names = None, names[:-1]
+    counter.register("seed", problem.seed)
+    counter.register("seeds", problem.seeds)
+    for i, ds in enumerate(problem.all_ds if launch == "grad_a" else ()):
+        counter.register(f"ds_{i}", ds)
+    for name in names:
+        counter.register(name, getattr(problem, name))
+    with counter:
+        if launch == "linear" and more:
+            problem.linear(config, s_out)
+        else:
+            getattr(problem, launch)(config)
+    for name, tensor in problem.written.items():
+        counter.register({"dropped": "out", "y_added": "y"}.get(name, name), tensor)
+    count = counter.kernels[f"_{kernel}_kernel"]
+    check(count, expected(problem, launch, more, config))
+    tiles_m, tiles_n, blocks_r = cdiv(m, 32), cdiv(n, 64), cdiv(r, 16)
+    grids = {"shrink": (tiles_m * blocks_r, config.splits, 1), "linear": (tiles_m * tiles_n, 1, 1)}
+    assert count.grids == [grids.get(launch, count.grids[0])]
+    sums = [name for name in counter.kernels if name != f"_{kernel}_kernel"]
+    assert sums in ([], ["_lora_shrink_reduce_kernel"], ["_plane_sums_kernel"])
+    if "_lora_shrink_reduce_kernel" in sums:
+        sizes = Sizes(m, n, k, r, dtype.itemsize)
+        form, found = byte_forms.shrink_reduce(sizes, 3), counter.kernels[sums[0]]
+        assert (found.distinct, found.issued) == (form.distinct, form.issued)
 
 
 def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Lab) -> None:
