@@ -18,8 +18,11 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.chips import Chip  # noqa: E402
-from tests.support.aot.launches import MIXED_K_LOOPS, cases  # noqa: E402
-from tests.support.aot.mixed_grad_launches import SHARED_BY_SIBLINGS  # noqa: E402
+from tests.support.aot.launches import (  # noqa: E402
+    MIXED_K_LOOPS,
+    SHARED_BY_SIBLINGS,
+    cases,
+)
 from tests.support.aot.resources import Resources, key_of  # noqa: E402
 from tests.support.aot.table import TABLE  # noqa: E402
 
@@ -35,7 +38,7 @@ def rows() -> list[Row]:
     """The table of `compile_kernels.py`: a row for each kernel, config and chip."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.aot.compile_kernels", "--shared", "--known"],
+        [sys.executable, "-m", "tests.support.aot.compile_kernels", "--known"],
         cwd=ROOT,
         capture_output=True,
         text=True,

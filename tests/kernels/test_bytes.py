@@ -2,381 +2,285 @@
 
 from __future__ import annotations
 
-from typing import Any
+import csv
+import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastlora.env import triton_interpreted
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
-
-from fastlora.kernels import chips, configs  # noqa: E402
-from fastlora.kernels.chips import Chip  # noqa: E402
-from fastlora.kernels.configs import KernelConfig, cdiv  # noqa: E402
-from fastlora.kernels.lora_dropout import launch_lora_dropout  # noqa: E402
-from fastlora.kernels.lora_expand import launch_lora_expand  # noqa: E402
-from fastlora.kernels.lora_linear import launch_lora_linear  # noqa: E402
-from fastlora.kernels.lora_shrink import (  # noqa: E402
-    launch_lora_shrink,
-    launch_lora_shrink_reduce,
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, cdiv, choose
+from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_shrink import launch_lora_shrink
+from fastlora.kernels.plane_sums import launch_plane_sums
+from tests.support.bytes import byte_forms
+from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount
+from tests.support.bytes.byte_forms import SCALING, Batch, Form, Sizes, check
+from tests.support.bytes.count_bytes import (
+    FULL_STEPS,
+    H100,
+    OPS,
+    STEPS,
+    TABLE,
+    Forms,
+    Step,
+    count,
+    count_forward,
+    floor,
+    forms,
+    forms_of_forward,
+    is_bounded,
+    on,
+    rows_of_table,
 )
-from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount  # noqa: E402
+from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_problem import MixedProblem
+from tests.support.kernels.one_adapter import Problem
 
-Bytes = dict[str, tuple[int, int]]
-SCALING = 4  # bytes of one fp32
-
-
-def check(count: KernelCount, loads: Bytes, stores: Bytes, flops: int = 0) -> None:
-    """Each tensor's (distinct, issued) bytes are exactly these, and no other memory is touched."""
-    assert count.loads == loads
-    assert count.stores == stores
-    assert count.flops == flops
+# ---------------------------------------------------------------- small tiles, off and on them
 
 
-# M, N, K, R: decode and a few tiles of rows, on the tile and off it in every dimension.
-SHAPES = [(1, 64, 64, 16), (33, 70, 100, 24), (64, 128, 160, 8), (130, 40, 72, 3)]
+CONFIG = KernelConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
+HALF = torch.float16
+# Of each of a problem's launches: the kernel, and what it reads.
+LAUNCHES = {
+    "shrink": ("lora_shrink", ("x", "lora_a")),
+    "linear": ("lora_linear", ("x", "weight", "s", "lora_b", "scaling", "bias")),
+    "expand": ("lora_expand", ("s", "lora_b", "scaling")),
+    "dropout": ("lora_dropout", ("x",)),
+    "grad_b": ("lora_grad_b", ("dy", "s", "lora_b", "scaling")),
+    "grad_a": ("lora_grad_a", ("x",)),
+    "grad_x": ("lora_linear", ("dy", "weight", "ds", "lora_a")),
+}
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES)
-def test_lora_shrink(
-    lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: int, splits: int
+def expected(problem: Problem, launch: str, more: bool, config: KernelConfig) -> Form:
+    """What a launch must count; "more" is with all that it can have."""
+    widths = problem.x.itemsize, problem.lora_a.itemsize
+    sizes = Sizes(problem.m, problem.n, problem.k, problem.r, *widths)
+    if launch == "linear":
+        return byte_forms.linear(sizes, config, 4 if more else 1, more)
+    if launch == "expand":
+        return byte_forms.expand(sizes, config, problem.scaling.numel())
+    if launch == "grad_b":
+        return byte_forms.grad_b(sizes, config, problem.scaling.numel(), True)
+    if launch == "grad_a":
+        return byte_forms.grad_a(sizes, config, [ds.shape[1] for ds in problem.all_ds], more)
+    if launch == "grad_x":
+        return byte_forms.grad_x(sizes, config, more)
+    return {"shrink": byte_forms.shrink, "dropout": byte_forms.dropout}[launch](sizes, config)
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(1, 64, 64, 16), (33, 70, 100, 24), (64, 128, 160, 8), (130, 40, 72, 3)]
+)
+def test_a_launch(
+    lab: Lab, dtype: torch.dtype, launch: str, m: int, n: int, k: int, r: int, more: bool
 ) -> None:
-    x, lora_a = lab.rand(m, k, dtype=dtype), lab.rand(r, k, dtype=dtype)
-    out = lab.rand(m, r, dtype=dtype) if splits == 1 else lab.rand(splits, m, r)
-    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
-    with ByteCounter(x=[x], lora_a=[lora_a], out=[out]) as counter:
-        launch_lora_shrink(out, x, lora_a, seed=None, dropout_p=0.0, config=config)
-    count = counter.kernels["_lora_shrink_kernel"]
-    e, tiles_m, tiles_r = x.element_size(), cdiv(m, 32), cdiv(r, 16)
-    written = e * m * r if splits == 1 else 4 * splits * m * r
-    check(
-        count,
-        loads={
-            "x": (e * m * k, e * m * k * tiles_r),
-            "lora_a": (e * r * k, e * r * k * tiles_m),
-        },
-        stores={"out": (written, written)},
-        flops=2 * tiles_m * 32 * tiles_r * 16 * cdiv(k, 32) * 32,
-    )
-    assert count.distinct == e * (m * k + r * k) + written
-    assert count.grids == [(tiles_m * tiles_r, splits, 1)]
+    """Decode and a few tiles of rows, on the tile and off it in every dimension.
+
+    More are splits and planes, a bias and s written besides, a scaling of each rank row, siblings,
+    and dropout where a launch of the backward has it.
+    """
+    drops = launch == "dropout" or more and launch in ("grad_a", "grad_x")
+    problem = Problem(lab, m, n, k, r, dtype, 0.5 * drops, (1, r) if more else ())
+    problem.lora_a, problem.lora_b = problem.lora_a.float(), problem.lora_b.float()
+    problem.scaling = torch.ones(r if more and launch != "linear" else 1)
+    config = replace(CONFIG, siblings=len(problem.all_ds), rank_rows_first=dtype == HALF)
+    if more and launch in ("shrink", "grad_b", "grad_a"):
+        config = replace(config, splits=3)
+    kernel, names = LAUNCHES[launch]
+    counter, s_out = ByteCounter(), lab.rand(m, r, dtype=dtype)
+    if launch == "linear" and more:
+        problem.s = lab.rand(4, m, r)
+        counter.register("s", s_out)
+    elif launch == "linear":
+        problem.bias, names = None, names[:-1]
+    counter.register("seed", problem.seed)
+    counter.register("seeds", problem.seeds)
+    for i, ds in enumerate(problem.all_ds if launch == "grad_a" else ()):
+        counter.register(f"ds_{i}", ds)
+    for name in names:
+        counter.register(name, getattr(problem, name))
+    with counter:
+        if launch == "linear" and more:
+            problem.linear(config, s_out)
+        else:
+            getattr(problem, launch)(config)
+    for name, tensor in problem.written.items():
+        counter.register({"dropped": "out", "y_added": "y"}.get(name, name), tensor)
+    count = counter.kernels[f"_{kernel}_kernel"]
+    check(count, expected(problem, launch, more, config))
+    tiles_m, tiles_n, blocks_r = cdiv(m, 32), cdiv(n, 64), cdiv(r, 16)
+    grids = {"shrink": (tiles_m * blocks_r, config.splits, 1), "linear": (tiles_m * tiles_n, 1, 1)}
+    assert count.grids == [grids.get(launch, count.grids[0])]
+    sums = [name for name in counter.kernels if name != f"_{kernel}_kernel"]
+    assert sums in ([], ["_lora_shrink_reduce_kernel"], ["_plane_sums_kernel"])
+    if "_lora_shrink_reduce_kernel" in sums:
+        sizes = Sizes(m, n, k, r, dtype.itemsize)
+        form, found = byte_forms.shrink_reduce(sizes, 3), counter.kernels[sums[0]]
+        assert (found.distinct, found.issued) == (form.distinct, form.issued)
 
 
-def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Any) -> None:
+def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Lab) -> None:
     m, k, r = 33, 100, 24
     x, lora_a, out = lab.rand(m, k), lab.rand(r, k), lab.rand(m, r)
     seed = torch.tensor([7])
-    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4)
     with ByteCounter(x=[x], lora_a=[lora_a], out=[out], seed=[seed]) as counter:
-        launch_lora_shrink(out, x, lora_a, seed=seed, dropout_p=0.5, config=config)
+        launch_lora_shrink(out, x, lora_a, seed=seed, dropout_p=0.5, config=CONFIG)
     assert counter.total.loads["seed"] == (8, 8 * 4)  # 2 tiles of rows, 2 of rank rows
     assert counter.total.distinct == 4 * (m * k + r * k + m * r) + 8
 
 
-def test_lora_shrink_reduce(lab: Any, dtype: torch.dtype) -> None:
-    splits, m, r = 4, 33, 24
-    planes, s = lab.rand(splits, m, r), lab.rand(m, r, dtype=dtype)
-    config = KernelConfig(block_m=32, block_k=32, block_r=16, num_warps=4, splits=splits)
-    with ByteCounter(planes=[planes], s=[s]) as counter:
-        launch_lora_shrink_reduce(s, planes, config=config)
-    read, written = 4 * splits * m * r, s.element_size() * m * r
-    check(counter.total, loads={"planes": (read, read)}, stores={"s": (written, written)})
-
-
-@pytest.mark.parametrize("planes", [1, 4])
-@pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES)
-def test_lora_linear(
-    lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: int, planes: int
-) -> None:
-    """Planes come with a bias and with s written besides; one plane with neither."""
-    x, weight = lab.rand(m, k, dtype=dtype), lab.rand(n, k, dtype=dtype)
-    lora_b, y = lab.rand(n, r, dtype=dtype), lab.rand(m, n, dtype=dtype)
-    s = lab.rand(m, r, dtype=dtype) if planes == 1 else lab.rand(planes, m, r)
-    bias = lab.rand(n, dtype=dtype) if planes > 1 else None
-    s_out = lab.rand(m, r, dtype=dtype) if planes > 1 else None
-    scaling = torch.ones(1)
-    config = KernelConfig(block_m=32, block_n=64, block_k=32, block_r=16, num_warps=4)
-    counter = ByteCounter(x=[x], weight=[weight], s=[s], lora_b=[lora_b], scaling=[scaling], y=[y])
-    if bias is not None and s_out is not None:
-        counter.register("bias", bias)
-        counter.register("s_out", s_out)
-    with counter:
-        launch_lora_linear(
-            y,
-            x,
-            weight,
-            s,
-            lora_b,
-            scaling,
-            bias=bias,
-            s_out=s_out,
-            config=config,
-            pdl=False,
-        )
-    count = counter.kernels["_lora_linear_kernel"]
-    e, tiles_m, tiles_n = x.element_size(), cdiv(m, 32), cdiv(n, 64)
-    shrunk = e * m * r if planes == 1 else 4 * planes * m * r
-    loads = {
-        "x": (e * m * k, e * m * k * tiles_n),
-        "weight": (e * n * k, e * n * k * tiles_m),
-        "s": (shrunk, shrunk * tiles_n),
-        "lora_b": (e * n * r, e * n * r * tiles_m),
-        "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
-    }
-    stores = {"y": (e * m * n, e * m * n)}
-    distinct = e * (m * k + n * k + m * n) + e * n * r + shrunk + SCALING
-    if planes > 1:
-        loads["bias"] = (e * n, e * n * tiles_m)
-        stores["s_out"] = (e * m * r, e * m * r)
-        distinct += e * n + e * m * r
-    tile = 2 * tiles_m * 32 * tiles_n * 64
-    check(count, loads, stores, flops=tile * (cdiv(k, 32) * 32 + cdiv(r, 16) * 16))
-    assert count.distinct == distinct
-    assert count.grids == [(tiles_m * tiles_n, 1, 1)]
-
-
-@pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES)
-def test_lora_expand(lab: Any, dtype: torch.dtype, m: int, n: int, k: int, r: int) -> None:
-    y, s = lab.rand(m, n, dtype=dtype), lab.rand(m, r, dtype=dtype)
-    lora_b = lab.rand(n, r, dtype=dtype)
-    scaling = torch.ones(r)
-    config = KernelConfig(block_m=32, block_n=64, block_r=16, num_warps=4)
-    with ByteCounter(y=[y], s=[s], lora_b=[lora_b], scaling=[scaling]) as counter:
-        launch_lora_expand(y, s, lora_b, scaling, config=config)
-    count = counter.kernels["_lora_expand_kernel"]
-    e, tiles_m, tiles_n = y.element_size(), cdiv(m, 32), cdiv(n, 64)
-    check(
-        count,
-        loads={
-            "y": (e * m * n, e * m * n),
-            "s": (e * m * r, e * m * r * tiles_n),
-            "lora_b": (e * n * r, e * n * r * tiles_m),
-            "scaling": (SCALING * r, SCALING * r * tiles_m * tiles_n),
-        },
-        stores={"y": (e * m * n, e * m * n)},
-        flops=2 * tiles_m * 32 * tiles_n * 64 * cdiv(r, 16) * 16,
-    )
-    assert count.distinct == e * (2 * m * n + m * r + n * r) + SCALING * r
-
-
-def test_lora_dropout(lab: Any, dtype: torch.dtype) -> None:
-    m, k = 19, 300
-    x, out, seed = lab.rand(m, k, dtype=dtype), lab.rand(m, k, dtype=dtype), torch.tensor([7])
-    config = KernelConfig(block_m=8, block_k=256, num_warps=4)
-    with ByteCounter(x=[x], out=[out], seed=[seed]) as counter:
-        launch_lora_dropout(out, x, seed=seed, dropout_p=0.5, config=config)
-    size = x.element_size() * m * k
-    check(
-        counter.total,
-        loads={"x": (size, size), "seed": (8, 8 * 3 * 2)},
-        stores={"out": (size, size)},
-    )
+def test_plane_sums(lab: Lab) -> None:
+    planes = [lab.rand(3, 40, 7), lab.rand(1, 2000), lab.rand(5, 9)]
+    outs = [lab.rand(40, 7, dtype=HALF), lab.rand(2000), lab.rand(9)]
+    with ByteCounter(planes=planes, outs=outs) as counter:
+        launch_plane_sums(outs, planes, config=choose(H100, "plane_sums", torch.float32))
+    check(counter.total, byte_forms.plane_sums([(280, 3, 2), (2000, 1, 4), (9, 5, 4)]))
 
 
 @pytest.mark.parametrize("layout", ["rows", "both"])
-def test_gaps_between_strided_elements_are_not_touched(lab: Any, layout: str) -> None:
+def test_gaps_between_strided_elements_are_not_touched(lab: Lab, layout: str) -> None:
     y, s, lora_b = (lab.strided(lab.rand(*shape), layout) for shape in ((19, 45), (19, 6), (45, 6)))
     scaling = torch.ones(1)
-    config = KernelConfig(block_m=16, block_n=32, block_r=16, num_warps=4)
     with ByteCounter(y=[y], s=[s], lora_b=[lora_b], scaling=[scaling]) as counter:
-        launch_lora_expand(y, s, lora_b, scaling, config=config)
+        launch_lora_expand(y, s, lora_b, scaling, config=CONFIG)
     assert counter.total.distinct == 4 * (2 * 19 * 45 + 19 * 6 + 45 * 6) + SCALING
+
+
+# ------------------------------------------------------------------------------ whole steps
+
+
+@functools.cache
+def counted_in(step: Step) -> dict[str, KernelCount]:
+    """What each kernel of a step did."""
+    return count(step)
+
+
+def check_mixed(counted: dict[str, KernelCount], expected: Forms) -> None:
+    """As `check`; tables and routing, a number for each row, piece or adapter, take little."""
+    assert counted.keys() == expected.keys()
+    for name, form in expected.items():
+        found = counted[name]
+        small = ("tables", "routing", ELSEWHERE)  # what operators allocate lies elsewhere
+        loads, wanted = (
+            {key: value for key, value in side.items() if key not in small}
+            for side in (found.loads, form.loads)
+        )
+        assert (loads, found.stores) == (wanted, form.stores), name
+        assert found.flops == form.flops or "grad" in name, name
+    alone = [[name] for name in expected if "grad" not in name]
+    for names in (*alone, [name for name in expected if "grad" in name]):
+        for bytes_of, most in (("distinct", 1.01), ("issued", 1.05 if len(names) == 1 else 1.03)):
+            least = sum(getattr(expected[name], bytes_of) for name in names)
+            found_here = sum(getattr(counted[name], bytes_of) for name in names)
+            assert least <= found_here <= most * least, (names, bytes_of)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_a_step(step: Step) -> None:
+    """Every tensor's bytes as the tiles say; at most a tenth above the floor in all."""
+    counted, expected = counted_in(step), forms(step)
+    assert all(found.launches == 1 for found in counted.values())
+    if step.adapters:
+        check_mixed(counted, expected)
+    else:
+        assert {name: (c.distinct, c.issued, c.flops) for name, c in counted.items()} == {
+            name: (form.distinct, form.issued, form.flops) for name, form in expected.items()
+        }
+    moved = sum(found.distinct for name, found in counted.items() if is_bounded(name, step))
+    assert moved <= 1.1 * floor(step), (moved, floor(step))
+
+
+@pytest.mark.parametrize("step", FULL_STEPS, ids=str)
+def test_a_step_of_full_size_on_an_h100(step: Step) -> None:
+    """By the closed forms, which the counts of the smaller steps confirm."""
+    bounded = (form for name, form in forms(step, H100).items() if is_bounded(name, step))
+    moved = sum(form.distinct for form in bounded)
+    assert moved <= 1.1 * floor(step, H100), (moved, floor(step, H100))
+
+
+def test_the_table_holds_what_is_counted() -> None:
+    """`docs/kernel_bytes.csv` is what `tests.support.bytes.count_bytes` writes."""
+    with TABLE.open() as file:
+        written = list(csv.DictReader(file))
+    assert written == [row for step in STEPS for row in rows_of_table(step, counted_in(step))]
 
 
 @pytest.mark.parametrize("r", [8, 64])
 @pytest.mark.parametrize(("m", "width"), [(16, 576), (64, 576), (16, 1536), (64, 1536)])
 def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
-    lab: Any, monkeypatch: pytest.MonkeyPatch, m: int, width: int, r: int
+    lab: Lab, m: int, width: int, r: int
 ) -> None:
     """Decode as an H100 would run it: one read of x is all that lies between count and floor."""
-    chip = Chip("sm_90", 132)
-    monkeypatch.setattr(chips, "chip_of", lambda device: chip)
-    # Programmatic dependent launch: the interpreter has no order of launches to relax.
-    for name in ("gdc_wait", "gdc_launch_dependents"):
-        monkeypatch.setattr(tl.extra.cuda, name, lambda: None)
-    half = torch.float16
-    x, weight = lab.rand(m, width, dtype=half), lab.rand(width, width, dtype=half)
-    lora_a, lora_b = lab.rand(r, width, dtype=half), lab.rand(width, r, dtype=half)
+    x, weight = lab.rand(m, width, dtype=HALF), lab.rand(width, width, dtype=HALF)
+    lora_a, lora_b = lab.rand(r, width, dtype=HALF), lab.rand(width, r, dtype=HALF)
     scaling = torch.tensor(0.5)
-    with ByteCounter(
+    counter = ByteCounter(
         x=[x], weight=[weight], lora_a=[lora_a], lora_b=[lora_b], scaling=[scaling]
-    ) as counter:
-        y, s = torch.ops.fastlora.lora_linear(
+    )
+    with on(H100), counter:
+        y, s = OPS.lora_linear(
             *(x, weight, None, [], None, [lora_a, lora_b, None], scaling, None, [0.0]),
             *("triton", "auto"),
         )
     counter.register("y", y)
     counter.register("s", s)
-    splits = configs.choose(chip, "lora_shrink", half, m=m, k=width, r=r).splits
+    splits = choose(H100, "lora_shrink", HALF, m=m, k=width, r=r).splits
     assert splits > 1
     planes = 4 * splits * m * r
     floor = 2 * (width * width + 2 * r * width) + 2 * m * 2 * width
     additions = 2 * m * r + 2 * planes + SCALING  # s, and the planes written and read
-    count = counter.total
-    assert count.stores[ELSEWHERE].distinct == count.loads[ELSEWHERE].distinct == planes
-    assert count.distinct == floor + additions + 2 * m * width
-    assert count.distinct <= 1.1 * (floor + additions)
+    found = counter.total
+    assert found.stores[ELSEWHERE].distinct == found.loads[ELSEWHERE].distinct == planes
+    assert found.distinct == floor + additions + 2 * m * width
+    assert found.distinct <= 1.1 * (floor + additions)
     assert {name: kernel.launches for name, kernel in counter.kernels.items()} == {
         "_lora_shrink_kernel": 1,
         "_lora_linear_kernel": 1,
     }
 
 
-@triton.jit
-def _copy_kernel(out_ptr, x_ptr, N, EXTRA: tl.constexpr, REPEATS: tl.constexpr):
-    """Copies N elements; reads EXTRA more than it should, everything REPEATS times."""
-    offs = tl.program_id(0) * 16 + tl.arange(0, 16)
-    x = tl.zeros((16,), dtype=tl.float32)
-    for _ in range(REPEATS):
-        x = tl.load(x_ptr + offs, mask=offs < N + EXTRA, other=1.0)
-    tl.store(out_ptr + offs, x, mask=offs < N)
+# ---------------------------------------------------------------------------- mixed batches
+
+RANKS = [(8, 16, 64)[slot % 3] for slot in range(64)]
+# Of each adapter that has rows: addresses of A, B, the bias and DoRA's scale, rank and scaling.
+TABLE_BYTES = 4 * 8 + 4 + 4
 
 
-def copied(extra: int = 0, repeats: int = 1, n: int = 20) -> KernelCount:
-    """Counts a copy of the first ``n`` of 64 elements, of which only those are registered."""
-    x, out = torch.rand(64), torch.zeros(64)
-    with ByteCounter(x=[x[:n]], out=[out[:n]]) as counter:
-        _copy_kernel[(2,)](out, x, n, EXTRA=extra, REPEATS=repeats)
-    assert torch.equal(out[:n], x[:n])
-    assert not out[n:].any()
-    return counter.total
+@pytest.mark.parametrize("m", [72, 200])
+def test_adapters_add_their_own_bytes_and_flops(lab: Lab, dtype: torch.dtype, m: int) -> None:
+    """No adapter, 1, 3 and 64 of ranks 8, 16 and 64; base rows in each batch; sizes off the tiles.
 
-
-COPY: dict[str, Bytes] = {"loads": {"x": (80, 80)}, "stores": {"out": (80, 80)}}
-
-
-def test_an_over_read_fails_the_check() -> None:
-    check(copied(), **COPY)
-    over = copied(extra=3)
-    with pytest.raises(AssertionError):
-        check(over, **COPY)
-    assert over.loads == {"x": (80, 80), ELSEWHERE: (12, 12)}
-    assert over.distinct == copied().distinct + 12
-
-
-def test_a_repeated_read_is_issued_again_but_touches_nothing_new() -> None:
-    again = copied(repeats=3)
-    assert again.loads == {"x": (80, 240)}
-    assert again.distinct == copied().distinct
-    with pytest.raises(AssertionError):
-        check(again, **COPY)
-
-
-def test_launches_add_up_and_only_those_inside_count() -> None:
-    x, out = torch.rand(16), torch.zeros(16)
-    counter = ByteCounter(x=[x], out=[out])
-    _copy_kernel[(1,)](out, x, 16, EXTRA=0, REPEATS=1)
-    with counter:
-        for _ in range(2):
-            _copy_kernel[(1,)](out, x, 16, EXTRA=0, REPEATS=1)
-    _copy_kernel[(1,)](out, x, 16, EXTRA=0, REPEATS=1)
-    count = counter.kernels["_copy_kernel"]
-    assert count.grids == [(1, 1, 1)] * 2
-    check(count, loads={"x": (128, 128)}, stores={"out": (128, 128)})
-
-
-def test_the_interpreter_is_put_back() -> None:
-    from triton.runtime import interpreter
-
-    def state() -> dict[str, Any]:
-        hooks = {k: v for k, v in vars(interpreter.interpreter_builder).items() if callable(v)}
-        return {**hooks, "run": interpreter.InterpretedFunction.run}
-
-    before = state()
-    x = torch.rand(16)
-    outer, inner = ByteCounter(x=[x]), ByteCounter(x=[x])
-    with pytest.raises(KeyboardInterrupt), outer, inner:
-        assert state() != before
-        _copy_kernel[(1,)](torch.zeros(16), x, 16, EXTRA=0, REPEATS=1)
-        raise KeyboardInterrupt
-    assert state() == before
-    assert outer.total == inner.total
-    assert inner.total.loads == {"x": (64, 64)}
-
-
-@triton.jit
-def _atomics_kernel(sum_ptr, lock_ptr, x_ptr, N):
-    offs = tl.arange(0, 16)
-    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0)
-    tl.atomic_add(sum_ptr + offs % 2, x, mask=offs < N)
-    tl.atomic_cas(lock_ptr, 0, 1)
-
-
-def test_atomics_load_and_store() -> None:
-    total, lock, x = torch.zeros(4), torch.zeros(1, dtype=torch.int32), torch.rand(16)
-    with ByteCounter(total=[total], lock=[lock], x=[x]) as counter:
-        _atomics_kernel[(1,)](total, lock, x, 5)
-    both = {"total": (8, 20), "lock": (4, 4)}
-    check(counter.total, loads={**both, "x": (20, 20)}, stores=both)
-
-
-@triton.jit
-def _sum_rows_kernel(out_ptr, slots_ptr, address_ptr, rank_ptr, N: tl.constexpr):
-    """Sums the rank rows of a slot, found by a table of absolute addresses."""
-    slot = tl.load(slots_ptr + tl.program_id(0))
-    rank = tl.load(rank_ptr + slot)
-    rows_ptr = tl.load(address_ptr + slot).to(tl.pointer_type(out_ptr.dtype.element_ty))
-    offs_r = tl.arange(0, 16)
-    offs = offs_r[:, None] * N + tl.arange(0, N)[None, :]
-    rows = tl.load(rows_ptr + offs, mask=(offs_r < rank)[:, None], other=0.0)
-    tl.store(out_ptr + tl.program_id(0) * N + tl.arange(0, N), tl.sum(rows.to(tl.float32), 0))
-
-
-def test_tables_of_addresses_lead_to_the_tensors_they_name() -> None:
-    """Distinct bytes grow by the bytes of the adapters that appear, each of its own rank."""
-    ranks = (1, 3, 8, 16)
-    images = [torch.rand(rank, 32).half() for rank in ranks]
-    address = torch.tensor([image.data_ptr() for image in images])
-    rank = torch.tensor(ranks, dtype=torch.int32)
-    for adapters in ([2], [2, 0], [2, 0, 3], [0, 1, 2, 3]):
-        slots = torch.tensor([adapters[i % len(adapters)] for i in range(6)])
-        out = torch.zeros(6, 32, dtype=torch.float16)
-        named = {f"adapter_{i}": [image] for i, image in enumerate(images)}
-        counter = ByteCounter(out=[out], routing=[slots, address, rank], **named)
-        with counter:
-            _sum_rows_kernel[(6,)](out, slots, address, rank, N=32)
-        loads = counter.total.loads
-        assert loads.pop("routing") == (8 * 6 + 12 * len(adapters), 6 * (8 + 12))
-        assert {name: traffic.distinct for name, traffic in loads.items()} == {
-            f"adapter_{i}": 2 * 32 * ranks[i] for i in adapters
-        }
-        assert counter.total.grids == [(6, 1, 1)]
-
-
-@triton.jit
-def _two_widths_kernel(out_ptr, x_ptr, bytes_ptr):
-    """Reads 4 floats from x, then 8 bytes from the last of them on."""
-    x = tl.load(x_ptr + tl.arange(0, 4))
-    y = tl.load(bytes_ptr + 12 + tl.arange(0, 8))
-    tl.store(out_ptr, tl.sum(x, 0) + tl.sum(y.to(tl.float32), 0))
-
-
-def test_bytes_read_in_two_widths_count_once() -> None:
-    x, out = torch.ones(16), torch.zeros(1)
-    with ByteCounter(x=[x], out=[out]) as counter:
-        _two_widths_kernel[(1,)](out, x, x.view(torch.int8))
-    check(counter.total, loads={"x": (20, 24)}, stores={"out": (4, 4)})
-
-
-def test_register_refuses_what_it_cannot_attribute() -> None:
-    x = torch.rand(4, 8)
-    counter = ByteCounter(x=[x[:2]])
-    with pytest.raises(ValueError, match="x and rest share memory"):
-        counter.register("rest", x[1:])
-    counter.register("rest", x[2:])
-    with pytest.raises(ValueError, match="w is on meta, expected a CPU tensor"):
-        ByteCounter(w=[torch.rand(1, device="meta")])
-
-
-def test_outside_the_interpreter_nothing_is_counted_silently(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), ByteCounter():
-        pass
+    Every count in closed form. So FLOPs, and issued bytes of x, W and y, of the base GEMM are the
+    same at 1 and at 64 adapters, and without any.
+    """
+    chip, size, counted = chip_of(lab.device), dtype.itemsize, {}
+    for active in (0, 3, 64) if m == 72 else (0, 1, 64):
+        ids = [row % (active + 1) - 1 for row in range(m)]
+        problem = MixedProblem(lab, ids, [RANKS], 72, [88], dtype)
+        counted[active] = found = count_forward(problem, chip)
+        expected = forms_of_forward(Batch(ids, RANKS, 88, 72, size, size), chip, dtype)
+        for name, form in expected.items():
+            loads = {key: traffic for key, traffic in found[name].loads.items() if traffic.issued}
+            small = [loads.pop(key, (0, 0)) for key in ("tables", "routing")]
+            wanted = {key: traffic for key, traffic in form.loads.items() if traffic[1]}
+            assert (loads, found[name].flops) == (wanted, form.flops), (active, name)
+            stores = {key: traffic for key, traffic in form.stores.items() if traffic[1]}
+            assert found[name].stores == stores, (active, name)
+            # Only what says where factors are: tables by adapter, routing by segment and row.
+            tables, routing = (traffic[0] for traffic in small)
+            assert tables <= TABLE_BYTES * active, (active, name)
+            assert routing <= 8 * (2 * active + 6) + 12 * m, (active, name)
+    grids = [{name: found.grids for name, found in one.items()} for one in counted.values()]
+    assert all(len(shown) == 4 and shown == grids[0] for shown in grids)

@@ -12,7 +12,8 @@ from fastlora import env  # noqa: F401 - registers the operators
 from fastlora.ops import schema as ops  # noqa: F401 - registers the operators
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.gradients import grad_b
+from tests.support.kernels.lab import Lab
+from tests.support.kernels.one_adapter import Problem
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -69,14 +70,15 @@ def test_auto_is_fused_up_to_64_rows(m: int, fused: bool) -> None:
     assert (linear.call_count, expand.call_count) == ((1, 0) if fused else (0, 1))
 
 
-def test_a_scaling_of_each_rank_row() -> None:
+def test_a_scaling_of_each_rank_row(lab: Lab) -> None:
     """ds and d_lora_b by each rank row's own, in fp32."""
-    dy, s, lora_b, scaling = rand(70, 40), rand(70, 5), rand(40, 5), torch.linspace(0.5, 2.0, 5)
-    given = (dy, s, lora_b, scaling.to(DEVICE))
-    mine = OPS.lora_grad_b(dy, s, [], 0, [lora_b], [True], given[-1], True, "triton")
-    exact = grad_b(*(tensor.double() for tensor in given))
-    for found, plain, true in zip(mine, grad_b(*given), exact, strict=True):
-        assert_within_budget(found, plain, true)
+    problem = Problem(lab, 70, 40, 16, 5)
+    problem.scaling = torch.linspace(0.5, 2.0, 5).to(DEVICE)
+    found = OPS.lora_grad_b(
+        *(problem.dy, problem.s, [], 0, [problem.lora_b], [True], problem.scaling, True),
+        "triton",
+    )
+    problem.check(dict(zip(("ds", "d_lora_b", "d_bias"), found, strict=True)))
 
 
 def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:

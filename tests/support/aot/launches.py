@@ -6,9 +6,11 @@ A launch is recorded from the launcher itself: the same constants, strides and o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,17 +24,17 @@ from fastlora.kernels.configs import (
     all_shipped,
     kernel_of,
 )
-from tests.support.aot.grad_launches import GradOperands
-from tests.support.aot.mixed_grad_launches import (
-    SHARED_BY_SIBLINGS,
-    MixedGradOperands,
-    is_compiled,
-)
+from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
+from fastlora.kernels.mixed_rows import DropoutTables
 from tests.support.chips import GPUS as CHIPS
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
+# Launches that siblings share in training.
+SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 _SLOTS = 64
 _ROWS = 64
+_PLANES = 96
+_RUN = 128
 
 
 class Launch(NamedTuple):
@@ -40,6 +42,13 @@ class Launch(NamedTuple):
 
     kernel: Any
     arguments: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What is read of a compiled launch: the text of its stages, its bytes of shared memory."""
+
+    asm: Mapping[str, Any]
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,17 @@ class Case:
     def is_mixed(self) -> bool:
         """Whether it is a kernel for mixed batches."""
         return self.shipped.kernel.startswith("mixed_")
+
+
+def is_compiled(chip: Chip, shipped: Shipped) -> bool:
+    """Whether a config is compiled for a chip: in 16 bits for all, in fp32 once a family.
+
+    FMAs, which no test holds to anything but that they compile, on one NVIDIA chip.
+    """
+    if shipped.dtype != torch.float32:
+        return True
+    fma = shipped.config.input_precision == "ieee" and chip.max_registers is not None
+    return chip.arch == "sm_80" if fma else chip.arch == chip.family
 
 
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
@@ -98,157 +118,157 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
 
 def record(case: Case) -> Launch:
     """Returns the launch that the case's launcher makes."""
-    return _recorded(case.shipped.kernel, _Operands(case))
-
-
-class _Operands(GradOperands, MixedGradOperands):
-    """Makes the operands of a case, on the meta device, and calls its launcher with them."""
-
-    def __init__(self, case: Case) -> None:
-        self.stem, self.dtype, self.r, self.config = case.shipped
-        self.heavy = case.variant != "plain"
-        self.modules = 3 if self.heavy and case.variant not in ("alone", "unshared") else 1
-        self.siblings = case.variant == "siblings"
-        chip = next(chip for chip in CHIPS if chip.arch == case.arch)
-        self.pdl = chip.has_pdl
-        self.m = _ROWS if case.is_mixed else getattr(self.config, "block_m", _ROWS)
-        self.n = self.k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
-        if case.variant == "uneven" and not case.is_mixed:
-            self.r -= 1
-        self.factor_dtype = torch.float32 if self.heavy else self.dtype
-
-    def __call__(self, module: Any) -> None:
-        getattr(self, self.stem)(getattr(module, f"launch_{kernel_of(self.stem)}"))
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-
-    def lora_shrink(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.config.splits, self.m, self.r, dtype=torch.float32),
-            self.empty(self.m, self.k),
-            self.empty(self.r, self.k, dtype=self.factor_dtype),
-            seed=self.empty(1, dtype=torch.int64),
-            dropout_p=0.1 if self.heavy else 0.0,
-            config=self.config,
-        )
-
-    def lora_linear(self, launch: Callable[..., None]) -> None:
-        s = self.empty(self.m, self.r)
-        planes = self.empty(MAX_SPLITS, self.m, self.r, dtype=torch.float32)
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(self.m, self.k),
-            self.empty(self.n, self.k),
-            planes if self.heavy else s,
-            self.empty(self.n, self.r, dtype=self.factor_dtype),
-            self.empty(self.r, dtype=torch.float32),
-            bias=self.empty(self.n) if self.heavy else None,
-            s_out=s if self.heavy else None,
-            config=self.config,
-            pdl=self.pdl,
-        )
-
-    def lora_expand(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(self.m, self.r),
-            self.empty(self.n, self.r, dtype=self.factor_dtype),
-            self.empty(self.r, dtype=torch.float32),
-            config=self.config,
-        )
-
-    def lora_dropout(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.k),
-            self.empty(self.m, self.k),
-            seed=self.empty(1, dtype=torch.int64),
-            dropout_p=0.1,
-            config=self.config,
-        )
-
-    def route(self) -> tuple[torch.Tensor, ...]:
-        """Returns order, segment_of and segment_slot."""
-        sizes = (self.m, self.m, min(self.m, _SLOTS + 2))
-        return tuple(self.empty(size, dtype=torch.int32) for size in sizes)
-
-    def addresses(self, *shape: int) -> torch.Tensor:
-        return self.empty(*shape, dtype=torch.int64)
-
-    def tables(self) -> tuple[torch.Tensor | None, ...]:
-        """Returns the addresses of lora_b and lora_bias, the ranks and the scalings."""
-        return (
-            self.addresses(_SLOTS),
-            self.addresses(_SLOTS) if self.heavy else None,
-            self.empty(_SLOTS, dtype=torch.int32),
-            self.empty(_SLOTS, dtype=torch.float32),
-        )
-
-    def mixed_lora_shrink(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(4, self.modules, self.m, 64, dtype=torch.float32),
-            self.empty(self.m, self.k),
-            *self.route(),
-            self.empty(_ROWS, dtype=torch.int32),
-            self.addresses(self.modules, _SLOTS),
-            self.empty(self.modules, _SLOTS, dtype=torch.int32),
-            factor_dtype=self.factor_dtype,
-            config=self.config,
-        )
-
-    def mixed_lora_linear(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(self.m, self.k),
-            self.empty(self.n, self.k),
-            self.empty(self.n) if self.heavy else None,
-            self.empty(4, self.m, 64, dtype=torch.float32),
-            *self.route(),
-            *self.tables(),
-            factor_dtype=self.factor_dtype,
-            config=self.config,
-            pdl=self.pdl and not self.config.batch_invariant,
-        )
-
-    def mixed_lora_expand(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(4, self.m, 64, dtype=torch.float32),
-            *self.route(),
-            *self.tables(),
-            factor_dtype=self.factor_dtype,
-            config=self.config,
-        )
-
-    def mixed_lora_add(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(self.m, self.k),
-            *self.route(),
-            self.empty(_ROWS, dtype=torch.int32),
-            self.addresses(_SLOTS),
-            *self.tables(),
-            factor_dtype=self.factor_dtype,
-            config=self.config,
-        )
-
-    def mixed_dora_scale(self, launch: Callable[..., None]) -> None:
-        launch(
-            self.empty(self.m, self.n),
-            self.empty(self.n) if self.heavy else None,
-            *self.route(),
-            self.empty(_ROWS, dtype=torch.int32),
-            self.addresses(_SLOTS),
-            config=self.config,
-        )
-
-
-def _recorded(stem: str, launch: Callable[[Any], None]) -> Launch:
-    """Returns the one launch that a launcher makes."""
-    with recording(kernel_of(stem)) as made:
-        launch(importlib.import_module(f"fastlora.kernels.{kernel_of(stem)}"))
+    stem = kernel_of(case.shipped.kernel)
+    launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
+    given = operands(case)
+    taken = inspect.signature(launcher).parameters.keys() & given.keys()
+    with recording(stem) as made:
+        launcher(**{name: given[name] for name in taken})
     (only,) = made
     return only
+
+
+def operands(case: Case) -> dict[str, Any]:
+    """Returns what the case's launcher takes, by its parameters' names, on the meta device."""
+    stem, dtype, r, config = case.shipped
+    heavy, trains = case.variant != "plain", case.variant in ("training", "siblings")
+    factor_dtype = torch.float32 if heavy else dtype
+    m = _ROWS if case.is_mixed else config.block_m
+    n = k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
+    if case.variant == "uneven" and not case.is_mixed:
+        r -= 1
+    alone = case.variant in ("plain", "alone", "unshared", "training")
+    modules = 1 if alone else 3
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    factor = functools.partial(empty, dtype=factor_dtype)
+    fp32 = functools.partial(empty, dtype=torch.float32)
+    ints = functools.partial(empty, dtype=torch.int32)
+    longs = functools.partial(empty, dtype=torch.int64)
+
+    def sums(*shape: int) -> torch.Tensor:
+        """An output of a backward: planes, or itself."""
+        return fp32(4, *shape) if heavy else empty(*shape)
+
+    bias = empty(n) if heavy else None
+    drops = {"seed": longs(1), "dropout_p": 0.1} if heavy else {}
+    has_pdl = next(chip for chip in CHIPS if chip.arch == case.arch).has_pdl
+    # What a name stands for where a launch has nothing of its own below.
+    common = {
+        "config": config,
+        "factor_dtype": factor_dtype,
+        "x": empty(m, k),
+        "weight": empty(n, k),
+        "y": empty(m, n),
+        "dy": empty(m, n),
+    }
+    of_dx = {"y": empty(m, k), "x": empty(m, n), "weight": empty(n, k).t(), "scaling": None}
+    of_dx |= {"bias": None, "s_out": None, "pdl": False}
+    if not case.is_mixed:
+        common |= {"s": empty(m, r), "lora_b": factor(n, r), "scaling": fp32(r)}
+        of_dx |= {"lora_b": factor(r, k).t(), **drops}
+        siblings = config.siblings if heavy else 1
+        sizes = (r + 1, *[64] * 3)
+        own: dict[str, dict[str, Any]] = {
+            "lora_shrink": {
+                "out": fp32(config.splits, m, r),
+                "lora_a": factor(r, k),
+                "seed": longs(1),
+                "dropout_p": 0.1 if heavy else 0.0,
+            },
+            "lora_linear": {
+                "s": fp32(MAX_SPLITS, m, r) if heavy else empty(m, r),
+                "bias": bias,
+                "s_out": empty(m, r) if heavy else None,
+                "pdl": has_pdl,
+            },
+            "lora_expand": {},
+            "lora_dropout": {"out": empty(m, k), "seed": longs(1), "dropout_p": 0.1},
+            "lora_grad_b": {
+                "ds": sums(m, r),
+                "d_lora_b": sums(n, r),
+                "d_bias": fp32(4, n) if heavy else None,
+            },
+            "lora_grad_a": {
+                "outs": [sums(r, k) for _ in range(siblings)],
+                "ds": [empty(m, r) for _ in range(siblings)],
+                "seeds": longs(siblings) if heavy else None,
+                "dropout_p": [0.1] * siblings,
+                "config": replace(config, siblings=siblings),
+            },
+            "lora_grad_x": of_dx,
+            "lora_grad_x_add": of_dx,
+            "plane_sums": {
+                "outs": [empty(size, k) for size in sizes],
+                "planes": [fp32(4, size, k) for size in sizes],
+            },
+        }
+        return common | own[stem]
+    address = longs(_SLOTS)
+    common |= {
+        "order": ints(m),
+        "segment_of": ints(m),
+        "segment_slot": ints(min(m, _SLOTS + 2)),
+        "pieces": ints(_SLOTS),
+        "lora_a_address": address,
+        "lora_b_address": address,
+        "lora_bias_address": address if heavy else None,
+        "scale_address": address,
+        "rank": ints(_SLOTS),
+        "scaling": fp32(_SLOTS),
+        "rows": _RUN,
+        "bias": bias,
+        "s": empty(1, m, 64) if trains else fp32(4, m, 64),
+        "pdl": has_pdl and not config.batch_invariant,
+    }
+    dropout = None
+    if case.variant == "training":  # siblings share a launch where nothing drops
+        dropout = DropoutTables(ints(_SLOTS + 1), longs(_SLOTS), ints(_SLOTS), fp32(_SLOTS))
+    of_dx |= {"lora_bias_address": None, "dropout": dropout}
+    shrink = {
+        "s": fp32(4, modules, m, 64),
+        "lora_a_address": longs(modules, _SLOTS),
+        "rank": ints(modules, _SLOTS),
+    }
+    own = {
+        "mixed_lora_shrink": shrink,
+        "mixed_lora_train_shrink": {**shrink, "dropout": dropout},
+        "mixed_lora_train_linear": {"by_column": True},
+        "mixed_lora_train_expand": {"by_column": True},
+        "mixed_lora_grad_b": {
+            "ds": fp32(32, m, 64),
+            "d_lora_b": fp32(_PLANES, n, 64),
+            "d_bias": fp32(_PLANES, n),
+            "s": empty(m, 64),
+            "max_rank": 64,
+        },
+        "mixed_lora_grad_a": {
+            "d_lora_a": fp32(_PLANES, modules, 64, k),
+            "ds": empty(modules, m, 64),
+            "rank": ints(modules, _SLOTS),
+            "max_columns": 64,
+            "dropout": dropout,
+        },
+        "mixed_lora_grad_x": of_dx,
+        "mixed_lora_grad_x_add": of_dx,
+        "mixed_lora_grad_reduce": {
+            "out": factor(_SLOTS * n),
+            "planes": fp32(_PLANES, n, 64).transpose(1, 2).unsqueeze(1),
+            "slot_start": ints(_SLOTS + 1),
+            "rank": ints(1, _SLOTS),
+            "scaling": fp32(1, _SLOTS),
+            "offset": longs(1, _SLOTS),
+            "m": m,
+            "columns": n,
+            "by_column": True,
+            "bias_planes": fp32(_PLANES, n),
+            "bias_offset": longs(1, _SLOTS),
+            "ds": DsPlanes(empty(m, 64), fp32(32, m, 64), ints(m), ints(min(m, _SLOTS + 2))),
+        },
+    }
+    return common | own.get(stem, {})
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ from typing import Any
 import triton
 
 from tests.support.aot.dependent_launch import early_loads
-from tests.support.aot.launches import Case, Launch
-from tests.support.aot.shared_compiles import Compiled
+from tests.support.aot.launches import Case, Compiled, Launch
 from tests.support.aot.specialisation import TYPE_NAMES, specialise
 
 # Registers and resident threads of one processor, for the estimate of occupancy.

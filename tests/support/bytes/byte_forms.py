@@ -1,16 +1,16 @@
-"""The bytes and FLOPs of one adapter's launches in closed form, from shapes and tiles alone.
+"""The bytes and FLOPs of every launch in closed form, from shapes and tiles alone.
 
-Each function returns what `byte_counter.ByteCounter` must count of one launch: loads and stores by
-tensor as (distinct, issued), and FLOPs. ``e`` is the bytes of an element of activations, ``f`` of a
-factor.
+Each function returns what `byte_counter.ByteCounter` must count of one launch. Of a mixed batch
+that is all but the tables and the routing: a number for each adapter, piece or row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from tests.support.bytes.byte_counter import ELSEWHERE, KernelCount
 
 Bytes = dict[str, tuple[int, int]]
 SCALING = 4  # bytes of one fp32
@@ -18,11 +18,11 @@ SEED = 8  # bytes of one int64
 
 
 class Form(NamedTuple):
-    """What one launch moves and multiplies."""
+    """What one launch moves and multiplies: (distinct, issued) bytes by tensor, and FLOPs."""
 
     loads: Bytes
     stores: Bytes
-    flops: int
+    flops: int = 0
 
     @property
     def distinct(self) -> int:
@@ -35,139 +35,347 @@ class Form(NamedTuple):
         return sum(i for side in (self.loads, self.stores) for _, i in side.values())
 
 
-def shrink(m: int, k: int, r: int, e: int, f: int, config: KernelConfig) -> Form:
+def check(count: KernelCount, form: Form) -> None:
+    """Each tensor's bytes are exactly these, and no other memory is touched."""
+    assert count.loads == form.loads
+    assert count.stores == form.stores
+    assert count.flops == form.flops
+    assert (count.distinct, count.issued) == (form.distinct, form.issued)
+
+
+class Sizes(NamedTuple):
+    """Rows, outputs, columns of x and rank; bytes of an element of activations and of factors."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    e: int = 2
+    f: int = 4
+
+
+def often(size: int, times: int = 1) -> tuple[int, int]:
+    """Bytes that are loaded, or stored, so many times."""
+    return size, size * times
+
+
+def summed(elements: int, parts: int, width: int) -> tuple[int, int]:
+    """An output as it is written: once in elements of so many bytes, or in planes of fp32."""
+    return often(width * elements if parts == 1 else 4 * parts * elements)
+
+
+def whole(size: int, block: int) -> int:
+    """The size, filled up to whole blocks."""
+    return cdiv(size, block) * block
+
+
+# ----------------------------------------------------------------------------- one adapter
+
+
+def shrink(sizes: Sizes, config: KernelConfig) -> Form:
     """`launch_lora_shrink` without dropout: x once per block of rank rows."""
-    tiles_m, blocks_r = cdiv(m, config.block_m), cdiv(r, config.block_r)
-    written = e * m * r if config.splits == 1 else 4 * config.splits * m * r
-    depth = cdiv(k, config.block_k) * config.block_k
+    m, _, k, r, e, f = sizes
     return Form(
         loads={
-            "x": (e * m * k, e * m * k * blocks_r),
-            "lora_a": (f * r * k, f * r * k * tiles_m),
+            "x": often(e * m * k, cdiv(r, config.block_r)),
+            "lora_a": often(f * r * k, cdiv(m, config.block_m)),
         },
-        stores={"s": (written, written)},
-        flops=2 * tiles_m * config.block_m * blocks_r * config.block_r * depth,
+        stores={"s": summed(m * r, config.splits, e)},
+        flops=2 * whole(m, config.block_m) * whole(r, config.block_r) * whole(k, config.block_k),
     )
 
 
-def shrink_reduce(m: int, r: int, e: int, planes: int) -> Form:
+def shrink_reduce(sizes: Sizes, planes: int) -> Form:
     """`launch_lora_shrink_reduce`: every plane read once, s written once."""
-    read = 4 * planes * m * r
-    return Form({"planes": (read, read)}, {"s": (e * m * r, e * m * r)}, 0)
+    elements = sizes.m * sizes.r
+    return Form({"planes": often(4 * planes * elements)}, {"s": often(sizes.e * elements)})
 
 
-def linear(
-    m: int, n: int, k: int, r: int, e: int, f: int, planes: int, config: KernelConfig
-) -> Form:
-    """`launch_lora_linear` as a forward without bias; s is written besides where it is planes."""
-    tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
-    s = e * m * r if planes == 1 else 4 * planes * m * r
-    stores = {"y": (e * m * n, e * m * n)}
-    if planes > 1:
-        stores["s"] = (e * m * r, e * m * r)
-    tile = 2 * tiles_m * config.block_m * tiles_n * config.block_n
-    depth = cdiv(k, config.block_k) * config.block_k + cdiv(r, config.block_r) * config.block_r
-    return Form(
-        loads={
-            "x": (e * m * k, e * m * k * tiles_n),
-            "weight": (e * n * k, e * n * k * tiles_m),
-            "s": (s, s * tiles_n),
-            "lora_b": (f * n * r, f * n * r * tiles_m),
-            "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
-        },
-        stores=stores,
-        flops=tile * depth,
-    )
+def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tuple[int, int, int]:
+    """Tiles of rows and of columns of a product with the rank rows' beside it, and its FLOPs."""
+    depth = whole(depth, config.block_k) if depth else 0
+    flops = 2 * whole(sizes.m, config.block_m) * whole(columns, config.block_n)
+    flops *= depth + whole(sizes.r, config.block_r)
+    return cdiv(sizes.m, config.block_m), cdiv(columns, config.block_n), flops
 
 
-def expand(m: int, n: int, r: int, e: int, f: int, config: KernelConfig) -> Form:
-    """`launch_lora_expand` with one scaling: y read and written, s once per tile of N."""
-    tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
-    depth = cdiv(r, config.block_r) * config.block_r
-    return Form(
-        loads={
-            "y": (e * m * n, e * m * n),
-            "s": (e * m * r, e * m * r * tiles_n),
-            "lora_b": (f * n * r, f * n * r * tiles_m),
-            "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
-        },
-        stores={"y": (e * m * n, e * m * n)},
-        flops=2 * tiles_m * config.block_m * tiles_n * config.block_n * depth,
-    )
-
-
-def dropout(m: int, k: int, e: int, config: KernelConfig) -> Form:
-    """`launch_lora_dropout`: x once, what is kept once, and the seed in every program."""
-    programs = cdiv(m, config.block_m) * cdiv(k, config.block_k)
-    return Form(
-        loads={"x": (e * m * k, e * m * k), "seed": (SEED, SEED * programs)},
-        stores={"out": (e * m * k, e * m * k)},
-        flops=0,
-    )
-
-
-def grad_b(
-    m: int, n: int, r: int, e: int, f: int, scalings: int, with_bias: bool, config: KernelConfig
-) -> Form:
-    """`launch_lora_grad_b`: dy once per block of rank rows, s and lora_b once per program."""
-    columns, splits = cdiv(n, config.block_n), config.splits
-    blocks_r, steps = cdiv(r, config.block_r), cdiv(m, config.block_m)
-    ds = e * m * r if columns == 1 else 4 * columns * m * r
-    d_lora_b = f * n * r if splits == 1 else 4 * splits * n * r
-    stores = {"ds": (ds, ds), "d_lora_b": (d_lora_b, d_lora_b)}
+def linear(sizes: Sizes, config: KernelConfig, planes: int = 1, with_bias: bool = False) -> Form:
+    """`launch_lora_linear` as a forward; s is written besides where it is planes."""
+    m, n, k, r, e, f = sizes
+    tiles_m, tiles_n, flops = _tiles(sizes, config, k, n)
+    loads = {
+        "x": often(e * m * k, tiles_n),
+        "weight": often(e * n * k, tiles_m),
+        "s": often(summed(m * r, planes, e)[0], tiles_n),
+        "lora_b": often(f * n * r, tiles_m),
+        "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
+    }
+    stores = {"y": often(e * m * n)}
     if with_bias:
-        stores["d_bias"] = (4 * splits * n, 4 * splits * n)
-    product = 2 * config.block_m * config.block_n * config.block_r
+        loads["bias"] = often(e * n, tiles_m)
+    if planes > 1:
+        stores["s"] = often(e * m * r)
+    return Form(loads, stores, flops)
+
+
+def expand(sizes: Sizes, config: KernelConfig, scalings: int = 1) -> Form:
+    """`launch_lora_expand`: y read and written, s once per tile of N."""
+    m, n, _, r, e, f = sizes
+    tiles_m, tiles_n, flops = _tiles(sizes, config, 0, n)
+    loads = {
+        "y": often(e * m * n),
+        "s": often(e * m * r, tiles_n),
+        "lora_b": often(f * n * r, tiles_m),
+        "scaling": (SCALING * scalings, SCALING * r * tiles_m * tiles_n),
+    }
+    return Form(loads, {"y": often(e * m * n)}, flops)
+
+
+def dropout(sizes: Sizes, config: KernelConfig) -> Form:
+    """`launch_lora_dropout`: x once, what is kept once, and the seed in every program."""
+    m, _, k, _, e, _ = sizes
+    programs = cdiv(m, config.block_m) * cdiv(k, config.block_k)
+    return Form({"x": often(e * m * k), "seed": often(SEED, programs)}, {"out": often(e * m * k)})
+
+
+def grad_b(sizes: Sizes, config: KernelConfig, scalings: int = 1, with_bias: bool = False) -> Form:
+    """`launch_lora_grad_b`: dy once per block of rank rows, s and lora_b once per program."""
+    m, n, _, r, e, f = sizes
+    columns, splits = cdiv(n, config.block_n), config.splits
+    stores = {"ds": summed(m * r, columns, e), "d_lora_b": summed(n * r, splits, f)}
+    if with_bias:
+        stores["d_bias"] = often(4 * splits * n)
+    tiles = whole(m, config.block_m) * whole(n, config.block_n) * whole(r, config.block_r)
     return Form(
         loads={
-            "dy": (e * m * n, e * m * n * blocks_r),
-            "s": (e * m * r, e * m * r * columns),
-            "lora_b": (f * n * r, f * n * r * splits),
+            "dy": often(e * m * n, cdiv(r, config.block_r)),
+            "s": often(e * m * r, columns),
+            "lora_b": often(f * n * r, splits),
             "scaling": (SCALING * scalings, SCALING * r * columns * splits),
         },
         stores=stores,
-        flops=2 * product * steps * columns * blocks_r,
+        flops=2 * 2 * tiles,
     )
 
 
 def grad_a(
-    m: int, k: int, ranks: Sequence[int], e: int, f: int, dropout: bool, config: KernelConfig
+    sizes: Sizes, config: KernelConfig, ranks: Sequence[int] = (), drops: bool = False
 ) -> Form:
     """`launch_lora_grad_a`: x once per block of rank rows, ds once per block of columns."""
-    columns, splits, count = cdiv(k, config.block_k), config.splits, len(ranks)
-    blocks_r, steps = cdiv(max(ranks), config.block_r), cdiv(m, config.block_m)
-    loads = {"x": (e * m * k, e * m * k * blocks_r)}
-    stores = {}
-    for i, r in enumerate(ranks):
-        loads[f"ds_{i}"] = (e * m * r, e * m * r * columns)
-        written = f * r * k if splits == 1 else 4 * splits * r * k
-        stores[f"d_lora_a_{i}"] = (written, written)
-    if dropout:
-        loads["seeds"] = (SEED * count, SEED * count * columns * blocks_r * splits)
-    product = 2 * config.block_m * config.block_k * config.block_r
-    return Form(loads, stores, product * steps * columns * blocks_r * count)
+    m, _, k, r, e, f = sizes
+    ranks = ranks or [r]
+    columns, splits, blocks_r = cdiv(k, config.block_k), config.splits, cdiv(r, config.block_r)
+    loads, stores = {"x": often(e * m * k, blocks_r)}, {}
+    for i, own in enumerate(ranks):
+        loads[f"ds_{i}"] = often(e * m * own, columns)
+        stores[f"d_lora_a_{i}"] = summed(own * k, splits, f)
+    if drops:
+        loads["seeds"] = often(SEED * len(ranks), columns * blocks_r * splits)
+    tiles = whole(m, config.block_m) * whole(k, config.block_k) * whole(r, config.block_r)
+    return Form(loads, stores, 2 * tiles * len(ranks))
 
 
-def grad_x(
-    m: int, n: int, k: int, r: int, e: int, f: int, dropout: bool, config: KernelConfig
-) -> Form:
+def grad_x(sizes: Sizes, config: KernelConfig, drops: bool = False) -> Form:
     """`launch_lora_linear` as the gradient of x: dy ``[m, n]``, dx ``[m, k]``."""
-    tiles_m, tiles_k = cdiv(m, config.block_m), cdiv(k, config.block_n)
+    m, n, k, r, e, f = sizes
+    tiles_m, tiles_k, flops = _tiles(sizes, config, n, k)
     loads = {
-        "dy": (e * m * n, e * m * n * tiles_k),
-        "weight": (e * n * k, e * n * k * tiles_m),
-        "ds": (e * m * r, e * m * r * tiles_k),
-        "lora_a": (f * r * k, f * r * k * tiles_m),
+        "dy": often(e * m * n, tiles_k),
+        "weight": often(e * n * k, tiles_m),
+        "ds": often(e * m * r, tiles_k),
+        "lora_a": often(f * r * k, tiles_m),
     }
-    if dropout:
-        loads["seed"] = (SEED, SEED * tiles_m * tiles_k)
-    tile = 2 * tiles_m * config.block_m * tiles_k * config.block_n
-    depth = cdiv(n, config.block_k) * config.block_k + cdiv(r, config.block_r) * config.block_r
-    return Form(loads, {"dx": (e * m * k, e * m * k)}, tile * depth)
+    if drops:
+        loads["seed"] = often(SEED, tiles_m * tiles_k)
+    return Form(loads, {"dx": often(e * m * k)}, flops)
 
 
-def plane_sums(sizes: Sequence[int], planes: Sequence[int], widths: Sequence[int]) -> Form:
-    """`launch_plane_sums`: every plane read once, every output of ``width`` bytes written once."""
-    read = sum(4 * size * count for size, count in zip(sizes, planes, strict=True))
-    written = sum(size * width for size, width in zip(sizes, widths, strict=True))
-    return Form({"planes": (read, read)}, {"outs": (written, written)}, 0)
+def plane_sums(outs: Iterable[tuple[int, int, int]]) -> Form:
+    """`launch_plane_sums` of outputs as (elements, planes, bytes of an element)."""
+    outs = list(outs)
+    read = sum(4 * elements * planes for elements, planes, _ in outs)
+    written = sum(elements * width for elements, _, width in outs)
+    return Form({"planes": often(read)}, {"outs": often(written)})
+
+
+# ----------------------------------------------------------------------------- a mixed batch
+
+
+class Batch(NamedTuple):
+    """A linear for rows of many adapters.
+
+    Attributes:
+        ids: Slot of each row, -1 for none.
+        ranks: Of each slot.
+        n, k: Outputs, and columns of x.
+        e, f: Bytes of an element of activations, and of a factor.
+    """
+
+    ids: Sequence[int]
+    ranks: Sequence[int]
+    n: int
+    k: int
+    e: int = 2
+    f: int = 4
+
+    @property
+    def m(self) -> int:
+        """Rows."""
+        return len(self.ids)
+
+    @property
+    def held(self) -> list[int]:
+        """The rank of each row that has an adapter."""
+        return [self.ranks[slot] for slot in self.ids if slot >= 0]
+
+    @property
+    def own(self) -> int:
+        """Rank rows of all adapters that have rows."""
+        return sum(self.ranks[slot] for slot in {*self.ids} - {-1})
+
+    def tiles(self, block_m: int) -> list[list[int]]:
+        """For each tile of sorted positions, the rank of each adapter with rows in it."""
+        positions = sorted(self.ids)
+        starts = range(0, self.m, block_m)
+        slots = [{*positions[start : start + block_m]} - {-1} for start in starts]
+        return [[self.ranks[slot] for slot in tile] for tile in slots]
+
+    def pieces(self, block_m: int) -> list[int]:
+        """The rank of each piece."""
+        return [rank for tile in self.tiles(block_m) for rank in tile]
+
+
+def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
+    """`launch_mixed_lora_shrink`: x once per block of rank rows, lora_a once per piece."""
+
+    def width(rank: int) -> int:
+        return config.narrow_r if rank <= config.narrow_r else config.block_r
+
+    row, pieces, held = batch.e * batch.k, batch.pieces(config.block_m), batch.held
+    columns = sum(whole(rank, width(rank)) for rank in pieces)
+    return Form(
+        loads={
+            "x": (row * len(held), row * sum(cdiv(rank, width(rank)) for rank in held)),
+            "lora_a": (batch.f * batch.k * batch.own, batch.f * batch.k * sum(pieces)),
+        },
+        stores={"s": often(4 * splits * sum(held))},
+        flops=2 * config.block_m * columns * whole(batch.k, config.block_k),
+    )
+
+
+def _rank_rows(batch: Batch, config: KernelConfig, splits: int) -> tuple[Bytes, int]:
+    """Loads and FLOPs of adding the rank rows: s once per tile of N, lora_b once per tile of M.
+
+    An adapter's columns come in blocks of 16, those of a tile's adapters side by side.
+    """
+    tiles, tiles_n = batch.tiles(config.block_m), cdiv(batch.n, config.block_n)
+    chunks = sum(cdiv(sum(whole(rank, 16) for rank in tile), config.block_r) for tile in tiles)
+    loads = {
+        "s": often(4 * splits * sum(batch.held), tiles_n),
+        "lora_b": (batch.f * batch.n * batch.own, batch.f * batch.n * sum(map(sum, tiles))),
+    }
+    return loads, 2 * chunks * tiles_n * config.block_m * config.block_n * config.block_r
+
+
+def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: bool) -> Form:
+    """`launch_mixed_lora_linear`: the base GEMM's bytes, as without adapters, and rank rows'."""
+    loads, flops = _rank_rows(batch, config, splits)
+    m, n, k, e = batch.m, batch.n, batch.k, batch.e
+    tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
+    if with_bias:
+        loads["bias"] = often(e * n, tiles_m)
+    flops += 2 * whole(m, config.block_m) * whole(n, config.block_n) * whole(k, config.block_k)
+    base = {"x": often(e * m * k, tiles_n), "weight": often(e * n * k, tiles_m)}
+    return Form({**base, **loads}, {"y": often(e * m * n)}, flops)
+
+
+def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
+    """`launch_mixed_lora_expand`: y of rows with an adapter, read and written, and rank rows'."""
+    loads, flops = _rank_rows(batch, config, splits)
+    y = often(batch.e * len(batch.held) * batch.n)
+    return Form({"y": y, **loads}, {"y": y}, flops)
+
+
+def mixed_add(batch: Batch, config: KernelConfig) -> Form:
+    """`launch_mixed_lora_add`: every tile of N makes s anew, so x and lora_a are read for each."""
+    n, k, e, f = batch.n, batch.k, batch.e, batch.f
+    pieces, tiles_n = batch.pieces(config.block_m), cdiv(n, config.block_n)
+    y, row = often(e * len(batch.held) * n), e * k
+    chunks = sum(cdiv(rank, config.block_r) for rank in pieces)
+    return Form(
+        loads={
+            "y": y,
+            "x": (
+                row * len(batch.held),
+                row * tiles_n * sum(cdiv(rank, config.block_r) for rank in batch.held),
+            ),
+            "lora_a": (f * k * batch.own, f * k * sum(pieces) * tiles_n),
+            "lora_b": (f * n * batch.own, f * n * sum(pieces)),
+        },
+        stores={"y": y},
+        flops=2 * chunks * config.block_m * config.block_r * tiles_n
+        * (whole(k, config.block_k) + config.block_n),
+    )  # fmt: skip
+
+
+def mixed_scale(batch: Batch, config: KernelConfig) -> Form:
+    """`launch_mixed_dora_scale` with a bias: y read and written, the rest once per piece."""
+    pieces, adapters = len(batch.pieces(config.block_m)), len({*batch.ids} - {-1})
+    n, y = batch.n, often(batch.e * len(batch.held) * batch.n)
+    loads = {"y": y, "scales": (4 * adapters * n, 4 * pieces * n)}
+    return Form({**loads, "bias": often(batch.e * n, pieces)}, {"y": y})
+
+
+def mixed_grad_b(batch: Batch, config: KernelConfig, run: int) -> Form:
+    """`launch_mixed_lora_grad_b`: one read of dy; a plane of ds a block of N, of d_lora_b a run."""
+    n, e, f, columns = batch.n, batch.e, batch.f, cdiv(batch.n, config.block_n)
+    ds, pieces = sum(batch.held), sum(batch.pieces(run))
+    return Form(
+        loads={
+            "dy": often(e * len(batch.held) * n),
+            "s": often(e * ds, columns),
+            "lora_b": (f * batch.own * n, f * pieces * n),
+        },
+        stores={ELSEWHERE: often(4 * columns * ds + 4 * pieces * n)},
+    )
+
+
+def mixed_grad_a(batch: Batch, config: KernelConfig, run: int) -> Form:
+    """`launch_mixed_lora_grad_a`: one read of x, and a plane for each run."""
+    k, e = batch.k, batch.e
+    return Form(
+        loads={
+            "x": often(e * len(batch.held) * k),
+            "ds": often(e * sum(batch.held), cdiv(k, config.block_k)),
+        },
+        stores={ELSEWHERE: often(4 * sum(batch.pieces(run)) * k)},
+    )
+
+
+def mixed_grad_x(batch: Batch, config: KernelConfig) -> Form:
+    """`launch_mixed_lora_linear` as the gradient of x."""
+    m, n, k, e, f = batch.m, batch.n, batch.k, batch.e, batch.f
+    tiles_m, tiles_k = cdiv(m, config.block_m), cdiv(k, config.block_n)
+    return Form(
+        loads={
+            "dy": often(e * m * n, tiles_k),
+            "weight": often(e * n * k, tiles_m),
+            "ds": often(e * sum(batch.held), tiles_k),
+            "lora_a": (f * batch.own * k, f * sum(batch.pieces(config.block_m)) * k),
+        },
+        stores={"dx": often(e * m * k)},
+    )
+
+
+def mixed_grad_b_reduce(batch: Batch, config: KernelConfig, run: int) -> Form:
+    """`launch_mixed_lora_grad_reduce`: every byte of the planes read, every result written."""
+    ds, d_lora_b = batch.e * sum(batch.held), batch.f * batch.own * batch.n
+    planes = mixed_grad_b(batch, config, run).stores
+    return Form(loads=planes, stores={"ds": often(ds), "d_lora_b": often(d_lora_b)})
+
+
+def mixed_grad_a_reduce(batch: Batch, run: int) -> Form:
+    """As `mixed_grad_b_reduce`, of d_lora_a."""
+    planes = often(4 * sum(batch.pieces(run)) * batch.k)
+    d_lora_a = often(batch.f * batch.own * batch.k)
+    return Form(loads={ELSEWHERE: planes}, stores={"d_lora_a": d_lora_a})
