@@ -183,6 +183,7 @@ def disabled(case: Case) -> None:
 def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
     """Ways to change what an evaluation may have kept something of."""
     case, places = subject.case, subject.places()
+    adapted = [layer for layer in subject.layers().values() if "en" in layer.lora_A]
     own = {name: p for name, p in places.items() if name.count(".") == 2}
 
     def in_place() -> None:
@@ -208,22 +209,65 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
         state = {key: tensor * 0.75 for key, tensor in subject.call.state_dict().items()}
         subject.call.load_state_dict(state)
 
-    def scale() -> None:
-        for layer in (found for found in subject.layers().values() if "en" in found.lora_A):
-            layer.set_scale("en", 2.0)
+    def twice() -> None:
         config = subject.adapters["en"]
-        subject.adapters = {
-            **subject.adapters,
-            "en": {**config, "lora_alpha": 2 * config["lora_alpha"]},
-        }
+        twice = {**config, "lora_alpha": 2 * config["lora_alpha"]}
+        subject.adapters = {**subject.adapters, "en": twice}
+
+    def scale() -> None:
+        for layer in adapted:
+            layer.set_scale("en", 2.0)
+        twice()
+
+    def tensor() -> None:
+        """Then written in place, then by an optimizer that moves no version."""
+        for layer in adapted:
+            scaling = layer.scaling["en"]
+            if not isinstance(scaling, torch.Tensor):
+                layer.scaling["en"] = torch.tensor(2.0 * scaling, dtype=torch.float64)
+            elif scaling.grad is None:
+                scaling.mul_(2)
+                scaling.grad = -scaling
+            else:
+                torch.optim.SGD([scaling], lr=1.0, fused=True).step()
+        twice()
 
     def data() -> None:
         for parameter in places.values():
             parameter.data.mul_(1.25)
+
+    def refreshed() -> None:
+        data()
         fastlora.refresh(subject.handle or subject.net)
 
+    def in_training() -> None:
+        subject.net.train()
+        subject.forward(subject.x())
+        data()
+        subject.net.eval()
+
+    def before_training() -> None:
+        data()
+        subject.net.train()
+        subject.net.eval()
+
+    @torch.enable_grad()
+    def unknown_optimizer() -> None:
+        subject.forward(subject.x())
+        for parameter in own.values():
+            parameter.data.mul_(1.25)
+        subject.net.eval()
+
+    def storage() -> None:
+        for parameter in own.values():
+            parameter.data = parameter.data * 1.25
+
+    def dropped() -> None:
+        for layer in adapted:
+            layer.lora_dropout["en"] = nn.Dropout(1 - 1e-9).train()
+
     def replaced() -> None:
-        for layer in (found for found in subject.layers().values() if "en" in found.lora_A):
+        for layer in adapted:
             module = layer.lora_B["en"]
             module.weight = nn.Parameter(module.weight.detach() * 0.75)
 
@@ -235,7 +279,10 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     if case.source == "pool":
         return {f.__name__: f for f in (swapped, base)}
-    return {f.__name__: f for f in (in_place, base, optimizer, load, scale, data, replaced)}
+    packs = case.rows == "mixed" and not case.dora
+    found = [in_place, base, optimizer, load, scale, tensor, refreshed, in_training]
+    found += [before_training, unknown_optimizer, storage, replaced]
+    return {f.__name__: f for f in found + [dropped] * packs}
 
 
 @invariant(
@@ -248,7 +295,8 @@ def changes_are_seen(case: Case) -> None:
     if case.rows == "mixed" and case.trains:  # a pool's adapters stay in a block what they are
         # What PEFT's layers are told is looked for when a block begins.
         told = () if case.source == "patched" else ("load", "scale")
-        ways += [(way, True) for way in ("optimizer", "data", *told)]
+        trained = ("optimizer", "refreshed", "in_training", "unknown_optimizer")
+        ways += [(way, True) for way in (*trained, *told)]
     for way, in_one_block in ways:
         if case.source == "shards" and way == "replaced":
             continue
@@ -260,11 +308,62 @@ def changes_are_seen(case: Case) -> None:
         with torch.no_grad(), block():
             for _ in range(3):
                 forward(x)
-            changes(subject)[way]()
-            if way != "swapped":
-                subject.read()
-            for _ in range(3):
-                check(subject, {"y": forward(x)}, x, masks={})
+            for _ in range(3 if way == "tensor" else 1):
+                changes(subject)[way]()
+                if way != "swapped":
+                    subject.read()
+                if way == "dropped":  # all of it
+                    subject.values |= {
+                        name: torch.zeros_like(value)
+                        for name, value in subject.values.items()
+                        if name.endswith(".en.B")
+                    }
+                for _ in range(3):
+                    check(subject, {"y": forward(x)}, x, masks={})
+
+
+@invariant(
+    lambda case: case.source != "function" and case.rows != "several",
+    per=("source", "rows", "base", "feature"),
+)
+def written_between_siblings(case: Case) -> None:
+    """A write into x between two layers that it feeds: the second sees it, a backward raises."""
+    for record in (False, True):
+        subject, apart = Subject(case), Subject(case)
+        x = subject.x()
+        for each in (subject, apart):
+            each.net.eval()
+            with torch.set_grad_enabled(record):
+                for _ in range(3):
+                    each.forward(x)  # siblings are known, and factors packed
+
+        def write(x: torch.Tensor = x) -> None:
+            with torch.no_grad():
+                x.mul_(2)
+
+        k = apart.net.k
+        apart.net.k = Scaled(k)
+        with torch.set_grad_enabled(record):
+            expected = apart.forward(x).detach()
+            subject.net.between = write
+            y = subject.forward(x)
+        eps = torch.finfo(case.x_dtype).eps
+        assert (y - expected).norm() <= 32 * eps * expected.norm()
+        if record and case.trains:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+
+class Scaled(nn.Module):
+    """A module that gets its input twice as large."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Doubles the input."""
+        return self.module(2 * x)
 
 
 class Doubled(nn.Module):
@@ -285,6 +384,9 @@ def hooks(case: Case) -> None:
         return
     for kind in ("forward hook", "pre-hook", "module"):
         subject = Subject(case)
+        with torch.no_grad():
+            for _ in range(3):  # nothing that was kept passes over it
+                subject.forward(subject.x())
         seen = 0
 
         def doubled(module: nn.Module, args: Any, y: Any = None) -> Any:

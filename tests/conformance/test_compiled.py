@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -133,7 +134,10 @@ STEPPED = [
 ]
 
 
-WAYS = ("eager", "compiled", "eager, eval throughout", "compiled, eval throughout", "step alone")
+WAYS = (
+    *("eager", "compiled", "eager, eval throughout", "compiled, eval throughout"),
+    *("step alone", "step alone, compiled", "step alone, frozen", "whole, compiled"),
+)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,7 +146,7 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     """Fused optimizers write parameters without a version that tells of it."""
     subject = Subject(case)
     x, plain = subject.x(), subject.call
-    train = compiled(subject).call if "compiled" in way else plain
+    train = compiled(subject).call if way.startswith("compiled") else plain
     trained = [p for p in subject.places().values() if p.requires_grad]
 
     def evaluate() -> None:
@@ -158,16 +162,26 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     subject.net.eval()
     for kind in ("fused", "foreach"):
         optimizer = torch.optim.AdamW(trained, lr=0.1, **{kind: True})
-        if way == "step alone":  # of gradients from before the evaluation
+        step: Callable[[], Any] = optimizer.step
+        if way == "step alone, compiled":
+            step = torch.compile(step, backend="aot_eager")
+        elif way == "whole, compiled":
+            whole = [find_gradients, step]
+            step = torch.compile(lambda run=whole: [part() for part in run], backend="aot_eager")
+        if way.startswith("step alone"):  # of gradients from before the evaluation
             find_gradients()
+        for parameter in trained:
+            parameter.requires_grad_("frozen" not in way)
         evaluate()
         subject.call = train
         if way in ("eager", "compiled"):
             subject.net.train()
-        if way != "step alone":
+        if not way.startswith(("step alone", "whole")):
             find_gradients()
-        optimizer.step()
+        step()
         optimizer.zero_grad()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         if subject.net.training:
             subject.net.eval()
         subject.read()
