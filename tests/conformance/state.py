@@ -173,10 +173,11 @@ def disabled(case: Case) -> None:
     x = subject.x()
     owners = list(subject.layers().values()) if case.source == "layer" else [subject.handle]
     subject.net.eval()
-    with contextlib.ExitStack() as stack:
+    with pytest.raises(KeyError), contextlib.ExitStack() as stack:
         for owner in owners:
             stack.enter_context(owner.disable_adapter())
         check(subject, {"y": subject.forward(x)}, x, [None] * 6, masks={})
+        raise KeyError
     check(subject, {"y": subject.forward(x)}, x, masks={})
 
 
@@ -280,8 +281,26 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
     if case.source == "pool":
         return {f.__name__: f for f in (swapped, base)}
     packs = case.rows == "mixed" and not case.dora
+
+    def assigned() -> None:
+        state = {key: 0.75 * tensor for key, tensor in subject.call.state_dict().items()}
+        subject.call.load_state_dict(state, assign=True)
+
+    def moved() -> None:
+        subject.net.to(torch.float16).to(case.x_dtype)
+
+    def written_while_merged() -> None:
+        for layer in subject.layers().values():
+            layer.merge()
+            layer.weight.data.mul_(2)
+            layer.unmerge()
+
     found = [in_place, base, optimizer, load, scale, tensor, refreshed, in_training]
     found += [before_training, unknown_optimizer, storage, replaced]
+    if case.source in ("layer", "model"):
+        found += [assigned, moved] if not case.factors else [assigned]
+    if case.source == "layer" and case.feature != "bias":
+        found.append(written_while_merged)
     return {f.__name__: f for f in found + [dropped] * packs}
 
 
@@ -374,13 +393,42 @@ class Doubled(nn.Module):
         return 2 * x
 
 
+class Masking(nn.Module):
+    """Drops what a mask says."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies."""
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows * self.mask.to(x.dtype)).view(x.shape)
+
+
+def check_called(case: Case) -> None:
+    """`hooks` with DoRA or dropout: modules are called, and the numbers are the same."""
+    subject, calls = Subject(case), list[int]()
+    x = subject.x()
+    masks = read_masks(subject, x)
+    for key, layer in subject.layers().items():
+        for name in (name for name in case.active if name in layer.lora_A):
+            layer.lora_A[name].register_forward_hook(lambda *_: calls.append(1))
+            if (key, name) in masks and "lora_dropout" in subject.adapters[name]:
+                layer.lora_dropout[name] = Masking(masks[key, name])
+    check(subject, subject.step(x), x, masks=masks)
+    assert len(calls) >= 3
+
+
 @invariant(lambda case: case.source in OURS, per=("source", "rows", "base", "feature"))
 def hooks(case: Case) -> None:
     """A hooked factor, and a module in the place of dropout, are called, and what they give acts.
 
-    Each doubles the low-rank term here, as a doubled lora_A would.
+    Each doubles the low-rank term here, as a doubled lora_A would; beside DoRA and dropout none.
     """
     if case.dora or case.drops:
+        if case.rows != "mixed":
+            check_called(case)
         return
     for kind in ("forward hook", "pre-hook", "module"):
         subject = Subject(case)
@@ -403,8 +451,9 @@ def hooks(case: Case) -> None:
                 layer.lora_A["en"].register_forward_hook(doubled)
         x = subject.x()
         if case.rows == "mixed":  # its rows cannot be had from a module; those of others can
-            with pytest.raises(UnsupportedLayerError, match="'en'.*which rows cannot share"):
-                subject.step(x)
+            for call in (subject.step, torch.no_grad()(subject.forward)):
+                with pytest.raises(UnsupportedLayerError, match="'en'.*which rows cannot share"):
+                    call(x)
             others = ["fr", None, "de"] * 2
             check(subject, subject.step(x, others), x, others, masks={})
             continue
@@ -460,6 +509,8 @@ def refusals(case: Case) -> None:
             call()
         assert list(subject.net.state_dict()) == keys
         assert torch.equal(subject.forward(x), expected)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 3, 17\), expected \[..., 16\]"):
+        subject.forward(torch.zeros(6, 3, 17, dtype=case.x_dtype))
     layer.lora_A["en"].to("meta")
     with pytest.raises((ValueError, RuntimeError), match="meta"):
         subject.forward(x)

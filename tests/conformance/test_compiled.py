@@ -136,7 +136,7 @@ STEPPED = [
 
 WAYS = (
     *("eager", "compiled", "eager, eval throughout", "compiled, eval throughout"),
-    *("step alone", "step alone, compiled", "step alone, frozen", "whole, compiled"),
+    *("step alone", "step alone, frozen", "step alone, frozen, compiled", "whole, compiled"),
 )
 
 
@@ -163,7 +163,7 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     for kind in ("fused", "foreach"):
         optimizer = torch.optim.AdamW(trained, lr=0.1, **{kind: True})
         step: Callable[[], Any] = optimizer.step
-        if way == "step alone, compiled":
+        if way == "step alone, frozen, compiled":
             step = torch.compile(step, backend="aot_eager")
         elif way == "whole, compiled":
             whole = [find_gradients, step]
