@@ -89,6 +89,14 @@ def nan_in_own_row(case: Case) -> None:
             for key, gradient in found.items():
                 if key.count(".") == 2 and ".en." not in key:
                     assert_within_budget(gradient, clean[key], truth[key], key)
+        subject.net.eval()
+        with torch.no_grad():
+            plain, exact = subject.forward(x), results(subject, x, torch.float64, {})["y"]
+            for _ in range(3):
+                y = subject.forward(bad)
+                assert y[2].isnan().all()
+                assert_within_budget(y[others], plain[others], exact[others])
+        subject.net.train(case.drops)
 
 
 @invariant(lambda case: case.rows == "mixed")
@@ -124,6 +132,8 @@ def dropout(case: Case) -> None:
         if key[0] == "q" and ("k", key[1]) in masks and p:
             apart = ((mask != 0) != (masks["k", key[1]] != 0)).double().mean()
             assert apart > p * (1 - p), key
+    if case.rows == "several" and ("q", "fr") in masks:  # one does not drop what another drops
+        assert ((masks["q", "fr"] != 0) & (masks["q", "en"] == 0)).any()
     x = subject.x()
     drawn = subject.forward(x, **seeds)
     assert torch.equal(drawn, subject.forward(x, **seeds))
@@ -196,6 +206,9 @@ def blocks(case: Case) -> None:
             right(subject.call(x), reverse)
             right(in_thread(lambda: subject.forward(x, ids)), ids)
         right(subject.call(x), ids)
+        with other.block(reverse):  # each model follows its own innermost block
+            right(other.call(x), reverse)
+            right(subject.call(x), ids)
         if plain is not None:  # another model, another thread: the active adapter
             assert torch.equal(other.call(x), plain)
             assert torch.equal(in_thread(lambda: subject.call(x)), plain)
@@ -230,6 +243,10 @@ def wrong_ids(case: Case) -> None:
         ([], ValueError, "ids is empty"),
         (["en"] * 5, ValueError, "5 adapter ids"),
         ("en", TypeError, "is the string 'en'"),
+        (["en", 3] * 3, TypeError, "holds 3, expected names"),
+        ([["en"], "fr"] * 3, TypeError, r"holds \['en'\], expected names"),
+        ({"en", "fr"}, TypeError, "a set, expected a sequence"),
+        (torch.zeros(6, dtype=torch.complex64), TypeError, "complex64, expected integers"),
         (torch.tensor([0.5] * 6), TypeError, "torch.float32, expected integers"),
         (torch.zeros(1, 6, dtype=torch.int64), ValueError, "expected one dimension"),
     ]
@@ -237,6 +254,9 @@ def wrong_ids(case: Case) -> None:
         with pytest.raises(error, match=message), fastlora.adapters(subject.handle, ids):
             subject.call(x)
         check(subject, {"y": subject.forward(x)}, x, masks={})
+    for seeds in ([1, 2], {"en": 1.5}, {"en": None}):
+        with pytest.raises(TypeError, match="seed"), subject.block(seeds=seeds):
+            subject.call(x)
     with pytest.raises((ValueError, RuntimeError), match="shape|16"):
         subject.forward(torch.zeros(6, 3, SHAPES["q"][1] + 1, dtype=case.x_dtype))
     check(subject, {"y": subject.forward(x)}, x, masks={})

@@ -173,16 +173,18 @@ def disabled(case: Case) -> None:
     x = subject.x()
     owners = list(subject.layers().values()) if case.source == "layer" else [subject.handle]
     subject.net.eval()
-    with contextlib.ExitStack() as stack:
+    with pytest.raises(KeyError), contextlib.ExitStack() as stack:
         for owner in owners:
             stack.enter_context(owner.disable_adapter())
         check(subject, {"y": subject.forward(x)}, x, [None] * 6, masks={})
+        raise KeyError
     check(subject, {"y": subject.forward(x)}, x, masks={})
 
 
 def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
     """Ways to change what an evaluation may have kept something of."""
     case, places = subject.case, subject.places()
+    adapted = [layer for layer in subject.layers().values() if "en" in layer.lora_A]
     own = {name: p for name, p in places.items() if name.count(".") == 2}
 
     def in_place() -> None:
@@ -208,22 +210,65 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
         state = {key: tensor * 0.75 for key, tensor in subject.call.state_dict().items()}
         subject.call.load_state_dict(state)
 
-    def scale() -> None:
-        for layer in (found for found in subject.layers().values() if "en" in found.lora_A):
-            layer.set_scale("en", 2.0)
+    def twice() -> None:
         config = subject.adapters["en"]
-        subject.adapters = {
-            **subject.adapters,
-            "en": {**config, "lora_alpha": 2 * config["lora_alpha"]},
-        }
+        twice = {**config, "lora_alpha": 2 * config["lora_alpha"]}
+        subject.adapters = {**subject.adapters, "en": twice}
+
+    def scale() -> None:
+        for layer in adapted:
+            layer.set_scale("en", 2.0)
+        twice()
+
+    def tensor() -> None:
+        """Then written in place, then by an optimizer that moves no version."""
+        for layer in adapted:
+            scaling = layer.scaling["en"]
+            if not isinstance(scaling, torch.Tensor):
+                layer.scaling["en"] = torch.tensor(2.0 * scaling, dtype=torch.float64)
+            elif scaling.grad is None:
+                scaling.mul_(2)
+                scaling.grad = -scaling
+            else:
+                torch.optim.SGD([scaling], lr=1.0, fused=True).step()
+        twice()
 
     def data() -> None:
         for parameter in places.values():
             parameter.data.mul_(1.25)
+
+    def refreshed() -> None:
+        data()
         fastlora.refresh(subject.handle or subject.net)
 
+    def in_training() -> None:
+        subject.net.train()
+        subject.forward(subject.x())
+        data()
+        subject.net.eval()
+
+    def before_training() -> None:
+        data()
+        subject.net.train()
+        subject.net.eval()
+
+    @torch.enable_grad()
+    def unknown_optimizer() -> None:
+        subject.forward(subject.x())
+        for parameter in own.values():
+            parameter.data.mul_(1.25)
+        subject.net.eval()
+
+    def storage() -> None:
+        for parameter in own.values():
+            parameter.data = parameter.data * 1.25
+
+    def dropped() -> None:
+        for layer in adapted:
+            layer.lora_dropout["en"] = nn.Dropout(1 - 1e-9).train()
+
     def replaced() -> None:
-        for layer in (found for found in subject.layers().values() if "en" in found.lora_A):
+        for layer in adapted:
             module = layer.lora_B["en"]
             module.weight = nn.Parameter(module.weight.detach() * 0.75)
 
@@ -235,7 +280,28 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     if case.source == "pool":
         return {f.__name__: f for f in (swapped, base)}
-    return {f.__name__: f for f in (in_place, base, optimizer, load, scale, data, replaced)}
+    packs = case.rows == "mixed" and not case.dora
+
+    def assigned() -> None:
+        state = {key: 0.75 * tensor for key, tensor in subject.call.state_dict().items()}
+        subject.call.load_state_dict(state, assign=True)
+
+    def moved() -> None:
+        subject.net.to(torch.float16).to(case.x_dtype)
+
+    def written_while_merged() -> None:
+        for layer in subject.layers().values():
+            layer.merge()
+            layer.weight.data.mul_(2)
+            layer.unmerge()
+
+    found = [in_place, base, optimizer, load, scale, tensor, refreshed, in_training]
+    found += [before_training, unknown_optimizer, storage, replaced]
+    if case.source in ("layer", "model"):
+        found += [assigned, moved] if not case.factors else [assigned]
+    if case.source == "layer" and case.feature != "bias":
+        found.append(written_while_merged)
+    return {f.__name__: f for f in found + [dropped] * packs}
 
 
 @invariant(
@@ -248,7 +314,8 @@ def changes_are_seen(case: Case) -> None:
     if case.rows == "mixed" and case.trains:  # a pool's adapters stay in a block what they are
         # What PEFT's layers are told is looked for when a block begins.
         told = () if case.source == "patched" else ("load", "scale")
-        ways += [(way, True) for way in ("optimizer", "data", *told)]
+        trained = ("optimizer", "refreshed", "in_training", "unknown_optimizer")
+        ways += [(way, True) for way in (*trained, *told)]
     for way, in_one_block in ways:
         if case.source == "shards" and way == "replaced":
             continue
@@ -260,11 +327,62 @@ def changes_are_seen(case: Case) -> None:
         with torch.no_grad(), block():
             for _ in range(3):
                 forward(x)
-            changes(subject)[way]()
-            if way != "swapped":
-                subject.read()
-            for _ in range(3):
-                check(subject, {"y": forward(x)}, x, masks={})
+            for _ in range(3 if way == "tensor" else 1):
+                changes(subject)[way]()
+                if way != "swapped":
+                    subject.read()
+                if way == "dropped":  # all of it
+                    subject.values |= {
+                        name: torch.zeros_like(value)
+                        for name, value in subject.values.items()
+                        if name.endswith(".en.B")
+                    }
+                for _ in range(3):
+                    check(subject, {"y": forward(x)}, x, masks={})
+
+
+@invariant(
+    lambda case: case.source != "function" and case.rows != "several",
+    per=("source", "rows", "base", "feature"),
+)
+def written_between_siblings(case: Case) -> None:
+    """A write into x between two layers that it feeds: the second sees it, a backward raises."""
+    for record in (False, True):
+        subject, apart = Subject(case), Subject(case)
+        x = subject.x()
+        for each in (subject, apart):
+            each.net.eval()
+            with torch.set_grad_enabled(record):
+                for _ in range(3):
+                    each.forward(x)  # siblings are known, and factors packed
+
+        def write(x: torch.Tensor = x) -> None:
+            with torch.no_grad():
+                x.mul_(2)
+
+        k = apart.net.k
+        apart.net.k = Scaled(k)
+        with torch.set_grad_enabled(record):
+            expected = apart.forward(x).detach()
+            subject.net.between = write
+            y = subject.forward(x)
+        eps = torch.finfo(case.x_dtype).eps
+        assert (y - expected).norm() <= 32 * eps * expected.norm()
+        if record and case.trains:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+
+class Scaled(nn.Module):
+    """A module that gets its input twice as large."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Doubles the input."""
+        return self.module(2 * x)
 
 
 class Doubled(nn.Module):
@@ -275,16 +393,48 @@ class Doubled(nn.Module):
         return 2 * x
 
 
+class Masking(nn.Module):
+    """Drops what a mask says."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies."""
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows * self.mask.to(x.dtype)).view(x.shape)
+
+
+def check_called(case: Case) -> None:
+    """`hooks` with DoRA or dropout: modules are called, and the numbers are the same."""
+    subject, calls = Subject(case), list[int]()
+    x = subject.x()
+    masks = read_masks(subject, x)
+    for key, layer in subject.layers().items():
+        for name in (name for name in case.active if name in layer.lora_A):
+            layer.lora_A[name].register_forward_hook(lambda *_: calls.append(1))
+            if (key, name) in masks and "lora_dropout" in subject.adapters[name]:
+                layer.lora_dropout[name] = Masking(masks[key, name])
+    check(subject, subject.step(x), x, masks=masks)
+    assert len(calls) >= 3
+
+
 @invariant(lambda case: case.source in OURS, per=("source", "rows", "base", "feature"))
 def hooks(case: Case) -> None:
     """A hooked factor, and a module in the place of dropout, are called, and what they give acts.
 
-    Each doubles the low-rank term here, as a doubled lora_A would.
+    Each doubles the low-rank term here, as a doubled lora_A would; beside DoRA and dropout none.
     """
     if case.dora or case.drops:
+        if case.rows != "mixed":
+            check_called(case)
         return
     for kind in ("forward hook", "pre-hook", "module"):
         subject = Subject(case)
+        with torch.no_grad():
+            for _ in range(3):  # nothing that was kept passes over it
+                subject.forward(subject.x())
         seen = 0
 
         def doubled(module: nn.Module, args: Any, y: Any = None) -> Any:
@@ -301,8 +451,9 @@ def hooks(case: Case) -> None:
                 layer.lora_A["en"].register_forward_hook(doubled)
         x = subject.x()
         if case.rows == "mixed":  # its rows cannot be had from a module; those of others can
-            with pytest.raises(UnsupportedLayerError, match="'en'.*which rows cannot share"):
-                subject.step(x)
+            for call in (subject.step, torch.no_grad()(subject.forward)):
+                with pytest.raises(UnsupportedLayerError, match="'en'.*which rows cannot share"):
+                    call(x)
             others = ["fr", None, "de"] * 2
             check(subject, subject.step(x, others), x, others, masks={})
             continue
@@ -358,6 +509,8 @@ def refusals(case: Case) -> None:
             call()
         assert list(subject.net.state_dict()) == keys
         assert torch.equal(subject.forward(x), expected)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 3, 17\), expected \[..., 16\]"):
+        subject.forward(torch.zeros(6, 3, 17, dtype=case.x_dtype))
     layer.lora_A["en"].to("meta")
     with pytest.raises((ValueError, RuntimeError), match="meta"):
         subject.forward(x)

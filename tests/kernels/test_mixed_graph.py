@@ -14,9 +14,8 @@ import fastlora
 from fastlora import AdapterPool, LoraConfig, LoraModel
 from fastlora.model import adapter_state
 from fastlora.testing import assert_within_budget
-from tests.support.compiled_mixed import results
 from tests.support.kernels.mixed_models import eager, use_impl
-from tests.support.tiny import Gated, with_adapters
+from tests.support.tiny import Gated, trainable, with_adapters
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -40,6 +39,16 @@ def adapted(lab: Any, p: float = 0.0) -> LoraModel:
                 parameter.normal_(std=0.3)
     use_impl(model, "triton")
     return model.to(lab.device).train()
+
+
+def results(call: Any, model: Any, x: torch.Tensor, ids: Any) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of the factors; zeros where there is none."""
+    x = x.detach().requires_grad_()
+    with fastlora.adapters(model, ids, seeds={"a": 11, "b": 22, "c": 33}):
+        y = call(x)
+    wanted = [x, *trainable(model)]
+    found = torch.autograd.grad(y.pow(2).mean(), wanted, allow_unused=True, materialize_grads=True)
+    return [y.detach(), *found]
 
 
 @pytest.mark.usefixtures("kernel_masks")

@@ -106,22 +106,6 @@ def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
     assert last == ["3 share x"] * 3 + ["none"] + ["2 share x"] * 2 + ["none"]
 
 
-def test_inductor() -> None:
-    """The default backend, under autocast too."""
-    model, x = Block(), torch.randn(2, 9, K)
-    model(x)
-    compiled = torch.compile(model, fullgraph=True)
-    check(compiled, model, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        mine = gradients(compiled, model, x)
-        alone = copy.deepcopy(model)
-        plain = gradients(alone, alone, x)
-    exact = copy.deepcopy(model).double()
-    truth = gradients(exact, exact, x.double())
-    for one, other, true in zip(mine, plain, truth, strict=True):
-        assert_within_budget(one.bfloat16(), other.bfloat16(), true)
-
-
 def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None:
     """Compiled first, the graph has a product a layer, and keeps it once siblings are known."""
     model, x, graphs = Block(), torch.randn(2, 9, K), Graphs()

@@ -16,6 +16,7 @@ from fastlora.validation import AdapterStateError
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
 KINDS = [
+    ["dora"],
     ["dora", "dora"],
     ["plain", "dora"],
     ["dora", "plain", "plain", "dora"],
@@ -66,13 +67,13 @@ def test_several_active_adapters_are_pefts(kinds: list[str], wrapped: bool) -> N
         results.append([y.detach(), *torch.autograd.grad(y.pow(2).sum(), [x, *trained])])
         with torch.no_grad():
             results[-1].append(module(x))
-    assert len(results[0]) == len(results[1]) > 2 + 3 * kinds.count("dora")
+    assert len(results[0]) == len(results[1]) >= 3 + 3 * kinds.count("dora")
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
-@pytest.mark.parametrize("kinds", [["dora"], *KINDS], ids="-".join)
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_merging(kinds: list[str], keep_base: bool) -> None:
     """The merged layer is the layer, biases too; and unmerging gives the weight back."""
     layer, theirs = several(kinds)

@@ -15,8 +15,6 @@ from fastlora.ops.torch.norms import adapted_squares, square_norms
 from fastlora.ops.torch.scale import scale_of
 from tests.support.dora_truth import layer_of, make_problem
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
-
 
 @pytest.mark.parametrize(
     ("n", "k", "r", "dtype"),
@@ -102,48 +100,3 @@ def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         torch.testing.assert_close(copied(x), layer(x))
     assert (len(base), len(adapter)) == (2, 7)
-
-
-def changes() -> dict[str, Any]:
-    """What may change a norm, and must be seen."""
-
-    def assign(layer: Any) -> None:
-        state = {n: 2 * t for n, t in layer.state_dict().items()}
-        layer.load_state_dict(state, assign=True)
-
-    def merge(layer: Any) -> None:
-        layer.merge()
-        layer.weight.data.mul_(2)
-        layer.unmerge()
-
-    return {
-        "load_state_dict(assign=True)": assign,
-        "merge": merge,
-        "to": lambda layer: layer.to(torch.float64).to(torch.float32),
-    }
-
-
-@pytest.mark.parametrize("change", changes())
-def test_a_change_is_seen(change: str) -> None:
-    """After it, outputs are those of a layer that never kept a norm."""
-    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
-    x = torch.randn(5, 20)
-    with torch.no_grad():
-        layer(x)
-        changes()[change](layer)
-        fresh = copy.deepcopy(layer)  # copies keep nothing
-        assert torch.equal(layer(x), fresh(x))
-    assert torch.equal(layer(x), fresh(x))
-
-
-def test_a_base_weight_that_trained() -> None:
-    """An optimizer may step behind a training forward without moving a version."""
-    layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
-    x = torch.randn(5, 20)
-    for trains in (False, True, False):
-        layer.weight.requires_grad_(trains)
-        with torch.set_grad_enabled(trains):
-            y = layer(x)
-        if trains:
-            layer.weight.data.mul_(2)
-    assert torch.equal(y, copy.deepcopy(layer)(x))

@@ -78,20 +78,6 @@ def test_from_linear_refuses_what_must_be_called() -> None:
             FastLoraLinear.from_linear(module)
 
 
-def test_dropout_of_several_adapters_is_independent() -> None:
-    """Each adapter drops its own elements of x, as in PEFT, and none in evaluation."""
-    layer = FastLoraLinear(64, 64, bias=False, r=64, lora_alpha=64, lora_dropout=0.5)
-    layer.add_adapter("b", r=64, lora_alpha=64, lora_dropout=0.5)
-    nn.init.zeros_(layer.weight)
-    for name in ("default", "b"):
-        nn.init.eye_(layer.lora_A[name].weight)
-        nn.init.eye_(layer.lora_B[name].weight)
-    layer.set_adapter(["default", "b"])
-    y = layer(torch.ones(256, 64))
-    assert set(y.unique().tolist()) == {0.0, 2.0, 4.0}  # neither kept, one, both
-    assert torch.equal(layer.eval()(torch.ones(2, 64)), torch.full((2, 64), 2.0))
-
-
 def test_merge_without_a_kept_copy() -> None:
     """``keep_base=False`` holds no copy and subtracts again."""
     layer = trained(FastLoraLinear(32, 48, r=4))
@@ -129,22 +115,6 @@ def test_merged_layer_moves_and_disables() -> None:
     layer.unmerge()
     assert layer.weight.dtype == torch.float64
     torch.testing.assert_close(layer.float().eval().to_linear()(x), base)
-
-
-def test_disable_is_restored_after_an_exception() -> None:
-    """An exception in the block does not leave the adapters off."""
-    layer = trained(FastLoraLinear(8, 8, r=2))
-    x = torch.randn(3, 8)
-    expected = layer(x)
-    with pytest.raises(RuntimeError), layer.disable_adapter():
-        raise RuntimeError
-    assert torch.equal(layer(x), expected)
-
-
-def test_a_wrong_width_is_refused() -> None:
-    """x of another width raises before anything is computed."""
-    with pytest.raises(ValueError, match=r"x has shape \(3, 9\), expected \[..., 8\]"):
-        FastLoraLinear(8, 8, r=2)(torch.randn(3, 9))
 
 
 def test_wrapper_does_not_write_into_an_output_that_others_hold() -> None:

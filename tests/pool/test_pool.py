@@ -85,6 +85,18 @@ def test_residents_hold_what_the_files_say(tmp_path: Path, dtype: torch.dtype) -
     assert pool.modules[0] == ("layers.0.q", 10, 14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_magnitudes_of_a_16_bit_pool_are_not_rounded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """They stay in fp32, bit for bit."""
+    pool = AdapterPool(Blocks().to(dtype), target_modules=["q", "v"])
+    pool.load("a", make_folder(tmp_path / "a", 1, use_dora=True))
+    with pool.lease(["a"]) as lease:
+        factors = lease.residents[0].factors(0)
+    saved = saved_factors(tmp_path / "a", pool.modules[0].name)["lora_magnitude_vector"]
+    assert factors.magnitude.dtype == torch.float32 and factors.lora_a.dtype == dtype
+    assert torch.equal(factors.magnitude, saved)
+
+
 def test_nothing_is_padded_but_to_16_bytes(tmp_path: Path) -> None:
     pool = AdapterPool(Blocks().half(), target_modules=["q", "v"])
     pool.load("a", make_folder(tmp_path / "a", 0, r=3, target_modules=["q"], lora_bias=True))

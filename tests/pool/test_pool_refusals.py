@@ -175,6 +175,19 @@ def test_state_dicts_are_checked_too(root: Path) -> None:
     assert pool.names == []
 
 
+def test_dora_where_a_weight_cannot_be_read(root: Path) -> None:
+    """The norm needs the base weight; the pool is as it was."""
+    model = Blocks()
+    model.layers[0].q = nn.Identity()
+    model.layers[0].q.in_features, model.layers[0].q.out_features = 10, 14
+    pool = AdapterPool(model, target_modules=["q", "v"])
+    folder = make_folder(root.parent / "dora", 1, use_dora=True)
+    with pytest.raises(CheckpointError, match=r"'layers.0.q': DoRA needs the base weight"):
+        pool.load("a", folder)
+    assert pool.names == []
+    pool.load("b", make_folder(root.parent / "v", 2, target_modules=["v"], use_dora=True))
+
+
 def test_names_are_checked(root: Path) -> None:
     pool = make_pool(root)
     with pytest.raises(AdapterNotFoundError, match=r"'a9' among the 8.*close names: a\d"):

@@ -35,16 +35,22 @@ class CalledLinear(nn.Linear):
     """A linear that is called as it is: LoRA is added to what it gives."""
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 class Net(nn.Module):
     """Two linears fed by one tensor, and one behind them.
 
     Attributes:
         probing: Whether each linear is fed ones, and what each gives is returned.
+        between: Called between the two linears that x feeds.
     """
 
     def __init__(self, kind: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.probing = False
+        self.between: Callable[[], Any] = _nothing
         for name, (n, k) in SHAPES.items():
             setattr(self, name, kind(k, n, bias=name in BIASED))
 
@@ -52,7 +58,9 @@ class Net(nn.Module):
         """Maps ``[..., 16]`` to ``[..., 66]``."""
         if self.probing:
             return {"q": self.q(x), "k": self.k(x), "o": self.o(x.new_ones(*x.shape[:-1], 24))}
-        return self.o(torch.tanh(self.q(x)) + self.k(x))
+        hidden = torch.tanh(self.q(x))
+        self.between()
+        return self.o(hidden + self.k(x))
 
 
 class FunctionLinear(nn.Module):

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 import fastlora
 from tests.support.conformance_models import Subject, direction
 
-# Operator, arguments, and whether autograd goes through it, or is done with it.
-Reached = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], bool]]
+# By name, and by which arguments are there: operator, arguments, and whether autograd goes through
+# it, or is done with it.
+Reached = dict[tuple[str, str], tuple[Any, tuple[Any, ...], dict[str, Any], bool]]
 
 
 def import_everything() -> None:
@@ -46,8 +47,9 @@ def _note(reached: Reached, operator: Any, args: Any, kwargs: Any, records: bool
     operator = getattr(operator, "default", operator)  # graphs name the packet
     if getattr(operator, "namespace", "") == "fastlora":
         name = operator._schema.name.removeprefix("fastlora::")
-        if name not in reached:
-            reached[name] = (operator, *tree_map(kept, (args, kwargs)), records)
+        given = "".join("-" if argument is None else "+" for argument in args)
+        if (name, given) not in reached:
+            reached[name, given] = (operator, *tree_map(kept, (args, kwargs)), records)
 
 
 class _Watch(TorchDispatchMode):
@@ -105,7 +107,7 @@ def reached_by(subjects: Iterable[Subject]) -> Reached:
 
 def check_operators(reached: Reached) -> None:
     """Runs `torch.library.opcheck` on each."""
-    for name, (operator, args, kwargs, records) in sorted(reached.items()):
+    for (name, given), (operator, args, kwargs, records) in sorted(reached.items()):
         checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
         # This check compares two calls, also in what nobody reads: s of rows without an adapter,
         # and its gradient, are left as they are; so are such rows of some below autograd.
@@ -115,4 +117,4 @@ def check_operators(reached: Reached) -> None:
         try:
             torch.library.opcheck(operator, args, kwargs, test_utils=checks)
         except Exception as error:
-            raise AssertionError(f"fastlora::{name}: {error}") from error
+            raise AssertionError(f"fastlora::{name}, {given}: {error}") from error

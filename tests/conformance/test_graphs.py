@@ -1,0 +1,199 @@
+"""What compiles a graph and what does not, and what a graph holds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+
+import fastlora
+from fastlora.layers import shared_shrink
+from tests.conformance.state import changes
+from tests.conformance.test_compiled import CASES, compiled
+from tests.support.compiled import graph_count
+from tests.support.conformance_cases import Case
+from tests.support.conformance_models import Subject
+from tests.support.conformance_truth import check, read_masks
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+MIXED = [case for case in CASES if case.rows == "mixed" and case.dtype == "float32"]
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_mixes_and_lengths_compile_nothing(case: Case) -> None:
+    """Any ids, slots, scalings and lengths are one graph in training and one in serving."""
+    subject = compiled(Subject(case), dynamic=True)
+    chosen = random.Random(0)
+    names = [*subject.adapters, None]
+    if case.trains:
+        for step in range(12):
+            x = subject.x(chosen.randint(5, 30))
+            own = [chosen.choice(names) for _ in range(6)]
+            ids: Any = own
+            if step % 4 == 3:
+                ids = torch.tensor([names.index(name) if name else -1 for name in own])
+            if step == 4:
+                changes(subject)["scale"]()
+            found = subject.step(x, ids)
+            if step % 5 == 4 and not case.drops:
+                check(subject, found, x, own, zeros=True, masks={})
+        assert graph_count() == 1
+    before = graph_count()
+    subject.net.eval()
+    with torch.no_grad():
+        for _ in range(12):
+            subject.forward(subject.x(chosen.randint(5, 30)), [chosen.choice(names)] * 6)
+    assert graph_count() == before + 1
+
+
+def test_switches_compile_nothing() -> None:
+    """Once each active adapter had its graph, switching makes no more."""
+    subject = compiled(Subject(Case("model", "single", "rslora")), dynamic=True)
+    for length in range(12):
+        subject.handle.set_adapter(("en", "fr", "de")[length % 3])
+        y = subject.forward(subject.x(4 + length))
+        y.sum().backward()
+        if length == 2:
+            count = graph_count()
+    assert graph_count() == count == 3
+
+
+def test_each_kind_of_batch_has_a_graph() -> None:
+    """Ids per sample, per token, one row, and no block at all; and then no more."""
+    subject = compiled(Subject(Case("model", "mixed", "bias")))
+    x, names = subject.x(), [*subject.adapters, None]
+    for repeat in range(2):
+        for ids in (["en", None] * 3, ["fr", "de"] * 3):
+            check(subject, subject.step(x, ids), x, ids, zeros=True, masks={})
+        tokens = torch.tensor([0, 2, -1, 2, 1, repeat] * 3)
+        own = [names[slot] for slot in tokens.tolist()]
+        found = subject.step(x, tokens)
+        check(subject, found, x, own, zeros=True, masks={})
+        one = subject.x(1)[:1]
+        check(subject, subject.step(one, ["fr"]), one, ["fr"], zeros=True, masks={})
+        subject.call(x)
+        if not repeat:
+            count = graph_count()
+    assert graph_count() == count == 4
+
+
+def test_automatic_dynamic_shapes() -> None:
+    """Without being told, a second length makes one dynamic graph, and that is all."""
+    subject = compiled(Subject(Case("model", "single", "plain")))
+    for length in (5, 6, *range(7, 27)):
+        subject.step(subject.x(length))
+        assert graph_count() == min(2, length - 4)
+
+
+@pytest.mark.parametrize("feature", ["plain", "bias", "dora"])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_scalings_compile_nothing(feature: str, training: bool) -> None:
+    """A number that is set anew, in every way to set one, or a tensor written into."""
+    subject = compiled(Subject(Case("model", "single", feature)))
+    x, config, layers = subject.x(), subject.adapters["en"], subject.layers().values()
+    own = torch.tensor(0.0)
+    for step in range(16):
+        factor = 0.5 + 0.3 * step
+        for layer in layers:
+            if step >= 12:
+                layer.scaling["en"] = own.fill_(factor)
+            elif step % 3 == 0:
+                layer.set_scale("en", factor * config["r"] / config["lora_alpha"])
+            elif step % 3 == 1:
+                layer.scale_layer(factor / layer.scaling["en"])
+            else:
+                layer.scaling = dict.fromkeys(layer.scaling, factor)
+        subject.adapters = {
+            **subject.adapters,
+            "en": {**config, "lora_alpha": factor * config["r"]},
+        }
+        with torch.set_grad_enabled(training):
+            found = subject.step(x) if training else {"y": subject.forward(x)}
+        check(subject, found, x, masks={})
+        assert graph_count() == 1 + (step >= 12)  # a tensor of the user's is another input
+
+
+class Graphs:
+    """A backend that keeps forward and backward graphs, and what the forwards save."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+        self.saved: list[Any] = []
+        self.backend = aot_autograd(
+            fw_compiler=self._keep, bw_compiler=self._keep, partition_fn=self._partition
+        )
+
+    def _keep(self, graph: Any, inputs: Any) -> Any:
+        self.all.append(graph)
+        return make_boxed_func(graph)
+
+    def _partition(self, joint: Any, inputs: Any, **kwargs: Any) -> Any:
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        self.saved.extend(forward.graph.output_node().args[0])
+        return forward, backward
+
+    def count(self, operator: Any) -> list[int]:
+        """How often each graph calls an operator."""
+        return [sum(node.target is operator for node in g.graph.nodes) for g in self.all]
+
+
+def test_rows_are_sorted_once_a_graph() -> None:
+    """Layers sort alike, which compilers merge; the backward has the order saved."""
+    graphs = Graphs()
+    subject = compiled(Subject(Case("model", "mixed", "plain")), backend=graphs.backend)
+    subject.step(subject.x())
+    assert graphs.count(torch.ops.fastlora.rows_sort.default) == [1, 0]
+
+
+def masked(node: Any, mask: Any) -> bool:
+    """Whether a node is a dropout mask, or a tensor under one that no product has reduced yet."""
+    if node.target is mask:
+        return True
+    through = ("aten.mul", "aten.view", "aten.reshape", "aten.alias", "aten.clone")
+    return str(node.target).startswith(through) and any(
+        masked(source, mask) for source in node.all_input_nodes
+    )
+
+
+def test_neither_a_mask_nor_a_dropped_copy_is_saved() -> None:
+    """Compiled too, the backward has x and the seeds, and draws its masks again."""
+    mask, graphs = torch.ops.fastlora.lora_keep.default, Graphs()
+    case = Case("model", "single", "dropout", tokens=180)
+    subject = compiled(Subject(case), backend=graphs.backend)
+    x = subject.x()
+    check(subject, subject.step(x), x, masks=read_masks(Subject(case), x))
+    assert graphs.count(mask) == [3, 3]  # one mask a layer in the forward, and one again behind it
+    assert len(graphs.saved) > 3
+    nodes = [node for node in graphs.saved if isinstance(node, torch.fx.Node)]
+    assert not [node for node in nodes if masked(node, mask)]
+
+
+def test_the_report_says_that_siblings_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mixed batches in PyTorch and in graphs, whatever an earlier step shared."""
+    monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
+    subject = Subject(Case("model", "mixed", "many"))
+    x, plain = subject.x(), subject.call
+
+    def siblings() -> list[str]:
+        return [row.siblings for row in fastlora.fusion_report(subject.handle).rows]
+
+    with torch.no_grad():
+        subject.forward(x)
+    assert siblings() == ["no training forward seen yet"] * 3
+    for _ in range(2):
+        subject.step(x)
+    eager = "2, not shared: without kernels each layer of a mixed batch has its own pass over x"
+    assert siblings() == [eager, eager, "none"]
+    subject.call(x)
+    assert siblings() == ["2 share x", "2 share x", "none"]
+    subject.call = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    subject.step(x)
+    assert siblings() == [f"2 share x; compiled: {eager}"] * 2 + ["none"]
+    subject.call = plain
+    subject.step(x)
+    assert siblings() == [eager, eager, "none"]
