@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 
 from fastlora.autograd import linear as autograd
-from fastlora.autograd import sibling_ops
+from fastlora.autograd.shrink import Shrunk
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant
 from fastlora.ops.plans import PLANS
@@ -19,18 +16,6 @@ from fastlora.validation import (
     check_same_device,
     check_shape,
 )
-
-
-class Shrunk(NamedTuple):
-    """A layer's share of `shrink`.
-
-    Attributes:
-        s: ``[M, R]`` in the dtype of the products.
-        seed: Of its dropout mask, or None without dropout.
-    """
-
-    s: torch.Tensor
-    seed: torch.Tensor | None
 
 
 def lora_linear(
@@ -190,9 +175,9 @@ def linear(
     """`lora_linear` for layers, which know that their tensors fit.
 
     ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x). ``shrunk``
-    is this layer's of `shrink`, where siblings shared that; x, dropout_p and impl are then those
-    that it was made with. ``lora_bias`` ``[N]`` is not scaled, and goes with a scaling without
-    dimensions.
+    is this layer's share of a pass over x, where siblings shared one; x, dropout_p and impl are
+    then those that it was made with. ``lora_bias`` ``[N]`` is not scaled, and goes with a scaling
+    without dimensions.
     """
     if (
         not dropout_p
@@ -261,32 +246,3 @@ def add(
         seed = ops.draw_seed(x, impl)
     call, factors = autograd.Call(impl, "auto", (dropout_p,)), (lora_a, lora_b, lora_bias)
     return autograd.run(x, None, None, y, call, scaling, seed, factors, s, inplace)
-
-
-def shrink(
-    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], impl: str
-) -> list[Shrunk]:
-    """Computes the s of layers that are fed by the same x, for `linear` and `add`.
-
-    In the backward x is read once for all their ``d_lora_a``. Seeds are drawn in order, as the
-    layers would one after the other.
-
-    Args:
-        x: ``[..., K]``.
-        lora_a: ``[R_i, K]`` of each layer.
-        dropouts: Probability that acts on each.
-        impl: As in `lora_linear`.
-    """
-    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
-    pairs = sibling_ops.shrink_siblings(x, lora_a, dropouts, dtype, impl)
-    return [Shrunk(s, seed) for s, seed in zip(*pairs, strict=True)]
-
-
-def shrink_in_graph(
-    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], own: int, impl: str
-) -> Shrunk:
-    """`shrink` in a compiled graph, where every sibling calls it; returns number ``own``'s."""
-    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
-    operator = torch.ops.fastlora.lora_shrink_siblings
-    s, seeds = operator(x, lora_a, dropouts, own, dtype, impl)
-    return Shrunk(s, seeds[0] if dropouts[own] > 0.0 else None)

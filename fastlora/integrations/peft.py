@@ -28,7 +28,7 @@ from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
-from fastlora.layers.shared_shrink import knows_siblings, note_compiled
+from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.layers.why import fusion
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.seeds import draw_seeds
@@ -38,6 +38,7 @@ from fastlora.routing.ids import BASE, named_ids
 from fastlora.routing.in_force import check_batch, routing_of
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
+from fastlora.routing.siblings import Family
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
 
@@ -53,6 +54,7 @@ class _FastForward(ForgetsWithMode, HasScalings):
     routed_as = 0
     table_row = 0
     impl = "auto"
+    _family: Family
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 

@@ -10,9 +10,9 @@ from fastlora import functional
 from fastlora.layers.bases import Base
 from fastlora.layers.factors import factors_of, scaling_of, why_not_fused
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.layers.sharing import shared_shrink
 from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 
 
@@ -78,7 +78,7 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
     if len(names) == 1:
         first = factors_of(layer, names[0], x)
         if first is not None:
-            shrunk = shared_shrink(layer, x, first, layer.impl)
+            shrunk = shared_shrink(layer, x, Slots((first,)))
     else:
         together = _together(layer, x, names)
         found = found if together is None else together

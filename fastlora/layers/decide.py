@@ -14,8 +14,8 @@ import torch
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.bases import Base
 from fastlora.layers.factors import slots_of
-from fastlora.layers.mixed_kernels import tables_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
 from fastlora.ops import schema as ops
 from fastlora.ops.factors import Slots, Tables

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 from fastlora.autograd.linear import Call, run
 from fastlora.functional import autocast_dtype
-from fastlora.layers import dora_rows, mixed_graph, mixed_kernels, mixed_packed
+from fastlora.layers import dora_rows, graph, packs, tables
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.active import run_active
 from fastlora.layers.bases import Base
 from fastlora.layers.decide import How, KeptDecision, check_devices, decide
 from fastlora.layers.dora import run_active_dora
 from fastlora.layers.factors import slots_of
-from fastlora.layers.mixed_siblings import note_apart, shared_shrink
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.sharing import note_apart, shared_shrink
 from fastlora.layers.why import uses_dora
 from fastlora.ops.factors import Slots
 from fastlora.ops.rows import Rows
@@ -60,7 +60,7 @@ def _mixed(
 ) -> torch.Tensor:
     """`forward` where each row has its own adapter; rows of adapters it lacks are base rows."""
     if torch.compiler.is_compiling():
-        made = mixed_graph.run_in_graph(layer, x, base, routing, number)
+        made = graph.run_in_graph(layer, x, base, routing, number)
         if made is not None:
             return made
     dora = dora_rows.dora_slots(layer, routing)
@@ -87,21 +87,22 @@ def _by_rows(
     """
     kept: KeptDecision | None = routing.kept.decisions.get(number)
     if kept is not None and kept.holds(layer, x, base):
-        return mixed_packed.run_kept(x, base, kept, number), How.PYTORCH
+        return packs.run_kept(x, base, kept, number), How.PYTORCH
     given, dtype = x, autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
-    how, is_bare, plan, tables, slots = decide(layer, x, base, routing, dtype, without)
-    if tables is not None:
-        return mixed_kernels.run(layer, x, base, routing, tables, number, plan), how
+    how, is_bare, plan, found, slots = decide(layer, x, base, routing, dtype, without)
+    if found is not None:
+        return tables.run(layer, x, base, routing, found, number, plan), how
     if slots is not None:
-        s = shared_shrink(layer, given, x, routing, number, slots)
+        shrunk = shared_shrink(layer, given, slots, routing)
+        s = None if shrunk is None else shrunk.s
         y = run_rows(x, base, routing, number, slots, "triton", s=s)
         return with_all_absent(layer, y, x, routing, own=y is not base.y), how
     rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     if is_bare:
-        found = mixed_packed.find(layer, x, routing, rows, number)
-        if found is not None:
-            return mixed_packed.run_kept(x, base, found, number), how
+        kept = packs.find(layer, x, routing, rows, number)
+        if kept is not None:
+            return packs.run_kept(x, base, kept, number), how
     else:
         note_apart(layer, given)
     slots = slots_of(routing.source, layer, rows.present, without)

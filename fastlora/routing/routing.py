@@ -17,7 +17,6 @@ import torch
 from fastlora.ops.rows import Rows
 from fastlora.routing.ids import NO_ADAPTER
 from fastlora.routing.kept import BlockKept, KnownRows, PackCache, SetPack, stream_of
-from fastlora.routing.siblings import Siblings
 from fastlora.validation import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -31,13 +30,11 @@ class Group:
 
     Attributes:
         packs: Sets of adapters that the model keeps packed.
-        siblings: Which of its layers are fed by the same tensor.
         rows: Of its last batches.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
-        self.siblings = Siblings()
         self.rows = KnownRows()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:

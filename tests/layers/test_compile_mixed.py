@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraModel
-from fastlora.layers import shared_shrink
+from fastlora.layers import sharing
 from fastlora.testing import assert_within_budget
 from tests.support.compiled import graph_count
 from tests.support.compiled_mixed import SEEDS, K, adapted, check, results
@@ -111,21 +111,22 @@ def siblings(model: LoraModel) -> list[str]:
 
 def test_the_report_says_that_siblings_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of mixed batches in PyTorch and in graphs, whatever an earlier step shared."""
-    monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
+    monkeypatch.setattr(sharing, "MIN_ROWS", 0)
     model, x, ids = adapted(), torch.randn(4, 3, K), ["a", "b", None, "d"]
     with torch.no_grad():
         results(model, model, x, ids)
     assert siblings(model) == ["no training forward seen yet"] * 3
     for _ in range(2):
         results(model, model, x, ids)
-    eager = "2, not shared: without kernels each layer of a mixed batch has its own pass over x"
+    graph = "2, not shared: without kernels each layer of a compiled graph has its own pass over x"
+    eager = graph.replace("compiled graph", "mixed batch")
     assert siblings(model) == [eager, eager, "none"]
     model(x)
     assert siblings(model) == ["2 share x", "2 share x", "none"]
     results(torch.compile(model, backend="aot_eager", fullgraph=True), model, x, ids)
-    assert siblings(model) == [f"2 share x; compiled: {eager}"] * 2 + ["none"]
+    assert siblings(model) == [f"2 share x; compiled: {graph}"] * 2 + ["none"]
     results(model, model, x, ids)
-    assert siblings(model) == [eager, eager, "none"]
+    assert siblings(model) == [f"{eager}; compiled: {graph}"] * 2 + ["none"]
 
 
 def operands() -> dict[str, Any]:
@@ -135,7 +136,7 @@ def operands() -> dict[str, Any]:
     numbers = torch.tensor([1.0, 2.0]), torch.tensor([0, 1, -1, 1]), torch.tensor([1, 2])
     x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 5)
     factors = (a, b, [None, torch.randn(5)], *numbers, [0.0, 0.5], 3, "eager", None)
-    shrink = numbers[1], 2, torch.float32, torch.float32
+    dtypes = torch.float32, torch.float32
     magnitudes = [torch.rand(5, requires_grad=True) for _ in a]
     norms = [torch.rand(5) + 1.0 for _ in a]
     # Of one rank, and each row with an adapter: memory for s and z is not written elsewhere.
@@ -149,10 +150,12 @@ def operands() -> dict[str, Any]:
     tables = [*addresses, torch.tensor([[0, 2]], dtype=torch.int32), torch.ones(1, 2), none]
     rows = torch.ops.fastlora.rows_sort(numbers[1], 8, 2, torch.device("cpu"))[:4]
     return {
-        "lora_shrink_siblings": (x, a, [0.0, 0.5], 1, torch.float32, "eager"),
+        "lora_shared": (x, a, [0, 1], 1, [0.0, 0.5], None, 1, torch.float32, None, "eager"),
+        "lora_shared of a mixed batch": (
+            *(x, [*a, a[1]], [0, 1, 3], 1, [0.0, 0.0], numbers[1], 2, *dtypes, "eager"),
+        ),
         "lora_mixed": (x, torch.randn(5, 6), None, None, *factors),
         "lora_mixed over y": (x, None, None, y, *factors),
-        "mixed_lora_graph_shrink": (x, [*a, a[1]], [0, 1, 3], 2, 1, *shrink, "eager"),
         "dora_dropped": (*dora, True),
         "dora_dropped_backward": (*dora, torch.randn(8, 3), torch.randn(8, 5), [True] * 8),
         "lora_add_at_": (y, x.detach(), rows, tables, 0, 2, torch.float32, "eager"),
@@ -165,7 +168,7 @@ def test_opcheck(name: str) -> None:
     """Schema, fake, autograd and dispatch of every operator agree with what it does."""
     arguments = operands()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if name != "lora_shrink_siblings":  # whose seeds differ from call to call
+    if name != "lora_shared":  # whose seeds differ from call to call
         checks += ("test_aot_dispatch_dynamic",)
     operator = getattr(torch.ops.fastlora, name.split()[0]).default
     torch.library.opcheck(operator, arguments[name], test_utils=checks)

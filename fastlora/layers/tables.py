@@ -20,7 +20,7 @@ from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import share, shared
+from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 
 
 def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
@@ -196,13 +196,11 @@ def _shared_shrink(
     # Nor can a layer trust an inference tensor, whose writes are not counted.
     if torch.compiler.is_compiling() or x.is_inference():
         return alone, None
-    siblings = routing.group.siblings
     members = {}
-    for member in siblings.of(layer, number, x) or ():
-        other = siblings.layers[member]()
-        place = None if other is None else row_of(other, member, tables)
+    for member in siblings_of(layer, x):
+        place = row_of(member, member.routed_as, tables)
         if place is not None:
-            members[place] = member
+            members[place] = member.routed_as
     first, stop = alone.start, alone.stop
     while first - 1 in members:
         first -= 1
@@ -212,13 +210,13 @@ def _shared_shrink(
     if stop - first < 2:
         return alone, None
     rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
-    key = (rows, tables, invariant)
-    s = shared(x, number, key)
+    context = (rows, tables, invariant)
+    s = take_share(x, number, context)
     if s is None:
         s = torch.ops.fastlora.lora_shrink_at(
             *(flat, rows_at(rows, invariant)),
             *(tables.tensors(some), tables.max_rank, tables.dtype, invariant),
         )
-        numbers = tuple(members[row] for row in range(first, stop))
-        share(x, number, numbers, key, s)
+        others = [members[other] for other in range(first, stop) if other != row]
+        keep_shares(x, context, dict.fromkeys(others, (None, s)))
     return some, s

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd import mixed_graph_ops  # noqa: F401 - registers operators
+from fastlora.autograd import in_graph  # noqa: F401 - registers operators
 from fastlora.functional import autocast_dtype
 from fastlora.layers.bases import Base
 from fastlora.layers.dora_rows import rows_in_graph, scale_pool_rows_
-from fastlora.layers.mixed_graph_siblings import shared_shrink
-from fastlora.layers.mixed_graph_slots import slots_of
+from fastlora.layers.graph_slots import slots_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.sharing import shared_shrink
 from fastlora.ops import schema as ops
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.ops.rows import sort_rows
@@ -39,7 +39,8 @@ def run_in_graph(
     slots = slots_of(layer, x, batch)
     if slots is None:
         return None
-    s = shared_shrink(layer, given, x, batch, slots)
+    shrunk = shared_shrink(layer, given, slots.own, batch)
+    s = None if shrunk is None else shrunk.s
     made = torch.ops.fastlora.lora_mixed(x, weight, bias, y, *slots.arguments(batch, number), s)
     return rows_in_graph(layer, made, x, batch, slots.dora, number)
 
