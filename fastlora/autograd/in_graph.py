@@ -26,6 +26,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastlora.autograd.linear import Call, run
 from fastlora.autograd.shrink import Shrunk, shrink
+from fastlora.ops.factors import Base
 from fastlora.ops.library import composes, define
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import seeds_of_layer
@@ -74,7 +75,7 @@ def _lora_mixed(
     call = Call(_opaque(impl), "auto", tuple(dropout_p), rows)
     each = zip(lora_a, lora_b, lora_bias, strict=True)
     factors = [tensor for slot in each for tensor in slot]
-    return run(x, weight, bias, y, call, scaling, drawn, factors, s)
+    return run(x, Base(weight, bias, y), call, scaling, drawn, factors, s)
 
 
 @composes("lora_shared")

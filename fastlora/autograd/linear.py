@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, Wanted
-from fastlora.ops.factors import operands_of
+from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.backend import is_wide
@@ -62,22 +62,18 @@ class Call(NamedTuple):
 
 def run(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
+    base: Base,
     call: Call,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
     factors: Sequence[_Factor],
     s: torch.Tensor | None = None,
-    inplace: bool = False,
 ) -> torch.Tensor:
     """Returns ``[..., N]``: a base product, or a given y, with every row's own adapter.
 
     Args:
         x: The input, in the dtype of the products.
-        weight, bias: Of the base layer; None where y is given.
-        y: The base layer's output.
+        base: The base layer.
         call: What else the call is.
         scaling: fp32 (fp64 beside an fp64 x) ``[S]``; of one adapter without rows also ``[R]`` or
             without dimensions.
@@ -85,14 +81,14 @@ def run(
         factors: ``lora_a, lora_b, lora_bias`` of each adapter in turn; three None where an adapter
             leaves the layer alone.
         s: Of `fastlora.autograd.shrink.shrink`, where a sibling made it.
-        inplace: Whether y may be overwritten where no gradient is recorded.
     """
     if s is not None:  # the gradient of lora_a comes through it
         factors = list(factors)
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
+    weight, bias, y, _ = base
     if records_gradients(x, weight, bias, y, s, *factors):
         return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
-    return _forward(x, weight, bias, y, s, scaling, seeds, call, factors, inplace)[0]
+    return _forward(x, base, s, scaling, seeds, call, factors)[0]
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -106,18 +102,15 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 
 def _forward(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
+    base: Base,
     s: torch.Tensor | None,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
     call: Call,
     factors: Sequence[_Factor],
-    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
-    dtype, shape = x.dtype, x.shape
+    dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -230,7 +223,7 @@ class LoraLinear(torch.autograd.Function):
         call: Call,
         *factors: Any,  # tensors, or None
     ) -> torch.Tensor:
-        made, s = _forward(x, weight, bias, y, s, scaling, seeds, call, factors)
+        made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
         saves_s = call.rows is not None

@@ -21,7 +21,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import forward
 from fastlora.layers.linear import why_not_plain
@@ -30,6 +29,7 @@ from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.layers.why import fusion
+from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
@@ -338,7 +338,6 @@ def unpatch_layer(module: nn.Module) -> None:
 
 # What the patched forward keeps on a layer.
 _OWN_ATTRIBUTES = (
-    "_scaling_tensors",
     "_dora_norms",
     "_family",
     "_compiled_alone",

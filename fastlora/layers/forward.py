@@ -18,14 +18,13 @@ from fastlora.functional import autocast_dtype
 from fastlora.layers import dora_rows, graph, packs, tables
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.active import run_active
-from fastlora.layers.bases import Base
 from fastlora.layers.decide import How, KeptDecision, check_devices, decide
 from fastlora.layers.dora import run_active_dora
 from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import note_apart, shared_shrink
 from fastlora.layers.why import uses_dora
-from fastlora.ops.factors import Slots
+from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.tables import table
 from fastlora.routing.routing import Routing
@@ -151,25 +150,22 @@ def run_rows(
         tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
         scalings.append(factors.scaling)
         dropout_p.append(factors.dropout_p)
-    weight, bias, y, inplace = base
+    weight, bias, y, _ = base
     if not found and y is not None:
         return y
     if not found and weight is not None:
         if impl != "eager":
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         # An adapter of rank 0: the base product and its gradients are the backend's all the same.
-        (n, k), zero = weight.shape, scalings_beside((0.0,), x)
-        return run(
-            *(x, weight, bias, None, Call(impl), zero.reshape(()), None),
-            (x.new_empty(0, k), x.new_empty(n, 0), None),
-        )
+        (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
+        return run(x, base, Call(impl), zero, None, (x.new_empty(0, k), x.new_empty(n, 0), None))
     if drops and seeds is None:
         check_dropout_dtype(x.dtype)
         seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
         seeds = seeds if which is None else seeds[list(which)]
     rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
     call = Call(impl, "auto", tuple(dropout_p), rows, which)
-    return run(x, weight, bias, y, call, scalings_beside(scalings, x), seeds, tensors, s, inplace)
+    return run(x, base, call, scalings_beside(scalings, x), seeds, tensors, s)
 
 
 def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:

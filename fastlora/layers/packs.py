@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.layers.bases import Base
 from fastlora.layers.decide import KeptDecision
 from fastlora.layers.factors import Watch, slots_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.factors import Slots
+from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
 from fastlora.ops.torch.packed import LayerPack

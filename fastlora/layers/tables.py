@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
-from fastlora.ops.factors import Factors, Tables
+from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.routing import Routing
@@ -117,6 +117,7 @@ def run(
     tables: Tables,
     number: int,
     plan: str,
+    impl: str = "triton",
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
@@ -128,64 +129,43 @@ def run(
         tables: Of `tables_of`.
         number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
+        impl: Name of the backend; other than kernels only for what the base layer made.
     """
     row = row_of(layer, number, tables)
     if row is None:
         refuse_in_mode(layer, "it was adapted after the block began")
         return base.output(x)
-    if base.weight is None:
-        y = base.rows_to_write()
-        return _add_(y, x, row, routing, tables).view(*x.shape[:-1], y.shape[1])
-    return _linear(layer, x, base.weight, base.bias, row, routing, tables, number, plan)
-
-
-def _linear(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    row: int,
-    routing: Routing,
-    tables: Tables,
-    number: int,
-    plan: str,
-) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    rows = routing.rows(flat.shape[0], x.device)
-    some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
+    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
+    if base.weight is None:
+        y, max_rank, own = base.rows_to_write(), 0, rows.tensors()
+        if impl == "triton":
+            # PyTorch reads neither; there another largest rank, which guards see, compiles nothing.
+            max_rank, own = tables.max_rank, rows_at(rows)
+        torch.ops.fastlora.lora_add_at_(
+            y, flat, own, tables.tensors(), row, max_rank, tables.dtype, impl
+        )
+        return y.view(*x.shape[:-1], y.shape[1])
+    some, s = _shared_shrink(layer, row, x, rows, tables, number, invariant)
     # Of its own shrink a layer takes tables whole: slices cost time in every decode.
     found, index = (
         (tables.tensors(), row) if s is None else (tables.tensors(some), row - some.start)
     )
     y = torch.ops.fastlora.lora_linear_at(
-        *(flat, weight, bias, rows_at(rows, plan == "invariant"), s),
+        *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
         *(found, index, tables.max_rank, tables.dtype, plan),
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _add_(
-    y: torch.Tensor, x: torch.Tensor, row: int, routing: Routing, tables: Tables
-) -> torch.Tensor:
-    """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
-    flat = x.reshape(-1, x.shape[-1])
-    rows = routing.rows(flat.shape[0], x.device)
-    torch.ops.fastlora.lora_add_at_(
-        *(y, flat, rows_at(rows), tables.tensors(), row),
-        *(tables.max_rank, tables.dtype, "triton"),
-    )
-    return y
+    return y.view(*x.shape[:-1], base.weight.shape[0])
 
 
 def _shared_shrink(
     layer: AdapterLayer,
     row: int,
     x: torch.Tensor,
-    flat: torch.Tensor,
-    routing: Routing,
+    rows: Rows,
     tables: Tables,
     number: int,
-    plan: str,
+    invariant: bool,
 ) -> tuple[slice, torch.Tensor | None]:
     """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
 
@@ -209,12 +189,11 @@ def _shared_shrink(
     some = slice(first, stop)
     if stop - first < 2:
         return alone, None
-    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
     context = (rows, tables, invariant)
     s = take_share(x, number, context)
     if s is None:
         s = torch.ops.fastlora.lora_shrink_at(
-            *(flat, rows_at(rows, invariant)),
+            *(x.reshape(-1, x.shape[-1]), rows_at(rows, invariant)),
             *(tables.tensors(some), tables.max_rank, tables.dtype, invariant),
         )
         others = [members[other] for other in range(first, stop) if other != row]
