@@ -139,33 +139,36 @@ def run_rows(
     tensors: list[torch.Tensor | None] = []
     scalings: list[Any] = []
     dropout_p: list[float] = []
-    found = drops = False
-    for factors in slots.own:
+    for factors in slots.own:  # in one loop: every call here is one in every step
         if factors is None:
             tensors += (None, None, None)
             scalings.append(0.0)
             dropout_p.append(0.0)
-            continue
-        found, drops = True, drops or bool(factors.dropout_p)
-        tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
-        scalings.append(factors.scaling)
-        dropout_p.append(factors.dropout_p)
-    weight, bias, y, _ = base
-    if not found and y is not None:
-        return y
-    if not found and weight is not None:
-        if impl != "eager":
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        # An adapter of rank 0: the base product and its gradients are the backend's all the same.
-        (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
-        return run(x, base, Call(impl), zero, None, (x.new_empty(0, k), x.new_empty(n, 0), None))
-    if drops and seeds is None:
+        else:
+            tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
+            scalings.append(factors.scaling)
+            dropout_p.append(factors.dropout_p)
+    if slots.own.count(None) == len(slots.own):
+        return _base_rows(x, base, impl)
+    if any(dropout_p) and seeds is None:
         check_dropout_dtype(x.dtype)
         seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
         seeds = seeds if which is None else seeds[list(which)]
     rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
     call = Call(impl, "auto", tuple(dropout_p), rows, which)
     return run(x, base, call, scalings_beside(scalings, x), seeds, tensors, s)
+
+
+def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
+    """`run_rows` where no slot has an adapter on the layer."""
+    weight, bias, y, _ = base
+    if weight is None:
+        return base.output(x)
+    if impl != "eager":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+    (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
+    return run(x, base, Call(impl), zero, None, (x.new_empty(0, k), x.new_empty(n, 0), None))
 
 
 def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ the tables are neighbours, share one shrink.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
+from fastlora.routing.kept import Watcher
 from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 
@@ -44,15 +45,15 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
     sets = routing.set_of(("tables", len(routing.layers), *routing.names), Watch)
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
-    if not isinstance(sets.tables, Tables):
+    if sets.tables is False:
         return None
     if is_captured(x):
         routing.group.packs.pin(sets)
     return sets.tables
 
 
-def _model_tables(routing: Routing, watch: Any) -> Tables | str:
-    """Returns the tables of all adapters of a routing on all layers of its model, or ``"none"``.
+def _model_tables(routing: Routing, watch: Watcher | None) -> Tables | Literal[False]:
+    """Returns the tables of all adapters of a routing on all layers of its model; False for none.
 
     lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
     """
@@ -60,7 +61,7 @@ def _model_tables(routing: Routing, watch: Any) -> Tables | str:
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
     tensors = [tensor for own in blocks for tensor in own if tensor is not None]
     if found is None or len({tensor.device for tensor in tensors}) > 1:
-        return "none"
+        return False
     shape = (len(routing.layers), len(routing.names))
     addresses = torch.zeros(3, *shape, dtype=torch.int64)
     rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
@@ -83,7 +84,7 @@ def _model_tables(routing: Routing, watch: Any) -> Tables | str:
     return Tables(a, b, bias, *numbers, dtype, rows=rows, kept=tuple(kept))
 
 
-def _factors_of(routing: Routing, watch: Any) -> list[tuple[int, int, Factors]] | None:
+def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int, Factors]] | None:
     """Returns row, column and factors of every adapter on every layer.
 
     None where a factor is not a bare tensor.
@@ -92,7 +93,8 @@ def _factors_of(routing: Routing, watch: Any) -> list[tuple[int, int, Factors]] 
     for row, layer in enumerate(routing.layers):
         if not hasattr(layer, "lora_A"):
             continue
-        watch.add(layer, routing.names)
+        if watch is not None:
+            watch.add(layer, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue

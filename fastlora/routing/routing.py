@@ -16,7 +16,14 @@ import torch
 
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.ids import NO_ADAPTER
-from fastlora.routing.kept import BlockKept, KnownRows, PackCache, SetPack, stream_of
+from fastlora.routing.kept import (
+    BlockKept,
+    KnownRows,
+    PackCache,
+    SetPack,
+    Watcher,
+    stream_of,
+)
 from fastlora.validation import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -121,7 +128,7 @@ class Routing:
         """
         return self.kept.seeds_of(self.seeds, number, self.layers, device)
 
-    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
+    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Watcher]) -> SetPack:
         """Returns what the model keeps of a set of adapters."""
         watch = make_watch if self.residents is None else None
         return self.kept.set_of(self.group.packs, key, watch)
