@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fastlora import functional
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
+from fastlora.ops.factors import Base, Factors
 
 SCALING = 2.0  # alpha = 2 r, a common choice; large enough that a missing term is seen
 Results = tuple[torch.Tensor, ...]
@@ -165,11 +166,13 @@ def _augmented(p: Problem) -> Results:
 
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
     lora_a, lora_b = p.factors(fp32)
-    return (functional.linear(p.x, p.weight, None, lora_a, lora_b, p.scaling, 0.0, p.impl, plan),)
+    factors = Factors(lora_a, lora_b, p.scaling)
+    return (functional.apply(p.x, Base(p.weight), factors, p.impl, plan),)
 
 
 def _shrink_expand(p: Problem) -> Results:
-    return (functional.add(p.y, p.x, p.lora_a, p.lora_b, p.scaling, 0.0, p.impl, inplace=True),)
+    factors = Factors(p.lora_a, p.lora_b, p.scaling)
+    return (functional.apply(p.x, Base(y=p.y, inplace=True), factors, p.impl),)
 
 
 @functools.cache

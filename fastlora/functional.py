@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 
 from fastlora.autograd import linear as autograd
-from fastlora.autograd import sibling_ops
-from fastlora.ops import schema as ops
+from fastlora.autograd.shrink import Shrunk
+from fastlora.ops.backend import draw_seed, resolve_impl
+from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant
 from fastlora.ops.plans import PLANS
 from fastlora.validation import (
@@ -19,18 +17,6 @@ from fastlora.validation import (
     check_same_device,
     check_shape,
 )
-
-
-class Shrunk(NamedTuple):
-    """A layer's share of `shrink`.
-
-    Attributes:
-        s: ``[M, R]`` in the dtype of the products.
-        seed: Of its dropout mask, or None without dropout.
-    """
-
-    s: torch.Tensor
-    seed: torch.Tensor | None
 
 
 def lora_linear(
@@ -86,8 +72,8 @@ def lora_linear(
     if bias is not None:
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],))
-    scaling = _scaling_tensor(scaling, x, lora_a.shape[0])
-    return linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, impl, plan)
+    factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
+    return apply(x, Base(weight, bias), factors, impl, plan)
 
 
 def lora_add(
@@ -128,8 +114,8 @@ def lora_add(
     check_floating("y", y)
     check_shape("y", y, (*x.shape[:-1], lora_b.shape[0]))
     check_same_device(x, y=y)
-    scaling = _scaling_tensor(scaling, x, lora_a.shape[0])
-    return add(y, x, lora_a, lora_b, scaling, dropout_p, impl, inplace)
+    factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
+    return apply(x, Base(y=y, inplace=inplace), factors, impl)
 
 
 def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -174,119 +160,65 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None
 
 
-def linear(
+def apply(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    dropout_p: float = 0.0,
+    base: Base,
+    factors: Factors,
     impl: str = "auto",
     plan: str = "auto",
     shrunk: Shrunk | None = None,
-    lora_bias: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`lora_linear` for layers, which know that their tensors fit.
+    """`lora_linear` and `lora_add` for layers, which know that their tensors fit.
 
-    ``scaling`` is a tensor without dimensions or ``[R]``, in fp32 (fp64 for an fp64 x). ``shrunk``
-    is this layer's of `shrink`, where siblings shared that; x, dropout_p and impl are then those
-    that it was made with. ``lora_bias`` ``[N]`` is not scaled, and goes with a scaling without
-    dimensions.
+    Args:
+        x: ``[..., K]``.
+        base: The base layer.
+        factors: One adapter, with a scaling that is a tensor without dimensions or ``[R]``, in fp32
+            (fp64 for an fp64 x); a lora_bias goes with one without dimensions.
+        impl, plan: As in `lora_linear`.
+        shrunk: The layer's share of a pass over x, where siblings shared one; x, dropout_p and impl
+            are then those that it was made with.
+        seed: One int64 as `fastlora.ops.backend.draw_seed` draws it, for a mask that others must
+            draw too.
     """
+    lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
+    weight = base.weight
     if (
-        not dropout_p
+        weight is not None
+        and not dropout_p
         and shrunk is None
         and (lora_bias is None or lora_bias.dtype is x.dtype)
         and (impl == "auto" or impl == "eager")
         and plan == "auto"
         and not is_batch_invariant()
-        and autograd.records_natively(x, weight, bias, lora_a, lora_b, scaling)
+        and autograd.records_natively(x, weight, base.bias, lora_a, lora_b, scaling)
     ):
+        bias = base.bias
         if lora_bias is not None:
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
         return autograd.native_linear(x, weight, bias, lora_a, lora_b, scaling)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    elif weight.dtype != x.dtype:
+    elif weight is not None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     device = x.device
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)
     if plan == "invariant" or is_batch_invariant():
+        if weight is None:
+            raise ImplementationError(
+                "lora_add cannot run in the batch-invariant mode: whatever made y may go by the "
+                "number of rows"
+            )
         impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
     else:
-        impl = ops.resolve_impl(impl, x)
-    if shrunk is not None:
-        s, seed = shrunk
-    else:
-        s, seed = None, ops.draw_seed(x, impl) if dropout_p > 0.0 else None
-    call, factors = autograd.Call(impl, plan, (dropout_p,)), (lora_a, lora_b, lora_bias)
-    return autograd.run(x, weight, bias, None, call, scaling, seed, factors, s)
-
-
-def add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    dropout_p: float = 0.0,
-    impl: str = "auto",
-    inplace: bool = False,
-    shrunk: Shrunk | None = None,
-    seed: torch.Tensor | None = None,
-    lora_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`lora_add` for layers, which know that their tensors fit; the rest as in `linear`.
-
-    ``seed`` is one int64 as `ops.draw_seed` draws it, for a mask that others must draw too.
-    """
-    if is_batch_invariant():
-        raise ImplementationError(
-            "lora_add cannot run in the batch-invariant mode: whatever made y may go by the number "
-            "of rows"
-        )
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    device = x.device
-    if lora_a.device != device or lora_b.device != device:
-        check_same_device(x, lora_a=lora_a, lora_b=lora_b)
-    impl, s = ops.resolve_impl(impl, x), None
+        impl = resolve_impl(impl, x)
+    s = None
     if shrunk is not None:
         s, seed = shrunk
     elif dropout_p > 0.0 and seed is None:
-        seed = ops.draw_seed(x, impl)
-    call, factors = autograd.Call(impl, "auto", (dropout_p,)), (lora_a, lora_b, lora_bias)
-    return autograd.run(x, None, None, y, call, scaling, seed, factors, s, inplace)
-
-
-def shrink(
-    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], impl: str
-) -> list[Shrunk]:
-    """Computes the s of layers that are fed by the same x, for `linear` and `add`.
-
-    In the backward x is read once for all their ``d_lora_a``. Seeds are drawn in order, as the
-    layers would one after the other.
-
-    Args:
-        x: ``[..., K]``.
-        lora_a: ``[R_i, K]`` of each layer.
-        dropouts: Probability that acts on each.
-        impl: As in `lora_linear`.
-    """
-    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
-    pairs = sibling_ops.shrink_siblings(x, lora_a, dropouts, dtype, impl)
-    return [Shrunk(s, seed) for s, seed in zip(*pairs, strict=True)]
-
-
-def shrink_in_graph(
-    x: torch.Tensor, lora_a: Sequence[torch.Tensor], dropouts: Sequence[float], own: int, impl: str
-) -> Shrunk:
-    """`shrink` in a compiled graph, where every sibling calls it; returns number ``own``'s."""
-    impl, dtype = ops.resolve_impl(impl, x), autocast_dtype(x) or x.dtype
-    operator = torch.ops.fastlora.lora_shrink_siblings
-    s, seeds = operator(x, lora_a, dropouts, own, dtype, impl)
-    return Shrunk(s, seeds[0] if dropouts[own] > 0.0 else None)
+        seed = draw_seed(x, impl)
+    call = autograd.Call(impl, plan, (dropout_p,))
+    return autograd.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)

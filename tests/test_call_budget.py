@@ -37,7 +37,7 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(19, 16, 20, 10),
+    "one adapter, few rows": Budget(18, 15, 20, 10),
     "one adapter": Budget(36, 19, 36, 14),
     "mixed training": Budget(64, 24, 70, 16),
     "mixed decode": Budget(20, 10, 20, 8),

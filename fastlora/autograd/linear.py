@@ -7,9 +7,9 @@ nor a mask. Whatever needs no gradient is neither saved nor computed.
 
 On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`), which save
 s always. Where layers fed by the same tensor share their passes over it, the graph has two kinds of
-node: `LoraShrink` makes every sibling's s, and its backward yields their d_lora_a and nothing else;
-each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA term inside, ds
-(the gradient of s) and d_lora_b.
+node: that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their
+d_lora_a and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with
+the LoRA term inside, ds (the gradient of s) and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
 ``lora_b [N, R]``, ``lora_bias [N]`` or None, not scaled; s as in `fastlora.ops.backend.Backend`.
@@ -27,8 +27,7 @@ from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, Wanted
-from fastlora.ops.factors import operands_of
-from fastlora.ops.layout import present
+from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.backend import is_wide
@@ -63,37 +62,33 @@ class Call(NamedTuple):
 
 def run(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
+    base: Base,
     call: Call,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
     factors: Sequence[_Factor],
     s: torch.Tensor | None = None,
-    inplace: bool = False,
 ) -> torch.Tensor:
     """Returns ``[..., N]``: a base product, or a given y, with every row's own adapter.
 
     Args:
         x: The input, in the dtype of the products.
-        weight, bias: Of the base layer; None where y is given.
-        y: The base layer's output.
+        base: The base layer.
         call: What else the call is.
         scaling: fp32 (fp64 beside an fp64 x) ``[S]``; of one adapter without rows also ``[R]`` or
             without dimensions.
         seeds: Of the adapters' dropout, int64 ``[S]``; None where none acts.
         factors: ``lora_a, lora_b, lora_bias`` of each adapter in turn; three None where an adapter
             leaves the layer alone.
-        s: Of `LoraShrink`, where a sibling made it.
-        inplace: Whether y may be overwritten where no gradient is recorded.
+        s: Of `fastlora.autograd.shrink.shrink`, where a sibling made it.
     """
     if s is not None:  # the gradient of lora_a comes through it
         factors = list(factors)
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
+    weight, bias, y, _ = base
     if records_gradients(x, weight, bias, y, s, *factors):
         return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
-    return _forward(x, weight, bias, y, s, scaling, seeds, call, factors, inplace)[0]
+    return _forward(x, base, s, scaling, seeds, call, factors)[0]
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -107,18 +102,15 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 
 def _forward(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
+    base: Base,
     s: torch.Tensor | None,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
     call: Call,
     factors: Sequence[_Factor],
-    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
-    dtype, shape = x.dtype, x.shape
+    dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -215,7 +207,7 @@ class LoraLinear(torch.autograd.Function):
     """`run` where a graph is recorded; y itself is not written.
 
     Saves x, s, the seeds and the parameters; dropout masks are made again from the seeds. With an
-    ``s`` that `LoraShrink` made, every lora_a comes detached and x is not saved for it.
+    ``s`` that siblings share, every lora_a comes detached and x is not saved for it.
     """
 
     @staticmethod
@@ -231,7 +223,7 @@ class LoraLinear(torch.autograd.Function):
         call: Call,
         *factors: Any,  # tensors, or None
     ) -> torch.Tensor:
-        made, s = _forward(x, weight, bias, y, s, scaling, seeds, call, factors)
+        made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
         saves_s = call.rows is not None
@@ -287,65 +279,3 @@ class LoraLinear(torch.autograd.Function):
                 for gradient, wanted in zip(found.factors, needs, strict=True)
             ),
         )
-
-
-class LoraShrink(torch.autograd.Function):
-    """s of G layers that are fed by the same x.
-
-    Takes x detached, since its gradient is not this node's part; of each layer a seed or None, and
-    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Saves x,
-    the seeds and the factors. The backward reads x once for all d_lora_a; a layer with an s that
-    nobody used takes no part in it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        seeds: tuple[torch.Tensor | None, ...],
-        dropouts: tuple[float, ...],
-        impl: str,
-        rows: Rows | None,
-        *lora_a: _Factor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
-        ctx.save_for_backward(x, *lora_a, *seeds)
-        flat = x.reshape(-1, x.shape[-1])
-        layers = _by_layer(lora_a, len(dropouts))
-        return tuple(BACKENDS[impl].shrink(flat, layers, seeds, dropouts, rows))
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        count = len(ctx.dropouts)
-        x, *saved = ctx.saved_tensors
-        lora_a, seeds = saved[: len(saved) - count], saved[len(saved) - count :]
-        each, needs = len(lora_a) // count, ctx.needs_input_grad[5:]
-        found: list[torch.Tensor | None] = [None] * len(lora_a)
-        wanted = [
-            i
-            for i in range(count)
-            if grads[i] is not None and any(needs[i * each : (i + 1) * each])
-        ]
-        if wanted:
-            ds: Any = [grads[i] for i in wanted]
-            layers = _by_layer(lora_a, count)
-            gradients = BACKENDS[ctx.impl].grad_a(
-                x.reshape(-1, x.shape[-1]),
-                ds,
-                [layers[i] for i in wanted],
-                [seeds[i] for i in wanted],
-                [ctx.dropouts[i] for i in wanted],
-                ctx.rows,
-            )
-            places = [i * each + slot for i in wanted for slot in range(each)]
-            for place, gradient in zip(places, gradients, strict=True):
-                found[place] = gradient if needs[place] else None
-        return None, None, None, None, None, *found
-
-
-def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
-    """Returns the lora_a of each layer, of rank 0 where an adapter leaves it alone."""
-    each = len(lora_a) // layers
-    return [present(lora_a[start : start + each], 0) for start in range(0, len(lora_a), each)]

@@ -21,15 +21,15 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import forward
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
-from fastlora.layers.shared_shrink import knows_siblings, note_compiled
+from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.layers.why import fusion
+from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
@@ -38,6 +38,7 @@ from fastlora.routing.ids import BASE, named_ids
 from fastlora.routing.in_force import check_batch, routing_of
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
+from fastlora.routing.siblings import Family
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
 
@@ -53,6 +54,7 @@ class _FastForward(ForgetsWithMode, HasScalings):
     routed_as = 0
     table_row = 0
     impl = "auto"
+    _family: Family
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 
@@ -336,7 +338,6 @@ def unpatch_layer(module: nn.Module) -> None:
 
 # What the patched forward keeps on a layer.
 _OWN_ATTRIBUTES = (
-    "_scaling_tensors",
     "_dora_norms",
     "_family",
     "_compiled_alone",

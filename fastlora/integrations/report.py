@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer
-from fastlora.layers.shared_shrink import sibling_note
+from fastlora.layers.sharing import sibling_note
 from fastlora.ops import schema as ops
 from fastlora.sharding import is_fsdp_module
 

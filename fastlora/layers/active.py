@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 
 from fastlora import functional
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import factors_of, scaling_of, why_not_fused
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.shared_shrink import shared_shrink
+from fastlora.layers.sharing import shared_shrink
 from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 
 
@@ -78,7 +77,7 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
     if len(names) == 1:
         first = factors_of(layer, names[0], x)
         if first is not None:
-            shrunk = shared_shrink(layer, x, first, layer.impl)
+            shrunk = shared_shrink(layer, x, Slots((first,)))
     else:
         together = _together(layer, x, names)
         found = found if together is None else together
@@ -86,18 +85,12 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
     if first is None:
         refuse_in_mode(layer, why_not_fused(layer, names))
         return _called(layer, base.output(x), x, names)
-    lora_a, lora_b, scaling, lora_bias, dropout_p, _ = first
-    adapter, impl, bias = (lora_a, lora_b, scaling, dropout_p), layer.impl, base.bias
-    if base.weight is not None:
-        if found.bias is not None:
-            bias = found.bias if bias is None else bias + found.bias
-        y = functional.linear(x, base.weight, bias, *adapter, impl, "auto", shrunk, lora_bias)
-    else:
-        y = base.output(x)
-        y = functional.add(y, x, *adapter, impl, base.inplace, shrunk, None, lora_bias)
-        y = y if found.bias is None else y + found.bias.to(y.dtype)
+    impl, bias = layer.impl, found.bias
+    if bias is not None and base.weight is not None:
+        base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None
+    y = functional.apply(x, base, first, impl, "auto", shrunk)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
     for other in found.adapters[1:]:
-        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = other
-        adapter = lora_a, lora_b, scaling, dropout_p
-        y = functional.add(y, x, *adapter, impl, True, None, None, lora_bias)
+        y = functional.apply(x, Base(y=y, inplace=True), other, impl)
     return y

@@ -16,9 +16,10 @@ from fastlora.layers.merging import Mergeable
 from fastlora.layers.mode import ForgetsWithMode, forget_kept
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
-from fastlora.layers.shared_shrink import knows_siblings, note_compiled
+from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routing import Group
+from fastlora.routing.siblings import Family
 from fastlora.sharding import is_sharded
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -46,6 +47,7 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
 
     in_features: int
     out_features: int
+    _family: Family  # of layers that are fed by the same tensor, once it is known
     knows_siblings = knows_siblings
     note_compiled = note_compiled
 

@@ -16,13 +16,12 @@ from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.active import run_active
-from fastlora.layers.bases import Base
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.factors import factors_of, scale_by_name, scaling_of
 from fastlora.layers.norms import adapter_squares, base_squares, magnitude_of
 from fastlora.layers.why import refuse_triton, uses_dora
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
 from fastlora.ops.torch.dora_dropped import joins
 from fastlora.ops.torch.scale import scale_columns, scale_of
@@ -105,7 +104,7 @@ def _fused(
         )
     if branch.dropout_p:
         return _dropped(layer, None, x, weight, bias, name, branch, impl)
-    u = functional.linear(x, weight, None, branch.lora_a, branch.lora_b, branch.scaling, 0.0, impl)
+    u = functional.apply(x, Base(weight), branch, impl)
     return scaled(u, bias, *scale_by_name(layer, name))
 
 
@@ -141,8 +140,7 @@ def added(
 
     No dropout acts. ``inplace`` says whether y may be overwritten where no gradient is recorded.
     """
-    lora_a, lora_b, scaling, *_ = factors
-    u = functional.add(y, x, lora_a, lora_b, scaling, 0.0, impl, inplace)
+    u = functional.apply(x, Base(y=y, inplace=inplace), factors, impl)
     return scaled(u if bias is None else u - bias.to(u.dtype), bias, magnitude, squares)
 
 

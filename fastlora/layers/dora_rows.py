@@ -23,10 +23,10 @@ from fastlora.autograd.dora import DoraScale
 from fastlora.autograd.dora_dropped import DoraDropped, OwnRows
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.dense import dense_weight
-from fastlora.layers.factors import Scale, scaling_of, scaling_tensor
+from fastlora.layers.factors import Scale, scaling_beside
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.ops import schema as ops
-from fastlora.ops.rows import Rows, Segment, sort_rows
+from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.dora_dropped import Dropped
 from fastlora.ops.torch.scale import scale_of, times
@@ -164,7 +164,7 @@ def rows_in_graph(
         adapters = []
         for slot, name in zip(slots.dropped, names, strict=True):
             factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-            scaling = scaling_tensor(layer, name, scaling_of(layer, name), x)
+            scaling = scaling_beside(layer, name, x)
             adapters += [
                 *factors,
                 *batch.source.scale(layer, slot),
@@ -323,9 +323,8 @@ def scale_pool_rows_(layer: Any, y: torch.Tensor, routing: Routing) -> torch.Ten
     if tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), bias_of(layer)
-    m, slots, impl = flat.shape[0], tables.rank.shape[1], ops.resolve_impl(layer.impl, y)
-    in_graph = torch.compiler.is_compiling()
-    rows = sort_rows(routing.ids, m, slots, y.device) if in_graph else routing.rows(m, y.device)
+    m, impl = flat.shape[0], ops.resolve_impl(layer.impl, y)
+    rows = routing.rows(m, y.device)
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -12,7 +12,6 @@ from torch import nn
 
 from fastlora.layers.norms import cached_squares, magnitude_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.scalings import Scalings
 from fastlora.ops.factors import Factors, Slots, Tables
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
@@ -79,41 +78,19 @@ def scaling_of(layer: AdapterLayer, name: str) -> Any:
 
     A number would be part of the graph. A tensor also where the user put one.
     """
-    scalings = layer.scaling
-    if torch.compiler.is_compiling() and isinstance(scalings, Scalings):
-        return scalings.tensors[name]
-    return scalings[name]
+    return layer.scaling.tensors[name] if torch.compiler.is_compiling() else layer.scaling[name]
 
 
 def scaling_beside(layer: AdapterLayer, name: str, x: torch.Tensor) -> torch.Tensor:
     """Returns an adapter's scaling as a tensor without dimensions: on x's device, fp32 or fp64."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     scalings = layer.scaling
-    if type(scalings) is Scalings and x.is_cpu:
-        beside = scalings.tensors[name]
-        if beside.is_cpu and beside.dtype is x.dtype is torch.float32:
-            return beside
-    return scaling_tensor(layer, name, scaling_of(layer, name), x)
-
-
-def scaling_tensor(layer: AdapterLayer, name: str, value: Any, x: torch.Tensor) -> torch.Tensor:
-    """Returns a scaling as a tensor without dimensions, kept on the layer until it changes."""
-    device, dtype = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(value, torch.Tensor):  # in a compiled graph, or for PEFT's compiled hot swap
-        return value.to(device=device, dtype=dtype).reshape(())
-    if torch.compiler.is_compiling():
-        # What an eager forward has cached meanwhile must not be a reason to compile again.
-        return torch.full((), value, dtype=dtype, device=device)
-    cache = layer.__dict__.setdefault("_scaling_tensors", {})
-    cached = cache.get(name)
-    if cached is not None and cached[:3] == (value, device, dtype):
-        return cached[3]
-    with torch.inference_mode(False):  # it will be saved for a backward one day
-        tensor = torch.full((), value, dtype=dtype, device=device)
-    # In a CUDA graph's capture the fill is only recorded: the tensor belongs to that graph alone.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if type(tensor) is torch.Tensor and not capturing:
-        cache[name] = (value, device, dtype, tensor)
-    return tensor
+    beside: torch.Tensor = scalings.tensors[name]
+    if beside.dtype is exact and beside.device == x.device and not beside.dim():
+        return beside
+    if torch.compiler.is_compiling() or isinstance(scalings[name], torch.Tensor):
+        return beside.to(device=x.device, dtype=exact).reshape(())
+    return torch.full((), scalings[name], dtype=exact, device=x.device)
 
 
 class Scale(NamedTuple):

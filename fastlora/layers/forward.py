@@ -15,17 +15,16 @@ import torch.nn.functional as F
 
 from fastlora.autograd.linear import Call, run
 from fastlora.functional import autocast_dtype
-from fastlora.layers import dora_rows, mixed_graph, mixed_kernels, mixed_packed
+from fastlora.layers import dora_rows, graph, packs, tables
 from fastlora.layers.absent import with_absent, with_all_absent
 from fastlora.layers.active import run_active
-from fastlora.layers.bases import Base
 from fastlora.layers.decide import How, KeptDecision, check_devices, decide
 from fastlora.layers.dora import run_active_dora
 from fastlora.layers.factors import slots_of
-from fastlora.layers.mixed_siblings import note_apart, shared_shrink
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.sharing import note_apart, shared_shrink
 from fastlora.layers.why import uses_dora
-from fastlora.ops.factors import Slots
+from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.tables import table
 from fastlora.routing.routing import Routing
@@ -60,7 +59,7 @@ def _mixed(
 ) -> torch.Tensor:
     """`forward` where each row has its own adapter; rows of adapters it lacks are base rows."""
     if torch.compiler.is_compiling():
-        made = mixed_graph.run_in_graph(layer, x, base, routing, number)
+        made = graph.run_in_graph(layer, x, base, routing, number)
         if made is not None:
             return made
     dora = dora_rows.dora_slots(layer, routing)
@@ -87,21 +86,22 @@ def _by_rows(
     """
     kept: KeptDecision | None = routing.kept.decisions.get(number)
     if kept is not None and kept.holds(layer, x, base):
-        return mixed_packed.run_kept(x, base, kept, number), How.PYTORCH
+        return packs.run_kept(x, base, kept, number), How.PYTORCH
     given, dtype = x, autocast_dtype(x)
     x = x if dtype is None else x.to(dtype)
-    how, is_bare, plan, tables, slots = decide(layer, x, base, routing, dtype, without)
-    if tables is not None:
-        return mixed_kernels.run(layer, x, base, routing, tables, number, plan), how
+    how, is_bare, plan, found, slots = decide(layer, x, base, routing, dtype, without)
+    if found is not None:
+        return tables.run(layer, x, base, routing, found, number, plan), how
     if slots is not None:
-        s = shared_shrink(layer, given, x, routing, number, slots)
+        shrunk = shared_shrink(layer, given, slots, routing)
+        s = None if shrunk is None else shrunk.s
         y = run_rows(x, base, routing, number, slots, "triton", s=s)
         return with_all_absent(layer, y, x, routing, own=y is not base.y), how
     rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     if is_bare:
-        found = mixed_packed.find(layer, x, routing, rows, number)
-        if found is not None:
-            return mixed_packed.run_kept(x, base, found, number), how
+        kept = packs.find(layer, x, routing, rows, number)
+        if kept is not None:
+            return packs.run_kept(x, base, kept, number), how
     else:
         note_apart(layer, given)
     slots = slots_of(routing.source, layer, rows.present, without)
@@ -139,36 +139,36 @@ def run_rows(
     tensors: list[torch.Tensor | None] = []
     scalings: list[Any] = []
     dropout_p: list[float] = []
-    found = drops = False
-    for factors in slots.own:
+    for factors in slots.own:  # in one loop: every call here is one in every step
         if factors is None:
             tensors += (None, None, None)
             scalings.append(0.0)
             dropout_p.append(0.0)
-            continue
-        found, drops = True, drops or bool(factors.dropout_p)
-        tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
-        scalings.append(factors.scaling)
-        dropout_p.append(factors.dropout_p)
-    weight, bias, y, inplace = base
-    if not found and y is not None:
-        return y
-    if not found and weight is not None:
-        if impl != "eager":
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        # An adapter of rank 0: the base product and its gradients are the backend's all the same.
-        (n, k), zero = weight.shape, scalings_beside((0.0,), x)
-        return run(
-            *(x, weight, bias, None, Call(impl), zero.reshape(()), None),
-            (x.new_empty(0, k), x.new_empty(n, 0), None),
-        )
-    if drops and seeds is None:
+        else:
+            tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
+            scalings.append(factors.scaling)
+            dropout_p.append(factors.dropout_p)
+    if slots.own.count(None) == len(slots.own):
+        return _base_rows(x, base, impl)
+    if any(dropout_p) and seeds is None:
         check_dropout_dtype(x.dtype)
         seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
         seeds = seeds if which is None else seeds[list(which)]
     rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
     call = Call(impl, "auto", tuple(dropout_p), rows, which)
-    return run(x, weight, bias, y, call, scalings_beside(scalings, x), seeds, tensors, s, inplace)
+    return run(x, base, call, scalings_beside(scalings, x), seeds, tensors, s)
+
+
+def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
+    """`run_rows` where no slot has an adapter on the layer."""
+    weight, bias, y, _ = base
+    if weight is None:
+        return base.output(x)
+    if impl != "eager":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+    (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
+    return run(x, base, Call(impl), zero, None, (x.new_empty(0, k), x.new_empty(n, 0), None))
 
 
 def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import Base
 from fastlora.layers.forward import forward
 from fastlora.layers.why import fusion
+from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.sharding import is_sharded, refuse_shards

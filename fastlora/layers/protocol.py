@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fastlora.routing.routing import Group
+from fastlora.routing.siblings import Family
 
 
 class AdapterLayer(Protocol):
@@ -18,6 +19,7 @@ class AdapterLayer(Protocol):
         routed_as: The layer's number in its model.
         in_features, out_features: K and N.
         table_row: The layer's row in a pool's tables; only layers of a pool have one.
+        _family: The layer and its siblings, once a forward has shown them.
     """
 
     impl: str
@@ -25,6 +27,7 @@ class AdapterLayer(Protocol):
     routed_by: Group | None
     routed_as: int
     table_row: int
+    _family: Family
     in_features: int
     out_features: int
 
@@ -57,3 +60,9 @@ class AdapterLayer(Protocol):
 
     def _acting(self) -> list[str]:
         """Returns the names that act outside of a mixed batch."""
+
+    def knows_siblings(self) -> bool:
+        """Whether a forward has shown the layers that are fed by the same tensor."""
+
+    def note_compiled(self, why: str) -> None:
+        """Keeps why the layer shares nothing in a graph that is being compiled."""

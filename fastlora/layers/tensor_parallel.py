@@ -36,7 +36,6 @@ from torch import nn
 from fastlora import functional
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.layers.absent import with_absent
-from fastlora.layers.bases import Base
 from fastlora.layers.decide import check_unmerged
 from fastlora.layers.dora import added
 from fastlora.layers.dora_rows import (
@@ -53,7 +52,7 @@ from fastlora.layers.norms import cached_squares, forget_norms
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops import schema as ops
-from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.dora_dropped import Dropped
@@ -258,7 +257,7 @@ class TensorParallelLora(FastLoraWrapper):
     ) -> torch.Tensor:
         """Adds one adapter; ``scale`` and ``bias`` are this process's, for DoRA."""
         factors = self._own_branch(name, x)
-        lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
+        lora_a, lora_b, scaling, _, dropout_p, _ = factors
         seed = None
         if dropout_p:
             seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
@@ -271,12 +270,7 @@ class TensorParallelLora(FastLoraWrapper):
                 *(y, x, self._own_weight(), None, None, None, (dropout_p,), impl, None),
                 *(lora_a, lora_b, *scale, scaling, seed),
             )
-        return functional.add(
-            *(y, x, lora_a, lora_b, scaling, dropout_p, self.impl),
-            inplace=True,
-            seed=seed,
-            lora_bias=lora_bias,
-        )
+        return functional.apply(x, Base(y=y, inplace=True), factors, self.impl, seed=seed)
 
     def _mixed(
         self, x: torch.Tensor, y: torch.Tensor, routing: Routing, projection: int

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import why_not_fused
 from fastlora.layers.forward import forward
 from fastlora.layers.linear import why_not_plain
 from fastlora.layers.why import NOT_OUR_GEMM
+from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError

@@ -184,7 +184,7 @@ class LoraTuner(nn.Module):
         )
 
     @property
-    def routed(self) -> list[nn.Module]:
+    def routed(self) -> list[Any]:
         """The modules whose adapters a mixed batch chooses by row."""
         return self._find_routed() if self._routed is None else self._routed
 

@@ -1,4 +1,4 @@
-"""One adapter on one linear, and the adapters of one linear by slot: what operators are made from.
+"""A base layer, one adapter on it, and its adapters by slot: what functions and operators take.
 
 Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]``.
 """
@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.ops.layout import present
 
@@ -31,6 +32,37 @@ class Factors(NamedTuple):
     lora_bias: torch.Tensor | None = None
     dropout_p: float = 0.0
     magnitude: torch.Tensor | None = None
+
+
+class Base(NamedTuple):
+    """A base layer in one forward: a plain linear, or the output of a module that was called.
+
+    Attributes:
+        weight: ``[N, K]``; None where the module was called.
+        bias: ``[N]`` or None.
+        y: ``[..., N]``, what the module made; None with a weight.
+        inplace: Whether y may be overwritten where no gradient is recorded.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    y: torch.Tensor | None = None
+    inplace: bool = False
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns ``[..., N]`` of the base layer alone."""
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        if self.y is None:
+            raise ValueError("neither a base weight nor a base output is given")
+        return self.y
+
+    def rows_to_write(self) -> torch.Tensor:
+        """Returns y as ``[M, N]``, in memory that may be written."""
+        if self.y is None:
+            raise ValueError("no base output is given")
+        flat = self.y.reshape(-1, self.y.shape[-1])
+        return flat if self.inplace or flat.data_ptr() != self.y.data_ptr() else flat.clone()
 
 
 class Slots(NamedTuple):

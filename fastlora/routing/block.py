@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from fastlora.ops.seeds import draw_seeds
 from fastlora.routing import checkpoints as recompute
 from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
 from fastlora.routing.in_force import is_captured, routed
+from fastlora.routing.kept import RoutedLayer
 from fastlora.routing.routers import Router, router_of
 from fastlora.routing.routing import Group, Routing
 from fastlora.sharding import several_processes, unwrapped
@@ -85,7 +86,7 @@ def adapters(
 
 def parameters_routing(
     group: Group,
-    layers: Sequence[Any],
+    layers: Sequence[RoutedLayer],
     known: Sequence[str],
     source: Callable[[Sequence[str]], Source],
     ids: Sequence[str | None] | torch.Tensor,

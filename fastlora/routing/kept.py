@@ -10,10 +10,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 
+from fastlora.ops.factors import Tables
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.ops.torch.packed import LayerPack, is_for
@@ -42,10 +43,9 @@ class KnownRows:
 
     def get(self, ids: torch.Tensor, m: int, slots: int, device: torch.device) -> Rows:
         """Returns `sort_rows` of these, the known one for known ids on a CPU."""
-        is_compiling = torch.compiler.is_compiling
         # A CUDA graph reads rows where they lie, for longer than they are kept here.
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or is_compiling() or captured:
+        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or captured:
             return sort_rows(ids, m, slots, device)
         key = (m, device, stream_of(device), slots, tuple(ids.tolist()))
         rows = self._known.get(key)
@@ -55,6 +55,28 @@ class KnownRows:
             known = list(self._known.items())[1 - self._MOST :]
             self._known = dict([*known, (key, rows)])  # a new one: other threads read the old one
         return rows
+
+
+class Watcher(Protocol):
+    """Tells whether factors changed."""
+
+    def add(self, layer: Any, names: Sequence[str]) -> None:
+        """Watches those of the adapters that a layer has, from now on."""
+
+    def unchanged(self) -> bool:
+        """Whether all of it is as it was."""
+
+
+class RoutedLayer(Protocol):
+    """What routing needs to know of a layer.
+
+    Attributes:
+        routed_as: The layer's number in its model.
+        training: Whether dropout can act.
+    """
+
+    routed_as: int
+    training: bool
 
 
 @dataclass
@@ -79,13 +101,13 @@ class SetPack:
 
     Attributes:
         mark: With which they were packed; None where they cannot change.
-        tables: The set's tables for kernels; a string where there can be none.
+        tables: The set's tables for kernels, once they are made; False where there can be none.
     """
 
-    def __init__(self, watch: Any) -> None:
+    def __init__(self, watch: Watcher | None) -> None:
         self.watch = watch
         self.mark = None if watch is None else marks.of_trained()
-        self.tables: Any = None
+        self.tables: Tables | Literal[False] | None = None
         self._met: set[tuple[int, torch.dtype, RowsKind]] = set()
         self._packs: dict[tuple[int, torch.dtype, RowsKind], LayerPack | None] = {}
         self._found: dict[Rows, BatchFound] = {}
@@ -151,7 +173,7 @@ class PackCache:
         self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
-    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Any] | None) -> SetPack:
+    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Watcher] | None) -> SetPack:
         """Returns the set of that key, a new one where it is unknown or its factors changed.
 
         Args:
@@ -188,7 +210,7 @@ class PackCache:
             return sum(known.nbytes for known in self._sets.values())
 
 
-def _is_unchanged(watch: Any) -> bool:
+def _is_unchanged(watch: Watcher | None) -> bool:
     return watch is None or watch.unchanged()
 
 
@@ -210,7 +232,7 @@ class BlockKept:
         self._sets: dict[tuple[Any, ...], SetPack] = {}
 
     def set_of(
-        self, packs: PackCache, key: tuple[Any, ...], make_watch: Callable[[], Any] | None
+        self, packs: PackCache, key: tuple[Any, ...], make_watch: Callable[[], Watcher] | None
     ) -> SetPack:
         """Returns what the model keeps of a set of adapters.
 
@@ -222,7 +244,7 @@ class BlockKept:
         return known
 
     def seeds_of(
-        self, seeds: torch.Tensor, number: int, layers: Sequence[Any], device: torch.device
+        self, seeds: torch.Tensor, number: int, layers: Sequence[RoutedLayer], device: torch.device
     ) -> torch.Tensor:
         """Returns a layer's dropout seeds, int64 ``[S]``; one copy brings those of all layers."""
         key = (device, stream_of(device))

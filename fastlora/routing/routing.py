@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.ops.rows import Rows
+from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.ids import NO_ADAPTER
-from fastlora.routing.kept import BlockKept, KnownRows, PackCache, SetPack, stream_of
-from fastlora.routing.siblings import Siblings
+from fastlora.routing.kept import (
+    BlockKept,
+    KnownRows,
+    PackCache,
+    SetPack,
+    Watcher,
+    stream_of,
+)
 from fastlora.validation import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -31,13 +37,11 @@ class Group:
 
     Attributes:
         packs: Sets of adapters that the model keeps packed.
-        siblings: Which of its layers are fed by the same tensor.
         rows: Of its last batches.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
-        self.siblings = Siblings()
         self.rows = KnownRows()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
@@ -95,6 +99,8 @@ class Routing:
             AdapterNotFoundError: ``host``, and an id is out of range.
             ValueError: ``m`` is no multiple of the number of ids.
         """
+        if torch.compiler.is_compiling():  # all layers call it alike, and compilers merge them
+            return sort_rows(self.ids, m, len(self.names), device)
         kept = self.kept
         key = (m, device, stream_of(device) if device.type == "cuda" else 0)
         known = kept.rows.get(key)
@@ -122,7 +128,7 @@ class Routing:
         """
         return self.kept.seeds_of(self.seeds, number, self.layers, device)
 
-    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Any]) -> SetPack:
+    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Watcher]) -> SetPack:
         """Returns what the model keeps of a set of adapters."""
         watch = make_watch if self.residents is None else None
         return self.kept.set_of(self.group.packs, key, watch)

@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 
 import fastlora
-from fastlora.layers import shared_shrink
+from fastlora.layers import sharing
 from tests.conformance.state import changes
 from tests.conformance.test_compiled import CASES, compiled
 from tests.support.compiled import graph_count
@@ -175,7 +175,7 @@ def test_neither_a_mask_nor_a_dropped_copy_is_saved() -> None:
 
 def test_the_report_says_that_siblings_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of mixed batches in PyTorch and in graphs, whatever an earlier step shared."""
-    monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
+    monkeypatch.setattr(sharing, "MIN_ROWS", 0)
     subject = Subject(Case("model", "mixed", "many"))
     x, plain = subject.x(), subject.call
 
@@ -187,13 +187,14 @@ def test_the_report_says_that_siblings_are_apart(monkeypatch: pytest.MonkeyPatch
     assert siblings() == ["no training forward seen yet"] * 3
     for _ in range(2):
         subject.step(x)
-    eager = "2, not shared: without kernels each layer of a mixed batch has its own pass over x"
+    graph = "2, not shared: without kernels each layer of a compiled graph has its own pass over x"
+    eager = graph.replace("compiled graph", "mixed batch")
     assert siblings() == [eager, eager, "none"]
     subject.call(x)
     assert siblings() == ["2 share x", "2 share x", "none"]
     subject.call = torch.compile(plain, backend="aot_eager", fullgraph=True)
     subject.step(x)
-    assert siblings() == [f"2 share x; compiled: {eager}"] * 2 + ["none"]
+    assert siblings() == [f"2 share x; compiled: {graph}"] * 2 + ["none"]
     subject.call = plain
     subject.step(x)
-    assert siblings() == [eager, eager, "none"]
+    assert siblings() == [f"{eager}; compiled: {graph}"] * 2 + ["none"]

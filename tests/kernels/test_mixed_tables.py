@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="runs kernels")
 import fastlora
 from fastlora import adapters
 from fastlora.kernels import mixed_lora_shrink
-from fastlora.layers import mixed_kernels
+from fastlora.layers import tables
 from fastlora.model.inject import lora_layers
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ImplementationError
@@ -240,7 +240,7 @@ def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
         if captured:
             with (
                 mock.patch.object(fastlora.routing.block, "is_captured", lambda _: True),
-                mock.patch.object(mixed_kernels, "is_captured", lambda _: True),
+                mock.patch.object(tables, "is_captured", lambda _: True),
             ):
                 read = tables_of(model, x, slots)
         else:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import FastLoraLinear
-from fastlora.autograd import linear as autograd
-from fastlora.layers import FastLoraWrapper, shared_shrink
+from fastlora.autograd import shrink as autograd
+from fastlora.layers import FastLoraWrapper, sharing
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.compiled import gradients
 from tests.support.tiny import trainable
@@ -80,7 +80,7 @@ def counted() -> Iterator[list[int]]:
 
 @pytest.fixture(autouse=True)
 def _any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_shrink, "MIN_ROWS", 0)
+    monkeypatch.setattr(sharing, "MIN_ROWS", 0)
 
 
 def apart(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

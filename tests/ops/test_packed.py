@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastlora
 from fastlora import adapters
-from fastlora.layers import decide, mixed_packed
+from fastlora.layers import decide, packs
 from fastlora.ops.torch import packed_choice, packed_forward, products
 from fastlora.ops.torch.packed import make_layout
 from fastlora.ops.torch.packed_forward import Blocks, Dense, Samples
@@ -332,7 +332,7 @@ def test_the_next_block_finds_what_the_last_one_found() -> None:
     model = build([8, 8], everywhere=True)
     x, names = torch.randn(4, 48), list[str | None](["a1", "a0", None, "a1"])
     expected = steps(model, x, names)[-1]
-    with mock.patch.object(mixed_packed, "find", wraps=mixed_packed.find) as looked:
+    with mock.patch.object(packs, "find", wraps=packs.find) as looked:
         (y,) = steps(model, x, names, count=1)
         assert looked.call_count == 1
         (longer,) = steps(model, torch.cat([x, x]), [*names, *names], count=1)
@@ -367,7 +367,7 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
     x, names = torch.randn(2, 48), ["a0", "a1"]
     model = build([8] * 6)
     steps(model, x, names)
-    with mock.patch.object(mixed_packed, "is_captured", lambda _: captured):
+    with mock.patch.object(packs, "is_captured", lambda _: captured):
         steps(model, x, names, count=1)
     (kept,) = model.base_model.group.packs._sets.values()
     (batch,) = kept._found.values()
@@ -398,7 +398,7 @@ def test_a_capture_within_an_open_block_pins_what_it_reads() -> None:
         assert not model.base_model.group.packs._captured
         with (
             mock.patch.object(decide, "is_captured", lambda _: True),
-            mock.patch.object(mixed_packed, "is_captured", lambda _: True),
+            mock.patch.object(packs, "is_captured", lambda _: True),
         ):
             model(x)
     assert model.base_model.group.packs._captured

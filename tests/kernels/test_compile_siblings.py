@@ -1,6 +1,6 @@
 """Siblings under torch.compile: one shrink and one d_lora_a pass in each graph, counted there.
 
-Backends that only trace: which products a graph holds does not depend on who compiles it.
+Backends that only trace: which operators a graph holds does not depend on who compiles it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import FastLoraLinear
+from fastlora import FastLoraLinear, env
+from fastlora.ops.backend import triton_status
 from fastlora.testing import assert_within_budget
 from tests.support.compiled import gradients, graph_count
 
+DEVICE = "cuda" if torch.cuda.is_available() and not env.triton_interpreted() else "cpu"
+if not triton_status(DEVICE)[0]:
+    pytest.skip(f"no kernels here: {triton_status(DEVICE)[1]}", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 K = 24
-# Ranks whose sums, of q/k, q/k/v and gate/up, are no other dimension here.
 RANKS = {"q": 4, "k": 3, "v": 5, "o": 2, "gate": 8, "up": 9, "down": 1}
-QK, QKV, GATED = 7, 12, 17
 
 
 class Block(nn.Module):
@@ -36,8 +38,9 @@ class Block(nn.Module):
         torch.manual_seed(1)
         for name, rank in RANKS.items():
             layer = FastLoraLinear(K, K, r=rank, lora_dropout=p, lora_bias=name == "v", **adapter)
+            layer.impl = "triton"
             nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
-            self.add_module(name, layer)
+            self.add_module(name, layer.to(DEVICE))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``[..., 24]`` to ``[..., 24]``."""
@@ -60,20 +63,25 @@ class Graphs:
         self.all.append(graph)
         return make_boxed_func(graph)
 
-    def products(self, size: int) -> list[int]:
-        """How many products in each graph have a dimension of this size in their result."""
+    def launched(self) -> list[tuple[list[int], list[int]]]:
+        """How many layers each shrink of a graph serves, and each pass for d_lora_a."""
         return [
-            sum(
-                node.target is torch.ops.aten.mm.default and size in node.meta["val"].shape
-                for node in graph.graph.nodes
-            )
+            (self._layers(graph, "lora_shrink", 2), self._layers(graph, "lora_grad_a", 1))
             for graph in self.all
         ]
+
+    def _layers(self, graph: torch.fx.GraphModule, name: str, listed: int) -> list[int]:
+        operator = getattr(torch.ops.fastlora, name).default
+        nodes = [node for node in graph.graph.nodes if node.target is operator]
+        return sorted(len(node.args[listed]) for node in nodes)
 
 
 def check(call: Any, model: nn.Module, x: torch.Tensor) -> None:
     """Compiled values and gradients stay within the budget beside those of layers apart."""
     alone = copy.deepcopy(model)  # which has not seen its siblings
+    for layer in alone.modules():
+        if isinstance(layer, FastLoraLinear):
+            layer.impl = "eager"
     same, exact = gradients(alone, alone, x), copy.deepcopy(alone).double()
     truth = gradients(exact, exact, x.double())
     for index, (mine, plain, true) in enumerate(
@@ -83,39 +91,38 @@ def check(call: Any, model: nn.Module, x: torch.Tensor) -> None:
 
 
 def notes(model: nn.Module) -> list[str]:
-    """What the fusion report says of siblings."""
-    return [row.siblings for row in fastlora.fusion_report(model).rows]
+    """What the fusion report says of siblings in a graph."""
+    rows = fastlora.fusion_report(model).rows
+    return [row.siblings.rpartition("compiled: ")[2] for row in rows]
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, K, device=DEVICE)
+
+
+SHARED = [([2, 3], []), ([], [1, 1, 2, 3])]  # q, k and v; gate and up; o and down alone
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["trained", "evaluated"])
 def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
-    """After any eager forward: q/k/v join their products with x, and so do gate and up."""
-    model, x, graphs = Block(), torch.randn(2, 9, K), Graphs()
+    """After any eager forward: q/k/v join their passes over x, and so do gate and up."""
+    model, x, graphs = Block(), inputs(2, 9), Graphs()
     with torch.set_grad_enabled(training):
         model(x)
         model(x)  # down's turn is over when the next forward begins
     check(torch.compile(model, backend=graphs.backend, fullgraph=True), model, x)
-    forward_backward = [1, 1]
-    assert graphs.products(QKV) == graphs.products(GATED) == forward_backward
-    for name in ("q", "k", "v", "gate", "up"):
-        assert graphs.products(RANKS[name])[0] == 0
-    # In the backward what is left of a rank is ds and d_lora_b of the layer.
-    assert [graphs.products(RANKS[name])[1] for name in ("q", "k", "v", "gate", "up")] == [2] * 5
+    assert graphs.launched() == SHARED
     assert graph_count() == 1
-    last = [note.rpartition("compiled: ")[2] for note in notes(model)]
-    assert last == ["3 share x"] * 3 + ["none"] + ["2 share x"] * 2 + ["none"]
+    assert notes(model) == ["3 share x"] * 3 + ["none"] + ["2 share x"] * 2 + ["none"]
 
 
 def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None:
-    """Compiled first, the graph has a product a layer, and keeps it once siblings are known."""
-    model, x, graphs = Block(), torch.randn(2, 9, K), Graphs()
+    """Compiled first, the graph has a pass a layer, and keeps it once siblings are known."""
+    model, x, graphs = Block(), inputs(2, 9), Graphs()
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     expected = gradients(compiled, model, x)
-    assert graphs.products(QKV) == [0, 0]
-    assert notes(model) == [
-        "no training forward seen yet; compiled: not shared: no forward was seen before "
-        "torch.compile"
-    ] * len(RANKS)
+    assert graphs.launched() == [([], []), ([], [1] * 7)]
+    assert notes(model) == ["not shared: no forward was seen before torch.compile"] * len(RANKS)
     for _ in range(2):
         gradients(model, model, x)
     for mine, plain in zip(gradients(compiled, model, x), expected, strict=True):
@@ -129,15 +136,10 @@ def frozen(*layers: nn.Module) -> None:
         layer.requires_grad_(False)
 
 
-def dropping(*layers: Any) -> None:
-    """Gives layers a dropout that acts."""
-    for layer in layers:
-        layer.lora_dropout["default"] = nn.Dropout(0.5)
-
-
 def hooked(*layers: Any) -> None:
-    """Hooks into a factor of layers."""
+    """Hooks into a factor of layers, which PyTorch then computes."""
     for layer in layers:
+        layer.impl = "auto"
         layer.lora_A["default"].register_forward_hook(lambda *_: None)
 
 
@@ -148,12 +150,12 @@ def dora(*layers: Any) -> None:
         layer.delete_adapter("default")
         layer.add_adapter("default", r=r, use_dora=True)
         layer.set_adapter("default")
+        layer.to(DEVICE)
 
 
 APART = {
     "frozen": (frozen, "one of them is frozen"),
-    "dropout": (dropping, "PyTorch has nothing to share under dropout"),
-    "hooked": (hooked, "one of them has a factor or dropout that is hooked"),
+    "hooked": (hooked, "they have different implementations"),
     "dora": (dora, "one of them is DoRA"),
 }
 
@@ -163,42 +165,42 @@ def test_siblings_that_cannot_share(change: str) -> None:
     """Two that are left share; one that is left does not, and the report says why."""
     alter, why = APART[change]
     for names, expected, note in (
-        (["v"], [1, 1], "3 share x"),
-        (["k", "v"], [0, 0], f"3, not shared: of its siblings, {why}"),
+        (["v"], [2, 2], "3 share x"),
+        (["k", "v"], [2], f"3, not shared: of its siblings, {why}"),
     ):
-        model, x, graphs = Block(), torch.randn(2, 9, K), Graphs()
+        model, x, graphs = Block(), inputs(2, 9), Graphs()
         model(x)
         alter(*(getattr(model, name) for name in names))
         check(torch.compile(model, backend=graphs.backend, fullgraph=True), model, x)
-        assert graphs.products(QK) == expected
-        assert graphs.products(QKV) == [0, 0]
-        assert notes(model)[0].rpartition("compiled: ")[2].startswith(note)
+        assert [n for n in graphs.launched()[0][0] if n > 1] == expected
+        assert notes(model)[0].startswith(note)
 
 
 def test_checkpoints_within_the_graph() -> None:
-    """The partitioner repeats products, not our functions: sharing is as safe as without."""
-    model, x, graphs = Block(), torch.randn(2, 9, K), Graphs()
+    """The partitioner repeats operators, not our functions: sharing is as safe as without."""
+    model, x, graphs = Block(), inputs(2, 9), Graphs()
     model(x)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(model, x, use_reentrant=False)
 
     check(torch.compile(call, backend=graphs.backend, fullgraph=True), model, x)
-    assert graphs.products(QKV)[0] == 1
-    assert graphs.products(QKV)[1] >= 1
+    forward, backward = graphs.launched()
+    assert forward[0] == [2, 3]
+    assert 3 in backward[0]
     assert graph_count() == 1
 
 
 def test_blocks_that_are_compiled_one_by_one() -> None:
     """Equal blocks have one graph. One whose siblings came in another order has its own."""
-    graphs, x = Graphs(), torch.randn(2, 9, K)
+    graphs, x = Graphs(), inputs(2, 9)
     blocks = [Block() for _ in range(3)]
     for block in blocks:
         turned = block is blocks[2]
         order = (block.v, block.k, block.q) if turned else (block.q, block.k, block.v)
         for layer in order:
             layer(x)
-        block(torch.randn(2, 9, K))  # which makes their order known
+        block(inputs(2, 9))  # which makes their order known
         block.compile(backend=graphs.backend, fullgraph=True)
         apart = copy.deepcopy(block)
         apart._compiled_call_impl = None
@@ -206,12 +208,12 @@ def test_blocks_that_are_compiled_one_by_one() -> None:
         for one, other in zip(mine, same, strict=True):
             assert (one - other).norm() <= 32 * torch.finfo(x.dtype).eps * other.norm()
     assert graph_count() == 2
-    assert graphs.products(QKV) == [1, 1] * 2
+    assert graphs.launched() == SHARED * 2
 
 
 def test_a_write_between_siblings_is_seen() -> None:
     """x changed in place after q has used it: k and v get what they are called with."""
-    model, x = Block(), torch.randn(9, K)
+    model, x = Block(), inputs(9)
     model(x)
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +231,7 @@ def test_a_write_between_siblings_is_seen() -> None:
 
 def test_one_layer_alone() -> None:
     """A graph with one of three siblings is right, and leaves nothing for an eager call."""
-    model, x = Block(), torch.randn(9, K)
+    model, x = Block(), inputs(9)
     model(x)
     for layer in (model.k, model.v):
         check(torch.compile(layer, backend="eager", fullgraph=True), layer, x)

@@ -7,20 +7,21 @@ the tables are neighbours, share one shrink.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Literal
 
 import torch
 
-from fastlora.layers.bases import Base
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
-from fastlora.ops.factors import Factors, Tables
+from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
+from fastlora.routing.kept import Watcher
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import share, shared
+from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 
 
 def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
@@ -44,15 +45,15 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
     sets = routing.set_of(("tables", len(routing.layers), *routing.names), Watch)
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
-    if not isinstance(sets.tables, Tables):
+    if sets.tables is False:
         return None
     if is_captured(x):
         routing.group.packs.pin(sets)
     return sets.tables
 
 
-def _model_tables(routing: Routing, watch: Any) -> Tables | str:
-    """Returns the tables of all adapters of a routing on all layers of its model, or ``"none"``.
+def _model_tables(routing: Routing, watch: Watcher | None) -> Tables | Literal[False]:
+    """Returns the tables of all adapters of a routing on all layers of its model; False for none.
 
     lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
     """
@@ -60,7 +61,7 @@ def _model_tables(routing: Routing, watch: Any) -> Tables | str:
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
     tensors = [tensor for own in blocks for tensor in own if tensor is not None]
     if found is None or len({tensor.device for tensor in tensors}) > 1:
-        return "none"
+        return False
     shape = (len(routing.layers), len(routing.names))
     addresses = torch.zeros(3, *shape, dtype=torch.int64)
     rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
@@ -83,7 +84,7 @@ def _model_tables(routing: Routing, watch: Any) -> Tables | str:
     return Tables(a, b, bias, *numbers, dtype, rows=rows, kept=tuple(kept))
 
 
-def _factors_of(routing: Routing, watch: Any) -> list[tuple[int, int, Factors]] | None:
+def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int, Factors]] | None:
     """Returns row, column and factors of every adapter on every layer.
 
     None where a factor is not a bare tensor.
@@ -92,7 +93,8 @@ def _factors_of(routing: Routing, watch: Any) -> list[tuple[int, int, Factors]] 
     for row, layer in enumerate(routing.layers):
         if not hasattr(layer, "lora_A"):
             continue
-        watch.add(layer, routing.names)
+        if watch is not None:
+            watch.add(layer, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue
@@ -117,6 +119,7 @@ def run(
     tables: Tables,
     number: int,
     plan: str,
+    impl: str = "triton",
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
@@ -128,64 +131,43 @@ def run(
         tables: Of `tables_of`.
         number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
+        impl: Name of the backend; other than kernels only for what the base layer made.
     """
     row = row_of(layer, number, tables)
     if row is None:
         refuse_in_mode(layer, "it was adapted after the block began")
         return base.output(x)
-    if base.weight is None:
-        y = base.rows_to_write()
-        return _add_(y, x, row, routing, tables).view(*x.shape[:-1], y.shape[1])
-    return _linear(layer, x, base.weight, base.bias, row, routing, tables, number, plan)
-
-
-def _linear(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    row: int,
-    routing: Routing,
-    tables: Tables,
-    number: int,
-    plan: str,
-) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    rows = routing.rows(flat.shape[0], x.device)
-    some, s = _shared_shrink(layer, row, x, flat, routing, tables, number, plan)
+    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
+    if base.weight is None:
+        y, max_rank, own = base.rows_to_write(), 0, rows.tensors()
+        if impl == "triton":
+            # PyTorch reads neither; there another largest rank, which guards see, compiles nothing.
+            max_rank, own = tables.max_rank, rows_at(rows)
+        torch.ops.fastlora.lora_add_at_(
+            y, flat, own, tables.tensors(), row, max_rank, tables.dtype, impl
+        )
+        return y.view(*x.shape[:-1], y.shape[1])
+    some, s = _shared_shrink(layer, row, x, rows, tables, number, invariant)
     # Of its own shrink a layer takes tables whole: slices cost time in every decode.
     found, index = (
         (tables.tensors(), row) if s is None else (tables.tensors(some), row - some.start)
     )
     y = torch.ops.fastlora.lora_linear_at(
-        *(flat, weight, bias, rows_at(rows, plan == "invariant"), s),
+        *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
         *(found, index, tables.max_rank, tables.dtype, plan),
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _add_(
-    y: torch.Tensor, x: torch.Tensor, row: int, routing: Routing, tables: Tables
-) -> torch.Tensor:
-    """Adds every row's own adapter to ``y [M, N]`` in place, for ``x [..., K]``."""
-    flat = x.reshape(-1, x.shape[-1])
-    rows = routing.rows(flat.shape[0], x.device)
-    torch.ops.fastlora.lora_add_at_(
-        *(y, flat, rows_at(rows), tables.tensors(), row),
-        *(tables.max_rank, tables.dtype, "triton"),
-    )
-    return y
+    return y.view(*x.shape[:-1], base.weight.shape[0])
 
 
 def _shared_shrink(
     layer: AdapterLayer,
     row: int,
     x: torch.Tensor,
-    flat: torch.Tensor,
-    routing: Routing,
+    rows: Rows,
     tables: Tables,
     number: int,
-    plan: str,
+    invariant: bool,
 ) -> tuple[slice, torch.Tensor | None]:
     """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
 
@@ -196,13 +178,11 @@ def _shared_shrink(
     # Nor can a layer trust an inference tensor, whose writes are not counted.
     if torch.compiler.is_compiling() or x.is_inference():
         return alone, None
-    siblings = routing.group.siblings
     members = {}
-    for member in siblings.of(layer, number, x) or ():
-        other = siblings.layers[member]()
-        place = None if other is None else row_of(other, member, tables)
+    for member in siblings_of(layer, x):
+        place = row_of(member, member.routed_as, tables)
         if place is not None:
-            members[place] = member
+            members[place] = member.routed_as
     first, stop = alone.start, alone.stop
     while first - 1 in members:
         first -= 1
@@ -211,14 +191,13 @@ def _shared_shrink(
     some = slice(first, stop)
     if stop - first < 2:
         return alone, None
-    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
-    key = (rows, tables, invariant)
-    s = shared(x, number, key)
+    context = (rows, tables, invariant)
+    s = take_share(x, number, context)
     if s is None:
         s = torch.ops.fastlora.lora_shrink_at(
-            *(flat, rows_at(rows, invariant)),
+            *(x.reshape(-1, x.shape[-1]), rows_at(rows, invariant)),
             *(tables.tensors(some), tables.max_rank, tables.dtype, invariant),
         )
-        numbers = tuple(members[row] for row in range(first, stop))
-        share(x, number, numbers, key, s)
+        others = [members[other] for other in range(first, stop) if other != row]
+        keep_shares(x, context, dict.fromkeys(others, (None, s)))
     return some, s

@@ -5,13 +5,14 @@ From the second time on that a set of adapters comes, without gradients and with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from fastlora.layers.bases import Base
 from fastlora.layers.decide import KeptDecision
 from fastlora.layers.factors import Watch, slots_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.factors import Slots
+from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
 from fastlora.ops.torch.packed import LayerPack
@@ -19,7 +20,7 @@ from fastlora.ops.torch.packed_choice import kind_of
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import SetPack
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import share, shared
+from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -44,14 +45,13 @@ def find(
 
     Kept for the block, and with the set of adapters for blocks with the same rows.
     """
-    group = routing.group
-    members = group.siblings.of(layer, number, x)
+    members = siblings_of(layer, x)
     if not rows.segments:
         return None
     sets = routing.set_of(routing.identities(rows), Watch)
     found_for = sets.found_for(rows)
     if is_captured(x):
-        group.packs.pin(sets, found_for)
+        routing.group.packs.pin(sets, found_for)
     known: KeptDecision | None = found_for.decisions.get(number)
     if known is not None and known.serves(x, layer.impl):
         # For all layers: the next ones need not come here.
@@ -59,8 +59,8 @@ def find(
         return known
     kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
-    if due and members is not None:
-        pack = _pack(sets, members, x, routing, rows)[members.index(number)]
+    if due and members:
+        pack = _pack(sets, members, x, routing, rows)[members.index(layer)]
     if pack is None:
         return None
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype, found_for.plans)
@@ -77,43 +77,39 @@ def _shrunk(
     """Returns s of a layer and its siblings, which the first of them computes."""
     if len(pack.members) == 1:
         return packed_forward.shrink(flat(x), pack, plan)
-    key = (rows, pack.lora_a)
-    found = shared(x, number, key)
+    context = (rows, pack.lora_a)
+    found: packed_forward.Shrunk | None = take_share(x, number, context)
     if found is None:
         found = packed_forward.shrink(flat(x), pack, plan)
-        share(x, number, pack.members, key, found)
+        others = [member for member in pack.members if member != number]
+        keep_shares(x, context, dict.fromkeys(others, (None, found)))
     return found
 
 
 def _pack(
     sets: SetPack,
-    members: tuple[int, ...],
+    members: Sequence[AdapterLayer],
     x: torch.Tensor,
     routing: Routing,
     rows: Rows,
 ) -> list[LayerPack | None]:
     """Packs the batch's adapters for a layer and its siblings."""
-    kind = kind_of(rows.m, rows.each)
-    layers = [routing.group.siblings.layers[number]() for number in members]
+    kind, numbers = kind_of(rows.m, rows.each), [member.routed_as for member in members]
     names = [routing.names[segment.slot] for segment in rows.segments]
-    found = [_slots(member, x, routing, rows) for member in layers]
+    found = [_slots(member, x, routing, rows) for member in members]
     bare = [slots for slots in found if slots is not None]
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
-        packs = packed.pack_layers(members, bare, x.dtype, kind)
+        packs = packed.pack_layers(numbers, bare, x.dtype, kind)
     if sets.watch is not None:
-        for member in filter(None, layers):
+        for member in members:
             sets.watch.add(member, names)
-    sets.put(members, x.dtype, kind, packs)
+    sets.put(numbers, x.dtype, kind, packs)
     return packs
 
 
-def _slots(
-    layer: AdapterLayer | None, x: torch.Tensor, routing: Routing, rows: Rows
-) -> Slots | None:
+def _slots(layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: Rows) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
-    if layer is None:
-        return None
     try:
         slots = slots_of(routing.source, layer, [segment.slot for segment in rows.segments])
     except UnsupportedLayerError:  # which the layer's own call raises

@@ -1,0 +1,125 @@
+"""The operators that a layer calls in a compiled graph and that decompose where autograd is traced.
+
+`lora_mixed` is a mixed batch. All that depends on the mix are tensors: slots of the samples or
+tokens, and dropout seeds. The factors of every adapter that the model has are arguments, whether it
+has rows or not, so that a graph serves any mix. In the backward, adapters without rows get zeros.
+Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
+
+`lora_shared` is s of layers that are fed by the same x. Every sibling calls it with the factors of
+all and gets its own share. The first call that is traced makes one node, and the others, which
+bring the very same tensors, find what it made; so one node has the gradients of all. Calls that a
+compiler merges afterwards would each keep a backward, with one gradient to do. Where nothing is
+traced each call makes its own.
+
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
+of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
+adapter that leaves the layer alone has rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fastlora.autograd.linear import Call, run
+from fastlora.autograd.shrink import Shrunk, shrink
+from fastlora.ops.factors import Base
+from fastlora.ops.library import composes, define
+from fastlora.ops.rows import sort_rows
+from fastlora.ops.seeds import seeds_of_layer
+from fastlora.routing.siblings import keep_shares, take_share
+
+define(
+    "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor[] lora_a,"
+    " Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling, Tensor ids, Tensor seeds,"
+    " float[] dropout_p, int projection, str impl, Tensor? s) -> Tensor"
+)
+define(
+    "lora_shared(Tensor x, Tensor[] lora_a, int[] places, int own, float[] dropout_p, Tensor? ids,"
+    " int slots, ScalarType dtype, ScalarType? factor_dtype, str impl) -> (Tensor, Tensor[])"
+)
+
+
+def _opaque(impl: str) -> str:
+    """Returns a backend that shows no tracer how rows lie."""
+    return "opaque" if impl == "eager" else impl
+
+
+@composes("lora_mixed")
+def _lora_mixed(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    lora_a: list[torch.Tensor],
+    lora_b: list[torch.Tensor],
+    lora_bias: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+    s: torch.Tensor | None,
+) -> torch.Tensor:
+    """`fastlora.autograd.linear.run` of a mixed batch."""
+    rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
+    drawn = None
+    if any(dropout_p):
+        drawn = seeds_of_layer(seeds, projection)
+        if impl == "triton":
+            drawn = drawn.to(x.device, non_blocking=True)
+    call = Call(_opaque(impl), "auto", tuple(dropout_p), rows)
+    each = zip(lora_a, lora_b, lora_bias, strict=True)
+    factors = [tensor for slot in each for tensor in slot]
+    return run(x, Base(weight, bias, y), call, scaling, drawn, factors, s)
+
+
+@composes("lora_shared")
+def _lora_shared(
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    places: list[int],
+    own: int,
+    dropout_p: list[float],
+    ids: torch.Tensor | None,
+    slots: int,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None,
+    impl: str,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns s of layer number ``own``, and its seed if it has dropout.
+
+    ``places`` has the place of each lora_a among those of all layers and slots; without ids one
+    adapter has all rows. Factors are taken in ``factor_dtype``, or as they are.
+    """
+    by_place = dict(zip(places, lora_a, strict=True))
+
+    def make(layers: Sequence[int]) -> list[Shrunk]:
+        flat = x.to(dtype)
+        m = flat.numel() // flat.shape[-1]
+        rows = None if ids is None else sort_rows(ids, m, slots, flat.device)
+        found = [[by_place.get(layer * slots + i) for i in range(slots)] for layer in layers]
+        if factor_dtype is not None:
+            found = [[None if a is None else a.to(factor_dtype) for a in each] for each in found]
+        name = impl if rows is None else _opaque(impl)
+        return shrink(flat, found, [dropout_p[layer] for layer in layers], name, rows)
+
+    if not isinstance(x, (FakeTensor, FunctionalTensor)):
+        # Nothing says whether the others will call, so nothing is kept for them.
+        (share,) = make([own])
+    else:
+        context = (*lora_a, ids)
+        versions = [tensor._version for tensor in context if tensor is not None]
+        others = places, dropout_p, slots, dtype, factor_dtype, impl, torch.is_grad_enabled()
+        key = (versions, *others)
+        found = take_share(x, own, context, key)
+        if found is None:
+            made = make(range(len(dropout_p)))
+            keep_shares(x, context, {i: (key, s) for i, s in enumerate(made) if i != own})
+            found = made[own]
+        share = found
+    return share.s, [] if share.seed is None else [share.seed]
