@@ -298,8 +298,8 @@ def sibling_note(layer: Any) -> str:
     if family is not None and len(family.members) < 2:
         return "none"
     eager = _UNKNOWN
-    if family is not None:
-        eager = _verdict(family, family.why_not.get(id(layer), ""))
+    if family is not None and id(layer) in family.why_not:
+        eager = _verdict(family, family.why_not[id(layer)])
     if compiled is None:
         return eager
     graph = f"not shared: {compiled}" if family is None else _verdict(family, compiled)
