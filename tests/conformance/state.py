@@ -240,7 +240,7 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     def refreshed() -> None:
         data()
-        fastlora.refresh(subject.handle or subject.net)
+        fastlora.refresh(subject.net if case.source == "pool" else subject.handle or subject.net)
 
     def in_training() -> None:
         subject.net.train()
@@ -279,8 +279,15 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
                 subject.values[name] = (subject.values[name] * 0.75).to(case.x_dtype).double()
         subject.load("en")
 
+    def stepped() -> None:
+        weights = [places[f"{layer}.weight"] for layer in SHAPES]
+        for weight in weights:
+            weight.grad = -0.25 * weight.detach()
+        torch.optim.SGD(weights, lr=1.0, fused=True).step()
+        subject.net.zero_grad()
+
     if case.source == "pool":
-        return {f.__name__: f for f in (swapped, base)}
+        return {f.__name__: f for f in (swapped, base, stepped, refreshed, before_training)}
     packs = case.rows == "mixed" and not case.dora
 
     def assigned() -> None:
