@@ -173,8 +173,9 @@ def checkpoints_and_threads(case: Case) -> None:
                 if kind == "plain":
                     outputs.append(subject.call(leaf))
                 else:
-                    reentrant = kind == "reentrant"
-                    outputs.append(checkpoint(subject.call, leaf, use_reentrant=reentrant))
+                    reentrant = kind.startswith("reentrant")
+                    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in kind):
+                        outputs.append(checkpoint(subject.call, leaf, use_reentrant=reentrant))
         found = []
         for leaf, y in zip(leaves, outputs, strict=True):  # both were pending
             in_thread(lambda y=y: y.backward(direction(y)) or True)
@@ -183,9 +184,13 @@ def checkpoints_and_threads(case: Case) -> None:
 
     x = subject.x()
     masks = [read_masks(subject, x, ids) for ids in mixes]
-    for kind in ("plain", "reentrant", "not reentrant"):
+    kinds = ["plain", "reentrant", "not reentrant"]
+    if case.dtype == "float32" and case.impl == "eager":
+        kinds += ["reentrant, autocast", "not reentrant, autocast"]
+    for kind in kinds:
+        dtype = torch.bfloat16 if "autocast" in kind else None
         for found, ids, own in zip(run(kind), mixes, masks, strict=True):
-            check(subject, found, x, ids, masks=own)
+            check(subject, found, x, ids, masks=own, dtype=dtype)
 
 
 @invariant(lambda case: case.rows == "mixed", per=("source", "base"))

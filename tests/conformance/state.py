@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -239,7 +240,7 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     def refreshed() -> None:
         data()
-        fastlora.refresh(subject.handle or subject.net)
+        fastlora.refresh(subject.net if case.source == "pool" else subject.handle or subject.net)
 
     def in_training() -> None:
         subject.net.train()
@@ -278,8 +279,15 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
                 subject.values[name] = (subject.values[name] * 0.75).to(case.x_dtype).double()
         subject.load("en")
 
+    def stepped() -> None:
+        weights = [places[f"{layer}.weight"] for layer in SHAPES]
+        for weight in weights:
+            weight.grad = -0.25 * weight.detach()
+        torch.optim.SGD(weights, lr=1.0, fused=True).step()
+        subject.net.zero_grad()
+
     if case.source == "pool":
-        return {f.__name__: f for f in (swapped, base)}
+        return {f.__name__: f for f in (swapped, base, stepped, refreshed, before_training)}
     packs = case.rows == "mixed" and not case.dora
 
     def assigned() -> None:
@@ -346,7 +354,7 @@ def changes_are_seen(case: Case) -> None:
     per=("source", "rows", "base", "feature"),
 )
 def written_between_siblings(case: Case) -> None:
-    """A write into x between two layers that it feeds: the second sees it, a backward raises."""
+    """A write into x or a factor between layers that x feeds is seen; a backward raises."""
     for record in (False, True):
         subject, apart = Subject(case), Subject(case)
         x = subject.x()
@@ -356,21 +364,27 @@ def written_between_siblings(case: Case) -> None:
                 for _ in range(3):
                     each.forward(x)  # siblings are known, and factors packed
 
-        def write(x: torch.Tensor = x) -> None:
-            with torch.no_grad():
-                x.mul_(2)
-
-        k = apart.net.k
-        apart.net.k = Scaled(k)
+        factor = record and case.trains and case.rows == "single"
+        write(apart.net.k, None, factor)
+        apart.net.k = Scaled(apart.net.k)
         with torch.set_grad_enabled(record):
             expected = apart.forward(x).detach()
-            subject.net.between = write
+            subject.net.between = functools.partial(write, subject.net.k, x, factor)
             y = subject.forward(x)
         eps = torch.finfo(case.x_dtype).eps
         assert (y - expected).norm() <= 32 * eps * expected.norm()
         if record and case.trains:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
+
+
+@torch.no_grad()
+def write(layer: Any, x: torch.Tensor | None, factor: bool) -> None:
+    """Writes into x where it is given, and into a factor of a layer where it is asked to."""
+    if factor:
+        layer.lora_A["en"].weight.mul_(3)
+    if x is not None:
+        x.mul_(2)
 
 
 class Scaled(nn.Module):

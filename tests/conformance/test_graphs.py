@@ -90,11 +90,14 @@ def test_automatic_dynamic_shapes() -> None:
         assert graph_count() == min(2, length - 4)
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias", "dora"])
+SCALED = [("model", feature) for feature in ("plain", "bias", "dora")] + [("patched", "plain")]
+
+
+@pytest.mark.parametrize(("source", "feature"), SCALED)
 @pytest.mark.parametrize("training", [True, False])
-def test_other_scalings_compile_nothing(feature: str, training: bool) -> None:
+def test_other_scalings_compile_nothing(source: str, feature: str, training: bool) -> None:
     """A number that is set anew, in every way to set one, or a tensor written into."""
-    subject = compiled(Subject(Case("model", "single", feature)))
+    subject = compiled(Subject(Case(source, "single", feature)))
     x, config, layers = subject.x(), subject.adapters["en"], subject.layers().values()
     own = torch.tensor(0.0)
     for step in range(16):

@@ -28,29 +28,23 @@ from fastlora.validation import AdapterStateError, ImplementationError, Unsuppor
 from tests.distributed.checks_fsdp2 import raises
 from tests.distributed.checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
     check_dora_dropout,
-    check_dora_files_and_merging,
     check_dora_fresh,
     check_dora_kept_norms,
-    check_dora_layouts,
     check_dora_refusals,
     check_dora_training,
+    check_layouts,
     check_written_while_merged,
 )
 from tests.support.distributed import steps
-from tests.support.distributed.split_models import IDS, LAYOUTS, PLAN, Pair, mesh, pair, results
-
-
-def check_layouts(folder: Path) -> None:
-    """Values and every gradient in each layout: two active adapters, and mixed rows."""
-    for plan in LAYOUTS:
-        own = plan["up"].input_layouts[0].is_shard()
-        for ids in (None, IDS):
-            found = results(pair(plan, torch.float32), torch.float32, ids, own)
-            same = results(pair(None, torch.float32), torch.float32, ids, False)
-            truth = results(pair(None, torch.float64), torch.float64, ids, False)
-            assert found.keys() == truth.keys()
-            for name, tensor in found.items():
-                assert_within_budget(tensor, same[name], truth[name], name)
+from tests.support.distributed.split_models import (
+    IDS,
+    LAYOUTS,
+    PLAN,
+    Pair,
+    assert_same,
+    mesh,
+    pair,
+)
 
 
 def check_inference_mode(folder: Path) -> None:
@@ -119,8 +113,7 @@ def check_adapter_optimizers(folder: Path) -> None:
     truth = train(None, torch.float64, group=None)
     same = train(None, torch.float32, group=None)
     found = train(LAYOUTS[0], torch.float32)
-    for name, tensor in truth.items():
-        assert_within_budget(found[name], same[name], tensor, name)
+    assert_same(found, same, truth)
 
 
 def check_split_and_whole_layers(folder: Path) -> None:
@@ -134,37 +127,47 @@ def check_split_and_whole_layers(folder: Path) -> None:
 
 
 def check_files_and_merging(folder: Path) -> None:
-    """Saved from shards as from one process, loaded into shards; merged and unloaded."""
+    """Saved from shards as from one process, loaded into shards; merged, unmerged and unloaded."""
     x = torch.randn(5, 17, generator=torch.Generator().manual_seed(3)).double()
-    model, alone = pair(LAYOUTS[0], torch.float64), pair(None, torch.float64)
-    model.save_pretrained(folder / "split")
-    if steps.rank() == 0:
-        alone.save_pretrained(folder / "alone")
-    dist.barrier()
-    for file in ("adapter_model.safetensors", "b/adapter_model.safetensors"):
-        saved, expected = (load_file(folder / name / file) for name in ("split", "alone"))
-        assert saved.keys() == expected.keys()
-        assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
-    torch.manual_seed(0)
-    base = parallelize_module(Pair().double(), mesh(), dict(LAYOUTS[0]))
-    again = fastlora.LoraModel.from_pretrained(base, folder / "split")
-    again.load_adapter(folder / "split" / "b", "b")
-    again.set_adapter(["default", "b"])
-    with torch.no_grad():
-        expected = model(x)
-        assert torch.equal(again(x), expected)
-        delta = again.get_base_model().down.get_delta_weight("b")
-        assert delta.shape == (10, 22)
-        again.merge_adapter(safe_merge=True)
-        merged = again(x)
-        alone.merge_adapter()
-        same = pair(None, torch.float32)(x.float())
-        assert_within_budget(merged.float(), same, alone(x))
-        again.unmerge_adapter()
-        assert torch.equal(again(x), expected)
-        bare = again.merge_and_unload()
-        assert type(bare.up) is nn.Linear and len(bare.up._forward_hooks) == 1  # torch's own
-        assert torch.equal(bare(x), merged)
+    for dora in ((), ("b",)):
+        model, alone = (pair(plan, torch.float64, dora) for plan in (LAYOUTS[0], None))
+        same = pair(None, torch.float32, dora)
+        split, whole_ = folder / f"split{len(dora)}", folder / f"alone{len(dora)}"
+        model.save_pretrained(split)
+        if steps.rank() == 0:
+            alone.save_pretrained(whole_)
+        dist.barrier()
+        for file in ("adapter_model.safetensors", "b/adapter_model.safetensors"):
+            saved, expected = (load_file(path / file) for path in (split, whole_))
+            assert saved.keys() == expected.keys()
+            assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+        torch.manual_seed(0)
+        base = parallelize_module(Pair().double(), mesh(), dict(LAYOUTS[0]))
+        again = fastlora.LoraModel.from_pretrained(base, split)
+        again.load_adapter(split / "b", "b")
+        assert again.get_base_model().down.get_delta_weight("b").shape == (10, 22)
+
+        def near(found: torch.Tensor, same: Any = same, alone: Any = alone) -> None:
+            assert_within_budget(found.float(), same(x.float()), alone(x))
+
+        with torch.no_grad():
+            for active in (["default", "b"], ["b", "default"]):
+                for each in (model, again, alone, same):
+                    each.set_adapter(active)
+                expected = model(x)
+                assert torch.equal(again(x), expected)
+                near(expected)
+                again.merge_adapter(safe_merge=True)
+                near(again(x))
+                again.unmerge_adapter()
+                assert torch.equal(again(x), expected)
+            for layer in (again.get_base_model().up, again.get_base_model().down):
+                layer.merge(keep_base=False)
+                layer.unmerge()  # computed back
+            near(again(x))
+            bare = again.merge_and_unload()
+            assert type(bare.up) is nn.Linear and len(bare.up._forward_hooks) == 1  # torch's own
+            near(bare(x))
 
 
 def dropped(name: str, shown: list[tuple[int, int]], x: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.tensor.parallel import parallelize_module
 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_
@@ -24,7 +21,13 @@ from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError
 from tests.distributed.checks_fsdp2 import raises
 from tests.support.distributed import steps
-from tests.support.distributed.split_models import IDS, LAYOUTS, Pair, mesh, pair, results
+from tests.support.distributed.split_models import (
+    IDS,
+    LAYOUTS,
+    assert_same,
+    pair,
+    results,
+)
 
 BOTH = ("default", "b")
 P = 0.5
@@ -105,18 +108,13 @@ def masks_of(seen: list[tuple[str, torch.Tensor]], dropping: Chosen) -> dict[Any
     return masks
 
 
-def assert_same(found: Any, same: Any, truth: Any) -> None:
-    """All values are within the budgets, and none is missing."""
-    assert found.keys() == truth.keys()
-    for name, tensor in found.items():
-        assert_within_budget(tensor, same[name], truth[name], name)
-
-
-def check_dora_layouts(folder: Path) -> None:
-    """Values and every gradient in each layout: DoRA before, behind and beside other adapters."""
+def check_layouts(folder: Path) -> None:
+    """Values and every gradient in each layout: without DoRA; it before, behind, beside others."""
     for plan in LAYOUTS:
         own = plan["up"].input_layouts[0].is_shard()
         for dora, ids, active in (
+            ((), None, ["default", "b"]),
+            ((), IDS, ["default", "b"]),
             (("b",), None, ["default", "b"]),
             (("b",), None, ["b", "default"]),
             (BOTH, None, ["default", "b"]),
@@ -213,45 +211,6 @@ def check_dora_fresh(folder: Path) -> None:
             truth = torch.linalg.vector_norm(weight + layer.get_delta_weight(name), dim=1)
             assert_within_budget(whole(magnitude).float(), truth.float(), truth, part)
         model.delete_adapter(name)
-
-
-def check_dora_files_and_merging(folder: Path) -> None:
-    """Saved from shards as from one process, loaded into shards; merged, unmerged and unloaded."""
-    x = torch.randn(5, 17, generator=torch.Generator().manual_seed(3)).double()
-    model, alone = (pair(plan, torch.float64, ("b",)) for plan in (LAYOUTS[0], None))
-    model.save_pretrained(folder / "dora")
-    if steps.rank() == 0:
-        alone.save_pretrained(folder / "dora_alone")
-    dist.barrier()
-    for file in ("adapter_model.safetensors", "b/adapter_model.safetensors"):
-        saved, expected = (load_file(folder / name / file) for name in ("dora", "dora_alone"))
-        assert saved.keys() == expected.keys()
-        assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
-    torch.manual_seed(0)
-    base = parallelize_module(Pair().double(), mesh(), dict(LAYOUTS[0]))
-    again = fastlora.LoraModel.from_pretrained(base, folder / "dora_alone")
-    again.load_adapter(folder / "dora_alone" / "b", "b")
-    same = pair(None, torch.float32, ("b",))
-    for active in (["default", "b"], ["b", "default"]):
-        for each in (model, again, alone, same):
-            each.set_adapter(active)
-        with torch.no_grad():
-            expected = model(x)
-            assert torch.equal(again(x), expected)
-            assert_within_budget(expected.float(), same(x.float()), alone(x))
-            again.merge_adapter(safe_merge=True)
-            assert_within_budget(again(x).float(), same(x.float()), alone(x))
-            again.unmerge_adapter()
-            assert torch.equal(again(x), expected)
-    for layer in (again.get_base_model().up, again.get_base_model().down):
-        layer.merge(keep_base=False)
-        layer.unmerge()  # computed back
-    with torch.no_grad():
-        assert_within_budget(again(x).float(), same(x.float()), alone(x))
-    bare = again.merge_and_unload()
-    assert type(bare.up) is nn.Linear and len(bare.up._forward_hooks) == 1  # torch's own
-    with torch.no_grad():
-        assert_within_budget(bare(x).float(), same(x.float()), alone(x))
 
 
 def write(model: Any, what: str) -> None:

@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import fastlora
 from fastlora import AdapterPool, LoraModel, adapters
-from fastlora.routing.in_force import current_routing
-from fastlora.validation import AdapterNotFoundError, CheckpointError, PoolFullError
 from tests.support.pool_adapters import Blocks, make_folder
 
 COUNT = 8
@@ -82,22 +79,6 @@ def random_names(seed: int, batch: int = 6, most: int = 4) -> list[str | None]:
     return [None if i < 0 else f"a{chosen[i]}" for i in drawn]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_rows_are_their_adapters(root: Path, alone: Alone, grad: bool) -> None:
-    """Many different batches with evictions in between, each run twice in its block."""
-    model, pool = make(root, max_adapters=4)
-    ids = torch.randint(0, 11, (6, 5))
-    for seed in range(12):
-        names = random_names(seed)
-        expected = alone(ids, names)
-        for target in (model, pool):
-            with torch.set_grad_enabled(grad), adapters(target, names):
-                for _ in range(2):
-                    torch.testing.assert_close(model(ids), expected)
-    assert pool.stats().evictions > 0
-    torch.testing.assert_close(model(ids), alone(ids, [None] * 6))
-
-
 def test_a_swap_waits_for_no_one_and_disturbs_no_one(root: Path, alone: Alone) -> None:
     """In the block the adapter is what it was; the next block has the new one."""
     model, pool = make(root, max_adapters=4)
@@ -141,29 +122,3 @@ def test_threads_with_their_own_batches(root: Path, alone: Alone) -> None:
         thread.join()
     assert not failures
     assert pool.stats().evictions > 0
-
-
-def test_refusals_leave_everything_as_it_was(root: Path, tmp_path: Path) -> None:
-    """Unknown names, a pool too small, a damaged file: one error, and the pool goes on."""
-    model, pool = make(root, max_adapters=2)
-    pool.prefetch(["a0", "a1"]).result()
-    resident = pool.resident
-    damaged = make_folder(tmp_path / "damaged", seed=1)
-    weights = damaged / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-7])
-    pool.register("damaged", damaged)
-    ids = torch.randint(0, 11, (3, 5))
-    cases: list[tuple[list[str | None], type[Exception], str]] = [
-        (["a0", "a22", None], AdapterNotFoundError, "no adapter 'a22'.*a2"),
-        (["a0", "a1", "a2"], PoolFullError, "2"),
-        (["damaged", "a0", None], CheckpointError, "adapter_model"),
-        (["a0", "a1"], ValueError, "3 samples .15 tokens. and 2 adapter ids"),
-    ]
-    for names, error, message in cases:
-        with pytest.raises(error, match=message), torch.no_grad(), adapters(pool, names):
-            model(ids)
-        assert sorted(pool.resident) == sorted(resident)
-        assert current_routing() is None
-    pool.close()
-    with pytest.raises(fastlora.FastLoraError, match="closed"), adapters(pool, ["a0"]):
-        pass

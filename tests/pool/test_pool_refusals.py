@@ -169,10 +169,13 @@ def test_state_dicts_are_checked_too(root: Path) -> None:
         (good | magnitude, "use_dora=False"),
         ({k: v.long() for k, v in good.items()}, "int64"),
         ({k: v.numpy() for k, v in good.items()}, "no tensor"),
+        ({k: v.to("meta") for k, v in good.items()}, "meta"),
+        ({k: v.to_sparse() for k, v in good.items()}, "sparse"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             pool.load("a", tensors, config=config)
     assert pool.names == []
+    pool.load("a", {k: v.requires_grad_() for k, v in good.items()}, config=config)
 
 
 def test_dora_where_a_weight_cannot_be_read(root: Path) -> None:
@@ -204,8 +207,15 @@ def test_names_are_checked(root: Path) -> None:
             pool.load(name, root / "a3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'a0'"):
         pool.lease("a0")
+    with pytest.raises(TypeError, match="'abc', expected a list"):
+        pool.prefetch("abc")
     with pytest.raises(CheckpointError, match="no subfolder"):
         pool.register_folder(root / "a3")
+    make_folder(root / "__base__", 1)
+    pool = AdapterPool(Blocks(), target_modules=["q", "v"])
+    with pytest.raises(ConfigError, match="__base__"):
+        pool.register_folder(root)
+    assert len(pool) == 0
 
 
 def test_what_can_never_fit_is_refused(root: Path) -> None:

@@ -75,37 +75,6 @@ def test_they_follow_their_adapter_and_the_base(root: Path) -> None:
         assert lease.residents[1].scales is None
 
 
-@pytest.mark.parametrize("how", ["trained", "frozen again", "mode"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_writes_that_move_no_version(root: Path, how: str, compiled: bool) -> None:
-    """Base weights behind a fused step or written through ``.data`` before eval()."""
-    pool = make_pool(root)
-    layer = pool._model.layers[0].q
-    first = scales_of(pool, "a")
-    before = {row: g.clone() for row, g in first.items()}
-    layer.weight.requires_grad_(how != "mode")
-    if how == "trained":
-        scales_of(pool, "a")
-    optimizer = torch.optim.SGD([layer.weight], lr=1.0, fused=True)
-    if how == "mode":
-        layer.train()
-        layer.weight.data.mul_(3)
-        layer.eval()
-    else:
-        layer.weight.grad = -2 * layer.weight.detach()
-        layer.weight.requires_grad_(how == "trained")
-        version = layer.weight._version
-        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
-        step()
-        assert layer.weight._version == version
-    saved = saved_factors(root / "a", "layers.0.q")
-    norm = (layer.weight + 4 * saved["lora_B.weight"] @ saved["lora_A.weight"]).norm(dim=1)
-    expected = (saved["lora_magnitude_vector"] / norm).detach()
-    assert not torch.allclose(before[0], expected)
-    torch.testing.assert_close(scales_of(pool, "a")[0], expected)
-    assert all(torch.equal(first[row], g) for row, g in before.items() if row)
-
-
 def test_a_pool_knows_of_dora_from_its_registration_on(root: Path) -> None:
     """So that graphs that are compiled before such an adapter is there have scales already."""
     pool = make_pool(root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoraConfig, adapters
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
+from tests.support.tiny import tiny_llama
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
 MIX = ["a", "b", None, "b"]
@@ -194,42 +195,52 @@ def test_factors_made_in_inference_mode() -> None:
     assert not torch.allclose(changed[1], found[0][1])
 
 
-def test_slots_of_tokens_cannot_generate(fresh_smollm2: Any) -> None:
-    """The model will see other tokens than these."""
-    base = fresh_smollm2()
-    base.model.layers = base.model.layers[:1]
-    ids = torch.tensor([[1, 504], [2725, 282]])
-    model = fastlora.get_peft_model(base, LoraConfig(**config("q_proj")), "a").eval()
-    slots = torch.tensor([0, -1, -1, 0])
-    with adapters(model, slots), pytest.raises(ValueError, match="to generate, expected one"):
-        model.generate(input_ids=ids, max_new_tokens=2, num_beams=2)
-    with adapters(model, slots[:2]):
-        model.generate(input_ids=ids, max_new_tokens=2, num_beams=2, do_sample=False)
-    with fastlora.AdapterPool(model.unload(), target_modules=["q_proj"]) as pool:
-        tensors = {"lora_A.weight": torch.randn(4, 576), "lora_B.weight": torch.randn(576, 4)}
-        where = "base_model.model.model.layers.0.self_attn.q_proj"
-        state = {f"{where}.{key}": tensor for key, tensor in tensors.items()}
-        pool.load("b", state, config=config("q_proj"))
-        with adapters(pool, slots), pytest.raises(ValueError, match="to generate, expected one"):
-            base.generate(input_ids=ids, max_new_tokens=2)
+class Generates(NamedTuple):
+    """A Llama of one layer, an adapter's tensors for it, and how to generate."""
+
+    base: Any
+    state: dict[str, torch.Tensor]
+    ids: torch.Tensor
+    more: dict[str, Any]
 
 
-def test_names_of_a_pools_model(fresh_smollm2: Any) -> None:
-    """`adapter_names=` on forward and generate, as in PEFT's models; unknown names are refused."""
-    base = fresh_smollm2().double()  # so that no order of summation shows
-    base.model.layers = base.model.layers[:1]
-    forward, generate = base.forward, base.generate
-    ids = torch.tensor([[1, 504, 2725], [2725, 282, 9]])
-    tensors = {"lora_A.weight": torch.randn(4, 576), "lora_B.weight": torch.randn(576, 4)}
+@pytest.fixture
+def small() -> Generates:
+    """In float64, so that no order of summation shows."""
+    base = tiny_llama(num_hidden_layers=1).double().eval()
     where = "base_model.model.model.layers.0.self_attn.q_proj"
-    state = {f"{where}.{key}": tensor for key, tensor in tensors.items()}
-    more = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    shapes = {"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}
+    state = {f"{where}.{key}": torch.randn(shape) for key, shape in shapes.items()}
+    more = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    return Generates(base, state, torch.tensor([[1, 50, 27], [27, 28, 9]]), more)
+
+
+def test_slots_of_tokens_cannot_generate(small: Generates) -> None:
+    """The model will see other tokens than these."""
+    base, state, ids, more = small
+    model = fastlora.get_peft_model(base, LoraConfig(**config("q_proj")), "a").eval()
+    slots = torch.tensor([0, -1, -1, 0, 0, 0])
+    refused = pytest.raises(ValueError, match="to generate, expected one")
+    with adapters(model, slots), refused:
+        model.generate(input_ids=ids, **more)
+    with adapters(model, slots[:2]):
+        model.generate(input_ids=ids, **more)
+    with fastlora.AdapterPool(model.unload(), target_modules=["q_proj"]) as pool:
+        pool.load("b", state, config=config("q_proj"))
+        with adapters(pool, slots), refused:
+            base.generate(input_ids=ids, **more)
+
+
+def test_names_of_a_pools_model(small: Generates) -> None:
+    """`adapter_names=` on forward and generate, as in PEFT's models; unknown names are refused."""
+    base, state, ids, more = small
+    forward, generate = base.forward, base.generate
+    names = ["b", "__base__"]
     with fastlora.AdapterPool(base, target_modules=["q_proj"]) as pool, torch.no_grad():
         pool.load("b", state, config=config("q_proj"))
         with adapters(pool, ["b", None]):
             expected = base(input_ids=ids).logits, base.generate(input_ids=ids, **more)
         plain = base(input_ids=ids).logits
-        names = ["b", "__base__"]
         found = base(input_ids=ids, adapter_names=names).logits
         torch.testing.assert_close(found, expected[0])
         assert not torch.allclose(found[0], plain[0])

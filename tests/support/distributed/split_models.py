@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 import fastlora
 from fastlora.integrations.distributed import tensor_parallel
 from fastlora.sharding import copy_whole_, whole
+from fastlora.testing import assert_within_budget
 from tests.support.distributed import steps
 
 PLAN = {
@@ -127,3 +128,10 @@ def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, to
                 assert parameter.grad.placements == parameter.placements, name
             found[name.replace("base_layer.", "")] = whole(parameter.grad)
     return found
+
+
+def assert_same(found: Any, same: Any, truth: Any) -> None:
+    """All values are within the budgets, and none is missing."""
+    assert found.keys() == truth.keys()
+    for name, tensor in found.items():
+        assert_within_budget(tensor, same[name], truth[name], name)
