@@ -39,8 +39,8 @@ class Budget(NamedTuple):
 BUDGETS = {
     "one adapter, few rows": Budget(18, 15, 20, 10),
     "one adapter": Budget(36, 19, 36, 14),
-    "mixed training": Budget(64, 24, 70, 16),
-    "mixed decode": Budget(20, 10, 20, 8),
+    "mixed training": Budget(66, 25, 70, 16),
+    "mixed decode": Budget(19, 10, 20, 8),
 }
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fastlora.layers.call import MixedCall
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.routing.routing import Routing
 
 
 class ZeroGradients(torch.autograd.Function):
@@ -35,32 +35,21 @@ class ZeroGradients(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.parameters)
 
 
-def with_absent(
-    layer: AdapterLayer,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    routing: Routing,
-    *,
-    own: bool,
-    waits: bool,
-) -> torch.Tensor:
+def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
     Args:
-        layer: Holds the adapters.
-        y: Its output, any shape.
-        x: Its input, ``[..., K]``.
-        routing: The batch's; says whether that is wanted.
-        own: Whether nothing else refers to y; else it is copied.
+        call: Of a layer; its routing says whether that is wanted.
+        y: What it made, any shape.
         waits: Whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
             are added.
     """
+    layer, routing = call.layer, call.routing
     if not routing.absent_gradients or not torch.is_grad_enabled():
         return y
     present: set[str] = set()
     if waits or not routing.ids.is_cuda:
-        rows = routing.rows(x.numel() // x.shape[-1], x.device)
-        present = {routing.names[slot] for slot in rows.present}
+        present = {routing.names[slot] for slot in call.rows().present}
     absent = [
         parameter
         for name in layer.lora_A
@@ -68,7 +57,9 @@ def with_absent(
         for parameter in _parameters_of(layer, name)
         if parameter.requires_grad
     ]
-    return ZeroGradients.apply(y if own else y.clone(), *absent) if absent else y
+    if not absent:
+        return y
+    return ZeroGradients.apply(y.clone() if y is call.base.y else y, *absent)
 
 
 def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 
 from fastlora.autograd.linear import records_gradients
+from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
-from fastlora.ops import schema as ops
+from fastlora.ops.backend import resolve_impl
 from fastlora.ops.factors import Base, Slots, Tables
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.ops.rows import Rows
@@ -100,22 +101,11 @@ class KeptDecision(NamedTuple):
         )
 
 
-def decide(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    base: Base,
-    routing: Routing,
-    autocast: torch.dtype | None,
-    without: Sequence[int],
-) -> Decision:
+def decide(call: MixedCall, without: Sequence[int]) -> Decision:
     """Returns what a forward in a mixed batch will do.
 
     Args:
-        layer: Holds the adapters.
-        x: In the dtype that is computed in.
-        base: The base layer.
-        routing: The batch's.
-        autocast: The dtype of autocast, where it is on.
+        call: The layer's.
         without: Slots whose rows others compute.
 
     Raises:
@@ -124,6 +114,7 @@ def decide(
         TypeError: The base weight's dtype is not x's.
         UnsupportedLayerError: A factor is hooked, or not a plain linear: rows cannot share it.
     """
+    layer, x, base, autocast = call.layer, call.x, call.base, call.autocast
     check_unmerged(layer)
     if layer.is_split:
         if layer.impl == "triton":
@@ -138,17 +129,17 @@ def decide(
     weight = base.weight
     if weight is not None and autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    bare = autocast is None and fits and without_gradients(layer, routing, x, *base[:3])
+    bare = autocast is None and fits and without_gradients(call)
     if bare:
-        tables = tables_for(layer, x, routing)
+        tables = tables_for(call, invariant)
         if tables is not None:
             return Decision(How.TABLES, True, "invariant" if invariant else "auto", tables)
-    if routing.captured:
+    if call.routing.captured:
         raise AdapterStateError(why_not_captured(bare, autocast))
     if invariant:
         refuse_in_mode(layer, why_not_tables(bare, autocast))
     if not bare and fits:
-        slots = slots_for_kernels(layer, x, routing, without)
+        slots = slots_for_kernels(layer, x, call.routing, without)
         if slots is not None:
             return Decision(How.LISTS, False, slots=slots)
     elif not bare and base.y is not None and layer.impl == "triton":
@@ -167,11 +158,12 @@ def check_unmerged(layer: AdapterLayer) -> None:
         )
 
 
-def without_gradients(layer: AdapterLayer, routing: Routing, *tensors: torch.Tensor | None) -> bool:
+def without_gradients(call: MixedCall) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
+    routing, tensors = call.routing, (call.x, *call.base[:3])
     if routing.captured:  # of a pool, whose adapters drop nothing
         return not records_gradients(*tensors)
-    if layer.training:
+    if call.layer.training:
         return False
     # A pool's factors have no gradients; those of parameters are not asked one by one.
     return not torch.is_grad_enabled() or (
@@ -179,13 +171,14 @@ def without_gradients(layer: AdapterLayer, routing: Routing, *tensors: torch.Ten
     )
 
 
-def tables_for(layer: AdapterLayer, x: torch.Tensor, routing: Routing) -> Tables | None:
+def tables_for(call: MixedCall, invariant: bool) -> Tables | None:
     """Returns where kernels find the factors; None where kernels do not run."""
-    if is_batch_invariant():
-        invariant_impl(layer.impl, "auto", x)
-    elif ops.resolve_impl(layer.impl, x) != "triton":
+    x, impl = call.x, call.layer.impl
+    if invariant:
+        invariant_impl(impl, "auto", x)
+    elif resolve_impl(impl, x) != "triton":
         return None
-    tables = tables_of(routing, x)
+    tables = tables_of(call.routing, x)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
     return tables if tables is not None and tables.rank.device == x.device else None
 
@@ -202,7 +195,7 @@ def slots_for_kernels(
         ImplementationError, UnsupportedLayerError: As `decide`.
         ValueError: A factor is on another device than x.
     """
-    if ops.resolve_impl(layer.impl, x) != "triton":
+    if resolve_impl(layer.impl, x) != "triton":
         return None
     slots = slots_of(routing.source, layer, range(len(routing.names)), without)
     why = why_not_lists(routing, slots)

@@ -14,13 +14,14 @@ rows too, for which ones have rows is the mix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastlora.autograd.dora import DoraScale
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
+from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Scale
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.layers.protocol import AdapterLayer
@@ -78,32 +79,23 @@ def _acts(dropout: torch.nn.Module) -> bool:
     return type(dropout) is torch.nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def dora_rows(
-    layer: AdapterLayer,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    routing: Routing,
-    slots: DoraSlots,
-    number: int,
-) -> torch.Tensor:
+def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
     """Returns ``y [..., N]`` with DoRA in its rows.
 
     Args:
-        layer: Holds the adapters, or its pool does.
+        call: The layer's.
         y: Bias included; rows of dropped slots are the base layer's.
-        x: ``[..., K]``, in the dtype that the layer computes in.
-        routing: The batch's; in a graph that is being compiled its ``whole``.
         slots: Of `dora_slots`.
-        number: The layer's number in its model.
     """
+    layer, routing = call.layer, call.routing
     (scaled, dropped), bias, rows = slots, layer._own_bias(), None
     if not torch.compiler.is_compiling() and _wants_rows(layer, y, bias, routing, slots):
-        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
+        rows = call.rows(host=True)
         scaled = tuple(slot for slot in scaled if slot in rows.present)
         dropped = tuple(slot for slot in dropped if slot in rows.present)
     scales = routing.source.scales(layer, (*scaled, *dropped))
     if dropped:
-        y = _with_dropped(layer, y, x, routing, number, dropped, scales[len(scaled) :])
+        y = _with_dropped(call, y, dropped, scales[len(scaled) :])
     if not scaled:
         return y
     scales = scales[: len(scaled)]
@@ -132,15 +124,10 @@ def _wants_rows(
 
 
 def _with_dropped(
-    layer: AdapterLayer,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    routing: Routing,
-    number: int,
-    slots: tuple[int, ...],
-    scales: Sequence[Scale],
+    call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
 ) -> torch.Tensor:
     """Returns ``y [..., N]`` with the adapters of some slots, whose dropout acts, in their rows."""
+    layer, number, routing, x = call.layer, call.number, call.routing, call.x
     if torch.compiler.is_compiling():
         seeds = seeds_of_layer(routing.seeds, number)
     else:
@@ -246,19 +233,18 @@ def _scale_segments(
 # -------------------------------------------------------------------------------- over a pool
 
 
-def scale_pool_rows_(layer: AdapterLayer, y: torch.Tensor, routing: Routing) -> torch.Tensor:
+def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     """Scales DoRA's rows of ``y [..., N]`` in place: an operator finds g where tables say it lies.
 
     So it is the same in a compiled graph, in a captured one and without: what changes with the
     batch, a load or a hot swap are the contents of tensors. Nothing is done where the pool has not
     seen such an adapter: its first one compiles a graph anew.
     """
-    tables: Any = routing.source.tables
-    if tables.scale_address is None:
+    layer, tables = call.layer, call.routing.source.tables
+    if tables is None or tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    m, impl = flat.shape[0], ops.resolve_impl(layer.impl, y)
-    rows = routing.rows(m, y.device)
+    rows, impl = call.rows(), ops.resolve_impl(layer.impl, y)
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.autograd.linear import Call, run
-from fastlora.functional import autocast_dtype
 from fastlora.layers import dora_rows, graph, packs, tables
 from fastlora.layers.absent import with_absent
 from fastlora.layers.active import run_active
+from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import How, KeptDecision, check_devices, decide
 from fastlora.layers.dora import run_active_dora
 from fastlora.layers.factors import slots_of
@@ -59,63 +59,54 @@ def _mixed(
 ) -> torch.Tensor:
     """`forward` where each row has its own adapter; rows of adapters it lacks are base rows."""
     if torch.compiler.is_compiling():
-        made = graph.run_in_graph(layer, x, base, routing, number)
+        made = graph.run_in_graph(MixedCall.of(layer, number, routing, x, base))
         if made is not None:
             return made
     dora = dora_rows.dora_slots(layer, routing)
+    kept: KeptDecision | None = routing.kept.decisions.get(number)
+    if kept is not None and kept.holds(layer, x, base):
+        y, how = packs.run_kept(x, base, kept, number), How.PYTORCH
+        if dora is None:
+            return y
+        call = MixedCall.of(layer, number, routing, x, base)
+    else:
+        call = MixedCall.of(layer, number, routing, x, base)
+        y, how = _by_rows(call, () if dora is None else dora.dropped)
     if dora is None:
-        return _by_rows(layer, x, base, routing, number, ())[0]
-    y, how = _by_rows(layer, x, base, routing, number, dora.dropped)
+        return y
     if how is How.TABLES and routing.source.residents is not None:
-        return dora_rows.scale_pool_rows_(layer, y, routing)
-    x = x.to(autocast_dtype(x) or x.dtype)
-    return dora_rows.dora_rows(layer, y, x, routing, dora, number)
+        return dora_rows.scale_pool_rows_(call, y)
+    return dora_rows.dora_rows(call, y, dora)
 
 
-def _by_rows(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    base: Base,
-    routing: Routing,
-    number: int,
-    without: tuple[int, ...],
-) -> tuple[torch.Tensor, How]:
+def _by_rows(call: MixedCall, without: tuple[int, ...]) -> tuple[torch.Tensor, How]:
     """Returns `_mixed` before DoRA's scales, and who made it.
 
     Slots of ``without`` get the base layer only.
     """
-    kept: KeptDecision | None = routing.kept.decisions.get(number)
-    if kept is not None and kept.holds(layer, x, base):
-        return packs.run_kept(x, base, kept, number), How.PYTORCH
-    given, dtype = x, autocast_dtype(x)
-    x = x if dtype is None else x.to(dtype)
-    how, is_bare, plan, found, slots = decide(layer, x, base, routing, dtype, without)
+    layer, base, routing = call.layer, call.base, call.routing
+    how, is_bare, plan, found, slots = decide(call, without)
     if found is not None:
-        return tables.run(layer, x, base, routing, found, number, plan), how
+        return tables.run(call, found, plan), how
     if slots is not None:
-        shrunk = shared_shrink(layer, given, slots, routing)
+        shrunk = shared_shrink(layer, call.given, slots, routing)
         s = None if shrunk is None else shrunk.s
-        y = run_rows(layer, x, base, routing, number, slots, "triton", s=s)
-        return with_absent(layer, y, x, routing, own=y is not base.y, waits=False), how
-    rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
+        return with_absent(call, run_rows(call, slots, "triton", s=s), waits=False), how
+    rows = call.rows(host=True)
     if is_bare:
-        kept = packs.find(layer, x, routing, rows, number)
+        kept = packs.find(call, rows)
         if kept is not None:
-            return packs.run_kept(x, base, kept, number), how
+            return packs.run_kept(call.x, base, kept, call.number), how
     else:
-        note_apart(layer, given)
+        note_apart(layer, call.given)
     slots = slots_of(routing.source, layer, rows.present, without)
-    check_devices(slots, x)
-    y = run_rows(layer, x, base, routing, number, slots, "eager", rows.present, rows=rows)
-    return with_absent(layer, y, x, routing, own=y is not base.y, waits=True), how
+    check_devices(slots, call.x)
+    y = run_rows(call, slots, "eager", rows.present, rows=rows)
+    return with_absent(call, y, waits=True), how
 
 
 def run_rows(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    base: Base,
-    routing: Routing,
-    number: int,
+    call: MixedCall,
     slots: Slots,
     impl: str,
     which: tuple[int, ...] | None = None,
@@ -125,17 +116,14 @@ def run_rows(
     """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
 
     Args:
-        layer: Says which dropout seeds are its own.
-        x: ``[..., K]``.
-        base: The base layer.
-        routing: The batch's.
-        number: The layer's in its model, which makes its dropout its own.
+        call: The layer's.
         slots: The adapters.
         impl: Name of the backend.
         which: Their slots; None for all.
         s: The layer's, where a sibling made it.
         rows: Of the batch; None to look them up.
     """
+    x, base = call.x, call.base
     tensors: list[torch.Tensor | None] = []
     scalings: list[Any] = []
     dropout_p: list[float] = []
@@ -153,11 +141,11 @@ def run_rows(
     seeds = None
     if any(dropout_p):
         check_dropout_dtype(x.dtype)
-        seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
-        seeds = layer._own_seed(seeds if which is None else seeds[list(which)])
-    rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
-    call = Call(impl, "auto", tuple(dropout_p), rows, which)
-    return run(x, base, call, scalings_beside(scalings, x), seeds, tensors, s)
+        device = x.device if impl == "triton" else torch.device("cpu")
+        seeds = call.routing.seeds_of(call.number, device)
+        seeds = call.layer._own_seed(seeds if which is None else seeds[list(which)])
+    how = Call(impl, "auto", tuple(dropout_p), call.rows() if rows is None else rows, which)
+    return run(x, base, how, scalings_beside(scalings, x), seeds, tensors, s)
 
 
 def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import KeptDecision
 from fastlora.layers.factors import Watch, slots_of
 from fastlora.layers.protocol import AdapterLayer
@@ -19,7 +20,6 @@ from fastlora.ops.torch.packed import LayerPack
 from fastlora.ops.torch.packed_choice import kind_of
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import SetPack
-from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 from fastlora.validation import UnsupportedLayerError
 
@@ -38,13 +38,12 @@ def run_kept(x: torch.Tensor, base: Base, kept: KeptDecision, number: int) -> to
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def find(
-    layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: Rows, number: int
-) -> KeptDecision | None:
+def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     """Returns the layer's packed factors and how to multiply; None where they are not packed.
 
     Kept for the block, and with the set of adapters for blocks with the same rows.
     """
+    layer, number, routing, x = call.layer, call.number, call.routing, call.x
     members = siblings_of(layer, x)
     if not rows.segments:
         return None
@@ -60,7 +59,7 @@ def find(
     kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
     if due and members:
-        pack = _pack(sets, members, x, routing, rows)[members.index(layer)]
+        pack = _pack(sets, members, call, rows)[members.index(layer)]
     if pack is None:
         return None
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype, found_for.plans)
@@ -89,32 +88,31 @@ def _shrunk(
 def _pack(
     sets: SetPack,
     members: Sequence[AdapterLayer],
-    x: torch.Tensor,
-    routing: Routing,
+    call: MixedCall,
     rows: Rows,
 ) -> list[LayerPack | None]:
     """Packs the batch's adapters for a layer and its siblings."""
     kind, numbers = kind_of(rows.m, rows.each), [member.routed_as for member in members]
-    names = [routing.names[segment.slot] for segment in rows.segments]
-    found = [_slots(member, x, routing, rows) for member in members]
+    names = [call.routing.names[slot] for slot in rows.present]
+    found = [_slots(member, call, rows) for member in members]
     bare = [slots for slots in found if slots is not None]
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
-        packs = packed.pack_layers(numbers, bare, x.dtype, kind)
+        packs = packed.pack_layers(numbers, bare, call.x.dtype, kind)
     if sets.watch is not None:
         for member in members:
             sets.watch.add(member, names)
-    sets.put(numbers, x.dtype, kind, packs)
+    sets.put(numbers, call.x.dtype, kind, packs)
     return packs
 
 
-def _slots(layer: AdapterLayer, x: torch.Tensor, routing: Routing, rows: Rows) -> Slots | None:
+def _slots(layer: AdapterLayer, call: MixedCall, rows: Rows) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     try:
-        slots = slots_of(routing.source, layer, [segment.slot for segment in rows.segments])
+        slots = slots_of(call.routing.source, layer, rows.present)
     except UnsupportedLayerError:  # which the layer's own call raises
         return None
-    if any(f.dropout_p or f.lora_a.device != x.device for f in slots.present):
+    if any(f.dropout_p or f.lora_a.device != call.x.device for f in slots.present):
         return None
     return slots
 

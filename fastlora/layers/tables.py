@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 
+from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
-from fastlora.ops.factors import Base, Factors, Tables
+from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
@@ -111,34 +112,21 @@ def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return block.clone() if block.data_ptr() % 16 else block
 
 
-def run(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    base: Base,
-    routing: Routing,
-    tables: Tables,
-    number: int,
-    plan: str,
-    impl: str = "triton",
-) -> torch.Tensor:
+def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
     Args:
-        layer: Runs its base layer where the tables do not know it.
-        x: ``[..., K]``.
-        base: The base layer.
-        routing: The batch's.
+        call: Of a layer that runs its base layer alone where the tables do not know it.
         tables: Of `tables_of`.
-        number: The layer's number in its model.
         plan: As in `fastlora.functional.lora_linear`.
         impl: Name of the backend; other than kernels only for what the base layer made.
     """
-    row = row_of(layer, number, tables)
+    x, base = call.x, call.base
+    row = row_of(call.layer, call.number, tables)
     if row is None:
-        refuse_in_mode(layer, "it was adapted after the block began")
+        refuse_in_mode(call.layer, "it was adapted after the block began")
         return base.output(x)
-    flat = x.reshape(-1, x.shape[-1])
-    rows, invariant = routing.rows(flat.shape[0], x.device), plan == "invariant"
+    flat, rows, invariant = x.reshape(-1, x.shape[-1]), call.rows(), plan == "invariant"
     if base.weight is None:
         y, max_rank, own = base.rows_to_write(), 0, rows.tensors()
         if impl == "triton":
@@ -148,7 +136,7 @@ def run(
             y, flat, own, tables.tensors(), row, max_rank, tables.dtype, impl
         )
         return y.view(*x.shape[:-1], y.shape[1])
-    some, s = _shared_shrink(layer, row, x, rows, tables, number, invariant)
+    some, s = _shared_shrink(call, rows, row, tables, invariant)
     # Of its own shrink a layer takes tables whole: slices cost time in every decode.
     found, index = (
         (tables.tensors(), row) if s is None else (tables.tensors(some), row - some.start)
@@ -161,25 +149,19 @@ def run(
 
 
 def _shared_shrink(
-    layer: AdapterLayer,
-    row: int,
-    x: torch.Tensor,
-    rows: Rows,
-    tables: Tables,
-    number: int,
-    invariant: bool,
+    call: MixedCall, rows: Rows, row: int, tables: Tables, invariant: bool
 ) -> tuple[slice, torch.Tensor | None]:
     """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
 
     One launch serves the siblings whose rows are neighbours. A compiled graph must not see what
     one call leaves for another, so each layer makes its own there.
     """
-    alone = slice(row, row + 1)
+    x, alone = call.x, slice(row, row + 1)
     # Nor can a layer trust an inference tensor, whose writes are not counted.
     if torch.compiler.is_compiling() or x.is_inference():
         return alone, None
     members = {}
-    for member in siblings_of(layer, x):
+    for member in siblings_of(call.layer, x):
         place = row_of(member, member.routed_as, tables)
         if place is not None:
             members[place] = member.routed_as
@@ -192,7 +174,7 @@ def _shared_shrink(
     if stop - first < 2:
         return alone, None
     context = (rows, tables, invariant)
-    s = take_share(x, number, context)
+    s = take_share(x, call.number, context)
     if s is None:
         s = torch.ops.fastlora.lora_shrink_at(
             *(x.reshape(-1, x.shape[-1]), rows_at(rows, invariant)),
