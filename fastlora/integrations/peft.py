@@ -21,9 +21,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fastlora.layers.bases import why_not_plain
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import forward
-from fastlora.layers.linear import why_not_plain
 from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings

@@ -16,7 +16,7 @@ from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.active import run_active
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import factors_of, scale_by_name, scaling_of
 from fastlora.layers.norms import adapter_squares, base_squares, magnitude_of
 from fastlora.layers.why import refuse_triton, uses_dora

@@ -22,7 +22,7 @@ import torch
 from fastlora.autograd.dora import DoraScale
 from fastlora.autograd.dora_dropped import DoraDropped, OwnRows
 from fastlora.autograd.linear import records_gradients
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import Scale, scaling_beside
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.ops import schema as ops

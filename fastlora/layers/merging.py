@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.layers.norms import base_squares, forget_norms, magnitude_of, version_of
 from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, nonzero, outside_autocast, square_norms

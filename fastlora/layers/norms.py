@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.ops.torch.norms import adapted_squares, adapted_sums, outside_autocast, square_norms
 from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks

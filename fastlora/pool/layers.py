@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.linear import why_not_plain
+from fastlora.layers.bases import why_not_plain
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.pool.image import Target

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.model.adapter_folder import (
     AdapterKey,
     check_tensors,
