@@ -9,13 +9,11 @@ import platform
 import shutil
 import sys
 import traceback
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlora.validation import CheckpointError, FastLoraError
+from fastlora.validation import FastLoraError
 
 _DISTRIBUTIONS = {
     "fastlora": "fastlora-triton",
@@ -213,6 +211,8 @@ def _devices() -> Iterator[dict[str, str]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from fastlora.integrations.report import table
+
     facts = adapter_facts(args.adapter)
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -230,7 +230,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for m in facts["modules"]
     ]
     header = ["module", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters"]
-    _print_table([*header, "bytes"], [[_shown(cell) for cell in row] for row in rows])
+    print("\n".join(table([[*header, "bytes"], *([_shown(cell) for cell in row] for row in rows)])))
     return 0
 
 
@@ -300,13 +300,6 @@ def _size(module: dict[str, Any]) -> str:
     return (" -> " if module["kind"] == "lora" else " x ").join(map(str, module["shape"]))
 
 
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
 # --------------------------------------------------------------------------------------- merge
 
 
@@ -320,11 +313,12 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = inspect_adapter_folder(args.adapter).path
     model = _load_base(args.base, args.dtype)
     from fastlora import LoraModel
+    from fastlora.model.tensor_file import new_folder
 
     _step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         _step(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
@@ -344,27 +338,10 @@ def _load_base(base: str, dtype: str) -> Any:
         raise CommandError(
             "merge needs transformers; install it with: pip install 'fastlora-triton[hf]'"
         ) from error
-    try:
+    from fastlora.integrations.transformers import as_causal_model
+
+    with as_causal_model(base):
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{base}: cannot be loaded as a causal language model ({error})"
-        ) from error
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder beside ``out`` that takes its name on success and is gone on failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex}.tmp"
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()  # empty, or this fails
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
 from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +81,14 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     transformers = _transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-    except _CANNOT_READ as error:
+    except CANNOT_READ as error:
         raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
 
 
 def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedModel:
     """Returns the base model; raises `CheckpointError` where it cannot be read."""
     transformers = _transformers()
-    with _as_causal_model(settings), contextlib.nullcontext() if progress else _without_bars():
+    with as_causal_model(settings.model), contextlib.nullcontext() if progress else _without_bars():
         return transformers.AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=settings.dtype, local_files_only=True
         )
@@ -97,21 +97,11 @@ def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedM
 def empty_base(settings: TrainSettings) -> PreTrainedModel:
     """Returns the base model on the meta device: no weights are read and none allocated."""
     transformers = _transformers()
-    with _as_causal_model(settings), torch.device("meta"):
+    with as_causal_model(settings.model), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         own = getattr(config, "dtype", None) or torch.float32
         dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _as_causal_model(settings: TrainSettings) -> Iterator[None]:
-    try:
-        yield
-    except (*_CANNOT_READ, RuntimeError) as error:
-        raise CheckpointError(
-            f"{settings.model}: cannot be loaded as a causal language model ({error})"
-        ) from error
 
 
 def _transformers() -> Any:
