@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastlora import env
 from fastlora.validation import FastLoraError
 
 _DISTRIBUTIONS = {
@@ -22,6 +24,12 @@ _DISTRIBUTIONS = {
     "safetensors": "safetensors",
     "transformers": "transformers",
     "peft": "peft",
+}
+# Commands that parse their own arguments.
+_PROGRAMS = {
+    ("demo",): "fastlora.commands.demo",
+    ("bench", "mixed"): "fastlora.bench.mixed_bench",
+    ("train",): "fastlora.train.command",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
@@ -46,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in given if a != "--debug"]
     debug = arguments != given
     try:
-        if arguments[:1] == ["demo"]:
-            # Its own parser, and nothing heavy imported before it has set the environment.
-            return _demo(arguments[1:])
-        if arguments[:2] == ["bench", "mixed"]:
-            return _bench_mixed(arguments[2:])
-        if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
+        for words, module in _PROGRAMS.items():
+            if tuple(arguments[: len(words)]) == words:
+                if words != ("train",):  # before anything heavy is imported
+                    env.prepare_demo_process()
+                run: int = importlib.import_module(module).main(arguments[len(words) :])
+                return run
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
         return code
@@ -137,30 +144,6 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     return parser
-
-
-def _demo(arguments: list[str]) -> int:
-    from fastlora import env
-
-    env.prepare_demo_process()
-    from fastlora.commands.demo import main as run_demo
-
-    return run_demo(arguments)
-
-
-def _bench_mixed(arguments: list[str]) -> int:
-    from fastlora import env
-
-    env.prepare_demo_process()
-    from fastlora.bench.mixed_bench import main as run_bench
-
-    return run_bench(arguments)
-
-
-def _train(arguments: list[str]) -> int:
-    from fastlora.train.command import main as run_train
-
-    return run_train(arguments)
 
 
 # ---------------------------------------------------------------------------------------- info

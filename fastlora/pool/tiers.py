@@ -74,11 +74,12 @@ class Tiers:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
-    def add(self, name: str, folder: Path, uses_dora: bool) -> None:
-        """Registers a new name whose adapter is on disk, and uses DoRA or does not."""
-        if name in self.entries:
-            raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
-        self.entries[name] = Entry(name, folder)
+    def add(self, folders: Mapping[str, Path], uses_dora: bool) -> None:
+        """Registers new names whose adapters are on disk; one of them may use DoRA."""
+        for name in folders:
+            if name in self.entries:
+                raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
+        self.entries.update({name: Entry(name, folder) for name, folder in folders.items()})
         # Graphs that are compiled or captured from now on have its scales.
         self._tables.uses_dora |= uses_dora
 
