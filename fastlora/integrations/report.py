@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +69,8 @@ class FusionReport:
             ]
         else:
             cells = self._grouped()
-        table = [("layer", "class", "fused", "why not", "siblings in training"), *cells]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        for row in table:
-            lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-        return "\n".join(lines)
+        header = ("layer", "class", "fused", "why not", "siblings in training")
+        return "\n".join([*lines, *table([header, *cells])])
 
     def _grouped(self) -> list[tuple[str, str, str, str, str]]:
         groups: dict[tuple[str, str, bool, str, str], int] = {}
@@ -113,6 +111,12 @@ def implementation_on(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", why
     return "eager", f"{why}, when impl='triton' is asked for"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns rows of cells as lines, in columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
 def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:

@@ -18,6 +18,10 @@ from typing import Any
 from torch import nn
 
 from fastlora.model import LoraModel, adapter_state
+from fastlora.validation import CheckpointError
+
+# What transformers raises where files are missing or damaged.
+CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def lora_model_class(model: nn.Module) -> type[LoraModel] | None:
@@ -90,6 +94,17 @@ def _answer_for_peft() -> None:
     for module in modules:
         module.get_peft_model_state_dict = get
         module.set_peft_model_state_dict = put
+
+
+@contextlib.contextmanager
+def as_causal_model(folder: object) -> Iterator[None]:
+    """Makes what transformers raises when a model cannot be loaded a `CheckpointError`."""
+    try:
+        yield
+    except (*CANNOT_READ, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as a causal language model ({error})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.dora import DoraMagnitude
 from fastlora.layers.merging import Mergeable
-from fastlora.layers.mode import ForgetsWithMode, forget_kept
 from fastlora.layers.norms import forget_norms
-from fastlora.layers.scalings import HasScalings
-from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.routing.ids import check_adapter_name
-from fastlora.routing.routing import Group
-from fastlora.routing.siblings import Family
 from fastlora.sharding import is_sharded
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -33,7 +29,7 @@ from fastlora.validation import (
 from fastlora.weight_marks import marks
 
 
-class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
+class LoraLayer(CommonLayer, Mergeable):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     Attributes:
@@ -47,9 +43,6 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
 
     in_features: int
     out_features: int
-    _family: Family  # of layers that are fed by the same tensor, once it is known
-    knows_siblings = knows_siblings
-    note_compiled = note_compiled
 
     def _init_adapters(self) -> None:
         self.r: dict[str, int] = {}
@@ -60,13 +53,8 @@ class LoraLayer(ForgetsWithMode, HasScalings, Mergeable):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self.impl = "auto"
-        self.table_row = 0
         self._active_adapters: list[str] = []
         self._disabled = False
-        # The model's group of layers, and this one's number, once it is in a model.
-        self.routed_by: Group | None = None
-        self.routed_as = 0
         self._init_merging()
         self._watch_loads()
 

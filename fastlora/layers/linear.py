@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
+from fastlora.layers.bases import why_not_plain
 from fastlora.layers.forward import forward
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
@@ -19,33 +20,6 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
 
 DEFAULT_ADAPTER = "default"
-
-
-def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
-    """Returns why a module cannot be computed from its weight alone, or an empty string.
-
-    ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
-
-    Only a true `nn.Linear` that nothing has hooked into is plain: a subclass, a parametrization, a
-    forward hook (accelerate's offloading) or a replaced forward must go on being called.
-    """
-    if type(module) is not nn.Linear:
-        return f"its base layer is {type(module).__name__}, called as it is"
-    if "forward" in module.__dict__:
-        return "its base layer's forward was replaced"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "its base layer has forward hooks"
-    if module._backward_hooks or module._backward_pre_hooks:
-        return "its base layer has backward hooks"
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
-        return "its base layer has state-dict hooks"
-    if len(module._parameters) != 2 or module._buffers or module._modules:
-        return "its base layer holds more than a weight and a bias"
-    if type(module.weight) is not nn.Parameter and not (gathered and is_sharded(module.weight)):
-        return f"its base weight is a {type(module.weight).__name__}"
-    if not module.weight.is_floating_point() or module.weight.itemsize < 2:
-        return f"its base weight is {module.weight.dtype}"
-    return ""
 
 
 class FastLoraLinear(LoraLayer, nn.Linear):

@@ -6,11 +6,10 @@ that value, which a graph reads in its place: another value, or another adapter,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 _MISSING = object()
 
@@ -100,48 +99,3 @@ class Scalings(dict[str, Any]):
     def __ior__(self, other: Any) -> Scalings:  # type: ignore[override,misc]
         self.update(other)
         return self
-
-
-class HasScalings:
-    """A layer with ``lora_A`` by adapter name, whose ``scaling`` is always a `Scalings`.
-
-    Comes before `nn.Module` among the bases.
-    """
-
-    @property
-    def scaling(self) -> dict[str, Any]:
-        """Adapter name to the number that its update is multiplied with."""
-        scalings: dict[str, Any] = self.__dict__["_scaling"]
-        return scalings
-
-    @scaling.setter
-    def scaling(self, values: dict[str, Any]) -> None:
-        self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
-        self._fit_scalings(values)
-
-    def _watch_loads(self: Any) -> None:
-        """Has scalings follow factors that ``load_state_dict(assign=True)`` replaces."""
-        if _fit_loaded not in self._load_state_dict_post_hooks.values():
-            self.register_load_state_dict_post_hook(_fit_loaded)
-
-    def _unwatch_loads(self: Any) -> None:
-        hooks = self._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is _fit_loaded]:
-            del hooks[key]
-
-    def _fit_scalings(self: Any, names: Iterable[str]) -> None:
-        scalings: Scalings = self.__dict__["_scaling"]
-        factors = self._modules.get("lora_A")  # not there at the very beginning
-        for name in names:
-            if isinstance(factors, nn.ModuleDict) and name in factors:
-                lora_a: Any = factors[name].weight
-                scalings.fit(name, lora_a)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module has it
-        self._fit_scalings(self.scaling)
-        return self
-
-
-def _fit_loaded(layer: Any, _: Any) -> None:
-    layer._fit_scalings(layer.scaling)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import factors_of
 from fastlora.layers.norms import magnitude_of
 from fastlora.layers.protocol import AdapterLayer

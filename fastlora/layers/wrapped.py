@@ -8,34 +8,15 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
+from fastlora.layers.bases import linear_features, makes_fresh_outputs, why_not_plain
 from fastlora.layers.factors import why_not_fused
 from fastlora.layers.forward import forward
-from fastlora.layers.linear import why_not_plain
 from fastlora.layers.why import NOT_OUR_GEMM
 from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
-
-# Libraries whose linear layers return a tensor that they have just made and keep no reference to.
-_MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Returns ``(in_features, out_features)`` of a linear-like module, or None for any other.
-
-    Linear-like is what says so itself (`nn.Linear`, quantised linears of bitsandbytes, torchao,
-    GPTQ and others), and Hugging Face's Conv1D, whose weight is ``[K, N]``.
-    """
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
-        k, n = weight.shape
-        return int(k), int(n)
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(features[0], int) and isinstance(features[1], int):
-        return features[0], features[1]
-    return None
 
 
 class FastLoraWrapper(LoraLayer):
@@ -79,9 +60,8 @@ class FastLoraWrapper(LoraLayer):
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
-        known = type(self.base_layer).__module__.startswith(_MAKE_FRESH_OUTPUTS)
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
-        return known and not (hooked or y is x or y._is_view())
+        return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
 
     @property
     def weight(self) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
 from fastlora.model.adapter_folder import KEY_PREFIX, AdapterFile
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import Plan, base_of, factor_shapes
+from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
 from fastlora.model.tuner import LoraTuner
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
@@ -40,10 +40,10 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
     model, config = tuner.model, tuner.peft_config[adapter_name]
     keys: dict[str, str] = {}
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in routed_modules(model):
         at = f"{KEY_PREFIX}{name}."
+        inside.append(f"{name}.")
         if isinstance(module, LoraLayer):
-            inside.append(f"{name}.")
             if adapter_name in module.lora_A:
                 for factor in ("lora_A", "lora_B"):
                     keys[f"{at}{factor}.weight"] = f"{at}{factor}.{adapter_name}.weight"
@@ -56,11 +56,9 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
             if base_bias is not None and config.bias != "none":
                 own = isinstance(module, FastLoraLinear)
                 keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
-        elif isinstance(module, ModulesToSaveWrapper):
-            inside.append(f"{name}.")
-            if adapter_name in module.modules_to_save:
-                for key in module.modules_to_save[adapter_name].state_dict():
-                    keys[f"{at}{key}"] = f"{at}modules_to_save.{adapter_name}.{key}"
+        elif adapter_name in module.modules_to_save:
+            for key in module.modules_to_save[adapter_name].state_dict():
+                keys[f"{at}{key}"] = f"{at}modules_to_save.{adapter_name}.{key}"
     if config.bias == "all":
         for name, _ in model.named_parameters():
             if name.endswith("bias") and not name.startswith(tuple(inside)):
@@ -99,7 +97,7 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
     config = plan.config
     layers = {
         name: layer
-        for name, layer in model.named_modules()
+        for name, layer in routed_modules(model)
         if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
     if set(layers) != set(plan.targets):

@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.dense import dense_weight
-from fastlora.layers.linear import why_not_plain
+from fastlora.layers.bases import dense_weight, linear_features, why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
-from fastlora.layers.wrapped import linear_features
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.walk import original_of, outer_modules
@@ -195,11 +193,7 @@ def _add_to_layer(
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes an adapter from wherever it is; the layers stay.
-
-    Raises:
-        AdapterStateError: It is merged somewhere; nothing has changed then.
-    """
+    """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
     holders = [m for m in lora_layers(model) if adapter_name in m.lora_A]
     if any(adapter_name in layer.merged_adapters for layer in holders):
         raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
@@ -210,24 +204,21 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             wrapper.delete_adapter(adapter_name)
 
 
-def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    """Yields every LoRA layer of a model."""
-    return (layer for _, layer in _named_lora_layers(model))
-
-
-def _named_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    return ((n, module) for n, module in outer_modules(model) if isinstance(module, LoraLayer))
-
-
-def saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
-    """Yields every module that adapters own copies of."""
-    return (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
-
-
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Returns name and module of all whose adapters a mixed batch chooses by row."""
+    """Returns name and module of all that hold adapters, which a mixed batch chooses by row."""
     kinds = (LoraLayer, ModulesToSaveWrapper)
     return [(name, module) for name, module in outer_modules(model) if isinstance(module, kinds)]
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Returns every LoRA layer of a model."""
+    return [module for _, module in routed_modules(model) if isinstance(module, LoraLayer)]
+
+
+def saved_modules(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    """Returns every module that adapters own copies of."""
+    found = routed_modules(model)
+    return [module for _, module in found if isinstance(module, ModulesToSaveWrapper)]
 
 
 def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
@@ -274,13 +265,10 @@ def unload(
     """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
 
     A module of ``modules_to_save`` becomes the active adapter's copy. Every check comes first, so a
-    refused merge changes nothing.
-
-    Raises:
-        AdapterStateError: A merge is refused; see `LoraLayer.merge`.
-        UnsupportedLayerError: A base weight cannot take an update.
+    merge that `LoraLayer.merge` refuses changes nothing.
     """
-    layers = list(_named_lora_layers(model))
+    found = routed_modules(model)
+    layers = [(name, module) for name, module in found if isinstance(module, LoraLayer)]
     if merge:
         for _, layer in layers:
             layer.check_merge(safe_merge, present(layer, adapter_names))
@@ -293,8 +281,9 @@ def unload(
         elif layer.merged:
             layer.unmerge()
         _set_submodule(model, name, layer.release())
-    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    for name, wrapper in wrappers:
+    for name, wrapper in found:
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
         current, original = wrapper.current(), wrapper.original_module
         if current is not original:
             tied = _holder(model, getattr(original, "weight", None), set(wrapper.modules()))

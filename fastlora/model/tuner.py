@@ -40,7 +40,7 @@ class LoraTuner(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if any(True for _ in inject.lora_layers(model)):
+        if inject.lora_layers(model):
             raise AdapterStateError(
                 "the model has LoRA layers already; use add_adapter(), or unload() it first"
             )
@@ -215,7 +215,7 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
         """
         wanted = None if adapter_names is None else self._known(adapter_names)
-        layers = list(inject.lora_layers(self.model))
+        layers = inject.lora_layers(self.model)
         chosen = [inject.present(layer, wanted) for layer in layers]
         for layer, names in zip(layers, chosen, strict=True):
             merges = layer.check_merge(safe_merge, names)

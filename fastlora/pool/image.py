@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -54,30 +54,38 @@ class Layout:
     """Where the blocks lie; adapters of equal shape share one.
 
     Attributes:
-        targets: The pool's modules.
-        ranks: Of each module, ``[G]`` int32; 0 where the adapter lacks it.
-        offsets: First element of each block, ``[len(BLOCK_KINDS), G]`` int64; -1 for none.
+        targets: The pool's modules, G of them.
+        blocks: Of each module the rank, 0 where the adapter lacks it, and the first element of each
+            block, -1 for none.
         numel: Elements of the image.
     """
 
     targets: Sequence[Target]
-    ranks: torch.Tensor
-    offsets: torch.Tensor
+    blocks: Sequence[tuple[int, Sequence[int]]]
     numel: int
-    # The same as Python numbers, for views: of each module the rank, and the offsets.
-    _blocks: tuple[tuple[int, tuple[int, ...]], ...] = field(repr=False)
+
+    @functools.cached_property
+    def ranks(self) -> torch.Tensor:
+        """Of each module, ``[G]`` int32 on the host."""
+        return torch.tensor([rank for rank, _ in self.blocks], dtype=torch.int32, device="cpu")
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        """Of each block, ``[len(BLOCK_KINDS), G]`` int64 on the host."""
+        by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
+        return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
 
     @functools.cached_property
     def dora_modules(self) -> tuple[int, ...]:
         """Numbers of the modules that have a magnitude."""
-        return tuple((self.offsets[_MAGNITUDE] != ABSENT).nonzero().view(-1).tolist())
+        return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != ABSENT)
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
         """Returns the blocks of one module in an image, by kind; none where it is absent.
 
         In PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows.
         """
-        rank, offsets = self._blocks[index]
+        rank, offsets = self.blocks[index]
         views = {}
         for kind, start in zip(BLOCK_KINDS, offsets, strict=True):
             if start != ABSENT:
@@ -146,14 +154,8 @@ class Packer:
     ) -> Image:
         """Copies an adapter's tensors into an image, rounded to the pool's dtype.
 
-        Args:
-            tensors: Module number -> kind of block -> tensor in PEFT's layout (``lora_b [N, r]``),
-                checked.
-            scaling: Module number -> scaling.
-            source: Where they come from, for messages.
-
-        Raises:
-            CheckpointError: A finite value is too large for the pool's dtype.
+        ``tensors`` are checked, by module number and kind of block, in PEFT's layout (``lora_b
+        [N, r]``). Raises `CheckpointError` where a finite value is too large for the dtype.
         """
         shape = []
         for index in range(len(self.targets)):
@@ -204,9 +206,5 @@ class Packer:
                     numel = math.prod(target.shape(kind, rank))
                     numel *= _lanes(self.dtype) if kind == "magnitude" else 1
                     position += -(-numel // step) * step
-            blocks.append((rank, tuple(starts)))
-        ranks = torch.tensor([rank for rank, _ in blocks], dtype=torch.int32)
-        offsets = torch.tensor([starts for _, starts in blocks], dtype=torch.int64)
-        offsets = offsets.view(-1, len(BLOCK_KINDS)).t().contiguous()
-        made = Layout(self.targets, ranks, offsets, position, tuple(blocks))
-        return self._layouts.setdefault(shape, made)
+            blocks.append((rank, starts))
+        return self._layouts.setdefault(shape, Layout(self.targets, blocks, position))

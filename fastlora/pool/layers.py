@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.linear import why_not_plain
+from fastlora.layers.bases import why_not_plain
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.pool.image import Target
@@ -48,7 +48,7 @@ class PoolLayers:
         target_modules: Any,
         block: Callable[[Sequence[str | None]], AbstractContextManager[None]],
     ) -> None:
-        if any(True for _ in inject.lora_layers(model)):
+        if inject.lora_layers(model):
             raise AdapterStateError(
                 "the model has LoRA layers already; unload() or close() what put them there first"
             )
@@ -118,10 +118,9 @@ class PoolLayers:
 
     def remove(self) -> None:
         """Puts the base layers back; parameters train again where they did."""
-        for name, (module, layer) in self._replaced.items():
-            back = layer.to_linear() if isinstance(layer, FastLoraLinear) else module
+        for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
-                self._model.set_submodule(name, back)
+                self._model.set_submodule(name, layer.release())
         self._replaced = {}
         own = self._model.__dict__
         for method, (call, before) in self._wrapped.items():

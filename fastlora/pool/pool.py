@@ -180,12 +180,7 @@ class AdapterPool:
             AdapterStateError: The name exists.
             ConfigError: The name is wrong.
         """
-        _check_name(name)
-        path = Path(folder).absolute()
-        uses_dora = self._reader.check_folder(path).use_dora
-        with self._changed:
-            self._residency.check_open()
-            self._tiers.add(name, path, uses_dora)
+        self._register({name: Path(folder).absolute()})
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
         """Registers every adapter folder in a folder under its folder's name.
@@ -204,17 +199,16 @@ class AdapterPool:
         names = sorted(p.name for p in path.iterdir() if (p / CONFIG_NAME).is_file())
         if not names:
             raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
-        for name in names:
+        self._register({name: path / name for name in names})
+        return names
+
+    def _register(self, folders: Mapping[str, Path]) -> None:
+        for name in folders:
             _check_name(name)
-        uses_dora = [self._reader.check_folder(path / name).use_dora for name in names]
+        uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders.values()]
         with self._changed:
             self._residency.check_open()
-            for name in names:
-                if name in self._tiers.entries:
-                    raise AdapterStateError(f"adapter {name!r} exists already")
-            for name, dora in zip(names, uses_dora, strict=True):
-                self._tiers.add(name, path / name, dora)
-        return names
+            self._tiers.add(folders, any(uses_dora))
 
     def unload(self, name: str) -> None:
         """Forgets an adapter. Leases on it go on; its memory is free when they have ended.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.model.adapter_folder import (
     AdapterKey,
     check_tensors,
@@ -60,13 +60,9 @@ class AdapterReader:
         self._named: dict[str, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Checks what can be checked without reading tensors: config, rank, and that files exist.
+        """Returns a folder's config, checked as far as can be without reading tensors.
 
-        Returns:
-            The config.
-
-        Raises:
-            CheckpointError: The folder holds no adapter that this pool can take.
+        Raises `CheckpointError` where the folder holds no adapter that this pool can take.
         """
         config = read_adapter_config(folder)
         self._check_config(config, str(folder / CONFIG_NAME))
@@ -75,24 +71,18 @@ class AdapterReader:
     def read_folder(self, folder: Path) -> Image:
         """Reads, checks and packs an adapter folder.
 
-        Raises:
-            CheckpointError: It is damaged, holds what a pool cannot take, or does not fit the
-                model; the message names file, tensor, what was found and what was expected.
+        Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
+        is damaged, holds what a pool cannot take, or does not fit the model.
         """
         self.check_folder(folder)  # first, because it refuses more clearly
         file = load_adapter_folder(folder)
         return self._pack(file.config, file.keys, file.tensors, str(folder))
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
-        """Checks and packs a state dict with PEFT's keys.
+        """Checks and packs a state dict with PEFT's keys; raises as `read_folder`.
 
-        Args:
-            name: Of the adapter, for messages.
-            tensors: Key as in PEFT's file -> tensor, on any device.
-            config: A `fastlora.LoraConfig`, PEFT's own, or a mapping of its fields.
-
-        Raises:
-            CheckpointError, ConfigError: As `read_folder`.
+        ``config`` is a `fastlora.LoraConfig`, PEFT's own, or a mapping of its fields; ``name`` is
+        for messages.
         """
         source = f"the state dict of {name!r}"
         if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):

@@ -60,7 +60,7 @@ class Resident:
         self.name, self.slot, self.column = name, slot, column
         self.image: torch.Tensor = image.data
         self.version = image.version
-        self.max_rank = int(image.layout.ranks.max())
+        self.max_rank = max(rank for rank, _ in image.layout.blocks)
         self.dora_modules = image.layout.dora_modules
         self.uses_dora = bool(self.dora_modules)
         self.scales: Scales | None = None

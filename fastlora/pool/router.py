@@ -36,14 +36,9 @@ def pool_routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    """Returns a routing to adapters of a pool, leased until ``held`` closes.
+    """Returns a routing to adapters of an `AdapterPool`, leased until ``held`` closes.
 
-    Its slots are the columns of the pool's tables.
-
-    Args:
-        pool: An `AdapterPool`.
-        ids, seeds, validate: As in `fastlora.adapters`.
-        held: Takes the lease.
+    Its slots are the columns of the pool's tables. The rest is as in `fastlora.adapters`.
     """
     if not isinstance(ids, torch.Tensor):
         names, places = named_ids(None, ids)
@@ -91,11 +86,7 @@ def tables_of(pool: Any, max_rank: int) -> Tables:
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Returns the routing of a CUDA graph: slots are looked up at every replay, on the device.
-
-    Raises:
-        AdapterStateError: The pool was made without max_rank.
-    """
+    """Returns the routing of a CUDA graph: slots are looked up at every replay, on the device."""
     check_slot_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(

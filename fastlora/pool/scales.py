@@ -40,14 +40,10 @@ class ScaleMaker:
         self._stamps: list[Any] = []
 
     def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
-        """Makes scales that are missing, or of other base weights, on the pool's stream.
+        """Makes leased adapters' scales that are missing, or of other base weights.
 
-        Args:
-            residents: Held by leases.
-            guard: The pool's lock, which the caller does not hold: norms take their time.
-
-        Raises:
-            AdapterStateError: There are such, and a CUDA graph is being captured.
+        The caller does not hold ``guard``, the pool's lock: norms take their time. Raises
+        `AdapterStateError` where there are such and a CUDA graph is being captured.
         """
         dora = [resident for resident in residents if resident.uses_dora]
         if not dora or not self._stale(dora)[0]:

@@ -74,12 +74,7 @@ class PoolTables:
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
     def write_scales(self, column: int, addresses: torch.Tensor) -> None:
-        """Notes where the scales of a column's adapter lie, on the current stream.
-
-        Args:
-            column: The column.
-            addresses: Of each module's, ``[G]`` int64 on the host; 0 for none.
-        """
+        """Notes where a column's scales lie: ``[G]`` int64 on the host, 0 for none."""
         self._copy(self.scale_address[:, column], addresses)
 
     def columns(self, ids: torch.Tensor) -> torch.Tensor:

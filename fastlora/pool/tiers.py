@@ -61,11 +61,7 @@ class Tiers:
     # ---------------------------------------------------------------------------------- names
 
     def entry(self, name: str) -> Entry:
-        """Returns what is known about a name.
-
-        Raises:
-            AdapterNotFoundError: Nothing is.
-        """
+        """Returns what is known about a name, or raises `AdapterNotFoundError`."""
         found = self.entries.get(name)
         if found is None:
             raise unknown(name, self.entries)
@@ -78,15 +74,12 @@ class Tiers:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
-    def add(self, name: str, folder: Path, uses_dora: bool) -> None:
-        """Registers a name whose adapter is on disk, and uses DoRA or does not.
-
-        Raises:
-            AdapterStateError: The name is taken.
-        """
-        if name in self.entries:
-            raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
-        self.entries[name] = Entry(name, folder)
+    def add(self, folders: Mapping[str, Path], uses_dora: bool) -> None:
+        """Registers new names whose adapters are on disk; one of them may use DoRA."""
+        for name in folders:
+            if name in self.entries:
+                raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
+        self.entries.update({name: Entry(name, folder) for name, folder in folders.items()})
         # Graphs that are compiled or captured from now on have its scales.
         self._tables.uses_dora |= uses_dora
 
@@ -102,16 +95,8 @@ class Tiers:
         """Registers or replaces an adapter and brings it to the device where that is possible.
 
         A name keeps its slot. Where the device has no room beside what leases and pins hold, an
-        adapter that need not be there goes to the CPU tier.
-
-        Args:
-            name: The adapter's name.
-            folder: Where it can be read again, or None.
-            image: The packed adapter.
-            pin: It must be on the device, and stay there.
-
-        Raises:
-            PoolFullError: It never fits, or not now though it must; nothing has changed.
+        adapter that need not be there goes to the CPU tier; with ``pin`` it must, and stays. Raises
+        `PoolFullError` where it never fits, or not now though it must; nothing has changed then.
         """
         before, old = self.entries.get(name), self.device.get(name)
         pin = pin or (before is not None and before.pinned)
@@ -195,10 +180,7 @@ class Tiers:
     ) -> bool:
         """Returns whether adapters fit on the device together with pinned and held ones.
 
-        Args:
-            wanted: Name -> image.
-            held: Those that leases hold.
-            replaced: A held one that one of the wanted takes the name of.
+        ``replaced`` is a held one that one of the wanted takes the name of.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
         for name, resident in self.device.items():
@@ -214,11 +196,7 @@ class Tiers:
         )
 
     def bring(self, images: Mapping[str, Image]) -> list[Resident]:
-        """Makes adapters resident, after `fits` has said that they fit; returns them in order.
-
-        Args:
-            images: Name -> image, of registered adapters, wherever it is.
-        """
+        """Makes registered adapters resident, which fit as `fits` says; returns them in order."""
         missing = {name: image for name, image in images.items() if name not in self.device}
         shares = self._transfers.shares_memory
         if missing:

@@ -89,11 +89,7 @@ class CudaTransfers(Transfers):
         return not torch.cuda.is_current_stream_capturing() and mark.query()
 
     def wait_for_writes(self, marks: Iterable[torch.cuda.Event]) -> None:
-        """Makes the current stream wait.
-
-        Raises:
-            AdapterStateError: A CUDA graph is being captured, which cannot wait for other streams.
-        """
+        """Makes the current stream wait, which one that captures a CUDA graph cannot."""
         stream = torch.cuda.current_stream(self._device)
         capturing = torch.cuda.is_current_stream_capturing()
         for event in marks:
@@ -120,11 +116,7 @@ class CudaTransfers(Transfers):
 
 
 def make_transfers(device: torch.device) -> Transfers:
-    """Returns how images get to a device.
-
-    Raises:
-        ValueError: The device is neither a CPU nor a CUDA device.
-    """
+    """Returns how images get to a CPU or a CUDA device."""
     if device.type == "cuda":
         return CudaTransfers(device)
     if device.type != "cpu":

@@ -24,7 +24,13 @@ import torch
 from torch import nn
 
 from fastlora.model.inject import base_parameters
-from fastlora.model.tensor_file import flush_to_disk, read_header, read_tensors, write_tensors
+from fastlora.model.tensor_file import (
+    flush_to_disk,
+    new_folder,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from fastlora.validation import CheckpointError
 
 FORMAT = 1
@@ -63,30 +69,23 @@ def checkpoints(root: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
-    """Gives a folder to write the adapters into; after the block it is the newest checkpoint.
+    """Gives a folder to write the adapters into; after the block it is the newest of ``keep``.
 
-    ``keep`` checkpoints stay, this one included.
-
-    Raises:
-        CheckpointError: Something cannot be written, for instance on a full disk. The older
-            checkpoints are all there and whole, and nothing of the new one is left.
+    Raises `CheckpointError` where something cannot be written, for instance on a full disk. The
+    older checkpoints are all there and whole then, and nothing of the new one is left.
     """
     target = root / f"step-{state.step:08d}"
-    partial = root / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
-        partial.mkdir(parents=True)
-        yield adapters_folder(partial)
-        _write_state(partial, state)
-        for path, _, _ in os.walk(partial):
-            _flush_folder(Path(path))
-        partial.rename(target)
+        with new_folder(target) as partial:
+            yield adapters_folder(partial)
+            _write_state(partial, state)
+            for path, _, _ in os.walk(partial):
+                _flush_folder(Path(path))
         _flush_folder(root)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{target}: could not be written ({error}); older checkpoints are as they were"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
             old.rename(root / f".{old.name}.{uuid.uuid4().hex}.tmp")
@@ -102,8 +101,7 @@ def sweep(root: Path) -> None:
 def read_checkpoint(path: Path) -> TrainState:
     """Returns what a checkpoint holds beside the adapters.
 
-    Raises:
-        CheckpointError: It is damaged, or of another version.
+    Raises `CheckpointError` where it is damaged, or of another version.
     """
     state_path = path / _STATE
     try:

@@ -120,11 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and trains; returns the exit code 0.
-
-    Raises:
-        FastLoraError: See `fastlora.train.run.train`.
-    """
+    """Parses ``argv`` and trains; returns the exit code 0, or raises as `train`."""
     parser = argparse.ArgumentParser(
         prog="fastlora train",
         description=__doc__,

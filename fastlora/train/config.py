@@ -73,11 +73,7 @@ class AdapterSettings:
     max_grad_norm: float = 1.0
 
     def lora_config(self, advice: Recommendation) -> LoraConfig:
-        """Returns the config of the new adapter.
-
-        Raises:
-            ConfigError: A field is wrong.
-        """
+        """Returns the config of the new adapter; raises `ConfigError` where a field is wrong."""
         given = dict(self.lora)
         if "r" in given and "lora_alpha" not in given:
             given["lora_alpha"] = 2 * given["r"]  # the advice's ratio

@@ -59,13 +59,9 @@ class Sample(NamedTuple):
 def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
     """Returns the samples of some files, in order, and a digest of the files' bytes.
 
-    Args:
-        paths: ``.jsonl`` (or ``.json``) files hold an object a line, with strings ``prompt`` and
-            ``completion``, or ``text``; any other file is one text.
-
-    Raises:
-        DataError: A file is missing, empty or no UTF-8, or a line is not as described; the message
-            names file and line.
+    ``.jsonl`` (or ``.json``) files hold an object a line, with strings ``prompt`` and
+    ``completion``, or ``text``; any other file is one text. Raises `DataError`, with file and line,
+    where a file is missing, empty or no UTF-8, or a line is not as described.
     """
     samples: list[Sample] = []
     digest = hashlib.sha256()
@@ -169,9 +165,7 @@ def encode(
     A completion, and a ``text`` of a JSON line, is followed by the tokenizer's end token. What is
     longer than ``max_length``, at least 2, is cut, but for a plain text file: that becomes as many
     samples as it takes. ``advance`` is called with the number of samples since its last call.
-
-    Raises:
-        DataError: See `read_samples`; or no token of a sample is left to learn from.
+    Raises `DataError` as `read_samples`, or where no token of a sample is left to learn from.
     """
     samples, digest = read_samples(paths)
     if chat and not getattr(tokenizer, "chat_template", None):

@@ -44,11 +44,7 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Returns the names without repetitions if these adapters can train in one batch.
-
-    Raises:
-        AdapterNotFoundError, AdapterStateError, ValueError: See `train_adapters`.
-    """
+    """Returns the names without repetitions; raises as `train_adapters`."""
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
         raise ValueError(f"no adapter is named; expected some of {list(model.peft_config)}")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
 from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +54,10 @@ class Schedule:
 
 
 def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Returns the checkpoint to go on from, or None; raises unless a run can use its folders.
+    """Returns the checkpoint to go on from, or None.
 
-    Raises:
-        CheckpointError: The base model is no local folder.
-        TrainError: ``out`` is a file, or has checkpoints and is not to be resumed.
+    Raises `CheckpointError` where the base model is no local folder, and `TrainError` where ``out``
+    is a file, or has checkpoints and is not to be resumed.
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
@@ -81,14 +80,14 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     transformers = _transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-    except _CANNOT_READ as error:
+    except CANNOT_READ as error:
         raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
 
 
 def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedModel:
     """Returns the base model; raises `CheckpointError` where it cannot be read."""
     transformers = _transformers()
-    with _as_causal_model(settings), contextlib.nullcontext() if progress else _without_bars():
+    with as_causal_model(settings.model), contextlib.nullcontext() if progress else _without_bars():
         return transformers.AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=settings.dtype, local_files_only=True
         )
@@ -97,21 +96,11 @@ def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedM
 def empty_base(settings: TrainSettings) -> PreTrainedModel:
     """Returns the base model on the meta device: no weights are read and none allocated."""
     transformers = _transformers()
-    with _as_causal_model(settings), torch.device("meta"):
+    with as_causal_model(settings.model), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         own = getattr(config, "dtype", None) or torch.float32
         dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _as_causal_model(settings: TrainSettings) -> Iterator[None]:
-    try:
-        yield
-    except (*_CANNOT_READ, RuntimeError) as error:
-        raise CheckpointError(
-            f"{settings.model}: cannot be loaded as a causal language model ({error})"
-        ) from error
 
 
 def _transformers() -> Any:
@@ -136,12 +125,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
-    """Returns each adapter's config.
-
-    Raises:
-        ConfigError: A field is wrong.
-        CheckpointError: A folder of ``init_from`` is missing or damaged.
-    """
+    """Returns each adapter's config; raises where a field or a folder of ``init_from`` is wrong."""
     return {
         adapter.name: adapter.lora_config(advice)
         if adapter.init_from is None
@@ -155,14 +139,9 @@ def add_adapters(
 ) -> LoraModel:
     """Returns the model with every adapter on it, trainable.
 
-    A new adapter's factors depend on the seed and its name, not on the other adapters.
-
-    Raises:
-        TargetNotFoundError: An entry of a new adapter's targets matches nothing.
-        UnsupportedLayerError, ConfigError: See `get_peft_model`.
-        ConfigError: An adapter trains parameters of the base model, and these are in fp16.
-        AdapterStateError: An adapter trains biases of the base model, and is not alone.
-        CheckpointError: A folder of ``init_from`` does not fit.
+    A new adapter's factors depend on the seed and its name, not on the other adapters. Raises as
+    `get_peft_model` and `LoraModel.load_adapter`; and where an entry of targets matches nothing, an
+    adapter trains parameters in fp16, or biases of the base model and is not alone.
     """
     configs = adapter_configs(settings, advice)
     check_dropout_dtype(configs, next(base.parameters()).dtype)
@@ -214,8 +193,7 @@ def _check_unscalable(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raises `ConfigError` where an adapter has dropout and the model computes in another dtype
-    than a float of 16, 32 or 64 bits."""
+    """Raises `ConfigError` where an adapter has dropout, and the model's dtype no arithmetic."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
@@ -234,8 +212,7 @@ def read_data(
 ) -> dict[str, Corpus]:
     """Returns each adapter's tokens of ``"data"`` or ``"eval_data"``; those without are left out.
 
-    Raises:
-        DataError: A file or line is wrong.
+    Raises `DataError` where a file or line is wrong.
     """
     from tqdm import tqdm
 
@@ -254,9 +231,7 @@ def read_data(
 def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
     """Raises unless a base model can take the samples, which it would notice in the middle.
 
-    Raises:
-        ConfigError: A sample is longer than the model's positions.
-        CheckpointError: The tokenizer has tokens that the model has no embedding for.
+    They may be longer than its positions, or have tokens that it has no embedding for.
     """
     positions = getattr(base.config, "max_position_embeddings", None)
     embedding: Any = base.get_input_embeddings()
@@ -281,8 +256,7 @@ def make_schedule(
 ) -> Schedule:
     """Returns the run's steps.
 
-    Raises:
-        ConfigError: A step has too little for so many processes, or an adapter is in no step.
+    Raises `ConfigError` where one has too little for so many processes, or an adapter is in none.
     """
     size = settings.batch_size
     micro = settings.micro_batch_size or math.ceil(size / processes)

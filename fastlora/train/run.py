@@ -207,6 +207,8 @@ class Run:
 
     def _do_step(self) -> None:
         """Does one optimizer step; raises `NonFiniteError` where a loss or gradient is not."""
+        from accelerate.utils import set_seed
+
         rows = self.schedule.order.rows(self.step)
         drawn = {row.adapter for row in rows}
         present = [name for name in self.corpora if name in drawn]
@@ -220,7 +222,8 @@ class Run:
             seeds = self.optimizers.draw_seeds([row.adapter for row in part])
             if not self.processes.does(number):
                 continue
-            self._reseed(number)
+            # What the base model draws (its own dropout) is a function of step and forward.
+            set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
             losses = self._forward(part, self.corpora, seeds, tokens)
             self.optimizers.backward(losses)
             for name, value in losses.values.items():
@@ -286,20 +289,6 @@ class Run:
             logits = self.model(**batch.inputs, use_cache=False).logits
         return causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
 
-    def _reseed(self, number: int) -> None:
-        """Makes what the base model draws (its own dropout) a function of step and forward."""
-        from accelerate.utils import set_seed
-
-        set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
-
-    def _check_weights(self) -> None:
-        """Raises `NonFiniteError` where the last step's update, not its loss, went out of range."""
-        for name in self.corpora:
-            weights = [parameter.detach() for parameter in self._trained([name])]
-            value = float(nn.utils.get_total_norm(weights, math.inf))
-            if not math.isfinite(value):
-                raise self._not_finite("largest weight", name, value, self.step)
-
     def _not_finite(
         self, what: str, name: str, value: float, step: int, how: str = ""
     ) -> NonFiniteError:
@@ -333,13 +322,16 @@ class Run:
         return found
 
     def save(self) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint; raises `CheckpointError` where it cannot, and changes no older one.
 
-        Raises:
-            CheckpointError: It cannot be written; the older ones are as they were.
-            NonFiniteError: A weight is not finite: such a checkpoint would be no good one.
+        Raises `NonFiniteError` where a weight is not finite: the last update, not its loss, went
+        out of range, and the checkpoint would be no good one.
         """
-        self._check_weights()
+        for name in self.corpora:
+            weights = [parameter.detach() for parameter in self._trained([name])]
+            value = float(nn.utils.get_total_norm(weights, math.inf))
+            if not math.isfinite(value):
+                raise self._not_finite("largest weight", name, value, self.step)
         state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
@@ -363,11 +355,7 @@ class Run:
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Writes one adapter into a folder, in PEFT's format; see `save_adapter_folder`.
-
-    Raises:
-        CheckpointError: It cannot be written; what was there is as it was.
-    """
+    """Writes one adapter into a folder, in PEFT's format; see `save_adapter_folder`."""
     tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
     try:
         save_adapter_folder(folder, model.peft_config[name], tensors)

@@ -176,7 +176,7 @@ def test_an_interrupted_conversion_leaves_nothing_to_trust(
     # without its mark, and an old temporary folder is swept away.
     (cache / "smollm2-135m-instruct").mkdir()
     (cache / "smollm2-135m-instruct" / "model.safetensors").write_bytes(b"half")
-    (cache / "smollm2-killed.tmp").mkdir()
+    (cache / ".smollm2-135m-instruct.killed.tmp").mkdir()
     made: list[Path] = []
 
     def whole(gguf: Path, out: Path, progress: bool) -> None:

@@ -161,6 +161,7 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
 
     subject.net.eval()
     for kind in ("fused", "foreach"):
+        torch.compiler.reset()
         optimizer = torch.optim.AdamW(trained, lr=0.1, **{kind: True})
         step: Callable[[], Any] = optimizer.step
         if way.endswith("compiled"):

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
 
 import fastlora
 from fastlora.layers import sharing
-from tests.conformance.state import changes
+from tests.conformance.kept import changes
 from tests.conformance.test_compiled import CASES, compiled
-from tests.support.compiled import graph_count
+from tests.support.compiled import Graphs, graph_count
 from tests.support.conformance_cases import Case
 from tests.support.conformance_models import Subject
 from tests.support.conformance_truth import check, read_masks
@@ -119,30 +117,6 @@ def test_other_scalings_compile_nothing(source: str, feature: str, training: boo
             found = subject.step(x) if training else {"y": subject.forward(x)}
         check(subject, found, x, masks={})
         assert graph_count() == 1 + (step >= 12)  # a tensor of the user's is another input
-
-
-class Graphs:
-    """A backend that keeps forward and backward graphs, and what the forwards save."""
-
-    def __init__(self) -> None:
-        self.all: list[Any] = []
-        self.saved: list[Any] = []
-        self.backend = aot_autograd(
-            fw_compiler=self._keep, bw_compiler=self._keep, partition_fn=self._partition
-        )
-
-    def _keep(self, graph: Any, inputs: Any) -> Any:
-        self.all.append(graph)
-        return make_boxed_func(graph)
-
-    def _partition(self, joint: Any, inputs: Any, **kwargs: Any) -> Any:
-        forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
-        self.saved.extend(forward.graph.output_node().args[0])
-        return forward, backward
-
-    def count(self, operator: Any) -> list[int]:
-        """How often each graph calls an operator."""
-        return [sum(node.target is operator for node in g.graph.nodes) for g in self.all]
 
 
 def test_rows_are_sorted_once_a_graph() -> None:

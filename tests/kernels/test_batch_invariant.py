@@ -26,12 +26,10 @@ from fastlora.validation import ImplementationError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
+from tests.support.kernels.mixed_problem import OPS, THREE, MixedProblem, draw_ids
 
-OPS = torch.ops.fastlora
 INTERPRETED = env.triton_interpreted()
 NATIVE = torch.cuda.is_available() and not INTERPRETED
-THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 
 
 # ------------------------------------------------------------------------------ mixed batches

@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import FastLoraLinear, env
 from fastlora.ops.backend import triton_status
 from fastlora.testing import assert_within_budget
-from tests.support.compiled import gradients, graph_count
+from tests.support.compiled import Graphs, gradients, graph_count
 
 DEVICE = "cuda" if torch.cuda.is_available() and not env.triton_interpreted() else "cpu"
 if not triton_status(DEVICE)[0]:
@@ -48,20 +46,8 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
 
 
-class Graphs:
-    """A backend that keeps the forward and the backward graphs."""
-
-    def __init__(self) -> None:
-        self.all: list[torch.fx.GraphModule] = []
-        self.backend = aot_autograd(
-            fw_compiler=self._keep,
-            bw_compiler=self._keep,
-            partition_fn=min_cut_rematerialization_partition,
-        )
-
-    def _keep(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        self.all.append(graph)
-        return make_boxed_func(graph)
+class Launched(Graphs):
+    """Graphs whose launches are counted."""
 
     def launched(self) -> list[tuple[list[int], list[int]]]:
         """How many layers each shrink of a graph serves, and each pass for d_lora_a."""
@@ -106,7 +92,7 @@ SHARED = [([2, 3], []), ([], [1, 1, 2, 3])]  # q, k and v; gate and up; o and do
 @pytest.mark.parametrize("training", [True, False], ids=["trained", "evaluated"])
 def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
     """After any eager forward: q/k/v join their passes over x, and so do gate and up."""
-    model, x, graphs = Block(), inputs(2, 9), Graphs()
+    model, x, graphs = Block(), inputs(2, 9), Launched()
     with torch.set_grad_enabled(training):
         model(x)
         model(x)  # down's turn is over when the next forward begins
@@ -118,7 +104,7 @@ def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
 
 def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None:
     """Compiled first, the graph has a pass a layer, and keeps it once siblings are known."""
-    model, x, graphs = Block(), inputs(2, 9), Graphs()
+    model, x, graphs = Block(), inputs(2, 9), Launched()
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     expected = gradients(compiled, model, x)
     assert graphs.launched() == [([], []), ([], [1] * 7)]
@@ -168,7 +154,7 @@ def test_siblings_that_cannot_share(change: str) -> None:
         (["v"], [2, 2], "3 share x"),
         (["k", "v"], [2], f"3, not shared: of its siblings, {why}"),
     ):
-        model, x, graphs = Block(), inputs(2, 9), Graphs()
+        model, x, graphs = Block(), inputs(2, 9), Launched()
         model(x)
         alter(*(getattr(model, name) for name in names))
         check(torch.compile(model, backend=graphs.backend, fullgraph=True), model, x)
@@ -178,7 +164,7 @@ def test_siblings_that_cannot_share(change: str) -> None:
 
 def test_checkpoints_within_the_graph() -> None:
     """The partitioner repeats operators, not our functions: sharing is as safe as without."""
-    model, x, graphs = Block(), inputs(2, 9), Graphs()
+    model, x, graphs = Block(), inputs(2, 9), Launched()
     model(x)
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +179,7 @@ def test_checkpoints_within_the_graph() -> None:
 
 def test_blocks_that_are_compiled_one_by_one() -> None:
     """Equal blocks have one graph. One whose siblings came in another order has its own."""
-    graphs, x = Graphs(), inputs(2, 9)
+    graphs, x = Launched(), inputs(2, 9)
     blocks = [Block() for _ in range(3)]
     for block in blocks:
         turned = block is blocks[2]

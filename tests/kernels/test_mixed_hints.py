@@ -19,13 +19,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("hints are checked with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastlora.ops import schema  # noqa: F401 - registers operators
-from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
+from tests.support.kernels.mixed_problem import OPS, THREE, MixedProblem, draw_ids
 from tests.support.kernels.scale_problem import ScaleProblem
 
 HINTS = ("tt.divisibility", "tt.contiguity", "tt.constancy")
-# Three modules of one x: few columns, many, some that fill no block, and an absent one.
-RANKS = ((1, 3, 8, 16, 24, 64, 128, 0), (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 
 
 def holds(kind: str, values: np.ndarray, counts: Sequence[int]) -> bool:
@@ -75,18 +72,14 @@ def hints() -> Any:
 @pytest.mark.parametrize("m", [20, 150])
 def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
     """One shrink for three modules, then each other kernel for one; ids in random order."""
-    problem = MixedProblem(lab, draw_ids(m, 8), RANKS, 40, [24] * 3, torch.float16, biased=(1,))
-    ops, rows, given = torch.ops.fastlora, problem.rows(), (problem.all_tables, 0, 128)
-    s = ops.lora_shrink_at(problem.x, rows, problem.all_tables, 128, torch.float16, False)
-    known = (problem.x, problem.weights[0], problem.biases[0], rows, s)
+    problem = MixedProblem(lab, draw_ids(m, 8), THREE, 40, [24] * 3, torch.float16, biased=(1,))
+    s = OPS.lora_shrink_at(*problem.shrink_arguments())
     for plan in ("fused", "split"):
-        problem.check(ops.lora_linear_at(*known, *given, torch.float16, plan))
+        problem.check(OPS.lora_linear_at(*problem.linear_arguments(0, s, plan)))
     added = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
-    ops.lora_add_at_(added, problem.x, rows, *given, torch.float16, "triton")
+    OPS.lora_add_at_(*problem.add_arguments(added))
     problem.check(added)
     scaled = ScaleProblem(lab, problem.ids, 8, 24, torch.float16, scaled=(1, 2), pending=(3,))
-    scaled_y = scaled.y.clone()
-    ops.lora_scale_(scaled_y, scaled.bias, rows, scaled.address, 1, "triton")
-    scaled.check(scaled_y)
+    scaled.check(scaled.run())
     assert {kind for kind, _, _ in hints} == set(HINTS)
     assert not [hint for hint in hints if not hint[2]]

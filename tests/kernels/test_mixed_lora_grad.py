@@ -19,7 +19,8 @@ from fastlora.env import triton_interpreted
 from fastlora.ops.layout import split_grad_a
 from fastlora.testing import assert_within_budget
 from tests.support.bytes.byte_counter import ByteCounter
-from tests.support.kernels.mixed_grad_problem import OPS, RANKS, GradProblem, mix
+from tests.support.kernels.mixed_grad_problem import RANKS, GradProblem, mix
+from tests.support.kernels.mixed_problem import OPS
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
@@ -43,7 +44,7 @@ def test_values(
 def test_adapters_over_several_runs(lab: Any, dtype: torch.dtype, rows: int) -> None:
     """An adapter's planes are those of all runs that hold its rows, and of no other's."""
     ids = sorted(mix(70), reverse=True)[::2] + mix(40)
-    problem = GradProblem(lab, ids, 36, 40, dtype, dropout=rows == 8, rows=rows)
+    problem = GradProblem(lab, ids, 36, 40, dtype, dropout=rows == 8, run_rows=rows)
     start, stop = problem.groups.slot_start[3:5].tolist()
     assert rows == 48 or start // rows < (stop - 1) // rows
     problem.check(problem.run())
@@ -214,7 +215,7 @@ def test_rows_of_an_invalid_id(lab: Any) -> None:
         found = problem.run(plan)
         for name in ("y", "dx"):
             assert found[name][[5, 21]].isnan().all()
-            found[name][[5, 21]] = problem.expected(torch.float32)[name][[5, 21]]
+            found[name][[5, 21]] = problem.results(torch.float32)[name][[5, 21]]
         problem.check(found)
 
 

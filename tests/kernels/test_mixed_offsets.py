@@ -22,9 +22,8 @@ if not triton_interpreted():
 if sys.platform != "linux":
     pytest.skip("needs Linux's mmap flags", allow_module_level=True)
 
-from tests.support.kernels.mixed_launches import add, check_shrunk, expand, linear, shrink_into
-from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
-from tests.support.kernels.scale_problem import ScaleProblem, by_kernel
+from tests.support.kernels.mixed_problem import THREE, MixedProblem, draw_ids
+from tests.support.kernels.scale_problem import ScaleProblem
 
 M = 20
 # Each stride fits 32 bits; rows from the 17th on, the third module and the third plane lie past.
@@ -50,23 +49,22 @@ def far(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 @pytest.fixture
 def problem(lab: Any) -> MixedProblem:
     """Eight adapters of all ranks and one with a lora_bias, three modules."""
-    ranks = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
-    return MixedProblem(lab, draw_ids(M, 8), ranks, 40, [36, 8, 8], torch.float16, biased=(1,))
+    return MixedProblem(lab, draw_ids(M, 8), THREE, 40, [36, 8, 8], torch.float16, biased=(1,))
 
 
 def test_rows_of_x_and_y(lab: Any, problem: MixedProblem) -> None:
     near = problem.x
     problem.x = far(near, (ROW_STRIDE, 1))
     s = lab.poisoned(1, 3, M, 128, dtype=torch.float32)
-    shrink_into(problem, s)
-    check_shrunk(problem, s)
+    problem.shrink_into(s)
+    problem.check_shrunk(s)
     y = far(lab.poisoned(M, 36, dtype=torch.float16), (ROW_STRIDE, 1))
-    problem.check(linear(problem, y=y))
+    problem.check(problem.run("linear", y=y))
     base = F.linear(near, problem.weights[0], problem.biases[0])
-    problem.check(add(problem, y=y.copy_(base)))
-    problem.check(expand(problem, y=y.copy_(base)))
+    for kernel in ("add", "expand"):
+        problem.check(problem.run(kernel, y=y.copy_(base)))
     scaled = ScaleProblem(lab, problem.ids, 8, 36, torch.float16)
-    scaled.check(by_kernel(scaled, y.copy_(scaled.y)))
+    scaled.check(scaled.run(y.copy_(scaled.y)))
 
 
 def test_planes_and_modules_of_s(
@@ -74,10 +72,10 @@ def test_planes_and_modules_of_s(
 ) -> None:
     strides = (PLANE_STRIDE, MODULE_STRIDE, 128, 1)
     s = far(lab.poisoned(3, 3, M, 128, dtype=torch.float32), strides)
-    shrink_into(problem, s)
-    check_shrunk(problem, s)
+    problem.shrink_into(s)
+    problem.check_shrunk(s)
     s.copy_(problem.shrunk(3))  # of so small a K, the shrink's last planes are zeros
     monkeypatch.setattr(problem, "shrunk", lambda splits: s)
     for g in range(3):
-        problem.check(linear(problem, g=g), g)
-    problem.check(expand(problem))
+        problem.check(problem.run("linear", g=g), g)
+    problem.check(problem.run("expand"))

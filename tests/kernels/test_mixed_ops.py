@@ -16,27 +16,27 @@ from fastlora.env import triton_interpreted
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.support.bytes.byte_counter import ByteCounter
-from tests.support.kernels.mixed_operators import (
-    OPS,
-    add_arguments,
-    linear,
-    linear_arguments,
-    shrink_arguments,
-)
-from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
+from tests.support.kernels.mixed_problem import OPS, RANKS, THREE, MixedProblem, draw_ids
 
-THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
 
 
-def base(problem: MixedProblem, g: int = 0) -> torch.Tensor:
-    return F.linear(problem.x, problem.weights[g], problem.biases[g])
+def base(problem: MixedProblem) -> torch.Tensor:
+    """Module 0's, without adapters."""
+    return F.linear(problem.x, problem.weights[0], problem.biases[0])
+
+
+def linear(
+    problem: MixedProblem, g: int = 0, s: torch.Tensor | None = None, plan: str = "auto"
+) -> torch.Tensor:
+    """One module's y."""
+    return OPS.lora_linear_at(*problem.linear_arguments(g, s, plan))
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
-    s = OPS.lora_shrink_at(*shrink_arguments(problem))
+    s = OPS.lora_shrink_at(*problem.shrink_arguments())
     for g in range(3):
         problem.check(linear(problem, g, s, plan), g)
         problem.check(linear(problem, g, plan=plan), g)
@@ -47,7 +47,7 @@ def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
     """In one launch, and where that costs more, in two."""
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], 100, [50], dtype, biased=(0,))
     y = base(problem)
-    OPS.lora_add_at_(*add_arguments(problem, y))
+    OPS.lora_add_at_(*problem.add_arguments(y))
     problem.check(y)
 
 
@@ -70,7 +70,7 @@ def launches(problem: MixedProblem) -> dict[str, list[tuple[int, ...]]]:
     with ByteCounter() as counter:
         linear(problem, plan="fused")
         linear(problem, plan="split")
-        OPS.lora_add_at_(*add_arguments(problem, base(problem)))
+        OPS.lora_add_at_(*problem.add_arguments(base(problem)))
     return {name: count.grids for name, count in counter.kernels.items()}
 
 
@@ -99,11 +99,11 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
 def test_opcheck(lab: Any, name: str) -> None:
     """Schema, fake and dispatch of every operator agree with what its kernels do."""
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
-    s = OPS.lora_shrink_at(*shrink_arguments(problem))
+    s = OPS.lora_shrink_at(*problem.shrink_arguments())
     arguments = {
-        "lora_shrink_at": shrink_arguments(problem),
-        "lora_linear_at": linear_arguments(problem, 0, s, "fused"),
-        "lora_add_at_": add_arguments(problem, base(problem)),
+        "lora_shrink_at": problem.shrink_arguments(),
+        "lora_linear_at": problem.linear_arguments(0, s, "fused"),
+        "lora_add_at_": problem.add_arguments(base(problem)),
     }
     # What a shrink leaves unwritten may hold anything, so two runs are not compared.
     checks = ["test_schema", "test_faketensor"]
@@ -122,8 +122,8 @@ def test_compile(lab: Any) -> None:
 
     for m in (20, 24, 40):
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)
-        arguments = [linear_arguments(problem, g, None, "auto") for g in range(3)]
-        for g, y in enumerate(siblings(arguments, shrink_arguments(problem))):
+        arguments = [problem.linear_arguments(g) for g in range(3)]
+        for g, y in enumerate(siblings(arguments, problem.shrink_arguments())):
             problem.check(y, g)
 
 

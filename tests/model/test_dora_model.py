@@ -12,7 +12,7 @@ import torch
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.layers import FastLoraWrapper
-from fastlora.layers.dense import dense_weight
+from fastlora.layers.bases import dense_weight
 from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.ops import schema as ops
 from fastlora.validation import CheckpointError

@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+from fastlora import FastLoraLinear, LoraConfig
 from fastlora.bench import measure
 from fastlora.ops.torch import products
 from fastlora.testing import assert_within_budget
 from tests.support.pool_adapters import Blocks, make_folder
-from tests.support.tiny import randomise
+from tests.support.tiny import randomise, with_adapters
 
 HALVES = (torch.bfloat16, torch.float16)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
@@ -123,62 +123,46 @@ def assert_no_half_products(step: Callable[[], Any]) -> None:
     assert not counted.found
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen base", "base trained too"])
+@pytest.mark.parametrize("way", ["frozen base", "base trained too", "autocast"])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_a_training_step_has_no_16_bit_product(use_dora: bool, p: float, frozen: bool) -> None:
-    made = layer(use_dora=use_dora, lora_dropout=p)
-    made.weight.requires_grad_(not frozen)
-    x = torch.randn(20, 48, dtype=torch.bfloat16, requires_grad=True)
-    assert_no_half_products(lambda: made(x).float().square().sum().backward())
-    assert x.grad is not None and made.lora_A["default"].weight.grad is not None
-
-
-@pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_under_autocast_has_no_16_bit_product(use_dora: bool, p: float) -> None:
-    made = layer(use_dora=use_dora, lora_dropout=p).float()
-    x = torch.randn(20, 48, requires_grad=True)
+def test_a_training_step_has_no_16_bit_product(use_dora: bool, p: float, way: str) -> None:
+    made, half = layer(use_dora=use_dora, lora_dropout=p), way != "autocast"
+    made.weight.requires_grad_(way == "base trained too")
+    made = made if half else made.float()
+    x = torch.randn(20, 48, dtype=made.weight.dtype, requires_grad=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not half):
             y = made(x)
         assert y.dtype == torch.bfloat16
         y.float().square().sum().backward()
 
     assert_no_half_products(step)
-
-
-def three_adapters(**options: Any) -> Any:
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=["0", "1"], **options), "a")
-    for name, r in (("b", 4), ("c", 8)):
-        model.add_adapter(name, LoraConfig(r=r, target_modules=["0", "1"], **options))
-    randomise(model)
-    return model.bfloat16()
-
-
-@pytest.mark.parametrize("tokens", [1, 24])
-def test_serving_a_mixed_batch_has_no_16_bit_product(tokens: int) -> None:
-    model = three_adapters().eval()
-    x = torch.randn(24, tokens, 48, dtype=torch.bfloat16)
-    with torch.no_grad(), fastlora.adapters(model, ["a", "b", None, "c"] * 6):
-        assert_no_half_products(lambda: model(x))
+    assert x.grad is not None and made.lora_A["default"].weight.grad is not None
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_training_a_mixed_batch_has_no_16_bit_product(use_dora: bool, p: float) -> None:
-    model = three_adapters(lora_dropout=p, use_dora=use_dora).train()
-    fastlora.train.train_adapters(model, ["a", "b", "c"])
-    x = torch.randn(8, 5, 48, dtype=torch.bfloat16, requires_grad=True)
+def test_a_mixed_batch_has_no_16_bit_product(use_dora: bool, p: float) -> None:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"lora_dropout": p, "use_dora": use_dora, "target_modules": ["0", "1"]}
+    configs = {name: LoraConfig(r=r, **fields) for name, r in (("a", 8), ("b", 4), ("c", 8))}
+    model = with_adapters(nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48)), configs)
+    randomise(model)
+    fastlora.train.train_adapters(model.bfloat16().train(), ["a", "b", "c"])
+    x = torch.randn(24, 24, 48, dtype=torch.bfloat16, requires_grad=True)
+    names = ["a", "b", None, "c"] * 6
 
     def step() -> None:
-        with fastlora.adapters(model, ["a", "b", None, "c"] * 2):
-            model(x).float().square().sum().backward()
+        with fastlora.adapters(model, names):
+            model(x[:, :5]).float().square().sum().backward()
 
     assert_no_half_products(step)
+    model.eval()
+    for tokens in (1, 24):
+        with torch.no_grad(), fastlora.adapters(model, names):
+            assert_no_half_products(lambda x=x[:, :tokens]: model(x))
 
 
 def test_serving_from_a_pool_has_no_16_bit_product(tmp_path: Path) -> None:

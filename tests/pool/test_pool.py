@@ -39,15 +39,6 @@ from tests.support.pool_adapters import (
     use,
 )
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Eight adapters of rank 2, `a0` to `a7`."""
-    for seed in range(8):
-        make_folder(tmp_path / "adapters" / f"a{seed}", seed)
-    return tmp_path / "adapters"
-
-
 # ------------------------------------------------------------------------------------ contents
 
 KINDS: dict[str, dict[str, Any]] = {

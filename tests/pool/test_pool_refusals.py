@@ -40,14 +40,6 @@ from tests.support.pool_adapters import (
 )
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Eight adapters of rank 2, `a0` to `a7`."""
-    for seed in range(8):
-        make_folder(tmp_path / "adapters" / f"a{seed}", seed)
-    return tmp_path / "adapters"
-
-
 def edit_config(folder: Path, **fields: Any) -> None:
     path = folder / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.env import triton_interpreted  # noqa: E402
-from tests.conformance import isolation, state, values  # noqa: E402, F401  # they fill the list
+from tests.conformance import isolation, kept, state, values  # noqa: E402, F401  # they fill the list
 from tests.support.conformance_cases import Case  # noqa: E402
 from tests.support.conformance_models import Subject  # noqa: E402
 from tests.support.conformance_operators import (  # noqa: E402

@@ -25,19 +25,18 @@ import triton.language as tl
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import cdiv, choose, run_rows
-from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.layout import planes_shape
 from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.bytes.byte_forms import Batch, Form, Sizes
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
-from tests.support.kernels.mixed_problem import MixedProblem
+from tests.support.kernels.mixed_problem import OPS, MixedProblem
 
 TABLE = Path(__file__).parents[3] / "docs" / "kernel_bytes.csv"
 COLUMNS = ("m", "k", "n", "r", "adapters", "kernel", "touched", "issued", "issued_over_touched")
 DECODE = 64  # rows of `mixed_lora_add`, which is one launch at decode only
-HALF, OPS = torch.float16, torch.ops.fastlora
+HALF = torch.float16
 # Linears of 2048, 1024 and 4096 at a quarter of each size, on a sixteenth of an H100: as many tiles
 # for each processor, and as many bytes of planes for each of an activation, as at full size.
 H100 = Chip("sm_90", 132)

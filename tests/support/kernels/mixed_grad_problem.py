@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_listed, runs_a, runs_b
 from fastlora.testing import assert_within_budget
+from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_problem import OPS, Batch, Results
 
-OPS = torch.ops.fastlora
 # One adapter without a part in the module; slots 5 and up get rows only where a test says so.
 RANKS = (1, 3, 8, 16, 64, 0, 16)
 PS = (0.5, 0.1, 0.0, 0.25, 0.3, 0.0, 0.2)
@@ -27,7 +26,7 @@ def mix(m: int) -> list[int]:
 
 
 @dataclass
-class GradProblem:
+class GradProblem(Batch):
     """The operands of a module's forward and backward, S adapters as parameters.
 
     Args:
@@ -39,10 +38,10 @@ class GradProblem:
         ranks: Of the adapters.
         biased: Slots with a lora_bias.
         dropout: Whether each adapter drops with its own of `PS`.
-        rows: Positions of a run in the backward; None for what a layer takes.
+        run_rows: Positions of a run in the backward; None for what a layer takes.
     """
 
-    lab: Any
+    lab: Lab
     ids: Sequence[int]
     n: int
     k: int
@@ -51,10 +50,11 @@ class GradProblem:
     ranks: Sequence[int] = RANKS
     biased: Sequence[int] = (1, 4)
     dropout: bool = False
-    rows: int | None = None
+    run_rows: int | None = None
 
     def __post_init__(self) -> None:
-        lab, self.m, self.slots = self.lab, len(self.ids), len(self.ranks)
+        lab, self.slots = self.lab, len(self.ranks)
+        self.sort()
         factor_dtype = self.factor_dtype or self.dtype
         self.x = lab.rand(self.m, self.k, dtype=self.dtype)
         self.dy = lab.rand(self.m, self.n, dtype=self.dtype)
@@ -79,9 +79,6 @@ class GradProblem:
             self.seeds = torch.tensor([2**61 + 977 * slot for slot in range(self.slots)])
             self.seeds = self.seeds.to(lab.device)
         self.ps = [PS[slot % len(PS)] if self.dropout else 0.0 for slot in range(self.slots)]
-        self.groups = sort_rows(
-            torch.tensor(self.ids, dtype=torch.int64, device=lab.device), self.m, self.slots
-        )
         self.with_bias = [bias is not None for bias in self.lora_bias]
 
     @property
@@ -117,8 +114,8 @@ class GradProblem:
         rows = self.groups.tensors()
         if impl == "eager":
             return rows, 0
-        if self.rows is not None:
-            return [*rows, self.groups.pieces(self.rows)], self.rows
+        if self.run_rows is not None:
+            return [*rows, self.groups.pieces(self.run_rows)], self.run_rows
         return of(self.groups, self.dtype, columns)
 
     def grad_x_arguments(
@@ -133,7 +130,7 @@ class GradProblem:
         runs = self._runs(runs_a, self.k, impl)
         return (self.x, [ds], *runs, self.lora_a, self.seeds, self.ps, impl)
 
-    def run(self, plan: str = "fused", impl: str = "triton") -> dict[str, torch.Tensor]:
+    def run(self, plan: str = "fused", impl: str = "triton") -> Results:
         """Returns y, dx and every factor's gradient, by name and slot."""
         y, s = OPS.lora_linear(*self.forward_arguments(plan, impl))
         ds, packed, _ = OPS.lora_grad_b(*self.grad_b_arguments(s, impl))
@@ -144,7 +141,7 @@ class GradProblem:
             found[f"d_lora_a {slot}"] = gradient
         return found
 
-    def take_b(self, found: dict[str, torch.Tensor], packed: torch.Tensor) -> None:
+    def take_b(self, found: Results, packed: torch.Tensor) -> None:
         """Adds the gradients of lora_b and lora_bias."""
         parts = split_grad_b(packed, self.lora_b, self.with_bias)
         for slot, (gradient, bias) in enumerate(parts):
@@ -154,10 +151,6 @@ class GradProblem:
 
     # ---------------------------------------------------------------------- truth
 
-    def rows_of(self, slot: int) -> list[int]:
-        """Rows that use a slot."""
-        return [row for row, own in enumerate(self.ids) if own == slot]
-
     def masks(self, slot: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """What dropout multiplies an adapter's rows by, ``[count, K]``."""
         p = self.ps[slot]
@@ -166,7 +159,7 @@ class GradProblem:
         keep = philox_keep_mask(int(self.seeds[slot]), count, self.k, p)
         return (keep.to(dtype) / (1 - p)).to(self.lab.device)
 
-    def expected(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def results(self, dtype: torch.dtype) -> Results:
         """Returns what `run` should, adapter by adapter in PyTorch's products in ``dtype``."""
         x, dy, weight = self.x.to(dtype), self.dy.to(dtype), self.weight.to(dtype)
         y, dx = x @ weight.t(), dy @ weight
@@ -190,29 +183,10 @@ class GradProblem:
             found[f"d_lora_a {slot}"] = ds.t() @ dropped
         return found
 
-    def check(self, found: dict[str, torch.Tensor]) -> None:
+    def check(self, found: Results) -> None:
         """Raises unless each result is as near to float64 as PyTorch is in the same dtype."""
-        near, exact = self.expected(self.dtype), self.expected(torch.float64)
+        near, exact = self.results(self.dtype), self.results(torch.float64)
         for name, actual in found.items():
             kind = self.dtype if name in ("y", "dx") else self.lora_a[0].dtype
             assert actual.dtype == kind, name
             assert_within_budget(actual.to(self.dtype), near[name], exact[name], name)
-
-    def check_apart(self, run: Callable[[], dict[str, torch.Tensor]], spoilt: torch.Tensor) -> None:
-        """Puts NaN, then infinity, into one element of an operand.
-
-        Raises unless results are not finite exactly where float64 arithmetic adapter by adapter
-        says so, and keep every other bit.
-        """
-        clean, before = run(), spoilt.clone()
-        for value in (float("nan"), float("inf")):
-            spoilt.fill_(value)
-            found, exact = run(), self.expected(torch.float64)
-            spoilt.copy_(before)
-            touched = 0
-            for name, actual in found.items():
-                finite = exact[name].isfinite()
-                assert torch.equal(actual.isfinite(), finite), name
-                assert torch.equal(actual[finite], clean[name][finite]), name
-                touched += int(not finite.all())
-            assert touched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,19 +12,110 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.rows import refill_
+from tests.support.kernels.lab import Lab
 
-# Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone.
+OPS = torch.ops.fastlora
+# Ranks on and off the tiles, one past all of them, and a module that an adapter leaves alone; and
+# three modules that share x.
 RANKS = (1, 3, 8, 16, 24, 64, 128, 0)
+THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
+# What a kernel's config is chosen by.
+CHOSEN_BY = {
+    "mixed_lora_add": "",
+    "mixed_lora_expand": "mn",
+    "mixed_lora_linear": "mn",
+    "mixed_lora_shrink": "mr",
+}
+Results = dict[str, torch.Tensor]
 
 
 def draw_ids(m: int, slots: int, seed: int = 0) -> list[int]:
     """Returns a slot for each row, rows without an adapter among them."""
     chance = random.Random(seed)
     return [chance.randint(-1, slots - 1) for _ in range(m)]
+
+
+class Batch:
+    """Rows of several adapters, sorted.
+
+    Attributes:
+        ids: Slot of each row.
+        m, slots: How many rows and slots there are.
+        groups: The sorted rows.
+    """
+
+    lab: Lab
+    ids: Sequence[int]
+    slots: int
+
+    def sort(self) -> None:
+        """Makes `groups` of the ids."""
+        self.m = len(self.ids)
+        self.groups = sort_rows(self._ids(self.ids), self.m, self.slots)
+
+    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
+
+    @property
+    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What every launch takes of the row groups."""
+        return self.groups.order, self.groups.segment_of, self.groups.segment_slot
+
+    def rows(self, batch_invariant: bool = False) -> list[torch.Tensor]:
+        """What operators over tables take as rows."""
+        return rows_at(self.groups, batch_invariant)
+
+    def regroup(self, ids: Sequence[int]) -> None:
+        """Gives the rows other slots, in the same buffers, as a captured graph has them."""
+        self.ids, rows = ids, self.groups
+        fresh = sort_rows(self._ids(ids), rows.m, rows.slots, rows.order.device)
+        for mine, other in zip(rows.tensors(), fresh.tensors(), strict=True):
+            mine.copy_(other)
+        for block_m, starts in rows._pieces.items():
+            starts.copy_(fresh.pieces(block_m))
+
+    def rows_of(self, *slots: int) -> list[int]:
+        """Rows that use one of some slots."""
+        return [row for row, own in enumerate(self.ids) if own in slots]
+
+    def positions_of(self, slot: int) -> list[int]:
+        """Sorted positions of the rows that use a slot."""
+        order = self.groups.order.tolist()
+        return [position for position, row in enumerate(order) if self.ids[row] == slot]
+
+    def results(self, dtype: torch.dtype) -> Results:
+        """What every result should be, in ``dtype`` by PyTorch."""
+        raise NotImplementedError
+
+    def check_apart(self, run: Callable[[], Results | torch.Tensor], spoilt: torch.Tensor) -> None:
+        """Puts NaN, then infinity, into one element of an operand.
+
+        Raises unless results are not finite exactly where float64 arithmetic adapter by adapter
+        says so, and keep every other bit.
+        """
+
+        def named() -> Results:
+            found = run()
+            return found if isinstance(found, dict) else {"y": found}
+
+        clean, before = named(), spoilt.clone()
+        for value in (float("nan"), float("inf")):
+            spoilt.fill_(value)
+            found, exact = named(), self.results(torch.float64)
+            spoilt.copy_(before)
+            touched = 0
+            for name, actual in found.items():
+                finite = exact[name].isfinite()
+                assert torch.equal(actual.isfinite(), finite), name
+                assert torch.equal(actual[finite], clean[name][finite]), name
+                touched += int(not finite.all())
+            assert touched
 
 
 class Factors(NamedTuple):
@@ -34,7 +127,7 @@ class Factors(NamedTuple):
 
 
 @dataclass
-class MixedProblem:
+class MixedProblem(Batch):
     """The operands of a launch: x, G modules that share it, S adapters in images of their own.
 
     Args:
@@ -48,7 +141,7 @@ class MixedProblem:
         biased: Slots whose adapter has a lora_bias.
     """
 
-    lab: Any
+    lab: Lab
     ids: Sequence[int]
     ranks: Sequence[Sequence[int]]
     k: int
@@ -60,7 +153,8 @@ class MixedProblem:
 
     def __post_init__(self) -> None:
         self.factor_dtype = self.factor_dtype or self.dtype
-        self.m, self.slots = len(self.ids), len(self.ranks[0])
+        self.slots = len(self.ranks[0])
+        self.sort()
         self.max_rank = max(1, *(max(row) for row in self.ranks))
         self.x = self.lab.rand(self.m, self.k, dtype=self.dtype)
         self.weights = [self.lab.rand(n, self.k, dtype=self.dtype) / self.k**0.5 for n in self.ns]
@@ -73,10 +167,6 @@ class MixedProblem:
         self.lora_b_address = self._table([[f.lora_b for f in row] for row in self.factors])
         biases = self._table([[f.lora_bias for f in row] for row in self.factors])
         self.lora_bias_address = biases if self.biased else None
-        self.groups = sort_rows(self._ids(self.ids), self.m, self.slots)
-
-    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
 
     def _image(self, slot: int) -> list[Factors]:
         """Makes one adapter: blocks at multiples of 16 bytes, NaN between them."""
@@ -109,19 +199,10 @@ class MixedProblem:
         return torch.tensor(addresses, dtype=torch.int64, device=self.lab.device)
 
     @property
-    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What every launch takes of the row groups."""
-        return self.groups.order, self.groups.segment_of, self.groups.segment_slot
-
-    @property
     def all_tables(self) -> list[torch.Tensor]:
         """What operators take as tables."""
         biases = [] if self.lora_bias_address is None else [self.lora_bias_address]
         return [self.lora_a_address, self.lora_b_address, self.rank, self.scaling, *biases]
-
-    def rows(self, batch_invariant: bool = False) -> list[torch.Tensor]:
-        """What operators over tables take as rows."""
-        return rows_at(self.groups, batch_invariant)
 
     def tables(self, g: int = 0) -> tuple[torch.Tensor | None, ...]:
         """What expand, linear and add take of module g's tables."""
@@ -132,20 +213,6 @@ class MixedProblem:
             self.rank[g],
             self.scaling[g],
         )
-
-    def regroup(self, ids: Sequence[int]) -> None:
-        """Gives the rows other slots, in the same buffers."""
-        self.ids = ids
-        refill_(self.groups, self._ids(ids))
-
-    def rows_of(self, slot: int) -> list[int]:
-        """Rows that use a slot."""
-        return [row for row, own in enumerate(self.ids) if own == slot]
-
-    def positions_of(self, slot: int) -> list[int]:
-        """Sorted positions of the rows that use a slot."""
-        order = self.groups.order.tolist()
-        return [position for position, row in enumerate(order) if self.ids[row] == slot]
 
     def shrunk(self, splits: int = 1) -> torch.Tensor:
         """Returns s as a shrink leaves it, fp32 ``[splits, G, M, R]``; NaN where it writes nothing.
@@ -181,17 +248,97 @@ class MixedProblem:
         """Raises unless y is module g's, as near to float64 as PyTorch is in the same dtype."""
         assert_within_budget(y, self.expected(g, self.dtype), self.expected(g, torch.float64), "y")
 
-    def check_apart(self, run: Callable[[], torch.Tensor], spoilt: torch.Tensor) -> None:
-        """Puts NaN, then infinity, into one element of an operand of module 0.
+    def results(self, dtype: torch.dtype) -> Results:
+        """Module 0's y."""
+        return {"y": self.expected(0, dtype)}
 
-        Raises unless y is not finite exactly where float64 arithmetic row by row says so, and keeps
-        every other bit.
+    # ------------------------------------------------------------------------- launches
+
+    def launch(self, stem: str, config: KernelConfig | None, g: int = 0, **given: Any) -> None:
+        """Launches a kernel for module g, a shrink for all; ``given`` are parameters by name."""
+        sizes = {"m": self.m, "n": self.ns[g], "r": len(self.ns) * self.max_rank}
+        if config is None:
+            known = {name: sizes[name] for name in CHOSEN_BY[stem]}
+            config = choose(chip_of(self.x.device), stem, self.dtype, **known)
+        launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
+        names = ("lora_b_address", "lora_bias_address", "rank", "scaling")
+        order, segment_of, segment_slot = self.route
+        operands = {
+            "x": self.x,
+            "weight": self.weights[g],
+            "bias": self.biases[g],
+            "order": order,
+            "segment_of": segment_of,
+            "segment_slot": segment_slot,
+            "pieces": self.groups.pieces(config.block_m),
+            "lora_a_address": self.lora_a_address[g],
+            **dict(zip(names, self.tables(g), strict=True)),
+            "factor_dtype": self.factor_dtype,
+            "config": config,
+            "pdl": False,
+            **given,
+        }
+        taken = inspect.signature(launcher).parameters.keys() & operands.keys()
+        launcher(**{name: operands[name] for name in taken})
+
+    def run(
+        self,
+        kernel: str,
+        config: KernelConfig | None = None,
+        g: int = 0,
+        splits: int = 1,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns module g's y by "linear", over NaN, or "expand" or "add", from a right base.
+
+        From an s that is right, too.
         """
-        clean, before = run(), spoilt.clone()
-        for value in (float("nan"), float("inf")):
-            spoilt.fill_(value)
-            y, finite = run(), self.expected(0, torch.float64).isfinite()
-            spoilt.copy_(before)
-            assert finite.any() and not finite.all()
-            assert torch.equal(y.isfinite(), finite)
-            assert torch.equal(y[finite], clean[finite])
+        if y is None and kernel == "linear":
+            y = self.lab.poisoned(self.m, self.ns[g], dtype=self.dtype)
+        elif y is None:
+            y = F.linear(self.x, self.weights[g], self.biases[g])
+        s = {} if kernel == "add" else {"s": self.shrunk(splits)[:, g]}
+        self.launch(f"mixed_lora_{kernel}", config, g, y=y, **s)
+        return y
+
+    def shrink_into(self, s: torch.Tensor, config: KernelConfig | None = None) -> None:
+        """Writes s ``[splits, G, M, R]``."""
+        every = {"lora_a_address": self.lora_a_address, "rank": self.rank}
+        self.launch("mixed_lora_shrink", config, s=s, **every)
+
+    def check_shrunk(self, s: torch.Tensor) -> None:
+        """Compares every row's sum of planes, in fours, and that nothing else was written."""
+        for g, factors in enumerate(self.factors):
+            actual, same_dtype, truth = [], [], []
+            for slot, (lora_a, _, _) in enumerate(factors):
+                at, r = self.positions_of(slot), lora_a.shape[0]
+                filled = -(-r // 4) * 4
+                x, lora_a = self.x[self.rows_of(slot)], lora_a.to(self.dtype)
+                actual.append(s[:, g, at, :r].sum(0).flatten())
+                same_dtype.append(F.linear(x, lora_a).flatten())
+                truth.append((x.double() @ lora_a.double().t()).flatten())
+                assert (s[:, g, at, r:filled] == 0).all()
+                assert s[:, g, at, filled:].isnan().all()
+            assert_within_budget(torch.cat(actual), torch.cat(same_dtype), torch.cat(truth), "s")
+            assert s[:, g, self.positions_of(-1)].isnan().all()
+
+    # ------------------------------------------------------------------------ operators
+
+    def linear_arguments(
+        self, g: int = 0, s: torch.Tensor | None = None, plan: str = "auto"
+    ) -> tuple[Any, ...]:
+        """Of ``lora_linear_at``."""
+        return (
+            *(self.x, self.weights[g], self.biases[g], self.rows(), s),
+            *(self.all_tables, g, self.max_rank, self.factor_dtype, plan),
+        )
+
+    def shrink_arguments(self) -> tuple[Any, ...]:
+        """Of ``lora_shrink_at``."""
+        given = self.x, self.rows(), self.all_tables
+        return (*given, self.max_rank, self.factor_dtype, False)
+
+    def add_arguments(self, y: torch.Tensor) -> tuple[Any, ...]:
+        """Of ``lora_add_at_``."""
+        given = y, self.x, self.rows(), self.all_tables
+        return (*given, 0, self.max_rank, self.factor_dtype, "triton")

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from fastlora.ops.rows import sort_rows
 from fastlora.ops.schema import PENDING
-from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.rows import refill_
+from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_problem import OPS, Batch
 
 # Of two modules, of which the second is launched.
 MODULES = 2
 
 
-class ScaleProblem:
+class ScaleProblem(Batch):
     """The operands of a launch.
 
     Args:
@@ -33,7 +32,7 @@ class ScaleProblem:
 
     def __init__(
         self,
-        lab: Any,
+        lab: Lab,
         ids: Sequence[int],
         slots: int,
         n: int,
@@ -43,7 +42,8 @@ class ScaleProblem:
         pending: Sequence[int] = (),
         bias: bool = True,
     ) -> None:
-        self.lab, self.ids, self.n, self.dtype = lab, ids, n, dtype
+        self.lab, self.ids, self.slots, self.dtype = lab, ids, slots, dtype
+        self.sort()
         self.scaled = set(range(slots) if scaled is None else scaled)
         self.pending = set(pending)
         self.y = 3 * lab.rand(len(ids), n, dtype=dtype)
@@ -51,35 +51,12 @@ class ScaleProblem:
         self.scales = [0.5 + torch.rand(n).to(lab.device) for _ in range(slots)]
         self.address = torch.full((MODULES, slots), PENDING, device=lab.device)
         self.write()
-        self.groups = sort_rows(self._ids(ids), len(ids), slots)
 
     def write(self) -> None:
         """Writes the table, where it lies."""
         for slot, scale in enumerate(self.scales):
             known = scale.data_ptr() if slot in self.scaled else 0
             self.address[1, slot] = PENDING if slot in self.pending else known
-
-    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self.lab.device)
-
-    @property
-    def rows(self) -> list[torch.Tensor]:
-        """What operators take of the row groups."""
-        return rows_at(self.groups)
-
-    @property
-    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a launch takes of the row groups."""
-        return self.groups.order, self.groups.segment_of, self.groups.segment_slot
-
-    def regroup(self, ids: Sequence[int]) -> None:
-        """Gives the rows other slots, in the same buffers."""
-        self.ids = ids
-        refill_(self.groups, self._ids(ids))
-
-    def rows_of(self, slots: set[int]) -> list[int]:
-        """The rows of some slots."""
-        return [row for row, slot in enumerate(self.ids) if slot in slots]
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
         """y in ``dtype``, by PyTorch."""
@@ -95,21 +72,19 @@ class ScaleProblem:
 
         Rows of pending slots must be NaN.
         """
-        own = self.rows_of(self.scaled - self.pending)
-        rest = self.rows_of(set(self.ids) - self.scaled - self.pending)
+        own = self.rows_of(*self.scaled - self.pending)
+        rest = self.rows_of(*{*self.ids} - self.scaled - self.pending)
         assert torch.equal(y[rest].view(torch.uint8), self.y[rest].view(torch.uint8))
-        assert y[self.rows_of(self.pending)].isnan().all()
+        assert y[self.rows_of(*self.pending)].isnan().all()
         found = y[own], self.expected(self.dtype)[own], self.expected(torch.float64)[own]
         assert_within_budget(*found, "y")
 
+    def arguments(self, y: torch.Tensor, impl: str = "triton") -> tuple[Any, ...]:
+        """What the operator takes."""
+        return (y, self.bias, self.rows(), self.address, 1, impl)
 
-def arguments(problem: ScaleProblem, y: torch.Tensor, impl: str) -> tuple[Any, ...]:
-    """What the operator takes."""
-    return (y, problem.bias, problem.rows, problem.address, 1, impl)
-
-
-def by_kernel(problem: ScaleProblem, y: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns y, scaled by the kernel."""
-    y = problem.y.clone() if y is None else y
-    torch.ops.fastlora.lora_scale_(*arguments(problem, y, "triton"))
-    return y
+    def run(self, y: torch.Tensor | None = None, impl: str = "triton") -> torch.Tensor:
+        """Returns y, scaled in place."""
+        y = self.y.clone() if y is None else y
+        OPS.lora_scale_(*self.arguments(y, impl))
+        return y

@@ -1,4 +1,4 @@
-"""The weight behind a base layer as one dense matrix: what DoRA's norm needs of it."""
+"""What is known of base layers: which can be adapted, which are plain, their dense weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,59 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
+
+# Libraries whose linear layers return a tensor that they have just made and keep no reference to.
+_MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns ``(in_features, out_features)`` of a linear-like module, or None for any other.
+
+    Linear-like is what says so itself (`nn.Linear`, quantised linears of bitsandbytes, torchao,
+    GPTQ and others), and Hugging Face's Conv1D, whose weight is ``[K, N]``.
+    """
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+        k, n = weight.shape
+        return int(k), int(n)
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    return None
+
+
+def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
+    """Returns why a module cannot be computed from its weight alone, or an empty string.
+
+    ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
+
+    Only a true `nn.Linear` that nothing has hooked into is plain: a subclass, a parametrization, a
+    forward hook (accelerate's offloading) or a replaced forward must go on being called.
+    """
+    if type(module) is not nn.Linear:
+        return f"its base layer is {type(module).__name__}, called as it is"
+    if "forward" in module.__dict__:
+        return "its base layer's forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "its base layer has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "its base layer has backward hooks"
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return "its base layer has state-dict hooks"
+    if len(module._parameters) != 2 or module._buffers or module._modules:
+        return "its base layer holds more than a weight and a bias"
+    if type(module.weight) is not nn.Parameter and not (gathered and is_sharded(module.weight)):
+        return f"its base weight is a {type(module.weight).__name__}"
+    if not module.weight.is_floating_point() or module.weight.itemsize < 2:
+        return f"its base weight is {module.weight.dtype}"
+    return ""
+
+
+def makes_fresh_outputs(module: nn.Module) -> bool:
+    """Returns whether nobody but the caller holds what a linear-like module returns."""
+    return type(module).__module__.startswith(_MAKE_FRESH_OUTPUTS)
 
 
 def dense_weight(base: Any) -> torch.Tensor:
