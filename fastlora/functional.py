@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastlora.autograd import linear as autograd
@@ -167,7 +169,7 @@ def apply(
     impl: str = "auto",
     plan: str = "auto",
     shrunk: Shrunk | None = None,
-    seed: torch.Tensor | None = None,
+    own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`lora_linear` and `lora_add` for layers, which know that their tensors fit.
 
@@ -179,8 +181,7 @@ def apply(
         impl, plan: As in `lora_linear`.
         shrunk: The layer's share of a pass over x, where siblings shared one; x, dropout_p and impl
             are then those that it was made with.
-        seed: One int64 as `fastlora.ops.backend.draw_seed` draws it, for a mask that others must
-            draw too.
+        own_seed: Returns the seed to use in place of a drawn one, where processes share a layer.
     """
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
     weight = base.weight
@@ -215,10 +216,11 @@ def apply(
         impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
     else:
         impl = resolve_impl(impl, x)
-    s = None
+    s = seed = None
     if shrunk is not None:
         s, seed = shrunk
-    elif dropout_p > 0.0 and seed is None:
+    elif dropout_p > 0.0:
         seed = draw_seed(x, impl)
+        seed = seed if own_seed is None else own_seed(seed)
     call = autograd.Call(impl, plan, (dropout_p,))
     return autograd.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)

@@ -50,9 +50,9 @@ def test_norms_of_a_frozen_base_weight_stay_through_steps(model: Any) -> None:
     optimizer = torch.optim.AdamW(trainable(model), lr=0.1, fused=True)
     with torch.no_grad():
         model(X)
-    kept = model.base_model.model.q._dora_norms.base
+    kept = model.base_model.model.q._dora_norms.kept[None]
     model(X).square().sum().backward()
     optimizer.step()
     with torch.no_grad():
         model(X)
-    assert model.base_model.model.q._dora_norms.base is kept
+    assert model.base_model.model.q._dora_norms.kept[None] is kept

@@ -27,7 +27,6 @@ import torch
 
 from fastlora.autograd.linear import plain_backward
 from fastlora.ops.torch import products, reference, single
-from fastlora.ops.torch.norms import adapted_squares, norm_joins, outside_autocast
 from fastlora.ops.torch.scale import (
     scale_columns,
     scale_columns_backward,
@@ -50,7 +49,7 @@ class DoraScale(torch.autograd.Function):
         lengths: tuple[int, ...] | None,
         *pairs: torch.Tensor,
     ) -> torch.Tensor:
-        """``pairs`` holds magnitude and `adapted_squares` of each segment in turn.
+        """``pairs`` holds magnitude and the norm's squares of each segment in turn.
 
         ``u [..., N]``; ``lengths`` are the rows of each segment, None for one segment of all rows.
         """
@@ -89,14 +88,14 @@ class DoraScale(torch.autograd.Function):
 
 
 def runs_as_one(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, lora_a: torch.Tensor
 ) -> bool:
     """Whether `DoraLinear` takes these.
 
     Not under a compiler or in inference mode, which have no versions; not with a bias, which in
     ``y - bias`` would cost digits; and with x saved for lora_a, from which u can be made again.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if weight is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     eager = x.device.type == "cpu" and x.numel() > 0
     return eager and bias is None and not weight.requires_grad and lora_a.requires_grad
@@ -114,26 +113,7 @@ def _divides(scale: torch.Tensor, dtype: torch.dtype) -> bool:
     return scale.amin().item() >= torch.finfo(dtype).smallest_normal ** 0.5
 
 
-def _joined(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns u ``[..., N]``, s and ``weight @ lora_a.T``, all in x's dtype, from one base product.
-
-    See `fastlora.ops.torch.norms.norm_joins`.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    # [M + R, K] x [K, N]
-    both = products.linear(torch.cat([rows, lora_a]), weight)
-    u, s = both[: rows.shape[0]], reference.lora_shrink(rows, lora_a)
-    reference.lora_expand_(u, s, lora_b, scaling)
-    return u.view(*x.shape[:-1], weight.shape[0]), s, both[rows.shape[0] :].t()
-
-
-def _apart(
+def _unscaled(
     x: torch.Tensor,
     weight: torch.Tensor,
     lora_a: torch.Tensor,
@@ -150,9 +130,6 @@ def _apart(
 class DoraLinear(torch.autograd.Function):
     """``y = g * (x @ weight.T + scaling * x @ lora_a.T @ lora_b.T)``.
 
-    Takes ``||weight||^2`` of each row, and the scaling twice: as a tensor for the product, and for
-    the norm as the number that it is, if it is one.
-
     Saves x, s, the parameters, the factors in x's dtype, N numbers twice, and where the magnitude
     wants a gradient one ``[M, N]``: y itself, or u where g has numbers that y cannot be divided by.
     A y that somebody has written into meanwhile is not used: u is then made again.
@@ -166,18 +143,13 @@ class DoraLinear(torch.autograd.Function):
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         magnitude: torch.Tensor,
-        base_squares: torch.Tensor,
+        squares: torch.Tensor,
         scaling: torch.Tensor,
-        norm_scaling: torch.Tensor | float,
     ) -> torch.Tensor:
+        """``squares`` are the norm's; see `fastlora.ops.torch.norms.nonzero`."""
         ctx.dtypes = lora_a.dtype, lora_b.dtype
-        own, cross = (lora_a, lora_b), None
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # once for forward and backward
-        if norm_joins(x, weight, lora_a.shape[0]):
-            u, s, cross = _joined(x, weight, lora_a, lora_b, scaling)
-        else:
-            u, s = _apart(x, weight, lora_a, lora_b, scaling)
-        squares = outside_autocast(adapted_squares, weight, base_squares, *own, norm_scaling, cross)
+        u, s = _unscaled(x, weight, lora_a, lora_b, scaling)
         _, _, _, needs_b, needs_m, *_ = ctx.needs_input_grad
         scale = scale_of(magnitude, squares)
         from_y = needs_m and _divides(scale, u.dtype)
@@ -200,7 +172,7 @@ class DoraLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])
         from_y = ctx.counter is not None
         if from_y and ctx.counter._version != ctx.version:
-            kept, from_y = _apart(x, weight, lora_a, lora_b, scaling)[0], False
+            kept, from_y = _unscaled(x, weight, lora_a, lora_b, scaling)[0], False
         rows = None if kept is None else kept.reshape(dy.shape)
         d_magnitude: torch.Tensor | None
         if from_y and rows is not None:
@@ -218,4 +190,4 @@ class DoraLinear(torch.autograd.Function):
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip((found.d_lora_a, found.d_lora_b), ctx.dtypes, strict=True)
         ]
-        return dx, None, *d_factors, d_magnitude, None, None, None
+        return dx, None, *d_factors, d_magnitude, None, None

@@ -3,9 +3,9 @@
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T`` with the
 names, shapes and sources of `fastlora.autograd.dora`.
 
-Several adapters have rows each, and both base products are of these rows alone. Eagerly their rows
-lie one adapter behind the other. In a compiled graph, which serves any mix, an operator each way
-finds them by id when the graph runs; there an adapter without rows gets zeros as gradients.
+Several adapters have rows each, and both base products are of these rows alone: an operator each
+way finds them by id, in a compiled graph, which serves any mix, when the graph runs. An adapter
+without rows gets zeros as gradients.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Own(NamedTuple):
     """An adapter that has rows: its place among all, and theirs in x and in s and z."""
 
     place: int
-    rows: torch.Tensor | slice
+    rows: torch.Tensor
     part: slice
     adapter: Dropped
 
@@ -52,19 +52,6 @@ class _Own(NamedTuple):
 def _by(count: int, tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """Returns a sequence cut into parts of so many."""
     return [tensors[at : at + count] for at in range(0, len(tensors), count)]
-
-
-def _each(adapters: Sequence[torch.Tensor], dropout_p: Sequence[float], impl: str) -> list[Dropped]:
-    parts = zip(_by(_EACH, adapters), dropout_p, strict=True)
-    return [Dropped._make((*own, p, impl)) for own, p in parts]
-
-
-def _adjacent(adapters: list[Dropped], lengths: Sequence[int]) -> Iterator[_Own]:
-    """Yields adapters of which each has so many rows, one behind the other."""
-    stop = 0
-    for place, (adapter, length) in enumerate(zip(adapters, lengths, strict=True)):
-        start, stop = stop, stop + length
-        yield _Own(place, slice(start, stop), slice(start, stop), adapter)
 
 
 def _by_id(
@@ -78,30 +65,13 @@ def _by_id(
     """Yields adapters that have rows; ``slots`` has the number in ids of each."""
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
-    for place, adapter in enumerate(_each(adapters, dropout_p, impl)):
+    for place, own in enumerate(_by(_EACH, adapters)):
         start, stop = starts[slots[place]], starts[slots[place] + 1]
         if start < stop:
+            adapter = Dropped._make((*own, dropout_p[place], impl))
             seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
             rows = batch.order[start:stop].long().to(x.device)
             yield _Own(place, rows, slice(start, stop), adapter._replace(seed=seed))
-
-
-def _add_all_(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    owners: Iterator[_Own],
-    s: torch.Tensor,
-    z: torch.Tensor,
-) -> None:
-    """Adds adapters to their rows of y ``[M, N]``, and writes their s and z."""
-    for own in owners:
-        made = forward_rows(y[own.rows], x[own.rows], weight, None, own.adapter, inplace=True)
-        if not isinstance(own.rows, slice):  # else in place
-            y[own.rows] = made.y
-        s[own.part, : made.s.shape[1]] = made.s
-        if z.shape[0]:
-            z[own.part] = made.z
 
 
 def _saved(
@@ -110,38 +80,6 @@ def _saved(
     """Returns memory for s and z, of which only the adapters' rows are ever touched."""
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
-
-
-def _all_gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    owners: Iterator[_Own],
-    s: torch.Tensor,
-    z: torch.Tensor,
-    wanted: Sequence[bool],
-    found: list[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Writes the gradients into what `_results` gave."""
-    for tensor in found:
-        tensor.zero_()
-    for own in owners:
-        at = 2 + 3 * own.place
-        own_s = s[own.part, : own.adapter.lora_a.shape[0]]
-        own_z = z[own.part] if z.shape[0] else None
-        asked = Wanted(*wanted[:2], *wanted[at : at + 3])
-        got = gradients(
-            *(dy[own.rows], x[own.rows], weight, own.adapter, own_s, own_z, asked),
-            own_base=False,
-        )
-        if got.x is not None:
-            found[0][own.rows] = got.x
-        if got.weight is not None:
-            found[1] += got.weight
-        for offset, gradient in enumerate(got[2:]):
-            if gradient is not None:
-                found[at + offset].copy_(gradient)
-    return found
 
 
 def _results(
@@ -168,7 +106,12 @@ def _dora_dropped(
     """Returns y with the adapters' rows added, and their s and z in the order of sorted rows."""
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _saved(y, x, batch[0], batch[-1])
-    _add_all_(y, x, weight, _by_id(x, *batch[:-1]), s, z)
+    for own in _by_id(x, *batch[:-1]):
+        made = forward_rows(y[own.rows], x[own.rows], weight, None, own.adapter, inplace=True)
+        y[own.rows] = made.y
+        s[own.part, : made.s.shape[1]] = made.s
+        if z.shape[0]:
+            z[own.part] = made.z
     return y, s, z
 
 
@@ -184,9 +127,27 @@ def _dora_dropped_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
     """Returns the gradients; see `_results`."""
-    *own, s, z, wanted = batch
-    found = _results(x, weight, own[0], wanted)
-    return _all_gradients(dy, x, weight, _by_id(x, *own), s, z, wanted, found)
+    *batch_of, s, z, wanted = batch
+    found = _results(x, weight, batch_of[0], wanted)
+    for tensor in found:
+        tensor.zero_()
+    for own in _by_id(x, *batch_of):
+        at = 2 + 3 * own.place
+        own_s = s[own.part, : own.adapter.lora_a.shape[0]]
+        own_z = z[own.part] if z.shape[0] else None
+        asked = Wanted(*wanted[:2], *wanted[at : at + 3])
+        got = gradients(
+            *(dy[own.rows], x[own.rows], weight, own.adapter, own_s, own_z, asked),
+            own_base=False,
+        )
+        if got.x is not None:
+            found[0][own.rows] = got.x
+        if got.weight is not None:
+            found[1] += got.weight
+        for offset, gradient in enumerate(got[2:]):
+            if gradient is not None:
+                found[at + offset].copy_(gradient)
+    return found
 
 
 @fakes("dora_dropped_backward")
@@ -194,22 +155,8 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
     return _results(x, weight, batch[0], batch[-1])
 
 
-class OwnRows(NamedTuple):
-    """Which rows several adapters have.
-
-    Attributes:
-        lengths: How many rows each has, all of x one behind the other; or empty, and ids tell.
-        slots: The number in ids of each.
-    """
-
-    lengths: tuple[int, ...] = ()
-    slots: tuple[int, ...] = ()
-
-
 class DoraDropped(torch.autograd.Function):
     """See the module's docstring.
-
-    Takes the norm's squares, or with ``norm_scaling``, where `joins` says so, those of the weight.
 
     Saves x, s, the seeds, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
     mask's ``1 / (1 - p)``, where a magnitude wants a gradient. The mask is made again from the
@@ -223,39 +170,33 @@ class DoraDropped(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        batch: OwnRows | None,
         ids: torch.Tensor | None,
+        slots: tuple[int, ...],
         dropout_p: tuple[float, ...],
         impl: str,
-        norm_scaling: torch.Tensor | float | None,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
         """Takes ``base``, the base layer's output, or computes it from weight and bias if None.
 
-        ``adapters`` has six tensors of each; see `Dropped`. Without ``batch`` there is one, which
-        has all rows. ``ids [B]`` are per sample or per token.
+        ``adapters`` has six tensors of each; see `Dropped`. ``ids [B]`` are per sample or per
+        token, and ``slots`` has the number in them of each adapter. Without ids there is one
+        adapter, which has all rows; with ids there is a ``base``.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
-        needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (9, 10, 11))
-        if batch is None or flat is None:
-            (own,) = _each(adapters, dropout_p, impl)
-            y, s, z, squares = forward_rows(flat, rows, weight, bias, own, norm_scaling)
-            adapters = *adapters[:3], squares, *adapters[4:]
-        elif batch.lengths:
-            y = flat.clone(memory_format=torch.contiguous_format)
-            s, z = _saved(y, rows, adapters, needs_m)
-            owners = _adjacent(_each(adapters, dropout_p, impl), batch.lengths)
-            _add_all_(y, rows, weight, owners, s, z)
+        needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (8, 9, 10))
+        if ids is None:
+            own = Dropped._make((*adapters, *dropout_p, impl))
+            y, s, z = forward_rows(flat, rows, weight, bias, own)
         else:
             y, s, z = torch.ops.fastlora.dora_dropped(
-                *(flat, rows, weight, adapters, ids, batch.slots, dropout_p, impl, needs_m)
+                *(flat, rows, weight, adapters, ids, slots, dropout_p, impl, needs_m)
             )
-        ctx.batch, ctx.dropout_p, ctx.impl = batch, dropout_p, impl
+        ctx.slots, ctx.dropout_p, ctx.impl = slots, dropout_p, impl
         ctx.x_shape, ctx.x_dtype, ctx.own_base = x.shape, x.dtype, base is None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
-            x if needs[2] or needs_a or batch is not None else None,
+            x if needs[2] or needs_a or ids is not None else None,
             weight,
             ids,
             s if needs_b or needs_m else None,
@@ -269,31 +210,27 @@ class DoraDropped(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, ids, s, z, *adapters = ctx.saved_tensors
         needs_base, needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        own_needs = _by(_EACH, ctx.needs_input_grad[9:])
+        own_needs = _by(_EACH, ctx.needs_input_grad[8:])
         wanted = [needs_x, needs_weight, *(need for own in own_needs for need in own[:3])]
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         found: Sequence[torch.Tensor | None]
-        if rows is None or ctx.batch is None:
-            (own,) = _each(adapters, ctx.dropout_p, ctx.impl)
-            found = gradients(dy, rows, weight, own, s, z, Wanted(*wanted), own_base=ctx.own_base)
+        if ids is None:
+            adapter = Dropped._make((*adapters, *ctx.dropout_p, ctx.impl))
+            asked = Wanted(*wanted)
+            found = gradients(dy, rows, weight, adapter, s, z, asked, own_base=ctx.own_base)
         else:
             s = dy.new_empty(0, 0) if s is None else s
             z = dy.new_empty(0, 0) if z is None else z
-            if ctx.batch.lengths:
-                owners = _adjacent(_each(adapters, ctx.dropout_p, ctx.impl), ctx.batch.lengths)
-                results = _results(rows, weight, adapters, wanted)
-                found = _all_gradients(dy, rows, weight, owners, s, z, wanted, results)
-            else:
-                found = torch.ops.fastlora.dora_dropped_backward(
-                    *(dy, rows, weight, adapters, ids, ctx.batch.slots, ctx.dropout_p, ctx.impl),
-                    *(s, z, wanted),
-                )
+            found = torch.ops.fastlora.dora_dropped_backward(
+                *(dy, rows, weight, adapters, ids, ctx.slots, ctx.dropout_p, ctx.impl),
+                *(s, z, wanted),
+            )
         dx, d_weight, *d_own = (t if ask else None for t, ask in zip(found, wanted, strict=True))
         dx = None if dx is None else dx.view(ctx.x_shape)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
         d_adapters = [d for own in _by(3, d_own) for d in (*own, None, None, None)]
         return (
             *(grad if needs_base else None, dx, d_weight, d_bias),
-            *(None, None, None, None, None, *d_adapters),
+            *(None, None, None, None, *d_adapters),
         )

@@ -28,6 +28,7 @@ from fastlora.layers.mode import ForgetsWithMode
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.scalings import HasScalings
 from fastlora.layers.sharing import knows_siblings, note_compiled
+from fastlora.layers.whole import Whole
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
@@ -43,7 +44,7 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import marks
 
 
-class _FastForward(ForgetsWithMode, HasScalings):
+class _FastForward(ForgetsWithMode, HasScalings, Whole):
     """The forward that patched layers share; what it cannot do goes to PEFT's own.
 
     Comes before a LoRA layer class of PEFT's among the bases.

@@ -14,7 +14,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.rows import Rows
 from fastlora.routing.routing import Routing
 
 
@@ -37,21 +36,31 @@ class ZeroGradients(torch.autograd.Function):
 
 
 def with_absent(
-    layer: AdapterLayer, y: torch.Tensor, routing: Routing, rows: Rows | None, *, own: bool = True
+    layer: AdapterLayer,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    *,
+    own: bool,
+    waits: bool,
 ) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
     Args:
         layer: Holds the adapters.
         y: Its output, any shape.
+        x: Its input, ``[..., K]``.
         routing: The batch's; says whether that is wanted.
-        rows: The layer's rows; None where they are known on the device alone: then all get zeros.
         own: Whether nothing else refers to y; else it is copied.
+        waits: Whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
+            are added.
     """
     if not routing.absent_gradients or not torch.is_grad_enabled():
         return y
-    segments = () if rows is None else rows.segments
-    present = {routing.names[segment.slot] for segment in segments}
+    present: set[str] = set()
+    if waits or not routing.ids.is_cuda:
+        rows = routing.rows(x.numel() // x.shape[-1], x.device)
+        present = {routing.names[slot] for slot in rows.present}
     absent = [
         parameter
         for name in layer.lora_A
@@ -60,20 +69,6 @@ def with_absent(
         if parameter.requires_grad
     ]
     return ZeroGradients.apply(y if own else y.clone(), *absent) if absent else y
-
-
-def with_all_absent(
-    layer: AdapterLayer, y: torch.Tensor, x: torch.Tensor, routing: Routing, *, own: bool = True
-) -> torch.Tensor:
-    """`with_absent` for kernels, to which rows are known on the device alone.
-
-    There nothing tells which adapters have rows, so all get zeros, to which gradients are added.
-    """
-    if not routing.absent_gradients or not torch.is_grad_enabled():
-        return y
-    m = x.numel() // x.shape[-1]
-    rows = None if routing.ids.is_cuda else routing.rows(m, x.device)
-    return with_absent(layer, y, routing, rows, own=own)
 
 
 def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora import functional
-from fastlora.layers.factors import factors_of, scaling_of, why_not_fused
+from fastlora.layers.factors import scaling_of, why_not_fused
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import shared_shrink
 from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton
@@ -47,7 +47,7 @@ def _together(layer: AdapterLayer, x: torch.Tensor, names: list[str]) -> _Togeth
     """
     found = []
     for name in names:
-        factors = factors_of(layer, name, x)
+        factors = layer._own_factors(name, x)
         if factors is None:
             return None
         found.append(factors)
@@ -75,7 +75,7 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
         refuse_in_mode(layer, NOT_OUR_GEMM)
     found, shrunk = _Together([]), None
     if len(names) == 1:
-        first = factors_of(layer, names[0], x)
+        first = layer._own_factors(names[0], x)
         if first is not None:
             shrunk = shared_shrink(layer, x, Slots((first,)))
     else:
@@ -88,9 +88,9 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
     impl, bias = layer.impl, found.bias
     if bias is not None and base.weight is not None:
         base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None
-    y = functional.apply(x, base, first, impl, "auto", shrunk)
+    y = functional.apply(x, base, first, impl, "auto", shrunk, layer._own_seed)
     if bias is not None:
         y = y + bias.to(y.dtype)
     for other in found.adapters[1:]:
-        y = functional.apply(x, Base(y=y, inplace=True), other, impl)
+        y = functional.apply(x, Base(y=y, inplace=True), other, impl, own_seed=layer._own_seed)
     return y

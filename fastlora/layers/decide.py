@@ -125,6 +125,13 @@ def decide(
         UnsupportedLayerError: A factor is hooked, or not a plain linear: rows cannot share it.
     """
     check_unmerged(layer)
+    if layer.is_split:
+        if layer.impl == "triton":
+            raise ImplementationError(
+                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
+                "PyTorch; expected impl='auto'"
+            )
+        return Decision(How.PYTORCH, False)
     invariant, fits = is_batch_invariant(), base.y is None or base.y.dtype == x.dtype
     if invariant and base.weight is None:
         refuse_in_mode(layer, NOT_OUR_GEMM)

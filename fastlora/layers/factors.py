@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from fastlora.layers.norms import cached_squares, magnitude_of
+from fastlora.layers.norms import kept_sums
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Factors, Slots, Tables
 from fastlora.sharding import is_sharded
@@ -105,11 +105,12 @@ class Scale(NamedTuple):
     squares: Any  # as above
 
 
-def scale_by_name(layer: AdapterLayer, name: str) -> Scale:
-    """Returns the `Scale` of an adapter that is a parameter and uses DoRA on a layer."""
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    squares = cached_squares(layer, name, lora_a, lora_b, scaling_of(layer, name))
-    return Scale(magnitude_of(layer, name), squares)
+def scales_by_name(layer: AdapterLayer, names: Sequence[str]) -> list[Scale]:
+    """Returns the `Scale` of adapters that are parameters and use DoRA on a layer."""
+    sums = [kept_sums(layer, name, scaling_of(layer, name)) for name in names]
+    squares = layer._of_whole_rows(sums)
+    magnitudes = [layer._own_magnitude(name) for name in names]
+    return list(map(Scale, magnitudes, squares))
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -159,8 +160,8 @@ class Source(Protocol):
             UnsupportedLayerError: The adapter's modules must be called, which rows cannot share.
         """
 
-    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
-        """Returns what DoRA scales with on a layer in a slot that uses it there."""
+    def scales(self, layer: AdapterLayer, slots: Sequence[int]) -> list[Scale]:
+        """Returns what DoRA scales with on a layer in slots that use it there."""
 
     def identity(self, slot: int) -> Hashable:
         """Returns what tells the adapter of a slot from all others."""
@@ -185,14 +186,14 @@ class Parameters:
         name = self.names[slot]
         if name not in layer._modules["lora_A"]._modules:
             return None
-        found = factors_of(layer, name, x)
+        found = layer._own_factors(name, x)
         if found is None:
             raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
         return found
 
-    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
-        """See `Source.scale`."""
-        return scale_by_name(layer, self.names[slot])
+    def scales(self, layer: AdapterLayer, slots: Sequence[int]) -> list[Scale]:
+        """See `Source.scales`."""
+        return scales_by_name(layer, [self.names[slot] for slot in slots])
 
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""
@@ -221,9 +222,10 @@ class Pool:
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
-    def scale(self, layer: AdapterLayer, slot: int) -> Scale:
-        """See `Source.scale`; a pool keeps g itself (`fastlora.pool.scales`)."""
-        return Scale(self.residents[slot].scales.by_module[layer.table_row], None)
+    def scales(self, layer: AdapterLayer, slots: Sequence[int]) -> list[Scale]:
+        """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
+        kept = [self.residents[slot].scales.by_module[layer.table_row] for slot in slots]
+        return [Scale(scale, None) for scale in kept]
 
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""

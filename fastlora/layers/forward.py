@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastlora.autograd.linear import Call, run
 from fastlora.functional import autocast_dtype
 from fastlora.layers import dora_rows, graph, packs, tables
-from fastlora.layers.absent import with_absent, with_all_absent
+from fastlora.layers.absent import with_absent
 from fastlora.layers.active import run_active
 from fastlora.layers.decide import How, KeptDecision, check_devices, decide
 from fastlora.layers.dora import run_active_dora
@@ -95,8 +95,8 @@ def _by_rows(
     if slots is not None:
         shrunk = shared_shrink(layer, given, slots, routing)
         s = None if shrunk is None else shrunk.s
-        y = run_rows(x, base, routing, number, slots, "triton", s=s)
-        return with_all_absent(layer, y, x, routing, own=y is not base.y), how
+        y = run_rows(layer, x, base, routing, number, slots, "triton", s=s)
+        return with_absent(layer, y, x, routing, own=y is not base.y, waits=False), how
     rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
     if is_bare:
         kept = packs.find(layer, x, routing, rows, number)
@@ -106,11 +106,12 @@ def _by_rows(
         note_apart(layer, given)
     slots = slots_of(routing.source, layer, rows.present, without)
     check_devices(slots, x)
-    y = run_rows(x, base, routing, number, slots, "eager", rows.present, rows=rows)
-    return with_absent(layer, y, routing, rows, own=y is not base.y), how
+    y = run_rows(layer, x, base, routing, number, slots, "eager", rows.present, rows=rows)
+    return with_absent(layer, y, x, routing, own=y is not base.y, waits=True), how
 
 
 def run_rows(
+    layer: AdapterLayer,
     x: torch.Tensor,
     base: Base,
     routing: Routing,
@@ -119,12 +120,12 @@ def run_rows(
     impl: str,
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
     rows: Rows | None = None,
 ) -> torch.Tensor:
     """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
 
     Args:
+        layer: Says which dropout seeds are its own.
         x: ``[..., K]``.
         base: The base layer.
         routing: The batch's.
@@ -133,7 +134,6 @@ def run_rows(
         impl: Name of the backend.
         which: Their slots; None for all.
         s: The layer's, where a sibling made it.
-        seeds: Of their dropout, ``[S]``; None for those of the routing.
         rows: Of the batch; None to look them up.
     """
     tensors: list[torch.Tensor | None] = []
@@ -150,10 +150,11 @@ def run_rows(
             dropout_p.append(factors.dropout_p)
     if slots.own.count(None) == len(slots.own):
         return _base_rows(x, base, impl)
-    if any(dropout_p) and seeds is None:
+    seeds = None
+    if any(dropout_p):
         check_dropout_dtype(x.dtype)
         seeds = routing.seeds_of(number, x.device if impl == "triton" else torch.device("cpu"))
-        seeds = seeds if which is None else seeds[list(which)]
+        seeds = layer._own_seed(seeds if which is None else seeds[list(which)])
     rows = routing.rows(x.numel() // x.shape[-1], x.device) if rows is None else rows
     call = Call(impl, "auto", tuple(dropout_p), rows, which)
     return run(x, base, call, scalings_beside(scalings, x), seeds, tensors, s)

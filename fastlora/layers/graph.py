@@ -14,7 +14,7 @@ from fastlora.autograd import in_graph  # noqa: F401 - registers operators
 from fastlora.autograd.linear import records_gradients
 from fastlora.functional import autocast_dtype
 from fastlora.layers import tables
-from fastlora.layers.dora_rows import rows_in_graph, scale_pool_rows_
+from fastlora.layers.dora_rows import dora_rows, scale_pool_rows_
 from fastlora.layers.graph_slots import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import shared_shrink
@@ -40,7 +40,7 @@ def run_in_graph(
     shrunk = shared_shrink(layer, given, slots.own, batch)
     s = None if shrunk is None else shrunk.s
     made = torch.ops.fastlora.lora_mixed(x, weight, bias, y, *slots.arguments(batch, number), s)
-    return rows_in_graph(layer, made, x, batch, slots.dora, number)
+    return dora_rows(layer, made, x, batch, slots.dora, number)
 
 
 def _of_pool(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
-from fastlora.layers.norms import base_squares, forget_norms, magnitude_of, version_of
+from fastlora.layers.norms import base_squares, forget_norms, version_of
+from fastlora.layers.whole import Whole
 from fastlora.layers.why import uses_dora
-from fastlora.ops.torch.norms import adapted_sums, nonzero, outside_autocast, square_norms
+from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
 from fastlora.ops.torch.scale import scale_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from fastlora.weight_marks import marks
@@ -20,7 +20,7 @@ from fastlora.weight_marks import marks
 _MERGE_ROWS = 1024
 
 
-class Mergeable(nn.Module):
+class Mergeable(Whole, nn.Module):
     """The merging half of `LoraLayer`, which has the adapters.
 
     Attributes:
@@ -61,18 +61,6 @@ class Mergeable(nn.Module):
         return [_stamp(getattr(base, name, None)) for name in ("weight", "bias")]
 
     # What differs where several processes have parts of the layer.
-
-    def _own_weight(self) -> torch.Tensor:
-        """Returns the base weight as a dense matrix, ``[N, K]`` of this process."""
-        return dense_weight(self.get_base_layer())
-
-    def _own_magnitude(self, name: str) -> torch.Tensor:
-        """Returns an adapter's magnitude, ``[N]`` of this process's weight."""
-        return magnitude_of(self, name)
-
-    def _of_whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
-        """Returns `adapted_squares` of `adapted_sums` over this process's columns."""
-        return nonzero(sums)
 
     def _all_agree(self, holds: bool) -> bool:
         """Whether something holds in every process, so that all raise or none does."""
@@ -206,18 +194,19 @@ class Mergeable(nn.Module):
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
-            name: scale_of(self._own_magnitude(name).detach(), squares)
+            name: scale_of(layer._own_magnitude(name).detach(), squares)
             for name, squares in self._unmerged_squares(dora).items()
         }
 
     @torch.no_grad()
     def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Returns `adapted_squares` of adapters on the base weight as it is without a merge."""
+        """Returns the norms' squares of adapters on the base weight as it is without a merge."""
         if not names:
             return {}
+        layer: Any = self
         if not self.merged:
-            base = self._own_weight()
-            squares = base_squares(self, base)
+            base = layer._own_weight()
+            squares = base_squares(layer, base)
         else:
             weight, _, transposed = self._mergeable()
             kept = self._unmerged
@@ -228,13 +217,12 @@ class Mergeable(nn.Module):
                 base = base.detach().clone()
                 self._unmerge_from(base, None)
             squares = square_norms(base)
-        found = {}
+        sums = []
         for name in names:
             lora_a, lora_b, _ = self._factors(name)
             factors = lora_a, lora_b, self.scaling[name]
-            sums = outside_autocast(adapted_sums, base, squares, *factors)
-            found[name] = self._of_whole_rows(sums)
-        return found
+            sums.append(outside_autocast(adapted_sums, base, squares, *factors))
+        return dict(zip(names, self._of_whole_rows(sums), strict=True))
 
     @torch.no_grad()
     def _add_delta(

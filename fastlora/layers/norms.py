@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastlora.layers.dense import dense_weight
-from fastlora.ops.torch.norms import adapted_squares, adapted_sums, outside_autocast, square_norms
+from fastlora.layers.protocol import AdapterLayer
+from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
 from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks
 
 Stamp = tuple[int, int, int, Mark]
-
-
-class _Kept(NamedTuple):
-    """An adapter's squared norms, and what they were computed from."""
-
-    key: tuple[Any, ...]
-    value: torch.Tensor
 
 
 class NormCache:
@@ -28,11 +22,13 @@ class NormCache:
     They are looked up by mark, address and version of what they come from. Writes through ``.data``
     move none of them: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process
     that uses it nothing is kept. A copied layer starts with an empty cache.
+
+    Attributes:
+        kept: By adapter what its sums were computed from, and they; under None the base's squares.
     """
 
     def __init__(self) -> None:
-        self.base: tuple[Stamp, torch.Tensor] | None = None
-        self.adapters: dict[str, _Kept] = {}
+        self.kept: dict[str | None, tuple[Hashable, torch.Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
         return NormCache()
@@ -41,12 +37,12 @@ class NormCache:
         return NormCache, ()
 
 
-def forget_norms(layer: Any) -> None:
+def forget_norms(layer: object) -> None:
     """Drops what a layer keeps of norms."""
     layer.__dict__.pop("_dora_norms", None)
 
 
-def magnitude_of(layer: Any, name: str) -> torch.Tensor:
+def magnitude_of(layer: AdapterLayer, name: str) -> torch.Tensor:
     """Returns an adapter's magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
@@ -82,90 +78,88 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_stamp(layer: Any) -> tuple[Stamp, NormCache] | None:
+def base_stamp(layer: AdapterLayer) -> tuple[Stamp, NormCache] | None:
     """Returns what changes when a layer's base weight does, or is said to (`forget_norms`)."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    stamp = stamp_of(weight, base=True) if isinstance(weight, torch.Tensor) else None
+    stamp = _stamp_of_base(layer)
     return None if stamp is None else (stamp, _cache(layer))
 
 
-def adapter_squares(
-    layer: Any,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: Any,
-    own_weight: torch.Tensor | None = None,
+def base_squares(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
+    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is."""
+    stamp = None
+    if may_keep(weight.device):
+        if weight.requires_grad and torch.is_grad_enabled():
+            # It trains: written to soon, and not every optimizer moves versions.
+            _cache(layer).kept.pop(None, None)
+        else:
+            stamp = _stamp_of_base(layer)
+    return _kept(layer, None, stamp, lambda: square_norms(weight))
+
+
+def adapter_sums(
+    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
 ) -> torch.Tensor:
-    """Returns `adapted_squares` of an adapter on a layer, ``[N]``, computed now.
+    """Returns `adapted_sums` of an adapter over this process's part of a layer, ``[N]``.
 
     Args:
-        layer: Its base layer has the W.
+        layer: Has the base weight, ``[N, K]``.
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
-        own_weight: This process's part of W, where it has some of the rows or columns: then
-            `adapted_sums` comes back, of its columns.
     """
-    weight = dense_weight(layer.get_base_layer()) if own_weight is None else own_weight
-    compute = adapted_squares if own_weight is None else adapted_sums
+    weight = layer._own_weight()
     squares = base_squares(layer, weight)
-    return outside_autocast(compute, weight, squares, lora_a, lora_b, scaling)
+    return outside_autocast(adapted_sums, weight, squares, lora_a, lora_b, scaling)
 
 
-def base_squares(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is."""
-    if not may_keep(weight.device):
-        return square_norms(weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        # It trains: written to soon, and not every optimizer moves versions.
-        _cache(layer).base = None
-        return square_norms(weight)
-    own = getattr(layer.get_base_layer(), "weight", None)
-    stamp = stamp_of(own, base=True) if isinstance(own, torch.Tensor) else None
-    if stamp is None:
-        return square_norms(weight)
-    cache = _cache(layer)
-    known = cache.base
-    if known is None or known[0] != stamp:
-        with torch.inference_mode(False):  # for a backward one day
-            known = cache.base = stamp, square_norms(weight.detach())
+def adapter_squares(
+    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
+) -> torch.Tensor:
+    """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now.
+
+    Args:
+        layer, lora_a, lora_b, scaling: As in `adapter_sums`.
+    """
+    return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling)])[0]
+
+
+def kept_sums(layer: AdapterLayer, name: str, scaling: Any) -> torch.Tensor:
+    """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
+
+    With gradients they are computed in every forward: an optimizer may be about to step, and not
+    all of them move versions.
+    """
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    key = None
+    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
+    if keeps and not torch.is_grad_enabled():
+        stamps = _stamp_of_base(layer), stamp_of(lora_a), stamp_of(lora_b)
+        key = None if None in stamps else (*stamps, scaling)
+    own = local(lora_a), local(lora_b)
+    return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling))
+
+
+def _stamp_of_base(layer: AdapterLayer) -> Stamp | None:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return stamp_of(weight, base=True) if isinstance(weight, torch.Tensor) else None
+
+
+def _kept(
+    layer: AdapterLayer, name: str | None, key: Hashable, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Returns what a layer keeps under a name with this key, or makes it; None keeps nothing."""
+    if key is None:
+        return make()
+    kept = _cache(layer).kept
+    known = kept.get(name)
+    if known is None or known[0] != key:
+        with torch.inference_mode(False), torch.no_grad():  # for a backward one day
+            known = kept[name] = key, make()
     return known[1]
 
 
-def _cache(layer: Any) -> NormCache:
-    cache = layer.__dict__.get("_dora_norms")
+def _cache(layer: AdapterLayer) -> NormCache:
+    cache: NormCache | None = layer.__dict__.get("_dora_norms")
     if cache is None:
         cache = layer.__dict__["_dora_norms"] = NormCache()
     return cache
-
-
-def cached_squares(
-    layer: Any,
-    name: str,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: Any,
-    own_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`adapter_squares` of an adapter by name; without gradients, kept until something changes.
-
-    With gradients they are computed in every forward: an optimizer may be about to step, and not
-    all of them move versions. lora_a and lora_b may be DTensors beside ``own_weight``.
-    """
-    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
-    stamps: list[Stamp | None] = [None]
-    if keeps and not torch.is_grad_enabled():
-        weight = layer.get_base_layer().weight
-        stamps = [stamp_of(weight, base=True), stamp_of(lora_a), stamp_of(lora_b)]
-    if own_weight is not None:
-        lora_a, lora_b = local(lora_a), local(lora_b)
-    if None in stamps:
-        return adapter_squares(layer, lora_a, lora_b, scaling, own_weight)
-    kept = _cache(layer).adapters
-    key = (*stamps, scaling)
-    known = kept.get(name)
-    if known is None or known.key != key:
-        with torch.inference_mode(False):
-            value = adapter_squares(layer, lora_a.detach(), lora_b.detach(), scaling, own_weight)
-        known = kept[name] = _Kept(key, value)
-    return known.value

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
+from fastlora.ops.factors import Factors
 from fastlora.routing.routing import Group
 from fastlora.routing.siblings import Family
 
@@ -19,6 +22,7 @@ class AdapterLayer(Protocol):
         routed_as: The layer's number in its model.
         in_features, out_features: K and N.
         table_row: The layer's row in a pool's tables; only layers of a pool have one.
+        is_split: Whether other processes have the rest of the layer; what is `_own` is this one's.
         _family: The layer and its siblings, once a forward has shown them.
     """
 
@@ -30,6 +34,7 @@ class AdapterLayer(Protocol):
     _family: Family
     in_features: int
     out_features: int
+    is_split: bool
 
     @property
     def _modules(self) -> Mapping[str, Any]:
@@ -66,3 +71,23 @@ class AdapterLayer(Protocol):
 
     def note_compiled(self, why: str) -> None:
         """Keeps why the layer shares nothing in a graph that is being compiled."""
+
+    # What differs where the layer is split; see `fastlora.layers.whole`.
+
+    def _own_factors(self, name: str, x: torch.Tensor | None = None) -> Factors | None:
+        """As `fastlora.layers.factors.factors_of`."""
+
+    def _own_magnitude(self, name: str) -> torch.Tensor:
+        """Returns an adapter's magnitude, ``[N]``."""
+
+    def _own_weight(self) -> torch.Tensor:
+        """Returns the base weight as a dense matrix, ``[N, K]``."""
+
+    def _own_bias(self) -> torch.Tensor | None:
+        """Returns the base bias, ``[N]``, or None."""
+
+    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
+        """Returns the dropout seeds to use in place of drawn ones, same shape."""
+
+    def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the norms' squares of adapters, given `adapted_sums` over the columns here."""

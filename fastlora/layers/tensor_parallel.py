@@ -27,40 +27,23 @@ depend on it, and so no process waits for one that found its part where another 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastlora import functional
-from fastlora.autograd.dora_dropped import DoraDropped
-from fastlora.layers.absent import with_absent
-from fastlora.layers.decide import check_unmerged
-from fastlora.layers.dora import added
-from fastlora.layers.dora_rows import (
-    DoraSlots,
-    dora_slots,
-    scale_by_id,
-    scale_table,
-    segments_scaled,
-    wants_segments,
-)
-from fastlora.layers.factors import Scale, is_hooked, scaling_beside, scaling_of
-from fastlora.layers.forward import run_rows
-from fastlora.layers.norms import cached_squares, forget_norms
+from fastlora.layers.factors import is_hooked, scaling_beside, scaling_of
+from fastlora.layers.forward import forward
+from fastlora.layers.norms import forget_norms
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.ops import schema as ops
-from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.ops.rows import Rows
-from fastlora.ops.torch.dora_dropped import Dropped
-from fastlora.ops.torch.norms import nonzero
 from fastlora.routing.in_force import routing_of
-from fastlora.routing.routing import Routing
 from fastlora.sharding import is_sharded, local, own, whole
-from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from fastlora.weight_marks import marks
 
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
@@ -114,6 +97,7 @@ class TensorParallelLora(FastLoraWrapper):
     """
 
     base_layer: Any  # an nn.Linear whose parameters are DTensors
+    is_split = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         style = parallel_style(base_layer)
@@ -233,105 +217,11 @@ class TensorParallelLora(FastLoraWrapper):
         self._check_layouts(x, y)
         # Each process has the whole x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
-        own_x = x.to_local(grad_placements=partial)
-        if routed is not None:
-            check_unmerged(self)
-            result = self._mixed(own_x, y.to_local(), *routed)
-        else:
-            result = y.to_local()
-            scales = self._dora_scales([name for name in names if uses_dora(self, [name])])
-            bias = self._own_bias() if scales else None
-            for name in names:
-                result = self._added(result, own_x, name, scales.get(name), bias)
+        own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
+        result = forward(self, own_x, Base(y=own_y, inplace=True), routed, names)
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )
-
-    def _added(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        name: str,
-        scale: Scale | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Adds one adapter; ``scale`` and ``bias`` are this process's, for DoRA."""
-        factors = self._own_branch(name, x)
-        lora_a, lora_b, scaling, _, dropout_p, _ = factors
-        seed = None
-        if dropout_p:
-            seed = self._own_seed(ops.draw_seed(x, ops.resolve_impl(self.impl, x)))
-        if scale is not None:
-            x = x.to(functional.autocast_dtype(x) or x.dtype)
-            if seed is None:
-                return added(y, x, factors, bias, *scale, self.impl, True)
-            impl = ops.resolve_impl(self.impl, x)
-            return DoraDropped.apply(
-                *(y, x, self._own_weight(), None, None, None, (dropout_p,), impl, None),
-                *(lora_a, lora_b, *scale, scaling, seed),
-            )
-        return functional.apply(x, Base(y=y, inplace=True), factors, self.impl, seed=seed)
-
-    def _mixed(
-        self, x: torch.Tensor, y: torch.Tensor, routing: Routing, projection: int
-    ) -> torch.Tensor:
-        """The same where each row has its own adapter."""
-        if self.impl == "triton":
-            raise ImplementationError(
-                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
-                "PyTorch; expected impl='auto'"
-            )
-        dtype = functional.autocast_dtype(x)
-        x = x.to(dtype or x.dtype)
-        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
-        which = rows.present
-        dora, dropped = dora_slots(self, routing), {}
-        own_factors: list[Factors | None] = []
-        for slot in which:
-            name = routing.names[slot]
-            factors = self._own_branch(name, x) if name in self.lora_A else None
-            if factors is not None and dora is not None and slot in dora.dropped:
-                dropped[slot], factors = factors, None
-            own_factors.append(factors)
-        slots, seeds = Slots(tuple(own_factors)), None
-        if any(slots.dropout_p):
-            seeds = routing.seeds_of(projection, torch.device("cpu"))[list(which)]
-            seeds = self._own_seed(seeds)
-        y = run_rows(
-            *(x, Base(y=y), routing, projection, slots, "eager", which),
-            seeds=seeds,
-            rows=rows,
-        )
-        y = with_absent(self, y, routing, rows)
-        if dora is None:
-            return y
-        return self._dora_rows(y, x, routing, rows, dora, dropped, projection)
-
-    def _dora_rows(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        routing: Routing,
-        rows: Rows,
-        slots: DoraSlots,
-        own_factors: dict[int, Factors],
-        projection: int,
-    ) -> torch.Tensor:
-        """`fastlora.layers.dora_rows.dora_rows` on this process's share of y."""
-        both = *slots.scaled, *slots.dropped
-        by_name, bias = self._dora_scales([routing.names[slot] for slot in both]), self._own_bias()
-        scales = {slot: by_name[routing.names[slot]] for slot in both}
-        if not wants_segments(self, y, routing, slots):
-            found = [scales[slot] for slot in slots.scaled]
-            table = scale_table(found, slots.scaled, len(routing.names), y.device)
-            return scale_by_id(y, bias, routing.ids, *table)
-        dropped, seeds = {}, routing.seeds_of(projection, torch.device("cpu"))
-        for slot, factors in own_factors.items():
-            lora_a, lora_b, scaling, _, dropout_p, _ = factors
-            seed = self._own_seed(seeds[slot : slot + 1])
-            scale = scales.pop(slot)
-            dropped[slot] = Dropped(lora_a, lora_b, *scale, scaling, seed, dropout_p, "eager")
-        return segments_scaled(y, x, self._own_weight(), bias, rows, scales, dropped)
 
     def _check_layouts(self, x: Any, y: Any) -> None:
         to: Any = x.placements[0] if is_sharded(x) else None
@@ -349,8 +239,16 @@ class TensorParallelLora(FastLoraWrapper):
                 "are not those of ColwiseParallel or RowwiseParallel"
             )
 
-    def _own_branch(self, name: str, x: torch.Tensor) -> Factors:
-        """Returns this process's share of an adapter as plain tensors; all of it unscaled."""
+    # ------------------------------------------- what a forward asks of it: see `layers.whole`
+
+    def _own_factors(
+        self, name: str, x: torch.Tensor | None = None, *, drops: bool = True
+    ) -> Factors:
+        """Returns this process's share of an adapter as plain tensors; all of it unscaled.
+
+        Raises:
+            UnsupportedLayerError: Its modules must be called.
+        """
         up, dropout = self.lora_B[name], self.lora_dropout[name]
         for module in (self.lora_A[name], up, dropout):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
@@ -367,42 +265,14 @@ class TensorParallelLora(FastLoraWrapper):
         return Factors(
             own(self.lora_A[name].weight, summed=by_column),
             own(up.weight, summed=not by_column),
-            scaling_beside(self, name, x),
+            scaling_of(self, name) if x is None else scaling_beside(self, name, x),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
-    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Returns one seed for all where all have the same columns of x, else one for each."""
-        mesh = self.base_layer.weight.device_mesh
-        if self.style == ROW_WISE:
-            return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
-        shared = seed.to(mesh.device_type, copy=True)  # the block keeps its own
-        dist.broadcast(shared, group=mesh.get_group(), group_src=0)
-        return shared.to(seed.device)
-
-    # ----------------------------------------------------------------------------------- DoRA
-
-    def _dora_scales(self, names: list[str]) -> dict[str, Scale]:
-        """Returns what this process scales with for some adapters, all of them with DoRA."""
-        by_column = self.style == COLUMN_WISE
-        magnitudes, sums = [], []
-        for name in names:
-            magnitude: Any = self.lora_magnitude_vector[name]
-            magnitudes.append(own(magnitude.weight, summed=not by_column))
-            lora_a: Any = self.lora_A[name].weight
-            lora_b: Any = self.lora_B[name].weight
-            scaling, weight = scaling_of(self, name), self._own_weight()
-            sums.append(cached_squares(self, name, lora_a, lora_b, scaling, weight))
-        if not names:
-            return {}
-        squares = self._of_whole_rows(torch.stack(sums))  # one message for all
-        return dict(zip(names, map(Scale, magnitudes, squares.unbind()), strict=True))
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
-        forget_norms(self)
-        super()._save_to_state_dict(*args, **kwargs)
+    def _own_magnitude(self, name: str) -> torch.Tensor:
+        magnitude: Any = self.lora_magnitude_vector[name]
+        return own(magnitude.weight, summed=self.style == ROW_WISE)
 
     def _own_weight(self) -> torch.Tensor:
         return local(self.base_layer.weight)
@@ -418,16 +288,26 @@ class TensorParallelLora(FastLoraWrapper):
             return None if bias is None else own(bias, summed=False)
         return own(bias, summed=True) / self.base_layer.weight.device_mesh.size()
 
-    def _of_whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
+        """Returns one seed for all where all have the same columns of x, else one for each."""
+        mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
-            sums = sums.clone()
-            group = self.base_layer.weight.device_mesh.get_group()
-            torch.distributed.all_reduce(sums, group=group)
-        return nonzero(sums)
+            return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
+        shared = seed.to(mesh.device_type, copy=True)  # the block keeps its own
+        dist.broadcast(shared, group=mesh.get_group(), group_src=0)
+        return shared.to(seed.device)
 
-    def _own_magnitude(self, name: str) -> torch.Tensor:
-        magnitude: Any = self.lora_magnitude_vector[name]
-        return local(magnitude.weight)
+    def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self.style == ROW_WISE and sums:
+            joined = torch.stack(list(sums))  # one message for all
+            dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
+            sums = joined.unbind()
+        return super()._of_whole_rows(sums)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
+        forget_norms(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report
 

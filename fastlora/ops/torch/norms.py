@@ -47,18 +47,6 @@ def square_norms(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
 
 
-def adapted_squares(
-    weight: torch.Tensor,
-    squares: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor | float,
-    cross: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns `adapted_sums` of whole rows, infinity where they are 0; see `nonzero`."""
-    return nonzero(adapted_sums(weight, squares, lora_a, lora_b, scaling, cross))
-
-
 @torch.no_grad()
 def adapted_sums(
     weight: torch.Tensor,
@@ -66,7 +54,6 @@ def adapted_sums(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
-    cross: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
 
@@ -81,7 +68,6 @@ def adapted_sums(
         lora_a: ``[R, K]``; rounded to the weight's dtype for the product with it.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
-        cross: ``weight @ lora_a.T``, ``[N, R]``, where somebody has it; may be overwritten.
 
     Returns:
         ``[N]`` in fp32 (fp64 for an fp64 weight).
@@ -89,9 +75,7 @@ def adapted_sums(
     wide = squares.dtype
     a, b = lora_a.to(wide), lora_b.to(wide)
     # [N, K] x [K, R], then [N, R] x [R, R]
-    if cross is None:
-        cross = products.mm(weight, lora_a.to(weight.dtype).t())
-    cross = cross.to(wide)
+    cross = products.mm(weight, lora_a.to(weight.dtype).t()).to(wide)
     gram = torch.mm(a, a.t())
     if isinstance(scaling, torch.Tensor):
         inner = cross.addmm_(b, gram * scaling, beta=2.0)
@@ -108,14 +92,3 @@ def adapted_sums(
 def nonzero(sums: torch.Tensor) -> torch.Tensor:
     """Returns squared norms with infinity for 0: a row whose norm is 0 has g = 0, not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
-
-
-def norm_joins(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
-    """Whether lora_a's rows join those of x, ``[..., K]``, in the base product, for ``cross``.
-
-    That saves reading the weight again and costs a copy of x, where there is none anyway. SmolLM2's
-    linears, 512 rows, fp32, one AVX2 core: cross 97 to 753 us, the copy 99 to 388, no gain at
-    N = 192. The result is a view of the product, whose last R rows live as long: an eighth at most.
-    """
-    m, n = x.shape[:-1].numel(), weight.shape[0]
-    return weight.dtype == x.dtype and 8 * rank <= m <= n

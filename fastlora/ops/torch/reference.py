@@ -78,38 +78,16 @@ def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     waits for nothing), so calling again with the same seed and shape repeats it. 16 random bits
     decide an element: ``p`` is rounded to a multiple of 2**-16.
     """
-    return _draw_keep(x, seed, p, None)
-
-
-def _draw_keep(
-    x: torch.Tensor, seed: torch.Tensor, p: float, out: torch.Tensor | None
-) -> torch.Tensor:
-    """`lora_keep`, in the first memory of ``out`` if given: contiguous, of integers as wide."""
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD
-    in_place = x.itemsize * 8 == _LANE_BITS
-    if out is not None and in_place and out.numel() >= words * _LANES_PER_WORD:
-        bits = out.view(-1)[: words * _LANES_PER_WORD].view(torch.int64)
-    else:
-        bits = torch.empty(words, dtype=torch.int64, device=x.device)
+    bits = torch.empty(words, dtype=torch.int64, device=x.device)
     bits.random_(-(2**63), None, generator=generator)
     lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
     threshold = min(round(p * 2**_LANE_BITS), 2**_LANE_BITS - 1) - 2 ** (_LANE_BITS - 1)
-    keep = None if out is None else out.view(-1)[: x.numel()].view(x.shape)
-    if keep is None and not in_place:
-        keep = torch.empty(x.shape, dtype=INTEGERS[x.itemsize], device=x.device)
-    return lanes.ge_(threshold) if keep is None else torch.ge(lanes, threshold, out=keep)
-
-
-def lora_selected(x: torch.Tensor, seed: torch.Tensor, p: float, more: int) -> torch.Tensor:
-    """Returns x ``[M, K]`` where dropout keeps it, zero elsewhere, and ``more`` rows to be written.
-
-    ``[M + more, K]``: for a product with other rows behind x's. The mask is `lora_keep`'s.
-    """
-    shape = (x.shape[0] + more, x.shape[1])
-    whole = torch.empty(shape, dtype=INTEGERS[x.itemsize], device=x.device)
-    select_(_draw_keep(x, seed, p, whole), x)
-    return whole.view(x.dtype)
+    if x.itemsize * 8 == _LANE_BITS:
+        return lanes.ge_(threshold)
+    keep = torch.empty(x.shape, dtype=INTEGERS[x.itemsize], device=x.device)
+    return torch.ge(lanes, threshold, out=keep)
 
 
 def select_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

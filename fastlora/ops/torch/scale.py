@@ -15,7 +15,7 @@ import torch
 
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Returns g, ``[N]``, of a magnitude and `adapted_squares`; without these it is g already."""
+    """Returns g, ``[N]``, of a magnitude and its squares; without these it is g already."""
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
