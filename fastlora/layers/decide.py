@@ -16,7 +16,7 @@ from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base, Slots, Tables
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
 from fastlora.ops.rows import Rows

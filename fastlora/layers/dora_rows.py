@@ -25,7 +25,7 @@ from fastlora.autograd.linear import records_gradients
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import Scale, scaling_beside
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.dora_dropped import Dropped

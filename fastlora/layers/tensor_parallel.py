@@ -51,7 +51,7 @@ from fastlora.layers.forward import run_rows
 from fastlora.layers.norms import cached_squares, forget_norms
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.rows import Rows
