@@ -17,15 +17,14 @@ product: a pair of products for each adapter 32 (bf16) and 4.0 (fp32), blocks 4.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
-from fastlora.ops.torch.packed_choice import Rows as RowsKind
-from fastlora.ops.torch.packed_choice import is_coalesced, is_dense, kind_of
+from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense, kind_of
 
 # Where units are coalesced, a block wants so many rows.
 _FEW_ROWS = 4
@@ -100,7 +99,7 @@ class Shrunk(NamedTuple):
 
 
 def plan_for(
-    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[Any, Plan | None]
+    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
     """Returns how to multiply; None where nothing packed is good.
 
@@ -205,10 +204,9 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
             s.masked_fill_(plan.other, 0.0)
         return Shrunk(x, s.unbind(2))
     x = x.index_select(0, plan.gather)
-    if lora_a.dim() == 4:
-        lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
+    own_a = lora_a.view(plan.blocks, -1, k)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
-    s = products.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
+    s = products.bmm(x.view(plan.blocks, plan.longest, k), own_a.transpose(1, 2))
     s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
