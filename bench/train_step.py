@@ -9,7 +9,8 @@ a bf16 base in fp32 unless it is told otherwise, so bf16 has two rows for each d
 with adapters of the row's dtype. A step is timed only after its loss has been compared with PEFT's
 (without dropout, whose masks differ), and after each model has run a step that is not timed: PEFT's
 overhead on a fresh process is larger, since its temporaries' pages have not been touched yet. A
-DoRA step is timed against fastlora's own LoRA step too.
+DoRA step is timed against fastlora's own LoRA step too. A forward is an evaluation's: no dropout,
+no gradients.
 """
 
 from __future__ import annotations
@@ -66,13 +67,16 @@ def measured(
     """Checks and times one kind of step; returns its row."""
     kind = DTYPES[dtype], adapters == "fp32", dropout
     ours, theirs = twins(*kind, method == "dora")
-    mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids)
+    mine, other, base = step(ours, ids), step(theirs, ids), base_forward(ours, ids)
     losses = mine(), other()
     # Gradients are for the tests to compare; this finds sides that do not run the same model.
     if not dropout and abs(losses[0] - losses[1]) > 8 * torch.finfo(DTYPES[dtype]).eps * losses[1]:
         raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
     times = measure.interleaved_seconds({"ours": mine, "peft": other}, rounds, warmup=1)
     over_base = ratio(mine, base, 3)
+    forwards = ratio(evaluation(ours.eval(), ids), evaluation(theirs.eval(), ids), rounds)
+    for model in (ours, theirs):
+        model.train()
     peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
     over_lora = ""
     if method == "dora":
@@ -87,6 +91,7 @@ def measured(
         "fastlora_ms": f"{statistics.median(times['ours']) * 1e3:.1f}",
         "peft_ms": f"{statistics.median(times['peft']) * 1e3:.1f}",
         "ratio_to_peft": f"{measure.median_ratio(times, 'ours', 'peft'):.4f}",
+        "forward_ratio_to_peft": f"{forwards:.4f}",
         "ratio_to_base_forward": f"{over_base:.4f}",
         "ratio_to_lora": over_lora,
         "fastlora_peak_mib": f"{peaks[0] / 2**20:.1f}",
@@ -157,7 +162,17 @@ def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
     return run
 
 
-def forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+def evaluation(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """One forward of a model in eval mode."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids, use_cache=False)
+
+    return run
+
+
+def base_forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     """The base model's forward, without adapters or gradients."""
 
     def run() -> None:
@@ -179,6 +194,7 @@ def show(row: dict[str, Any]) -> None:
         f"{row['method']}, {row['dtype']} base, {row['adapters']} adapters, "
         f"dropout {row['dropout']}: "
         f"{row['fastlora_ms']} ms, {row['ratio_to_peft']} of PEFT, "
+        f"a forward {row['forward_ratio_to_peft']}; "
         f"{row['ratio_to_base_forward']} of the base forward, "
         f"{row['ratio_to_lora'] or 1} of LoRA; peak {row['fastlora_peak_mib']} MiB, "
         f"{row['peak_ratio']} of PEFT",
