@@ -8,7 +8,7 @@ import torch
 
 from fastlora.autograd import linear as autograd
 from fastlora.autograd.shrink import Shrunk
-from fastlora.ops.backend import draw_seed, resolve_impl
+from fastlora.ops import backend
 from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import invariant_impl, is_batch_invariant
 from fastlora.ops.plans import PLANS
@@ -215,12 +215,12 @@ def apply(
             )
         impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
     else:
-        impl = resolve_impl(impl, x)
+        impl = backend.resolve_impl(impl, x)
     s = seed = None
     if shrunk is not None:
         s, seed = shrunk
     elif dropout_p > 0.0:
-        seed = draw_seed(x, impl)
+        seed = backend.draw_seed(x, impl)
         seed = seed if own_seed is None else own_seed(seed)
     call = autograd.Call(impl, plan, (dropout_p,))
     return autograd.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)

@@ -15,7 +15,7 @@ import torch
 
 import fastlora.ops.operators  # noqa: F401  # registers a backend
 from fastlora.autograd.linear import plain_backward
-from fastlora.ops.backend import BACKENDS, draw_seed
+from fastlora.ops import backend
 from fastlora.ops.layout import present
 from fastlora.ops.rows import Rows
 
@@ -52,7 +52,7 @@ def shrink(
         rows: Which adapter each row has; None where one has all.
     """
     x = x.detach()  # the gradient of x is the layers' own part
-    seeds = tuple(draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
+    seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
     made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
     return [Shrunk(s, seed) for s, seed in zip(made, seeds, strict=True)]
@@ -82,7 +82,7 @@ class LoraShrink(torch.autograd.Function):
         ctx.save_for_backward(x, *lora_a, *seeds)
         flat = x.reshape(-1, x.shape[-1])
         layers = _by_layer(lora_a, len(dropouts))
-        return tuple(BACKENDS[impl].shrink(flat, layers, seeds, dropouts, rows))
+        return tuple(backend.BACKENDS[impl].shrink(flat, layers, seeds, dropouts, rows))
 
     @staticmethod
     @plain_backward
@@ -100,7 +100,7 @@ class LoraShrink(torch.autograd.Function):
         if wanted:
             ds: Any = [grads[i] for i in wanted]
             layers = _by_layer(lora_a, count)
-            gradients = BACKENDS[ctx.impl].grad_a(
+            gradients = backend.BACKENDS[ctx.impl].grad_a(
                 x.reshape(-1, x.shape[-1]),
                 ds,
                 [layers[i] for i in wanted],
