@@ -37,13 +37,14 @@ def local(parameter: Any) -> torch.Tensor:
         return parameter.to_local()
 
 
-def own(parameter: Any, *, summed: bool) -> torch.Tensor:
-    """Returns this process's part of a parameter as a plain tensor.
+def own(parameter: Any) -> torch.Tensor:
+    """Returns this process's part of a DTensor as a plain tensor.
 
-    ``summed`` says that it is the whole parameter, of whose gradient every process has one summand:
-    they are added up in the backward.
+    Of one that every process has whole, each has one summand of the gradient: they are added up in
+    the backward.
     """
-    if not (summed and torch.is_grad_enabled() and parameter.requires_grad):
+    is_whole = all(placement.is_replicate() for placement in parameter.placements)
+    if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
         return parameter.to_local()
     from torch.distributed.tensor import Partial
 

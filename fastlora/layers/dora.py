@@ -5,8 +5,6 @@ An adapter uses DoRA where the layer's ``lora_magnitude_vector`` has its name.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,7 +103,7 @@ def scaled(
     u: torch.Tensor,
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
-    squares: Any,
+    squares: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns ``g * u + bias`` for ``u [..., N]``, in u's memory where no graph is recorded."""
     if records_gradients(u, bias, magnitude):

@@ -97,7 +97,7 @@ def base_squares(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
 
 
 def adapter_sums(
-    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
+    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor | float
 ) -> torch.Tensor:
     """Returns `adapted_sums` of an adapter over this process's part of a layer, ``[N]``.
 
@@ -113,7 +113,7 @@ def adapter_sums(
 
 
 def adapter_squares(
-    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: Any
+    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor | float
 ) -> torch.Tensor:
     """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now.
 
@@ -123,7 +123,7 @@ def adapter_squares(
     return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling)])[0]
 
 
-def kept_sums(layer: AdapterLayer, name: str, scaling: Any) -> torch.Tensor:
+def kept_sums(layer: AdapterLayer, name: str, scaling: torch.Tensor | float) -> torch.Tensor:
     """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
 
     With gradients they are computed in every forward: an optimizer may be about to step, and not

@@ -34,9 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastlora.layers.base import LoraLayer
 from fastlora.layers.factors import is_hooked, scaling_beside, scaling_of
 from fastlora.layers.forward import forward
-from fastlora.layers.norms import forget_norms
+from fastlora.layers.norms import forget_norms, magnitude_of
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.factors import Base, Factors
@@ -89,6 +90,9 @@ class TensorParallelLora(FastLoraWrapper):
     With dropout, column-wise processes draw one mask (a broadcast of one number for each forward);
     row-wise each draws its own for its columns, so that masks differ from those of one process.
 
+    Every process must call `add_adapter`; the first one's values count. It raises
+    `AdapterStateError` where FSDP2 shards the layer too.
+
     Args:
         base_layer: An `nn.Linear` that ``parallelize_module`` has split.
 
@@ -109,15 +113,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     # ----------------------------------------------------------------------------- adapters
 
-    def add_adapter(self, adapter_name: str, **adapter: Any) -> None:
-        """See `LoraLayer.add_adapter`. Every process must call it; the first one's values count.
-
-        Raises:
-            AdapterStateError: FSDP2 shards the layer too.
-        """
-        super().add_adapter(adapter_name, **adapter)
-
-    def take_adapters(self, layer: Any) -> None:
+    def take_adapters(self, layer: LoraLayer) -> None:
         """Moves another layer's adapters here, with all that they have.
 
         Args:
@@ -224,8 +220,7 @@ class TensorParallelLora(FastLoraWrapper):
         )
 
     def _check_layouts(self, x: Any, y: Any) -> None:
-        to: Any = x.placements[0] if is_sharded(x) else None
-        out: Any = y.placements[0] if is_sharded(y) else None
+        to, out = (tensor.placements[0] if is_sharded(tensor) else None for tensor in (x, y))
         last = x.dim() - 1
         if to is None or out is None:
             fits = False
@@ -256,23 +251,20 @@ class TensorParallelLora(FastLoraWrapper):
                     f"adapter {name!r} has a {type(module).__name__} that is hooked or replaced, "
                     "which a tensor-parallel layer cannot run"
                 )
-        by_column = self.style == COLUMN_WISE
-        lora_bias = up.bias
-        if lora_bias is not None:
-            # Row-wise, all shares of y are summed: the bias goes into the first one.
-            first = by_column or not self.base_layer.weight.device_mesh.get_local_rank()
-            lora_bias = own(lora_bias, summed=not by_column) * first
+        lora_bias = None if up.bias is None else own(up.bias)
+        if lora_bias is not None and self.style == ROW_WISE:
+            # All shares of y are summed: the bias goes into the first one.
+            lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
-            own(self.lora_A[name].weight, summed=by_column),
-            own(up.weight, summed=not by_column),
+            own(self.lora_A[name].weight),
+            own(up.weight),
             scaling_of(self, name) if x is None else scaling_beside(self, name, x),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
-        magnitude: Any = self.lora_magnitude_vector[name]
-        return own(magnitude.weight, summed=self.style == ROW_WISE)
+        return own(magnitude_of(self, name))
 
     def _own_weight(self) -> torch.Tensor:
         return local(self.base_layer.weight)
@@ -283,10 +275,10 @@ class TensorParallelLora(FastLoraWrapper):
         Row-wise an equal part, as torch adds it. Taken out before the scale and put back behind
         it, the parts sum up to the bias wherever torch has added it.
         """
-        bias = self.base_layer.bias
+        bias = super()._own_bias()
         if bias is None or self.style == COLUMN_WISE:
-            return None if bias is None else own(bias, summed=False)
-        return own(bias, summed=True) / self.base_layer.weight.device_mesh.size()
+            return None if bias is None else own(bias)
+        return own(bias) / self.base_layer.weight.device_mesh.size()
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
         """Returns one seed for all where all have the same columns of x, else one for each."""
@@ -328,15 +320,11 @@ class TensorParallelLora(FastLoraWrapper):
                 f"cannot merge into this layer: FSDP2 shards its weight too (a DTensor over "
                 f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
             )
-        return weight.to_local(), None if bias is None else bias.to_local(), False
+        return local(weight), None if bias is None else local(bias), False
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        lora_a: Any
-        lora_b: Any
-        lora_bias: Any
         lora_a, lora_b, lora_bias = super()._factors(name)
-        bias = None if lora_bias is None else lora_bias.to_local()
-        return lora_a.to_local(), lora_b.to_local(), bias
+        return local(lora_a), local(lora_b), None if lora_bias is None else local(lora_bias)
 
     def _all_agree(self, holds: bool) -> bool:
         mesh = self.base_layer.weight.device_mesh

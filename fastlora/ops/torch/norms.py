@@ -9,7 +9,6 @@ Shapes: ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``scaling`` wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
-def outside_autocast(compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """Calls ``compute`` with tensors of one device, the first of the arguments among them."""
-    device_type = args[0].device.type
+def outside_autocast(
+    compute: Callable[..., torch.Tensor], weight: torch.Tensor, *args: object
+) -> torch.Tensor:
+    """Calls ``compute`` with a weight and other arguments on its device."""
+    device_type = weight.device.type
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return compute(*args)
-    return compute(*args)
+            return compute(weight, *args)
+    return compute(weight, *args)
 
 
 @torch.no_grad()
