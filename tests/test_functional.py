@@ -1,4 +1,4 @@
-"""`fastlora.functional` against float64 truth: values, every gradient, dropout, refusals."""
+"""`fastlora.functional`: numerical derivatives, what is saved, who records, refusals."""
 
 from __future__ import annotations
 
@@ -7,22 +7,7 @@ import torch
 
 from fastlora.autograd import linear as autograd
 from fastlora.functional import lora_add, lora_linear
-from fastlora.testing import assert_within_budget
 from fastlora.validation import ConfigError, ImplementationError
-from tests.support.plain import plain
-
-# M, N, K, R: pairwise over the sizes that matter (empty, one row, around a tile, off the tile).
-SHAPES = [
-    (0, 33, 40, 4),
-    (1, 64, 48, 1),
-    (15, 40, 33, 3),
-    (16, 33, 64, 16),
-    (17, 96, 40, 24),
-    (127, 40, 96, 64),
-    (300, 130, 65, 8),
-    (33, 260, 24, 4),  # wide: s is made again in the backward
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -42,23 +27,6 @@ def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Who records small fp32 and fp64 layers: our function, or PyTorch."""
     if request.param == "one node":
         monkeypatch.setattr(autograd, "_FEW_ROWS", 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, nodes: None) -> None:
-    """Value and all five gradients stay within the error budget of the same-dtype expression."""
-    operands = make(*shape, dtype)
-    dy = torch.randn(shape[0], shape[1]).to(dtype)
-    truth_in = {n: t.detach().double().requires_grad_() for n, t in operands.items()}
-    same_in = {n: t.detach().clone().requires_grad_() for n, t in operands.items()}
-    truth, same = plain(**truth_in, scaling=1.7), plain(**same_in, scaling=1.7)
-    actual = lora_linear(scaling=1.7, **operands)
-    assert_within_budget(actual.detach(), same.detach(), truth.detach(), "y")
-    for y, grad in ((truth, dy.double()), (same, dy), (actual, dy)):
-        y.backward(grad)
-    for name, operand in operands.items():
-        assert_within_budget(operand.grad, same_in[name].grad, truth_in[name].grad, f"d_{name}")
 
 
 @pytest.mark.parametrize("numbers", [[0.5, 2.0, 1 / 3], [1 / 3]], ids=["per rank row", "one"])

@@ -16,6 +16,8 @@ import fastlora
 from fastlora.commands import cli
 from fastlora.model.adapter_folder import WEIGHTS_NAME, save_adapter_folder
 from fastlora.model.config import LoraConfig
+from tests.support.programs import error_of
+from tests.support.tiny import tiny_llama
 
 PRE = "base_model.model."
 
@@ -39,15 +41,6 @@ def adapter(tmp_path: Path) -> Path:
     }
     save_adapter_folder(tmp_path / "adapter", config, tensors)
     return tmp_path / "adapter"
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(a) for a in arguments]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("fastlora: error: ")]
-    assert len(errors) == 1 and errors[0] == lines[-1]
-    assert "Traceback" not in "".join(lines)
-    return errors[0]
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -130,7 +123,7 @@ def test_bench_mixed_gets_its_arguments(
 
 
 def test_bench_mixed_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere: no such folder" in fails(capsys, "bench", "mixed", "--model", "nowhere")
+    assert "nowhere: no such folder" in error_of(capsys, "bench", "mixed", "--model", "nowhere")
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,11 +200,11 @@ def test_inspect_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "snapshot_download" in fails(capsys, "inspect", "org/adapter")
-    assert "in its subfolders adapter" in fails(capsys, "inspect", tmp_path)
+    assert "snapshot_download" in error_of(capsys, "inspect", "org/adapter")
+    assert "in its subfolders adapter" in error_of(capsys, "inspect", tmp_path)
     path = adapter / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1])
-    assert "truncated" in fails(capsys, "inspect", adapter, "--json")
+    assert "truncated" in error_of(capsys, "inspect", adapter, "--json")
 
 
 # ------------------------------------------------------------------------------------ merge
@@ -219,19 +212,9 @@ def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-        tie_word_embeddings=False,
-    )
+    pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("models") / "base"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama(tie_word_embeddings=False).save_pretrained(path)
     (path / "tokenizer_config.json").write_text('{"a": 1}')
     (path / "tokenizer.json").write_text('{"b": 2}')
     (path / "unrelated.json").write_text("{}")
@@ -299,9 +282,9 @@ def test_merge_refuses_what_exists(
 ) -> None:
     monkeypatch.setattr(cli, "_load_base", None)  # too early to load anything
     (tmp_path / "keep").write_text("x")
-    assert "not an empty folder" in fails(capsys, "merge", base, trained, tmp_path)
-    assert "not an empty folder" in fails(capsys, "merge", base, trained, tmp_path / "keep")
-    assert "no such folder" in fails(capsys, "merge", base, "nowhere", tmp_path / "out")
+    assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path)
+    assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path / "keep")
+    assert "no such folder" in error_of(capsys, "merge", base, "nowhere", tmp_path / "out")
     assert os.listdir(tmp_path) == ["keep"] and (tmp_path / "keep").read_text() == "x"
 
 
@@ -309,9 +292,9 @@ def test_merge_with_a_base_that_is_missing_or_wrong(
     base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert "./nowhere: no such folder" in fails(capsys, "merge", "./nowhere", trained, out)
+    assert "./nowhere: no such folder" in error_of(capsys, "merge", "./nowhere", trained, out)
     (tmp_path / "empty").mkdir()
-    message = fails(capsys, "merge", tmp_path / "empty", trained, out)
+    message = error_of(capsys, "merge", tmp_path / "empty", trained, out)
     assert "cannot be loaded as a causal language model" in message
     assert not out.exists()
 
@@ -326,7 +309,7 @@ def test_merge_of_weights_that_are_not_finite_leaves_nothing(
     tensors[name][0, 0] = float("nan")
     save_file(tensors, bad / WEIGHTS_NAME)
     (bad / "adapter_config.json").write_text((trained / "adapter_config.json").read_text())
-    assert "finite" in fails(capsys, "merge", base, bad, tmp_path / "out")
+    assert "finite" in error_of(capsys, "merge", base, bad, tmp_path / "out")
     assert os.listdir(tmp_path) == ["bad"]
 
 
@@ -341,5 +324,5 @@ def test_merge_that_cannot_be_written_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cli, "_copy_tokenizer", fail)
-    assert "No space left" in fails(capsys, "merge", base, trained, tmp_path / "out")
+    assert "No space left" in error_of(capsys, "merge", base, trained, tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastlora.ops.backend import constant_when_compiled
+from tests.support.programs import python
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_RATIO = 1.4
 RUNS = 5
-
-
-def python(code: str, cwd: Path, **env: str) -> str:
-    """Runs code in a new interpreter, which may keep bytecode, and returns what it prints."""
-    environment = {**os.environ, **env}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_import_takes_little_longer_than_that_of_torch(tmp_path: Path) -> None:

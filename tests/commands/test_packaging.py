@@ -12,25 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import python
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_KERNELS = """
 import fastlora, fastlora.kernels.lora_linear as kernel
 print(fastlora.__file__, kernel.__file__)
 """
-
-
-def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
-    """Runs code in a new interpreter and returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,9 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
     @torch.enable_grad()
     def unknown_optimizer() -> None:
         subject.forward(subject.x())
-        for parameter in own.values():
-            parameter.data.mul_(1.25)
+        for parameter in places.values():
+            if parameter.requires_grad:
+                parameter.data.mul_(1.25)
         subject.net.eval()
 
     def storage() -> None:

@@ -162,6 +162,8 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
     subject.net.eval()
     for kind in ("fused", "foreach"):
         torch.compiler.reset()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, lr=0.1, **{kind: True})
         step: Callable[[], Any] = optimizer.step
         if way.endswith("compiled"):
@@ -173,8 +175,9 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
             step = torch.compile(lambda run=whole: [part() for part in run], backend="aot_eager")
         if way.startswith("step alone"):  # of gradients from before the evaluation
             find_gradients()
-        for parameter in trained:
-            parameter.requires_grad_("frozen" not in way)
+        if "frozen" in way:
+            for parameter in trained:
+                parameter.requires_grad_(False)
         evaluate()
         subject.call = train
         if way in ("eager", "compiled"):
@@ -183,8 +186,6 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
             find_gradients()
         step()
         optimizer.zero_grad()
-        for parameter in trained:
-            parameter.requires_grad_(True)
         if subject.net.training:
             subject.net.eval()
         subject.read()

@@ -81,11 +81,15 @@ def test_each_kind_of_batch_has_a_graph() -> None:
 
 
 def test_automatic_dynamic_shapes() -> None:
-    """Without being told, a second length makes one dynamic graph, and that is all."""
+    """A second length makes a dynamic graph; no choice by the number of rows makes another."""
     subject = compiled(Subject(Case("model", "single", "plain")))
-    for length in (5, 6, *range(7, 27)):
+    for length in (5, 6, *range(7, 20), 400):
         subject.step(subject.x(length))
         assert graph_count() == min(2, length - 4)
+    with torch.no_grad():
+        for length in (5, 400):
+            subject.forward(subject.x(length))
+    assert graph_count() == 3
 
 
 SCALED = [("model", feature) for feature in ("plain", "bias", "dora")] + [("patched", "plain")]

@@ -44,17 +44,6 @@ def check_accumulation(folder: Path) -> None:
     steps.assert_as_one(model)
 
 
-def check_checkpointing(folder: Path) -> None:
-    """Activation checkpointing, of both kinds, changes nothing."""
-    for reentrant in (False, True):
-        model = steps.build()
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.get_base_model().enable_input_require_grads()
-        wrapped = DistributedDataParallel(model)
-        steps.train(wrapped, half=True)
-        steps.assert_as_one(wrapped)
-
-
 def check_scaler(folder: Path) -> None:
     """bf16 autocast under a loss scale: the gradients of one process in the same dtypes."""
 

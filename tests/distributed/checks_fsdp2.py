@@ -25,6 +25,7 @@ from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
 from tests.support.distributed import steps
+from tests.support.distributed.split_models import assert_same
 
 
 def raises(error: Any, match: str, function: Any, *args: Any, **kwargs: Any) -> None:
@@ -75,13 +76,14 @@ def check_accumulation(folder: Path) -> None:
 
 
 def check_checkpointing(folder: Path) -> None:
-    """Activation checkpointing inside the sharded layers changes nothing."""
+    """Activation checkpointing of both kinds, in sharded layers and in DDP, changes nothing."""
     for reentrant in (False, True):
-        model = steps.build()
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.get_base_model().enable_input_require_grads()
-        steps.train(steps.shard(model), half=True)
-        steps.assert_as_one(model)
+        for wrap in (steps.shard, torch.nn.parallel.DistributedDataParallel):
+            model = steps.build()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.get_base_model().enable_input_require_grads()
+            steps.train(wrap(model), half=True)
+            steps.assert_as_one(model)
 
 
 def check_mixed_precision(folder: Path) -> None:
@@ -269,7 +271,7 @@ def check_refusals(folder: Path) -> None:
 
 def check_dora(folder: Path) -> None:
     """DoRA: magnitudes are shards too; trains, and mixes with other rows, as in one process."""
-    dora: dict[str, Any] = {"use_dora": True, "lora_bias": False}
+    dora = steps.DORA
 
     def build(dtype: torch.dtype) -> Any:
         model = steps.build(dtype, **dora)
@@ -278,32 +280,22 @@ def check_dora(folder: Path) -> None:
         train_adapters(model, ["default", "b"])
         return model
 
-    trained = {}
-    for dtype in (torch.float32, torch.float64):
-        model = steps.build(dtype, **dora)
-        steps.train(model, half=False)
-        trained[dtype] = steps.trained(model)
     model = steps.shard(steps.build(**dora))
     steps.train(model, half=True)
-    found = steps.trained(model)
-    assert any("magnitude" in name for name in found)
-    for name, tensor in found.items():
-        assert_within_budget(tensor, trained[torch.float32][name], trained[torch.float64][name])
+    steps.assert_as_one(model, use_dora=True)
 
     ids, names, gradients = steps.tokens(0), ["default", "b", None, "default"], []
     for model in (steps.shard(build(torch.float32)), build(torch.float32), build(torch.float64)):
         model(input_ids=ids, labels=ids, adapter_names=names).loss.backward()
         named = model.named_parameters()
         gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
-    mine, same, truth = gradients
-    assert mine.keys() == truth.keys()
-    for name, tensor in truth.items():
-        assert_within_budget(mine[name], same[name], tensor, name)
+    assert any("magnitude" in name for name in gradients[0])
+    assert_same(*gradients)
 
 
 def check_dora_norms_follow_shards(folder: Path) -> None:
     """What FSDP2 gathers lies where it lay before, at the version it had: no norm may be kept."""
-    dora: dict[str, Any] = {"use_dora": True, "lora_bias": False}
+    dora = steps.DORA
     model, whole_model = steps.shard(steps.build(**dora)).eval(), steps.build(**dora).eval()
     ids = steps.tokens(0)
     pairs = list(zip(model.named_parameters(), whole_model.parameters(), strict=True))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastlora.commands import cli
+from tests.support.programs import error_of
 from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,13 @@ def write_config(path: Path, given: dict[str, Any]) -> Path:
     return path
 
 
+def train(path: Path, given: dict[str, Any], *flags: object) -> dict[str, torch.Tensor]:
+    """Writes a config, runs the command over it here, and returns what it saved."""
+    write_config(path, given)
+    assert cli.main(["train", str(path), "--quiet", *map(str, flags)]) == 0
+    return saved(Path(given["out"]))
+
+
 def saved(out: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the adapters in a run's folder."""
     found = {}
@@ -131,12 +139,7 @@ def failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def fails(given: dict[str, Any], *flags: object) -> str:
         path = write_config(tmp_path / "c.json", given)
-        capsys.readouterr()
-        assert cli.main(["train", str(path), "--quiet", *map(str, flags)]) == 1
-        lines = capsys.readouterr().err.splitlines()
-        errors = [line for line in lines if line.startswith("fastlora: error: ")]
-        assert errors == lines[-1:] and "Traceback" not in "".join(lines)
-        return errors[0]
+        return error_of(capsys, "train", path, "--quiet", *flags)
 
     return fails
 

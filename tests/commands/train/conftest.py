@@ -8,30 +8,26 @@ from typing import Any
 
 import pytest
 
+from tests.support import train_runs
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama's folder, which every test leaves as it was."""
     pytest.importorskip("transformers", reason="trains its models")
     pytest.importorskip("accelerate", reason="trains on it")
-    from tests.support import train_runs
-
     return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Data that no test changes."""
-    from tests.support import train_runs
-
     return train_runs.make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def given(base: Path, tmp_path: Path) -> dict[str, Any]:
     """A config whose data the test may change."""
-    from tests.support import train_runs
-
     data = train_runs.make_data(tmp_path / "data")
     return train_runs.config(base, data, tmp_path / "out", steps=4, save_every=2)
 
@@ -39,6 +35,4 @@ def given(base: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """See `train_runs.failing`."""
-    from tests.support import train_runs
-
     return train_runs.failing(tmp_path, capsys)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.commands import cli
 from fastlora.testing import assert_within_budget
 from fastlora.train import checkpoint
 from tests.support import train_runs
@@ -25,14 +24,13 @@ pytest.importorskip("accelerate", reason="trains on it")
 
 
 @pytest.fixture
-def start(base: Path, data: dict[str, Path], tmp_path: Path) -> Callable[..., tuple[int, Path]]:
-    """``start(out, *flags, **config changes)`` runs the command here: exit code, run's folder."""
+def start(base: Path, data: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """``start(out, *flags, **config changes)`` runs the command here: the run's folder."""
 
-    def run(out: str, *flags: object, **changes: Any) -> tuple[int, Path]:
+    def run(out: str, *flags: object, **changes: Any) -> Path:
         given = train_runs.config(base, data, tmp_path / out, **changes)
-        path = train_runs.write_config(tmp_path / f"{out}.json", given)
-        code = cli.main(["train", str(path), "--quiet", *map(str, flags)])
-        return code, tmp_path / out
+        train_runs.train(tmp_path / f"{out}.json", given, *flags)
+        return tmp_path / out
 
     return run
 
@@ -41,10 +39,7 @@ def start(base: Path, data: dict[str, Path], tmp_path: Path) -> Callable[..., tu
 def whole(base: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs")
-    path = train_runs.write_config(
-        folder / "c.json", train_runs.config(base, data, folder / "whole")
-    )
-    assert cli.main(["train", str(path), "--quiet"]) == 0
+    train_runs.train(folder / "c.json", train_runs.config(base, data, folder / "whole"))
     return folder / "whole"
 
 
@@ -137,8 +132,7 @@ def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_pat
     assert len(leftovers) == 1 and (leftovers[0] / "adapters" / "a").is_dir()
     assert not (out / "a").exists()
 
-    code, _ = start("killed", "--resume")
-    assert code == 0 and same(out, whole)
+    assert same(start("killed", "--resume"), whole)
     assert not list(root.glob(".step-*.tmp"))
     assert [entry["step"] for entry in log(out)] == list(range(1, 9))
     assert log(out) == log(whole)
@@ -155,15 +149,13 @@ def test_resume_from_any_checkpoint(
     shutil.copytree(whole / "checkpoints", out / "checkpoints")
     if step == 6:
         shutil.rmtree(out / "checkpoints" / "step-00000008")
-    code, _ = start("again", "--resume")
-    assert code == 0 and same(out, whole)
+    assert same(start("again", "--resume"), whole)
     assert f"resumed behind step {step} of 8" in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_starts(start: Any, whole: Path) -> None:
     """A run killed before its first checkpoint starts again."""
-    code, out = start("fresh", "--resume")
-    assert code == 0 and same(out, whole)
+    assert same(start("fresh", "--resume"), whole)
 
 
 def test_the_base_models_own_dropout_is_resumed_too(start: Any, data: Any, tmp_path: Path) -> None:
@@ -180,12 +172,10 @@ def test_the_base_models_own_dropout_is_resumed_too(start: Any, data: Any, tmp_p
     model = {"model": str(folder), "defaults": {"targets": ["q_proj", "fc1"]}}
     adapters = {"a": {"data": str(data["a"]), "r": 2, "lr": 1e-2}}
     given = {**model, "adapters": adapters, "max_length": 48, "steps": 4, "save_every": 2}
-    code, out = start("opt", **given)
-    assert code == 0
+    out = start("opt", **given)
     again = tmp_path / "resumed" / "checkpoints"
     shutil.copytree(out / "checkpoints" / "step-00000002", again / "step-00000002")
-    code, resumed = start("resumed", "--resume", **given)
-    assert code == 0 and same(out, resumed)
+    assert same(out, start("resumed", "--resume", **given))
 
 
 # ------------------------------------------------------------------------------- several processes

@@ -28,36 +28,31 @@ def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     data = train_runs.make_data(folder / "data")
     given = train_runs.config(base, data, folder / "out", steps=4, save_every=2)
-    path = train_runs.write_config(folder / "c.json", given)
-    assert cli.main(["train", str(path), "--quiet"]) == 0
+    train_runs.train(folder / "c.json", given)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changed", "words"),
     [
-        ([change("adapters.a.lr", 3e-2)], "adapters.a.learning_rate was 0.01, is 0.03"),
-        (
-            [change("adapters.b.r", 8)],
-            "adapters.b.config.r was 4, is 8; adapters.b.config.lora_alpha was 8, is 16",
-        ),
-        ([change("adapters.b", None)], "adapters.b was {"),
-        ([change("steps", 9)], "steps was 4, is 9"),
-        ([change("seed", 9)], "seed was 5, is 9"),
-        ([change("micro_batch_size", 4)], "micro_batch_size was 2, is 4"),
-        ([change("dtype", "bfloat16")], 'was "float32 97x64 '),
-        ([change("max_length", 20)], "adapters.a.tokens was"),
+        (("adapters.a.lr", 3e-2), "adapters.a.learning_rate was 0.01, is 0.03"),
+        (("adapters.b.r", 8), "b.config.r was 4, is 8; adapters.b.config.lora_alpha was 8, is 16"),
+        (("adapters.b", None), "adapters.b was {"),
+        (("steps", 9), "steps was 4, is 9"),
+        (("seed", 9), "seed was 5, is 9"),
+        (("micro_batch_size", 4), "micro_batch_size was 2, is 4"),
+        (("dtype", "bfloat16"), 'was "float32 97x64 '),
+        (("max_length", 20), "adapters.a.tokens was"),
     ],
 )
 def test_resume_of_another_config(
-    fails: Any, given: Any, stopped: Path, tmp_path: Path, changes: Any, words: str
+    fails: Any, given: Any, stopped: Path, tmp_path: Path, changed: Any, words: str
 ) -> None:
     """What differs is named, and the checkpoint is as it was."""
     out = tmp_path / "out"
     shutil.copytree(stopped / "out", out)
     before = contents(out)
-    for apply in changes:
-        apply(given)
+    change(*changed)(given)
     error = fails(given, "--resume")
     assert f"{out / 'checkpoints' / 'step-00000004'} is of another run: " in error
     assert words in error

@@ -34,13 +34,6 @@ def tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-def trained(given: dict[str, Any], tmp_path: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Runs the command and returns what it saved."""
-    path = train_runs.write_config(tmp_path / "c.json", given)
-    assert cli.main(["train", str(path), "--quiet", *flags]) == 0
-    return train_runs.saved(Path(given["out"]))
-
-
 # ---------------------------------------------------------------------------------- whole commands
 
 
@@ -48,7 +41,7 @@ def trained(given: dict[str, Any], tmp_path: Path, *flags: str) -> dict[str, tor
 def test_sixteen_bits(dtype: str, base: Path, data: Any, tmp_path: Path) -> None:
     """Factors stay fp32; in fp16 each adapter has a loss scale, which a checkpoint holds."""
     given = train_runs.config(base, data, tmp_path / "whole", dtype=dtype, steps=4, save_every=2)
-    whole = trained(given, tmp_path)
+    whole = train_runs.train(tmp_path / "c.json", given)
     assert all(tensor.dtype == torch.float32 for tensor in whole.values())
     root = tmp_path / "whole" / "checkpoints"
     state = json.loads((root / "step-00000002" / "state.json").read_text())
@@ -57,7 +50,9 @@ def test_sixteen_bits(dtype: str, base: Path, data: Any, tmp_path: Path) -> None
     resumed = tmp_path / "resumed" / "checkpoints"
     resumed.mkdir(parents=True)
     (root / "step-00000002").rename(resumed / "step-00000002")
-    again = trained(given | {"out": str(tmp_path / "resumed")}, tmp_path, "--resume")
+    again = train_runs.train(
+        tmp_path / "c.json", given | {"out": str(tmp_path / "resumed")}, "--resume"
+    )
     assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
     losses = [entry["loss"]["a"] for entry in log(tmp_path / "whole") if "a" in entry["loss"]]
     assert losses[-1] < losses[0]
@@ -68,7 +63,7 @@ def test_gradient_checkpointing_changes_nothing(base: Path, data: Any, tmp_path:
     found = []
     for on in (False, True):
         given = train_runs.config(base, data, tmp_path / str(on), steps=3)
-        found.append(trained(given | {"gradient_checkpointing": on}, tmp_path))
+        found.append(train_runs.train(tmp_path / "c.json", given | {"gradient_checkpointing": on}))
     assert all(torch.equal(found[1][key], tensor) for key, tensor in found[0].items())
 
 
@@ -96,10 +91,10 @@ def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) 
 def test_evaluation(base: Path, data: Any, tmp_path: Path, tokenizer: Any) -> None:
     """Losses over all tokens of the evaluation data, dropout off; training is not disturbed."""
     given = train_runs.config(base, data, tmp_path / "plain", steps=4)
-    plain = trained(given, tmp_path)
+    plain = train_runs.train(tmp_path / "c.json", given)
     given["out"] = str(tmp_path / "out")
     given["adapters"]["a"]["eval_data"] = [str(data["a"]), str(data["c"])]
-    found = trained(given | {"eval_every": 3}, tmp_path)
+    found = train_runs.train(tmp_path / "c.json", given | {"eval_every": 3})
     assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
     entries = log(tmp_path / "out", "eval_loss")
     assert [entry["step"] for entry in entries] == [3, 4]
@@ -119,7 +114,7 @@ def test_evaluation(base: Path, data: Any, tmp_path: Path, tokenizer: Any) -> No
 def test_going_on_from_an_adapter(base: Path, data: Any, tmp_path: Path) -> None:
     """init_from takes factors and config; the untrained adapter beside it is a new one."""
     given = train_runs.config(base, data, tmp_path / "first", steps=2)
-    first = trained(given, tmp_path)
+    first = train_runs.train(tmp_path / "c.json", given)
     # How it was initialised is of no consequence now, nor whether fastlora can do that.
     path = tmp_path / "first" / "b" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "eva"}))
@@ -128,7 +123,7 @@ def test_going_on_from_an_adapter(base: Path, data: Any, tmp_path: Path) -> None
         "new": {"data": str(data["c"]), "r": 1, "lr": 1e-9},
     }
     given |= {"out": str(tmp_path / "second"), "adapters": tables, "defaults": {}}
-    second = trained(given | {"epochs": 1, "max_length": 9}, tmp_path)
+    second = train_runs.train(tmp_path / "c.json", given | {"epochs": 1, "max_length": 9})
     for key, tensor in first.items():
         if key.startswith("b:"):
             # Two steps of 1e-9: a value that Adam moves by as much as its rounding, or not at all.
