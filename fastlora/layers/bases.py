@@ -58,6 +58,13 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
     return ""
 
 
+def factor_like(base: nn.Module) -> torch.Tensor | None:
+    """Returns a parameter whose device and dtype new factors take; None for torch's defaults."""
+    own = base.parameters(recurse=False)
+    # fp8 and packed integers cannot train.
+    return next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
+
+
 def makes_fresh_outputs(module: nn.Module) -> bool:
     """Returns whether nobody but the caller holds what a linear-like module returns."""
     return type(module).__module__.startswith(_MAKE_FRESH_OUTPUTS)
