@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.bases import dense_weight, linear_features, why_not_plain
+from fastlora.layers.bases import dense_weight, linear_features, parallel_style, why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
-from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
+from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.walk import original_of, outer_modules
