@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer
-from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
+from fastlora.layers.bases import parallel_style
+from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.model import LoraModel
 from fastlora.model.walk import outer_modules
 from fastlora.sharding import clip_with_norm_, total_norm

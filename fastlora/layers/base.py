@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.bases import factor_like
 from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.dora import DoraMagnitude
 from fastlora.layers.merging import Mergeable
@@ -296,16 +297,14 @@ class LoraLayer(CommonLayer, Mergeable):
 
     def _factor_like(self) -> torch.Tensor | None:
         """A tensor whose device and dtype new factors take, or None for torch's defaults."""
-        for parameter in self.get_base_layer().parameters(recurse=False):
-            if is_sharded(parameter):
-                raise AdapterStateError(
-                    "the base weight is sharded (a DTensor) and the new factors would not be: add "
-                    "adapters before fully_shard(), which then shards them too; under tensor "
-                    "parallelism, layers that torch's parallelize_module split take adapters"
-                )
-            if parameter.is_floating_point() and parameter.itemsize >= 2:  # fp8 cannot train
-                return parameter
-        return None
+        base = self.get_base_layer()
+        if any(map(is_sharded, base.parameters(recurse=False))):
+            raise AdapterStateError(
+                "the base weight is sharded (a DTensor) and the new factors would not be: add "
+                "adapters before fully_shard(), which then shards them too; under tensor "
+                "parallelism, layers that torch's parallelize_module split take adapters"
+            )
+        return factor_like(base)
 
 
 def _reset_parameters(

@@ -11,6 +11,8 @@ from torch import nn
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
+# How tensor parallelism splits a linear: along N, or along K.
+COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 # Libraries whose linear layers return a tensor that they have just made and keep no reference to.
 _MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
 
@@ -56,6 +58,40 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
         return f"its base weight is {module.weight.dtype}"
     return ""
+
+
+def factor_like(base: nn.Module) -> torch.Tensor | None:
+    """Returns a parameter whose device and dtype new factors take; None for torch's defaults."""
+    own = base.parameters(recurse=False)
+    # fp8 and packed integers cannot train.
+    return next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
+
+
+def parallel_style(module: nn.Module) -> str | None:
+    """Returns how a module's weight is split over a tensor-parallel mesh, or None where it is not.
+
+    Raises:
+        UnsupportedLayerError: It is split in a way that adapters cannot follow.
+    """
+    weight: Any = module._parameters.get("weight")
+    if not is_sharded(weight) or not getattr(module, "_distribute_module_applied", False):
+        return None
+    if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
+        (placement,) = weight.placements
+        if placement.is_shard() and weight.shape[placement.dim] < weight.device_mesh.size():
+            raise UnsupportedLayerError(
+                f"LoRA needs a part of the weight in every process, got {tuple(weight.shape)} in "
+                f"{placement} over {weight.device_mesh}"
+            )
+        if placement.is_shard(0):
+            return COLUMN_WISE
+        if placement.is_shard(1):
+            return ROW_WISE
+    raise UnsupportedLayerError(
+        f"LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a mesh of one "
+        f"dimension, got a {type(module).__name__} with placements {weight.placements} over "
+        f"{weight.device_mesh}"
+    )
 
 
 def makes_fresh_outputs(module: nn.Module) -> bool:

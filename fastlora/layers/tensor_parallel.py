@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
+from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, parallel_style
 from fastlora.layers.factors import is_hooked, scaling_beside, scaling_of
 from fastlora.layers.forward import forward
 from fastlora.layers.norms import forget_norms, magnitude_of
@@ -47,37 +48,8 @@ from fastlora.sharding import is_sharded, local, own, whole
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from fastlora.weight_marks import marks
 
-COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
-
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
-
-
-def parallel_style(module: nn.Module) -> str | None:
-    """Returns how a module's weight is split over a tensor-parallel mesh, or None where it is not.
-
-    Raises:
-        UnsupportedLayerError: It is split in a way that adapters cannot follow.
-    """
-    weight: Any = module._parameters.get("weight")
-    if not is_sharded(weight) or not getattr(module, "_distribute_module_applied", False):
-        return None
-    if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
-        (placement,) = weight.placements
-        if placement.is_shard() and weight.shape[placement.dim] < weight.device_mesh.size():
-            raise UnsupportedLayerError(
-                f"LoRA needs a part of the weight in every process, got {tuple(weight.shape)} in "
-                f"{placement} over {weight.device_mesh}"
-            )
-        if placement.is_shard(0):
-            return COLUMN_WISE
-        if placement.is_shard(1):
-            return ROW_WISE
-    raise UnsupportedLayerError(
-        f"LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a mesh of one "
-        f"dimension, got a {type(module).__name__} with placements {weight.placements} over "
-        f"{weight.device_mesh}"
-    )
 
 
 class TensorParallelLora(FastLoraWrapper):

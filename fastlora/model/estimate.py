@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.bases import factor_like
 from fastlora.model import inject
 from fastlora.model.tuner import plan_for
 
@@ -136,18 +137,12 @@ def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[
     for name in plan.modules_to_save:
         for parameter in inject.base_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize
-    if config.bias == "none":
-        return
-    at_targets = {f"{name}.bias" for name in plan.targets}
-    at_targets |= {f"{name}.base_layer.bias" for name in plan.targets}
-    for name, parameter in inject.base_parameters(model):
-        if inject.is_bias(name) and (config.bias == "all" or name in at_targets):
-            yield parameter.numel(), parameter.itemsize
+    targets = (model.get_submodule(name) for name in plan.targets)
+    for parameter in inject.trained_biases(model, {config.bias}, targets):
+        yield parameter.numel(), parameter.itemsize
 
 
 def _factor_itemsize(module: nn.Module, autocast: bool) -> int:
-    # As layers choose it: fp8 and packed integers cannot train.
-    own = inject.base_of(module).parameters(recurse=False)
-    reference = next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
+    reference = factor_like(inject.base_of(module))
     itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
     return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.bases import dense_weight, linear_features, why_not_plain
+from fastlora.layers.bases import dense_weight, linear_features, parallel_style, why_not_plain
 from fastlora.layers.modules_to_save import check_copyable
-from fastlora.layers.tensor_parallel import TensorParallelLora, parallel_style
+from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.walk import original_of, outer_modules
@@ -224,19 +224,22 @@ def saved_modules(model: nn.Module) -> list[ModulesToSaveWrapper]:
 def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
     """Freezes the base model, all but the biases that a config trains; leaves adapters alone."""
     modes = {config.bias for config in configs if not config.inference_mode}
-    targets = {
-        id(bias)
-        for layer in lora_layers(model)
-        if (bias := getattr(layer.get_base_layer(), "bias", None)) is not None
-    }
-    for name, parameter in base_parameters(model):
-        asked = "all" in modes or ("lora_only" in modes and id(parameter) in targets)
-        parameter.requires_grad_(asked and is_bias(name))
+    trained = set(map(id, trained_biases(model, modes, lora_layers(model))))
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(id(parameter) in trained)
 
 
-def is_bias(name: str) -> bool:
-    """Returns whether a parameter of that name is a bias."""
-    return name == "bias" or name.endswith(".bias")
+def trained_biases(
+    model: nn.Module, modes: Collection[str], targets: Iterable[nn.Module]
+) -> list[nn.Parameter]:
+    """Returns the biases of the base model that train: all, or those of the targets, or none."""
+    at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
+    return [
+        parameter
+        for name, parameter in base_parameters(model)
+        if name.rpartition(".")[2] == "bias"
+        and ("all" in modes or ("lora_only" in modes and id(parameter) in at_targets))
+    ]
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
