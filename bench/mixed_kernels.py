@@ -136,7 +136,7 @@ def _by_hand(strategy: Strategy, p: MixedProblem) -> Results:
 
 def _linear(plan: str, p: MixedProblem) -> Results:
     linear = torch.ops.fastlora.lora_linear_at
-    return (linear(p.x, p.base.weight, None, p.routed, None, *p.tables, plan),)
+    return (linear(p.x, p.base.weight, None, p.routed, None, *p.tables, plan)[0],)
 
 
 def _add(p: MixedProblem) -> Results:

@@ -55,11 +55,11 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     batch = sort_rows(torch.arange(m, device=device) % 5 - 1, m, 4)
     rows = rows_at(batch)
     ops = torch.ops.fastlora
-    s = ops.lora_shrink_at(x, rows, tables, largest, dtype, False)
-    results = [
-        ops.lora_linear_at(x, weight, bias, rows, shared, tables, 0, largest, dtype, plan)
-        for plan, shared in (("fused", None), ("fused", s), ("split", None))
-    ]
+    known, given = (x, weight, bias, rows), (tables, 0, largest, dtype)
+    first, s = ops.lora_linear_at(*known, None, *given, "fused", [0, len(MIXED_RANKS)])
+    (second,) = ops.lora_linear_at(*known, s, *given, "fused", [0, len(MIXED_RANKS)])
+    alone = [ops.lora_linear_at(*known, None, *given, plan)[0] for plan in ("fused", "split")]
+    results = [first, second, *alone]
     y = torch.nn.functional.linear(x, weight, bias)
     ops.lora_add_at_(y, x, rows, tables, 1, largest, dtype, "triton")
     scales = [torch.ones(n, device=device) for _ in MIXED_RANKS[1]]

@@ -17,7 +17,7 @@ from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer
 
 # In place of an address: scales that are yet to be made
-# (`fastlora.ops.schema.PENDING`).
+# (`fastlora.ops.factors.PENDING`).
 PENDING: tl.constexpr = tl.constexpr(16)
 
 

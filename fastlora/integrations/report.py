@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 from fastlora.layers.sharing import sibling_note
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.sharding import is_fsdp_module
 
 _SHOWN_ROWS = 24

@@ -20,7 +20,7 @@ from fastlora.layers.factors import scales_by_name, scaling_of
 from fastlora.layers.norms import adapter_squares, magnitude_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.why import refuse_triton, uses_dora
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base
 from fastlora.ops.invariant import is_batch_invariant, refuse_in_mode
 from fastlora.ops.torch.scale import scale_columns, scale_of

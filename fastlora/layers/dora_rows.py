@@ -25,7 +25,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Scale
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.scale import scale_of, times

@@ -10,7 +10,7 @@ import torch
 from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.factors import Operands, Slots, operands_of
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.routing import Routing

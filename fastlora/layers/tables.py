@@ -17,7 +17,6 @@ from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
-from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import Watcher
@@ -136,50 +135,39 @@ def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> tor
             y, flat, own, tables.tensors(), row, max_rank, tables.dtype, impl
         )
         return y.view(*x.shape[:-1], y.shape[1])
-    some, s = _shared_shrink(call, rows, row, tables, invariant)
-    # Of its own shrink a layer takes tables whole: slices cost time in every decode.
-    found, index = (
-        (tables.tensors(), row) if s is None else (tables.tensors(some), row - some.start)
-    )
-    y = torch.ops.fastlora.lora_linear_at(
+    numbers, siblings = _siblings(call, row, tables)
+    context = (rows, tables, invariant)
+    s = None if siblings is None else take_share(x, call.number, context)
+    y, *made = torch.ops.fastlora.lora_linear_at(
         *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
-        *(found, index, tables.max_rank, tables.dtype, plan),
+        *(tables.tensors(), row, tables.max_rank, tables.dtype, plan, siblings),
     )
+    if made:
+        keep_shares(x, context, dict.fromkeys(numbers, (None, made[0])))
     return y.view(*x.shape[:-1], base.weight.shape[0])
 
 
-def _shared_shrink(
-    call: MixedCall, rows: Rows, row: int, tables: Tables, invariant: bool
-) -> tuple[slice, torch.Tensor | None]:
-    """Returns the siblings' rows in the tables and their s, or the layer's own row and None.
+def _siblings(
+    call: MixedCall, row: int, tables: Tables
+) -> tuple[list[int], tuple[int, int] | None]:
+    """Returns the numbers of siblings whose rows in the tables are neighbours, and these rows.
 
-    One launch serves the siblings whose rows are neighbours. A compiled graph must not see what
-    one call leaves for another, so each layer makes its own there.
+    One launch serves their shrink. A compiled graph must not see what one call leaves for another,
+    so each layer makes its own there.
     """
-    x, alone = call.x, slice(row, row + 1)
     # Nor can a layer trust an inference tensor, whose writes are not counted.
-    if torch.compiler.is_compiling() or x.is_inference():
-        return alone, None
+    if torch.compiler.is_compiling() or call.x.is_inference():
+        return [], None
     members = {}
-    for member in siblings_of(call.layer, x):
+    for member in siblings_of(call.layer, call.x):
         place = row_of(member, member.routed_as, tables)
         if place is not None:
             members[place] = member.routed_as
-    first, stop = alone.start, alone.stop
+    first, stop = row, row + 1
     while first - 1 in members:
         first -= 1
     while stop in members:
         stop += 1
-    some = slice(first, stop)
     if stop - first < 2:
-        return alone, None
-    context = (rows, tables, invariant)
-    s = take_share(x, call.number, context)
-    if s is None:
-        s = torch.ops.fastlora.lora_shrink_at(
-            *(x.reshape(-1, x.shape[-1]), rows_at(rows, invariant)),
-            *(tables.tensors(some), tables.max_rank, tables.dtype, invariant),
-        )
-        others = [members[other] for other in range(first, stop) if other != row]
-        keep_shares(x, context, dict.fromkeys(others, (None, s)))
-    return some, s
+        return [], None
+    return [members[other] for other in range(first, stop) if other != row], (first, stop)

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 from fastlora.ops.layout import present
 
+# In place of an address of DoRA's scales that are yet to be made: its rows become NaN. A kernel's
+# hints hold for it: a multiple of 16.
+PENDING = 16
+
 
 class Factors(NamedTuple):
     """One adapter on one linear.
@@ -176,12 +180,12 @@ class Tables(NamedTuple):
     rows: dict[int, int] | None = None
     kept: tuple[torch.Tensor, ...] = ()
 
-    def tensors(self, some: slice | None = None) -> list[torch.Tensor]:
-        """Returns some linears' tables, or all, as the operators' argument ``Tensor[] tables``."""
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns the operators' argument ``Tensor[] tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
-        return found if some is None else [table[some] for table in found]
+        return found
 
 
 def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.ops.factors import PENDING
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
-from fastlora.ops.schema import PENDING
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
 
 # Rows of an empty slot are as wrong as those of a slot that does not exist.

@@ -99,11 +99,11 @@ def mixed(
     tables = [address, address, address.int(), address.float(), address]
     weight = torch.empty(n, k, dtype=dtype)
     for x in inputs(m, k, dtype):
-        s = None
-        if modules > 1:
-            s = OPS.lora_shrink_at(x, rows, tables, max_rank, dtype, invariant)
-        for index in {0, modules - 1}:
-            OPS.lora_linear_at(x, weight, None, rows, s, tables, index, max_rank, dtype, plan)
+        s, siblings = [], [0, modules] if modules > 1 else None
+        for index in sorted({0, modules - 1}):
+            given = x, weight, None, rows, s[0] if s else None, tables, index, max_rank, dtype
+            _, *made = OPS.lora_linear_at(*given, plan, siblings)
+            s = s or made
 
 
 def kernels(chip: Chip, operation: Callable[..., None], *arguments: Any) -> set[str]:

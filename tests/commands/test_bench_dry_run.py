@@ -206,7 +206,7 @@ def test_fused_variants_launch_without_their_feature(
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from fastlora.kernels import chips, lora_linear, lora_shrink
-    from fastlora.ops import schema as ops
+    from fastlora.ops import backend as ops
 
     seen: dict[str, Any] = {}
     chip = chips.Chip("sm_90", 132)

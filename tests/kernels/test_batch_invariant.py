@@ -61,15 +61,12 @@ def batch(
     max_rank = max_rank or problem.max_rank
     columns = torch.tensor(slots, device=problem.x.device)
     tables = [table[:, columns] for table in problem.all_tables]
-    x, s = problem.x[list(rows)], None
-    if siblings:
-        s = OPS.lora_shrink_at(x, own, tables, max_rank, problem.factor_dtype, plan == "invariant")
-    else:
+    if not siblings:
         tables = [table[:1] for table in tables]
     return OPS.lora_linear_at(
-        *(x, problem.weights[0], problem.biases[0], own, s, tables),
-        *(0, max_rank, problem.factor_dtype, plan),
-    )
+        *(problem.x[list(rows)], problem.weights[0], problem.biases[0], own, None, tables),
+        *(0, max_rank, problem.factor_dtype, plan, [0, 3] if siblings else None),
+    )[0]
 
 
 def batches(problem: MixedProblem, sizes: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
@@ -158,7 +155,7 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     problem = mixed_problem(lab, 20, 36, 40, torch.float32)
     ids, problem.ids = problem.ids, [8, *problem.ids[1:]]
     rows = sort_rows(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
-    y = OPS.lora_linear_at(
+    (y,) = OPS.lora_linear_at(
         *(problem.x, problem.weights[0], problem.biases[0]),
         *(rows_at(rows, True), None, problem.all_tables),
         *(0, problem.max_rank, problem.factor_dtype, "invariant"),
@@ -172,11 +169,11 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
 def test_opcheck(lab: Any) -> None:
     problem = mixed_problem(lab, 20, 40, 530, torch.float32)
     arguments = (
-        *(problem.x, problem.rows(True), problem.all_tables),
-        *(problem.max_rank, problem.factor_dtype, True),
+        *(problem.x, problem.weights[0], problem.biases[0], problem.rows(True), None),
+        *(problem.all_tables, 0, problem.max_rank, problem.factor_dtype, "invariant", [0, 3]),
     )
     torch.library.opcheck(
-        OPS.lora_shrink_at.default, arguments, test_utils=["test_schema", "test_faketensor"]
+        OPS.lora_linear_at.default, arguments, test_utils=["test_schema", "test_faketensor"]
     )
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.bench.mixed_dense import dense_linear
 from tests.support.bytes.byte_counter import ByteCounter
-from tests.support.kernels.mixed_problem import OPS, MixedProblem, draw_ids
+from tests.support.kernels.mixed_problem import MixedProblem, draw_ids
 
 RANKS = (1, 3, 8, 16, 24, 5, 0)
 interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
@@ -52,7 +52,7 @@ def test_siblings_may_have_made_s(lab: Any) -> None:
     """Where they did, lora_a is not gathered again."""
     ranks = (RANKS, (8, 0, 16, 1, 24, 3, 2))
     problem = MixedProblem(lab, draw_ids(33, 7), ranks, 100, [64, 33], torch.float32, biased=(1,))
-    s = OPS.lora_shrink_at(*problem.shrink_arguments())
+    s = problem.shared_s()
     for g in range(2):
         problem.check(dense(problem, g, s), g)
         problem.check(dense(problem, g), g)

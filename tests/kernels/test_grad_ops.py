@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastlora import env  # noqa: F401 - registers the operators
-from fastlora.ops import schema as ops  # noqa: F401 - registers the operators
+from fastlora.ops import backend as ops
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab

@@ -73,9 +73,10 @@ def hints() -> Any:
 def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
     """One shrink for three modules, then each other kernel for one; ids in random order."""
     problem = MixedProblem(lab, draw_ids(m, 8), THREE, 40, [24] * 3, torch.float16, biased=(1,))
-    s = OPS.lora_shrink_at(*problem.shrink_arguments())
+    y, s = OPS.lora_linear_at(*problem.siblings_arguments("fused"))
+    problem.check(y)
     for plan in ("fused", "split"):
-        problem.check(OPS.lora_linear_at(*problem.linear_arguments(0, s, plan)))
+        problem.check(OPS.lora_linear_at(*problem.linear_arguments(0, s, plan))[0])
     added = torch.nn.functional.linear(problem.x, problem.weights[0], problem.biases[0])
     OPS.lora_add_at_(*problem.add_arguments(added))
     problem.check(added)

@@ -30,13 +30,14 @@ def linear(
     problem: MixedProblem, g: int = 0, s: torch.Tensor | None = None, plan: str = "auto"
 ) -> torch.Tensor:
     """One module's y."""
-    return OPS.lora_linear_at(*problem.linear_arguments(g, s, plan))
+    return OPS.lora_linear_at(*problem.linear_arguments(g, s, plan))[0]
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
-    s = OPS.lora_shrink_at(*problem.shrink_arguments())
+    y, s = OPS.lora_linear_at(*problem.siblings_arguments(plan))
+    problem.check(y)
     for g in range(3):
         problem.check(linear(problem, g, s, plan), g)
         problem.check(linear(problem, g, plan=plan), g)
@@ -95,35 +96,35 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
         problem.check(linear(problem))
 
 
-@pytest.mark.parametrize("name", ["lora_shrink_at", "lora_linear_at", "lora_add_at_"])
+@pytest.mark.parametrize("name", ["lora_linear_at", "lora_linear_at of siblings", "lora_add_at_"])
 def test_opcheck(lab: Any, name: str) -> None:
     """Schema, fake and dispatch of every operator agree with what its kernels do."""
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
-    s = OPS.lora_shrink_at(*problem.shrink_arguments())
     arguments = {
-        "lora_shrink_at": problem.shrink_arguments(),
-        "lora_linear_at": problem.linear_arguments(0, s, "fused"),
+        "lora_linear_at": problem.linear_arguments(0, problem.shared_s(), "fused"),
+        "lora_linear_at of siblings": problem.siblings_arguments(),
         "lora_add_at_": problem.add_arguments(base(problem)),
     }
     # What a shrink leaves unwritten may hold anything, so two runs are not compared.
     checks = ["test_schema", "test_faketensor"]
-    if name != "lora_shrink_at":
+    if "siblings" not in name:
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=checks)
+    operator = getattr(OPS, name.split()[0]).default
+    torch.library.opcheck(operator, arguments[name], test_utils=checks)
 
 
 def test_compile(lab: Any) -> None:
     """Traced once for any number of rows, without a break."""
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
-    def siblings(arguments: list[tuple[Any, ...]], shrink: tuple[Any, ...]) -> list[torch.Tensor]:
-        s = OPS.lora_shrink_at(*shrink)
-        return [OPS.lora_linear_at(*a[:4], s, *a[5:]) for a in arguments]
+    def siblings(first: tuple[Any, ...], others: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+        y, s = OPS.lora_linear_at(*first)
+        return [y, *(OPS.lora_linear_at(*a[:4], s, *a[5:-1], [0, 3])[0] for a in others)]
 
     for m in (20, 24, 40):
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)
-        arguments = [problem.linear_arguments(g) for g in range(3)]
-        for g, y in enumerate(siblings(arguments, problem.shrink_arguments())):
+        others = [problem.linear_arguments(g) for g in (1, 2)]
+        for g, y in enumerate(siblings(problem.siblings_arguments(), others)):
             problem.check(y, g)
 
 

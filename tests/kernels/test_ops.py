@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, env
 from fastlora.functional import lora_add, lora_linear
+from fastlora.ops import backend as ops
 from fastlora.ops import plans
-from fastlora.ops import schema as ops
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.plain import plain

@@ -12,8 +12,8 @@ import torch
 
 from fastlora import env
 from fastlora.functional import lora_linear
+from fastlora.ops import backend as ops
 from fastlora.ops import plans
-from fastlora.ops import schema as ops
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.plans import PLANS
 from fastlora.testing import assert_within_budget

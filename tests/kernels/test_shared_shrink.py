@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from fastlora import FastLoraLinear, env, fusion_report
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 

@@ -14,7 +14,7 @@ from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.layers.bases import dense_weight
 from fastlora.model.adapter_folder import load_adapter_folder
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.validation import CheckpointError
 from tests.support.dora_truth import fixed_seed
 from tests.support.masked_peft import LINEARS, check_three_layers, randomise

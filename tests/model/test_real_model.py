@@ -11,7 +11,7 @@ import torch
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.ops import schema as ops
+from fastlora.ops import backend as ops
 from fastlora.testing import assert_within_budget
 from tests.support.dora_truth import fixed_seed
 from tests.support.masked_peft import LINEARS, check_three_layers

@@ -262,7 +262,8 @@ def test_batches_of_a_set_share_its_packs() -> None:
     for dtype, ranks, copies in (
         (torch.bfloat16, [16] * 16, 1),
         (torch.float32, [16] * 2, 1),
-        (torch.float32, [16] * 16, 2),
+        (torch.float32, [16] * 16, 1),
+        (torch.bfloat16, [16] * 17, 2),  # few rows coalesce units, and have more of them
     ):
         model = build(ranks, dtype, everywhere=True)
         names: list[str | None] = [f"a{i}" for i in range(len(ranks))]
@@ -273,7 +274,8 @@ def test_batches_of_a_set_share_its_packs() -> None:
                 outputs = steps(model, x, names * count)
             assert_alone([outputs[-1][: len(names)]], model, x[: len(names)], names)
             sizes.append(packed_bytes(model))
-        assert sizes[1:] == [copies * sizes[0]] * 2
+        assert sizes[1] == sizes[2] <= copies * sizes[0]
+        assert (sizes[1] > sizes[0]) == (copies > 1)
 
 
 @pytest.mark.parametrize(("most", "rows"), [(60, 1), (420, 2)], ids=["few", "many"])

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
 from fastlora.model.config import LoraConfig
-from fastlora.ops.schema import PENDING
+from fastlora.ops.factors import PENDING
 from fastlora.pool import AdapterPool, Factors
 from fastlora.pool.image import Image
 from fastlora.pool.transfers import Transfers

@@ -104,20 +104,14 @@ class TorchBackend:
         s: torch.Tensor,
         wanted: Wanted,
     ) -> Gradients:
-        wants, dx = wanted.factors, None
-        dy = rows.sorted(dy)
-        if wanted.x and weight is not None:
-            dx = products.mm(dy, reference.cast(weight, dy.dtype))
-        elif wanted.x:
-            dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
+        wants, dx, dy = wanted.factors, None, rows.sorted(dy)
         wants_ds = wanted.x or wanted.s or any(wants[::3])
         ds, d_lora_b, d_lora_bias = segments.grad_b(dy, s, operands, rows, wants, wants_ds)
         d_lora_a: list[torch.Tensor | None] = [None] * len(d_lora_b)
         if x is not None and any(wants[::3]):
-            d_lora_a = segments.grad_a(rows.sorted(x), ds, operands, rows, wants)
-        if dx is not None:
-            segments.grad_x_(dx, ds, operands, rows)
-            dx = rows.restored(dx)
+            d_lora_a = segments.grad_a(x, [ds], [operands], rows, wants[::3])
+        if wanted.x:
+            dx = segments.grad_x(dy, weight, ds, operands, rows)
         factors = [t for own in zip(d_lora_a, d_lora_b, d_lora_bias, strict=True) for t in own]
         return Gradients(dx, factors, ds, dy.sum(0) if wanted.bias else None)
 
@@ -131,12 +125,8 @@ class TorchBackend:
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.shrink`."""
         if rows is not None:
-            x, made = rows.sorted(x), list[torch.Tensor]()
-            for own in lora_a:
-                s = x.new_zeros(x.shape[0], max(a.shape[0] for a in own))
-                segments.shrink_(s, x, _bare(own), rows)
-                made.append(s)
-            return made
+            layers = [segments.down(own) for own in lora_a]
+            return list(segments.shrink(x, layers, rows).unbind())
         return single.shrink_siblings(x, [own for (own,) in lora_a], seeds, dropout_p)
 
     def grad_a(
@@ -151,15 +141,8 @@ class TorchBackend:
         """See `fastlora.ops.backend.Backend.grad_a`."""
         if rows is None:
             return [*single.grad_a_siblings(x, ds, [a for (a,) in lora_a], seeds, dropout_p)]
-        x, found = rows.sorted(x), list[torch.Tensor | None]()
-        for own, gradient in zip(lora_a, ds, strict=True):
-            found += segments.grad_a(x, gradient, _bare(own), rows, [True] * (3 * len(own)))
-        return found
-
-
-def _bare(lora_a: Sequence[torch.Tensor]) -> Operands:
-    """Returns operands of which only lora_a is read, without dropout."""
-    return Operands(list(lora_a), [], [], lora_a[0].new_empty(0), (0.0,) * len(lora_a))
+        layers = [segments.down(own) for own in lora_a]
+        return segments.grad_a(x, ds, layers, rows, [True] * sum(map(len, lora_a)))
 
 
 def joined_bias(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import Factors, Slots
-from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense, is_k_first
+from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense
 
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
@@ -87,8 +87,8 @@ class LayerPack(NamedTuple):
 
     Attributes:
         layout: Of the rank rows.
-        lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products; else
-            ``[units, L, unit, K]``, or ``[units, K, L * unit]`` where K comes first.
+        lora_a: Of L layers fed by the same tensor: ``[L * rank rows, K]`` for dense products; else
+            ``[units, L, unit, K]``.
         member: This layer's place among the L.
         members: Numbers of the L layers.
         lora_b: Times the scaling, ``[rank rows, N]`` for dense products, else ``[units, unit, N]``.
@@ -129,7 +129,7 @@ def pack_layers(
         if layout is not None:
             members = tuple(numbers[index] for index in indices)
             own = [layers[index].own for index in indices]
-            found = _pack_siblings(layout, members, own, dtype, kind)
+            found = _pack_siblings(layout, members, own, dtype)
             for index, pack in zip(indices, found, strict=True):
                 packs[index] = pack
     return packs
@@ -140,21 +140,14 @@ def _pack_siblings(
     members: tuple[int, ...],
     layers: Sequence[Sequence[Factors | None]],
     dtype: torch.dtype,
-    kind: Rows,
 ) -> list[LayerPack] | list[None]:
     """`pack_layers` for layers of one layout."""
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
     dense, many = is_dense(layout.unit, layout.units, dtype), len(layers)
-    if dense:
-        lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
-        parts = lora_a.permute(1, 2, 3, 0).unbind(0)
-    elif not is_k_first(dtype, kind):
-        lora_a = torch.zeros(layout.units, many, layout.unit, k, dtype=dtype, device=device)
-        parts = lora_a.unbind(1)
-    else:
-        lora_a = torch.zeros(layout.units, k, many, layout.unit, dtype=dtype, device=device)
-        parts = lora_a.permute(2, 0, 3, 1).unbind(0)
+    shape = (many, layout.units) if dense else (layout.units, many)
+    lora_a = torch.zeros(*shape, layout.unit, k, dtype=dtype, device=device)
+    parts = lora_a.unbind(0 if dense else 1)
     packed = [
         _pack_layer(layout, factors, part, dtype)
         for factors, part in zip(layers, parts, strict=True)
@@ -162,9 +155,7 @@ def _pack_siblings(
     if not all(torch.isfinite(t).all() for t in (lora_a, *(lora_b for lora_b, _ in packed))):
         return [None] * len(layers)
     if dense:
-        lora_a = lora_a.view(k, -1)
-    elif is_k_first(dtype, kind):
-        lora_a = lora_a.view(layout.units, k, -1)
+        lora_a = lora_a.view(-1, k)
     return [
         LayerPack(
             layout, lora_a, index, members, lora_b.flatten(0, 1) if dense else lora_b, lora_bias
@@ -181,12 +172,7 @@ def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: Rows) -
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
     """Whether packing for another kind of batch in the pack's dtype would give the same."""
     ranks = tuple(place.rank for place in pack.layout.places)
-    layout, dims = make_layout(ranks, is_coalesced(dtype, kind)), pack.lora_a.dim()
-    if layout is not pack.layout:
-        return False
-    if is_dense(layout.unit, layout.units, dtype):
-        return dims == 2
-    return dims == (3 if is_k_first(dtype, kind) else 4)
+    return make_layout(ranks, is_coalesced(dtype, kind)) is pack.layout
 
 
 def _pack_layer(

@@ -66,12 +66,3 @@ def is_coalesced(dtype: torch.dtype, kind: Rows) -> bool:
     blocks of 1; in fp32 it is all the same.
     """
     return dtype.itemsize == 2 and kind is Rows.FEW
-
-
-def is_k_first(dtype: torch.dtype, kind: Rows) -> bool:
-    """Whether lora_a, but for dense products, is packed with K before the rank rows.
-
-    Products of 64 rows in fp32 then take two thirds to four fifths of the time (K = 576; one core
-    with AVX-512).
-    """
-    return dtype.itemsize > 2 and kind is Rows.FEW

@@ -188,7 +188,7 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     layers = len(pack.members)
     if isinstance(plan, Dense):
         # [M, K] x [K, L * rank rows]
-        s = products.mm(x, pack.lora_a)
+        s = products.linear(x, pack.lora_a)
         if layers == 1:
             return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
         by_layer = s.view(x.shape[0], layers, -1)
@@ -205,10 +205,9 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
             s.masked_fill_(plan.other, 0.0)
         return Shrunk(x, s.unbind(2))
     x = x.index_select(0, plan.gather)
-    if lora_a.dim() == 4:
-        lora_a = lora_a.view(plan.blocks, -1, k).transpose(1, 2)
+    own_a = lora_a.view(plan.blocks, -1, k)
     # [blocks, C, K] x [blocks, K, rank rows of a block]
-    s = products.bmm(x.view(plan.blocks, plan.longest, k), lora_a)
+    s = products.bmm(x.view(plan.blocks, plan.longest, k), own_a.transpose(1, 2))
     s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)

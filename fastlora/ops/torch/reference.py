@@ -11,10 +11,6 @@ import torch
 
 from fastlora.ops.torch import products
 
-# From so many rows and numbers of dy on a CPU forms d_lora_b faster as [R, N], its transposition
-# included: fp32, 512 x 1536, one Zen 4 core, 214 us instead of 382; 256 x 1024, 512 x 576 and
-# 256 x 576, one AVX2 core, 178, 181 and 99 instead of 302, 179 and 81.
-_MANY_ROWS, _MANY_NUMBERS = 256, 1 << 18
 _LANE_BITS = 16
 _LANES_PER_WORD = 64 // _LANE_BITS
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -114,9 +110,4 @@ def lora_d_b(
     dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
     """Returns ``d_lora_b = dy.T @ (scaling * s)``, shape ``[N, R]``, in lora_b's dtype."""
-    scaled = cast(s * scaling, dy.dtype)
-    # A compiled graph would be one for few rows and another for many.
-    compiling = torch.compiler.is_compiling()
-    if not compiling and dy.shape[0] >= _MANY_ROWS and dy.numel() >= _MANY_NUMBERS:
-        return cast(products.mm(scaled.t(), dy).t().contiguous(), lora_b.dtype)
-    return cast(products.mm(dy.t(), scaled), lora_b.dtype)
+    return cast(products.mm(dy.t(), cast(s * scaling, dy.dtype)), lora_b.dtype)

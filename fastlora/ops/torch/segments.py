@@ -1,11 +1,11 @@
-"""Rows of many adapters in PyTorch: each adapter's rows lie together, and `single` computes them.
+"""Rows of many adapters in PyTorch: each adapter's rows lie together, and are multiplied alone.
 
 Rows are put in order once, so that an adapter's share is two small products on its own rows, into
 the base product in place. Nothing of one adapter touches another's rows, not even a NaN.
 
-s and ds are made of each adapter's own, ``[rows, R]``: one behind the other in a tensor of one
-dimension, where they are made here; or at sorted positions of one ``[M, R]``, as operators have
-them, zeros where an adapter has less than R.
+s and ds are made of each adapter's own, ``[rows, rank]``. Where a layer makes them, they lie one
+behind the other in one dimension. Those of operators and of siblings are ``[M, R]`` at sorted
+positions, zeros where an adapter has less than R.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import Operands
-from fastlora.ops.rows import Rows, Segment
+from fastlora.ops.layout import columns_of
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
 from fastlora.validation import check_dropout_dtype
 
@@ -26,42 +27,59 @@ from fastlora.validation import check_dropout_dtype
 _BATCHED_SHARES = 4
 
 
+def down(
+    lora_a: Sequence[torch.Tensor],
+    seeds: torch.Tensor | None = None,
+    dropout_p: Sequence[float] | None = None,
+) -> Operands:
+    """Returns operands for what reads lora_a and dropout alone."""
+    none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
+    return Operands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
+
+
+def up(
+    lora_b: Sequence[torch.Tensor],
+    lora_bias: Sequence[torch.Tensor | None],
+    scaling: torch.Tensor,
+) -> Operands:
+    """Returns operands for what reads lora_b and lora_bias alone."""
+    return Operands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
+
+
 class _Share(NamedTuple):
     """One adapter that has rows.
 
     Attributes:
         place: Its place among the operands.
         at: The sorted positions of its rows.
-        segment: The same with its slot.
-        first: Where its own s begins, one adapter's behind the other's.
+        rank: Its rank.
+        own: Where its s lies, one adapter's behind the other's.
     """
 
     place: int
     at: slice
-    segment: Segment
-    first: int
+    rank: int
+    own: slice
 
-    def part(self, s: torch.Tensor, rank: int) -> torch.Tensor:
-        """Returns its own s or ds, ``[rows, R]``, a view."""
-        if s.dim() == 2:
-            return s[self.at, :rank]
-        rows = self.segment.stop - self.segment.start
-        return s[self.first : self.first + rows * rank].view(rows, rank)
+    def part(self, s: torch.Tensor) -> torch.Tensor:
+        """Returns its own s or ds, ``[rows, rank]``, a view."""
+        return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
 def _shares(operands: Operands, rows: Rows) -> list[_Share]:
     """Returns the adapters that have rows and rank rows, in order of slots."""
-    found, first, place_of = list[_Share](), 0, None
-    if operands.slots is not None and operands.slots != rows.present:
-        place_of = {slot: place for place, slot in enumerate(operands.slots)}
-    for index, segment in enumerate(rows.segments):
-        place: int | None = segment.slot if operands.slots is None else index
-        if place_of is not None:
-            place = place_of.get(segment.slot)
-        rank = 0 if place is None else operands.lora_a[place].shape[0]
-        if place is not None and rank:
-            found.append(_Share(place, slice(segment.start, segment.stop), segment, first))
-            first += (segment.stop - segment.start) * rank
+    downs, ups = operands.lora_a, operands.lora_b
+    places = range(len(downs or ups))
+    place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
+    found, end = list[_Share](), 0
+    for slot, start, stop in rows.segments:
+        place = place_of.get(slot)
+        if place is None:
+            continue
+        rank = downs[place].shape[0] if downs else ups[place].shape[1]
+        if rank:
+            first, end = end, end + (stop - start) * rank
+            found.append(_Share(place, slice(start, stop), rank, slice(first, end)))
     return found
 
 
@@ -111,28 +129,22 @@ def _add_shares(
     """Adds every share to its own rows of y in place and returns s; rows are in order."""
     made, drops, shares = s is None, operands.seeds is not None, _shares(operands, rows)
     if s is None:
-        size = 0
-        if shares:
-            (place, _, (_, start, stop), first) = shares[-1]
-            size = first + (stop - start) * operands.lora_a[place].shape[0]
-        s = x.new_empty(size)
+        s = x.new_empty(shares[-1].own.stop if shares else 0)
     by_rank: dict[int, list[_Share]] = {}
     for share in shares:
         # A dropout mask belongs to a share's own rows, so those go one by one.
         alone = not made or (drops and operands.dropout_p[share.place])
-        rank = -share.place - 1 if alone else operands.lora_a[share.place].shape[0]
-        by_rank.setdefault(rank, []).append(share)
-    for rank, group in by_rank.items():
+        by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
+    for group in by_rank.values():
         if len(group) >= _BATCHED_SHARES:
-            _add_batched(y, x, operands, group, s, rank)
+            _add_batched(y, x, operands, group, s)
             continue
         for share in group:
             place, at = share.place, share.at
-            lora_a, scaling, part = operands.lora_a[place], operands.scaling[place], y[at]
-            own = share.part(s, lora_a.shape[0])
+            scaling, part, own = operands.scaling[place], y[at], share.part(s)
             if made:
                 mine = _dropped(x[at], operands, place) if drops else x[at]
-                own.copy_(reference.lora_shrink(mine, lora_a))
+                own.copy_(reference.lora_shrink(mine, operands.lora_a[place]))
             reference.lora_expand_(part, own, operands.lora_b[place], scaling)
             lora_bias = operands.lora_bias[place]
             if lora_bias is not None:
@@ -141,12 +153,7 @@ def _add_shares(
 
 
 def _add_batched(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    operands: Operands,
-    group: list[_Share],
-    s: torch.Tensor,
-    rank: int,
+    y: torch.Tensor, x: torch.Tensor, operands: Operands, group: list[_Share], s: torch.Tensor
 ) -> None:
     """Adds shares of one rank to y and writes s, as two batched products over stacked factors.
 
@@ -157,69 +164,54 @@ def _add_batched(
     lora_a = torch.stack([operands.lora_a[place] for place in places]).to(x.dtype)
     lora_b = torch.stack([operands.lora_b[place] for place in places]).to(x.dtype)
     scaling = torch.stack([operands.scaling[place] for place in places]).view(-1, 1, 1)
-    layout = _padded(tuple(share.segment for share in group), x.device)
-    spread = x.index_select(0, layout.rows).view(len(group), layout.longest, x.shape[1])
+    spans = tuple((share.at.start, share.at.stop) for share in group)
+    rows, own, targets = _padded(spans, x.device)
+    spread = x.index_select(0, rows).view(len(group), -1, x.shape[1])
     # [G, C, K] x [G, K, R], then [G, C, R] x [G, R, N]
     made = products.bmm(spread, lora_a.transpose(1, 2))
     update = products.bmm((made * scaling).to(x.dtype), lora_b.transpose(1, 2))
-    for place, index in enumerate(places):
-        lora_bias = operands.lora_bias[index]
+    for index, place in enumerate(places):
+        lora_bias = operands.lora_bias[place]
         if lora_bias is not None:
-            update[place] += (lora_bias * operands.scaling[index]).to(x.dtype)
-    own = update.view(-1, y.shape[1]).index_select(0, layout.places)
-    y.index_add_(0, layout.targets, own.to(y.dtype))
-    for place, share in enumerate(group):
-        own = made[place, : share.segment.stop - share.segment.start]
-        share.part(s, rank).copy_(own)
-
-
-class _Padded(NamedTuple):
-    """Segments side by side as ``[G, C]``, C the longest one's rows.
-
-    Attributes:
-        longest: C.
-        rows: Row of each place, ``[G * C]``; where a segment is shorter, its first row again.
-        places: The places that hold a row of their own, ``[sum of rows]``.
-        targets: The row of each of these, ``[sum of rows]``.
-    """
-
-    longest: int
-    rows: torch.Tensor
-    places: torch.Tensor
-    targets: torch.Tensor
+            update[index] += (lora_bias * operands.scaling[place]).to(x.dtype)
+    y.index_add_(0, targets, update.flatten(0, 1).index_select(0, own).to(y.dtype))
+    for share, its in zip(group, made, strict=True):
+        part = share.part(s)
+        part.copy_(its[: len(part)])
 
 
 @functools.lru_cache(maxsize=8)
-def _padded(segments: tuple[Segment, ...], device: torch.device) -> _Padded:
-    """Returns how to lay out some segments' rows as a batch; the same for every layer."""
-    longest = max(segment.stop - segment.start for segment in segments)
+def _padded(
+    spans: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns how to lay G spans of rows side by side as ``[G, C]``, C the longest one's rows.
+
+    The row of each place, ``[G * C]``, where a span is shorter its first row again; the places that
+    hold a row of their own; and these rows.
+    """
+    longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
     places: list[int] = []
     targets: list[int] = []
-    for index, (_, start, stop) in enumerate(segments):
+    for index, (start, stop) in enumerate(spans):
         own = list(range(start, stop))
         rows += own + [start] * (longest - len(own))
         places += range(index * longest, index * longest + len(own))
         targets += own
     with torch.inference_mode(False):
-        tensors = (torch.tensor(values, device=device) for values in (rows, places, targets))
-        return _Padded(longest, *tensors)
+        found = [torch.tensor(values, device=device) for values in (rows, places, targets)]
+        return found[0], found[1], found[2]
 
 
-# --------------------------------------------------------------------------- of sorted operands
-
-
-def shrink_(s: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows) -> None:
-    """Writes every share's s."""
-    for share in _shares(operands, rows):
-        lora_a = operands.lora_a[share.place]
-        mine = _dropped(x[share.at], operands, share.place)
-        share.part(s, lora_a.shape[0]).copy_(reference.lora_shrink(mine, lora_a))
-
-
-def expand_(y: torch.Tensor, s: torch.Tensor, operands: Operands, rows: Rows) -> None:
-    """Adds ``scaling * (s @ lora_b.T + lora_bias)`` to every share's own rows of y."""
-    _add_shares(y, y, operands, rows, s)  # x is not read where s is given
+def shrink(x: torch.Tensor, layers: Sequence[Operands], rows: Rows) -> torch.Tensor:
+    """Returns s of G layers that are fed by the same x, ``[G, M, R]``; rows in any order."""
+    columns = columns_of(max(a.shape[0] for operands in layers for a in operands.lora_a))
+    s, x = x.new_zeros(len(layers), x.shape[0], columns), rows.sorted(x)
+    for own, operands in zip(s, layers, strict=True):
+        for share in _shares(operands, rows):
+            mine = _dropped(x[share.at], operands, share.place)
+            share.part(own).copy_(reference.lora_shrink(mine, operands.lora_a[share.place]))
+    return s
 
 
 def grad_b(
@@ -232,48 +224,67 @@ def grad_b(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """Returns ds, and d_lora_b and d_lora_bias of each adapter; None where it has no rows.
 
-    ``wants`` says of ``lora_a, lora_b, lora_bias`` of each adapter in turn which want a gradient.
+    ``dy`` is at sorted positions. ``wants`` says of each adapter's ``lora_a, lora_b, lora_bias`` in
+    turn which want a gradient.
     """
-    # Where operators have s and ds, nothing past a rank may be what memory held before.
-    ds = torch.zeros_like(s) if s.dim() == 2 else torch.empty_like(s)
-    count = len(operands.lora_b)
+    ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count
     d_lora_bias: list[torch.Tensor | None] = [None] * count
     for share in _shares(operands, rows):
-        place, at = share.place, share.at
+        place = share.place
         lora_b, lora_bias = operands.lora_b[place], operands.lora_bias[place]
-        own, r, scaling = dy[at], lora_b.shape[1], operands.scaling[place]
+        own, scaling = dy[share.at], operands.scaling[place]
         if wants_ds:
-            share.part(ds, r)[:] = products.mm(own, lora_b.to(own.dtype)).mul_(scaling)
+            share.part(ds).copy_(reference.lora_ds(own, lora_b, scaling))
         if wants[3 * place + 1]:
-            scaled = (share.part(s, r) * scaling).to(own.dtype)
-            d_lora_b[place] = products.mm(own.t(), scaled).to(lora_b.dtype)
+            d_lora_b[place] = reference.lora_d_b(own, share.part(s), lora_b, scaling)
         if wants[3 * place + 2] and lora_bias is not None:
             d_lora_bias[place] = (reference.column_sums(own) * scaling).to(lora_bias.dtype)
     return ds, d_lora_b, d_lora_bias
 
 
-def grad_x_(dx: torch.Tensor, ds: torch.Tensor, operands: Operands, rows: Rows) -> None:
-    """Adds ``mask * (ds @ lora_a) / (1 - p)`` to each adapter's own rows of dx."""
+def grad_x(
+    dy: torch.Tensor,
+    weight: torch.Tensor | None,
+    ds: torch.Tensor,
+    operands: Operands,
+    rows: Rows,
+) -> torch.Tensor:
+    """Returns ``dx [M, K]`` for dy at sorted positions; without a weight the adapters' alone."""
+    if weight is None:
+        dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
+    else:
+        dx = products.mm(dy, reference.cast(weight, dy.dtype))
     for share in _shares(operands, rows):
-        place, at = share.place, share.at
+        place, at, own = share.place, share.at, share.part(ds)
         factor = operands.lora_a[place].to(ds.dtype)
-        own = share.part(ds, factor.shape[0])
         if operands.seeds is None or not operands.dropout_p[place]:
             products.addmm_(dx[at], own, factor)
         else:
             dx[at] += _dropped(products.mm(own, factor), operands, place)
+    return rows.restored(dx)
 
 
 def grad_a(
-    x: torch.Tensor, ds: torch.Tensor, operands: Operands, rows: Rows, wants: Sequence[bool]
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    layers: Sequence[Operands],
+    rows: Rows,
+    wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Returns d_lora_a of each adapter; None where it has no rows. ``wants`` as in `grad_b`."""
-    found: list[torch.Tensor | None] = [None] * len(operands.lora_a)
-    for share in _shares(operands, rows):
-        place, at = share.place, share.at
-        lora_a = operands.lora_a[place]
-        if wants[3 * place]:
-            own = products.mm(share.part(ds, lora_a.shape[0]).t(), _dropped(x[at], operands, place))
-            found[place] = own.to(lora_a.dtype)
+    """Returns d_lora_a of each adapter of G layers, which ``wants`` says are wanted, or None.
+
+    None also where an adapter has no rows; those of x are in any order.
+    """
+    found: list[torch.Tensor | None] = []
+    x = rows.sorted(x)
+    for inner, operands in zip(ds, layers, strict=True):
+        first = len(found)
+        found += [None] * len(operands.lora_a)
+        for share in _shares(operands, rows):
+            place = share.place
+            if wants[first + place]:
+                rows_of_it = _dropped(x[share.at], operands, place)
+                own = products.mm(share.part(inner).t(), rows_of_it)
+                found[first + place] = own.to(operands.lora_a[place].dtype)
     return found

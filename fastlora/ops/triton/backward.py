@@ -3,7 +3,7 @@
 ``rows`` chooses the kernels as in `fastlora.ops.triton.forward`. Each launch repeats bit for bit:
 sums over parts of the rows are planes, added in their order.
 
-See `fastlora.ops.schema` for shapes.
+Arguments are those of the operators of `fastlora.ops.schema`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ from fastlora.ops.triton.forward import (
     Base,
     add_rank_rows_,
     dropout,
-    launches,
     product_and_rank_rows,
 )
 from fastlora.ops.triton.tables import (
     Drop,
     RankRows,
-    addresses_of,
-    aligned_blocks,
     max_columns_of,
-    ranks_of,
     table,
 )
 
@@ -50,7 +46,6 @@ _GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # ------------------------------------------------------------------------------------ operators
 
 
-@launches
 def grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
@@ -68,26 +63,25 @@ def grad_b(
     return _grad_b_listed(dy, s, rows, run, ups, with_bias, scaling, with_factors)
 
 
-@launches
 def grad_x(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     ds: torch.Tensor,
     rows: Sequence[torch.Tensor],
     lora_a: _Factors,
-    drop: Drop,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
     """Returns dx ``[M, K]``; without a weight that of the adapters' term alone."""
-    downs = present(lora_a, 0)
+    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if not rows:
         return _grad_x_one(dy, weight, ds, downs[0], drop, plan)
-    (m, n), k, largest = dy.shape, downs[0].shape[1], max(a.shape[0] for a in downs)
-    sizes = (m, n, k, largest)
-    up = RankRows.of_lora_a(downs, dy.device)
+    (m, n), k, up = dy.shape, downs[0].shape[1], RankRows.of_lora_a(downs, dy.device)
+    sizes = (m, n, k, up.largest)
     if weight is None:
         dx = dy.new_zeros(m, k)
-    elif choose_plan(plan, dy, weight, len(downs) * largest, "mixed_lora_grad_x") == "fused":
+    elif choose_plan(plan, dy, weight, len(downs) * up.largest, "mixed_lora_grad_x") == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         base = Base(weight.t(), None)
         return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)
@@ -98,17 +92,17 @@ def grad_x(
     return dx
 
 
-@launches
 def grad_a(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
     rows: Sequence[torch.Tensor],
     run: int,
     lora_a: _Factors,
-    drop: Drop,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """Returns d_lora_a of each sibling of one slot, or one buffer of all modules and slots."""
-    downs = present(lora_a, 0)
+    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if not rows:
         return _grad_a_one(x, ds, downs, drop)
     return [_grad_a_listed(x, ds, rows, run, downs, drop)]
@@ -239,20 +233,19 @@ def _grad_b_listed(
     ds_planes = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
     b_planes = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
     bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
-    rank = table(tuple(b.shape[1] for b in lora_b), torch.int32, device)
-    blocks = aligned_blocks(lora_b)
+    up = RankRows.of_lora_b(lora_b, (), scaling)
     mixed_lora_grad_b.launch_mixed_lora_grad_b(
         *(ds_planes, b_planes, bias_planes, dy, s, order, segment_of, segment_slot, pieces),
-        *(addresses_of(blocks, device), rank),
+        *(up.address, up.rank),
         rows=run,
-        max_rank=max(1, *(b.shape[1] for b in lora_b)),
-        factor_dtype=lora_b[0].dtype,
+        max_rank=max(1, up.largest),
+        factor_dtype=up.dtype,
         config=config,
     )
     reduce.launch_mixed_lora_grad_reduce(
         packed if with_factors else None,
         None if b_planes is None else b_planes.transpose(1, 2).unsqueeze(1),
-        *(slot_start, rank.unsqueeze(0), scaling.unsqueeze(0)),
+        *(slot_start, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
         table(tuple(offsets), torch.int64, device).unsqueeze(0),
         m=m,
         columns=n,
@@ -279,7 +272,7 @@ def _grad_a_listed(
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
     offsets, end = layout(lora_a)
     packed = lora_a[0].new_empty(end)
-    rank = ranks_of(lora_a, device).view(modules, slots)
+    rank = table(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(modules, slots)
     count = -(-m // run) + slots
     planes = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
     each = 1 if drop.seeds is not None else modules

@@ -4,14 +4,13 @@ Where one slot has all rows, ``rows`` is empty and the kernels of one adapter ru
 kernels for mixed batches read the factors behind addresses: those of a list, which is the
 parameters themselves, or those of tables, which somebody else keeps. Both end in the same launches.
 
-See `fastlora.ops.schema` for shapes.
+Arguments are those of the operators of `fastlora.ops.schema`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,38 +27,14 @@ from fastlora.kernels import (
     mixed_lora_shrink,
 )
 from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
-from fastlora.ops.factors import Tables
-from fastlora.ops.layout import columns_of, max_rank, planes_shape, present
+from fastlora.ops.factors import Tables, tables_of
+from fastlora.ops.layout import Factor, columns_of, planes_shape, present
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
-from fastlora.ops.triton.tables import (
-    NO_DROP,
-    Drop,
-    RankRows,
-    addresses_of,
-    aligned_blocks,
-    max_columns_of,
-    ranks_of,
-)
+from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of
 
-_Given = ParamSpec("_Given")
-_Made = TypeVar("_Made")
-_Factors = Sequence[torch.Tensor | None]
-
-
-def launches(
-    function: Callable[Concatenate[torch.Tensor, _Given], _Made],
-) -> Callable[Concatenate[torch.Tensor, _Given], _Made]:
-    """Makes a function launch on its first argument's device, which need not be the current one."""
-
-    @functools.wraps(function)
-    def run(x: torch.Tensor, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        if not x.is_cuda:
-            return function(x, *args, **kwargs)
-        with torch.cuda.device(x.device):
-            return function(x, *args, **kwargs)
-
-    return run
+_Tensors = Sequence[torch.Tensor]
+_Factors = Sequence[Factor]
 
 
 class Base(NamedTuple):
@@ -72,65 +47,56 @@ class Base(NamedTuple):
 # ------------------------------------------------------------------------------------ operators
 
 
-@launches
 def shrink(
     x: torch.Tensor,
-    rows: Sequence[torch.Tensor],
+    rows: _Tensors,
     lora_a: _Factors,
     modules: int,
-    drop: Drop,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
 ) -> torch.Tensor:
     """Returns s: ``[M, R]`` of one slot's modules side by side, else ``[G, M, R]``."""
+    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if rows:
-        return _shrink_listed(x, rows, lora_a, modules, drop)[0]
-    downs = present(lora_a, 0)
+        return _shrink_listed(x, rows, downs, modules, drop)[0]
     lora_a_of_all = downs[0]
     if len(downs) > 1:
         lora_a_of_all = torch.cat([down.to(x.dtype) for down in downs])
     return _shrink_one(x, lora_a_of_all, drop)
 
 
-@launches
 def linear(
     x: torch.Tensor,
-    base: Base,
-    rows: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
     s: torch.Tensor | None,
     factors: _Factors,
     scaling: torch.Tensor,
-    drop: Drop,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Returns y, and s unless that was given; factors are three of each slot in turn."""
+    """Returns y, and s unless that was given."""
+    base, drop = Base(weight, bias), Drop(seeds, dropout_p)
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
             raise ValueError("one slot has all rows, and it has no factors")
         return _linear_one(x, base, s, lora_a, lora_b, scaling, drop, plan)
-    ups, biases, own, after_shrink = present(factors[1::3], 1), factors[2::3], s, False
+    own, after_shrink = s, False
     if own is None:
-        made, after_shrink = _shrink_listed(x, rows, factors[::3], 1, drop)
+        made, after_shrink = _shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
         own = made[0]
-    (m, k), n, largest = x.shape, base.weight.shape[0], max(b.shape[1] for b in ups)
-    rank_rows = len(ups) * largest
-    plan = choose_plan(plan, x, base.weight, rank_rows, "mixed_lora_train_linear")
-    if plan == "split":
-        y = F.linear(x, *base)
-        expand_(y, own, rows, ups, biases, scaling)
-    else:
-        up = RankRows.of_lora_b(ups, biases, scaling)
-        config = config_of("mixed_lora_train_linear", x, m, n, k, largest)
-        y = product_and_rank_rows(
-            x, base, own.unsqueeze(0), rows, up, config=config, pdl=after_shrink
-        )
+    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
+    y = _linear_mixed("mixed_lora_train", x, base, own.unsqueeze(0), rows, up, plan, after_shrink)
     return [y, own] if s is None else [y]
 
 
-@launches
 def expand_(
     y: torch.Tensor,
     s: torch.Tensor,
-    rows: Sequence[torch.Tensor],
+    rows: _Tensors,
     lora_b: _Factors,
     lora_bias: _Factors,
     scaling: torch.Tensor,
@@ -140,94 +106,79 @@ def expand_(
     if not rows:
         _expand_one_(y, s, ups[0], scaling)
         return
-    (m, n), largest = y.shape, max(b.shape[1] for b in ups)
     up = RankRows.of_lora_b(ups, lora_bias, scaling)
-    config = config_of("mixed_lora_train_expand", y, m, n, r=largest)
+    (m, n), r = y.shape, up.largest
+    config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     add_rank_rows_(y, s.unsqueeze(0), rows, up, config=config)
 
 
-@launches
-def shrink_at(
-    x: torch.Tensor, rows: Sequence[torch.Tensor], tables: Tables, batch_invariant: bool
-) -> torch.Tensor:
-    """Returns planes of s, fp32 ``[splits, G, M, R]``."""
-    (m, k), modules = x.shape, tables.rank.shape[0]
-    shape = planes_shape(m, k, modules, tables.max_rank, batch_invariant)
-    s = x.new_empty(shape, dtype=torch.float32)
-    if batch_invariant:
-        x = _whole_rows(x)
-    rank_rows = modules * tables.max_rank
-    config = config_of("mixed_lora_shrink", x, m, k=k, r=rank_rows, batch_invariant=batch_invariant)
-    mixed_lora_shrink.launch_mixed_lora_shrink(
-        *(s, x, *rows[:3], rows[4], tables.a_address, tables.rank),
-        factor_dtype=tables.dtype,
-        config=config,
-    )
-    return s
-
-
-@launches
 def linear_at(
     x: torch.Tensor,
-    base: Base,
-    rows: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
     s: torch.Tensor | None,
-    tables: Tables,
+    tables: _Tensors,
     index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
     plan: str,
-) -> torch.Tensor:
-    """Returns y of one module: a shrink unless siblings made s; then linear, or GEMM and expand."""
-    (m, k), n, r = x.shape, base.weight.shape[0], tables.max_rank
-    rank_rows = tables.rank.shape[1] * r
-    plan = choose_plan(plan, x, base.weight, rank_rows, "mixed_lora_linear")
+    siblings: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
+    """Returns y of one module, and its siblings' s if it is the first of them."""
+    found = tables_of(tables, max_rank, factor_dtype)
+    first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
     if invariant:
         x = _whole_rows(x)
-    own = shrink_at(x, rows, _only(tables, index), invariant)[:, 0] if s is None else s[:, index]
-    up = RankRows.of_tables(tables, index)
-    if plan == "split":
-        y = F.linear(x, *base)
-        _expand_at_(y, own, rows, up)
-        return y
-    config = config_of("mixed_lora_linear", x, m, n, k, r, batch_invariant=invariant)
+    planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
+    up = RankRows.of_tables(found, index)
     # One kernel in the mode, whether siblings shared the shrink or not.
-    pdl = s is None and not invariant
-    return product_and_rank_rows(x, base, own, rows, up, config=config, pdl=pdl)
+    after_shrink = s is None and siblings is None and not invariant
+    own, base = planes[:, index - first], Base(weight, bias)
+    y = _linear_mixed("mixed_lora", x, base, own, rows, up, plan, after_shrink)
+    return [y] if s is not None or siblings is None else [y, planes]
 
 
-@launches
 def add_at_(
-    y: torch.Tensor, x: torch.Tensor, rows: Sequence[torch.Tensor], tables: Tables, index: int
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: _Tensors,
+    index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
 ) -> None:
     """Adds to y: one launch at decode sizes; two where every tile of N would make s anew."""
-    up = RankRows.of_tables(tables, index)
-    if x.shape[0] > FUSED_MAX_ROWS:
-        s = shrink_at(x, rows, _only(tables, index), False)
-        _expand_at_(y, s[:, 0], rows, up)
+    found = tables_of(tables, max_rank, factor_dtype)
+    up, (m, k), n = RankRows.of_tables(found, index), x.shape, y.shape[1]
+    if m > FUSED_MAX_ROWS:
+        s = shrink_at(x, rows, found, slice(index, index + 1))
+        config = config_of("mixed_lora_expand", y, m, n, r=max_rank)
+        add_rank_rows_(y, s[:, 0], rows, up, config=config)
         return
-    (m, k), n = x.shape, y.shape[1]
     mixed_lora_add.launch_mixed_lora_add(
-        *(y, x, *rows[:3], rows[4], tables.a_address[index], *up[:4]),
-        factor_dtype=tables.dtype,
-        config=config_of("mixed_lora_add", x, m, n, k, tables.max_rank),
+        *(y, x, *rows[:3], rows[4], found.a_address[index], *up[:4]),
+        factor_dtype=factor_dtype,
+        config=config_of("mixed_lora_add", x, m, n, k, max_rank),
     )
 
 
-@launches
 def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: Sequence[torch.Tensor],
-    address: torch.Tensor,
+    rows: _Tensors,
+    scale_address: torch.Tensor,
+    index: int,
 ) -> None:
     """Scales DoRA's rows in one launch, whatever the batch."""
+    whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
-        *(y, None if bias is None else bias.contiguous(), *rows[:3], rows[4], address),
+        *(y, whole_bias, *rows[:3], rows[4], scale_address[index]),
         config=config_of("mixed_dora_scale", y, *y.shape),
     )
 
 
-@launches
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Returns x ``[M, K]``, dropped."""
     (m, k), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -347,50 +298,86 @@ def _whole_rows(x: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------- many adapters
 
 
-def _only(tables: Tables, index: int) -> Tables:
-    """Returns one module's tables for a shrink, ``[1, S]``."""
-    only = slice(index, index + 1)
-    return tables._replace(a_address=tables.a_address[only], rank=tables.rank[only])
+def shrink_at(
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: Tables,
+    modules: slice,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Returns planes of s of neighbouring modules, fp32 ``[splits, G, M, R]``."""
+    (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
+    count = address.shape[0]
+    shape = planes_shape(m, k, count, largest, batch_invariant)
+    s = x.new_empty(shape, dtype=torch.float32)
+    down = RankRows(address, None, tables.rank[modules], None, tables.dtype, largest)
+    r = count * largest
+    config = config_of("mixed_lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    _shrink_mixed(s, x, rows, down, config=config)
+    return s
 
 
 def _shrink_listed(
-    x: torch.Tensor, rows: Sequence[torch.Tensor], lora_a: _Factors, modules: int, drop: Drop
+    x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, drop: Drop
 ) -> tuple[torch.Tensor, bool]:
     """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
-    downs = present(lora_a, 0)
-    (m, k), largest, device = x.shape, max_rank(downs, 0), x.device
-    blocks, slots = aligned_blocks(downs), len(downs) // modules
-    columns = max_columns_of(downs, slots, modules)
+    (m, k), slots = x.shape, len(lora_a) // modules
+    down = RankRows.of_lora_a(lora_a, x.device, (modules, slots))
+    columns = max_columns_of(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
-    splits = planes_shape(m, k, modules, largest)[0]
-    s = x.new_empty(modules, m, columns_of(largest))
+    splits = planes_shape(m, k, modules, max(down.largest, 1))[0]
+    s = x.new_empty(modules, m, columns_of(down.largest))
     planes = s.unsqueeze(0)
     if splits > 1:
         planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
-    addresses, ranks = addresses_of(blocks, device), ranks_of(downs, device)
-    mixed_lora_shrink.launch_mixed_lora_shrink(
-        *(
-            planes,
-            x,
-            *rows[:3],
-            rows[4],
-            addresses.view(modules, slots),
-            ranks.view(modules, slots),
-        ),
-        factor_dtype=downs[0].dtype,
-        config=config,
-        dropout=drop.tables(rows[3]),
-    )
+    _shrink_mixed(planes, x, rows, down, config=config, drop=drop)
     if splits > 1:
         lora_shrink.launch_lora_shrink_reduce(s.flatten(0, 1), planes.flatten(1, 2), config=config)
     return s, splits == 1
 
 
-def _expand_at_(
-    y: torch.Tensor, s: torch.Tensor, rows: Sequence[torch.Tensor], up: RankRows
+def _shrink_mixed(
+    planes: torch.Tensor,
+    x: torch.Tensor,
+    rows: _Tensors,
+    down: RankRows,
+    *,
+    config: KernelConfig,
+    drop: Drop = NO_DROP,
 ) -> None:
-    (m, n), r = y.shape, s.shape[-1]
-    add_rank_rows_(y, s, rows, up, config=config_of("mixed_lora_expand", y, m, n, r=r))
+    """Writes every row's s, ``[splits, G, M, R]``; one launch."""
+    mixed_lora_shrink.launch_mixed_lora_shrink(
+        *(planes, x, *rows[:3], rows[4], down.address, down.rank),
+        factor_dtype=down.dtype,
+        config=config,
+        dropout=drop.tables(rows[3]),
+    )
+
+
+def _linear_mixed(
+    stem: str,
+    x: torch.Tensor,
+    base: Base,
+    s: torch.Tensor,
+    rows: _Tensors,
+    up: RankRows,
+    plan: str,
+    after_shrink: bool,
+) -> torch.Tensor:
+    """Returns y for s ``[splits, M, R]``: one launch, or a GEMM of the library's and an expand.
+
+    ``stem`` names the launches, which have plans and configs of their own.
+    """
+    (m, k), n = x.shape, base.weight.shape[0]
+    plan = choose_plan(plan, x, base.weight, up.rank.shape[0] * up.largest, f"{stem}_linear")
+    if plan == "split":
+        y = F.linear(x, *base)
+        config = config_of(f"{stem}_expand", y, m, n, r=up.largest)
+        add_rank_rows_(y, s, rows, up, config=config)
+        return y
+    invariant = plan == "invariant"
+    config = config_of(f"{stem}_linear", x, m, n, k, up.largest, batch_invariant=invariant)
+    return product_and_rank_rows(x, base, s, rows, up, config=config, pdl=after_shrink)
 
 
 def add_rank_rows_(

@@ -47,14 +47,17 @@ NO_DROP = Drop(None, ())
 
 
 class RankRows(NamedTuple):
-    """What adds to rows of y their adapters' rank rows, of one module; tables are ``[S]``.
+    """Adapters' rank rows behind addresses: those of a shrink, or what adds them to rows of y.
+
+    Tables are ``[G, S]`` for a shrink of G modules, else those of one module, ``[S]``.
 
     Attributes:
-        address: int64, where lora_b lies, or for a gradient of x lora_a.
+        address: int64, where lora_a lies, or lora_b.
         bias_address: int64, where lora_bias lies, 0 for none; None if no adapter has one.
         rank: int32.
         scaling: fp32; None for 1.
         dtype: Of what lies behind the addresses.
+        largest: No adapter has a larger rank.
         by_column: Whether lora_b lies as ``[N, rank]`` rather than as rank rows.
         kept: What must live until the launch.
     """
@@ -64,8 +67,19 @@ class RankRows(NamedTuple):
     rank: torch.Tensor
     scaling: torch.Tensor | None
     dtype: torch.dtype
+    largest: int
     by_column: bool = False
     kept: tuple[torch.Tensor | None, ...] = ()
+
+    @classmethod
+    def of_lora_a(
+        cls, lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
+    ) -> RankRows:
+        """Returns those of a shrink, in tables of a shape, or of a gradient of x."""
+        blocks, ranks = aligned_blocks(lora_a), tuple(a.shape[0] for a in lora_a)
+        address = addresses_of(blocks, device).view(shape)
+        rank, dtype = table(ranks, torch.int32, device).view(shape), lora_a[0].dtype
+        return cls(address, None, rank, None, dtype, max(ranks), False, tuple(blocks))
 
     @classmethod
     def of_lora_b(
@@ -75,29 +89,21 @@ class RankRows(NamedTuple):
         scaling: torch.Tensor,
     ) -> RankRows:
         """Returns those of a forward."""
-        device = scaling.device
+        device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
         blocks, biases = aligned_blocks(lora_b), aligned_blocks(lora_bias)
         bias_address = None
         if any(bias is not None for bias in biases):
             bias_address = addresses_of(biases, device)
-        ranks = table(tuple(b.shape[1] for b in lora_b), torch.int32, device)
-        address = addresses_of(blocks, device)
-        kept = (*blocks, *biases)
-        return cls(address, bias_address, ranks, scaling, lora_b[0].dtype, True, kept)
+        rank, address = table(ranks, torch.int32, device), addresses_of(blocks, device)
+        own, kept = (address, bias_address, rank, scaling), (*blocks, *biases)
+        return cls(*own, lora_b[0].dtype, max(ranks), True, kept)
 
     @classmethod
     def of_tables(cls, tables: Tables, index: int) -> RankRows:
         """Returns those of a forward, of one module."""
         bias = None if tables.bias_address is None else tables.bias_address[index]
         own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
-        return cls(*own, tables.dtype)
-
-    @classmethod
-    def of_lora_a(cls, lora_a: Sequence[torch.Tensor], device: torch.device) -> RankRows:
-        """Returns those of a gradient of x."""
-        blocks = aligned_blocks(lora_a)
-        address, rank = addresses_of(blocks, device), ranks_of(lora_a, device)
-        return cls(address, None, rank, None, lora_a[0].dtype, False, tuple(blocks))
+        return cls(*own, tables.dtype, tables.max_rank)
 
 
 def table(values: tuple[Number, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -132,11 +138,6 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
     """Returns where blocks lie, int64; 0 for None and for what has no elements."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return table(values, torch.int64, device)
-
-
-def ranks_of(lora_a: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Returns the ranks, int32."""
-    return table(tuple(a.shape[0] for a in lora_a), torch.int32, device)
 
 
 def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:

@@ -25,7 +25,9 @@ import triton.language as tl
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import cdiv, choose, run_rows
+from fastlora.ops.factors import tables_of
 from fastlora.ops.layout import planes_shape
+from fastlora.ops.triton import forward
 from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.bytes.byte_forms import Batch, Form, Sizes
@@ -188,10 +190,10 @@ def count_forward(problem: MixedProblem, chip: Chip, decode: bool = False) -> Co
             OPS.lora_add_at_(y, problem.x, rows, tables, 0, r, kind, "triton")
             made = [y]
         else:
-            s = OPS.lora_shrink_at(problem.x, rows, tables, r, kind, False)
+            s = forward.shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
             counter.register("s", s)
             base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
-            made = [OPS.lora_linear_at(*base, plan) for plan in ("fused", "split")]
+            made = [OPS.lora_linear_at(*base, plan, [0, 1])[0] for plan in ("fused", "split")]
             for found in made:
                 problem.check(found)
             OPS.lora_scale_(made[1], problem.biases[0], rows, address, 0, "triton")

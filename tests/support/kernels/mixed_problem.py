@@ -331,12 +331,17 @@ class MixedProblem(Batch):
         return (
             *(self.x, self.weights[g], self.biases[g], self.rows(), s),
             *(self.all_tables, g, self.max_rank, self.factor_dtype, plan),
+            None if s is None else [0, len(self.ns)],
         )
 
-    def shrink_arguments(self) -> tuple[Any, ...]:
-        """Of ``lora_shrink_at``."""
-        given = self.x, self.rows(), self.all_tables
-        return (*given, self.max_rank, self.factor_dtype, False)
+    def siblings_arguments(self, plan: str = "auto") -> tuple[Any, ...]:
+        """Of ``lora_linear_at`` where module 0 makes the s of all."""
+        return (*self.linear_arguments(0, None, plan)[:-1], [0, len(self.ns)])
+
+    def shared_s(self) -> torch.Tensor:
+        """s of all modules, as planes."""
+        s: torch.Tensor = OPS.lora_linear_at(*self.siblings_arguments())[1]
+        return s
 
     def add_arguments(self, y: torch.Tensor) -> tuple[Any, ...]:
         """Of ``lora_add_at_``."""

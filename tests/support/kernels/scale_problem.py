@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastlora.ops.schema import PENDING
+from fastlora.ops.factors import PENDING
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS, Batch

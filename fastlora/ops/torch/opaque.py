@@ -1,0 +1,214 @@
+"""What operators run in PyTorch, in compiled graphs, which cannot see how a mixed batch's rows lie.
+
+Arguments are those of the operators of `fastlora.ops.schema`, products those of
+`fastlora.ops.torch.segments`. Behind tables of addresses the memory of this process is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fastlora.ops.factors import PENDING, Operands
+from fastlora.ops.layout import Factor, layout, layout_b, present, split_grad_a, split_grad_b
+from fastlora.ops.rows import Rows, rows_of
+from fastlora.ops.torch import reference, segments
+
+_Tensors = Sequence[torch.Tensor]
+_Factors = Sequence[Factor]
+
+
+def keep(
+    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns PyTorch's mask of x."""
+    return reference.lora_keep(x, seed, dropout_p)
+
+
+def _layers(
+    lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
+) -> list[Operands]:
+    """Returns each module's own lora_a and dropout of those of all."""
+    downs, slots = present(lora_a, 0), len(lora_a) // modules
+    found = []
+    for start in range(0, len(downs), slots):
+        own = slice(start, start + slots)
+        own_seeds = None if seeds is None else seeds[own]
+        found.append(segments.down(downs[own], own_seeds, dropout_p[own]))
+    return found
+
+
+def shrink(
+    x: torch.Tensor,
+    rows: _Tensors,
+    lora_a: _Factors,
+    modules: int,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+) -> torch.Tensor:
+    """Returns s of G modules, ``[G, M, R]``."""
+    return segments.shrink(x, _layers(lora_a, modules, seeds, dropout_p), rows_of(rows))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    s: torch.Tensor | None,
+    factors: _Factors,
+    scaling: torch.Tensor,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+    plan: str,
+) -> list[torch.Tensor]:
+    """Returns y, and s unless it is given."""
+    own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
+    operands = segments.up(present(factors[1::3], 1), factors[2::3], scaling)
+    y, _ = segments.linear(x, weight, bias, operands, rows_of(rows), own)
+    return [y, own] if s is None else [y]
+
+
+def expand_(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    rows: _Tensors,
+    lora_b: _Factors,
+    lora_bias: _Factors,
+    scaling: torch.Tensor,
+) -> None:
+    """Adds ``scaling * (s @ lora_b.T + lora_bias)`` to the adapter's own rows of y."""
+    # x is not read where s is given.
+    _add_(y, y, segments.up(present(lora_b, 1), lora_bias, scaling), rows_of(rows), s)
+
+
+def _add_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    operands: Operands,
+    rows: Rows,
+    s: torch.Tensor | None = None,
+) -> None:
+    made, _ = segments.add(y, x, operands, rows, s, inplace=True)
+    if made is not y:
+        y.copy_(made)
+
+
+def grad_b(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    rows: _Tensors,
+    run: int,
+    lora_b: _Factors,
+    with_bias: Sequence[bool],
+    scaling: torch.Tensor,
+    with_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns ds, a buffer with every adapter's d_lora_b and d_lora_bias, and nothing."""
+    batch, ups = rows_of(rows), present(lora_b, 1)
+    packed = ups[0].new_zeros(layout_b(ups, with_bias)[2] if with_factors else 0)
+    # Of a lora_bias only the dtype is read.
+    biases = [b if has else None for b, has in zip(ups, with_bias, strict=True)]
+    operands, wants = segments.up(ups, biases, scaling), [with_factors] * (3 * len(ups))
+    ds, *found = segments.grad_b(batch.sorted(dy), s, operands, batch, wants)
+    if with_factors:
+        parts = zip(*split_grad_b(packed, ups, with_bias), strict=True)
+        for own_parts, own in zip(parts, found, strict=True):
+            _write(own_parts, own)
+    return ds, packed, dy.new_empty(0, dtype=torch.float32)
+
+
+def grad_x(
+    dy: torch.Tensor,
+    weight: torch.Tensor | None,
+    ds: torch.Tensor,
+    rows: _Tensors,
+    lora_a: _Factors,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+    plan: str,
+) -> torch.Tensor:
+    """Returns dx of one module; without a weight that of the adapters' term alone."""
+    operands, batch = segments.down(present(lora_a, 0), seeds, dropout_p), rows_of(rows)
+    return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
+
+
+def grad_a(
+    x: torch.Tensor,
+    ds: _Tensors,
+    rows: _Tensors,
+    run: int,
+    lora_a: _Factors,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+) -> list[torch.Tensor]:
+    """Returns one buffer with every d_lora_a of G modules, one ds each."""
+    downs = present(lora_a, 0)
+    packed, layers = downs[0].new_zeros(layout(downs)[1]), _layers(downs, len(ds), seeds, dropout_p)
+    found = segments.grad_a(x, ds, layers, rows_of(rows), [True] * len(downs))
+    _write(split_grad_a(packed, downs), found)
+    return [packed]
+
+
+def _write(parts: _Factors, gradients: _Factors) -> None:
+    for part, gradient in zip(parts, gradients, strict=True):
+        if part is not None and gradient is not None:
+            part.copy_(gradient)
+
+
+# ----------------------------------------------------------------------------- behind addresses
+
+
+def add_at_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: _Tensors,
+    index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> None:
+    """Adds every row's own adapter to y."""
+    a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
+    batch, k, n = rows_of(rows), x.shape[1], y.shape[1]
+    slots = tuple(slot for slot in batch.present if ranks[slot])
+    lora_a = [block_at(a_address[slot], (ranks[slot], k), factor_dtype) for slot in slots]
+    lora_b = [block_at(b_address[slot], (ranks[slot], n), factor_dtype).t() for slot in slots]
+    lora_bias: list[Factor] = [None] * len(slots)
+    for place, slot in enumerate(slots):
+        if biases and biases[0][slot]:
+            lora_bias[place] = block_at(biases[0][slot], (n,), factor_dtype)
+    scaling, none = tables[3][index, list(slots)], (0.0,) * len(slots)
+    _add_(y, x, Operands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
+
+
+def scale_(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    scale_address: torch.Tensor,
+    index: int,
+) -> None:
+    """Scales rows of y in place; those of `PENDING` addresses become NaN."""
+    if not y.numel():
+        return
+    batch, shift = rows_of(rows), None if bias is None else bias.to(y.dtype)
+    for slot, start, stop in batch.segments:
+        own, address = batch.order[start:stop].long(), int(scale_address[index, slot])
+        if address == PENDING:
+            y[own] = float("nan")
+        elif address:
+            scale, part = block_at(address, (y.shape[1],), torch.float32), y[own]
+            part = part if shift is None else part - shift
+            # No wider copy of the rows, and one rounding.
+            scaled = torch.mul(part, scale, out=torch.empty_like(part))
+            y[own] = scaled if shift is None else scaled.add_(shift)
+
+
+def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns a block in this process's memory, as it lies there."""
+    raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
