@@ -18,10 +18,10 @@ from tests.support.conformance_operators import import_everything, registered
 ROOT = Path(__file__).parent.parent
 # Today's values, and in brackets what they are to come down to.
 FLOORS = 13  # (9)
-FLOORS_IN_A_FOLDER = 14  # of layers/
+FLOORS_IN_A_FOLDER = 12  # of layers/
 CIRCLES = 0  # of modules
 CIRCLES_OF_FOLDERS = 0
-OPERATORS = 18  # (17)
+OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 6  # (6)
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (

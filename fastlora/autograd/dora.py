@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from fastlora.autograd.linear import plain_backward
+from fastlora.ops.backend import Wanted
+from fastlora.ops.factors import Operands
 from fastlora.ops.torch import products, reference, single
 from fastlora.ops.torch.scale import (
     scale_columns,
@@ -181,13 +183,14 @@ class DoraLinear(torch.autograd.Function):
         else:
             du, d_magnitude = scale_columns_backward(dy, rows, magnitude, squares)
         flat = x.reshape(-1, x.shape[-1])
-        wanted = single.Wanted(needs_x, needs_a, needs_b)
-        found = single.gradients(du, weight, flat, lora_a, lora_b, scaling, s, None, 0.0, wanted)
+        operands = Operands([lora_a], [lora_b], [None], scaling, (0.0,))
+        wanted = Wanted(needs_x, False, False, (needs_a, needs_b, False))
+        found = single.gradients(du, weight, flat, operands, s, wanted)
         dx = None if found.dx is None else found.dx.view(ctx.x_shape)
         if d_magnitude is not None:
             d_magnitude = d_magnitude.to(magnitude.dtype)
         d_factors = [
             None if grad is None else grad.to(dtype)
-            for grad, dtype in zip((found.d_lora_a, found.d_lora_b), ctx.dtypes, strict=True)
+            for grad, dtype in zip(found.factors[:2], ctx.dtypes, strict=True)
         ]
         return dx, None, *d_factors, d_magnitude, None, None

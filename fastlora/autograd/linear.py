@@ -1,15 +1,15 @@
 """The one autograd function of a linear with adapters: what is saved, and every gradient.
 
 `run` takes a base weight, or what the base layer made; one adapter for all rows, or many with
-`fastlora.ops.rows.Rows`; an s that a sibling made, or none. Saved for backward are x itself, s
-(unless it is cheap to make again), the seeds and the parameters; never a cast or dropped copy of x,
-nor a mask. Whatever needs no gradient is neither saved nor computed.
+`fastlora.ops.rows.Rows`; an s that a sibling made, or none. Saved for backward are x itself, s, the
+seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
+is neither saved nor computed.
 
-On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`), which save
-s always. Where layers fed by the same tensor share their passes over it, the graph has two kinds of
-node: that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their
-d_lora_a and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with
-the LoRA term inside, ds (the gradient of s) and d_lora_b.
+On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`). Where
+layers fed by the same tensor share their passes over it, the graph has two kinds of node: that of
+`fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a and
+nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
+term inside, ds (the gradient of s) and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
 ``lora_b [N, R]``, ``lora_bias [N]`` or None, not scaled; s as in `fastlora.ops.backend.Backend`.
@@ -25,19 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-import fastlora.ops.operators  # noqa: F401  # registers a backend
+import fastlora.ops.operators  # noqa: F401  # registers backends
+import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, Wanted
 from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
-from fastlora.ops.torch.backend import is_wide
 from fastlora.ops.torch.reference import column_sums
 
 # Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
 # PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
 _FEW_ROWS = 1024
-# And so many in a wide layer, whose s PyTorch's nodes save: at 256 rows 3 % of a step.
-_FEW_WIDE_ROWS = 512
 
 _Factor = torch.Tensor | None
 
@@ -111,7 +109,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
     given = y
@@ -120,9 +118,18 @@ def _forward(
             y, inplace = y.contiguous(), True
         y = y.view(-1, y.shape[-1])
     operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
+    own_bias = None if call.rows is not None else operands.lora_bias[0]
+    if own_bias is not None:
+        own_bias = own_bias * scaling
+        if weight is not None:
+            bias = own_bias if bias is None else bias + own_bias
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     made, s = BACKENDS[call.impl].forward(
-        rows, weight, bias, y, operands, call.rows, s, call.plan, inplace
+        flat, Base(weight, bias, y, inplace), operands, call.rows, s, call.plan
     )
+    if own_bias is not None and weight is None:
+        made += own_bias.to(made.dtype)
     if made is y and given is not None and given.is_contiguous():
         return given, s
     if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
@@ -150,7 +157,7 @@ def records_natively(
         (dtype is torch.float32 or dtype is torch.float64)
         and x.is_cpu
         and (x.dim() == 2 or x.is_contiguous())
-        and x.numel() < (_FEW_WIDE_ROWS if is_wide(lora_b) else _FEW_ROWS) * x.shape[-1]
+        and x.numel() < _FEW_ROWS * x.shape[-1]
         and weight.dtype is lora_a.dtype is lora_b.dtype is dtype
         and weight.is_cpu
         and lora_a.is_cpu
@@ -226,10 +233,7 @@ class LoraLinear(torch.autograd.Function):
         made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
-        saves_s = call.rows is not None
-        if needs_b and not saves_s:
-            saves_s = BACKENDS[call.impl].keeps_s(x, factors[1])
-        saves_x = needs_a or needs[1] or (needs_b and not saves_s)
+        saves_x, saves_s = needs_a or needs[1], needs_b or call.rows is not None
         ctx.call, ctx.x_shape, ctx.x_dtype = call, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
@@ -249,20 +253,18 @@ class LoraLinear(torch.autograd.Function):
             dy = dy.to(ctx.x_dtype)
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
+        operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
+        needs_own_bias = call.rows is None and needs[2]
+        wanted = Wanted(needs_x, needs_bias or needs_own_bias, needs_s, needs)
         found = BACKENDS[call.impl].gradients(
-            dy,
-            weight,
-            flat,
-            operands_of(factors, scaling, call.dropout_p, seeds, call.slots),
-            call.rows,
-            s,
-            Wanted(needs_x, needs_bias, needs_s, needs),
-            plan,
+            dy, weight, flat, operands, call.rows, s, wanted, plan
         )
         dx, d_bias, d_weight = found.dx, found.d_bias, None
-        if call.rows is None and needs[2] and grad.dtype != ctx.x_dtype:  # a y that was given
-            exact = grad.reshape(-1, grad.shape[-1])
-            found.factors[2] = (column_sums(exact) * scaling).to(factors[2].dtype)
+        if needs_own_bias and d_bias is not None:
+            sums = d_bias
+            if grad.dtype != ctx.x_dtype:  # a y that was given
+                sums = column_sums(grad.reshape(-1, grad.shape[-1]))
+            found.factors[2] = (sums * scaling).to(factors[2].dtype)
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (

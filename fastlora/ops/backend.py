@@ -16,7 +16,7 @@ from fastlora import env
 from fastlora.validation import ImplementationError, check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import Operands
+    from fastlora.ops.factors import Base, Operands
     from fastlora.ops.rows import Rows
 
 
@@ -145,38 +145,29 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """An implementation of a linear with adapters; what calls it knows its name only.
 
-    Shapes: ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, ``y`` and ``dy [M, N]``. With rows, s and
+    Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and
     ds are ``[M, R]`` at sorted positions, R at least the largest rank; without, one adapter has all
     rows, and its rank is R.
     """
 
-    def keeps_s(self, x: torch.Tensor, lora_b: torch.Tensor) -> bool:
-        """Whether a backward of one adapter needs the forward's s; else it makes s anew from x."""
-
     def forward(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        y: torch.Tensor | None,
+        base: Base,
         operands: Operands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
-        inplace: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the base layer's product with every row's own adapter, and s.
 
         Args:
             x: The input.
-            weight: Of the base layer, in x's dtype; None where y is its output.
-            bias: Of the base layer, in any dtype; None with y.
-            y: The base layer's output, contiguous; None with a weight.
+            base: A weight and bias in x's dtype, or y, ``[M, N]`` and contiguous.
             operands: The adapters.
-            rows: Which adapter each row has.
+            rows: Which adapter each row has; None for one, whose lora_bias is the caller's part.
             s: Where a sibling made it; else it is made here.
             plan: As in `fastlora.functional.lora_linear`.
-            inplace: Whether y may be overwritten.
         """
 
     def gradients(
@@ -194,11 +185,11 @@ class Backend(Protocol):
 
         Args:
             dy: Any strides, in x's dtype.
-            weight: As in `forward`, any dtype; None for dx of the adapters' term alone.
+            weight: Of the base layer, any dtype; None for dx of the adapters' term alone.
             x: None where no gradient needs it.
             operands, rows, plan: As in `forward`.
-            s: Of `forward`, where `keeps_s`.
-            wanted: Which gradients.
+            s: Of `forward`; None without rows where no lora_b is wanted.
+            wanted: Which gradients. That of one adapter's lora_bias is the caller's part.
         """
 
     def shrink(

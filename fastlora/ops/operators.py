@@ -5,20 +5,17 @@ An operator is opaque to compilers, which see neither Triton nor, in a mixed bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.backend import Gradients, Wanted, register_backend
-from fastlora.ops.factors import Operands
-from fastlora.ops.layout import Factor, split_grad_a, split_grad_b
+from fastlora.ops.factors import Base, Operands
+from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.torch.backend import joined_bias
-from fastlora.ops.triton.pieces import rows_listed, runs_a, runs_b
-
-RunsOf = Callable[[Rows, torch.dtype, int], tuple[list[torch.Tensor], int]]
+from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
 
 
 class OperatorBackend:
@@ -31,34 +28,25 @@ class OperatorBackend:
     def __init__(self, impl: str) -> None:
         self.impl = impl
 
-    def keeps_s(self, x: torch.Tensor, lora_b: torch.Tensor) -> bool:
-        """Always: its kernel reads s."""
-        return True
-
     def forward(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        y: torch.Tensor | None,
+        base: Base,
         operands: Operands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
-        inplace: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `fastlora.ops.backend.Backend.forward`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop, operators = (seeds, list(dropout_p)), torch.ops.fastlora
+        weight, bias, y, inplace = base
+        biases = lora_bias if rows is not None else [None]
         if weight is not None:
-            biases: Sequence[Factor] = lora_bias
-            if rows is None and lora_bias[0] is not None:  # of one adapter a base bias takes it
-                bias, biases = joined_bias(bias, lora_bias[0], scaling), [None]
             factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
-            base = x, weight, None if bias is None else bias.to(x.dtype)
             sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
             y, *own = operators.lora_linear(
-                *base, sorted_rows, s, factors, scaling, *drop, self.impl, plan
+                *(x, weight, bias, sorted_rows, s, factors, scaling, *drop, self.impl, plan)
             )
             return y, own[0] if s is None else s
         if y is None:
@@ -67,10 +55,7 @@ class OperatorBackend:
             s = operators.lora_shrink(x, self._in_pieces(rows), lora_a, 1, *drop, self.impl)
             s = s if rows is None else s.squeeze(0)
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
-        biases = lora_bias if rows is not None else [None]
         operators.lora_expand_(y, s, self._whole(rows), lora_b, biases, scaling, self.impl)
-        if rows is None and lora_bias[0] is not None:
-            y += (lora_bias[0] * scaling).to(y.dtype)
         return y, s
 
     def _whole(self, rows: Rows | None) -> list[torch.Tensor]:
@@ -97,9 +82,9 @@ class OperatorBackend:
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, torch.ops.fastlora
         found: list[torch.Tensor | None] = [None] * len(wants)
-        d_bias, sums = None, wanted.bias or (rows is None and wants[2])
+        d_bias = None
         if rows is not None:
-            own, run = self._in_runs(runs_b, rows, dy)
+            own, run = self._in_runs("mixed_lora_grad_b", rows, dy)
             with_bias = [bias is not None for bias in lora_bias]
             with_factors = any(wants[1::3]) or any(wants[2::3])
             ds, packed, _ = operators.lora_grad_b(
@@ -110,14 +95,12 @@ class OperatorBackend:
                     found[3 * slot + 1 : 3 * slot + 3] = pair
         elif wants[1]:
             ds, found[1], d_bias = operators.lora_grad_b(
-                dy, s, [], 0, lora_b, [sums], scaling, True, self.impl
+                dy, s, [], 0, lora_b, [wanted.bias], scaling, True, self.impl
             )
         else:
             ds = reference.lora_ds(dy, lora_b[0], scaling)
-        if sums and (d_bias is None or rows is not None):
+        if wanted.bias and d_bias is None:
             d_bias = reference.column_sums(dy)
-        if rows is None and wants[2] and d_bias is not None and lora_bias[0] is not None:
-            found[2] = (d_bias * scaling).to(lora_bias[0].dtype)
         dx = None
         if wanted.x:
             base = None if weight is None else weight.to(dy.dtype)
@@ -131,12 +114,12 @@ class OperatorBackend:
         return Gradients(dx, found, ds, d_bias)
 
     def _in_runs(
-        self, of: RunsOf, rows: Rows, like: torch.Tensor
+        self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Returns rows, and how many make a run, of an operator over ``[M, columns]``."""
+        """Returns rows, and how many make a run, of a launch over ``[M, columns]``."""
         if self.impl != "triton":
             return rows.tensors(), 0
-        return of(rows, like.dtype, like.shape[1])
+        return rows_in_runs(launch, rows, like.dtype, like.shape[1])
 
     def _grad_a(
         self,
@@ -152,7 +135,7 @@ class OperatorBackend:
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
-        own, run = self._in_runs(runs_a, rows, x)
+        own, run = self._in_runs("mixed_lora_grad_a", rows, x)
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 

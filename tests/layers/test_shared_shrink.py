@@ -140,16 +140,13 @@ def test_gradients_have_their_own_memory_and_few_rows_are_apart(
     assert calls == [3]
 
 
-def test_wide_layers_make_s_again() -> None:
-    """Then each keeps x beside the shared node, and gradients are the same."""
+def test_two_wide_siblings() -> None:
     model, x = Wide(), torch.randn(9, 24)
     model(x)
     with counted() as calls:
         shared = gradients(model, model, x)
     assert calls == [2]
     assert_near(shared, model, x)
-    saved = model.gate(x).grad_fn.saved_tensors
-    assert not any(t is not None and t.shape == (9, 4) for t in saved)
 
 
 def test_what_is_saved() -> None:

@@ -35,7 +35,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         for i, name in enumerate(("en", "fr", "de", "es", "it"))
     },
     "dropout": {
-        "en": _lora(1, 1.5, lora_dropout=0.25),  # "o" is wide beside it: its s is made again
+        "en": _lora(1, 1.5, lora_dropout=0.25),
         "fr": _lora(3, 2, "qo", lora_dropout=0.5),
         "de": _lora(8, 4),
     },

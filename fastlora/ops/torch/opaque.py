@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import PENDING, Operands
+from fastlora.ops.factors import PENDING, Base, Operands
 from fastlora.ops.layout import Factor, layout, layout_b, present, split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows, rows_of
 from fastlora.ops.torch import reference, segments
@@ -68,7 +68,7 @@ def linear(
     """Returns y, and s unless it is given."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.up(present(factors[1::3], 1), factors[2::3], scaling)
-    y, _ = segments.linear(x, weight, bias, operands, rows_of(rows), own)
+    y, _ = segments.forward(x, Base(weight, bias), operands, rows_of(rows), own)
     return [y, own] if s is None else [y]
 
 
@@ -92,7 +92,7 @@ def _add_(
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> None:
-    made, _ = segments.add(y, x, operands, rows, s, inplace=True)
+    made, _ = segments.forward(x, Base(y=y, inplace=True), operands, rows, s)
     if made is not y:
         y.copy_(made)
 

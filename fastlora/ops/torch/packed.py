@@ -87,7 +87,7 @@ class LayerPack(NamedTuple):
 
     Attributes:
         layout: Of the rank rows.
-        lora_a: Of L layers fed by the same tensor: ``[L * rank rows, K]`` for dense products; else
+        lora_a: Of L layers fed by the same tensor: ``[K, L * rank rows]`` for dense products; else
             ``[units, L, unit, K]``.
         member: This layer's place among the L.
         members: Numbers of the L layers.
@@ -145,9 +145,12 @@ def _pack_siblings(
     present = next(f for f in layers[0] if f is not None)
     k, device = present.lora_a.shape[1], present.lora_a.device
     dense, many = is_dense(layout.unit, layout.units, dtype), len(layers)
-    shape = (many, layout.units) if dense else (layout.units, many)
-    lora_a = torch.zeros(*shape, layout.unit, k, dtype=dtype, device=device)
-    parts = lora_a.unbind(0 if dense else 1)
+    if dense:
+        lora_a = torch.zeros(k, many, layout.units, layout.unit, dtype=dtype, device=device)
+        parts = lora_a.permute(1, 2, 3, 0).unbind(0)
+    else:
+        lora_a = torch.zeros(layout.units, many, layout.unit, k, dtype=dtype, device=device)
+        parts = lora_a.unbind(1)
     packed = [
         _pack_layer(layout, factors, part, dtype)
         for factors, part in zip(layers, parts, strict=True)
@@ -155,7 +158,7 @@ def _pack_siblings(
     if not all(torch.isfinite(t).all() for t in (lora_a, *(lora_b for lora_b, _ in packed))):
         return [None] * len(layers)
     if dense:
-        lora_a = lora_a.view(-1, k)
+        lora_a = lora_a.view(k, -1)
     return [
         LayerPack(
             layout, lora_a, index, members, lora_b.flatten(0, 1) if dense else lora_b, lora_bias

@@ -188,7 +188,7 @@ def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
     layers = len(pack.members)
     if isinstance(plan, Dense):
         # [M, K] x [K, L * rank rows]
-        s = products.linear(x, pack.lora_a)
+        s = products.mm(x, pack.lora_a)
         if layers == 1:
             return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
         by_layer = s.view(x.shape[0], layers, -1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Operands
+from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import columns_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
@@ -92,34 +92,19 @@ def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor
     return reference.lora_dropout(rows, seed, operands.dropout_p[place])
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    operands: Operands,
-    rows: Rows,
-    s: torch.Tensor | None = None,
+def forward(
+    x: torch.Tensor, base: Base, operands: Operands, rows: Rows, s: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``y [M, N]`` of a base weight and every row's own adapter, and s."""
-    x = rows.sorted(x)
-    y = products.linear(x, weight, bias)
-    s = _add_shares(y, x, operands, rows, s)
-    return rows.restored(y), s
-
-
-def add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    operands: Operands,
-    rows: Rows,
-    s: torch.Tensor | None = None,
-    inplace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``y [M, N]`` plus every row's own adapter, and s; ``inplace`` allows to write y."""
-    ordered = rows.sorted(y)
-    if rows.in_order and not inplace:
-        ordered = ordered.clone()
-    s = _add_shares(ordered, rows.sorted(x), operands, rows, s)
+    """Returns ``y [M, N]`` of a base layer with every row's own adapter, and s."""
+    x, y = rows.sorted(x), base.y
+    if base.weight is not None:
+        ordered = products.linear(x, base.weight, base.bias)
+    elif y is not None:
+        ordered = rows.sorted(y)
+        ordered = ordered.clone() if ordered is y and not base.inplace else ordered
+    else:
+        raise ValueError("neither a base weight nor a base output is given")
+    s = _add_shares(ordered, x, operands, rows, s)
     return rows.restored(ordered), s
 
 

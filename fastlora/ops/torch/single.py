@@ -7,10 +7,11 @@ Shapes: ``x [M, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s`` and ``ds [M, R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from fastlora.ops.backend import Gradients, Wanted
+from fastlora.ops.factors import Operands
 from fastlora.ops.torch import products, reference
 
 
@@ -36,45 +37,22 @@ def shrink(
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
-class Wanted(NamedTuple):
-    """Which gradients of an adapter are wanted."""
-
-    x: bool
-    lora_a: bool
-    lora_b: bool
-
-
-class Found(NamedTuple):
-    """The gradients of one adapter: ``dx [M, K]``, ``d_lora_a``, ``d_lora_b``, ``ds [M, R]``."""
-
-    dx: torch.Tensor | None
-    d_lora_a: torch.Tensor | None
-    d_lora_b: torch.Tensor | None
-    ds: torch.Tensor
-
-
 def gradients(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     x: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
+    operands: Operands,
     s: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    dropout_p: float,
     wanted: Wanted,
-) -> Found:
-    """Returns the gradients of a layer; of its LoRA term alone where ``weight`` is None.
-
-    ``dy`` is in x's dtype. s is made again where it was not saved, from the rows that d_lora_a
-    reads.
-    """
+) -> Gradients:
+    """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
+    (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
+    wants_a, wants_b, _ = wanted.factors
     d_lora_a = d_lora_b = dx = keep = None
     factor, dropped = reference.cast(lora_a, dy.dtype), 1.0 / (1.0 - dropout_p)
     ds = reference.lora_ds(dy, lora_b, scaling)
     inner = ds
-    if seed is not None and (wanted.x or x is not None):
+    if seed is not None and (wanted.x or wants_a):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if x is None else x
         keep = keep_mask(like, seed, dropout_p, after=ds)
         inner = ds * dropped
@@ -89,18 +67,13 @@ def gradients(
         else:
             base = products.mm(dy, reference.cast(weight, dy.dtype))
             dx = products.addmm_(base, ds, factor)
-    if x is not None and keep is not None:
-        x = reference.select_(keep, x)
-    if wanted.lora_a and x is not None:
-        d_lora_a = reference.cast(products.mm(inner.t(), x), lora_a.dtype)
-    if wanted.lora_b:
-        if s is None and x is not None:
-            s = reference.lora_shrink(x, factor)
-            if keep is not None:
-                s.mul_(dropped)
-        if s is not None:
-            d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
-    return Found(dx, d_lora_a, d_lora_b, ds)
+    if wants_a and x is not None:
+        kept = x if keep is None else reference.select_(keep, x)
+        d_lora_a = reference.cast(products.mm(inner.t(), kept), lora_a.dtype)
+    if wants_b and s is not None:
+        d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
+    d_bias = reference.column_sums(dy) if wanted.bias else None
+    return Gradients(dx, [d_lora_a, d_lora_b, None], ds, d_bias)
 
 
 def shrink_siblings(

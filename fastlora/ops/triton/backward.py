@@ -28,7 +28,7 @@ from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products
 from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.forward import (
-    Base,
+    Weights,
     add_rank_rows_,
     dropout,
     product_and_rank_rows,
@@ -83,7 +83,7 @@ def grad_x(
         dx = dy.new_zeros(m, k)
     elif choose_plan(plan, dy, weight, len(downs) * up.largest, "mixed_lora_grad_x") == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
-        base = Base(weight.t(), None)
+        base = Weights(weight.t(), None)
         return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)
     else:
         dx = products.mm(dy, weight)

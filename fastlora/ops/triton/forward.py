@@ -37,8 +37,8 @@ _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[Factor]
 
 
-class Base(NamedTuple):
-    """A base layer: weight ``[N, K]``, bias ``[N]`` or None."""
+class Weights(NamedTuple):
+    """Of a base layer: weight ``[N, K]``, bias ``[N]`` or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -78,7 +78,7 @@ def linear(
     plan: str,
 ) -> list[torch.Tensor]:
     """Returns y, and s unless that was given."""
-    base, drop = Base(weight, bias), Drop(seeds, dropout_p)
+    base, drop = Weights(weight, bias), Drop(seeds, dropout_p)
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -135,7 +135,7 @@ def linear_at(
     up = RankRows.of_tables(found, index)
     # One kernel in the mode, whether siblings shared the shrink or not.
     after_shrink = s is None and siblings is None and not invariant
-    own, base = planes[:, index - first], Base(weight, bias)
+    own, base = planes[:, index - first], Weights(weight, bias)
     y = _linear_mixed("mixed_lora", x, base, own, rows, up, plan, after_shrink)
     return [y] if s is not None or siblings is None else [y, planes]
 
@@ -215,7 +215,7 @@ def _expand_one_(
 
 def _linear_one(
     x: torch.Tensor,
-    base: Base,
+    base: Weights,
     s: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -247,7 +247,7 @@ def _linear_one(
 
 def _fused_one(
     x: torch.Tensor,
-    base: Base,
+    base: Weights,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
@@ -357,7 +357,7 @@ def _shrink_mixed(
 def _linear_mixed(
     stem: str,
     x: torch.Tensor,
-    base: Base,
+    base: Weights,
     s: torch.Tensor,
     rows: _Tensors,
     up: RankRows,
@@ -401,7 +401,7 @@ def add_rank_rows_(
 
 def product_and_rank_rows(
     x: torch.Tensor,
-    base: Base,
+    base: Weights,
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
     up: RankRows,

@@ -25,19 +25,17 @@ def rows_listed(rows: Rows) -> list[torch.Tensor]:
     return [*rows.tensors(), rows.pieces(TRAIN_PIECE_ROWS)]
 
 
-def runs_b(rows: Rows, dtype: torch.dtype, n: int) -> tuple[list[torch.Tensor], int]:
-    """Returns rows and the rows of a run of ``lora_grad_b`` for dy ``[M, n]``."""
-    return _in_runs("mixed_lora_grad_b", rows, dtype, n)
-
-
-def runs_a(rows: Rows, dtype: torch.dtype, k: int) -> tuple[list[torch.Tensor], int]:
-    """Returns rows and the rows of a run of ``lora_grad_a`` for x ``[M, k]``."""
-    return _in_runs("mixed_lora_grad_a", rows, dtype, k)
-
-
-def _in_runs(
+def rows_in_runs(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
+    """Returns what ``lora_grad_b`` or ``lora_grad_a`` takes as rows, and the rows of a run.
+
+    Args:
+        launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.
+        rows: The batch's.
+        dtype: Of dy ``[M, N]``, or x ``[M, K]``.
+        columns: N, or K.
+    """
     from fastlora.kernels import chips, configs
 
     chip = chips.chip_of(rows.order.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.triton.pieces import rows_listed, runs_a, runs_b
+from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS, Batch, Results
@@ -104,19 +104,17 @@ class GradProblem(Batch):
         self, s: torch.Tensor, impl: str = "triton", factors: bool = True
     ) -> tuple[Any, ...]:
         """Of ``lora_grad_b``."""
-        runs = self._runs(runs_b, self.n, impl)
+        runs = self._runs("mixed_lora_grad_b", self.n, impl)
         return (self.dy, s, *runs, self.lora_b, self.with_bias, self.scaling, factors, impl)
 
-    def _runs(
-        self, of: Callable[..., Any], columns: int, impl: str
-    ) -> tuple[list[torch.Tensor], int]:
+    def _runs(self, launch: str, columns: int, impl: str) -> tuple[list[torch.Tensor], int]:
         """Returns rows, with pieces for kernels, and how many make a run."""
         rows = self.groups.tensors()
         if impl == "eager":
             return rows, 0
         if self.run_rows is not None:
             return [*rows, self.groups.pieces(self.run_rows)], self.run_rows
-        return of(self.groups, self.dtype, columns)
+        return rows_in_runs(launch, self.groups, self.dtype, columns)
 
     def grad_x_arguments(
         self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True
@@ -127,7 +125,7 @@ class GradProblem(Batch):
 
     def grad_a_arguments(self, ds: torch.Tensor, impl: str = "triton") -> tuple[Any, ...]:
         """Of ``lora_grad_a``."""
-        runs = self._runs(runs_a, self.k, impl)
+        runs = self._runs("mixed_lora_grad_a", self.k, impl)
         return (self.x, [ds], *runs, self.lora_a, self.seeds, self.ps, impl)
 
     def run(self, plan: str = "fused", impl: str = "triton") -> Results:
