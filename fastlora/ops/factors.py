@@ -86,11 +86,6 @@ class Slots(NamedTuple):
         return [factors for factors in self.own if factors is not None]
 
     @property
-    def max_rank(self) -> int:
-        """The largest rank; 0 where no slot has factors."""
-        return max((factors.lora_a.shape[0] for factors in self.present), default=0)
-
-    @property
     def dropout_p(self) -> list[float]:
         """Probability that acts on each slot."""
         return [0.0 if factors is None else factors.dropout_p for factors in self.own]
@@ -104,17 +99,6 @@ class Slots(NamedTuple):
             else:
                 found += (factors.lora_a, factors.lora_b, factors.lora_bias)
         return found
-
-    def with_tensors(self, tensors: Sequence[torch.Tensor | None]) -> Slots:
-        """Returns the same slots with other tensors, as `tensors` returns them."""
-        own: list[Factors | None] = []
-        triples = zip(self.own, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
-        for factors, lora_a, lora_b, lora_bias in triples:
-            if factors is None or lora_a is None or lora_b is None:
-                own.append(None)
-            else:
-                own.append(factors._replace(lora_a=lora_a, lora_b=lora_b, lora_bias=lora_bias))
-        return Slots(tuple(own), self.key)
 
 
 class Operands(NamedTuple):

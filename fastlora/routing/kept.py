@@ -18,7 +18,7 @@ from fastlora.ops.factors import Tables
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.ops.torch.packed import LayerPack, is_for
-from fastlora.ops.torch.packed_choice import Rows as RowsKind
+from fastlora.ops.torch.packed_choice import RowsKind
 from fastlora.weight_marks import marks
 
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import Factors, Slots
-from fastlora.ops.torch.packed_choice import Rows, is_coalesced, is_dense
+from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense
 
 # Widest block of rank rows that one product takes; units are coalesced up to it.
 WIDEST_BLOCK = 64
@@ -107,7 +107,7 @@ def pack_layers(
     numbers: Sequence[int],
     layers: Sequence[Slots],
     dtype: torch.dtype,
-    kind: Rows,
+    kind: RowsKind,
 ) -> list[LayerPack | None]:
     """Packs layers that are fed by the same tensor.
 
@@ -167,12 +167,12 @@ def _pack_siblings(
     ]
 
 
-def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: Rows) -> Layout | None:
+def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: RowsKind) -> Layout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in factors)
     return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
 
 
-def is_for(pack: LayerPack, dtype: torch.dtype, kind: Rows) -> bool:
+def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
     """Whether packing for another kind of batch in the pack's dtype would give the same."""
     ranks = tuple(place.rank for place in pack.layout.places)
     return make_layout(ranks, is_coalesced(dtype, kind)) is pack.layout

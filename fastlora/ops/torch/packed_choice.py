@@ -32,7 +32,7 @@ _MATRIX_UNIT = frozenset(
 )
 
 
-class Rows(enum.Enum):
+class RowsKind(enum.Enum):
     """What matters of a batch's rows.
 
     Attributes:
@@ -46,11 +46,11 @@ class Rows(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def kind_of(rows: int, each: int) -> Rows:
+def kind_of(rows: int, each: int) -> RowsKind:
     """Returns the kind of a batch of so many rows, ``each`` of them adjacent for one id."""
     if rows <= _FEW_ROWS:
-        return Rows.FEW
-    return Rows.SAMPLES if each >= _LONG else Rows.MANY
+        return RowsKind.FEW
+    return RowsKind.SAMPLES if each >= _LONG else RowsKind.MANY
 
 
 def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
@@ -59,10 +59,10 @@ def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
     return units == 1 or unit * units <= limit
 
 
-def is_coalesced(dtype: torch.dtype, kind: Rows) -> bool:
+def is_coalesced(dtype: torch.dtype, kind: RowsKind) -> bool:
     """Whether batched products want several units to a block: in 16 bits, for few rows.
 
     64 rows of 64 adapters in bf16 take 4.6 times the base product in blocks of 4 rows and 6.1 in
     blocks of 1; in fp32 it is all the same.
     """
-    return dtype.itemsize == 2 and kind is Rows.FEW
+    return dtype.itemsize == 2 and kind is RowsKind.FEW

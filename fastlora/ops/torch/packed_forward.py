@@ -17,15 +17,14 @@ product: a pair of products for each adapter 32 (bf16) and 4.0 (fp32), blocks 4.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
-from fastlora.ops.torch.packed_choice import Rows as RowsKind
-from fastlora.ops.torch.packed_choice import is_coalesced, is_dense, kind_of
+from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense, kind_of
 
 # Where units are coalesced, a block wants so many rows.
 _FEW_ROWS = 4
@@ -100,7 +99,7 @@ class Shrunk(NamedTuple):
 
 
 def plan_for(
-    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[Any, Plan | None]
+    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
     """Returns how to multiply; None where nothing packed is good.
 
