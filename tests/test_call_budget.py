@@ -37,9 +37,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(18, 15, 20, 10),
-    "one adapter": Budget(36, 19, 36, 14),
-    "mixed training": Budget(66, 25, 70, 16),
+    "one adapter, few rows": Budget(17, 14, 20, 10),
+    "one adapter": Budget(33, 19, 36, 14),
+    "mixed training": Budget(66, 24, 70, 16),
     "mixed decode": Budget(19, 10, 20, 8),
 }
 

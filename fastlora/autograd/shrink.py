@@ -16,7 +16,7 @@ import torch
 import fastlora.ops.operators  # noqa: F401  # registers a backend
 from fastlora.autograd.linear import plain_backward
 from fastlora.ops import backend
-from fastlora.ops.layout import present
+from fastlora.ops.factors import present
 from fastlora.ops.rows import Rows
 
 _Factor = torch.Tensor | None

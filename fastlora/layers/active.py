@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from fastlora import functional
-from fastlora.layers.factors import scaling_of, why_not_fused
+from fastlora.layers.factors import scaling_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import shared_shrink
-from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton
+from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton, why_not_fused
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.ops.invariant import refuse_in_mode
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from fastlora.layers.norms import kept_sums
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.why import is_hooked, why_not_fused
 from fastlora.ops.factors import Factors, Slots, Tables
-from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -49,28 +49,6 @@ def factors_of(
     if magnitudes is not None and name in magnitudes._modules:
         magnitude = magnitudes._modules[name]._parameters["weight"]
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
-
-
-def why_not_fused(layer: AdapterLayer, names: list[str], gathered: bool = False) -> str:
-    """Returns why adapters cannot run as bare tensors, or an empty string.
-
-    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
-    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
-    the forward.
-    """
-    for name in names:
-        factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
-        if any(factor is None for factor in factors):
-            modules = layer.lora_A[name], layer.lora_B[name]
-            if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
-                if gathered and not any(map(is_hooked, modules)):
-                    continue
-                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
-            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
-        dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-            return f"adapter {name!r} has its own dropout module, or hooks on it"
-    return ""
 
 
 def scaling_of(layer: AdapterLayer, name: str) -> Any:
@@ -111,28 +89,6 @@ def scales_by_name(layer: AdapterLayer, names: Sequence[str]) -> list[Scale]:
     squares = layer._of_whole_rows(sums)
     magnitudes = [layer._own_magnitude(name) for name in names]
     return list(map(Scale, magnitudes, squares))
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of these modules does more than its class's forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return True
-    return False
-
-
-def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """Returns the weight of a linear that nothing has hooked into, else None."""
-    if type(module) is not nn.Linear or is_hooked(module):
-        return None
-    weight = module._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter else None
 
 
 # --------------------------------------------------------------------------------------- sources

@@ -24,9 +24,8 @@ from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import note_apart, shared_shrink
 from fastlora.layers.why import uses_dora
-from fastlora.ops.factors import Base, Slots
+from fastlora.ops.factors import Base, Slots, numbers_on
 from fastlora.ops.rows import Rows
-from fastlora.ops.triton.tables import table
 from fastlora.routing.routing import Routing
 from fastlora.validation import check_dropout_dtype
 
@@ -170,4 +169,4 @@ def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
             return torch.stack(same)
-    return table(tuple(values), dtype, x.device)
+    return numbers_on(tuple(values), dtype, x.device)

@@ -25,8 +25,9 @@ from fastlora.functional import autocast_dtype
 from fastlora.layers import graph_slots
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
-from fastlora.layers.factors import factors_of, is_hooked
+from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.why import is_hooked
 from fastlora.ops.backend import constant_when_compiled, resolve_impl
 from fastlora.ops.factors import Slots
 from fastlora.ops.invariant import is_batch_invariant

@@ -36,10 +36,10 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, parallel_style
-from fastlora.layers.factors import is_hooked, scaling_beside, scaling_of
+from fastlora.layers.factors import scaling_beside, scaling_of
 from fastlora.layers.forward import forward
 from fastlora.layers.norms import forget_norms, magnitude_of
-from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
+from fastlora.layers.why import NOT_OUR_GEMM, is_hooked, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import refuse_in_mode

@@ -9,9 +9,8 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import linear_features, makes_fresh_outputs, why_not_plain
-from fastlora.layers.factors import why_not_fused
 from fastlora.layers.forward import forward
-from fastlora.layers.why import NOT_OUR_GEMM
+from fastlora.layers.why import NOT_OUR_GEMM, why_not_fused
 from fastlora.ops.factors import Base
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of

@@ -5,13 +5,15 @@ Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.layout import present
+Factor = torch.Tensor | None
+Number = int | float
 
 # In place of an address of DoRA's scales that are yet to be made: its rows become NaN. A kernel's
 # hints hold for it: a multiple of 16.
@@ -177,3 +179,37 @@ def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
     return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
+
+
+def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
+    """Returns factors of rank 0 for None. Ranks of lora_a are dimension 0, of lora_b 1."""
+    found: list[torch.Tensor] = []
+    for factor in factors:
+        if factor is not None:
+            found.append(factor)
+    if len(found) == len(factors):
+        return found
+    shape = list(found[0].shape)
+    shape[rank_dim] = 0
+    none = found[0].new_empty(shape)
+    return [none if factor is None else factor for factor in factors]
+
+
+def numbers_on(
+    values: tuple[Number, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Returns numbers as a tensor ``[len]`` on a device, without waiting for it."""
+    # One for each stream: another stream's copy may still be on its way.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _numbers(values, dtype, device, stream)
+
+
+@functools.lru_cache(maxsize=8192)
+def _numbers(
+    values: tuple[Number, ...], dtype: torch.dtype, device: torch.device, stream: int
+) -> torch.Tensor:
+    # Read by many calls, in inference mode or out of it.
+    with torch.inference_mode(False):
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

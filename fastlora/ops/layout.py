@@ -11,27 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-Factor = torch.Tensor | None
+from fastlora.ops.factors import Factor, present
 
 # A split of K costs a plane of s. Four keep the shrink short enough to hide behind a base GEMM.
 _MAX_SPLITS = 4
 # Columns of K, and rows of all planes together, from which a split is worth a program.
 _SPLIT_COLUMNS = 256
 _PLANE_ROWS = 16384
-
-
-def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Returns factors of rank 0 for None. Ranks of lora_a are dimension 0, of lora_b 1."""
-    found: list[torch.Tensor] = []
-    for factor in factors:
-        if factor is not None:
-            found.append(factor)
-    if len(found) == len(factors):
-        return found
-    shape = list(found[0].shape)
-    shape[rank_dim] = 0
-    none = found[0].new_empty(shape)
-    return [none if factor is None else factor for factor in factors]
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:

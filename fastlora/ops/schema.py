@@ -39,15 +39,8 @@ from typing import Any
 
 import torch
 
-from fastlora.ops.layout import (
-    Factor,
-    columns_of,
-    layout,
-    layout_b,
-    max_rank,
-    planes_shape,
-    present,
-)
+from fastlora.ops.factors import Factor, present
+from fastlora.ops.layout import columns_of, layout, layout_b, max_rank, planes_shape
 from fastlora.ops.library import define, fakes, implements
 from fastlora.ops.torch import opaque, reference
 

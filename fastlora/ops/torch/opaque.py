@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import PENDING, Base, Operands
-from fastlora.ops.layout import Factor, layout, layout_b, present, split_grad_a, split_grad_b
+from fastlora.ops.factors import PENDING, Base, Factor, Operands, present
+from fastlora.ops.layout import layout, layout_b, split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows, rows_of
 from fastlora.ops.torch import reference, segments
 

@@ -23,7 +23,8 @@ from fastlora.kernels import (
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.configs import MAX_SIBLINGS
-from fastlora.ops.layout import layout, layout_b, present
+from fastlora.ops.factors import numbers_on, present
+from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products
 from fastlora.ops.triton.configs import config_of
@@ -33,12 +34,7 @@ from fastlora.ops.triton.forward import (
     dropout,
     product_and_rank_rows,
 )
-from fastlora.ops.triton.tables import (
-    Drop,
-    RankRows,
-    max_columns_of,
-    table,
-)
+from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
 
 _Factors = Sequence[torch.Tensor | None]
 _GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -246,14 +242,14 @@ def _grad_b_listed(
         packed if with_factors else None,
         None if b_planes is None else b_planes.transpose(1, 2).unsqueeze(1),
         *(slot_start, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
-        table(tuple(offsets), torch.int64, device).unsqueeze(0),
+        numbers_on(tuple(offsets), torch.int64, device).unsqueeze(0),
         m=m,
         columns=n,
         rows=run,
         by_column=True,
         config=config_of("mixed_lora_grad_reduce", dy),
         bias_planes=bias_planes,
-        bias_offset=table(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
+        bias_offset=numbers_on(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
         ds=reduce.DsPlanes(ds, ds_planes, segment_of, segment_slot),
     )
     return ds, packed, dy.new_empty(0, dtype=fp32)
@@ -272,7 +268,7 @@ def _grad_a_listed(
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
     offsets, end = layout(lora_a)
     packed = lora_a[0].new_empty(end)
-    rank = table(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(modules, slots)
+    rank = numbers_on(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(modules, slots)
     count = -(-m // run) + slots
     planes = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
     each = 1 if drop.seeds is not None else modules
@@ -290,7 +286,7 @@ def _grad_a_listed(
         )
     reduce.launch_mixed_lora_grad_reduce(
         *(packed, planes, rows[3], rank, None),
-        table(tuple(offsets), torch.int64, device).view(modules, slots),
+        numbers_on(tuple(offsets), torch.int64, device).view(modules, slots),
         m=m,
         columns=k,
         rows=run,

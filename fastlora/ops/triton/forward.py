@@ -27,8 +27,8 @@ from fastlora.kernels import (
     mixed_lora_shrink,
 )
 from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
-from fastlora.ops.factors import Tables, tables_of
-from fastlora.ops.layout import Factor, columns_of, planes_shape, present
+from fastlora.ops.factors import Factor, Tables, present, tables_of
+from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
 from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of

@@ -6,18 +6,15 @@ goes to the device without waiting for it: a CUDA graph needs a warm-up run befo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Tables
+from fastlora.ops.factors import Tables, numbers_on
 
 if TYPE_CHECKING:  # imports Triton
     from fastlora.kernels.mixed_rows import DropoutTables
-
-Number = int | float
 
 
 class Drop(NamedTuple):
@@ -38,8 +35,8 @@ class Drop(NamedTuple):
         return DropoutTables(
             slot_start,
             self.seeds,
-            table(thresholds, torch.int32, device),
-            table(inv_keep, torch.float32, device),
+            numbers_on(thresholds, torch.int32, device),
+            numbers_on(inv_keep, torch.float32, device),
         )
 
 
@@ -78,7 +75,7 @@ class RankRows(NamedTuple):
         """Returns those of a shrink, in tables of a shape, or of a gradient of x."""
         blocks, ranks = aligned_blocks(lora_a), tuple(a.shape[0] for a in lora_a)
         address = addresses_of(blocks, device).view(shape)
-        rank, dtype = table(ranks, torch.int32, device).view(shape), lora_a[0].dtype
+        rank, dtype = numbers_on(ranks, torch.int32, device).view(shape), lora_a[0].dtype
         return cls(address, None, rank, None, dtype, max(ranks), False, tuple(blocks))
 
     @classmethod
@@ -94,7 +91,7 @@ class RankRows(NamedTuple):
         bias_address = None
         if any(bias is not None for bias in biases):
             bias_address = addresses_of(biases, device)
-        rank, address = table(ranks, torch.int32, device), addresses_of(blocks, device)
+        rank, address = numbers_on(ranks, torch.int32, device), addresses_of(blocks, device)
         own, kept = (address, bias_address, rank, scaling), (*blocks, *biases)
         return cls(*own, lora_b[0].dtype, max(ranks), True, kept)
 
@@ -104,24 +101,6 @@ class RankRows(NamedTuple):
         bias = None if tables.bias_address is None else tables.bias_address[index]
         own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
         return cls(*own, tables.dtype, tables.max_rank)
-
-
-def table(values: tuple[Number, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns numbers as a tensor ``[len]`` on a device, without waiting for it."""
-    # One for each stream: another stream's copy may still be on its way.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _table(values, dtype, device, stream)
-
-
-@functools.lru_cache(maxsize=8192)
-def _table(
-    values: tuple[Number, ...], dtype: torch.dtype, device: torch.device, stream: int
-) -> torch.Tensor:
-    # Read by many calls, in inference mode or out of it.
-    with torch.inference_mode(False):
-        if device.type != "cuda":
-            return torch.tensor(values, dtype=dtype, device=device)
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def aligned_blocks(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -137,7 +116,7 @@ def aligned_blocks(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
     """Returns where blocks lie, int64; 0 for None and for what has no elements."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
-    return table(values, torch.int64, device)
+    return numbers_on(values, torch.int64, device)
 
 
 def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
