@@ -192,33 +192,36 @@ def changes_are_seen(case: Case) -> None:
 )
 def written_between_siblings(case: Case) -> None:
     """A write into x or a factor between layers that x feeds is seen; a backward raises."""
-    for record in (False, True):
+    ways = [(False, "x"), (True, "x")]
+    for record, what in ways + [(True, "factor")] * (case.trains and case.rows == "single"):
         subject, apart = Subject(case), Subject(case)
-        x = subject.x()
+        x, factor = subject.x(), what == "factor"
         for each in (subject, apart):
             each.net.eval()
             with torch.set_grad_enabled(record):
                 for _ in range(3):
                     each.forward(x)  # siblings are known, and factors packed
 
-        factor = record and case.trains and case.rows == "single"
-        write(apart.net.k, None, factor)
-        apart.net.k = Scaled(apart.net.k)
+        if factor:
+            write(apart.net.k, None)
+        else:
+            apart.net.k = Scaled(apart.net.k)
         with torch.set_grad_enabled(record):
             expected = apart.forward(x).detach()
-            subject.net.between = functools.partial(write, subject.net.k, x, factor)
+            written = (subject.net.k, None) if factor else (None, x)
+            subject.net.between = functools.partial(write, *written)
             y = subject.forward(x)
         eps = torch.finfo(case.x_dtype).eps
         assert (y - expected).norm() <= 32 * eps * expected.norm()
-        if record and case.trains:
+        if record and case.trains and not factor:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
 
 
 @torch.no_grad()
-def write(layer: Any, x: torch.Tensor | None, factor: bool) -> None:
-    """Writes into x where it is given, and into a factor of a layer where it is asked to."""
-    if factor:
+def write(layer: Any, x: torch.Tensor | None) -> None:
+    """Writes into a factor of a layer, into x, or into both."""
+    if layer is not None:
         layer.lora_A["en"].weight.mul_(3)
     if x is not None:
         x.mul_(2)
