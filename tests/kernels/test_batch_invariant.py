@@ -169,17 +169,6 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     problem.check(y)
 
 
-def test_opcheck(lab: Any) -> None:
-    problem = mixed_problem(lab, 20, 40, 530, torch.float32)
-    arguments = (
-        *(problem.x, problem.rows(True), problem.all_tables),
-        *(problem.max_rank, problem.factor_dtype, True),
-    )
-    torch.library.opcheck(
-        OPS.lora_shrink_at.default, arguments, test_utils=["test_schema", "test_faketensor"]
-    )
-
-
 # -------------------------------------------------------------------------------- one adapter
 
 
