@@ -18,13 +18,13 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.chips import Chip  # noqa: E402
+from tests.support.aot.compile_kernels import TABLE  # noqa: E402
 from tests.support.aot.launches import (  # noqa: E402
     MIXED_K_LOOPS,
     SHARED_BY_SIBLINGS,
     cases,
 )
 from tests.support.aot.resources import Resources, key_of  # noqa: E402
-from tests.support.aot.table import TABLE  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")

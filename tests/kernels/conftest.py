@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,31 @@ def lab() -> Lab:
 
 
 @pytest.fixture
-def kernel_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In PyTorch too, dropout takes the masks that the kernels draw."""
-    from fastlora.ops import philox_reference
-    from fastlora.ops.torch import reference
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What operators allocate holds NaN until a kernel writes it: what is not written shows."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
-    def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-        keep = philox_reference.philox_keep_mask(int(seed), *x.shape, p)
-        return torch.where(keep.to(x.device), x / (1 - p), 0)
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(reference, "lora_dropout", dropped)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **kw: filled(new_empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: filled(empty_like(*a, **kw)))
+
+
+@pytest.fixture
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``calls_of(module, name, noted, seen)`` adds to seen what ``noted`` makes of a call."""
+
+    def note(module: Any, name: str, noted: Callable[..., Any], seen: list[Any]) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(noted(*args, **kwargs))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    return note
 
 
 @pytest.fixture

@@ -166,17 +166,6 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     problem.check(y)
 
 
-def test_opcheck(lab: Any) -> None:
-    problem = mixed_problem(lab, 20, 40, 530, torch.float32)
-    arguments = (
-        *(problem.x, problem.weights[0], problem.biases[0], problem.rows(True), None),
-        *(problem.all_tables, 0, problem.max_rank, problem.factor_dtype, "invariant", [0, 3]),
-    )
-    torch.library.opcheck(
-        OPS.lora_linear_at.default, arguments, test_utils=["test_schema", "test_faketensor"]
-    )
-
-
 # -------------------------------------------------------------------------------- one adapter
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora.model import adapter_state
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.validation import ImplementationError
 from tests.support.kernels.mixed_models import use_impl
-from tests.support.tiny import Gated
+from tests.support.tiny import Gated, with_adapters
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,21 +22,21 @@ pytest.importorskip("triton", reason="triton is not installed")
 def build(lab: Any, dtype: torch.dtype, ranks: Sequence[int]) -> Any:
     """A model with random adapters ``a0``, ``a1``, ...; a factor does not depend on the others."""
     torch.manual_seed(0)
-    model: Any = None
-    for index, r in enumerate(ranks):
-        torch.manual_seed(index)
-        config = fastlora.LoraConfig(
+    configs = {
+        f"a{index}": fastlora.LoraConfig(
             r=r,
             target_modules=["gate", "up", "down"],
             init_lora_weights=False,
             lora_bias=index == 1,
         )
-        if model is None:
-            model = fastlora.get_peft_model(
-                Gated(48, 64, called=False), config, "a0", autocast_adapter_dtype=False
-            )
-        else:
-            model.add_adapter(f"a{index}", config)
+        for index, r in enumerate(ranks)
+    }
+    model = with_adapters(Gated(48, 64, called=False), configs, autocast_adapter_dtype=False)
+    for index, name in enumerate(configs):
+        torch.manual_seed(index)
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                torch.nn.init.normal_(parameter, std=0.2)
     return model.to(lab.device, dtype).eval()
 
 
@@ -75,20 +76,11 @@ def test_a_pool(lab: Any) -> None:
     torch.manual_seed(0)
     base = Gated(48, 64, called=False).to(lab.device).eval()
     pool = fastlora.AdapterPool(base, target_modules=["gate", "up", "down"], max_adapters=2)
-    states = {}
-    for index, r in enumerate((4, 24, 16)):
-        other = build(lab, torch.float32, (r,))
-        states[f"a{index}"] = (
-            {
-                f"base_model.model.{key.replace('.a0.', '.')}": tensor
-                for key, tensor in other.base_model.model.state_dict().items()
-                if ".a0." in key
-            },
-            other.peft_config["a0"],
-        )
+    model = build(lab, torch.float32, (4, 24, 16))
 
     def load(name: str) -> None:
-        pool.load(name, states[name][0], config=states[name][1])
+        state = adapter_state.collect(model, name, model.state_dict(), False)
+        pool.load(name, state, config=model.peft_config[name])
 
     load("a0")
     x = lab.rand(5, 48)

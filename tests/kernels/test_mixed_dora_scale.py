@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.support.bytes.byte_counter import ByteCounter
 from tests.support.kernels.lab import Lab
-from tests.support.kernels.mixed_problem import OPS, draw_ids
+from tests.support.kernels.mixed_problem import draw_ids
 from tests.support.kernels.scale_problem import ScaleProblem
 
 
@@ -115,11 +115,3 @@ def test_both_ways_are_the_eager_forward(lab: Lab) -> None:
         assert torch.equal(problem.run(impl="eager"), (u * table).half() + problem.bias)
     exact = (problem.y.float() - problem.bias.float()) * table + problem.bias.float()
     torch.testing.assert_close(problem.run(), exact.half(), rtol=2**-10, atol=0)
-
-
-def test_opcheck(lab: Lab, impl: str) -> None:
-    """Schema, fake and dispatch agree with what the operator does."""
-    problem = ScaleProblem(lab, draw_ids(20, 4), 4, 36, torch.float32, scaled=(0, 3))
-    given = problem.arguments(problem.y.clone(), impl)
-    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(OPS.lora_scale_.default, given, test_utils=checks)

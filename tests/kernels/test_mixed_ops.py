@@ -1,4 +1,4 @@
-"""The operators for mixed batches: both plans, siblings, launches, replay, opcheck, compile.
+"""The operators for mixed batches: both plans, siblings, launches, replay, compile.
 
 Those over tables of addresses; configs are chosen as a layer's are.
 """
@@ -52,16 +52,10 @@ def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
     problem.check(y)
 
 
-def test_poisoned_outputs(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operators allocate and do not write is never read: NaN there would show."""
-    original = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
-        tensor = original(self, *size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
+@pytest.mark.usefixtures("poisoned")
+def test_poisoned_outputs(lab: Any) -> None:
+    """What the operators allocate and do not write is never read."""
     problem = MixedProblem(lab, draw_ids(70, 8), [RANKS], 1100, [50], torch.float32, biased=(1,))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for plan in ("fused", "split"):
         problem.check(linear(problem, plan=plan))
 
@@ -96,21 +90,13 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
         problem.check(linear(problem))
 
 
-@pytest.mark.parametrize("name", ["lora_linear_at", "lora_linear_at of siblings", "lora_add_at_"])
-def test_opcheck(lab: Any, name: str) -> None:
-    """Schema, fake and dispatch of every operator agree with what its kernels do."""
+def test_opcheck(lab: Any) -> None:
+    """Schema and fake of the form of an operator that conformance reaches no kernel by."""
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
-    arguments = {
-        "lora_linear_at": problem.linear_arguments(0, problem.shared_s(), "fused"),
-        "lora_linear_at of siblings": problem.siblings_arguments(),
-        "lora_add_at_": problem.add_arguments(base(problem)),
-    }
     # What a shrink leaves unwritten may hold anything, so two runs are not compared.
     checks = ["test_schema", "test_faketensor"]
-    if "siblings" not in name:
-        checks.append("test_aot_dispatch_dynamic")
-    operator = getattr(OPS, name.split()[0]).default
-    torch.library.opcheck(operator, arguments[name], test_utils=checks)
+    arguments = problem.siblings_arguments()
+    torch.library.opcheck(OPS.lora_linear_at.default, arguments, test_utils=checks)
 
 
 def test_compile(lab: Any) -> None:

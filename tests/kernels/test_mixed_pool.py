@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.support.kernels.mixed_models import use_impl
+from tests.support.kernels.mixed_models import pool_of, use_impl
+from tests.support.tiny import with_adapters
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -47,34 +47,27 @@ class Block(nn.Module):
 def pool_over_block(lab: Any) -> tuple[Any, Any, Any]:
     """A model with a pool, the pool, and the same adapters as parameters, in PyTorch."""
     torch.manual_seed(0)
-    base = Block().to(lab.device)
+    base, targets = Block().to(lab.device), ["q", "k", "o"]
     base.o.register_forward_hook(lambda *_: None)  # so that it is called
-    served = copy.deepcopy(base).eval()
-    targets = ["q", "k", "o"]
-    pool = fastlora.AdapterPool(served, target_modules=targets, max_adapters=4, max_rank=16)
-    model: Any = None
-    for name, kind in KINDS.items():
-        config = fastlora.LoraConfig(
-            **{"target_modules": targets, "init_lora_weights": False, **kind}
-        )
-        if model is None:
-            model = fastlora.get_peft_model(base, config, name)
-        else:
-            model.add_adapter(name, config)
-        if kind.get("use_dora"):
-            for key, parameter in model.named_parameters():
-                if "magnitude" in key:
-                    parameter.data *= 1.5
-        state = adapter_state.collect(model, name, model.state_dict(), False)
-        pool.load(name, state, config=config)
-    use_impl(model, "eager")
-    use_impl(served, "triton")
-    return served, pool, model.eval()
+    fields = {"target_modules": targets, "init_lora_weights": False}
+    configs = {name: fastlora.LoraConfig(**{**fields, **kind}) for name, kind in KINDS.items()}
+    model = with_adapters(base, configs)
+    for key, parameter in model.named_parameters():
+        if "magnitude" in key:
+            parameter.data *= 1.5
+    served, pool, _ = pool_of(model, *targets, max_adapters=4, max_rank=16)
+    return served.eval(), pool, use_impl(model, "eager").eval()
 
 
 def slots_of(pool: Any, names: list[str | None]) -> torch.Tensor:
     """Slots for names."""
     return torch.tensor([-1 if name is None else pool.slot_of(name) for name in names])
+
+
+def captured(pool: Any, ids: torch.Tensor, served: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a CUDA graph of these slots would record, run once."""
+    with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
+        return served(x)
 
 
 def test_training_mode_without_gradients(lab: Any) -> None:
@@ -97,8 +90,7 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
         exact = model.double()(x.double(), adapter_names=IDS)
     for trains in (False, True):
         served.train(trains)
-        with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
-            assert_within_budget(served(x), expected, exact)
+        assert_within_budget(captured(pool, ids, served, x), expected, exact)
     wanted = x.clone().requires_grad_()
     with (
         routed(batches.captured_pool_routing(pool, ids)),
@@ -114,12 +106,6 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
             pytest.raises(AdapterStateError, match="autocast"),
         ):
             layer(inner)
-
-
-def captured(pool: Any, ids: torch.Tensor, served: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a CUDA graph of these slots would record, run once."""
-    with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
-        return served(x)
 
 
 def test_a_captured_batch_finds_scales_of_its_day(lab: Any) -> None:
@@ -188,8 +174,8 @@ def test_scales_are_launched_where_dora_may_be(lab: Any) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-def test_one_graph_replays_dora(lab: Any) -> None:
-    """Other slots, a swapped adapter and another base weight, without another capture."""
+def test_one_graph_replays_any_mix(lab: Any) -> None:
+    """Other slots and inputs, a swapped adapter, another base weight, without another capture."""
     served, pool, model = pool_over_block(lab)
     ids = slots_of(pool, IDS).to(lab.device)
     x = torch.randn(5, 48, device=lab.device)
@@ -202,10 +188,11 @@ def test_one_graph_replays_dora(lab: Any) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), adapters(pool, ids):
             y = served(x)
-    for step in range(3):
-        names = [IDS[(i + step) % 5] for i in range(5)]
+    for step in range(4):
+        names = [IDS[(i + step) % 5] for i in range(5)] if step < 3 else [None] * 5
         with pool.lease(pool.names), torch.no_grad():
             ids.copy_(slots_of(pool, names))
+            x.copy_(torch.randn_like(x))
             graph.replay()
             with adapters(pool, names):
                 torch.testing.assert_close(y, served(x))

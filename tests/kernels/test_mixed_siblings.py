@@ -15,13 +15,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fastlora
 from fastlora import adapters, fusion_report
 from fastlora.env import triton_interpreted
+from fastlora.kernels import mixed_lora_grad_a, mixed_lora_shrink
 from fastlora.model.inject import lora_layers
 from fastlora.ops import philox_reference
 from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from tests.support.bytes.byte_counter import ByteCounter
-from tests.support.kernels.mixed_grad_problem import GradProblem
 from tests.support.kernels.mixed_models import (
     compare,
     eager,
@@ -46,35 +46,21 @@ def kernel_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def launches(calls_of: Any) -> list[int]:
     """Modules of each launch of the shrink."""
-    from fastlora.kernels import mixed_lora_shrink
-
-    found: list[int] = []
-    launch = mixed_lora_shrink.launch_mixed_lora_shrink
-
-    def counted(s: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        found.append(s.shape[1])
-        launch(s, *args, **kwargs)
-
-    monkeypatch.setattr(mixed_lora_shrink, "launch_mixed_lora_shrink", counted)
-    return found
+    seen: list[int] = []
+    name = "launch_mixed_lora_shrink"
+    calls_of(mixed_lora_shrink, name, lambda s, *_, **__: s.shape[1], seen)
+    return seen
 
 
 @pytest.fixture
-def backward_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def backward_launches(calls_of: Any) -> list[int]:
     """Modules of each launch for d_lora_a."""
-    from fastlora.kernels import mixed_lora_grad_a
-
-    found: list[int] = []
-    launch = mixed_lora_grad_a.launch_mixed_lora_grad_a
-
-    def counted(d_lora_a: Any, x: Any, ds: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        found.append(ds.shape[0])
-        launch(d_lora_a, x, ds, *args, **kwargs)
-
-    monkeypatch.setattr(mixed_lora_grad_a, "launch_mixed_lora_grad_a", counted)
-    return found
+    seen: list[int] = []
+    name = "launch_mixed_lora_grad_a"
+    calls_of(mixed_lora_grad_a, name, lambda d_lora_a, x, ds, *_, **__: ds.shape[0], seen)
+    return seen
 
 
 def notes(model: Any) -> list[str]:
@@ -291,46 +277,3 @@ def test_a_graph_that_nothing_traces_keeps_nothing() -> None:
             found = compiled(x)
             found.sum().backward()
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("k", [24, 2048], ids=["whole", "split"])
-def test_operators_agree_with_the_eager_ones(lab: Any, k: int) -> None:
-    """Those that make or take a shared s: schemas, fakes, values; s in planes of K too."""
-    ops = torch.ops.fastlora
-    problem = GradProblem(lab, [0, 2, -1, 1, 0], 20, k, torch.float32, ranks=(1, 3, 8))
-    rows, none = problem.rows_in_pieces, [0.0] * 3
-    shrink = problem.x, rows, [*problem.lora_a, *problem.lora_a[::-1]], 2, None, none * 2
-    s = ops.lora_shrink(*shrink, "eager")
-    linear = problem.x, problem.weight, None, rows, s[0], problem.factors, problem.scaling
-    expand = problem.dy, s[0], rows, problem.lora_b, problem.lora_bias, problem.scaling
-    calls = {
-        "lora_shrink": (shrink, ()),
-        "lora_linear": ((*linear, None, none), ("auto",)),
-        "lora_expand_": (expand, ()),
-    }
-    for name, (arguments, rest) in calls.items():
-
-        def run(impl: str, given: Any = arguments, name: str = name, rest: Any = rest) -> Any:
-            first, *others = given
-            first = first.clone()
-            found = getattr(ops, name)(first, *others, impl, *rest)
-            return first if found is None else found[0] if isinstance(found, list) else found
-
-        torch.library.opcheck(
-            getattr(ops, name).default,
-            (arguments[0].clone(), *arguments[1:], "triton", *rest),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-        made, plain = run("triton"), run("eager")
-        if name == "lora_shrink":
-            # Where no adapter has anything, kernels write nothing.
-            made = torch.where(plain == 0, plain, made)
-            assert bool((plain != 0).any(-1).any(-1).all())
-        assert_within_budget(made, plain, run("eager", in_float64(arguments)), name)
-
-
-def in_float64(value: Any) -> Any:
-    """The same arguments with every floating-point tensor in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    return type(value)(map(in_float64, value)) if isinstance(value, (list, tuple)) else value

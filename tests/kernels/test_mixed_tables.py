@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.kernels.mixed_models import run, use_impl
+from tests.support.kernels.mixed_models import pool_of, run, use_impl
 from tests.support.tiny import with_adapters
 
 pytest.importorskip("triton", reason="runs kernels")
@@ -134,26 +134,10 @@ def test_layers_adapted_within_a_block(lab: Any) -> None:
         torch.testing.assert_close(found, before)
 
 
-def pool_of(model: Any, **limits: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The model's base and a pool with the model's adapters; what the pool loaded."""
-    base = copy.deepcopy(model).unload()
-    pool = fastlora.AdapterPool(base, target_modules=["q", "k"], **limits)
-    states = {}
-    for name, config in model.peft_config.items():
-        states[name] = {
-            f"base_model.model.{key.replace(f'.{name}.', '.')}": tensor.clone()
-            for key, tensor in model.base_model.model.state_dict().items()
-            if f".{name}." in key
-        }
-        pool.load(name, states[name], config=config)
-    use_impl(base, "triton")
-    return base, pool, states
-
-
 def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
     """As a captured graph does at every replay: swaps, evictions and wrong slots."""
     model = build(lab, (8, 4, 2))
-    _, pool, states = pool_of(model, max_adapters=3)
+    _, pool, states = pool_of(model, "q", "k", max_adapters=3)
     slots = torch.tensor([pool.slot_of(f"a{i}") for i in (2, 0, 1)] + [-1, 3, -5]).to(lab.device)
 
     def columns() -> dict[str, int]:
@@ -174,7 +158,7 @@ def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
 def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
     """Buffers of a graph are as large as the pool says."""
     model = build(lab)
-    _, pool, _ = pool_of(model)
+    _, pool, _ = pool_of(model, "q", "k")
     ids = torch.zeros(2, dtype=torch.int64, device=lab.device)
     with (
         mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
@@ -187,7 +171,7 @@ def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
 def test_a_captured_block_is_the_block(lab: Any) -> None:
     """What a capture records computes the rows that an ordinary block does."""
     model = build(lab)
-    base, pool, _ = pool_of(model, max_rank=16)
+    base, pool, _ = pool_of(model, "q", "k", max_rank=16)
     ids = torch.tensor([pool.slot_of("a1"), -1, pool.slot_of("a0")]).to(lab.device)
     x = torch.randn(3, 48, device=lab.device)
     for target, slots in ((base, ids), (model, torch.tensor([1, -1, 0]).to(lab.device))):
@@ -253,27 +237,3 @@ def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
         fastlora.refresh(model)
         gc.collect()
         assert not any(reference() is not None for reference in read)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-def test_one_graph_replays_any_mix(lab: Any) -> None:
-    """Other slots, other inputs and a swapped adapter, without another capture."""
-    model = build(lab)
-    base, pool, states = pool_of(model, max_rank=16)
-    x = torch.randn(6, 48, device=lab.device)
-    ids = torch.zeros(6, dtype=torch.int64, device=lab.device)
-    with pool.lease(["a0", "a1"]):
-        for _ in range(3):
-            run(base, x, ids)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = run(base, x, ids)
-    for mix in (["a0"] * 6, ["a1", None, "a0"] * 2, [None] * 6, ["a1"] * 6):
-        with pool.lease(["a0", "a1"]):
-            ids.copy_(torch.tensor([-1 if n is None else pool.slot_of(n) for n in mix]))
-            x.copy_(torch.randn_like(x))
-            graph.replay()
-            torch.testing.assert_close(y, run(base, x, mix))
-        states["a0"]["base_model.model.q.lora_A.weight"].mul_(1.5)
-        pool.load("a0", states["a0"], config=model.peft_config["a0"])

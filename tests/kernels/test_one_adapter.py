@@ -12,8 +12,10 @@ from fastlora.ops.philox_reference import _philox_4x32, philox_keep_mask
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.chips import chip_of
+from fastlora.kernels.configs import KernelConfig, choose
 from fastlora.kernels.lora_shrink import launch_lora_shrink
+from fastlora.kernels.plane_sums import launch_plane_sums
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.one_adapter import SEED, Problem
 
@@ -43,13 +45,11 @@ def run(problem: Problem, kernel: str, **fields: Any) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize(("m", "n", "k", "r", "siblings", "p"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @EVERY_KERNEL
-def test_values(
-    lab: Lab, dtype: torch.dtype, kernel: str, m: int, n: int, k: int, r: int, siblings: Any,
-    p: float,
-) -> None:  # fmt: skip
-    problem = Problem(lab, m, n, k, r, dtype, p, siblings if r <= 128 else ())
+def test_values(lab: Lab, dtype: torch.dtype, kernel: str, shape: tuple[Any, ...]) -> None:
+    m, n, k, r, siblings, p = shape
+    problem = Problem(lab, m, n, k, r, dtype, p, siblings)
     problem.check(run(problem, kernel))
 
 
@@ -281,3 +281,43 @@ def test_reference_drops_as_often_as_asked() -> None:
     assert not torch.equal(
         philox_keep_mask(11, 64, 64, 0.3), philox_keep_mask(11, 64, 64, 0.3, projection=1)
     )
+
+
+# ------------------------------------------------------------------------------ sums of planes
+
+# Outputs off the block and on it, one smaller than a block, one with nothing in it.
+OUTPUTS = [((37, 29), 3), ((1024,), 1), ((5,), 9), ((0, 4), 2)]
+
+
+def sum_planes(outs: list[torch.Tensor], planes: list[torch.Tensor]) -> None:
+    """One launch for several outputs."""
+    config = choose(chip_of(planes[0].device), "plane_sums", torch.float32)
+    launch_plane_sums(outs, planes, config=config)
+
+
+def in_order(planes: torch.Tensor) -> torch.Tensor:
+    """The sum as the kernel makes it, plane after plane."""
+    total = torch.zeros_like(planes[0])
+    for plane in planes:
+        total += plane
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_sums(lab: Lab, dtype: torch.dtype, count: int) -> None:
+    chosen = OUTPUTS[:count]
+    planes = [lab.rand(p, *shape) for shape, p in chosen]
+    outs = [lab.poisoned(*shape, dtype=dtype) for shape, _ in chosen]
+    sum_planes(outs, planes)
+    for out, stack in zip(outs, planes, strict=True):
+        assert torch.equal(out, in_order(stack).to(dtype))
+
+
+def test_each_output_has_its_dtype_and_nothing_else_is_written(lab: Lab) -> None:
+    planes = [lab.rand(4, 2000), lab.rand(2, 1030)]
+    room = lab.poisoned(2010, dtype=torch.float16)
+    outs = [room[:2000], lab.poisoned(1030, dtype=torch.float32)]
+    sum_planes(outs, planes)
+    assert torch.equal(outs[0], in_order(planes[0]).half())
+    assert torch.equal(outs[1], in_order(planes[1]))
+    assert room[2000:].isnan().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,7 @@ from fastlora import env
 from fastlora.functional import lora_linear
 from fastlora.ops import backend as ops
 from fastlora.ops import plans
-from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.plans import PLANS
-from fastlora.testing import assert_within_budget
 
 NATIVE = torch.cuda.is_available() and not env.triton_interpreted()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -26,24 +24,17 @@ if not ops.triton_status(DEVICE)[0]:
 # Only where there are kernels.
 from fastlora.kernels import chips, configs  # noqa: E402
 from fastlora.ops.triton import forward  # noqa: E402
+from tests.support.kernels.lab import Lab  # noqa: E402
+from tests.support.kernels.mixed_problem import OPS  # noqa: E402
+from tests.support.kernels.one_adapter import Problem  # noqa: E402
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the ways that forwards and backwards take, as they take them."""
+def launched(calls_of: Any) -> list[str]:
+    """Names of the ways that forwards take, as they take them."""
     seen: list[str] = []
-
-    def note(module: object, name: str, what: str) -> None:
-        plain: Callable[..., object] = getattr(module, name)
-
-        def call(*args: object, **kwargs: object) -> object:
-            seen.append(what)
-            return plain(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, call)
-
-    note(forward, "_fused_one", "fused")
-    note(forward, "_expand_one_", "split")
+    for name, what in (("_fused_one", "fused"), ("_expand_one_", "split")):
+        calls_of(forward, name, lambda *_, what=what, **__: what, seen)
     return seen
 
 
@@ -112,43 +103,27 @@ def put_rows(monkeypatch: pytest.MonkeyPatch, launch: str, rows: tuple[chips.Row
     monkeypatch.setattr(configs, "plan_of", configs.plan_of.__wrapped__)
 
 
-def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call, else ``FASTLORA_PLAN``, else the table."""
-    weight = torch.empty(40, 48, device=DEVICE)
-
-    def choose(plan: str, m: int, rank_rows: int) -> str:
-        x = torch.empty(m, 48, device=DEVICE)
-        return plans.choose_plan(plan, x, weight, rank_rows, "mixed_lora_linear")
-
-    assert [choose("auto", m, 200) for m in (20, 65)] == ["fused", "split"]
-    rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
-    put_rows(monkeypatch, "mixed_lora_linear", rows)
-    assert [choose("auto", 20, rows) for rows in (128, 129)] == ["split", "fused"]
-    monkeypatch.setattr(plans, "_PLAN", "split")
-    assert choose("auto", 20, 1000) == "split"
-    assert choose("fused", 20, 128) == "fused"
-    assert choose("invariant", 20, 128) == "invariant"
-    with pytest.raises(ValueError, match="plan must be one of auto, .* got 'dense'"):
-        choose("dense", 20, 128)
-
-
-@pytest.mark.parametrize("launch", ["mixed_lora_train_linear", "mixed_lora_grad_x"])
-def test_who_chooses_in_training(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
-    """The same order; "invariant", which training does not have, is passed over."""
+@pytest.mark.parametrize(
+    "launch", ["mixed_lora_linear", "mixed_lora_train_linear", "mixed_lora_grad_x"]
+)
+def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
+    """The call, else ``FASTLORA_PLAN``, else the table; training has no plan "invariant"."""
     weight = torch.empty(40, 48, device=DEVICE)
 
     def choose(plan: str, m: int, rank_rows: int) -> str:
         x = torch.empty(m, 48, device=DEVICE)
         return plans.choose_plan(plan, x, weight, rank_rows, launch)
 
-    assert [choose(plan, 20, 64) for plan in ("auto", "split", "invariant")] == [
-        *("fused", "split", "fused"),
-    ]
-    assert choose("auto", 65, 64) == "split"
-    put_rows(monkeypatch, launch, (chips.Row(max_r=64, plan="split"), chips.Row(plan="fused")))
-    assert [choose("auto", 20, rows) for rows in (64, 65)] == ["split", "fused"]
+    served = launch == "mixed_lora_linear"
+    assert [choose("auto", m, 200) for m in (20, 65)] == ["fused", "split"]
+    assert choose("invariant", 20, 128) == ("invariant" if served else "fused")
+    rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
+    put_rows(monkeypatch, launch, rows)
+    assert [choose("auto", 20, rows) for rows in (128, 129)] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "split")
-    assert [choose(plan, 20, 65) for plan in ("auto", "fused")] == ["split", "fused"]
+    assert [choose(plan, 20, 1000) for plan in ("auto", "fused")] == ["split", "fused"]
+    with pytest.raises(ValueError, match="plan must be one of auto, .* got 'dense'"):
+        choose("dense", 20, 128)
 
 
 def test_the_environment_is_read() -> None:
@@ -161,25 +136,10 @@ def test_the_environment_is_read() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_gradients_agree_under_dropout_too(p: float) -> None:
+def test_gradients_agree_under_dropout_too(lab: Lab, p: float) -> None:
     """dx of each plan is PyTorch's, where the mask parts the two terms."""
-    dy, weight, ds, lora_a = (
-        torch.randn(shape).to(DEVICE) for shape in ((20, 40), (40, 48), (20, 8), (8, 48))
-    )
-    seed = torch.tensor([7], device=DEVICE) if p else None
-    results = {
-        plan: torch.ops.fastlora.lora_grad_x(
-            dy, weight, ds, [], [lora_a], seed, [p], "triton", plan
-        )
-        for plan in PLANS
-    }
-    keep = philox_keep_mask(7, 20, 48, p) if p else torch.ones(20, 48, dtype=torch.bool)
-
-    def by_hand(*given: torch.Tensor) -> torch.Tensor:
-        dy, weight, ds, lora_a = given
-        return dy @ weight + torch.where(keep, ds @ lora_a, 0) / (1 - p)
-
-    given = [tensor.cpu() for tensor in (dy, weight, ds, lora_a)]
-    truth = by_hand(*(tensor.double() for tensor in given))
-    for plan, dx in results.items():
-        assert_within_budget(dx.cpu(), by_hand(*given), truth, plan)
+    problem = Problem(lab, 20, 40, 48, 8, p=p)
+    for plan in PLANS:
+        given = problem.dy, problem.weight, problem.ds, [], [problem.lora_a]
+        dx = OPS.lora_grad_x(*given, problem.drops()["seed"], [p], "triton", plan)
+        problem.check({"dx": dx})

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import triton
 from triton.compiler import ASTSource
@@ -26,7 +27,35 @@ from tests.support.aot.fingerprints import fingerprint, is_sampled
 from tests.support.aot.launches import CHIPS, Case, Compiled, Launch, cases, record
 from tests.support.aot.resources import Resources, key_of, resources_of
 from tests.support.aot.specialisation import specialise, target_of
-from tests.support.aot.table import TABLE, read_table, write_table
+
+TABLE = Path(__file__).parents[3] / "docs" / "kernel_resources.csv"
+
+
+@functools.cache
+def read_table(path: Path = TABLE) -> dict[str, Resources]:
+    """Returns the table's rows by fingerprint; none of another Triton's, or with other columns."""
+    kinds = {field.name: int if field.type == "int" else str for field in fields(Resources)}
+    with path.open(newline="") as file:
+        if file.readline().split() != ["#", "triton", triton.__version__]:
+            return {}
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(kinds):
+            return {}
+        rows = list(reader)
+    return {
+        row["fingerprint"]: Resources(**{name: kinds[name](row[name]) for name in kinds})
+        for row in rows
+    }
+
+
+def write_table(rows: Sequence[Resources], path: Path = TABLE) -> None:
+    """Writes the rows as CSV, after one comment line with Triton's version."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# triton {triton.__version__}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Resources)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:

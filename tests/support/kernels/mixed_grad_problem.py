@@ -100,6 +100,10 @@ class GradProblem(Batch):
         base = self.x, self.weight, None, self.rows_in_pieces, None
         return (*base, self.factors, self.scaling, *drop, impl, plan)
 
+    def shrink_arguments(self, impl: str = "triton") -> tuple[Any, ...]:
+        """Of ``lora_shrink``, whose s siblings share."""
+        return (self.x, self.rows_in_pieces, self.lora_a, 1, self.seeds, self.ps, impl)
+
     def grad_b_arguments(
         self, s: torch.Tensor, impl: str = "triton", factors: bool = True
     ) -> tuple[Any, ...]:

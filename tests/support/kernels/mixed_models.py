@@ -11,6 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora import adapters
+from fastlora.model import adapter_state
 from fastlora.model.inject import lora_layers
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
@@ -31,10 +32,6 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``[..., width]`` to ``[..., width]``."""
         return self.o(self.q(x) * self.k(x).tanh().repeat_interleave(2, -1) + self.v(x))
-
-
-class Scaled(nn.Linear):
-    """A base layer that is called as it is."""
 
 
 def use_impl(model: Any, impl: str) -> Any:
@@ -65,6 +62,18 @@ def build(lab: Any, count: int, dtype: torch.dtype, **changes: Any) -> Any:
         configs[f"a{i}"] = fastlora.LoraConfig(**fields)
     model = with_adapters(Attention(), configs, autocast_adapter_dtype=False)
     return use_impl(model.to(lab.device, dtype).eval(), "triton")
+
+
+def pool_of(model: Any, *targets: str, **limits: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The model's base, on the kernels; a pool with its adapters; what the pool loaded."""
+    base = copy.deepcopy(model).unload()
+    pool = fastlora.AdapterPool(base, target_modules=list(targets), **limits)
+    states = {}
+    for name, config in model.peft_config.items():
+        own = adapter_state.collect(model, name, model.state_dict(), False)
+        states[name] = {key: tensor.clone() for key, tensor in own.items()}
+        pool.load(name, states[name], config=config)
+    return use_impl(base, "triton"), pool, states
 
 
 def run(model: Any, x: torch.Tensor, ids: Any) -> torch.Tensor:

@@ -36,9 +36,7 @@ class Problem:
         siblings: Ranks of further layers fed by x, whose d_lora_a comes from the same launch.
     """
 
-    # fmt: off
     KERNELS = ("shrink", "linear", "expand", "dropout", "grad_b", "grad_a", "grad_x", "grad_x_add")
-    # fmt: on
 
     def __init__(
         self,
@@ -214,12 +212,13 @@ class Problem:
         if name == "dropped":
             return self.drop(to(self.x))
         if name in ("y", "y_added"):
-            s = self.s.sum(0) if self.s.dim() == 3 else self.s
-            s = s.to(dtype) if self.s.dim() == 3 else to(s)
-            base = self.before.to(dtype, copy=True) if name == "y_added" else None
-            if base is None:
+            # The sum of planes is rounded by whoever multiplies.
+            s = self.s.sum(0).to(dtype) if self.s.dim() == 3 else to(self.s)
+            if name == "y":
                 bias = None if self.bias is None else to(self.bias)
                 base = torch.nn.functional.linear(to(self.x), to(self.weight), bias)
+            else:
+                base = self.before.to(dtype, copy=True)
             return reference.lora_expand_(base, s, to(self.lora_b), scaling)
         dy = to(self.dy)
         if name == "ds":
