@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from fastlora import functional
+from fastlora.autograd.adapter import run_adapter
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
 from fastlora.ops.factors import Base, Factors
 
@@ -167,12 +167,12 @@ def _augmented(p: Problem) -> Results:
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
     lora_a, lora_b = p.factors(fp32)
     factors = Factors(lora_a, lora_b, p.scaling)
-    return (functional.apply(p.x, Base(p.weight), factors, p.impl, plan),)
+    return (run_adapter(p.x, Base(p.weight), factors, p.impl, plan),)
 
 
 def _shrink_expand(p: Problem) -> Results:
     factors = Factors(p.lora_a, p.lora_b, p.scaling)
-    return (functional.apply(p.x, Base(y=p.y, inplace=True), factors, p.impl),)
+    return (run_adapter(p.x, Base(y=p.y, inplace=True), factors, p.impl),)
 
 
 @functools.cache

@@ -1,24 +1,13 @@
-"""Public functions: they validate, choose an implementation, and call it."""
+"""Public functions: they validate, and call `fastlora.autograd.adapter`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from fastlora.autograd import linear as autograd
-from fastlora.autograd.shrink import Shrunk
-from fastlora.ops import backend
+from fastlora.autograd.adapter import run_adapter
 from fastlora.ops.factors import Base, Factors
-from fastlora.ops.invariant import invariant_impl, is_batch_invariant
 from fastlora.ops.plans import PLANS
-from fastlora.validation import (
-    ImplementationError,
-    check_dropout,
-    check_floating,
-    check_same_device,
-    check_shape,
-)
+from fastlora.validation import check_dropout, check_floating, check_same_device, check_shape
 
 
 def lora_linear(
@@ -75,7 +64,7 @@ def lora_linear(
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],))
     factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
-    return apply(x, Base(weight, bias), factors, impl, plan)
+    return run_adapter(x, Base(weight, bias), factors, impl, plan)
 
 
 def lora_add(
@@ -117,7 +106,7 @@ def lora_add(
     check_shape("y", y, (*x.shape[:-1], lora_b.shape[0]))
     check_same_device(x, y=y)
     factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
-    return apply(x, Base(y=y, inplace=inplace), factors, impl)
+    return run_adapter(x, Base(y=y, inplace=inplace), factors, impl)
 
 
 def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -150,77 +139,3 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
         )
     check_same_device(x, scaling=scaling)
     return scaling.to(dtype).reshape(() if scaling.numel() == 1 else (-1,))
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Returns the dtype to compute in where autocast is on for x, else None."""
-    device_type = x.device.type
-    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
-        return None
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
-def apply(
-    x: torch.Tensor,
-    base: Base,
-    factors: Factors,
-    impl: str = "auto",
-    plan: str = "auto",
-    shrunk: Shrunk | None = None,
-    own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """`lora_linear` and `lora_add` for layers, which know that their tensors fit.
-
-    Args:
-        x: ``[..., K]``.
-        base: The base layer.
-        factors: One adapter, with a scaling that is a tensor without dimensions or ``[R]``, in fp32
-            (fp64 for an fp64 x); a lora_bias goes with one without dimensions.
-        impl, plan: As in `lora_linear`.
-        shrunk: The layer's share of a pass over x, where siblings shared one; x, dropout_p and impl
-            are then those that it was made with.
-        own_seed: Returns the seed to use in place of a drawn one, where processes share a layer.
-    """
-    lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
-    weight = base.weight
-    if (
-        weight is not None
-        and not dropout_p
-        and shrunk is None
-        and (lora_bias is None or lora_bias.dtype is x.dtype)
-        and (impl == "auto" or impl == "eager")
-        and plan == "auto"
-        and not is_batch_invariant()
-        and autograd.records_natively(x, weight, base.bias, lora_a, lora_b, scaling)
-    ):
-        bias = base.bias
-        if lora_bias is not None:
-            bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
-        return autograd.native_linear(x, weight, bias, lora_a, lora_b, scaling)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    elif weight is not None and weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    device = x.device
-    if lora_a.device != device or lora_b.device != device:
-        check_same_device(x, lora_a=lora_a, lora_b=lora_b)
-    if plan == "invariant" or is_batch_invariant():
-        if weight is None:
-            raise ImplementationError(
-                "lora_add cannot run in the batch-invariant mode: whatever made y may go by the "
-                "number of rows"
-            )
-        impl, plan = invariant_impl(impl, plan, x, dropout_p), "invariant"
-    else:
-        impl = backend.resolve_impl(impl, x)
-    s = seed = None
-    if shrunk is not None:
-        s, seed = shrunk
-    elif dropout_p > 0.0:
-        seed = backend.draw_seed(x, impl)
-        seed = seed if own_seed is None else own_seed(seed)
-    call = autograd.Call(impl, plan, (dropout_p,))
-    return autograd.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import functional
+from fastlora.autograd.adapter import run_adapter
 from fastlora.layers.factors import scaling_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import shared_shrink
@@ -88,9 +88,9 @@ def run_active(layer: AdapterLayer, x: torch.Tensor, base: Base, names: list[str
     impl, bias = layer.impl, found.bias
     if bias is not None and base.weight is not None:
         base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None
-    y = functional.apply(x, base, first, impl, "auto", shrunk, layer._own_seed)
+    y = run_adapter(x, base, first, impl, "auto", shrunk, layer._own_seed)
     if bias is not None:
         y = y + bias.to(y.dtype)
     for other in found.adapters[1:]:
-        y = functional.apply(x, Base(y=y, inplace=True), other, impl, own_seed=layer._own_seed)
+        y = run_adapter(x, Base(y=y, inplace=True), other, impl, own_seed=layer._own_seed)
     return y

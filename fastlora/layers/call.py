@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.functional import autocast_dtype
+from fastlora.autograd.adapter import autocast_dtype
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Base
 from fastlora.ops.rows import Rows

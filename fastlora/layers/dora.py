@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import functional
+from fastlora.autograd.adapter import autocast_dtype, run_adapter
 from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
@@ -73,7 +73,7 @@ def _run_one(layer: AdapterLayer, x: torch.Tensor, base: Base, name: str) -> tor
     if factors is None:
         refuse_in_mode(layer, f"adapter {name!r} has a factor that is hooked")
         return _called(layer, base.output(x), x, name)
-    dtype, impl, weight = functional.autocast_dtype(x), layer.impl, base.weight
+    dtype, impl, weight = autocast_dtype(x), layer.impl, base.weight
     x = x.to(dtype or x.dtype)
     if weight is not None and dtype is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
@@ -93,7 +93,7 @@ def _run_one(layer: AdapterLayer, x: torch.Tensor, base: Base, name: str) -> tor
     if trains and runs == "eager" and runs_as_one(x, weight, base.bias, lora_a):
         return DoraLinear.apply(x, weight, lora_a, lora_b, magnitude, squares, scaling)
     bias = layer._own_bias()
-    u = functional.apply(x, base._replace(bias=None), factors, impl)
+    u = run_adapter(x, base._replace(bias=None), factors, impl)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
     return scaled(u, bias, magnitude, squares)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd import in_graph  # noqa: F401 - registers operators
 from fastlora.autograd.linear import records_gradients
-from fastlora.layers import tables
+from fastlora.layers import (
+    graph_ops,  # noqa: F401 - registers operators
+    tables,
+)
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora_rows import dora_rows, scale_pool_rows_
 from fastlora.layers.graph_slots import slots_of

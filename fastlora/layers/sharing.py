@@ -6,7 +6,7 @@ their d_lora_a (`fastlora.autograd.shrink`). Found by watching, used by the tens
 pass, and the fusion report says why.
 
 A compiled graph must not see what one call leaves for another. There every sibling on kernels calls
-one operator with all their factors and takes its own share (`fastlora.autograd.in_graph`). Who is a
+one operator with all their factors and takes its own share (`fastlora.layers.graph_ops`). Who is a
 sibling was seen in a forward before; what one leaves afterwards changes no graph.
 """
 
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
-from fastlora.autograd import in_graph  # noqa: F401 - registers operators
+from fastlora.autograd.adapter import autocast_dtype
 from fastlora.autograd.shrink import Shrunk, shrink
-from fastlora.functional import autocast_dtype
-from fastlora.layers import graph_slots
+from fastlora.layers import (
+    graph_ops,  # noqa: F401 - registers operators
+    graph_slots,
+)
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import factors_of
