@@ -11,7 +11,7 @@ without rows gets zeros as gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from fastlora.autograd.linear import plain_backward
 from fastlora.ops.library import define, fakes, implements
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch.dora_dropped import Dropped, Wanted, forward_rows, gradients
+
+_Item = TypeVar("_Item")
 
 # Of each adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
 _EACH = 6
@@ -49,7 +51,7 @@ class _Own(NamedTuple):
     adapter: Dropped
 
 
-def _by(count: int, tensors: Sequence[Any]) -> list[Sequence[Any]]:
+def _by(count: int, tensors: Sequence[_Item]) -> list[Sequence[_Item]]:
     """Returns a sequence cut into parts of so many."""
     return [tensors[at : at + count] for at in range(0, len(tensors), count)]
 

@@ -44,7 +44,7 @@ from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.factors import Base, Factors
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
-from fastlora.sharding import is_sharded, local, own, whole
+from fastlora.sharding import local, own, whole
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from fastlora.weight_marks import marks
 
@@ -173,7 +173,9 @@ class TensorParallelLora(FastLoraWrapper):
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
-    def _add_update(self, _: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+    def _add_update(
+        self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
         """Adds this process's share of the update to its share of y, between the collectives."""
         from torch.distributed.tensor import DTensor, Partial
 
@@ -181,7 +183,8 @@ class TensorParallelLora(FastLoraWrapper):
         names = self._acting() if routed is None else []
         if self._disabled or (routed is None and not names):
             return None
-        x = args[0]
+        x: Any = args[0]
+        y: Any = output
         self._check_layouts(x, y)
         # Each process has the whole x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
@@ -191,8 +194,8 @@ class TensorParallelLora(FastLoraWrapper):
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )
 
-    def _check_layouts(self, x: Any, y: Any) -> None:
-        to, out = (tensor.placements[0] if is_sharded(tensor) else None for tensor in (x, y))
+    def _check_layouts(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        to, out = (getattr(tensor, "placements", (None,))[0] for tensor in (x, y))
         last = x.dim() - 1
         if to is None or out is None:
             fits = False
