@@ -128,5 +128,5 @@ def test_operators() -> None:
     """Schema, fake, autograd and dispatch agree, of every operator that kernels are reached by."""
     reached = reached_by([Subject(case) for case in CASES])
     # PyTorch's own masks, and siblings over tables (`test_mixed_ops.py`).
-    assert registered() - {name for name, _ in reached} <= {"lora_keep", "lora_shrink_at"}
+    assert registered() - {name for name, _ in reached} <= {"lora_keep"}
     check_operators(reached)
