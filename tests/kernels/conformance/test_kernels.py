@@ -13,7 +13,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.ops.torch import segments  # noqa: E402
 from tests.conformance import isolation, kept, state, values  # noqa: E402, F401  # they fill the list
-from tests.conformance import test_compiled as graphs  # noqa: E402
+from tests.conformance import test_compiled as compiled  # noqa: E402
+from tests.conformance import test_graphs as graphs  # noqa: E402
+from tests.support.compiled import graph_count  # noqa: E402
 from tests.support.conformance_cases import Case  # noqa: E402
 from tests.support.conformance_models import Subject  # noqa: E402
 from tests.support.conformance_operators import (  # noqa: E402
@@ -103,7 +105,7 @@ COMPILED = [
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled(case: Case) -> None:
     """In one graph, value and every gradient; any mix is the same graph."""
-    graphs.test_values(case)
+    compiled.test_values("aot_eager", case)
     if case.rows == "mixed" and case.dtype == "float32":
         torch._dynamo.reset()
         counters.clear()
@@ -114,14 +116,14 @@ def test_compiled(case: Case) -> None:
 def test_a_compiled_pool_sees_swaps() -> None:
     """Tables are read at every call: other mixes and hot swaps, DoRA's too, are the same graph."""
     case = Case("pool", "mixed", "dora", impl="triton")
-    subject = graphs.compiled(Subject(case))
+    subject = compiled.compiled(Subject(case))
     subject.net.eval()
     x = subject.x()
     with torch.no_grad():
         for ids in (case.ids, case.ids[::-1], ["en", None] * 3):
             check(subject, {"y": subject.forward(x, ids)}, x, ids, masks={})
-            state.changes(subject)["swapped"]()
-    assert graphs.graphs() == 1
+            kept.changes(subject)["swapped"]()
+    assert graph_count() == 1
 
 
 def test_operators() -> None:
