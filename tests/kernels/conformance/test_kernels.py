@@ -128,6 +128,6 @@ def test_a_compiled_pool_sees_swaps() -> None:
 def test_operators() -> None:
     """Schema, fake, autograd and dispatch agree, of every operator that kernels are reached by."""
     reached = reached_by([Subject(case) for case in CASES])
-    # PyTorch's own masks, and siblings over tables (`test_mixed_ops.py`).
+    # PyTorch's own masks.
     assert registered() - {name for name, _ in reached} <= {"lora_keep"}
     check_operators(reached)
