@@ -18,6 +18,7 @@ from fastlora.autograd.linear import Call, run
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_strategies import Rows
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
+from fastlora.ops.factors import Base
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 
@@ -115,7 +116,7 @@ def _kernels(plan: str, p: MixedTrainProblem) -> Results:
     factors: list[Any] = []
     for lora_a, lora_b in zip(p.factors[::2], p.factors[1::2], strict=True):
         factors += [lora_a, lora_b, None]
-    y = run(p.x, p.weight, None, None, call, p.scaling, None, factors)
+    y = run(p.x, Base(p.weight), call, p.scaling, None, factors)
     return _backward(p, y)
 
 
