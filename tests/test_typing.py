@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fastlora"
 # Today's numbers, which may only fall.
-CEILINGS = {"ops": 0, "autograd": 0, "routing": 19, "layers": 17}
+CEILINGS = {"ops": 0, "autograd": 0, "routing": 0, "layers": 0}
 
 
 def holds_any(kind: ast.AST) -> bool:

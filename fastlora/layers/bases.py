@@ -99,7 +99,7 @@ def makes_fresh_outputs(module: nn.Module) -> bool:
     return type(module).__module__.startswith(_MAKE_FRESH_OUTPUTS)
 
 
-def dense_weight(base: Any) -> torch.Tensor:
+def dense_weight(module: object) -> torch.Tensor:
     """Returns the weight ``[N, K]`` of a linear-like module, dequantised where it is quantised.
 
     Knows `nn.Linear` and its subclasses, Conv1D of transformers (whose weight is transposed, as a
@@ -108,6 +108,7 @@ def dense_weight(base: Any) -> torch.Tensor:
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
     """
+    base: Any = module
     own = base._parameters.get("weight") if isinstance(base, nn.Module) else None
     if type(own) is nn.Parameter and type(base).__name__ != "Conv1D" and _is_dense(own):
         return own  # at once: it is asked in every forward
@@ -137,13 +138,14 @@ def dense_weight(base: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _through(base: Any, device: torch.device) -> torch.Tensor:
+def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
     """Returns the weight that a layer computes with: what it makes of the unit vectors.
 
     For 4-bit weights that an evaluation on a CPU has repacked, which cannot be dequantised.
     """
-    columns = base(torch.eye(base.in_features, device=device))
-    return (columns if base.bias is None else columns - base.bias).t()
+    layer: Any = base
+    columns = layer(torch.eye(layer.in_features, device=device))
+    return (columns if layer.bias is None else columns - layer.bias).t()
 
 
 def _is_dense(weight: torch.Tensor) -> bool:

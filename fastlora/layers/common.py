@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.scalings import Scalings
+from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.layers.whole import Whole
 from fastlora.routing.routing import Group
@@ -57,13 +57,13 @@ class CommonLayer(Whole):
         return super().train(mode)  # type: ignore[misc]  # nn.Module has it
 
     @property
-    def scaling(self) -> dict[str, Any]:
+    def scaling(self) -> dict[str, Scaling]:
         """Adapter name to the number that its update is multiplied with."""
-        scalings: dict[str, Any] = self.__dict__["_scaling"]
+        scalings: dict[str, Scaling] = self.__dict__["_scaling"]
         return scalings
 
     @scaling.setter
-    def scaling(self, values: dict[str, Any]) -> None:
+    def scaling(self, values: dict[str, Scaling]) -> None:
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._fit_scalings(values)
 
@@ -91,5 +91,5 @@ class CommonLayer(Whole):
         return self
 
 
-def _fit_loaded(layer: Any, _: Any) -> None:
+def _fit_loaded(layer: CommonLayer, _: object) -> None:
     layer._fit_scalings(layer.scaling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, eq, getitem, is_
 from typing import Any, NamedTuple, Protocol
@@ -156,6 +156,18 @@ class Parameters:
         return self.names[slot]
 
 
+class Resident(Protocol):
+    """An adapter that a pool holds on the device."""
+
+    name: str
+    version: int
+    uses_dora: bool
+    scales: Any
+
+    def factors(self, row: int) -> Factors | None:
+        """Returns its factors on a layer by the layer's row in the pool's tables."""
+
+
 class Pool:
     """Adapters that an `fastlora.AdapterPool` holds.
 
@@ -164,7 +176,7 @@ class Pool:
         tables: The pool's.
     """
 
-    def __init__(self, residents: tuple[Any, ...], tables: Tables) -> None:
+    def __init__(self, residents: tuple[Resident | None, ...], tables: Tables) -> None:
         self.residents, self.tables = residents, tables
 
     def factors(
@@ -180,13 +192,13 @@ class Pool:
 
     def scales(self, layer: AdapterLayer, slots: Sequence[int]) -> list[Scale]:
         """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
-        kept = [self.residents[slot].scales.by_module[layer.table_row] for slot in slots]
-        return [Scale(scale, None) for scale in kept]
+        found = [resident for slot in slots if (resident := self.residents[slot]) is not None]
+        return [Scale(resident.scales.by_module[layer.table_row], None) for resident in found]
 
     def identity(self, slot: int) -> Hashable:
         """See `Source.identity`."""
         resident = self.residents[slot]
-        return resident.name, resident.version
+        return None if resident is None else (resident.name, resident.version)
 
 
 def slots_of(
@@ -223,7 +235,7 @@ class Watch:
     def __init__(self) -> None:
         self._tables: list[dict[str, Any]] = []
         self._copies: list[dict[str, Any]] = []
-        self._holders: list[dict[str, Any]] = []
+        self._holders: list[Mapping[str, object]] = []
         self._keys: list[str] = []
         self._objects: list[Any] = []
         self._parameters: list[torch.Tensor] = []
@@ -259,7 +271,7 @@ class Watch:
             if type(dropouts[name]) is nn.Dropout:
                 self._dropouts.append(dropouts[name])
 
-    def _remember(self, holder: dict[str, Any], key: str) -> None:
+    def _remember(self, holder: Mapping[str, object], key: str) -> None:
         value = holder[key]
         self._holders.append(holder)
         self._keys.append(key)

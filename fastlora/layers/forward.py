@@ -159,14 +159,16 @@ def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
     return run(x, base, Call(impl), zero, None, (x.new_empty(0, k), x.new_empty(n, 0), None))
 
 
-def scalings_beside(values: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
+def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
 
     A tensor of PEFT's compiled hot swap is read on its device.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    numbers: list[float] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
             return torch.stack(same)
-    return numbers_on(tuple(values), dtype, x.device)
+        numbers.append(value)
+    return numbers_on(tuple(numbers), dtype, x.device)

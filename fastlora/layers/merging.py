@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.norms import base_squares, forget_norms, version_of
+from fastlora.layers.scalings import Scaling
 from fastlora.layers.whole import Whole
 from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
@@ -29,7 +30,7 @@ class Mergeable(Whole, nn.Module):
 
     out_features: int
     in_features: int
-    scaling: dict[str, float]
+    scaling: dict[str, Scaling]
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     _active_adapters: list[str]
@@ -235,7 +236,7 @@ class Mergeable(Whole, nn.Module):
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
-        alpha = sign * self.scaling[name]
+        alpha = sign * float(self.scaling[name])
         lora_a = lora_a.to(compute)
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = weight[start : start + _MERGE_ROWS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ class NormCache:
     def __init__(self) -> None:
         self.kept: dict[str | None, tuple[Hashable, torch.Tensor]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> NormCache:
         return NormCache()
 
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:

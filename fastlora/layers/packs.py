@@ -99,7 +99,7 @@ def _pack(
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
         packs = packed.pack_layers(numbers, bare, call.x.dtype, kind)
-    if sets.watch is not None:
+    if isinstance(sets.watch, Watch):
         for member in members:
             sets.watch.add(member, names)
     sets.put(numbers, call.x.dtype, kind, packs)

@@ -14,7 +14,10 @@ import torch
 _MISSING = object()
 
 
-class Scalings(dict[str, Any]):
+Scaling = float | torch.Tensor
+
+
+class Scalings(dict[str, Scaling]):
     """Adapter name to a number, or to a tensor without dimensions (PEFT's compiled hot swap).
 
     Attributes:
@@ -29,7 +32,7 @@ class Scalings(dict[str, Any]):
         self.tensors = {}  # pickle fills in items before anything else
         return self
 
-    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+    def __init__(self, items: Mapping[str, Scaling] | Iterable[tuple[str, Scaling]] = ()) -> None:
         super().__init__()
         self.update(items)
 
@@ -39,7 +42,7 @@ class Scalings(dict[str, Any]):
         copied.update(self)
         return copied
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: Scaling) -> None:
         super().__setitem__(name, value)
         before = self.tensors.get(name)
         device, dtype = (torch.device("cpu"), torch.float32)
@@ -69,12 +72,12 @@ class Scalings(dict[str, Any]):
         super().__delitem__(name)
         del self.tensors[name]
 
-    def pop(self, name: str, default: Any = _MISSING) -> Any:
+    def pop(self, name: str, default: object = _MISSING) -> Any:
         """As a dict's."""
         self.tensors.pop(name, None)
         return super().pop(name) if default is _MISSING else super().pop(name, default)
 
-    def popitem(self) -> tuple[str, Any]:
+    def popitem(self) -> tuple[str, Scaling]:
         """As a dict's."""
         name, value = super().popitem()
         del self.tensors[name]
@@ -85,9 +88,11 @@ class Scalings(dict[str, Any]):
         super().clear()
         self.tensors.clear()
 
-    def setdefault(self, name: str, value: Any = None) -> Any:
-        """As a dict's."""
+    def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
+        """As a dict's, but that there is no None."""
         if name not in self:
+            if value is None:
+                raise TypeError(f"scaling of {name!r} is None, expected a number")
             self[name] = value
         return self[name]
 
@@ -96,6 +101,6 @@ class Scalings(dict[str, Any]):
         for name, value in dict(*items, **named).items():
             self[name] = value
 
-    def __ior__(self, other: Any) -> Scalings:  # type: ignore[override,misc]
+    def __ior__(self, other: Mapping[str, Scaling]) -> Scalings:  # type: ignore[override,misc]
         self.update(other)
         return self

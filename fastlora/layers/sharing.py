@@ -34,7 +34,14 @@ from fastlora.ops.backend import constant_when_compiled, resolve_impl
 from fastlora.ops.factors import Slots
 from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import Family, family_of, keep_shares, known_family, take_share
+from fastlora.routing.siblings import (
+    Family,
+    FedLayer,
+    family_of,
+    keep_shares,
+    known_family,
+    take_share,
+)
 from fastlora.validation import FastLoraError
 
 # From here on sharing pays on a CPU. Forward and backward of SmolLM2's q/k/v (rank 16, one Xeon
@@ -126,14 +133,14 @@ def _share(
     family: Family,
     impl: str,
     routing: Routing | None,
-    context: tuple[Any, ...],
+    context: tuple[object, ...],
 ) -> tuple[Shrunk | None, str]:
     """Computes for a layer and those siblings that have yet to be called.
 
     Returns:
         The layer's share, or None and why there is none.
     """
-    members = [reference() for reference in family.members]
+    members: list[Any] = [reference() for reference in family.members]
     found, why = _sharing(members[members.index(layer) :], layer, x, own, impl, routing)
     if len(found) < 2:
         return None, why or _LAST
@@ -156,7 +163,7 @@ def _in_graph(
     if not layer.knows_siblings():
         layer.note_compiled(_UNSEEN)
         return None
-    members = [reference() for reference in layer._family.members]
+    members: list[Any] = [reference() for reference in layer._family.members]
     impl, why = resolve_impl(layer.impl, x), ""
     found: list[tuple[Any, Slots]] = []
     if len(members) < 2:
@@ -189,7 +196,7 @@ def _in_graph(
 
 
 def _sharing(
-    members: Sequence[Any],
+    members: Sequence[AdapterLayer | None],
     layer: AdapterLayer,
     x: torch.Tensor,
     own: Slots,
@@ -295,7 +302,7 @@ def note_compiled(self: Any, why: str) -> None:
     self.__dict__["_compiled_alone"] = why
 
 
-def sibling_note(layer: Any) -> str:
+def sibling_note(layer: FedLayer) -> str:
     """Returns what the fusion report says of a layer's siblings in training."""
     family, compiled = known_family(layer), layer.__dict__.get("_compiled_alone")
     if family is not None and len(family.members) < 2:

@@ -93,7 +93,7 @@ def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int,
     for row, layer in enumerate(routing.layers):
         if not hasattr(layer, "lora_A"):
             continue
-        if watch is not None:
+        if isinstance(watch, Watch):
             watch.add(layer, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:

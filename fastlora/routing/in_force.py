@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
+from fastlora.routing.kept import RoutedLayer
 from fastlora.routing.routing import Group, Routing
 
 
@@ -34,7 +34,7 @@ def current_routing() -> Routing | None:
     return _thread.open[-1] if _thread.open else None
 
 
-def routing_of(layer: Any) -> tuple[Routing, int] | None:
+def routing_of(layer: RoutedLayer) -> tuple[Routing, int] | None:
     """Returns the routing in force for a layer, and the layer's number; or None."""
     by_group = _thread.by_group
     if not by_group:
@@ -96,7 +96,7 @@ def unchecked() -> Iterator[None]:
 
 
 def check_batch(
-    group: Group, args: Sequence[Any], kwargs: Mapping[str, Any], *, per_sample: bool = False
+    group: Group, args: Sequence[object], kwargs: Mapping[str, object], *, per_sample: bool = False
 ) -> None:
     """Raises unless a model's arguments fit the ids of the routing in force for it.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,7 +39,7 @@ class KnownRows:
     _MOST, _MOST_IDS = 8, 4096
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], Rows] = {}
+        self._known: dict[tuple[Hashable, ...], Rows] = {}
 
     def get(self, ids: torch.Tensor, m: int, slots: int, device: torch.device) -> Rows:
         """Returns `sort_rows` of these, the known one for known ids on a CPU."""
@@ -60,9 +60,6 @@ class KnownRows:
 class Watcher(Protocol):
     """Tells whether factors changed."""
 
-    def add(self, layer: Any, names: Sequence[str]) -> None:
-        """Watches those of the adapters that a layer has, from now on."""
-
     def unchanged(self) -> bool:
         """Whether all of it is as it was."""
 
@@ -71,10 +68,12 @@ class RoutedLayer(Protocol):
     """What routing needs to know of a layer.
 
     Attributes:
+        routed_by: What the layers of its model have in common; None outside of a model.
         routed_as: The layer's number in its model.
         training: Whether dropout can act.
     """
 
+    routed_by: Any
     routed_as: int
     training: bool
 
@@ -169,11 +168,11 @@ class PackCache:
     """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
 
     def __init__(self) -> None:
-        self._captured: dict[int, Any] = {}
-        self._sets: OrderedDict[tuple[Any, ...], SetPack] = OrderedDict()
+        self._captured: dict[int, object] = {}
+        self._sets: OrderedDict[tuple[Hashable, ...], SetPack] = OrderedDict()
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
-    def get(self, key: tuple[Any, ...], make_watch: Callable[[], Watcher] | None) -> SetPack:
+    def get(self, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher] | None) -> SetPack:
         """Returns the set of that key, a new one where it is unknown or its factors changed.
 
         Args:
@@ -195,7 +194,7 @@ class PackCache:
         with self._lock:
             self._sets.clear()
 
-    def pin(self, *kept: Any) -> None:
+    def pin(self, *kept: object) -> None:
         """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
         self._captured.update((id(each), each) for each in kept)
 
@@ -229,10 +228,10 @@ class BlockKept:
         self.is_checked = False
         self.rows: dict[tuple[int, torch.device, int], Rows] = {}
         self._seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = {}
-        self._sets: dict[tuple[Any, ...], SetPack] = {}
+        self._sets: dict[tuple[Hashable, ...], SetPack] = {}
 
     def set_of(
-        self, packs: PackCache, key: tuple[Any, ...], make_watch: Callable[[], Watcher] | None
+        self, packs: PackCache, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher] | None
     ) -> SetPack:
         """Returns what the model keeps of a set of adapters.
 

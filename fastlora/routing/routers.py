@@ -36,7 +36,7 @@ def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Rou
     return find
 
 
-def router_of(model: Any) -> Router:
+def router_of(model: object) -> Router:
     """Returns the router of a model.
 
     Raises:

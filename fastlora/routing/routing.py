@@ -8,7 +8,7 @@ are per sample or per token, and a layer with M rows and B ids gives each id M /
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from fastlora.routing.kept import (
     BlockKept,
     KnownRows,
     PackCache,
+    RoutedLayer,
     SetPack,
     Watcher,
     stream_of,
@@ -44,7 +45,7 @@ class Group:
         self.packs = PackCache()
         self.rows = KnownRows()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+    def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return Group()
 
     def __reduce__(self) -> tuple[type[Group], tuple[()]]:
@@ -128,12 +129,12 @@ class Routing:
         """
         return self.kept.seeds_of(self.seeds, number, self.layers, device)
 
-    def set_of(self, key: tuple[Any, ...], make_watch: Callable[[], Watcher]) -> SetPack:
+    def set_of(self, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher]) -> SetPack:
         """Returns what the model keeps of a set of adapters."""
         watch = make_watch if self.residents is None else None
         return self.kept.set_of(self.group.packs, key, watch)
 
-    def identities(self, rows: Rows) -> tuple[Any, ...]:
+    def identities(self, rows: Rows) -> tuple[Hashable, ...]:
         """Returns what names the adapters that have rows, in order of slots."""
         return tuple(self.source.identity(segment.slot) for segment in rows.segments)
 
@@ -170,7 +171,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     return numbers
 
 
-def join_group(group: Group, layers: Sequence[tuple[str, Any]]) -> None:
+def join_group(group: Group, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
     """Makes layers, given with their names, a model's; those that are keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
     if new:

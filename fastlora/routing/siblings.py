@@ -11,9 +11,21 @@ import threading
 import weakref
 from collections.abc import Mapping
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+
+class FedLayer(Protocol):
+    """A layer that is fed with tensors.
+
+    Attributes:
+        routed_by: What the layers of its model have in common.
+    """
+
+    @property
+    def routed_by(self) -> object:
+        """See above."""
 
 
 class Family:
@@ -27,11 +39,11 @@ class Family:
             where it did.
     """
 
-    def __init__(self, members: tuple[weakref.ref[Any], ...] = ()) -> None:
+    def __init__(self, members: tuple[weakref.ref[FedLayer], ...] = ()) -> None:
         self.members = members
         self.why_not: dict[int, str] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+    def __deepcopy__(self, memo: dict[int, object]) -> Family:
         return Family()
 
     def __reduce__(self) -> tuple[type[Family], tuple[()]]:
@@ -42,7 +54,7 @@ class _Seen(NamedTuple):
     """Layers seen in sequence with one tensor."""
 
     x: weakref.ref[torch.Tensor]
-    members: list[weakref.ref[Any]]
+    members: list[weakref.ref[FedLayer]]
 
 
 class _Shares(NamedTuple):
@@ -56,8 +68,8 @@ class _Shares(NamedTuple):
 
     x: weakref.ref[torch.Tensor]
     version: int
-    context: tuple[Any, ...]
-    own: dict[int, tuple[Any, Any]]
+    context: tuple[object, ...]
+    own: dict[int, tuple[object, Any]]
 
 
 class _Thread(threading.local):
@@ -70,7 +82,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def known_family(layer: Any) -> Family | None:
+def known_family(layer: FedLayer) -> Family | None:
     """Returns the family of a layer, None while it is not known."""
     known: Family | None = layer.__dict__.get("_family")
     if known is not None:
@@ -80,7 +92,7 @@ def known_family(layer: Any) -> Family | None:
     return None
 
 
-def family_of(layer: Any, x: torch.Tensor) -> Family | None:
+def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
     """`known_family` of a layer that is called with x, which makes it known sooner or later."""
     known = known_family(layer)
     if known is not None:
@@ -103,7 +115,7 @@ def family_of(layer: Any, x: torch.Tensor) -> Family | None:
     return None
 
 
-def siblings_of(layer: Any, x: torch.Tensor) -> list[Any]:
+def siblings_of(layer: FedLayer, x: torch.Tensor) -> list[Any]:
     """Returns a layer of a model and its siblings there; none while they are not known."""
     family = family_of(layer, x)
     members = () if family is None else (reference() for reference in family.members)
@@ -111,7 +123,7 @@ def siblings_of(layer: Any, x: torch.Tensor) -> list[Any]:
 
 
 def take_share(
-    x: torch.Tensor, owner: int, context: tuple[Any, ...], key: Any = None
+    x: torch.Tensor, owner: int, context: tuple[object, ...], key: object = None
 ) -> Any | None:
     """Returns what a sibling computed from this very tensor, unchanged since; or None.
 
@@ -135,7 +147,7 @@ def take_share(
 
 
 def keep_shares(
-    x: torch.Tensor, context: tuple[Any, ...], own: Mapping[int, tuple[Any, Any]]
+    x: torch.Tensor, context: tuple[object, ...], own: Mapping[int, tuple[object, object]]
 ) -> None:
     """Keeps the key and the share of each sibling until all were taken or another tensor comes."""
     # Writes into an inference tensor are not counted: nothing could be taken from it safely.
