@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
-KERNELS = "tests/kernels/test_plane_sums.py"
+KERNELS = "tests/kernels/test_mixed_dora_scale.py"
 
 
 def run(*paths: str) -> str:
