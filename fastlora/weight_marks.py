@@ -33,7 +33,7 @@ class Marks:
 
     Attributes:
         trained: Of weights that may train.
-        frozen: Of base weights that are frozen, or merged into.
+        frozen: Of base weights that are frozen.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,8 @@ class Marks:
 
     def of_base(self, weight: torch.Tensor) -> Mark:
         """Returns the mark to keep what was made from a base weight with."""
-        return self.of_trained() if weight.requires_grad else self.of_steps(weight)
-
-    def of_steps(self, weight: torch.Tensor) -> Mark:
-        """Returns the mark that ends where an optimizer that holds this tensor steps."""
+        if weight.requires_grad:
+            return self.of_trained()
         self.of_trained()
         self._watched[id(weight)] = weight
         return self.frozen

@@ -26,7 +26,7 @@ from fastlora.commands.demo_data import make_batches, read_styles, shipped
 from fastlora.commands.demo_peft import compare, load_in_peft
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
-from fastlora.train.data import Batch, Corpus
+from fastlora.train.data import Batch, Corpus, read_samples
 from fastlora.validation import ConfigError
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.
@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     env.prepare_demo_process()
     started = time.monotonic()
     files = args.data or [shipped(f"{style}.jsonl") for style in STYLES]
+    for path in files:
+        read_samples([path])  # what is wrong with a file is said before a model is read
     prompts = args.prompt or shipped("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.norms import base_squares, forget_norms, version_of
+from fastlora.layers.norms import base_squares, forget_norms
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.whole import Whole
 from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
+from fastlora.ops.torch.reference import INTEGERS
 from fastlora.ops.torch.scale import scale_of
+from fastlora.sharding import local
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
-from fastlora.weight_marks import marks
 
 # Rows of the weight that a merge handles at once: its only temporary.
 _MERGE_ROWS = 1024
@@ -37,10 +38,10 @@ class Mergeable(Whole, nn.Module):
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
-        # (weight, bias) as they were before the first merge, only while merged, and what `_written`
+        # (weight, bias) as they were before the first merge, only while merged, and what `_sums`
         # returned behind the last one.
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._when_merged: list[Any] = []
+        self._when_merged: list[tuple[torch.Tensor, ...]] = []
         # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
         self._merged_scales: dict[str, torch.Tensor] = {}
 
@@ -56,10 +57,14 @@ class Mergeable(Whole, nn.Module):
         """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
-    def _written(self) -> list[Any]:
-        """Returns of the base weight and its bias what changes when they are written to."""
+    def _sums(self) -> list[tuple[torch.Tensor, ...]]:
+        """Returns of the base weight and its bias what differs once they were written to."""
         base = self.get_base_layer()
-        return [_stamp(getattr(base, name, None)) for name in ("weight", "bias")]
+        return [_sums_of_bits(getattr(base, name, None)) for name in ("weight", "bias")]
+
+    def _is_as_merged(self) -> bool:
+        """Whether nobody has written to the base weight or its bias since the last merge."""
+        return all(map(_equal, self._sums(), self._when_merged))
 
     # What differs where several processes have parts of the layer.
 
@@ -102,7 +107,7 @@ class Mergeable(Whole, nn.Module):
         self._merged_scales |= self._scales(names)
         for name in names:
             self._merge_one(weight.t() if transposed else weight, bias, name)
-        self._when_merged = self._written()
+        self._when_merged = self._sums()
         forget_norms(self)
 
     def check_merge(
@@ -153,7 +158,7 @@ class Mergeable(Whole, nn.Module):
             return
         weight, bias, transposed = self._mergeable()
         kept = self._unmerged
-        unwritten = kept is not None and self._written() == self._when_merged
+        unwritten = kept is not None and self._is_as_merged()
         # Alike in every process: one that was written to alone would wait for the others below.
         if self._all_agree(unwritten) and kept is not None:
             weight.copy_(kept[0])
@@ -211,7 +216,7 @@ class Mergeable(Whole, nn.Module):
         else:
             weight, _, transposed = self._mergeable()
             kept = self._unmerged
-            if kept is not None and self._written()[0] == self._when_merged[0]:
+            if kept is not None and _equal(self._sums()[0], self._when_merged[0]):
                 weight = kept[0]
             base = weight.t() if transposed else weight
             if kept is None or weight is not kept[0]:
@@ -294,13 +299,13 @@ class Mergeable(Whole, nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         forget_norms(self)
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
-        unwritten = self._unmerged is not None and self._written() == self._when_merged
+        unwritten = self._unmerged is not None and self._is_as_merged()
         if self._unmerged is not None:
             weight, bias = self._unmerged
             self._unmerged = fn(weight), None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:
-            self._when_merged = self._written()
+            self._when_merged = self._sums()
         return self
 
 
@@ -310,9 +315,16 @@ def _copies(
     return weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
-def _stamp(tensor: torch.Tensor | None) -> Any:
-    """Returns what changes when a tensor is replaced, written in place, or stepped."""
+def _sums_of_bits(tensor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Returns the sums of a tensor's rows and columns as integers, which a write changes.
+
+    Whoever writes, and whatever counts it: optimizers, compiled code, ``.data``, a loaded state.
+    """
     if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else version_of(tensor)
-    return id(tensor), version, marks.of_steps(tensor)
+        return ()
+    bits = local(tensor.detach()).view(INTEGERS[tensor.itemsize])
+    return tuple(bits.sum(dim, dtype=torch.int64) for dim in range(bits.dim()))
+
+
+def _equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))

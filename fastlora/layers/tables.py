@@ -137,13 +137,13 @@ def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> tor
         return y.view(*x.shape[:-1], y.shape[1])
     numbers, siblings = _siblings(call, row, tables)
     context = (rows, tables, invariant)
-    s = None if siblings is None else take_share(x, call.number, context)
+    s = None if siblings is None else take_share(x, call.number, context, siblings)
     y, *made = torch.ops.fastlora.lora_linear_at(
         *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
         *(tables.tensors(), row, tables.max_rank, tables.dtype, plan, siblings),
     )
     if made:
-        keep_shares(x, context, dict.fromkeys(numbers, (None, made[0])))
+        keep_shares(x, context, dict.fromkeys(numbers, (siblings, made[0])))
     return y.view(*x.shape[:-1], base.weight.shape[0])
 
 

@@ -335,6 +335,8 @@ class LoraConfig:
         path = Path(folder) / CONFIG_NAME
         data = read_config_file(path)
         with error_prefix(path):
+            if for_loading and data.get("peft_type", "LORA") is None:
+                raise ConfigError("peft_type is None, expected 'LORA'")
             return cls.from_dict(data, for_loading=for_loading)
 
 

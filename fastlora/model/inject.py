@@ -232,14 +232,18 @@ def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
 def trained_biases(
     model: nn.Module, modes: Collection[str], targets: Iterable[nn.Module]
 ) -> list[nn.Parameter]:
-    """Returns the biases of the base model that train: all, or those of the targets, or none."""
+    """Returns the biases of the base model that train: all, or those of the targets, or none.
+
+    Each once, whatever number of names it has.
+    """
     at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
-    return [
-        parameter
+    found = {
+        id(parameter): parameter
         for name, parameter in base_parameters(model)
         if name.rpartition(".")[2] == "bias"
         and ("all" in modes or ("lora_only" in modes and id(parameter) in at_targets))
-    ]
+    }
+    return list(found.values())
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

@@ -232,8 +232,9 @@ class Tiers:
             self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
-        """Keeps an adapter that was read in the CPU tier, unless a tier holds it."""
-        if name in self.entries and self.staged.get(name) is image:
+        """Keeps an adapter's image in the CPU tier, as its latest, unless the device has it."""
+        known = self.host.get(name) or self.staged.get(name)
+        if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
     def _to_device(self, name: str, uploaded: Image, column: int | None, slot: int | None) -> None:

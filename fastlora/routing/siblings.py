@@ -105,7 +105,8 @@ def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
         family = Family(tuple(seen.members))
         for reference in seen.members:
             member = reference()
-            if member is not None:
+            # Another thread may have seen it beside others: no layer is of two families.
+            if member is not None and known_family(member) is None:
                 member.__dict__["_family"] = family
         _thread.seen = None
         known = known_family(layer)

@@ -86,6 +86,16 @@ def test_numbers_of_adapters_are_checked(option: str, capsys: pytest.CaptureFixt
     assert f"got {option!r}" in capsys.readouterr().err
 
 
+def test_a_bad_file_is_refused_before_a_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.smollm2, "model_dir", lambda *_: pytest.fail("a model is read"))
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(DataError, match="nowhere"):
+        demo.run(parser.parse_args([f"--data={tmp_path / 'nowhere.jsonl'}"]))
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path, smollm2_tokenizer: Any) -> None:
     twice = [DATA / "robot.jsonl", write(tmp_path / "robot.jsonl", ("a", "b"))]
     with pytest.raises(DataError, match="an adapter 'robot' already"):

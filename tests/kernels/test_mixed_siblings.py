@@ -169,6 +169,40 @@ def test_what_is_not_shared(launches: list[int]) -> None:
     assert launches == [1, 1]
 
 
+def test_layers_that_threads_saw_beside_others() -> None:
+    """q, k and v in one thread, k and v alone in another: each takes its own s afterwards."""
+    model = trainable(2, torch.float32, target_modules=["q", "k", "v", "o"]).eval()
+    layers, (x, e) = model.base_model.model, torch.randn(2, 4, 64)
+    seen, go = [threading.Event() for _ in range(2)], threading.Event()
+
+    def watch(number: int, *inputs: torch.Tensor) -> None:
+        with torch.no_grad(), adapters(model, ["a0", "a1", None, "a0"]):
+            for name, given in zip("qkv", inputs, strict=True):
+                getattr(layers, name)(given)
+            seen[number].set()
+            go.wait()
+            layers.o(torch.randn(4, 64))
+
+    runs = [threading.Thread(target=watch, args=(0, x, x, x))]
+    runs.append(threading.Thread(target=watch, args=(1, x, e, e)))
+    for number, run in enumerate(runs):
+        run.start()
+        seen[number].wait()
+    go.set()
+    for run in runs:
+        run.join()
+    with torch.no_grad(), adapters(model, ["a0", "a1", None, "a0"]):
+        found = layers(x)
+    torch.testing.assert_close(found, step_of_all(eager(model), x))
+
+
+def step_of_all(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """What PyTorch makes of the same batch."""
+    with torch.no_grad(), adapters(model, ["a0", "a1", None, "a0"]):
+        result: torch.Tensor = model.base_model.model(x)
+    return result
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> None:
     """A repeated forward must save what the first one saved."""

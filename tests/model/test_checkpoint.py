@@ -276,6 +276,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
         ("[1]", "expected a JSON object"),
         ("[" * 100_000, "not valid JSON"),
         ('{"peft_type": "LOHA", "r": 2}', "peft_type must be 'LORA', got 'LOHA'"),
+        ('{"peft_type": null, "r": 2}', "peft_type is None, expected 'LORA'"),
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
         ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
         ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),

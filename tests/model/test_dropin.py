@@ -176,16 +176,24 @@ def test_unmerge_keeps_what_moves_no_version(how: str) -> None:
     torch.testing.assert_close(layer.weight, written - delta, rtol=1e-5, atol=1e-5)
 
 
-def test_unmerge_is_exact_behind_the_step_of_another_model() -> None:
-    """Training elsewhere, and a forward with gradients, are no writes."""
-    layer, other = FastLoraLinear(8, 8, r=2), FastLoraLinear(8, 8, r=2)
+@pytest.mark.parametrize("elsewhere", ["step", "compiled step", "DoRA step", "refresh"])
+def test_unmerge_is_exact_behind_what_happens_elsewhere(elsewhere: str) -> None:
+    """Training and refreshing another model, and a forward with gradients, are no writes."""
+    layer = FastLoraLinear(8, 8, r=2, use_dora=True)
+    other = FastLoraLinear(8, 8, r=2, use_dora="DoRA" in elsewhere)
     nn.init.normal_(layer.lora_B["default"].weight)
+    with torch.no_grad():  # could not be divided out again
+        layer.lora_magnitude_vector["default"].weight[3] = 0.0
     before = layer.weight.clone()
     layer.bias.requires_grad_(True)
     layer.merge()
     layer(torch.randn(3, 8)).sum().backward()
     other(torch.randn(3, 8)).sum().backward()
-    torch.optim.SGD(other.parameters(), lr=0.5).step()
+    step = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.5).step
+    if elsewhere == "refresh":
+        other.refresh()
+    else:
+        (torch.compile(step, backend="eager") if "compiled" in elsewhere else step)()
     layer.unmerge()
     assert torch.equal(layer.weight, before)
 

@@ -111,6 +111,14 @@ def test_peft_config_and_optimizers() -> None:
     assert half.weight_bytes == found.weight_bytes // 2
 
 
+def test_a_bias_of_two_names_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module("tied", model[0])
+    config = fastlora.LoraConfig(r=2, target_modules=["0"], bias="lora_only")
+    found = fastlora.estimate(model, config).adapter_parameters
+    assert found == fastlora.get_peft_model(model, config).get_nb_trainable_parameters()[0]
+
+
 def test_refusals() -> None:
     """Errors are those of get_peft_model."""
     model = TwoLayers()

@@ -191,7 +191,7 @@ def test_calls_do_not_grow_with_the_adapters(
     Two of the five are lora_bias's; q, k and v share a shrink. How long a forward takes is what
     ``bench/mixed.py`` measures.
     """
-    monkeypatch.setattr(products, "_EMULATED", frozenset())  # there a product is several
+    monkeypatch.setattr(products, "EMULATED", frozenset())  # there a product is several
     units = frozenset([torch.bfloat16] if amx else [])
     monkeypatch.setattr(packed_choice, "_MATRIX_UNIT", units)
     x = torch.randn(64, 48).to(dtype)

@@ -31,7 +31,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
 
 @pytest.fixture(autouse=True)
 def emulating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(products, "_EMULATED", frozenset(HALVES))
+    monkeypatch.setattr(products, "EMULATED", frozenset(HALVES))
     yield
 
 
@@ -244,7 +244,7 @@ def test_few_rows_are_read_by_pytorch(dtype: torch.dtype) -> None:
 LOWERED = """
 import torch
 from fastlora.ops.torch import products
-assert products._EMULATED == frozenset([torch.bfloat16, torch.float16]), products._EMULATED
+assert products.EMULATED == frozenset([torch.bfloat16, torch.float16]), products.EMULATED
 a, b = torch.randn(8, 40).bfloat16(), torch.randn(40, 24).bfloat16()
 assert torch.equal(products.mm(a, b), (a.float() @ b.float()).bfloat16())
 """

@@ -216,6 +216,17 @@ def test_prefetch_fills_free_room_and_waits_for_none(root: Path) -> None:
         pool.prefetch(["b"])
 
 
+def test_prefetch_makes_an_adapter_the_latest_in_cpu_memory(root: Path) -> None:
+    sizes = make_pool(root, max_adapters=1)
+    use(sizes, "a0")
+    each = sizes.stats().device_bytes
+    pool = make_pool(root, max_adapters=1, cpu_bytes=2 * each + each // 2)
+    with pool.lease(["a0"]):
+        for name in ("a1", "a2", "a1", "a3"):
+            pool.prefetch([name]).result(timeout=20)
+        assert list(pool._tiers.host) == ["a1", "a3"]
+
+
 # ------------------------------------------------------------------------------- replacing, leases
 
 

@@ -42,14 +42,14 @@ def _emulated() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, is_fast in supported.items() if not is_fast)
 
 
-_EMULATED = _emulated()
+EMULATED = _emulated()
 
 
 def widens(*operands: torch.Tensor) -> bool:
     """Whether a product of these is computed in fp32 here."""
     first = operands[0]
     return (
-        first.dtype in _EMULATED
+        first.dtype in EMULATED
         and first.device.type == "cpu"
         and all(t.dtype is first.dtype for t in operands)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
@@ -61,14 +61,14 @@ def widens(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``x @ weight.T + bias``, ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if x.dtype not in _EMULATED or not widens(*operands) or _is_read_once(x, weight.t()):
+    if x.dtype not in EMULATED or not widens(*operands) or _is_read_once(x, weight.t()):
         return F.linear(x, weight, bias)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if a.dtype not in _EMULATED or not widens(a, b) or _is_read_once(a, b):
+    if a.dtype not in EMULATED or not widens(a, b) or _is_read_once(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
@@ -81,7 +81,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds ``a @ b`` to ``y [M, N]`` in place and returns it."""
-    if y.dtype not in _EMULATED or not widens(y, a, b) or _is_read_once(a, b):
+    if y.dtype not in EMULATED or not widens(y, a, b) or _is_read_once(a, b):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
