@@ -31,7 +31,9 @@ def groups_of(subject: Subject, count: int, ids: Any = None) -> list[Group]:
     if ids is None:
         return [Group(torch.arange(count), subject.case.active)]
     by_row = [name for name in ids for _ in range(count // len(ids))]
-    named = {name: [i for i, own in enumerate(by_row) if own == name] for name in set(by_row)}
+    # In one order in every process: that of a set, and with it the sums' rounding, is not.
+    names = dict.fromkeys(by_row)
+    named = {name: [i for i, own in enumerate(by_row) if own == name] for name in names}
     return [Group(torch.tensor(rows), [name] if name else []) for name, rows in named.items()]
 
 
