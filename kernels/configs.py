@@ -58,6 +58,7 @@ _ANY_CHIP: Table = {
         Row(64, 128, 0, 8),
         Row(16, 256, 0, 4),
     ),
+    ("mixed_rows_sort", "any"): (Row(num_warps=8),),
     ("mixed_lora_grad_reduce", "any"): (Row(32, 64, 0, 4, 1, (16,)),),
 }
 TABLES: dict[str, Table] = {
@@ -440,9 +441,9 @@ def _dtypes(launch: str, kind: str) -> tuple[torch.dtype, ...]:
     """Returns the dtypes of x that the ahead-of-time test compiles for a kind of arithmetic."""
     if kind != "any":
         return (torch.bfloat16 if kind == "half" else torch.float32,)
-    # Sums of fp32 planes read no x.
-    sums = launch in ("plane_sums", "mixed_lora_grad_reduce")
-    return (torch.bfloat16,) if sums else (torch.bfloat16, torch.float32)
+    # Sums of fp32 planes read no x, nor does what sorts rows.
+    reads_no_x = launch in ("plane_sums", "mixed_lora_grad_reduce", "mixed_rows_sort")
+    return (torch.bfloat16,) if reads_no_x else (torch.bfloat16, torch.float32)
 
 
 def _config(

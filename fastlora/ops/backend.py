@@ -70,6 +70,11 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
     return False, f"no Triton kernels for device type {device_type!r}"
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether "auto" means kernels on a device, in a dtype that they take."""
+    return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
+
+
 def resolve_impl(impl: str, x: torch.Tensor) -> str:
     """Returns ``"triton"`` or ``"eager"`` for what the caller asked.
 

@@ -1,9 +1,10 @@
 """Which slot each row of a batch has: the one description of a mixed batch's rows.
 
-Rows are sorted by slot on the device, by a handful of operations of fixed sizes: nothing waits for
-the host, and a CUDA graph may hold them. A segment is the run of sorted positions that share a
-slot; a piece is a run inside one segment that never crosses a multiple of a kernel's row tile.
-PyTorch's products read segments on the host. Where one slot has all rows there is no `Rows`.
+Rows are sorted by slot on the device, by one kernel or a handful of operations of fixed sizes:
+nothing waits for the host, and a CUDA graph may hold them. A segment is the run of sorted positions
+that share a slot; a piece is a run inside one segment that never crosses a multiple of a kernel's
+row tile. PyTorch's products read segments on the host. Where one slot has all rows there is no
+`Rows`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora.ops.backend import runs_kernels
 from fastlora.ops.library import define, fakes, implements
 
 NO_SLOT = -1
 INVALID_SLOT = -2
 
 define(
-    "rows_sort(Tensor ids, SymInt m, int slots, Device device)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "rows_sort(Tensor ids, SymInt m, int slots, Device device, int block_m)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
 
@@ -168,11 +170,18 @@ def sort_rows(ids: torch.Tensor, m: int, slots: int, device: torch.device | None
         TypeError: ids are not integers.
         ValueError: ids have another shape, or slots is negative.
     """
-    order, segment_of, segment_slot, slot_start, invalid = torch.ops.fastlora.rows_sort(
-        ids, m, slots, device or ids.device
-    )
+    device, block_m = device or ids.device, 0
+    if not torch.compiler.is_compiling() and runs_kernels(device):
+        from fastlora.kernels.configs import piece_rows
+
+        block_m = piece_rows(m)
+    made = torch.ops.fastlora.rows_sort(ids, m, slots, device, block_m)
+    order, segment_of, segment_slot, slot_start, invalid, pieces = made
     each = m // max(ids.shape[0], 1)
-    return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids)
+    rows = Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids)
+    if block_m:
+        rows._pieces[block_m] = pieces
+    return rows
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
@@ -185,9 +194,12 @@ def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
 
 @implements("rows_sort")
 def _rows_sort(
-    ids: torch.Tensor, m: int, slots: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns order, segment_of, segment_slot, slot_start and the flag; see `Rows`."""
+    ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
+) -> tuple[torch.Tensor, ...]:
+    """Returns order, segment_of, segment_slot, slot_start and the flag of `Rows`, and pieces.
+
+    Pieces are those of ``block_m``, none for 0.
+    """
     if slots < 0:
         raise ValueError(f"slots is {slots}, expected 0 or more")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -195,6 +207,12 @@ def _rows_sort(
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [B] with B dividing {m} rows")
     ids = ids.to(device=device, non_blocking=True)
+    if runs_kernels(device):
+        from fastlora.ops.triton.sorting import sorted_rows
+
+        made = sorted_rows(ids, slots, _empty(m, slots, device, block_m), block_m)
+        if made is not None:
+            return made
     bad = (ids < NO_SLOT) | (ids >= slots)
     # int32 sorts twice as fast, and is what the kernels read.
     slot = ids.masked_fill(bad, INVALID_SLOT).to(torch.int32)
@@ -206,16 +224,25 @@ def _rows_sort(
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
     slot_start = torch.searchsorted(slot, every_slot, out_int32=True)
-    return order.to(torch.int32), segment_of, segment_slot, slot_start, bad.any().view(1)
+    pieces = _rows_pieces(segment_of, slots, block_m) if block_m else slot.new_empty(0)
+    order = order.to(torch.int32)
+    return order, segment_of, segment_slot, slot_start, bad.any().view(1), pieces
 
 
 @fakes("rows_sort")
-def _(ids: torch.Tensor, m: int, slots: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
+def _(
+    ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
+) -> tuple[torch.Tensor, ...]:
+    return _empty(m, slots, device, block_m)
 
-    present = torch.sym_min(m, slots + 2)
-    return empty(m), empty(m), empty(present), empty(slots + 1), empty(1, torch.bool)
+
+def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torch.Tensor, ...]:
+    """Returns what `_rows_sort` does, with nothing in it."""
+    present, entries = torch.sym_min(m, slots + 2), piece_entries(m, slots, block_m)
+    sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
+    dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
+    pairs = zip(sizes, dtypes, strict=True)
+    return tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in pairs)
 
 
 @implements("rows_pieces")
@@ -239,7 +266,7 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 def piece_entries(m: int, slots: int, block_m: int) -> int:
     """Returns the length of what `Rows.pieces` returns; also of symbolic sizes."""
-    entries: int = -(-m // block_m) + torch.sym_min(m, slots + 2) + 1
+    entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 
 

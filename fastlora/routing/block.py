@@ -58,7 +58,8 @@ def adapters(
         seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
             same elements whatever else is in the batch. Those not given are drawn, in training.
         validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
-            slot does not exist come out NaN, and the end of the block raises.
+            slot does not exist come out NaN, and a later block of the model raises, the next one
+            where the GPU has come so far: no block waits.
         absent_gradients: Whether a backward gives zeros, and not None, to adapters that train and
             have no rows here. DDP and FSDP2 need that where another process may have rows for
             them. None: where torch.distributed runs with several processes.
@@ -76,6 +77,7 @@ def adapters(
         if absent_gradients is None:
             absent_gradients = several_processes()
         routing = router_of(unwrapped(model)).routing(ids, seeds, validate, held)
+        routing.group.unchecked.check()
         routing = dataclasses.replace(routing, absent_gradients=absent_gradients)
         recompute.keep_routing()
         with routed(routing):

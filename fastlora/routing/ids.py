@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -101,3 +103,53 @@ def check_slot_ids(ids: torch.Tensor) -> None:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
     if not ids.numel():
         raise ValueError("ids is empty, expected one for each sample or token")
+
+
+class _Pending(NamedTuple):
+    """The flag of one batch; ``arrived`` is behind its way to the host, None where it is there."""
+
+    flag: torch.Tensor
+    arrived: torch.cuda.Event | None
+    message: str
+
+
+class Unchecked:
+    """Batches of a model whose ids a GPU looked at and the host has not: nothing waits for them."""
+
+    # Behind so many the oldest is waited for: a device that is so far behind costs no step more.
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._pending: list[_Pending] = []
+        self._lock = threading.Lock()
+
+    def add(self, flag: torch.Tensor, message: str) -> None:
+        """Sends a flag, bool ``[1]``, to the host; true is an id out of range."""
+        arrived = None
+        if flag.is_cuda:
+            host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
+            arrived, stream = torch.cuda.Event(), torch.cuda.current_stream(flag.device)
+            flag = host.copy_(flag, non_blocking=True)
+            arrived.record(stream)
+        with self._lock:
+            self._pending.append(_Pending(flag, arrived, message))
+
+    def check(self) -> None:
+        """Raises `AdapterNotFoundError` for a batch whose flag has arrived, once for each batch.
+
+        A stream that is being captured may ask nothing: then a later block does.
+        """
+        if not self._pending:
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        with self._lock:
+            while self._pending:
+                flag, arrived, message = self._pending[0]
+                if arrived is not None and not arrived.query():
+                    if len(self._pending) <= self._MOST:
+                        return
+                    arrived.synchronize()
+                del self._pending[0]
+                if flag.item():
+                    raise AdapterNotFoundError(message)

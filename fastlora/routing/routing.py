@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.routing.ids import NO_ADAPTER
+from fastlora.routing.ids import NO_ADAPTER, Unchecked
 from fastlora.routing.kept import (
     BlockKept,
     KnownRows,
@@ -39,11 +39,13 @@ class Group:
     Attributes:
         packs: Sets of adapters that the model keeps packed.
         rows: Of its last batches.
+        unchecked: Batches whose ids the host has not seen yet.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
         self.rows = KnownRows()
+        self.unchecked = Unchecked()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return Group()
@@ -139,13 +141,10 @@ class Routing:
         return tuple(self.source.identity(segment.slot) for segment in rows.segments)
 
     def check_ids(self) -> None:
-        """Raises if an id was out of range; waits for the GPU.
-
-        Raises:
-            AdapterNotFoundError: Its rows came out NaN.
-        """
-        if any(bool(rows.invalid.item()) for rows in self.kept.rows.values()):
-            raise AdapterNotFoundError(self._out_of_range() + "; its rows came out NaN")
+        """Has a later block of the model ask whether an id was out of range; nothing waits."""
+        message = f"in an earlier block {self._out_of_range()}; its rows came out NaN"
+        for rows in self.kept.rows.values():
+            self.group.unchecked.add(rows.invalid, message)
 
     def _out_of_range(self) -> str:
         names = [name for name in self.names if name]

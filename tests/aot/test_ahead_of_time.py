@@ -63,6 +63,7 @@ def is_fma(row: Row) -> bool:
 
 def has_dot(row: Row) -> bool:
     without = ("lora_dropout", "plane_sums", "mixed_lora_grad_reduce", "mixed_dora_scale")
+    without += ("mixed_rows_sort",)
     return row["kernel"] not in without
 
 
@@ -257,6 +258,7 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
             "mixed_lora_expand": (b, s, s, s, y),
             "mixed_lora_add": (b, y),
             "mixed_dora_scale": (y,),
+            "mixed_rows_sort": (),
         }[row["kernel"]]
         assert int(row["vector_loads"]) >= sum(size // whole for size in expected), row
         narrow_r = max(16, r // 4) if row["kernel"] == "mixed_lora_shrink" else r

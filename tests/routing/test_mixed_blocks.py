@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import adapters
+from fastlora.routing.ids import Unchecked, _Pending
 from fastlora.routing.in_force import current_routing
 from fastlora.routing.routing import number_layers
-from fastlora.validation import AdapterStateError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from tests.support.tiny import TwoLayers, randomise, tiny_llama, with_adapters
 
 
@@ -79,6 +80,49 @@ def test_ids_of_a_pool_fit_its_batch() -> None:
     for target in (model, None, 5):
         with pytest.raises(TypeError, match="adapters.. takes a LoraModel.*AdapterPool"):
             adapters(target, [None]).__enter__()
+
+
+class Arrival:
+    """An event of a GPU that has come so far when a test says so."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self.waits = 0
+
+    def query(self) -> bool:
+        return self.has_come
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self.has_come = True
+
+
+def test_ids_out_of_range_are_told_by_a_later_block_that_waits_for_nothing() -> None:
+    model, x = build(), torch.randn(2, 3, 16, dtype=torch.float64)
+    unchecked, bad, good = model.base_model.group.unchecked, Arrival(), Arrival()
+    unchecked._pending += [
+        _Pending(torch.tensor([False]), good, "good"),
+        _Pending(torch.tensor([True]), bad, "an adapter id is out of range"),
+    ]
+
+    def block() -> None:
+        with adapters(model, ["a", "b"]):
+            rows_of(model, x)
+
+    block()  # neither has come
+    good.has_come = True
+    block()
+    assert len(unchecked._pending) == 1
+    bad.has_come = True
+    with pytest.raises(AdapterNotFoundError, match="out of range"):
+        block()
+    block()
+    assert not unchecked._pending and not bad.waits
+    late = [Arrival() for _ in range(Unchecked._MOST + 3)]
+    unchecked._pending += [_Pending(torch.tensor([False]), arrival, "") for arrival in late]
+    block()
+    assert len(unchecked._pending) == Unchecked._MOST
+    assert [arrival.waits for arrival in late] == [1] * 3 + [0] * Unchecked._MOST
 
 
 def test_evaluation_draws_no_seed() -> None:

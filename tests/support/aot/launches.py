@@ -233,6 +233,12 @@ def operands(case: Case) -> dict[str, Any]:
         "rank": ints(modules, _SLOTS),
     }
     own = {
+        "mixed_rows_sort": {
+            "ids": longs(m),
+            "slot_start": ints(_SLOTS + 1),
+            "invalid": empty(1, dtype=torch.bool),
+            "block_m": 16,
+        },
         "mixed_lora_shrink": shrink,
         "mixed_lora_train_shrink": {**shrink, "dropout": dropout},
         "mixed_lora_train_linear": {"by_column": True},

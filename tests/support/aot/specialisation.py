@@ -15,6 +15,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.bool: "i1",
 }
 
 

@@ -1,0 +1,33 @@
+"""The launch that sorts the rows of a mixed batch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from fastlora.kernels import mixed_rows_sort
+from fastlora.ops.triton.configs import config_of
+
+
+def sorted_rows(
+    ids: torch.Tensor, slots: int, empty: tuple[torch.Tensor, ...], block_m: int
+) -> tuple[torch.Tensor, ...] | None:
+    """Returns ``empty``, written; None where one program cannot sort so many ids.
+
+    Args:
+        ids: ``[B]`` on the device.
+        slots: There are.
+        empty: What the operator ``rows_sort`` returns.
+        block_m: Rows of a piece; 0 for no pieces.
+    """
+    if not mixed_rows_sort.can_sort(ids.shape[0], slots):
+        return None
+    *rows, invalid, pieces = empty
+    config = config_of("mixed_rows_sort", ids)
+    # Which need not be the current one.
+    with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext():
+        mixed_rows_sort.launch_mixed_rows_sort(
+            *(ids, *rows, pieces, invalid), block_m=block_m, config=config
+        )
+    return empty

@@ -1,0 +1,170 @@
+"""The rows of a mixed batch, sorted by slot: what `fastlora.ops.rows.Rows` holds, in one launch.
+
+ids ``[B]``, each of ``M / B`` rows in sequence. One program: it sorts ids in registers, by slot and
+then by place, leaves them where its threads find them again, and walks the sorted positions. A
+batch has few ids, and a launch costs more than the work: of B log^2 B comparisons, and one pass
+over M positions.
+
+Bytes moved: ``8 B`` of ids, ``8 B`` there and back of sorted ids, and 4 for each element written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.mixed_rows import INVALID_SLOT
+
+NO_SLOT = tl.constexpr(-1)
+# More ids than this have no single program: sorted, they would not fit its registers.
+MAX_IDS = 2048
+_LEAST_IDS = 64
+# A slot and a place, side by side in one int32.
+_MAX_KEYS = 2**31
+# Positions of one step.
+_STEP = 1024
+
+
+# All sizes vary from call to call: no compile of their own for 1 or a multiple of 16.
+@triton.jit(
+    do_not_specialize=["B", "M", "each", "slots", "segments", "pieces", "block_m"],
+    do_not_specialize_on_alignment=["ids_ptr"],
+)
+def _mixed_rows_sort_kernel(
+    # tensors
+    ids_ptr,
+    slot_ptr,
+    place_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    slot_start_ptr,
+    piece_start_ptr,
+    invalid_ptr,
+    # scalars
+    B,
+    M,
+    each,
+    slots,
+    segments,
+    pieces,
+    block_m,
+    # strides
+    stride_ids,
+    # meta
+    IDS: tl.constexpr,
+    BISECTIONS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    offs_b = tl.arange(0, IDS)
+    ids = tl.load(ids_ptr + offs_b * stride_ids, mask=offs_b < B, other=0).to(tl.int64)
+    valid = (ids >= NO_SLOT) & (ids < slots)
+    slot = tl.where(valid, ids, INVALID_SLOT).to(tl.int32)
+    # A key is the slot, counted from the invalid one, above the place; past B the largest.
+    key = tl.where(offs_b < B, (slot - INVALID_SLOT) * IDS + offs_b, 2147483647)
+    key = tl.sort(key)
+    slot = key // IDS + INVALID_SLOT
+    tl.store(slot_ptr + offs_b, slot, mask=offs_b < B)
+    tl.store(place_ptr + offs_b, key % IDS, mask=offs_b < B)
+    invalid = tl.max((slot == INVALID_SLOT).to(tl.int32), axis=0)
+    tl.store(invalid_ptr, invalid)
+    tl.debug_barrier()  # other threads read what these wrote
+
+    offs = tl.arange(0, STEP)
+    segment = tl.cast(0, tl.int32)  # that have begun before a step
+    piece = tl.cast(0, tl.int32)
+    for first in range(0, M, STEP):
+        position = first + offs
+        inside = position < M
+        own = position // each
+        here = tl.load(slot_ptr + own, mask=inside, other=0)
+        before = tl.load(slot_ptr + (position - 1) // each, mask=inside & (position > 0), other=-3)
+        place = tl.load(place_ptr + own, mask=inside, other=0)
+        tl.store(order_ptr + position, place * each + position % each, mask=inside)
+        begins = inside & (here != before)
+        segment_of = segment + tl.cumsum(begins.to(tl.int32), axis=0) - 1
+        tl.store(segment_of_ptr + position, segment_of, mask=inside)
+        tl.store(segment_slot_ptr + segment_of, here, mask=begins)
+        segment += tl.sum(begins.to(tl.int32), axis=0)
+        if block_m > 0:
+            begins |= inside & (position % block_m == 0)
+            number = piece + tl.cumsum(begins.to(tl.int32), axis=0) - 1
+            tl.store(piece_start_ptr + number, position, mask=begins)
+            piece += tl.sum(begins.to(tl.int32), axis=0)
+
+    # Entries that no segment and no piece uses.
+    for first in range(0, segments, STEP):
+        unused = (first + offs >= segment) & (first + offs < segments)
+        tl.store(segment_slot_ptr + first + offs, NO_SLOT, mask=unused)
+    for first in range(0, pieces, STEP):
+        unused = (first + offs >= piece) & (first + offs < pieces)
+        tl.store(piece_start_ptr + first + offs, M, mask=unused)
+    # The first id of each slot, by bisection.
+    for first in range(0, slots + 1, STEP):
+        low = tl.zeros((STEP,), dtype=tl.int32)
+        high = low + B
+        for _ in tl.static_range(BISECTIONS):
+            middle = (low + high) // 2
+            open_ = low < high
+            less = tl.load(slot_ptr + middle, mask=open_, other=0) < first + offs
+            low = tl.where(open_ & less, middle + 1, low)
+            high = tl.where(open_ & (less == 0), middle, high)
+        tl.store(slot_start_ptr + first + offs, low * each, mask=first + offs <= slots)
+
+
+def can_sort(ids: int, slots: int) -> bool:
+    """Whether one program sorts so many ids of so many slots."""
+    return 0 < ids <= MAX_IDS and (slots + 3) * MAX_IDS < _MAX_KEYS
+
+
+def launch_mixed_rows_sort(
+    ids: torch.Tensor,
+    order: torch.Tensor,
+    segment_of: torch.Tensor,
+    segment_slot: torch.Tensor,
+    slot_start: torch.Tensor,
+    pieces: torch.Tensor,
+    invalid: torch.Tensor,
+    *,
+    block_m: int,
+    config: KernelConfig,
+) -> None:
+    """Writes all but ids.
+
+    Args:
+        ids: Integers ``[B]`` that `can_sort` takes, any stride; B divides M.
+        order, segment_of, segment_slot, slot_start: Contiguous, as in `fastlora.ops.rows.Rows`,
+            which says how many elements each has.
+        pieces: int32, as many as ``Rows.pieces(block_m)`` has; empty for ``block_m = 0``.
+        invalid: bool ``[1]``.
+        block_m: Rows of a tile.
+        config: From `fastlora.kernels.configs.choose`.
+    """
+    b, m = ids.shape[0], order.shape[0]
+    sorted_ids = torch.empty(2, b, dtype=torch.int32, device=order.device)
+    width = max(triton.next_power_of_2(b), _LEAST_IDS)
+    _mixed_rows_sort_kernel[(1,)](
+        ids_ptr=ids,
+        slot_ptr=sorted_ids[0],
+        place_ptr=sorted_ids[1],
+        order_ptr=order,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
+        slot_start_ptr=slot_start,
+        piece_start_ptr=pieces,
+        invalid_ptr=invalid,
+        B=b,
+        M=m,
+        each=m // b,
+        slots=slot_start.shape[0] - 1,
+        segments=segment_slot.shape[0],
+        pieces=pieces.shape[0],
+        block_m=block_m,
+        stride_ids=ids.stride(0),
+        IDS=width,
+        BISECTIONS=width.bit_length(),
+        STEP=_STEP,
+        **config.launch_options,
+    )
