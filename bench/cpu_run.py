@@ -1,10 +1,11 @@
-"""A benchmark on SmolLM2 and a CPU: one thread, and a CSV that says on which machine."""
+"""A benchmark of CPU time: one thread, and a CSV that says on which machine."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ from fastlora.bench.machine import describe, processor
 from fastlora.bench.measure import torch_threads
 from fastlora.integrations.transformers import quiet_transformers
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextmanager
-def csv_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def csv_rows(
+    path: Path, device: torch.device = CPU
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Runs the body on one thread; yields what writes a row, with the machine's columns in front.
 
     Every row reaches the disk when it is written, and the first one gives the columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = None
-    with path.open("w", newline="") as file, torch_threads(1), quiet_transformers():
-        machine = describe(torch.device("cpu")) | {"cpu": processor(), "threads": 1}
+    with path.open("w", newline="") as file, torch_threads(1), ExitStack() as quiet:
+        if importlib.util.find_spec("transformers"):
+            quiet.enter_context(quiet_transformers())
+        machine = describe(device) | {"cpu": processor(), "threads": 1}
 
         def write(row: Mapping[str, Any]) -> None:
             nonlocal writer

@@ -195,6 +195,10 @@ main() {
     if run_tests; then verdict=pass; else failed+=(tests); fi
     echo "tests: $verdict"
 
+    say "the host's cost of a linear (at most 60 s)"
+    OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/host.py" "${where[@]}" \
+        --tests "$verdict" --out "$out/host.csv" || failed+=(host)
+
     say "benchmark"
     if [[ -n $dry ]]; then
         measure linear.py $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" \

@@ -67,6 +67,10 @@ def test_green_on_a_gpu(tmp_path: Path) -> None:
     assert arguments[arguments.index("--tests") + 1] == "pass"
     assert arguments[arguments.index("--device") + 1] == "cuda"
     assert float(arguments[arguments.index("--seconds") + 1]) > 300
+    (host,) = [call for call, _ in calls if call[0].endswith("host.py")]
+    assert host[host.index("--tests") + 1] == "pass"
+    assert host[host.index("--device") + 1] == "cuda"
+    assert Path(host[host.index("--out") + 1]).name == "host.csv"
     (mixed,) = [call for call, _ in calls if call[0].endswith("mixed_kernels.py")]
     assert mixed[mixed.index("--tests") + 1] == "pass"
     assert Path(mixed[mixed.index("--out") + 1]).name == "mixed.csv"

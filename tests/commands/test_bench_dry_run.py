@@ -58,7 +58,7 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"results.csv", "interpreted.csv", "mixed.csv"}
+    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv"}
     assert written == tables | {"tests.txt", "machine.txt", "log.txt"}
 
     rows = _rows(tmp_path / "out" / "results.csv")

@@ -1,0 +1,297 @@
+"""The host's cost of a linear, a block and a training step: fastlora, PEFT and the bare layers.
+
+python bench/host.py [--device auto|cpu|cuda] [--repeats 15] [--calls 10] [--out CSV]
+
+The layer is the seven linears of a decoder layer: q, k and v of one x, o, gate and up of one x,
+down. K = N = 32, 64 rows, rank 16, fp32: what the host does for them does not depend on their size.
+All sides run in one process on one thread, in turn, over the same weights. The clock is this
+process's CPU time; a row has each side's minimum over the repeats.
+
+On a GPU everything is launched, and the device may be busy for as long as it likes. Elsewhere
+Triton's launches are stubbed (`fastlora.testing.stubbed_launches`): fastlora's kernels cost what
+they cost up to the driver and compute nothing, while products of PEFT's, of the bare layer's and
+those of fastlora's that PyTorch makes run on the CPU. Nothing is subtracted for that.
+
+Launches and products are counted with stubbed launches on any machine. PEFT's columns are empty
+where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fastlora
+from fastlora.bench.cpu_run import csv_rows
+from fastlora.bench.machine import results_folder
+from fastlora.testing import stubbed_launches
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIZE, ROWS, RANK = 32, 64, 16
+MIXES = 8  # orders of a batch's adapters that blocks take in turn
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+
+BARE, OURS, PEFT = "bare", "fastlora", "peft"
+Sides = dict[str, Callable[[], object]]
+
+
+class Case(NamedTuple):
+    """A row: what runs, and in which mode of PyTorch's.
+
+    Attributes:
+        name: Of the row.
+        mode: Makes the context that all sides run in.
+        adapters: In the model; more than one: a batch whose rows take them in random order.
+        block: Of a batch: "one" around all forwards, or one for "each".
+        dropout: Of a training step; None for an evaluation.
+    """
+
+    name: str
+    mode: Callable[[], Any]
+    adapters: int = 1
+    block: str = ""
+    dropout: float | None = None
+
+
+CASES = (
+    Case("evaluation", torch.no_grad),
+    Case("evaluation, inference_mode", torch.inference_mode),
+    Case("mixed batch, one block", torch.no_grad, 4, "one"),
+    Case("mixed batch, a block each", torch.no_grad, 4, "each"),
+    Case("training step", torch.enable_grad, dropout=0.0),
+    Case("training step, dropout", torch.enable_grad, dropout=0.1),
+)
+
+
+class Layer(nn.Module):
+    """The seven linears. What else a decoder layer does is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in LINEARS:
+            self.add_module(name, nn.Linear(SIZE, SIZE, bias=False))
+
+    def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        """Maps ``x [M, 32]`` to ``[M, 32]``; ``given`` goes to every linear."""
+        mixed = self.q_proj(x, **given) + self.k_proj(x, **given) + self.v_proj(x, **given)
+        x = self.o_proj(mixed, **given)
+        return self.down_proj(self.gate_proj(x, **given) + self.up_proj(x, **given), **given)
+
+
+def main() -> int:
+    """Measures and writes the CSV, a row as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=10, help="of a repeat")
+    parser.add_argument("--dry-run", action="store_true", help="one repeat of one call")
+    parser.add_argument("--tests", default="", help="whether the tests were green: a column")
+    parser.add_argument("--out", type=Path, default=results_folder() / "host.csv")
+    args = parser.parse_args()
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if args.device == "auto" else args.device)
+    repeats, calls = (1, 1) if args.dry_run else (args.repeats, args.calls)
+    with csv_rows(args.out, device) as write:
+        for case in CASES:
+            row = measured(case, device, repeats, calls)
+            write(row | {"repeats": repeats, "calls": calls, "tests": args.tests})
+            show(row)
+    return 0
+
+
+def measured(case: Case, device: torch.device, repeats: int, calls: int) -> dict[str, Any]:
+    """Times and counts one case; returns its row. Times are of a linear: a seventh of a call's."""
+    chip: tuple[Any, ...] = ()
+    stubs: Any = contextlib.nullcontext()
+    if device.type == "cuda":
+        from fastlora.kernels.chips import chip_of
+
+        chip = chip_of(device)
+    else:
+        stubs = stubbed_launches()
+    with stubs, running(case, device) as sides:
+        times = {name: us / len(LINEARS) for name, us in host_us(sides, repeats, calls).items()}
+    launches, products = counted(case, chip)
+    over = {name: us - times[BARE] for name, us in times.items()}
+    return {
+        "case": case.name,
+        "adapters": case.adapters,
+        "launching": "real" if device.type == "cuda" else "stubbed",
+        "linears": len(LINEARS),
+        "M": ROWS,
+        "K": SIZE,
+        "N": SIZE,
+        "r": RANK,
+        "bare_us": f"{times[BARE]:.2f}",
+        "fastlora_us": f"{times[OURS]:.2f}",
+        "peft_us": f"{times[PEFT]:.2f}" if PEFT in times else "",
+        "fastlora_over_bare_us": f"{over[OURS]:.2f}",
+        "peft_over_bare_us": f"{over[PEFT]:.2f}" if PEFT in over else "",
+        "ratio_to_peft": f"{over[OURS] / over[PEFT]:.4f}" if PEFT in over else "",
+        "launches": launches,
+        "products": products,
+    }
+
+
+def host_us(sides: Sides, repeats: int, calls: int) -> dict[str, float]:
+    """Returns the CPU time of one call of each side: the minimum over the repeats.
+
+    Each repeat is ``calls`` calls of one side after another, and starts with another side.
+    """
+    best = dict.fromkeys(sides, float("inf"))
+    names = list(sides)
+    warm_up(sides)
+    for index in range(repeats):
+        start = index % len(names)
+        for name in names[start:] + names[:start]:
+            call = sides[name]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            before = time.process_time()
+            for _ in range(calls):
+                call()
+            best[name] = min(best[name], (time.process_time() - before) * 1e6 / calls)
+    return best
+
+
+def warm_up(sides: Sides) -> None:
+    """Compiles what the sides launch, and lets layers find out which of them share an x."""
+    for call in (*sides.values(),) * 3:
+        call()
+
+
+def counted(case: Case, chip: tuple[Any, ...] = ()) -> tuple[int, int]:
+    """Returns Triton's launches, and PyTorch's products, of one call of fastlora's.
+
+    ``chip`` is the chip and its processors that configs are chosen for; see `stubbed_launches`.
+    """
+    with stubbed_launches(*chip) as launches, running(case, torch.device("cpu")) as sides:
+        warm_up(sides)
+        before = len(launches)
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            sides[OURS]()
+    products = sum(e.count for e in recorded.key_averages() if e.key in PRODUCTS)
+    return len(launches) - before, products
+
+
+@contextlib.contextmanager
+def running(case: Case, device: torch.device) -> Iterator[Sides]:
+    """Yields the sides of a case, within the contexts that they run in."""
+    torch.manual_seed(0)
+    bare = Layer().to(device).requires_grad_(False)
+    x = torch.randn(ROWS, SIZE, device=device)
+    models = {OURS: adapted(case, bare, fastlora)}
+    for name in LINEARS:  # also where there is no GPU
+        getattr(models[OURS].base_model.model, name).impl = "triton"
+    if importlib.util.find_spec("peft"):
+        models[PEFT] = adapted(case, bare, importlib.import_module("peft"))
+    # The layers alone: what a wrapper around the model does is no linear's.
+    layers = {BARE: bare} | {name: model.base_model.model for name, model in models.items()}
+    with case.mode(), contextlib.ExitStack() as around:
+        if case.dropout is not None:
+            yield {name: step(layer, x) for name, layer in layers.items()}
+            return
+        sides = {name: call(layer, x) for name, layer in layers.items()}
+        mixes = orders(case.adapters)
+        if case.block == "one":
+            around.enter_context(fastlora.adapters(models[OURS], mixes[0]))
+            if PEFT in sides:
+                sides[PEFT] = call(layers[PEFT], x, adapter_names=mixes[0])
+        elif case.block == "each":
+            sides[OURS] = blocks(models[OURS], layers[OURS], x, mixes)
+            if PEFT in sides:
+                sides[PEFT] = batches(models[PEFT], x, mixes)
+        yield sides
+
+
+def adapted(case: Case, bare: Layer, library: Any) -> Any:
+    """Returns a model of a library's over the bare layers' weights."""
+    layer = Layer().to(bare.q_proj.weight.device)
+    config = library.LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, lora_dropout=case.dropout or 0.0, target_modules=list(LINEARS)
+    )
+    for own, other in zip(layer.parameters(), bare.parameters(), strict=True):
+        own.data = other.data
+    first, *others = names_of(case.adapters)
+    model = library.get_peft_model(layer, config, adapter_name=first)
+    for name in others:
+        model.add_adapter(name, config)
+    return model.train(case.dropout is not None)
+
+
+def names_of(adapters: int) -> list[str]:
+    """Returns the adapters' names."""
+    return [f"adapter_{index}" for index in range(adapters)]
+
+
+def orders(adapters: int) -> list[list[str]]:
+    """Returns mixes of a batch: each adapter has as many rows as another, in random order."""
+    shuffle, names = random.Random(0), names_of(adapters) * (ROWS // adapters)
+    return [shuffle.sample(names, len(names)) for _ in range(MIXES)]
+
+
+def call(layer: nn.Module, x: torch.Tensor, **given: Any) -> Callable[[], object]:
+    """Returns a forward."""
+    return lambda: layer(x, **given)
+
+
+def blocks(
+    model: Any, layer: nn.Module, x: torch.Tensor, mixes: list[list[str]]
+) -> Callable[[], object]:
+    """Returns a forward of fastlora's in a block of its own, with another mix each time."""
+    turn = itertools.cycle(mixes)
+
+    def run() -> None:
+        with fastlora.adapters(model, next(turn)):
+            layer(x)
+
+    return run
+
+
+def batches(model: Any, x: torch.Tensor, mixes: list[list[str]]) -> Callable[[], object]:
+    """Returns a forward of PEFT's model, which hands the names to its layers, likewise."""
+    turn = itertools.cycle(mixes)
+    return lambda: model(x, adapter_names=next(turn))
+
+
+def step(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """Returns forward and backward; x needs a gradient as in the middle of a model."""
+    own, dy = x.clone().requires_grad_(), torch.ones_like(x)
+    trained = [own, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        layer(own).backward(dy)
+        for tensor in trained:
+            tensor.grad = None
+
+    return run
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """Prints one row."""
+    peft = f"PEFT {row['peft_over_bare_us']}, ratio {row['ratio_to_peft']}"
+    print(
+        f"{row['case']}: over the bare {row['bare_us']} us a linear "
+        f"fastlora {row['fastlora_over_bare_us']} us, "
+        f"{peft if row['peft_us'] else 'PEFT is not installed'}; "
+        f"{row['launches']} launches ({row['launching']}), {row['products']} products "
+        f"for {row['linears']} linears",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
