@@ -5,10 +5,9 @@
 seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
 is neither saved nor computed.
 
-On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`). Where
-layers fed by the same tensor share their passes over it, the graph has two kinds of node: that of
-`fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a and
-nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
+Where layers fed by the same tensor share their passes over it, the graph has two kinds of node:
+that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a
+and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
 term inside, ds (the gradient of s) and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
@@ -22,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers backends
@@ -32,14 +30,6 @@ from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.reference import column_sums
-
-# Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
-# PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
-_FEW_ROWS = 1024
-# Of bf16's step over PEFT's at 8, 32 and 64 rows: with fp32 factors 0.96, 0.98, 0.97 by the nodes
-# and 1.14, 1.05, 0.92 by the function, with bf16 factors 1.00, 0.98, 0.98 and 1.04, 1.00, 1.00
-# (SmolLM2, one Zen 5 core).
-_FEW_BF16_ROWS = 64
 
 _Factor = torch.Tensor | None
 
@@ -139,70 +129,6 @@ def _forward(
     if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
         made = torch.ops.aten._unsafe_view.default(made, (*shape[:-1], made.shape[-1]))
     return made, s
-
-
-def records_natively(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> bool:
-    """Whether `native_linear` is to compute a layer, for the PyTorch path without dropout.
-
-    Not in compiled graphs, which would be one for few rows and another for many, nor where x would
-    be saved as a copy in rows.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
-    if dtype is torch.bfloat16 and dtype not in products.EMULATED:
-        few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
-    else:
-        fits = factors is dtype and (dtype is torch.float32 or dtype is torch.float64)
-    return (
-        fits
-        and x.is_cpu
-        and (x.dim() == 2 or x.is_contiguous())
-        and x.numel() < few * x.shape[-1]
-        and weight.dtype is dtype
-        and lora_b.dtype is factors
-        and weight.is_cpu
-        and lora_a.is_cpu
-        and lora_b.is_cpu
-        and (bias is None or bias.dtype is dtype)
-        and not scaling.dim()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def native_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> torch.Tensor:
-    """`run` in PyTorch's own nodes.
-
-    The same bits, but that fp32 factors beside a bf16 x are not rounded to it: x is widened for
-    them. No Python runs in the backward, and little here: between two products of a large model its
-    code has left the cache, and each call takes microseconds. Saves x, ``scaling * s`` and the
-    parameters. dx is the sum of two products, where `LoraLinear` adds one to the other in place.
-    """
-    shape = x.shape
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = F.linear(rows, weight, bias)
-    if lora_a.dtype is y.dtype:
-        y.addmm_(F.linear(rows, lora_a) * scaling, lora_b.t())
-    else:
-        s = F.linear(rows.to(lora_a.dtype), lora_a)
-        y.add_(F.linear(s * scaling, lora_b))
-    if len(shape) == 2:
-        return y
-    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 
 from fastlora.layers.call import MixedCall
-from fastlora.layers.factors import Watch, factors_of
+from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.watch import Watch
 from fastlora.ops import schema  # noqa: F401 - registers operators
-from fastlora.ops.factors import Factors, Tables
-from fastlora.ops.invariant import refuse_in_mode
+from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import Watcher
@@ -111,19 +111,22 @@ def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return block.clone() if block.data_ptr() % 16 else block
 
 
-def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> torch.Tensor:
+def run(
+    call: MixedCall, base: Base, tables: Tables, plan: str, impl: str = "triton"
+) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
     Args:
         call: Of a layer that runs its base layer alone where the tables do not know it.
+        base: The base layer.
         tables: Of `tables_of`.
         plan: As in `fastlora.functional.lora_linear`.
         impl: Name of the backend; other than kernels only for what the base layer made.
     """
-    x, base = call.x, call.base
-    row = row_of(call.layer, call.number, tables)
+    x, number = call.x, call.layer.routed_as
+    row = row_of(call.layer, number, tables)
     if row is None:
-        refuse_in_mode(call.layer, "it was adapted after the block began")
+        call.conditions.refuse(call.layer, "it was adapted after the block began")
         return base.output(x)
     flat, rows, invariant = x.reshape(-1, x.shape[-1]), call.rows(), plan == "invariant"
     if base.weight is None:
@@ -137,7 +140,7 @@ def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> tor
         return y.view(*x.shape[:-1], y.shape[1])
     numbers, siblings = _siblings(call, row, tables)
     context = (rows, tables, invariant)
-    s = None if siblings is None else take_share(x, call.number, context, siblings)
+    s = None if siblings is None else take_share(x, number, context, siblings)
     y, *made = torch.ops.fastlora.lora_linear_at(
         *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
         *(tables.tensors(), row, tables.max_rank, tables.dtype, plan, siblings),
@@ -156,7 +159,7 @@ def _siblings(
     so each layer makes its own there.
     """
     # Nor can a layer trust an inference tensor, whose writes are not counted.
-    if torch.compiler.is_compiling() or call.x.is_inference():
+    if call.conditions.compiling or call.x.is_inference():
         return [], None
     members = {}
     for member in siblings_of(call.layer, call.x):
