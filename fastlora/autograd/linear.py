@@ -80,7 +80,7 @@ def run(
     weight, bias, y, _ = base
     if records_gradients(x, weight, bias, y, s, *factors):
         return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
-    return _forward(x, base, s, scaling, seeds, call, factors)[0]
+    return _forward(x, weight, bias, y, base.inplace, s, scaling, seeds, call, factors)[0]
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -94,7 +94,10 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 
 def _forward(
     x: torch.Tensor,
-    base: Base,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    inplace: bool,
     s: torch.Tensor | None,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
@@ -102,11 +105,10 @@ def _forward(
     factors: Sequence[_Factor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
-    dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
+    dtype, shape, given = x.dtype, x.shape, y
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
-    given = y
     if y is not None:
         if not y.is_contiguous():
             y, inplace = y.contiguous(), True
@@ -140,7 +142,10 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
         # Where no second derivative is recorded, nothing has to see to it that it raises.
         compute = once if torch.is_grad_enabled() else backward
         # The only kind of device that the context's tensors can be on is that of a gradient.
-        device_type = next((g.device.type for g in grads if g is not None), "cpu")
+        grad = grads[0]
+        if grad is None:
+            grad = next((g for g in grads if g is not None), None)
+        device_type = "cpu" if grad is None or grad.is_cpu else grad.device.type
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return compute(ctx, *grads)
@@ -169,7 +174,7 @@ class LoraLinear(torch.autograd.Function):
         call: Call,
         *factors: Any,  # tensors, or None
     ) -> torch.Tensor:
-        made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
+        made, s = _forward(x, weight, bias, y, False, s, scaling, seeds, call, factors)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
         saves_x, saves_s = needs_a or needs[1], needs_b or call.rows is not None
@@ -186,11 +191,13 @@ class LoraLinear(torch.autograd.Function):
         # Once: what checkpoints recompute can be taken a single time.
         x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_y, needs_s, _, _, _, *needs = ctx.needs_input_grad
-        call = ctx.call
-        dy = grad.reshape(-1, grad.shape[-1])
+        call, shape = ctx.call, ctx.x_shape
+        dy, flat = grad, x
+        if len(shape) != 2:
+            dy = grad.reshape(-1, grad.shape[-1])
+            flat = None if x is None else x.reshape(-1, shape[-1])
         if dy.dtype != ctx.x_dtype:
             dy = dy.to(ctx.x_dtype)
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
         plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
         operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
         needs_own_bias = call.rows is None and needs[2]
@@ -199,6 +206,8 @@ class LoraLinear(torch.autograd.Function):
             dy, weight, flat, operands, call.rows, s, wanted, plan
         )
         dx, d_bias, d_weight = found.dx, found.d_bias, None
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
         if needs_own_bias and d_bias is not None:
             sums = d_bias
             if grad.dtype != ctx.x_dtype:  # a y that was given
@@ -207,7 +216,7 @@ class LoraLinear(torch.autograd.Function):
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (
-            None if dx is None else dx.view(ctx.x_shape),
+            dx,
             d_weight,
             d_bias.to(ctx.bias_dtype) if needs_bias and d_bias is not None else None,
             grad if needs_y else None,
@@ -215,8 +224,12 @@ class LoraLinear(torch.autograd.Function):
             None,
             None,
             None,
-            *(
-                gradient if wanted else None
-                for gradient, wanted in zip(found.factors, needs, strict=True)
-            ),
+            *(found.factors if call.rows is None else _those(found.factors, needs)),
         )
+
+
+def _those(
+    gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Returns the gradients that are wanted; backends make those of several adapters together."""
+    return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

@@ -66,15 +66,15 @@ def shared_shrink(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
         call: The layer's.
         own: Its adapters by slot; outside of a mixed batch the one that acts.
     """
+    layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:
-        return _in_graph(call, own) if torch.is_grad_enabled() else None
-    layer, x = call.layer, call.given
+        return _in_graph(call, own) if records else None
+    if not records and "_family" in layer.__dict__:
+        return None
     family = known_family(layer)
     if family is None:
         family = family_of(layer, x)
-    if family is None or len(family.members) < 2:
-        return None
-    if not torch.is_grad_enabled() or x.is_inference():
+    if not records or family is None or len(family.members) < 2 or x.is_inference():
         return None
     found, why = None, _why_not_now(call)
     if not why:
@@ -104,7 +104,7 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
 def _key(slots: Slots) -> tuple[Any, ...]:
     """Returns what a share depends on: factors, unchanged since, and dropout."""
     return tuple(
-        None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own
+        [None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own]
     )
 
 
@@ -204,9 +204,11 @@ def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         names = member._acting()
         if len(names) != 1:
             return None, f"{len(names)} adapters act on one of them"
-        if names[0] in getattr(member, "lora_magnitude_vector", ()):
+        magnitudes = member._modules.get("lora_magnitude_vector")
+        if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "one of them is DoRA"
-        factors = factors_of(member, names[0], call)
+        # Of the scaling nothing is read; in a graph a number would be part of it.
+        factors = factors_of(member, names[0], call if call.conditions.compiling else None)
         if factors is None:
             return None, "one of them has a factor or dropout that is hooked, or not plain"
         return Slots((factors,)), ""
@@ -225,15 +227,22 @@ def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots 
 
 def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
-    present, x = [factors.lora_a for factors in slots.present], call.given
-    mixed = isinstance(call, MixedCall)
+    x, mixed = call.given, isinstance(call, MixedCall)
+    device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
+    for factors in slots.own:
+        if factors is not None:
+            lora_a = factors.lora_a
+            dropped = dropped or factors.dropout_p > 0.0
+            trains = trains or lora_a.requires_grad
+            if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
+                elsewhere = True
     if is_hooked(layer):  # type: ignore[arg-type]  # a module
         return "one of them has hooks"
-    if any(slots.dropout_p) and (call.conditions.impl != "triton" or mixed):
+    if dropped and (call.conditions.impl != "triton" or mixed):
         return _DROPOUT
-    if not any(lora_a.requires_grad for lora_a in present):
+    if not trains:
         return "one of them is frozen, or no adapter of the batch acts on it"
-    if any(a.device != x.device or a.dim() != 2 or a.shape[1] != x.shape[-1] for a in present):
+    if elsewhere:
         return "one of them has its factors elsewhere, or takes another number of features"
     if mixed and _dtype(slots) != _dtype(own):
         return "they have factors of different dtypes"
@@ -241,7 +250,7 @@ def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | Mi
 
 
 def _lora_a(slots: Slots) -> list[torch.Tensor | None]:
-    return slots.tensors()[::3]
+    return [None if factors is None else factors.lora_a for factors in slots.own]
 
 
 def _dtype(slots: Slots) -> torch.dtype:
