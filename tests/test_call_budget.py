@@ -48,7 +48,7 @@ BUDGETS = {
 ASKED = {
     "resolve_impl(": 1,
     "is_compiling(": 3,
-    "_FROM_THE_START": 1,  # what the batch-invariant mode is
+    "_thread.invariant": 1,  # the batch-invariant mode
     "is_batch_invariant(": 1,
     "is_autocast_enabled(": 3,
 }

@@ -78,9 +78,9 @@ def run(
         factors = list(factors)
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
     weight, bias, y, _ = base
-    if records_gradients(x, weight, bias, y, s, *factors):
+    if torch.is_grad_enabled() and records_gradients(x, weight, bias, y, s, *factors):
         return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
-    return _forward(x, weight, bias, y, base.inplace, s, scaling, seeds, call, factors)[0]
+    return _forward(x, base, s, scaling, seeds, call, factors)[0]
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -94,10 +94,7 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 
 def _forward(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
-    inplace: bool,
+    base: Base,
     s: torch.Tensor | None,
     scaling: torch.Tensor,
     seeds: torch.Tensor | None,
@@ -105,8 +102,8 @@ def _forward(
     factors: Sequence[_Factor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
-    dtype, shape, given = x.dtype, x.shape, y
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
+    flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
     if y is not None:
@@ -121,9 +118,9 @@ def _forward(
             bias = own_bias if bias is None else bias + own_bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    made, s = BACKENDS[call.impl].forward(
-        flat, Base(weight, bias, y, inplace), operands, call.rows, s, call.plan
-    )
+    if weight is not base.weight or bias is not base.bias or y is not None:
+        base = Base(weight, bias, y, inplace)
+    made, s = BACKENDS[call.impl].forward(flat, base, operands, call.rows, s, call.plan)
     if own_bias is not None and weight is None:
         made += own_bias.to(made.dtype)
     if made is y and given is not None and given.is_contiguous():
@@ -174,7 +171,7 @@ class LoraLinear(torch.autograd.Function):
         call: Call,
         *factors: Any,  # tensors, or None
     ) -> torch.Tensor:
-        made, s = _forward(x, weight, bias, y, False, s, scaling, seeds, call, factors)
+        made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
         saves_x, saves_s = needs_a or needs[1], needs_b or call.rows is not None

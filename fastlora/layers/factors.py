@@ -20,12 +20,13 @@ from fastlora.validation import UnsupportedLayerError
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether calling one of these modules does more than its class's forward."""
     for module in modules:
+        own = module.__dict__  # every module's forward asks this: attributes would take longer
         if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return True
     return False

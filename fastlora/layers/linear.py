@@ -96,7 +96,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)  # None too: its forward looks for it there
         self.training = linear.training
         # Not a submodule: it comes back, as it is, when the adapters go.
         self.__dict__["_linear"] = (linear,)

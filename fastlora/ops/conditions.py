@@ -42,8 +42,14 @@ _USUAL_DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = env.triton_interpreted()
 
-_thread = threading.local()
-_FROM_THE_START = env.batch_invariant()
+
+class _Thread(threading.local):
+    """Whether the batch-invariant mode is on in a thread."""
+
+    invariant = env.batch_invariant()
+
+
+_thread = _Thread()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -199,7 +205,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
     if knows and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         autocast = dtype = torch.get_autocast_dtype(kind)
     compiling = torch.compiler.is_compiling()
-    if plan == "invariant" or getattr(_thread, "on", _FROM_THE_START):
+    if plan == "invariant" or _thread.invariant:
         return Conditions(impl, "triton", compiling, True, autocast)
     impl = resolve_impl(impl, x, dtype)
     backend = "traced" if compiling and impl == "eager" else impl
@@ -208,7 +214,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
 
 def is_batch_invariant() -> bool:
     """Whether the mode is on in this thread."""
-    return getattr(_thread, "on", _FROM_THE_START)
+    return _thread.invariant
 
 
 @contextlib.contextmanager
@@ -223,8 +229,8 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
         enabled: False turns it off.
     """
     before = is_batch_invariant()
-    _thread.on = enabled
+    _thread.invariant = enabled
     try:
         yield
     finally:
-        _thread.on = before
+        _thread.invariant = before
