@@ -20,6 +20,15 @@ _SHARED_LIMITS = {
     "gfx942": 64 * _KIB,
     "gfx950": 160 * _KIB,
 }
+# Bytes on their way from memory that keep it busy: its bandwidth by some 800 ns, an assumption.
+_IN_FLIGHT = {
+    "sm_80": 1_500_000,
+    "sm_86": 700_000,
+    "sm_90": 2_700_000,
+    "sm_100": 6_400_000,
+    "gfx942": 4_200_000,
+    "gfx950": 6_400_000,
+}
 _FAMILIES = {
     "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
     "sm_80": "sm_80",
@@ -59,6 +68,11 @@ class Chip(NamedTuple):
     def shared_limit(self) -> int:
         """Bytes of shared memory that one program may use."""
         return _SHARED_LIMITS[self.family]
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of loads that keep the memory busy."""
+        return _IN_FLIGHT[self.family]
 
     @property
     def max_registers(self) -> int | None:

@@ -30,6 +30,8 @@ from fastlora.kernels.table_nvidia import SM_80, SM_86, SM_90, SM_100
 
 # Each plane is read back by every column of linear's tiles, so the shrink splits no further.
 MAX_SPLITS = 8
+# Each plane of a linear is written and read back, 8 bytes an element of y.
+MAX_WEIGHT_SPLITS = 4
 # Siblings of one read of x in `lora_grad_a`, and the rank rows of all of them that a tile holds.
 MAX_SIBLINGS = 4
 _MAX_RANK_ROWS = 192
@@ -188,7 +190,12 @@ def choose(
         rows = [row for row in rows if row.block_m == piece_rows(m)]
     measured = () if batch_invariant else _measured(rows, m, n, k, r)
     tiles = [row for row in measured if row.num_warps][:1] or _bucket(m, rows)
-    row, splits = _on_grid(chip, launch, tiles, (m, n, k, r), siblings)
+    sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
+    if launch == "lora_linear" and m <= FUSED_MAX_ROWS:
+        row, splits = _of_decode(chip, tiles, sizes, width)
+        splits = 1 if batch_invariant else splits
+    else:
+        row, splits = _on_grid(chip, launch, tiles, sizes, siblings, width)
     block_r = _block_r(kernel_of(launch), row, r, siblings)
     return _config(chip, launch, kind, row, block_r, splits, siblings, batch_invariant)
 
@@ -370,7 +377,12 @@ def _bucket(m: int, rows: Sequence[Row]) -> list[Row]:
 
 
 def _on_grid(
-    chip: Chip, launch: str, rows: Sequence[Row], mnkr: tuple[int, int, int, int], siblings: int
+    chip: Chip,
+    launch: str,
+    rows: Sequence[Row],
+    mnkr: tuple[int, int, int, int],
+    siblings: int,
+    width: int,
 ) -> tuple[Row, int]:
     """Returns the row that serves the problem best, and the splits of its sums."""
     kernel = kernel_of(launch)
@@ -400,6 +412,31 @@ def _on_grid(
             cost = (0, idle, -index if idle else 0)
         choices.append((cost, index, row, splits))
     _, _, row, splits = min(choices)
+    return row, splits
+
+
+def _of_decode(
+    chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: int
+) -> tuple[Row, int]:
+    """Returns the row of a linear that reads its weight once, and the splits of K.
+
+    The widest tile that fills the chip. Where none does, programs of the narrowest share out K,
+    unless its loads of weight keep the memory busy as they are.
+    """
+    m, n, k, _ = mnkr
+    for row in rows:
+        programs = cdiv(m, row.block_m) * cdiv(n, row.block_n)
+        if _fills(chip, programs):
+            return row, 1
+    row, splits = rows[-1], 1
+    most = min(MAX_WEIGHT_SPLITS, cdiv(k, row.block_k) // _MIN_STEPS)
+    in_flight = programs * (row.num_stages - 1) * row.block_k * row.block_n * width
+    while (
+        in_flight * splits < min(chip.bytes_in_flight, n * k * width)
+        and not _fills(chip, splits * programs)
+        and 2 * splits <= most
+    ):
+        splits *= 2
     return row, splits
 
 

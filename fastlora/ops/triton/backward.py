@@ -23,6 +23,7 @@ from fastlora.kernels import (
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.configs import MAX_SIBLINGS
+from fastlora.kernels.modules import Module
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
@@ -31,7 +32,6 @@ from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.forward import (
     Weights,
     add_rank_rows_,
-    dropout,
     product_and_rank_rows,
 )
 from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
@@ -151,30 +151,26 @@ def _grad_x_one(
     drop: Drop,
     plan: str,
 ) -> torch.Tensor:
-    """One fused launch, or a GEMM of the library's with an in-place update behind."""
-    if weight is None:
-        dx = products.mm(ds, lora_a.to(dy.dtype))
-        return dx if drop.seeds is None else dropout(dx, drop.seeds, drop.p[0])
+    """One fused launch; or an update that writes dx, and a product of the library's on top."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
         return dy.new_zeros(m, k)
-    sizes = (m, n, k, r)
+    dx, up = dy.new_empty(m, k), lora_a.t()
     dropped = {"seed": drop.seeds, "dropout_p": 0.0 if drop.seeds is None else drop.p[0]}
-    if choose_plan(plan, dy, weight, r, "lora_grad_x") == "fused":
-        dx = dy.new_empty(m, k)
+    if weight is not None and choose_plan(plan, dy, weight, r, "lora_grad_x") == "fused":
         lora_linear.launch_lora_linear(
-            *(dx, dy, weight.t(), ds, lora_a.t(), None),
-            bias=None,
+            [Module(dx, up, None, None, weight.t())],
+            *(dy, ds),
             s_out=None,
-            config=config_of("lora_grad_x", dy, *sizes),
+            config=config_of("lora_grad_x", dy, m, n, k, r),
             pdl=False,
             **dropped,
         )
         return dx
-    dx = dy @ weight
-    config = config_of("lora_grad_x_add", dy, *sizes)
-    lora_expand.launch_lora_expand(dx, ds, lora_a.t(), None, config=config, **dropped)
-    return dx
+    config = config_of("lora_grad_x_add", dy, m, n, k, r)
+    module = Module(dx, up, None)
+    lora_expand.launch_lora_expand([module], ds, reads_y=False, config=config, **dropped)
+    return dx if weight is None else dx.addmm_(dy, weight)
 
 
 def _grad_a_one(

@@ -25,8 +25,10 @@ from fastlora.kernels import (
     mixed_lora_expand,
     mixed_lora_linear,
     mixed_lora_shrink,
+    plane_sums,
 )
 from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
+from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, Tables, present, tables_of
 from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan
@@ -59,10 +61,7 @@ def shrink(
     drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if rows:
         return _shrink_listed(x, rows, downs, modules, drop)[0]
-    lora_a_of_all = downs[0]
-    if len(downs) > 1:
-        lora_a_of_all = torch.cat([down.to(x.dtype) for down in downs])
-    return _shrink_one(x, lora_a_of_all, drop)
+    return _summed(*_shrink_one(x, downs, drop))
 
 
 def linear(
@@ -104,7 +103,10 @@ def expand_(
     """Adds every row's adapter to y ``[M, N]``, for s ``[M, R]``."""
     ups = present(lora_b, 1)
     if not rows:
-        _expand_one_(y, s, ups[0], scaling)
+        (m, n), r = y.shape, s.shape[1]
+        config = config_of("lora_expand", y, m, n, r=r)
+        module = Module(y, ups[0], scaling)
+        lora_expand.launch_lora_expand([module], s, reads_y=True, config=config)
         return
     up = RankRows.of_lora_b(ups, lora_bias, scaling)
     (m, n), r = y.shape, up.largest
@@ -190,27 +192,33 @@ def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tens
 # ------------------------------------------------------------------------------- one adapter
 
 
-def _shrink_one(x: torch.Tensor, lora_a: torch.Tensor, drop: Drop) -> torch.Tensor:
-    """Runs shrink, and its reduction where K was split."""
-    (m, k), r = x.shape, lora_a.shape[0]
-    config = config_of("lora_shrink", x, m, k=k, r=r)
-    given = {"seed": drop.seeds, "dropout_p": drop.p[0], "config": config}
+def _shrink_one(
+    x: torch.Tensor, lora_a: _Tensors, drop: Drop, batch_invariant: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns s ``[M, R]`` of siblings side by side; or planes of it, and where their sum is to go.
+
+    What reads s next sums the planes. From one to the next are M rows; in the mode a multiple of
+    16, as Triton would ask of it again.
+    """
+    (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
+    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
     s = x.new_empty(m, r)
-    if config.splits == 1:
-        lora_shrink.launch_lora_shrink(s, x, lora_a, **given)
-        return s
-    planes = x.new_empty(config.splits, m, r, dtype=torch.float32)
-    lora_shrink.launch_lora_shrink(planes, x, lora_a, **given)
-    lora_shrink.launch_lora_shrink_reduce(s, planes, config=config)
+    shrunk = s
+    if config.splits > 1:
+        plane_rows = -(-m // 16) * 16 if batch_invariant else m
+        shrunk = x.new_empty(config.splits, plane_rows, r, dtype=torch.float32)[:, :m]
+    lora_shrink.launch_lora_shrink(
+        shrunk, x, lora_a, seed=drop.seeds, dropout_p=drop.p[0], config=config
+    )
+    return shrunk, None if shrunk is s else s
+
+
+def _summed(shrunk: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+    """Returns s ``[M, R]`` for what `_shrink_one` returned."""
+    if s is None:
+        return shrunk
+    plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", s))
     return s
-
-
-def _expand_one_(
-    y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
-) -> None:
-    (m, n), r = y.shape, s.shape[1]
-    config = config_of("lora_expand", s, m, n, r=r)
-    lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
 
 
 def _linear_one(
@@ -223,66 +231,37 @@ def _linear_one(
     drop: Drop,
     plan: str,
 ) -> list[torch.Tensor]:
-    plan = choose_plan(plan, x, base.weight, lora_b.shape[1])
-    own = s
-    if own is None:
-        if plan != "split":
-            return _fused_one(x, base, lora_a, lora_b, scaling, drop, plan == "invariant")
-        own = _shrink_one(x, lora_a, drop)
-    if plan == "split":
-        y = F.linear(x, *base)
-        _expand_one_(y, own, lora_b, scaling)
-    else:
-        (m, k), (n, r) = x.shape, lora_b.shape
-        y = x.new_empty(m, n)
-        lora_linear.launch_lora_linear(
-            *(y, x, base.weight, own, lora_b, scaling),
-            bias=base.bias,
-            s_out=None,
-            config=config_of("lora_linear", x, m, n, k, r),
-            pdl=False,
-        )
-    return [y, own] if s is None else [y]
+    """Two launches: shrink, and a linear with the adapter's term in its epilogue.
 
-
-def _fused_one(
-    x: torch.Tensor,
-    base: Weights,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    drop: Drop,
-    batch_invariant: bool,
-) -> list[torch.Tensor]:
-    """Two launches: shrink, then the base GEMM with the LoRA term in its epilogue.
-
-    Where shrink splits K, its planes go straight into that epilogue, which sums them.
+    Or three: shrink, an expand that writes y, and a product of the library's on top.
     """
+    plan = choose_plan(plan, x, base.weight, lora_b.shape[1])
+    invariant = plan == "invariant"
+    if invariant:
+        x = _whole_rows(x)
     (m, k), (n, r) = x.shape, lora_b.shape
-    # From one plane to the next; in the mode a multiple of 16, as Triton would ask of it again.
-    plane_rows = m
-    if batch_invariant:
-        x, plane_rows = _whole_rows(x), -(-m // 16) * 16
-    sizes = (m, n, k, r)
-    shrink_config = config_of("lora_shrink", x, *sizes, batch_invariant=batch_invariant)
-    linear_config = config_of("lora_linear", x, *sizes, batch_invariant=batch_invariant)
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
-    split = shrink_config.splits > 1
-    shrunk = s
-    if split:
-        planes = x.new_empty(shrink_config.splits, plane_rows, r, dtype=torch.float32)
-        shrunk = planes[:, :m]
-    lora_shrink.launch_lora_shrink(
-        *(shrunk, x, lora_a), seed=drop.seeds, dropout_p=drop.p[0], config=shrink_config
-    )
-    lora_linear.launch_lora_linear(
-        *(y, x, base.weight, shrunk, lora_b, scaling),
-        bias=base.bias,
-        s_out=s if split else None,
-        config=linear_config,
-        pdl=chip_of(x).has_pdl,
-    )
-    return [y, s]
+    shrunk, s_out = (s, None) if s is not None else _shrink_one(x, [lora_a], drop, invariant)
+    y = x.new_empty(m, n)
+    if plan == "split":
+        module = Module(y, lora_b, scaling, base.bias)
+        config = config_of("lora_expand", x, m, n, r=r)
+        lora_expand.launch_lora_expand([module], shrunk, reads_y=False, s_out=s_out, config=config)
+        y.addmm_(x, base.weight.t())
+    else:
+        config = config_of("lora_linear", x, m, n, k, r, batch_invariant=invariant)
+        written = y
+        if config.splits > 1:
+            written = x.new_empty(config.splits, m, n, dtype=torch.float32)
+        lora_linear.launch_lora_linear(
+            [Module(written, lora_b, scaling, base.bias, base.weight)],
+            *(x, shrunk),
+            s_out=s_out,
+            config=config,
+            pdl=s is None and chip_of(x).has_pdl,
+        )
+        if written is not y:
+            plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
+    return [y] if s is not None else [y, shrunk if s_out is None else s_out]
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
