@@ -4,7 +4,8 @@ Siblings, up to four modules that are fed by the same x, have their rank rows si
 sum of their ranks, and one read of x makes the columns of all.
 
 Split along K when the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]``
-of ``[splits, M, R]``, summed in a fixed order by `lora_linear`'s epilogue or by the reduction here.
+of ``[splits, M, R]``, summed in a fixed order by what reads s next: `lora_linear`, `lora_expand`,
+or `plane_sums`.
 
 Bytes moved, e an element: ``e (M K + R K + M R)``, x read once per ``BLOCK_R`` rank rows; with
 planes ``8 splits M R`` in place of ``e M R``.
@@ -21,9 +22,6 @@ import triton.language as tl
 
 from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.rank_rows import load_shrunk
-
-_REDUCE_BLOCK_M = 16
 
 
 @triton.jit
@@ -136,54 +134,6 @@ def _lora_shrink_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
-def _lora_shrink_reduce_kernel(
-    # tensors
-    s_ptr,
-    planes_ptr,
-    # scalars
-    M,
-    R,
-    # strides
-    stride_sm,
-    stride_sr,
-    stride_pp,
-    stride_pm,
-    stride_pr,
-    # meta
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    num_pid_r = tl.cdiv(R, BLOCK_R)
-    first_m = (pid // num_pid_r) * BLOCK_M
-    first_r = (pid % num_pid_r) * BLOCK_R
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_r = first_r + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M - first_m
-    # s: [BLOCK_M, BLOCK_R]
-    s = load_shrunk(
-        planes_ptr + tl.cast(first_m, tl.int64) * stride_pm,
-        first_r,
-        R,
-        mask_m,
-        stride_pp,
-        stride_pm,
-        stride_pr,
-        dtype=s_ptr.dtype.element_ty,
-        BLOCK_M=BLOCK_M,
-        BLOCK_R=BLOCK_R,
-        PLANES=PLANES,
-    )
-    s_ptr += tl.cast(first_m, tl.int64) * stride_sm
-    tl.store(
-        s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr,
-        s,
-        mask=mask_m[:, None] & (offs_r < R)[None, :],
-    )
-
-
 def launch_lora_shrink(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -246,34 +196,3 @@ def launch_lora_shrink(
 def _is_aligned(lora_a: torch.Tensor) -> bool:
     """Whether every rank row begins at a multiple of 16 bytes."""
     return lora_a.data_ptr() % 16 == 0 and lora_a.stride(0) * lora_a.itemsize % 16 == 0
-
-
-def launch_lora_shrink_reduce(
-    s: torch.Tensor, planes: torch.Tensor, *, config: KernelConfig
-) -> None:
-    """Writes the sum of the planes of a split shrink.
-
-    Args:
-        s: ``[M, R]`` in x's dtype.
-        planes: fp32 ``[splits, M, R]``.
-        config: The one that made the planes.
-    """
-    splits, m, r = planes.shape
-    if m == 0:
-        return
-    grid = (cdiv(m, _REDUCE_BLOCK_M) * cdiv(r, config.block_r),)
-    _lora_shrink_reduce_kernel[grid](
-        s_ptr=s,
-        planes_ptr=planes,
-        M=m,
-        R=r,
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_pp=planes.stride(0),
-        stride_pm=planes.stride(1),
-        stride_pr=planes.stride(2),
-        BLOCK_M=_REDUCE_BLOCK_M,
-        BLOCK_R=config.block_r,
-        PLANES=splits,
-        num_warps=4,
-    )

@@ -22,12 +22,12 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
-from fastlora.kernels.configs import MAX_SIBLINGS
+from fastlora.kernels.configs import MAX_SIBLINGS, reads_twice
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
-from fastlora.ops.torch import products
+from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.forward import (
     Weights,
@@ -114,23 +114,29 @@ def _grad_b_one(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """One launch over dy, and one that sums planes where programs shared a sum."""
+    """One launch over dy, and one that sums planes where programs shared a sum.
+
+    Where planes of ds would outweigh a read of dy, a product of the library's makes it.
+    """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     if not dy.numel():
         sums = dy.new_zeros(n if with_bias else 0, dtype=fp32)
         return dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums
     config = config_of("lora_grad_b", dy, m, n, r=r)
     columns, splits = -(-n // config.block_n), config.splits
-    ds, d_lora_b = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
+    twice = reads_twice(config, n, r, dy.itemsize)
+    ds = reference.lora_ds(dy, lora_b, scaling) if twice else dy.new_empty(m, r)
+    d_lora_b = dy.new_empty(n, r, dtype=lora_b.dtype)
     d_bias = dy.new_empty(n if with_bias else 0, dtype=fp32)
     written = [ds, d_lora_b, d_bias]
-    if columns > 1:
+    if columns > 1 and not twice:
         written[0] = dy.new_empty(columns, m, r, dtype=fp32)
     if splits > 1:
         written[1] = dy.new_empty(splits, n, r, dtype=fp32)
         written[2] = dy.new_empty(splits, n, dtype=fp32) if with_bias else d_bias
     lora_grad_b.launch_lora_grad_b(
-        *(written[0], written[1], written[2] if with_bias else None, dy, s, lora_b, scaling),
+        *(None if twice else written[0], written[1], written[2] if with_bias else None),
+        *(dy, s, lora_b, scaling),
         config=config,
     )
     result = (ds, d_lora_b, d_bias)

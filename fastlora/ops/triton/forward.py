@@ -311,7 +311,7 @@ def _shrink_listed(
         planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
     _shrink_mixed(planes, x, rows, down, config=config, drop=drop)
     if splits > 1:
-        lora_shrink.launch_lora_shrink_reduce(s.flatten(0, 1), planes.flatten(1, 2), config=config)
+        plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
     return s, splits == 1
 
 

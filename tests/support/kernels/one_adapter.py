@@ -14,7 +14,7 @@ from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_grad_a import launch_lora_grad_a
 from fastlora.kernels.lora_grad_b import launch_lora_grad_b
 from fastlora.kernels.lora_linear import launch_lora_linear
-from fastlora.kernels.lora_shrink import launch_lora_shrink, launch_lora_shrink_reduce
+from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.ops.philox_reference import philox_keep_mask
@@ -107,9 +107,7 @@ class Problem:
         self.written = {}
         (written,) = self._outputs({"s": s}, [config.splits])
         launch_lora_shrink(written, self.x, [self.lora_a], **self.drops(), config=config)
-        if written is not s:
-            launch_lora_shrink_reduce(s, written, config=config)
-        return {"s": s}
+        return self._summed({"s": s})
 
     def linear(
         self, config: KernelConfig | None = None, s_out: torch.Tensor | None = None
