@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -107,6 +108,7 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
+@kept
 def launch_lora_expand(
     y: torch.Tensor,
     s: torch.Tensor,
@@ -133,7 +135,9 @@ def launch_lora_expand(
     if m == 0 or n == 0:
         return
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
-    _lora_expand_kernel[grid](
+    launch(
+        _lora_expand_kernel,
+        grid,
         y_ptr=y,
         s_ptr=s,
         lora_b_ptr=lora_b,

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -188,6 +189,7 @@ def _lora_linear_kernel(
     )
 
 
+@kept
 def launch_lora_linear(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -226,7 +228,9 @@ def launch_lora_linear(
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
-    _lora_linear_kernel[grid](
+    launch(
+        _lora_linear_kernel,
+        grid,
         y_ptr=y,
         x_ptr=x,
         weight_ptr=weight,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_shrunk
 
@@ -152,6 +153,7 @@ def _lora_shrink_reduce_kernel(
     )
 
 
+@kept
 def launch_lora_shrink(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -177,7 +179,9 @@ def launch_lora_shrink(
         return
     blocks_k = cdiv(k, config.block_k)
     grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
-    _lora_shrink_kernel[grid](
+    launch(
+        _lora_shrink_kernel,
+        grid,
         out_ptr=out,
         x_ptr=x,
         lora_a_ptr=lora_a,
@@ -206,6 +210,7 @@ def launch_lora_shrink(
     )
 
 
+@kept
 def launch_lora_shrink_reduce(
     s: torch.Tensor, planes: torch.Tensor, *, config: KernelConfig
 ) -> None:
@@ -220,7 +225,9 @@ def launch_lora_shrink_reduce(
     if m == 0:
         return
     grid = (cdiv(m, _REDUCE_BLOCK_M) * cdiv(r, config.block_r),)
-    _lora_shrink_reduce_kernel[grid](
+    launch(
+        _lora_shrink_reduce_kernel,
+        grid,
         s_ptr=s,
         planes_ptr=planes,
         M=m,
