@@ -35,7 +35,7 @@ _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 # Looks of one function; past it all are dropped. One takes some 3 KiB.
 _MAX_LOOKS = 16384
-_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+_PLAIN = frozenset((bool, int, float, str, torch.dtype))
 _Tensor = torch.Tensor
 # For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
 _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
@@ -185,14 +185,14 @@ def _look_at(values: Iterable[Any], look: list[Hashable], addresses: list[int | 
         elif isinstance(value, _Tensor):
             address = value.data_ptr()
             addresses.append(address)
-            look += value.dtype, value.shape, value.stride(), address & 15
+            look.append((value.dtype, value.shape, value.stride(), address & 15))
             if _SEES_SIZES:
                 look.append(value.untyped_storage().nbytes() <= _SMALL)
+        elif type(value) in _PLAIN:
+            look.append((type(value), value))
         elif isinstance(value, (list, tuple)):
-            look += type(value), len(value)
+            look.append((type(value), len(value)))
             _look_at(value, look, addresses)
-        elif isinstance(value, _PLAIN):
-            look += type(value), value
         else:  # a config, which `_Steps` keeps: no other one gets its id
             look.append(id(value))
 
@@ -241,7 +241,7 @@ def _steps(
     returned = _result_of(result, {id(tensor): place for place, tensor in enumerate(fresh)})
     if returned is None:
         return None
-    alive = [v for v in leaves if not isinstance(v, (torch.Tensor, *_PLAIN))]
+    alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
     alive += [call.compiled for call in calls]
     empties = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in fresh)
     return _Steps(empties, tuple(views), tuple(made), returned, tuple(alive))

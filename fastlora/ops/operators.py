@@ -103,9 +103,10 @@ class OperatorBackend:
             d_bias = reference.column_sums(dy)
         dx = None
         if wanted.x:
-            base = None if weight is None else weight.to(dy.dtype)
+            if weight is not None and weight.dtype != dy.dtype:
+                weight = weight.to(dy.dtype)
             dx = operators.lora_grad_x(
-                dy, base, ds, self._whole(rows), lora_a, *drop, self.impl, plan
+                dy, weight, ds, self._whole(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows)

@@ -18,7 +18,6 @@ from triton import knobs
 
 from fastlora.kernels import launch as launching
 from fastlora.kernels.launch import empty, kept, launch
-from fastlora.ops import backend
 from fastlora.ops.factors import Tables
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.rows import sort_rows
@@ -190,9 +189,7 @@ def _linear(dtype: torch.dtype, m: int, n: int = 64, **changed: Any) -> tuple[An
 
 def _mixed(m: int, index: int, *, s: bool = False, siblings: Any = None, plan: str = "auto") -> Any:
     """Arguments of `forward.linear_at`: three modules, four slots; tables are parts of a buffer."""
-    with launching_off():
-        rows = sort_rows(torch.arange(m) % 4, m, 4)
-        own = rows_at(rows, plan == "invariant")
+    own = rows_at(sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant")
     addresses = torch.zeros(3, 3, 4, dtype=torch.int64)
     numbers = torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 4)
     tables = Tables(addresses[0], addresses[1], addresses[2], *numbers, 16, torch.float16)
@@ -202,11 +199,6 @@ def _mixed(m: int, index: int, *, s: bool = False, siblings: Any = None, plan: s
     planes = torch.zeros(shape) if s else None
     given = tables.tensors(), index, tables.max_rank, tables.dtype, plan, siblings
     return (x, weight, None, own, planes, *given)
-
-
-def launching_off() -> Any:
-    """Rows are sorted by PyTorch."""
-    return mock.patch.object(backend, "KERNEL_DEVICES", ())
 
 
 def _grad_b(m: int, n: int, with_bias: bool, dtype: torch.dtype) -> tuple[Any, ...]:
