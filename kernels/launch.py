@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 
@@ -36,6 +37,7 @@ _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 # Looks of one function; past it all are dropped. One takes some 3 KiB.
 _MAX_LOOKS = 16384
 _PLAIN = frozenset((bool, int, float, str, torch.dtype))
+_ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
 _Tensor = torch.Tensor
 # For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
 _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
@@ -48,6 +50,19 @@ class _Call(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     compiled: Any
+
+
+class _Operators(TorchDispatchMode):
+    """Notices operators of PyTorch's that compute something."""
+
+    computed = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls the operator."""
+        self.computed |= not (func.is_view or func.overloadpacket in _ALLOCATE)
+        return func(*args, **(kwargs or {}))
 
 
 class _Recording(threading.local):
@@ -148,14 +163,15 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 return made
         _recording.calls, _recording.fresh = [], []
         try:
-            result = function(*args, **kwargs)
+            with _Operators() as operators:
+                result = function(*args, **kwargs)
             calls, fresh = _recording.calls, _recording.fresh
         finally:
             _recording.calls, _recording.fresh = None, []
         if calls and all(call.compiled is not None for call in calls):
             if len(looks) >= _MAX_LOOKS:
                 looks.clear()
-            found = _steps(given, calls, fresh, result)
+            found = None if operators.computed else _steps(given, calls, fresh, result)
             looks.setdefault(key, {})[driver.active.get_current_device()] = found
         return result
 
