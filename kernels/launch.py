@@ -39,6 +39,8 @@ _MAX_LOOKS = 16384
 _PLAIN = frozenset((bool, int, float, str, torch.dtype))
 _ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
 _Tensor = torch.Tensor
+# `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
+_rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 # For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
 _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
 
@@ -148,7 +150,7 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
             first = next(value for value in _leaves(given) if isinstance(value, _Tensor))
         look: list[Hashable] = [len(args), *kwargs]
         if first.dtype is torch.float32:
-            look.append(torch.backends.cuda.matmul.fp32_precision)
+            look.append(_rounding_of_fp32())
         addresses: list[int | None] = []
         _look_at(given, look, addresses)
         key = tuple(look)
@@ -279,8 +281,9 @@ def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[torch.Tens
     if isinstance(result, torch.Tensor):
         place = places.get(id(result))
         return None if place is None else operator.itemgetter(place)
-    found = [places.get(id(tensor)) for tensor in result]
+    found, kind = [places.get(id(tensor)) for tensor in result], type(result)
     if None in found:
         return None
-    kind = type(result)
+    if found == list(range(len(found))):
+        return lambda fresh: kind(fresh[: len(found)])
     return lambda fresh: kind(fresh[place] for place in found)

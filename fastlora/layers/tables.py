@@ -14,7 +14,7 @@ import torch
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Watch, factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import schema
+from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Factors, Tables
 from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.triton.pieces import rows_at
@@ -138,7 +138,7 @@ def run(call: MixedCall, tables: Tables, plan: str, impl: str = "triton") -> tor
     numbers, siblings = _siblings(call, row, tables)
     context = (rows, tables, invariant)
     s = None if siblings is None else take_share(x, call.number, context, siblings)
-    y, *made = schema.operators_for(flat).lora_linear_at(
+    y, *made = torch.ops.fastlora.lora_linear_at(
         *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
         *(tables.tensors(), row, tables.max_rank, tables.dtype, plan, siblings),
     )
