@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
     are_aligned,
@@ -193,6 +194,7 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, acc.to(dtype), mask=mask_y)
 
 
+@kept
 def launch_lora_expand(
     modules: Sequence[Module],
     s: torch.Tensor,
@@ -222,7 +224,9 @@ def launch_lora_expand(
     if not tiles:
         return
     scaling, bias, has_planes = first.scaling, first.bias, s.dim() == 3
-    _lora_expand_kernel[(tiles,)](
+    launch(
+        _lora_expand_kernel,
+        (tiles,),
         **named_modules(modules, weight=False),
         s_ptr=s,
         s_out_ptr=s_out,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
 
 
@@ -149,6 +150,7 @@ def _lora_grad_b_kernel(
             tl.store(d_bias_ptr + offs_n, tl.sum(column_sums, axis=0), mask=mask_n)
 
 
+@kept
 def launch_lora_grad_b(
     ds: torch.Tensor | None,
     d_lora_b: torch.Tensor,
@@ -178,7 +180,9 @@ def launch_lora_grad_b(
     if n == 0:
         return
     grid = (cdiv(n, config.block_n) * cdiv(r, config.block_r), config.splits)
-    _lora_grad_b_kernel[grid](
+    launch(
+        _lora_grad_b_kernel,
+        grid,
         ds_ptr=ds,
         d_lora_b_ptr=d_lora_b,
         d_bias_ptr=d_bias,

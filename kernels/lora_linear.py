@@ -32,6 +32,7 @@ import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
     are_aligned,
@@ -268,6 +269,7 @@ def _lora_linear_kernel(
     )
 
 
+@kept
 def launch_lora_linear(
     modules: Sequence[Module],
     x: torch.Tensor,
@@ -303,7 +305,9 @@ def launch_lora_linear(
     one_row_tile = m <= config.block_m and not config.batch_invariant
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
     scaling, bias, splits = first.scaling, first.bias, config.splits
-    _lora_linear_kernel[(tiles, splits)](
+    launch(
+        _lora_linear_kernel,
+        (tiles, splits),
         **named_modules(modules, weight=True),
         x_ptr=x,
         s_ptr=s,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -134,6 +135,7 @@ def _lora_shrink_kernel(
     )
 
 
+@kept
 def launch_lora_shrink(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -161,7 +163,9 @@ def launch_lora_shrink(
         return
     blocks_k = cdiv(k, config.block_k)
     grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
-    _lora_shrink_kernel[grid](
+    launch(
+        _lora_shrink_kernel,
+        grid,
         out_ptr=out,
         x_ptr=x,
         **{f"lora_a_{i}_ptr": a for i, a in enumerate([*lora_a, *[None] * unused])},
