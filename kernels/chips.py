@@ -20,6 +20,16 @@ _SHARED_LIMITS = {
     "gfx942": 64 * _KIB,
     "gfx950": 160 * _KIB,
 }
+# Bytes of loads that each processor needs on their way to keep the memory busy: the bandwidth, by
+# some 800 ns (an assumption), by the processors of the largest chip.
+_IN_FLIGHT = {
+    "sm_80": 14_000,
+    "sm_86": 8_500,
+    "sm_90": 20_400,
+    "sm_100": 43_000,
+    "gfx942": 14_000,
+    "gfx950": 25_000,
+}
 _FAMILIES = {
     "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
     "sm_80": "sm_80",
@@ -59,6 +69,11 @@ class Chip(NamedTuple):
     def shared_limit(self) -> int:
         """Bytes of shared memory that one program may use."""
         return _SHARED_LIMITS[self.family]
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of loads that keep the memory busy."""
+        return _IN_FLIGHT[self.family] * self.num_sms
 
     @property
     def max_registers(self) -> int | None:
@@ -104,7 +119,7 @@ class Row:
     A table maps ``(launch, kind)`` to rows. Launches are those of `configs.LAUNCHES`. A kind is
     "half" (fp16 and bf16), or a precision of fp32: "tf32" or "ieee".
 
-    The first six columns are the tile. Rows without the other columns are candidates for every
+    The first seven columns are the tile. Rows without the other columns are candidates for every
     problem; they run from the widest tile to the narrowest, and `configs.choose` picks one by its
     rules. A row with a value in the other columns is a measurement, of a tile or of a plan. The
     first measurement that covers the problem goes before every candidate, except in the
@@ -120,6 +135,7 @@ class Row:
         num_stages: Of the pipelined loop.
         blocks_r: Every BLOCK_R at which the tile spills no register, from the smallest. The
             ahead-of-time test compiles each.
+        splits: Programs that share a sum, in a measurement; 0 for as many as the rules say.
         max_m: The most rows M that the measurement covers; None for any.
         n: The layer's N that it covers; None for any.
         k: The layer's K that it covers; None for any.
@@ -135,6 +151,7 @@ class Row:
     num_warps: int = 0
     num_stages: int = 1
     blocks_r: tuple[int, ...] = ()
+    splits: int = 0
     max_m: int | None = None
     n: int | None = None
     k: int | None = None

@@ -30,6 +30,8 @@ from fastlora.kernels.table_nvidia import SM_80, SM_86, SM_90, SM_100
 
 # Each plane is read back by every column of linear's tiles, so the shrink splits no further.
 MAX_SPLITS = 8
+# Each plane of a linear is written and read back, 8 bytes an element of y.
+MAX_WEIGHT_SPLITS = 4
 # Siblings of one read of x in `lora_grad_a`, and the rank rows of all of them that a tile holds.
 MAX_SIBLINGS = 4
 _MAX_RANK_ROWS = 192
@@ -45,6 +47,8 @@ _ALL_COLUMNS = 4096
 # Ranks past a tile's largest BLOCK_R go in chunks of at most this many: the loop over chunks hoists
 # its addresses into registers.
 _MAX_CHUNK_R = 32
+# Ranks from which two passes over dy are considered: below, a pass costs more than its planes.
+_TWICE_FROM_RANK = 48
 # Steps of a loop below which a split of it is not worth a program.
 _MIN_STEPS = 2
 
@@ -160,9 +164,10 @@ def choose(
     """Returns the config of a launch. A size that a kernel does not depend on may be left out.
 
     A measured row goes first (`chips.Row`). Else it is the widest tile of m's bucket that fills the
-    chip: three in four of its processors get a program. A sum over a long axis is split into the
-    fewest parts that fill it. Of `lora_grad_b`'s tiles it is the one with the fewest bytes of
-    planes, since the columns of dy share ds as the rows share d_lora_b.
+    chip: three in four of its processors get a program, and what streams x has loads enough on
+    their way. A sum over a long axis is split into the fewest parts that fill it, and the K of a
+    decode's linear where the narrowest tile does not. Of `lora_grad_b`'s tiles it is the one with
+    the fewest bytes of planes, since the columns of dy share ds as the rows share d_lora_b.
 
     Args:
         chip: Where the launch runs.
@@ -188,7 +193,13 @@ def choose(
         rows = [row for row in rows if row.block_m == piece_rows(m)]
     measured = () if batch_invariant else _measured(rows, m, n, k, r)
     tiles = [row for row in measured if row.num_warps][:1] or _bucket(m, rows)
-    row, splits = _on_grid(chip, launch, tiles, (m, n, k, r), siblings)
+    sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
+    if launch == "lora_linear" and m <= FUSED_MAX_ROWS:
+        row, splits = _of_decode(chip, tiles, sizes, width)
+    else:
+        row, splits = _on_grid(chip, launch, tiles, sizes, siblings, width)
+    if row.splits or (batch_invariant and launch == "lora_linear"):
+        splits = row.splits or 1
     block_r = _block_r(kernel_of(launch), row, r, siblings)
     return _config(chip, launch, kind, row, block_r, splits, siblings, batch_invariant)
 
@@ -230,6 +241,16 @@ def plan_of(
     _, rows = _rows_of(chip, launch, dtype, input_precision)
     found = next((row.plan for row in _measured(rows, m, n, k, r) if row.plan), None)
     return found or ("fused" if m <= FUSED_MAX_ROWS else "split")
+
+
+def reads_twice(config: KernelConfig, n: int, r: int, width: int) -> bool:
+    """Whether d_lora_b and ds go in two passes over dy ``[M, N]``.
+
+    One pass leaves a plane of ds for each tile of N, written and read, 8 bytes an element: at large
+    ranks that is more than another read of dy, of ``width`` bytes an element.
+    """
+    planes = cdiv(n, config.block_n)
+    return r >= _TWICE_FROM_RANK and planes > 1 and 8 * planes * r >= width * n
 
 
 def piece_rows(m: int, batch_invariant: bool = False) -> int:
@@ -370,7 +391,12 @@ def _bucket(m: int, rows: Sequence[Row]) -> list[Row]:
 
 
 def _on_grid(
-    chip: Chip, launch: str, rows: Sequence[Row], mnkr: tuple[int, int, int, int], siblings: int
+    chip: Chip,
+    launch: str,
+    rows: Sequence[Row],
+    mnkr: tuple[int, int, int, int],
+    siblings: int,
+    width: int,
 ) -> tuple[Row, int]:
     """Returns the row that serves the problem best, and the splits of its sums."""
     kernel = kernel_of(launch)
@@ -388,24 +414,61 @@ def _on_grid(
         most = tiles[split] // _MIN_STEPS if split else 1
         if split == "k":
             most = min(most, MAX_SPLITS)
-        while not _fills(chip, splits * programs) and 2 * splits <= most:
+        loads = _in_flight(kernel, row) * width if split else 0
+        while not _fills(chip, splits * programs, loads) and 2 * splits <= most:
             splits *= 2
         if split == "m":
             shared = m * tiles[first] if kernel == "lora_grad_b" and tiles[first] > 1 else 0
             planes = shared + (splits * sizes[first] if splits > 1 else 0)
-            cost = (tiles["r"], not _fills(chip, splits * programs), planes)
+            cost = (tiles["r"], not _fills(chip, splits * programs, loads), planes)
         else:
             # The first that fills the chip, or else the last one.
-            idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs)
+            idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
             cost = (0, idle, -index if idle else 0)
         choices.append((cost, index, row, splits))
     _, _, row, splits = min(choices)
     return row, splits
 
 
-def _fills(chip: Chip, programs: int) -> bool:
-    """Whether at least three in four of the chip's processors get a program."""
-    return 4 * programs >= 3 * chip.num_sms
+def _of_decode(
+    chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: int
+) -> tuple[Row, int]:
+    """Returns the row of a linear that reads its weight once, and the splits of K.
+
+    The widest tile that fills the chip. Where none does, programs of the narrowest share out K if
+    its loads of weight keep the memory less than half busy: planes and their sum cost as well.
+    """
+    m, n, k, _ = mnkr
+    for row in rows:
+        programs = cdiv(m, row.block_m) * cdiv(n, row.block_n)
+        if _fills(chip, programs) or row.is_measured:
+            return row, 1
+    most, splits = min(MAX_WEIGHT_SPLITS, cdiv(k, row.block_k) // _MIN_STEPS), 1
+    loads = programs * _in_flight("lora_linear", row) * width
+    wanted = min(chip.bytes_in_flight, n * k * width)
+    while 2 * splits * loads <= wanted and 2 * splits <= most:
+        splits *= 2
+    return row, splits
+
+
+def _fills(chip: Chip, programs: int, loads: int = 0) -> bool:
+    """Whether three in four of the chip's processors get a program, and the memory enough loads.
+
+    ``loads`` are the bytes that a program has on their way; 0 where that does not decide.
+    """
+    return 4 * programs >= 3 * chip.num_sms and (
+        not loads or programs * loads >= chip.bytes_in_flight
+    )
+
+
+def _in_flight(kernel: str, row: Row) -> int:
+    """Returns the elements that a program has on their way, of what the kernel streams; or 0."""
+    tile = {
+        "lora_shrink": row.block_m * row.block_k,
+        "lora_grad_a": row.block_m * row.block_k,
+        "lora_linear": row.block_n * row.block_k,
+    }.get(kernel, 0)
+    return max(row.num_stages - 1, 1) * tile
 
 
 def _block_r(kernel: str, row: Row, r: int, siblings: int = 1) -> int:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -56,6 +57,7 @@ def _lora_dropout_kernel(
     )
 
 
+@kept
 def launch_lora_dropout(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -77,7 +79,9 @@ def launch_lora_dropout(
     if m == 0 or k == 0:
         return
     grid = (cdiv(m, config.block_m) * cdiv(k, config.block_k),)
-    _lora_dropout_kernel[grid](
+    launch(
+        _lora_dropout_kernel,
+        grid,
         out_ptr=out,
         x_ptr=x,
         seed_ptr=seed,

@@ -1,18 +1,35 @@
-"""``y += (scaling * s) @ lora_b.T`` in place: s ``[M, R]``, lora_b ``[N, R]``, y ``[M, N]``.
+"""``y = (scaling * s) @ lora_b.T``, on top of y or of a bias: s ``[M, R]``, lora_b ``[N, R]``.
 
-scaling is ``[1]`` or ``[R]``, None for 1. y is read once, added to in fp32 and rounded once. For
-the gradient of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, the term meets the mask that x met.
+y ``[M, N]`` is either read once, added to in fp32 and rounded once, or only written, with a bias
+``[N]``: then a product of the library's accumulates on it, and its read of y hides behind that.
+scaling is ``[1]`` or ``[R]``, None for 1; s may be the fp32 planes of a split shrink,
+``[splits, M, R]``. For the gradient of x, ``dx = mask * (ds @ lora_a) / (1 - p)``, what is added
+meets the mask that x met.
 
-Bytes moved, e an element: ``e (2 M N + M R + N R)``.
+Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all, with
+columns of s side by side in `lora_shrink`'s order.
+
+Bytes moved, e an element, N and R summed over siblings: ``e (M N + M R + N R)``, and ``e M N`` more
+where y is read; with planes ``4 splits M R`` in place of ``e M R``, read by every column of tiles.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.modules import (
+    Module,
+    are_aligned,
+    module_of_tile,
+    named_modules,
+    of_module,
+)
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -21,35 +38,90 @@ from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_ran
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
     # tensors
-    y_ptr,
     s_ptr,
-    lora_b_ptr,
-    scaling_ptr,
+    s_out_ptr,
     seed_ptr,
+    y_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    y_3_ptr,
+    bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    bias_3_ptr,
+    lora_b_ptr,
+    lora_b_1_ptr,
+    lora_b_2_ptr,
+    lora_b_3_ptr,
+    scaling_ptr,
+    scaling_1_ptr,
+    scaling_2_ptr,
+    scaling_3_ptr,
     # scalars
     M,
     N,
+    N_1,
+    N_2,
+    N_3,
     R,
+    R_1,
+    R_2,
+    R_3,
     threshold,
     inv_keep,
     # strides
     stride_ym,
     stride_yn,
+    stride_sp,
     stride_sm,
     stride_sr,
     stride_bn,
     stride_br,
     stride_scaling,
+    stride_bias,
+    stride_om,
+    stride_or,
     # meta
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PLANES: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    READS_Y: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    STORE_S: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    dtype: tl.constexpr = s_ptr.dtype.element_ty
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    first_r = 0  # the module's first column of s
+    if SIBLINGS > 1:
+        num_pid_m = tl.cdiv(M, BLOCK_M)
+        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
+        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
+        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
+        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+        lora_b_ptr = of_module(
+            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, SIBLINGS
+        )
+        scaling_ptr = of_module(
+            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, SIBLINGS
+        )
+        if HAS_BIAS:
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+        if ALIGNED:  # which a choice between tensors hides from the compiler
+            y_ptr = tl.multiple_of(y_ptr, 16)
+            lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
+        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
+        # y and lora_b of siblings are contiguous.
+        stride_ym = N
+        stride_bn = R
     num_pid_n = tl.cdiv(N, BLOCK_N)
     pid_m = pid // num_pid_n
     pid_n = pid % num_pid_n
@@ -64,10 +136,15 @@ def _lora_expand_kernel(
     y_ptr += first_m * stride_ym + first_n * stride_yn
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
     mask_y = mask_m[:, None] & mask_n[None, :]
-    y = tl.load(y_ptrs, mask=mask_y, other=0.0)
+    if READS_Y:
+        y = tl.load(y_ptrs, mask=mask_y, other=0.0)
+    if HAS_BIAS:
+        # bias: [BLOCK_N]
+        bias_ptr += first_n * stride_bias
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
     lora_b_ptr += first_n * stride_bn
-    s_ptr += first_m * stride_sm
+    s_ptr += first_m * stride_sm + first_r * stride_sr
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
         b, scale = load_rank_columns(
@@ -88,14 +165,20 @@ def _lora_expand_kernel(
             start=start,
             rank=R,
             mask_m=mask_m,
-            stride_sp=0,
+            stride_sp=stride_sp,
             stride_sm=stride_sm,
             stride_sr=stride_sr,
             dtype=dtype,
             BLOCK_M=BLOCK_M,
             BLOCK_R=BLOCK_R,
-            PLANES=1,
+            PLANES=PLANES,
         )
+        if STORE_S:  # noqa: SIM102 - this one is decided at compile time
+            if pid_n == 0:
+                offs_r = start + tl.arange(0, BLOCK_R)
+                s_out_ptrs = s_out_ptr + (first_m + offs_m)[:, None] * stride_om
+                s_out_ptrs += (first_r + offs_r)[None, :] * stride_or
+                tl.store(s_out_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
         scaled = scale_rank_columns(b, scale, dtype)
         # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
         acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
@@ -104,58 +187,75 @@ def _lora_expand_kernel(
             tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
         )
         acc = tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
-    tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=mask_y)
+    if READS_Y:
+        acc += y.to(tl.float32)
+    if HAS_BIAS:
+        acc += bias[None, :]
+    tl.store(y_ptrs, acc.to(dtype), mask=mask_y)
 
 
+@kept
 def launch_lora_expand(
-    y: torch.Tensor,
+    modules: Sequence[Module],
     s: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor | None,
     *,
+    reads_y: bool,
+    s_out: torch.Tensor | None = None,
     config: KernelConfig,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
-    """Adds ``(scaling * s) @ lora_b.T`` to ``y`` in place.
+    """Writes ``(scaling * s) @ lora_b.T + bias`` of each module, or adds it to y in place.
 
     Args:
-        y: ``[M, N]``, any strides without overlap.
-        s: ``[M, R]``, any strides; its dtype is the dtype of the dots.
-        lora_b: ``[N, R]``, any strides, s's dtype or one that is cast to it at the load.
-        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
-        config: From `expand_config`.
+        modules: 1 to `MAX_SIBLINGS`; weights are not read. Of several each has a scaling, all have
+            a bias or none, and what is no scaling has one dtype for all. The dtype of y is the
+            dtype of the dots.
+        s: ``[M, R]``, any dtype and strides, or fp32 planes ``[splits, M, R]`` to sum; the columns
+            of the modules side by side.
+        reads_y: Whether y is added to.
+        s_out: ``[M, R]`` in y's dtype, which receives the sum of the planes, or None.
+        config: From `expand_config`, for the largest rank.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of what is added, for the gradient of x.
     """
-    m, n = y.shape
-    r = lora_b.shape[1]
-    if m == 0 or n == 0:
+    first, m, sizes = modules[0], s.shape[-2], [module.lora_b.shape for module in modules]
+    tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
+    if not tiles:
         return
-    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
-    _lora_expand_kernel[grid](
-        y_ptr=y,
+    scaling, bias, has_planes = first.scaling, first.bias, s.dim() == 3
+    launch(
+        _lora_expand_kernel,
+        (tiles,),
+        **named_modules(modules, weight=False),
         s_ptr=s,
-        lora_b_ptr=lora_b,
-        scaling_ptr=scaling,
+        s_out_ptr=s_out,
         seed_ptr=seed if dropout_p > 0.0 else None,
         M=m,
-        N=n,
-        R=r,
         threshold=round(dropout_p * 65536),
         inv_keep=1.0 / (1.0 - dropout_p),
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=lora_b.stride(0),
-        stride_br=lora_b.stride(1),
+        stride_ym=first.y.stride(0),
+        stride_yn=first.y.stride(1),
+        stride_sp=s.stride(0) if has_planes else 0,
+        stride_sm=s.stride(-2),
+        stride_sr=s.stride(-1),
+        stride_bn=first.lora_b.stride(0),
+        stride_br=first.lora_b.stride(1),
         stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
+        stride_bias=0 if bias is None else bias.stride(0),
+        stride_om=0 if s_out is None else s_out.stride(0),
+        stride_or=0 if s_out is None else s_out.stride(1),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
-        ONE_RANK_CHUNK=r <= config.block_r,
+        PLANES=s.shape[0] if has_planes else 1,
+        ONE_RANK_CHUNK=max(r for _, r in sizes) <= config.block_r,
+        SIBLINGS=len(modules),
+        ALIGNED=are_aligned(modules),
+        READS_Y=reads_y,
+        HAS_BIAS=bias is not None,
         HAS_DROPOUT=dropout_p > 0.0,
+        STORE_S=s_out is not None,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
     )

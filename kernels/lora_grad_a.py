@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -231,6 +232,7 @@ def _lora_grad_a_kernel(
         )  # fmt: skip
 
 
+@kept
 def launch_lora_grad_a(
     outs: Sequence[torch.Tensor],
     x: torch.Tensor,
@@ -268,7 +270,9 @@ def launch_lora_grad_a(
         named[f"threshold_{i}"] = round(p * 65536)
         named[f"inv_keep_{i}"] = 1.0 / (1.0 - p)
     grid = (cdiv(k, config.block_k) * cdiv(largest, config.block_r), config.splits)
-    _lora_grad_a_kernel[grid](
+    launch(
+        _lora_grad_a_kernel,
+        grid,
         **named,
         x_ptr=x,
         seeds_ptr=seeds,

@@ -6,7 +6,8 @@ columns and a range of rows: d_lora_b stays in registers while it walks down the
 tile's share of ds goes out as it comes.
 
 Where columns take Q programs and rows P, shares are fp32 planes, ``[Q, M, R]`` and ``[P, N, R]``,
-summed in their order by `plane_sums`. No atomics.
+summed in their order by `plane_sums`. No atomics. At large ranks, where planes of ds outweigh a
+read of dy, ds comes from a product of the library's, and this kernel makes the rest.
 
 Bytes moved, e an element: ``e (M N + 2 M R + 2 N R)``, dy read once per BLOCK_R rank rows; with
 planes ``4 Q M R`` in place of ``e M R`` and ``4 P N R`` in place of ``e N R``.
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
 
 
@@ -54,6 +56,7 @@ def _lora_grad_b_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_DS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -72,21 +75,23 @@ def _lora_grad_b_kernel(
     offs_r = first_r + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N - pid_n * BLOCK_N
     mask_r = offs_r < R
-    # b: [BLOCK_N, BLOCK_R], for all rows; scale: [BLOCK_R]
-    lora_b_ptr += first_n * stride_bn
-    b = tl.load(
-        lora_b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
-        mask=mask_n[:, None] & mask_r[None, :],
-        other=0.0,
-    ).to(dtype)
+    if HAS_DS:
+        # b: [BLOCK_N, BLOCK_R], for all rows
+        lora_b_ptr += first_n * stride_bn
+        b = tl.load(
+            lora_b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
+            mask=mask_n[:, None] & mask_r[None, :],
+            other=0.0,
+        ).to(dtype)
+        ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp + tl.cast(first_m, tl.int64) * stride_dsm
+        offs_ds = offs_m[:, None] * stride_dsm + offs_r[None, :]
+    # scale: [BLOCK_R]
     scale = tl.load(scaling_ptr + offs_r * stride_scaling, mask=mask_r, other=0.0)
 
     row = tl.cast(first_m, tl.int64)
     dy_ptr += row * stride_dym + first_n * stride_dyn
     s_ptr += row * stride_sm
-    ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp + row * stride_dsm
     offs_dy = offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-    offs_ds = offs_m[:, None] * stride_dsm + offs_r[None, :]
     if RANK_ROWS_FIRST:
         offs_s = offs_m[None, :] * stride_sm + offs_r[:, None] * stride_sr
         acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
@@ -99,13 +104,15 @@ def _lora_grad_b_kernel(
         mask_m = offs_m < M - m
         # dy: [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
-        share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
-        tl.store(
-            ds_ptr + offs_ds,
-            share.to(ds_ptr.dtype.element_ty),
-            mask=mask_m[:, None] & mask_r[None, :],
-        )
+        if HAS_DS:
+            # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
+            share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
+            tl.store(
+                ds_ptr + offs_ds,
+                share.to(ds_ptr.dtype.element_ty),
+                mask=mask_m[:, None] & mask_r[None, :],
+            )
+            ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
         if RANK_ROWS_FIRST:
             # s: [BLOCK_R, BLOCK_M]
             s = tl.load(s_ptr + offs_s, mask=mask_m[None, :] & mask_r[:, None], other=0.0)
@@ -120,7 +127,6 @@ def _lora_grad_b_kernel(
             column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N)
         dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
         s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
-        ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
 
     d_lora_b_ptr += tl.cast(split, tl.int64) * stride_dbp + first_n * stride_dbn
     if RANK_ROWS_FIRST:
@@ -144,8 +150,9 @@ def _lora_grad_b_kernel(
             tl.store(d_bias_ptr + offs_n, tl.sum(column_sums, axis=0), mask=mask_n)
 
 
+@kept
 def launch_lora_grad_b(
-    ds: torch.Tensor,
+    ds: torch.Tensor | None,
     d_lora_b: torch.Tensor,
     d_bias: torch.Tensor | None,
     dy: torch.Tensor,
@@ -159,7 +166,7 @@ def launch_lora_grad_b(
 
     Args:
         ds: ``[M, R]`` in dy's dtype where one program spans all columns, else fp32 ``[Q, M, R]``,
-            ``Q = ceil(N / config.block_n)``; contiguous.
+            ``Q = ceil(N / config.block_n)``; contiguous. None where another pass makes it.
         d_lora_b: ``[N, R]``, any floating dtype, where ``config.splits == 1``, else fp32
             ``[splits, N, R]``; contiguous.
         d_bias: fp32 ``[N]`` or ``[splits, N]``, contiguous, for the sums of dy's columns; or None.
@@ -173,7 +180,9 @@ def launch_lora_grad_b(
     if n == 0:
         return
     grid = (cdiv(n, config.block_n) * cdiv(r, config.block_r), config.splits)
-    _lora_grad_b_kernel[grid](
+    launch(
+        _lora_grad_b_kernel,
+        grid,
         ds_ptr=ds,
         d_lora_b_ptr=d_lora_b,
         d_bias_ptr=d_bias,
@@ -185,8 +194,8 @@ def launch_lora_grad_b(
         N=n,
         R=r,
         rows_per_split=cdiv(cdiv(m, config.block_m), config.splits) * config.block_m,
-        stride_dsp=ds.stride(0) if ds.dim() == 3 else 0,
-        stride_dsm=ds.stride(-2),
+        stride_dsp=ds.stride(0) if ds is not None and ds.dim() == 3 else 0,
+        stride_dsm=0 if ds is None else ds.stride(-2),
         stride_dbp=d_lora_b.stride(0) if d_lora_b.dim() == 3 else 0,
         stride_dbn=d_lora_b.stride(-2),
         stride_dym=dy.stride(0),
@@ -199,6 +208,7 @@ def launch_lora_grad_b(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        HAS_DS=ds is not None,
         HAS_BIAS=d_bias is not None,
         RANK_ROWS_FIRST=config.rank_rows_first,
         INPUT_PRECISION=config.input_precision,

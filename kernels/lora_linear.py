@@ -8,8 +8,15 @@ The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) 
 weight and lora_a transposed, ds as s, and on its way into the accumulator the term meets the mask
 that x met in the forward. A scaling of None is 1.
 
-Bytes moved, e an element: ``e (M K + N K + M N) + e R (M + N)``; with planes ``4 splits M R`` in
-place of ``e M R``, read by every column of tiles.
+Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all: each
+has a weight, N, a rank, and its columns of s, which stand side by side in `lora_shrink`'s order.
+
+Where the tiles do not fill the chip, programs share out K: each writes an fp32 plane of
+``[splits, M, N]``, summed in their order by `plane_sums`; the first of them adds bias and adapter.
+
+Bytes moved, e an element, N and R summed over siblings: ``e (M K + N K + M N) + e R (M + N)``; with
+planes of s ``4 splits M R`` in place of ``e M R``, read by every column of tiles; with planes of y
+``8 splits M N`` more.
 
 Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
 loop while the shrink still works and waits only before it reads s.
@@ -17,12 +24,22 @@ loop while the shrink still works and waits only before it reads s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.modules import (
+    Module,
+    are_aligned,
+    module_of_tile,
+    named_modules,
+    of_module,
+)
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
 
@@ -31,23 +48,46 @@ from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_ran
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_kernel(
     # tensors
-    y_ptr,
     x_ptr,
-    weight_ptr,
     s_ptr,
-    lora_b_ptr,
-    scaling_ptr,
-    bias_ptr,
     s_out_ptr,
     seed_ptr,
+    y_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    y_3_ptr,
+    weight_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    weight_3_ptr,
+    bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    bias_3_ptr,
+    lora_b_ptr,
+    lora_b_1_ptr,
+    lora_b_2_ptr,
+    lora_b_3_ptr,
+    scaling_ptr,
+    scaling_1_ptr,
+    scaling_2_ptr,
+    scaling_3_ptr,
     # scalars
     M,
-    N,
     K,
+    N,
+    N_1,
+    N_2,
+    N_3,
     R,
+    R_1,
+    R_2,
+    R_3,
+    k_per_split,
     threshold,
     inv_keep,
     # strides
+    stride_yp,
     stride_ym,
     stride_yn,
     stride_xm,
@@ -72,6 +112,9 @@ def _lora_linear_kernel(
     PLANES: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WEIGHT_POLICY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -80,7 +123,39 @@ def _lora_linear_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    first_k = tl.program_id(1) * k_per_split
+    first_r = 0  # the module's first column of s
+    if SIBLINGS > 1:
+        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
+        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
+        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
+        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+        weight_ptr = of_module(
+            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
+        )
+        lora_b_ptr = of_module(
+            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, SIBLINGS
+        )
+        scaling_ptr = of_module(
+            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, SIBLINGS
+        )
+        if HAS_BIAS:
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+        if ALIGNED:  # which a choice between tensors hides from the compiler
+            y_ptr = tl.multiple_of(y_ptr, 16)
+            weight_ptr = tl.multiple_of(weight_ptr, 16)
+            lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
+        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
+        # y and lora_b of siblings are contiguous.
+        stride_ym = N
+        stride_yp = tl.cast(M, tl.int64) * N
+        stride_bn = R
+    pid_m, pid_n = grouped_tile(pid, num_pid_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = tl.cast(pid_m * BLOCK_M, tl.int64)
     first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
@@ -111,12 +186,12 @@ def _lora_linear_kernel(
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
     acc = base_product(
-        x_ptr + first_m * stride_xm,
-        weight_ptr + first_n * stride_wn,
+        x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
+        weight_ptr + first_n * stride_wn + tl.cast(first_k, tl.int64) * stride_wk,
         offs_xm=offs_m * stride_xm,
         mask_m=mask_m,
         mask_n=mask_n,
-        K=K,
+        K=min(k_per_split, K - first_k) if SPLITS > 1 else K,
         stride_xk=stride_xk,
         stride_wn=stride_wn,
         stride_wk=stride_wk,
@@ -130,57 +205,63 @@ def _lora_linear_kernel(
 
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if HAS_DROPOUT:
-        product = acc
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    s_ptr += first_m * stride_sm
-    s_out_offs = first_m * stride_om + offs_m[:, None] * stride_om
-    for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-        s = load_shrunk(
-            s_ptr,
-            start=start,
-            rank=R,
-            mask_m=mask_m,
-            stride_sp=stride_sp,
-            stride_sm=stride_sm,
-            stride_sr=stride_sr,
-            dtype=dtype,
-            BLOCK_M=BLOCK_M,
-            BLOCK_R=BLOCK_R,
-            PLANES=PLANES,
-        )
-        if STORE_S:  # noqa: SIM102 - this one is decided at compile time
-            if pid_n == 0:
-                offs_r = start + tl.arange(0, BLOCK_R)
-                mask_s = mask_m[:, None] & (offs_r < R)[None, :]
-                tl.store(s_out_ptr + s_out_offs + offs_r[None, :] * stride_or, s, mask=mask_s)
-        scaled = scale_rank_columns(b, scale, dtype)
-        # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
-        if not ONE_RANK_CHUNK:
-            b, scale = load_rank_columns(
-                lora_b_ptr,
-                scaling_ptr,
-                first_row=0,
-                start=start + BLOCK_R,
+    is_first = True
+    if SPLITS > 1:
+        is_first = first_k == 0
+    if is_first:  # the adapter and the bias, once in all splits
+        if HAS_DROPOUT:
+            product = acc
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        s_ptr += first_m * stride_sm + first_r * stride_sr
+        s_out_offs = (first_m + offs_m)[:, None] * stride_om + first_r * stride_or
+        for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
+            s = load_shrunk(
+                s_ptr,
+                start=start,
                 rank=R,
-                mask_n=mask_n,
-                stride_bn=stride_bn,
-                stride_br=stride_br,
-                stride_scaling=stride_scaling,
-                BLOCK_N=BLOCK_N,
+                mask_m=mask_m,
+                stride_sp=stride_sp,
+                stride_sm=stride_sm,
+                stride_sr=stride_sr,
+                dtype=dtype,
+                BLOCK_M=BLOCK_M,
                 BLOCK_R=BLOCK_R,
+                PLANES=PLANES,
             )
+            if STORE_S:  # noqa: SIM102 - this one is decided at compile time
+                if pid_n == 0:
+                    offs_r = start + tl.arange(0, BLOCK_R)
+                    mask_s = mask_m[:, None] & (offs_r < R)[None, :]
+                    tl.store(s_out_ptr + s_out_offs + offs_r[None, :] * stride_or, s, mask=mask_s)
+            scaled = scale_rank_columns(b, scale, dtype)
+            # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+            acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
+            if not ONE_RANK_CHUNK:
+                b, scale = load_rank_columns(
+                    lora_b_ptr,
+                    scaling_ptr,
+                    first_row=0,
+                    start=start + BLOCK_R,
+                    rank=R,
+                    mask_n=mask_n,
+                    stride_bn=stride_bn,
+                    stride_br=stride_br,
+                    stride_scaling=stride_scaling,
+                    BLOCK_N=BLOCK_N,
+                    BLOCK_R=BLOCK_R,
+                )
 
-    if HAS_DROPOUT:
-        keep = philox_keep_mask(
-            tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
-        )
-        acc = product + tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
-    if HAS_BIAS:
-        acc += bias[None, :]
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(
+                tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
+            )
+            acc = product + tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
+        if HAS_BIAS:
+            acc += bias[None, :]
     # y: [BLOCK_M, BLOCK_N]
-    y_ptr += first_m * stride_ym + first_n * stride_yn
+    y_ptr += (
+        tl.cast(tl.program_id(1), tl.int64) * stride_yp + first_m * stride_ym + first_n * stride_yn
+    )
     tl.store(
         y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn,
         acc.to(y_ptr.dtype.element_ty),
@@ -188,71 +269,67 @@ def _lora_linear_kernel(
     )
 
 
+@kept
 def launch_lora_linear(
-    y: torch.Tensor,
+    modules: Sequence[Module],
     x: torch.Tensor,
-    weight: torch.Tensor,
     s: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor | None,
     *,
-    bias: torch.Tensor | None,
     s_out: torch.Tensor | None,
     config: KernelConfig,
     pdl: bool,
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
-    """Writes ``x @ weight.T + bias + (scaling * s) @ lora_b.T``.
+    """Writes ``x @ weight.T + bias + (scaling * s) @ lora_b.T`` of each module.
 
     Args:
-        y: ``[M, N]`` in x's dtype.
+        modules: 1 to `MAX_SIBLINGS`. Of several each has a scaling, all have a bias or none, and
+            what is no scaling has one dtype for all.
         x: ``[M, K]``, any strides.
-        weight: ``[N, K]`` in x's dtype, any strides.
-        s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum.
-        lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
-        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
-        bias: ``[N]``, any floating-point dtype, or None.
+        s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum; the columns of the
+            modules side by side.
         s_out: ``[M, R]`` in x's dtype, which receives the sum of the planes, or None.
-        config: From `linear_config`.
+        config: From `linear_config`, for the largest rank.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
-        dropout_p: Probability of dropping an element of the LoRA term, for the gradient of x.
+        dropout_p: Probability of dropping an element of one module's LoRA term, for the gradient
+            of x.
     """
     m, k = x.shape
-    n, r = lora_b.shape
-    if m == 0 or n == 0:
+    first = modules[0]
+    sizes = [module.lora_b.shape for module in modules]
+    if m == 0 or not any(n for n, _ in sizes):
         return
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
-    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
-    _lora_linear_kernel[grid](
-        y_ptr=y,
+    tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
+    scaling, bias, splits = first.scaling, first.bias, config.splits
+    launch(
+        _lora_linear_kernel,
+        (tiles, splits),
+        **named_modules(modules, weight=True),
         x_ptr=x,
-        weight_ptr=weight,
         s_ptr=s,
-        lora_b_ptr=lora_b,
-        scaling_ptr=scaling,
-        bias_ptr=bias,
         s_out_ptr=s_out,
         seed_ptr=seed if dropout_p > 0.0 else None,
         M=m,
-        N=n,
         K=k,
-        R=r,
+        k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
         threshold=round(dropout_p * 65536),
         inv_keep=1.0 / (1.0 - dropout_p),
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
+        stride_yp=first.y.stride(0) if splits > 1 else 0,
+        stride_ym=first.y.stride(-2),
+        stride_yn=first.y.stride(-1),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
+        stride_wn=first.weight.stride(0),
+        stride_wk=first.weight.stride(1),
         stride_sp=s.stride(0) if s.dim() == 3 else 0,
         stride_sm=s.stride(-2),
         stride_sr=s.stride(-1),
-        stride_bn=lora_b.stride(0),
-        stride_br=lora_b.stride(1),
+        stride_bn=first.lora_b.stride(0),
+        stride_br=first.lora_b.stride(1),
         stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_om=0 if s_out is None else s_out.stride(0),
@@ -263,8 +340,11 @@ def launch_lora_linear(
         BLOCK_R=config.block_r,
         GROUP_M=config.group_m,
         PLANES=s.shape[0] if s.dim() == 3 else 1,
-        ONE_RANK_CHUNK=r <= config.block_r,
+        ONE_RANK_CHUNK=max(r for _, r in sizes) <= config.block_r,
         EVEN_K=k % config.block_k == 0,
+        SPLITS=splits,
+        SIBLINGS=len(modules),
+        ALIGNED=are_aligned(modules),
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=dropout_p > 0.0,

@@ -1,7 +1,11 @@
 """``s = dropout(x) @ lora_a.T``: x ``[M, K]``, lora_a ``[R, K]``, s ``[M, R]``.
 
+Siblings, up to four modules that are fed by the same x, have their rank rows side by side: R is the
+sum of their ranks, and one read of x makes the columns of all.
+
 Split along K when the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]``
-of ``[splits, M, R]``, summed in a fixed order by `lora_linear`'s epilogue or by the reduction here.
+of ``[splits, M, R]``, summed in a fixed order by what reads s next: `lora_linear`, `lora_expand`,
+or `plane_sums`.
 
 Bytes moved, e an element: ``e (M K + R K + M R)``, x read once per ``BLOCK_R`` rank rows; with
 planes ``8 splits M R`` in place of ``e M R``.
@@ -9,15 +13,22 @@ planes ``8 splits M R`` in place of ``e M R``.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.rank_rows import load_shrunk
 
-_REDUCE_BLOCK_M = 16
+
+@triton.jit
+def _rows_from(rank_rows, lora_a_ptr, r, first, stride_ar):
+    """Returns pointers to rank rows ``[BLOCK_R]``, from ``first`` on those of another lora_a."""
+    return tl.where(r >= first, lora_a_ptr + tl.cast(r - first, tl.int64) * stride_ar, rank_rows)
 
 
 # M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
@@ -26,12 +37,18 @@ def _lora_shrink_kernel(
     # tensors
     out_ptr,
     x_ptr,
-    lora_a_ptr,
+    lora_a_0_ptr,
+    lora_a_1_ptr,
+    lora_a_2_ptr,
+    lora_a_3_ptr,
     seed_ptr,
     # scalars
     M,
     K,
     R,
+    first_1,
+    first_2,
+    first_3,
     k_per_split,
     threshold,
     inv_keep,
@@ -48,6 +65,8 @@ def _lora_shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -67,9 +86,21 @@ def _lora_shrink_kernel(
     mask_m = offs_m < M - first_m
     mask_r = offs_r < R - first_r
     x_ptr += tl.cast(first_m, tl.int64) * stride_xm + tl.cast(first_k, tl.int64) * stride_xk
-    lora_a_ptr += tl.cast(first_r, tl.int64) * stride_ar + tl.cast(first_k, tl.int64) * stride_ak
     offs_x = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    offs_a = offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
+    lora_a_0_ptr += tl.cast(first_r, tl.int64) * stride_ar
+    # rank_rows: [BLOCK_R]
+    rank_rows = lora_a_0_ptr + offs_r * stride_ar
+    if SIBLINGS > 1:
+        r = first_r + offs_r
+        rank_rows = _rows_from(rank_rows, lora_a_1_ptr, r, first_1, stride_ar)
+    if SIBLINGS > 2:
+        rank_rows = _rows_from(rank_rows, lora_a_2_ptr, r, first_2, stride_ar)
+    if SIBLINGS > 3:
+        rank_rows = _rows_from(rank_rows, lora_a_3_ptr, r, first_3, stride_ar)
+    if ALIGNED:  # which a choice between tensors hides from the compiler
+        rank_rows = tl.multiple_of(rank_rows, 16)
+    rank_rows += tl.cast(first_k, tl.int64) * stride_ak
+    offs_a = offs_k[:, None] * stride_ak
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
@@ -83,14 +114,14 @@ def _lora_shrink_kernel(
             mask_a = mask_a & mask_k[:, None]
         # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
         x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
-        a = tl.load(lora_a_ptr + offs_a, mask=mask_a, other=0.0)
+        a = tl.load(rank_rows[None, :] + offs_a, mask=mask_a, other=0.0)
         if HAS_DROPOUT:
             keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
         x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
-        lora_a_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
 
     if HAS_DROPOUT:
         acc *= tl.cast(inv_keep, tl.float32)
@@ -104,83 +135,41 @@ def _lora_shrink_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
-def _lora_shrink_reduce_kernel(
-    # tensors
-    s_ptr,
-    planes_ptr,
-    # scalars
-    M,
-    R,
-    # strides
-    stride_sm,
-    stride_sr,
-    stride_pp,
-    stride_pm,
-    stride_pr,
-    # meta
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    num_pid_r = tl.cdiv(R, BLOCK_R)
-    first_m = (pid // num_pid_r) * BLOCK_M
-    first_r = (pid % num_pid_r) * BLOCK_R
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_r = first_r + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M - first_m
-    # s: [BLOCK_M, BLOCK_R]
-    s = load_shrunk(
-        planes_ptr + tl.cast(first_m, tl.int64) * stride_pm,
-        first_r,
-        R,
-        mask_m,
-        stride_pp,
-        stride_pm,
-        stride_pr,
-        dtype=s_ptr.dtype.element_ty,
-        BLOCK_M=BLOCK_M,
-        BLOCK_R=BLOCK_R,
-        PLANES=PLANES,
-    )
-    s_ptr += tl.cast(first_m, tl.int64) * stride_sm
-    tl.store(
-        s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr,
-        s,
-        mask=mask_m[:, None] & (offs_r < R)[None, :],
-    )
-
-
+@kept
 def launch_lora_shrink(
     out: torch.Tensor,
     x: torch.Tensor,
-    lora_a: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
     *,
     seed: torch.Tensor | None,
     dropout_p: float,
     config: KernelConfig,
 ) -> None:
-    """Writes ``dropout(x) @ lora_a.T``.
+    """Writes ``dropout(x) @ lora_a.T`` of each sibling, side by side.
 
     Args:
         out: ``[M, R]`` in x's dtype when ``config.splits == 1``, else fp32 ``[splits, M, R]``.
         x: ``[M, K]``, any strides.
-        lora_a: ``[R, K]``, any strides, x's dtype or one that is cast to it at the load.
+        lora_a: Of 1 to `MAX_SIBLINGS` siblings ``[rank, K]``, x's dtype or one that is cast to it
+            at the load; any strides, the same for all. R is the sum of the ranks.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
         config: From `shrink_config`.
     """
-    m, k = x.shape
-    r = lora_a.shape[0]
+    (m, k), count = x.shape, len(lora_a)
+    firsts = [0, *itertools.accumulate(a.shape[0] for a in lora_a)]
+    r, unused = firsts[count], MAX_SIBLINGS - count
     if m == 0:
         return
     blocks_k = cdiv(k, config.block_k)
     grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
-    _lora_shrink_kernel[grid](
+    launch(
+        _lora_shrink_kernel,
+        grid,
         out_ptr=out,
         x_ptr=x,
-        lora_a_ptr=lora_a,
+        **{f"lora_a_{i}_ptr": a for i, a in enumerate([*lora_a, *[None] * unused])},
+        **{f"first_{i}": first for i, first in enumerate([*firsts[:count], *[0] * unused]) if i},
         seed_ptr=seed if dropout_p > 0.0 else None,
         M=m,
         K=k,
@@ -193,12 +182,14 @@ def launch_lora_shrink(
         stride_or=out.stride(-1),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_ar=lora_a.stride(0),
-        stride_ak=lora_a.stride(1),
+        stride_ar=lora_a[0].stride(0),
+        stride_ak=lora_a[0].stride(1),
         BLOCK_M=config.block_m,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
         EVEN_K=k % config.block_k == 0,
+        SIBLINGS=count,
+        ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
         HAS_DROPOUT=dropout_p > 0.0,
         LAUNCH_DEPENDENTS=config.launch_dependents,
         INPUT_PRECISION=config.input_precision,
@@ -206,32 +197,6 @@ def launch_lora_shrink(
     )
 
 
-def launch_lora_shrink_reduce(
-    s: torch.Tensor, planes: torch.Tensor, *, config: KernelConfig
-) -> None:
-    """Writes the sum of the planes of a split shrink.
-
-    Args:
-        s: ``[M, R]`` in x's dtype.
-        planes: fp32 ``[splits, M, R]``.
-        config: The one that made the planes.
-    """
-    splits, m, r = planes.shape
-    if m == 0:
-        return
-    grid = (cdiv(m, _REDUCE_BLOCK_M) * cdiv(r, config.block_r),)
-    _lora_shrink_reduce_kernel[grid](
-        s_ptr=s,
-        planes_ptr=planes,
-        M=m,
-        R=r,
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_pp=planes.stride(0),
-        stride_pm=planes.stride(1),
-        stride_pr=planes.stride(2),
-        BLOCK_M=_REDUCE_BLOCK_M,
-        BLOCK_R=config.block_r,
-        PLANES=splits,
-        num_warps=4,
-    )
+def _is_aligned(lora_a: torch.Tensor) -> bool:
+    """Whether every rank row begins at a multiple of 16 bytes."""
+    return lora_a.data_ptr() % 16 == 0 and lora_a.stride(0) * lora_a.itemsize % 16 == 0

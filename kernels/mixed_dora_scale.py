@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer
 
 # In place of an address: scales that are yet to be made
@@ -77,6 +78,7 @@ def _mixed_dora_scale_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
+@kept
 def launch_mixed_dora_scale(
     y: torch.Tensor,
     bias: torch.Tensor | None,
@@ -103,7 +105,9 @@ def launch_mixed_dora_scale(
     m, n = y.shape
     if m == 0 or n == 0:
         return
-    _mixed_dora_scale_kernel[(pieces.shape[0] - 1, cdiv(n, config.block_n))](
+    launch(
+        _mixed_dora_scale_kernel,
+        (pieces.shape[0] - 1, cdiv(n, config.block_n)),
         y_ptr=y,
         bias_ptr=bias,
         order_ptr=order,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer, triton_dtype
 
 
@@ -130,6 +131,7 @@ def _mixed_lora_add_kernel(
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
+@kept
 def launch_mixed_lora_add(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -166,7 +168,9 @@ def launch_mixed_lora_add(
     (m, n), k = y.shape, x.shape[1]
     if m == 0 or n == 0:
         return
-    _mixed_lora_add_kernel[(pieces.shape[0] - 1, cdiv(n, config.block_n))](
+    launch(
+        _mixed_lora_add_kernel,
+        (pieces.shape[0] - 1, cdiv(n, config.block_n)),
         y_ptr=y,
         x_ptr=x,
         order_ptr=order,

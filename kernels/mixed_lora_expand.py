@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
     TABLES,
@@ -131,6 +132,7 @@ def _mixed_lora_expand_kernel(
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(dtype), mask=mask_y)
 
 
+@kept
 def launch_mixed_lora_expand(
     y: torch.Tensor,
     s: torch.Tensor,
@@ -168,7 +170,9 @@ def launch_mixed_lora_expand(
     m, n = y.shape
     if m == 0 or n == 0:
         return
-    _mixed_lora_expand_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+    launch(
+        _mixed_lora_expand_kernel,
+        (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
         y_ptr=y,
         s_ptr=s,
         order_ptr=order,

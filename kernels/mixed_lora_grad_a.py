@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_lora_grad_b import add_rows, store_sum
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -134,6 +135,7 @@ def _mixed_lora_grad_a_kernel(
         store_sum(d_lora_a_ptr, acc, offs_k, offs_r, mask_k, own, RANK_ROWS_FIRST)
 
 
+@kept
 def launch_mixed_lora_grad_a(
     d_lora_a: torch.Tensor,
     x: torch.Tensor,
@@ -169,7 +171,9 @@ def launch_mixed_lora_grad_a(
     if m == 0 or k == 0:
         return
     grid = ((pieces.shape[0] - 1) * cdiv(k, config.block_k), cdiv(max_columns, config.block_r))
-    _mixed_lora_grad_a_kernel[grid](
+    launch(
+        _mixed_lora_grad_a_kernel,
+        grid,
         d_lora_a_ptr=d_lora_a,
         x_ptr=x,
         ds_ptr=ds,

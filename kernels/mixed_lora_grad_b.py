@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -189,6 +190,7 @@ def _mixed_lora_grad_b_kernel(
                 tl.store(d_bias_ptr + plane * N + first_n + offs_n, sums, mask=mask_n)
 
 
+@kept
 def launch_mixed_lora_grad_b(
     ds: torch.Tensor,
     d_lora_b: torch.Tensor | None,
@@ -232,7 +234,9 @@ def launch_mixed_lora_grad_b(
     if m == 0 or n == 0:
         return
     grid = ((pieces.shape[0] - 1) * cdiv(n, config.block_n), cdiv(max_rank, config.block_r))
-    _mixed_lora_grad_b_kernel[grid](
+    launch(
+        _mixed_lora_grad_b_kernel,
+        grid,
         ds_ptr=ds,
         d_lora_b_ptr=d_lora_b,
         d_bias_ptr=d_bias,

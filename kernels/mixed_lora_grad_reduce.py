@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import S_COLUMNS, TABLES
 from fastlora.kernels.rank_rows import sum_planes
 
@@ -212,6 +213,7 @@ def _mixed_lora_grad_reduce_kernel(
                 tl.store(out_ptr + bias_offset + first_l + offs_l, total, mask=mask_l)
 
 
+@kept
 def launch_mixed_lora_grad_reduce(
     out: torch.Tensor | None,
     planes: torch.Tensor | None,
@@ -253,7 +255,9 @@ def launch_mixed_lora_grad_reduce(
     programs = factors + (0 if ds is None else cdiv(m, config.block_m))
     if programs == 0:
         return
-    _mixed_lora_grad_reduce_kernel[(programs, modules)](
+    launch(
+        _mixed_lora_grad_reduce_kernel,
+        (programs, modules),
         out_ptr=out,
         planes_ptr=planes,
         bias_planes_ptr=bias_planes,

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
     DropoutTables,
@@ -180,6 +181,7 @@ def _mixed_lora_linear_kernel(
     )
 
 
+@kept
 def launch_mixed_lora_linear(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -227,7 +229,9 @@ def launch_mixed_lora_linear(
         return
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
-    _mixed_lora_linear_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+    launch(
+        _mixed_lora_linear_kernel,
+        (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
         y_ptr=y,
         x_ptr=x,
         weight_ptr=weight,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -236,6 +237,7 @@ def _mixed_lora_shrink_kernel(
                 )
 
 
+@kept
 def launch_mixed_lora_shrink(
     s: torch.Tensor,
     x: torch.Tensor,
@@ -271,7 +273,9 @@ def launch_mixed_lora_shrink(
     if m == 0:
         return
     splits = s.shape[0]
-    _mixed_lora_shrink_kernel[(pieces.shape[0] - 1, splits)](
+    launch(
+        _mixed_lora_shrink_kernel,
+        (pieces.shape[0] - 1, splits),
         s_ptr=s,
         x_ptr=x,
         order_ptr=order,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import INVALID_SLOT
 
 NO_SLOT = tl.constexpr(-1)
@@ -119,6 +120,7 @@ def can_sort(ids: int, slots: int) -> bool:
     return 0 < ids <= MAX_IDS and (slots + 3) * MAX_IDS < _MAX_KEYS
 
 
+@kept
 def launch_mixed_rows_sort(
     ids: torch.Tensor,
     order: torch.Tensor,
@@ -145,7 +147,9 @@ def launch_mixed_rows_sort(
     b, m = ids.shape[0], order.shape[0]
     sorted_ids = torch.empty(2, b, dtype=torch.int32, device=order.device)
     width = max(triton.next_power_of_2(b), _LEAST_IDS)
-    _mixed_rows_sort_kernel[(1,)](
+    launch(
+        _mixed_rows_sort_kernel,
+        (1,),
         ids_ptr=ids,
         slot_ptr=sorted_ids[0],
         place_ptr=sorted_ids[1],

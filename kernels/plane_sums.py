@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.launch import kept, launch
 
 # Outputs of one launch.
 MAX_SUMS = 4
@@ -98,6 +99,7 @@ def _plane_sums_kernel(
             _sum_block(out_3_ptr, planes_3_ptr, block, size_3, planes_3, BLOCK)
 
 
+@kept
 def launch_plane_sums(
     outs: Sequence[torch.Tensor], planes: Sequence[torch.Tensor], *, config: KernelConfig
 ) -> None:
@@ -125,4 +127,6 @@ def launch_plane_sums(
     ):
         named[f"out_{i}_ptr"], named[f"planes_{i}_ptr"] = out, stack
         named[f"size_{i}"], named[f"planes_{i}"] = size, 0 if stack is None else stack.shape[0]
-    _plane_sums_kernel[(programs,)](**named, COUNT=count, BLOCK=_BLOCK, **config.launch_options)
+    launch(
+        _plane_sums_kernel, (programs,), **named, COUNT=count, BLOCK=_BLOCK, **config.launch_options
+    )

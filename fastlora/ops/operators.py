@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops import schema  # noqa: F401 - registers operators
+from fastlora.ops import schema
 from fastlora.ops.backend import Gradients, Wanted, register_backend
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
@@ -39,7 +39,7 @@ class OperatorBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `fastlora.ops.backend.Backend.forward`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, operators = (seeds, list(dropout_p)), torch.ops.fastlora
+        drop, operators = (seeds, list(dropout_p)), schema.operators_for(x)
         weight, bias, y, inplace = base
         biases = lora_bias if rows is not None else [None]
         if weight is not None:
@@ -80,7 +80,7 @@ class OperatorBackend:
     ) -> Gradients:
         """See `fastlora.ops.backend.Backend.gradients`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, torch.ops.fastlora
+        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, schema.operators_for(dy)
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -103,9 +103,10 @@ class OperatorBackend:
             d_bias = reference.column_sums(dy)
         dx = None
         if wanted.x:
-            base = None if weight is None else weight.to(dy.dtype)
+            if weight is not None and weight.dtype != dy.dtype:
+                weight = weight.to(dy.dtype)
             dx = operators.lora_grad_x(
-                dy, base, ds, self._whole(rows), lora_a, *drop, self.impl, plan
+                dy, weight, ds, self._whole(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows)
@@ -131,7 +132,7 @@ class OperatorBackend:
         rows: Rows | None,
     ) -> list[torch.Tensor]:
         """Returns the gradients of the lora_a of G layers, for one ds each."""
-        operator, drop = torch.ops.fastlora.lora_grad_a, (seeds, list(dropout_p))
+        operator, drop = schema.operators_for(x).lora_grad_a, (seeds, list(dropout_p))
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
@@ -150,7 +151,7 @@ class OperatorBackend:
         rows: Rows | None,
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.shrink`."""
-        operator, flat = torch.ops.fastlora.lora_shrink, [a for own in lora_a for a in own]
+        operator, flat = schema.operators_for(x).lora_shrink, [a for own in lora_a for a in own]
         if rows is not None:
             none = [0.0] * len(flat)
             s = operator(x, self._in_pieces(rows), flat, len(lora_a), None, none, self.impl)

@@ -34,7 +34,9 @@ the column: `fastlora.kernels.philox` with kernels; PyTorch draws its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,6 +48,8 @@ from fastlora.ops.torch import opaque, reference
 
 _Tensors = list[torch.Tensor]
 _Factors = list[Factor]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DIRECT = SimpleNamespace()
 
 
 def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., Any]], Any]:
@@ -59,6 +63,7 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
     name = schema.partition("(")[0]
     arguments = [a.name for a in torch._C.parse_schema(f"fastlora::{schema}").arguments]
     place = arguments.index("impl") if impl is None else None
+    attribute, backward = name.removeprefix("lora_"), name.startswith("lora_grad_")
 
     @implements(name)
     def run(*args: Any) -> Any:
@@ -66,21 +71,44 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
         if place is not None:
             chosen, given = args[place], (*args[:place], *args[place + 1 :])
         if chosen != "triton":
-            return getattr(opaque, name.removeprefix("lora_"))(*given)
-        function = _of_kernels(name.removeprefix("lora_"))
-        if not args[0].is_cuda:
+            return getattr(opaque, attribute)(*given)
+        function = getattr(_kernels_of(backward), attribute)
+        x = args[0]
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return function(*given)
-        with torch.cuda.device(args[0].device):  # which need not be the current one
+        with torch.cuda.device(x.device):
             return function(*given)
 
+    # Autograd counts writes into a tensor, so an operator that does that is called as registered.
+    setattr(_DIRECT, name, getattr(torch.ops.fastlora, name) if "!" in schema else run)
     return fakes(name)
 
 
-def _of_kernels(name: str) -> Callable[..., Any]:
-    from fastlora.ops.triton import backward, forward
+def operators_for(x: torch.Tensor) -> Any:
+    """Returns the operators by name, for x and tensors of its kind.
 
-    found: Callable[..., Any] = getattr(backward if name.startswith("grad_") else forward, name)
-    return found
+    Where nothing would look at a registered operator (no compiler, mode, transform, profiler or
+    autograd), these are the functions that run them: the dispatcher takes 5 us a call.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return torch.ops.fastlora
+    return _DIRECT
+
+
+@functools.cache
+def _kernels_of(backward: bool) -> ModuleType:
+    from fastlora.ops.triton import backward as gradients
+    from fastlora.ops.triton import forward
+
+    return gradients if backward else forward
 
 
 # -------------------------------------------------------------------------------------- forward

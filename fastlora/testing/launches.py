@@ -120,7 +120,9 @@ class _Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Returns what launches a kernel: it notes that it was called."""
 
+        kernel, num_warps, launches = metadata.name, metadata.num_warps, self._launches
+
         def launch(x: int, y: int, z: int, *_: Any) -> None:
-            self._launches.append(Launch(metadata.name, (x, y, z), metadata.num_warps))
+            launches.append(Launch(kernel, (x, y, z), num_warps))
 
         return launch

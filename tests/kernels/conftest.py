@@ -74,6 +74,15 @@ def lab() -> Lab:
     return Lab()
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call chooses and launches by itself: tests replace what that goes by."""
+    if native():
+        from fastlora.kernels import launch
+
+        monkeypatch.setattr(launch, "_KEEPS", False)
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What operators allocate holds NaN until a kernel writes it: what is not written shows."""

@@ -121,6 +121,44 @@ def test_large_batches_take_large_tiles() -> None:
     assert chosen("lora_shrink", m=8192, k=4096, r=16).block_m == 128
 
 
+# Weights of a decoder layer, siblings side by side: N and K of q|k|v, o, gate|up and down.
+LAYERS = {
+    "Llama-3.1-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "Qwen3-0.6B": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)),
+}
+
+
+@pytest.mark.parametrize("model", LAYERS)
+def test_a_decode_keeps_the_memory_busy(model: str) -> None:
+    """100 programs, or 2.7 MB of the weight on their way, or all of a weight that is smaller."""
+    for m, (n, k), r in itertools.product((1, 8, 16, 17, 32, 33, 48, 64), LAYERS[model], (16, 64)):
+        config = chosen("lora_linear", m=m, n=n, k=k, r=r)
+        programs = cdiv(m, config.block_m) * cdiv(n, config.block_n) * config.splits
+        loads = 2 * config.block_n * config.block_k * (config.num_stages - 1) * programs
+        assert programs >= 100 or loads >= min(2_700_000, 2 * n * k), (m, n, k, config)
+        # Programs that share out K have steps to do.
+        assert k // config.block_k >= 2 * config.splits
+
+
+def test_a_linear_splits_k_only_where_no_tile_fills_the_chip() -> None:
+    assert chosen("lora_linear", m=64, n=1024, k=4096, r=16).splits == 2
+    assert chosen("lora_linear", m=64, n=4096, k=4096, r=16).splits == 1
+    # The loads of 64 programs with a pipeline of eight stages suffice.
+    assert chosen("lora_linear", m=1, n=1024, k=4096, r=16).splits == 1
+    # The mode has one kernel, and a gradient is no decode.
+    assert chosen("lora_linear", m=64, n=1024, k=4096, r=16, batch_invariant=True).splits == 1
+    assert chosen("lora_grad_x", m=64, n=1024, k=4096, r=16).splits == 1
+
+
+def test_large_ranks_read_dy_twice() -> None:
+    def twice(r: int, n: int = 14336) -> bool:
+        config = chosen("lora_grad_b", m=8192, n=n, r=r)
+        return configs.reads_twice(config, n, r, 2)
+
+    assert [twice(r) for r in (16, 32, 64, 128)] == [False, False, True, True]
+    assert not twice(64, 64)
+
+
 def test_the_fewest_splits_that_fill_the_chip() -> None:
     def splits(launch: str, **sizes: int) -> int:
         return chosen(launch, r=16, **sizes).splits
@@ -131,7 +169,8 @@ def test_the_fewest_splits_that_fill_the_chip() -> None:
     assert splits("lora_shrink", m=65536, k=4096) == 1
     # 256 columns are two steps of the K loop: nothing to split.
     assert splits("lora_shrink", m=1, k=256) == 1
-    assert splits("lora_grad_a", m=2048, k=2048) == 4
+    # 16 KiB on their way in each of 128 programs would keep three quarters of the memory busy.
+    assert splits("lora_grad_a", m=2048, k=2048) == 8
     assert splits("lora_grad_a", m=2048, k=14336) == 1
     # 64 rows are two steps.
     assert splits("lora_grad_a", m=64, k=2048) == 1

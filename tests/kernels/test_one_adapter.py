@@ -57,10 +57,10 @@ def test_values(lab: Lab, dtype: torch.dtype, kernel: str, shape: tuple[Any, ...
     ("kernels", "fields"),
     [
         (("shrink",), {"splits": 1, "block_r": 32}),
-        (("shrink", "grad_b", "grad_a"), {"splits": 2}),
+        (("shrink", "linear", "grad_x", "grad_b", "grad_a"), {"splits": 2}),
         (("shrink",), {"splits": 4, "block_r": 32}),
         # Of 8 parts some are empty.
-        (("shrink", "grad_b", "grad_a"), {"splits": 8}),
+        (("shrink", "linear", "grad_x", "grad_b", "grad_a"), {"splits": 8}),
         (("grad_b", "grad_a"), {"splits": 1, "rank_rows_first": True}),
         (("grad_b", "grad_a"), {"splits": 2, "rank_rows_first": True}),
         (("grad_b", "grad_a"), {"splits": 8, "rank_rows_first": True}),
@@ -217,7 +217,7 @@ def test_zero_scaling_leaves_y_bit_for_bit(lab: Lab, dtype: torch.dtype) -> None
 
 def test_strided_output_of_a_shrink(lab: Lab) -> None:
     problem, wide = Problem(lab, 19, 8, 64, 6), lab.poisoned(19, 12, dtype=torch.float32)
-    launch_lora_shrink(wide[:, ::2], problem.x, problem.lora_a, **problem.drops(), config=SMALL)
+    launch_lora_shrink(wide[:, ::2], problem.x, [problem.lora_a], **problem.drops(), config=SMALL)
     problem.check({"s": wide[:, ::2]})
     assert wide[:, 1::2].isnan().all()
 

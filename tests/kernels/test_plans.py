@@ -23,7 +23,8 @@ if not ops.triton_status(DEVICE)[0]:
 
 # Only where there are kernels.
 from fastlora.kernels import chips, configs  # noqa: E402
-from fastlora.ops.triton import forward  # noqa: E402
+from fastlora.kernels import lora_expand as lora_expand_kernel  # noqa: E402
+from fastlora.kernels import lora_linear as lora_linear_kernel  # noqa: E402
 from tests.support.kernels.lab import Lab  # noqa: E402
 from tests.support.kernels.mixed_problem import OPS  # noqa: E402
 from tests.support.kernels.one_adapter import Problem  # noqa: E402
@@ -33,8 +34,9 @@ from tests.support.kernels.one_adapter import Problem  # noqa: E402
 def launched(calls_of: Any) -> list[str]:
     """Names of the ways that forwards take, as they take them."""
     seen: list[str] = []
-    for name, what in (("_fused_one", "fused"), ("_expand_one_", "split")):
-        calls_of(forward, name, lambda *_, what=what, **__: what, seen)
+    for module, what in ((lora_linear_kernel, "fused"), (lora_expand_kernel, "split")):
+        name = f"launch_{module.__name__.rpartition('.')[2]}"
+        calls_of(module, name, lambda *_, what=what, **__: what, seen)
     return seen
 
 

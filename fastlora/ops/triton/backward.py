@@ -22,16 +22,17 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
-from fastlora.kernels.configs import MAX_SIBLINGS
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, reads_twice
+from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.modules import Module
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
-from fastlora.ops.torch import products
+from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.forward import (
     Weights,
     add_rank_rows_,
-    dropout,
     product_and_rank_rows,
 )
 from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
@@ -72,7 +73,8 @@ def grad_x(
     """Returns dx ``[M, K]``; without a weight that of the adapters' term alone."""
     drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if not rows:
-        return _grad_x_one(dy, weight, ds, downs[0], drop, plan)
+        p = 0.0 if seeds is None else dropout_p[0]
+        return _grad_x_one(dy, weight, ds, downs[0], seeds, p, plan)
     (m, n), k, up = dy.shape, downs[0].shape[1], RankRows.of_lora_a(downs, dy.device)
     sizes = (m, n, k, up.largest)
     if weight is None:
@@ -114,26 +116,50 @@ def _grad_b_one(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """One launch over dy, and one that sums planes where programs shared a sum."""
-    (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
+    """Returns ds, d_lora_b and the sums of dy's columns.
+
+    Where planes of ds would outweigh a read of dy, a product of the library's makes it.
+    """
+    (m, n), r = dy.shape, lora_b.shape[1]
     if not dy.numel():
-        sums = dy.new_zeros(n if with_bias else 0, dtype=fp32)
+        sums = dy.new_zeros(n if with_bias else 0, dtype=torch.float32)
         return dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums
     config = config_of("lora_grad_b", dy, m, n, r=r)
+    twice = reads_twice(config, n, r, dy.itemsize)
+    made = _sums_over_rows(dy, s, lora_b, scaling, with_bias, not twice, config)
+    d_lora_b, d_bias, *own = made
+    return own[0] if own else reference.lora_ds(dy, lora_b, scaling), d_lora_b, d_bias
+
+
+@kept
+def _sums_over_rows(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    with_bias: bool,
+    with_ds: bool,
+    config: KernelConfig,
+) -> list[torch.Tensor]:
+    """Returns d_lora_b, the sums of dy's columns, and on request ds.
+
+    One launch over dy, and one that sums planes where programs shared a sum.
+    """
+    (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     columns, splits = -(-n // config.block_n), config.splits
-    ds, d_lora_b = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
-    d_bias = dy.new_empty(n if with_bias else 0, dtype=fp32)
-    written = [ds, d_lora_b, d_bias]
-    if columns > 1:
-        written[0] = dy.new_empty(columns, m, r, dtype=fp32)
+    d_lora_b, d_bias = empty(dy, n, r, dtype=lora_b.dtype), empty(dy, n * with_bias, dtype=fp32)
+    result = [d_lora_b, d_bias, *([empty(dy, m, r)] if with_ds else [])]
+    written = list(result)
     if splits > 1:
-        written[1] = dy.new_empty(splits, n, r, dtype=fp32)
-        written[2] = dy.new_empty(splits, n, dtype=fp32) if with_bias else d_bias
+        written[0] = empty(dy, splits, n, r, dtype=fp32)
+        written[1] = empty(dy, splits, n, dtype=fp32) if with_bias else d_bias
+    if with_ds and columns > 1:
+        written[2] = empty(dy, columns, m, r, dtype=fp32)
     lora_grad_b.launch_lora_grad_b(
-        *(written[0], written[1], written[2] if with_bias else None, dy, s, lora_b, scaling),
+        *(written[2] if with_ds else None, written[0], written[1] if with_bias else None),
+        *(dy, s, lora_b, scaling),
         config=config,
     )
-    result = (ds, d_lora_b, d_bias)
     split = [
         (out, planes) for out, planes in zip(result, written, strict=True) if out is not planes
     ]
@@ -143,37 +169,49 @@ def _grad_b_one(
     return result
 
 
+@kept
 def _grad_x_one(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
-    drop: Drop,
+    seed: torch.Tensor | None,
+    dropout_p: float,
     plan: str,
 ) -> torch.Tensor:
-    """One fused launch, or a GEMM of the library's with an in-place update behind."""
-    if weight is None:
-        dx = products.mm(ds, lora_a.to(dy.dtype))
-        return dx if drop.seeds is None else dropout(dx, drop.seeds, drop.p[0])
+    """One fused launch; or an update that writes dx, and a product of the library's on top."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
         return dy.new_zeros(m, k)
-    sizes = (m, n, k, r)
-    dropped = {"seed": drop.seeds, "dropout_p": 0.0 if drop.seeds is None else drop.p[0]}
-    if choose_plan(plan, dy, weight, r, "lora_grad_x") == "fused":
-        dx = dy.new_empty(m, k)
-        lora_linear.launch_lora_linear(
-            *(dx, dy, weight.t(), ds, lora_a.t(), None),
-            bias=None,
-            s_out=None,
-            config=config_of("lora_grad_x", dy, *sizes),
-            pdl=False,
-            **dropped,
-        )
-        return dx
-    dx = dy @ weight
-    config = config_of("lora_grad_x_add", dy, *sizes)
-    lora_expand.launch_lora_expand(dx, ds, lora_a.t(), None, config=config, **dropped)
+    if weight is None or choose_plan(plan, dy, weight, r, "lora_grad_x") != "fused":
+        dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p)
+        return dx if weight is None else dx.addmm_(dy, weight)
+    dx = empty(dy, m, k)
+    lora_linear.launch_lora_linear(
+        [Module(dx, lora_a.t(), None, None, weight.t())],
+        *(dy, ds),
+        s_out=None,
+        config=config_of("lora_grad_x", dy, m, n, k, r),
+        pdl=False,
+        seed=seed,
+        dropout_p=dropout_p,
+    )
+    return dx
+
+
+@kept
+def _grad_x_of_adapter(
+    dy: torch.Tensor,
+    ds: torch.Tensor,
+    lora_a: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Returns the adapter's term of dx ``[M, K]``; one launch."""
+    (m, n), (r, k) = dy.shape, lora_a.shape
+    dx, config = empty(dy, m, k), config_of("lora_grad_x_add", dy, m, n, k, r)
+    module, drop = Module(dx, lora_a.t(), None), {"seed": seed, "dropout_p": dropout_p}
+    lora_expand.launch_lora_expand([module], ds, reads_y=False, config=config, **drop)
     return dx
 
 
@@ -181,28 +219,37 @@ def _grad_a_one(
     x: torch.Tensor, ds: Sequence[torch.Tensor], lora_a: Sequence[torch.Tensor], drop: Drop
 ) -> list[torch.Tensor]:
     """One launch over x for each four siblings, and one that sums planes where rows are split."""
-    m, k = x.shape
     if not x.numel():
         return [torch.zeros_like(factor) for factor in lora_a]
-    result = [x.new_empty(factor.shape, dtype=factor.dtype) for factor in lora_a]
+    result: list[torch.Tensor] = []
     for start in range(0, len(ds), MAX_SIBLINGS):
         part = slice(start, start + MAX_SIBLINGS)
-        outs, inner = result[part], [tensor.contiguous() for tensor in ds[part]]
-        r = max(tensor.shape[1] for tensor in inner)
-        config = config_of("lora_grad_a", x, m, k=k, r=r, siblings=len(inner))
-        written = outs
-        if config.splits > 1:
-            shapes = ((config.splits, *out.shape) for out in outs)
-            written = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
-        lora_grad_a.launch_lora_grad_a(
-            *(written, x, inner),
-            seeds=None if drop.seeds is None else drop.seeds[part].contiguous(),
-            dropout_p=drop.p[part],
-            config=config,
-        )
-        if written is not outs:
-            plane_sums.launch_plane_sums(outs, written, config=config_of("plane_sums", x))
+        seeds = None if drop.seeds is None else drop.seeds[part].contiguous()
+        inner = [tensor.contiguous() for tensor in ds[part]]
+        dtypes = [factor.dtype for factor in lora_a[part]]
+        result += _grad_a_of_siblings(x, inner, dtypes, seeds, list(drop.p[part]))
     return result
+
+
+@kept
+def _grad_a_of_siblings(
+    x: torch.Tensor,
+    ds: list[torch.Tensor],
+    dtypes: list[torch.dtype],
+    seeds: torch.Tensor | None,
+    dropout_p: list[float],
+) -> list[torch.Tensor]:
+    """Returns d_lora_a ``[R, K]`` of up to `MAX_SIBLINGS`, in the dtypes of their factors."""
+    (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
+    config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), siblings=count)
+    outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
+    written = outs
+    if config.splits > 1:
+        written = [empty(x, config.splits, r, k, dtype=torch.float32) for r in ranks]
+    lora_grad_a.launch_lora_grad_a(written, x, ds, seeds=seeds, dropout_p=dropout_p, config=config)
+    if written is not outs:
+        plane_sums.launch_plane_sums(outs, written, config=config_of("plane_sums", x))
+    return outs
 
 
 # ------------------------------------------------------------------------------- many adapters

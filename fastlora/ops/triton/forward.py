@@ -25,8 +25,11 @@ from fastlora.kernels import (
     mixed_lora_expand,
     mixed_lora_linear,
     mixed_lora_shrink,
+    plane_sums,
 )
 from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
+from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, Tables, present, tables_of
 from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan
@@ -59,10 +62,7 @@ def shrink(
     drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
     if rows:
         return _shrink_listed(x, rows, downs, modules, drop)[0]
-    lora_a_of_all = downs[0]
-    if len(downs) > 1:
-        lora_a_of_all = torch.cat([down.to(x.dtype) for down in downs])
-    return _shrink_one(x, lora_a_of_all, drop)
+    return _shrink_one(x, downs, seeds, dropout_p[0])
 
 
 def linear(
@@ -78,12 +78,13 @@ def linear(
     plan: str,
 ) -> list[torch.Tensor]:
     """Returns y, and s unless that was given."""
-    base, drop = Weights(weight, bias), Drop(seeds, dropout_p)
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
             raise ValueError("one slot has all rows, and it has no factors")
-        return _linear_one(x, base, s, lora_a, lora_b, scaling, drop, plan)
+        tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
+        return _linear_one(x, *tensors, dropout_p[0], plan)
+    base, drop = Weights(weight, bias), Drop(seeds, dropout_p)
     own, after_shrink = s, False
     if own is None:
         made, after_shrink = _shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
@@ -112,6 +113,7 @@ def expand_(
     add_rank_rows_(y, s.unsqueeze(0), rows, up, config=config)
 
 
+@kept
 def linear_at(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -140,6 +142,7 @@ def linear_at(
     return [y] if s is not None or siblings is None else [y, planes]
 
 
+@kept
 def add_at_(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -164,6 +167,7 @@ def add_at_(
     )
 
 
+@kept
 def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
@@ -179,9 +183,10 @@ def scale_(
     )
 
 
+@kept
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Returns x ``[M, K]``, dropped."""
-    (m, k), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (m, k), out = x.shape, empty(x, *x.shape)
     config = config_of("lora_dropout", x, m, k=k)
     lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
     return out
@@ -190,99 +195,134 @@ def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tens
 # ------------------------------------------------------------------------------- one adapter
 
 
-def _shrink_one(x: torch.Tensor, lora_a: torch.Tensor, drop: Drop) -> torch.Tensor:
-    """Runs shrink, and its reduction where K was split."""
-    (m, k), r = x.shape, lora_a.shape[0]
-    config = config_of("lora_shrink", x, m, k=k, r=r)
-    given = {"seed": drop.seeds, "dropout_p": drop.p[0], "config": config}
-    s = x.new_empty(m, r)
-    if config.splits == 1:
-        lora_shrink.launch_lora_shrink(s, x, lora_a, **given)
-        return s
-    planes = x.new_empty(config.splits, m, r, dtype=torch.float32)
-    lora_shrink.launch_lora_shrink(planes, x, lora_a, **given)
-    lora_shrink.launch_lora_shrink_reduce(s, planes, config=config)
+@kept
+def _shrink_one(
+    x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Returns s ``[M, R]`` of siblings side by side: a shrink, and the sum of planes it made."""
+    s, shrunk = _shrunk(x, lora_a, seed, dropout_p)
+    if shrunk is not s:
+        plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
     return s
 
 
+def _shrunk(
+    x: torch.Tensor,
+    lora_a: _Tensors,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns s ``[M, R]`` of siblings side by side, and what a shrink wrote: it, or planes of it.
+
+    What reads planes sums them, and writes s. From one to the next are M rows; in the mode a
+    multiple of 16, as Triton would ask of it again.
+    """
+    (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
+    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    s = shrunk = empty(x, m, r)
+    if config.splits > 1:
+        rows = -(-m // 16) * 16 if batch_invariant else m
+        shrunk = empty(x, config.splits, rows, r, dtype=torch.float32)[:, :m]
+    lora_shrink.launch_lora_shrink(
+        *(shrunk, x, lora_a), seed=seed, dropout_p=dropout_p, config=config
+    )
+    return s, shrunk
+
+
+@kept
 def _expand_one_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> None:
+    """Adds the adapter's term; one launch. Its dots are in y's dtype."""
     (m, n), r = y.shape, s.shape[1]
-    config = config_of("lora_expand", s, m, n, r=r)
-    lora_expand.launch_lora_expand(y, s, lora_b, scaling, config=config)
+    config = config_of("lora_expand", y, m, n, r=r)
+    lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
 
 
+@kept
 def _linear_one(
     x: torch.Tensor,
-    base: Weights,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
     s: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
-    drop: Drop,
+    seed: torch.Tensor | None,
+    dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    plan = choose_plan(plan, x, base.weight, lora_b.shape[1])
-    own = s
-    if own is None:
-        if plan != "split":
-            return _fused_one(x, base, lora_a, lora_b, scaling, drop, plan == "invariant")
-        own = _shrink_one(x, lora_a, drop)
-    if plan == "split":
-        y = F.linear(x, *base)
-        _expand_one_(y, own, lora_b, scaling)
-    else:
-        (m, k), (n, r) = x.shape, lora_b.shape
-        y = x.new_empty(m, n)
-        lora_linear.launch_lora_linear(
-            *(y, x, base.weight, own, lora_b, scaling),
-            bias=base.bias,
-            s_out=None,
-            config=config_of("lora_linear", x, m, n, k, r),
-            pdl=False,
-        )
+    """Returns y, and s unless it is given."""
+    plan = choose_plan(plan, x, weight, lora_b.shape[1])
+    own = s, lora_a, lora_b, scaling, seed
+    if plan != "split":
+        return _fused_one(x, weight, bias, *own, dropout_p, plan == "invariant" and s is None)
+    y, *made = _update_one(x, bias, *own, dropout_p)
+    return [y.addmm_(x, weight.t()), *made]
+
+
+@kept
+def _update_one(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+) -> list[torch.Tensor]:
+    """Returns y of bias and adapter, for a product to accumulate on, and s unless it is given."""
+    m, (n, r) = x.shape[0], lora_b.shape
+    y, own, shrunk = empty(x, m, n), s, s
+    if own is None or shrunk is None:
+        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p)
+    lora_expand.launch_lora_expand(
+        [Module(y, lora_b, scaling, bias)],
+        shrunk,
+        reads_y=False,
+        s_out=None if shrunk is own else own,
+        config=config_of("lora_expand", x, m, n, r=r),
+    )
     return [y, own] if s is None else [y]
 
 
 def _fused_one(
     x: torch.Tensor,
-    base: Weights,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
-    drop: Drop,
+    seed: torch.Tensor | None,
+    dropout_p: float,
     batch_invariant: bool,
 ) -> list[torch.Tensor]:
-    """Two launches: shrink, then the base GEMM with the LoRA term in its epilogue.
+    """Two launches: shrink, then the base GEMM with the adapter's term in its epilogue.
 
-    Where shrink splits K, its planes go straight into that epilogue, which sums them.
+    Where shrink splits K, its planes go straight into that epilogue, which sums them; one more
+    launch sums the planes of y where the GEMM splits K.
     """
-    (m, k), (n, r) = x.shape, lora_b.shape
-    # From one plane to the next; in the mode a multiple of 16, as Triton would ask of it again.
-    plane_rows = m
     if batch_invariant:
-        x, plane_rows = _whole_rows(x), -(-m // 16) * 16
-    sizes = (m, n, k, r)
-    shrink_config = config_of("lora_shrink", x, *sizes, batch_invariant=batch_invariant)
-    linear_config = config_of("lora_linear", x, *sizes, batch_invariant=batch_invariant)
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
-    split = shrink_config.splits > 1
-    shrunk = s
-    if split:
-        planes = x.new_empty(shrink_config.splits, plane_rows, r, dtype=torch.float32)
-        shrunk = planes[:, :m]
-    lora_shrink.launch_lora_shrink(
-        *(shrunk, x, lora_a), seed=drop.seeds, dropout_p=drop.p[0], config=shrink_config
-    )
+        x = _whole_rows(x)
+    (m, k), (n, r) = x.shape, lora_b.shape
+    y, own, shrunk = empty(x, m, n), s, s
+    if own is None or shrunk is None:
+        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p, batch_invariant)
+    config = config_of("lora_linear", x, m, n, k, r, batch_invariant=batch_invariant)
+    written = y if config.splits == 1 else empty(x, config.splits, m, n, dtype=torch.float32)
     lora_linear.launch_lora_linear(
-        *(y, x, base.weight, shrunk, lora_b, scaling),
-        bias=base.bias,
-        s_out=s if split else None,
-        config=linear_config,
-        pdl=chip_of(x).has_pdl,
+        [Module(written, lora_b, scaling, bias, weight)],
+        *(x, shrunk),
+        s_out=None if shrunk is own else own,
+        config=config,
+        pdl=s is None and chip_of(x).has_pdl,
     )
-    return [y, s]
+    if written is not y:
+        plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
+    return [y, own] if s is None else [y]
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
@@ -309,7 +349,7 @@ def shrink_at(
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
     shape = planes_shape(m, k, count, largest, batch_invariant)
-    s = x.new_empty(shape, dtype=torch.float32)
+    s = empty(x, *shape, dtype=torch.float32)
     down = RankRows(address, None, tables.rank[modules], None, tables.dtype, largest)
     r = count * largest
     config = config_of("mixed_lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
@@ -332,7 +372,7 @@ def _shrink_listed(
         planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
     _shrink_mixed(planes, x, rows, down, config=config, drop=drop)
     if splits > 1:
-        lora_shrink.launch_lora_shrink_reduce(s.flatten(0, 1), planes.flatten(1, 2), config=config)
+        plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
     return s, splits == 1
 
 
@@ -414,7 +454,7 @@ def product_and_rank_rows(
 
     ``pdl`` says that the launch before is the shrink that made s.
     """
-    y = x.new_empty(x.shape[0], base.weight.shape[0])
+    y = empty(x, x.shape[0], base.weight.shape[0])
     mixed_lora_linear.launch_mixed_lora_linear(
         *(y, x, *base, s, *rows[:3], *up[:4]),
         factor_dtype=up.dtype,

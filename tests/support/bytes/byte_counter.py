@@ -5,7 +5,7 @@ those of every unmasked lane, repeats included: what the L2 cache must serve. Bo
 the tensor whose range they start in, whatever pointer, table of addresses or view led there.
 
     with ByteCounter(x=[x], lora_a=[lora_a], s=[s]) as counter:
-        launch_lora_shrink(s, x, lora_a, ...)
+        launch_lora_shrink(s, x, [lora_a], ...)
     counter.kernels["_lora_shrink_kernel"].loads["x"].distinct
 """
 

@@ -85,12 +85,6 @@ def shrink(sizes: Sizes, config: KernelConfig) -> Form:
     )
 
 
-def shrink_reduce(sizes: Sizes, planes: int) -> Form:
-    """`launch_lora_shrink_reduce`: every plane read once, s written once."""
-    elements = sizes.m * sizes.r
-    return Form({"planes": often(4 * planes * elements)}, {"s": often(sizes.e * elements)})
-
-
 def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tuple[int, int, int]:
     """Tiles of rows and of columns of a product with the rank rows' beside it, and its FLOPs."""
     depth = whole(depth, config.block_k) if depth else 0
@@ -138,24 +132,29 @@ def dropout(sizes: Sizes, config: KernelConfig) -> Form:
     return Form({"x": often(e * m * k), "seed": often(SEED, programs)}, {"out": often(e * m * k)})
 
 
-def grad_b(sizes: Sizes, config: KernelConfig, scalings: int = 1, with_bias: bool = False) -> Form:
+def grad_b(
+    sizes: Sizes,
+    config: KernelConfig,
+    scalings: int = 1,
+    with_bias: bool = False,
+    with_ds: bool = True,
+) -> Form:
     """`launch_lora_grad_b`: dy once per block of rank rows, s and lora_b once per program."""
     m, n, _, r, e, f = sizes
     columns, splits = cdiv(n, config.block_n), config.splits
-    stores = {"ds": summed(m * r, columns, e), "d_lora_b": summed(n * r, splits, f)}
+    stores = {"ds": summed(m * r, columns, e)} if with_ds else {}
+    stores["d_lora_b"] = summed(n * r, splits, f)
     if with_bias:
         stores["d_bias"] = often(4 * splits * n)
     tiles = whole(m, config.block_m) * whole(n, config.block_n) * whole(r, config.block_r)
-    return Form(
-        loads={
-            "dy": often(e * m * n, cdiv(r, config.block_r)),
-            "s": often(e * m * r, columns),
-            "lora_b": often(f * n * r, splits),
-            "scaling": (SCALING * scalings, SCALING * r * columns * splits),
-        },
-        stores=stores,
-        flops=2 * 2 * tiles,
-    )
+    loads = {
+        "dy": often(e * m * n, cdiv(r, config.block_r)),
+        "s": often(e * m * r, columns),
+        "scaling": (SCALING * scalings, SCALING * r * columns * splits),
+    }
+    if with_ds:
+        loads["lora_b"] = often(f * n * r, splits)
+    return Form(loads, stores, 2 * (1 + with_ds) * tiles)
 
 
 def grad_a(

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.configs import cdiv, choose, run_rows
+from fastlora.kernels.configs import cdiv, choose, reads_twice, run_rows
 from fastlora.ops.factors import tables_of
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.triton import forward
@@ -126,7 +126,7 @@ def count_one(step: Step) -> Counts:
             OPS.lora_dropout(x, seed, 0.5)
             OPS.lora_shrink(x, [], [lora_a], 1, None, [0.0], "triton")
     return {
-        **stems(others),
+        **stems(others, plane_sums="plane_sums of lora_shrink"),
         **stems(forward),
         **stems(backward, plane_sums="plane_sums of lora_grad_b"),
         **stems(d_input, lora_linear="lora_grad_x"),
@@ -144,20 +144,20 @@ def forms_of_one(step: Step, chip: Chip) -> Forms:
     grad_x = choose(chip, "lora_grad_x", HALF, m=m, k=k, r=r)
     grad_a = choose(chip, "lora_grad_a", HALF, m=m, k=k, r=r, siblings=1)
     expand = choose(chip, "lora_expand", HALF, m=m, n=n, r=r)
+    twice = reads_twice(grad_b, n, r, sizes.e)
     forms = {
         "lora_expand": byte_forms.expand(sizes, expand),
         "lora_dropout": byte_forms.dropout(sizes, choose(chip, "lora_dropout", HALF, m=m, k=k)),
         "lora_shrink": byte_forms.shrink(sizes, shrink),
         "lora_linear": byte_forms.linear(sizes, linear, shrink.splits),
-        "lora_grad_b": byte_forms.grad_b(sizes, grad_b),
+        "lora_grad_b": byte_forms.grad_b(sizes, grad_b, with_ds=not twice),
         "lora_grad_x": byte_forms.grad_x(sizes, grad_x),
         "lora_grad_a": byte_forms.grad_a(sizes, grad_a),
     }
-    if shrink.splits > 1:
-        forms["lora_shrink_reduce"] = byte_forms.shrink_reduce(sizes, shrink.splits)
     planes = {
+        "lora_shrink": [(m * r, shrink.splits, sizes.e)],
         "lora_grad_b": [
-            (m * r, cdiv(n, grad_b.block_n), sizes.e),
+            (m * r, 1 if twice else cdiv(n, grad_b.block_n), sizes.e),
             (n * r, grad_b.splits, sizes.f),
         ],
         "lora_grad_a": [(r * k, grad_a.splits, sizes.f)],
@@ -310,7 +310,7 @@ def is_bounded(kernel: str, step: Step) -> bool:
     """Whether `floor` covers a kernel: those of a mixed batch's backward, or of a fused step."""
     if step.adapters:
         return "grad" in kernel
-    return kernel not in ("lora_expand", "lora_dropout", "lora_shrink_reduce")
+    return kernel not in ("lora_expand", "lora_dropout", "plane_sums of lora_shrink")
 
 
 def floor(step: Step, chip: Chip = QUARTER) -> int:

@@ -14,7 +14,8 @@ from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_grad_a import launch_lora_grad_a
 from fastlora.kernels.lora_grad_b import launch_lora_grad_b
 from fastlora.kernels.lora_linear import launch_lora_linear
-from fastlora.kernels.lora_shrink import launch_lora_shrink, launch_lora_shrink_reduce
+from fastlora.kernels.lora_shrink import launch_lora_shrink
+from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.torch import reference
@@ -105,31 +106,32 @@ class Problem:
         s = self.lab.poisoned(self.m, self.r, dtype=self.dtype)
         self.written = {}
         (written,) = self._outputs({"s": s}, [config.splits])
-        launch_lora_shrink(written, self.x, self.lora_a, **self.drops(), config=config)
-        if written is not s:
-            launch_lora_shrink_reduce(s, written, config=config)
-        return {"s": s}
+        launch_lora_shrink(written, self.x, [self.lora_a], **self.drops(), config=config)
+        return self._summed({"s": s})
 
     def linear(
         self, config: KernelConfig | None = None, s_out: torch.Tensor | None = None
     ) -> Results:
         """``y``, of s or its planes."""
-        y = self.lab.poisoned(self.m, self.n, dtype=self.dtype)
-        self.written = {"y": y}
+        config = config or self.config("lora_linear")
+        outs = {"y": self.lab.poisoned(self.m, self.n, dtype=self.dtype)}
+        self.written = {}
+        (y,) = self._outputs(outs, [config.splits])
         launch_lora_linear(
-            *(y, self.x, self.weight, self.s, self.lora_b, self.scaling),
-            bias=self.bias,
+            [Module(y, self.lora_b, self.scaling, self.bias, self.weight)],
+            *(self.x, self.s),
             s_out=s_out,
-            config=config or self.config("lora_linear"),
+            config=config,
             pdl=False,
         )
-        return self.written
+        return self._summed(outs)
 
     def expand(self, config: KernelConfig | None = None) -> Results:
         """``y_added``, which is y in place."""
         self.before, self.written = self.y.clone(), {"y_added": self.y}
         config = config or self.config("lora_expand")
-        launch_lora_expand(self.y, self.s, self.lora_b, self.scaling, config=config)
+        module = Module(self.y, self.lora_b, self.scaling)
+        launch_lora_expand([module], self.s, reads_y=True, config=config)
         return self.written
 
     def dropout(self, config: KernelConfig | None = None) -> Results:
@@ -170,24 +172,26 @@ class Problem:
 
     def grad_x(self, config: KernelConfig | None = None) -> Results:
         """``dx``, by the forward's kernel on transposed operands."""
-        self.written = {"dx": self.lab.poisoned(self.m, self.k, dtype=self.dtype)}
+        config = config or self.config("lora_grad_x")
+        outs = {"dx": self.lab.poisoned(self.m, self.k, dtype=self.dtype)}
+        self.written = {}
+        (dx,) = self._outputs(outs, [config.splits])
         launch_lora_linear(
-            *(self.written["dx"], self.dy, self.weight.t(), self.ds, self.lora_a.t(), None),
-            bias=None,
+            [Module(dx, self.lora_a.t(), None, None, self.weight.t())],
+            *(self.dy, self.ds),
             s_out=None,
-            config=config or self.config("lora_grad_x"),
+            config=config,
             pdl=False,
             **self.drops(),
         )
-        return self.written
+        return self._summed(outs)
 
     def grad_x_add(self, config: KernelConfig | None = None) -> Results:
         """``dx``, by an update of ``dy @ weight``."""
         self.written = {"dx": self.dy @ self.weight}
         config = config or self.config("lora_grad_x_add")
-        launch_lora_expand(
-            self.written["dx"], self.ds, self.lora_a.t(), None, config=config, **self.drops()
-        )
+        module = Module(self.written["dx"], self.lora_a.t(), None)
+        launch_lora_expand([module], self.ds, reads_y=True, config=config, **self.drops())
         return self.written
 
     # --------------------------------------------------------------------------- truth

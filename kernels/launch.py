@@ -1,0 +1,289 @@
+"""Launches, and what is kept of them for the next call that looks the same.
+
+Triton's launcher binds some 40 named arguments, asks of each what the compiler may know, and looks
+the kernel up by the answers: 20 to 40 us of the host, for a kernel that may run for 2. Before it,
+somebody chooses a plan and configs. A function under `kept` does all that once for each look of
+its arguments: dtype, shape, strides and address modulo 16 of a tensor, type and value of all else.
+From then on it allocates the same memory and calls the same compiled kernels, with the addresses of
+the new tensors.
+
+Triton's own launcher runs where something watches or changes launches (hooks of profilers,
+``TRITON_DEBUG``, instrumentation), in Triton's interpreter, and in versions of Triton that this was
+not written for.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.runtime.driver import driver
+
+from fastlora.env import triton_interpreted
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+# Versions whose compiled kernels are called as `_Steps.run` does.
+_FIRST, _LAST = (3, 6), (3, 9)
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
+# Looks of one function; past it all are dropped. One takes some 3 KiB.
+_MAX_LOOKS = 16384
+_PLAIN = frozenset((bool, int, float, str, torch.dtype))
+_ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
+_Tensor = torch.Tensor
+# `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
+_rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+# For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
+_SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
+
+
+class _Call(NamedTuple):
+    """A launch as a function under `kept` made it; ``compiled`` is what Triton compiled for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+class _Operators(TorchDispatchMode):
+    """Notices operators of PyTorch's that compute something."""
+
+    computed = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls the operator."""
+        self.computed |= not (func.is_view or func.overloadpacket in _ALLOCATE)
+        return func(*args, **(kwargs or {}))
+
+
+class _Recording(threading.local):
+    """What a function under `kept` does; None where none runs for the first time."""
+
+    calls: list[_Call] | None = None
+    fresh: list[torch.Tensor]
+
+
+_recording = _Recording()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launches a kernel of Triton's, with its arguments and Triton's options by name."""
+    compiled = kernel[grid](**arguments)
+    if _recording.calls is not None:
+        _recording.calls.append(_Call(kernel, grid, arguments, compiled))
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns memory that launches fill, on the device of a tensor and by default in its dtype."""
+    made = like.new_empty(shape, dtype=dtype)
+    if _recording.calls is not None:
+        _recording.fresh.append(made)
+    return made
+
+
+class _Steps(NamedTuple):
+    """What a function under `kept` does for one look of its arguments.
+
+    Tensors are numbered: those given, then the allocated ones, None, and views of the ones before.
+
+    Attributes:
+        empties: Shape, strides and dtype of what is allocated.
+        views: For each the number of its tensor, and bytes from there.
+        calls: For each launch what is called, its grid, the function, its metadata, what picks the
+            tensors, and the kernel's other arguments.
+        result: Makes what is returned, from the allocated tensors.
+        alive: What must live as long.
+    """
+
+    empties: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    views: tuple[tuple[int, int], ...]
+    calls: tuple[tuple[Any, ...], ...]
+    result: Callable[[list[torch.Tensor]], Any]
+    alive: tuple[Any, ...]
+
+    def run(self, device: int, like: torch.Tensor, addresses: list[int | None]) -> Any:
+        """Allocates and launches."""
+        empties, views, calls, result, _ = self
+        fresh = []
+        for shape, strides, dtype in empties:
+            tensor = like.new_empty_strided(shape, strides, dtype=dtype)
+            fresh.append(tensor)
+            addresses.append(tensor.data_ptr())
+        addresses.append(None)
+        for source, offset in views:
+            addresses.append(addresses[source] + offset)  # type: ignore[operator]
+        stream = driver.active.get_current_stream(device)
+        for run, x, y, z, function, metadata, pick, others in calls:
+            run(x, y, z, stream, function, metadata, None, None, None, *pick(addresses), *others)
+        return result(fresh)
+
+
+def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Keeps what a function launches.
+
+    The function looks at nothing but its arguments, at no tensor's values, and at how fp32 products
+    round. All that it does with tensors is `launch`, `empty` and views; it returns what it
+    allocated. A function that does more runs as it is each time. What it calls may be kept too.
+
+    The first tensor has the dtype of the products, or a config says how they round.
+    """
+    looks: dict[Hashable, dict[int, _Steps | None]] = {}
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not _KEEPS or _recording.calls is not None or _is_watched():
+            return function(*args, **kwargs)
+        given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
+        first = given[0]
+        if not isinstance(first, _Tensor):
+            first = next(value for value in _leaves(given) if isinstance(value, _Tensor))
+        look: list[Hashable] = [len(args), *kwargs]
+        if first.dtype is torch.float32:
+            look.append(_rounding_of_fp32())
+        addresses: list[int | None] = []
+        _look_at(given, look, addresses)
+        key = tuple(look)
+        by_device = looks.get(key)
+        if by_device is not None:
+            device = driver.active.get_current_device()
+            if device in by_device:
+                steps = by_device[device]
+                if steps is None:
+                    return function(*args, **kwargs)
+                made: _T = steps.run(device, first, addresses)
+                return made
+        _recording.calls, _recording.fresh = [], []
+        try:
+            with _Operators() as operators:
+                result = function(*args, **kwargs)
+            calls, fresh = _recording.calls, _recording.fresh
+        finally:
+            _recording.calls, _recording.fresh = None, []
+        if calls and all(call.compiled is not None for call in calls):
+            if len(looks) >= _MAX_LOOKS:
+                looks.clear()
+            found = None if operators.computed else _steps(given, calls, fresh, result)
+            looks.setdefault(key, {})[driver.active.get_current_device()] = found
+        return result
+
+    return run
+
+
+def _is_watched() -> bool:
+    """Whether something of Triton's watches launches or changes how kernels are compiled."""
+    runtime = knobs.runtime
+    try:
+        hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+    except AttributeError:  # something else than Triton's chain of hooks
+        return True
+    return bool(
+        hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def _look_at(values: Iterable[Any], look: list[Hashable], addresses: list[int | None]) -> None:
+    """Adds what values look like, and their tensors' addresses."""
+    for value in values:
+        if value is None:
+            look.append(None)
+        elif isinstance(value, _Tensor):
+            address = value.data_ptr()
+            addresses.append(address)
+            look.append((value.dtype, value.shape, value.stride(), address & 15))
+            if _SEES_SIZES:
+                look.append(value.untyped_storage().nbytes() <= _SMALL)
+        elif type(value) in _PLAIN:
+            look.append((type(value), value))
+        elif isinstance(value, (list, tuple)):
+            look.append((type(value), len(value)))
+            _look_at(value, look, addresses)
+        else:  # a config, which `_Steps` keeps: no other one gets its id
+            look.append(id(value))
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Yields values, those in sequences one by one."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _steps(
+    given: tuple[Any, ...], calls: list[_Call], fresh: list[torch.Tensor], result: Any
+) -> _Steps | None:
+    """Returns what to do for other tensors of the same look.
+
+    None where that is not known: a tensor that is neither given nor allocated, or one that was
+    given twice, where the next call may be given two.
+    """
+    leaves = list(_leaves(given))
+    tensors = [value for value in leaves if isinstance(value, torch.Tensor)] + fresh
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    if len(places) < len(tensors):
+        return None
+    none, views, made = len(tensors), [], []
+    for call in calls:
+        names = call.kernel.arg_names
+        count = sum(name.endswith("_ptr") for name in names)
+        values = [call.arguments[name] for name in names]
+        sources = []
+        for value in values[:count]:
+            place = none if value is None else places.get(id(value))
+            if place is None:
+                owners = [i for i, tensor in enumerate(tensors) if _holds(tensor, value)]
+                if len(owners) != 1:
+                    return None
+                place = none + 1 + len(views)
+                views.append((owners[0], value.data_ptr() - tensors[owners[0]].data_ptr()))
+            sources.append(place)
+        x, y, z = (*call.grid, 1, 1)[:3]
+        what = call.compiled.function, call.compiled.packed_metadata
+        pick = operator.itemgetter(*sources)
+        made.append((call.compiled.run, x, y, z, *what, pick, tuple(values[count:])))
+    returned = _result_of(result, {id(tensor): place for place, tensor in enumerate(fresh)})
+    if returned is None:
+        return None
+    alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
+    alive += [call.compiled for call in calls]
+    empties = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in fresh)
+    return _Steps(empties, tuple(views), tuple(made), returned, tuple(alive))
+
+
+def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
+    """Whether a view begins within the memory of a tensor."""
+    if tensor.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+        return False
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    end = sum((size - 1) * stride for size, stride in sizes) * tensor.itemsize
+    return tensor.numel() > 0 and 0 <= view.data_ptr() - tensor.data_ptr() <= end
+
+
+def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[torch.Tensor]], Any] | None:
+    """Returns what makes a result of allocated tensors; None for one of others."""
+    if result is None:
+        return lambda fresh: None
+    if isinstance(result, torch.Tensor):
+        place = places.get(id(result))
+        return None if place is None else operator.itemgetter(place)
+    found, kind = [places.get(id(tensor)) for tensor in result], type(result)
+    if None in found:
+        return None
+    if found == list(range(len(found))):
+        return lambda fresh: kind(fresh[: len(found)])
+    return lambda fresh: kind(fresh[place] for place in found)

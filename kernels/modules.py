@@ -1,0 +1,74 @@
+"""Siblings of one launch: modules that are fed by the same x, as the arguments of a kernel.
+
+A kernel takes the first module's values under plain names (``y_ptr``, ``N``) and the others' under
+numbered ones (``y_1_ptr``, ``N_1``). On the device `of_module` takes a tile's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import MAX_SIBLINGS
+
+
+class Module(NamedTuple):
+    """A module of a launch. What siblings have is contiguous.
+
+    Attributes:
+        y: ``[M, N]`` in x's dtype; planes of it, fp32 ``[splits, M, N]``, where programs share K.
+        lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
+        scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
+        bias: ``[N]``, any floating-point dtype, or None.
+        weight: ``[N, K]`` in x's dtype, any strides; None for a kernel that reads none.
+    """
+
+    y: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+
+def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, object]:
+    """Returns the kernel arguments of 1 to `MAX_SIBLINGS` modules; None and 0 for those unused."""
+    named: dict[str, object] = {}
+    for i in range(MAX_SIBLINGS):
+        mark, own = f"_{i}" if i else "", modules[i] if i < len(modules) else None
+        for name in Module._fields if weight else Module._fields[:4]:
+            named[f"{name}{mark}_ptr"] = None if own is None else getattr(own, name)
+        sizes = (0, 0) if own is None else own.lora_b.shape
+        named[f"N{mark}"], named[f"R{mark}"] = sizes
+    return named
+
+
+def are_aligned(modules: Sequence[Module]) -> bool:
+    """Whether siblings have blocks at multiples of 16 bytes, which their choice hides."""
+    blocks = [t for own in modules for t in (own.y, own.lora_b, own.weight) if t is not None]
+    return len(modules) > 1 and all(t.data_ptr() % 16 == 0 for t in blocks)
+
+
+@triton.jit
+def of_module(module, value_0, value_1, value_2, value_3, SIBLINGS: tl.constexpr):
+    """Returns a value of the module that a tile belongs to, in a grid over siblings' tiles."""
+    value = tl.where(module == 1, value_1, value_0)
+    if SIBLINGS > 2:
+        value = tl.where(module == 2, value_2, value)
+    if SIBLINGS > 3:
+        value = tl.where(module == 3, value_3, value)
+    return value
+
+
+@triton.jit
+def module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS: tl.constexpr):
+    """Returns (module, its tile), where the tiles of one module come after the other's."""
+    module = (pid >= begin_1).to(tl.int32)
+    if SIBLINGS > 2:
+        module += (pid >= begin_2).to(tl.int32)
+    if SIBLINGS > 3:
+        module += (pid >= begin_3).to(tl.int32)
+    return module, pid - of_module(module, 0, begin_1, begin_2, begin_3, SIBLINGS)

@@ -1,0 +1,144 @@
+"""Siblings of one launch against float64: each with a size, rank, scaling and bias of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_linear import launch_lora_linear
+from fastlora.kernels.lora_shrink import launch_lora_shrink
+from fastlora.kernels.modules import Module
+from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.testing import assert_within_budget
+from tests.support.kernels.lab import Lab
+
+# Columns and ranks of each: on and off the tiles, more rank rows than a chunk, four at most.
+SIBLINGS = [
+    ((64, 32), (16, 16)),
+    ((70, 33, 33), (8, 3, 40)),
+    ((32, 96, 5, 64), (4, 16, 1, 20)),
+]
+SIZES = pytest.mark.parametrize(("columns", "ranks"), SIBLINGS, ids=str)
+CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps": 4}
+
+
+class Layers:
+    """Linears that are fed by one x ``[M, K]``."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        m: int,
+        columns: tuple[int, ...],
+        ranks: tuple[int, ...],
+        dtype: torch.dtype,
+        bias: bool = True,
+        k: int = 72,
+    ) -> None:
+        self.lab, self.x = lab, lab.rand(m, k, dtype=dtype)
+        self.lora_a = [lab.rand(r, k, dtype=dtype) for r in ranks]
+        self.weight = [lab.rand(n, k, dtype=dtype) for n in columns]
+        self.lora_b = [lab.rand(n, r, dtype=dtype) for n, r in zip(columns, ranks, strict=True)]
+        self.bias = [lab.rand(n, dtype=dtype) if bias else None for n in columns]
+        self.scaling = [torch.tensor([0.5 + i], device=lab.device) for i in range(len(ranks))]
+        # No two kernels share an s: each reads the one that it should have.
+        self.s = torch.cat([self.x @ a.t() for a in self.lora_a], 1)
+
+    def modules(self, splits: int = 1, weights: bool = True) -> list[Module]:
+        """The launch's, over NaN."""
+        made = []
+        for weight, b, bias, scaling in zip(
+            self.weight, self.lora_b, self.bias, self.scaling, strict=True
+        ):
+            shape = (self.x.shape[0], weight.shape[0])
+            y = self.lab.poisoned(*shape, dtype=self.x.dtype)
+            if splits > 1:
+                y = self.lab.poisoned(splits, *shape, dtype=torch.float32)
+            made.append(Module(y, b, scaling, bias, weight if weights else None))
+        return made
+
+    def check(self, ys: list[torch.Tensor], product: bool = True) -> None:
+        """Compares every y with float64."""
+        results = []
+        for dtype in (self.x.dtype, torch.float64):
+            first, found = 0, []
+            for y, (_, b, scaling, bias, weight) in zip(ys, self.modules(), strict=True):
+                s = self.s[:, first : first + b.shape[1]].to(dtype)
+                first += b.shape[1]
+                own = (s @ b.to(dtype).t()) * scaling.to(dtype)
+                if product:
+                    own = own + self.x.to(dtype) @ weight.to(dtype).t()
+                found.append(own if bias is None else own + bias.to(dtype))
+                assert y.shape == own.shape
+            results.append(found)
+        for number, (y, plain, truth) in enumerate(zip(ys, *results, strict=True)):
+            assert_within_budget(y, plain, truth, f"y of {number}")
+
+
+@SIZES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m", [1, 37])
+def test_linear(
+    lab: Lab,
+    dtype: torch.dtype,
+    m: int,
+    bias: bool,
+    columns: tuple[int, ...],
+    ranks: tuple[int, ...],
+) -> None:
+    layers = Layers(lab, m, columns, ranks, dtype, bias)
+    modules, s_out = layers.modules(), lab.poisoned(*layers.s.shape, dtype=dtype)
+    launch_lora_linear(
+        modules, layers.x, layers.s, s_out=s_out, config=KernelConfig(**CONFIG), pdl=False
+    )
+    layers.check([module.y for module in modules])
+    assert torch.equal(s_out, layers.s)
+
+
+@SIZES
+@pytest.mark.parametrize("splits", [2, 4])
+def test_a_linear_that_splits_k(
+    lab: Lab, dtype: torch.dtype, splits: int, columns: tuple[int, ...], ranks: tuple[int, ...]
+) -> None:
+    """Of four parts of K one is empty."""
+    layers = Layers(lab, 19, columns, ranks, dtype)
+    modules, config = layers.modules(splits), KernelConfig(**CONFIG, splits=splits)
+    planes = torch.stack([layers.s.float() * share for share in (0.25, 0.75)])
+    launch_lora_linear(modules, layers.x, planes, s_out=None, config=config, pdl=False)
+    ys = [module.y for module in layers.modules()]
+    sums = [module.y for module in modules]
+    launch_plane_sums(ys, sums, config=KernelConfig(num_warps=4))
+    layers.check(ys)
+
+
+@SIZES
+@pytest.mark.parametrize("bias", [False, True])
+def test_expand_writes_what_a_product_accumulates_on(
+    lab: Lab, dtype: torch.dtype, bias: bool, columns: tuple[int, ...], ranks: tuple[int, ...]
+) -> None:
+    layers = Layers(lab, 37, columns, ranks, dtype, bias)
+    modules, s_out = layers.modules(weights=False), lab.poisoned(*layers.s.shape, dtype=dtype)
+    config = KernelConfig(**CONFIG)
+    planes = torch.stack([layers.s.float() * share for share in (0.25, 0.75)])
+    launch_lora_expand(modules, planes, reads_y=False, s_out=s_out, config=config)
+    layers.check([module.y for module in modules], product=False)
+    assert torch.equal(s_out, layers.s)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("ranks", "k"), [((16, 16), 64), ((8, 3, 21), 72), ((1, 2, 4, 9), 65)])
+def test_shrink(lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int, splits: int) -> None:
+    """Side by side in one read of x, whole and in planes."""
+    layers = Layers(lab, 21, ranks, ranks, dtype, k=k)
+    config = KernelConfig(**CONFIG, splits=splits)
+    s = lab.poisoned(*layers.s.shape, dtype=dtype)
+    if splits > 1:
+        s = lab.poisoned(splits, *layers.s.shape, dtype=torch.float32)
+    launch_lora_shrink(s, layers.x, layers.lora_a, seed=None, dropout_p=0.0, config=config)
+    found = s.sum(0).to(dtype) if splits > 1 else s
+    truth = torch.cat([layers.x.double() @ a.double().t() for a in layers.lora_a], 1)
+    assert_within_budget(found, layers.s, truth, "s")
