@@ -61,10 +61,12 @@ class _FastForward(CommonLayer):
 
     def _base(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Base:
         """The base layer: its weight where it is a plain linear, else what it makes of x."""
+        plain: Base | None = None if args or kwargs else self._plain_base()
+        return Base(y=self.base_layer(x, *args, **kwargs)) if plain is None else plain
+
+    def _plain_base(self: Any) -> Base | None:
         module = self.base_layer
-        if not args and not kwargs and not why_not_plain(module):
-            return Base(module.weight, module.bias)
-        return Base(y=module(x, *args, **kwargs))
+        return None if why_not_plain(module) else Base(module.weight, module.bias)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""

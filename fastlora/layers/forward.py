@@ -12,6 +12,7 @@ import torch
 
 from fastlora.autograd.adapter import run_adapter
 from fastlora.layers import mixed
+from fastlora.layers.at_once import output_at_once
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.dora import run_dora
 from fastlora.layers.factors import scaling_beside, why_not_fused
@@ -81,7 +82,11 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
-        if first is not None:
+        if first is not None and _runs_at_once(call, base):
+            y = output_at_once(call, base, first)
+            if y is not None:
+                return y
+        elif first is not None:
             shrunk = shared_shrink(call, Slots((first,)))
     else:
         first, others, bias = _joined(call, names)
@@ -96,6 +101,16 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     for other in others:
         y = run_adapter(x, Base(y=y, inplace=True), other, conditions, own_seed=layer._own_seed)
     return y
+
+
+def _runs_at_once(call: LayerCall, base: Base) -> bool:
+    """Whether a layer may be computed together with its siblings: see `output_at_once`."""
+    conditions = call.conditions
+    return (
+        conditions.impl == "triton"
+        and base.weight is not None
+        and not (conditions.invariant or conditions.compiling or torch.is_grad_enabled())
+    )
 
 
 def _joined(

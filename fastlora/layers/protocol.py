@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Base, Factors
 from fastlora.routing.routing import Group
 from fastlora.routing.siblings import Family
 
@@ -83,6 +83,9 @@ class AdapterLayer(Protocol):
 
     def _own_factors(self, name: str, call: LayerCall | MixedCall | None = None) -> Factors | None:
         """As `fastlora.layers.factors.factors_of`."""
+
+    def _plain_base(self) -> Base | None:
+        """Returns the base layer's weight and bias; None where it must be called."""
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
         """Returns an adapter's magnitude, ``[N]``."""

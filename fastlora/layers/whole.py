@@ -14,6 +14,7 @@ from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import factors_of
 from fastlora.layers.norms import magnitude_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.ops.factors import Base
 from fastlora.ops.torch.norms import nonzero
 
 
@@ -27,6 +28,10 @@ class Whole:
     is_split = False
     _own_factors = factors_of
     _own_magnitude = magnitude_of
+
+    def _plain_base(self: AdapterLayer) -> Base | None:
+        """Returns the base layer's weight and bias; None where it must be called."""
+        return None
 
     def _own_weight(self: AdapterLayer) -> torch.Tensor:
         """Returns the base weight as a dense matrix, ``[N, K]``."""

@@ -13,7 +13,7 @@ import torch
 from fastlora.validation import check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import Base, Operands
+    from fastlora.ops.factors import Base, Factors, Operands
     from fastlora.ops.rows import Rows
 
 
@@ -130,6 +130,22 @@ class Backend(Protocol):
             seeds: Of each layer int64 ``[1]``, or None; all None with rows.
             dropout_p: Of each layer.
             rows: Which adapter each row has.
+        """
+
+    def siblings(
+        self, x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors]
+    ) -> tuple[list[torch.Tensor], bool] | None:
+        """Returns y ``[M, N]`` of each of 2 to 4 layers that are fed by the same x, at once.
+
+        And whether they are whole: else each is of bias and adapter, for its base product to
+        accumulate on. None where the backend has nothing to gain.
+
+        Args:
+            x: Their input.
+            bases: Of each layer a weight and bias in x's dtype, contiguous; all with a bias, or
+                none.
+            adapters: Of each layer, without lora_bias and dropout; contiguous, of one dtype, with a
+                scaling of one element.
         """
 
     def grad_a(

@@ -90,7 +90,12 @@ def operators_for(x: torch.Tensor) -> Any:
     Where nothing would look at a registered operator (no compiler, mode, transform, profiler or
     autograd), these are the functions that run them: the dispatcher takes 5 us a call.
     """
-    if (
+    return _DIRECT if runs_directly(x) else torch.ops.fastlora
+
+
+def runs_directly(x: torch.Tensor) -> bool:
+    """Whether nothing would look at a registered operator of x."""
+    return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or type(x) not in _PLAIN
@@ -98,9 +103,7 @@ def operators_for(x: torch.Tensor) -> Any:
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-    ):
-        return torch.ops.fastlora
-    return _DIRECT
+    )
 
 
 @functools.cache

@@ -35,12 +35,17 @@ class Family:
 
     Attributes:
         members: The layers.
+        unwritten: Whether nobody was seen to write into the tensor between their calls. Writes into
+            an inference tensor are not counted: what was seen once is then relied on.
         why_not: Why the last training forward of a layer (by its ``id``) shared nothing; empty
             where it did.
     """
 
-    def __init__(self, members: tuple[weakref.ref[FedLayer], ...] = ()) -> None:
+    def __init__(
+        self, members: tuple[weakref.ref[FedLayer], ...] = (), unwritten: bool = False
+    ) -> None:
         self.members = members
+        self.unwritten = unwritten
         self.why_not: dict[int, str] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Family:
@@ -50,18 +55,32 @@ class Family:
         return Family, ()
 
 
-class _Seen(NamedTuple):
+class _Seen:
     """Layers seen in sequence with one tensor."""
 
-    x: weakref.ref[torch.Tensor]
-    members: list[weakref.ref[FedLayer]]
+    def __init__(self, layer: FedLayer, x: torch.Tensor) -> None:
+        self.x = weakref.ref(x)
+        self.members = [weakref.ref(layer)]
+        self.unwritten = True
+        # What the tensor was: how often written into, or where nobody counts that, its elements.
+        self._state = x.clone() if x.is_inference() else x._version
+
+    def add(self, layer: FedLayer, x: torch.Tensor) -> None:
+        """Notes the next layer with the same tensor."""
+        self.members.append(weakref.ref(layer))
+        if isinstance(self._state, int):
+            self.unwritten &= x._version == self._state
+        elif self.unwritten:
+            captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            self.unwritten = not captured and torch.equal(x, self._state)  # waits, once a layer
 
 
 class _Shares(NamedTuple):
     """What one layer computed for its siblings; each takes its own once.
 
     Attributes:
-        x: The tensor that it was computed from, at ``version``, which counts writes into x.
+        x: The tensor that it was computed from, at ``version``, which counts writes into x; 0 for
+            an inference tensor, which counts none.
         context: What all shares depend on.
         own: By owner, what else the share depends on, and the share.
     """
@@ -99,10 +118,10 @@ def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
         return known
     seen = _thread.seen
     if seen is not None and seen.x() is x and all(member() is not layer for member in seen.members):
-        seen.members.append(weakref.ref(layer))
+        seen.add(layer, x)
         return None
     if seen is not None:
-        family = Family(tuple(seen.members))
+        family = Family(tuple(seen.members), seen.unwritten)
         for reference in seen.members:
             member = reference()
             # Another thread may have seen it beside others: no layer is of two families.
@@ -112,7 +131,7 @@ def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
         known = known_family(layer)
         if known is not None:
             return known
-    _thread.seen = _Seen(weakref.ref(x), [weakref.ref(layer)])
+    _thread.seen = _Seen(layer, x)
     return None
 
 
@@ -137,7 +156,8 @@ def take_share(
     shares = _thread.shares
     if shares is None:
         return None
-    same = shares.x() is x and shares.version == x._version and len(context) == len(shares.context)
+    version = 0 if x.is_inference() else x._version
+    same = shares.x() is x and shares.version == version and len(context) == len(shares.context)
     if not same or not all(map(is_, context, shares.context)):
         _thread.shares = None  # it holds activations
         return None
@@ -150,7 +170,10 @@ def take_share(
 def keep_shares(
     x: torch.Tensor, context: tuple[object, ...], own: Mapping[int, tuple[object, object]]
 ) -> None:
-    """Keeps the key and the share of each sibling until all were taken or another tensor comes."""
-    # Writes into an inference tensor are not counted: nothing could be taken from it safely.
-    if own and not x.is_inference():
-        _thread.shares = _Shares(weakref.ref(x), x._version, context, dict(own))
+    """Keeps the key and the share of each sibling until all were taken or another tensor comes.
+
+    Of an inference tensor only what a family's `Family.unwritten` vouches for may be kept.
+    """
+    if own:
+        version = 0 if x.is_inference() else x._version
+        _thread.shares = _Shares(weakref.ref(x), version, context, dict(own))

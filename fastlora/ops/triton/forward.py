@@ -94,6 +94,21 @@ def linear(
     return [y, own] if s is None else [y]
 
 
+def siblings(
+    x: torch.Tensor,
+    weights: _Tensors,
+    biases: Sequence[torch.Tensor | None],
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    scalings: _Tensors,
+) -> tuple[list[torch.Tensor], bool]:
+    """Returns what `fastlora.ops.backend.Backend.siblings` does."""
+    n, r = sum(w.shape[0] for w in weights), max(b.shape[1] for b in lora_b)
+    fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
+    own = biases, lora_a, lora_b, scalings
+    return _siblings(x, weights if fused else [None] * len(weights), *own), fused
+
+
 def expand_(
     y: torch.Tensor,
     s: torch.Tensor,
@@ -323,6 +338,39 @@ def _fused_one(
     if written is not y:
         plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
     return [y, own] if s is None else [y]
+
+
+@kept
+def _siblings(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    scalings: _Tensors,
+) -> list[torch.Tensor]:
+    """Returns y of modules fed by the same x, without the base products where weights are None.
+
+    Two launches: shrink, and a linear or an expand; one more where the linear splits K.
+    """
+    (m, k), r, fused = x.shape, max(b.shape[1] for b in lora_b), weights[0] is not None
+    sizes = [b.shape[0] for b in lora_b]
+    _, shrunk = _shrunk(x, lora_a, None, 0.0)
+    ys = [empty(x, m, n) for n in sizes]
+    config = config_of("lora_linear" if fused else "lora_expand", x, m, sum(sizes), k, r)
+    written, splits = ys, config.splits
+    if splits > 1:
+        written = [empty(x, splits, m, n, dtype=torch.float32) for n in sizes]
+    own = zip(written, lora_b, scalings, biases, weights, strict=True)
+    modules = [Module(*each) for each in own]
+    if fused:
+        pdl = chip_of(x).has_pdl
+        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=None, config=config, pdl=pdl)
+    else:
+        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, config=config)
+    if splits > 1:
+        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+    return ys
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
