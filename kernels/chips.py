@@ -10,6 +10,7 @@ import torch
 
 from fastlora.env import triton_interpreted
 
+_INTERPRETED = triton_interpreted()
 _KIB = 1024
 # Shared memory (LDS) that one program may use.
 _SHARED_LIMITS = {
@@ -97,7 +98,7 @@ class Chip(NamedTuple):
 
 def chip_of(device: torch.device) -> Chip:
     """Returns the chip behind a CUDA or ROCm device, or the interpreter's stand-in."""
-    if triton_interpreted():
+    if _INTERPRETED:
         return Chip("interpreter", 4)
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 

@@ -2,7 +2,9 @@
 
 For one adapter on kernels. What the others find at their own calls is whole, or, where the product
 is the library's, bias and adapter for it to accumulate on. Who is a sibling was seen before, and
-what was left is taken by the tensor's identity: see `fastlora.routing.siblings`.
+what was left is taken by the tensor's identity: see `fastlora.routing.siblings`. Each compares what
+it would compute from with what was computed from, tensor by tensor; so the first may trust what it
+found of its siblings at an earlier call.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import torch
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.backend import BACKENDS
+from fastlora.ops.backend import BACKENDS, Siblings
 from fastlora.ops.factors import Base, Factors
 from fastlora.routing.siblings import Family, family_of, keep_shares, take_share
 
 # Siblings of one launch.
 _MOST = 4
+_Key = tuple[int, ...]
 
 
 class _Left(NamedTuple):
@@ -27,6 +30,37 @@ class _Left(NamedTuple):
 
     y: torch.Tensor
     is_whole: bool
+
+
+class _Launch(NamedTuple):
+    """What the first of siblings computes: itself, and those that are called after it.
+
+    Attributes:
+        dtype, device: Of x.
+        base, own: The first's.
+        owners: The ``id`` of each layer.
+        siblings: Their operands; None where the first is alone.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    base: Base
+    own: Factors
+    owners: list[int]
+    siblings: Siblings | None
+
+    def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+        """Whether it was found for the very same layer and such an input."""
+        before, known = self.own, self.base
+        return (
+            own.lora_a is before.lora_a
+            and own.lora_b is before.lora_b
+            and own.scaling is before.scaling
+            and base.weight is known.weight
+            and base.bias is known.bias
+            and x.dtype is self.dtype
+            and x.device == self.device
+        )
 
 
 def output_at_once(call: LayerCall, base: Base, own: Factors) -> torch.Tensor | None:
@@ -41,18 +75,19 @@ def output_at_once(call: LayerCall, base: Base, own: Factors) -> torch.Tensor | 
     family = family_of(layer, x)
     if family is None or len(family.members) < 2 or not family.unwritten:
         return None
-    key = _key(base, own)
-    if key is None or call.conditions.autocast is not None:
+    weight, bias = base.weight, base.bias
+    if own.dropout_p or own.lora_bias is not None or own.magnitude is not None or weight is None:
         return None
+    # Part of each key, as numbers differ in identity.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    # Numbers differ in identity: the stream is part of each key.
-    left = take_share(x, id(layer), (family,), (stream, *key))
+    key = _key(stream, weight, bias, own.lora_a, own.lora_b, own.scaling)
+    left = None if key is None else take_share(x, id(layer), (family,), key)
     if left is None:
         left = _compute(call, base, own, family, stream)
-    if left is None:
-        return None
-    y, weight = left.y, base.weight
-    if not left.is_whole and weight is not None:
+        if left is None:
+            return None
+    y, is_whole = left
+    if not is_whole:
         y.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     if x.dim() == 2:
         return y
@@ -64,31 +99,51 @@ def _compute(
 ) -> _Left | None:
     """Computes a layer and those siblings that have yet to be called; returns its own."""
     layer, x = call.layer, call.given
-    found: list[tuple[Any, Base, Factors]] = []
+    launch: _Launch | None = family.at_once.get(id(layer))
+    if launch is None or not launch.serves(x, base, own):
+        family.at_once.clear()  # another one's is as old
+        launch = family.at_once[id(layer)] = _launch_of(call, base, own, family)
+    siblings = launch.siblings
+    if siblings is None:
+        return None
+    keys = [_key(stream, *tensors) for tensors in zip(*siblings, strict=True)]
+    if None in keys:
+        return None
+    made = BACKENDS[call.conditions.backend].siblings(x.reshape(-1, x.shape[-1]), siblings)
+    if made is None:
+        return None
+    ys, is_whole = made
+    shares = {
+        owner: (key, _Left(y, is_whole))
+        for owner, key, y in zip(launch.owners[1:], keys[1:], ys[1:], strict=True)
+    }
+    keep_shares(x, (family,), shares)
+    return _Left(ys[0], is_whole)
+
+
+def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _Launch:
+    """Finds the siblings that one launch takes beside a layer."""
+    layer, x = call.layer, call.given
+    found: list[tuple[int, Base, Factors]] = []
     for reference in family.members:
         member: Any = reference()
-        if member is layer:
-            found.append((layer, base, own))
+        if member is layer and _fits(x, base, own) and call.conditions.autocast is None:
+            found.append((id(layer), base, own))
         elif found and member is not None and len(found) < _MOST:
             like = _operands_of(member, call, base, own)
             if like is not None:
-                found.append((member, *like))
-    if len(found) < 2 or not _fits(x, base, own):
-        return None
-    made = BACKENDS[call.conditions.backend].siblings(
-        x.reshape(-1, x.shape[-1]),
-        [base for _, base, _ in found],
-        [factors for _, _, factors in found],
-    )
-    if made is None:
-        return None
-    ys, are_whole = made
-    shares = {
-        id(member): ((stream, *(_key(base, factors) or ())), _Left(y, are_whole))
-        for (member, base, factors), y in zip(found[1:], ys[1:], strict=True)
-    }
-    keep_shares(x, (family,), shares)
-    return _Left(ys[0], are_whole)
+                found.append((id(member), *like))
+    siblings = None
+    if len(found) > 1:
+        bases, factors = [base for _, base, _ in found], [own for _, _, own in found]
+        siblings = Siblings(
+            [base.weight for base in bases if base.weight is not None],
+            [base.bias for base in bases],
+            [own.lora_a for own in factors],
+            [own.lora_b for own in factors],
+            [own.scaling for own in factors],
+        )
+    return _Launch(x.dtype, x.device, base, own, [owner for owner, _, _ in found], siblings)
 
 
 def _operands_of(
@@ -104,35 +159,38 @@ def _operands_of(
     factors = factors_of(member, names[0], call)
     if factors is None or not _fits(call.given, other, factors):
         return None
-    pairs = (factors.lora_a, own.lora_a), (factors.lora_b, own.lora_b), (other.bias, base.bias)
-    alike = all(a is None or b is None or a.dtype is b.dtype for a, b in pairs)
-    return (other, factors) if alike else None
+    pairs = (factors.lora_a, own.lora_a), (factors.lora_b, own.lora_b)
+    return (other, factors) if all(a.dtype is b.dtype for a, b in pairs) else None
 
 
 def _fits(x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Whether one launch takes a layer among others: plain, contiguous, without dropout."""
-    weight, bias, (lora_a, lora_b, scaling, lora_bias, dropout_p, magnitude) = *base[:2], own
-    tensors = [weight, lora_a, lora_b] if bias is None else [weight, bias, lora_a, lora_b]
-    if weight is None or lora_bias is not None or dropout_p or magnitude is not None:
+    weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
+    if own.lora_bias is not None or own.dropout_p or own.magnitude is not None or weight is None:
         return False
-    for tensor in tensors:
-        if tensor is None or tensor.device != x.device or not tensor.is_contiguous():
-            return False
+    tensors = [weight, lora_a, lora_b] if bias is None else [weight, bias, lora_a, lora_b]
     return (
-        weight.dtype is x.dtype
+        all(tensor.device == x.device and tensor.is_contiguous() for tensor in tensors)
+        and weight.dtype is x.dtype
         and (bias is None or bias.dtype is x.dtype)
         and lora_a.shape[1] == x.shape[-1] == weight.shape[1]
         and lora_a.shape[0] > 0
-        and scaling.numel() == 1
+        and own.scaling.numel() == 1
     )
 
 
-def _key(base: Base, own: Factors) -> tuple[int, ...] | None:
-    """Returns what a layer's output depends on beside x, unchanged since; None for unknown."""
-    key = [id(own.scaling)]
-    for tensor in (base.weight, base.bias, own.lora_a, own.lora_b):
-        if tensor is not None:
-            if tensor.is_inference():  # whose writes are not counted
-                return None
-            key += id(tensor), tensor._version
-    return tuple(key)
+def _key(
+    stream: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+) -> _Key | None:
+    """Returns what an output depends on beside x, unchanged since; None where nobody counts."""
+    try:
+        key: _Key = (stream, id(weight), weight._version, id(lora_a), lora_a._version)
+        key += (id(lora_b), lora_b._version, id(scaling), scaling._version)
+        return key if bias is None else (*key, id(bias), bias._version)
+    except RuntimeError:  # an inference tensor's writes are not counted
+        return None

@@ -13,7 +13,7 @@ import torch
 from fastlora.validation import check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import Base, Factors, Operands
+    from fastlora.ops.factors import Base, Operands
     from fastlora.ops.rows import Rows
 
 
@@ -62,6 +62,24 @@ class Gradients(NamedTuple):
     factors: list[torch.Tensor | None]
     ds: torch.Tensor | None
     d_bias: torch.Tensor | None
+
+
+class Siblings(NamedTuple):
+    """Layers that are fed by the same x, each with one adapter, without dropout and lora_bias.
+
+    Attributes:
+        weights: ``[N, K]`` in x's dtype, contiguous, as are all others.
+        biases: ``[N]`` in x's dtype of all, or None of all.
+        lora_a: ``[R, K]``, of one dtype.
+        lora_b: ``[N, R]``, of one dtype.
+        scalings: fp32, of one element.
+    """
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor | None]
+    lora_a: list[torch.Tensor]
+    lora_b: list[torch.Tensor]
+    scalings: list[torch.Tensor]
 
 
 class Backend(Protocol):
@@ -133,19 +151,12 @@ class Backend(Protocol):
         """
 
     def siblings(
-        self, x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors]
+        self, x: torch.Tensor, siblings: Siblings
     ) -> tuple[list[torch.Tensor], bool] | None:
         """Returns y ``[M, N]`` of each of 2 to 4 layers that are fed by the same x, at once.
 
         And whether they are whole: else each is of bias and adapter, for its base product to
         accumulate on. None where the backend has nothing to gain.
-
-        Args:
-            x: Their input.
-            bases: Of each layer a weight and bias in x's dtype, contiguous; all with a bias, or
-                none.
-            adapters: Of each layer, without lora_bias and dropout; contiguous, of one dtype, with a
-                scaling of one element.
         """
 
     def grad_a(

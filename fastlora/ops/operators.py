@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.ops import schema
-from fastlora.ops.backend import Gradients, Wanted, register_backend
-from fastlora.ops.factors import Base, Factors, Operands
+from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
+from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
@@ -169,21 +169,14 @@ class OperatorBackend:
         return [found[index] for index in range(len(flat))]
 
     def siblings(
-        self, x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors]
+        self, x: torch.Tensor, siblings: Siblings
     ) -> tuple[list[torch.Tensor], bool] | None:
         """See `fastlora.ops.backend.Backend.siblings`; none where somebody looks at operators."""
         if self.impl != "triton" or not schema.runs_directly(x):
             return None
         from fastlora.ops.triton import forward
 
-        return forward.siblings(
-            x,
-            [base.weight for base in bases if base.weight is not None],
-            [base.bias for base in bases],
-            [own.lora_a for own in adapters],
-            [own.lora_b for own in adapters],
-            [own.scaling for own in adapters],
-        )
+        return forward.siblings(x, *siblings)
 
     def grad_a(
         self,

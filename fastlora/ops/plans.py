@@ -6,6 +6,9 @@ where no compiler looks: a graph serves every size.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from fastlora import env
@@ -14,6 +17,7 @@ from fastlora import env
 PLANS = ("auto", "fused", "split", "invariant")
 _NAMED = ("auto", "fused", "split")
 _PLAN = env.plan()
+_rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
 def choose_plan(
@@ -58,7 +62,8 @@ def precision(dtype: torch.dtype) -> str:
     torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) set what is read here
     too; reading those raises once somebody has used the newer one.
     """
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # `torch.backends.cuda.matmul.fp32_precision` takes six times as long.
+    allowed = dtype is torch.float32 and _rounding_of_fp32() == "tf32"
     return "tf32" if allowed else "ieee"
 
 
@@ -66,9 +71,15 @@ def _from_table(
     launch: str, x: torch.Tensor, weight: torch.Tensor, r: int, siblings_n: int | None
 ) -> str:
     """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
+    (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
+    chips, configs = _tables()
+    chip, n = chips.chip_of(x.device), siblings_n or n
+    return configs.plan_of(chip, launch, x.dtype, m=m, n=n, k=k, r=r, input_precision=rounding)
+
+
+@functools.cache
+def _tables() -> tuple[Any, Any]:
+    """Returns the modules of chips and of their tables, which import Triton."""
     from fastlora.kernels import chips, configs
 
-    (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
-    n = siblings_n or n
-    chip = chips.chip_of(x.device)
-    return configs.plan_of(chip, launch, x.dtype, m=m, n=n, k=k, r=r, input_precision=rounding)
+    return chips, configs

@@ -39,6 +39,7 @@ class Family:
             an inference tensor are not counted: what was seen once is then relied on.
         why_not: Why the last training forward of a layer (by its ``id``) shared nothing; empty
             where it did.
+        at_once: By a layer's ``id``, what `fastlora.layers.at_once` keeps for its next call.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Family:
         self.members = members
         self.unwritten = unwritten
         self.why_not: dict[int, str] = {}
+        self.at_once: dict[int, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Family:
         return Family()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.backend import Gradients, Wanted, register_backend
-from fastlora.ops.factors import Base, Factors, Operands
+from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
+from fastlora.ops.factors import Base, Operands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference, segments, single
 
@@ -100,7 +100,7 @@ class TorchBackend:
         each = [own for (own,) in lora_a]
         return single.shrink_siblings(x, each, seeds, dropout_p, self.traced)
 
-    def siblings(self, x: torch.Tensor, bases: Sequence[Base], adapters: Sequence[Factors]) -> None:
+    def siblings(self, x: torch.Tensor, siblings: Siblings) -> None:
         """See `fastlora.ops.backend.Backend.siblings`: products of their own are as fast."""
 
     def grad_a(

@@ -103,7 +103,7 @@ def siblings(
     scalings: _Tensors,
 ) -> tuple[list[torch.Tensor], bool]:
     """Returns what `fastlora.ops.backend.Backend.siblings` does."""
-    n, r = sum(w.shape[0] for w in weights), max(b.shape[1] for b in lora_b)
+    n, r = sum([w.shape[0] for w in weights]), max([b.shape[1] for b in lora_b])
     fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
     own = biases, lora_a, lora_b, scalings
     return _siblings(x, weights if fused else [None] * len(weights), *own), fused
