@@ -18,7 +18,13 @@ from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.backend import BACKENDS, Siblings
 from fastlora.ops.factors import Base, Factors
-from fastlora.routing.siblings import Family, family_of, keep_shares, take_share
+from fastlora.routing.siblings import (
+    Family,
+    drop_shares,
+    family_of,
+    keep_shares,
+    take_share,
+)
 
 # Siblings of one launch.
 _MOST = 4
@@ -99,6 +105,7 @@ def _compute(
 ) -> _Left | None:
     """Computes a layer and those siblings that have yet to be called; returns its own."""
     layer, x = call.layer, call.given
+    drop_shares()  # of a sibling that was not called, or computes other than before
     launch: _Launch | None = family.at_once.get(id(layer))
     if launch is None or not launch.serves(x, base, own):
         family.at_once.clear()  # another one's is as old

@@ -161,7 +161,7 @@ def take_share(
     version = 0 if x.is_inference() else x._version
     same = shares.x() is x and shares.version == version and len(context) == len(shares.context)
     if not same or not all(map(is_, context, shares.context)):
-        _thread.shares = None  # it holds activations
+        drop_shares()  # they hold activations
         return None
     needed, share = shares.own.pop(owner, (None, None))
     if not shares.own:
@@ -179,3 +179,11 @@ def keep_shares(
     if own:
         version = 0 if x.is_inference() else x._version
         _thread.shares = _Shares(weakref.ref(x), version, context, dict(own))
+
+
+def drop_shares() -> None:
+    """Forgets shares that nobody took, and of a family what let them be made."""
+    shares, _thread.shares = _thread.shares, None
+    for part in () if shares is None else shares.context:
+        if isinstance(part, Family):
+            part.at_once.clear()
