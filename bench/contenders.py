@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fastlora.autograd.adapter import run_adapter
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
+from fastlora.ops.conditions import conditions_of
 from fastlora.ops.factors import Base, Factors
 
 SCALING = 2.0  # alpha = 2 r, a common choice; large enough that a missing term is seen
@@ -167,12 +168,14 @@ def _augmented(p: Problem) -> Results:
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
     lora_a, lora_b = p.factors(fp32)
     factors = Factors(lora_a, lora_b, p.scaling)
-    return (run_adapter(p.x, Base(p.weight), factors, p.impl, plan),)
+    conditions = conditions_of(p.x, p.impl, plan)
+    return (run_adapter(p.x, Base(p.weight), factors, conditions, plan),)
 
 
 def _shrink_expand(p: Problem) -> Results:
     factors = Factors(p.lora_a, p.lora_b, p.scaling)
-    return (run_adapter(p.x, Base(y=p.y, inplace=True), factors, p.impl),)
+    base, conditions = Base(y=p.y, inplace=True), conditions_of(p.x, p.impl)
+    return (run_adapter(p.x, base, factors, conditions),)
 
 
 @functools.cache

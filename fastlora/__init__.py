@@ -14,7 +14,7 @@ from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.config import LoraConfig, TaskType
 from fastlora.model.estimate import Estimate, estimate
 from fastlora.model.recommend import Recommendation, recommend
-from fastlora.ops.invariant import batch_invariant
+from fastlora.ops.conditions import batch_invariant
 from fastlora.pool import AdapterPool
 from fastlora.pool.refresh import refresh
 from fastlora.routing.block import adapters

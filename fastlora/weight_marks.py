@@ -65,11 +65,6 @@ class Marks:
         """Ends whatever is kept of weights."""
         self.trained, self.frozen = Mark(), Mark()
 
-    def before_forward(self) -> None:
-        """Ends it where the forward that begins may record gradients: a step may follow."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.trained = Mark()
-
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Ends what an optimizer's step may have changed."""
         self.trained = Mark()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.autograd import linear as autograd
+from fastlora.autograd import adapter as autograd
 from fastlora.functional import lora_add, lora_linear
 from fastlora.validation import ConfigError, ImplementationError
 

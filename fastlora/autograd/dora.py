@@ -49,20 +49,23 @@ class DoraScale(torch.autograd.Function):
         u: torch.Tensor,
         bias: torch.Tensor | None,
         lengths: tuple[int, ...] | None,
+        traced: bool,
         *pairs: torch.Tensor,
     ) -> torch.Tensor:
         """``pairs`` holds magnitude and the norm's squares of each segment in turn.
 
-        ``u [..., N]``; ``lengths`` are the rows of each segment, None for one segment of all rows.
+        ``u [..., N]``; ``lengths`` are the rows of each segment, None for one segment of all rows;
+        ``traced`` says that a graph is being compiled, where there is one segment.
         """
         rows = u.reshape(-1, u.shape[-1])
         if lengths is None:
-            y = scale_columns(rows, bias, scale_of(*pairs))
+            y = scale_columns(rows, bias, scale_of(*pairs), traced=traced)
         else:
             parts = zip(rows.split(lengths), pairs[::2], pairs[1::2], strict=True)
             y = torch.cat([scale_columns(part, bias, scale_of(m, sq)) for part, m, sq in parts])
         ctx.lengths, ctx.bias_dtype = lengths, None if bias is None else bias.dtype
-        ctx.save_for_backward(u if any(ctx.needs_input_grad[3:]) else None, *pairs)
+        ctx.traced = traced
+        ctx.save_for_backward(u if any(ctx.needs_input_grad[4:]) else None, *pairs)
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
@@ -77,13 +80,14 @@ class DoraScale(torch.autograd.Function):
         d_pairs: list[torch.Tensor | None] = []
         for i, (dy_own, part) in enumerate(zip(grads, parts, strict=True)):
             magnitude, squares = pairs[2 * i : 2 * i + 2]
-            wanted = ctx.needs_input_grad[3 + 2 * i]
-            du, d_own = scale_columns_backward(dy_own, part if wanted else None, magnitude, squares)
+            u_own = part if ctx.needs_input_grad[4 + 2 * i] else None
+            du, d_own = scale_columns_backward(dy_own, u_own, magnitude, squares, ctx.traced)
             scaled.append(du)
             d_pairs += [None if d_own is None else d_own.to(magnitude.dtype), None]
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         du = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
-        return du.view(grad.shape) if ctx.needs_input_grad[0] else None, d_bias, None, *d_pairs
+        dx = du.view(grad.shape) if ctx.needs_input_grad[0] else None
+        return dx, d_bias, None, None, *d_pairs
 
 
 # ------------------------------------------------------------------ a base product and its scale
@@ -94,10 +98,11 @@ def runs_as_one(
 ) -> bool:
     """Whether `DoraLinear` takes these.
 
-    Not under a compiler or in inference mode, which have no versions; not with a bias, which in
-    ``y - bias`` would cost digits; and with x saved for lora_a, from which u can be made again.
+    For graphs that are compiled nobody asks. Not in inference mode, which has no versions, as
+    compilers have none; not with a bias, which in ``y - bias`` would cost digits; and with x saved
+    for lora_a, from which u can be made again.
     """
-    if weight is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if weight is None or torch.is_inference_mode_enabled():
         return False
     eager = x.device.type == "cpu" and x.numel() > 0
     return eager and bias is None and not weight.requires_grad and lora_a.requires_grad

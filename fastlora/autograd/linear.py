@@ -5,10 +5,9 @@
 seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
 is neither saved nor computed.
 
-On a CPU, where rows are few, PyTorch's own nodes compute one adapter (`native_linear`). Where
-layers fed by the same tensor share their passes over it, the graph has two kinds of node: that of
-`fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a and
-nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
+Where layers fed by the same tensor share their passes over it, the graph has two kinds of node:
+that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a
+and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
 term inside, ds (the gradient of s) and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
@@ -22,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers backends
@@ -32,14 +30,6 @@ from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.reference import column_sums
-
-# Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
-# PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
-_FEW_ROWS = 1024
-# Of bf16's step over PEFT's at 8, 32 and 64 rows: with fp32 factors 0.96, 0.98, 0.97 by the nodes
-# and 1.14, 1.05, 0.92 by the function, with bf16 factors 1.00, 0.98, 0.98 and 1.04, 1.00, 1.00
-# (SmolLM2, one Zen 5 core).
-_FEW_BF16_ROWS = 64
 
 _Factor = torch.Tensor | None
 
@@ -88,7 +78,7 @@ def run(
         factors = list(factors)
         factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
     weight, bias, y, _ = base
-    if records_gradients(x, weight, bias, y, s, *factors):
+    if torch.is_grad_enabled() and records_gradients(x, weight, bias, y, s, *factors):
         return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
     return _forward(x, base, s, scaling, seeds, call, factors)[0]
 
@@ -113,10 +103,9 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
-    given = y
     if y is not None:
         if not y.is_contiguous():
             y, inplace = y.contiguous(), True
@@ -129,9 +118,9 @@ def _forward(
             bias = own_bias if bias is None else bias + own_bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    made, s = BACKENDS[call.impl].forward(
-        flat, Base(weight, bias, y, inplace), operands, call.rows, s, call.plan
-    )
+    if weight is not base.weight or bias is not base.bias or y is not None:
+        base = Base(weight, bias, y, inplace)
+    made, s = BACKENDS[call.impl].forward(flat, base, operands, call.rows, s, call.plan)
     if own_bias is not None and weight is None:
         made += own_bias.to(made.dtype)
     if made is y and given is not None and given.is_contiguous():
@@ -139,70 +128,6 @@ def _forward(
     if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
         made = torch.ops.aten._unsafe_view.default(made, (*shape[:-1], made.shape[-1]))
     return made, s
-
-
-def records_natively(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> bool:
-    """Whether `native_linear` is to compute a layer, for the PyTorch path without dropout.
-
-    Not in compiled graphs, which would be one for few rows and another for many, nor where x would
-    be saved as a copy in rows.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
-    if dtype is torch.bfloat16 and dtype not in products.EMULATED:
-        few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
-    else:
-        fits = factors is dtype and (dtype is torch.float32 or dtype is torch.float64)
-    return (
-        fits
-        and x.is_cpu
-        and (x.dim() == 2 or x.is_contiguous())
-        and x.numel() < few * x.shape[-1]
-        and weight.dtype is dtype
-        and lora_b.dtype is factors
-        and weight.is_cpu
-        and lora_a.is_cpu
-        and lora_b.is_cpu
-        and (bias is None or bias.dtype is dtype)
-        and not scaling.dim()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def native_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> torch.Tensor:
-    """`run` in PyTorch's own nodes.
-
-    The same bits, but that fp32 factors beside a bf16 x are not rounded to it: x is widened for
-    them. No Python runs in the backward, and little here: between two products of a large model its
-    code has left the cache, and each call takes microseconds. Saves x, ``scaling * s`` and the
-    parameters. dx is the sum of two products, where `LoraLinear` adds one to the other in place.
-    """
-    shape = x.shape
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = F.linear(rows, weight, bias)
-    if lora_a.dtype is y.dtype:
-        y.addmm_(F.linear(rows, lora_a) * scaling, lora_b.t())
-    else:
-        s = F.linear(rows.to(lora_a.dtype), lora_a)
-        y.add_(F.linear(s * scaling, lora_b))
-    if len(shape) == 2:
-        return y
-    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:
@@ -214,7 +139,10 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
         # Where no second derivative is recorded, nothing has to see to it that it raises.
         compute = once if torch.is_grad_enabled() else backward
         # The only kind of device that the context's tensors can be on is that of a gradient.
-        device_type = next((g.device.type for g in grads if g is not None), "cpu")
+        grad = grads[0]
+        if grad is None:
+            grad = next((g for g in grads if g is not None), None)
+        device_type = "cpu" if grad is None or grad.is_cpu else grad.device.type
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return compute(ctx, *grads)
@@ -260,11 +188,13 @@ class LoraLinear(torch.autograd.Function):
         # Once: what checkpoints recompute can be taken a single time.
         x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_y, needs_s, _, _, _, *needs = ctx.needs_input_grad
-        call = ctx.call
-        dy = grad.reshape(-1, grad.shape[-1])
+        call, shape = ctx.call, ctx.x_shape
+        dy, flat = grad, x
+        if len(shape) != 2:
+            dy = grad.reshape(-1, grad.shape[-1])
+            flat = None if x is None else x.reshape(-1, shape[-1])
         if dy.dtype != ctx.x_dtype:
             dy = dy.to(ctx.x_dtype)
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
         plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
         operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
         needs_own_bias = call.rows is None and needs[2]
@@ -273,6 +203,8 @@ class LoraLinear(torch.autograd.Function):
             dy, weight, flat, operands, call.rows, s, wanted, plan
         )
         dx, d_bias, d_weight = found.dx, found.d_bias, None
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
         if needs_own_bias and d_bias is not None:
             sums = d_bias
             if grad.dtype != ctx.x_dtype:  # a y that was given
@@ -281,7 +213,7 @@ class LoraLinear(torch.autograd.Function):
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (
-            None if dx is None else dx.view(ctx.x_shape),
+            dx,
             d_weight,
             d_bias.to(ctx.bias_dtype) if needs_bias and d_bias is not None else None,
             grad if needs_y else None,
@@ -289,8 +221,12 @@ class LoraLinear(torch.autograd.Function):
             None,
             None,
             None,
-            *(
-                gradient if wanted else None
-                for gradient, wanted in zip(found.factors, needs, strict=True)
-            ),
+            *(found.factors if call.rows is None else _those(found.factors, needs)),
         )
+
+
+def _those(
+    gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Returns the gradients that are wanted; backends make those of several adapters together."""
+    return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

@@ -80,9 +80,8 @@ class LoraShrink(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
         ctx.save_for_backward(x, *lora_a, *seeds)
-        flat = x.reshape(-1, x.shape[-1])
         layers = _by_layer(lora_a, len(dropouts))
-        return tuple(backend.BACKENDS[impl].shrink(flat, layers, seeds, dropouts, rows))
+        return tuple(backend.BACKENDS[impl].shrink(_flat(x), layers, seeds, dropouts, rows))
 
     @staticmethod
     @plain_backward
@@ -101,7 +100,7 @@ class LoraShrink(torch.autograd.Function):
             ds: Any = [grads[i] for i in wanted]
             layers = _by_layer(lora_a, count)
             gradients = backend.BACKENDS[ctx.impl].grad_a(
-                x.reshape(-1, x.shape[-1]),
+                _flat(x),
                 ds,
                 [layers[i] for i in wanted],
                 [seeds[i] for i in wanted],
@@ -112,6 +111,11 @@ class LoraShrink(torch.autograd.Function):
             for place, gradient in zip(places, gradients, strict=True):
                 found[place] = gradient if needs[place] else None
         return None, None, None, None, None, *found
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``[M, K]``; x itself if it is that, for which ``reshape`` takes 1.6 us."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:

@@ -22,22 +22,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fastlora.layers.bases import why_not_plain
+from fastlora.layers.call import MixedCall
 from fastlora.layers.common import CommonLayer
 from fastlora.layers.factors import Parameters
-from fastlora.layers.forward import forward
+from fastlora.layers.forward import begin, forward
 from fastlora.layers.norms import forget_norms
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
-from fastlora.ops.invariant import refuse_in_mode
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import BASE, named_ids
-from fastlora.routing.in_force import check_batch, routing_of
+from fastlora.routing.in_force import check_batch
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import marks
 
 
 class _FastForward(CommonLayer):
@@ -48,18 +47,17 @@ class _FastForward(CommonLayer):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the forward of PEFT's layer."""
-        marks.before_forward()
-        mixed = kwargs.get("adapter_names") is not None  # routed by PEFT
-        routed = None if mixed else routing_of(self)
-        if routed is not None and not self.disable_adapters:
-            return self._mixed(x, *args, routed=routed, **kwargs)
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        variant = any(_foreign_variant(self, name) for name in names)
-        if mixed or self.disable_adapters or self.merged or not names or variant:
-            refuse_in_mode(self, "it runs PEFT's own forward; give base rows None in adapters()")
+        call: Any = begin(self, x)
+        mixed = isinstance(call, MixedCall)
+        if kwargs.get("adapter_names") is not None or not (mixed or call.names):
+            why = "it runs PEFT's own forward; give base rows None in adapters()"
+            call.conditions.refuse(self, why)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
-        kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
-        return forward(self, x, self._base(x, *args, **kwargs), None, names)
+        if mixed:
+            self._check_variants(call.routing)
+        else:
+            kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
+        return forward(call, self._base(x, *args, **kwargs))
 
     def _base(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Base:
         """The base layer: its weight where it is a plain linear, else what it makes of x."""
@@ -83,23 +81,26 @@ class _FastForward(CommonLayer):
         forget_norms(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
-    def _mixed(self: Any, x: torch.Tensor, *args: Any, routed: Any, **kwargs: Any) -> torch.Tensor:
-        """Every row with its own adapter, inside `fastlora.adapters`."""
+    def _check_variants(self: Any, routing: Routing) -> None:
+        """Raises `UnsupportedLayerError` for an adapter that cannot be in a mixed batch."""
         # By the layer's adapters: graphs are not to depend on which of them the batch has.
         for name, variant in self.lora_variant.items():
-            if _foreign_variant(self, name) and name in routed[0].names:
+            if _foreign_variant(self, name) and name in routing.names:
                 raise UnsupportedLayerError(
                     f"adapter {name!r} is a {type(variant).__name__}, which cannot share a batch "
                     "with other adapters"
                 )
-        return forward(self, x, self._base(x, *args, **kwargs), routed, [])
 
     def _acting(self: Any) -> list[str]:
         """Names that the next forward adds to the base layer's output itself, not through PEFT."""
         if self.disable_adapters or self.merged:
             return []
         names = [name for name in self.active_adapters if name in self.lora_A]
-        return [] if any(name in self.lora_variant for name in names) else names
+        return [] if any(_foreign_variant(self, name) for name in names) else names
+
+    @property
+    def _disabled(self: Any) -> bool:
+        return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 from fastlora.layers.sharing import sibling_note
-from fastlora.ops import backend as ops
+from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
 
 _SHOWN_ROWS = 24
@@ -107,7 +107,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 def implementation_on(device: torch.device) -> tuple[str, str]:
     """Returns what ``impl="auto"`` takes on a device, and why."""
-    runs, why = ops.triton_status(device.type, device.index or 0)
+    runs, why = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", why
     return "eager", f"{why}, when impl='triton' is asked for"

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.layers.call import MixedCall
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.ops.factors import Base
 
 
 class ZeroGradients(torch.autograd.Function):
@@ -35,18 +36,17 @@ class ZeroGradients(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.parameters)
 
 
-def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
+def with_absent(call: MixedCall, base: Base, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
     Args:
-        call: Of a layer; its routing says whether that is wanted.
+        call: The layer's.
+        base: The base layer.
         y: What it made, any shape.
         waits: Whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
             are added.
     """
     layer, routing = call.layer, call.routing
-    if not routing.absent_gradients or not torch.is_grad_enabled():
-        return y
     present: set[str] = set()
     if waits or not routing.ids.is_cuda:
         present = {routing.names[slot] for slot in call.rows().present}
@@ -59,7 +59,7 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
     ]
     if not absent:
         return y
-    return ZeroGradients.apply(y.clone() if y is call.base.y else y, *absent)
+    return ZeroGradients.apply(y.clone() if y is base.y else y, *absent)
 
 
 def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:

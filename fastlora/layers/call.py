@@ -1,4 +1,4 @@
-"""One layer's forward in a mixed batch: what every step of it needs."""
+"""One layer's forward: what every step of it needs, found when it begins."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.autograd.adapter import autocast_dtype
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.factors import Base
-from fastlora.ops.rows import Rows
+from fastlora.ops.conditions import Conditions
+from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.routing import Routing
 
 
-class MixedCall(NamedTuple):
-    """A layer that is called in a mixed batch.
+class LayerCall(NamedTuple):
+    """A layer that is called outside of a mixed batch: the same adapters act on all rows.
 
     Attributes:
-        layer: Holds the adapters, or its pool does.
-        number: The layer's in its model.
-        routing: The batch's; in a graph that is being compiled its ``whole``.
+        layer: Holds the adapters.
         given: ``[..., K]``, the very tensor that the layer was called with.
         x: The same in the dtype that is computed in.
-        autocast: The dtype of autocast, where it is on.
-        base: The base layer.
+        conditions: What the call runs under.
+        names: The adapters that act.
     """
 
     layer: AdapterLayer
-    number: int
-    routing: Routing
     given: torch.Tensor
     x: torch.Tensor
-    autocast: torch.dtype | None
-    base: Base
+    conditions: Conditions
+    names: list[str]
 
-    @classmethod
-    def of(
-        cls, layer: AdapterLayer, number: int, routing: Routing, x: torch.Tensor, base: Base
-    ) -> MixedCall:
-        """Returns the call of a layer with x."""
-        autocast = autocast_dtype(x)
-        rounded = x if autocast is None else x.to(autocast)
-        return cls(layer, number, routing, x, rounded, autocast, base)
+
+class MixedCall(NamedTuple):
+    """A layer that is called in a mixed batch: each row has its own adapter.
+
+    Attributes:
+        layer: Holds the adapters, or its pool does.
+        given, x, conditions: As of a `LayerCall`.
+        routing: The batch's; in a graph that is being compiled its ``whole``.
+    """
+
+    layer: AdapterLayer
+    given: torch.Tensor
+    x: torch.Tensor
+    conditions: Conditions
+    routing: Routing
 
     def rows(self, *, host: bool = False) -> Rows:
         """Returns the slots of x's rows; ``host`` says whether the host reads them."""
-        x = self.x
-        return self.routing.rows(x.numel() // x.shape[-1], x.device, host=host)
+        x, routing = self.x, self.routing
+        m = x.numel() // x.shape[-1]
+        if self.conditions.compiling:  # all layers call it alike, and compilers merge them
+            return sort_rows(routing.ids, m, len(routing.names), x.device, keeps=False)
+        return routing.rows(m, x.device, host=host)

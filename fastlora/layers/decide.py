@@ -17,16 +17,8 @@ from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
-from fastlora.ops.backend import resolve_impl
 from fastlora.ops.factors import Base, Slots, Tables
-from fastlora.ops.invariant import invariant_impl, is_batch_invariant, refuse_in_mode
-from fastlora.ops.rows import Rows
-from fastlora.ops.torch.packed import LayerPack
-from fastlora.ops.torch.packed_forward import Plan
-from fastlora.routing.in_force import is_captured
-from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
-from fastlora.weight_marks import Mark, marks
 
 
 class How(enum.Enum):
@@ -56,56 +48,12 @@ class Decision(NamedTuple):
     slots: Slots | None = None
 
 
-class KeptDecision(NamedTuple):
-    """That a layer runs by packed factors: found once, and used again while it holds.
-
-    Attributes:
-        pack: The factors.
-        plan: How to multiply.
-        rows: The rows that the plan is for.
-        dtype, device: Of x.
-        impl: The layer's.
-        mark: The set's.
-    """
-
-    pack: LayerPack
-    plan: Plan
-    rows: Rows
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    mark: Mark | None
-
-    def serves(self, x: torch.Tensor, impl: str) -> bool:
-        """Whether it was found for such an input."""
-        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
-
-    def holds(self, layer: AdapterLayer, x: torch.Tensor, base: Base) -> bool:
-        """Whether `decide` would come to it again."""
-        like = base.y if base.weight is None else base.weight
-        return not (
-            layer.training
-            or torch.is_grad_enabled()
-            or x.dtype is not self.dtype
-            or x.device != self.device
-            or layer.impl != self.impl
-            or like is None
-            or like.dtype is not self.dtype
-            or (self.mark is not marks.trained and self.mark is not None)
-            or layer.merged_adapters
-            or x.numel() != self.rows.m * x.shape[-1]
-            or is_batch_invariant()
-            or torch.is_autocast_enabled(self.device.type)
-            # What a captured graph reads is pinned where it is found.
-            or is_captured(x)
-        )
-
-
-def decide(call: MixedCall, without: Sequence[int]) -> Decision:
+def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     """Returns what a forward in a mixed batch will do.
 
     Args:
         call: The layer's.
+        base: The base layer.
         without: Slots whose rows others compute.
 
     Raises:
@@ -114,32 +62,28 @@ def decide(call: MixedCall, without: Sequence[int]) -> Decision:
         TypeError: The base weight's dtype is not x's.
         UnsupportedLayerError: A factor is hooked, or not a plain linear: rows cannot share it.
     """
-    layer, x, base, autocast = call.layer, call.x, call.base, call.autocast
+    layer, x, conditions = call.layer, call.x, call.conditions
+    autocast, invariant = conditions.autocast, conditions.invariant
     check_unmerged(layer)
     if layer.is_split:
-        if layer.impl == "triton":
-            raise ImplementationError(
-                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
-                "PyTorch; expected impl='auto'"
-            )
         return Decision(How.PYTORCH, False)
-    invariant, fits = is_batch_invariant(), base.y is None or base.y.dtype == x.dtype
-    if invariant and base.weight is None:
-        refuse_in_mode(layer, NOT_OUR_GEMM)
+    fits = base.y is None or base.y.dtype == x.dtype
+    if base.weight is None:
+        conditions.refuse(layer, NOT_OUR_GEMM)
     weight = base.weight
     if weight is not None and autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
-    bare = autocast is None and fits and without_gradients(call)
+    bare = autocast is None and fits and without_gradients(call, base)
     if bare:
-        tables = tables_for(call, invariant)
+        tables = tables_for(call)
         if tables is not None:
             return Decision(How.TABLES, True, "invariant" if invariant else "auto", tables)
     if call.routing.captured:
         raise AdapterStateError(why_not_captured(bare, autocast))
     if invariant:
-        refuse_in_mode(layer, why_not_tables(bare, autocast))
+        conditions.refuse(layer, why_not_tables(bare, autocast))
     if not bare and fits:
-        slots = slots_for_kernels(layer, x, call.routing, without)
+        slots = slots_for_kernels(call, layer, without)
         if slots is not None:
             return Decision(How.LISTS, False, slots=slots)
     elif not bare and base.y is not None and layer.impl == "triton":
@@ -158,25 +102,23 @@ def check_unmerged(layer: AdapterLayer) -> None:
         )
 
 
-def without_gradients(call: MixedCall) -> bool:
+def without_gradients(call: MixedCall, base: Base) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
-    routing, tensors = call.routing, (call.x, *call.base[:3])
-    if routing.captured:  # of a pool, whose adapters drop nothing
-        return not records_gradients(*tensors)
-    if call.layer.training:
+    routing = call.routing
+    if call.layer.training and not routing.captured:  # of a pool, whose adapters drop nothing
         return False
+    if not torch.is_grad_enabled():
+        return True
     # A pool's factors have no gradients; those of parameters are not asked one by one.
-    return not torch.is_grad_enabled() or (
-        routing.source.residents is not None and not records_gradients(*tensors)
-    )
+    return routing.source.residents is not None and not records_gradients(call.x, *base[:3])
 
 
-def tables_for(call: MixedCall, invariant: bool) -> Tables | None:
+def tables_for(call: MixedCall) -> Tables | None:
     """Returns where kernels find the factors; None where kernels do not run."""
-    x, impl = call.x, call.layer.impl
-    if invariant:
-        invariant_impl(impl, "auto", x)
-    elif resolve_impl(impl, x) != "triton":
+    x, conditions = call.x, call.conditions
+    if conditions.invariant:
+        conditions.check_invariant(x)
+    elif conditions.impl != "triton":
         return None
     tables = tables_of(call.routing, x)
     # The adapters of one routing lie on one device: a model on several runs in PyTorch.
@@ -184,26 +126,29 @@ def tables_for(call: MixedCall, invariant: bool) -> Tables | None:
 
 
 def slots_for_kernels(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    routing: Routing,
-    without: Sequence[int] = (),
+    call: MixedCall, layer: AdapterLayer, without: Sequence[int] = ()
 ) -> Slots | None:
     """Returns the adapters of all slots for kernels; None where PyTorch runs.
+
+    Args:
+        call: A layer's.
+        layer: That one, or a sibling of the same ``impl``.
+        without: Slots whose rows others compute.
 
     Raises:
         ImplementationError, UnsupportedLayerError: As `decide`.
         ValueError: A factor is on another device than x.
     """
-    if resolve_impl(layer.impl, x) != "triton":
+    if call.conditions.impl != "triton":
         return None
+    routing = call.routing
     slots = slots_of(routing.source, layer, range(len(routing.names)), without)
     why = why_not_lists(routing, slots)
     if why and layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run a mixed batch with gradients: {why}")
     if why:
         return None
-    check_devices(slots, x)
+    check_devices(slots, call.x)
     return slots
 
 

@@ -25,7 +25,6 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Scale
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import backend as ops
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.scale import scale_of, times
@@ -87,13 +86,13 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
         y: Bias included; rows of dropped slots are the base layer's.
         slots: Of `dora_slots`.
     """
-    layer, routing = call.layer, call.routing
+    layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._own_bias(), None
-    if not torch.compiler.is_compiling() and _wants_rows(layer, y, bias, routing, slots):
+    if not compiling and _wants_rows(layer, y, bias, routing, slots):
         rows = call.rows(host=True)
         scaled = tuple(slot for slot in scaled if slot in rows.present)
         dropped = tuple(slot for slot in dropped if slot in rows.present)
-    scales = routing.source.scales(layer, (*scaled, *dropped))
+    scales = routing.source.scales(call, (*scaled, *dropped))
     if dropped:
         y = _with_dropped(call, y, dropped, scales[len(scaled) :])
     if not scaled:
@@ -103,8 +102,8 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
         if routing.residents is not None:  # a later block may write other scales where these lie
             scales = [Scale(g.clone(), None) for g, _ in scales]
         return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
-    table, places = _kept_table(layer, routing, scaled, scales, y.device)
-    return _scale_by_id(y, bias, routing.ids, table, places)
+    table, places = _kept_table(call, scaled, scales, y.device)
+    return _scale_by_id(y, bias, routing.ids, table, places, compiling)
 
 
 def _wants_rows(
@@ -127,22 +126,22 @@ def _with_dropped(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
 ) -> torch.Tensor:
     """Returns ``y [..., N]`` with the adapters of some slots, whose dropout acts, in their rows."""
-    layer, number, routing, x = call.layer, call.number, call.routing, call.x
-    if torch.compiler.is_compiling():
-        seeds = seeds_of_layer(routing.seeds, number)
+    layer, routing, x = call.layer, call.routing, call.x
+    if call.conditions.compiling:
+        seeds = seeds_of_layer(routing.seeds, layer.routed_as)
     else:
-        seeds = routing.seeds_of(number, torch.device("cpu"))
+        seeds = routing.seeds_of(layer.routed_as, torch.device("cpu"))
     adapters: list[torch.Tensor] = []
     acting: dict[int, float] = {}
     for slot, scale in zip(slots, scales, strict=True):
-        factors = routing.source.factors(layer, slot, x)
+        factors = routing.source.factors(layer, slot, call)
         if factors is not None:
             seed = layer._own_seed(seeds[slot : slot + 1])
             adapters += (factors.lora_a, factors.lora_b, *scale, factors.scaling, seed)
             acting[slot] = factors.dropout_p
     return DoraDropped.apply(
         *(y, x, layer._own_weight(), None, routing.ids, tuple(acting), tuple(acting.values())),
-        *(ops.resolve_impl(layer.impl, x), *adapters),
+        *(call.conditions.impl, *adapters),
     )
 
 
@@ -150,8 +149,7 @@ def _with_dropped(
 
 
 def _kept_table(
-    layer: AdapterLayer,
-    routing: Routing,
+    call: MixedCall,
     slots: tuple[int, ...],
     scales: Sequence[Scale],
     device: torch.device,
@@ -161,9 +159,10 @@ def _kept_table(
     Rows of the routing's slots come first, then that of no slot. Kept with the routing: the steps
     of a decode make it once.
     """
-    key = (layer.routed_as, slots)
+    routing, key = call.routing, (call.layer.routed_as, slots)
     tensors = [tensor for scale in scales for tensor in scale if tensor is not None]
-    stamps = [stamp_of(tensor) for tensor in tensors] if may_keep(device) else [None]
+    keeps = not call.conditions.compiling and may_keep(device)
+    stamps = [stamp_of(tensor) for tensor in tensors] if keeps else [None]
     keeps = None not in stamps
     kept = routing.kept.dora.get(key) if keeps else None
     if kept is not None and kept[0] == stamps:
@@ -186,6 +185,7 @@ def _scale_by_id(
     ids: torch.Tensor,
     table: torch.Tensor,
     known: torch.Tensor,
+    traced: bool,
 ) -> torch.Tensor:
     """Returns a new y ``[..., N]`` with rows scaled: without a graph of autograd, or traced.
 
@@ -196,13 +196,14 @@ def _scale_by_id(
         bias: ``[N]`` or None.
         ids: Slot of each sample or token, ``[B]``; negative ones are none.
         table, known: Of `_kept_table`.
+        traced: Whether a graph is being compiled.
     """
     flat = y.reshape(-1, y.shape[-1])
     each = flat.shape[0] // ids.shape[0]
     places = known[ids.to(flat.device).clamp(min=-1)]  # -2 is an id that was out of range
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)
-    scaled = times(u, table.index_select(0, places))
+    scaled = times(u, table.index_select(0, places), traced)
     if bias is not None:
         scaled += bias.to(flat.dtype)
     plain = (places == table.shape[0] - 1).unsqueeze(1)
@@ -226,7 +227,7 @@ def _scale_segments(
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     pairs = [tensor for segment in segments for tensor in scales[segment.slot]]
-    scaled = DoraScale.apply(u, bias, lengths, *pairs)
+    scaled = DoraScale.apply(u, bias, lengths, False, *pairs)
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 
@@ -244,7 +245,7 @@ def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     if tables is None or tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    rows, impl = call.rows(), ops.resolve_impl(layer.impl, y)
+    rows, impl = call.rows(), call.conditions.backend
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.layers.call import MixedCall
 from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops import backend as ops
 from fastlora.ops.factors import Operands, Slots, operands_of
-from fastlora.ops.invariant import is_batch_invariant
 from fastlora.routing.routing import Routing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,18 +41,18 @@ class InGraph(NamedTuple):
         return *lists, batch.ids, batch.seeds, list(dropout_p), number, self.impl
 
 
-def slots_of(layer: AdapterLayer, x: torch.Tensor, batch: Routing) -> InGraph | None:
+def slots_of(call: MixedCall, layer: AdapterLayer) -> InGraph | None:
     """Returns a layer's slots; None where it cannot be in a graph.
 
     Args:
-        layer: Holds the adapters.
-        x: Its input, in the dtype that it computes in.
-        batch: The routing's ``whole``.
+        call: A layer's, with the routing's ``whole``.
+        layer: That one, or a sibling of the same ``impl``.
     """
-    if layer.merged_adapters or is_batch_invariant():
+    x, batch, impl = call.x, call.routing, call.conditions.impl
+    if layer.merged_adapters or call.conditions.invariant:
         return None
     names = [name for name in batch.names if name in layer.lora_A]
-    found = [factors_of(layer, name) for name in names]
+    found = [factors_of(layer, name, call) for name in names]
     if (
         not names
         or None in found
@@ -68,8 +67,8 @@ def slots_of(layer: AdapterLayer, x: torch.Tensor, batch: Routing) -> InGraph | 
     slots = Slots(tuple(acting))
     dtypes = [t.dtype for t in slots.tensors() if t is not None]
     dtype = functools.reduce(torch.promote_types, dtypes or [x.dtype])
-    impl = layer.impl
-    impl = ops.resolve_impl(impl, x) if dtype in _KERNEL_DTYPES or impl == "triton" else "eager"
+    if dtype not in _KERNEL_DTYPES and layer.impl != "triton":
+        impl = "eager"
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     scalings = [0.0 if factors is None else factors.scaling for factors in acting]
     numbers = [torch.as_tensor(s, dtype=exact, device=x.device).reshape(()) for s in scalings]

@@ -10,14 +10,12 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import why_not_plain
-from fastlora.layers.forward import forward
+from fastlora.layers.call import LayerCall
+from fastlora.layers.forward import begin, forward
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
-from fastlora.ops.invariant import refuse_in_mode
-from fastlora.routing.in_force import routing_of
 from fastlora.sharding import is_sharded, refuse_shards
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import marks
 
 DEFAULT_ADAPTER = "default"
 
@@ -98,7 +96,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)  # None too: its forward looks for it there
         self.training = linear.training
         # Not a submodule: it comes back, as it is, when the adapters go.
         self.__dict__["_linear"] = (linear,)
@@ -128,9 +127,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
-        marks.before_forward()
-        routed = routing_of(self)
-        names = self._acting() if routed is None else []
+        call = begin(self, x)
         # As nn.Module keeps them: looking an attribute up takes a microsecond.
         weight: Any = self._parameters.get("weight")
         if type(weight) is nn.Parameter and "bias" in self._parameters:
@@ -138,12 +135,13 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         else:
             refuse_shards(self)
             weight, bias = self.weight, self.bias
-        if self._disabled or (routed is None and not names):
-            refuse_in_mode(self, "no adapter acts on it: give base rows None in fastlora.adapters")
+        if isinstance(call, LayerCall) and not call.names:
+            why = "no adapter acts on it: give base rows None in fastlora.adapters"
+            call.conditions.refuse(self, why)
             return F.linear(x, weight, bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
-        return forward(self, x, Base(weight, bias), routed, names)
+        return forward(call, Base(weight, bias))
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""

@@ -12,7 +12,7 @@ from fastlora.layers.norms import base_squares, forget_norms
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.whole import Whole
 from fastlora.layers.why import uses_dora
-from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
+from fastlora.ops.torch.norms import adapted_sums, square_norms
 from fastlora.ops.torch.reference import INTEGERS
 from fastlora.ops.torch.scale import scale_of
 from fastlora.sharding import local
@@ -227,7 +227,7 @@ class Mergeable(Whole, nn.Module):
         for name in names:
             lora_a, lora_b, _ = self._factors(name)
             factors = lora_a, lora_b, self.scaling[name]
-            sums.append(outside_autocast(adapted_sums, base, squares, *factors))
+            sums.append(adapted_sums(base, squares, *factors))
         return dict(zip(names, self._of_whole_rows(sums), strict=True))
 
     @torch.no_grad()

@@ -76,10 +76,10 @@ class ModulesToSaveWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the current module; in a mixed batch, each sample's own copy."""
-        routed = routing_of(self)
-        if routed is None or self._disabled:
+        routing = routing_of(self)
+        if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
-        return self._mixed(routed[0], *args, **kwargs)
+        return self._mixed(routing, *args, **kwargs)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the copy of each adapter on its own rows along x's first dimension.
@@ -89,10 +89,9 @@ class ModulesToSaveWrapper(nn.Module):
         if x.shape[0] % routing.ids.numel():
             flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
             return flat.view(*x.shape[:-1], *flat.shape[1:])
-        rows = routing.rows(x.shape[0], x.device)
         slots = {name: slot for slot, name in enumerate(routing.names)}
         copied = [slot if n in self.modules_to_save else NO_ADAPTER for n, slot in slots.items()]
-        ids = routing.ids.to(x.device).repeat_interleave(rows.each)
+        ids = routing.ids.to(x.device).repeat_interleave(x.shape[0] // routing.ids.numel())
         own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[ids]
         # Every process that shares the batch calls the same modules in the same order, some on no
         # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.torch.norms import adapted_sums, outside_autocast, square_norms
+from fastlora.ops.torch.norms import adapted_sums, square_norms
 from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks
 
@@ -71,9 +71,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def may_keep(device: torch.device) -> bool:
-    """Whether tensors made now may serve a later forward: not those of a graph being recorded."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether tensors made now may serve a later forward: not those of a graph being captured."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
@@ -83,8 +81,15 @@ def base_stamp(layer: AdapterLayer) -> tuple[Stamp, NormCache] | None:
     return None if stamp is None else (stamp, _cache(layer))
 
 
-def base_squares(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
-    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is."""
+def base_squares(
+    layer: AdapterLayer, weight: torch.Tensor, compiling: bool = False
+) -> torch.Tensor:
+    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is.
+
+    ``compiling`` says that a graph is being compiled, which keeps nothing.
+    """
+    if compiling:
+        return square_norms(weight, at_once=True)
     stamp = None
     if may_keep(weight.device):
         if weight.requires_grad and torch.is_grad_enabled():
@@ -96,7 +101,11 @@ def base_squares(layer: AdapterLayer, weight: torch.Tensor) -> torch.Tensor:
 
 
 def adapter_sums(
-    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor | float
+    layer: AdapterLayer,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+    compiling: bool = False,
 ) -> torch.Tensor:
     """Returns `adapted_sums` of an adapter over this process's part of a layer, ``[N]``.
 
@@ -105,24 +114,31 @@ def adapter_sums(
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
+        compiling: Whether a graph is being compiled.
     """
     weight = layer._own_weight()
-    squares = base_squares(layer, weight)
-    return outside_autocast(adapted_sums, weight, squares, lora_a, lora_b, scaling)
+    squares = base_squares(layer, weight, compiling)
+    return adapted_sums(weight, squares, lora_a, lora_b, scaling)
 
 
 def adapter_squares(
-    layer: AdapterLayer, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor | float
+    layer: AdapterLayer,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+    compiling: bool = False,
 ) -> torch.Tensor:
     """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now.
 
     Args:
-        layer, lora_a, lora_b, scaling: As in `adapter_sums`.
+        layer, lora_a, lora_b, scaling, compiling: As in `adapter_sums`.
     """
-    return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling)])[0]
+    return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling, compiling)])[0]
 
 
-def kept_sums(layer: AdapterLayer, name: str, scaling: torch.Tensor | float) -> torch.Tensor:
+def kept_sums(
+    layer: AdapterLayer, name: str, scaling: torch.Tensor | float, compiling: bool
+) -> torch.Tensor:
     """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
 
     With gradients they are computed in every forward: an optimizer may be about to step, and not
@@ -130,12 +146,12 @@ def kept_sums(layer: AdapterLayer, name: str, scaling: torch.Tensor | float) -> 
     """
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
     key = None
-    keeps = may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
+    keeps = not compiling and may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if keeps and not torch.is_grad_enabled():
         stamps = _stamp_of_base(layer), stamp_of(lora_a), stamp_of(lora_b)
         key = None if None in stamps else (*stamps, scaling)
     own = local(lora_a), local(lora_b)
-    return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling))
+    return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling, compiling))
 
 
 def _stamp_of_base(layer: AdapterLayer) -> Stamp | None:

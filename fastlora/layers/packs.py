@@ -6,13 +6,14 @@ From the second time on that a set of adapters comes, without gradients and with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastlora.layers.call import MixedCall
-from fastlora.layers.decide import KeptDecision
-from fastlora.layers.factors import Watch, slots_of
+from fastlora.layers.factors import slots_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.watch import Watch
 from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
@@ -22,15 +23,62 @@ from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import SetPack
 from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import Mark, marks
 
 
-def run_kept(x: torch.Tensor, base: Base, kept: KeptDecision, number: int) -> torch.Tensor:
+class KeptDecision(NamedTuple):
+    """That a layer runs by packed factors: found once, and used again while it holds.
+
+    Attributes:
+        pack: The factors.
+        plan: How to multiply.
+        rows: The rows that the plan is for.
+        dtype, device: Of x.
+        impl: The layer's.
+        mark: The set's.
+    """
+
+    pack: LayerPack
+    plan: packed_forward.Plan
+    rows: Rows
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    mark: Mark | None
+
+    def serves(self, x: torch.Tensor, impl: str) -> bool:
+        """Whether it was found for such an input."""
+        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
+
+    def holds(self, call: MixedCall, base: Base) -> bool:
+        """Whether `fastlora.layers.decide` and `find` would come to it again."""
+        layer, x, conditions = call.layer, call.x, call.conditions
+        like = base.y if base.weight is None else base.weight
+        return not (
+            layer.training
+            or torch.is_grad_enabled()
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or layer.impl != self.impl
+            or like is None
+            or like.dtype is not self.dtype
+            or (self.mark is not marks.trained and self.mark is not None)
+            or layer.merged_adapters
+            or x.numel() != self.rows.m * x.shape[-1]
+            or conditions.invariant
+            or conditions.autocast is not None
+            # What a captured graph reads is pinned where it is found.
+            or is_captured(x)
+        )
+
+
+def run_kept(call: MixedCall, base: Base, kept: KeptDecision) -> torch.Tensor:
     """Returns ``[..., N]`` by packed factors.
 
     Most of a decode step is spent here, where the host's own time counts.
     """
-    pack, plan, rows, *_ = kept
-    shrunk = _shrunk(x, number, rows, pack, plan)
+    (pack, plan, rows, *_), x = kept, call.x
+    shrunk = _shrunk(x, call.layer.routed_as, rows, pack, plan)
     if base.weight is not None:
         y = packed_forward.linear(flat(x), base.weight, base.bias, rows, pack, plan, shrunk)
     else:
@@ -43,7 +91,8 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
 
     Kept for the block, and with the set of adapters for blocks with the same rows.
     """
-    layer, number, routing, x = call.layer, call.number, call.routing, call.x
+    layer, routing, x = call.layer, call.routing, call.x
+    number = layer.routed_as
     members = siblings_of(layer, x)
     if not rows.segments:
         return None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fastlora.ops.factors import Factors
 from fastlora.routing.routing import Group
 from fastlora.routing.siblings import Family
+
+if TYPE_CHECKING:
+    from fastlora.layers.call import LayerCall, MixedCall
 
 
 class AdapterLayer(Protocol):
@@ -35,6 +38,10 @@ class AdapterLayer(Protocol):
     in_features: int
     out_features: int
     is_split: bool
+
+    @property
+    def _disabled(self) -> bool:
+        """Whether the layer is its base layer, whatever is active or in force."""
 
     @property
     def _modules(self) -> Mapping[str, Any]:
@@ -74,7 +81,7 @@ class AdapterLayer(Protocol):
 
     # What differs where the layer is split; see `fastlora.layers.whole`.
 
-    def _own_factors(self, name: str, x: torch.Tensor | None = None) -> Factors | None:
+    def _own_factors(self, name: str, call: LayerCall | MixedCall | None = None) -> Factors | None:
         """As `fastlora.layers.factors.factors_of`."""
 
     def _own_magnitude(self, name: str) -> torch.Tensor:

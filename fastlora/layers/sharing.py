@@ -19,21 +19,18 @@ from typing import Any
 
 import torch
 
-from fastlora.autograd.adapter import autocast_dtype
 from fastlora.autograd.shrink import Shrunk, shrink
 from fastlora.layers import (
     graph_ops,  # noqa: F401 - registers operators
     graph_slots,
 )
+from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
-from fastlora.layers.factors import factors_of
+from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.why import is_hooked
-from fastlora.ops.backend import constant_when_compiled, resolve_impl
+from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Slots
-from fastlora.ops.invariant import is_batch_invariant
-from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import (
     Family,
     FedLayer,
@@ -56,84 +53,63 @@ _CHECKPOINT = (
     "must save what the first one saved"
 )
 _INVARIANT = "the batch-invariant mode is on"
-_MIXED_IN_PYTORCH = "without kernels each layer of a mixed batch has its own pass over x"
+MIXED_IN_PYTORCH = "without kernels each layer of a mixed batch has its own pass over x"
 _GRAPH_IN_PYTORCH = "without kernels each layer of a compiled graph has its own pass over x"
 _DROPOUT = "under dropout each of them masks x for itself"
 _LAST = "no sibling that is called after it can share"
 
 
-def shared_shrink(
-    layer: AdapterLayer, x: torch.Tensor, own: Slots, routing: Routing | None = None
-) -> Shrunk | None:
+def shared_shrink(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
     Args:
-        layer: Being called.
-        x: Its input, the very tensor that it was called with.
-        own: Its adapters by slot; without a routing the one that acts.
-        routing: The batch's, where it is mixed.
+        call: The layer's.
+        own: Its adapters by slot; outside of a mixed batch the one that acts.
     """
-    if torch.compiler.is_compiling():
-        return _in_graph(layer, x, own, routing) if torch.is_grad_enabled() else None
+    layer, x, records = call.layer, call.given, torch.is_grad_enabled()
+    if call.conditions.compiling:
+        return _in_graph(call, own) if records else None
+    if not records and "_family" in layer.__dict__:
+        return None
     family = known_family(layer)
     if family is None:
         family = family_of(layer, x)
-    if family is None or len(family.members) < 2:
+    if not records or family is None or len(family.members) < 2 or x.is_inference():
         return None
-    if not torch.is_grad_enabled() or x.is_inference():
-        return None
-    impl, found = resolve_impl(layer.impl, x), None
-    few = impl != "triton" and x.numel() < MIN_ROWS * x.shape[-1]
-    why = _FEW_ROWS if few else _why_not_now()
+    found, why = None, _why_not_now(call)
     if not why:
         # Of a block that has ended nothing is held: it knows all layers of its model.
-        block = None if routing is None else weakref.ref(routing)
-        context = impl, autocast_dtype(x), block
+        block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
+        context = call.conditions.impl, call.conditions.autocast, block
         found = take_share(x, id(layer), context, _key(own))
         if found is None:
-            found, why = _share(layer, x, own, family, impl, routing, context)
+            found, why = _share(call, own, family, context)
     family.why_not[id(layer)] = why
     return found
 
 
-def note_apart(layer: AdapterLayer, x: torch.Tensor) -> None:
-    """Says for the report that PyTorch computes a layer of a mixed batch, by itself.
-
-    Args:
-        layer: Being called.
-        x: Its input, the very tensor that it was called with: it shows who its siblings are.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    family = family_of(layer, x)
-    if family is not None:
-        family.why_not[id(layer)] = _MIXED_IN_PYTORCH
-
-
-def _why_not_now() -> str:
+def _why_not_now(call: LayerCall | MixedCall) -> str:
     """Returns why no layer may share at this moment, or an empty string."""
+    if call.conditions.invariant:
+        return _INVARIANT
+    if call.conditions.impl != "triton" and call.x.numel() < MIN_ROWS * call.x.shape[-1]:
+        return _FEW_ROWS
     # A forward that runs within a backward is a checkpoint's, whose first run could not share.
     recomputed = torch._C._current_graph_task_id() != -1
     if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return _CHECKPOINT
-    return _INVARIANT if is_batch_invariant() else ""
+    return ""
 
 
 def _key(slots: Slots) -> tuple[Any, ...]:
     """Returns what a share depends on: factors, unchanged since, and dropout."""
     return tuple(
-        None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own
+        [None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own]
     )
 
 
 def _share(
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    own: Slots,
-    family: Family,
-    impl: str,
-    routing: Routing | None,
-    context: tuple[object, ...],
+    call: LayerCall | MixedCall, own: Slots, family: Family, context: tuple[object, ...]
 ) -> tuple[Shrunk | None, str]:
     """Computes for a layer and those siblings that have yet to be called.
 
@@ -141,39 +117,38 @@ def _share(
         The layer's share, or None and why there is none.
     """
     members: list[Any] = [reference() for reference in family.members]
-    found, why = _sharing(members[members.index(layer) :], layer, x, own, impl, routing)
+    found, why = _sharing(members[members.index(call.layer) :], call, own)
     if len(found) < 2:
         return None, why or _LAST
-    rows = None if routing is None else routing.rows(x.numel() // x.shape[-1], x.device)
+    rows = call.rows() if isinstance(call, MixedCall) else None
     lora_a = [_lora_a(slots) for _, slots in found]
     dropout_p = [max(slots.dropout_p) for _, slots in found]
-    made = shrink(x.to(autocast_dtype(x) or x.dtype), lora_a, dropout_p, impl, rows)
+    made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows)
     shares = {
         id(member): (_key(slots), share)
         for (member, slots), share in zip(found[1:], made[1:], strict=True)
     }
-    keep_shares(x, context, shares)
+    keep_shares(call.given, context, shares)
     return made[0], ""
 
 
-def _in_graph(
-    layer: AdapterLayer, x: torch.Tensor, own: Slots, routing: Routing | None
-) -> Shrunk | None:
+def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
     """`shared_shrink` in a graph that is being compiled, for any number of rows."""
+    layer, conditions = call.layer, call.conditions
     if not layer.knows_siblings():
         layer.note_compiled(_UNSEEN)
         return None
     members: list[Any] = [reference() for reference in layer._family.members]
-    impl, why = resolve_impl(layer.impl, x), ""
+    why = ""
     found: list[tuple[Any, Slots]] = []
     if len(members) < 2:
         why = "none"
-    elif is_batch_invariant():
+    elif conditions.invariant:
         why = _INVARIANT
-    elif impl != "triton":
+    elif conditions.impl != "triton":
         why = _GRAPH_IN_PYTORCH
     else:
-        found, why = _sharing(members, layer, x, own, impl, routing)
+        found, why = _sharing(members, call, own)
     if len(found) < 2:
         layer.note_compiled(why or _LAST)
         return None
@@ -187,21 +162,18 @@ def _in_graph(
                 places.append(number * len(own.own) + slot)
     (mine,) = [number for number, (member, _) in enumerate(found) if member is layer]
     dropout_p = [max(slots.dropout_p) for _, slots in found]
-    batch = (None, 1) if routing is None else (routing.ids, len(routing.names))
-    dtypes = autocast_dtype(x) or x.dtype, None if routing is None else _dtype(own)
+    ids, slots_of_all, dtype = None, 1, None
+    if isinstance(call, MixedCall):
+        ids, slots_of_all, dtype = call.routing.ids, len(call.routing.names), _dtype(own)
     s, seeds = torch.ops.fastlora.lora_shared(
-        x, factors, places, mine, dropout_p, *batch, *dtypes, impl
+        *(call.given, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype),
+        conditions.impl,
     )
     return Shrunk(s, seeds[0] if dropout_p[mine] > 0.0 else None)
 
 
 def _sharing(
-    members: Sequence[AdapterLayer | None],
-    layer: AdapterLayer,
-    x: torch.Tensor,
-    own: Slots,
-    impl: str,
-    routing: Routing | None,
+    members: Sequence[AdapterLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
     """Returns those of a layer's siblings that share with it, and their adapters.
 
@@ -212,73 +184,73 @@ def _sharing(
     for member in members:
         if member is None:
             continue
-        slots, why = (own, "") if member is layer else _slots_of(member, layer, x, routing)
+        slots, why = (own, "") if member is call.layer else _slots_of(member, call)
         if slots is not None:
-            why = _why_not(member, slots, own, x, impl, routing)
+            why = _why_not(member, slots, own, call)
         if slots is not None and not why:
             found.append((member, slots))
-        elif member is layer:
+        elif member is call.layer:
             return [], why
         else:
             last = f"of its siblings, {why}"
     return found, last
 
 
-def _slots_of(
-    member: AdapterLayer, layer: AdapterLayer, x: torch.Tensor, routing: Routing | None
-) -> tuple[Slots | None, str]:
+def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
     """Returns the adapters that a sibling will compute with, or None and why it does not share."""
-    if member.impl != layer.impl:
+    if member.impl != call.layer.impl:
         return None, "they have different implementations"
-    if routing is None:
+    if isinstance(call, LayerCall):
         names = member._acting()
         if len(names) != 1:
             return None, f"{len(names)} adapters act on one of them"
-        if names[0] in getattr(member, "lora_magnitude_vector", ()):
+        magnitudes = member._modules.get("lora_magnitude_vector")
+        if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "one of them is DoRA"
-        factors = factors_of(member, names[0])
+        # Of the scaling nothing is read; in a graph a number would be part of it.
+        factors = factors_of(member, names[0], call if call.conditions.compiling else None)
         if factors is None:
             return None, "one of them has a factor or dropout that is hooked, or not plain"
         return Slots((factors,)), ""
-    if member.routed_by is not layer.routed_by:
+    if member.routed_by is not call.layer.routed_by:
         return None, "one of them is of another model"
-    x = x.to(autocast_dtype(x) or x.dtype)
-    if torch.compiler.is_compiling():
-        made = graph_slots.slots_of(member, x, routing)
+    if call.conditions.compiling:
+        made = graph_slots.slots_of(call, member)
         return (None, "one of them is not in the graph") if made is None else (made.own, "")
-    dora = dora_slots(member, routing)
+    dora = dora_slots(member, call.routing)
     try:
-        slots = slots_for_kernels(member, x, routing, () if dora is None else dora.dropped)
+        slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
     except (FastLoraError, ValueError):  # which its own call will raise
         return None, "one of them cannot run"
     return slots, "one of them runs without kernels"
 
 
-def _why_not(
-    layer: AdapterLayer,
-    slots: Slots,
-    own: Slots,
-    x: torch.Tensor,
-    impl: str,
-    routing: Routing | None,
-) -> str:
+def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
-    present = [factors.lora_a for factors in slots.present]
+    x, mixed = call.given, isinstance(call, MixedCall)
+    device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
+    for factors in slots.own:
+        if factors is not None:
+            lora_a = factors.lora_a
+            dropped = dropped or factors.dropout_p > 0.0
+            trains = trains or lora_a.requires_grad
+            if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
+                elsewhere = True
     if is_hooked(layer):  # type: ignore[arg-type]  # a module
         return "one of them has hooks"
-    if any(slots.dropout_p) and (impl != "triton" or routing is not None):
+    if dropped and (call.conditions.impl != "triton" or mixed):
         return _DROPOUT
-    if not any(lora_a.requires_grad for lora_a in present):
+    if not trains:
         return "one of them is frozen, or no adapter of the batch acts on it"
-    if any(a.device != x.device or a.dim() != 2 or a.shape[1] != x.shape[-1] for a in present):
+    if elsewhere:
         return "one of them has its factors elsewhere, or takes another number of features"
-    if routing is not None and _dtype(slots) != _dtype(own):
+    if mixed and _dtype(slots) != _dtype(own):
         return "they have factors of different dtypes"
     return ""
 
 
 def _lora_a(slots: Slots) -> list[torch.Tensor | None]:
-    return slots.tensors()[::3]
+    return [None if factors is None else factors.lora_a for factors in slots.own]
 
 
 def _dtype(slots: Slots) -> torch.dtype:

@@ -36,17 +36,17 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, parallel_style
-from fastlora.layers.factors import scaling_beside, scaling_of
-from fastlora.layers.forward import forward
+from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.factors import is_hooked, scaling_beside
+from fastlora.layers.forward import begin, forward
 from fastlora.layers.norms import forget_norms, magnitude_of
-from fastlora.layers.why import NOT_OUR_GEMM, is_hooked, uses_dora, why_dora_not_fused
+from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.ops.conditions import conditions_of
 from fastlora.ops.factors import Base, Factors
-from fastlora.ops.invariant import refuse_in_mode
 from fastlora.routing.in_force import routing_of
 from fastlora.sharding import local, own, whole
-from fastlora.validation import AdapterStateError, UnsupportedLayerError
-from fastlora.weight_marks import marks
+from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 # Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
 _SEED_STEP = 0x278DDE6E5FD29F05
@@ -165,8 +165,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps x to y as the base layer does, in the layouts that its parallel style has."""
-        refuse_in_mode(self, NOT_OUR_GEMM)
-        marks.before_forward()
+        conditions_of(x, "eager").refuse(self, NOT_OUR_GEMM)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
         # There a DTensor's sums are sent before the hook sees a share of them.
@@ -179,17 +178,22 @@ class TensorParallelLora(FastLoraWrapper):
         """Adds this process's share of the update to its share of y, between the collectives."""
         from torch.distributed.tensor import DTensor, Partial
 
-        routed = routing_of(self)
-        names = self._acting() if routed is None else []
-        if self._disabled or (routed is None and not names):
+        if self.impl == "triton" and not self._disabled and routing_of(self) is not None:
+            raise ImplementationError(
+                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
+                "PyTorch; expected impl='auto'"
+            )
+        call = begin(self, args[0])
+        if isinstance(call, LayerCall) and not call.names:
             return None
-        x: Any = args[0]
+        x: Any = call.x
         y: Any = output
         self._check_layouts(x, y)
         # Each process has the whole x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
-        result = forward(self, own_x, Base(y=own_y, inplace=True), routed, names)
+        call = call._replace(given=own_x, x=own_x)
+        result = forward(call, Base(y=own_y, inplace=True))
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )
@@ -212,7 +216,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------- what a forward asks of it: see `layers.whole`
 
     def _own_factors(
-        self, name: str, x: torch.Tensor | None = None, *, drops: bool = True
+        self, name: str, call: LayerCall | MixedCall | None = None, *, drops: bool = True
     ) -> Factors:
         """Returns this process's share of an adapter as plain tensors; all of it unscaled.
 
@@ -233,7 +237,7 @@ class TensorParallelLora(FastLoraWrapper):
         return Factors(
             own(self.lora_A[name].weight),
             own(up.weight),
-            scaling_of(self, name) if x is None else scaling_beside(self, name, x),
+            self.scaling[name] if call is None else scaling_beside(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )

@@ -11,59 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.factors import why_not_fused
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Slots
 from fastlora.routing.routing import Routing
-from fastlora.sharding import is_sharded
 from fastlora.validation import ImplementationError
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of these modules does more than its class's forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return True
-    return False
-
-
-def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """Returns the weight of a linear that nothing has hooked into, else None."""
-    if type(module) is not nn.Linear or is_hooked(module):
-        return None
-    weight = module._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter else None
-
-
-def why_not_fused(layer: AdapterLayer, names: list[str], gathered: bool = False) -> str:
-    """Returns why adapters cannot run as bare tensors, or an empty string.
-
-    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
-    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
-    the forward.
-    """
-    for name in names:
-        factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
-        if any(factor is None for factor in factors):
-            modules = layer.lora_A[name], layer.lora_B[name]
-            if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
-                if gathered and not any(map(is_hooked, modules)):
-                    continue
-                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
-            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
-        dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-            return f"adapter {name!r} has its own dropout module, or hooks on it"
-    return ""
 
 
 def fusion(

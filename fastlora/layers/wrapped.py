@@ -9,13 +9,12 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import linear_features, makes_fresh_outputs, why_not_plain
-from fastlora.layers.forward import forward
-from fastlora.layers.why import NOT_OUR_GEMM, why_not_fused
+from fastlora.layers.call import LayerCall
+from fastlora.layers.factors import why_not_fused
+from fastlora.layers.forward import begin, forward
+from fastlora.layers.why import NOT_OUR_GEMM
 from fastlora.ops.factors import Base
-from fastlora.ops.invariant import refuse_in_mode
-from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import marks
 
 
 class FastLoraWrapper(LoraLayer):
@@ -48,14 +47,12 @@ class FastLoraWrapper(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
-        refuse_in_mode(self, NOT_OUR_GEMM)
-        marks.before_forward()
+        call = begin(self, x)
+        call.conditions.refuse(self, NOT_OUR_GEMM)
         y = self.base_layer(x, *args, **kwargs)
-        routed = None if self._disabled else routing_of(self)
-        names = self._acting() if routed is None else []
-        if routed is None and not names:
+        if isinstance(call, LayerCall) and not call.names:
             return y
-        return forward(self, x, Base(y=y, inplace=self._may_write_into(y, x)), routed, names)
+        return forward(call, Base(y=y, inplace=self._may_write_into(y, x)))
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.backend import runs_kernels
+from fastlora.ops.conditions import runs_kernels
 from fastlora.ops.library import define, fakes, implements
 
 NO_SLOT = -1
@@ -71,7 +71,7 @@ class Rows:
     m: int
     each: int = 1
     ids: torch.Tensor | None = None
-    _pieces: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns what operators take as their argument ``Tensor[] rows``."""
@@ -80,7 +80,7 @@ class Rows:
     def pieces(self, block_m: int) -> torch.Tensor:
         """Returns where each piece starts, int32 ``[pieces + 1]``; unused entries are M.
 
-        Kept after the first call, but in a compiled graph, where compilers merge equal calls. When
+        Kept after the first call, but in a graph, where compilers merge equal calls. When
         a CUDA graph is captured over rows sorted outside of it, that call must come before the
         capture, as a warm-up run does.
 
@@ -88,7 +88,7 @@ class Rows:
             block_m: Rows of a tile; there are ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
         """
         operator = torch.ops.fastlora.rows_pieces
-        if torch.compiler.is_compiling() or type(self.segment_of) is not torch.Tensor:
+        if self._pieces is None or type(self.segment_of) is not torch.Tensor:
             return operator(self.segment_of, self.slots, block_m)
         made = self._pieces.get(block_m)
         if made is None:
@@ -155,7 +155,14 @@ class Rows:
         return tensor if self.in_order else tensor.index_select(0, self.inverse)
 
 
-def sort_rows(ids: torch.Tensor, m: int, slots: int, device: torch.device | None = None) -> Rows:
+def sort_rows(
+    ids: torch.Tensor,
+    m: int,
+    slots: int,
+    device: torch.device | None = None,
+    *,
+    keeps: bool = True,
+) -> Rows:
     """Sorts the rows of a batch by slot.
 
     Args:
@@ -165,23 +172,24 @@ def sort_rows(ids: torch.Tensor, m: int, slots: int, device: torch.device | None
         m: Rows of the batch.
         slots: Slots there are.
         device: Where rows are sorted; None for the device of ids.
+        keeps: Whether they keep what is made of them; False in a graph.
 
     Raises:
         TypeError: ids are not integers.
         ValueError: ids have another shape, or slots is negative.
     """
     device, block_m = device or ids.device, 0
-    if not torch.compiler.is_compiling() and runs_kernels(device):
+    if keeps and runs_kernels(device):
         from fastlora.kernels.configs import piece_rows
 
         block_m = piece_rows(m)
     made = torch.ops.fastlora.rows_sort(ids, m, slots, device, block_m)
     order, segment_of, segment_slot, slot_start, invalid, pieces = made
     each = m // max(ids.shape[0], 1)
-    rows = Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids)
-    if block_m:
-        rows._pieces[block_m] = pieces
-    return rows
+    kept: dict[int, torch.Tensor] | None = {} if keeps else None
+    if kept is not None and block_m:
+        kept[block_m] = pieces
+    return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids, kept)
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:

@@ -34,13 +34,10 @@ def current_routing() -> Routing | None:
     return _thread.open[-1] if _thread.open else None
 
 
-def routing_of(layer: RoutedLayer) -> tuple[Routing, int] | None:
-    """Returns the routing in force for a layer, and the layer's number; or None."""
+def routing_of(layer: RoutedLayer) -> Routing | None:
+    """Returns the routing in force for a layer, or None."""
     by_group = _thread.by_group
-    if not by_group:
-        return None
-    routing = by_group.get(layer.routed_by)
-    return None if routing is None else (routing, layer.routed_as)
+    return by_group.get(layer.routed_by) if by_group else None
 
 
 def is_captured(tensor: torch.Tensor) -> bool:

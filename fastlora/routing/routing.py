@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.rows import Rows
 from fastlora.routing.ids import NO_ADAPTER, Unchecked
 from fastlora.routing.kept import (
     BlockKept,
@@ -102,8 +102,6 @@ class Routing:
             AdapterNotFoundError: ``host``, and an id is out of range.
             ValueError: ``m`` is no multiple of the number of ids.
         """
-        if torch.compiler.is_compiling():  # all layers call it alike, and compilers merge them
-            return sort_rows(self.ids, m, len(self.names), device)
         kept = self.kept
         key = (m, device, stream_of(device) if device.type == "cuda" else 0)
         known = kept.rows.get(key)

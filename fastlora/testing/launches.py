@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from fastlora.env import triton_interpreted
-from fastlora.ops import backend
+from fastlora.ops import conditions
 
 _WARP_SIZE = {"cuda": 32, "hip": 64}
 # Triton keeps what it compiled by the number of the device: each block has a device of its own.
@@ -65,8 +65,8 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
     try:
         with (
             mock.patch.object(chips, "chip_of", lambda _: described),
-            mock.patch.object(backend, "KERNEL_DEVICES", ("cpu",)),
-            mock.patch.object(backend, "triton_status", lambda *_: (True, f"stubbed ({chip})")),
+            mock.patch.object(conditions, "KERNEL_DEVICES", ("cpu",)),
+            mock.patch.object(conditions, "triton_status", lambda *_: (True, f"stubbed ({chip})")),
         ):
             yield launches
     finally:

@@ -206,12 +206,12 @@ def test_fused_variants_launch_without_their_feature(
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from fastlora.kernels import chips, lora_linear, lora_shrink
-    from fastlora.ops import backend as ops
+    from fastlora.ops import conditions as ops
 
     seen: dict[str, Any] = {}
     chip = chips.Chip("sm_90", 132)
     monkeypatch.setattr(chips, "chip_of", lambda device: chip)
-    monkeypatch.setattr(ops, "resolve_impl", lambda impl, x: "triton")
+    monkeypatch.setattr(ops, "resolve_impl", lambda *_: "triton")
     monkeypatch.setattr(
         lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)
     )

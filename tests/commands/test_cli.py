@@ -139,7 +139,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastlora.ops.backend import resolve_impl, triton_status
+    from fastlora.ops.conditions import resolve_impl, triton_status
 
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

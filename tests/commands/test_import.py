@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.ops.backend import constant_when_compiled
+from fastlora.ops.conditions import constant_when_compiled
 from tests.support.programs import python
 
 ROOT = Path(__file__).resolve().parents[2]

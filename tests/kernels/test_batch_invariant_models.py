@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.model import adapter_state
-from fastlora.ops.invariant import is_batch_invariant
+from fastlora.ops.conditions import is_batch_invariant
 from fastlora.validation import ImplementationError
 from tests.support.kernels.mixed_models import use_impl
 from tests.support.tiny import Gated, with_adapters

@@ -12,7 +12,7 @@ from fastlora.ops.rows import Rows, piece_entries, sort_rows
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.mixed_rows_sort import MAX_IDS, can_sort
-from fastlora.ops import backend
+from fastlora.ops import conditions
 from fastlora.ops.triton.sorting import sorted_rows
 from tests.support.kernels.lab import Lab
 
@@ -67,14 +67,14 @@ def test_more_ids_are_left_to_pytorch() -> None:
 def test_rows_come_with_their_pieces(monkeypatch: pytest.MonkeyPatch, lab: Lab) -> None:
     """Where kernels run, one launch sorts rows and makes the pieces that decode asks for."""
     if lab.device.type == "cpu":
-        monkeypatch.setattr(backend, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setattr(conditions, "KERNEL_DEVICES", ("cpu",))
     ids = torch.tensor([3, -1, 0, 3, 7, 0], device=lab.device)
     with torch.profiler.profile() as profile:
         rows = sort_rows(ids, 24, 4)
         pieces = rows.pieces(16)
     launched = {event.key for event in profile.key_averages()}
     assert not launched & {"aten::sort", "aten::cumsum", "aten::searchsorted", "aten::scatter_"}
-    monkeypatch.setattr(backend, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(conditions, "KERNEL_DEVICES", ())
     plain = sort_rows(ids.cpu(), 24, 4)
     assert torch.equal(pieces.cpu(), plain.pieces(16))
     assert [t.tolist() for t in rows.tensors()] == [t.tolist() for t in plain.tensors()]

@@ -13,7 +13,7 @@ import torch
 
 from fastlora import env
 from fastlora.functional import lora_linear
-from fastlora.ops import backend as ops
+from fastlora.ops import conditions as ops
 from fastlora.ops import plans
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.kernels.lab import Lab

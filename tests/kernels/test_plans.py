@@ -12,7 +12,7 @@ import torch
 
 from fastlora import env
 from fastlora.functional import lora_linear
-from fastlora.ops import backend as ops
+from fastlora.ops import conditions as ops
 from fastlora.ops import plans
 from fastlora.ops.plans import PLANS
 

@@ -13,7 +13,14 @@ from fastlora.ops.torch import products, reference, segments, single
 
 
 class TorchBackend:
-    """See `fastlora.ops.backend.Backend`."""
+    """See `fastlora.ops.backend.Backend`.
+
+    Args:
+        traced: Whether a compiler traces what it does.
+    """
+
+    def __init__(self, traced: bool) -> None:
+        self.traced = traced
 
     def forward(
         self,
@@ -32,7 +39,7 @@ class TorchBackend:
         if s is None and operands.seeds is None:
             s = reference.lora_shrink(x, lora_a)
         elif s is None:
-            s = single.shrink(x, lora_a, operands.seeds, operands.dropout_p[0])
+            s = single.shrink(x, lora_a, operands.seeds, operands.dropout_p[0], self.traced)
         if weight is not None:
             y = products.linear(x, weight, bias)
         elif y is not None and not inplace:
@@ -55,7 +62,7 @@ class TorchBackend:
         """See `fastlora.ops.backend.Backend.gradients`."""
         if rows is not None and s is not None:
             return self._of_segments(dy, weight, x, operands, rows, s, wanted)
-        return single.gradients(dy, weight, x, operands, s, wanted)
+        return single.gradients(dy, weight, x, operands, s, wanted, self.traced)
 
     def _of_segments(
         self,
@@ -90,7 +97,8 @@ class TorchBackend:
         if rows is not None:
             layers = [segments.down(own) for own in lora_a]
             return list(segments.shrink(x, layers, rows).unbind())
-        return single.shrink_siblings(x, [own for (own,) in lora_a], seeds, dropout_p)
+        each = [own for (own,) in lora_a]
+        return single.shrink_siblings(x, each, seeds, dropout_p, self.traced)
 
     def grad_a(
         self,
@@ -103,9 +111,11 @@ class TorchBackend:
     ) -> list[torch.Tensor | None]:
         """See `fastlora.ops.backend.Backend.grad_a`."""
         if rows is None:
-            return [*single.grad_a_siblings(x, ds, [a for (a,) in lora_a], seeds, dropout_p)]
+            each = [own for (own,) in lora_a]
+            return [*single.grad_a_siblings(x, ds, each, seeds, dropout_p, self.traced)]
         layers = [segments.down(own) for own in lora_a]
         return segments.grad_a(x, ds, layers, rows, [True] * sum(map(len, lora_a)))
 
 
-register_backend("eager", TorchBackend())
+register_backend("eager", TorchBackend(False))
+register_backend("traced", TorchBackend(True))

@@ -27,7 +27,7 @@ class Dropped(NamedTuple):
         scaling: Without dimensions.
         seed: Of its mask, int64 ``[1]``.
         dropout_p: Probability.
-        impl: ``"triton"`` or ``"eager"``.
+        impl: Name of the backend.
     """
 
     lora_a: torch.Tensor
@@ -47,7 +47,7 @@ class Dropped(NamedTuple):
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
-        keep = keep_mask(rows, self.seed, self.dropout_p, after=after)
+        keep = keep_mask(rows, self.seed, self.dropout_p, after, self.impl == "traced")
         return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
@@ -140,11 +140,12 @@ def gradients(
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
+    traced = adapter.impl == "traced"
     scale = scale_of(magnitude, squares)
     if z is None or not wanted.magnitude:
-        through_z = times(dy, scale - 1.0)
+        through_z = times(dy, scale - 1.0, traced)
     else:
-        through_z, sums = scaled_with_sums(dy, z, scale - 1.0)
+        through_z, sums = scaled_with_sums(dy, z, scale - 1.0, traced)
     if s is not None and (wanted.lora_b or wanted.magnitude):
         # [R, M] x [M, N]: (scaling * s)^T dy serves both.
         inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)

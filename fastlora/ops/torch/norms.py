@@ -8,6 +8,7 @@ Shapes: ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``scaling`` wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,31 +24,36 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
-def outside_autocast(
-    compute: Callable[..., torch.Tensor], weight: torch.Tensor, *args: object
-) -> torch.Tensor:
-    """Calls ``compute`` with a weight and other arguments on its device."""
-    device_type = weight.device.type
-    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return compute(weight, *args)
-    return compute(weight, *args)
+def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Has a function of a weight and others compute in their dtypes, whatever surrounds it."""
+
+    @functools.wraps(compute)
+    def run(weight: torch.Tensor, *args: object) -> torch.Tensor:
+        device_type = weight.device.type
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return compute(weight, *args)
+        return compute(weight, *args)
+
+    return run
 
 
 @torch.no_grad()
-def square_norms(weight: torch.Tensor) -> torch.Tensor:
+def square_norms(weight: torch.Tensor, at_once: bool = False) -> torch.Tensor:
     """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
 
     16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
+    ``at_once`` is for graphs, where compilers see to that.
     """
     wide = _wide(weight.dtype)
-    if weight.dtype == wide or torch.compiler.is_compiling():
+    if weight.dtype == wide or at_once:
         return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     rows = max(_CHUNK // max(weight.shape[1], 1), 1)
     parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.split(rows)]
     return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
 
 
+@outside_autocast
 @torch.no_grad()
 def adapted_sums(
     weight: torch.Tensor,

@@ -4,7 +4,7 @@ g is never rounded to 16 bits: near 1, where training starts, these come in step
 A row whose norm is 0 has g = 0.
 
 Shapes: u, y and dy ``[M, N]``; magnitude, squares (of `fastlora.ops.torch.norms`), g and bias
-``[N]``.
+``[N]``. ``traced`` says that a compiler traces the function.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Ten
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
-def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def times(
+    u: torch.Tensor, scale: torch.Tensor, traced: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
 
     On a GPU a wider scale makes no wider copy of u.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)
-    if torch.compiler.is_compiling():
+    if traced:
         return (u * scale).to(u.dtype)
     return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
 
@@ -34,7 +36,7 @@ def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None)
 # ------------------------------------------------------------------------ a scale for each column
 
 
-def _in_one_pass(u: torch.Tensor, scale: torch.Tensor) -> bool:
+def _in_one_pass(u: torch.Tensor, scale: torch.Tensor, traced: bool) -> bool:
     """Whether batch norm's CPU kernels scale u's columns: widened, one pass, rounded once.
 
     In evaluation batch norm is ``(u - mean) * weight / sqrt(variance) + bias``: DoRA, with g for a
@@ -43,7 +45,7 @@ def _in_one_pass(u: torch.Tensor, scale: torch.Tensor) -> bool:
     in fp32, where its sums are worse than PyTorch's.
     """
     half = u.dtype in (torch.float16, torch.bfloat16) and u.numel() > 0
-    eager = u.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = u.device.type == "cpu" and not traced
     return half and eager and scale.dtype == torch.float32  # fp64 over an fp64 weight
 
 
@@ -91,7 +93,12 @@ def _batch_norm_backward(
 
 
 def scale_columns(
-    u: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, inplace: bool = False
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    inplace: bool = False,
+    *,
+    traced: bool = False,
 ) -> torch.Tensor:
     """Returns ``scale * u + bias`` without recording a graph, in u itself if ``inplace``.
 
@@ -102,31 +109,35 @@ def scale_columns(
         inplace: Whether u may be overwritten.
     """
     out = u if inplace else None
-    if _in_one_pass(u, scale):
+    if _in_one_pass(u, scale, traced):
         return _batch_norm(u, bias, scale, out)
-    y = times(u, scale, out)
+    y = times(u, scale, traced, out)
     return y if bias is None else y.add_(bias)
 
 
 def scaled_with_sums(
-    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
+    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, traced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
-    if _in_one_pass(u, scale):
+    if _in_one_pass(u, scale, traced):
         return _batch_norm_backward(dy, u, scale)
     product = dy * u
     # fp16 sums of scaled losses can leave its range.
     sums = product.sum(0, dtype=torch.float32 if dy.dtype == torch.float16 else None)
     # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
-    return times(dy, scale, product), sums
+    return times(dy, scale, traced, product), sums
 
 
 def scale_columns_backward(
-    dy: torch.Tensor, u: torch.Tensor | None, magnitude: torch.Tensor, squares: torch.Tensor | None
+    dy: torch.Tensor,
+    u: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: torch.Tensor | None,
+    traced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of u, and of the magnitude where u is there."""
     scale = scale_of(magnitude, squares)
     if u is None:
-        return scale_columns(dy, None, scale), None
-    du, sums = scaled_with_sums(dy, u, scale)
+        return scale_columns(dy, None, scale, traced=traced), None
+    du, sums = scaled_with_sums(dy, u, scale, traced)
     return du, sums if squares is None else sums * squares.rsqrt()

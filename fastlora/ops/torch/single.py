@@ -16,24 +16,33 @@ from fastlora.ops.torch import products, reference
 
 
 def keep_mask(
-    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+    x: torch.Tensor,
+    seed: torch.Tensor,
+    dropout_p: float,
+    after: torch.Tensor | None,
+    traced: bool,
 ) -> torch.Tensor:
     """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
 
-    ``after`` is a tensor of the backward that draws it, None in a forward.
+    ``after`` is a tensor of the backward that draws it, None in a forward; ``traced`` says that a
+    graph is being compiled.
     """
-    if torch.compiler.is_compiling() or type(seed) is not torch.Tensor:
+    if traced or type(seed) is not torch.Tensor:
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
     return reference.lora_keep(x, seed, dropout_p)
 
 
 def shrink(
-    x: torch.Tensor, lora_a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    traced: bool,
 ) -> torch.Tensor:
     """Returns s; x is dropped first where there is a seed."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
-    dropped = reference.select_(keep_mask(x, seed, dropout_p, after=None), x)
+    dropped = reference.select_(keep_mask(x, seed, dropout_p, None, traced), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
@@ -44,6 +53,7 @@ def gradients(
     operands: Operands,
     s: torch.Tensor | None,
     wanted: Wanted,
+    traced: bool = False,
 ) -> Gradients:
     """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
@@ -54,7 +64,7 @@ def gradients(
     inner = ds
     if seed is not None and (wanted.x or wants_a):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if x is None else x
-        keep = keep_mask(like, seed, dropout_p, after=ds)
+        keep = keep_mask(like, seed, dropout_p, ds, traced)
         inner = ds * dropped
     if wanted.x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.
@@ -81,6 +91,7 @@ def shrink_siblings(
     lora_a: Sequence[torch.Tensor],
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
+    traced: bool,
 ) -> list[torch.Tensor]:
     """Returns s of layers that are fed by the same x: one product for those without dropout."""
     found: dict[int, torch.Tensor] = {}
@@ -88,10 +99,10 @@ def shrink_siblings(
     if len(bare) > 1:
         joined = torch.cat([lora_a[index].to(x.dtype) for index in bare])
         ranks = [lora_a[index].shape[0] for index in bare]
-        found = dict(zip(bare, shrink(x, joined, None, 0.0).split(ranks, dim=1), strict=True))
+        found = dict(zip(bare, reference.lora_shrink(x, joined).split(ranks, dim=1), strict=True))
     for index, own in enumerate(zip(lora_a, seeds, dropout_p, strict=True)):
         if index not in found:
-            found[index] = shrink(x, *own)
+            found[index] = shrink(x, *own, traced)
     return [found[index] for index in range(len(lora_a))]
 
 
@@ -101,6 +112,7 @@ def grad_a_siblings(
     lora_a: Sequence[torch.Tensor],
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
+    traced: bool,
 ) -> list[torch.Tensor]:
     """Returns the ``d_lora_a`` of siblings, from one read of x unless masks part them."""
     found: dict[int, torch.Tensor] = {}
@@ -118,7 +130,7 @@ def grad_a_siblings(
             continue
         rows = x
         if seed is not None:
-            rows = reference.select_(keep_mask(x, seed, p, after=gradient), x)
+            rows = reference.select_(keep_mask(x, seed, p, gradient, traced), x)
             gradient = gradient * (1.0 / (1.0 - p))
         found[index] = products.mm(gradient.t(), rows)
     return [reference.cast(found[index], a.dtype) for index, a in enumerate(lora_a)]

@@ -1,0 +1,150 @@
+"""A mixed batch: each row has its own adapter, or none.
+
+`fastlora.layers.decide` says who computes it: kernels that find factors by address
+(`fastlora.layers.tables`), PyTorch over packed factors (`fastlora.layers.packs`), or
+`fastlora.autograd.linear` from the adapters as lists. In a graph that is being compiled
+`fastlora.layers.graph` does all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.autograd import linear
+from fastlora.layers import dora_rows, graph, packs, tables
+from fastlora.layers.absent import with_absent
+from fastlora.layers.call import MixedCall
+from fastlora.layers.decide import How, check_devices, decide
+from fastlora.layers.factors import slots_of
+from fastlora.layers.sharing import MIXED_IN_PYTORCH, shared_shrink
+from fastlora.ops.factors import Base, Slots, numbers_on
+from fastlora.ops.rows import Rows
+from fastlora.routing.siblings import family_of
+from fastlora.validation import check_dropout_dtype
+
+
+def run(call: MixedCall, base: Base) -> torch.Tensor:
+    """Returns ``[..., N]``; rows of adapters that the layer lacks are base rows."""
+    layer, routing = call.layer, call.routing
+    if call.conditions.compiling:
+        made = graph.run_in_graph(call, base)
+        if made is not None:
+            return made
+    magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
+    if (magnitudes is not None and magnitudes._modules) or routing.source.residents is not None:
+        dora = dora_rows.dora_slots(layer, routing)
+    kept: packs.KeptDecision | None = routing.kept.decisions.get(layer.routed_as)
+    if kept is not None and kept.holds(call, base):
+        y, how = packs.run_kept(call, base, kept), How.PYTORCH
+    else:
+        y, how = _by_rows(call, base, () if dora is None else dora.dropped)
+    if dora is None:
+        return y
+    if how is How.TABLES and routing.source.residents is not None:
+        return dora_rows.scale_pool_rows_(call, y)
+    return dora_rows.dora_rows(call, y, dora)
+
+
+def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, How]:
+    """Returns `run` before DoRA's scales, and who made it.
+
+    Slots of ``without`` get the base layer only.
+    """
+    layer, x, routing = call.layer, call.x, call.routing
+    how, is_bare, plan, found, slots = decide(call, base, without)
+    if found is not None:
+        return tables.run(call, base, found, plan), how
+    if slots is not None:
+        shrunk = shared_shrink(call, slots)
+        y = _run_listed(call, base, slots, call.rows(), s=None if shrunk is None else shrunk.s)
+    else:
+        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
+        if is_bare:
+            kept = packs.find(call, rows)
+            if kept is not None:
+                return packs.run_kept(call, base, kept), how
+        elif torch.is_grad_enabled():
+            family = family_of(layer, call.given)
+            if family is not None:
+                family.why_not[id(layer)] = MIXED_IN_PYTORCH
+        slots = slots_of(routing.source, layer, rows.present, without)
+        check_devices(slots, x)
+        y = _run_listed(call, base, slots, rows, rows.present)
+    if routing.absent_gradients and torch.is_grad_enabled():
+        y = with_absent(call, base, y, waits=how is How.PYTORCH)
+    return y, how
+
+
+def _run_listed(
+    call: MixedCall,
+    base: Base,
+    slots: Slots,
+    rows: Rows,
+    which: tuple[int, ...] | None = None,
+    s: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
+
+    Args:
+        call: The layer's.
+        base: The base layer.
+        slots: The adapters; of all slots for kernels.
+        rows: Of the batch.
+        which: Their slots, for PyTorch; None for all, and kernels.
+        s: The layer's, where a sibling made it.
+    """
+    x, impl = call.x, "triton" if which is None else "eager"
+    tensors: list[torch.Tensor | None] = []
+    scalings: list[Any] = []
+    dropout_p: list[float] = []
+    for factors in slots.own:  # in one loop: every call here is one in every step
+        if factors is None:
+            tensors += (None, None, None)
+            scalings.append(0.0)
+            dropout_p.append(0.0)
+        else:
+            tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
+            scalings.append(factors.scaling)
+            dropout_p.append(factors.dropout_p)
+    if slots.own.count(None) == len(slots.own):
+        return _base_rows(x, base, impl)
+    seeds = None
+    if any(dropout_p):
+        check_dropout_dtype(x.dtype)
+        device = x.device if impl == "triton" else torch.device("cpu")
+        seeds = call.routing.seeds_of(call.layer.routed_as, device)
+        seeds = call.layer._own_seed(seeds if which is None else seeds[list(which)])
+    how = linear.Call(impl, "auto", tuple(dropout_p), rows, which)
+    return linear.run(x, base, how, scalings_beside(scalings, x), seeds, tensors, s)
+
+
+def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
+    """`_run_listed` where no slot has an adapter on the layer."""
+    weight, bias, y, _ = base
+    if weight is None:
+        return base.output(x)
+    if impl != "eager":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+    (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
+    factors = x.new_empty(0, k), x.new_empty(n, 0), None
+    return linear.run(x, base, linear.Call(impl), zero, None, factors)
+
+
+def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
+
+    A tensor of PEFT's compiled hot swap is read on its device.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    numbers: list[float] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
+            return torch.stack(same)
+        numbers.append(value)
+    return numbers_on(tuple(numbers), dtype, x.device)
