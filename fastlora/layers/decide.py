@@ -104,15 +104,13 @@ def check_unmerged(layer: AdapterLayer) -> None:
 
 def without_gradients(call: MixedCall, base: Base) -> bool:
     """Whether no gradient is recorded and no dropout can act."""
-    routing, tensors = call.routing, (call.x, *base[:3])
-    if routing.captured:  # of a pool, whose adapters drop nothing
-        return not records_gradients(*tensors)
-    if call.layer.training:
+    routing = call.routing
+    if call.layer.training and not routing.captured:  # of a pool, whose adapters drop nothing
         return False
+    if not torch.is_grad_enabled():
+        return True
     # A pool's factors have no gradients; those of parameters are not asked one by one.
-    return not torch.is_grad_enabled() or (
-        routing.source.residents is not None and not records_gradients(*tensors)
-    )
+    return routing.source.residents is not None and not records_gradients(call.x, *base[:3])
 
 
 def tables_for(call: MixedCall) -> Tables | None:

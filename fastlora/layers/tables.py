@@ -7,7 +7,7 @@ the tables are neighbours, share one shrink.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.watch import Watch
 from fastlora.ops import schema  # noqa: F401 - registers operators
 from fastlora.ops.factors import Base, Factors, Tables
+from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import Watcher
@@ -123,54 +124,93 @@ def run(
         plan: As in `fastlora.functional.lora_linear`.
         impl: Name of the backend; other than kernels only for what the base layer made.
     """
-    x, number = call.x, call.layer.routed_as
-    row = row_of(call.layer, number, tables)
-    if row is None:
-        call.conditions.refuse(call.layer, "it was adapted after the block began")
-        return base.output(x)
-    flat, rows, invariant = x.reshape(-1, x.shape[-1]), call.rows(), plan == "invariant"
+    x, invariant = call.x, plan == "invariant"
+    rows, found = call.rows(), None
+    if not call.conditions.compiling:
+        found = call.routing.kept.places.get(call.layer.routed_as)
+    if found is None or not found.holds(tables, rows, invariant):
+        found = _place_of(call, tables, rows, invariant, impl)
+        if found is None:
+            call.conditions.refuse(call.layer, "it was adapted after the block began")
+            return base.output(x)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base.weight is None:
-        y, max_rank, own = base.rows_to_write(), 0, rows.tensors()
-        if impl == "triton":
-            # PyTorch reads neither; there another largest rank, which guards see, compiles nothing.
-            max_rank, own = tables.max_rank, rows_at(rows)
+        y = base.rows_to_write()
+        # PyTorch reads no largest rank; there another one, which guards see, compiles nothing.
+        max_rank = tables.max_rank if impl == "triton" else 0
         torch.ops.fastlora.lora_add_at_(
-            y, flat, own, tables.tensors(), row, max_rank, tables.dtype, impl
+            y, flat, found.own, found.tables, found.row, max_rank, tables.dtype, impl
         )
-        return y.view(*x.shape[:-1], y.shape[1])
-    numbers, siblings = _siblings(call, row, tables)
-    context = (rows, tables, invariant)
-    s = None if siblings is None else take_share(x, number, context, siblings)
-    y, *made = torch.ops.fastlora.lora_linear_at(
-        *(flat, base.weight, base.bias, rows_at(rows, invariant), s),
-        *(tables.tensors(), row, tables.max_rank, tables.dtype, plan, siblings),
-    )
-    if made:
-        keep_shares(x, context, dict.fromkeys(numbers, (siblings, made[0])))
-    return y.view(*x.shape[:-1], base.weight.shape[0])
+    else:
+        # A layer cannot trust an inference tensor, whose writes are not counted.
+        s, siblings, number = None, None, call.layer.routed_as
+        context = (rows, tables, invariant)
+        if found.siblings is not None and not x.is_inference():
+            siblings = found.siblings
+            s = take_share(x, number, context, siblings)
+        y, *made = torch.ops.fastlora.lora_linear_at(
+            *(flat, base.weight, base.bias, found.own, s, found.tables, found.row),
+            *(tables.max_rank, tables.dtype, plan, siblings),
+        )
+        if made:
+            keep_shares(x, context, dict.fromkeys(found.others, (siblings, made[0])))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _siblings(
-    call: MixedCall, row: int, tables: Tables
-) -> tuple[list[int], tuple[int, int] | None]:
-    """Returns the numbers of siblings whose rows in the tables are neighbours, and these rows.
+class Place(NamedTuple):
+    """What a layer's launches take in every forward of a block with the same rows.
 
-    One launch serves their shrink. A compiled graph must not see what one call leaves for another,
-    so each layer makes its own there.
+    Attributes:
+        of: The tables.
+        rows: The rows.
+        invariant: Whether they are for the batch-invariant mode.
+        own: The rows as operators take them.
+        tables: The tables as operators take them.
+        row: The layer's in the tables.
+        siblings: The rows of siblings that are its neighbours, and its own: first, and behind the
+            last; None where it has none. One launch serves their shrink.
+        others: Numbers of these siblings.
     """
-    # Nor can a layer trust an inference tensor, whose writes are not counted.
-    if call.conditions.compiling or call.x.is_inference():
-        return [], None
-    members = {}
-    for member in siblings_of(call.layer, call.x):
+
+    of: Tables
+    rows: Rows
+    invariant: bool
+    own: list[torch.Tensor]
+    tables: list[torch.Tensor]
+    row: int
+    siblings: tuple[int, int] | None
+    others: list[int]
+
+    def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
+        """Whether it is for these."""
+        return self.of is tables and self.rows is rows and self.invariant == invariant
+
+
+def _place_of(
+    call: MixedCall, tables: Tables, rows: Rows, invariant: bool, impl: str
+) -> Place | None:
+    """Returns a layer's `Place`; None where the tables do not know it.
+
+    Kept for the block once siblings are known. A compiled graph must not see what one call leaves
+    for another, so each layer is on its own there.
+    """
+    layer, compiling = call.layer, call.conditions.compiling
+    row = row_of(layer, layer.routed_as, tables)
+    if row is None:
+        return None
+    members, first, stop = {}, row, row + 1
+    for member in () if compiling else siblings_of(layer, call.x):
         place = row_of(member, member.routed_as, tables)
         if place is not None:
             members[place] = member.routed_as
-    first, stop = row, row + 1
     while first - 1 in members:
         first -= 1
     while stop in members:
         stop += 1
-    if stop - first < 2:
-        return [], None
-    return [members[other] for other in range(first, stop) if other != row], (first, stop)
+    siblings = (first, stop) if stop - first > 1 else None
+    others = [members[other] for other in range(first, stop) if other != row]
+    own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
+    found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others)
+    if members:
+        call.routing.kept.places[layer.routed_as] = found
+    return found

@@ -218,12 +218,14 @@ class BlockKept:
 
     Attributes:
         decisions: By number of a layer, what was decided for it.
+        places: By number of a layer, where kernels find its factors.
         dora: What `fastlora.layers.dora_rows` keeps of norms.
         is_checked: Whether the host has looked at the ids.
     """
 
     def __init__(self) -> None:
         self.decisions: dict[int, Any] = {}
+        self.places: dict[int, Any] = {}
         self.dora: dict[Any, Any] = {}
         self.is_checked = False
         self.rows: dict[tuple[int, torch.device, int], Rows] = {}
