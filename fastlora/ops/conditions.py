@@ -142,7 +142,7 @@ class Conditions(NamedTuple):
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode what was asked for, which
             `check_invariant` checks.
-        backend: Its name in `fastlora.ops.backend.BACKENDS`: ``"traced"`` for PyTorch in a graph.
+        backend: Its name in `fastlora.ops.backend.BACKENDS`: that has one of its own for a graph.
         compiling: Whether `torch.compile` traces the forward.
         invariant: Whether the batch-invariant mode is on, or the call has its plan.
         autocast: The dtype of autocast, where it is on.
@@ -206,9 +206,11 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
         autocast = dtype = torch.get_autocast_dtype(kind)
     compiling = torch.compiler.is_compiling()
     if plan == "invariant" or _thread.invariant:
-        return Conditions(impl, "triton", compiling, True, autocast)
+        return Conditions(
+            impl, "traced triton" if compiling else "triton", compiling, True, autocast
+        )
     impl = resolve_impl(impl, x, dtype)
-    backend = "traced" if compiling and impl == "eager" else impl
+    backend = f"traced {impl}" if compiling else impl
     return Conditions(impl, backend, compiling, False, autocast)
 
 

@@ -118,4 +118,4 @@ class TorchBackend:
 
 
 register_backend("eager", TorchBackend(False))
-register_backend("traced", TorchBackend(True))
+register_backend("traced eager", TorchBackend(True))
