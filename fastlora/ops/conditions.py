@@ -200,16 +200,17 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
     Raises:
         ValueError, ImplementationError: As `resolve_impl`, but in the batch-invariant mode.
     """
-    kind, dtype, autocast = x.device.type, x.dtype, None
+    kind, autocast = "cpu" if x.is_cpu else x.device.type, None
     knows = kind in _USUAL_DEVICES or torch.amp.is_autocast_available(kind)
-    if knows and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        autocast = dtype = torch.get_autocast_dtype(kind)
+    if knows and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(kind)
     compiling = torch.compiler.is_compiling()
     if plan == "invariant" or _thread.invariant:
         return Conditions(
             impl, "traced triton" if compiling else "triton", compiling, True, autocast
         )
-    impl = resolve_impl(impl, x, dtype)
+    if impl != "eager":
+        impl = resolve_impl(impl, x, autocast)
     backend = f"traced {impl}" if compiling else impl
     return Conditions(impl, backend, compiling, False, autocast)
 

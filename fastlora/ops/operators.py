@@ -48,8 +48,11 @@ class OperatorBackend:
         weight, bias, y, inplace = base
         biases = lora_bias if rows is not None else [None]
         if weight is not None:
-            factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
-            sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
+            sorted_rows: list[torch.Tensor] = []
+            factors = [lora_a[0], lora_b[0], None]
+            if rows is not None:
+                factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
+                sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
             y, *own = operators.lora_linear(
                 *(x, weight, bias, sorted_rows, s, factors, scaling, *drop, self.impl, plan)
             )
