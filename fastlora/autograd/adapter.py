@@ -82,7 +82,7 @@ def run_adapter(
     if shrunk is not None:
         s, seed = shrunk
     elif dropout_p > 0.0:
-        seed = backend.draw_seed(x, name)
+        seed = backend.draw_seed(x, conditions.impl)
         seed = seed if own_seed is None else own_seed(seed)
     call = linear.Call(name, plan, (dropout_p,))
     return linear.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)

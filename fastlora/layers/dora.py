@@ -55,9 +55,10 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
         conditions.refuse(layer, f"dropout_p={dropout_p} acts; call eval()")
     ((magnitude, squares),) = scales_by_name(call, [name])
     if dropout_p:
+        runs = conditions.impl if conditions.impl == "triton" else conditions.backend
         return DoraDropped.apply(
             *(base.y, x, layer._own_weight() if weight is None else weight, base.bias),
-            *(None, (), (dropout_p,), conditions.backend),
+            *(None, (), (dropout_p,), runs),
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._own_seed(ops.draw_seed(x, conditions.impl)),
         )

@@ -245,7 +245,7 @@ def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     if tables is None or tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    rows, impl = call.rows(), call.conditions.backend
+    rows, impl = call.rows(), "eager" if call.conditions.impl == "eager" else "triton"
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -82,12 +82,12 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
-        if first is not None and _runs_at_once(call, base):
+        if first is not None and (torch.is_grad_enabled() or conditions.backend != "triton"):
+            shrunk = shared_shrink(call, Slots((first,)))
+        elif first is not None and base.weight is not None and not conditions.invariant:
             y = output_at_once(call, base, first)
             if y is not None:
                 return y
-        elif first is not None:
-            shrunk = shared_shrink(call, Slots((first,)))
     else:
         first, others, bias = _joined(call, names)
     if first is None:
@@ -101,16 +101,6 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     for other in others:
         y = run_adapter(x, Base(y=y, inplace=True), other, conditions, own_seed=layer._own_seed)
     return y
-
-
-def _runs_at_once(call: LayerCall, base: Base) -> bool:
-    """Whether a layer may be computed together with its siblings: see `output_at_once`."""
-    conditions = call.conditions
-    return (
-        conditions.impl == "triton"
-        and base.weight is not None
-        and not (conditions.invariant or conditions.compiling or torch.is_grad_enabled())
-    )
 
 
 def _joined(

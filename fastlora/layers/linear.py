@@ -128,23 +128,24 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
         call = begin(self, x)
-        base = self._plain_base()
-        if base is None:
+        # As nn.Module keeps them: looking an attribute up takes a microsecond.
+        weight: Any = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and "bias" in self._parameters:
+            bias = self._parameters["bias"]
+        else:
             refuse_shards(self)
-            base = Base(self.weight, self.bias)
+            weight, bias = self.weight, self.bias
         if isinstance(call, LayerCall) and not call.names:
             why = "no adapter acts on it: give base rows None in fastlora.adapters"
             call.conditions.refuse(self, why)
-            return F.linear(x, base.weight, base.bias)  # type: ignore[arg-type]  # a weight
+            return F.linear(x, weight, bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
-        return forward(call, base)
+        return forward(call, Base(weight, bias))
 
     def _plain_base(self) -> Base | None:
-        # As nn.Module keeps them: looking an attribute up takes a microsecond.
-        own = self._parameters
-        weight: Any = own.get("weight")
-        return Base(weight, own["bias"]) if type(weight) is nn.Parameter and "bias" in own else None
+        weight: Any = self._parameters.get("weight")
+        return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""

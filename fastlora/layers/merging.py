@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.common import Whole
 from fastlora.layers.norms import base_squares, forget_norms
 from fastlora.layers.scalings import Scaling
-from fastlora.layers.whole import Whole
 from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, square_norms
 from fastlora.ops.torch.reference import INTEGERS

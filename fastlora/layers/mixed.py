@@ -118,7 +118,8 @@ def _run_listed(
         device = x.device if impl == "triton" else torch.device("cpu")
         seeds = call.routing.seeds_of(call.layer.routed_as, device)
         seeds = call.layer._own_seed(seeds if which is None else seeds[list(which)])
-    how = linear.Call(impl, "auto", tuple(dropout_p), rows, which)
+    name = f"traced {impl}" if call.conditions.compiling else impl
+    how = linear.Call(name, "auto", tuple(dropout_p), rows, which)
     return linear.run(x, base, how, scalings_beside(scalings, x), seeds, tensors, s)
 
 

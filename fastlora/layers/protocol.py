@@ -79,7 +79,7 @@ class AdapterLayer(Protocol):
     def note_compiled(self, why: str) -> None:
         """Keeps why the layer shares nothing in a graph that is being compiled."""
 
-    # What differs where the layer is split; see `fastlora.layers.whole`.
+    # What differs where the layer is split; see `fastlora.layers.common`.
 
     def _own_factors(self, name: str, call: LayerCall | MixedCall | None = None) -> Factors | None:
         """As `fastlora.layers.factors.factors_of`."""

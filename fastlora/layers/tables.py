@@ -15,7 +15,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.watch import Watch
-from fastlora.ops import schema  # noqa: F401 - registers operators
+from fastlora.ops import schema
 from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
@@ -148,7 +148,9 @@ def run(
         if found.siblings is not None and not x.is_inference():
             siblings = found.siblings
             s = take_share(x, number, context, siblings)
-        y, *made = torch.ops.fastlora.lora_linear_at(
+        compiling = call.conditions.compiling
+        operators = torch.ops.fastlora if compiling else schema.operators_for(flat)
+        y, *made = operators.lora_linear_at(
             *(flat, base.weight, base.bias, found.own, s, found.tables, found.row),
             *(tables.max_rank, tables.dtype, plan, siblings),
         )

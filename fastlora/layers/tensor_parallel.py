@@ -213,7 +213,7 @@ class TensorParallelLora(FastLoraWrapper):
                 "are not those of ColwiseParallel or RowwiseParallel"
             )
 
-    # ------------------------------------------- what a forward asks of it: see `layers.whole`
+    # ------------------------------------------- what a forward asks of it: see `layers.common`
 
     def _own_factors(
         self, name: str, call: LayerCall | MixedCall | None = None, *, drops: bool = True

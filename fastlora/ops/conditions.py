@@ -142,7 +142,7 @@ class Conditions(NamedTuple):
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode what was asked for, which
             `check_invariant` checks.
-        backend: Its name in `fastlora.ops.backend.BACKENDS`: ``"traced"`` for PyTorch in a graph.
+        backend: Its name in `fastlora.ops.backend.BACKENDS`: that has one of its own for a graph.
         compiling: Whether `torch.compile` traces the forward.
         invariant: Whether the batch-invariant mode is on, or the call has its plan.
         autocast: The dtype of autocast, where it is on.
@@ -200,15 +200,18 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
     Raises:
         ValueError, ImplementationError: As `resolve_impl`, but in the batch-invariant mode.
     """
-    kind, dtype, autocast = x.device.type, x.dtype, None
+    kind, autocast = "cpu" if x.is_cpu else x.device.type, None
     knows = kind in _USUAL_DEVICES or torch.amp.is_autocast_available(kind)
-    if knows and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        autocast = dtype = torch.get_autocast_dtype(kind)
+    if knows and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(kind)
     compiling = torch.compiler.is_compiling()
     if plan == "invariant" or _thread.invariant:
-        return Conditions(impl, "triton", compiling, True, autocast)
-    impl = resolve_impl(impl, x, dtype)
-    backend = "traced" if compiling and impl == "eager" else impl
+        return Conditions(
+            impl, "traced triton" if compiling else "triton", compiling, True, autocast
+        )
+    if impl != "eager":
+        impl = resolve_impl(impl, x, autocast)
+    backend = f"traced {impl}" if compiling else impl
     return Conditions(impl, backend, compiling, False, autocast)
 
 

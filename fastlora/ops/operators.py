@@ -6,6 +6,7 @@ An operator is opaque to compilers, which see neither Triton nor, in a mixed bat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,10 +24,14 @@ class OperatorBackend:
 
     Args:
         impl: What the operators run: ``"triton"``, or ``"eager"`` for PyTorch.
+        traced: Whether a compiler traces what it does.
     """
 
-    def __init__(self, impl: str) -> None:
-        self.impl = impl
+    def __init__(self, impl: str, traced: bool) -> None:
+        self.impl, self.traced = impl, traced
+
+    def _operators(self, x: torch.Tensor) -> Any:
+        return torch.ops.fastlora if self.traced else schema.operators_for(x)
 
     def forward(
         self,
@@ -39,12 +44,15 @@ class OperatorBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `fastlora.ops.backend.Backend.forward`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, operators = (seeds, list(dropout_p)), schema.operators_for(x)
+        drop, operators = (seeds, list(dropout_p)), self._operators(x)
         weight, bias, y, inplace = base
         biases = lora_bias if rows is not None else [None]
         if weight is not None:
-            factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
-            sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
+            sorted_rows: list[torch.Tensor] = []
+            factors = [lora_a[0], lora_b[0], None]
+            if rows is not None:
+                factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
+                sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
             y, *own = operators.lora_linear(
                 *(x, weight, bias, sorted_rows, s, factors, scaling, *drop, self.impl, plan)
             )
@@ -80,7 +88,7 @@ class OperatorBackend:
     ) -> Gradients:
         """See `fastlora.ops.backend.Backend.gradients`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, schema.operators_for(dy)
+        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, self._operators(dy)
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -132,7 +140,7 @@ class OperatorBackend:
         rows: Rows | None,
     ) -> list[torch.Tensor]:
         """Returns the gradients of the lora_a of G layers, for one ds each."""
-        operator, drop = schema.operators_for(x).lora_grad_a, (seeds, list(dropout_p))
+        operator, drop = self._operators(x).lora_grad_a, (seeds, list(dropout_p))
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
@@ -151,7 +159,7 @@ class OperatorBackend:
         rows: Rows | None,
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.shrink`."""
-        operator, flat = schema.operators_for(x).lora_shrink, [a for own in lora_a for a in own]
+        operator, flat = self._operators(x).lora_shrink, [a for own in lora_a for a in own]
         if rows is not None:
             none = [0.0] * len(flat)
             s = operator(x, self._in_pieces(rows), flat, len(lora_a), None, none, self.impl)
@@ -207,6 +215,7 @@ def _without_the_unwritten(
     return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)
 
 
-register_backend("triton", OperatorBackend("triton"))
+register_backend("triton", OperatorBackend("triton", False))
+register_backend("traced triton", OperatorBackend("triton", True))
 # A mixed batch in PyTorch within a compiled graph.
-register_backend("opaque", OperatorBackend("eager"))
+register_backend("opaque", OperatorBackend("eager", True))

@@ -87,8 +87,9 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
 def operators_for(x: torch.Tensor) -> Any:
     """Returns the operators by name, for x and tensors of its kind.
 
-    Where nothing would look at a registered operator (no compiler, mode, transform, profiler or
-    autograd), these are the functions that run them: the dispatcher takes 5 us a call.
+    Where nothing would look at a registered operator (no mode, transform, profiler or autograd),
+    these are the functions that run them: the dispatcher takes 5 us a call. Where a compiler traces
+    nobody asks: a graph has registered operators.
     """
     return _DIRECT if runs_directly(x) else torch.ops.fastlora
 
@@ -96,8 +97,7 @@ def operators_for(x: torch.Tensor) -> Any:
 def runs_directly(x: torch.Tensor) -> bool:
     """Whether nothing would look at a registered operator of x."""
     return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None

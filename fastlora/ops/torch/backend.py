@@ -121,4 +121,4 @@ class TorchBackend:
 
 
 register_backend("eager", TorchBackend(False))
-register_backend("traced", TorchBackend(True))
+register_backend("traced eager", TorchBackend(True))

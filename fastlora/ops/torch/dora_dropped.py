@@ -27,7 +27,7 @@ class Dropped(NamedTuple):
         scaling: Without dimensions.
         seed: Of its mask, int64 ``[1]``.
         dropout_p: Probability.
-        impl: Name of the backend.
+        impl: ``"triton"``, or the name of PyTorch's backend.
     """
 
     lora_a: torch.Tensor
@@ -47,7 +47,7 @@ class Dropped(NamedTuple):
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
-        keep = keep_mask(rows, self.seed, self.dropout_p, after, self.impl == "traced")
+        keep = keep_mask(rows, self.seed, self.dropout_p, after, self.impl == "traced eager")
         return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
@@ -140,7 +140,7 @@ def gradients(
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
-    traced = adapter.impl == "traced"
+    traced = adapter.impl == "traced eager"
     scale = scale_of(magnitude, squares)
     if z is None or not wanted.magnitude:
         through_z = times(dy, scale - 1.0, traced)
