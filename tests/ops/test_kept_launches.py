@@ -17,7 +17,7 @@ import triton.language as tl
 from triton import knobs
 
 from fastlora.kernels import launch as launching
-from fastlora.kernels.launch import empty, kept, launch
+from fastlora.kernels.launch import empty, kept, launch, product
 from fastlora.ops.factors import Tables
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.rows import sort_rows
@@ -341,6 +341,33 @@ def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
                     assert seen[0][2][1] != x.data_ptr()
                 else:
                     assert torch.equal(result, plain(x))
+
+
+def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that makes a tensor, and one that writes into a tensor, each of the new tensors."""
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        out = product(torch.mm, x, x)
+        _witness(out, x, None, 7, 0.5, False, (4, 1), False)
+        return out
+
+    def add(x: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
+        other, out = empty(x, 2), empty(x, 4, 4)
+        _witness(out, x, None, 7, 0.5, False, (4, 1), False)
+        product(lambda y, x, _: y.copy_(x).addmm_(x, x), out, x, bias)
+        return [out, other]
+
+    with counting(monkeypatch) as made:
+        for function, what in ((kept(square), lambda x: x @ x), (kept(add), lambda x: x + x @ x)):
+            for _ in range(3):
+                x = torch.randn(4, 4)
+                seen.clear()
+                result = function(x)
+                out = result if isinstance(result, torch.Tensor) else result[0]
+                torch.testing.assert_close(out, what(x))
+                assert seen[0][2][:2] == [out.data_ptr(), x.data_ptr()]
+                assert len(seen) == 1
+    assert made == [True, True]
 
 
 def test_whoever_watches_launches_sees_them(seen: Seen) -> None:
