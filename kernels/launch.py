@@ -326,15 +326,14 @@ def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
 
 
 def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[torch.Tensor]], Any] | None:
-    """Returns what makes a result of allocated tensors; None for one of others."""
+    """Returns what makes a result of the tensors that were made; None for one of others."""
     if result is None:
         return lambda fresh: None
     if isinstance(result, torch.Tensor):
         place = places.get(id(result))
         return None if place is None else operator.itemgetter(place)
-    found, kind = [places.get(id(tensor)) for tensor in result], type(result)
-    if None in found:
-        return None
-    if found == list(range(len(found))):
-        return lambda fresh: kind(fresh[: len(found)])
-    return lambda fresh: kind(fresh[place] for place in found)
+    make: Any = getattr(result, "_make", type(result))
+    if [places.get(id(item)) for item in result] == list(range(len(result))):
+        return lambda fresh: make(fresh[: len(result)])
+    items = [_result_of(item, places) for item in result]
+    return None if None in items else lambda fresh: make([item(fresh) for item in items])

@@ -5,7 +5,9 @@ An operator is opaque to compilers, which see neither Triton nor, in a mixed bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +18,8 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
 from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend:
@@ -79,8 +83,27 @@ class OperatorBackend:
         plan: str,
     ) -> Gradients:
         """See `fastlora.ops.backend.Backend.gradients`."""
+        operators, function = schema.operators_for(dy), OperatorBackend._gradients
+        given = dy, weight, x, operands, rows, s, wanted, plan
+        if rows is None and operators is not torch.ops.fastlora and self.impl == "triton":
+            function = _kept(function)
+        return function(self, *given, operators)
+
+    def _gradients(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor | None,
+        x: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        wanted: Wanted,
+        plan: str,
+        operators: Any,
+    ) -> Gradients:
+        """`gradients` by operators of `schema.operators_for`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, schema.operators_for(dy)
+        drop, wants = (seeds, list(dropout_p)), wanted.factors
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -109,7 +132,7 @@ class OperatorBackend:
                 dy, weight, ds, self._whole(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
-            found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows)
+            found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
         if wanted.s and rows is not None and torch.is_anomaly_enabled():
             ds = _without_the_unwritten(ds, rows, lora_a)
         return Gradients(dx, found, ds, d_bias)
@@ -130,9 +153,10 @@ class OperatorBackend:
         seeds: torch.Tensor | None,
         dropout_p: Sequence[float],
         rows: Rows | None,
+        operator: Any,
     ) -> list[torch.Tensor]:
         """Returns the gradients of the lora_a of G layers, for one ds each."""
-        operator, drop = schema.operators_for(x).lora_grad_a, (seeds, list(dropout_p))
+        drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
@@ -184,7 +208,16 @@ class OperatorBackend:
         elif any(seed is not None for seed in seeds):
             any_seed = next(seed for seed in seeds if seed is not None)
             all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
-        return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows)]
+        operator = schema.operators_for(x).lora_grad_a
+        return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
+
+
+@functools.cache
+def _kept(function: _Function) -> _Function:
+    """Returns a function that keeps its launches, see `fastlora.kernels.launch.kept`."""
+    from fastlora.kernels.launch import kept
+
+    return kept(function)
 
 
 def _without_the_unwritten(

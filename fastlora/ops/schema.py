@@ -88,7 +88,8 @@ def operators_for(x: torch.Tensor) -> Any:
     """Returns the operators by name, for x and tensors of its kind.
 
     Where nothing would look at a registered operator (no compiler, mode, transform, profiler or
-    autograd), these are the functions that run them: the dispatcher takes 5 us a call.
+    autograd) and x lies on the current device, these are the functions that run them: the
+    dispatcher takes 5 us a call.
     """
     if (
         torch.compiler.is_compiling()
@@ -98,6 +99,7 @@ def operators_for(x: torch.Tensor) -> Any:
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
+        or (x.is_cuda and x.device.index != torch.cuda.current_device())
     ):
         return torch.ops.fastlora
     return _DIRECT
