@@ -99,7 +99,7 @@ class OperatorBackend:
         s: torch.Tensor | None,
         wanted: Wanted,
         plan: str,
-        operators: Any,
+        operators: schema.Operators,
     ) -> Gradients:
         """`gradients` by operators of `schema.operators_for`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
@@ -153,7 +153,7 @@ class OperatorBackend:
         seeds: torch.Tensor | None,
         dropout_p: Sequence[float],
         rows: Rows | None,
-        operator: Any,
+        operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
         """Returns the gradients of the lora_a of G layers, for one ds each."""
         drop = seeds, list(dropout_p)
