@@ -4,8 +4,8 @@ Triton's launcher binds some 40 named arguments, asks of each what the compiler 
 the kernel up by the answers: 20 to 40 us of the host, for a kernel that may run for 2. Before it,
 somebody chooses a plan and configs. A function under `kept` does all that once for each look of
 its arguments: dtype, shape, strides and address modulo 16 of a tensor, type and value of all else.
-From then on it allocates the same memory and calls the same compiled kernels, with the addresses of
-the new tensors.
+From then on it allocates the same memory and calls the same compiled kernels and products, with the
+new tensors.
 
 Triton's own launcher runs where something watches or changes launches (hooks of profilers,
 ``TRITON_DEBUG``, instrumentation), in Triton's interpreter, and in versions of Triton that this was
@@ -54,24 +54,34 @@ class _Call(NamedTuple):
     compiled: Any
 
 
+class _Product(NamedTuple):
+    """A call of `product`, and the tensor that it made; None where it wrote into an argument."""
+
+    function: Callable[..., torch.Tensor]
+    arguments: tuple[torch.Tensor | None, ...]
+    made: torch.Tensor | None
+
+
 class _Operators(TorchDispatchMode):
     """Notices operators of PyTorch's that compute something."""
 
-    computed = False
+    computed = within_product = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Calls the operator."""
-        self.computed |= not (func.is_view or func.overloadpacket in _ALLOCATE)
+        harmless = func.is_view or func.overloadpacket in _ALLOCATE or self.within_product
+        self.computed |= not harmless
         return func(*args, **(kwargs or {}))
 
 
 class _Recording(threading.local):
     """What a function under `kept` does; None where none runs for the first time."""
 
-    calls: list[_Call] | None = None
+    calls: list[_Call | _Product] | None = None
     fresh: list[torch.Tensor]
+    operators: _Operators
 
 
 _recording = _Recording()
@@ -92,49 +102,74 @@ def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
     return made
 
 
+def product(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | None) -> torch.Tensor:
+    """Returns what a function of PyTorch's makes of tensors, or the one of them that it writes."""
+    if _recording.calls is None:
+        return function(*arguments)
+    _recording.operators.within_product = True
+    try:
+        result = function(*arguments)
+    finally:
+        _recording.operators.within_product = False
+    is_new = all(result is not tensor for tensor in arguments)
+    if is_new:
+        _recording.fresh.append(result)
+    _recording.calls.append(_Product(function, arguments, result if is_new else None))
+    return result
+
+
 class _Steps(NamedTuple):
     """What a function under `kept` does for one look of its arguments.
 
-    Tensors are numbered: those given, then the allocated ones, None, and views of the ones before.
+    Tensors are numbered: those given, then those made, None, and views of the ones before.
 
     Attributes:
-        empties: Shape, strides and dtype of what is allocated.
+        empties: Of each tensor that is made shape, strides and dtype; None for a product's.
         views: For each the number of its tensor, and bytes from there.
         calls: For each launch what is called, its grid, the function, its metadata, what picks the
-            tensors, and the kernel's other arguments.
-        result: Makes what is returned, from the allocated tensors.
+            addresses, and the kernel's other arguments. For each product None, the function, the
+            numbers of its arguments, the number of what it makes or -1, and nothing.
+        result: Makes what is returned, from the tensors that were made.
         alive: What must live as long.
     """
 
-    empties: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    empties: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
     views: tuple[tuple[int, int], ...]
     calls: tuple[tuple[Any, ...], ...]
-    result: Callable[[list[torch.Tensor]], Any]
+    result: Callable[[list[Any]], Any]
     alive: tuple[Any, ...]
 
-    def run(self, device: int, like: torch.Tensor, addresses: list[int | None]) -> Any:
-        """Allocates and launches."""
+    def run(self, device: int, tensors: list[Any], addresses: list[int | None]) -> Any:
+        """Allocates, launches and multiplies."""
         empties, views, calls, result, _ = self
-        fresh = []
-        for shape, strides, dtype in empties:
-            tensor = like.new_empty_strided(shape, strides, dtype=dtype)
-            fresh.append(tensor)
-            addresses.append(tensor.data_ptr())
+        given, like = len(tensors), tensors[0]
+        for empty in empties:
+            made = None
+            if empty is not None:
+                shape, strides, dtype = empty
+                made = like.new_empty_strided(shape, strides, dtype=dtype)
+            tensors.append(made)
+            addresses.append(None if made is None else made.data_ptr())
         addresses.append(None)
         for source, offset in views:
             addresses.append(addresses[source] + offset)  # type: ignore[operator]
         stream = driver.active.get_current_stream(device)
         for run, x, y, z, function, metadata, pick, others in calls:
+            if run is None:
+                made = x(*[tensors[i] if i >= 0 else None for i in y])
+                if z >= 0:
+                    tensors[z], addresses[z] = made, made.data_ptr()
+                continue
             run(x, y, z, stream, function, metadata, None, None, None, *pick(addresses), *others)
-        return result(fresh)
+        return result(tensors[given:])
 
 
 def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Keeps what a function launches.
 
     The function looks at nothing but its arguments, at no tensor's values, and at how fp32 products
-    round. All that it does with tensors is `launch`, `empty` and views; it returns what it
-    allocated. A function that does more runs as it is each time. What it calls may be kept too.
+    round. All that it does with tensors is `launch`, `empty`, `product` and views; it returns what
+    it made. A function that does more runs as it is each time. What it calls may be kept too.
 
     The first tensor has the dtype of the products, or a config says how they round.
     """
@@ -145,14 +180,12 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
         if not _KEEPS or _recording.calls is not None or _is_watched():
             return function(*args, **kwargs)
         given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
-        first = given[0]
-        if not isinstance(first, _Tensor):
-            first = next(value for value in _leaves(given) if isinstance(value, _Tensor))
         look: list[Hashable] = [len(args), *kwargs]
-        if first.dtype is torch.float32:
-            look.append(_rounding_of_fp32())
+        tensors: list[torch.Tensor] = []
         addresses: list[int | None] = []
-        _look_at(given, look, addresses)
+        _look_at(given, look, tensors, addresses)
+        if tensors[0].dtype is torch.float32:
+            look.append(_rounding_of_fp32())
         key = tuple(look)
         by_device = looks.get(key)
         if by_device is not None:
@@ -161,16 +194,17 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 steps = by_device[device]
                 if steps is None:
                     return function(*args, **kwargs)
-                made: _T = steps.run(device, first, addresses)
+                made: _T = steps.run(device, tensors, addresses)
                 return made
         _recording.calls, _recording.fresh = [], []
         try:
             with _Operators() as operators:
+                _recording.operators = operators
                 result = function(*args, **kwargs)
             calls, fresh = _recording.calls, _recording.fresh
         finally:
             _recording.calls, _recording.fresh = None, []
-        if calls and all(call.compiled is not None for call in calls):
+        if calls and all(isinstance(c, _Product) or c.compiled is not None for c in calls):
             if len(looks) >= _MAX_LOOKS:
                 looks.clear()
             found = None if operators.computed else _steps(given, calls, fresh, result)
@@ -195,13 +229,19 @@ def _is_watched() -> bool:
     )
 
 
-def _look_at(values: Iterable[Any], look: list[Hashable], addresses: list[int | None]) -> None:
-    """Adds what values look like, and their tensors' addresses."""
+def _look_at(
+    values: Iterable[Any],
+    look: list[Hashable],
+    tensors: list[torch.Tensor],
+    addresses: list[int | None],
+) -> None:
+    """Adds what values look like, their tensors and the addresses of these."""
     for value in values:
         if value is None:
             look.append(None)
         elif isinstance(value, _Tensor):
             address = value.data_ptr()
+            tensors.append(value)
             addresses.append(address)
             look.append((value.dtype, value.shape, value.stride(), address & 15))
             if _SEES_SIZES:
@@ -210,7 +250,7 @@ def _look_at(values: Iterable[Any], look: list[Hashable], addresses: list[int | 
             look.append((type(value), value))
         elif isinstance(value, (list, tuple)):
             look.append((type(value), len(value)))
-            _look_at(value, look, addresses)
+            _look_at(value, look, tensors, addresses)
         else:  # a config, which `_Steps` keeps: no other one gets its id
             look.append(id(value))
 
@@ -225,12 +265,15 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _steps(
-    given: tuple[Any, ...], calls: list[_Call], fresh: list[torch.Tensor], result: Any
+    given: tuple[Any, ...],
+    calls: list[_Call | _Product],
+    fresh: list[torch.Tensor],
+    result: Any,
 ) -> _Steps | None:
     """Returns what to do for other tensors of the same look.
 
-    None where that is not known: a tensor that is neither given nor allocated, or one that was
-    given twice, where the next call may be given two.
+    None where that is not known: a tensor that is neither given nor made, or one that was given
+    twice, where the next call may be given two.
     """
     leaves = list(_leaves(given))
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)] + fresh
@@ -238,20 +281,28 @@ def _steps(
     if len(places) < len(tensors):
         return None
     none, views, made = len(tensors), [], []
+    products = {id(call.made) for call in calls if isinstance(call, _Product)}
     for call in calls:
+        if isinstance(call, _Product):
+            sources = [-1 if t is None else places.get(id(t)) for t in call.arguments]
+            if None in sources:
+                return None
+            place = -1 if call.made is None else places[id(call.made)]
+            made.append((None, call.function, sources, place, *[None] * 4))
+            continue
         names = call.kernel.arg_names
         count = sum(name.endswith("_ptr") for name in names)
         values = [call.arguments[name] for name in names]
         sources = []
         for value in values[:count]:
-            place = none if value is None else places.get(id(value))
-            if place is None:
+            source = none if value is None else places.get(id(value))
+            if source is None:
                 owners = [i for i, tensor in enumerate(tensors) if _holds(tensor, value)]
-                if len(owners) != 1:
+                if len(owners) != 1 or id(tensors[owners[0]]) in products:
                     return None
-                place = none + 1 + len(views)
+                source = none + 1 + len(views)
                 views.append((owners[0], value.data_ptr() - tensors[owners[0]].data_ptr()))
-            sources.append(place)
+            sources.append(source)
         x, y, z = (*call.grid, 1, 1)[:3]
         what = call.compiled.function, call.compiled.packed_metadata
         pick = operator.itemgetter(*sources)
@@ -260,8 +311,8 @@ def _steps(
     if returned is None:
         return None
     alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
-    alive += [call.compiled for call in calls]
-    empties = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in fresh)
+    alive += [call.compiled for call in calls if isinstance(call, _Call)]
+    empties = tuple(None if id(t) in products else (t.shape, t.stride(), t.dtype) for t in fresh)
     return _Steps(empties, tuple(views), tuple(made), returned, tuple(alive))
 
 
@@ -275,15 +326,14 @@ def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
 
 
 def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[torch.Tensor]], Any] | None:
-    """Returns what makes a result of allocated tensors; None for one of others."""
+    """Returns what makes a result of the tensors that were made; None for one of others."""
     if result is None:
         return lambda fresh: None
     if isinstance(result, torch.Tensor):
         place = places.get(id(result))
         return None if place is None else operator.itemgetter(place)
-    found, kind = [places.get(id(tensor)) for tensor in result], type(result)
-    if None in found:
-        return None
-    if found == list(range(len(found))):
-        return lambda fresh: kind(fresh[: len(found)])
-    return lambda fresh: kind(fresh[place] for place in found)
+    make: Any = getattr(result, "_make", type(result))
+    if [places.get(id(item)) for item in result] == list(range(len(result))):
+        return lambda fresh: make(fresh[: len(result)])
+    items = [_result_of(item, places) for item in result]
+    return None if None in items else lambda fresh: make([item(fresh) for item in items])

@@ -37,6 +37,7 @@ IMPLEMENTATIONS = ("auto", "triton", "eager")
 # Types of devices that "auto" means kernels for, where they run.
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PLAIN = (torch.Tensor, nn.Parameter)
 # Types that know autocast in every installation of torch.
 _USUAL_DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -96,6 +97,19 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 def runs_kernels(device: torch.device) -> bool:
     """Whether "auto" means kernels on a device, in a dtype that they take."""
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
+
+
+def sees_operators(x: torch.Tensor) -> bool:
+    """Whether something sees the operators called on x: tracing, modes, autograd, a profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:

@@ -5,18 +5,22 @@ An operator is opaque to compilers, which see neither Triton nor, in a mixed bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from fastlora.ops import schema
 from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
+from fastlora.ops.conditions import sees_operators
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
 from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend:
@@ -30,8 +34,9 @@ class OperatorBackend:
     def __init__(self, impl: str, traced: bool) -> None:
         self.impl, self.traced = impl, traced
 
-    def _operators(self, x: torch.Tensor) -> Any:
-        return torch.ops.fastlora if self.traced else schema.operators_for(x)
+    def _operators(self, x: torch.Tensor) -> schema.Operators:
+        registered: Any = torch.ops.fastlora
+        return registered if self.traced else schema.operators_for(x)
 
     def forward(
         self,
@@ -87,8 +92,27 @@ class OperatorBackend:
         plan: str,
     ) -> Gradients:
         """See `fastlora.ops.backend.Backend.gradients`."""
+        operators, function = self._operators(dy), OperatorBackend._gradients
+        given = dy, weight, x, operands, rows, s, wanted, plan
+        if rows is None and operators is not torch.ops.fastlora and self.impl == "triton":
+            function = _kept(function)
+        return function(self, *given, operators)
+
+    def _gradients(
+        self,
+        dy: torch.Tensor,
+        weight: torch.Tensor | None,
+        x: torch.Tensor | None,
+        operands: Operands,
+        rows: Rows | None,
+        s: torch.Tensor | None,
+        wanted: Wanted,
+        plan: str,
+        operators: schema.Operators,
+    ) -> Gradients:
+        """`gradients` by operators of `schema.operators_for`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants, operators = (seeds, list(dropout_p)), wanted.factors, self._operators(dy)
+        drop, wants = (seeds, list(dropout_p)), wanted.factors
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -117,7 +141,7 @@ class OperatorBackend:
                 dy, weight, ds, self._whole(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
-            found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows)
+            found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
         if wanted.s and rows is not None and torch.is_anomaly_enabled():
             ds = _without_the_unwritten(ds, rows, lora_a)
         return Gradients(dx, found, ds, d_bias)
@@ -138,9 +162,10 @@ class OperatorBackend:
         seeds: torch.Tensor | None,
         dropout_p: Sequence[float],
         rows: Rows | None,
+        operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
         """Returns the gradients of the lora_a of G layers, for one ds each."""
-        operator, drop = self._operators(x).lora_grad_a, (seeds, list(dropout_p))
+        drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
@@ -180,7 +205,7 @@ class OperatorBackend:
         self, x: torch.Tensor, siblings: Siblings
     ) -> tuple[list[torch.Tensor], bool] | None:
         """See `fastlora.ops.backend.Backend.siblings`; none where somebody looks at operators."""
-        if self.impl != "triton" or not schema.runs_directly(x):
+        if self.impl != "triton" or sees_operators(x):
             return None
         from fastlora.ops.triton import forward
 
@@ -202,7 +227,16 @@ class OperatorBackend:
         elif any(seed is not None for seed in seeds):
             any_seed = next(seed for seed in seeds if seed is not None)
             all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
-        return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows)]
+        operator = self._operators(x).lora_grad_a
+        return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
+
+
+@functools.cache
+def _kept(function: _Function) -> _Function:
+    """Returns a function that keeps its launches, see `fastlora.kernels.launch.kept`."""
+    from fastlora.kernels.launch import kept
+
+    return kept(function)
 
 
 def _without_the_unwritten(

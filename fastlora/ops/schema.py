@@ -37,10 +37,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from fastlora.ops.conditions import sees_operators
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.layout import columns_of, layout, layout_b, max_rank, planes_shape
 from fastlora.ops.library import define, fakes, implements
@@ -48,8 +49,7 @@ from fastlora.ops.torch import opaque, reference
 
 _Tensors = list[torch.Tensor]
 _Factors = list[Factor]
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DIRECT = SimpleNamespace()
+_DIRECT: Any = SimpleNamespace()
 
 
 def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., Any]], Any]:
@@ -84,26 +84,22 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
     return fakes(name)
 
 
-def operators_for(x: torch.Tensor) -> Any:
+class Operators(Protocol):
+    """The operators by name."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+
+def operators_for(x: torch.Tensor) -> Operators:
     """Returns the operators by name, for x and tensors of its kind.
 
-    Where nothing would look at a registered operator (no mode, transform, profiler or autograd),
-    these are the functions that run them: the dispatcher takes 5 us a call. Where a compiler traces
-    nobody asks: a graph has registered operators.
+    Where nothing would see a registered operator and x lies on the current device, these are the
+    functions that run them: the dispatcher takes 5 us a call.
     """
-    return _DIRECT if runs_directly(x) else torch.ops.fastlora
-
-
-def runs_directly(x: torch.Tensor) -> bool:
-    """Whether nothing would look at a registered operator of x."""
-    return not (
-        torch.is_grad_enabled()
-        or type(x) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    registered: Any = torch.ops.fastlora
+    found: Operators = _DIRECT if here and not sees_operators(x) else registered
+    return found
 
 
 @functools.cache

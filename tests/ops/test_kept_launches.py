@@ -17,9 +17,11 @@ import triton.language as tl
 from triton import knobs
 
 from fastlora.kernels import launch as launching
-from fastlora.kernels.launch import empty, kept, launch
-from fastlora.ops.factors import Tables
+from fastlora.kernels.launch import empty, kept, launch, product
+from fastlora.ops.backend import Wanted
+from fastlora.ops.factors import Operands, Tables
 from fastlora.ops.layout import planes_shape
+from fastlora.ops.operators import OperatorBackend
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton import backward, forward
 from fastlora.ops.triton.pieces import rows_at
@@ -166,7 +168,7 @@ def _launched(seen: Seen, function: Callable[..., Any], given: tuple[Any, ...]) 
     result = function(*given)
     tensors = [t for t in launching._leaves(given) if isinstance(t, torch.Tensor)]
     found = seen.normal(tensors)
-    made = [] if result is None else [result] if isinstance(result, torch.Tensor) else result
+    made = [t for t in launching._leaves([result]) if isinstance(t, torch.Tensor)]
     shapes = [(t.shape, t.stride(), t.dtype) for t in made]
     # What is returned is what was written.
     written = {address for *_, addresses, _ in seen for address in addresses}
@@ -219,10 +221,22 @@ def _grad_a(m: int, count: int, drop: bool) -> tuple[Any, ...]:
     return torch.zeros(m, 96), ds, [], 0, lora_a, seeds, [0.25 if drop else 0.0] * count
 
 
+def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -> tuple[Any, ...]:
+    """Arguments of `OperatorBackend.gradients`: one adapter of rank 8."""
+    dy, weight, x, lora_a, lora_b, s = (
+        torch.zeros(shape) for shape in ((m, 64), (64, 96), (m, 96), (8, 96), (64, 8), (m, 8))
+    )
+    seeds = torch.zeros(1, dtype=torch.int64) if p else None
+    operands = Operands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
+    wanted = Wanted(True, bias, False, (True, True, False))
+    return dy, weight, x, operands, None, s, wanted, plan
+
+
 def _half(m: int, **changed: Any) -> tuple[Any, ...]:
     return _linear(torch.float16, m, **changed)
 
 
+_gradients_of = OperatorBackend("triton").gradients
 Make = Callable[[], tuple[Any, ...]]
 OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "linear": (forward.linear, lambda: _half(5)),
@@ -247,6 +261,10 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "grad_x": (backward.grad_x, lambda: _grad_x(48, False, "fused")),
     "grad_x, dropout": (backward.grad_x, lambda: _grad_x(48, True, "fused")),
     "grad_x, split": (backward.grad_x, lambda: _grad_x(48, True, "split")),
+    "gradients": (_gradients_of, lambda: _gradients(64)),
+    "gradients, bias": (_gradients_of, lambda: _gradients(2048, bias=True)),
+    "gradients, dropout": (_gradients_of, lambda: _gradients(64, p=0.5)),
+    "gradients, split": (_gradients_of, lambda: _gradients(64, plan="split")),
     "grad_a": (backward.grad_a, lambda: _grad_a(64, 1, False)),
     "grad_a, siblings": (backward.grad_a, lambda: _grad_a(2048, 3, False)),
     "grad_a, dropout": (backward.grad_a, lambda: _grad_a(64, 2, True)),
@@ -341,6 +359,33 @@ def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
                     assert seen[0][2][1] != x.data_ptr()
                 else:
                     assert torch.equal(result, plain(x))
+
+
+def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that makes a tensor, and one that writes into a tensor, each of the new tensors."""
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        out = product(torch.mm, x, x)
+        _witness(out, x, None, 7, 0.5, False, (4, 1), False)
+        return out
+
+    def add(x: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
+        other, out = empty(x, 2), empty(x, 4, 4)
+        _witness(out, x, None, 7, 0.5, False, (4, 1), False)
+        product(lambda y, x, _: y.copy_(x).addmm_(x, x), out, x, bias)
+        return [out, other]
+
+    with counting(monkeypatch) as made:
+        for function, what in ((kept(square), lambda x: x @ x), (kept(add), lambda x: x + x @ x)):
+            for _ in range(3):
+                x = torch.randn(4, 4)
+                seen.clear()
+                result = function(x)
+                out = result if isinstance(result, torch.Tensor) else result[0]
+                torch.testing.assert_close(out, what(x))
+                assert seen[0][2][:2] == [out.data_ptr(), x.data_ptr()]
+                assert len(seen) == 1
+    assert made == [True, True]
 
 
 def test_whoever_watches_launches_sees_them(seen: Seen) -> None:

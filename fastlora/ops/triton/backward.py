@@ -23,7 +23,7 @@ from fastlora.kernels import (
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, reads_twice
-from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.launch import empty, kept, product
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
@@ -185,7 +185,7 @@ def _grad_x_one(
         return dy.new_zeros(m, k)
     if weight is None or choose_plan(plan, dy, weight, r, "lora_grad_x") != "fused":
         dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p)
-        return dx if weight is None else dx.addmm_(dy, weight)
+        return dx if weight is None else product(torch.Tensor.addmm_, dx, dy, weight)
     dx = empty(dy, m, k)
     lora_linear.launch_lora_linear(
         [Module(dx, lora_a.t(), None, None, weight.t())],

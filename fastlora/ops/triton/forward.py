@@ -28,7 +28,7 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
-from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.launch import empty, kept, product
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, Tables, present, tables_of
 from fastlora.ops.layout import columns_of, planes_shape
@@ -274,7 +274,12 @@ def _linear_one(
     if plan != "split":
         return _fused_one(x, weight, bias, *own, dropout_p, plan == "invariant" and s is None)
     y, *made = _update_one(x, bias, *own, dropout_p)
-    return [y.addmm_(x, weight.t()), *made]
+    return [product(_accumulate_, y, x, weight), *made]
+
+
+def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the base product."""
+    return y.addmm_(x, weight.t())
 
 
 @kept
@@ -459,7 +464,7 @@ def _linear_mixed(
     (m, k), n = x.shape, base.weight.shape[0]
     plan = choose_plan(plan, x, base.weight, up.rank.shape[0] * up.largest, f"{stem}_linear")
     if plan == "split":
-        y = F.linear(x, *base)
+        y = product(F.linear, x, *base)
         config = config_of(f"{stem}_expand", y, m, n, r=up.largest)
         add_rank_rows_(y, s, rows, up, config=config)
         return y
