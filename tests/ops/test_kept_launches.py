@@ -236,7 +236,7 @@ def _half(m: int, **changed: Any) -> tuple[Any, ...]:
     return _linear(torch.float16, m, **changed)
 
 
-_gradients_of = OperatorBackend("triton").gradients
+_gradients_of = OperatorBackend("triton", traced=False).gradients
 Make = Callable[[], tuple[Any, ...]]
 OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "linear": (forward.linear, lambda: _half(5)),
