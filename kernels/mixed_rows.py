@@ -90,6 +90,17 @@ def factor_pointer(address, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M):
+    """Returns (first_m, stop_m, slot): a piece's positions and adapter; -1 for one of no rows."""
+    first_m = tl.load(piece_start_ptr + piece)
+    stop_m = tl.load(piece_start_ptr + piece + 1)
+    used = first_m < M
+    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    return first_m, stop_m, slot
+
+
+@triton.jit
 def round_up(value, to: tl.constexpr):
     """Returns the next multiple of ``to``, known as one to the compiler."""
     return tl.multiple_of((value + (to - 1)) // to * to, to)

@@ -17,7 +17,12 @@ _PLAN = env.plan()
 
 
 def choose_plan(
-    plan: str, x: torch.Tensor, weight: torch.Tensor, r: int, launch: str = "lora_linear"
+    plan: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    r: int,
+    launch: str = "lora_linear",
+    slots: int = 1,
 ) -> str:
     """Returns what to launch for x ``[M, K]`` and weight ``[N, K]``.
 
@@ -28,9 +33,10 @@ def choose_plan(
             "auto".
         x: What the launch reads: x, or dy ``[M, N]`` for a dx.
         weight: ``[N, K]``.
-        r: Rank; in a mixed batch slots times the largest rank.
+        r: Rank; the largest in a mixed batch.
         launch: That of the plan "fused": "lora_linear", "lora_grad_x", "mixed_lora_linear",
             "mixed_lora_train_linear" or "mixed_lora_grad_x".
+        slots: Adapters that a mixed batch may have.
 
     Raises:
         ValueError: There is no such plan, or ``FASTLORA_PLAN`` names none.
@@ -43,7 +49,7 @@ def choose_plan(
         if _PLAN not in _NAMED:
             raise ValueError(f"FASTLORA_PLAN is {_PLAN!r}, expected one of {', '.join(_NAMED)}")
         plan = _PLAN
-    return _from_table(launch, x, weight, r) if plan == "auto" else plan
+    return _from_table(launch, x, weight, r, slots) if plan == "auto" else plan
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -56,10 +62,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _from_table(launch: str, x: torch.Tensor, weight: torch.Tensor, r: int) -> str:
+def _from_table(launch: str, x: torch.Tensor, weight: torch.Tensor, r: int, slots: int) -> str:
     """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
     from fastlora.kernels import chips, configs
 
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
+    sizes = {"m": m, "n": n, "k": k, "r": r, "slots": slots}
     chip = chips.chip_of(x.device)
-    return configs.plan_of(chip, launch, x.dtype, m=m, n=n, k=k, r=r, input_precision=rounding)
+    return configs.plan_of(chip, launch, x.dtype, **sizes, input_precision=rounding)

@@ -43,9 +43,9 @@ def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
         problem.check(linear(problem, g, plan=plan), g)
 
 
-@pytest.mark.parametrize("m", [40, 70])
+@pytest.mark.parametrize("m", [40, 150])
 def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
-    """In one launch, and where that costs more, in two."""
+    """By pieces of 16 rows, and of 64."""
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], 100, [50], dtype, biased=(0,))
     y = base(problem)
     OPS.lora_add_at_(*problem.add_arguments(y))
@@ -78,10 +78,9 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
     first = [tensor.data_ptr() for tensor in problem.rows()]
     recorded = launches(problem)
     assert {name: len(grids) for name, grids in recorded.items()} == {
-        "_mixed_lora_shrink_kernel": 2,
+        "_mixed_lora_shrink_kernel": 3,
         "_mixed_lora_linear_kernel": 1,
-        "_mixed_lora_expand_kernel": 1,
-        "_mixed_lora_add_kernel": 1,
+        "_mixed_lora_expand_kernel": 2,
     }
     for ids in ([-1] * m, [*range(m)], draw_ids(m, slots)):
         problem.regroup(ids)

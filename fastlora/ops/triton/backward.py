@@ -79,7 +79,7 @@ def grad_x(
     sizes = (m, n, k, up.largest)
     if weight is None:
         dx = dy.new_zeros(m, k)
-    elif choose_plan(plan, dy, weight, len(downs) * up.largest, "mixed_lora_grad_x") == "fused":
+    elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", len(downs)) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         base = Weights(weight.t(), None)
         return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)

@@ -21,13 +21,12 @@ from fastlora.kernels import (
     lora_linear,
     lora_shrink,
     mixed_dora_scale,
-    mixed_lora_add,
     mixed_lora_expand,
     mixed_lora_linear,
     mixed_lora_shrink,
     plane_sums,
 )
-from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
+from fastlora.kernels.configs import KernelConfig
 from fastlora.kernels.launch import empty, kept
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, Tables, present, tables_of
@@ -152,19 +151,12 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Adds to y: one launch at decode sizes; two where every tile of N would make s anew."""
+    """Adds to y in two launches, a shrink and an expand."""
     found = tables_of(tables, max_rank, factor_dtype)
-    up, (m, k), n = RankRows.of_tables(found, index), x.shape, y.shape[1]
-    if m > FUSED_MAX_ROWS:
-        s = shrink_at(x, rows, found, slice(index, index + 1))
-        config = config_of("mixed_lora_expand", y, m, n, r=max_rank)
-        add_rank_rows_(y, s[:, 0], rows, up, config=config)
-        return
-    mixed_lora_add.launch_mixed_lora_add(
-        *(y, x, *rows[:3], rows[4], found.a_address[index], *up[:4]),
-        factor_dtype=factor_dtype,
-        config=config_of("mixed_lora_add", x, m, n, k, max_rank),
-    )
+    s = shrink_at(x, rows, found, slice(index, index + 1))
+    (m, k), n = x.shape, y.shape[1]
+    config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
+    add_rank_rows_(y, s[:, 0], rows, RankRows.of_tables(found, index), config=config)
 
 
 @kept
@@ -409,10 +401,11 @@ def _linear_mixed(
     ``stem`` names the launches, which have plans and configs of their own.
     """
     (m, k), n = x.shape, base.weight.shape[0]
-    plan = choose_plan(plan, x, base.weight, up.rank.shape[0] * up.largest, f"{stem}_linear")
+    slots = up.rank.shape[0]
+    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots)
     if plan == "split":
         y = F.linear(x, *base)
-        config = config_of(f"{stem}_expand", y, m, n, r=up.largest)
+        config = config_of(f"{stem}_expand", y, m, n, k, up.largest)
         add_rank_rows_(y, s, rows, up, config=config)
         return y
     invariant = plan == "invariant"
@@ -431,7 +424,7 @@ def add_rank_rows_(
 ) -> None:
     """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch."""
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(y, s, *rows[:3], *up[:4]),
+        *(y, s, *rows[:3], rows[4], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         by_column=up.by_column,
