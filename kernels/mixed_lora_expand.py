@@ -10,6 +10,9 @@ the mask that x met.
 Bytes moved, e and f an element of y and of the factors: ``2 e M' N``, M' the rows with such a part;
 ``f N`` a rank row of every adapter present, read once a piece; and ``4 splits`` an element of s,
 read by every column of tiles.
+
+Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program finds its
+adapter while the shrink still works and waits before it reads anything else.
 """
 
 from __future__ import annotations
@@ -114,6 +117,7 @@ def _mixed_lora_expand_kernel(
     FACTOR_DTYPE: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    PDL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -136,6 +140,9 @@ def _mixed_lora_expand_kernel(
         scale = tl.load(scaling_ptr + slot, mask=held, other=0.0)
     # All that is added to rows of an invalid id is NaN.
     scale = tl.where(slot == INVALID_SLOT, float("nan"), scale)
+    # Also where there is nothing to add: what comes next waits for this launch alone.
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
     has_part = ((rank > 0) & (lora_b_address != 0)) | (lora_bias_address != 0)
     if has_part | (slot == INVALID_SLOT):
@@ -226,6 +233,7 @@ def launch_mixed_lora_expand(
     *,
     factor_dtype: torch.dtype,
     config: KernelConfig,
+    pdl: bool = False,
     by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
@@ -245,6 +253,7 @@ def launch_mixed_lora_expand(
         scaling: fp32 ``[S]``; None for 1.
         factor_dtype: Of lora_b and lora_bias; they are cast to y's dtype at the load.
         config: That of the launch.
+        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         by_column: How lora_b lies.
         dropout: Of what is added, for the gradient of x; None for none.
     """
@@ -279,6 +288,8 @@ def launch_mixed_lora_expand(
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         BY_COLUMN=by_column,
         **DropoutTables.arguments(dropout),
+        PDL=pdl,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
+        **({"launch_pdl": True} if pdl else {}),
     )

@@ -118,7 +118,8 @@ def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
     expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
-    for kernel in ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear"):
+    mixed = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand")
+    for kernel in ("lora_shrink", "lora_linear", *mixed):
         for row in of(rows, arch=arch, kernel=kernel):
             plain = kernel == "mixed_lora_linear" and row["variant"] == "invariant"
             assert row["grid_dependency"] == ("0" if plain else expected), row
@@ -127,7 +128,7 @@ def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> N
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
     """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
-    for kernel in ("lora_linear", "mixed_lora_linear"):
+    for kernel in ("lora_linear", "mixed_lora_linear", "mixed_lora_expand"):
         for row in of(rows, arch=arch, kernel=kernel):
             assert row["early_loads"] == "0", row
 

@@ -84,12 +84,13 @@ def linear(
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
         return _linear_one(x, *tensors, dropout_p[0], plan)
     base, drop = Weights(weight, bias), Drop(seeds, dropout_p)
-    own, after_shrink = s, False
+    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
+    stem, own, after_shrink = "mixed_lora_train", s, False
+    plan, y = _base_product(stem, x, base, up, plan)
     if own is None:
         made, after_shrink = _shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
         own = made[0]
-    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
-    y = _linear_mixed("mixed_lora_train", x, base, own.unsqueeze(0), rows, up, plan, after_shrink)
+    y = _linear_mixed(stem, x, base, y, own.unsqueeze(0), rows, up, plan, after_shrink)
     return [y, own] if s is None else [y]
 
 
@@ -132,12 +133,13 @@ def linear_at(
     invariant = plan == "invariant"
     if invariant:
         x = _whole_rows(x)
+    up, base = RankRows.of_tables(found, index), Weights(weight, bias)
+    plan, y = _base_product("mixed_lora", x, base, up, plan)
     planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
-    up = RankRows.of_tables(found, index)
     # One kernel in the mode, whether siblings shared the shrink or not.
-    after_shrink = s is None and siblings is None and not invariant
-    own, base = planes[:, index - first], Weights(weight, bias)
-    y = _linear_mixed("mixed_lora", x, base, own, rows, up, plan, after_shrink)
+    after_shrink = s is None and not invariant
+    own = planes[:, index - first]
+    y = _linear_mixed("mixed_lora", x, base, y, own, rows, up, plan, after_shrink)
     return [y] if s is not None or siblings is None else [y, planes]
 
 
@@ -156,7 +158,8 @@ def add_at_(
     s = shrink_at(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
-    add_rank_rows_(y, s[:, 0], rows, RankRows.of_tables(found, index), config=config)
+    up = RankRows.of_tables(found, index)
+    add_rank_rows_(y, s[:, 0], rows, up, config=config, pdl=True)
 
 
 @kept
@@ -386,27 +389,34 @@ def _shrink_mixed(
     )
 
 
+def _base_product(
+    stem: str, x: torch.Tensor, base: Weights, up: RankRows, plan: str
+) -> tuple[str, torch.Tensor | None]:
+    """Returns the plan, and with "split" the library's GEMM: ahead of the shrink and its dependent.
+
+    ``stem`` names the launches, which have plans and configs of their own.
+    """
+    slots = up.rank.shape[0]
+    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots)
+    return plan, F.linear(x, *base) if plan == "split" else None
+
+
 def _linear_mixed(
     stem: str,
     x: torch.Tensor,
     base: Weights,
+    y: torch.Tensor | None,
     s: torch.Tensor,
     rows: _Tensors,
     up: RankRows,
     plan: str,
     after_shrink: bool,
 ) -> torch.Tensor:
-    """Returns y for s ``[splits, M, R]``: one launch, or a GEMM of the library's and an expand.
-
-    ``stem`` names the launches, which have plans and configs of their own.
-    """
+    """Returns y for s ``[splits, M, R]``, plan and y as `_base_product` gave them; one launch."""
     (m, k), n = x.shape, base.weight.shape[0]
-    slots = up.rank.shape[0]
-    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots)
-    if plan == "split":
-        y = F.linear(x, *base)
+    if y is not None:
         config = config_of(f"{stem}_expand", y, m, n, k, up.largest)
-        add_rank_rows_(y, s, rows, up, config=config)
+        add_rank_rows_(y, s, rows, up, config=config, pdl=after_shrink)
         return y
     invariant = plan == "invariant"
     config = config_of(f"{stem}_linear", x, m, n, k, up.largest, batch_invariant=invariant)
@@ -420,13 +430,18 @@ def add_rank_rows_(
     up: RankRows,
     *,
     config: KernelConfig,
+    pdl: bool = False,
     drop: Drop = NO_DROP,
 ) -> None:
-    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch."""
+    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch.
+
+    ``pdl`` says that the launch before is the shrink that made s.
+    """
     mixed_lora_expand.launch_mixed_lora_expand(
         *(y, s, *rows[:3], rows[4], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
+        pdl=pdl and chip_of(y).has_pdl,
         by_column=up.by_column,
         dropout=drop.tables(rows[3]),
     )
@@ -445,7 +460,7 @@ def product_and_rank_rows(
 ) -> torch.Tensor:
     """Returns the base's product with every row's rank rows in it, ``[M, N]``; one launch.
 
-    ``pdl`` says that the launch before is the shrink that made s.
+    ``pdl`` is as in `add_rank_rows_`.
     """
     y = empty(x, x.shape[0], base.weight.shape[0])
     mixed_lora_linear.launch_mixed_lora_linear(
