@@ -2,7 +2,8 @@
 
 Both are pure functions of plain values, asked for on every launch inside the opaque operators, and
 remembered. Nothing depends on the mix of a mixed batch: configs follow from its rows, the layer's
-sizes and the largest rank, so that one CUDA graph replays any mix.
+sizes and the largest rank, plans from the number of slots too, so that one CUDA graph replays any
+mix.
 
 A launch is named by its kernel, or by a name of its own where the kernel does another job: dx of a
 linear, or the forward of training, which have many rows, dropout, and factors as parameters lie.

@@ -1,11 +1,13 @@
 """Mixed batches: what the kernels share about the rows and the rank rows of many adapters.
 
 Rows stand in sorted positions (`fastlora.ops.rows`): x and y are gathered and scattered
-through ``order``, s lies at sorted positions. The rank rows of all adapters that a tile of
-positions holds stand side by side as its columns: a segment takes a multiple of 16 columns, so that
-16 neighbours belong to one adapter, and what lies past its true rank is masked. A module's
-addresses, ranks and scalings are read from tables with one entry a slot; an adapter's own rank
-bounds every load.
+through ``order``, s lies at sorted positions. A module's addresses, ranks and scalings are read
+from tables with one entry a slot; an adapter's own rank bounds every load.
+
+A program of most kernels has one piece, and so one adapter. In the epilogue of `mixed_lora_linear`
+(`add_rank_rows`) the rank rows of all adapters that a tile of positions holds stand side by side as
+its columns: a segment takes a multiple of 16 columns, so that 16 neighbours belong to one adapter,
+and what lies past its true rank is masked.
 """
 
 from __future__ import annotations

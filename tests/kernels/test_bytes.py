@@ -254,8 +254,8 @@ def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
 def test_decode_of_many_adapters_reads_each_factor_once(lab: Lab) -> None:
     """64 rows of as many adapters as an H100 runs them, beside a base product of the library's.
 
-    What is asked for twice is s, by every tile of N; all in all at most 1.3 times what cannot be
-    avoided.
+    What is asked for twice is s, by every tile of N; all in all a tenth above what cannot be
+    avoided at most.
     """
     m = slots = 64
     problem = MixedProblem(lab, [*range(m)], [[16] * slots], 4096, [4096], HALF)
@@ -279,11 +279,11 @@ def test_decode_of_many_adapters_reads_each_factor_once(lab: Lab) -> None:
         assert loads[name] == (least, least), name
     assert stores["y"] == (once[0], once[0])
     floor = 3 * once[0] + 2 * once[1]
-    assert floor < counter.total.issued <= 1.3 * floor
+    assert floor < counter.total.issued <= 1.1 * floor
     batch = Batch([*range(m)], [16] * slots, 14336, 4096, 2, 2)
     wide = [forms_of_forward(batch, H100)[f"mixed_lora_{end}"] for end in ("shrink", "expand")]
     floor = once[0] + once[1] + 14336 * (2 * 2 * m + 2 * slots * 16)
-    assert floor < sum(form.issued for form in wide) <= 1.3 * floor
+    assert floor < sum(form.issued for form in wide) <= 1.1 * floor
 
 
 RANKS = [(8, 16, 64)[slot % 3] for slot in range(64)]
