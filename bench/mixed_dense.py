@@ -135,11 +135,13 @@ class _Gather:
     ) -> None:
         from fastlora.kernels import mixed_lora_expand
 
-        config = config_of("mixed_lora_expand", y, *y.shape, r=s.shape[-1])
+        config, slots = config_of("mixed_lora_expand", y, *y.shape, r=s.shape[-1]), len(self.slots)
         order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
+        segment_of = order // max(y.shape[0] // max(slots, 1), 1)
+        pieces = torch.ops.fastlora.rows_pieces(segment_of, slots, config.block_m)
         mixed_lora_expand.launch_mixed_lora_expand(
-            *(y, s.unsqueeze(0), order, order // max(y.shape[0] // max(len(self.slots), 1), 1)),
-            *(self.slots, address, bias_address, self.rank, scaling),
+            *(y, s.unsqueeze(0), order, segment_of, self.slots, pieces),
+            *(address, bias_address, self.rank, scaling),
             factor_dtype=self.factor_dtype,
             config=config,
         )

@@ -2,7 +2,8 @@
 
 Both are pure functions of plain values, asked for on every launch inside the opaque operators, and
 remembered. Nothing depends on the mix of a mixed batch: configs follow from its rows, the layer's
-sizes and the largest rank, so that one CUDA graph replays any mix.
+sizes and the largest rank, plans from the number of slots too, so that one CUDA graph replays any
+mix.
 
 A launch is named by its kernel, or by a name of its own where the kernel does another job: dx of a
 linear, or the forward of training, which have many rows, dropout, and factors as parameters lie.
@@ -37,7 +38,9 @@ MAX_SIBLINGS = 4
 _MAX_RANK_ROWS = 192
 # Up to here a linear is bound by its weight's bytes; above, the library's GEMM is ahead of ours.
 FUSED_MAX_ROWS = 64
-# Row tile of the shrink of a mixed batch in training.
+# Up to so many adapters a row tile the epilogue of a mixed linear is short; more go by pieces.
+FUSED_MAX_ADAPTERS = 4
+# Rows of a piece in training.
 TRAIN_PIECE_ROWS = 64
 INVARIANT_ROWS = 64
 # Rank rows of one dot in the mode: a block of one adapter, never two adapters side by side.
@@ -93,14 +96,13 @@ _GRIDS = {
     "lora_grad_b": ("nr", "m"),
     "lora_grad_a": ("kr", "m"),
     "mixed_lora_linear": ("mn", ""),
-    "mixed_lora_expand": ("mn", ""),
 }
 # Launches that tile rows as `piece_rows` says.
-_BY_PIECES = ("mixed_lora_shrink", "mixed_dora_scale")
+_BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 # Kernels that take all ranks in one program, in chunks if need be.
-_CHUNKED = ("lora_linear", "lora_expand")
+_CHUNKED = ("lora_linear", "lora_expand", "mixed_lora_expand")
 # Kernels of mixed batches with one BLOCK_R, the rank rows of one dot, for every rank.
-_ANY_RANK = ("mixed_lora_linear", "mixed_lora_expand", "mixed_lora_add", "mixed_lora_grad_reduce")
+_ANY_RANK = ("mixed_lora_linear", "mixed_lora_grad_reduce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +216,17 @@ def plan_of(
     n: int,
     k: int,
     r: int,
+    slots: int = 1,
     input_precision: str = "ieee",
 ) -> str:
-    """Returns which launches make a linear: a measured plan, else "fused" up to `FUSED_MAX_ROWS`.
+    """Returns which launches make a linear: a measured plan, else that of the sizes.
 
     - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
     - ``split``: the library's GEMM, shrink, and an in-place update.
 
-    No plan has been measured yet, so every chip has the design's.
+    No plan has been measured yet. "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
+    can hold few adapters, up to `FUSED_MAX_ADAPTERS`: an epilogue goes through all of them one
+    after the other.
 
     Args:
         chip: Where the launches run.
@@ -231,7 +236,8 @@ def plan_of(
         m: Rows.
         n: The layer's N, also for a dx.
         k: The layer's K.
-        r: Rank; for a mixed batch slots times the largest rank.
+        r: Rank; the largest in a mixed batch.
+        slots: Adapters that a mixed batch may have.
         input_precision: As in `choose`.
 
     Raises:
@@ -239,8 +245,12 @@ def plan_of(
         TypeError: The kernels take no such dtype.
     """
     _, rows = _rows_of(chip, launch, dtype, input_precision)
-    found = next((row.plan for row in _measured(rows, m, n, k, r) if row.plan), None)
-    return found or ("fused" if m <= FUSED_MAX_ROWS else "split")
+    found = next((row.plan for row in _measured(rows, m, n, k, slots * r) if row.plan), None)
+    if found:
+        return found
+    # Up to 64 rows one tile has them all.
+    few = m <= FUSED_MAX_ROWS and min(m, slots) <= FUSED_MAX_ADAPTERS
+    return "fused" if few else "split"
 
 
 def reads_twice(config: KernelConfig, n: int, r: int, width: int) -> bool:
@@ -300,7 +310,6 @@ def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
     step, kept = {
         "lora_shrink": (k * (m * width + r * 4), 0),
         "lora_linear": (k * (m + n) * width, 0),
-        "lora_add": (k * (m * width + r * 4), 0),
         "lora_grad_b": (m * n * width, n * r * width),
         "lora_grad_a": (m * k * width, 0),
     }.get(kernel_of(launch).removeprefix("mixed_"), (0, 0))

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.mixed_rows import TABLES, factor_pointer
+from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece
 
 # In place of an address: scales that are yet to be made
 # (`fastlora.ops.factors.PENDING`).
@@ -44,13 +44,10 @@ def _mixed_dora_scale_kernel(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    piece = tl.program_id(0)
     pid_n = tl.program_id(1)
-    first_m = tl.load(piece_start_ptr + piece)
-    stop_m = tl.load(piece_start_ptr + piece + 1)
-    used = first_m < M
-    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    first_m, stop_m, slot = load_piece(
+        tl.program_id(0), piece_start_ptr, segment_of_ptr, segment_slot_ptr, M
+    )
     address = tl.load(scale_address_ptr + slot, mask=slot >= 0, other=0)
 
     if address != 0:

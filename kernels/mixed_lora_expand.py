@@ -2,13 +2,17 @@
 
 y ``[M, N]`` in any order of rows; s are the planes of `mixed_lora_shrink` over sorted positions,
 ``[splits, M, R]``; lora_b as rank rows ``[rank, N]`` and lora_bias ``[N]`` behind tables ``[S]``.
-y is read once, added to in fp32 and rounded once; rows whose adapter has no part in the module are
-not touched. For the gradient of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, lora_a stands in for
-lora_b and what is added meets the mask that x met.
+A program owns one piece, that is rows of one adapter, and BLOCK_N columns. It reads y once, adds in
+fp32 and rounds once; rows whose adapter has no part in the module are not touched. For the gradient
+of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, lora_a stands in for lora_b and what is added meets
+the mask that x met.
 
 Bytes moved, e and f an element of y and of the factors: ``2 e M' N``, M' the rows with such a part;
-``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
-``4 splits`` an element of s, read by every column of tiles.
+``f N`` a rank row of every adapter present, read once a piece; and ``4 splits`` an element of s,
+read by every column of tiles.
+
+Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program finds its
+adapter while the shrink still works and waits before it reads anything else.
 """
 
 from __future__ import annotations
@@ -21,16 +25,64 @@ from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
+    S_COLUMNS,
     TABLES,
     DropoutTables,
-    add_rank_rows,
-    drop_rows,
+    factor_pointer,
+    load_piece,
+    round_up,
     triton_dtype,
 )
+from fastlora.kernels.philox import philox_keep_mask
 
 
-# M and planes vary from call to call: no compile of their own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["M", "planes"], do_not_specialize_on_alignment=TABLES)
+@triton.jit
+def _add_block(
+    acc,
+    s_ptrs,
+    lora_b_ptr,
+    start,
+    rank,
+    first_n,
+    N,
+    mask_m,
+    mask_n,
+    stride_sp,
+    PLANES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Returns ``acc + s @ lora_b.T`` of BLOCK_R rank rows from ``start`` on.
+
+    ``s_ptrs [BLOCK_M, 1]`` point at the rows of the first plane.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_r = start + tl.arange(0, BLOCK_R)
+    if BY_COLUMN:
+        b_ptrs = lora_b_ptr + offs_r[:, None] + ((first_n + offs_n) * rank)[None, :]
+    else:
+        b_ptrs = lora_b_ptr + (tl.cast(offs_r, tl.int64) * N)[:, None]
+        b_ptrs += (first_n + offs_n)[None, :]
+    # b: [BLOCK_R, BLOCK_N]
+    b = tl.load(b_ptrs, mask=(offs_r < rank)[:, None] & mask_n[None, :], other=0.0)
+    s_ptrs += offs_r[None, :]
+    mask_s = mask_m[:, None] & (offs_r < round_up(rank, S_COLUMNS))[None, :]
+    # s: [BLOCK_M, BLOCK_R]
+    s = tl.load(s_ptrs, mask=mask_s, other=0.0)
+    for _ in tl.static_range(1, PLANES):
+        s_ptrs += tl.cast(stride_sp, tl.int64)
+        plane = tl.load(s_ptrs, mask=mask_s, other=0.0)
+        # Behind an addition, Triton would convert each plane's layout for the dot by itself.
+        s = tl.sum(tl.join(s, plane), axis=2)
+    # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+    return tl.dot(s.to(DTYPE), b.to(DTYPE), acc, input_precision=INPUT_PRECISION)
+
+
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_expand_kernel(
     # tensors
     y_ptr,
@@ -38,6 +90,7 @@ def _mixed_lora_expand_kernel(
     order_ptr,
     segment_of_ptr,
     segment_slot_ptr,
+    piece_start_ptr,
     lora_b_address_ptr,
     lora_bias_address_ptr,
     rank_ptr,
@@ -49,87 +102,120 @@ def _mixed_lora_expand_kernel(
     # scalars
     M,
     N,
-    planes,
     # strides
     stride_ym,
     stride_yn,
     stride_sp,
     stride_sm,
     # meta
+    PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    PDL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    pid = tl.program_id(0)
-    num_pid_n = tl.cdiv(N, BLOCK_N)
-    first_m = (pid // num_pid_n) * BLOCK_M
-    pid_n = pid % num_pid_n
-    first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M - first_m
-    mask_n = offs_n < N - pid_n * BLOCK_N
-
-    row = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
-    segment = tl.load(segment_of_ptr + first_m + offs_m, mask=mask_m, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=mask_m, other=-1)
-    touched = tl.load(rank_ptr + slot, mask=slot >= 0, other=0) > 0
-    if HAS_LORA_BIAS:
-        touched |= tl.load(lora_bias_address_ptr + slot, mask=slot >= 0, other=0) != 0
-    touched |= slot == INVALID_SLOT
-    # y: [BLOCK_M, BLOCK_N], most of the bytes: asked for first
-    y_ptrs = y_ptr + first_n * stride_yn + (row * stride_ym)[:, None] + offs_n[None, :] * stride_yn
-    mask_y = touched[:, None] & mask_n[None, :]
-    y = tl.load(y_ptrs, mask=mask_y, other=0.0)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = add_rank_rows(
-        acc,
-        s_ptr,
-        segment_of_ptr,
-        segment_slot_ptr,
-        lora_b_address_ptr,
-        lora_bias_address_ptr,
-        rank_ptr,
-        scaling_ptr,
-        first_m,
-        first_n,
-        M,
-        N,
-        planes,
-        stride_sp,
-        stride_sm,
-        dtype=dtype,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_R=BLOCK_R,
-        HAS_LORA_BIAS=HAS_LORA_BIAS,
-        FACTOR_DTYPE=FACTOR_DTYPE,
-        INPUT_PRECISION=INPUT_PRECISION,
-        BY_COLUMN=BY_COLUMN,
+    pid_n = tl.program_id(1)
+    first_m, stop_m, slot = load_piece(
+        tl.program_id(0), piece_start_ptr, segment_of_ptr, segment_slot_ptr, M
     )
-    if HAS_DROPOUT:
-        acc = drop_rows(
-            acc,
-            segment_of_ptr,
-            segment_slot_ptr,
-            slot_start_ptr,
-            seed_ptr,
-            threshold_ptr,
-            inv_keep_ptr,
-            first_m,
-            pid_n * BLOCK_N,
-            M,
-            BLOCK_M,
-            BLOCK_N,
-        )
-    tl.store(y_ptrs, (y.to(tl.float32) + acc).to(dtype), mask=mask_y)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < stop_m - first_m
+    row = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
+    held = slot >= 0
+    # Asked for together, though an adapter without a part in the module needs the rank alone.
+    rank = tl.load(rank_ptr + slot, mask=held, other=0)
+    lora_b_address = tl.load(lora_b_address_ptr + slot, mask=held, other=0)
+    lora_bias_address = tl.cast(0, tl.int64)
+    if HAS_LORA_BIAS:
+        lora_bias_address = tl.load(lora_bias_address_ptr + slot, mask=held, other=0)
+    scale = 1.0
+    if scaling_ptr is not None:
+        scale = tl.load(scaling_ptr + slot, mask=held, other=0.0)
+    # All that is added to rows of an invalid id is NaN.
+    scale = tl.where(slot == INVALID_SLOT, float("nan"), scale)
+    # Also where there is nothing to add: what comes next waits for this launch alone.
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    has_part = ((rank > 0) & (lora_b_address != 0)) | (lora_bias_address != 0)
+    if has_part | (slot == INVALID_SLOT):
+        first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
+        offs_n = tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N - pid_n * BLOCK_N
+        # y: [BLOCK_M, BLOCK_N], most of the bytes: asked for first
+        y_ptr += first_n * stride_yn
+        y_ptrs = y_ptr + (row * stride_ym)[:, None] + offs_n[None, :] * stride_yn
+        mask_y = mask_m[:, None] & mask_n[None, :]
+        y = tl.load(y_ptrs, mask=mask_y, other=0.0)
+
+        s_ptrs = s_ptr + tl.cast(first_m, tl.int64) * stride_sm + offs_m[:, None] * stride_sm
+        lora_b_ptr = factor_pointer(lora_b_address, FACTOR_DTYPE)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # A loop that runs once takes up to twice the registers.
+        if ONE_BLOCK:
+            acc = _add_block(
+                acc,
+                s_ptrs,
+                lora_b_ptr,
+                0,
+                rank,
+                first_n,
+                N,
+                mask_m,
+                mask_n,
+                stride_sp,
+                PLANES=PLANES,
+                BLOCK_N=BLOCK_N,
+                BLOCK_R=BLOCK_R,
+                BY_COLUMN=BY_COLUMN,
+                DTYPE=dtype,
+                INPUT_PRECISION=INPUT_PRECISION,
+            )
+        else:
+            for start in tl.range(0, rank, BLOCK_R, num_stages=1):
+                acc = _add_block(
+                    acc,
+                    s_ptrs,
+                    lora_b_ptr,
+                    start,
+                    rank,
+                    first_n,
+                    N,
+                    mask_m,
+                    mask_n,
+                    stride_sp,
+                    PLANES=PLANES,
+                    BLOCK_N=BLOCK_N,
+                    BLOCK_R=BLOCK_R,
+                    BY_COLUMN=BY_COLUMN,
+                    DTYPE=dtype,
+                    INPUT_PRECISION=INPUT_PRECISION,
+                )
+        if HAS_LORA_BIAS:
+            lora_bias_ptr = factor_pointer(lora_bias_address, FACTOR_DTYPE) + first_n
+            columns = tl.where(lora_bias_address != 0, N - pid_n * BLOCK_N, 0)
+            # lora_bias: [BLOCK_N]
+            lora_bias = tl.load(lora_bias_ptr + offs_n, mask=offs_n < columns, other=0.0)
+            acc += lora_bias.to(tl.float32)[None, :]
+        acc *= scale
+        if HAS_DROPOUT:
+            # The row's number among those of its adapter, whatever else is in the batch.
+            first_row = first_m - tl.load(slot_start_ptr + slot, mask=held, other=0)
+            seed = tl.load(seed_ptr + slot, mask=held, other=0)
+            threshold = tl.load(threshold_ptr + slot, mask=held, other=0)
+            inv_keep = tl.load(inv_keep_ptr + slot, mask=held, other=1.0)
+            keep = philox_keep_mask(
+                seed, first_row, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
+            )
+            acc = tl.where(keep, acc * inv_keep, 0.0)
+        tl.store(y_ptrs, (y.to(tl.float32) + acc).to(dtype), mask=mask_y)
 
 
 @kept
@@ -139,6 +225,7 @@ def launch_mixed_lora_expand(
     order: torch.Tensor,
     segment_of: torch.Tensor,
     segment_slot: torch.Tensor,
+    pieces: torch.Tensor,
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
@@ -146,6 +233,7 @@ def launch_mixed_lora_expand(
     *,
     factor_dtype: torch.dtype,
     config: KernelConfig,
+    pdl: bool = False,
     by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
@@ -157,13 +245,15 @@ def launch_mixed_lora_expand(
         order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
+        pieces: int32, ``Rows.pieces(config.block_m)``.
         lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
             or ``[N, rank]`` with ``by_column``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
         scaling: fp32 ``[S]``; None for 1.
         factor_dtype: Of lora_b and lora_bias; they are cast to y's dtype at the load.
-        config: From `mixed_expand_config`.
+        config: That of the launch.
+        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         by_column: How lora_b lies.
         dropout: Of what is added, for the gradient of x; None for none.
     """
@@ -172,30 +262,34 @@ def launch_mixed_lora_expand(
         return
     launch(
         _mixed_lora_expand_kernel,
-        (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
+        (pieces.shape[0] - 1, cdiv(n, config.block_n)),
         y_ptr=y,
         s_ptr=s,
         order_ptr=order,
         segment_of_ptr=segment_of,
         segment_slot_ptr=segment_slot,
+        piece_start_ptr=pieces,
         lora_b_address_ptr=lora_b_address,
         lora_bias_address_ptr=lora_bias_address,
         rank_ptr=rank,
         scaling_ptr=scaling,
         M=m,
         N=n,
-        planes=s.shape[0],
         stride_ym=y.stride(0),
         stride_yn=y.stride(1),
         stride_sp=s.stride(0),
         stride_sm=s.stride(1),
+        PLANES=s.shape[0],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        ONE_BLOCK=s.shape[2] <= config.block_r,
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         BY_COLUMN=by_column,
         **DropoutTables.arguments(dropout),
+        PDL=pdl,
         INPUT_PRECISION=config.input_precision,
         **config.launch_options,
+        **({"launch_pdl": True} if pdl else {}),
     )

@@ -24,6 +24,7 @@ from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
     DropoutTables,
+    load_piece,
     round_up,
     sibling_columns,
 )
@@ -72,11 +73,7 @@ def _mixed_lora_grad_a_kernel(
     piece = tl.program_id(0) // num_pid_k
     first_k = (tl.program_id(0) % num_pid_k) * BLOCK_K
     first_column = tl.program_id(1) * BLOCK_R
-    first_m = tl.load(piece_start_ptr + piece)
-    stop_m = tl.load(piece_start_ptr + piece + 1)
-    used = first_m < M
-    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    first_m, stop_m, slot = load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M)
     columns = 0
     for g in tl.static_range(G):
         rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)

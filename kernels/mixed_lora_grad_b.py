@@ -26,6 +26,7 @@ from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
     factor_pointer,
+    load_piece,
     round_up,
     triton_dtype,
 )
@@ -118,11 +119,7 @@ def _mixed_lora_grad_b_kernel(
     piece = tl.program_id(0) // num_pid_n
     pid_n = tl.program_id(0) % num_pid_n
     first_r = tl.program_id(1) * BLOCK_R
-    first_m = tl.load(piece_start_ptr + piece)
-    stop_m = tl.load(piece_start_ptr + piece + 1)
-    used = first_m < M
-    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    first_m, stop_m, slot = load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M)
     rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
 
     if rank > first_r:

@@ -24,6 +24,7 @@ from fastlora.kernels.mixed_rows import (
     TABLES,
     DropoutTables,
     factor_pointer,
+    load_piece,
     round_up,
     sibling_columns,
     triton_dtype,
@@ -145,13 +146,10 @@ def _mixed_lora_shrink_kernel(
 ):
     if LAUNCH_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
-    piece = tl.program_id(0)
     split = tl.program_id(1)
-    first_m = tl.load(piece_start_ptr + piece)
-    stop_m = tl.load(piece_start_ptr + piece + 1)
-    used = first_m < M
-    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    first_m, stop_m, slot = load_piece(
+        tl.program_id(0), piece_start_ptr, segment_of_ptr, segment_slot_ptr, M
+    )
     columns = 0
     for g in tl.static_range(G):
         rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)

@@ -1,11 +1,13 @@
 """Mixed batches: what the kernels share about the rows and the rank rows of many adapters.
 
 Rows stand in sorted positions (`fastlora.ops.rows`): x and y are gathered and scattered
-through ``order``, s lies at sorted positions. The rank rows of all adapters that a tile of
-positions holds stand side by side as its columns: a segment takes a multiple of 16 columns, so that
-16 neighbours belong to one adapter, and what lies past its true rank is masked. A module's
-addresses, ranks and scalings are read from tables with one entry a slot; an adapter's own rank
-bounds every load.
+through ``order``, s lies at sorted positions. A module's addresses, ranks and scalings are read
+from tables with one entry a slot; an adapter's own rank bounds every load.
+
+A program of most kernels has one piece, and so one adapter. In the epilogue of `mixed_lora_linear`
+(`add_rank_rows`) the rank rows of all adapters that a tile of positions holds stand side by side as
+its columns: a segment takes a multiple of 16 columns, so that 16 neighbours belong to one adapter,
+and what lies past its true rank is masked.
 """
 
 from __future__ import annotations
@@ -87,6 +89,17 @@ def factor_pointer(address, dtype: tl.constexpr):
     """Returns addresses of factor blocks as pointers; a block starts at a multiple of 16 bytes."""
     pointer = tl.multiple_of(address, 16).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, 16)
+
+
+@triton.jit
+def load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M):
+    """Returns (first_m, stop_m, slot): a piece's positions and adapter; -1 for one of no rows."""
+    first_m = tl.load(piece_start_ptr + piece)
+    stop_m = tl.load(piece_start_ptr + piece + 1)
+    used = first_m < M
+    segment = tl.load(segment_of_ptr + first_m, mask=used, other=0)
+    slot = tl.load(segment_slot_ptr + segment, mask=used, other=-1)
+    return first_m, stop_m, slot
 
 
 @triton.jit

@@ -36,31 +36,23 @@ _HALF: Table = {
         Row(16, 0, 128, 4, 2, (16, 64)),
     ),
     ("mixed_lora_expand", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-        Row(32, 64, 0, 4, 1, (32,)),
-        Row(16, 64, 0, 4, 1, (64,)),
+        Row(128, 64, 0, 8, 1, (16, 32, 64)),
+        Row(64, 64, 0, 4, 1, (16, 32, 64)),
+        Row(16, 128, 0, 2, 1, (16, 32, 64)),
     ),
-    ("mixed_lora_add", "half"): (Row(16, 128, 128, 4, 2, (32,)),),
     ("mixed_lora_train_shrink", "half"): (Row(64, 0, 64, 4, 2, (16, 64)),),
     ("mixed_lora_train_linear", "half"): (
         Row(128, 128, 64, 8, 2, (16,)),
         Row(64, 64, 64, 4, 2, (32,)),
     ),
-    ("mixed_lora_train_expand", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-    ),
+    ("mixed_lora_train_expand", "half"): (Row(64, 64, 0, 4, 1, (16, 32, 64)),),
     ("mixed_lora_grad_b", "half"): (Row(64, 128, 0, 4, 2, (16, 64)),),
     ("mixed_lora_grad_a", "half"): (Row(64, 0, 128, 4, 2, (16, 64)),),
     ("mixed_lora_grad_x", "half"): (
         Row(128, 128, 64, 8, 2, (16,)),
         Row(64, 64, 64, 4, 2, (32,)),
     ),
-    ("mixed_lora_grad_x_add", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-    ),
+    ("mixed_lora_grad_x_add", "half"): (Row(64, 64, 0, 4, 1, (16, 32, 64)),),
 }
 
 # In either precision of fp32.
@@ -97,10 +89,10 @@ _FP32 = {
         Row(16, 32, 64, 4, 2, (32,)),
     ),
     "mixed_lora_expand": (
+        Row(128, 64, 0, 8, 1, (16,)),
         Row(64, 64, 0, 8, 1, (16,)),
         Row(16, 64, 0, 4, 1, (16,)),
     ),
-    "mixed_lora_add": (Row(16, 64, 64, 4, 2, (16,)),),
     "mixed_lora_train_shrink": (Row(64, 0, 32, 4, 2, (16,)),),
     "mixed_lora_train_linear": (Row(64, 64, 32, 4, 2, (16,)),),
     "mixed_lora_train_expand": (Row(64, 64, 0, 8, 1, (16,)),),

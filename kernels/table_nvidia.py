@@ -112,22 +112,20 @@ _MOST: Table = {
         Row(16, 32, 32, 4, 2, (16,)),
     ),
     ("mixed_lora_expand", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-        Row(32, 64, 0, 4, 1, (32,)),
-        Row(16, 64, 0, 4, 1, (64,)),
+        Row(128, 64, 0, 8, 1, (16, 32, 64)),
+        Row(64, 64, 0, 4, 1, (16, 32, 64)),
+        Row(16, 128, 0, 2, 1, (16, 32, 64)),
     ),
     ("mixed_lora_expand", "tf32"): (
+        Row(128, 64, 0, 8, 1, (16,)),
         Row(64, 64, 0, 8, 1, (16,)),
         Row(16, 64, 0, 4, 1, (16,)),
     ),
     ("mixed_lora_expand", "ieee"): (
+        Row(128, 64, 0, 8, 1, (16,)),
         Row(64, 64, 0, 8, 1, (16,)),
-        Row(16, 32, 0, 4, 1, (16,)),
+        Row(16, 64, 0, 4, 1, (16,)),
     ),
-    ("mixed_lora_add", "half"): (Row(16, 128, 128, 4, 4, (32,)),),
-    ("mixed_lora_add", "tf32"): (Row(16, 64, 64, 4, 3, (16,)),),
-    ("mixed_lora_add", "ieee"): (Row(16, 32, 32, 4, 2, (16,)),),
     ("mixed_lora_train_shrink", "half"): (Row(64, 0, 64, 8, 3, (16, 64)),),
     ("mixed_lora_train_shrink", "tf32"): (Row(64, 0, 32, 4, 4, (16,)),),
     ("mixed_lora_train_shrink", "ieee"): (Row(64, 0, 32, 4, 2, (16,)),),
@@ -137,10 +135,7 @@ _MOST: Table = {
     ),
     ("mixed_lora_train_linear", "tf32"): (Row(64, 64, 32, 4, 3, (16,)),),
     ("mixed_lora_train_linear", "ieee"): (Row(64, 64, 16, 8, 2, (16,)),),
-    ("mixed_lora_train_expand", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-    ),
+    ("mixed_lora_train_expand", "half"): (Row(64, 64, 0, 4, 1, (16, 32, 64)),),
     ("mixed_lora_train_expand", "tf32"): (Row(64, 64, 0, 8, 1, (16,)),),
     ("mixed_lora_train_expand", "ieee"): (Row(64, 64, 0, 8, 1, (16,)),),
     ("mixed_lora_grad_b", "half"): (Row(64, 128, 0, 8, 3, (16, 64)),),
@@ -155,10 +150,7 @@ _MOST: Table = {
     ),
     ("mixed_lora_grad_x", "tf32"): (Row(64, 64, 32, 4, 3, (16,)),),
     ("mixed_lora_grad_x", "ieee"): (Row(64, 64, 16, 8, 2, (16,)),),
-    ("mixed_lora_grad_x_add", "half"): (
-        Row(128, 128, 0, 8, 1, (16,)),
-        Row(64, 64, 0, 8, 1, (32,)),
-    ),
+    ("mixed_lora_grad_x_add", "half"): (Row(64, 64, 0, 4, 1, (16, 32, 64)),),
     ("mixed_lora_grad_x_add", "tf32"): (Row(64, 64, 0, 8, 1, (16,)),),
     ("mixed_lora_grad_x_add", "ieee"): (Row(64, 64, 0, 8, 1, (16,)),),
 }
@@ -222,7 +214,6 @@ SM_86: Table = {
         Row(16, 32, 128, 4, 5, (64,)),
         Row(16, 16, 256, 4, 4, (64,)),
     ),
-    ("mixed_lora_add", "half"): (Row(16, 128, 128, 4, 3, (32,)),),
 }
 
 SM_90: Table = {

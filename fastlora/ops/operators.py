@@ -51,34 +51,29 @@ class OperatorBackend:
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop, operators = (seeds, list(dropout_p)), self._operators(x)
         weight, bias, y, inplace = base
-        biases = lora_bias if rows is not None else [None]
+        biases, pieces = lora_bias if rows is not None else [None], self._in_pieces(rows)
         if weight is not None:
-            sorted_rows: list[torch.Tensor] = []
             factors = [lora_a[0], lora_b[0], None]
             if rows is not None:
                 factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
-                sorted_rows = self._whole(rows) if s is not None else self._in_pieces(rows)
             y, *own = operators.lora_linear(
-                *(x, weight, bias, sorted_rows, s, factors, scaling, *drop, self.impl, plan)
+                *(x, weight, bias, pieces, s, factors, scaling, *drop, self.impl, plan)
             )
             return y, own[0] if s is None else s
         if y is None:
             raise ValueError("neither a base weight nor a base output is given")
         if s is None:
-            s = operators.lora_shrink(x, self._in_pieces(rows), lora_a, 1, *drop, self.impl)
+            s = operators.lora_shrink(x, pieces, lora_a, 1, *drop, self.impl)
             s = s if rows is None else s.squeeze(0)
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
-        operators.lora_expand_(y, s, self._whole(rows), lora_b, biases, scaling, self.impl)
+        operators.lora_expand_(y, s, pieces, lora_b, biases, scaling, self.impl)
         return y, s
 
-    def _whole(self, rows: Rows | None) -> list[torch.Tensor]:
-        return [] if rows is None else rows.tensors()
-
     def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
-        """What operators that shrink take as rows; PyTorch has no pieces."""
-        if rows is None or self.impl != "triton":
-            return self._whole(rows)
-        return rows_listed(rows)
+        """What operators take as rows; PyTorch has no pieces."""
+        if rows is None:
+            return []
+        return rows_listed(rows) if self.impl == "triton" else rows.tensors()
 
     def gradients(
         self,
@@ -138,7 +133,7 @@ class OperatorBackend:
             if weight is not None and weight.dtype != dy.dtype:
                 weight = weight.to(dy.dtype)
             dx = operators.lora_grad_x(
-                dy, weight, ds, self._whole(rows), lora_a, *drop, self.impl, plan
+                dy, weight, ds, self._in_pieces(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)

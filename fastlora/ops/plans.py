@@ -26,7 +26,9 @@ def choose_plan(
     weight: torch.Tensor,
     r: int,
     launch: str = "lora_linear",
+    *,
     n: int | None = None,
+    slots: int = 1,
 ) -> str:
     """Returns what to launch for x ``[M, K]`` and weight ``[N, K]``.
 
@@ -37,10 +39,11 @@ def choose_plan(
             "auto".
         x: What the launch reads: x, or dy ``[M, N]`` for a dx.
         weight: ``[N, K]``.
-        r: Rank; in a mixed batch slots times the largest rank.
+        r: Rank; the largest in a mixed batch.
         launch: That of the plan "fused": "lora_linear", "lora_grad_x", "mixed_lora_linear",
             "mixed_lora_train_linear" or "mixed_lora_grad_x".
         n: Outputs of all siblings of the launch; None for those of the weight.
+        slots: Adapters that a mixed batch may have.
 
     Raises:
         ValueError: There is no such plan, or ``FASTLORA_PLAN`` names none.
@@ -53,7 +56,7 @@ def choose_plan(
         if _PLAN not in _NAMED:
             raise ValueError(f"FASTLORA_PLAN is {_PLAN!r}, expected one of {', '.join(_NAMED)}")
         plan = _PLAN
-    return _from_table(launch, x, weight, r, n) if plan == "auto" else plan
+    return _from_table(launch, x, weight, r, n, slots) if plan == "auto" else plan
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -68,13 +71,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _from_table(
-    launch: str, x: torch.Tensor, weight: torch.Tensor, r: int, siblings_n: int | None
+    launch: str, x: torch.Tensor, weight: torch.Tensor, r: int, siblings_n: int | None, slots: int
 ) -> str:
     """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
     chips, configs = _tables()
-    chip, n = chips.chip_of(x.device), siblings_n or n
-    return configs.plan_of(chip, launch, x.dtype, m=m, n=n, k=k, r=r, input_precision=rounding)
+    chip, sizes = chips.chip_of(x.device), {"m": m, "n": siblings_n or n, "k": k, "r": r}
+    return configs.plan_of(chip, launch, x.dtype, **sizes, slots=slots, input_precision=rounding)
 
 
 @functools.cache

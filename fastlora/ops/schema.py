@@ -15,8 +15,8 @@ Shapes, for M rows, S slots (adapters) and G modules (layers) that share x:
     lora_a ``[rank, K]``, lora_b ``[N, rank]``, lora_bias ``[N]``, not scaled: one of each adapter,
         of one dtype, None where an adapter leaves the layer alone
     rows: empty where one slot has all rows. Else int32 order ``[M]``, segment_of ``[M]``,
-        segment_slot, slot_start ``[S + 1]`` of `fastlora.ops.rows`, and for a shrink and the
-        gradients of factors pieces: see `fastlora.ops.triton.pieces`
+        segment_slot, slot_start ``[S + 1]`` of `fastlora.ops.rows`, and for kernels pieces: see
+        `fastlora.ops.triton.pieces`
     factors: lora_a, lora_b and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows they are over sorted positions, R is
         `layout.columns_of` the largest rank, and a row is written up to its adapter's rank

@@ -72,7 +72,7 @@ def has_loop(row: Row) -> bool:
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
     looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
     looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear")
-    return row["variant"] != "uneven" and row["kernel"] in (*looping, "mixed_lora_add", *GRADIENTS)
+    return row["variant"] != "uneven" and row["kernel"] in (*looping, *GRADIENTS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -118,7 +118,8 @@ def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
     expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
-    for kernel in ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear"):
+    mixed = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand")
+    for kernel in ("lora_shrink", "lora_linear", *mixed):
         for row in of(rows, arch=arch, kernel=kernel):
             plain = kernel == "mixed_lora_linear" and row["variant"] == "invariant"
             assert row["grid_dependency"] == ("0" if plain else expected), row
@@ -127,7 +128,7 @@ def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> N
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
     """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
-    for kernel in ("lora_linear", "mixed_lora_linear"):
+    for kernel in ("lora_linear", "mixed_lora_linear", "mixed_lora_expand"):
         for row in of(rows, arch=arch, kernel=kernel):
             assert row["early_loads"] == "0", row
 
@@ -163,8 +164,7 @@ def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: 
     for kernel, expected in (
         ("mixed_lora_shrink", {"16", "64", "128"}),
         ("mixed_lora_linear", {"16", "32", "64", "128"}),
-        ("mixed_lora_expand", {"16", "32", "64", "128"}),
-        ("mixed_lora_add", {"16"}),
+        ("mixed_lora_expand", {"16", "64", "128"}),
         ("mixed_dora_scale", {"16", "64", "128"}),
     ):
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
@@ -210,9 +210,13 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
             for v in ("training", "siblings")
         )
         assert shared == own
-    for kernel in ("mixed_lora_grad_x", "mixed_lora_grad_x_add"):
+    for kernel, expected in (
+        ("mixed_lora_grad_x", {"64", "128"}),
+        ("mixed_lora_grad_x_add", {"64"}),
+        ("mixed_lora_train_expand", {"64"}),
+    ):
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
-        assert {row["block_m"] for row in half} == {"64", "128"}
+        assert {row["block_m"] for row in half} == expected
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -251,12 +255,11 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
         # Bytes of one such access by all threads; a tile of fewer goes in a narrower one.
         whole = 16 * 32 * int(row["warps"])
         b, s, y = factor_width * r * n, 4 * m * r, width * m * n
-        # s is in a loop over planes, unrolled twice, and in what is left of it.
+        # s is four planes, or in a loop over planes, unrolled twice, and in what is left of it.
         expected = {
             "mixed_lora_shrink": (),
             "mixed_lora_linear": (b, s, s, s),
-            "mixed_lora_expand": (b, s, s, s, y),
-            "mixed_lora_add": (b, y),
+            "mixed_lora_expand": (b, s, s, s, s, y),
             "mixed_dora_scale": (y,),
             "mixed_rows_sort": (),
         }[row["kernel"]]
@@ -270,7 +273,7 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
 def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
     single = {"lora_shrink", "lora_linear", "lora_expand"}
-    mixed = {*(f"mixed_{stem}" for stem in single), "mixed_lora_add"}
+    mixed = {f"mixed_{stem}" for stem in single}
     assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"}
 
 

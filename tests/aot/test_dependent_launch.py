@@ -26,23 +26,29 @@ from tests.support.aot.resources import early_loads_of_s
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 
 WAIT = re.compile(r"^( +)if PDL:\n +tl\.extra\.cuda\.gdc_wait\(\)\n", re.M)
-LATE_WAIT = "    if PDL:\n        tl.extra.cuda.gdc_wait()\n"
 # What each kernel has behind its rank rows.
-BEHIND = "    if HAS_BIAS:\n        acc += bias[None, :]\n"
+BEHIND = {
+    "lora_linear": "    if HAS_BIAS:\n        acc += bias[None, :]\n",
+    "mixed_lora_linear": "    if HAS_BIAS:\n        acc += bias[None, :]\n",
+    "mixed_lora_expand": "        acc *= scale\n",
+}
+# What becomes of the wait, and whether one stands behind the rank rows.
 EDITS = {
-    "late": ("", LATE_WAIT + BEHIND),
-    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", BEHIND),
-    "never": ("", BEHIND),
+    "late": ("", True),
+    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", False),
+    "never": ("", False),
 }
 
 
 def mutant(stem: str, edit: str, folder: Path) -> ModuleType:
     """A kernel's module with its wait elsewhere."""
     source = Path(importlib.import_module(f"fastlora.kernels.{stem}").__file__ or "").read_text()
-    assert len(WAIT.findall(source)) == source.count(BEHIND) == 1
-    wait, behind = EDITS[edit]
+    behind, (wait, is_late) = BEHIND[stem], EDITS[edit]
+    assert len(WAIT.findall(source)) == source.count(behind) == 1
+    indent = " " * (len(behind) - len(behind.lstrip()))
+    late = f"{indent}if PDL:\n{indent}    tl.extra.cuda.gdc_wait()\n" if is_late else ""
     path = folder / f"{stem}.py"
-    path.write_text(WAIT.sub(wait, source).replace(BEHIND, behind))
+    path.write_text(WAIT.sub(wait, source).replace(behind, late + behind))
     spec = importlib.util.spec_from_file_location(f"fastlora.kernels.{stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,7 +69,7 @@ def smallest(stem: str) -> Case:
     return min(found, key=lambda c: c.shipped.config.block_m * c.shipped.config.block_n)
 
 
-@pytest.mark.parametrize("stem", ["lora_linear", "mixed_lora_linear"])
+@pytest.mark.parametrize("stem", BEHIND)
 @pytest.mark.parametrize("edit", ["", *EDITS])
 def test_a_wait_in_the_wrong_place_shows(stem: str, edit: str, tmp_path: Path) -> None:
     case = smallest(stem)

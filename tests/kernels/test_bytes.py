@@ -250,6 +250,42 @@ def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
 
 # ---------------------------------------------------------------------------- mixed batches
 
+
+def test_decode_of_many_adapters_reads_each_factor_once(lab: Lab) -> None:
+    """64 rows of as many adapters as an H100 runs them, beside a base product of the library's.
+
+    What is asked for twice is s, by every tile of N; all in all a tenth above what cannot be
+    avoided at most.
+    """
+    m = slots = 64
+    problem = MixedProblem(lab, [*range(m)], [[16] * slots], 4096, [4096], HALF)
+    factors = problem.factors[0]
+    counter = ByteCounter(
+        x=[problem.x],
+        lora_a=[own.lora_a for own in factors],
+        lora_b=[own.lora_b for own in factors],
+    )
+    with on(H100), counter:
+        (y,) = OPS.lora_linear_at(*problem.linear_arguments())
+    counter.register("y", y)
+    problem.check(y)
+    assert {name: found.launches for name, found in counter.kernels.items()} == {
+        "_mixed_lora_shrink_kernel": 1,
+        "_mixed_lora_expand_kernel": 1,
+    }
+    once = [2 * m * 4096, 2 * slots * 16 * 4096]
+    loads, stores = counter.total.loads, counter.total.stores
+    for name, least in (("x", once[0]), ("lora_a", once[1]), ("lora_b", once[1]), ("y", once[0])):
+        assert loads[name] == (least, least), name
+    assert stores["y"] == (once[0], once[0])
+    floor = 3 * once[0] + 2 * once[1]
+    assert floor < counter.total.issued <= 1.1 * floor
+    batch = Batch([*range(m)], [16] * slots, 14336, 4096, 2, 2)
+    wide = [forms_of_forward(batch, H100)[f"mixed_lora_{end}"] for end in ("shrink", "expand")]
+    floor = once[0] + once[1] + 14336 * (2 * 2 * m + 2 * slots * 16)
+    assert floor < sum(form.issued for form in wide) <= 1.1 * floor
+
+
 RANKS = [(8, 16, 64)[slot % 3] for slot in range(64)]
 # Of each adapter that has rows: addresses of A, B, the bias and DoRA's scale, rank and scaling.
 TABLE_BYTES = 4 * 8 + 4 + 4

@@ -32,6 +32,11 @@ EVERY_CHIP = pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 ROWS = (0, 1, 16, 17, 33, 64, 65, 128, 129, 300, 2000, 2049, 16384)
 WIDTHS = (16, 576, 1024, 4096, 14336)
 RANKS = (1, 16, 17, 48, 64, 100, 128, 512)
+TRAINING_BY_PIECES = (
+    "mixed_lora_train_shrink",
+    "mixed_lora_train_expand",
+    "mixed_lora_grad_x_add",
+)
 # Sums of fp32 planes read no x, nor does what sorts rows.
 SUMS = ("plane_sums", "mixed_lora_grad_reduce", "mixed_rows_sort")
 
@@ -78,14 +83,12 @@ def test_every_choice_is_shipped_and_valid(chip: Chip) -> None:
 def test_row_tiles_that_the_host_knows(chip: Chip) -> None:
     """Pieces and runs of a mixed batch are made before the launch, from the same row tile."""
     for (dtype, precision), m in itertools.product(KINDS, ROWS):
-        for launch in ("mixed_lora_shrink", "mixed_dora_scale"):
+        for launch in ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale"):
             config = choose(chip, launch, dtype, m=m, r=48, input_precision=precision)
             assert config.block_m == piece_rows(m)
     for (launch, _), rows in configs.TABLES[chip.family].items():
-        if launch == "mixed_lora_train_shrink":
+        if launch in TRAINING_BY_PIECES:
             assert {row.block_m for row in rows} == {TRAIN_PIECE_ROWS}
-        if launch == "mixed_lora_add":
-            assert {row.block_m for row in rows} == {piece_rows(configs.FUSED_MAX_ROWS)}
         if launch in ("mixed_lora_grad_b", "mixed_lora_grad_a"):
             assert len({row.block_m for row in rows}) == 1
 
@@ -111,7 +114,7 @@ def test_decode_fills_the_chip_with_narrow_tiles() -> None:
 @pytest.mark.parametrize(("m", "block_m"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
 def test_one_tile_covers_a_small_batch(m: int, block_m: int) -> None:
     launches = ("lora_shrink", "lora_linear", "lora_expand")
-    for launch in (*launches, "mixed_lora_linear", "mixed_lora_expand"):
+    for launch in (*launches, "mixed_lora_linear"):
         assert chosen(launch, m=m, n=4096, k=4096, r=16).block_m == block_m
 
 

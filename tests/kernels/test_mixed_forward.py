@@ -13,9 +13,7 @@ from fastlora.kernels.configs import KernelConfig
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import RANKS, THREE, MixedProblem, draw_ids
 
-KERNELS = ("linear", "expand", "add")
-EVERY_KERNEL = pytest.mark.parametrize("kernel", KERNELS)
-UPDATES = pytest.mark.parametrize("kernel", ["expand", "add"])
+EVERY_KERNEL = pytest.mark.parametrize("kernel", ["linear", "expand"])
 # Rows, outputs, columns of x.
 SHAPES = [(1, 128, 256), (15, 33, 100), (16, 64, 72), (17, 130, 65), (64, 96, 200), (150, 70, 31)]
 
@@ -29,7 +27,6 @@ def tile(block_m: int, block_r: int, **fields: Any) -> KernelConfig:
 @EVERY_KERNEL
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_values(lab: Lab, dtype: torch.dtype, kernel: str, m: int, n: int, k: int) -> None:
-    m = min(m, 64) if kernel == "add" else m  # which takes no more
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], k, [n], dtype, biased=(1, 3, 7))
     problem.check(problem.run(kernel))
 
@@ -47,7 +44,6 @@ def test_number_of_adapters(lab: Lab, kernel: str, slots: int) -> None:
     [
         *(("linear", block_r, splits) for block_r in (16, 32, 64) for splits in (1, 3, 4)),
         *(("expand", block_r, splits) for block_r in (16, 64) for splits in (1, 4)),
-        ("add", 16, 1),
     ],
 )
 def test_every_chunk_and_plane(lab: Lab, kernel: str, block_r: int, splits: int) -> None:
@@ -55,8 +51,22 @@ def test_every_chunk_and_plane(lab: Lab, kernel: str, block_r: int, splits: int)
     ranks = [[RANKS[slot % 8] for slot in range(slots)]]
     ids, biased = draw_ids(40, slots), range(0, 8, 2)
     problem = MixedProblem(lab, ids, ranks, 50, [50], torch.float32, biased=biased)
-    config = tile(16 if kernel == "add" else 32, block_r)
-    problem.check(problem.run(kernel, config, splits=splits))
+    problem.check(problem.run(kernel, tile(32, block_r), splits=splits))
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("ids", [[6] * 70, [*range(8)] * 9, [-1] * 30 + [5] * 33 + [2] * 9])
+def test_every_piece(lab: Lab, block_m: int, ids: list[int]) -> None:
+    """One adapter over many tiles of rows, many in each, and runs that end within one."""
+    problem = MixedProblem(lab, ids, [RANKS], 30, [50], torch.float32, biased=(2, 7))
+    problem.check(problem.run("expand", tile(block_m, 16), splits=3))
+
+
+@EVERY_KERNEL
+def test_a_row_for_each_adapter(lab: Lab, dtype: torch.dtype, kernel: str) -> None:
+    ranks = [[RANKS[slot % 8] for slot in range(64)]]
+    problem = MixedProblem(lab, [*range(64)], ranks, 40, [130], dtype, biased=range(0, 64, 3))
+    problem.check(problem.run(kernel))
 
 
 @pytest.mark.parametrize("group_m", [1, 3])
@@ -144,16 +154,15 @@ def test_a_factor_past_the_range_of_fp16_stays_in_its_own_rows(lab: Lab) -> None
     assert not y[problem.rows_of(1)].isfinite().any()
 
 
-@UPDATES
-def test_rows_without_a_part_are_not_touched(lab: Lab, kernel: str) -> None:
+def test_rows_without_a_part_are_not_touched(lab: Lab) -> None:
     """Neither rows without an adapter, nor those whose adapter leaves the module alone."""
     problem = MixedProblem(lab, draw_ids(40, 3), [(4, 0, 0)], 24, [40], torch.float32, biased=(2,))
     y = torch.zeros(40, 40, device=lab.device)
     negative_zero = torch.full_like(y, -0.0)
-    problem.run(kernel, y=negative_zero)
+    problem.run("expand", y=negative_zero)
     # A row that went through arithmetic would have lost the sign: -0 + 0 = 0.
     assert negative_zero[problem.rows_of(-1, 1)].signbit().all()
-    problem.run(kernel, y=y)
+    problem.run("expand", y=y)
     assert (y[problem.rows_of(0, 2)] != 0).all()
 
 

@@ -15,7 +15,9 @@ from fastlora.env import triton_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from fastlora.kernels import mixed_lora_expand, mixed_lora_linear
 from tests.support.bytes.byte_counter import ByteCounter
+from tests.support.bytes.count_bytes import H100, on
 from tests.support.kernels.mixed_problem import OPS, RANKS, THREE, MixedProblem, draw_ids
 
 interpreted = pytest.mark.skipif(not triton_interpreted(), reason="counts in the interpreter")
@@ -43,9 +45,9 @@ def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
         problem.check(linear(problem, g, plan=plan), g)
 
 
-@pytest.mark.parametrize("m", [40, 70])
+@pytest.mark.parametrize("m", [40, 150])
 def test_add(lab: Any, dtype: torch.dtype, m: int) -> None:
-    """In one launch, and where that costs more, in two."""
+    """By pieces of 16 rows, and of 64."""
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], 100, [50], dtype, biased=(0,))
     y = base(problem)
     OPS.lora_add_at_(*problem.add_arguments(y))
@@ -78,16 +80,33 @@ def test_recorded_buffers_replay_any_mix(lab: Any) -> None:
     first = [tensor.data_ptr() for tensor in problem.rows()]
     recorded = launches(problem)
     assert {name: len(grids) for name, grids in recorded.items()} == {
-        "_mixed_lora_shrink_kernel": 2,
+        "_mixed_lora_shrink_kernel": 3,
         "_mixed_lora_linear_kernel": 1,
-        "_mixed_lora_expand_kernel": 1,
-        "_mixed_lora_add_kernel": 1,
+        "_mixed_lora_expand_kernel": 2,
     }
     for ids in ([-1] * m, [*range(m)], draw_ids(m, slots)):
         problem.regroup(ids)
         assert [tensor.data_ptr() for tensor in problem.rows()] == first
         assert launches(problem) == recorded
         problem.check(linear(problem))
+
+
+@interpreted
+def test_what_follows_its_shrink_is_launched_as_its_dependent(lab: Any, calls_of: Any) -> None:
+    """With both plans, the first sibling too; nothing that takes an s made before."""
+    seen: list[bool] = []
+    for module, stem in ((mixed_lora_linear, "linear"), (mixed_lora_expand, "expand")):
+        calls_of(module, f"launch_mixed_lora_{stem}", lambda *_, pdl, **__: pdl, seen)
+    problem = MixedProblem(lab, draw_ids(20, 8), THREE, 40, [16, 24, 33], torch.float16)
+    with on(H100):
+        for plan in ("fused", "split"):
+            _, s = OPS.lora_linear_at(*problem.siblings_arguments(plan))
+            linear(problem, 1, s, plan)
+            linear(problem, 2, plan=plan)
+            assert seen == [True, False, True], plan
+            seen.clear()
+        OPS.lora_add_at_(*problem.add_arguments(base(problem)))
+    assert seen == [True]
 
 
 def test_opcheck(lab: Any) -> None:

@@ -56,6 +56,20 @@ def test_the_default_is_the_designs(m: int, expected: str, launched: list[str]) 
         assert configs.plan_of(h100, launch, torch.bfloat16, m=m, n=40, k=48, r=16) == expected
 
 
+@pytest.mark.parametrize(
+    "launch", ["mixed_lora_linear", "mixed_lora_train_linear", "mixed_lora_grad_x"]
+)
+def test_more_adapters_than_an_epilogue_takes_go_by_pieces(launch: str) -> None:
+    """By the most that a row tile can hold: as many as there are, and no more than rows."""
+    h100, sizes = chips.Chip("sm_90", 132), {"n": 4096, "k": 4096, "r": 16}
+
+    def found(m: int, slots: int) -> str:
+        return configs.plan_of(h100, launch, torch.bfloat16, m=m, slots=slots, **sizes)
+
+    assert [found(64, 4), found(64, 5), found(4, 64), found(5, 64)] == ["fused", "split"] * 2
+    assert [found(65, 1), found(8192, 1)] == ["split"] * 2
+
+
 def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
     chip, row, key = chips.chip_of(torch.device(DEVICE)), chips.Row, ("lora_linear", "ieee")
@@ -112,20 +126,20 @@ def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch, launch: s
     """The call, else ``FASTLORA_PLAN``, else the table; training has no plan "invariant"."""
     weight = torch.empty(40, 48, device=DEVICE)
 
-    def choose(plan: str, m: int, rank_rows: int) -> str:
+    def choose(plan: str, m: int, r: int) -> str:
         x = torch.empty(m, 48, device=DEVICE)
-        return plans.choose_plan(plan, x, weight, rank_rows, launch)
+        return plans.choose_plan(plan, x, weight, r, launch, slots=4)
 
     served = launch == "mixed_lora_linear"
-    assert [choose("auto", m, 200) for m in (20, 65)] == ["fused", "split"]
-    assert choose("invariant", 20, 128) == ("invariant" if served else "fused")
+    assert [choose("auto", m, 50) for m in (20, 65)] == ["fused", "split"]
+    assert choose("invariant", 20, 32) == ("invariant" if served else "fused")
     rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
     put_rows(monkeypatch, launch, rows)
-    assert [choose("auto", 20, rows) for rows in (128, 129)] == ["split", "fused"]
+    assert [choose("auto", 20, r) for r in (32, 33)] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "split")
-    assert [choose(plan, 20, 1000) for plan in ("auto", "fused")] == ["split", "fused"]
+    assert [choose(plan, 20, 250) for plan in ("auto", "fused")] == ["split", "fused"]
     with pytest.raises(ValueError, match="plan must be one of auto, .* got 'dense'"):
-        choose("dense", 20, 128)
+        choose("dense", 20, 32)
 
 
 def test_the_environment_is_read() -> None:

@@ -76,10 +76,10 @@ def grad_x(
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one(dy, weight, ds, downs[0], seeds, p, plan)
     (m, n), k, up = dy.shape, downs[0].shape[1], RankRows.of_lora_a(downs, dy.device)
-    sizes = (m, n, k, up.largest)
+    sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
-    elif choose_plan(plan, dy, weight, len(downs) * up.largest, "mixed_lora_grad_x") == "fused":
+    elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", slots=slots) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         base = Weights(weight.t(), None)
         return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)

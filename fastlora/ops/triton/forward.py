@@ -21,13 +21,12 @@ from fastlora.kernels import (
     lora_linear,
     lora_shrink,
     mixed_dora_scale,
-    mixed_lora_add,
     mixed_lora_expand,
     mixed_lora_linear,
     mixed_lora_shrink,
     plane_sums,
 )
-from fastlora.kernels.configs import FUSED_MAX_ROWS, KernelConfig
+from fastlora.kernels.configs import KernelConfig
 from fastlora.kernels.launch import empty, kept, product
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, Tables, present, tables_of
@@ -85,12 +84,13 @@ def linear(
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
         return _linear_one(x, *tensors, dropout_p[0], plan)
     base, drop = Weights(weight, bias), Drop(seeds, dropout_p)
-    own, after_shrink = s, False
+    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
+    stem, own, after_shrink = "mixed_lora_train", s, False
+    plan, y = _base_product(stem, x, base, up, plan)
     if own is None:
         made, after_shrink = _shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
         own = made[0]
-    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
-    y = _linear_mixed("mixed_lora_train", x, base, own.unsqueeze(0), rows, up, plan, after_shrink)
+    y = _linear_mixed(stem, x, base, y, own.unsqueeze(0), rows, up, plan, after_shrink)
     return [y, own] if s is None else [y]
 
 
@@ -148,12 +148,13 @@ def linear_at(
     invariant = plan == "invariant"
     if invariant:
         x = _whole_rows(x)
+    up, base = RankRows.of_tables(found, index), Weights(weight, bias)
+    plan, y = _base_product("mixed_lora", x, base, up, plan)
     planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
-    up = RankRows.of_tables(found, index)
     # One kernel in the mode, whether siblings shared the shrink or not.
-    after_shrink = s is None and siblings is None and not invariant
-    own, base = planes[:, index - first], Weights(weight, bias)
-    y = _linear_mixed("mixed_lora", x, base, own, rows, up, plan, after_shrink)
+    after_shrink = s is None and not invariant
+    own = planes[:, index - first]
+    y = _linear_mixed("mixed_lora", x, base, y, own, rows, up, plan, after_shrink)
     return [y] if s is not None or siblings is None else [y, planes]
 
 
@@ -167,19 +168,13 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Adds to y: one launch at decode sizes; two where every tile of N would make s anew."""
+    """Adds to y in two launches, a shrink and an expand."""
     found = tables_of(tables, max_rank, factor_dtype)
-    up, (m, k), n = RankRows.of_tables(found, index), x.shape, y.shape[1]
-    if m > FUSED_MAX_ROWS:
-        s = shrink_at(x, rows, found, slice(index, index + 1))
-        config = config_of("mixed_lora_expand", y, m, n, r=max_rank)
-        add_rank_rows_(y, s[:, 0], rows, up, config=config)
-        return
-    mixed_lora_add.launch_mixed_lora_add(
-        *(y, x, *rows[:3], rows[4], found.a_address[index], *up[:4]),
-        factor_dtype=factor_dtype,
-        config=config_of("mixed_lora_add", x, m, n, k, max_rank),
-    )
+    s = shrink_at(x, rows, found, slice(index, index + 1))
+    (m, k), n = x.shape, y.shape[1]
+    config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
+    up = RankRows.of_tables(found, index)
+    add_rank_rows_(y, s[:, 0], rows, up, config=config, pdl=True)
 
 
 @kept
@@ -447,26 +442,34 @@ def _shrink_mixed(
     )
 
 
+def _base_product(
+    stem: str, x: torch.Tensor, base: Weights, up: RankRows, plan: str
+) -> tuple[str, torch.Tensor | None]:
+    """Returns the plan, and with "split" the library's GEMM: ahead of the shrink and its dependent.
+
+    ``stem`` names the launches, which have plans and configs of their own.
+    """
+    slots = up.rank.shape[0]
+    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots=slots)
+    return plan, product(F.linear, x, *base) if plan == "split" else None
+
+
 def _linear_mixed(
     stem: str,
     x: torch.Tensor,
     base: Weights,
+    y: torch.Tensor | None,
     s: torch.Tensor,
     rows: _Tensors,
     up: RankRows,
     plan: str,
     after_shrink: bool,
 ) -> torch.Tensor:
-    """Returns y for s ``[splits, M, R]``: one launch, or a GEMM of the library's and an expand.
-
-    ``stem`` names the launches, which have plans and configs of their own.
-    """
+    """Returns y for s ``[splits, M, R]``, plan and y as `_base_product` gave them; one launch."""
     (m, k), n = x.shape, base.weight.shape[0]
-    plan = choose_plan(plan, x, base.weight, up.rank.shape[0] * up.largest, f"{stem}_linear")
-    if plan == "split":
-        y = product(F.linear, x, *base)
-        config = config_of(f"{stem}_expand", y, m, n, r=up.largest)
-        add_rank_rows_(y, s, rows, up, config=config)
+    if y is not None:
+        config = config_of(f"{stem}_expand", y, m, n, k, up.largest)
+        add_rank_rows_(y, s, rows, up, config=config, pdl=after_shrink)
         return y
     invariant = plan == "invariant"
     config = config_of(f"{stem}_linear", x, m, n, k, up.largest, batch_invariant=invariant)
@@ -480,13 +483,18 @@ def add_rank_rows_(
     up: RankRows,
     *,
     config: KernelConfig,
+    pdl: bool = False,
     drop: Drop = NO_DROP,
 ) -> None:
-    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch."""
+    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch.
+
+    ``pdl`` says that the launch before is the shrink that made s.
+    """
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(y, s, *rows[:3], *up[:4]),
+        *(y, s, *rows[:3], rows[4], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
+        pdl=pdl and chip_of(y).has_pdl,
         by_column=up.by_column,
         dropout=drop.tables(rows[3]),
     )
@@ -505,7 +513,7 @@ def product_and_rank_rows(
 ) -> torch.Tensor:
     """Returns the base's product with every row's rank rows in it, ``[M, N]``; one launch.
 
-    ``pdl`` says that the launch before is the shrink that made s.
+    ``pdl`` is as in `add_rank_rows_`.
     """
     y = empty(x, x.shape[0], base.weight.shape[0])
     mixed_lora_linear.launch_mixed_lora_linear(

@@ -19,7 +19,7 @@ def rows_at(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
 
 
 def rows_listed(rows: Rows) -> list[torch.Tensor]:
-    """Returns what the forward's operators over lists of factors take as rows."""
+    """Returns what operators over lists of factors take as rows, but those of `rows_in_runs`."""
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
     return [*rows.tensors(), rows.pieces(TRAIN_PIECE_ROWS)]

@@ -28,7 +28,7 @@ from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 from tests.support.chips import GPUS as CHIPS
 
-MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_add")
+MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that siblings share in training.
 SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 _SLOTS = 64
@@ -242,7 +242,8 @@ def operands(case: Case) -> dict[str, Any]:
         "mixed_lora_shrink": shrink,
         "mixed_lora_train_shrink": {**shrink, "dropout": dropout},
         "mixed_lora_train_linear": {"by_column": True},
-        "mixed_lora_train_expand": {"by_column": True},
+        "mixed_lora_expand": {"s": fp32(4, m, r)},
+        "mixed_lora_train_expand": {"by_column": True, "s": empty(1, m, r)},
         "mixed_lora_grad_b": {
             "ds": fp32(32, m, 64),
             "d_lora_b": fp32(_PLANES, n, 64),
@@ -258,7 +259,7 @@ def operands(case: Case) -> dict[str, Any]:
             "dropout": dropout,
         },
         "mixed_lora_grad_x": of_dx,
-        "mixed_lora_grad_x_add": of_dx,
+        "mixed_lora_grad_x_add": {**of_dx, "s": empty(1, m, r)},
         "mixed_lora_grad_reduce": {
             "out": factor(_SLOTS * n),
             "planes": fp32(_PLANES, n, 64).transpose(1, 2).unsqueeze(1),

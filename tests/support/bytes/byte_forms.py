@@ -262,59 +262,41 @@ def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
     )
 
 
-def _rank_rows(batch: Batch, config: KernelConfig, splits: int) -> tuple[Bytes, int]:
-    """Loads and FLOPs of adding the rank rows: s once per tile of N, lora_b once per tile of M.
-
-    An adapter's columns come in blocks of 16, those of a tile's adapters side by side.
-    """
-    tiles, tiles_n = batch.tiles(config.block_m), cdiv(batch.n, config.block_n)
-    chunks = sum(cdiv(sum(whole(rank, 16) for rank in tile), config.block_r) for tile in tiles)
-    loads = {
+def _rank_rows(batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int) -> Bytes:
+    """Loads of adding the rank rows: s once per tile of N, lora_b once for each of ``ranks``."""
+    width = batch.f * batch.n
+    return {
         "s": often(4 * splits * sum(batch.held), tiles_n),
-        "lora_b": (batch.f * batch.n * batch.own, batch.f * batch.n * sum(map(sum, tiles))),
+        "lora_b": (width * batch.own, width * sum(ranks)),
     }
-    return loads, 2 * chunks * tiles_n * config.block_m * config.block_n * config.block_r
 
 
 def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: bool) -> Form:
-    """`launch_mixed_lora_linear`: the base GEMM's bytes, as without adapters, and rank rows'."""
-    loads, flops = _rank_rows(batch, config, splits)
+    """`launch_mixed_lora_linear`: the base GEMM's bytes, as without adapters, and rank rows'.
+
+    An adapter's columns come in blocks of 16, those of a tile's adapters side by side.
+    """
     m, n, k, e = batch.m, batch.n, batch.k, batch.e
-    tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
+    tiles, tiles_m = batch.tiles(config.block_m), cdiv(m, config.block_m)
+    tiles_n, block_r = cdiv(n, config.block_n), config.block_r
+    loads = _rank_rows(batch, batch.pieces(config.block_m), tiles_n, splits)
     if with_bias:
         loads["bias"] = often(e * n, tiles_m)
+    columns = sum(whole(sum(whole(rank, 16) for rank in tile), block_r) for tile in tiles)
+    flops = 2 * columns * tiles_n * config.block_m * config.block_n
     flops += 2 * whole(m, config.block_m) * whole(n, config.block_n) * whole(k, config.block_k)
     base = {"x": often(e * m * k, tiles_n), "weight": often(e * n * k, tiles_m)}
     return Form({**base, **loads}, {"y": often(e * m * n)}, flops)
 
 
 def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
-    """`launch_mixed_lora_expand`: y of rows with an adapter, read and written, and rank rows'."""
-    loads, flops = _rank_rows(batch, config, splits)
-    y = often(batch.e * len(batch.held) * batch.n)
-    return Form({"y": y, **loads}, {"y": y}, flops)
-
-
-def mixed_add(batch: Batch, config: KernelConfig) -> Form:
-    """`launch_mixed_lora_add`: every tile of N makes s anew, so x and lora_a are read for each."""
-    n, k, e, f = batch.n, batch.k, batch.e, batch.f
-    pieces, tiles_n = batch.pieces(config.block_m), cdiv(n, config.block_n)
-    y, row = often(e * len(batch.held) * n), e * k
-    chunks = sum(cdiv(rank, config.block_r) for rank in pieces)
+    """`launch_mixed_lora_expand`: y read and written, s once a tile of N, lora_b once a piece."""
+    ranks, tiles_n = batch.pieces(config.block_m), cdiv(batch.n, config.block_n)
+    y, loads = often(batch.e * len(batch.held) * batch.n), _rank_rows(batch, ranks, tiles_n, splits)
+    columns = sum(whole(rank, config.block_r) for rank in ranks)
     return Form(
-        loads={
-            "y": y,
-            "x": (
-                row * len(batch.held),
-                row * tiles_n * sum(cdiv(rank, config.block_r) for rank in batch.held),
-            ),
-            "lora_a": (f * k * batch.own, f * k * sum(pieces) * tiles_n),
-            "lora_b": (f * n * batch.own, f * n * sum(pieces)),
-        },
-        stores={"y": y},
-        flops=2 * chunks * config.block_m * config.block_r * tiles_n
-        * (whole(k, config.block_k) + config.block_n),
-    )  # fmt: skip
+        {"y": y, **loads}, {"y": y}, 2 * columns * tiles_n * config.block_m * config.block_n
+    )
 
 
 def mixed_scale(batch: Batch, config: KernelConfig) -> Form:

@@ -2,7 +2,7 @@
 
 Of one adapter, those of a fused training step of one linear, and beside them the in-place expand,
 dropout, and the sum of a split shrink that stands alone. Of a mixed batch, those of a forward, as
-plan "fused" and as plan "split" and at decode in place, with DoRA's scales, and of a backward.
+plan "fused" and as plan "split", with DoRA's scales, and of a backward.
 
 ``TRITON_INTERPRET=1 python -m tests.support.bytes.count_bytes --write`` writes
 `docs/kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come from
@@ -37,7 +37,6 @@ from tests.support.kernels.mixed_problem import OPS, MixedProblem
 
 TABLE = Path(__file__).parents[3] / "docs" / "kernel_bytes.csv"
 COLUMNS = ("m", "k", "n", "r", "adapters", "kernel", "touched", "issued", "issued_over_touched")
-DECODE = 64  # rows of `mixed_lora_add`, which is one launch at decode only
 HALF = torch.float16
 # Linears of 2048, 1024 and 4096 at a quarter of each size, on a sixteenth of an H100: as many tiles
 # for each processor, and as many bytes of planes for each of an activation, as at full size.
@@ -66,9 +65,9 @@ class Step(NamedTuple):
         """As closed forms take them."""
         return Sizes(self.m, self.n, self.k, self.r)
 
-    def batch(self, m: int | None = None) -> Batch:
-        """Of ``m`` rows, or of all."""
-        ids = [row % self.adapters for row in range(m or self.m)]
+    def batch(self) -> Batch:
+        """Of a mixed batch."""
+        ids = [row % self.adapters for row in range(self.m)]
         return Batch(ids, [self.r] * self.adapters, self.n, self.k)
 
     @property
@@ -168,10 +167,10 @@ def forms_of_one(step: Step, chip: Chip) -> Forms:
     return forms
 
 
-def count_forward(problem: MixedProblem, chip: Chip, decode: bool = False) -> Counts:
-    """Runs every kernel of a mixed batch's forward once, or at decode the one; all use DoRA."""
+def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
+    """Runs every kernel of a mixed batch's forward once; all adapters use DoRA."""
     order, segment_of, segment_slot, _, pieces = rows = problem.rows()
-    tables, y = problem.all_tables, torch.zeros(problem.m, problem.ns[0], dtype=problem.dtype)
+    tables = problem.all_tables
     factors, kind, r = problem.factors[0], problem.factor_dtype, problem.max_rank
     scales = [torch.ones(problem.ns[0]) for _ in factors]
     address = torch.tensor([[scale.data_ptr() for scale in scales]])
@@ -186,33 +185,24 @@ def count_forward(problem: MixedProblem, chip: Chip, decode: bool = False) -> Co
         routing=[order, segment_of, segment_slot, pieces],
     )
     with on(chip), counter:
-        if decode:
-            OPS.lora_add_at_(y, problem.x, rows, tables, 0, r, kind, "triton")
-            made = [y]
-        else:
-            s = forward.shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
-            counter.register("s", s)
-            base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
-            made = [OPS.lora_linear_at(*base, plan, [0, 1])[0] for plan in ("fused", "split")]
-            for found in made:
-                problem.check(found)
-            OPS.lora_scale_(made[1], problem.biases[0], rows, address, 0, "triton")
+        s = forward.shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
+        counter.register("s", s)
+        base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
+        made = [OPS.lora_linear_at(*base, plan, [0, 1])[0] for plan in ("fused", "split")]
+        for found in made:
+            problem.check(found)
+        OPS.lora_scale_(made[1], problem.biases[0], rows, address, 0, "triton")
     counter.register("y", *made)
     return stems(counter)
 
 
-def forms_of_forward(
-    batch: Batch, chip: Chip, dtype: torch.dtype = HALF, decode: bool = False
-) -> Forms:
+def forms_of_forward(batch: Batch, chip: Chip, dtype: torch.dtype = HALF) -> Forms:
     """Returns what `count_forward` must find, all but the tables' and the routing's bytes."""
     m, n, r = batch.m, batch.n, max(batch.ranks)
-    if decode:
-        config = choose(chip, "mixed_lora_add", dtype)
-        return {"mixed_lora_add": byte_forms.mixed_add(batch, config)}
     splits = planes_shape(m, batch.k, 1, r)[0]
     shrink = choose(chip, "mixed_lora_shrink", dtype, m=m, r=r)
     linear, expand, scale = (
-        choose(chip, f"mixed_{stem}", dtype, m=m, n=n)
+        choose(chip, f"mixed_{stem}", dtype, m=m, n=n, r=r)
         for stem in ("lora_linear", "lora_expand", "dora_scale")
     )
     return {
@@ -282,28 +272,18 @@ def count(step: Step) -> Counts:
     torch.manual_seed(0)
     if not step.adapters:
         return count_one(step)
-    many, few = (
-        MixedProblem(
-            Lab(), batch.ids, [batch.ranks], batch.k, [batch.n], HALF, factor_dtype=torch.float32
-        )
-        for batch in (step.batch(), step.batch(DECODE))
+    batch = step.batch()
+    problem = MixedProblem(
+        Lab(), batch.ids, [batch.ranks], batch.k, [batch.n], HALF, factor_dtype=torch.float32
     )
-    return {
-        **count_forward(many, QUARTER),
-        **count_forward(few, QUARTER, decode=True),
-        **count_backward(step),
-    }
+    return {**count_forward(problem, QUARTER), **count_backward(step)}
 
 
 def forms(step: Step, chip: Chip = QUARTER) -> Forms:
     """Returns what `count` must find, on a chip."""
     if not step.adapters:
         return forms_of_one(step, chip)
-    return {
-        **forms_of_forward(step.batch(), chip),
-        **forms_of_forward(step.batch(DECODE), chip, decode=True),
-        **forms_of_backward(step.batch(), chip),
-    }
+    return {**forms_of_forward(step.batch(), chip), **forms_of_backward(step.batch(), chip)}
 
 
 def is_bounded(kernel: str, step: Step) -> bool:
@@ -353,10 +333,9 @@ def floor(step: Step, chip: Chip = QUARTER) -> int:
 
 def rows_of_table(step: Step, counted: Counts) -> list[dict[str, str]]:
     """Returns one row for each kernel: how often a touched byte is asked for."""
-    m, *sizes, adapters = step
     rows = []
     for kernel, found in counted.items():
-        values = [DECODE if kernel == "mixed_lora_add" else m, *sizes, adapters or 1, kernel]
+        values = [*step[:-1], step.adapters or 1, kernel]
         values += [found.distinct, found.issued]
         values.append(f"{found.issued / found.distinct:.2f}")
         rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))

@@ -124,7 +124,7 @@ class GradProblem(Batch):
         self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True
     ) -> tuple[Any, ...]:
         """Of ``lora_grad_x``."""
-        weight, rows = self.weight if base else None, self.groups.tensors()
+        weight, rows = self.weight if base else None, self.rows_in_pieces
         return (self.dy, weight, ds, rows, self.lora_a, self.seeds, self.ps, impl, plan)
 
     def grad_a_arguments(self, ds: torch.Tensor, impl: str = "triton") -> tuple[Any, ...]:

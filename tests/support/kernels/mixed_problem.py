@@ -27,8 +27,7 @@ RANKS = (1, 3, 8, 16, 24, 64, 128, 0)
 THREE = (RANKS, (16, 0, 8, 1, 64, 3, 24, 128), (8, 8, 0, 0, 16, 1, 1, 0))
 # What a kernel's config is chosen by.
 CHOSEN_BY = {
-    "mixed_lora_add": "",
-    "mixed_lora_expand": "mn",
+    "mixed_lora_expand": "mr",
     "mixed_lora_linear": "mn",
     "mixed_lora_shrink": "mr",
 }
@@ -205,7 +204,7 @@ class MixedProblem(Batch):
         return [self.lora_a_address, self.lora_b_address, self.rank, self.scaling, *biases]
 
     def tables(self, g: int = 0) -> tuple[torch.Tensor | None, ...]:
-        """What expand, linear and add take of module g's tables."""
+        """What expand and linear take of module g's tables."""
         bias = self.lora_bias_address
         return (
             self.lora_b_address[g],
@@ -289,16 +288,12 @@ class MixedProblem(Batch):
         splits: int = 1,
         y: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns module g's y by "linear", over NaN, or "expand" or "add", from a right base.
-
-        From an s that is right, too.
-        """
+        """Returns module g's y by "linear", over NaN, or "expand", from a right base and s."""
         if y is None and kernel == "linear":
             y = self.lab.poisoned(self.m, self.ns[g], dtype=self.dtype)
         elif y is None:
             y = F.linear(self.x, self.weights[g], self.biases[g])
-        s = {} if kernel == "add" else {"s": self.shrunk(splits)[:, g]}
-        self.launch(f"mixed_lora_{kernel}", config, g, y=y, **s)
+        self.launch(f"mixed_lora_{kernel}", config, g, y=y, s=self.shrunk(splits)[:, g])
         return y
 
     def shrink_into(self, s: torch.Tensor, config: KernelConfig | None = None) -> None:
