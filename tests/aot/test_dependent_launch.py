@@ -26,23 +26,22 @@ from tests.support.aot.resources import early_loads_of_s
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 
 WAIT = re.compile(r"^( +)if PDL:\n +tl\.extra\.cuda\.gdc_wait\(\)\n", re.M)
-LATE_WAIT = "    if PDL:\n        tl.extra.cuda.gdc_wait()\n"
 # What each kernel has behind its rank rows.
-BEHIND = "    if HAS_BIAS:\n        acc += bias[None, :]\n"
+BEHIND = re.compile(r"^( +)if HAS_BIAS:\n +acc \+= bias\[None, :\]\n", re.M)
 EDITS = {
-    "late": ("", LATE_WAIT + BEHIND),
-    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", BEHIND),
-    "never": ("", BEHIND),
+    "late": ("", r"\1if PDL:\n\1    tl.extra.cuda.gdc_wait()\n\g<0>"),
+    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", r"\g<0>"),
+    "never": ("", r"\g<0>"),
 }
 
 
 def mutant(stem: str, edit: str, folder: Path) -> ModuleType:
     """A kernel's module with its wait elsewhere."""
     source = Path(importlib.import_module(f"fastlora.kernels.{stem}").__file__ or "").read_text()
-    assert len(WAIT.findall(source)) == source.count(BEHIND) == 1
+    assert len(WAIT.findall(source)) == len(BEHIND.findall(source)) == 1
     wait, behind = EDITS[edit]
     path = folder / f"{stem}.py"
-    path.write_text(WAIT.sub(wait, source).replace(BEHIND, behind))
+    path.write_text(BEHIND.sub(behind, WAIT.sub(wait, source)))
     spec = importlib.util.spec_from_file_location(f"fastlora.kernels.{stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
