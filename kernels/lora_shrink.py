@@ -119,12 +119,15 @@ def _lora_shrink_kernel(
             keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
+        if HAS_DROPOUT:
+            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
+            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
+            product *= tl.cast(inv_keep, tl.float32)
+        acc += product
         x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
         rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
 
-    if HAS_DROPOUT:
-        acc *= tl.cast(inv_keep, tl.float32)
     out_ptr += tl.cast(split, tl.int64) * stride_op + tl.cast(first_m, tl.int64) * stride_om
     out_ptr += tl.cast(first_r, tl.int64) * stride_or
     # s: [BLOCK_M, BLOCK_R]

@@ -96,7 +96,7 @@ _MOST: Table = {
     ("mixed_lora_linear", "half"): (
         Row(128, 128, 64, 8, 4, (32,)),
         Row(64, 128, 128, 8, 4, (64,)),
-        Row(64, 64, 128, 8, 4, (128,)),
+        Row(64, 64, 128, 4, 4, (32,)),
         Row(32, 64, 128, 8, 4, (64,)),
         Row(32, 32, 128, 4, 5, (64,)),
         Row(16, 64, 128, 4, 5, (64,)),
@@ -219,7 +219,7 @@ SM_86: Table = {
 SM_90: Table = {
     **_MOST,
     ("lora_linear", "half"): (
-        Row(128, 256, 64, 8, 3, (16, 32)),
+        Row(128, 256, 64, 8, 3, (16,)),
         Row(128, 128, 64, 8, 4, (16, 32, 64)),
         Row(64, 128, 128, 4, 4, (16, 32, 64)),
         Row(64, 64, 128, 4, 4, (16, 32, 64, 128)),
@@ -238,12 +238,22 @@ SM_90: Table = {
         Row(32, 32, 64, 4, 4, (32,)),
         Row(16, 32, 64, 4, 4, (32,)),
     ),
+    # Eight warps on 64 rows would give each of two warp groups half of BLOCK_R, which is less than
+    # the swizzle of shared memory spans.
     ("lora_grad_b", "half"): (
-        Row(64, 256, 0, 8, 3, (16, 64)),
-        Row(64, 128, 0, 8, 3, (16, 64, 128)),
+        Row(64, 256, 0, 4, 3, (16,)),
+        Row(64, 128, 0, 4, 3, (16, 64)),
         Row(64, 64, 0, 4, 4, (16, 64)),
     ),
     ("mixed_lora_train_shrink", "half"): (Row(64, 0, 64, 4, 4, (16, 64)),),
+    ("mixed_lora_train_linear", "half"): (
+        Row(128, 128, 32, 8, 4, (16,)),
+        Row(64, 64, 64, 4, 4, (32,)),
+    ),
+    ("mixed_lora_grad_x", "half"): (
+        Row(128, 128, 32, 8, 4, (16,)),
+        Row(64, 64, 64, 4, 4, (32,)),
+    ),
     ("mixed_lora_grad_b", "half"): (Row(64, 128, 0, 4, 3, (16, 64)),),
     ("mixed_lora_grad_a", "half"): (Row(64, 0, 128, 4, 3, (16, 64)),),
 }

@@ -28,27 +28,24 @@ pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interprete
 WAIT = re.compile(r"^( +)if PDL:\n +tl\.extra\.cuda\.gdc_wait\(\)\n", re.M)
 # What each kernel has behind its rank rows.
 BEHIND = {
-    "lora_linear": "    if HAS_BIAS:\n        acc += bias[None, :]\n",
-    "mixed_lora_linear": "    if HAS_BIAS:\n        acc += bias[None, :]\n",
-    "mixed_lora_expand": "        acc *= scale\n",
+    "lora_linear": r"^( +)if HAS_BIAS:\n +acc \+= bias\[None, :\]\n",
+    "mixed_lora_linear": r"^( +)if HAS_BIAS:\n +acc \+= bias\[None, :\]\n",
+    "mixed_lora_expand": r"^( +)acc \*= scale\n",
 }
-# What becomes of the wait, and whether one stands behind the rank rows.
 EDITS = {
-    "late": ("", True),
-    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", False),
-    "never": ("", False),
+    "late": ("", r"\1if PDL:\n\1    tl.extra.cuda.gdc_wait()\n\g<0>"),
+    "sometimes": (r"\1if PDL and pid_n == 0:\n\1    tl.extra.cuda.gdc_wait()\n", r"\g<0>"),
+    "never": ("", r"\g<0>"),
 }
 
 
 def mutant(stem: str, edit: str, folder: Path) -> ModuleType:
     """A kernel's module with its wait elsewhere."""
     source = Path(importlib.import_module(f"fastlora.kernels.{stem}").__file__ or "").read_text()
-    behind, (wait, is_late) = BEHIND[stem], EDITS[edit]
-    assert len(WAIT.findall(source)) == source.count(behind) == 1
-    indent = " " * (len(behind) - len(behind.lstrip()))
-    late = f"{indent}if PDL:\n{indent}    tl.extra.cuda.gdc_wait()\n" if is_late else ""
+    behind, (wait, edited) = re.compile(BEHIND[stem], re.M), EDITS[edit]
+    assert len(WAIT.findall(source)) == len(behind.findall(source)) == 1
     path = folder / f"{stem}.py"
-    path.write_text(WAIT.sub(wait, source).replace(behind, late + behind))
+    path.write_text(behind.sub(edited, WAIT.sub(wait, source)))
     spec = importlib.util.spec_from_file_location(f"fastlora.kernels.{stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,10 +1,13 @@
 """Compiles every shipped config for every chip, without a GPU, and says what it uses.
 
-``python -m tests.support.aot.compile_kernels --write`` writes `docs/kernel_resources.csv`;
-``--arch sm_90`` (repeatable) prints the rows of one chip. The tests add ``--known``: a kernel whose
-Triton IR is what a row of the table was made from gives that row, but for every tenth, which is
-compiled (`fingerprints.py`). What is compiled is what a GPU would be given: launches as their
-launchers make them (`launches.py`), specialised by the rules of Triton's own launcher.
+``python -m tests.support.aot.compile_kernels --write --known --older FOLDER`` writes
+`docs/kernel_resources.csv`; ``--arch sm_90`` (repeatable) prints the rows of one chip. FOLDER holds
+the older Triton that the table covers too (``pip install --no-deps --target FOLDER
+triton==3.6.0``); without it the table's rows of that Triton stay, and a test says whether they are
+still of today's kernels. With ``--known``, as the tests run it, a kernel whose Triton IR is what a
+row of the table was made from gives that row, but for every tenth, which is compiled
+(`fingerprints.py`). What is compiled is what a GPU would be given: launches as their launchers make
+them (`launches.py`), specialised by the rules of Triton's own launcher.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import argparse
 import csv
 import functools
 import gc
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TextIO
 
 import triton
 from triton.compiler import ASTSource
@@ -29,33 +34,34 @@ from tests.support.aot.resources import Resources, key_of, resources_of
 from tests.support.aot.specialisation import specialise, target_of
 
 TABLE = Path(__file__).parents[3] / "docs" / "kernel_resources.csv"
+# What PyTorch 2.11 comes with, and the chips that its rows are of.
+OLDER = "3.6.0"
+OLDER_CHIPS = [chip for chip in CHIPS if chip.arch in ("sm_80", "sm_90")]
 
 
 @functools.cache
-def read_table(path: Path = TABLE) -> dict[str, Resources]:
-    """Returns the table's rows by fingerprint; none of another Triton's, or with other columns."""
+def read_table(path: Path = TABLE) -> list[Resources]:
+    """Returns the table's rows; none of one with other columns."""
     kinds = {field.name: int if field.type == "int" else str for field in fields(Resources)}
     with path.open(newline="") as file:
-        if file.readline().split() != ["#", "triton", triton.__version__]:
-            return {}
         reader = csv.DictReader(file)
         if reader.fieldnames != list(kinds):
-            return {}
-        rows = list(reader)
-    return {
-        row["fingerprint"]: Resources(**{name: kinds[name](row[name]) for name in kinds})
-        for row in rows
-    }
+            return []
+        return [
+            Resources(**{key: kinds[key](value) for key, value in row.items()}) for row in reader
+        ]
 
 
-def write_table(rows: Sequence[Resources], path: Path = TABLE) -> None:
-    """Writes the rows as CSV, after one comment line with Triton's version."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# triton {triton.__version__}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Resources)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def rows_of(version: str) -> dict[str, Resources]:
+    """Returns the table's rows of one Triton by fingerprint."""
+    return {row.fingerprint: row for row in read_table() if row.triton == version}
+
+
+def write_rows(rows: Sequence[Resources], file: TextIO) -> None:
+    """Writes rows as CSV."""
+    writer = csv.DictWriter(file, [field.name for field in fields(Resources)])
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
@@ -72,25 +78,28 @@ def fingerprint_of(launch: Launch, arch: str) -> str:
     return fingerprint(ASTSource(launch.kernel, *known), target_of(arch), options)
 
 
-def measure(cases: Sequence[Case], known: frozenset[str]) -> list[Resources]:
+def measure(cases: Sequence[Case], known: bool) -> list[Resources]:
     """Returns the resources of each case.
 
-    Where its fingerprint is known, and not sampled, its row is read from the table.
+    With ``known`` a row is read from the table where it has the fingerprint, which is not sampled.
     """
     rows = []
     for case in cases:
         launch = record(case)
         digest = fingerprint_of(launch, case.arch)
-        if digest in known and not is_sampled(digest):
-            rows.append(replace(read_table()[digest], **key_of(case)))
-        else:
-            rows.append(resources_of(case, launch, compile_launch(launch, case.arch), digest))
+        row = None if is_sampled(digest) or not known else rows_of(triton.__version__).get(digest)
+        rows.append(replace(row, **key_of(case)) if row else compile_case(case, digest))
     return rows
+
+
+def compile_case(case: Case, digest: str) -> Resources:
+    """Returns the resources of a case, whose fingerprint is ``digest``."""
+    launch = record(case)
+    return resources_of(case, launch, compile_launch(launch, case.arch), digest)
 
 
 def measure_all(selected: Sequence[Case], known: bool = False) -> list[Resources]:
     """Returns the resources of each case, in order, from a pool with one worker a core."""
-    measured = functools.partial(measure, known=frozenset(read_table()) if known else frozenset())
     # What one worker makes in a row: kernels of the same Triton IR, which is made once for them.
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in selected:
@@ -98,12 +107,39 @@ def measure_all(selected: Sequence[Case], known: bool = False) -> list[Resources
         alike.setdefault((case.shipped.kernel, told), []).append(case)
     # Torch and Triton, alive to the end, need not be looked through at every collection.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), initializer=gc.freeze) as pool:
+        made = pool.map(functools.partial(measure, known=known), alike.values())
         rows = {
             case: row
-            for group, made in zip(alike.values(), pool.map(measured, alike.values()), strict=True)
-            for case, row in zip(group, made, strict=True)
+            for group, found in zip(alike.values(), made, strict=True)
+            for case, row in zip(group, found, strict=True)
         }
     return [rows[case] for case in selected]
+
+
+def measure_older(
+    selected: Sequence[Case], rows: Sequence[Resources], folder: Path, known: bool
+) -> list[Resources]:
+    """Returns the older Triton's rows of cases, beside today's ``rows`` of them.
+
+    They get today's fingerprints: where today's IR stays, the older Triton's stays as well.
+    """
+    table = rows_of(OLDER) if known else {}
+    # Workers that start anew import Triton from the folder, which is in front of the path.
+    sys.path.insert(0, str(folder.resolve(strict=True)))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=spawn) as pool:
+        made = {
+            case: pool.submit(compile_case, case, row.fingerprint)
+            for case, row in zip(selected, rows, strict=True)
+            if row.fingerprint not in table
+        }
+        result = [
+            made[case].result() if case in made else replace(table[row.fingerprint], **key_of(case))
+            for case, row in zip(selected, rows, strict=True)
+        ]
+    if others := {row.triton for row in result} - {OLDER}:
+        raise RuntimeError(f"{folder} has Triton {others}, expected {OLDER}")
+    return result
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -112,15 +148,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--arch", action="append", choices=[chip.arch for chip in CHIPS])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--known", action="store_true", help="take what is known from the table")
+    parser.add_argument("--older", type=Path, help=f"folder that Triton {OLDER} is in")
     options = parser.parse_args(arguments)
     chips = [chip for chip in CHIPS if options.arch is None or chip.arch in options.arch]
     rows = measure_all(cases(chips), options.known)
-    if options.write:
-        write_table(rows)
+    covered = [chip for chip in OLDER_CHIPS if chip in chips]
+    archs = [chip.arch for chip in covered]
+    if options.older:
+        today = [row for row in rows if row.arch in archs]
+        older = measure_older(cases(covered), today, options.older, options.known)
     else:
-        writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Resources)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        older = [row for row in read_table() if row.triton == OLDER and row.arch in archs]
+    if options.write:
+        with TABLE.open("w", newline="") as file:
+            write_rows([*rows, *older], file)
+    else:
+        write_rows([*rows, *older], sys.stdout)
     return 0
 
 

@@ -26,6 +26,7 @@ from fastlora.kernels.configs import (
 )
 from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
+from fastlora.kernels.modules import Module
 from tests.support.chips import GPUS as CHIPS
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
@@ -76,21 +77,33 @@ def is_compiled(chip: Chip, shipped: Shipped) -> bool:
     return chip.arch == "sm_80" if fma else chip.arch == chip.family
 
 
+def is_wgmma(shipped: Shipped) -> bool:
+    """Whether sm_90 takes wgmma for a config in 16 bits: 64 rows of the product's tile."""
+    stem, config = kernel_of(shipped.kernel), shipped.config
+    rows = config.block_k if stem == "lora_grad_a" else config.block_m
+    return shipped.dtype == torch.bfloat16 and config.input_precision != "" and rows >= 64
+
+
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
     "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings, at a size that
-    the tiles divide; "plain" has none of these; "ragged" is heavy at sizes that 16 divides but no
-    tile does, of the K loops for mixed batches on every chip; "uneven" is heavy at odd sizes, where
-    nothing can be vectorised. "alone" is heavy without siblings, of the shrinks so narrow that they
-    often run so. "invariant" is heavy in the batch-invariant mode, "unshared" the same without
-    siblings. "training" is heavy as a mixed batch with gradients runs it: dropout, lora_b as its
-    parameter lies. "siblings" is that for three modules that share x, which are without dropout.
+    the tiles divide; "plain" has none of these; "light" has none but dropout, at a rank that 8
+    divides but 16 does not, of every tile that sm_90 makes by wgmma. "ragged" is heavy at sizes
+    that 16 divides but no tile does, of the K loops for mixed batches on every chip; "uneven" is
+    heavy at odd sizes, where nothing can be vectorised. "alone" is heavy without siblings, of the
+    shrinks so narrow that they often run so. "invariant" is heavy in the batch-invariant mode,
+    "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
+    it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
+    which are without dropout.
     """
     result = []
     for chip in chips:
         for shipped in all_shipped(chip):
-            if shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad")):
+            trains = shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad"))
+            if chip.arch == "sm_90" and is_wgmma(shipped):
+                result.append(Case(chip.arch, shipped, "light"))
+            if trains:
                 if is_compiled(chip, shipped):
                     result.append(Case(chip.arch, shipped, "training"))
                     if shipped.kernel in SHARED_BY_SIBLINGS and shipped.dtype == torch.bfloat16:
@@ -131,13 +144,15 @@ def record(case: Case) -> Launch:
 def operands(case: Case) -> dict[str, Any]:
     """Returns what the case's launcher takes, by its parameters' names, on the meta device."""
     stem, dtype, r, config = case.shipped
-    heavy, trains = case.variant != "plain", case.variant in ("training", "siblings")
+    light, drops = case.variant == "light", case.variant != "plain"
+    heavy = drops and not light
+    trains = stem.startswith(("mixed_lora_train", "mixed_lora_grad"))
     factor_dtype = torch.float32 if heavy else dtype
     m = _ROWS if case.is_mixed else config.block_m
     n = k = {"ragged": 4112, "uneven": 4099}.get(case.variant, 4096)
-    if case.variant == "uneven" and not case.is_mixed:
-        r -= 1
-    alone = case.variant in ("plain", "alone", "unshared", "training")
+    if not case.is_mixed:
+        r -= {"light": 8, "uneven": 1}.get(case.variant, 0)
+    alone = case.variant in ("plain", "light", "alone", "unshared", "training")
     modules = 1 if alone else 3
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -153,7 +168,7 @@ def operands(case: Case) -> dict[str, Any]:
         return fp32(4, *shape) if heavy else empty(*shape)
 
     bias = empty(n) if heavy else None
-    drops = {"seed": longs(1), "dropout_p": 0.1} if heavy else {}
+    dropped = {"seed": longs(1), "dropout_p": 0.1 if drops else 0.0}
     has_pdl = next(chip for chip in CHIPS if chip.arch == case.arch).has_pdl
     # What a name stands for where a launch has nothing of its own below.
     common = {
@@ -168,15 +183,15 @@ def operands(case: Case) -> dict[str, Any]:
     of_dx |= {"bias": None, "s_out": None, "pdl": False}
     if not case.is_mixed:
         common |= {"s": empty(m, r), "lora_b": factor(n, r), "scaling": fp32(r)}
-        of_dx |= {"lora_b": factor(r, k).t(), **drops}
+        of_dx |= {"lora_b": factor(r, k).t(), **dropped}
         siblings = config.siblings if heavy else 1
         sizes = (r + 1, *[64] * 3)
         own: dict[str, dict[str, Any]] = {
             "lora_shrink": {
-                "out": fp32(config.splits, m, r),
-                "lora_a": factor(r, k),
-                "seed": longs(1),
-                "dropout_p": 0.1 if heavy else 0.0,
+                "out": empty(m, r) if light else fp32(config.splits, m, r),
+                "lora_a": [factor(r, k)],
+                "config": replace(config, splits=1) if light else config,
+                **dropped,
             },
             "lora_linear": {
                 "s": fp32(MAX_SPLITS, m, r) if heavy else empty(m, r),
@@ -185,7 +200,7 @@ def operands(case: Case) -> dict[str, Any]:
                 "pdl": has_pdl,
             },
             "lora_expand": {},
-            "lora_dropout": {"out": empty(m, k), "seed": longs(1), "dropout_p": 0.1},
+            "lora_dropout": {"out": empty(m, k), **dropped},
             "lora_grad_b": {
                 "ds": sums(m, r),
                 "d_lora_b": sums(n, r),
@@ -194,7 +209,7 @@ def operands(case: Case) -> dict[str, Any]:
             "lora_grad_a": {
                 "outs": [sums(r, k) for _ in range(siblings)],
                 "ds": [empty(m, r) for _ in range(siblings)],
-                "seeds": longs(siblings) if heavy else None,
+                "seeds": longs(siblings) if drops else None,
                 "dropout_p": [0.1] * siblings,
                 "config": replace(config, siblings=siblings),
             },
@@ -205,8 +220,11 @@ def operands(case: Case) -> dict[str, Any]:
                 "planes": [fp32(4, size, k) for size in sizes],
             },
         }
-        return common | own[stem]
+        given = {"bias": None, "reads_y": True} | common | own[stem]
+        names = ("y", "lora_b", "scaling", "bias", "weight")
+        return given | {"modules": [Module(*(given[name] for name in names))]}
     address = longs(_SLOTS)
+    planes = 1 if light else 4
     common |= {
         "order": ints(m),
         "segment_of": ints(m),
@@ -220,15 +238,15 @@ def operands(case: Case) -> dict[str, Any]:
         "scaling": fp32(_SLOTS),
         "rows": _RUN,
         "bias": bias,
-        "s": empty(1, m, 64) if trains else fp32(4, m, 64),
+        "s": empty(1, m, 64) if trains else fp32(planes, m, 64),
         "pdl": has_pdl and not config.batch_invariant,
     }
     dropout = None
-    if case.variant == "training":  # siblings share a launch where nothing drops
+    if trains and case.variant != "siblings":  # who share a launch where nothing drops
         dropout = DropoutTables(ints(_SLOTS + 1), longs(_SLOTS), ints(_SLOTS), fp32(_SLOTS))
     of_dx |= {"lora_bias_address": None, "dropout": dropout}
     shrink = {
-        "s": fp32(4, modules, m, 64),
+        "s": fp32(planes, modules, m, 64),
         "lora_a_address": longs(modules, _SLOTS),
         "rank": ints(modules, _SLOTS),
     }

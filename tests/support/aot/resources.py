@@ -1,7 +1,7 @@
 """What a compiled kernel uses, read off its code: a row of `docs/kernel_resources.csv`.
 
-With `dependent_launch.py` and `specialisation.py` this is all that makes a row of a kernel; a
-change of these files makes every row unknown (`fingerprints.py`).
+With `dependent_launch.py`, `specialisation.py` and `wgmma.py` this is all that makes a row of a
+kernel; a change of these files makes every row unknown (`fingerprints.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 from tests.support.aot.dependent_launch import early_loads
 from tests.support.aot.launches import Case, Compiled, Launch
 from tests.support.aot.specialisation import TYPE_NAMES, specialise
+from tests.support.aot.wgmma import narrow_tiles, overwrites, register_a_count
 
 # Registers and resident threads of one processor, for the estimate of occupancy.
 _REGISTERS = 65536
@@ -32,9 +33,11 @@ class Resources:
     Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
     ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones;
     ``early_loads`` are those of s that a dependent launch may run before the shrink has written it;
-    ``fingerprint`` is that of `fingerprints.fingerprint`.
+    ``register_a``, ``overwrites`` and ``narrow_tiles`` are counts of `wgmma`; ``fingerprint`` is
+    that of `fingerprints.fingerprint`, by the Triton that wrote the table.
     """
 
+    triton: str
     arch: str
     kernel: str
     variant: str
@@ -59,6 +62,9 @@ class Resources:
     vector_loads: int
     grid_dependency: int
     early_loads: int
+    register_a: int
+    overwrites: int
+    narrow_tiles: int
     fingerprint: str
 
 
@@ -97,7 +103,9 @@ def resources_of(case: Case, launch: Launch, kernel: Compiled, digest: str) -> R
     counts = {name: len(shapes) for name, shapes in found.items()}
     tensor_core = max(counts, key=lambda name: counts[name])
     config = case.shipped.config
+    sass = cuobjdump(kernel, "-sass") if tensor_core == "wgmma" and counts["wgmma"] else ""
     return Resources(
+        triton=triton.__version__,
         **key_of(case),
         registers=registers,
         spilled_bytes=spilled,
@@ -112,6 +120,9 @@ def resources_of(case: Case, launch: Launch, kernel: Compiled, digest: str) -> R
         vector_loads=len(re.findall(r"ld\.global[^ ]*\.v4\.b32", text)),
         grid_dependency=len(re.findall(r"griddepcontrol", text)),
         early_loads=early_loads_of_s(launch, kernel, case.arch),
+        register_a=register_a_count(sass),
+        overwrites=len(overwrites(sass)),
+        narrow_tiles=narrow_tiles(kernel.asm["ttgir"]),
         fingerprint=digest,
     )
 
@@ -127,20 +138,21 @@ def early_loads_of_s(launch: Launch, kernel: Any, arch: str) -> int:
 
 def _nvidia_registers(kernel: Any) -> tuple[int, int]:
     """Returns registers a thread, and bytes of stack and local memory (what spills live in)."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+    usage = cuobjdump(kernel, "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
     return int(match[1]), int(match[2]) + int(match[3])
+
+
+def cuobjdump(kernel: Any, option: str) -> str:
+    """Returns what Triton's cuobjdump prints of a kernel that is compiled for NVIDIA."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [program, option, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _amd_registers(kernel: Any) -> tuple[int, int]:
