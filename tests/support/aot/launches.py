@@ -32,6 +32,8 @@ from tests.support.chips import GPUS as CHIPS
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that siblings share in training.
 SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
+# Kernels of one adapter that take siblings in one grid.
+IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
 _SLOTS = 64
 _ROWS = 64
 _PLANES = 96
@@ -95,7 +97,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     shrinks so narrow that they often run so. "invariant" is heavy in the batch-invariant mode,
     "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
     it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
-    which are without dropout.
+    which are without dropout; of one adapter it is heavy for three modules in one grid, of ranks 16
+    each, in 16 bits. "split" is heavy for a linear whose programs share out K.
     """
     result = []
     for chip in chips:
@@ -119,6 +122,12 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                     result.append(Case(chip.arch, shipped, "uneven"))
             elif shipped.kernel in MIXED_K_LOOPS and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "ragged"))
+            if shipped.kernel in IN_ONE_GRID and shipped.dtype == torch.bfloat16:
+                if chip.arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+                    result.append(Case(chip.arch, shipped, "siblings"))
+                decodes = shipped.kernel == "lora_linear" and shipped.config.block_m <= 64
+                if decodes and chip.arch in ("sm_80", "sm_90"):
+                    result.append(Case(chip.arch, shipped, "split"))
             narrow = shipped.kernel == "mixed_lora_shrink" and shipped.config.block_r == 16
             if narrow and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "alone"))
@@ -186,20 +195,24 @@ def operands(case: Case) -> dict[str, Any]:
         of_dx |= {"lora_b": factor(r, k).t(), **dropped}
         siblings = config.siblings if heavy else 1
         sizes = (r + 1, *[64] * 3)
+        count = 3 if case.variant == "siblings" else 1
+        common |= {"s": empty(m, count * r), "scaling": fp32(1 if count > 1 else r)}
+        if case.variant == "split":
+            common |= {"config": replace(config, splits=2), "y": fp32(2, m, n)}
         own: dict[str, dict[str, Any]] = {
             "lora_shrink": {
-                "out": empty(m, r) if light else fp32(config.splits, m, r),
-                "lora_a": [factor(r, k)],
+                "out": empty(m, count * r) if light else fp32(config.splits, m, count * r),
+                "lora_a": [factor(r, k)] * count,
                 "config": replace(config, splits=1) if light else config,
                 **dropped,
             },
             "lora_linear": {
-                "s": fp32(MAX_SPLITS, m, r) if heavy else empty(m, r),
+                "s": fp32(MAX_SPLITS, m, count * r) if heavy else empty(m, r),
                 "bias": bias,
-                "s_out": empty(m, r) if heavy else None,
+                "s_out": empty(m, count * r) if heavy and count == 1 else None,
                 "pdl": has_pdl,
             },
-            "lora_expand": {},
+            "lora_expand": {"bias": bias, "reads_y": False} if count > 1 else {},
             "lora_dropout": {"out": empty(m, k), **dropped},
             "lora_grad_b": {
                 "ds": sums(m, r),
@@ -222,7 +235,7 @@ def operands(case: Case) -> dict[str, Any]:
         }
         given = {"bias": None, "reads_y": True} | common | own[stem]
         names = ("y", "lora_b", "scaling", "bias", "weight")
-        return given | {"modules": [Module(*(given[name] for name in names))]}
+        return given | {"modules": [Module(*(given[name] for name in names))] * count}
     address = longs(_SLOTS)
     planes = 1 if light else 4
     common |= {
