@@ -9,6 +9,7 @@ found of its siblings at an earlier call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.backend import BACKENDS, Siblings
-from fastlora.ops.factors import Base, Factors
+from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.siblings import (
     Family,
     drop_shares,
@@ -128,6 +129,25 @@ def _compute(
     return _Left(ys[0], is_whole)
 
 
+def siblings_of(
+    call: LayerCall, base: Base, found: Sequence[tuple[AdapterLayer, Slots]]
+) -> Siblings | None:
+    """Returns the operands of layers that share a pass over x, the first with ``base``.
+
+    None where one launch does not take them all.
+    """
+    (_, (own,)), *others = [(member, slots.own) for member, slots in found]
+    if own is None or base.weight is None or len(found) > _MOST or not _fits(call.x, base, own):
+        return None
+    pairs: list[tuple[Base, Factors]] = [(base, own)]
+    for member, (factors,) in others:
+        other = member._plain_base()
+        if factors is None or other is None or not _are_alike(call.x, other, factors, base, own):
+            return None
+        pairs.append((other, factors))
+    return _operands(pairs)
+
+
 def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _Launch:
     """Finds the siblings that one launch takes beside a layer."""
     layer, x = call.layer, call.given
@@ -140,16 +160,7 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
             like = _operands_of(member, call, base, own)
             if like is not None:
                 found.append((id(member), *like))
-    siblings = None
-    if len(found) > 1:
-        bases, factors = [base for _, base, _ in found], [own for _, _, own in found]
-        siblings = Siblings(
-            [base.weight for base in bases if base.weight is not None],
-            [base.bias for base in bases],
-            [own.lora_a for own in factors],
-            [own.lora_b for own in factors],
-            [own.scaling for own in factors],
-        )
+    siblings = _operands([(base, own) for _, base, own in found]) if len(found) > 1 else None
     return _Launch(x.dtype, x.device, base, own, [owner for owner, _, _ in found], siblings)
 
 
@@ -159,15 +170,33 @@ def _operands_of(
     """Returns a sibling's base layer and adapter if one launch takes them beside the layer's."""
     if member.impl != call.layer.impl:
         return None
-    names = member._acting()
-    other = member._plain_base()
-    if len(names) != 1 or other is None or (other.bias is None) != (base.bias is None):
+    names, other = member._acting(), member._plain_base()
+    if len(names) != 1 or other is None:
         return None
     factors = factors_of(member, names[0], call)
-    if factors is None or not _fits(call.given, other, factors):
+    if factors is None or not _are_alike(call.given, other, factors, base, own):
         return None
-    pairs = (factors.lora_a, own.lora_a), (factors.lora_b, own.lora_b)
-    return (other, factors) if all(a.dtype is b.dtype for a, b in pairs) else None
+    return other, factors
+
+
+def _operands(pairs: Sequence[tuple[Base, Factors]]) -> Siblings:
+    return Siblings(
+        [base.weight for base, _ in pairs if base.weight is not None],
+        [base.bias for base, _ in pairs],
+        [own.lora_a for _, own in pairs],
+        [own.lora_b for _, own in pairs],
+        [own.scaling for _, own in pairs],
+    )
+
+
+def _are_alike(x: torch.Tensor, base: Base, own: Factors, first: Base, other: Factors) -> bool:
+    """Whether one launch takes a layer beside the first."""
+    return (
+        _fits(x, base, own)
+        and (base.bias is None) == (first.bias is None)
+        and own.lora_a.dtype is other.lora_a.dtype
+        and own.lora_b.dtype is other.lora_b.dtype
+    )
 
 
 def _fits(x: torch.Tensor, base: Base, own: Factors) -> bool:

@@ -83,7 +83,7 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
         if first is not None and (torch.is_grad_enabled() or conditions.backend != "triton"):
-            shrunk = shared_shrink(call, Slots((first,)))
+            shrunk = shared_shrink(call, Slots((first,)), base)
         elif first is not None and base.weight is not None and not conditions.invariant:
             y = output_at_once(call, base, first)
             if y is not None:

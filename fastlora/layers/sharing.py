@@ -24,13 +24,14 @@ from fastlora.layers import (
     graph_ops,  # noqa: F401 - registers operators
     graph_slots,
 )
+from fastlora.layers.at_once import siblings_of
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import constant_when_compiled
-from fastlora.ops.factors import Slots
+from fastlora.ops.factors import Base, Slots
 from fastlora.routing.siblings import (
     Family,
     FedLayer,
@@ -59,12 +60,15 @@ _DROPOUT = "under dropout each of them masks x for itself"
 _LAST = "no sibling that is called after it can share"
 
 
-def shared_shrink(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
+def shared_shrink(
+    call: LayerCall | MixedCall, own: Slots, base: Base | None = None
+) -> Shrunk | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
     Args:
         call: The layer's.
         own: Its adapters by slot; outside of a mixed batch the one that acts.
+        base: The base layer, for what is more than s; None in a mixed batch.
     """
     layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:
@@ -81,9 +85,10 @@ def shared_shrink(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
         # Of a block that has ended nothing is held: it knows all layers of its model.
         block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
         context = call.conditions.impl, call.conditions.autocast, block
-        found = take_share(x, id(layer), context, _key(own))
+        bias = None if base is None else base.bias
+        found = take_share(x, id(layer), context, _key(own, bias))
         if found is None:
-            found, why = _share(call, own, family, context)
+            found, why = _share(call, own, base, family, context)
     family.why_not[id(layer)] = why
     return found
 
@@ -101,15 +106,23 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
     return ""
 
 
-def _key(slots: Slots) -> tuple[Any, ...]:
-    """Returns what a share depends on: factors, unchanged since, and dropout."""
-    return tuple(
-        [None if f is None else (id(f.lora_a), f.lora_a._version, f.dropout_p) for f in slots.own]
-    )
+def _key(slots: Slots, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """Returns what a share depends on: factors and bias, unchanged since, and dropout."""
+    key: list[Any] = [None if bias is None else (id(bias), bias._version)]
+    for f in slots.own:
+        if f is None:
+            key.append(None)
+        else:
+            key += id(f.lora_a), f.lora_a._version, id(f.lora_b), f.lora_b._version, f.dropout_p
+    return tuple(key)
 
 
 def _share(
-    call: LayerCall | MixedCall, own: Slots, family: Family, context: tuple[object, ...]
+    call: LayerCall | MixedCall,
+    own: Slots,
+    base: Base | None,
+    family: Family,
+    context: tuple[object, ...],
 ) -> tuple[Shrunk | None, str]:
     """Computes for a layer and those siblings that have yet to be called.
 
@@ -123,13 +136,22 @@ def _share(
     rows = call.rows() if isinstance(call, MixedCall) else None
     lora_a = [_lora_a(slots) for _, slots in found]
     dropout_p = [max(slots.dropout_p) for _, slots in found]
-    made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows)
+    siblings = None
+    if base is not None and isinstance(call, LayerCall) and call.conditions.backend == "triton":
+        siblings = siblings_of(call, base, found)
+    made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows, siblings)
+    biases = [None] * len(found) if base is None else [_bias_of(member) for member, _ in found]
     shares = {
-        id(member): (_key(slots), share)
-        for (member, slots), share in zip(found[1:], made[1:], strict=True)
+        id(member): (_key(slots, bias), share)
+        for (member, slots), bias, share in zip(found[1:], biases[1:], made[1:], strict=True)
     }
     keep_shares(call.given, context, shares)
     return made[0], ""
+
+
+def _bias_of(member: AdapterLayer) -> torch.Tensor | None:
+    base = member._plain_base()
+    return None if base is None else base.bias
 
 
 def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
@@ -207,8 +229,7 @@ def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "one of them is DoRA"
-        # Of the scaling nothing is read; in a graph a number would be part of it.
-        factors = factors_of(member, names[0], call if call.conditions.compiling else None)
+        factors = factors_of(member, names[0], call)
         if factors is None:
             return None, "one of them has a factor or dropout that is hooked, or not plain"
         return Slots((factors,)), ""

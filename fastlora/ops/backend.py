@@ -159,6 +159,14 @@ class Backend(Protocol):
         accumulate on. None where the backend has nothing to gain.
         """
 
+    def updates(
+        self, x: torch.Tensor, siblings: Siblings
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """Returns s, and y of bias and adapter, of each of 2 to 4 layers fed by the same x.
+
+        For their base products to accumulate on. None where the backend has nothing to gain.
+        """
+
     def grad_a(
         self,
         x: torch.Tensor,

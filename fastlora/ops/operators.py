@@ -206,6 +206,16 @@ class OperatorBackend:
 
         return forward.siblings(x, *siblings)
 
+    def updates(
+        self, x: torch.Tensor, siblings: Siblings
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """See `fastlora.ops.backend.Backend.updates`; none where somebody looks at operators."""
+        if self.impl != "triton" or sees_operators(x):
+            return None
+        from fastlora.ops.triton import forward
+
+        return forward.updates(x, *siblings)
+
     def grad_a(
         self,
         x: torch.Tensor,

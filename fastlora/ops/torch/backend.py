@@ -103,6 +103,9 @@ class TorchBackend:
     def siblings(self, x: torch.Tensor, siblings: Siblings) -> None:
         """See `fastlora.ops.backend.Backend.siblings`: products of their own are as fast."""
 
+    def updates(self, x: torch.Tensor, siblings: Siblings) -> None:
+        """See `fastlora.ops.backend.Backend.updates`: as above."""
+
     def grad_a(
         self,
         x: torch.Tensor,

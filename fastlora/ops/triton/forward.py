@@ -95,18 +95,26 @@ def linear(
 
 
 def siblings(
-    x: torch.Tensor,
-    weights: _Tensors,
-    biases: Sequence[torch.Tensor | None],
-    lora_a: _Tensors,
-    lora_b: _Tensors,
-    scalings: _Tensors,
+    x: torch.Tensor, weights: _Tensors, *own: Sequence[torch.Tensor | None]
 ) -> tuple[list[torch.Tensor], bool]:
-    """Returns what `fastlora.ops.backend.Backend.siblings` does."""
-    n, r = sum([w.shape[0] for w in weights]), max([b.shape[1] for b in lora_b])
-    fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
-    own = biases, lora_a, lora_b, scalings
+    """Returns what `fastlora.ops.backend.Backend.siblings` does; ``own`` as in `_siblings`."""
+    fused = _fuses(x, weights, own[1])
     return _siblings(x, weights if fused else [None] * len(weights), *own), fused
+
+
+def updates(
+    x: torch.Tensor, weights: _Tensors, *own: Sequence[torch.Tensor | None]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Returns what `fastlora.ops.backend.Backend.updates` does: none where linears are fused."""
+    if _fuses(x, weights, own[1]):
+        return None
+    *ys, s = _siblings(x, [None] * len(weights), *own, with_s=True)
+    return list(s.split([a.shape[0] for a in own[1] if a is not None], dim=1)), ys
+
+
+def _fuses(x: torch.Tensor, weights: _Tensors, lora_a: Sequence[torch.Tensor | None]) -> bool:
+    n, r = sum([w.shape[0] for w in weights]), max([a.shape[0] for a in lora_a if a is not None])
+    return choose_plan("auto", x, weights[0], r, n=n) != "split"
 
 
 def expand_(
@@ -348,14 +356,17 @@ def _siblings(
     lora_a: _Tensors,
     lora_b: _Tensors,
     scalings: _Tensors,
+    with_s: bool = False,
 ) -> list[torch.Tensor]:
     """Returns y of modules fed by the same x, without the base products where weights are None.
 
-    Two launches: shrink, and a linear or an expand; one more where the linear splits K.
+    And on request their s side by side, ``[M, R]``. Two launches: shrink, and a linear or an
+    expand; one more where the linear splits K.
     """
     (m, k), r, fused = x.shape, max(b.shape[1] for b in lora_b), weights[0] is not None
     sizes = [b.shape[0] for b in lora_b]
-    _, shrunk = _shrunk(x, lora_a, None, 0.0)
+    s, shrunk = _shrunk(x, lora_a, None, 0.0)
+    s_out = s if with_s and shrunk is not s else None
     ys = [empty(x, m, n) for n in sizes]
     config = config_of("lora_linear" if fused else "lora_expand", x, m, sum(sizes), k, r)
     written, splits = ys, config.splits
@@ -365,12 +376,12 @@ def _siblings(
     modules = [Module(*each) for each in own]
     if fused:
         pdl = chip_of(x).has_pdl
-        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=None, config=config, pdl=pdl)
+        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
     else:
-        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, config=config)
+        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
     if splits > 1:
         plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
-    return ys
+    return [*ys, s] if with_s else ys
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""Launches of the seven linears of a decoder layer, Triton's and base products, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import fastlora
+from fastlora.env import triton_interpreted
+from fastlora.testing import stubbed_launches
+
+if triton_interpreted():
+    pytest.skip("launches are stubbed under Triton's compiler", allow_module_level=True)
+
+WIDTH = 512
+NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Layer(nn.Module):
+    """The seven linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in NAMES:
+            self.add_module(name, nn.Linear(WIDTH, WIDTH, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[M, WIDTH]`` to ``[M, WIDTH]``."""
+        x = self.o(self.q(x) + self.k(x) + self.v(x))
+        return self.down(self.gate(x) + self.up(x))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Base products, which accumulate on what an expand wrote."""
+    seen: Counter[str] = Counter()
+    addmm_ = torch.Tensor.addmm_
+
+    def counted(self: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        seen["addmm_"] += 1
+        return addmm_(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", counted)
+    return seen
+
+
+def run(rows: int, trains: bool, products: Counter[str]) -> Counter[str]:
+    """Launches and products of one call, once siblings are known."""
+    config = fastlora.LoraConfig(r=16, target_modules=list(NAMES))
+    model = fastlora.get_peft_model(Layer(), config).train(trains)
+    x = torch.randn(rows, WIDTH, requires_grad=trains)
+    # As many processors as these tiles fill: on more a linear would split K, a launch for its sum.
+    with stubbed_launches(processors=16) as launches, torch.set_grad_enabled(trains):
+        for _ in range(3):
+            before = len(launches)
+            products.clear()
+            y = model(x)
+            if trains:
+                y.backward(torch.ones_like(y))
+    found = Counter(launch.kernel for launch in launches[before:])
+    return found + products
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_decode(rows: int, products: Counter[str]) -> None:
+    """A shrink and a linear for q, k and v, for gate and up, and for each of the others."""
+    found = run(rows, False, products)
+    assert found == {"_lora_shrink_kernel": 4, "_lora_linear_kernel": 4}
+
+
+def test_prefill(products: Counter[str]) -> None:
+    """Beside the products one shrink and one expand for each x."""
+    found = run(2048, False, products)
+    assert found == {"_lora_shrink_kernel": 4, "_lora_expand_kernel": 4, "addmm_": 7}
+
+
+def test_a_training_step(products: Counter[str]) -> None:
+    found = run(2048, True, products)
+    assert found["_lora_expand_kernel"] == 4 + 7, "an update for each x, and for each dx"
+    assert found["addmm_"] == 14
+    assert found.total() <= 52
