@@ -53,8 +53,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def run(rows: int, trains: bool, products: Counter[str]) -> Counter[str]:
     """Launches and products of one call, once siblings are known."""
     config = fastlora.LoraConfig(r=16, target_modules=list(NAMES))
-    model = fastlora.get_peft_model(Layer(), config).train(trains)
-    x = torch.randn(rows, WIDTH, requires_grad=trains)
+    model = fastlora.get_peft_model(Layer(), config).to(torch.bfloat16).train(trains)
+    x = torch.randn(rows, WIDTH, dtype=torch.bfloat16, requires_grad=trains)
     # As many processors as these tiles fill: on more a linear would split K, a launch for its sum.
     with stubbed_launches(processors=16) as launches, torch.set_grad_enabled(trains):
         for _ in range(3):
