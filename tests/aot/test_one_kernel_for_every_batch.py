@@ -108,8 +108,10 @@ def mixed(
 
 def kernels(chip: Chip, operation: Callable[..., None], *arguments: Any) -> set[str]:
     """Returns the kernels that an operation launches."""
-    prefix = "mixed_" if operation is mixed else ""
-    with recording(f"{prefix}lora_shrink", f"{prefix}lora_linear") as launches:
+    stems = ("mixed_lora_shrink", "mixed_lora_linear")
+    if operation is single:  # which may split K where the mode does not
+        stems = ("lora_shrink", "lora_linear", "plane_sums")
+    with recording(*stems) as launches:
         operation(*arguments)
     return {kernel_of(launch, chip.arch) for launch in launches}
 

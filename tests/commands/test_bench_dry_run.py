@@ -205,7 +205,7 @@ def test_fused_variants_launch_without_their_feature(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastlora.kernels import chips, lora_linear, lora_shrink
+    from fastlora.kernels import chips, lora_linear, lora_shrink, plane_sums
     from fastlora.ops import conditions as ops
 
     seen: dict[str, Any] = {}
@@ -218,6 +218,7 @@ def test_fused_variants_launch_without_their_feature(
     monkeypatch.setattr(
         lora_linear, "launch_lora_linear", lambda *_, pdl, **__: seen.update(pdl=pdl)
     )
+    monkeypatch.setattr(plane_sums, "launch_plane_sums", lambda *_, **__: None)
     bench.contenders._without.cache_clear()
     point = bench.shapes.Point("forward", "", "", 1, 4096, 64, 16)
     problem = bench.contenders.Problem.random(point, torch.bfloat16, CPU, "triton")
