@@ -7,6 +7,9 @@ fp32 and rounds once; rows whose adapter has no part in the module are not touch
 of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, lora_a stands in for lora_b and what is added meets
 the mask that x met.
 
+Siblings, up to four modules that are fed by the same x, are one grid over the columns of all: their
+rows of the tables are neighbours, and s is ``[splits, G, M, R]``.
+
 Bytes moved, e and f an element of y and of the factors: ``2 e M' N``, M' the rows with such a part;
 ``f N`` a rank row of every adapter present, read once a piece; and ``4 splits`` an element of s,
 read by every column of tiles.
@@ -17,11 +20,13 @@ adapter while the shrink still works and waits before it reads anything else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
@@ -33,6 +38,7 @@ from fastlora.kernels.mixed_rows import (
     round_up,
     triton_dtype,
 )
+from fastlora.kernels.modules import module_of_tile, numbered, of_module
 from fastlora.kernels.philox import philox_keep_mask
 
 
@@ -81,11 +87,14 @@ def _add_block(
     return tl.dot(s.to(DTYPE), b.to(DTYPE), acc, input_precision=INPUT_PRECISION)
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=TABLES)
+# M and slots vary from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_expand_kernel(
     # tensors
     y_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    y_3_ptr,
     s_ptr,
     order_ptr,
     segment_of_ptr,
@@ -102,12 +111,19 @@ def _mixed_lora_expand_kernel(
     # scalars
     M,
     N,
+    N_1,
+    N_2,
+    N_3,
     # strides
     stride_ym,
     stride_yn,
     stride_sp,
+    stride_sg,
     stride_sm,
+    stride_table,
     # meta
+    SIBLINGS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,6 +138,23 @@ def _mixed_lora_expand_kernel(
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid_n = tl.program_id(1)
+    if SIBLINGS > 1:
+        begin_1 = tl.cdiv(N, BLOCK_N)
+        begin_2 = begin_1 + tl.cdiv(N_1, BLOCK_N)
+        begin_3 = begin_2 + tl.cdiv(N_2, BLOCK_N)
+        module, pid_n = module_of_tile(pid_n, begin_1, begin_2, begin_3, SIBLINGS)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+        if ALIGNED:  # which a choice between tensors hides from the compiler
+            y_ptr = tl.multiple_of(y_ptr, 16)
+        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        stride_ym = N  # of siblings y is contiguous
+        s_ptr += tl.cast(module, tl.int64) * stride_sg
+        lora_b_address_ptr += module * stride_table
+        rank_ptr += module * stride_table
+        if HAS_LORA_BIAS:
+            lora_bias_address_ptr += module * stride_table
+        if scaling_ptr is not None:
+            scaling_ptr += module * stride_table
     first_m, stop_m, slot = load_piece(
         tl.program_id(0), piece_start_ptr, segment_of_ptr, segment_slot_ptr, M
     )
@@ -220,7 +253,7 @@ def _mixed_lora_expand_kernel(
 
 @kept
 def launch_mixed_lora_expand(
-    y: torch.Tensor,
+    ys: Sequence[torch.Tensor],
     s: torch.Tensor,
     order: torch.Tensor,
     segment_of: torch.Tensor,
@@ -237,11 +270,15 @@ def launch_mixed_lora_expand(
     by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Adds each row's own adapter to ``y`` in place; rows of invalid ids become NaN.
+    """Adds each row's own adapter to each module's y in place; rows of invalid ids become NaN.
+
+    Of siblings the tables are ``[G, S]``.
 
     Args:
-        y: ``[M, N]``, any strides without overlap; its dtype is the dtype of the dots.
-        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module, any dtype.
+        ys: Of 1 to `MAX_SIBLINGS` modules ``[M, N]``, any strides without overlap; of siblings
+            contiguous. Their dtype is the dtype of the dots.
+        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
+            ``[splits, G, M, R]``.
         order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
@@ -251,19 +288,21 @@ def launch_mixed_lora_expand(
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
         scaling: fp32 ``[S]``; None for 1.
-        factor_dtype: Of lora_b and lora_bias; they are cast to y's dtype at the load.
+        factor_dtype: Of lora_b and lora_bias; they are cast to the dtype of y at the load.
         config: That of the launch.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         by_column: How lora_b lies.
         dropout: Of what is added, for the gradient of x; None for none.
     """
-    m, n = y.shape
-    if m == 0 or n == 0:
+    first, sizes, count = ys[0], [y.shape[1] for y in ys], len(ys)
+    m, unused = first.shape[0], MAX_SIBLINGS - count
+    columns = sum(cdiv(n, config.block_n) for n in sizes)
+    if m == 0 or columns == 0:
         return
     launch(
         _mixed_lora_expand_kernel,
-        (pieces.shape[0] - 1, cdiv(n, config.block_n)),
-        y_ptr=y,
+        (pieces.shape[0] - 1, columns),
+        **numbered("y{}_ptr", [*ys, *[None] * unused]),
         s_ptr=s,
         order_ptr=order,
         segment_of_ptr=segment_of,
@@ -274,16 +313,20 @@ def launch_mixed_lora_expand(
         rank_ptr=rank,
         scaling_ptr=scaling,
         M=m,
-        N=n,
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
+        **numbered("N{}", [*sizes, *[0] * unused]),
+        stride_ym=first.stride(0),
+        stride_yn=first.stride(1),
         stride_sp=s.stride(0),
-        stride_sm=s.stride(1),
+        stride_sg=s.stride(1) if count > 1 else 0,
+        stride_sm=s.stride(-2),
+        stride_table=rank.stride(0) if count > 1 else 0,
+        SIBLINGS=count,
+        ALIGNED=count > 1 and all(y.data_ptr() % 16 == 0 for y in ys),
         PLANES=s.shape[0],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
-        ONE_BLOCK=s.shape[2] <= config.block_r,
+        ONE_BLOCK=s.shape[-1] <= config.block_r,
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         BY_COLUMN=by_column,

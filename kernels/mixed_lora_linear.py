@@ -10,6 +10,9 @@ The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) 
 weight transposed, lora_a for lora_b and ds for s. With a mask the rank rows come first, so that the
 tile meets it while nothing else is in its one accumulator.
 
+Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all: their
+rows of the tables are neighbours, and s is ``[splits, G, M, R]``.
+
 Bytes moved, e and f an element of x and of the factors: ``e (M K + N K + M N)`` as without
 adapters; ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
 ``4 splits`` an element of s, read by every column of tiles.
@@ -20,12 +23,14 @@ loop while the shrink still works and waits only before it reads s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
@@ -34,16 +39,28 @@ from fastlora.kernels.mixed_rows import (
     drop_rows,
     triton_dtype,
 )
+from fastlora.kernels.modules import module_of_tile, numbered, of_module
 
 
-# M and planes vary from call to call: no compile of their own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["M", "planes"], do_not_specialize_on_alignment=TABLES)
+# M, planes and slots vary from call to call: no compile of their own for 1 or a multiple of 16.
+@triton.jit(
+    do_not_specialize=["M", "planes", "stride_table"], do_not_specialize_on_alignment=TABLES
+)
 def _mixed_lora_linear_kernel(
     # tensors
     y_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    y_3_ptr,
     x_ptr,
     weight_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    weight_3_ptr,
     bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    bias_3_ptr,
     s_ptr,
     order_ptr,
     segment_of_ptr,
@@ -59,6 +76,9 @@ def _mixed_lora_linear_kernel(
     # scalars
     M,
     N,
+    N_1,
+    N_2,
+    N_3,
     K,
     planes,
     # strides
@@ -70,8 +90,12 @@ def _mixed_lora_linear_kernel(
     stride_wk,
     stride_bias,
     stride_sp,
+    stride_sg,
     stride_sm,
+    stride_table,
     # meta
+    SIBLINGS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,7 +113,31 @@ def _mixed_lora_linear_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    if SIBLINGS > 1:
+        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
+        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
+        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
+        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+        weight_ptr = of_module(
+            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
+        )
+        if HAS_BIAS:
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+        if ALIGNED:  # which a choice between tensors hides from the compiler
+            y_ptr = tl.multiple_of(y_ptr, 16)
+            weight_ptr = tl.multiple_of(weight_ptr, 16)
+        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        stride_ym = N  # of siblings y is contiguous
+        s_ptr += tl.cast(module, tl.int64) * stride_sg
+        lora_b_address_ptr += module * stride_table
+        rank_ptr += module * stride_table
+        scaling_ptr += module * stride_table
+        if HAS_LORA_BIAS:
+            lora_bias_address_ptr += module * stride_table
+    pid_m, pid_n = grouped_tile(pid, num_pid_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = pid_m * BLOCK_M
     first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
@@ -183,10 +231,10 @@ def _mixed_lora_linear_kernel(
 
 @kept
 def launch_mixed_lora_linear(
-    y: torch.Tensor,
+    ys: Sequence[torch.Tensor],
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
     s: torch.Tensor,
     order: torch.Tensor,
     segment_of: torch.Tensor,
@@ -204,12 +252,16 @@ def launch_mixed_lora_linear(
 ) -> None:
     """Writes ``x @ weight.T + bias``, plus each row's own adapter; NaN in rows of invalid ids.
 
+    Of siblings the tables are ``[G, S]``, all have a bias or none, and y, weight and bias are
+    contiguous.
+
     Args:
-        y: ``[M, N]`` in x's dtype, any strides without overlap.
+        ys: Of 1 to `MAX_SIBLINGS` modules ``[M, N]`` in x's dtype, any strides without overlap.
         x: ``[M, K]``, any strides.
-        weight: ``[N, K]`` in x's dtype, any strides.
-        bias: ``[N]``, any floating-point dtype, or None.
-        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, of this module, any dtype.
+        weights: Of each ``[N, K]`` in x's dtype, any strides.
+        biases: Of each ``[N]``, of one floating-point dtype, or None.
+        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
+            ``[splits, G, M, R]``.
         order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
         segment_of: int32 ``[M]``.
         segment_slot: int32 ``[segments]``.
@@ -224,18 +276,22 @@ def launch_mixed_lora_linear(
         by_column: How lora_b lies.
         dropout: Of the adapters' term, for the gradient of x; None for none.
     """
-    (m, n), k = y.shape, x.shape[1]
-    if m == 0 or n == 0:
+    y, weight, bias, (m, k) = ys[0], weights[0], biases[0], x.shape
+    sizes, count = [own.shape[0] for own in weights], len(ys)
+    unused: list[None] = [None] * (MAX_SIBLINGS - count)
+    tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n in sizes)
+    if tiles == 0:
         return
+    blocks = [*ys, *weights]
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     launch(
         _mixed_lora_linear_kernel,
-        (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
-        y_ptr=y,
+        (tiles,),
+        **numbered("y{}_ptr", [*ys, *unused]),
         x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        **numbered("weight{}_ptr", [*weights, *unused]),
+        **numbered("bias{}_ptr", [*biases, *unused]),
         s_ptr=s,
         order_ptr=order,
         segment_of_ptr=segment_of,
@@ -245,7 +301,7 @@ def launch_mixed_lora_linear(
         rank_ptr=rank,
         scaling_ptr=scaling,
         M=m,
-        N=n,
+        **numbered("N{}", [*sizes, *[0] * len(unused)]),
         K=k,
         planes=s.shape[0],
         stride_ym=y.stride(0),
@@ -256,7 +312,11 @@ def launch_mixed_lora_linear(
         stride_wk=weight.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_sp=s.stride(0),
-        stride_sm=s.stride(1),
+        stride_sg=s.stride(1) if count > 1 else 0,
+        stride_sm=s.stride(-2),
+        stride_table=rank.stride(0) if count > 1 else 0,
+        SIBLINGS=count,
+        ALIGNED=count > 1 and all(block.data_ptr() % 16 == 0 for block in blocks),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -7,7 +7,7 @@ numbered ones (``y_1_ptr``, ``N_1``). On the device `of_module` takes a tile's o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,16 +34,24 @@ class Module(NamedTuple):
     weight: torch.Tensor | None = None
 
 
-def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, object]:
+def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
     """Returns the kernel arguments of 1 to `MAX_SIBLINGS` modules; None and 0 for those unused."""
-    named: dict[str, object] = {}
-    for i in range(MAX_SIBLINGS):
-        mark, own = f"_{i}" if i else "", modules[i] if i < len(modules) else None
-        for name in Module._fields if weight else Module._fields[:4]:
-            named[f"{name}{mark}_ptr"] = None if own is None else getattr(own, name)
-        sizes = (0, 0) if own is None else own.lora_b.shape
-        named[f"N{mark}"], named[f"R{mark}"] = sizes
+    unused, named = MAX_SIBLINGS - len(modules), {}
+    for name in Module._fields if weight else Module._fields[:4]:
+        values = [getattr(own, name) for own in modules]
+        named |= numbered(f"{name}{{}}_ptr", [*values, *[None] * unused])
+    for place, size in enumerate("NR"):
+        values = [own.lora_b.shape[place] for own in modules]
+        named |= numbered(f"{size}{{}}", [*values, *[0] * unused])
     return named
+
+
+def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Returns kernel arguments by name: the first under the plain one, others under numbered ones.
+
+    ``name`` has a place for the number, as in ``"y{}_ptr"``.
+    """
+    return {name.format(f"_{i}" if i else ""): value for i, value in enumerate(values)}
 
 
 def are_aligned(modules: Sequence[Module]) -> bool:

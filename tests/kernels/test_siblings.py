@@ -15,6 +15,7 @@ from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Columns and ranks of each: on and off the tiles, more rank rows than a chunk, four at most.
 SIBLINGS = [
@@ -142,3 +143,18 @@ def test_shrink(lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int, sp
     found = s.sum(0).to(dtype) if splits > 1 else s
     truth = torch.cat([layers.x.double() @ a.double().t() for a in layers.lora_a], 1)
     assert_within_budget(found, layers.s, truth, "s")
+
+
+@pytest.mark.parametrize("kernel", ["linear", "expand"])
+@pytest.mark.parametrize("columns", [(64, 32), (70, 5, 33), (33, 64, 16, 48)], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_siblings_of_a_mixed_batch(
+    lab: Lab, dtype: torch.dtype, kernel: str, columns: tuple[int, ...], splits: int
+) -> None:
+    """In one grid each module's rows have its own adapters, weight and bias."""
+    ranks = [RANKS, RANKS[::-1], RANKS[3:] + RANKS[:3], RANKS][: len(columns)]
+    ids = draw_ids(37, 8)
+    problem = MixedProblem(lab, ids, ranks, 40, list(columns), dtype, biased=(1, 3, 7))
+    config = KernelConfig(**CONFIG, num_stages=2)
+    for g, y in enumerate(problem.run_siblings(kernel, config, splits)):
+        problem.check(y, g)

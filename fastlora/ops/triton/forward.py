@@ -502,7 +502,7 @@ def add_rank_rows_(
     ``pdl`` says that the launch before is the shrink that made s.
     """
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(y, s, *rows[:3], rows[4], *up[:4]),
+        *([y], s, *rows[:3], rows[4], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         pdl=pdl and chip_of(y).has_pdl,
@@ -528,7 +528,7 @@ def product_and_rank_rows(
     """
     y = empty(x, x.shape[0], base.weight.shape[0])
     mixed_lora_linear.launch_mixed_lora_linear(
-        *(y, x, *base, s, *rows[:3], *up[:4]),
+        *([y], x, [base.weight], [base.bias], s, *rows[:3], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         pdl=pdl and chip_of(x).has_pdl,

@@ -32,8 +32,9 @@ from tests.support.chips import GPUS as CHIPS
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that siblings share in training.
 SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
-# Kernels of one adapter that take siblings in one grid.
+# Kernels that take siblings in one grid.
 IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
+IN_ONE_GRID += ("mixed_lora_linear", "mixed_lora_expand")
 _SLOTS = 64
 _ROWS = 64
 _PLANES = 96
@@ -97,8 +98,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     shrinks so narrow that they often run so. "invariant" is heavy in the batch-invariant mode,
     "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
     it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
-    which are without dropout; of one adapter it is heavy for three modules in one grid, of ranks 16
-    each, in 16 bits. "split" is heavy for a linear whose programs share out K.
+    which are without dropout; of decode and prefill it is heavy for three modules in one grid, in
+    16 bits. "split" is heavy for a linear whose programs share out K.
     """
     result = []
     for chip in chips:
@@ -306,7 +307,16 @@ def operands(case: Case) -> dict[str, Any]:
             "ds": DsPlanes(empty(m, 64), fp32(32, m, 64), ints(m), ints(min(m, _SLOTS + 2))),
         },
     }
-    return common | own.get(stem, {})
+    given = common | own.get(stem, {})
+    count = 3 if case.variant == "siblings" else 1
+    if stem in IN_ONE_GRID and count > 1:
+        tables = {name: given[name] for name in ("lora_b_address", "rank", "scaling")}
+        tables["lora_bias_address"] = address
+        given |= {name: table.expand(count, -1) for name, table in tables.items()}
+        given["rank"] = ints(count, _SLOTS)
+        given["s"] = fp32(planes, count, m, 64)
+    lists = {"ys": "y", "weights": "weight", "biases": "bias"}
+    return given | {plural: [given[name]] * count for plural, name in lists.items()}
 
 
 @contextlib.contextmanager

@@ -264,8 +264,8 @@ class MixedProblem(Batch):
         order, segment_of, segment_slot = self.route
         operands = {
             "x": self.x,
-            "weight": self.weights[g],
-            "bias": self.biases[g],
+            "weights": [self.weights[g]],
+            "biases": [self.biases[g]],
             "order": order,
             "segment_of": segment_of,
             "segment_slot": segment_slot,
@@ -293,8 +293,24 @@ class MixedProblem(Batch):
             y = self.lab.poisoned(self.m, self.ns[g], dtype=self.dtype)
         elif y is None:
             y = F.linear(self.x, self.weights[g], self.biases[g])
-        self.launch(f"mixed_lora_{kernel}", config, g, y=y, s=self.shrunk(splits)[:, g])
+        self.launch(f"mixed_lora_{kernel}", config, g, ys=[y], s=self.shrunk(splits)[:, g])
         return y
+
+    def run_siblings(self, kernel: str, config: KernelConfig, splits: int) -> list[torch.Tensor]:
+        """As `run`, of all modules in one launch."""
+        ys = [self.lab.poisoned(self.m, n, dtype=self.dtype) for n in self.ns]
+        if kernel == "expand":
+            pairs = zip(self.weights, self.biases, strict=True)
+            ys = [F.linear(self.x, weight, bias) for weight, bias in pairs]
+        names = ("lora_b_address", "lora_bias_address", "rank", "scaling")
+        each = zip(*(self.tables(g) for g in range(len(ys))), strict=True)
+        tables = {
+            name: None if own[0] is None else torch.stack(own)
+            for name, own in zip(names, each, strict=True)
+        }
+        given = {"ys": ys, "weights": self.weights, "biases": self.biases, **tables}
+        self.launch(f"mixed_lora_{kernel}", config, s=self.shrunk(splits), **given)
+        return ys
 
     def shrink_into(self, s: torch.Tensor, config: KernelConfig | None = None) -> None:
         """Writes s ``[splits, G, M, R]``."""
