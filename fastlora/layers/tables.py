@@ -16,13 +16,17 @@ from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.watch import Watch
 from fastlora.ops import schema
+from fastlora.ops.conditions import sees_operators
 from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import Watcher
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import keep_shares, siblings_of, take_share
+from fastlora.routing.siblings import is_unwritten, keep_shares, siblings_of, take_share
+
+# Siblings of one launch.
+_MOST = 4
 
 
 def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
@@ -142,11 +146,17 @@ def run(
             y, flat, found.own, found.tables, found.row, max_rank, tables.dtype, impl
         )
     else:
-        # A layer cannot trust an inference tensor, whose writes are not counted.
-        s, siblings, number = None, None, call.layer.routed_as
+        s, siblings, number = None, found.siblings, call.layer.routed_as
         context = (rows, tables, invariant)
-        if found.siblings is not None and not x.is_inference():
-            siblings = found.siblings
+        # Writes into an inference tensor are not counted.
+        if siblings is not None and x.is_inference() and not is_unwritten(call.layer):
+            siblings = None
+        if siblings is not None and not invariant and not call.conditions.compiling:
+            made_at_once = _at_once(call, base, flat, found, context)
+            if made_at_once is not None:
+                y = made_at_once
+                return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        if siblings is not None:
             s = take_share(x, number, context, siblings)
         compiling = call.conditions.compiling
         operators = torch.ops.fastlora if compiling else schema.operators_for(flat)
@@ -157,6 +167,65 @@ def run(
         if made:
             keep_shares(x, context, dict.fromkeys(found.others, (siblings, made[0])))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _at_once(
+    call: MixedCall, base: Base, x: torch.Tensor, place: Place, context: tuple[object, ...]
+) -> torch.Tensor | None:
+    """Returns y ``[M, N]`` where a layer is computed with its siblings; None where it is not.
+
+    The first of them computes those that are behind it in the tables.
+
+    Args:
+        call: The layer's.
+        base: A weight.
+        x: The input, ``[M, K]``.
+        place: The layer's.
+        context: What all shares depend on.
+    """
+    key = _key(base)
+    y: torch.Tensor | None = None
+    if key is not None:
+        y = take_share(call.given, call.layer.routed_as, context, key)
+    if y is not None or key is None or not place.behind or sees_operators(x):
+        return y
+    bases = [base]
+    for member in place.behind:
+        other = member._plain_base() if member.impl == call.layer.impl else None
+        if other is None or (other.bias is None) != (base.bias is None):
+            return None
+        bases.append(other)
+    keys = [_key(own) for own in bases]
+    if None in keys or not all(_fits(x, own) for own in bases):
+        return None
+    from fastlora.ops.triton import forward
+
+    tables = place.of
+    ys = forward.siblings_at(
+        *(x, [own.weight for own in bases if own.weight is not None], [own.bias for own in bases]),
+        *(place.own, place.tables, place.row, tables.max_rank, tables.dtype),
+    )
+    numbers = [member.routed_as for member in place.behind]
+    shares = zip(numbers, keys[1:], ys[1:], strict=True)
+    keep_shares(call.given, context, {number: (key, y) for number, key, y in shares})
+    return ys[0]
+
+
+def _fits(x: torch.Tensor, base: Base) -> bool:
+    """Whether one launch takes a base layer among others."""
+    return all(
+        t is None or (t.dtype is x.dtype and t.device == x.device and t.is_contiguous())
+        for t in (base.weight, base.bias)
+    )
+
+
+def _key(base: Base) -> tuple[int, ...] | None:
+    """Returns what tells a base layer, unchanged since; None where nobody counts."""
+    weight, bias = base.weight, base.bias
+    if weight is None or weight.is_inference() or (bias is not None and bias.is_inference()):
+        return None
+    own = id(weight), weight._version
+    return own if bias is None else (*own, id(bias), bias._version)
 
 
 class Place(NamedTuple):
@@ -172,6 +241,7 @@ class Place(NamedTuple):
         siblings: The rows of siblings that are its neighbours, and its own: first, and behind the
             last; None where it has none. One launch serves their shrink.
         others: Numbers of these siblings.
+        behind: Those that are behind the layer in the tables, as many as one launch takes.
     """
 
     of: Tables
@@ -182,6 +252,7 @@ class Place(NamedTuple):
     row: int
     siblings: tuple[int, int] | None
     others: list[int]
+    behind: list[AdapterLayer]
 
     def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
         """Whether it is for these."""
@@ -200,19 +271,21 @@ def _place_of(
     row = row_of(layer, layer.routed_as, tables)
     if row is None:
         return None
-    members, first, stop = {}, row, row + 1
+    members: dict[int, AdapterLayer] = {}
+    first, stop = row, row + 1
     for member in () if compiling else siblings_of(layer, call.x):
         place = row_of(member, member.routed_as, tables)
         if place is not None:
-            members[place] = member.routed_as
+            members[place] = member
     while first - 1 in members:
         first -= 1
     while stop in members:
         stop += 1
     siblings = (first, stop) if stop - first > 1 else None
-    others = [members[other] for other in range(first, stop) if other != row]
+    others = [members[other].routed_as for other in range(first, stop) if other != row]
+    behind = [members[other] for other in range(row + 1, min(stop, row + _MOST))]
     own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
-    found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others)
+    found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others, behind)
     if members:
         call.routing.kept.places[layer.routed_as] = found
     return found

@@ -74,7 +74,12 @@ class _Seen:
             self.unwritten &= x._version == self._state
         elif self.unwritten:
             captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            self.unwritten = not captured and torch.equal(x, self._state)  # waits, once a layer
+            same = not captured and torch.equal(_bits(x), _bits(self._state))  # waits, once a layer
+            self.unwritten = same
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)  # a NaN is like itself
 
 
 class _Shares(NamedTuple):
@@ -111,6 +116,12 @@ def known_family(layer: FedLayer) -> Family | None:
             if member() is layer:
                 return known
     return None
+
+
+def is_unwritten(layer: FedLayer) -> bool:
+    """Whether nobody was seen to write into the tensor of a layer's family."""
+    known = known_family(layer)
+    return known is not None and known.unwritten
 
 
 def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:

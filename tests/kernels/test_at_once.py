@@ -13,7 +13,13 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
-from fastlora.kernels import lora_expand, lora_linear, lora_shrink
+from fastlora.kernels import (
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    mixed_lora_expand,
+    mixed_lora_linear,
+)
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 
@@ -263,3 +269,58 @@ def test_outputs_are_ones_own(launches: list[str]) -> None:
         v = attention.v(x)
     torch.testing.assert_close(k, again)
     assert v.any() and launches.count("linear 3") == 1
+
+
+# ------------------------------------------------------------------------------- mixed batches
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mixed_batch_in_one_launch(
+    calls_of: Any, dtype: torch.dtype, mode: Callable[[], Any], many: bool
+) -> None:
+    """Few adapters a row tile are fused; of many an expand adds to the library's products."""
+    model, rows = model_of(dtype=dtype), 80 if many else 5
+    ids = [("a", "b", None)[row % 3] for row in range(rows)]
+    seen: list[int] = []
+    for kernel in (mixed_lora_linear, mixed_lora_expand):
+        name = kernel.__name__.rpartition(".")[2]
+        calls_of(kernel, f"launch_{name}", lambda ys, *_, **__: len(ys), seen)
+    with mode():
+        x = torch.randn(rows, 32, dtype=dtype)
+        with fastlora.adapters(model, ids):
+            for _ in range(2):
+                seen.clear()
+                y = model(x)
+    assert seen == [3, 1]
+    use_eager(model)
+    with torch.no_grad():
+        x, y = x.clone(), y.clone()
+        results = []
+        for kind in (dtype, torch.float64):
+            with fastlora.adapters(model.to(kind), ids):
+                results.append(model(x.to(kind)))
+    assert_within_budget(y, *results)
+
+
+@pytest.mark.parametrize("change", ["a write into a weight", "a new weight", "another tensor"])
+def test_a_change_between_the_calls_of_a_mixed_batch(change: str) -> None:
+    model, x = model_of(), torch.randn(6, 32)
+    attention, ids = model.base_model.model, ["a", "b"] * 3
+    with torch.no_grad(), fastlora.adapters(model, ids):
+        model(x)
+        attention.q(x)
+        made: Any = CHANGES[change](attention, x)
+        given = made if change == "another tensor" else x
+        k, v = attention.k(given), attention.v(given)
+    use_eager(model)
+    with torch.no_grad(), fastlora.adapters(model, ids):
+        torch.testing.assert_close(k, attention.k(given))
+        torch.testing.assert_close(v, attention.v(given))
+
+
+def use_eager(model: Any) -> None:
+    """Has PyTorch compute."""
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "eager"

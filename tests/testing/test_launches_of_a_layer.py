@@ -80,6 +80,26 @@ def test_prefill(products: Counter[str]) -> None:
     assert found == {"_lora_shrink_kernel": 4, "_lora_expand_kernel": 4, "addmm_": 7}
 
 
+@pytest.mark.parametrize(("adapters", "kernel"), [(4, "linear"), (64, "expand")])
+def test_decode_of_a_mixed_batch(adapters: int, kernel: str) -> None:
+    """Fused where a row tile has few adapters; else an expand by pieces beside the 7 products."""
+    config = fastlora.LoraConfig(r=16, target_modules=list(NAMES))
+    model = fastlora.get_peft_model(Layer(), config, adapter_name="a0")
+    for index in range(1, adapters):
+        model.add_adapter(f"a{index}", config)
+    model.to(torch.bfloat16).eval()
+    x = torch.randn(64, WIDTH, dtype=torch.bfloat16)
+    ids = [f"a{row % adapters}" for row in range(64)]
+    with stubbed_launches(processors=16) as launches, torch.no_grad():
+        for _ in range(3):
+            with fastlora.adapters(model, ids):
+                model(x)
+                before = len(launches)
+                model(x)
+    found = Counter(launch.kernel for launch in launches[before:])
+    assert found == {"_mixed_lora_shrink_kernel": 4, f"_mixed_lora_{kernel}_kernel": 4}
+
+
 def test_a_training_step(products: Counter[str]) -> None:
     found = run(2048, True, products)
     assert found["_lora_expand_kernel"] == 4 + 7, "an update for each x, and for each dx"

@@ -167,6 +167,47 @@ def linear_at(
 
 
 @kept
+def siblings_at(
+    x: torch.Tensor,
+    weights: _Tensors,
+    biases: Sequence[torch.Tensor | None],
+    rows: _Tensors,
+    tables: _Tensors,
+    first: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Returns y of 2 to 4 modules that are fed by the same x, neighbours in the tables.
+
+    Two launches: a shrink, and a linear. Or, where many adapters may share a row tile, the
+    library's products, a shrink, and an expand.
+    """
+    found, launch = tables_of(tables, max_rank, factor_dtype), "mixed_lora_linear"
+    own = slice(first, first + len(weights))
+    (m, k), n, slots = x.shape, sum(weight.shape[0] for weight in weights), found.rank.shape[1]
+    fused = choose_plan("auto", x, weights[0], max_rank, launch, n=n, slots=slots) != "split"
+    if fused:
+        ys = [empty(x, m, weight.shape[0]) for weight in weights]
+    else:
+        ys = [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+    s = shrink_at(x, rows, found, own)
+    bias_address = None if found.bias_address is None else found.bias_address[own]
+    up = found.b_address[own], bias_address, found.rank[own], found.scaling[own]
+    options = {"factor_dtype": factor_dtype, "pdl": chip_of(x).has_pdl}
+    if fused:
+        config = config_of(launch, x, m, n, k, max_rank)
+        mixed_lora_linear.launch_mixed_lora_linear(
+            *(ys, x, weights, biases, s, *rows[:3], *up), config=config, **options
+        )
+    else:
+        config = config_of("mixed_lora_expand", x, m, n, k, max_rank)
+        mixed_lora_expand.launch_mixed_lora_expand(
+            *(ys, s, *rows[:3], rows[4], *up), config=config, **options
+        )
+    return ys
+
+
+@kept
 def add_at_(
     y: torch.Tensor,
     x: torch.Tensor,
