@@ -66,7 +66,7 @@ def launches(model: Any, x: torch.Tensor, ids: Any) -> Counter[str]:
 
 @pytest.mark.skipif(not triton_interpreted(), reason="launches are counted in the interpreter")
 def test_launches_do_not_depend_on_the_mix(lab: Any) -> None:
-    """One shrink for q, k and v, one for o, and for each a linear, or of many adapters an update.
+    """For q, k and v, and for o, a shrink and a linear, or of many adapters an update.
 
     For any mix of as many adapters, and for any number that a linear's epilogue takes.
     """
@@ -75,7 +75,7 @@ def test_launches_do_not_depend_on_the_mix(lab: Any) -> None:
     few = (["a0"] * 12, [None] * 12, [f"a{i % 4}" for i in range(12)])
     many = ([f"a{i % 6}" for i in range(12)], ["a0"] * 7 + [f"a{i}" for i in range(1, 6)])
     for mixes, update in ((few, "linear"), (many, "expand")):
-        expected = {"_mixed_lora_shrink_kernel": 2, f"_mixed_lora_{update}_kernel": 4}
+        expected = {"_mixed_lora_shrink_kernel": 2, f"_mixed_lora_{update}_kernel": 2}
         assert all(launches(model, x, ids) == expected for ids in mixes)
 
 
