@@ -56,10 +56,13 @@ def shrinks(model: Any, x: torch.Tensor) -> list[int]:
     return [call.args[0].shape[1] for call in shrink.call_args_list]
 
 
-def test_inference_mode_shrinks_each_layer_once(lab: Any) -> None:
-    """Nothing is shared there, so nobody may compute for a sibling."""
+def test_inference_mode_shares_where_nobody_was_seen_to_write(lab: Any) -> None:
+    """Writes are not counted there; a forward where they are has shown that there are none."""
     model, x = build(lab), torch.randn(2, 48, device=lab.device)
     assert shrinks(model, x) == [2]
+    with torch.inference_mode():
+        assert shrinks(model, x.clone()) == [2]
+    model.base_model.model.q._family.unwritten = False
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == [1, 1]  # q's and k's, neither of them for both
 
