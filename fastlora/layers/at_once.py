@@ -117,7 +117,8 @@ def _compute(
     keys = [_key(stream, *tensors) for tensors in zip(*siblings, strict=True)]
     if None in keys:
         return None
-    made = BACKENDS[call.conditions.backend].siblings(x.reshape(-1, x.shape[-1]), siblings)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    made = BACKENDS[call.conditions.backend].siblings(flat, siblings)
     if made is None:
         return None
     ys, is_whole = made
