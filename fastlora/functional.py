@@ -42,9 +42,9 @@ def lora_linear(
             0 in evaluation.
         impl: ``"triton"`` or ``"eager"``, or ``"auto"``: Triton on a GPU it supports, else eager.
         plan: What the Triton implementation launches: ``"fused"`` (one GEMM with the LoRA term in
-            its epilogue), ``"split"`` (cuBLAS, then an in-place update), ``"invariant"`` (fused,
-            as in `fastlora.batch_invariant`, inside of which it is the only one), or ``"auto"``:
-            what ``FASTLORA_PLAN`` names, else a table by chip, dtype, rows and rank.
+            its epilogue), ``"split"`` (the update, then cuBLAS on top of it), ``"invariant"``
+            (fused, as in `fastlora.batch_invariant`, inside of which it is the only one), or
+            ``"auto"``: what ``FASTLORA_PLAN`` names, else a table by chip, dtype, rows and rank.
 
     Returns:
         ``[..., N]`` in x's dtype.

@@ -222,7 +222,8 @@ def plan_of(
     """Returns which launches make a linear: a measured plan, else that of the sizes.
 
     - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
-    - ``split``: the library's GEMM, shrink, and an in-place update.
+    - ``split``: shrink, an update, and the library's GEMM on top; for a mixed batch the library's
+      GEMM, shrink, and an in-place update.
 
     No plan has been measured yet. "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
     can hold few adapters, up to `FUSED_MAX_ADAPTERS`: an epilogue goes through all of them one
