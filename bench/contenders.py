@@ -182,6 +182,7 @@ def _shrink_expand(p: Problem) -> Results:
 def _without(feature: str) -> tuple[Any, ...]:
     """Returns (object, attribute, replacement) that switch a feature of the fused plan off."""
     from fastlora.kernels import configs, lora_linear
+    from fastlora.kernels import launch as launches
 
     chosen, launch = configs.choose, lora_linear.launch_lora_linear
     changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
@@ -193,7 +194,8 @@ def _without(feature: str) -> tuple[Any, ...]:
     def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
         launch(*args, **{**kwargs, "pdl": False})
 
-    patches: tuple[Any, ...] = ((configs, "choose", choose),)
+    # What is kept of launches does not see another config.
+    patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_KEEPS", False))
     if feature == "pdl":
         patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
     return patches

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import KernelConfig
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.launch import empty, kept, launch
 from fastlora.kernels.mixed_rows import INVALID_SLOT
 
 NO_SLOT = tl.constexpr(-1)
@@ -145,7 +145,7 @@ def launch_mixed_rows_sort(
         config: From `fastlora.kernels.configs.choose`.
     """
     b, m = ids.shape[0], order.shape[0]
-    sorted_ids = torch.empty(2, b, dtype=torch.int32, device=order.device)
+    sorted_ids = empty(order, 2, b)
     width = max(triton.next_power_of_2(b), _LEAST_IDS)
     launch(
         _mixed_rows_sort_kernel,
