@@ -25,7 +25,9 @@ from fastlora.routing.siblings import (
     family_of,
     keep_shares,
     take_share,
+    withdraw_share,
 )
+from fastlora.weight_marks import marks
 
 # Siblings of one launch.
 _MOST = 4
@@ -85,11 +87,19 @@ def output_at_once(call: LayerCall, base: Base, own: Factors) -> torch.Tensor | 
     weight, bias = base.weight, base.bias
     if own.dropout_p or own.lora_bias is not None or own.magnitude is not None or weight is None:
         return None
+    if call.conditions.autocast is not None:
+        return None
+    if family.idle and id(layer) in family.idle:
+        family.idle.discard(id(layer))
+        family.at_once.clear()
     # Part of each key, as numbers differ in identity.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     key = _key(stream, weight, bias, own.lora_a, own.lora_b, own.scaling)
-    left = None if key is None else take_share(x, id(layer), (family,), key)
+    context = family, marks.trained
+    left = None if key is None else take_share(x, id(layer), context, key)
     if left is None:
+        if withdraw_share(id(layer)):
+            family.at_once.clear()  # it computes other than the first took it to
         left = _compute(call, base, own, family, stream)
         if left is None:
             return None
@@ -111,9 +121,13 @@ def _compute(
     if launch is None or not launch.serves(x, base, own):
         family.at_once.clear()  # another one's is as old
         launch = family.at_once[id(layer)] = _launch_of(call, base, own, family)
-    siblings = launch.siblings
+    siblings, device = launch.siblings, x.get_device()
     if siblings is None:
         return None
+    for kind in siblings:
+        for tensor in kind:
+            if tensor is not None and tensor.get_device() != device:  # moved as it is
+                return None
     keys = [_key(stream, *tensors) for tensors in zip(*siblings, strict=True)]
     if None in keys:
         return None
@@ -126,7 +140,7 @@ def _compute(
         owner: (key, _Left(y, is_whole))
         for owner, key, y in zip(launch.owners[1:], keys[1:], ys[1:], strict=True)
     }
-    keep_shares(x, (family,), shares)
+    keep_shares(x, (family, marks.trained), shares)
     return _Left(ys[0], is_whole)
 
 
@@ -155,9 +169,9 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
     found: list[tuple[int, Base, Factors]] = []
     for reference in family.members:
         member: Any = reference()
-        if member is layer and _fits(x, base, own) and call.conditions.autocast is None:
+        if member is layer and _fits(x, base, own):
             found.append((id(layer), base, own))
-        elif found and member is not None and len(found) < _MOST:
+        elif found and member is not None and id(member) not in family.idle and len(found) < _MOST:
             like = _operands_of(member, call, base, own)
             if like is not None:
                 found.append((id(member), *like))

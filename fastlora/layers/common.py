@@ -22,13 +22,14 @@ from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.ops.factors import Base
 from fastlora.ops.torch.norms import nonzero
 from fastlora.routing.routing import Group
-from fastlora.routing.siblings import Family
+from fastlora.routing.siblings import Family, forget_siblings
 from fastlora.weight_marks import marks
 
 
 def forget_kept(layer: AdapterLayer) -> None:
     """Drops what a layer keeps of its weights, and its model of the adapters in mixed batches."""
     forget_norms(layer)
+    forget_siblings(layer)
     marks.end_trained()  # blocks that are open keep some too
     if layer.routed_by is not None:
         layer.routed_by.packs.clear()

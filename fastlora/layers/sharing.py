@@ -32,6 +32,7 @@ from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Base, Slots
+from fastlora.routing.kept import stream_of
 from fastlora.routing.siblings import (
     Family,
     FedLayer,
@@ -85,8 +86,8 @@ def shared_shrink(
         # Of a block that has ended nothing is held: it knows all layers of its model.
         block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
         context = call.conditions.impl, call.conditions.autocast, block
-        bias = None if base is None else base.bias
-        found = take_share(x, id(layer), context, _key(own, bias))
+        bias, stream = None if base is None else base.bias, stream_of(x.device)
+        found = take_share(x, id(layer), context, (stream, *_key(own, bias)))
         if found is None:
             found, why = _share(call, own, base, family, context)
     family.why_not[id(layer)] = why
@@ -107,13 +108,15 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
 
 
 def _key(slots: Slots, bias: torch.Tensor | None) -> tuple[Any, ...]:
-    """Returns what a share depends on: factors and bias, unchanged since, and dropout."""
+    """Returns what a share depends on: factors and bias, unchanged since, scaling and dropout."""
     key: list[Any] = [None if bias is None else (id(bias), bias._version)]
     for f in slots.own:
         if f is None:
             key.append(None)
         else:
             key += id(f.lora_a), f.lora_a._version, id(f.lora_b), f.lora_b._version, f.dropout_p
+            of_tensor = isinstance(f.scaling, torch.Tensor)
+            key.append((id(f.scaling), f.scaling._version) if of_tensor else f.scaling)
     return tuple(key)
 
 
@@ -140,9 +143,10 @@ def _share(
     if base is not None and isinstance(call, LayerCall) and call.conditions.backend == "triton":
         siblings = siblings_of(call, base, found)
     made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows, siblings)
+    stream = stream_of(call.given.device)
     biases = [None] * len(found) if base is None else [_bias_of(member) for member, _ in found]
     shares = {
-        id(member): (_key(slots, bias), share)
+        id(member): ((stream, *_key(slots, bias)), share)
         for (member, slots), bias, share in zip(found[1:], biases[1:], made[1:], strict=True)
     }
     keep_shares(call.given, context, shares)

@@ -16,14 +16,20 @@ from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.watch import Watch
 from fastlora.ops import schema
-from fastlora.ops.conditions import sees_operators
 from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
 from fastlora.routing.kept import Watcher
 from fastlora.routing.routing import Routing
-from fastlora.routing.siblings import is_unwritten, keep_shares, siblings_of, take_share
+from fastlora.routing.siblings import (
+    has_shares,
+    is_unwritten,
+    keep_shares,
+    siblings_of,
+    take_share,
+)
+from fastlora.weight_marks import marks
 
 # Siblings of one launch.
 _MOST = 4
@@ -147,17 +153,19 @@ def run(
         )
     else:
         s, siblings, number = None, found.siblings, call.layer.routed_as
-        context = (rows, tables, invariant)
+        # With gradients on, every call makes a mark; a pool's adapters are not trained.
+        mark = None if torch.is_grad_enabled() else marks.trained
+        context = (rows, tables, invariant, mark)
         # Writes into an inference tensor are not counted.
         if siblings is not None and x.is_inference() and not is_unwritten(call.layer):
             siblings = None
-        if siblings is not None and not invariant and not call.conditions.compiling:
-            made_at_once = _at_once(call, base, flat, found, context)
-            if made_at_once is not None:
-                y = made_at_once
-                return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         if siblings is not None:
             s = take_share(x, number, context, siblings)
+            if s is None and not invariant:
+                y_at_once = _at_once(call, base, flat, found, context)
+                if y_at_once is not None:
+                    y = y_at_once
+                    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         compiling = call.conditions.compiling
         operators = torch.ops.fastlora if compiling else schema.operators_for(flat)
         y, *made = operators.lora_linear_at(
@@ -174,7 +182,7 @@ def _at_once(
 ) -> torch.Tensor | None:
     """Returns y ``[M, N]`` where a layer is computed with its siblings; None where it is not.
 
-    The first of them computes those that are behind it in the tables.
+    Whoever is called first computes its neighbours in the tables too.
 
     Args:
         call: The layer's.
@@ -184,31 +192,36 @@ def _at_once(
         context: What all shares depend on.
     """
     key = _key(base)
-    y: torch.Tensor | None = None
-    if key is not None:
-        y = take_share(call.given, call.layer.routed_as, context, key)
-    if y is not None or key is None or not place.behind or sees_operators(x):
+    if key is None or not place.group:
+        return None
+    y: torch.Tensor | None = take_share(call.given, call.layer.routed_as, context, key)
+    if y is not None or has_shares() or not schema.is_direct(x):
         return y
-    bases = [base]
-    for member in place.behind:
-        other = member._plain_base() if member.impl == call.layer.impl else None
-        if other is None or (other.bias is None) != (base.bias is None):
+    bases: list[Base] = []
+    for member in place.group:
+        own = base if member is call.layer else member._plain_base()
+        if (
+            own is None
+            or member.impl != call.layer.impl
+            or (own.bias is None) != (base.bias is None)
+        ):
             return None
-        bases.append(other)
+        bases.append(own)
     keys = [_key(own) for own in bases]
     if None in keys or not all(_fits(x, own) for own in bases):
         return None
     from fastlora.ops.triton import forward
 
-    tables = place.of
+    tables, (first, _) = place.of, place.siblings or (place.row, 0)
     ys = forward.siblings_at(
         *(x, [own.weight for own in bases if own.weight is not None], [own.bias for own in bases]),
-        *(place.own, place.tables, place.row, tables.max_rank, tables.dtype),
+        *(place.own, place.tables, first, tables.max_rank, tables.dtype),
     )
-    numbers = [member.routed_as for member in place.behind]
-    shares = zip(numbers, keys[1:], ys[1:], strict=True)
-    keep_shares(call.given, context, {number: (key, y) for number, key, y in shares})
-    return ys[0]
+    numbers = [member.routed_as for member in place.group]
+    made = dict(zip(numbers, zip(keys, ys, strict=True), strict=True))
+    _, y = made.pop(call.layer.routed_as)
+    keep_shares(call.given, context, made)
+    return y
 
 
 def _fits(x: torch.Tensor, base: Base) -> bool:
@@ -241,7 +254,8 @@ class Place(NamedTuple):
         siblings: The rows of siblings that are its neighbours, and its own: first, and behind the
             last; None where it has none. One launch serves their shrink.
         others: Numbers of these siblings.
-        behind: Those that are behind the layer in the tables, as many as one launch takes.
+        group: The layer and these siblings, in the tables' order; none if they are more than one
+            launch takes.
     """
 
     of: Tables
@@ -252,7 +266,7 @@ class Place(NamedTuple):
     row: int
     siblings: tuple[int, int] | None
     others: list[int]
-    behind: list[AdapterLayer]
+    group: list[AdapterLayer]
 
     def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
         """Whether it is for these."""
@@ -283,9 +297,11 @@ def _place_of(
         stop += 1
     siblings = (first, stop) if stop - first > 1 else None
     others = [members[other].routed_as for other in range(first, stop) if other != row]
-    behind = [members[other] for other in range(row + 1, min(stop, row + _MOST))]
+    is_known = bool(members)
+    members[row] = layer
+    group = [members[each] for each in range(first, stop)] if 1 < stop - first <= _MOST else []
     own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
-    found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others, behind)
-    if members:
+    found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others, group)
+    if is_known:
         call.routing.kept.places[layer.routed_as] = found
     return found

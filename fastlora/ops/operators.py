@@ -13,7 +13,6 @@ import torch
 
 from fastlora.ops import schema
 from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
-from fastlora.ops.conditions import sees_operators
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.rows import Rows
@@ -200,7 +199,7 @@ class OperatorBackend:
         self, x: torch.Tensor, siblings: Siblings
     ) -> tuple[list[torch.Tensor], bool] | None:
         """See `fastlora.ops.backend.Backend.siblings`; none where somebody looks at operators."""
-        if self.impl != "triton" or sees_operators(x):
+        if self.impl != "triton" or not schema.is_direct(x):
             return None
         from fastlora.ops.triton import forward
 
@@ -210,7 +209,7 @@ class OperatorBackend:
         self, x: torch.Tensor, siblings: Siblings
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
         """See `fastlora.ops.backend.Backend.updates`; none where somebody looks at operators."""
-        if self.impl != "triton" or sees_operators(x):
+        if self.impl != "triton" or not schema.is_direct(x):
             return None
         from fastlora.ops.triton import forward
 

@@ -96,10 +96,15 @@ def operators_for(x: torch.Tensor) -> Operators:
     Where nothing would see a registered operator and x lies on the current device, these are the
     functions that run them: the dispatcher takes 5 us a call.
     """
-    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     registered: Any = torch.ops.fastlora
-    found: Operators = _DIRECT if here and not sees_operators(x) else registered
+    found: Operators = _DIRECT if is_direct(x) else registered
     return found
+
+
+def is_direct(x: torch.Tensor) -> bool:
+    """Whether what launches may be called as it is: nothing sees it, on the current device."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return here and not sees_operators(x)
 
 
 @functools.cache

@@ -40,6 +40,7 @@ class Family:
         why_not: Why the last training forward of a layer (by its ``id``) shared nothing; empty
             where it did.
         at_once: By a layer's ``id``, what `fastlora.layers.at_once` keeps for its next call.
+        idle: The ``id`` of layers that were not called when something was computed for them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Family:
         self.unwritten = unwritten
         self.why_not: dict[int, str] = {}
         self.at_once: dict[int, Any] = {}
+        self.idle: set[int] = set()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Family:
         return Family()
@@ -174,10 +176,24 @@ def take_share(
     if not same or not all(map(is_, context, shares.context)):
         drop_shares()  # they hold activations
         return None
-    needed, share = shares.own.pop(owner, (None, None))
+    needed, share = shares.own.get(owner, (None, None))
+    if share is None or needed != key:
+        return None
+    del shares.own[owner]
     if not shares.own:
         _thread.shares = None
-    return share if needed == key else None
+    return share
+
+
+def withdraw_share(owner: int) -> bool:
+    """Forgets a share that its owner cannot take; returns whether there was one."""
+    shares = _thread.shares
+    return shares is not None and shares.own.pop(owner, None) is not None
+
+
+def has_shares() -> bool:
+    """Whether some of the last shares were not taken yet; asked after `take_share`."""
+    return _thread.shares is not None
 
 
 def keep_shares(
@@ -189,12 +205,29 @@ def keep_shares(
     """
     if own:
         version = 0 if x.is_inference() else x._version
-        _thread.shares = _Shares(weakref.ref(x), version, context, dict(own))
+        _thread.shares = _Shares(weakref.ref(x, _forget), version, context, dict(own))
+
+
+def _forget(x: weakref.ref[torch.Tensor]) -> None:
+    """Forgets the shares of a tensor that is gone: nobody can take them."""
+    shares = _thread.shares
+    if shares is not None and shares.x is x:
+        _thread.shares = None
 
 
 def drop_shares() -> None:
-    """Forgets shares that nobody took, and of a family what let them be made."""
+    """Forgets shares that nobody took, and notes whose they were."""
     shares, _thread.shares = _thread.shares, None
     for part in () if shares is None else shares.context:
-        if isinstance(part, Family):
+        if isinstance(part, Family) and shares is not None:
             part.at_once.clear()
+            part.idle.update(shares.own)
+
+
+def forget_siblings(layer: object) -> None:
+    """Forgets what is kept of a layer's siblings, and what they left for each other."""
+    family = getattr(layer, "__dict__", {}).get("_family")
+    if family is not None:
+        family.at_once.clear()
+        family.idle.clear()
+        _thread.shares = None

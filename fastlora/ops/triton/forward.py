@@ -96,10 +96,14 @@ def linear(
 
 def siblings(
     x: torch.Tensor, weights: _Tensors, *own: Sequence[torch.Tensor | None]
-) -> tuple[list[torch.Tensor], bool]:
-    """Returns what `fastlora.ops.backend.Backend.siblings` does; ``own`` as in `_siblings`."""
+) -> tuple[list[torch.Tensor], bool] | None:
+    """Returns what `fastlora.ops.backend.Backend.siblings` does; ``own`` as in `_siblings`.
+
+    None where the layers are laid out otherwise than they were, which changes no tensor's identity.
+    """
     fused = _fuses(x, weights, own[1])
-    return _siblings(x, weights if fused else [None] * len(weights), *own), fused
+    made = _siblings(x, weights if fused else [None] * len(weights), *own)
+    return None if made is None else (made, fused)
 
 
 def updates(
@@ -108,7 +112,10 @@ def updates(
     """Returns what `fastlora.ops.backend.Backend.updates` does: none where linears are fused."""
     if _fuses(x, weights, own[1]):
         return None
-    *ys, s = _siblings(x, [None] * len(weights), *own, with_s=True)
+    made = _siblings(x, [None] * len(weights), *own, with_s=True)
+    if made is None:
+        return None
+    *ys, s = made
     return list(s.split([a.shape[0] for a in own[1] if a is not None], dim=1)), ys
 
 
@@ -398,12 +405,20 @@ def _siblings(
     lora_b: _Tensors,
     scalings: _Tensors,
     with_s: bool = False,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor] | None:
     """Returns y of modules fed by the same x, without the base products where weights are None.
 
     And on request their s side by side, ``[M, R]``. Two launches: shrink, and a linear or an
-    expand; one more where the linear splits K.
+    expand; one more where the linear splits K. None for operands that a kernel does not take beside
+    others.
     """
+    k, blocks = x.shape[1], [t for t in (*weights, *biases) if t is not None]
+    if not all(t.is_contiguous() for t in (*blocks, *lora_a, *lora_b)):
+        return None
+    if any(t.dtype != x.dtype for t in blocks) or any(a.shape[1] != k for a in lora_a):
+        return None
+    if len({a.dtype for a in lora_a}) > 1 or len({b.dtype for b in lora_b}) > 1:
+        return None
     (m, k), r, fused = x.shape, max(b.shape[1] for b in lora_b), weights[0] is not None
     sizes = [b.shape[0] for b in lora_b]
     s, shrunk = _shrunk(x, lora_a, None, 0.0)
