@@ -15,6 +15,27 @@ LLAMA_LAYERS = (("q/o", 4096, 4096), ("gate/up", 4096, 14336), ("down", 14336, 4
 LLAMA_NARROW = (("k/v", 4096, 1024),)
 QWEN_LAYERS = (("q", 1024, 2048), ("gate/up", 1024, 3072), ("down", 3072, 1024))
 QWEN_NARROW = (("o", 2048, 1024), ("k/v", 1024, 1024))
+# The linears of a decoder layer, in the order of their calls: (K, N).
+DECODERS = {
+    LLAMA: {
+        "q_proj": (4096, 4096),
+        "k_proj": (4096, 1024),
+        "v_proj": (4096, 1024),
+        "o_proj": (4096, 4096),
+        "gate_proj": (4096, 14336),
+        "up_proj": (4096, 14336),
+        "down_proj": (14336, 4096),
+    },
+    QWEN: {
+        "q_proj": (1024, 2048),
+        "k_proj": (1024, 1024),
+        "v_proj": (1024, 1024),
+        "o_proj": (2048, 1024),
+        "gate_proj": (1024, 3072),
+        "up_proj": (1024, 3072),
+        "down_proj": (3072, 1024),
+    },
+}
 ROWS = (1, 64, 2048, 16, 8192)
 # 64 sequences: a token of each, and 32.
 MIXED_ROWS = (64, 2048)

@@ -15,15 +15,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastlora.bench import byte_forms
+from fastlora.bench.byte_forms import ELSEWHERE, SCALING, Batch, Form, Sizes
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import KernelConfig, cdiv, choose
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
-from tests.support.bytes import byte_forms
-from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount
-from tests.support.bytes.byte_forms import SCALING, Batch, Form, Sizes, check
+from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check
 from tests.support.bytes.count_bytes import (
     FULL_STEPS,
     H100,
