@@ -87,19 +87,22 @@ def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tupl
 
 
 def linear(sizes: Sizes, config: KernelConfig, planes: int = 1, with_bias: bool = False) -> Form:
-    """`launch_lora_linear` as a forward; s is written besides where it is planes."""
+    """`launch_lora_linear` as a forward; s is written besides where it is planes.
+
+    Programs that share K all ask for lora_b, scaling and bias, and the first of them for s.
+    """
     m, n, k, r, e, f = sizes
     tiles_m, tiles_n, flops = _tiles(sizes, config, k, n)
     loads = {
         "x": often(e * m * k, tiles_n),
         "weight": often(e * n * k, tiles_m),
         "s": often(summed(m * r, planes, e)[0], tiles_n),
-        "lora_b": often(f * n * r, tiles_m),
-        "scaling": (SCALING, SCALING * r * tiles_m * tiles_n),
+        "lora_b": often(f * n * r, tiles_m * config.splits),
+        "scaling": (SCALING, SCALING * r * tiles_m * tiles_n * config.splits),
     }
     stores = {"y": summed(m * n, config.splits, e)}
     if with_bias:
-        loads["bias"] = often(e * n, tiles_m)
+        loads["bias"] = often(e * n, tiles_m * config.splits)
     if planes > 1:
         stores["s"] = often(e * m * r)
     return Form(loads, stores, flops)

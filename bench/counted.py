@@ -27,7 +27,7 @@ from fastlora.bench.launch_forms import BF16, WIDTH, Work, work_of
 from fastlora.testing import stubbed_launches
 
 SEQUENCES = 64  # of a mixed prefill
-BARE, OURS, PEFT, ADDMM = "bare", "fastlora", "peft", "addmm"
+BARE, OURS, PEFT, ADDMM = "base", "fastlora", "peft", "addmm"
 Linears = Mapping[str, tuple[int, int]]  # (K, N) by name
 # Linears of a decoder layer that get the x of another.
 _SIBLING_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -96,7 +96,8 @@ def adapted(library: Any, linears: Linears, case: Case, r: int, device: str) -> 
     )
     for i in range(1, case.adapters):
         made.add_adapter(f"adapter_{i}", config, **options)
-    return made.train(case.kind == "training")
+    # PEFT makes later adapters on meta tensors in fp32.
+    return made.to(BF16).train(case.kind == "training")
 
 
 def step(

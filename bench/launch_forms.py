@@ -104,7 +104,7 @@ def _form(launch: Launch, r: int) -> Form:
         else:
             form = byte_forms.expand(own, config, 1, given["PLANES"], given["READS_Y"])
         forms.append(form)
-    return _together(forms)
+    return together(forms)
 
 
 def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
@@ -118,7 +118,7 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
     return byte_forms.mixed_linear(batch_of(n, k, r), config, given["planes"], given["HAS_BIAS"])
 
 
-def _together(forms: Sequence[Form]) -> Form:
+def together(forms: Sequence[Form]) -> Form:
     """Returns siblings of one launch as one form: they read the same x."""
     loads = {f"{t}_{i}": v for i, form in enumerate(forms) for t, v in form.loads.items()}
     for i in range(1, len(forms)):

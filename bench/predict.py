@@ -247,12 +247,12 @@ def line_of(row: dict[str, Any]) -> str:
     return (
         f"prediction: {row['model']} {row['case']}, M {row['M']}, adapters: {row['adapters']}, "
         f"r {row['r']}, dropout {row['dropout']}: {row['contender']} {row['predicted_us']} us, "
-        f"{row['ratio_to_floor']} of the floor, {row['kernels']} kernels, {row['megabytes']} MB"
+        f"{row['ratio_to_floor']} times the floor, {row['kernels']} kernels, {row['megabytes']} MB"
     )
 
 
 def details(found: Sequence[tuple[Work, Time]], ceilings: Ceilings) -> Iterator[str]:
-    """Yields a line for each kernel."""
+    """Yields a line for each kernel of ours, and each product of PyTorch's beside them."""
     for work, time in found:
         megabytes = (work.loads + work.stores) / 1e6
         line = f"{work.name}: {time.us:.1f} us by {time.bound}, {megabytes:.2f} MB"
