@@ -19,6 +19,7 @@ import torch
 
 from fastlora.bench import contenders, mixed_kernels
 from fastlora.bench.contenders import SCALING, YARDSTICK, Contender, Problem
+from fastlora.bench.harness import DeviceLostError
 from fastlora.bench.linear import Bench
 from fastlora.bench.machine import ROOT
 from fastlora.bench.plot import picture
@@ -165,7 +166,10 @@ def measure(args: argparse.Namespace, device: str) -> int:
     bench = Chosen(run)
     for point in points(args):
         before = len(bench.file.rows)
-        bench.measure(point)
+        try:
+            bench.measure(point)
+        except DeviceLostError as lost:
+            raise KernelsBenchError(f"{point}: {lost} took the GPU down") from lost
         print(point)
         for row in bench.file.rows[before:]:
             print(line_of(row, point, bench.contenders_for(point), bench.dtype.itemsize))
