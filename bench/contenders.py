@@ -155,6 +155,19 @@ class _AddmmFunction(torch.autograd.Function):
         return dx, None, d_lora_a, d_lora_b
 
 
+def addmm_linear(
+    weight: torch.Tensor, r: int, trains: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the forward of a linear ``[N, K]`` with factors of its own, by ``addmm_``."""
+    n, k = weight.shape
+    lora_a, lora_b = weight.new_empty(r, k), weight.new_empty(n, r)
+    if trains:
+        lora_a.requires_grad_(), lora_b.requires_grad_()
+        return lambda x: _AddmmFunction.apply(x, weight, lora_a, lora_b)
+    add = {"alpha": SCALING}
+    return lambda x: F.linear(x, weight).addmm_(F.linear(x, lora_a), lora_b.t(), **add)
+
+
 def _augmented(p: Problem) -> Results:
     """One GEMM over K + R, rounded once; both operands are copied."""
     x = torch.cat([p.x, F.linear(p.x, p.lora_a)], dim=1)

@@ -87,7 +87,8 @@ class Checker:
     ) -> None:
         self.problem, self.truths, self.yardstick = problem, truths, yardstick
         by_name = {contender.name: contender for contender in contenders}
-        self.same_dtype = {kind: self._results(by_name[yardstick[kind]]) for kind in truths}
+        kinds = {contender.kind for contender in contenders}
+        self.same_dtype = {kind: self._results(by_name[yardstick[kind]]) for kind in kinds}
 
     def _results(self, contender: Contender) -> Results:
         before = self.problem.y.clone()

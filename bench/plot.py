@@ -42,16 +42,24 @@ def main() -> int:
         return 2
     source = Path(sys.argv[1])
     target = Path(sys.argv[2]) if len(sys.argv) == 3 else source.with_suffix(".png")
+    if not picture(source, target, SHOWN):
+        print(f"{source} has no timed rows", file=sys.stderr)
+        return 1
+    print(target)
+    return 0
+
+
+def picture(source: Path, target: Path, shown: Sequence[str]) -> bool:
+    """Draws the rows of some contenders; returns whether any was timed."""
     with source.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ratio_to_base"]]
     if not rows:
-        print(f"{source} has no timed rows", file=sys.stderr)
-        return 1
+        return False
     panels: dict[tuple[str, ...], dict[str, list[tuple[int, float]]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in rows:
-        if row["contender"] in SHOWN:
+        if row["contender"] in shown:
             key = (row["mode"], row["model"], row["layer"], row["K"], row["N"], row["r"])
             point = (int(row["M"]), float(row["ratio_to_base"]))
             panels[key][row["contender"]].append(point)
@@ -62,7 +70,7 @@ def main() -> int:
         axis.set_visible(False)
     for axis, (key, found) in zip(axes.flat, sorted(panels.items()), strict=False):
         mode, model, layer, k, n, r = key
-        series = {name: sorted(found[name]) for name in SHOWN if name in found}
+        series = {name: sorted(found[name]) for name in shown if name in found}
         draw(axis, series, ours=("fused", "split"))
         axis.set_title(f"{model} {layer} {k}->{n}, r={r}, {mode}", fontsize=9)
         axis.set_xlabel("rows (M)")
@@ -74,8 +82,7 @@ def main() -> int:
         f"commit {first['commit']}, tests {first['tests']}"
     )
     figure.savefig(target, dpi=110)
-    print(target)
-    return 0
+    return True
 
 
 if __name__ == "__main__":

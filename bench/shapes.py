@@ -15,6 +15,27 @@ LLAMA_LAYERS = (("q/o", 4096, 4096), ("gate/up", 4096, 14336), ("down", 14336, 4
 LLAMA_NARROW = (("k/v", 4096, 1024),)
 QWEN_LAYERS = (("q", 1024, 2048), ("gate/up", 1024, 3072), ("down", 3072, 1024))
 QWEN_NARROW = (("o", 2048, 1024), ("k/v", 1024, 1024))
+# The linears of a decoder layer, in the order of their calls: (K, N).
+DECODERS = {
+    LLAMA: {
+        "q_proj": (4096, 4096),
+        "k_proj": (4096, 1024),
+        "v_proj": (4096, 1024),
+        "o_proj": (4096, 4096),
+        "gate_proj": (4096, 14336),
+        "up_proj": (4096, 14336),
+        "down_proj": (14336, 4096),
+    },
+    QWEN: {
+        "q_proj": (1024, 2048),
+        "k_proj": (1024, 1024),
+        "v_proj": (1024, 1024),
+        "o_proj": (2048, 1024),
+        "gate_proj": (1024, 3072),
+        "up_proj": (1024, 3072),
+        "down_proj": (3072, 1024),
+    },
+}
 ROWS = (1, 64, 2048, 16, 8192)
 # 64 sequences: a token of each, and 32.
 MIXED_ROWS = (64, 2048)
@@ -157,12 +178,23 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
     The larger of bytes over measured bandwidth and FLOPs over the measured GEMM rate.
 
     Args:
+        kind: As in `least_work`.
+        point: The problem.
+        element: Bytes of an element of x.
+        roofs: What this card was measured to do.
+    """
+    elements, flop = least_work(kind, point)
+    return 1e6 * max(element * elements / roofs.bytes_per_s, flop / roofs.flop_per_s)
+
+
+def least_work(kind: str, point: Point) -> tuple[float, float]:
+    """Returns the elements that must move, and the FLOPs, of a problem.
+
+    Args:
         kind: ``"base"`` (no adapter), ``"full"`` (base and adapter), ``"part"`` (the adapter's
             term added to a given y), ``"mixed"`` (base and every row's own adapter), each for a
             forward; ``"train_base"``, ``"train"`` and ``"mixed_train"`` for forward and backward.
         point: The problem.
-        element: Bytes of an element of x.
-        roofs: What this card was measured to do.
     """
     m, k, n, r = point.m, point.k, point.n, point.r
     ranks = point.ranks_of_adapters
@@ -172,7 +204,7 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
     # forward and backward: x read for shrink, GEMM and d_lora_a, dy for ds and dx, y and dx
     # written; factors read in both passes, their gradients written; s and ds written and read
     train = 2 * n * k + m * (4 * k + 3 * n) + 3 * factors + 4 * m * mean, 4 * m * n * k
-    elements, flop = {
+    return {
         "base": (n * k + m * (k + n), 2 * m * n * k),
         "full": (n * k + m * (x_reads * k + n) + factors + 2 * m * r, 2 * m * n * k),
         # x and s read, y read and written, s written
@@ -187,4 +219,3 @@ def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
         "train": train,
         "mixed_train": train,
     }[kind]
-    return 1e6 * max(element * elements / roofs.bytes_per_s, flop / roofs.flop_per_s)

@@ -29,6 +29,7 @@ _DISTRIBUTIONS = {
 _PROGRAMS = {
     ("demo",): "fastlora.commands.demo",
     ("bench", "mixed"): "fastlora.bench.mixed_bench",
+    ("bench", "kernels"): "fastlora.bench.kernels_bench",
     ("train",): "fastlora.train.command",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -129,13 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench = commands.add_parser(
         "bench",
-        help="measure on a model of yours",
-        description="Measures on a model of yours, in one process with PEFT.",
+        help="measure on a model, or a linear, of yours",
+        description="Measures on a model, or a linear, of yours, in one process with others.",
     )
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds.add_parser(
         "mixed",
         help="batches of many adapters, against PEFT (own options: bench mixed --help)",
+        add_help=False,
+    )
+    kinds.add_parser(
+        "kernels",
+        help="one linear, or a function of yours, on a GPU; without one what compiled code says "
+        "and a prediction (own options: bench kernels --help)",
         add_help=False,
     )
     commands.add_parser(

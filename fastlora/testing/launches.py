@@ -23,11 +23,19 @@ class Launch(NamedTuple):
         kernel: Name of the Triton function.
         grid: Programs along each axis.
         num_warps: Of a program.
+        num_stages: Of its pipelined loop.
+        arguments: What the kernel was called with beside tensors and strides, by name.
+        shared: Bytes of shared memory of a program.
+        binary: The compiled code.
     """
 
     kernel: str
     grid: tuple[int, int, int]
     num_warps: int
+    num_stages: int
+    arguments: dict[str, Any]
+    shared: int
+    binary: bytes
 
 
 @contextlib.contextmanager
@@ -112,7 +120,7 @@ class _Driver:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Returns module, function, registers, spills and the most threads of a program."""
-        return object(), object(), 0, 0, 1024
+        return object(), binary, 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         """Nothing was loaded."""
@@ -120,9 +128,15 @@ class _Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Returns what launches a kernel: it notes that it was called."""
 
-        kernel, num_warps, launches = metadata.name, metadata.num_warps, self._launches
+        kernel, launches = metadata.name, self._launches
+        sizes = metadata.num_warps, metadata.num_stages
+        names = source.fn.arg_names
+        told = [name for name in names if not name.endswith("_ptr") and name[:6] != "stride"]
 
-        def launch(x: int, y: int, z: int, *_: Any) -> None:
-            launches.append(Launch(kernel, (x, y, z), num_warps))
+        # After the grid: stream, function, metadata, two hooks and what they get.
+        def launch(x: int, y: int, z: int, _: Any, binary: bytes, *others: Any) -> None:
+            given = dict(zip(names, others[-len(names) :], strict=True))
+            arguments = {name: given[name] for name in told}
+            launches.append(Launch(kernel, (x, y, z), *sizes, arguments, metadata.shared, binary))
 
         return launch

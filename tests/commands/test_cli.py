@@ -84,7 +84,8 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
         (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
         (["demo", "--help"], ["--steps"]),
         (["train", "--help"], ["CONFIG", "--data", "--resume", "--dry-run", "torchrun"]),
-        (["bench", "--help"], ["mixed"]),
+        (["bench", "--help"], ["mixed", "kernels"]),
+        (["bench", "kernels", "--help"], ["--shape", "--contender", "--list", "--chip", "--out"]),
         (["bench", "mixed", "--help"], ["--model", "--adapters", "--tokens", "--dtype", "--out"]),
     ],
 )

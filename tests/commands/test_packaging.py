@@ -89,7 +89,8 @@ def test_wheel_installs_its_command(wheel: Path, installed: Path, tmp_path: Path
         assert "fastlora = fastlora.commands.cli:main" in archive.read(points).decode()
     code = """
 from fastlora.commands import cli
-for arguments in ("bench mixed --help", "demo --help", "train --help", "--version"):
+commands = ("bench mixed --help", "bench kernels --help", "demo --help", "train --help")
+for arguments in (*commands, "--version"):
     try:
         cli.main(arguments.split())
     except SystemExit as done:

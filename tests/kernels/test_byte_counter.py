@@ -15,8 +15,8 @@ if not triton_interpreted():
 
 import triton.language as tl  # noqa: E402
 
-from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount  # noqa: E402
-from tests.support.bytes.byte_forms import Form, check  # noqa: E402
+from fastlora.bench.byte_forms import ELSEWHERE, Form  # noqa: E402
+from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check  # noqa: E402
 
 
 @triton.jit

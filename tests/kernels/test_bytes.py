@@ -15,15 +15,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not triton_interpreted():
     pytest.skip("bytes are counted with TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastlora.bench import byte_forms, launch_forms
+from fastlora.bench.byte_forms import ELSEWHERE, SCALING, Batch, Form, Sizes
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import KernelConfig, cdiv, choose
 from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
-from tests.support.bytes import byte_forms
-from tests.support.bytes.byte_counter import ELSEWHERE, ByteCounter, KernelCount
-from tests.support.bytes.byte_forms import SCALING, Batch, Form, Sizes, check
+from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check
 from tests.support.bytes.count_bytes import (
     FULL_STEPS,
     H100,
@@ -77,6 +78,36 @@ def expected(problem: Problem, launch: str, more: bool, config: KernelConfig) ->
     if launch == "grad_x":
         return byte_forms.grad_x(sizes, config, more)
     return {"shrink": byte_forms.shrink, "dropout": byte_forms.dropout}[launch](sizes, config)
+
+
+def test_planes_of_a_linear_and_of_what_an_expand_reads(lab: Lab) -> None:
+    """Siblings on one grid, whose linear splits K, and whose expand makes y from planes of s."""
+    m, k, r, ns = 33, 128, 16, (70, 64)
+    x, s, scaling = lab.rand(m, k, dtype=HALF), lab.rand(4, m, 2 * r), torch.ones(1)
+    weights = [lab.rand(n, k, dtype=HALF) for n in ns]
+    lora_b = [lab.rand(n, r) for n in ns]
+    ys = [torch.empty(m, n, dtype=HALF) for n in ns]
+    planes = [torch.empty(2, m, n) for n in ns]
+    config = replace(CONFIG, splits=2)
+    with on(H100), ByteCounter() as linear:
+        own = zip(planes, lora_b, weights, strict=True)
+        modules = [Module(y, b, scaling, None, weight) for y, b, weight in own]
+        launch_lora_linear(modules, x, s, s_out=None, config=config, pdl=False)
+    with on(H100), ByteCounter() as expand:
+        modules = [Module(y, b, scaling) for y, b in zip(ys, lora_b, strict=True)]
+        launch_lora_expand(modules, s, s_out=None, reads_y=False, config=CONFIG)
+    sizes = [Sizes(m, n, k, r) for n in ns]
+    forms = [byte_forms.linear(each, config, 4) for each in sizes]
+    for form in forms:
+        form.stores.pop("s")
+    found = launch_forms.together(forms)
+    # They share a scaling here.
+    assert linear.total.issued == found.issued
+    assert linear.total.distinct == found.distinct - SCALING
+    assert linear.total.flops == found.flops
+    found = launch_forms.together([byte_forms.expand(each, CONFIG, 1, 4, False) for each in sizes])
+    assert expand.total.issued == found.issued
+    assert expand.total.distinct == found.distinct - SCALING
 
 
 @pytest.mark.parametrize("more", [False, True])

@@ -21,10 +21,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+from fastlora.bench.byte_forms import ELSEWHERE, Form
 from fastlora.env import triton_interpreted
 
-# Bytes in no registered tensor: what an operator allocates for itself, or a kernel's mistake.
-ELSEWHERE = "elsewhere"
 # Addresses kept as they come before they are sorted: bounds the memory of one launch.
 _MAX_PENDING = 1 << 22
 
@@ -130,6 +129,14 @@ class _Launch:
         self.grid: tuple[int, ...] = ()
         self.flops = 0
         self.loads, self.stores = _Accesses(), _Accesses()
+
+
+def check(count: KernelCount, form: Form) -> None:
+    """Each tensor's bytes are exactly these, and no other memory is touched."""
+    assert count.loads == form.loads
+    assert count.stores == form.stores
+    assert count.flops == form.flops
+    assert (count.distinct, count.issued) == (form.distinct, form.issued)
 
 
 class ByteCounter:

@@ -22,15 +22,15 @@ from unittest import mock
 import torch
 import triton.language as tl
 
+from fastlora.bench import byte_forms
+from fastlora.bench.byte_forms import Batch, Form, Sizes
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.configs import cdiv, choose, reads_twice, run_rows
 from fastlora.ops.factors import tables_of
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.triton import forward
-from tests.support.bytes import byte_forms
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
-from tests.support.bytes.byte_forms import Batch, Form, Sizes
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
 from tests.support.kernels.mixed_problem import OPS, MixedProblem

@@ -1,0 +1,241 @@
+"""What linears with adapters run: every launch and operator of a step, with its bytes and FLOPs.
+
+Those of fastlora come from its real host path on CPU tensors, with launches stubbed and PyTorch's
+products skipped; those of PEFT, of ``addmm_`` and of the bare layers from meta tensors. Nothing
+computes, so a layer of any size takes milliseconds. All tensors are bf16, factors too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora.bench.byte_forms import Batch
+from fastlora.bench.contenders import addmm_linear
+from fastlora.bench.launch_forms import BF16, WIDTH, Work, work_of
+from fastlora.testing import stubbed_launches
+
+SEQUENCES = 64  # of a mixed prefill
+BARE, OURS, PEFT, ADDMM = "base", "fastlora", "peft", "addmm"
+Linears = Mapping[str, tuple[int, int]]  # (K, N) by name
+# Linears of a decoder layer that get the x of another.
+_SIBLING_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Operators that launch nothing, beside views.
+_NO_KERNELS = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "detach",
+    "_unsafe_view",
+    "lift",
+)
+
+
+class Case(NamedTuple):
+    """What a layer does: ``adapters`` of a mixed batch, or 0 for one that acts on all rows."""
+
+    kind: str
+    rows: int
+    adapters: int = 0
+    dropout: float = 0.0
+
+    @property
+    def sequences(self) -> int:
+        """Of a mixed batch: rows of one have one adapter."""
+        return min(self.rows, SEQUENCES)
+
+    def names(self) -> list[str]:
+        """The adapter of each sequence of a mixed batch."""
+        return [f"adapter_{i % self.adapters}" for i in range(self.sequences)]
+
+    def batch(self, n: int, k: int, r: int) -> Batch:
+        """A linear's operands of a mixed batch, bf16."""
+        each = self.rows // self.sequences
+        ids = [i % max(self.adapters, 1) for i in range(self.sequences) for _ in range(each)]
+        return Batch(ids, [r] * max(self.adapters, 1), n, k, WIDTH, WIDTH)
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+class Layer(nn.Module):
+    """Linears alone; memory that nobody reads is never filled."""
+
+    def __init__(self, linears: Linears, device: str) -> None:
+        super().__init__()
+        for name, (k, n) in linears.items():
+            linear = nn.Linear(k, n, bias=False, device="meta", dtype=BF16)
+            self.add_module(name, linear.to_empty(device=device).requires_grad_(False))
+
+    def forward(self, xs: dict[str, torch.Tensor], **given: Any) -> list[torch.Tensor]:
+        """Maps the x of each linear ``[..., K]``; siblings get the same."""
+        named = self.named_children()
+        return [linear(xs[_SIBLING_OF.get(name, name)], **given) for name, linear in named]
+
+
+def adapted(library: Any, linears: Linears, case: Case, r: int, device: str) -> Any:
+    """Returns a library's model over a layer, with the adapters of a case."""
+    config = library.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=case.dropout, target_modules=list(linears)
+    )
+    options = {"autocast_adapter_dtype": False}
+    made = library.get_peft_model(
+        Layer(linears, device), config, adapter_name="adapter_0", **options
+    )
+    for i in range(1, case.adapters):
+        made.add_adapter(f"adapter_{i}", config, **options)
+    # PEFT makes later adapters on meta tensors in fp32.
+    return made.to(BF16).train(case.kind == "training")
+
+
+def step(
+    layer: Callable[..., Any], linears: Linears, case: Case, device: str
+) -> Callable[[], None]:
+    """Returns a forward of the case, or forward and backward."""
+    shape = (case.sequences, case.rows // case.sequences) if case.adapters else (case.rows,)
+    shape = (case.rows,) if case.kind == "decode" else shape
+    trains = case.kind == "training"
+    xs = {
+        name: torch.empty(*shape, k, dtype=BF16, device=device, requires_grad=trains)
+        for name, (k, _) in linears.items()
+        if name not in _SIBLING_OF
+    }
+
+    def run() -> None:
+        with torch.set_grad_enabled(trains):
+            ys = layer(xs)
+            if trains:
+                torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+                for x in xs.values():
+                    x.grad = None
+
+    return run
+
+
+# ------------------------------------------------------------------------------- what is counted
+
+
+def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> list[Work]:
+    """Returns what one step of fastlora's launches: its own kernels, and PyTorch's."""
+    layer = adapted(fastlora, linears, case, r, "cpu")
+    inner = layer.base_model.model
+    for linear in inner.children():
+        linear.impl = "triton"
+    with contextlib.ExitStack() as stack:
+        launches = stack.enter_context(stubbed_launches(chip, processors))
+        products = stack.enter_context(_skipped_products())
+        if case.adapters:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(fastlora.adapters(layer, case.names()))
+        run = step(inner, linears, case, "cpu")
+        for _ in range(3):  # layers find out which of them share an x
+            launches.clear()
+            products.clear()
+            run()
+            for parameter in inner.parameters():
+                parameter.grad = None
+        return [work_of(launch, case.batch, r) for launch in launches] + products
+
+
+@contextlib.contextmanager
+def _skipped_products() -> Iterator[list[Work]]:
+    """Within the block, PyTorch's products on CPUs compute nothing, and are noted.
+
+    A mode of PyTorch's would do, but layers take another path beneath one.
+    """
+    found: list[Work] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        made = a.new_empty(a.shape[0], b.shape[1])
+        found.append(_operator("mm", [a, b], [made]))
+        return made
+
+    def accumulate(
+        y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+    ) -> torch.Tensor:
+        found.append(_operator("addmm_", [y, a, b], [y]))
+        return y
+
+    def total(a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1) -> torch.Tensor:
+        if a.dtype != BF16:  # the host's own; another operator than the replaced one makes it
+            return torch.sub(a, b, alpha=-alpha)
+        made = torch.empty_like(a)
+        found.append(_operator("add", [a, b], [made]))
+        return made
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that a kernel is replaced
+        library.impl("mm", product, "CPU")
+        library.impl("addmm_", accumulate, "CPU")
+        library.impl("add.Tensor", total, "CPU")
+    try:
+        yield found
+    finally:
+        library._destroy()
+
+
+def _operator(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Work:
+    """Returns what an operator of PyTorch's moves: each tensor once."""
+    loads, stores = (sum(t.numel() * t.itemsize for t in side) for side in (inputs, outputs))
+    flops = 2 * outputs[0].numel() * inputs[-1].shape[0] if "mm" in name else 0
+    return Work(name, loads, stores, loads + stores, flops)
+
+
+class _Operators(TorchDispatchMode):
+    """Notes operators of PyTorch's on meta tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Work] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls the operator."""
+        made, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        inputs = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t is not None]
+        if not func.is_view and name not in _NO_KERNELS:
+            if name == "index":  # reads the rows that it writes
+                inputs = outputs
+            if name == "index_put_":
+                inputs = outputs = [args[2]]
+            self.found.append(_operator(name, inputs, outputs))
+        return made
+
+
+def others(contender: str, linears: Linears, case: Case, r: int) -> list[Work]:
+    """Returns the operators of the bare layer, of PEFT's or of ``addmm_``, run on meta tensors."""
+    layer: Any = Layer(linears, "meta")
+    if contender == PEFT:
+        layer = adapted(importlib.import_module("peft"), linears, case, r, "meta").base_model.model
+        if case.adapters:
+            layer = functools.partial(layer, adapter_names=case.names())
+    elif contender == ADDMM:
+        trains = case.kind == "training"
+        for linear in layer.children():
+            linear.forward = addmm_linear(linear.weight, r, trains)
+    run, mode = step(layer, linears, case, "meta"), _Operators()
+    # As on GPUs, where dropout is one kernel.
+    with mock.patch.object(F, "dropout", _native_dropout), mode:
+        run()
+    return mode.found
+
+
+def _native_dropout(
+    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p else x

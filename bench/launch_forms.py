@@ -1,0 +1,156 @@
+"""One launch as work: its bytes and FLOPs by closed form, and what its program keeps busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastlora.bench import byte_forms
+from fastlora.bench.byte_forms import Batch, Form, Sizes
+from fastlora.bench.compiled import read_code
+from fastlora.kernels.configs import KernelConfig
+from fastlora.testing import Launch
+
+BF16, WIDTH = torch.bfloat16, 2
+BatchOf = Callable[[int, int, int], Batch]
+
+
+class Work(NamedTuple):
+    """One kernel.
+
+    Attributes:
+        name: Of the kernel, or of PyTorch's operator.
+        loads, stores: Distinct bytes.
+        issued: Bytes of every load and store.
+        flops: Of its products, whole tiles.
+        launch: Of a kernel of ours.
+        chunks: Rounds of its program's second loop.
+    """
+
+    name: str
+    loads: int
+    stores: int
+    issued: int
+    flops: int
+    launch: Launch | None = None
+    chunks: int = 1
+
+
+def work_of(launch: Launch, batch_of: BatchOf, r: int) -> Work:
+    """Returns what one of our launches moves, by the closed form of its kernel.
+
+    Args:
+        launch: With bf16 tensors.
+        batch_of: The mixed batch of a linear of N outputs, K columns and a rank.
+        r: Rank of each adapter.
+    """
+    name = _stem(launch)
+    form = _mixed_form(launch, batch_of, r) if name.startswith("mixed_") else _form(launch, r)
+    loads, stores = (sum(d for d, _ in side.values()) for side in (form.loads, form.stores))
+    chunks = 1
+    if name == "mixed_lora_linear":
+        tiles = batch_of(launch.arguments["N"], 0, r).tiles(launch.arguments["BLOCK_M"])
+        held = max(sum(byte_forms.whole(rank, 16) for rank in tile) for tile in tiles)
+        chunks = -(-held // launch.arguments["BLOCK_R"])
+    return Work(name, loads, stores, form.issued, form.flops, launch, chunks)
+
+
+def _stem(launch: Launch) -> str:
+    return launch.kernel.removeprefix("_").removesuffix("_kernel")
+
+
+def _config(launch: Launch) -> KernelConfig:
+    """Returns what closed forms ask of the config that a launch came from."""
+    given = launch.arguments
+    return KernelConfig(
+        block_m=given["BLOCK_M"],
+        block_n=given.get("BLOCK_N", 0),
+        block_k=given.get("BLOCK_K", 0),
+        block_r=given.get("BLOCK_R", 0),
+        num_warps=launch.num_warps,
+        splits=given.get("SPLITS", launch.grid[1]),
+        narrow_r=given.get("NARROW_R", 0),
+    )
+
+
+def _form(launch: Launch, r: int) -> Form:
+    """Returns the form of a launch for one adapter."""
+    given, name = launch.arguments, _stem(launch)
+    if name == "plane_sums":
+        sums = [(given[f"size_{i}"], given[f"planes_{i}"], WIDTH) for i in range(given["COUNT"])]
+        return byte_forms.plane_sums(sums)
+    config = _config(launch)
+    m, n, k, rank = (given.get(size, 0) for size in "MNKR")
+    sizes = Sizes(m, n, k, rank, WIDTH, WIDTH)
+    if name == "lora_shrink":
+        return byte_forms.shrink(sizes, config)
+    if name == "lora_dropout":
+        return byte_forms.dropout(sizes, config)
+    if name == "lora_grad_b":
+        return byte_forms.grad_b(sizes, config, 1, given["HAS_BIAS"], given["HAS_DS"])
+    if name == "lora_grad_a":
+        ranks = [given[f"R_{i}"] for i in range(given["SIBLINGS"])]
+        drops = given["HAS_DROPOUT"]
+        return byte_forms.grad_a(sizes._replace(r=max(ranks)), config, ranks, drops)
+    forms = []
+    for mark in ("", "_1", "_2", "_3")[: given["SIBLINGS"]]:
+        own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])
+        if name == "lora_linear":
+            form = byte_forms.linear(own, config, given["PLANES"], given["HAS_BIAS"])
+            if not given["STORE_S"]:
+                form.stores.pop("s", None)
+        else:
+            form = byte_forms.expand(own, config, 1, given["PLANES"], given["READS_Y"])
+        forms.append(form)
+    return together(forms)
+
+
+def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
+    """Returns the form of a launch for a mixed batch's forward."""
+    given, config = launch.arguments, _config(launch)
+    n, k = given.get("N", 0), given.get("K", 0)
+    if _stem(launch) == "mixed_lora_shrink":  # all modules' rank rows of an adapter
+        return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
+    if _stem(launch) == "mixed_lora_expand":
+        return byte_forms.mixed_expand(batch_of(n, k, r), config, given["PLANES"])
+    return byte_forms.mixed_linear(batch_of(n, k, r), config, given["planes"], given["HAS_BIAS"])
+
+
+def together(forms: Sequence[Form]) -> Form:
+    """Returns siblings of one launch as one form: they read the same x."""
+    loads = {f"{t}_{i}": v for i, form in enumerate(forms) for t, v in form.loads.items()}
+    for i in range(1, len(forms)):
+        if f"x_{i}" in loads:
+            loads[f"x_{i}"] = (0, loads[f"x_{i}"][1])
+    stores = {f"{t}_{i}": v for i, form in enumerate(forms) for t, v in form.stores.items()}
+    return Form(loads, stores, sum(form.flops for form in forms))
+
+
+def instructions_of(launch: Launch, chunks: int) -> int:
+    """Returns the instructions that a warp runs: a loop's as often as the sizes say."""
+    given, code = launch.arguments, read_code(launch.binary)
+    rows, columns = given.get("rows_per_split", 0), given.get("k_per_split", given.get("K", 0))
+    rounds = -(-rows // given["BLOCK_M"]) if rows else 0
+    if not rows and "BLOCK_K" in given:
+        rounds = -(-columns // given["BLOCK_K"])
+    if launch.kernel != "_mixed_lora_linear_kernel":  # of loops for several ranks one runs
+        return code.instructions + max(rounds - 1, 0) * max(code.inner, default=0)
+    first = code.inner[0] if code.inner else 0
+    return code.instructions + (rounds - 1) * first + (chunks - 1) * code.largest
+
+
+def bytes_in_flight(launch: Launch) -> int:
+    """Returns the bytes that a program has on their way; 0 where they are not counted."""
+    given, stages = launch.arguments, max(launch.num_stages - 1, 1)
+    m, n, k, r = (given.get(f"BLOCK_{axis}", 0) for axis in "MNKR")
+    rows = min(m, given.get("M", m))
+    elements = {
+        "lora_shrink": stages * k * (rows + r),
+        "lora_linear": stages * k * (rows + n),
+        "lora_expand": (rows * n if given.get("READS_Y", True) else 0) + (rows + n) * r,
+        "lora_grad_b": stages * rows * n,
+        "lora_grad_a": stages * rows * k,
+    }.get(_stem(launch).removeprefix("mixed_"), 0)
+    return WIDTH * elements
