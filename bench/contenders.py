@@ -182,18 +182,21 @@ def _shrink_expand(p: Problem) -> Results:
 def _without(feature: str) -> tuple[Any, ...]:
     """Returns (object, attribute, replacement) that switch a feature of the fused plan off."""
     from fastlora.kernels import configs, lora_linear
+    from fastlora.kernels import launch as launches
 
     chosen, launch = configs.choose, lora_linear.launch_lora_linear
     changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
+    stems = ("lora_shrink",) if feature == "pdl" else ("lora_shrink", "lora_linear")
 
     def choose(chip: Any, stem: str, *args: Any, **kwargs: Any) -> Any:
         config = chosen(chip, stem, *args, **kwargs)
-        return replace(config, **changes) if stem == "lora_shrink" else config
+        return replace(config, **changes) if stem in stems else config
 
     def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
         launch(*args, **{**kwargs, "pdl": False})
 
-    patches: tuple[Any, ...] = ((configs, "choose", choose),)
+    # What is kept of earlier launches has the feature.
+    patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_KEEPS", False))
     if feature == "pdl":
         patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
     return patches

@@ -38,7 +38,6 @@ START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go
 LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
 # What a point may take before any was measured; afterwards the slowest one so far counts as well.
 FIRST_POINT_SECONDS = 5.0
-HANG_SECONDS = 45.0
 
 
 class Bench:
@@ -46,6 +45,8 @@ class Bench:
 
     `draw`, `checker` and `contenders_for` say what; `bench/mixed_kernels.py` has its own.
     """
+
+    hang_seconds = 45.0  # of a point: what takes longer is taken for hanging
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -101,6 +102,9 @@ class Bench:
                 row["matmul_tflop_s"] = f"{roofs.flop_per_s / 1e12:.2f}"
                 self.file.write(row | _times(timing))
         return roofs
+
+    def prepare(self, point: Point) -> None:
+        """Does what a point needs beforehand, and has time limits of its own; here nothing."""
 
     def measure(self, point: Point) -> str:
         """Checks and times every contender of a point, writes the rows, returns a line on them."""
@@ -201,8 +205,8 @@ def _line(outcome: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
-    """Measures until the points or the time end; returns the exit code."""
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Returns what every script of this kind takes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
     parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")
@@ -216,8 +220,16 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
         "--resume", action="store_true", help="go on with the CSV of a lost process"
     )
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose commit the rows carry")
-    args = parser.parse_args()
+    return parser
 
+
+def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
+    """Measures what the command line says."""
+    return measure_all(kind, arguments(description).parse_args())
+
+
+def measure_all(kind: type[Bench], args: argparse.Namespace) -> int:
+    """Measures until the points or the time end; returns the exit code."""
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
     bench = kind(args)
@@ -231,7 +243,8 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
             skipped = points[index:]
             print(f"deadline: {len(skipped)} of {len(points)} points skipped, from {skipped[0]}")
             break
-        watchdog = threading.Timer(HANG_SECONDS, _give_up, (point,))
+        bench.prepare(point)
+        watchdog = threading.Timer(bench.hang_seconds, _give_up, (point,))
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -252,7 +265,7 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
 
 def _give_up(point: Point) -> None:
     """Ends a process whose kernel does not; the journal says which contender it was."""
-    print(f"{point}: no end after {HANG_SECONDS:.0f} s", flush=True)
+    print(f"{point}: no end", flush=True)
     os._exit(START_AGAIN)
 
 

@@ -205,7 +205,7 @@ def test_fused_variants_launch_without_their_feature(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from fastlora.kernels import chips, lora_linear, lora_shrink
+    from fastlora.kernels import chips, lora_linear, lora_shrink, plane_sums
     from fastlora.ops import conditions as ops
 
     seen: dict[str, Any] = {}
@@ -216,8 +216,11 @@ def test_fused_variants_launch_without_their_feature(
         lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)
     )
     monkeypatch.setattr(
-        lora_linear, "launch_lora_linear", lambda *_, pdl, **__: seen.update(pdl=pdl)
+        lora_linear,
+        "launch_lora_linear",
+        lambda *_, pdl, config, **__: seen.update(pdl=pdl, linear=config),
     )
+    monkeypatch.setattr(plane_sums, "launch_plane_sums", lambda *_, **__: None)
     bench.contenders._without.cache_clear()
     point = bench.shapes.Point("forward", "", "", 1, 4096, 64, 16)
     problem = bench.contenders.Problem.random(point, torch.bfloat16, CPU, "triton")
@@ -226,12 +229,13 @@ def test_fused_variants_launch_without_their_feature(
     for name in ("fused", "fused_no_pdl", "fused_no_split_k"):
         runs[name](problem)
         config = seen["shrink"]
-        features[name] = (seen["pdl"], config.launch_dependents, config.splits > 1)
+        splits = config.splits > 1, seen["linear"].splits > 1
+        features[name] = (seen["pdl"], config.launch_dependents, *splits)
     bench.contenders._without.cache_clear()
     assert features == {
-        "fused": (True, True, True),
-        "fused_no_pdl": (False, False, True),
-        "fused_no_split_k": (True, True, False),
+        "fused": (True, True, True, True),
+        "fused_no_pdl": (False, False, True, True),
+        "fused_no_split_k": (True, True, False, False),
     }
 
 
