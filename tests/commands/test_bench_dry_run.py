@@ -58,8 +58,17 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv"}
-    assert written == tables | {"tests.txt", "machine.txt", "log.txt"}
+    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv", "layer.csv"}
+    assert written == tables | {"measured", "tests.txt", "machine.txt", "log.txt"}
+    measured = json.loads((tmp_path / "out" / "measured" / "interpreter.json").read_text())
+    assert {row["launch"] for row in measured["rows"]} == {
+        "lora_shrink",
+        "lora_linear",
+        "lora_expand",
+    }
+    layers = {(row["case"], row["side"]) for row in _rows(tmp_path / "out" / "layer.csv")}
+    assert {(case, "fastlora") for case in ("forward", "mixed")} < layers
+    assert {row["status"] for row in _rows(tmp_path / "out" / "layer.csv")} == {"ok"}
 
     rows = _rows(tmp_path / "out" / "results.csv")
     assert tuple(rows[0]) == bench.harness.COLUMNS

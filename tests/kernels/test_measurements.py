@@ -13,7 +13,7 @@ import torch
 from fastlora.kernels import configs, measurements
 from fastlora.kernels.chips import Chip, Row, chip_of
 from fastlora.kernels.measurements import Measurement
-from tests.support.kernels.lab import Lab
+from tests.support.kernels.lab import Lab, cap_warps
 
 H100, OTHER = Chip("sm_90", 132), Chip("sm_80", 108)
 BF16 = torch.bfloat16
@@ -150,3 +150,14 @@ def test_candidates_reach_their_launches(
         for column in ("block_m", "block_n", "block_k", "num_warps", "num_stages"):
             assert {getattr(c, column) for c in taken} == {getattr(one.row, column)}, launch
         assert not one.row.splits or {c.splits for c in taken} == {one.row.splits}
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_warps_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For red tests on a GPU: every launch has fewer warps, and nothing else of it changes."""
+    before = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
+    monkeypatch.setattr(configs, "_config", configs._config)
+    cap_warps(2)
+    after = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
+    assert after == [replace(config, num_warps=min(config.num_warps, 2)) for config in before]
+    assert max(config.num_warps for config in before) > 2
