@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 
-from fastlora.bench.contenders import YARDSTICK, Contender, Problem, contenders_for, truths
+from fastlora.bench.contenders import (
+    FORWARD,
+    FUSED_VARIANTS,
+    TRAIN,
+    YARDSTICK,
+    Contender,
+    Problem,
+    contenders_for,
+    truths,
+)
 from fastlora.bench.harness import (
     Checker,
     DeviceLostError,
@@ -31,6 +40,7 @@ from fastlora.bench.harness import (
     time_contenders,
 )
 from fastlora.bench.machine import ROOT, describe, measure_roofs
+from fastlora.bench.peers import listed, peers_for
 from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
 WRONG = 3  # exit code: it came to its end, and a contender failed or gave wrong numbers
@@ -72,7 +82,7 @@ class Bench:
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
         """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
-        return contenders_for(point, self.impl)
+        return (*contenders_for(point, self.impl), *peers_for(point.mode))
 
     def draw(self, point: Point) -> Any:
         """Returns one set of random operands."""
@@ -205,9 +215,20 @@ def _line(outcome: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+class _List(argparse.Action):
+    """Says who takes part, and ends; as ``--help`` it needs no other argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for mode, own in (("forward", (*FORWARD, *FUSED_VARIANTS)), ("train", TRAIN)):
+            print(f"{mode}: {', '.join(contender.name for contender in own)}")
+        print(*listed(), sep="\n")
+        parser.exit()
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """Returns what every script of this kind takes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--list", action=_List, nargs=0, help="who takes part, peers included")
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
     parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no point after these")
