@@ -172,7 +172,7 @@ def name_of(one: Measurement) -> str:
 def run_with(ones: Sequence[Measurement], problem: Any, mode: str) -> Any:
     """Solves a problem with measurements in front of the table, then puts the table back."""
     arch = chip_of(problem.x.device).arch
-    with mock.patch.dict(configs.TABLES), mock.patch.object(launch, "_KEEPS", False):
+    with mock.patch.dict(configs.MEASURED), mock.patch.object(launch, "_KEEPS", False):
         configs.put_first(arch, ones, "candidate")
         _forget()
         try:

@@ -78,7 +78,8 @@ TABLES: dict[str, Table] = {
     "gfx942": {**GFX942, **_ANY_CHIP},
     "gfx950": {**GFX950, **_ANY_CHIP},
 }
-# Beside these, `put_first` adds the table of each arch that has measurements.
+# By arch, where there are measurements: these, then the family's candidates. See `put_first`.
+MEASURED: dict[str, Table] = {}
 # The names of all launches.
 LAUNCHES = tuple(dict.fromkeys(launch for launch, _ in TABLES["sm_90"]))
 _KERNELS = {
@@ -352,7 +353,7 @@ def put_first(arch: str, measured: Sequence[Measurement], source: object) -> Non
             raise ValueError(f"{source}, row {number}: {fault}")
         key = measurement.launch, measurement.kind
         table[key] = (measurement.row, *table[key])
-    TABLES[arch] = table
+    MEASURED[arch] = table
 
 
 def fault_of(chip: Chip, measured: Measurement) -> str:
@@ -445,8 +446,7 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
 
 def _table(chip: Chip) -> Table:
     """Returns the chip's own table where it has measurements, else its family's."""
-    family = chip.family
-    return TABLES.get(chip.arch) or TABLES[family]
+    return MEASURED.get(chip.arch) or TABLES[chip.family]
 
 
 def _rows_of(

@@ -27,7 +27,7 @@ FINE = {"launch": "lora_linear", "kind": "half", **TILE, "max_m": 8, "n": 4096, 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`choose` and `plan_of` remember nothing, and the tables are put back."""
-    monkeypatch.setattr(configs, "TABLES", dict(configs.TABLES))
+    monkeypatch.setattr(configs, "MEASURED", dict(configs.MEASURED))
     for name in ("choose", "plan_of"):
         monkeypatch.setattr(configs, name, getattr(configs, name).__wrapped__)
 
@@ -65,6 +65,18 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
+    """Others that share its candidates keep theirs."""
+    others = [Chip("sm_89", 142), Chip("sm_120", 170)]
+    before = [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
+    path = written(tmp_path, {**FINE, "block_k": 64, "num_stages": 2})
+    configs.put_first("sm_86", measurements.read(path), path)
+    assert configs.choose(Chip("sm_86", 84), "lora_linear", BF16, **SIZES).num_stages == 2
+    assert before == [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
+    assert {config.num_stages for config in before} != {2}
+
+
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -91,11 +103,11 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
 def test_a_wrong_row_is_one_clear_error(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     """It names the file, the row and what was expected, and nothing is taken over."""
     path = written(tmp_path, FINE, FINE | change)
-    tables = dict(configs.TABLES)
+    tables = dict(configs.MEASURED)
     with pytest.raises(ValueError, match=r"sm_90\.json, row 1: .*") as raised:
         configs.put_first("sm_90", measurements.read(path), path)
     assert says in str(raised.value)
-    assert tables == configs.TABLES
+    assert tables == configs.MEASURED
 
 
 @pytest.mark.usefixtures("no_memory")
