@@ -30,5 +30,5 @@ setup(
         "fastlora.bench": "bench",
         "fastlora.kernels": "kernels",
     },
-    package_data={"fastlora": ["py.typed"]},
+    package_data={"fastlora": ["py.typed"], "fastlora.kernels": ["measured/*.json"]},
 )

@@ -199,10 +199,11 @@ def _without(feature: str) -> tuple[Any, ...]:
 
     chosen, launch = configs.choose, lora_linear.launch_lora_linear
     changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
+    stems = ("lora_shrink",) if feature == "pdl" else ("lora_shrink", "lora_linear")
 
     def choose(chip: Any, stem: str, *args: Any, **kwargs: Any) -> Any:
         config = chosen(chip, stem, *args, **kwargs)
-        return replace(config, **changes) if stem == "lora_shrink" else config
+        return replace(config, **changes) if stem in stems else config
 
     def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
         launch(*args, **{**kwargs, "pdl": False})

@@ -121,29 +121,68 @@ install_checkout() {
         'import fastlora, fastlora.kernels.lora_linear; print("fastlora from", fastlora.__file__)')
 }
 
+# What is most likely red where no GPU has run it before: sums over rows of d_lora_b at small ranks,
+# dropout in bf16, mixed linears at 64 rows, kept launches, siblings in one grid.
+likeliest=(test_kept test_siblings test_at_once test_mixed_siblings test_one_adapter
+    test_mixed_forward test_mixed_lora_grad)
+
+# run_tests LIMIT ARGUMENT...: pytest on what the arguments say; its output goes to tests.txt
 run_tests() {
-    local arguments=(-q -rfE -p no:cacheprovider --durations=5) code
-    if [[ -n $tests ]]; then
-        arguments+=("$tests")
-    else
-        arguments+=(tests/kernels)
-        [[ -z $dry ]] || arguments+=(--collect-only)
-    fi
-    ((xdist == 0 || cores < 4)) || [[ -n $dry ]] || arguments+=(-n $((cores < 8 ? cores : 8)))
+    local limit=$1 code
+    shift
     # What was installed comes before the checkout, where only `tests` is looked for.
-    arguments=(-o pythonpath= "${arguments[@]}")
     (
         cd "$checkout" || exit 2
         export PYTHONSAFEPATH=1 PYTHONPATH=$PYTHONPATH:$checkout OMP_NUM_THREADS=1
         [[ -z $dry ]] || export TRITON_INTERPRET=1
-        boxed 240 "$python" -m pytest "${arguments[@]}"
-    ) >"$out/tests.txt" 2>&1
+        boxed "$limit" "$python" -m pytest -o pythonpath= -q -rfE -p no:cacheprovider \
+            --durations=5 "$@"
+    ) >"$scratch/tests.txt" 2>&1
     code=$?
-    grep -E '^(FAILED|ERROR) ' "$out/tests.txt" | head -n 20
-    tail -n 1 "$out/tests.txt"
+    cat "$scratch/tests.txt" >>"$out/tests.txt"
+    grep -E '^(FAILED|ERROR) ' "$scratch/tests.txt" | tee -a "$scratch/red.txt" | head -n 20
+    tail -n 1 "$scratch/tests.txt"
     ((code != 124 && code != 137)) || echo "stopped at the time limit"
     # Green means that some ran: a run that skips everything proves nothing.
-    ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$out/tests.txt"
+    ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$scratch/tests.txt"
+}
+
+all_tests() {
+    local many=(--maxfail=30) first=() rest=() name green=0
+    ((xdist == 0 || cores < 4)) || [[ -n $dry ]] || many+=(-n $((cores < 8 ? cores : 8)))
+    if [[ -n $tests ]]; then
+        run_tests 240 "${many[@]}" "$tests"
+        return
+    fi
+    if [[ -n $dry ]]; then
+        run_tests 120 --collect-only tests/kernels
+        return
+    fi
+    for name in "${likeliest[@]}"; do
+        first+=("tests/kernels/$name.py")
+        rest+=("--ignore=tests/kernels/$name.py")
+    done
+    run_tests 120 "${many[@]}" "${first[@]}" || green=1
+    say "the other tests (at most 120 s)"
+    run_tests 120 "${many[@]}" "${rest[@]}" tests/kernels || green=1
+    return $green
+}
+
+# Every red test alone, with a long trace, then with fewer warps: a fault of the compiler's often
+# goes away with them.
+look_at_red_tests() {
+    local test warps
+    sed -n 's/^[A-Z]* \([^ ]*\).*/\1/p' "$scratch/red.txt" | sort -u | head -n 4 >"$scratch/names.txt"
+    while read -r test; do
+        for warps in 8 4 1; do
+            echo "=== $test, at most $warps warps" >>"$out/tests.txt"
+            if run_tests 20 --tb=long --max-warps="$warps" "$test" </dev/null >/dev/null; then
+                echo "$test: green alone with at most $warps warps"
+                break
+            fi
+            echo "$test: red alone with at most $warps warps"
+        done
+    done <"$scratch/names.txt"
 }
 
 # measure SCRIPT SECONDS ARGUMENT...: starts anew after a crash or a hang, without what caused it
@@ -172,7 +211,9 @@ sanitize() {
 }
 
 main() {
-    local failed=() verdict=fail reserve=10 for_mixed=$((budget / 5)) code
+    local failed=() verdict=fail reserve=10 for_sweep for_mixed code
+    local sweep=(--device cuda) layer
+    [[ -z $dry ]] || sweep=(--dry-run --near 0 --max-points 1)
     say "results go to $out"
     {
         date -u +%FT%TZ
@@ -184,20 +225,42 @@ main() {
     say "install"
     install_checkout || failed+=(install)
 
-    say "compile the kernels of the benchmark"
-    if [[ -n $dry ]]; then
-        OMP_NUM_THREADS=1 boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}" --impl eager
-    else
-        OMP_NUM_THREADS=1 boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}"
-    fi || echo "not everything was compiled beforehand"
-
-    say "tests (at most 240 s)"
-    if run_tests; then verdict=pass; else failed+=(tests); fi
+    say "tests, the likeliest to be red first (at most 120 s)"
+    : >"$scratch/red.txt"
+    if all_tests; then verdict=pass; else failed+=(tests); fi
     echo "tests: $verdict"
+    if [[ -s $scratch/red.txt ]]; then
+        say "red tests alone"
+        look_at_red_tests
+    fi
 
     say "the host's cost of a linear (at most 60 s)"
     OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/host.py" "${where[@]}" \
         --tests "$verdict" --out "$out/host.csv" || failed+=(host)
+
+    say "sweep of tiles and plans (at most a third of what is left)"
+    for_sweep=$(($(left) / 3))
+    boxed $((for_sweep + 60)) "$python" "$checkout/bench/tune.py" --tests "$verdict" \
+        --checkout "$checkout" --seconds "$for_sweep" "${sweep[@]}" --out "$out/measured" ||
+        failed+=(sweep)
+    # What was measured is what is timed from here on.
+    export FASTLORA_MEASURED=$out/measured
+
+    say "whole layers (at most 60 s)"
+    layer=(boxed 90 "$python" "$checkout/bench/layer.py" "${where[@]}" --tests "$verdict"
+        --seconds 60 --out "$out/layer.csv")
+    if [[ -n $dry ]]; then
+        TRITON_INTERPRET=1 "${layer[@]}" || failed+=(layer)
+    else
+        "${layer[@]}" || failed+=(layer)
+    fi
+
+    say "compile the kernels of the benchmark"
+    if [[ -n $dry ]]; then
+        OMP_NUM_THREADS=1 boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}" --impl eager
+    else
+        OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/precompile.py" "${where[@]}"
+    fi || echo "not everything was compiled beforehand"
 
     say "benchmark"
     if [[ -n $dry ]]; then
@@ -210,6 +273,7 @@ main() {
         TRITON_INTERPRET=1 measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
             --out "$out/mixed.csv" --dtype float32 --max-points 2 || failed+=(mixed)
     else
+        for_mixed=$(($(left) / 3))
         measure linear.py $(($(left) - reserve - for_mixed)) "${where[@]}" \
             --out "$out/results.csv" || failed+=(benchmark)
         say "benchmark of mixed batches"

@@ -334,11 +334,13 @@ class ResultFile:
 
     def done(self, point: Point) -> dict[str, str]:
         """Returns contender and status of the rows of a point that are in the file."""
+        return {row["contender"]: row["status"] for row in self.rows_of(point)}
+
+    def rows_of(self, point: Point) -> list[dict[str, str]]:
+        """Returns the rows of a point that are in the file."""
         key = {"mode": point.mode, "model": point.model, "layer": point.layer}
         key |= {"M": str(point.m), "r": point.ranks or str(point.r)}
         key["adapters"] = str(point.adapters or "")
-        return {
-            row["contender"]: row["status"]
-            for row in self.rows
-            if all(row[column] == value for column, value in key.items())
-        }
+        return [
+            row for row in self.rows if all(row[column] == value for column, value in key.items())
+        ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import importlib.util
 import itertools
@@ -48,6 +49,22 @@ BARE, OURS, PEFT = "bare", "fastlora", "peft"
 Sides = dict[str, Callable[[], object]]
 
 
+class Shape(NamedTuple):
+    """Sizes of a decoder layer's linears, and rows of x: x is ``[rows, hidden]``.
+
+    k and v have ``kv`` outputs, a divisor of ``hidden``; gate and up have ``inner``.
+    """
+
+    hidden: int = SIZE
+    kv: int = SIZE
+    inner: int = SIZE
+    rows: int = ROWS
+    rank: int = RANK
+
+
+SMALL = Shape()
+
+
 class Case(NamedTuple):
     """A row: what runs, and in which mode of PyTorch's.
 
@@ -57,6 +74,7 @@ class Case(NamedTuple):
         adapters: In the model; more than one: a batch whose rows take them in random order.
         block: Of a batch: "one" around all forwards, or one for "each".
         dropout: Of a training step; None for an evaluation.
+        dora: Whether adapters have magnitudes.
     """
 
     name: str
@@ -64,6 +82,7 @@ class Case(NamedTuple):
     adapters: int = 1
     block: str = ""
     dropout: float | None = None
+    dora: bool = False
 
 
 CASES = (
@@ -79,15 +98,21 @@ CASES = (
 class Layer(nn.Module):
     """The seven linears. What else a decoder layer does is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape = SMALL, **where: Any) -> None:
         super().__init__()
-        for name in LINEARS:
-            self.add_module(name, nn.Linear(SIZE, SIZE, bias=False))
+        hidden, kv, inner, *_ = shape
+        outputs = (hidden, kv, kv, hidden, inner, inner, hidden)
+        for name, n in zip(LINEARS, outputs, strict=True):
+            k = inner if name == "down_proj" else hidden
+            self.add_module(name, nn.Linear(k, n, bias=False, **where))
 
     def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        """Maps ``x [M, 32]`` to ``[M, 32]``; ``given`` goes to every linear."""
-        mixed = self.q_proj(x, **given) + self.k_proj(x, **given) + self.v_proj(x, **given)
-        x = self.o_proj(mixed, **given)
+        """Maps x ``[M, hidden]`` to the same shape; ``given`` goes to every linear."""
+        q, k, v = (each(x, **given) for each in (self.q_proj, self.k_proj, self.v_proj))
+        kv = k + v
+        if kv.shape != q.shape:
+            kv = kv.repeat(1, q.shape[1] // kv.shape[1])
+        x = self.o_proj(q + kv, **given)
         return self.down_proj(self.gate_proj(x, **given) + self.up_proj(x, **given), **given)
 
 
@@ -190,16 +215,19 @@ def counted(case: Case, chip: tuple[Any, ...] = ()) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def running(case: Case, device: torch.device) -> Iterator[Sides]:
+def running(
+    case: Case, device: torch.device, shape: Shape = SMALL, dtype: torch.dtype = torch.float32
+) -> Iterator[Sides]:
     """Yields the sides of a case, within the contexts that they run in."""
     torch.manual_seed(0)
-    bare = Layer().to(device).requires_grad_(False)
-    x = torch.randn(ROWS, SIZE, device=device)
-    models = {OURS: adapted(case, bare, fastlora)}
+    where = {"device": device, "dtype": dtype}
+    bare = Layer(shape, **where).requires_grad_(False)
+    x = torch.randn(shape.rows, shape.hidden, **where)
+    models = {OURS: adapted(case, bare, fastlora, shape)}
     for name in LINEARS:  # also where there is no GPU
         getattr(models[OURS].base_model.model, name).impl = "triton"
     if importlib.util.find_spec("peft"):
-        models[PEFT] = adapted(case, bare, importlib.import_module("peft"))
+        models[PEFT] = adapted(case, bare, importlib.import_module("peft"), shape)
     # The layers alone: what a wrapper around the model does is no linear's.
     layers = {BARE: bare} | {name: model.base_model.model for name, model in models.items()}
     with case.mode(), contextlib.ExitStack() as around:
@@ -207,7 +235,7 @@ def running(case: Case, device: torch.device) -> Iterator[Sides]:
             yield {name: step(layer, x) for name, layer in layers.items()}
             return
         sides = {name: call(layer, x) for name, layer in layers.items()}
-        mixes = orders(case.adapters)
+        mixes = orders(case.adapters, shape.rows)
         if case.block == "one":
             around.enter_context(fastlora.adapters(models[OURS], mixes[0]))
             if PEFT in sides:
@@ -219,14 +247,16 @@ def running(case: Case, device: torch.device) -> Iterator[Sides]:
         yield sides
 
 
-def adapted(case: Case, bare: Layer, library: Any) -> Any:
+def adapted(case: Case, bare: Layer, library: Any, shape: Shape) -> Any:
     """Returns a model of a library's over the bare layers' weights."""
-    layer = Layer().to(bare.q_proj.weight.device)
+    layer = copy.deepcopy(bare, {id(weight): weight for weight in bare.parameters()})
     config = library.LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, lora_dropout=case.dropout or 0.0, target_modules=list(LINEARS)
+        r=shape.rank,
+        lora_alpha=2 * shape.rank,
+        lora_dropout=case.dropout or 0.0,
+        target_modules=list(LINEARS),
+        use_dora=case.dora,
     )
-    for own, other in zip(layer.parameters(), bare.parameters(), strict=True):
-        own.data = other.data
     first, *others = names_of(case.adapters)
     model = library.get_peft_model(layer, config, adapter_name=first)
     for name in others:
@@ -239,9 +269,9 @@ def names_of(adapters: int) -> list[str]:
     return [f"adapter_{index}" for index in range(adapters)]
 
 
-def orders(adapters: int) -> list[list[str]]:
+def orders(adapters: int, rows: int = ROWS) -> list[list[str]]:
     """Returns mixes of a batch: each adapter has as many rows as another, in random order."""
-    shuffle, names = random.Random(0), names_of(adapters) * (ROWS // adapters)
+    shuffle, names = random.Random(0), names_of(adapters) * (rows // adapters)
     return [shuffle.sample(names, len(names)) for _ in range(MIXES)]
 
 

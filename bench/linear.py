@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 
-from fastlora.bench.contenders import YARDSTICK, Contender, Problem, contenders_for, truths
+from fastlora.bench.contenders import (
+    FORWARD,
+    FUSED_VARIANTS,
+    TRAIN,
+    YARDSTICK,
+    Contender,
+    Problem,
+    contenders_for,
+    truths,
+)
 from fastlora.bench.harness import (
     Checker,
     DeviceLostError,
@@ -31,6 +40,7 @@ from fastlora.bench.harness import (
     time_contenders,
 )
 from fastlora.bench.machine import ROOT, describe, measure_roofs
+from fastlora.bench.peers import listed, peers_for
 from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
 WRONG = 3  # exit code: it came to its end, and a contender failed or gave wrong numbers
@@ -38,7 +48,6 @@ START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go
 LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
 # What a point may take before any was measured; afterwards the slowest one so far counts as well.
 FIRST_POINT_SECONDS = 5.0
-HANG_SECONDS = 45.0
 
 
 class Bench:
@@ -46,6 +55,8 @@ class Bench:
 
     `draw`, `checker` and `contenders_for` say what; `bench/mixed_kernels.py` has its own.
     """
+
+    hang_seconds = 45.0  # of a point: what takes longer is taken for hanging
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -71,7 +82,7 @@ class Bench:
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
         """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
-        return contenders_for(point, self.impl)
+        return (*contenders_for(point, self.impl), *peers_for(point.mode))
 
     def draw(self, point: Point) -> Any:
         """Returns one set of random operands."""
@@ -101,6 +112,9 @@ class Bench:
                 row["matmul_tflop_s"] = f"{roofs.flop_per_s / 1e12:.2f}"
                 self.file.write(row | _times(timing))
         return roofs
+
+    def prepare(self, point: Point) -> None:
+        """Does what a point needs beforehand, and has time limits of its own; here nothing."""
 
     def measure(self, point: Point) -> str:
         """Checks and times every contender of a point, writes the rows, returns a line on them."""
@@ -201,9 +215,20 @@ def _line(outcome: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
-    """Measures until the points or the time end; returns the exit code."""
+class _List(argparse.Action):
+    """Says who takes part, and ends; as ``--help`` it needs no other argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for mode, own in (("forward", (*FORWARD, *FUSED_VARIANTS)), ("train", TRAIN)):
+            print(f"{mode}: {', '.join(contender.name for contender in own)}")
+        print(*listed(), sep="\n")
+        parser.exit()
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Returns what every script of this kind takes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--list", action=_List, nargs=0, help="who takes part, peers included")
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
     parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no point after these")
@@ -216,8 +241,16 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
         "--resume", action="store_true", help="go on with the CSV of a lost process"
     )
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose commit the rows carry")
-    args = parser.parse_args()
+    return parser
 
+
+def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
+    """Measures what the command line says."""
+    return measure_all(kind, arguments(description).parse_args())
+
+
+def measure_all(kind: type[Bench], args: argparse.Namespace) -> int:
+    """Measures until the points or the time end; returns the exit code."""
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
     bench = kind(args)
@@ -231,7 +264,8 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
             skipped = points[index:]
             print(f"deadline: {len(skipped)} of {len(points)} points skipped, from {skipped[0]}")
             break
-        watchdog = threading.Timer(HANG_SECONDS, _give_up, (point,))
+        bench.prepare(point)
+        watchdog = threading.Timer(bench.hang_seconds, _give_up, (point,))
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -252,7 +286,7 @@ def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
 
 def _give_up(point: Point) -> None:
     """Ends a process whose kernel does not; the journal says which contender it was."""
-    print(f"{point}: no end after {HANG_SECONDS:.0f} s", flush=True)
+    print(f"{point}: no end", flush=True)
     os._exit(START_AGAIN)
 
 

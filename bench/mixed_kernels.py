@@ -31,6 +31,7 @@ from fastlora.bench.mixed_strategies import (
     grouped_mm,
     segments,
 )
+from fastlora.bench.peers import peers_for
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
@@ -205,7 +206,7 @@ class MixedBench(Bench):
             return mixed_train.CONTENDERS
         ours = ours_for(point) if self.impl == "triton" else ()
         grouped = (GROUPED_MM,) if has_grouped_mm(self.device.type, self.dtype) else ()
-        return (*BY_HAND, *ours, *grouped)
+        return (*BY_HAND, *ours, *grouped, *peers_for("mixed"))
 
     def draw(self, point: Point) -> Any:
         """Returns one set of random operands, in a random mix."""

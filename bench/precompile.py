@@ -58,7 +58,8 @@ def compile_point(point: Point, device: str, impl: str) -> str:
     return ""
 
 
-def _processes(device: str) -> int:
+def processes(device: str) -> int:
+    """Returns how many processes may use the device at a time."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if device != "cuda":
@@ -78,7 +79,7 @@ def main() -> int:
     points = distinct_problems(tiny_points() if args.dry_run else all_points())
     if args.impl == "triton":  # mixed batches have no other operators
         points += distinct_problems(tiny_mixed_points() if args.dry_run else mixed_points())
-    workers = _processes(args.device)
+    workers = processes(args.device)
     failures = 0
     # Spawned: a forked child cannot use a GPU that its parent has touched.
     context = multiprocessing.get_context("spawn")

@@ -41,6 +41,10 @@ ROWS = (1, 64, 2048, 16, 8192)
 MIXED_ROWS = (64, 2048)
 MIXED_SEQUENCES = 64
 MIXED_ADAPTERS = (64, 1, 16, 4)
+# What `bench/tune.py` measures, the most telling first: rows of decode and of prefill or training.
+TUNE_DECODE = (64, 1, 16, 32, 24, 48)
+TUNE_MANY = (2048, 8192, 512, 128, 256)
+TUNE_ADAPTERS = (16, 64, 1, 4)
 TRAIN_ROWS = (2048, 8192)
 _MIXED_TRAINING = ((4, 1, 16), TRAIN_ROWS)  # adapters, rows
 RANKS = (16, 64)
@@ -153,6 +157,29 @@ def tiny_mixed_points() -> list[Point]:
         Point("mixed_train", TINY, "a", 7, 48, 40, 8, 3, "3+8"),
         Point("mixed", TINY, "b", 128, 40, 72, 4, 5, "4"),
     ]
+
+
+def tune_points() -> list[Point]:
+    """Returns the problems whose tiles and plans are tuned, the most telling first."""
+    points = []
+    for r in RANKS:
+        for rows in (TUNE_DECODE, TUNE_MANY):
+            for m in rows:
+                for name, k, n in (*LLAMA_LAYERS, *LLAMA_NARROW):
+                    points.append(Point("forward", LLAMA, name, m, k, n, r))
+                    if m in TRAIN_ROWS:
+                        points.append(Point("train", LLAMA, name, m, k, n, r))
+                    for adapters in TUNE_ADAPTERS:
+                        mixed = m, k, n, r, adapters, str(r)
+                        points.append(Point("mixed", LLAMA, name, *mixed))
+                        if m in TRAIN_ROWS and adapters in _MIXED_TRAINING[0]:
+                            points.append(Point("mixed_train", LLAMA, name, *mixed))
+    return points
+
+
+def tiny_tune_points() -> list[Point]:
+    """Returns the problem of a tuner's dry run."""
+    return [Point("forward", TINY, "a", 40, 32, 48, 4)]
 
 
 def tiny_points() -> list[Point]:

@@ -21,6 +21,12 @@ def plan() -> str:
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 
 
+def measured_folder() -> Path | None:
+    """Returns the folder of measured tables that ``FASTLORA_MEASURED`` names, if it names one."""
+    named = os.environ.get("FASTLORA_MEASURED")
+    return Path(named) if named else None
+
+
 def cache_dir() -> Path:
     """Returns the folder for files that can be made again (``$XDG_CACHE_HOME/fastlora``)."""
     base = os.environ.get("XDG_CACHE_HOME")

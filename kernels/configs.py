@@ -25,7 +25,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora.kernels import measurements
 from fastlora.kernels.chips import Chip, Row, Table
+from fastlora.kernels.measurements import Measurement
 from fastlora.kernels.table_amd import GFX942, GFX950
 from fastlora.kernels.table_nvidia import SM_80, SM_86, SM_90, SM_100
 
@@ -76,6 +78,8 @@ TABLES: dict[str, Table] = {
     "gfx942": {**GFX942, **_ANY_CHIP},
     "gfx950": {**GFX950, **_ANY_CHIP},
 }
+# By arch, where there are measurements: these, then the family's candidates. See `put_first`.
+MEASURED: dict[str, Table] = {}
 # The names of all launches.
 LAUNCHES = tuple(dict.fromkeys(launch for launch, _ in TABLES["sm_90"]))
 _KERNELS = {
@@ -97,6 +101,14 @@ _GRIDS = {
     "lora_grad_a": ("kr", "m"),
     "mixed_lora_linear": ("mn", ""),
 }
+# Launches that plans are about: those of the plan "fused".
+PLANNED = (
+    "lora_linear",
+    "lora_grad_x",
+    "mixed_lora_linear",
+    "mixed_lora_train_linear",
+    "mixed_lora_grad_x",
+)
 # Launches that tile rows as `piece_rows` says.
 _BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 # Kernels that take all ranks in one program, in chunks if need be.
@@ -225,7 +237,7 @@ def plan_of(
     - ``split``: shrink, an update, and the library's GEMM on top; for a mixed batch the library's
       GEMM, shrink, and an in-place update.
 
-    No plan has been measured yet. "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
+    "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
     can hold few adapters, up to `FUSED_MAX_ADAPTERS`: an epilogue goes through all of them one
     after the other.
 
@@ -322,6 +334,71 @@ def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
     return powers and config.num_warps in (1, 2, 4, 8) and buffers <= chip.shared_limit
 
 
+def put_first(arch: str, measured: Sequence[Measurement], source: object) -> None:
+    """Puts measurements in front of all rows of an arch, and of no other one.
+
+    What `choose` and `plan_of` answered before, and launches that were kept, stay as they are.
+
+    Args:
+        arch: As in `Chip`.
+        measured: The rows, in the order in which they are asked.
+        source: Where they come from, for the error.
+
+    Raises:
+        ValueError: A row is none that the arch can run, or there are no configs for the arch.
+    """
+    chip = Chip(arch, 1)
+    table = dict(_table(chip))
+    for number, measurement in reversed(list(enumerate(measured))):
+        if fault := fault_of(chip, measurement):
+            raise ValueError(f"{source}, row {number}: {fault}")
+        key = measurement.launch, measurement.kind
+        table[key] = (measurement.row, *table[key])
+    MEASURED[arch] = table
+
+
+def fault_of(chip: Chip, measured: Measurement) -> str:
+    """Returns why a measurement cannot stand in the chip's table, or ""."""
+    launch, kind, row = measured
+    candidates = [r for r in _table(chip).get((launch, kind), ()) if not r.is_measured]
+    if not candidates:
+        return f"there is no launch {launch!r} of the kind {kind!r}"
+    if not row.is_measured:
+        return "it says for no problem, expected max_m, n, k or max_r"
+    if row.plan:
+        fits = launch in PLANNED and not row.num_warps
+        return "" if fits else f"{launch} has no plan, or the row has a tile as well"
+    sides = ("block_m", "block_n", "block_k", "blocks_r")
+    if any(bool(getattr(row, side)) != bool(getattr(candidates[0], side)) for side in sides):
+        return f"the tile of {launch} has other sides, as in {candidates[0]}"
+    sizes = {r.block_m for r in candidates}
+    if not cuts_rows(launch) and row.block_m not in sizes:
+        return f"block_m is {row.block_m}, expected one of {sorted(sizes)}"
+    if row.splits > max_splits(launch):
+        return f"splits is {row.splits}, expected at most {max_splits(launch)}"
+    if not row.num_stages:
+        return "num_stages is 0"
+    width = 2 if kind == "half" else 4
+    for block_r in row.blocks_r or (0,):
+        if not is_valid(chip, launch, _config(chip, launch, kind, row, block_r), width):
+            return f"{launch} cannot run as {row} on {chip.arch}"
+    return ""
+
+
+def cuts_rows(launch: str) -> bool:
+    """Whether a launch's row tile is its own: the host makes pieces and runs for the others."""
+    kernel = kernel_of(launch)
+    return kernel == "mixed_lora_linear" or not kernel.startswith("mixed_")
+
+
+def max_splits(launch: str) -> int:
+    """Returns the most programs that may share a sum of a launch."""
+    if launch == "lora_linear":
+        return MAX_WEIGHT_SPLITS
+    _, axis = _GRIDS.get(kernel_of(launch), ("", ""))
+    return {"": 1, "k": MAX_SPLITS, "m": 1024}[axis]
+
+
 class Shipped(NamedTuple):
     """One config that a launch may take: the launch, x's dtype, a rank that takes it."""
 
@@ -339,7 +416,7 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
     ranks comes with such a rank.
     """
     made = []
-    for (launch, kind), rows in TABLES[chip.family].items():
+    for (launch, kind), rows in _table(chip).items():
         splits = MAX_SPLITS if launch == "lora_shrink" else 1
         for row in (row for row in rows if row.num_warps):
             for block_r, r in _hardest_ranks(kernel_of(launch), row):
@@ -368,11 +445,16 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
             yield Shipped(launch, dtype, 64 if kernel in _ANY_RANK else rank, config)
 
 
+def _table(chip: Chip) -> Table:
+    """Returns the chip's own table where it has measurements, else its family's."""
+    return MEASURED.get(chip.arch) or TABLES[chip.family]
+
+
 def _rows_of(
     chip: Chip, launch: str, dtype: torch.dtype, input_precision: str
 ) -> tuple[str, Sequence[Row]]:
     """Returns the kind of arithmetic, and the launch's rows of the chip's table."""
-    table = TABLES[chip.family]
+    table = _table(chip)
     if (launch, "any") in table:
         kind = "any"
     elif dtype in (torch.float16, torch.bfloat16):
@@ -564,3 +646,7 @@ def _config(
 def cdiv(a: int, b: int) -> int:
     """Returns a / b rounded up (`triton.cdiv` takes 1.7 us a call on the host)."""
     return -(-a // b)
+
+
+for _arch, _path in measurements.files():
+    put_first(_arch, measurements.read(_path), _path)

@@ -14,6 +14,7 @@ not written for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
@@ -116,6 +117,19 @@ def product(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | No
         _recording.fresh.append(result)
     _recording.calls.append(_Product(function, arguments, result if is_new else None))
     return result
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """Yields launches and products of the block; nothing that was kept is used, and nothing kept.
+
+    Of a launch, ``compiled`` is what Triton compiled for it.
+    """
+    _recording.calls, _recording.fresh, _recording.operators = [], [], _Operators()
+    try:
+        yield _recording.calls
+    finally:
+        _recording.calls, _recording.fresh = None, []
 
 
 class _Steps(NamedTuple):

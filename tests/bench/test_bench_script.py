@@ -27,6 +27,8 @@ if arguments[0] == "-":
     text = plan.get("probe", "16 1 some-card")
 elif arguments[:2] == ["-m", "pytest"]:
     text, code = plan.get("pytest", ["3 passed in 0.1s", 0])
+    if any(a.startswith("--max-warps") for a in arguments):
+        text, code = plan["alone"]["--max-warps=8" in arguments]
 elif arguments[:2] == ["-m", "pip"]:
     code = plan.get("pip", 0)
 elif arguments[0].endswith("linear.py"):
@@ -75,8 +77,35 @@ def test_green_on_a_gpu(tmp_path: Path) -> None:
     assert mixed[mixed.index("--tests") + 1] == "pass"
     assert Path(mixed[mixed.index("--out") + 1]).name == "mixed.csv"
     assert float(mixed[mixed.index("--seconds") + 1]) > 100
-    pytest_call = next(arguments for arguments, _ in calls if arguments[:2] == ["-m", "pytest"])
-    assert pytest_call[-3:] == ["tests/kernels", "-n", "8"]
+    (tune,) = [call for call, _ in calls if call[0].endswith("tune.py")]
+    assert tune[tune.index("--tests") + 1] == "pass"
+    assert 100 < float(tune[tune.index("--seconds") + 1]) < 200
+    (layer,) = [call for call, _ in calls if call[0].endswith("layer.py")]
+    assert layer[layer.index("--tests") + 1] == "pass"
+    # The likeliest to be red go first, and the rest without them.
+    first, rest = (call for call, _ in calls if call[:2] == ["-m", "pytest"])
+    files = [argument for argument in first if argument.endswith(".py")]
+    assert len(files) > 3 and all((ROOT / file).is_file() for file in files)
+    assert rest[-1] == "tests/kernels"
+    assert [a for a in rest if a.startswith("--ignore")] == [f"--ignore={file}" for file in files]
+    assert all({"--maxfail=30", "-n", "8"} <= set(call) for call in (first, rest))
+    names = [Path(call[0]).name for call, _ in calls if call[0].endswith(".py")]
+    steps = ["host", "tune", "layer", "precompile", "linear", "mixed_kernels", "summary", "summary"]
+    assert names == [f"{step}.py" for step in steps]
+
+
+def test_a_red_test_is_rerun_alone_with_fewer_warps(tmp_path: Path) -> None:
+    test = "tests/kernels/test_a.py::test_b[fp16-3]"
+    red = [f"FAILED {test} - boom\n1 failed in 1s", 1]
+    plan = {"pytest": red, "alone": [["1 passed in 1s", 0], red]}
+    result, calls = _stubbed(tmp_path, plan)
+    assert result.returncode == 1
+    alone = [call for call, _ in calls if call[-1] == test]
+    assert [call[-2] for call in alone] == ["--max-warps=8", "--max-warps=4"]
+    assert all("--tb=long" in call and "-n" not in call for call in alone)
+    assert f"{test}: red alone with at most 8 warps" in result.stdout
+    assert f"{test}: green alone with at most 4 warps" in result.stdout
+    assert (tmp_path / "out" / "tests.txt").read_text().count("=== ") == 2
 
 
 @pytest.mark.parametrize("outcome", [["1 failed, 9 passed in 1s", 1], ["7 skipped in 1s", 0]])

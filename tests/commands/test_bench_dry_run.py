@@ -58,8 +58,13 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv"}
-    assert written == tables | {"tests.txt", "machine.txt", "log.txt"}
+    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv", "layer.csv"}
+    assert written == tables | {"measured", "tests.txt", "machine.txt", "log.txt"}
+    measured = json.loads((tmp_path / "out" / "measured" / "interpreter.json").read_text())
+    assert [row["launch"] for row in measured["rows"]] == ["lora_shrink"]
+    layers = {(row["case"], row["side"]) for row in _rows(tmp_path / "out" / "layer.csv")}
+    assert {(case, "fastlora") for case in ("forward", "mixed")} < layers
+    assert {row["status"] for row in _rows(tmp_path / "out" / "layer.csv")} == {"ok"}
 
     rows = _rows(tmp_path / "out" / "results.csv")
     assert tuple(rows[0]) == bench.harness.COLUMNS
@@ -216,7 +221,9 @@ def test_fused_variants_launch_without_their_feature(
         lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)
     )
     monkeypatch.setattr(
-        lora_linear, "launch_lora_linear", lambda *_, pdl, **__: seen.update(pdl=pdl)
+        lora_linear,
+        "launch_lora_linear",
+        lambda *_, pdl, config, **__: seen.update(pdl=pdl, linear=config),
     )
     monkeypatch.setattr(plane_sums, "launch_plane_sums", lambda *_, **__: None)
     bench.contenders._without.cache_clear()
@@ -227,12 +234,13 @@ def test_fused_variants_launch_without_their_feature(
     for name in ("fused", "fused_no_pdl", "fused_no_split_k"):
         runs[name](problem)
         config = seen["shrink"]
-        features[name] = (seen["pdl"], config.launch_dependents, config.splits > 1)
+        splits = config.splits > 1, seen["linear"].splits > 1
+        features[name] = (seen["pdl"], config.launch_dependents, *splits)
     bench.contenders._without.cache_clear()
     assert features == {
-        "fused": (True, True, True),
-        "fused_no_pdl": (False, False, True),
-        "fused_no_split_k": (True, True, False),
+        "fused": (True, True, True, True),
+        "fused_no_pdl": (False, False, True, True),
+        "fused_no_split_k": (True, True, False, False),
     }
 
 

@@ -29,6 +29,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    (source / "kernels" / "measured").mkdir(exist_ok=True)
+    (source / "kernels" / "measured" / "sm_90.json").write_text('{"rows": []}')
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--no-index", "-w", str(out), str(source)], capture_output=True, text=True
@@ -47,14 +49,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
-    """Every file of fastlora/ and kernels/, the type marker, and no tests."""
+    """Every file of fastlora/ and kernels/, measured tables, the type marker, and no tests."""
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         f"fastlora/{p.relative_to(ROOT / 'fastlora')}" for p in ROOT.glob("fastlora/**/*.py")
     }
     for folder in ("kernels", "bench"):
         sources |= {f"fastlora/{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
-    assert sources | {"fastlora/py.typed"} <= names
+    data = {"fastlora/py.typed", "fastlora/kernels/measured/sm_90.json"}
+    assert sources | data <= names
     assert not [n for n in names if not n.startswith(("fastlora/", "fastlora_triton-"))]
 
 

@@ -19,10 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.kernels.lab import Lab, interpreted, native
+from tests.support.kernels.lab import Lab, cap_warps, interpreted, native
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m pytest tests/kernels"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what tells a fault of the compiler's from one of ours: it often goes with the warps."""
+    parser.addoption("--max-warps", type=int, help="no kernel has more warps than so many")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.support.kernels import quick_interpreter
 
         quick_interpreter.quicken()
+    if warps := config.getoption("--max-warps", None):
+        cap_warps(warps)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

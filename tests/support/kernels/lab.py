@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 
@@ -15,6 +18,19 @@ def interpreted() -> bool:
 def native() -> bool:
     """Whether they run on a GPU."""
     return torch.cuda.is_available() and not interpreted()
+
+
+def cap_warps(most: int) -> None:
+    """Gives every kernel of this process so many warps at most; before any config was chosen."""
+    from fastlora.kernels import configs
+
+    plain = configs._config
+
+    def capped(*args: Any, **kwargs: Any) -> configs.KernelConfig:
+        config = plain(*args, **kwargs)
+        return replace(config, num_warps=min(config.num_warps, most))
+
+    configs._config = capped  # what `choose` asks
 
 
 class Lab:

@@ -1,0 +1,175 @@
+"""Measured tables: what a file may hold, and that candidates of the tuner reach their launches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora.kernels import configs, measurements
+from fastlora.kernels.chips import Chip, Row, chip_of
+from fastlora.kernels.measurements import Measurement
+from tests.support.kernels.lab import Lab, cap_warps
+
+H100, OTHER = Chip("sm_90", 132), Chip("sm_80", 108)
+BF16 = torch.bfloat16
+TILE = {"block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 8, "num_stages": 3}
+TILE |= {"blocks_r": [16], "splits": 2}
+SIZES = {"m": 8, "n": 4096, "k": 1024, "r": 16}
+PIECES = {"launch": "mixed_lora_shrink", "block_n": 0, "splits": 0}
+FINE = {"launch": "lora_linear", "kind": "half", **TILE, "max_m": 8, "n": 4096, "k": 1024}
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`choose` and `plan_of` remember nothing, and the tables are put back."""
+    monkeypatch.setattr(configs, "MEASURED", dict(configs.MEASURED))
+    for name in ("choose", "plan_of"):
+        monkeypatch.setattr(configs, name, getattr(configs, name).__wrapped__)
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
+    """A file of measured rows."""
+    path = folder / "sm_90.json"
+    path.write_text(json.dumps({"card": "a card", "rows": rows}))
+    return path
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
+    """On that chip only, in the file's order; what `columns_of` writes is read back."""
+    plan = {"launch": "lora_linear", "kind": "half", "max_m": 8, "plan": "split"}
+    later = {**FINE, "block_n": 32, "max_m": 64, "us": 1.5, "problem": "for readers"}
+    path = written(tmp_path, FINE, plan, later)
+    rows = measurements.read(path)
+    assert [measurements.columns_of(row) for row in rows[:2]] == [
+        {**FINE, "blocks_r": (16,)},
+        plan,
+    ]
+    before = configs.choose(OTHER, "lora_linear", BF16, **SIZES)
+    configs.put_first("sm_90", rows, path)
+    config = configs.choose(H100, "lora_linear", BF16, **SIZES)
+    assert {name: getattr(config, name) for name in TILE if name != "blocks_r"} == {
+        name: value for name, value in TILE.items() if name != "blocks_r"
+    }
+    assert configs.choose(H100, "lora_linear", BF16, **{**SIZES, "m": 9}).block_n == 32
+    found = [configs.plan_of(H100, "lora_linear", BF16, **{**SIZES, "m": m}) for m in (8, 9)]
+    assert found == ["split", "fused"]
+    assert configs.choose(OTHER, "lora_linear", BF16, **SIZES) == before
+    shipped = {replace(e.config, splits=2) for e in configs.all_shipped(H100)}
+    assert config in shipped, "it is compiled ahead of time"
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
+    """Others that share its candidates keep theirs."""
+    others = [Chip("sm_89", 142), Chip("sm_120", 170)]
+    before = [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
+    path = written(tmp_path, {**FINE, "block_k": 64, "num_stages": 2})
+    configs.put_first("sm_86", measurements.read(path), path)
+    assert configs.choose(Chip("sm_86", 84), "lora_linear", BF16, **SIZES).num_stages == 2
+    assert before == [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
+    assert {config.num_stages for config in before} != {2}
+
+
+@pytest.mark.usefixtures("no_memory")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"launch": "lora_lineer"}, "no launch 'lora_lineer'"),
+        ({"kind": "int8"}, "of the kind 'int8'"),
+        ({"block_n": 48}, "cannot run as"),
+        ({"num_warps": 16}, "cannot run as"),
+        ({"block_n": 256, "block_m": 128, "num_stages": 6}, "cannot run as"),
+        ({"block_k": 0}, "other sides"),
+        ({"blocks_r": []}, "blocks_r is"),
+        ({"splits": 8}, "splits is 8, expected at most 4"),
+        ({"num_stages": 0}, "num_stages is 0"),
+        ({"num_warps": "4"}, "num_warps is '4', expected a whole number"),
+        ({"warps": 4}, "unknown column 'warps'"),
+        ({"max_m": None}, "max_m is None"),
+        ({"plan": "fastest"}, "plan is 'fastest'"),
+        ({"plan": "fused"}, "a tile as well"),
+        (
+            {"launch": "mixed_lora_shrink", "block_n": 0, "block_m": 32, "splits": 0},
+            "block_m is 32",
+        ),
+    ],
+)
+def test_a_wrong_row_is_one_clear_error(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    """It names the file, the row and what was expected, and nothing is taken over."""
+    path = written(tmp_path, FINE, FINE | change)
+    tables = dict(configs.MEASURED)
+    with pytest.raises(ValueError, match=r"sm_90\.json, row 1: .*") as raised:
+        configs.put_first("sm_90", measurements.read(path), path)
+    assert says in str(raised.value)
+    assert tables == configs.MEASURED
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "sm_90.json"
+    for text in ("", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no file of measured rows"):
+            measurements.read(path)
+    endless = Measurement("lora_linear", "half", Row(16, 64, 128, 4, 3, (16,)))
+    with pytest.raises(ValueError, match="it says for no problem"):
+        configs.put_first("sm_90", [endless], path)
+    with pytest.raises(ValueError, match="no configs for 'sm_70'"):
+        configs.put_first("sm_70", [], path)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "mixed", "mixed_train"])
+def test_candidates_reach_their_launches(
+    lab: Lab, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every launch of the tuner's runs with the candidate's tile, and no other one of its name."""
+    from fastlora.bench import tune
+    from fastlora.bench.shapes import TINY, Point
+
+    adapters = tune.TILE_ADAPTERS if mode.startswith("mixed") else 0
+    problem = Point(mode, TINY, "a", 40, 32, 48, 4, adapters, "4" if adapters else "")
+    device, dtype = torch.device(lab.device), torch.float32
+    operands, chip = tune.draw(problem, dtype, device), chip_of(device)
+    seen: list[tuple[str, configs.KernelConfig]] = []
+    choose = configs.choose
+
+    def noted(chip: Chip, launch: str, *args: Any, **kwargs: Any) -> configs.KernelConfig:
+        config = choose(chip, launch, *args, **kwargs)
+        seen.append((launch, config))
+        return config
+
+    noted.cache_clear = choose.cache_clear  # type: ignore[attr-defined]
+    for point in tune.groups([problem]):
+        launch, is_plan = tune.group_of(point)
+        one = tune.candidates(chip, dtype, point, 1)[-1]
+        rows = [one, *tune.forced(one, point)]
+        with monkeypatch.context() as patch:
+            patch.setattr(configs, "choose", noted)
+            seen.clear()
+            tune.run_with(rows, operands, mode)
+        launched = {name for name, _ in seen}
+        if is_plan:
+            assert (launch in launched) == (one.row.plan == "fused")
+            continue
+        taken = {config for name, config in seen if name == launch}
+        assert taken, (launch, launched)
+        for column in ("block_m", "block_n", "block_k", "num_warps", "num_stages"):
+            assert {getattr(c, column) for c in taken} == {getattr(one.row, column)}, launch
+        assert not one.row.splits or {c.splits for c in taken} == {one.row.splits}
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_warps_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For red tests on a GPU: every launch has fewer warps, and nothing else of it changes."""
+    before = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
+    monkeypatch.setattr(configs, "_config", configs._config)
+    cap_warps(2)
+    after = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
+    assert after == [replace(config, num_warps=min(config.num_warps, 2)) for config in before]
+    assert max(config.num_warps for config in before) > 2
