@@ -65,8 +65,8 @@ def test_many_adapters_go_by_pieces_and_parts_can_be_switched_off() -> None:
         [work.name for work, _ in predict.predicted(name, TINY, case, 16, "sm_90")]
         for name in (OURS, f"{OURS} without expand by pieces")
     )
-    assert by_pieces.count("mixed_lora_expand") == by_pieces.count("mm") == 7
-    assert before.count("mixed_lora_linear") == 7
+    assert (by_pieces.count("mixed_lora_expand"), by_pieces.count("mm")) == (4, 7)
+    assert before.count("mixed_lora_linear") == 4
     again = ours(TINY, case, 16, "sm_90", 132)
     assert [work.name for work in again] == by_pieces
 
