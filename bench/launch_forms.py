@@ -113,9 +113,16 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
     n, k = given.get("N", 0), given.get("K", 0)
     if _stem(launch) == "mixed_lora_shrink":  # all modules' rank rows of an adapter
         return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
+    sizes = [n, *(given[f"N_{i}"] for i in range(1, given["SIBLINGS"]))]
     if _stem(launch) == "mixed_lora_expand":
-        return byte_forms.mixed_expand(batch_of(n, k, r), config, given["PLANES"])
-    return byte_forms.mixed_linear(batch_of(n, k, r), config, given["planes"], given["HAS_BIAS"])
+        planes = given["PLANES"]
+        return together(
+            [byte_forms.mixed_expand(batch_of(own, k, r), config, planes) for own in sizes]
+        )
+    planes, biased = given["planes"], given["HAS_BIAS"]
+    return together(
+        [byte_forms.mixed_linear(batch_of(own, k, r), config, planes, biased) for own in sizes]
+    )
 
 
 def together(forms: Sequence[Form]) -> Form:
