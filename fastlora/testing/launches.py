@@ -24,18 +24,30 @@ class Launch(NamedTuple):
         grid: Programs along each axis.
         num_warps: Of a program.
         num_stages: Of its pipelined loop.
-        arguments: What the kernel was called with beside tensors and strides, by name.
         shared: Bytes of shared memory of a program.
         binary: The compiled code.
+        names: Of the kernel's arguments.
+        values: What it was called with.
     """
 
     kernel: str
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
-    arguments: dict[str, Any]
     shared: int
     binary: bytes
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel was called with beside tensors and strides, by name."""
+        given = zip(self.names, self.values, strict=True)
+        return {
+            name: value
+            for name, value in given
+            if not name.endswith("_ptr") and not name.startswith("stride")
+        }
 
 
 @contextlib.contextmanager
@@ -128,15 +140,18 @@ class _Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Returns what launches a kernel: it notes that it was called."""
 
-        kernel, launches = metadata.name, self._launches
-        sizes = metadata.num_warps, metadata.num_stages
-        names = source.fn.arg_names
-        told = [name for name in names if not name.endswith("_ptr") and name[:6] != "stride"]
+        kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)
+        sizes, shared, count = (
+            (metadata.num_warps, metadata.num_stages),
+            metadata.shared,
+            len(names),
+        )
 
-        # After the grid: stream, function, metadata, two hooks and what they get.
+        # After the grid: stream, function, metadata, two hooks and what they get. As cheap as a
+        # driver is not: what the host pays is measured with it.
         def launch(x: int, y: int, z: int, _: Any, binary: bytes, *others: Any) -> None:
-            given = dict(zip(names, others[-len(names) :], strict=True))
-            arguments = {name: given[name] for name in told}
-            launches.append(Launch(kernel, (x, y, z), *sizes, arguments, metadata.shared, binary))
+            launches.append(
+                Launch(kernel, (x, y, z), *sizes, shared, binary, names, others[-count:])
+            )
 
         return launch
