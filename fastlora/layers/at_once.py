@@ -17,7 +17,7 @@ import torch
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.backend import BACKENDS, Siblings
+from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.siblings import (
     Family,
@@ -29,8 +29,6 @@ from fastlora.routing.siblings import (
 )
 from fastlora.weight_marks import marks
 
-# Siblings of one launch.
-_MOST = 4
 _Key = tuple[int, ...]
 
 
@@ -152,7 +150,12 @@ def siblings_of(
     None where one launch does not take them all.
     """
     (_, (own,)), *others = [(member, slots.own) for member, slots in found]
-    if own is None or base.weight is None or len(found) > _MOST or not _fits(call.x, base, own):
+    if (
+        own is None
+        or base.weight is None
+        or len(found) > MOST_SIBLINGS
+        or not _fits(call.x, base, own)
+    ):
         return None
     pairs: list[tuple[Base, Factors]] = [(base, own)]
     for member, (factors,) in others:
@@ -171,7 +174,12 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
         member: Any = reference()
         if member is layer and _fits(x, base, own):
             found.append((id(layer), base, own))
-        elif found and member is not None and id(member) not in family.idle and len(found) < _MOST:
+        elif (
+            found
+            and member is not None
+            and id(member) not in family.idle
+            and len(found) < MOST_SIBLINGS
+        ):
             like = _operands_of(member, call, base, own)
             if like is not None:
                 found.append((id(member), *like))

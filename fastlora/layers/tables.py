@@ -16,6 +16,7 @@ from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.watch import Watch
 from fastlora.ops import schema
+from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.factors import Base, Factors, Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
@@ -30,9 +31,6 @@ from fastlora.routing.siblings import (
     take_share,
 )
 from fastlora.weight_marks import marks
-
-# Siblings of one launch.
-_MOST = 4
 
 
 def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
@@ -299,7 +297,9 @@ def _place_of(
     others = [members[other].routed_as for other in range(first, stop) if other != row]
     is_known = bool(members)
     members[row] = layer
-    group = [members[each] for each in range(first, stop)] if 1 < stop - first <= _MOST else []
+    group = (
+        [members[each] for each in range(first, stop)] if 1 < stop - first <= MOST_SIBLINGS else []
+    )
     own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
     found = Place(tables, rows, invariant, own, tables.tensors(), row, siblings, others, group)
     if is_known:

@@ -64,6 +64,10 @@ class Gradients(NamedTuple):
     d_bias: torch.Tensor | None
 
 
+# Layers of one launch; `fastlora.kernels.configs.MAX_SIBLINGS` without an import of Triton.
+MOST_SIBLINGS = 4
+
+
 class Siblings(NamedTuple):
     """Layers that are fed by the same x, each with one adapter, without dropout and lora_bias.
 

@@ -7,12 +7,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
@@ -25,6 +26,10 @@ SIBLINGS = [
 ]
 SIZES = pytest.mark.parametrize(("columns", "ranks"), SIBLINGS, ids=str)
 CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps": 4}
+
+
+def test_layers_and_kernels_mean_as_many() -> None:
+    assert MOST_SIBLINGS == MAX_SIBLINGS
 
 
 class Layers:
