@@ -13,10 +13,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak clean
+.PHONY: help install demo test lint soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+install: $(VENV)/.installed ## make .venv with fastlora, what the demo and what the tests need
 
 demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compare with PEFT
 	@$(BIN)/fastlora demo $(ARGS)

@@ -1,6 +1,7 @@
 """Draws a results CSV: time over the bare base linear against rows, one panel a layer.
 
 python bench/plot.py results.csv [picture.png]
+python bench/plot.py mixed_cpu.csv [picture.png]     decode over the base model against adapters
 """
 
 from __future__ import annotations
@@ -49,12 +50,41 @@ def main() -> int:
     return 0
 
 
+def mixed_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
+    """Draws decode of a CSV of ``bench/mixed.py``, fastlora beside PEFT, one panel a dtype."""
+    sides = {"fastlora": "fastlora_one_block", "PEFT, adapter_names": "peft"}
+    dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
+    figure, axes = new_figure(1, len(dtypes), (4.6 * len(dtypes), 3.4))
+    for axis, dtype in zip(axes.flat, dtypes, strict=True):
+        series = {
+            label: sorted(
+                (int(row["adapters"]), float(row["ratio_to_base"]))
+                for row in rows
+                if (row["phase"], row["dtype"], row["side"]) == ("decode", dtype, side)
+            )
+            for label, side in sides.items()
+        }
+        draw(axis, series, ours=("fastlora",))
+        counts = [count for count, _ in series["fastlora"]]
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_title(f"decode, 64 sequences, {dtype}", fontsize=9)
+        axis.set_xlabel("different adapters in the batch")
+        axis.set_ylabel("time / base model")
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+    return True
+
+
 def picture(source: Path, target: Path, shown: Sequence[str]) -> bool:
     """Draws the rows of some contenders; returns whether any was timed."""
     with source.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ratio_to_base"]]
     if not rows:
         return False
+    if "side" in rows[0]:
+        return mixed_picture(rows, target)
     panels: dict[tuple[str, ...], dict[str, list[tuple[int, float]]]] = defaultdict(
         lambda: defaultdict(list)
     )

@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="NAME=FILE",
-        help="an adapter's data: .jsonl of prompt and completion, or of text; or plain text. "
+        help="an adapter's data: .jsonl, .json, .csv or .tsv with prompt and completion, or text; "
+        "or plain text, .txt or .md. "
         "Repeatable, for more files and for more adapters",
     )
     parser.add_argument(

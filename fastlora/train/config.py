@@ -47,8 +47,8 @@ class AdapterSettings:
 
     Attributes:
         name: Letters, digits, ``_`` and ``-``; its folder in the run's folder.
-        data: Its files: ``.jsonl`` of ``{"prompt": ..., "completion": ...}`` or ``{"text": ...}``,
-            or plain text.
+        data: Its files, as `fastlora.train.data.read_samples` takes them: JSON lines, JSON, CSV,
+            TSV, or plain text.
         eval_data: Files of the same kinds to measure the loss on.
         init_from: A PEFT adapter folder to go on from; None for a new adapter.
         lora: Fields of `fastlora.LoraConfig`; r, alpha, dropout and targets that are not given are
@@ -186,6 +186,8 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{path}: settings are read from .toml and .json files")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

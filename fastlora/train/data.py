@@ -6,14 +6,16 @@ sees the same samples in the same steps.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 # Texts that go to the tokenizer at once.
 _CHUNK = 512
+# What a file is by its name's end: an object a line, one list of objects (or an object a line), a
+# line of names and rows below it, one text.
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
 
 
 class DataError(FastLoraError, ValueError):
@@ -32,7 +37,10 @@ class DataError(FastLoraError, ValueError):
 
 
 class Place(NamedTuple):
-    """Where a sample is from: a file, and its line there from 1; 0 for a plain text file."""
+    """Where a sample is from: a file, and its line there from 1; 0 for a plain text file.
+
+    In a JSON list it is the number of the entry.
+    """
 
     path: Path
     line: int
@@ -59,13 +67,19 @@ class Sample(NamedTuple):
 def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
     """Returns the samples of some files, in order, and a digest of the files' bytes.
 
-    ``.jsonl`` (or ``.json``) files hold an object a line, with strings ``prompt`` and
-    ``completion``, or ``text``; any other file is one text. Raises `DataError`, with file and line,
-    where a file is missing, empty or no UTF-8, or a line is not as described.
+    ``.jsonl`` files hold an object a line, with strings ``prompt`` and ``completion``, or ``text``;
+    ``.json`` files the same, or one list of such objects; ``.csv`` and ``.tsv`` files have columns
+    of these names; ``.txt`` and ``.md`` files are one text each. Raises `DataError`, with file and
+    line, where a file is of another kind, missing, empty or no UTF-8, or a line is not as
+    described.
     """
     samples: list[Sample] = []
     digest = hashlib.sha256()
     for path in paths:
+        if path.suffix.lower() not in KINDS:
+            raise DataError(
+                f"{path}: expected a file that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+            )
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -76,24 +90,65 @@ def read_samples(paths: Sequence[Path]) -> tuple[list[Sample], str]:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise DataError(f"{Place(path, line)}: cannot be read ({error})") from error
         digest.update(len(data).to_bytes(8, "little") + data)
-        if path.suffix in (".jsonl", ".json"):
-            # Not splitlines(): U+2028 may stand in a JSON string.
-            lines = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
-            found = [_parsed(Place(path, number), line) for number, line in lines]
-        else:
-            found = [Sample(Place(path, 0), None, text)] if text.strip() else []
+        found = _samples(path, text)
         if not found:
             raise DataError(f"{path}: is empty, expected at least one sample")
         samples += found
     return samples, digest.hexdigest()
 
 
-def _parsed(place: Place, line: str) -> Sample:
-    shown = line if len(line) <= 60 else f"{line[:60]}..."
+def _samples(path: Path, text: str) -> list[Sample]:
+    """Returns the samples of a file's text."""
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return _of_table(path, text, "," if kind == ".csv" else "\t")
+    if kind == ".json" and text.lstrip().startswith("["):
+        rows = _json(Place(path, 1), text)
+        return [_sample(Place(path, number), row) for number, row in enumerate(rows, 1)]
+    if kind in (".jsonl", ".json"):
+        # Not splitlines(): U+2028 may stand in a JSON string.
+        lines = [(Place(path, n), t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
+        return [_sample(place, _json(place, line)) for place, line in lines]
+    return [Sample(Place(path, 0), None, text)] if text.strip() else []
+
+
+def _of_table(path: Path, text: str, delimiter: str) -> list[Sample]:
+    """Returns the samples of a file whose first line names its columns."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = set(reader.fieldnames or ())
+    if names and not ({"prompt", "completion"} <= names or "text" in names):
+        raise DataError(
+            f"{path}: expected columns 'prompt' and 'completion', or 'text', got {sorted(names)}"
+        )
+    samples = []
     try:
-        row = json.loads(line)
+        for row in reader:
+            place = Place(path, reader.line_num)
+            if None in row or None in row.values():
+                raise DataError(f"{place}: expected {len(names)} columns")
+            known = {key: row[key] for key in ("prompt", "completion", "text") if key in row}
+            samples.append(_sample(place, known))
+    except csv.Error as error:
+        place = Place(path, reader.reader.line_num)
+        raise DataError(f"{place}: not valid CSV ({error})") from error
+    return samples
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def _json(place: Place, text: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON ({error}): {shown!r}") from error
+        raise DataError(f"{place}: not valid JSON ({error}): {_shown(text)}") from error
+
+
+def _sample(place: Place, row: Any) -> Sample:
+    """Returns the sample that an object is."""
+    shown = _shown(row)
     keys = set(row) if isinstance(row, dict) else set()
     if {"prompt", "completion"} <= keys and "text" not in keys:
         prompt, text = row["prompt"], row["completion"]
@@ -102,16 +157,16 @@ def _parsed(place: Place, line: str) -> Sample:
     else:
         raise DataError(
             f"{place}: expected an object with 'prompt' and 'completion', or with 'text', got "
-            f"{shown!r}"
+            f"{shown}"
         )
     if not isinstance(text, str) or not (prompt is None or isinstance(prompt, str)):
-        raise DataError(f"{place}: expected strings, got {shown!r}")
+        raise DataError(f"{place}: expected strings, got {shown}")
     try:
         f"{prompt}{text}".encode()
     except UnicodeEncodeError as error:  # JSON may name half of a character, "\\ud83d"
-        raise DataError(f"{place}: a string is no text ({error.reason}), got {shown!r}") from error
+        raise DataError(f"{place}: a string is no text ({error.reason}), got {shown}") from error
     if not text:
-        raise DataError(f"{place}: there is nothing to learn, got {shown!r}")
+        raise DataError(f"{place}: there is nothing to learn, got {shown}")
     return Sample(place, prompt, text)
 
 

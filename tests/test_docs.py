@@ -1,0 +1,108 @@
+"""The code of README.md and of the pages in docs/ runs as it stands, on a small model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import LoraConfig, get_peft_model
+from fastlora.train.config import parse_settings
+from tests.support.tiny import tiny_llama
+
+pytest.importorskip("transformers", reason="the models of the pages are transformers'")
+pytest.importorskip("peft", reason="some pages patch a PEFT model")
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Its code runs in two processes: tests/distributed/checks_docs.py.
+ELSEWHERE = {"distributed.md"}
+
+
+def blocks(language: str) -> list[Any]:
+    """Page and text of each block of code of a language."""
+    return [
+        pytest.param(page, text, id=f"{page.name}-{number}")
+        for page in PAGES
+        if page.name not in ELSEWHERE
+        for number, text in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+        )
+    ]
+
+
+def given() -> dict[str, Any]:
+    """The names that a reader has before each block."""
+    ids = torch.randint(0, 97, (3, 6))
+    return {
+        "base_model": tiny_llama(),
+        "another_base": tiny_llama(),
+        "model": get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")),
+        "inputs": {"input_ids": ids, "max_new_tokens": 3},
+        "batch": {"input_ids": ids, "labels": ids},
+        "torch": torch,
+    }
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_python(
+    page: Path,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each block by itself, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    names = given()
+    names["model"].save_pretrained("adapters/one")  # what somebody trained before
+    exec(compile(text, str(page), "exec"), names)
+    if "report" in names:
+        assert names["report"].fused == len(names["report"].rows) > 0
+        assert "LoRA layers fused" in capsys.readouterr().out
+    if "merged" in names:
+        assert fastlora.fusion_report(names["merged"]).rows == ()
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("toml"))
+def test_toml(page: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each settings file is taken by `fastlora train`, from the project's folder."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    monkeypatch.chdir(ROOT)
+    settings = parse_settings(tomllib.loads(text), {}, page.name)
+    assert all(file.is_file() for adapter in settings.adapters for file in adapter.data)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    """Every link of a page leads to a file of the project, and to a heading that is there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert heading in anchors, f"{page.name}: {target}"
+
+
+def test_the_tables_of_speed_are_those_of_the_results() -> None:
+    """Every figure of docs/speed.md comes from a row of a CSV."""
+    from fastlora.bench import speed_page
+
+    page = speed_page.PAGE.read_text(encoding="utf-8")
+    assert speed_page.rendered(page) == page
+    assert page.count("<!-- ") == 9
+
+
+def test_the_readme_has_its_ways_in() -> None:
+    """A model, patch, a layer, a mixed batch and a pool, in at most 130 lines."""
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert len(re.findall(r"```python\n", text)) == 5
+    assert len(text.splitlines()) <= 130
