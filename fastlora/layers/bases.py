@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora.layers.quantised import quantised
+from fastlora.layers.stored import Plain, Stored
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
@@ -99,11 +100,36 @@ def makes_fresh_outputs(module: nn.Module) -> bool:
     return type(module).__module__.startswith(_MAKE_FRESH_OUTPUTS)
 
 
+def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
+    """Returns how a linear-like module stores its weight, for a merge.
+
+    Args:
+        module: The base layer.
+        shape: N and K.
+
+    Raises:
+        UnsupportedLayerError: Nothing can be merged into it.
+    """
+    found = quantised(module)
+    if found is not None:
+        found.check_writable()
+        return found
+    weight: Any = getattr(module, "weight", None)
+    transposed = type(module).__name__ == "Conv1D"
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+    if not plain or tuple(weight.t().shape if transposed else weight.shape) != shape:
+        raise UnsupportedLayerError(
+            f"cannot merge into {type(module).__name__}: its weight is not a plain floating-point "
+            "matrix, and not quantised by bitsandbytes or torchao (dequantise the base model first)"
+        )
+    return Plain(weight, torch.t if transposed else None)
+
+
 def dense_weight(module: object) -> torch.Tensor:
     """Returns the weight ``[N, K]`` of a linear-like module, dequantised where it is quantised.
 
     Knows `nn.Linear` and its subclasses, Conv1D of transformers (whose weight is transposed, as a
-    view), bitsandbytes' 4-bit and 8-bit linears, HQQ's, and torchao's weights.
+    view), HQQ's linears, and the kinds of `fastlora.layers.quantised`.
 
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
@@ -114,20 +140,11 @@ def dense_weight(module: object) -> torch.Tensor:
         return own  # at once: it is asked in every forward
     if hasattr(base, "W_q") and callable(getattr(base, "dequantize", None)):  # HQQ
         return base.dequantize()
+    found = quantised(base)
+    if found is not None:
+        return found.dense()
     weight: Any = getattr(base, "weight", None)
     kind = type(weight).__name__
-    if kind == "Params4bit":
-        functional = importlib.import_module("bitsandbytes.functional")
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            return _through(base, weight.device)
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    if kind == "Int8Params":
-        functional = importlib.import_module("bitsandbytes.functional")
-        # The row scales move from the parameter to the module's state with the first forward.
-        scales = base.state.SCB if base.state.SCB is not None else weight.SCB
-        return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
-    if type(weight).__module__.startswith("torchao."):
-        return weight.dequantize()
     if not isinstance(weight, torch.Tensor) or not _is_dense(weight):
         raise UnsupportedLayerError(
             f"DoRA needs the base weight for its norm, and that of a {type(base).__name__} is "
@@ -135,17 +152,6 @@ def dense_weight(module: object) -> torch.Tensor:
             "floating-point matrix, or one quantised by bitsandbytes, HQQ or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
-
-
-@torch.no_grad()
-def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Returns the weight that a layer computes with: what it makes of the unit vectors.
-
-    For 4-bit weights that an evaluation on a CPU has repacked, which cannot be dequantised.
-    """
-    layer: Any = base
-    columns = layer(torch.eye(layer.in_features, device=device))
-    return (columns if layer.bias is None else columns - layer.bias).t()
 
 
 def _is_dense(weight: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import why_not_plain
 from fastlora.layers.call import LayerCall
 from fastlora.layers.forward import begin, forward
+from fastlora.layers.stored import Plain, Stored
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.sharding import is_sharded, refuse_shards
@@ -160,7 +161,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             return False, "its base weight is sharded (a DTensor) and nothing gathers it"
         return fusion(self, self._acting(), "", gathered)
 
-    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         if is_sharded(self._parameters.get("weight")):
             raise UnsupportedLayerError(
                 "cannot merge into this layer: its weight is sharded (a DTensor); save the adapter "
@@ -171,7 +172,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
                 "cannot merge into this layer: its weight is computed from other parameters "
                 "(a parametrization or pruning; remove it first)"
             )
-        return self.weight, self.bias, False
+        return Plain(self.weight), self.bias
 
     def extra_repr(self) -> str:
         """Adds the adapters' ranks to what `nn.Linear` prints."""

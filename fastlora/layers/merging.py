@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,10 @@ from torch import nn
 from fastlora.layers.common import Whole
 from fastlora.layers.norms import base_squares, forget_norms
 from fastlora.layers.scalings import Scaling
+from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
 from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.norms import adapted_sums, square_norms
-from fastlora.ops.torch.reference import INTEGERS
 from fastlora.ops.torch.scale import scale_of
-from fastlora.sharding import local
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.
@@ -27,6 +27,8 @@ class Mergeable(Whole, nn.Module):
 
     Attributes:
         merged_adapters: Names whose update is in the base weight now, in order.
+        merge_error: What quantising a merged weight again lost of what the merge was to change, as
+            a share of its Frobenius norm; None where nothing is merged into a quantised weight.
     """
 
     out_features: int
@@ -38,10 +40,11 @@ class Mergeable(Whole, nn.Module):
 
     def _init_merging(self) -> None:
         self.merged_adapters: list[str] = []
+        self.merge_error: float | None = None
         # (weight, bias) as they were before the first merge, only while merged, and what `_sums`
-        # returned behind the last one.
-        self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._when_merged: list[tuple[torch.Tensor, ...]] = []
+        # returned behind the last one. What a weight is kept as, `Stored` knows.
+        self._unmerged: tuple[object, torch.Tensor | None] | None = None
+        self._when_merged: list[Fingerprint] = []
         # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
         self._merged_scales: dict[str, torch.Tensor] = {}
 
@@ -53,18 +56,18 @@ class Mergeable(Whole, nn.Module):
         """Returns the module that the adapters modify."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
-    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-        """Returns base weight, bias, and whether the weight is stored ``[K, N]``; or raises."""
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        """Returns the base weight and the bias, or raises."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
-    def _sums(self) -> list[tuple[torch.Tensor, ...]]:
+    def _sums(self) -> list[Fingerprint]:
         """Returns of the base weight and its bias what differs once they were written to."""
-        base = self.get_base_layer()
-        return [_sums_of_bits(getattr(base, name, None)) for name in ("weight", "bias")]
+        weight, bias = self._mergeable()
+        return [weight.fingerprint(), sums_of_bits(bias)]
 
     def _is_as_merged(self) -> bool:
         """Whether nobody has written to the base weight or its bias since the last merge."""
-        return all(map(_equal, self._sums(), self._when_merged))
+        return all(map(equal, self._sums(), self._when_merged))
 
     # What differs where several processes have parts of the layer.
 
@@ -101,14 +104,28 @@ class Mergeable(Whole, nn.Module):
         names = self.check_merge(safe_merge, adapter_names)
         if not names:
             return
-        weight, bias, transposed = self._mergeable()
-        if keep_base and not self.merged:
-            self._unmerged = _copies(weight, bias)
-        self._merged_scales |= self._scales(names)
+        weight, bias = self._mergeable()
+        kept = _kept(weight, bias) if keep_base and not self.merged else self._unmerged
+        scales = self._merged_scales | self._scales(names)
+        matrix = weight.wide()
         for name in names:
-            self._merge_one(weight.t() if transposed else weight, bias, name)
-        self._when_merged = self._sums()
+            self._add_delta(matrix, name, 1.0, scales.get(name))
+        self._write(weight, matrix)
+        self._unmerged, self._merged_scales = kept, scales
+        for name in names:
+            self.merged_adapters.append(name)
+            self._add_to_bias(bias, self.merged_adapters, 1.0)
+        self._when_merged = [] if kept is None else self._sums()
         forget_norms(self)
+
+    def _write(self, weight: Stored, matrix: torch.Tensor) -> None:
+        """Puts ``matrix [N, K]`` in the weight's place; says in `merge_error` what that loses."""
+        if weight.in_place:
+            return
+        wanted = weight.square_distance(matrix)
+        weight.write(matrix)
+        lost = weight.square_distance(matrix)
+        self.merge_error = math.sqrt(lost / wanted) if wanted else 0.0
 
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -121,21 +138,23 @@ class Mergeable(Whole, nn.Module):
         names = [n for n in dict.fromkeys(wanted) if n in self.lora_A and n not in merged]
         if not names:
             return []
-        weight, bias, transposed = self._mergeable()
+        weight, bias = self._mergeable()
         for name in names:
             if bias is None and self.lora_B[name].bias is not None:
                 raise AdapterStateError(
                     f"adapter {name!r} has a lora_bias, and the base layer no bias to merge it into"
                 )
         if safe_merge:
-            new_weight, new_bias = _copies(weight, bias)
+            matrix = weight.wide().clone() if weight.in_place else weight.wide()
+            new_bias = None if bias is None else bias.detach().clone()
             before, scales = list(merged), self._merged_scales
             self._merged_scales = scales | self._scales(names)
             try:
                 for name in names:
-                    self._merge_one(new_weight.t() if transposed else new_weight, new_bias, name)
-                    made = [new_weight] if new_bias is None else [new_weight, new_bias]
-                    if not self._all_agree(all(bool(t.isfinite().all()) for t in made)):
+                    self._add_delta(matrix, name, 1.0, self._merged_scales.get(name))
+                    merged.append(name)
+                    self._add_to_bias(new_bias, merged, 1.0)
+                    if not self._all_agree(_is_finite(matrix, new_bias)):
                         raise AdapterStateError(
                             f"merging adapter {name!r} gives weights that are not finite"
                         )
@@ -156,12 +175,12 @@ class Mergeable(Whole, nn.Module):
         """
         if not self.merged:
             return
-        weight, bias, transposed = self._mergeable()
+        weight, bias = self._mergeable()
         kept = self._unmerged
         unwritten = kept is not None and self._is_as_merged()
         # Alike in every process: one that was written to alone would wait for the others below.
         if self._all_agree(unwritten) and kept is not None:
-            weight.copy_(kept[0])
+            weight.restore(kept[0])
             if bias is not None and kept[1] is not None:
                 bias.copy_(kept[1])
         else:
@@ -171,8 +190,10 @@ class Mergeable(Whole, nn.Module):
                         f"adapter {name!r} cannot be taken out again: its magnitude or its norm is "
                         "0 in a row, and the weight was written to or not kept (keep_base=False)"
                     )
-            self._unmerge_from(weight.t() if transposed else weight, bias)
-        self._unmerged = None
+            matrix = weight.wide()
+            self._unmerge_from(matrix, bias)
+            weight.write(matrix)
+        self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
         forget_norms(self)
@@ -185,15 +206,6 @@ class Mergeable(Whole, nn.Module):
             scale = self._merged_scales.get(name)
             self._add_delta(weight, name, -1.0, None if scale is None else 1.0 / scale)
             self._add_to_bias(bias, merged[: place + 1], -1.0)
-
-    def _merge_one(self, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> None:
-        """Merges one adapter into ``weight [N, K]`` and ``bias [N]``, behind those merged so far.
-
-        DoRA scales what was merged before it, as its forward scales what came before.
-        """
-        self._add_delta(weight, name, 1.0, self._merged_scales.get(name))
-        self.merged_adapters.append(name)
-        self._add_to_bias(bias, self.merged_adapters, 1.0)
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Returns g ``[N]`` of those adapters that use DoRA."""
@@ -214,13 +226,12 @@ class Mergeable(Whole, nn.Module):
             base = layer._own_weight()
             squares = base_squares(layer, base)
         else:
-            weight, _, transposed = self._mergeable()
+            weight, _ = self._mergeable()
             kept = self._unmerged
-            if kept is not None and _equal(self._sums()[0], self._when_merged[0]):
-                weight = kept[0]
-            base = weight.t() if transposed else weight
-            if kept is None or weight is not kept[0]:
-                base = base.detach().clone()
+            if kept is not None and equal(weight.fingerprint(), self._when_merged[0]):
+                base = weight.dense_of(kept[0])
+            else:
+                base = weight.wide().clone() if weight.in_place else weight.wide()
                 self._unmerge_from(base, None)
             squares = square_norms(base)
         sums = []
@@ -246,17 +257,15 @@ class Mergeable(Whole, nn.Module):
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = weight[start : start + _MERGE_ROWS]
             factor = lora_b[start : start + _MERGE_ROWS].to(compute)
-            if scale is None and rows.dtype == compute:
-                rows.addmm_(factor, lora_a, alpha=alpha)
-                continue
-            wide = rows.to(compute)
             by = None if scale is None else scale[start : start + _MERGE_ROWS, None].to(compute)
+            wide = rows.to(compute)  # itself, where it is that already
             if by is not None and sign < 0:
-                wide = wide * by
-            wide = torch.addmm(wide, factor, lora_a, alpha=alpha)
+                wide *= by
+            wide.addmm_(factor, lora_a, alpha=alpha)
             if by is not None and sign > 0:
-                wide = wide * by
-            rows.copy_(wide)
+                wide *= by
+            if wide is not rows:
+                rows.copy_(wide)
 
     @torch.no_grad()
     def _add_to_bias(self, bias: torch.Tensor | None, names: list[str], sign: float) -> None:
@@ -301,30 +310,20 @@ class Mergeable(Whole, nn.Module):
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
         unwritten = self._unmerged is not None and self._is_as_merged()
         if self._unmerged is not None:
-            weight, bias = self._unmerged
-            self._unmerged = fn(weight), None if bias is None else fn(bias)
+            kept, bias = self._unmerged
+            kept = self._mergeable()[0].moved(kept, fn)
+            self._unmerged = kept, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:
             self._when_merged = self._sums()
         return self
 
 
-def _copies(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return weight.detach().clone(), None if bias is None else bias.detach().clone()
+def _kept(weight: Stored, bias: torch.Tensor | None) -> tuple[object, torch.Tensor | None]:
+    return weight.keep(), None if bias is None else bias.detach().clone()
 
 
-def _sums_of_bits(tensor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Returns the sums of a tensor's rows and columns as integers, which a write changes.
-
-    Whoever writes, and whatever counts it: optimizers, compiled code, ``.data``, a loaded state.
-    """
-    if tensor is None:
-        return ()
-    bits = local(tensor.detach()).view(INTEGERS[tensor.itemsize])
-    return tuple(bits.sum(dim, dtype=torch.int64) for dim in range(bits.dim()))
-
-
-def _equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
+def _is_finite(matrix: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    # A value that is not finite is the least or the largest; `isfinite` makes copies.
+    ends = [*matrix.aminmax(), *(() if bias is None else bias.aminmax())] if matrix.numel() else []
+    return all(bool(end.isfinite()) for end in ends)

@@ -40,6 +40,7 @@ from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.forward import begin, forward
 from fastlora.layers.norms import forget_norms, magnitude_of
+from fastlora.layers.stored import Plain, Stored
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.conditions import conditions_of
@@ -291,7 +292,7 @@ class TensorParallelLora(FastLoraWrapper):
             why += ", which DoRA scales" + (f"; {further}" if further else "")
         return False, why
 
-    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         """This process's share of the base weight, which takes its share of the update."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
@@ -299,7 +300,7 @@ class TensorParallelLora(FastLoraWrapper):
                 f"cannot merge into this layer: FSDP2 shards its weight too (a DTensor over "
                 f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
             )
-        return local(weight), None if bias is None else local(bias), False
+        return Plain(local(weight)), None if bias is None else local(bias)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lora_a, lora_b, lora_bias = super()._factors(name)

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import linear_features, makes_fresh_outputs, why_not_plain
+from fastlora.layers.bases import (
+    linear_features,
+    makes_fresh_outputs,
+    stored_weight,
+    why_not_plain,
+)
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import why_not_fused
 from fastlora.layers.forward import begin, forward
+from fastlora.layers.stored import Stored
 from fastlora.layers.why import NOT_OUR_GEMM
 from fastlora.ops.factors import Base
 from fastlora.validation import UnsupportedLayerError
@@ -82,15 +88,6 @@ class FastLoraWrapper(LoraLayer):
         why = why_not_plain(self.base_layer, gathered)
         return False, why or why_not_fused(self, self._acting(), gathered)
 
-    def _mergeable(self) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-        weight: Any = getattr(self.base_layer, "weight", None)
-        bias: Any = getattr(self.base_layer, "bias", None)
-        transposed = type(self.base_layer).__name__ == "Conv1D"
-        expected = (self.out_features, self.in_features)
-        plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
-        if not plain or tuple(weight.t().shape if transposed else weight.shape) != expected:
-            raise UnsupportedLayerError(
-                f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
-                "floating-point matrix (dequantise the base model first)"
-            )
-        return weight, bias, transposed
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        shape = self.out_features, self.in_features
+        return stored_weight(self.base_layer, shape), getattr(self.base_layer, "bias", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,12 +279,14 @@ def unload(
     if merge:
         for _, layer in layers:
             layer.check_merge(safe_merge, present(layer, adapter_names))
+    errors: dict[str, float | None] = {}
     for name, layer in _progress(layers, progressbar, "Merging" if merge else "Unloading"):
         if merge:
             names = present(layer, adapter_names)
             _untie(model, name, layer, names)
             layer.merge(adapter_names=names, keep_base=False)
             layer._unmerged = None
+            errors[name] = layer.merge_error
         elif layer.merged:
             layer.unmerge()
         _set_submodule(model, name, layer.release())
@@ -297,7 +299,21 @@ def unload(
             if tied is not None:
                 _declare_untied(model)
         _set_submodule(model, name, current)
+    tell_merge_errors(errors)
     return model
+
+
+def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
+    """Warns of what quantising merged weights again has lost; by layer, None where nothing has."""
+    lossy = {name: error for name, error in errors.items() if error is not None}
+    if lossy:
+        worst = max(lossy, key=lossy.__getitem__)
+        warnings.warn(
+            f"merged into {len(lossy)} quantised weights, which were rounded again: of what the "
+            f"merge was to change, {sum(lossy.values()) / len(lossy):.1%} is lost on average, and "
+            f"at most {lossy[worst]:.1%} ({worst}); unmerged adapters lose nothing",
+            stacklevel=4,
+        )
 
 
 def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | None:

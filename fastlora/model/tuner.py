@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers import LoraLayer
 from fastlora.layers.factors import Parameters
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
@@ -215,9 +216,10 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
         """
         wanted = None if adapter_names is None else self._known(adapter_names)
-        layers = inject.lora_layers(self.model)
-        chosen = [inject.present(layer, wanted) for layer in layers]
-        for layer, names in zip(layers, chosen, strict=True):
+        found = inject.routed_modules(self.model)
+        layers = {name: layer for name, layer in found if isinstance(layer, LoraLayer)}
+        chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
+        for layer, names in zip(layers.values(), chosen.values(), strict=True):
             merges = layer.check_merge(safe_merge, names)
             tied = inject.shared_with(self.model, layer) if merges else None
             if tied:
@@ -225,8 +227,9 @@ class LoraTuner(nn.Module):
                     f"a target shares its weight with {tied}, which merging would change too; "
                     "merge_and_unload() gives it its own"
                 )
-        for layer, names in zip(layers, chosen, strict=True):
-            layer.merge(adapter_names=names, keep_base=keep_base)
+        for name, layer in layers.items():
+            layer.merge(adapter_names=chosen[name], keep_base=keep_base)
+        inject.tell_merge_errors({name: layer.merge_error for name, layer in layers.items()})
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the base weights again."""

@@ -1,0 +1,248 @@
+"""Merging into quantised base layers: dequantise, add, quantise again; and exactly back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.layers.bases import dense_weight
+from fastlora.layers.quantised import quantised
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from tests.support.peak_bytes import peak_bytes
+from tests.support.peft_twins import peft
+from tests.support.tiny import randomise
+
+N, K = 64, 128
+BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
+TORCHAO = ["torchao int8", "torchao float8"]
+
+
+class One(nn.Module):
+    """A linear, which is to be quantised, and nothing else."""
+
+    def __init__(self, n: int = N, k: int = K, bias: bool = True) -> None:
+        super().__init__()
+        self.q = nn.Linear(k, n, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., k]`` to ``[..., n]``."""
+        return self.q(x)
+
+
+def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model whose linear is quantised; the same one at every call."""
+    torch.manual_seed(0)
+    model = One(n, k).to(dtype)
+    if kind in TORCHAO:
+        library = pytest.importorskip("torchao.quantization")
+        configs = [library.Int8WeightOnlyConfig(version=2), library.Float8WeightOnlyConfig()]
+        library.quantize_(model.q, configs[TORCHAO.index(kind)])
+        return model
+    library = pytest.importorskip("bitsandbytes").nn
+    if kind == "int8":
+        made: Any = library.Linear8bitLt(k, n, has_fp16_weights=False)
+    else:
+        made = library.Linear4bit(
+            k,
+            n,
+            compute_dtype=torch.float32,
+            quant_type=kind[:3],
+            compress_statistics="nested" in kind,
+        )
+    made.to(dtype).load_state_dict(model.q.state_dict())
+    model.q = made.to("cpu")
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"  # type: ignore[assignment]  # as transformers' loader sets them
+    return model
+
+
+def adapted(kind: str, library: Any = fastlora, **config: Any) -> Any:
+    """That model with a random adapter."""
+    torch.manual_seed(1)
+    config = {"r": 4, "lora_alpha": 1, "target_modules": ["q"], **config}
+    model = library.get_peft_model(one(kind), library.LoraConfig(**config))
+    randomise(model)
+    return model
+
+
+def q_of(model: Any) -> Any:
+    """The layer."""
+    return model.base_model.model.q
+
+
+def bits_of(model: Any) -> list[torch.Tensor]:
+    """All tensors that the base layer's weight is stored in."""
+    weight = q_of(model).base_layer.weight
+    if hasattr(weight, "quant_state"):
+        return [weight.data.clone(), *(t.clone() for t in tensors_of(weight.quant_state))]
+    if hasattr(weight, "SCB"):
+        kept: Any = quantised(q_of(model).base_layer)
+        return list(kept.keep())
+    return [getattr(weight, name).clone() for name in weight.tensor_data_names]
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """The tensors of a quant state."""
+    found = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+    return found + (tensors_of(state.state2) if state.state2 is not None else [])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_merged_weights_are_those_of_peft(kind: str, dora: bool) -> None:
+    """But for what rounding decides: values at the bound of two codes, and a block's largest."""
+    ours, theirs = (adapted(kind, library, use_dora=dora) for library in (fastlora, peft))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model in (ours, theirs):
+            model.merge_adapter()
+    mine, other = (dense_weight(q_of(model).get_base_layer()).float() for model in (ours, theirs))
+    assert (mine - other).norm() < 0.01 * other.norm()
+    before = dense_weight(one(kind).q).float()
+    assert (mine - before).abs().max() > 0.1 * before.abs().max()
+    # In training: in evaluation bitsandbytes rounds the scales of both to bf16.
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
+    y, expected = (model.train()(x).detach() for model in (ours, theirs))
+    assert (y - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO)
+def test_unmerge_gives_the_bits_back(kind: str) -> None:
+    """Twenty times, with an evaluation in between, in which bitsandbytes repacks 4-bit weights."""
+    model = adapted(kind)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
+    before = bits_of(model)
+    y = model.train()(x).detach()
+    for round_ in range(20):
+        with pytest.warns(UserWarning, match="merged into 1 quantised weights"):
+            model.merge_adapter()
+        merged = model(x).detach() if round_ % 2 else model.eval()(x).detach()
+        assert (merged - y).norm() < 0.2 * y.norm()
+        model.unmerge_adapter()
+        model.train()
+        assert all(map(torch.equal, bits_of(model), before))
+    assert q_of(model).merge_error is None
+    torch.testing.assert_close(model(x).detach(), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO)
+def test_the_error_is_reported(kind: str) -> None:
+    """As a share of what the merge changes; the base model that comes out has it."""
+    model = adapted(kind)
+    layer = q_of(model)
+    before = dense_weight(layer.base_layer).double()
+    delta = layer.get_delta_weight("default").double()
+    with pytest.warns(UserWarning, match=r"of what the merge was to change, [\d.]+% is lost"):
+        base = model.merge_and_unload()
+    lost = dense_weight(base.q).double() - before - delta
+    assert layer.merge_error == pytest.approx(float(lost.norm() / delta.norm()), rel=1e-3)
+    assert 0.0 < layer.merge_error < 1.0
+    assert not hasattr(base.q, "base_layer")
+
+
+@pytest.mark.parametrize("kind", ["nf4 nested", "int8", "torchao int8"])
+def test_without_a_kept_copy_and_after_a_write(kind: str) -> None:
+    """Then the update is subtracted from what is there, and rounded once more."""
+    for keep_base in (False, True):
+        model = adapted(kind, lora_alpha=4)
+        layer = q_of(model)
+        before = dense_weight(layer.base_layer).clone()
+        delta = layer.get_delta_weight("default")
+        layer.merge(keep_base=keep_base)
+        if keep_base:  # somebody else writes: the copy is not what the weight came from
+            kind_of = quantised(layer.base_layer)
+            assert kind_of is not None
+            kind_of.write(kind_of.dense().float() + 0.1)
+        layer.unmerge()
+        now = dense_weight(layer.base_layer)
+        expected = before + 0.1 if keep_base else before
+        assert (now - expected).norm() < 0.5 * delta.norm()
+        assert not torch.equal(now, before)
+
+
+def test_safe_merge_and_refusals_change_nothing() -> None:
+    """A factor that is not finite; a weight not quantised yet; a kind that nothing can make."""
+    model = adapted("nf4")
+    before = bits_of(model)
+    with torch.no_grad():
+        q_of(model).lora_A["default"].weight[1, 2] = float("nan")
+    with pytest.raises(AdapterStateError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.raises(AdapterStateError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+    assert all(map(torch.equal, bits_of(model), before))
+    assert not q_of(model).merged
+
+    library = pytest.importorskip("bitsandbytes").nn
+    raw = One()
+    raw.q = library.Linear4bit(K, N)
+    early = fastlora.get_peft_model(raw, fastlora.LoraConfig(target_modules=["q"]))
+    with pytest.raises(UnsupportedLayerError, match=r"not quantised yet.*model\.to\(device\)"):
+        early.merge_adapter()
+
+    library = pytest.importorskip("torchao.quantization")
+    other = One()
+    library.quantize_(other.q, library.IntxWeightOnlyConfig())
+    model = fastlora.get_peft_model(other, fastlora.LoraConfig(target_modules=["q"]))
+    with pytest.raises(UnsupportedLayerError, match="expected one of Int8Tensor, Float8Tensor"):
+        model.merge_and_unload()
+
+
+def test_a_merged_layer_is_copied_and_moved() -> None:
+    """The kept weight goes along, and keeps its dtype where the model's changes."""
+    model = adapted("nf4")
+    before = bits_of(model)
+    q_of(model).merge()
+    twin = copy.deepcopy(model).to(torch.float64).to(torch.float32)
+    for each in (twin, model):
+        each.unmerge_adapter()
+        assert all(map(torch.equal, bits_of(each), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_merge_and_unload_goes_layer_by_layer(dtype: torch.dtype, options: Any) -> None:
+    """At most two fp32 copies of the largest weight are there beside the model, checks included."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(300, 500), nn.Linear(500, 400), *(nn.Linear(400, 400) for _ in range(4))]
+    base = nn.Sequential(*layers).to(dtype)
+    largest = max(layer.weight.numel() for layer in layers) * 4
+    config = fastlora.LoraConfig(r=4, target_modules="all-linear", **options)
+    model = fastlora.get_peft_model(base, config)
+    randomise(model)
+    assert peak_bytes(lambda: model.merge_and_unload(safe_merge=True)) < 2 * largest
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8", "torchao int8"])
+def test_merge_and_unload_of_quantised_layers_goes_layer_by_layer(kind: str) -> None:
+    """So it does where weights are dequantised and quantised again."""
+    layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(4)]  # type: ignore[attr-defined]
+    config = fastlora.LoraConfig(r=4, target_modules=["0", "1", "2", "3"])
+    model = fastlora.get_peft_model(nn.Sequential(*layers), config)
+    randomise(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peak = peak_bytes(lambda: model.merge_and_unload())
+    assert peak < 2 * 512 * 256 * 4
+
+
+def test_bf16_merges_and_unmerges_a_hundred_times() -> None:
+    """Every bit of the base weight and bias is as before."""
+    torch.manual_seed(0)
+    model = fastlora.get_peft_model(
+        One().to(torch.bfloat16), fastlora.LoraConfig(r=4, target_modules=["q"], lora_bias=True)
+    )
+    randomise(model)
+    layer = q_of(model)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    for _ in range(100):
+        model.merge_adapter()
+        assert not torch.equal(layer.weight, weight)
+        model.unmerge_adapter()
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, bias)
