@@ -12,6 +12,7 @@ setup(
         "fastlora",
         "fastlora.bench",
         "fastlora.commands",
+        "fastlora.algebra",
         "fastlora.autograd",
         "fastlora.model",
         "fastlora.ops",

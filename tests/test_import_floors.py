@@ -27,7 +27,7 @@ AUTOGRAD_FUNCTIONS = 6  # (6)
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "weight_marks", "sharding", "kernels"),
     ("ops",),
-    ("routing", "autograd", "testing"),
+    ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
     ("model",),
     ("pool", "integrations"),

@@ -19,6 +19,7 @@ from fastlora.layers.factors import Parameters
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import resolve_target_modules
+from fastlora.model.weighted import Combination, combined
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
@@ -146,6 +147,59 @@ class LoraTuner(nn.Module):
             self._active.remove(adapter_name)
             if not self._active and self.peft_config:
                 self.set_adapter(next(iter(self.peft_config)))
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter that is the weighted sum of others, frozen and not active.
+
+        Args:
+            adapters: Names of the adapters to add; with one, ``"linear"`` is used.
+            weights: A number for each, negative ones too.
+            adapter_name: Name of the sum.
+            combination_type: ``"svd"`` and ``"cat"`` add the updates ``lora_b @ lora_a``: the first
+                in the best approximation of its rank, the second exactly, with the sum of the
+                ranks. ``"linear"`` adds lora_a and lora_b each, which is rough, and needs equal
+                ranks; ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"`` do
+                so after leaving out values (see `fastlora.algebra.combine`). With ``"_svd"`` behind
+                them these four treat the updates in place of the factors.
+            svd_rank: Rank of the sum, where the type ends in svd; None for the largest of theirs.
+            svd_clamp: Quantile of the factors' values that they are clamped to.
+            svd_full_matrices: Without effect: the values are the same either way.
+            svd_driver: Of cuSOLVER, for models on a GPU; see `torch.linalg.svd`.
+            density: Share of values that types which leave out values keep, in (0, 1].
+            majority_sign_method: What elects signs in TIES: ``"total"`` of values, or
+                ``"frequency"``.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+            AdapterStateError: The name exists; an adapter uses DoRA, has trained tokens, or values
+                that are not finite; two of them own a copy of one module; or factors are sharded.
+            ConfigError: Another argument is wrong, or ranks differ where they must not.
+            UnsupportedLayerError: A grouped convolution, and a type that adds updates.
+                Nothing has changed then.
+        """
+        names = self._known(adapters)
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
+        )
+        configs = {name: self.peft_config[name] for name in names}
+        made = combined(self.model, configs, weights, how)
+        self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
+        made.fill(self.model, adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Undoes `disable_adapter_layers`."""
