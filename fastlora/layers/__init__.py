@@ -1,8 +1,16 @@
 """LoRA layers: state, merging, and a forward through `fastlora.functional`."""
 
+from fastlora.layers import embedding, linears, tensor_parallel  # noqa: F401 - register their kinds
 from fastlora.layers.base import LoraLayer
+from fastlora.layers.embedding import FastLoraEmbedding
 from fastlora.layers.linear import FastLoraLinear
 from fastlora.layers.modules_to_save import ModulesToSaveWrapper
 from fastlora.layers.wrapped import FastLoraWrapper
 
-__all__ = ["FastLoraLinear", "FastLoraWrapper", "LoraLayer", "ModulesToSaveWrapper"]
+__all__ = [
+    "FastLoraEmbedding",
+    "FastLoraLinear",
+    "FastLoraWrapper",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+]

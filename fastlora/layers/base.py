@@ -6,14 +6,14 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from fastlora.layers import parts
 from fastlora.layers.bases import factor_like
 from fastlora.layers.common import CommonLayer, forget_kept
-from fastlora.layers.dora import DoraMagnitude
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.norms import forget_norms
 from fastlora.routing.ids import check_adapter_name
@@ -33,7 +33,11 @@ from fastlora.weight_marks import marks
 class LoraLayer(CommonLayer, Mergeable):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
+    What is here holds for every kind of layer. A kind answers the few methods below "what a kind
+    answers"; as they are here they are a linear's.
+
     Attributes:
+        adapter_parts: Names of what holds an adapter's tensors by its name, in files too.
         lora_A: Adapter name to a linear module with weight ``[R, K]``.
         lora_B: Adapter name to a linear module with weight ``[N, R]``, with a bias for lora_bias.
         lora_dropout: Adapter name to `nn.Dropout` or `nn.Identity`.
@@ -44,6 +48,7 @@ class LoraLayer(CommonLayer, Mergeable):
 
     in_features: int
     out_features: int
+    adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def _init_adapters(self) -> None:
         self.r: dict[str, int] = {}
@@ -59,7 +64,7 @@ class LoraLayer(CommonLayer, Mergeable):
         self._init_merging()
         self._watch_loads()
 
-    # ------------------------------------------------------------------ what subclasses provide
+    # ----------------------------------------------------------------------- what a kind answers
 
     def release(self) -> nn.Module:
         """Returns the module to put where this layer is, once its adapters are to go."""
@@ -68,6 +73,21 @@ class LoraLayer(CommonLayer, Mergeable):
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+
+    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, parts.Factor]:
+        """Returns an adapter's new factors by the part that they belong to, drawn as PEFT does."""
+        lora_a = nn.Linear(self.in_features, r, bias=False)
+        lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
+        parts.reset_parameters(lora_a, lora_b, r, init)
+        return {"lora_A": lora_a, "lora_B": lora_b}
+
+    def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
+        """Returns norms ``[N]`` in the shape of a magnitude."""
+        return norms
+
+    def inner_layers(self) -> dict[str, LoraLayer]:
+        """Returns, by their names below this one, LoRA layers that always have its adapters."""
+        return {}
 
     # ----------------------------------------------------------------------------- adapters
 
@@ -114,7 +134,7 @@ class LoraLayer(CommonLayer, Mergeable):
             ConfigError: A value is out of range, or lora_bias is asked for beside use_dora.
             UnsupportedLayerError: use_dora, and the base weight cannot be read.
         """
-        if adapter_name in self.lora_A:
+        if adapter_name in self.r:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
         check_adapter_name(adapter_name)
         check_rank(r)
@@ -126,22 +146,15 @@ class LoraLayer(CommonLayer, Mergeable):
         reference = self._factor_like()  # raises before anything changes, as the next line may
         if use_dora:
             self._own_weight()
-        lora_a = nn.Linear(self.in_features, r, bias=False)
-        lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
-        _reset_parameters(lora_a, lora_b, r, init_lora_weights)
-        if reference is not None:
-            lora_a.to(device=reference.device, dtype=reference.dtype)
-            lora_b.to(device=reference.device, dtype=reference.dtype)
+        factors = self._new_factors(r, lora_bias, init_lora_weights)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = use_rslora
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
         dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout.train(self.training)
-        self.lora_A[adapter_name] = lora_a.train(self.training)
-        self.lora_B[adapter_name] = lora_b.train(self.training)
-        for factor in (lora_a, lora_b):
-            factor.requires_grad_(False)
+        for part, factor in factors.items():
+            self._part(part)[adapter_name] = parts.frozen_like(factor, reference, self.training)
         self._fit_scalings([adapter_name])
         self._place(adapter_name)
         if use_dora:
@@ -160,11 +173,8 @@ class LoraLayer(CommonLayer, Mergeable):
         _, lora_b, _ = self._factors(adapter_name)
         squares = self._unmerged_squares([adapter_name])[adapter_name]
         norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
-        magnitude = (
-            DoraMagnitude(norms.to(lora_b.device, lora_b.dtype))
-            .train(self.training)
-            .requires_grad_(False)
-        )
+        norms = self._magnitude_like(norms.to(lora_b.device, lora_b.dtype))
+        magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def refresh(self) -> None:
@@ -189,11 +199,11 @@ class LoraLayer(CommonLayer, Mergeable):
             )
         self._forget_packed()
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
-            table.pop(adapter_name)
-        for modules in (self.lora_dropout, self.lora_A, self.lora_B):
-            del modules[adapter_name]
-        if adapter_name in self.lora_magnitude_vector:
-            del self.lora_magnitude_vector[adapter_name]
+            table.pop(adapter_name, None)
+        for part in ("lora_dropout", *self.adapter_parts):
+            holder = self._part(part)
+            if adapter_name in holder:
+                del holder[adapter_name]
         forget_norms(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
@@ -221,9 +231,9 @@ class LoraLayer(CommonLayer, Mergeable):
         self._set_trainable([] if inference_mode else self._active_adapters)
 
     def _set_trainable(self, names: list[str]) -> None:
-        for modules in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
-            for name, module in modules.items():
-                module.requires_grad_(name in names)
+        for part in self.adapter_parts:
+            for name, factor in self._part(part).items():
+                factor.requires_grad_(name in names)
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Sets the scaling to ``factor`` times what rank and alpha give."""
@@ -271,12 +281,33 @@ class LoraLayer(CommonLayer, Mergeable):
         if self._disabled or self.merged_adapters:
             return []
         active: Any = self._active_adapters
-        known: Any = self._modules["lora_A"]
-        if len(active) == 1 and active[0] in known._modules:
+        known = self.r
+        if len(active) == 1 and active[0] in known:
             return [active[0]]
-        return [name for name in active if name in known._modules]
+        return [name for name in active if name in known]
 
     # ----------------------------------------------------------------------------- plumbing
+
+    def _part(self, part: str) -> Any:
+        """Returns what holds a part of adapters: an `nn.ModuleDict` or an `nn.ParameterDict`."""
+        return self._modules[part]
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """As `fastlora.layers.parts.file_names`."""
+        return parts.file_names(self._held_parts(adapter_name), adapter_name)
+
+    def widen(self, adapter_name: str) -> None:
+        """Makes factors of fewer than 32 bits fp32, and anew the magnitude that was rounded."""
+        for part, factor in self._held_parts(adapter_name).items():
+            if not isinstance(factor, parts.DoraMagnitude):
+                self._part(part)[adapter_name] = parts.widened(factor)
+        if adapter_name in self.lora_magnitude_vector:
+            self.reset_magnitude(adapter_name)  # not rounded to 16 bits first
+
+    def _held_parts(self, adapter_name: str) -> dict[str, parts.Factor]:
+        """Returns an adapter's factors and magnitude by the part that they belong to."""
+        held = {part: self._part(part) for part in self.adapter_parts}
+        return {p: holder[adapter_name] for p, holder in held.items() if adapter_name in holder}
 
     def _forget_packed(self) -> None:
         """Drops packed factors of mixed batches, within a block too: they are about to change."""
@@ -288,8 +319,8 @@ class LoraLayer(CommonLayer, Mergeable):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _check_known(self, adapter_name: str) -> None:
-        if adapter_name not in self.lora_A:
-            names = list(self.lora_A)
+        if adapter_name not in self.r:
+            names = list(self.r)
             raise AdapterNotFoundError(
                 f"no adapter {adapter_name!r} on this layer, which has {names}"
                 f"{near_names(adapter_name, names)}"
@@ -305,22 +336,3 @@ class LoraLayer(CommonLayer, Mergeable):
                 "parallelism, layers that torch's parallelize_module split take adapters"
             )
         return factor_like(base)
-
-
-def _reset_parameters(
-    lora_a: nn.Linear, lora_b: nn.Linear, r: int, init_lora_weights: bool | str
-) -> None:
-    """Fills fresh factors; what each option draws, and in which order, is PEFT's."""
-    if init_lora_weights is False:
-        return
-    if init_lora_weights is True:
-        nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))
-    elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
-        nn.init.normal_(lora_a.weight, std=1 / r)
-    else:
-        raise ConfigError(
-            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
-        )
-    nn.init.zeros_(lora_b.weight)
-    if lora_b.bias is not None:
-        nn.init.zeros_(lora_b.bias)

@@ -40,9 +40,11 @@ class Whole:
 
     Attributes:
         is_split: Whether other processes have the rest of the layer.
+        is_linear: Whether it is a linear, whose adapters kernels and packs may hold.
     """
 
     is_split = False
+    is_linear = True
     _own_factors = factors_of
     _own_magnitude = magnitude_of
 
@@ -121,11 +123,18 @@ class CommonLayer(Whole):
 
     def _fit_scalings(self: Any, names: Iterable[str]) -> None:
         scalings: Scalings = self.__dict__["_scaling"]
-        factors = self._modules.get("lora_A")  # not there at the very beginning
         for name in names:
-            if isinstance(factors, nn.ModuleDict) and name in factors:
-                lora_a: Any = factors[name].weight
-                scalings.fit(name, lora_a)
+            factor = self._first_factor(name)
+            if factor is not None:
+                scalings.fit(name, factor)
+
+    def _first_factor(self: Any, name: str) -> torch.Tensor | None:
+        """Returns a tensor that lies where an adapter's scaling is to lie, once there is one."""
+        factors = self._modules.get("lora_A")  # not there at the very beginning
+        if isinstance(factors, nn.ModuleDict) and name in factors:
+            lora_a: Any = factors[name].weight
+            return lora_a
+        return None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]  # nn.Module has it

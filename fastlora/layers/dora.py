@@ -1,4 +1,4 @@
-"""DoRA on one layer: magnitudes, and the forward of active adapters.
+"""DoRA on one layer: the forward of active adapters.
 
 An adapter uses DoRA where the layer's ``lora_magnitude_vector`` has its name.
 """
@@ -20,19 +20,6 @@ from fastlora.layers.why import refuse_triton
 from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base
 from fastlora.ops.torch.scale import scale_columns, scale_of
-
-
-class DoraMagnitude(nn.Module):
-    """One adapter's magnitude: ``weight [N]``, under the name that PEFT gives it.
-
-    Args:
-        magnitude: Its first value.
-    """
-
-    def __init__(self, magnitude: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(magnitude)
-
 
 # ------------------------------------------------------------------------------------- forward
 

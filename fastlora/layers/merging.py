@@ -33,6 +33,7 @@ class Mergeable(Whole, nn.Module):
 
     out_features: int
     in_features: int
+    r: dict[str, int]
     scaling: dict[str, Scaling]
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -135,12 +136,12 @@ class Mergeable(Whole, nn.Module):
             self._check_known(name)
         wanted = self._active_adapters if adapter_names is None else adapter_names
         merged = self.merged_adapters
-        names = [n for n in dict.fromkeys(wanted) if n in self.lora_A and n not in merged]
+        names = [n for n in dict.fromkeys(wanted) if n in self.r and n not in merged]
         if not names:
             return []
         weight, bias = self._mergeable()
         for name in names:
-            if bias is None and self.lora_B[name].bias is not None:
+            if bias is None and self._factors(name)[2] is not None:
                 raise AdapterStateError(
                     f"adapter {name!r} has a lora_bias, and the base layer no bias to merge it into"
                 )
@@ -294,11 +295,18 @@ class Mergeable(Whole, nn.Module):
         return down.weight, up.weight, up.bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Returns ``scaling * B @ A``, ``[N, K]``, in the factors' dtype; no magnitude, as PEFT."""
+        """Returns ``scaling * B @ A`` in the shape of the base weight and the factors' dtype.
+
+        Without a magnitude, as PEFT.
+        """
         self._check_known(adapter_name)
-        _, lora_b, _ = self._factors(adapter_name)
-        delta = lora_b.new_zeros(self.out_features, self.in_features)
+        lora_a, lora_b, _ = self._factors(adapter_name)
+        delta = lora_b.new_zeros(lora_b.shape[0], lora_a.shape[1])
         self._add_delta(delta, adapter_name, 1.0)
+        return self._weight_like(delta)
+
+    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+        """Returns an update ``[N, K]`` in the shape of the base weight."""
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

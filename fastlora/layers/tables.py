@@ -100,7 +100,7 @@ def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int,
     """
     found = []
     for row, layer in enumerate(routing.layers):
-        if not hasattr(layer, "lora_A"):
+        if not getattr(layer, "is_linear", False):
             continue
         if isinstance(watch, Watch):
             watch.add(layer, routing.names)

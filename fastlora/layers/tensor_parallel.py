@@ -39,6 +39,7 @@ from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, parallel_style
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.forward import begin, forward
+from fastlora.layers.kinds import LINEAR, Kind, Settings, Shapes, linear_shapes, register_kind
 from fastlora.layers.norms import forget_norms, magnitude_of
 from fastlora.layers.stored import Plain, Stored
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
@@ -317,3 +318,19 @@ class TensorParallelLora(FastLoraWrapper):
         self._check_known(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
         return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
+
+
+def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+    linear: Any = module
+    return linear_shapes(linear.in_features, linear.out_features, asked)
+
+
+def _check(module: nn.Module, asked: Settings) -> None:
+    """Refuses nothing: `parallel_style` has."""
+
+
+def _takes(module: nn.Module) -> bool:
+    return parallel_style(module) is not None
+
+
+register_kind(Kind(LINEAR, _takes, TensorParallelLora, _shapes, _check))

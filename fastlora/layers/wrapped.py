@@ -91,3 +91,6 @@ class FastLoraWrapper(LoraLayer):
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         shape = self.out_features, self.in_features
         return stored_weight(self.base_layer, shape), getattr(self.base_layer, "bias", None)
+
+    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.t() if type(self.base_layer).__name__ == "Conv1D" else delta

@@ -239,11 +239,6 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
             f"found {key!r}, which belongs to {_FOREIGN[leaf]}; "
             "fastlora does not implement that yet"
         )
-    if leaf in ("lora_A", "lora_B"):
-        raise CheckpointError(
-            f"found {key!r}, a factor of nn.MultiheadAttention; "
-            "fastlora does not implement that yet"
-        )
     inner = module.removesuffix(".base_layer")
     if leaf == "bias" and config.bias != "none":
         return AdapterKey(inner, "bias")
@@ -266,22 +261,25 @@ def _check_factor(
         raise CheckpointError(f"{key!r} has no partner, expected {partner} of {module!r}")
     shape = tuple(tensors[key].shape)
     _check_dtype(key, tensors[key])
-    if len(shape) != 2:
-        raise CheckpointError(
-            f"{key!r} has shape {shape}, expected 2 dimensions "
-            "(adapters of convolutions are not implemented yet)"
-        )
+    if not 2 <= len(shape) <= 5:  # more than 2 are a convolution's
+        raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
-    rank = config.rank_for(module)
-    if shape[axis] != rank:
+    rank = config.rank_for(adapted_module(module))
+    grouped = axis == 1 and len(shape) > 2  # a grouped convolution's lora_B has rank / groups
+    if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
             f"{key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
             f"expected rank {rank}, which r and rank_pattern of the config give {module!r}"
         )
-    if kind == "lora_B":
+    if kind.endswith("B"):
         for vector, (field, leaf) in _VECTORS.items():
             if getattr(config, field) and (module, vector) not in found:
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
+
+
+def adapted_module(module: str) -> str:
+    """Returns the target that a module of a file belongs to: parts lie below its base layer."""
+    return module.partition(".base_layer.")[0]
 
 
 def _check_vector(
@@ -290,10 +288,13 @@ def _check_vector(
     key, (field, _) = found[module, kind], _VECTORS[kind]
     if not getattr(config, field):
         raise CheckpointError(f"found {key!r}, but the config says {field}=False")
-    factor = found.get((module, "lora_B"))
+    factor = found.get((module, "lora_B"), found.get((module, "lora_embedding_B")))
     if factor is None:
         raise CheckpointError(f"{key!r} has no factors, expected lora_B of {module!r}")
-    expected = tuple(tensors[factor].shape[:1])
+    n, *kernel = tensors[factor].shape
+    expected: tuple[int, ...] = (n,)
+    if kind == "magnitude" and len(kernel) > 1:  # a convolution's
+        expected = (1, n, *[1] * (len(kernel) - 1))
     if tuple(tensors[key].shape) != expected:
         raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")
     _check_dtype(key, tensors[key])

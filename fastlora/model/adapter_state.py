@@ -44,14 +44,9 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
         at = f"{KEY_PREFIX}{name}."
         inside.append(f"{name}.")
         if isinstance(module, LoraLayer):
-            if adapter_name in module.lora_A:
-                for factor in ("lora_A", "lora_B"):
-                    keys[f"{at}{factor}.weight"] = f"{at}{factor}.{adapter_name}.weight"
-                if module.lora_B[adapter_name].bias is not None:
-                    keys[f"{at}lora_B.bias"] = f"{at}lora_B.{adapter_name}.bias"
-                if adapter_name in module.lora_magnitude_vector:
-                    magnitude = f"{at}lora_magnitude_vector"
-                    keys[magnitude] = f"{magnitude}.{adapter_name}.weight"
+            if adapter_name in module.r:
+                for disk, key in module.file_names(adapter_name).items():
+                    keys[at + disk] = at + key
             base_bias = getattr(module.get_base_layer(), "bias", None)
             if base_bias is not None and config.bias != "none":
                 own = isinstance(module, FastLoraLinear)

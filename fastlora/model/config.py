@@ -216,6 +216,24 @@ class LoraConfig:
         idle = {name: getattr(default, name) for name in _IDLE_AFTER_INIT}
         return dataclasses.replace(self, init_lora_weights=self.effective_init, **idle)
 
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """Names classes of yours as LoRA layers of modules; the name and what it does are PEFT's.
+
+        The config is not saved with it: to load such an adapter, register again and pass
+        ``config=``.
+
+        Args:
+            mapping: Class of a module to a subclass of `fastlora.layers.LoraLayer`, which is made
+                with the module as its only argument.
+        """
+        self._custom_modules = {**self.custom_modules, **mapping}
+
+    @property
+    def custom_modules(self) -> dict[type, type]:
+        """What `_register_custom_module` named; the first class that a module is of counts."""
+        named: dict[type, type] | None = self.__dict__.get("_custom_modules")
+        return named or {}
+
     @property
     def is_prompt_learning(self) -> bool:
         """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""
@@ -275,6 +293,7 @@ class LoraConfig:
         config = cls._build(data, "live" if initialised else "new")
         runtime = getattr(peft_config, "runtime_config", None)
         offload = bool(getattr(runtime, "ephemeral_gpu_offload", False))
+        config._register_custom_module(getattr(peft_config, "_custom_modules", None) or {})
         config.runtime_config = LoraRuntimeConfig(ephemeral_gpu_offload=offload)
         return config
 

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.bases import dense_weight, linear_features, parallel_style, why_not_plain
+from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
-from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.walk import original_of, outer_modules
-from fastlora.sharding import is_sharded
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from fastlora.validation import (
+    AdapterStateError,
+    ConfigError,
+    UnsupportedLayerError,
+    error_prefix,
+)
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,15 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
 
     Raises:
         TargetNotFoundError: Nothing matches.
-        UnsupportedLayerError: A target is not a linear layer, or with DoRA its weight cannot be
-            read; or another adapter has LoRA, or a copy, where this one is to have a copy or LoRA.
+        UnsupportedLayerError: A target is of no kind that adapters go on, or of one that this
+            config does not fit; or another adapter has LoRA, or a copy, where this one is to have a
+            copy or LoRA.
     """
     plan = Plan(config, find_targets(model, config), find_modules_to_save(model, config))
     for name in plan.targets:
-        module = model.get_submodule(name)
-        if not isinstance(module, LoraLayer) and linear_features(module) is None:
-            raise UnsupportedLayerError(
-                f"target module {name!r} is a {type(module).__name__}; fastlora adapts linear "
-                "layers (nn.Linear, Conv1D of transformers, and quantised linears)"
-            )
-        base = base_of(module)
-        # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
-        # anew; tensor-parallel layers look at their own part.
-        if config.use_dora and not is_sharded(base._parameters.get("weight")):
-            dense_weight(base)
-        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-            raise UnsupportedLayerError(
-                f"target module {name!r} is the output projection of nn.MultiheadAttention, which "
-                "reads its weight and never calls it"
-            )
+        base = base_of(model.get_submodule(name))
+        with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
+            _kind_of(base, config).check(base, settings_for(name, config))
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
             warnings.warn(
@@ -84,23 +75,54 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
     return plan
 
 
+def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
+    """Warns where ``lora_dropout`` is set and a target is of a kind on which none acts."""
+    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
+    without = [name for name, base in bases.items() if not _kind_of(base, plan.config).drops]
+    if without:
+        more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
+        warnings.warn(
+            f"lora_dropout={plan.config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
+            f"PEFT: a {type(bases[without[0]]).__name__} has no input that it could drop",
+            stacklevel=4,
+        )
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
+def settings_for(name: str, config: LoraConfig) -> Settings:
+    """Returns what an adapter is to be on the module called ``name``."""
+    return Settings(
+        r=config.rank_for(name),
+        lora_alpha=config.alpha_for(name),
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        use_dora=config.use_dora,
+        init_lora_weights=config.effective_init,
+    )
+
+
+def _kind_of(base: nn.Module, config: LoraConfig) -> Kind:
+    """Returns the kind of a module; raises `UnsupportedLayerError` where it has none."""
+    kind = kind_of(base, config.custom_modules)
+    if kind is None:
+        raise UnsupportedLayerError(
+            f"fastlora adapts {', '.join(known_kinds())} (Conv1D of transformers and quantised "
+            "linears too), and classes of yours that LoraConfig._register_custom_module names; "
+            f"where PEFT adapts it, {INSTEAD}"
+        )
+    return kind
+
+
 def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what an adapter has on a linear, by the ends of their file keys."""
-    features, r = linear_features(module), config.rank_for(name)
-    if features is None:
-        return {}
-    k, n = features
-    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, k), "lora_B.weight": (n, r)}
-    if config.lora_bias:
-        shapes["lora_B.bias"] = (n,)
-    if config.use_dora:
-        shapes["lora_magnitude_vector"] = (n,)
-    return shapes
+    """Returns the shapes of what an adapter has on a module, by the ends of their file keys."""
+    base = base_of(module)
+    kind = kind_of(base, config.custom_modules)
+    return {} if kind is None else kind.shapes(base, settings_for(name, config))
 
 
 @contextlib.contextmanager
@@ -145,9 +167,13 @@ def add_adapter(
             for name in plan.targets:
                 layer = model.get_submodule(name)
                 if not isinstance(layer, LoraLayer):
-                    layer = _make_layer(layer)
+                    layer = _kind_of(layer, plan.config).wrap(layer)
                     replace(name, layer)
-                _add_to_layer(layer, adapter_name, name, plan.config, autocast_adapter_dtype)
+                settings = settings_for(name, plan.config)
+                for each in (layer, *layer.inner_layers().values()):
+                    each.add_adapter(adapter_name, **settings._asdict())
+                    if autocast_adapter_dtype:
+                        each.widen(adapter_name)
             for name in plan.modules_to_save:
                 wrapper = model.get_submodule(name)
                 if not isinstance(wrapper, ModulesToSaveWrapper):
@@ -163,38 +189,9 @@ def add_adapter(
         raise
 
 
-def _make_layer(module: nn.Module) -> LoraLayer:
-    if parallel_style(module):
-        return TensorParallelLora(module)
-    if why_not_plain(module):
-        return FastLoraWrapper(module)
-    return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
-
-
-def _add_to_layer(
-    layer: LoraLayer, adapter_name: str, name: str, config: LoraConfig, autocast: bool
-) -> None:
-    layer.add_adapter(
-        adapter_name,
-        r=config.rank_for(name),
-        lora_alpha=config.alpha_for(name),
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        lora_bias=config.lora_bias,
-        use_dora=config.use_dora,
-        init_lora_weights=config.effective_init,
-    )
-    if autocast:
-        for factor in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-            if all(p.itemsize < torch.float32.itemsize for p in factor.parameters()):
-                factor.to(torch.float32)
-        if config.use_dora:
-            layer.reset_magnitude(adapter_name)  # not rounded to 16 bits first
-
-
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
-    holders = [m for m in lora_layers(model) if adapter_name in m.lora_A]
+    holders = [m for m in lora_layers(model) if adapter_name in m.r]
     if any(adapter_name in layer.merged_adapters for layer in holders):
         raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
     for layer in holders:
@@ -253,7 +250,7 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", parameter
     adapters: tuple[str, ...] = ()
     if isinstance(module, LoraLayer):
-        adapters = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+        adapters = ("lora_dropout", *module.adapter_parts)
     elif isinstance(module, ModulesToSaveWrapper):
         adapters = ("modules_to_save",)
     for key, child in module._modules.items():
@@ -320,7 +317,7 @@ def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | No
     """Returns those of the names that a layer has; None, for the active ones, stays None."""
     if adapter_names is None:
         return None
-    return [name for name in adapter_names if name in layer.lora_A]
+    return [name for name in adapter_names if name in layer.r]
 
 
 def shared_with(model: nn.Module, layer: LoraLayer) -> str | None:

@@ -352,6 +352,8 @@ def plan_for(
     config = copy.deepcopy(given)
     config.check_supported("load" if loading else "new")
     plan = inject.plan_adapter(model, config)
+    if config.lora_dropout and not loading:
+        inject.warn_of_no_dropout(model, plan)
     config.target_modules = resolve_target_modules(model, config)
     if plan.modules_to_save and not config.modules_to_save:
         config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]

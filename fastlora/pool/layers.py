@@ -14,6 +14,7 @@ from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
 from fastlora.layers.bases import why_not_plain
+from fastlora.layers.kinds import LINEAR, kind_of
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.pool.image import Target
@@ -55,6 +56,14 @@ class PoolLayers:
         names = inject.plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
         if "" in names:
             raise ConfigError("the model itself is the target; wrap it in a module first")
+        for name in names:
+            kind = kind_of(model.get_submodule(name))
+            if kind is None or kind.name != LINEAR:
+                raise UnsupportedLayerError(
+                    f"target module {name!r} is a {type(model.get_submodule(name)).__name__}; an "
+                    "adapter pool adapts linear layers only: leave it out, or load the adapters "
+                    "into a LoraModel and route them with fastlora.adapters"
+                )
         self.group = Group()
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]

@@ -103,7 +103,7 @@ def test_merging_in_16_bits_and_into_conv1d() -> None:
     layer.set_adapter("a")
     nn.init.uniform_(layer.lora_magnitude_vector["a"].weight, 0.5, 2.0)
     x = torch.randn(5, 20, dtype=torch.float64)
-    weight, delta = conv.weight.t().double(), layer.get_delta_weight("a").double()
+    weight, delta = conv.weight.t().double(), layer.get_delta_weight("a").t().double()
     magnitude = layer.lora_magnitude_vector["a"].weight.double()
     norms = (weight + delta).norm(dim=1)
     truth = (magnitude / norms)[:, None] * (weight + delta)

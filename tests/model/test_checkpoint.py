@@ -299,8 +299,8 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         ({}, {B: None}, f"{A!r} has no partner, expected lora_B of 'q'"),
         ({}, {A: (3, 4)}, f"{A!r} has shape (3, 4) (rank, in), so rank 3; expected rank 2"),
         ({}, {B: (6, 3)}, f"{B!r} has shape (6, 3) (out, rank), so rank 3; expected rank 2"),
-        ({}, {A: (8,)}, f"{A!r} has shape (8,), expected 2 dimensions"),
-        ({}, {A: (2, 4, 3, 3)}, "convolutions are not implemented"),
+        ({}, {A: (8,)}, f"{A!r} has shape (8,), expected 2 to 5 dimensions"),
+        ({}, {A: (3, 4, 3, 3)}, "so rank 3; expected rank 2"),
         ({"r": 4}, {}, "expected rank 4"),
         (
             {"rank_pattern": {"deep.q": 1}},
@@ -318,7 +318,7 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         ({}, {f"{PRE}other.weight": (6,)}, f"unknown key '{PRE}other.weight'"),
         ({"modules_to_save": ["head"]}, {f"{PRE}heads.weight": (6,)}, "unknown key"),
         ({}, {"q.lora_A.weight": (2, 4)}, f"expected the prefix {PRE!r}"),
-        ({}, {f"{PRE}mha.lora_A": (2, 4)}, "nn.MultiheadAttention"),
+        ({}, {f"{PRE}mha.lora_A": (2, 4)}, "unknown key"),
         ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config says use_dora=False"),
         ({"use_dora": True}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "has no lora_magnitude"),
         (

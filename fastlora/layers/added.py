@@ -1,0 +1,188 @@
+"""`AddedLora`: adapters whose updates are added one by one to what a module made.
+
+For kinds of modules whose update is no product of rows with kernels of ours. In a mixed batch each
+adapter gets its own samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.decide import check_unmerged
+from fastlora.layers.norms import adapter_squares
+from fastlora.layers.scalings import Scalings
+from fastlora.ops.conditions import Conditions, conditions_of
+from fastlora.ops.torch.scale import scale_of
+from fastlora.routing.in_force import is_captured, routing_of
+from fastlora.routing.routing import Routing
+from fastlora.validation import ImplementationError, UnsupportedLayerError
+from fastlora.weight_marks import Mark, marks
+
+
+class AddedLora(LoraLayer):
+    """A LoRA layer over a module that is called as it is.
+
+    A kind has `_plus` and `_samples`, beside what `LoraLayer` asks of it.
+
+    Args:
+        base_layer: The module.
+        in_features, out_features: K and N of the weight as a matrix ``[N, K]``.
+    """
+
+    is_linear = False
+    not_fused = "PyTorch's own operations compute it"
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self._init_adapters()
+        base_layer.requires_grad_(False)
+
+    # ----------------------------------------------------------------------- what a kind answers
+
+    def _plus(
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        conditions: Conditions,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns y with one adapter, in y's dtype or a wider one.
+
+        Args:
+            name: The adapter's.
+            x: The input, of all samples or some.
+            y: What came out for them so far.
+            conditions: What the call runs under.
+            seed: Of its dropout, int64 ``[]`` on the CPU; None draws from torch's generator.
+        """
+        raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
+
+    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+        """Returns how many samples an input has, and how many leading dimensions count them."""
+        raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
+
+    # ------------------------------------------------------------------------------------ forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Calls the base layer, and adds the adapters that act."""
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        routing = None if self._disabled else routing_of(self)
+        names = self._acting() if routing is None else []
+        if routing is None and not names:
+            return y
+        conditions = conditions_of(x, "eager")
+        if self.impl == "triton":
+            kind = type(self.base_layer).__name__
+            raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.not_fused}")
+        conditions.refuse(self, self.not_fused)
+        if torch.is_grad_enabled() and not conditions.compiling:
+            marks.trained = Mark()  # a step may follow
+        if routing is not None:
+            return self._mixed(routing, x, y, conditions)
+        made = y
+        for name in names:
+            made = self._plus(name, x, made, conditions)
+        return made.to(y.dtype)
+
+    def _mixed(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """Returns y with each sample's own adapter."""
+        check_unmerged(self)
+        m, dims = self._samples(x)
+        flat_x = x.reshape(m, *x.shape[dims:])
+        flat_y = y.reshape(m, *y.shape[dims:])
+        if conditions.compiling or is_captured(x):
+            made = self._by_mask(routing.whole or routing, flat_x, flat_y, conditions)
+        else:
+            made = self._by_segment(routing, flat_x, flat_y, conditions)
+        return made.reshape(y.shape)
+
+    def _by_segment(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """`_mixed` where the host may know which samples are whose."""
+        rows = routing.rows(x.shape[0], x.device, host=True)
+        seeds = routing.seeds_of(self.routed_as, torch.device("cpu")) if self.training else None
+        spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
+        names = [name for name in spans if name in self.r]
+        if routing.absent_gradients and torch.is_grad_enabled():
+            names += [name for name in self.r if name not in spans]  # on no samples: zeros
+        for name in names:
+            slot, start, stop = spans.get(name, (None, 0, 0))
+            seed = None if seeds is None or slot is None else seeds[slot]
+            if 0 < stop - start == x.shape[0]:
+                y = self._plus(name, x, y, conditions, seed).to(y.dtype)
+                continue
+            index = rows.order[start:stop].long()
+            own = x.index_select(0, index), y.index_select(0, index)
+            made = self._plus(name, *own, conditions, seed)
+            y = y.index_copy(0, index, made.to(y.dtype))
+        return y
+
+    def _by_mask(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """`_mixed` in a graph: every adapter on all samples, and each sample its own of these.
+
+        Nothing that depends on the mix is read but as a tensor.
+        """
+        each = x.shape[0] // routing.ids.shape[0]
+        ids = routing.ids.to(x.device).unsqueeze(1).expand(-1, each).reshape(-1)
+        ids = ids.view(-1, *(1,) * (y.dim() - 1))
+        made = y
+        for slot, name in enumerate(routing.names):
+            if name in self.r:
+                own = self._plus(name, x, y, conditions).to(y.dtype)
+                made = torch.where(ids == slot, own, made)
+        return made
+
+    # --------------------------------------------------------------------------------------- parts
+
+    def _scaling_beside(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Returns an adapter's scaling as a tensor without dimensions beside another one."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        scalings: Scalings = self.__dict__["_scaling"]
+        return scalings.tensors[name].to(like.device, dtype).reshape(())
+
+    def _dora_scale(self, name: str, conditions: Conditions) -> torch.Tensor | None:
+        """Returns DoRA's g of an adapter, ``[N]`` in fp32; None where it does not use DoRA."""
+        if name not in self.lora_magnitude_vector:
+            return None
+        lora_a, lora_b, _ = self._factors(name)
+        compiling = conditions.compiling
+        scaling = self._scaling_beside(name, lora_a) if compiling else self.scaling[name]
+        squares = adapter_squares(self, lora_a, lora_b, scaling, compiling)
+        return scale_of(self._own_magnitude(name), squares)
+
+    # ------------------------------------------------------------------------------------ the rest
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the wrapped module."""
+        return self.base_layer
+
+    def release(self) -> nn.Module:
+        """Returns the wrapped module, which the layer is no longer needed for."""
+        return self.base_layer
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Not fused; says what computes it."""
+        return False, f"its base layer is {type(self.base_layer).__name__}: {self.not_fused}"

@@ -1,0 +1,138 @@
+"""`FastLoraEmbedding`: an `nn.Embedding` with adapters.
+
+``y = weight[ids] + scale * scaling * lora_embedding_A.T[ids] @ lora_embedding_B.T``, where scale is
+the base layer's ``embed_scale`` (Gemma's and Bart's embeddings have one), else 1. So the adapted
+weight is ``weight + scaling * (lora_embedding_B @ lora_embedding_A).T``, that of a linear on
+one-hot rows: K is the size of the vocabulary and N that of a vector.
+
+Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py``, `Embedding`. No dropout
+acts on ids. lora_embedding_A has a dense gradient whatever ``sparse`` says, for it is stored by
+rank; ``max_norm`` bounds vectors of the base layer only, and nothing is written into factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora.layers.added import AddedLora
+from fastlora.layers.bases import dense_weight
+from fastlora.layers.kinds import Kind, Settings, Shapes, register_kind
+from fastlora.layers.parts import Factor
+from fastlora.layers.stored import Plain, Stored
+from fastlora.ops.conditions import Conditions
+from fastlora.validation import UnsupportedLayerError
+
+
+class FastLoraEmbedding(AddedLora):
+    """A LoRA layer over an `nn.Embedding`, or a subclass, which is called as it is.
+
+    Args:
+        base_layer: The embedding.
+
+    Attributes:
+        lora_embedding_A: Adapter name to ``[R, num_embeddings]``.
+        lora_embedding_B: Adapter name to ``[embedding_dim, R]``.
+    """
+
+    adapter_parts = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    not_fused = "a lookup and a product of R columns, both PyTorch's; no dropout acts on ids"
+
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+
+    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, Factor]:
+        # As PEFT: whatever starts a linear, an embedding starts with A zero and B normal.
+        lora_a, lora_b = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
+        if init is not False:
+            lora_a.zero_()
+            lora_b.normal_()
+        return {"lora_embedding_A": nn.Parameter(lora_a), "lora_embedding_B": nn.Parameter(lora_b)}
+
+    def _first_factor(self, name: str) -> torch.Tensor | None:
+        factors: Any = self._modules.get("lora_embedding_A")
+        return factors[name] if factors is not None and name in factors else None
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name], None
+
+    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+        return x.numel(), x.dim()
+
+    def _plus(
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        conditions: Conditions,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        base: Any = self.base_layer
+        lora_a, lora_b, _ = self._factors(name)
+        # [..., R]
+        s = F.embedding(
+            x,
+            lora_a.t(),
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+        )
+        s = s * self._scaling_beside(name, s)
+        embed_scale = getattr(base, "embed_scale", None)
+        if embed_scale is not None:
+            s = s * (embed_scale.to(s) if isinstance(embed_scale, torch.Tensor) else embed_scale)
+        y = y + s @ lora_b.t()
+        g = self._dora_scale(name, conditions)
+        return y if g is None else y * g
+
+    def _own_weight(self) -> torch.Tensor:
+        return dense_weight(self.base_layer).t()
+
+    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.t()
+
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        weight: Any = self.base_layer.weight
+        plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+        if not plain:
+            raise UnsupportedLayerError(
+                f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
+                "floating-point matrix (dequantise the base model first)"
+            )
+        return Plain(weight, torch.t), None
+
+
+def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+    base: Any = module
+    k, n = base.num_embeddings, base.embedding_dim
+    shapes: Shapes = {"lora_embedding_A": (asked.r, k), "lora_embedding_B": (n, asked.r)}
+    if asked.use_dora:
+        shapes["lora_magnitude_vector"] = (n,)
+    return shapes
+
+
+def _check(module: nn.Module, asked: Settings) -> None:
+    if asked.lora_bias:
+        raise UnsupportedLayerError(
+            "lora_bias=True has no place on an embedding, as in PEFT; expected lora_bias=False, or "
+            "to leave it out with exclude_modules"
+        )
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
+        raise UnsupportedLayerError(
+            f"its embed_scale has shape {tuple(scale.shape)}, expected one number"
+        )
+    if asked.use_dora:
+        dense_weight(module)
+
+
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+register_kind(
+    Kind("embeddings", _takes, FastLoraEmbedding, _shapes, _check, drops=False)  # type: ignore[arg-type]  # takes what `_takes` does
+)

@@ -1,0 +1,42 @@
+"""The kind of linear-like modules: which class of LoRA layer a linear gets.
+
+One that is split over processes is a kind of its own (`fastlora.layers.tensor_parallel`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.bases import dense_weight, linear_features, why_not_plain
+from fastlora.layers.kinds import LINEAR, Kind, Settings, Shapes, linear_shapes, register_kind
+from fastlora.layers.linear import FastLoraLinear
+from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.sharding import is_sharded
+from fastlora.validation import UnsupportedLayerError
+
+
+def _wrap(module: nn.Module) -> LoraLayer:
+    if why_not_plain(module):
+        return FastLoraWrapper(module)
+    return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
+
+
+def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+    k, n = linear_features(module) or (0, 0)  # never None where the kind takes a module
+    return linear_shapes(k, n, asked)
+
+
+def _check(module: nn.Module, asked: Settings) -> None:
+    # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
+    # anew; tensor-parallel layers look at their own part.
+    if asked.use_dora and not is_sharded(module._parameters.get("weight")):
+        dense_weight(module)
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        raise UnsupportedLayerError(
+            "it is the output projection of nn.MultiheadAttention, which reads its weight and "
+            "never calls it"
+        )
+
+
+register_kind(Kind(LINEAR, lambda m: linear_features(m) is not None, _wrap, _shapes, _check))

@@ -1,0 +1,106 @@
+"""One adapter's tensors on one layer: made, widened, and what files call them.
+
+A factor is a module with a weight (`nn.Linear`, a convolution, DoRA's magnitude), or a parameter
+where PEFT has one (embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.validation import ConfigError
+
+Factor = nn.Module | nn.Parameter
+
+
+class DoraMagnitude(nn.Module):
+    """One adapter's magnitude: ``weight [N]``, under the name that PEFT gives it.
+
+    Args:
+        magnitude: Its first value.
+    """
+
+    def __init__(self, magnitude: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(magnitude)
+
+
+def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
+    """Returns a new factor frozen, with a tensor's device and dtype."""
+    if isinstance(factor, nn.Module):
+        if reference is not None:
+            factor.to(device=reference.device, dtype=reference.dtype)
+        return factor.train(training).requires_grad_(False)
+    if reference is not None:
+        factor = nn.Parameter(factor.detach().to(reference.device, reference.dtype))
+    factor.requires_grad_(False)
+    return factor
+
+
+def reset_parameters(
+    lora_a: nn.Module, lora_b: nn.Module, r: int, init_lora_weights: bool | str
+) -> None:
+    """Fills fresh factors, linears or convolutions; what is drawn, and in which order, is PEFT's.
+
+    Args:
+        lora_a, lora_b: Modules with a weight, and maybe a bias, as they were made.
+        r: Rank.
+        init_lora_weights: As in `LoraLayer.add_adapter`.
+
+    Raises:
+        ConfigError: There is no such initialisation.
+    """
+    down: Any = lora_a
+    up: Any = lora_b
+    if init_lora_weights is False:
+        return
+    if init_lora_weights is True:
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
+        nn.init.normal_(down.weight, std=1 / r)
+    else:
+        raise ConfigError(
+            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
+        )
+    nn.init.zeros_(up.weight)
+    if up.bias is not None:
+        nn.init.zeros_(up.bias)
+
+
+def widened(factor: Factor) -> Factor:
+    """Returns a factor in fp32 where it has fewer bits; a module is changed in place."""
+    if isinstance(factor, nn.Parameter):
+        if factor.itemsize >= torch.float32.itemsize:
+            return factor
+        return nn.Parameter(factor.detach().float(), factor.requires_grad)
+    if all(p.itemsize < torch.float32.itemsize for p in factor.parameters()):
+        factor.to(torch.float32)
+    return factor
+
+
+def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:
+    """Returns what a file calls an adapter's tensors, and their names in ``state_dict()``.
+
+    Both below the layer's own name: ``lora_A.weight``, and ``lora_A.default.weight``.
+
+    Args:
+        held: The adapter's factors and magnitude by the part that they belong to.
+        adapter_name: Its name.
+    """
+    names: dict[str, str] = {}
+    for part, factor in held.items():
+        own = f"{part}.{adapter_name}"
+        if isinstance(factor, nn.Parameter):
+            names[part] = own
+        elif isinstance(factor, DoraMagnitude):
+            names[part] = f"{own}.weight"
+        else:
+            names[f"{part}.weight"] = f"{own}.weight"
+            if getattr(factor, "bias", None) is not None:
+                names[f"{part}.bias"] = f"{own}.bias"
+    return names

@@ -1,0 +1,356 @@
+"""Every kind of layer beside linears against PEFT: values, gradients, files, merges, batches."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.layers import FastLoraWrapper, LoraLayer
+from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
+from tests.support.kinds import KINDS, KindCase
+from tests.support.tiny import with_adapters
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+}
+
+
+def _has(case: KindCase, feature: str) -> bool:
+    return {"dora": case.dora, "lora_bias": case.lora_bias}.get(feature, True)
+
+
+EVERY = [
+    pytest.param(case, FEATURES[feature], id=f"{name}-{feature}")
+    for name, case in KINDS.items()
+    for feature in FEATURES
+    if _has(case, feature)
+]
+DORA = [p for p in EVERY if "use_dora" in p.values[1] or not p.values[1]]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _model(library: Any, case: KindCase, names: tuple[str, ...] = ("one",), **config: Any) -> Any:
+    """A model with adapters whose factors are random, the same ones for either library."""
+    torch.manual_seed(0)
+    base = case.make()
+    fields = {"r": 4, "target_modules": ["kind", "lin"], **case.config, **config}
+    torch.manual_seed(1)
+    model = with_adapters(base, {n: library.LoraConfig(**fields) for n in names}, library)
+    return _randomise(model)
+
+
+def _randomise(model: Any) -> Any:
+    """Adds to every factor a value that follows from its name in files."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                seed = sum(map(ord, name))
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter += 0.1 * noise
+    return model
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _run(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    y = model(x)
+    model.zero_grad()
+    y.square().sum().backward()
+    return y.detach(), _gradients(model)
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, rtol: float = 1e-4) -> None:
+    ours, theirs = ours.detach(), theirs.detach()
+    atol = 1e-5 * max(1.0, theirs.abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+def _layer(model: Any) -> Any:
+    return model.base_model.model.kind
+
+
+@pytest.mark.parametrize(("case", "config"), EVERY)
+def test_values_and_gradients_are_pefts(case: KindCase, config: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    fresh = _layer(_model(fastlora, case, **config)).state_dict()
+    for name, tensor in _layer(_model(peft, case, **config)).state_dict().items():
+        assert torch.equal(fresh[name], tensor), name  # drawn alike from one seed
+    x = case.x(3)
+    (y, grads), (expected, theirs) = (
+        _run(_model(library, case, **config), x) for library in (fastlora, peft)
+    )
+    _close(y, expected)
+    ours = {name for name in grads if ".kind." in name}
+    assert ours == {name for name in theirs if ".kind." in name} and ours
+    for name in ours:
+        _close(grads[name], theirs[name])
+
+
+@pytest.mark.parametrize(("case", "config"), EVERY)
+def test_files_go_both_ways(case: KindCase, config: dict[str, Any], tmp_path: Path) -> None:
+    x = case.x(3)
+    for writer, reader in ((fastlora, peft.PeftModel), (peft, fastlora.LoraModel)):
+        model, folder = _model(writer, case, ("default",), **config).eval(), tmp_path / str(reader)
+        model.save_pretrained(folder)
+        torch.manual_seed(0)
+        _close(reader.from_pretrained(case.make(), folder)(x), model(x))
+
+
+@pytest.mark.parametrize(("case", "config"), [p for p in EVERY if p.values[0].merges])
+def test_merging_is_exact_and_undone_bit_for_bit(case: KindCase, config: dict[str, Any]) -> None:
+    x, model = case.x(3), _model(fastlora, case, ("one", "two"), **config).eval()
+    model.set_adapter(["one", "two"])
+    theirs = _model(peft, case, ("one", "two"), **config).eval()
+    theirs.base_model.set_adapter(["one", "two"])
+    expected = model(x)
+    _close(expected, theirs(x))
+    for name in ("one", "two"):
+        delta = _layer(model).get_delta_weight(name)
+        _close(delta, _layer(theirs).get_delta_weight(name))
+    before = copy.deepcopy(_layer(model).get_base_layer().state_dict())
+    model.merge_adapter(safe_merge=True)
+    _close(model(x), expected)
+    with pytest.raises(AdapterStateError, match="merged"), fastlora.adapters(model, ["one"] * 3):
+        model(x)
+    with model.disable_adapter():
+        torch.manual_seed(0)
+        _close(model(x), case.make().eval()(x))
+    model.unmerge_adapter()
+    after = _layer(model).get_base_layer().state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    _close(model(x), expected)
+    bare = model.merge_and_unload()
+    assert not any(isinstance(module, LoraLayer) for module in bare.modules())
+    _close(bare(x), expected)
+
+
+@pytest.mark.parametrize(("case", "config"), [p for p in EVERY if p.values[0].mixes])
+@pytest.mark.parametrize("each", ["sample", "token"])
+def test_a_mixed_batch_trains_each_adapter_on_its_rows(
+    case: KindCase, config: dict[str, Any], each: str
+) -> None:
+    x, ids = case.x(4), ["two", None, "one", "two"]
+    model = _model(fastlora, case, ("one", "two"), **config)
+    model.base_model.set_adapter(["one", "two"])
+    model.train()
+    routed: Any = ids
+    if each == "token":
+        if x.dtype.is_floating_point:
+            pytest.skip("its samples have no tokens")
+        slots = torch.tensor([1, -1, 0, 1])
+        routed = slots.repeat_interleave(x.shape[1])
+    with fastlora.adapters(model, routed):
+        y, grads = _run(model, x)
+    for name in ("one", "two"):
+        own = _model(fastlora, case, ("one", "two"), **config)
+        own.set_adapter(name)
+        rows = [index for index, each in enumerate(ids) if each == name]
+        expected, theirs = _run(own, x[rows])
+        _close(y[rows], expected)
+        found = {key: grad for key, grad in grads.items() if f".{name}" in key}
+        assert found.keys() == theirs.keys()
+        for key, grad in theirs.items():
+            _close(found[key], grad)
+    torch.manual_seed(0)
+    _close(y[1], case.make()(x)[1].detach())
+
+
+@pytest.mark.parametrize("case", [p for p in KINDS.values() if p.mixes])
+def test_adapter_names_are_pefts(case: KindCase) -> None:
+    x, names = case.x(4), ["two", "__base__", "one", "two"]
+    ours, theirs = (_model(library, case, ("one", "two")).eval() for library in (fastlora, peft))
+    with torch.no_grad():
+        _close(ours(x, adapter_names=names), theirs(x, adapter_names=names))
+
+
+@pytest.mark.parametrize(("case", "config"), [p for p in DORA if p.values[0].mixes])
+def test_absent_adapters_get_zeros_where_processes_wait(
+    case: KindCase, config: dict[str, Any]
+) -> None:
+    model = _model(fastlora, case, ("one", "two"), **config)
+    model.base_model.set_adapter(["one", "two"])
+    with fastlora.adapters(model, ["one"] * 2, absent_gradients=True):
+        _, grads = _run(model, case.x(2))
+    absent = {name: grad for name, grad in grads.items() if ".kind." in name and ".two" in name}
+    assert absent and not any(grad.any() for grad in absent.values())
+
+
+@pytest.mark.parametrize(("case", "config"), DORA)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_graph_is_full(case: KindCase, config: dict[str, Any], mixed: bool) -> None:
+    if mixed and not case.mixes:
+        pytest.skip("its rows share no batch")
+    x, model = case.x(3), _model(fastlora, case, ("one", "two"), **config)
+    model.base_model.set_adapter(["one", "two"])
+    found = []
+    for run in (
+        model.base_model,
+        torch.compile(model.base_model, backend="aot_eager", fullgraph=True),
+    ):
+        with fastlora.adapters(model, ["two", "one", None]) if mixed else nullcontext():
+            y = run(x)
+            model.zero_grad()
+            y.square().sum().backward()
+        found.append((y, {name: grad.clone() for name, grad in _gradients(model).items()}))
+    (expected, theirs), (y, grads) = found
+    _close(y, expected)
+    assert grads.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        _close(grads[name], grad)
+
+
+@pytest.mark.parametrize(("case", "config"), DORA)
+def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any]) -> None:
+    x, found = case.x(3), []
+    for library in (fastlora, peft):
+        torch.manual_seed(0)
+        base, fields = case.make().to(torch.bfloat16), {"r": 4, "target_modules": ["kind"]}
+        model = library.get_peft_model(base, library.LoraConfig(**fields, **case.config, **config))
+        _randomise(model).eval()
+        assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
+        y = model(x.to(torch.bfloat16) if x.dtype.is_floating_point else x)
+        assert y.dtype == torch.bfloat16
+        found.append(y.float())
+    torch.testing.assert_close(*found, rtol=3e-2, atol=3e-2 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_the_report_says_what_computes_it(case: KindCase) -> None:
+    rows = {row.name: row for row in fastlora.fusion_report(_model(fastlora, case)).rows}
+    row = next(row for name, row in rows.items() if name.endswith("model.kind"))
+    assert not row.fused and "PyTorch" in row.reason
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_kernels_alone_are_refused(case: KindCase) -> None:
+    model = _model(fastlora, case).eval()
+    _layer(model).impl = "triton"
+    with pytest.raises(ImplementationError, match="triton"):
+        model(case.x(2))
+    del _layer(model).impl
+    with fastlora.batch_invariant(), pytest.raises(ImplementationError, match="batch-invariant"):
+        _layer(model)(case.x(2))
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_a_pool_takes_linears_only(case: KindCase) -> None:
+    with pytest.raises(UnsupportedLayerError, match="'kind'.*linear layers only"):
+        fastlora.AdapterPool(case.make(), target_modules=["kind", "lin"], max_rank=4)
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS.values() if not c.lora_bias])
+def test_a_lora_bias_is_refused_where_it_has_no_place(case: KindCase) -> None:
+    model = case.make()
+    with pytest.raises(UnsupportedLayerError, match="'kind'.*lora_bias"):
+        fastlora.get_peft_model(
+            model, fastlora.LoraConfig(target_modules=["lin", "kind"], lora_bias=True)
+        )
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_adapters_come_and_go(case: KindCase) -> None:
+    x, model = case.x(2), _model(fastlora, case, ("one", "two"))
+    layer = _layer(model)
+    model.set_adapter("two")
+    trains = {n for n, p in layer.named_parameters() if p.requires_grad}
+    assert trains and all(".two" in name for name in trains)
+    expected = model(x)
+    layer.set_scale("two", 2.0)
+    assert not torch.equal(model(x), expected)
+    layer.unscale_layer()
+    _close(model(x), expected)
+    model.delete_adapter("two")
+    assert list(layer.r) == ["one"] and not any(".two" in n for n, _ in layer.named_parameters())
+    copied = copy.deepcopy(model)
+    _close(copied(x), model(x))
+    assert not any(isinstance(module, LoraLayer) for module in model.unload().modules())
+
+
+def test_a_sparse_embedding_trains() -> None:
+    """PEFT's backward fails: it transposes the sparse gradient of a factor stored by rank."""
+    case = KINDS["embedding"]
+    x, dense = case.x(2), _run(_model(fastlora, case), case.x(2))
+    sparse = KindCase(lambda: case.make(sparse=True), case.x)  # type: ignore[call-arg]
+    y, grads = _run(_model(fastlora, sparse), x)
+    _close(y, dense[0])
+    assert all(torch.equal(grads[name], grad) for name, grad in dense[1].items())
+    with pytest.raises(RuntimeError, match="sparse"):
+        _run(_model(peft, sparse), x)
+
+
+def test_a_forward_writes_into_no_factor() -> None:
+    """PEFT renormalises lora_embedding_A in place where the embedding has max_norm."""
+    case = KINDS["embedding"]
+    bounded = KindCase(lambda: case.make(max_norm=0.01), case.x)  # type: ignore[call-arg]
+    for library, same in ((fastlora, True), (peft, False)):
+        model = _model(library, bounded)
+        factor = _layer(model).lora_embedding_A["one"]
+        before = factor.detach().clone()
+        with torch.no_grad():
+            model(case.x(2))
+        assert torch.equal(factor, before) is same
+
+
+def test_dropout_that_does_nothing_is_said() -> None:
+    config = fastlora.LoraConfig(target_modules=["kind"], lora_dropout=0.5)
+    with pytest.warns(UserWarning, match="lora_dropout=0.5 does nothing on 'kind'"):
+        fastlora.get_peft_model(KINDS["embedding"].make(), config)
+
+
+def test_an_embedding_of_another_kind_is_refused_with_what_does_it() -> None:
+    model = nn.ModuleDict({"bag": nn.EmbeddingBag(4, 4)})
+    with pytest.raises(UnsupportedLayerError, match=r"peft.get_peft_model.*fastlora.patch"):
+        fastlora.get_peft_model(model, fastlora.LoraConfig(target_modules=["bag"]))
+
+
+class _TwiceLora(FastLoraWrapper):
+    """A user's LoRA layer over a module of the user's."""
+
+
+class _Twice(nn.Linear):
+    """A module of the user's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Twice a linear."""
+        return 2.0 * super().forward(input)
+
+
+def test_a_class_of_the_users(tmp_path: Path) -> None:
+    """It is made for the module's class, and saved and loaded with the config that names it."""
+    config = fastlora.LoraConfig(target_modules=["one"], init_lora_weights=False)
+    config._register_custom_module({_Twice: _TwiceLora})
+    base = nn.ModuleDict({"one": _Twice(3, 4)})
+    model = fastlora.get_peft_model(copy.deepcopy(base), config)
+    layer, x = model.base_model.model["one"], torch.randn(2, 3)
+    assert type(layer) is _TwiceLora
+    model.save_pretrained(tmp_path)
+    loaded = fastlora.LoraModel.from_pretrained(base, tmp_path, config=config)
+    assert type(loaded.base_model.model["one"]) is _TwiceLora
+    _close(loaded.base_model.model["one"](x), layer(x))
+    config._register_custom_module({_Twice: peft.tuners.lora.Linear})
+    with pytest.raises(UnsupportedLayerError, match=r"no subclass of.*fastlora.patch"):
+        fastlora.get_peft_model(nn.ModuleDict({"one": _Twice(3, 4)}), config)
