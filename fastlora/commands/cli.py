@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import sys
 import traceback
@@ -201,7 +202,7 @@ def _devices() -> Iterator[dict[str, str]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from fastlora.integrations.report import table
+    from fastlora.integrations.report import SHOWN_ROWS, folded, table
 
     facts = adapter_facts(args.adapter)
     if args.json:
@@ -211,16 +212,15 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"{key:<16} {_shown(facts[key])}")
     for key in ("bias", "lora_bias", "target_modules", "modules_to_save"):
         print(f"{key:<16} {_shown(facts[key])}")
-    print(f"{'parameters':<16} {facts['parameters']:,}")
-    print(f"{'bytes':<16} {facts['bytes']:,}")
+    for key in ("parameters", "bytes"):
+        print(f"{key:<16} {_shown(facts[key])}")
     print()
-    rows = [
-        [m["name"], m["kind"], m["rank"], m["alpha"], m["scaling"], _size(m), m["dtype"]]
-        + [f"{m['parameters']:,}", f"{m['bytes']:,}"]
-        for m in facts["modules"]
-    ]
-    header = ["module", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters"]
-    print("\n".join(table([[*header, "bytes"], *([_shown(cell) for cell in row] for row in rows)])))
+    keys = ("name", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters", "bytes")
+    rows = [tuple(_shown((m | {"size": _size(m)})[key]) for key in keys) for m in facts["modules"]]
+    shown = rows if len(rows) <= SHOWN_ROWS else folded(rows)
+    print("\n".join(table([("module", *keys[1:]), *shown])))
+    if len(shown) < len(rows):
+        print(f"\n{len(rows)} modules; --json lists each")
     return 0
 
 
@@ -272,8 +272,14 @@ def adapter_facts(path: str) -> dict[str, Any]:
         "alpha_pattern": data["alpha_pattern"],
         "parameters": sum(m["parameters"] for m in modules.values()),
         "bytes": sum(m["bytes"] for m in modules.values()),
-        "modules": sorted(modules.values(), key=lambda m: (m["kind"] != "lora", m["name"])),
+        "modules": sorted(modules.values(), key=_in_order),
     }
+
+
+def _in_order(module: dict[str, Any]) -> tuple[Any, ...]:
+    """LoRA first; numbers in names count as numbers: layer 2 comes before layer 10."""
+    parts = re.split(r"(\d+)", module["name"])
+    return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]
 
 
 def _shown(value: Any) -> str:
@@ -281,6 +287,8 @@ def _shown(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
     return str(value)

@@ -14,7 +14,8 @@ from fastlora.layers.sharing import sibling_note
 from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
 
-_SHOWN_ROWS = 24
+# Longer tables fold rows that say the same.
+SHOWN_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LayerFusion:
     Attributes:
         name: Module name in the model.
         layer: Class of the LoRA layer.
-        fused: Whether base GEMM and LoRA term are one call.
+        fused: Whether base GEMM and LoRA term are one call, of kernels where those run.
         reason: Why not, else empty.
         siblings: How many layers share their passes over x in training (s and d_lora_a), or why
             they do not; known once a training forward was seen.
@@ -58,29 +59,36 @@ class FusionReport:
 
     def __str__(self) -> str:
         """A table: layers that share layer class and verdict on one line when there are many."""
-        lines = [
-            f"{self.fused} of {len(self.rows)} LoRA layers fused; "
-            f"implementation: {self.implementation} ({self.reason})"
+        what = "run as Triton kernels" if self.implementation == "triton" else "run in PyTorch"
+        line = (
+            f"{self.fused} of {len(self.rows)} LoRA layers are eligible for the fused call; "
+            f"such calls {what} here ({self.reason})"
+        )
+        rows: list[tuple[str, ...]] = [
+            (row.name, row.layer, "yes" if row.fused else "no", self.runs_as(row), row.reason)
+            + (row.siblings,)
+            for row in self.rows
         ]
-        if len(self.rows) <= _SHOWN_ROWS:
-            cells = [
-                (r.name, r.layer, "yes" if r.fused else "no", r.reason, r.siblings)
-                for r in self.rows
-            ]
-        else:
-            cells = self._grouped()
-        header = ("layer", "class", "fused", "why not", "siblings in training")
-        return "\n".join([*lines, *table([header, *cells])])
+        if len(rows) > SHOWN_ROWS:
+            rows = folded(rows)
+        header = ("layer", "class", "eligible", "runs as", "why not", "siblings in training")
+        columns = [c for c in zip(header, *rows, strict=True) if any(c[1:]) or not rows]
+        return "\n".join([line, *table(list(zip(*columns, strict=True)))])
 
-    def _grouped(self) -> list[tuple[str, str, str, str, str]]:
-        groups: dict[tuple[str, str, bool, str, str], int] = {}
-        for row in self.rows:
-            key = (row.name.rpartition(".")[2], row.layer, row.fused, row.reason, row.siblings)
-            groups[key] = groups.get(key, 0) + 1
-        return [
-            (f"*.{name} ({count})", layer, "yes" if fused else "no", reason, siblings)
-            for (name, layer, fused, reason, siblings), count in groups.items()
-        ]
+    def runs_as(self, row: LayerFusion) -> str:
+        """Returns who computes a layer: kernels, PyTorch, or its base layer as it is."""
+        if not row.fused:
+            return "its base layer, LoRA beside it"
+        return "Triton kernels" if self.implementation == "triton" else "PyTorch"
+
+
+def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Returns one row for those that differ but in the path before the last dot of their name."""
+    groups: dict[tuple[str, ...], int] = {}
+    for name, *others in rows:
+        key = (name.rpartition(".")[2], *others)
+        groups[key] = groups.get(key, 0) + 1
+    return [(f"*.{name} ({count})", *others) for (name, *others), count in groups.items()]
 
 
 def fusion_report(model: nn.Module) -> FusionReport:

@@ -195,7 +195,8 @@ class Residency:
                 nbytes = sum(image.nbytes for image in request.wanted.values())
                 raise PoolFullError(
                     f"a batch needs {len(request.wanted)} adapters of {nbytes} bytes on the device "
-                    f"at once, and the pool has no room for them: {tiers.describe()}"
+                    f"at once, and the pool has no room for them: {tiers.describe()}; split the "
+                    "batch (AdapterPool.plan), or raise max_adapters or device_bytes"
                 )
             if request not in self.queue:
                 self.queue.append(request)

@@ -281,6 +281,37 @@ class AdapterPool:
             resident = self._tiers.device.get(name)
             return None if resident is None else resident.slot
 
+    def plan(self, names: Sequence[str | None]) -> list[list[int]]:
+        """Splits a batch into batches that the device can hold, each of whole samples.
+
+        Args:
+            names: An adapter for each sample, as for `fastlora.adapters`; None for the base model.
+
+        Returns:
+            Indices into ``names``, in order; no batch has more than ``max_adapters`` different
+            adapters. Samples without one go into the first. Pins and leases of others, and
+            ``device_bytes``, are not counted: they can still refuse a batch, or make it wait.
+
+        Raises:
+            AdapterNotFoundError: There is none of one of the names.
+        """
+        self._known([name for name in names if name is not None])
+        at: dict[str | None, int] = {None: 0}
+        for name in names:
+            at.setdefault(name, (len(at) - 1) // self.max_adapters)
+        batches: list[list[int]] = [[] for _ in range(max(at.values()) + 1)]
+        for index, name in enumerate(names):
+            batches[at[name]].append(index)
+        return [batch for batch in batches if batch]
+
+    def __repr__(self) -> str:
+        with self._changed:
+            held, known = len(self._tiers.device), len(self._tiers.entries)
+        return (
+            f"AdapterPool({type(self._model).__name__}: {known} adapters, {held} of at most "
+            f"{self.max_adapters} on {self.device}, {self.dtype})"
+        )
+
     def __contains__(self, name: object) -> bool:
         with self._changed:
             return name in self._tiers.entries

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fastlora
+from fastlora import get_peft_model
 from fastlora.commands import cli
 from fastlora.model.adapter_folder import WEIGHTS_NAME, save_adapter_folder
 from fastlora.model.config import LoraConfig
@@ -198,6 +200,29 @@ def test_inspect_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["parameters", "43"] in lines and ["target_modules", "q,", "v"] in lines
     assert ["q", "lora", "2", "6", "3", "4", "->", "5", "float32", "18", "72"] in lines
+
+
+def test_inspect_folds_modules_that_are_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A deep model's adapter takes a line for each kind of module; --json names all, in order."""
+    config = LoraConfig(r=2, target_modules=["q", "v"], rank_pattern={"layers.2.q": 4})
+    model = nn.ModuleDict({"layers": nn.ModuleList()})
+    for _ in range(13):
+        model["layers"].append(nn.ModuleDict({"q": nn.Linear(4, 5), "v": nn.Linear(4, 3)}))
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert [row[:4] for row in table[1:4]] == [
+        ["*.q", "(12)", "lora", "2"],
+        ["*.v", "(13)", "lora", "2"],
+        ["*.q", "(1)", "lora", "4"],
+    ]
+    assert lines[-1] == "26 modules; --json lists each"
+    assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
+    names = [m["name"] for m in json.loads(capsys.readouterr().out)["modules"]]
+    assert names == [f"layers.{index}.{end}" for index in range(13) for end in "qv"]
 
 
 def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,5 +197,5 @@ def test_report_names_every_layer(fresh_smollm2: Callable[..., Any]) -> None:
     ours, _ = twins(fresh_smollm2, target_modules="all-linear")
     report = fastlora.fusion_report(ours)
     assert len(report.rows) == report.fused == 210
-    assert str(report).startswith("210 of 210 LoRA layers fused; implementation: ")
+    assert str(report).startswith("210 of 210 LoRA layers are eligible for the fused call; ")
     assert "*.down_proj (30)" in str(report)

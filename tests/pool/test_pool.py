@@ -366,3 +366,30 @@ def test_factors_helper_tells_adapters_apart(root: Path) -> None:
             assert not same_factors(factors, root / "a1", "layers.0.q")
             assert not same_factors(factors, root / "a0", "layers.1.q")
         assert set(saved_factors(root / "a0", "layers.0.q")) == {"lora_A.weight", "lora_B.weight"}
+
+
+# --------------------------------------------------------------------------------------- a batch
+
+
+def test_a_batch_is_split_into_what_fits(root: Path) -> None:
+    """Each part can be leased; all parts together are the batch, a name's samples in one part."""
+    with make_pool(root, max_adapters=2) as pool:
+        names = ["a3", None, "a1", "a3", "a0", "a1", None, "a2", "a4"]
+        parts = pool.plan(names)
+        assert parts == [[0, 1, 2, 3, 5, 6], [4, 7], [8]]
+        for part in parts:
+            use(pool, *(name for index in part if (name := names[index]) is not None))
+        assert pool.plan([None, None]) == [[0, 1]] and pool.plan([]) == []
+        assert pool.plan(["a1", "a0"]) == [[0, 1]]
+        with pytest.raises(PoolFullError, match=r"split the batch \(AdapterPool.plan\), or raise"):
+            pool.lease(["a0", "a1", "a2"])
+        with pytest.raises(AdapterNotFoundError, match="'a9'"):
+            pool.plan(["a0", "a9"])
+
+
+def test_a_pool_prints_what_it_holds(root: Path) -> None:
+    """Name of the model, adapters known and on the device."""
+    with make_pool(root, max_adapters=2) as pool:
+        use(pool, "a0")
+        shown = "AdapterPool(Blocks: 8 adapters, 1 of at most 2 on cpu, torch.float32)"
+        assert repr(pool) == shown
