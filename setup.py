@@ -15,6 +15,7 @@ setup(
         "fastlora.algebra",
         "fastlora.autograd",
         "fastlora.model",
+        "fastlora.optimizers",
         "fastlora.ops",
         "fastlora.ops.torch",
         "fastlora.ops.triton",

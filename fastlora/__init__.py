@@ -14,6 +14,7 @@ from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.config import LoraConfig, TaskType
 from fastlora.model.estimate import Estimate, estimate
 from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.status import get_layer_status, get_model_status
 from fastlora.ops.conditions import batch_invariant
 from fastlora.pool import AdapterPool
 from fastlora.pool.refresh import refresh
@@ -71,6 +72,8 @@ __all__ = [
     "estimate",
     "functional",
     "fusion_report",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "patch",
     "recommend",

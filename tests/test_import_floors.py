@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
     ("model",),
-    ("pool", "integrations"),
+    ("pool", "integrations", "optimizers"),
     ("train",),
     ("__init__",),
     ("commands", "bench", "__main__"),

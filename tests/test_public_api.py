@@ -21,6 +21,7 @@ MODULES = (
     "fastlora.functional",
     "fastlora.integrations",
     "fastlora.layers",
+    "fastlora.optimizers",
     "fastlora.pool",
     "fastlora.testing",
     "fastlora.train",

@@ -16,6 +16,12 @@ from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder, save_adapter_folder
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan
+from fastlora.model.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
+)
 from fastlora.model.tuner import LoraTuner, plan_for
 from fastlora.routing.block import adapters
 from fastlora.routing.in_force import check_batch
@@ -336,6 +342,14 @@ class LoraModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """See `fastlora.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """See `fastlora.get_model_status`."""
+        return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:
         """Finds what is not here on the tuner (``merge_and_unload``) or the model (``config``)."""

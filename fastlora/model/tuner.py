@@ -105,7 +105,10 @@ class LoraTuner(nn.Module):
         self.peft_config[adapter_name] = config
         # A layer that is new must know at once whose block may be open around its first forward.
         touched = [*plan.targets, *plan.modules_to_save]
-        modules = (self.model.get_submodule(name) for name in touched)
+        modules: list[Any] = [self.model.get_submodule(name) for name in touched]
+        for module in modules:
+            if not module._active_adapters:
+                module._active_adapters = list(self._active)
         if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())

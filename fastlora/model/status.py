@@ -1,0 +1,227 @@
+"""What adapters of a model are there, act, train and are merged; PEFT's records, by its names.
+
+`get_layer_status` and `get_model_status` of PEFT 0.21.2, ``peft_model.py``: the same fields, and
+``"irregular"`` where layers differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.quantised import quantised
+from fastlora.model.tuner import LoraTuner
+from fastlora.model.walk import outer_modules
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
+
+Irregular = Literal["irregular"]
+IRREGULAR: Irregular = "irregular"
+_T = TypeVar("_T")
+# What holds tensors of adapters on LoRA layers of any kind.
+_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+# What PEFT calls its layers over quantised weights.
+_TYPES = {"bnb 4bit": "Linear4bit", "bnb 8bit": "Linear8bitLt", "torchao": "TorchaoLoraLinear"}
+
+
+@dataclass
+class TunerLayerStatus:
+    """One module that holds adapters.
+
+    Args:
+        name: Of the module, from the tuner on (``model.layers.0.self_attn.q_proj``).
+        module_type: PEFT's name for its kind (``lora.Linear``).
+        enabled: Whether adapters may act.
+        active_adapters: Names set active, whether or not a LoRA layer has them; of a module that
+            adapters own copies of, those that have one.
+        merged_adapters: Names merged into the base weight, in order.
+        requires_grad: By adapter, whether all of its tensors here train.
+        available_adapters: Names that the module has, sorted.
+        devices: By adapter, the types of devices that its tensors are on.
+        quantization_backend: How the base weight is quantised (``"bnb 4bit"``), or None.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """A whole model.
+
+    Args:
+        base_model_type: Class of the base model.
+        adapter_model_type: ``"LoraModel"``; ``"None"`` for a model that is not wrapped.
+        peft_types: By adapter ``"LORA"``; empty for a model that is not wrapped.
+        trainable_params, total_params: Numbers of parameters.
+        num_adapter_layers: Number of modules that hold adapters.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
+            quantization_backend: As in `TunerLayerStatus`, of all of them.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """Returns the status of each module that holds adapters, in the model's order.
+
+    Args:
+        model: A `LoraModel`, or any module with LoRA layers of fastlora's in it.
+
+    Raises:
+        AdapterStateError: It has none. (`ValueError`, as PEFT raises.)
+    """
+    tuner = getattr(model, "base_model", None)
+    walked = tuner if isinstance(tuner, LoraTuner) else model
+    found = [_status(name, module) for name, module in _holders(walked)]
+    if not found:
+        raise AdapterStateError(
+            "No adapter layers found in the model; expected one from fastlora.get_peft_model (for "
+            "layers of PEFT's own use peft.get_layer_status)"
+        )
+    return found
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """Returns the status of a whole model.
+
+    Args:
+        model: As in `get_layer_status`.
+
+    Raises:
+        AdapterStateError: It has no LoRA layer of fastlora's.
+    """
+    layers = get_layer_status(model)
+    tuner: Any = getattr(model, "base_model", None)
+    wrapped = isinstance(tuner, LoraTuner)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    named = any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    somewhere = set(merged)
+    missing = any(
+        somewhere & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers
+    )
+    backends = [layer.quantization_backend for layer in layers]
+    return TunerModelStatus(
+        base_model_type=type(tuner.model if wrapped else model).__name__
+        if wrapped or named
+        else "other",
+        adapter_model_type="LoraModel" if wrapped else "None",
+        peft_types=dict.fromkeys(tuner.peft_config, "LORA") if wrapped else {},
+        trainable_params=sum(size for size, trains in sizes if trains),
+        total_params=sum(size for size, _ in sizes),
+        num_adapter_layers=len(layers),
+        enabled=_one(layer.enabled for layer in layers),
+        # A module without a copy of the active adapter's disagrees with nobody.
+        active_adapters=_one([layer.active_adapters for layer in layers if layer.active_adapters]),
+        merged_adapters=IRREGULAR if missing else merged,
+        requires_grad={
+            name: _one(values)
+            for name, values in _by_name(layer.requires_grad for layer in layers).items()
+        },
+        available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
+        devices={
+            name: sorted({device for devices in values for device in devices})
+            for name, values in _by_name(layer.devices for layer in layers).items()
+        },
+        quantization_backend=_one(backends),
+    )
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of all that hold adapters: by PEFT's methods, whatever their class."""
+    for name, module in outer_modules(model):
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            yield name, module
+
+
+def _status(name: str, module: Any) -> TunerLayerStatus:
+    tensors = _tensors(module)
+    active = list(module._active_adapters)
+    if not isinstance(module, LoraLayer):  # as PEFT: the copies that act
+        active = [adapter for adapter in active if adapter in tensors]
+    backend = getattr(module, "quantization_backend", None)
+    return TunerLayerStatus(
+        name=name,
+        module_type=_type_of(module),
+        enabled=not module._disabled,
+        active_adapters=active,
+        merged_adapters=list(getattr(module, "merged_adapters", ())),
+        requires_grad={n: _one(p.requires_grad for p in own) for n, own in tensors.items()},
+        available_adapters=sorted(tensors),
+        devices={n: sorted({p.device.type for p in own}) for n, own in tensors.items()},
+        quantization_backend=_backend(module) if backend is None else backend.backend_name,
+    )
+
+
+def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
+    """Returns what each adapter has on a module."""
+    found: dict[str, list[nn.Parameter]] = {}
+    if isinstance(module, ModulesToSaveWrapper):
+        return {name: list(own.parameters()) for name, own in module.modules_to_save.items()}
+    for part in _PARTS:
+        for name, factor in getattr(module, part, {}).items():
+            own = found.setdefault(name, [])
+            own.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
+    return found
+
+
+def _backend(module: Any) -> str | None:
+    if not isinstance(module, LoraLayer):
+        return None
+    try:
+        found = quantised(module.get_base_layer())
+    except UnsupportedLayerError:  # not quantised yet
+        return None
+    return None if found is None else found.backend
+
+
+def _type_of(module: Any) -> str:
+    """Returns PEFT's name for a kind of module: that of PyTorch's class that its base layer is."""
+    if not isinstance(module, LoraLayer):
+        return type(module).__name__
+    backend = _backend(module)
+    if backend is not None:
+        return f"lora.{_TYPES[backend]}"
+    for base in type(module.get_base_layer()).__mro__:
+        if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
+            return f"lora.{base.__name__}"
+    return "lora.Linear"
+
+
+def _one(values: Iterable[Any]) -> Any:
+    """Returns the value that all have, or ``"irregular"``."""
+    found = list(values)
+    if not found:
+        return []
+    return found[0] if all(other == found[0] for other in found) else IRREGULAR
+
+
+def _by_name(layers: Iterable[dict[str, _T]]) -> dict[str, list[_T]]:
+    found: dict[str, list[_T]] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            found.setdefault(name, []).append(value)
+    return found

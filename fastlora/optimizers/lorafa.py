@@ -1,0 +1,225 @@
+"""LoRA-FA: lora_A stays as it is, and lora_B's gradient is that of the whole update, projected.
+
+With A frozen, ``g_B = g_W @ A.T * s`` where ``g_W`` is the gradient of the weight. The step in B
+that moves the weight nearest to ``g_W`` is ``g_B @ inverse(A @ A.T) / s ** 2``; AdamW takes it.
+https://arxiv.org/abs/2308.03303; the formula and AdamW are those of PEFT 0.21.2,
+``optimizers/lorafa.py``. Products are fp32 here, where PEFT rounds the projection to bf16, and
+what else an adapter trains (a bias of lora_B, a magnitude) is no half of a pair.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastlora.validation import ConfigError
+
+# lora_A's place in a parameter's name, and lora_B's.
+_PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
+_RIDGE = 1e-8
+
+
+class LoraFAOptimizer(Optimizer):
+    """AdamW for lora_B with LoRA-FA's gradient, and AdamW for all else that has one.
+
+    Args:
+        params: Groups with ``params``, their ``names`` in the model, and ``scaling_factors``: a
+            number for each lora_B, None for others. lora_A, which never moves, must be among them.
+        lr: Learning rate.
+        betas: Of the running averages of gradient and square.
+        eps: Added to the root of the squares.
+        weight_decay: Subtracted times ``lr`` times the value, behind the step.
+        correct_bias: Whether averages are corrected for their start at 0.
+
+    Raises:
+        ConfigError: A number is out of range, or a group lacks names or factors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        if lr < 0.0:
+            raise ConfigError(f"Invalid learning rate: {lr} - should be >= 0.0")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
+        if eps < 0.0:
+            raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
+        # lora_A by the lora_B it belongs to, and the inverse of its square by version.
+        self._partners: dict[nn.Parameter, nn.Parameter] = {}
+        self._inverses: dict[nn.Parameter, tuple[int, torch.Tensor]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`; finds which lora_A belongs to which lora_B."""
+        group = {**param_group, "params": list(param_group["params"])}
+        names = list(group.get("names", ()))
+        if "scaling_factors" not in group and "scaling_factor" in group:  # PEFT's older form
+            group["scaling_factors"] = [group["scaling_factor"]] * len(group["params"])
+        factors = group.get("scaling_factors", ())
+        if not len(names) == len(factors) == len(group["params"]):
+            raise ConfigError(
+                f"Expected optimizer param group to define names and `scaling_factors` for each of "
+                f"{len(group['params'])} parameters, got {len(names)} and {len(factors)}"
+            )
+        by_name = dict(zip(names, group["params"], strict=True))
+        for name, parameter in by_name.items():
+            partner = by_name.get(_partner_of(name) or "")
+            if partner is not None:
+                self._partners[parameter] = partner
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step.
+
+        Args:
+            closure: Computes the loss anew, and its gradients.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter, factor in zip(group["params"], group["scaling_factors"], strict=True):
+                if parameter.grad is None:
+                    continue
+                partner = self._partners.get(parameter)
+                if partner is None:
+                    self._adamw(parameter, parameter.grad, group, "")
+                else:
+                    gradient = parameter.grad @ self._inverse(partner).to(parameter.grad.dtype)
+                    self._adamw(parameter, gradient / factor**2, group, "_B")
+        return loss
+
+    def _inverse(self, lora_a: nn.Parameter) -> torch.Tensor:
+        """Returns the inverse of ``lora_a @ lora_a.T``, ``[R, R]``; kept while lora_a stays."""
+        known = self._inverses.get(lora_a)
+        if known is None or known[0] != lora_a._version or known[1].device != lora_a.device:
+            wide = lora_a.detach().to(torch.promote_types(lora_a.dtype, torch.float32))
+            square = wide @ wide.t()
+            ridge = _RIDGE * torch.eye(len(square), dtype=square.dtype, device=square.device)
+            known = self._inverses[lora_a] = lora_a._version, torch.linalg.pinv(square + ridge)
+        return known[1]
+
+    def _adamw(
+        self, parameter: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any], suffix: str
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state[f"exp_avg{suffix}"] = torch.zeros_like(parameter)
+            state[f"exp_avg_sq{suffix}"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        mean, square = state[f"exp_avg{suffix}"], state[f"exp_avg_sq{suffix}"]
+        beta1, beta2 = group["betas"]
+        mean.mul_(beta1).add_(gradient, alpha=1.0 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        size = group["lr"]
+        if group["correct_bias"]:
+            size *= math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
+        parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
+        if group["weight_decay"] > 0.0:
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+
+
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int,
+    lora_alpha: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> LoraFAOptimizer:
+    """Makes a LoRA-FA optimizer, and freezes lora_A.
+
+    Args:
+        model: One with adapters; its trainable parameters are taken.
+        r, lora_alpha: PEFT's arguments. Each layer's own scaling is used, whatever they are.
+        lr: Learning rate.
+        weight_decay: Of AdamW.
+        use_rslora: None, or what the configs of all active adapters say; deprecated, as in PEFT.
+
+    Raises:
+        ConfigError: ``use_rslora`` is not what a config says, or no lora_B trains; nothing has
+            changed then.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    active: Any = getattr(model, "active_adapters", ())
+    chosen = {name: bool(configs[name].use_rslora) for name in active if name in configs}
+    if use_rslora is not None:
+        wrong = [name for name, value in chosen.items() if value != use_rslora]
+        if wrong:
+            raise ConfigError(
+                f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the config "
+                f"of {wrong} says {not use_rslora}; leave the argument out"
+            )
+        warnings.warn(
+            "`use_rslora` in create_lorafa_optimizer is deprecated: the config says it",
+            FutureWarning,
+            stacklevel=2,
+        )
+    named = dict(model.named_parameters())
+    partners = {name: _partner_of(name) for name in named}
+    trains = {name for name, p in named.items() if p.requires_grad}
+    lora_b = {name for name, partner in partners.items() if partner in named and name in trains}
+    if not lora_b:
+        raise ConfigError("no lora_B trains; call set_adapter() or train_adapters() first")
+    lora_a = {partners[name] for name in lora_b}
+    for name in lora_a:
+        named[str(name)].requires_grad_(False)
+    kept = [name for name in named if name in lora_a or name in trains]
+    rslora = all(chosen.values()) if chosen else False
+    return LoraFAOptimizer(
+        [
+            {
+                "params": [named[name] for name in kept],
+                "names": kept,
+                "scaling_factors": [_scaling_of(model, name) for name in kept],
+                "scaling_factor": lora_alpha / (math.sqrt(r) if rslora else r),
+                "lr": lr,
+                "weight_decay": weight_decay,
+            }
+        ]
+    )
+
+
+def _partner_of(name: str) -> str | None:
+    """Returns the name of the lora_A that belongs to a lora_B's weight; None for other names."""
+    for own, other in _PAIRS:
+        layer, found, rest = name.rpartition(other)
+        if found and not rest.endswith(".bias"):
+            return f"{layer}{own}{rest}"
+    return None
+
+
+def _scaling_of(model: nn.Module, name: str) -> float | None:
+    """Returns the scaling of the adapter that a parameter belongs to; None where it has none."""
+    for pair in _PAIRS:
+        for place in pair:
+            layer, found, rest = name.rpartition(place)
+            if found:
+                scalings: Any = model.get_submodule(layer).scaling
+                return float(scalings[rest.split(".")[0]])
+    return None

@@ -1,0 +1,118 @@
+"""LoRA+: a higher learning rate for lora_B (https://arxiv.org/abs/2402.12354).
+
+Groups and defaults are those of PEFT 0.21.2, ``optimizers/loraplus.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fastlora.validation import ConfigError
+
+# Optimizers of bitsandbytes that keep their state in 8 bits; embeddings are to have 32.
+_EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    **kwargs: Any,
+) -> Optimizer:
+    """Makes an optimizer in which lora_B learns faster than lora_A.
+
+    Args:
+        model: One with adapters; its trainable parameters are taken.
+        optimizer_cls: Such as `torch.optim.AdamW`.
+        lr: Learning rate of lora_A, and of what is no part of an adapter and has two dimensions.
+        loraplus_lr_ratio: Times ``lr``, that of lora_B and of vectors. The paper uses 16 for hard
+            tasks and less for easy ones, with an ``lr`` half of LoRA's.
+        **kwargs: ``loraplus_weight_decay`` (0.0; biases and norms have none),
+            ``loraplus_lr_embedding`` (1e-6, that of adapters on embeddings), and the optimizer's
+            own.
+
+    Returns:
+        The optimizer, whose four groups are lora_A, embeddings, lora_B, and biases and norms.
+
+    Raises:
+        ConfigError: A rate or the ratio is no positive number, or nothing trains.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = loraplus_groups(
+        named,
+        lr=lr,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+        loraplus_weight_decay=kwargs.pop("loraplus_weight_decay", 0.0),
+        loraplus_lr_embedding=kwargs.pop("loraplus_lr_embedding", 1e-6),
+        without_decay=_without_decay(model),
+    )
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    if getattr(optimizer_cls, "__name__", "") in _EIGHT_BIT:
+        library = importlib.import_module("bitsandbytes.optim")
+        manager = library.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def loraplus_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    without_decay: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Returns parameter groups for LoRA+, for any optimizer; see `create_loraplus_optimizer`.
+
+    Args:
+        named_parameters: Name and parameter of all that trains.
+        lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As there.
+        without_decay: Names without weight decay, beside those with ``bias`` in them.
+
+    Raises:
+        ConfigError: As there.
+    """
+    rates = {"lr": lr, "loraplus_lr_ratio": loraplus_lr_ratio}
+    rates["loraplus_lr_embedding"] = loraplus_lr_embedding
+    for name, value in rates.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{name} must be a positive number, got {value!r}")
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": loraplus_weight_decay, "lr": lr},
+        {"params": [], "weight_decay": loraplus_weight_decay, "lr": loraplus_lr_embedding},
+        {"params": [], "weight_decay": loraplus_weight_decay, "lr": lr * loraplus_lr_ratio},
+        {"params": [], "weight_decay": 0.0, "lr": lr * loraplus_lr_ratio},
+    ]
+    for name, parameter in named_parameters:
+        if ".lora_embedding_" in name:
+            index = 1
+        elif ".lora_B." not in name and parameter.ndim != 1:
+            index = 0
+        else:
+            index = 3 if "bias" in name or name in without_decay else 2
+        groups[index]["params"].append(parameter)
+    if not any(group["params"] for group in groups):
+        raise ConfigError("no parameter trains; call set_adapter() or train_adapters() first")
+    return groups
+
+
+def _without_decay(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters of layer norms."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for key in module._parameters
+    }

@@ -1,0 +1,120 @@
+"""`get_layer_status` and `get_model_status`: field by field those of PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.model import status
+from tests.support.peft_twins import peft
+from tests.support.tiny import TwoLayers, quantised, tiny_llama, with_adapters
+
+
+def pair() -> Any:
+    """Two adapters on different layers, one with a copy of a module, in both libraries."""
+    made = []
+    for library in (fastlora, peft):
+        torch.manual_seed(0)
+        configs = {
+            "default": library.LoraConfig(r=4, target_modules=["q"], modules_to_save=["norm"]),
+            "other": library.LoraConfig(r=2, target_modules=["q", "v"], use_dora=True),
+        }
+        made.append(with_adapters(TwoLayers(), configs, library))
+    return made
+
+
+def compared(ours: Any, theirs: Any) -> None:
+    """Every field of every layer and of the model, by functions and by methods."""
+    layers = fastlora.get_layer_status(ours), peft.get_layer_status(theirs)
+    for mine, its in zip(*layers, strict=True):
+        assert dataclasses.asdict(mine) == dataclasses.asdict(its)
+    mine, its = (dataclasses.asdict(model.get_model_status()) for model in (ours, theirs))
+    if not any(layer.active_adapters == [] for layer in layers[0]):
+        assert mine == its
+    else:  # PEFT calls a model irregular in which the active adapter has no copy of a module
+        assert (mine.pop("active_adapters"), its.pop("active_adapters")) == (["other"], "irregular")
+        assert mine == its
+    assert ours.get_layer_status() == fastlora.get_layer_status(ours)
+    assert fastlora.get_model_status(ours) == ours.get_model_status()
+
+
+def test_fields_are_those_of_peft() -> None:
+    """As made; another one active; merged; disabled; trainable by hand."""
+    ours, theirs = pair()
+    compared(ours, theirs)
+    for model in (ours, theirs):
+        model.set_adapter("other")
+    compared(ours, theirs)
+    for model in (ours, theirs):
+        model.merge_adapter(["other"])
+    compared(ours, theirs)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+        model.base_model.disable_adapter_layers()
+    assert ours.get_model_status().enabled is theirs.get_model_status().enabled is False
+    for model in (ours, theirs):
+        model.base_model.enable_adapter_layers()
+    compared(ours, theirs)
+    for model in (ours, theirs):
+        model.base_model.model.q.lora_A["other"].requires_grad_(False)
+    compared(ours, theirs)
+    assert ours.get_model_status().requires_grad["other"] == "irregular"
+
+
+def test_layers_that_differ_are_irregular() -> None:
+    """One layer merged by hand, another disabled, one with another adapter active."""
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.base_model.model.q.merge(adapter_names=["other"])
+    compared(ours, theirs)
+    found = ours.get_model_status()
+    assert found.merged_adapters == "irregular"
+    ours.base_model.model.q.unmerge()
+    ours.base_model.model.q._disabled = True
+    ours.base_model.model.v._active_adapters = ["other"]
+    found = ours.get_model_status()
+    assert (found.enabled, found.active_adapters) == ("irregular", "irregular")
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
+def test_quantised_bases(kind: str) -> None:
+    """Their names in PEFT; beside a plain layer the model's is irregular."""
+    model = fastlora.get_peft_model(
+        quantised(kind), fastlora.LoraConfig(r=2, target_modules=["q", "v"])
+    )
+    q, v = model.get_layer_status()
+    expected = {
+        "bitsandbytes": ("lora.Linear4bit", "bnb 4bit"),
+        "torchao": ("lora.TorchaoLoraLinear", "torchao"),
+    }
+    assert (q.module_type, q.quantization_backend) == expected[kind]
+    assert (v.module_type, v.quantization_backend) == ("lora.Linear", None)
+    assert model.get_model_status().quantization_backend == "irregular"
+
+
+def test_models_that_are_not_wrapped() -> None:
+    """A transformers model with layers in it, any other module, and one without."""
+    base = tiny_llama()
+    fastlora.get_peft_model(base, fastlora.LoraConfig(target_modules=["q_proj"]))
+    found = fastlora.get_model_status(base)
+    assert (found.base_model_type, found.adapter_model_type) == ("LlamaForCausalLM", "None")
+    assert (found.peft_types, found.num_adapter_layers) == ({}, 2)
+    inside = nn.ModuleDict({"llama": base})
+    assert fastlora.get_model_status(inside).base_model_type == "other"
+    assert fastlora.get_layer_status(inside)[0].name.startswith("llama.model.layers.0")
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        fastlora.get_layer_status(nn.Linear(2, 2))
+
+
+def test_records_have_the_fields_of_peft() -> None:
+    """In PEFT's order."""
+    for name in ("TunerLayerStatus", "TunerModelStatus"):
+        mine, its = getattr(status, name), getattr(peft.peft_model, name)
+        assert [f.name for f in dataclasses.fields(mine)] == [
+            f.name for f in dataclasses.fields(its)
+        ]
