@@ -14,6 +14,7 @@ setup(
         "fastlora.commands",
         "fastlora.algebra",
         "fastlora.autograd",
+        "fastlora.init",
         "fastlora.model",
         "fastlora.optimizers",
         "fastlora.ops",

@@ -29,6 +29,10 @@ class UnsupportedLayerError(FastLoraError, ValueError):
     """The config targets a module of a type that no LoRA layer here wraps."""
 
 
+class InitialisationError(FastLoraError, ValueError):
+    """An initialisation cannot start from these weights, or lacks the data it was to be given."""
+
+
 class AdapterNotFoundError(FastLoraError, ValueError):
     """No adapter of that name is loaded."""
 

@@ -26,7 +26,7 @@ AUTOGRAD_FUNCTIONS = 6  # (6)
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "weight_marks", "sharding", "kernels"),
-    ("ops",),
+    ("ops", "init"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
     ("model",),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from fastlora.init import Init, find_init
 from fastlora.layers import parts
-from fastlora.layers.bases import factor_like
+from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
 from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.norms import forget_norms
+from fastlora.layers.starting import Starter, drop_data, find_data
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_sharded
 from fastlora.validation import (
@@ -43,6 +45,7 @@ class LoraLayer(CommonLayer, Mergeable):
         lora_dropout: Adapter name to `nn.Dropout` or `nn.Identity`.
         lora_magnitude_vector: Name of an adapter that uses DoRA to a module with weight ``[N]``.
         r, lora_alpha, scaling: Adapter name to number.
+        frozen_peft_weight_names: Adapter name to the parts of it that never train.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
 
@@ -59,6 +62,7 @@ class LoraLayer(CommonLayer, Mergeable):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._active_adapters: list[str] = []
         self._disabled = False
         self._init_merging()
@@ -74,12 +78,20 @@ class LoraLayer(CommonLayer, Mergeable):
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
-    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, parts.Factor]:
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
         """Returns an adapter's new factors by the part that they belong to, drawn as PEFT does."""
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
-        parts.reset_parameters(lora_a, lora_b, r, init)
+        start.fill(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
+
+    def _calibrated(self) -> list[nn.Module]:
+        """Returns the modules on which a calibration may have left its result."""
+        return [self.get_base_layer()]
+
+    def _weight_to_start_from(self, why: str) -> torch.Tensor:
+        """Returns the base weight ``[N, K]``; ``why`` begins what is said where it has none."""
+        return dense_weight(self.get_base_layer(), why).detach()
 
     def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
         """Returns norms ``[N]`` in the shape of a magnitude."""
@@ -112,10 +124,14 @@ class LoraLayer(CommonLayer, Mergeable):
         lora_bias: bool = False,
         use_dora: bool = False,
         init_lora_weights: bool | str = True,
+        init_config: object | None = None,
+        from_file: bool = False,
     ) -> None:
         """Adds an adapter; it acts only after `set_adapter`.
 
-        Random values are drawn as PEFT draws them, so the same seed gives the same factors.
+        Random values are drawn as PEFT draws them, so the same seed gives the same factors. Some
+        initialisations move a part of the base weight into the factors: the layer's output stays
+        what it was, and the base weight is another one from then on.
 
         Args:
             adapter_name: A name that the layer does not have, without dots.
@@ -127,12 +143,19 @@ class LoraLayer(CommonLayer, Mergeable):
             use_dora: Give the adapter a magnitude for each output, at first the norm of that row of
                 the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
             init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with
-                standard deviation ``1 / r``, B zero), or False (both random).
+                standard deviation ``1 / r``, B zero), False (both random), or the name of another
+                method of `fastlora.init`.
+            init_config: The method's own settings, as ``LoraConfig.lora_ga_config``.
+            from_file: The factors are about to be overwritten with trained ones. Only a change of
+                the base weight is then repeated.
 
         Raises:
-            AdapterStateError: The name exists.
+            AdapterStateError: The name exists, or an adapter is merged into the weight that the
+                initialisation reads.
             ConfigError: A value is out of range, or lora_bias is asked for beside use_dora.
-            UnsupportedLayerError: use_dora, and the base weight cannot be read.
+            InitialisationError: The initialisation cannot start from this weight, or lacks data.
+            UnsupportedLayerError: use_dora, or an initialisation that reads the base weight, and
+                the base weight cannot be read or changed.
         """
         if adapter_name in self.r:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
@@ -143,22 +166,57 @@ class LoraLayer(CommonLayer, Mergeable):
             raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         if use_dora and lora_bias:
             raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
-        reference = self._factor_like()  # raises before anything changes, as the next line may
+        reference = self._factor_like()  # raises before anything changes, as what follows may
         if use_dora:
             self._own_weight()
-        factors = self._new_factors(r, lora_bias, init_lora_weights)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_rslora[adapter_name] = use_rslora
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
-        self.lora_dropout[adapter_name] = dropout.train(self.training)
-        for part, factor in factors.items():
-            self._part(part)[adapter_name] = parts.frozen_like(factor, reference, self.training)
-        self._fit_scalings([adapter_name])
-        self._place(adapter_name)
-        if use_dora:
-            self.reset_magnitude(adapter_name)
+        scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        start = Starter(self, init_lora_weights, scaling, init_config, from_file)
+        factors = self._new_factors(r, lora_bias, start)
+        init = find_init(init_lora_weights)
+        undo = self._keep_base(init)
+        try:
+            self.r[adapter_name] = r
+            self.lora_alpha[adapter_name] = lora_alpha
+            self.use_rslora[adapter_name] = use_rslora
+            self.scaling[adapter_name] = scaling
+            dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
+            self.lora_dropout[adapter_name] = dropout.train(self.training)
+            for part, factor in factors.items():
+                self._part(part)[adapter_name] = parts.frozen_like(factor, reference, self.training)
+            if init.frozen:
+                pair = dict(zip(("lora_A", "lora_B"), factors, strict=True))
+                self.frozen_peft_weight_names[adapter_name] = tuple(pair[f] for f in init.frozen)
+            if start.weight is not None:
+                replace_weight(self.get_base_layer(), start.weight)
+                self.refresh()
+            self._fit_scalings([adapter_name])
+            self._place(adapter_name)
+            if use_dora:
+                self.reset_magnitude(adapter_name)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            undo()
+            raise
+        drop_data(self, init)
+
+    def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
+        """Returns a function that undoes what the start of an adapter does to the base layer.
+
+        Args:
+            init: What the adapter is about to start with.
+            offload: Keep a weight that lies on an accelerator in the CPU's memory.
+        """
+        data = find_data(self, init)
+        restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None
+
+        def undo() -> None:
+            if data is not None:
+                setattr(data[0], init.data, data[1])
+            if restore is not None:
+                restore()
+                self.refresh()
+
+        return undo
 
     def _place(self, adapter_name: str) -> None:
         """Puts an adapter's new factors where they belong; no word about a magnitude yet."""
@@ -204,6 +262,7 @@ class LoraLayer(CommonLayer, Mergeable):
             holder = self._part(part)
             if adapter_name in holder:
                 del holder[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
         forget_norms(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
@@ -233,7 +292,8 @@ class LoraLayer(CommonLayer, Mergeable):
     def _set_trainable(self, names: list[str]) -> None:
         for part in self.adapter_parts:
             for name, factor in self._part(part).items():
-                factor.requires_grad_(name in names)
+                fixed = part in self.frozen_peft_weight_names.get(name, ())
+                factor.requires_grad_(name in names and not fixed)
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Sets the scaling to ``factor`` times what rank and alpha give."""

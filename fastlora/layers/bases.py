@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,11 +126,17 @@ def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
     return Plain(weight, torch.t if transposed else None)
 
 
-def dense_weight(module: object) -> torch.Tensor:
+def dense_weight(
+    module: object, why: str = "DoRA needs the base weight for its norm"
+) -> torch.Tensor:
     """Returns the weight ``[N, K]`` of a linear-like module, dequantised where it is quantised.
 
     Knows `nn.Linear` and its subclasses, Conv1D of transformers (whose weight is transposed, as a
     view), HQQ's linears, and the kinds of `fastlora.layers.quantised`.
+
+    Args:
+        module: The base layer.
+        why: What it is read for, with which a refusal begins.
 
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
@@ -147,11 +154,75 @@ def dense_weight(module: object) -> torch.Tensor:
     kind = type(weight).__name__
     if not isinstance(weight, torch.Tensor) or not _is_dense(weight):
         raise UnsupportedLayerError(
-            f"DoRA needs the base weight for its norm, and that of a {type(base).__name__} is "
+            f"{why}, and that of a {type(base).__name__} is "
             f"{'missing' if weight is None else f'a {kind} of {weight.dtype}'}; expected a "
             "floating-point matrix, or one quantised by bitsandbytes, HQQ or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a linear-like module stores its weight ``[K, N]``."""
+    return type(module).__name__ == "Conv1D"
+
+
+def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
+    """Returns why a linear-like module cannot be given another weight, or an empty string.
+
+    ``quantised_too`` says that a quantised weight may be quantised anew.
+
+    Raises:
+        UnsupportedLayerError: It may, and nobody knows how.
+    """
+    found = quantised(module)
+    if found is not None and quantised_too:
+        found.check_writable()
+        return ""
+    weight: Any = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not _is_dense(weight):
+        kind, dtype = type(weight).__name__, getattr(weight, "dtype", None)
+        return f"that of this {type(module).__name__} is a {kind} of {dtype}"
+    return ""
+
+
+def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Gives a linear-like module another weight ``[N, K]``, in its own dtype and layout.
+
+    The parameter stays; its old values stay where they are, for whoever holds them. A quantised
+    weight is quantised anew. See `why_not_replaceable`.
+    """
+    found = quantised(module)
+    if found is not None:
+        found.write(weight)
+        return
+    own: Any = module.weight
+    laid_out = weight.t() if is_transposed(module) else weight
+    own.data = laid_out.to(own.device, own.dtype).contiguous()
+
+
+def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
+    """Returns a function that gives a module the weight it has now, bit for bit.
+
+    `replace_weight` leaves the old values alone, so they are kept and not copied; with ``offload``
+    those of an accelerator are copied to the CPU, for models that it has no room for twice.
+    """
+    found = quantised(module)
+    if found is not None:
+        copied = found.keep()
+
+        def put_back() -> None:
+            found.restore(copied)
+
+        return put_back
+    own: Any = module._parameters.get("weight")
+    if own is None:
+        return lambda: None  # `why_not_replaceable` has something to say
+    where, kept = own.device, own.data.cpu() if offload else own.data
+
+    def restore() -> None:
+        own.data = kept.to(where)
+
+    return restore
 
 
 def _is_dense(weight: torch.Tensor) -> bool:

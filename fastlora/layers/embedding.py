@@ -22,6 +22,7 @@ from fastlora.layers.added import AddedLora
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.kinds import Kind, Settings, Shapes, register_kind
 from fastlora.layers.parts import Factor
+from fastlora.layers.starting import Starter
 from fastlora.layers.stored import Plain, Stored
 from fastlora.ops.conditions import Conditions
 from fastlora.validation import UnsupportedLayerError
@@ -45,12 +46,14 @@ class FastLoraEmbedding(AddedLora):
         super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
-    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, Factor]:
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
         # As PEFT: whatever starts a linear, an embedding starts with A zero and B normal.
         lora_a, lora_b = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
-        if init is not False:
+        if start.init.name is not False:
             lora_a.zero_()
             lora_b.normal_()
+        if start.init.name == "mica":
+            lora_a, lora_b = start.values(lora_a, lora_b)
         return {"lora_embedding_A": nn.Parameter(lora_a), "lora_embedding_B": nn.Parameter(lora_b)}
 
     def _first_factor(self, name: str) -> torch.Tensor | None:
@@ -87,6 +90,9 @@ class FastLoraEmbedding(AddedLora):
         y = y + s @ lora_b.t()
         g = self._dora_scale(name, conditions)
         return y if g is None else y * g
+
+    def _weight_to_start_from(self, why: str) -> torch.Tensor:
+        return dense_weight(self.base_layer, why).detach().t()
 
     def _own_weight(self) -> torch.Tensor:
         return dense_weight(self.base_layer).t()

@@ -31,6 +31,8 @@ class Settings(NamedTuple):
     lora_bias: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    init_config: object | None = None
+    from_file: bool = False
 
 
 class Kind(NamedTuple):

@@ -37,7 +37,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         lora_bias: Give lora_B a bias.
         use_dora: Scale each output by a trained magnitude; see `LoraLayer.add_adapter`.
-        init_lora_weights: As in `LoraLayer.add_adapter`.
+        init_lora_weights: As in `LoraLayer.add_adapter`, with ``init_config``.
         device: Of all parameters.
         dtype: Of all parameters.
 
@@ -58,6 +58,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         lora_bias: bool = False,
         use_dora: bool = False,
         init_lora_weights: bool | str = True,
+        init_config: object | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,6 +74,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             lora_bias=lora_bias,
             use_dora=use_dora,
             init_lora_weights=init_lora_weights,
+            init_config=init_config,
         )
         self.set_adapter(DEFAULT_ADAPTER)
 
@@ -151,6 +153,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def get_base_layer(self) -> nn.Module:
         """Returns the layer itself: it is its own base layer."""
         return self
+
+    def _calibrated(self) -> list[nn.Module]:
+        """Returns the layer, and the `nn.Linear` it was made from, which a calibration saw."""
+        return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not.

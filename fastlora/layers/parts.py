@@ -6,14 +6,10 @@ where PEFT has one (embeddings).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
-
-from fastlora.validation import ConfigError
 
 Factor = nn.Module | nn.Parameter
 
@@ -40,36 +36,6 @@ def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) 
         factor = nn.Parameter(factor.detach().to(reference.device, reference.dtype))
     factor.requires_grad_(False)
     return factor
-
-
-def reset_parameters(
-    lora_a: nn.Module, lora_b: nn.Module, r: int, init_lora_weights: bool | str
-) -> None:
-    """Fills fresh factors, linears or convolutions; what is drawn, and in which order, is PEFT's.
-
-    Args:
-        lora_a, lora_b: Modules with a weight, and maybe a bias, as they were made.
-        r: Rank.
-        init_lora_weights: As in `LoraLayer.add_adapter`.
-
-    Raises:
-        ConfigError: There is no such initialisation.
-    """
-    down: Any = lora_a
-    up: Any = lora_b
-    if init_lora_weights is False:
-        return
-    if init_lora_weights is True:
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
-        nn.init.normal_(down.weight, std=1 / r)
-    else:
-        raise ConfigError(
-            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
-        )
-    nn.init.zeros_(up.weight)
-    if up.bias is not None:
-        nn.init.zeros_(up.bias)
 
 
 def widened(factor: Factor) -> Factor:

@@ -17,12 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastlora.model.config_checks import (
-    BASE_CHANGING_INITS,
-    IMPLEMENTED_INITS,
-    TaskType,
-    checked_fields,
-)
+from fastlora.init import Init, all_inits, find_init
+from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
+from fastlora.model.config_checks import TaskType, checked_fields
 from fastlora.model.tensor_file import replacing
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -34,10 +31,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "megatron_core": ("megatron.core", None),
     "trainable_token_indices": (None,),
-    "loftq_config": ({}, None),
-    "eva_config": (None,),
-    "corda_config": (None,),
-    "lora_ga_config": (None,),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
@@ -50,16 +43,8 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "ensure_weight_tying": (False,),
 }
-# Without effect on an adapter whose weights exist: they steer the initialisation, or belong to a
-# feature that another field switches on.
-_IDLE_AFTER_INIT = (
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-)
+# Without effect on an adapter whose weights exist: they belong to what another field switches on.
+_IDLE_AFTER_INIT = ("megatron_core", "qalora_group_size")
 
 # "new": the adapter is about to be initialised. "load": its weights come from a file.
 # "live": it already sits in a model, so whatever its initialisation did to the base is done.
@@ -100,12 +85,18 @@ class LoraConfig:
         bias: Which biases of the base model train and are saved.
         use_rslora: See ``lora_alpha``.
         modules_to_save: Modules of which the adapter owns a full trained copy.
-        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero) or False (both
-            random, so the new adapter changes the output).
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (both
+            random, so the new adapter changes the output), "orthogonal", or a method that looks at
+            the base weight ("pissa", "pissa_niter_4", "olora", "mica", "loftq") or at data
+            ("corda", "eva", "lora_ga"); see ``docs/initialisation.md``.
         layers_to_transform: Only these layer indices; needs named ``target_modules``.
         layers_pattern: Name of the list that those indices count in.
         rank_pattern: Regular expression for the end of a module's name -> rank; first match wins.
         alpha_pattern: The same for ``lora_alpha``.
+        loftq_config: Settings of "loftq"; kept as a dict.
+        eva_config: Settings of "eva".
+        corda_config: Settings of "corda".
+        lora_ga_config: Settings of "lora_ga".
         use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
         lora_bias: Gives B a bias, which is scaled with the rest of the branch; not with DoRA.
         runtime_config: Never saved.
@@ -136,9 +127,9 @@ class LoraConfig:
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: Any = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
@@ -161,6 +152,49 @@ class LoraConfig:
         for name, value in checked_fields(vars(self)).items():
             setattr(self, name, value)
         self.check_supported(stage)
+        for init in all_inits():
+            self._read_settings(init, stage)
+        if stage == "new" and self.init.converts:
+            self._warn_of_conversion()
+
+    def _read_settings(self, init: Init, stage: Stage) -> None:
+        """Brings the settings of an initialisation into one form; warns where they are idle."""
+        where = init.settings
+        if where is None:
+            return
+        value, chosen = getattr(self, where.field) or None, init is self.init
+        made = settings_of(value, where.cls)
+        if made is None and chosen and where.missing == "refuse" and stage == "new":
+            raise ConfigError(
+                f"`{where.field}` must be specified when `init_lora_weights` is {init.name!r}."
+            )
+        if made is None and chosen and where.missing == "default":
+            if stage == "new":
+                warnings.warn(
+                    f"`init_lora_weights` is {init.name!r} but `{where.field}` is not specified. "
+                    f"Using default {init.title} config.",
+                    stacklevel=6,
+                )
+            made = where.cls()
+        if made is not None and not chosen and stage == "new":
+            warnings.warn(
+                f"`{where.field}` specified but will be ignored when `init_lora_weights` is not "
+                f"{init.name!r}.",
+                stacklevel=6,
+            )
+        if where.as_dict:
+            made = {} if made is None or not chosen else dataclasses.asdict(made)
+        setattr(self, where.field, made)
+
+    def _warn_of_conversion(self) -> None:
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
+                f"conversion of the base weights that {self.init.title} changes: save_pretrained() "
+                "will refuse path_initial_model_for_weight_conversion; leave use_rslora or the "
+                "patterns at their defaults if you mean to convert the adapter",
+                stacklevel=5,
+            )
 
     def check_supported(self, stage: Stage = "new") -> None:
         """Raises `ConfigError`, naming every field that fastlora does not implement yet.
@@ -180,30 +214,40 @@ class LoraConfig:
             raise ConfigError(
                 f"fastlora does not implement this yet: {names}; leave it at its default"
             )
-        init = self.init_lora_weights
-        if stage == "new" and init not in IMPLEMENTED_INITS:
-            raise ConfigError(
-                f"fastlora does not implement init_lora_weights={init!r} yet; "
-                f"expected one of {', '.join(map(repr, IMPLEMENTED_INITS))}"
-            )
-        if stage == "load" and init == "lora_ga":
+
+    def check_plain(self, what: str) -> None:
+        """Raises `ConfigError` where the adapter means something only on a base weight of its own.
+
+        Args:
+            what: What cannot take such an adapter.
+        """
+        if not self.init.changes_base:
+            return
+        if not self.init.must_repeat:
             warnings.warn(
-                "init_lora_weights='lora_ga' changed the base weights in training; the adapter is "
-                "added to the base weights as they are now, as PEFT does",
-                stacklevel=2,
+                f"init_lora_weights={self.init_lora_weights!r} changed the base weights in "
+                f"training; {what} adds the adapter to the base weights as they are now, as PEFT "
+                "does",
+                stacklevel=3,
             )
-        if stage == "load" and isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        else:
             raise ConfigError(
-                f"init_lora_weights={init!r}: this adapter was trained on base weights that its "
-                "initialisation had changed, and fastlora does not repeat that change; save it as "
-                "plain LoRA first, with PEFT's save_pretrained(..., "
+                f"init_lora_weights={self.init_lora_weights!r}: this adapter was trained on base "
+                f"weights that its initialisation had changed, which {what} does not repeat; save "
+                "it as plain LoRA first, with save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
             )
 
     @property
-    def effective_init(self) -> bool | str:
-        """How to fill factors that a file will overwrite: True where the real way is missing."""
-        return self.init_lora_weights if self.init_lora_weights in IMPLEMENTED_INITS else True
+    def init(self) -> Init:
+        """The initialisation that ``init_lora_weights`` names."""
+        return find_init(self.init_lora_weights)
+
+    @property
+    def init_config(self) -> object | None:
+        """Settings of that initialisation, or None where it has none."""
+        where = self.init.settings
+        return None if where is None else settings_of(getattr(self, where.field) or None, where.cls)
 
     def shapes_only(self) -> LoraConfig:
         """Returns a loaded adapter's config as that of a new one with the same shapes.
@@ -213,8 +257,9 @@ class LoraConfig:
         """
         self.check_supported("load")
         default = LoraConfig()
-        idle = {name: getattr(default, name) for name in _IDLE_AFTER_INIT}
-        return dataclasses.replace(self, init_lora_weights=self.effective_init, **idle)
+        fields = (init.settings.field for init in all_inits() if init.settings is not None)
+        idle = {name: getattr(default, name) for name in (*_IDLE_AFTER_INIT, *fields)}
+        return dataclasses.replace(self, init_lora_weights=True, **idle)
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Names classes of yours as LoRA layers of modules; the name and what it does are PEFT's.

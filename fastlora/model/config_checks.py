@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fastlora.init import find_init
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
 
@@ -23,14 +24,6 @@ class TaskType(str, enum.Enum):
 
 
 BIAS_MODES = ("none", "all", "lora_only")
-# Initialisations that fastlora runs on a new adapter.
-IMPLEMENTED_INITS: tuple[bool | str, ...] = (True, False, "gaussian")
-# Initialisations that touch only the factors: a trained file of theirs is a plain LoRA file.
-_FACTOR_INITS = ("eva", "orthogonal", "mica")
-# These move part of the base weight into the factors. PEFT repeats the first two on every load,
-# and needs the calibration data again for corda and a quantizer for loftq.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
-_KNOWN_INITS = (*IMPLEMENTED_INITS, *_FACTOR_INITS, *BASE_CHANGING_INITS, "lora_ga")
 
 
 def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +73,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     _check_number("lora_alpha", fields["lora_alpha"])
     check_dropout("lora_dropout", fields["lora_dropout"])
     init = fields["init_lora_weights"]
-    _check_init(init)
+    find_init(init)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(fields[name], str):
             _check_regex(name, fields[name])
@@ -101,17 +94,6 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
         )
-
-
-def _check_init(init: Any) -> None:
-    if isinstance(init, bool):
-        return
-    if isinstance(init, str) and (init in _KNOWN_INITS or re.fullmatch(r"pissa_niter_\d+", init)):
-        return
-    names = ", ".join(map(repr, _KNOWN_INITS))
-    raise ConfigError(
-        f"init_lora_weights must be one of {names} or 'pissa_niter_<n>', got {init!r}"
-    )
 
 
 def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.model.config import LoraConfig
@@ -28,14 +29,18 @@ from fastlora.validation import (
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter that fits a model: its config, and the modules it touches in the model's order."""
+    """An adapter that fits a model: its config, and the modules it touches in the model's order.
+
+    ``from_file`` says that its weights exist already.
+    """
 
     config: LoraConfig
     targets: list[str]
     modules_to_save: list[str]
+    from_file: bool = False
 
 
-def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
+def plan_adapter(model: nn.Module, config: LoraConfig, from_file: bool = False) -> Plan:
     """Finds what a config names and checks that LoRA can go there; changes nothing.
 
     Raises:
@@ -44,7 +49,10 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> Plan:
             config does not fit; or another adapter has LoRA, or a copy, where this one is to have a
             copy or LoRA.
     """
-    plan = Plan(config, find_targets(model, config), find_modules_to_save(model, config))
+    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    plan = Plan(config, targets, saved, from_file)
+    if config.init.changes_base:
+        _check_untied(model, plan)
     for name in plan.targets:
         base = base_of(model.get_submodule(name))
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
@@ -88,6 +96,26 @@ def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
         )
 
 
+def _check_untied(model: nn.Module, plan: Plan) -> None:
+    """Raises where the initialisation would change a weight that another module has too."""
+    holders: dict[int, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), {})[module] = name
+    for name in plan.targets:
+        module = model.get_submodule(name)
+        base = base_of(module)
+        found = holders.get(id(base._parameters.get("weight")), {})
+        others = [other for holder, other in found.items() if holder not in (module, base)]
+        if others and linear_features(base) is not None:
+            raise AdapterStateError(
+                f"init_lora_weights={plan.config.init_lora_weights!r} changes the weight of target "
+                f"module {name!r}, which {others[0]!r} shares; leave it out (exclude_modules), or "
+                "untie the two first"
+            )
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
@@ -102,7 +130,8 @@ def settings_for(name: str, config: LoraConfig) -> Settings:
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         use_dora=config.use_dora,
-        init_lora_weights=config.effective_init,
+        init_lora_weights=config.init_lora_weights,
+        init_config=config.init_config,
     )
 
 
@@ -156,6 +185,8 @@ def add_adapter(
 ) -> None:
     """Adds an adapter to every module of its plan, inactive; on failure the model is as before."""
     replaced: dict[str, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
+    init = plan.config.init
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def replace(name: str, made: nn.Module) -> None:
@@ -169,9 +200,12 @@ def add_adapter(
                 if not isinstance(layer, LoraLayer):
                     layer = _kind_of(layer, plan.config).wrap(layer)
                     replace(name, layer)
-                settings = settings_for(name, plan.config)
+                settings = settings_for(name, plan.config)._replace(from_file=plan.from_file)
                 for each in (layer, *layer.inner_layers().values()):
-                    each.add_adapter(adapter_name, **settings._asdict())
+                    if init.changes_base or init.data:
+                        undo.append(each._keep_base(init, offload=True))
+                    with error_prefix(f"target module {name!r}"):
+                        each.add_adapter(adapter_name, **settings._asdict())
                     if autocast_adapter_dtype:
                         each.widen(adapter_name)
             for name in plan.modules_to_save:
@@ -182,6 +216,8 @@ def add_adapter(
                 wrapper.add_adapter(adapter_name)
     except BaseException:
         delete_adapter(model, adapter_name)
+        for put_back in undo:
+            put_back()
         for name, module in replaced.items():
             _set_submodule(model, name, module)
         for parameter in trained:

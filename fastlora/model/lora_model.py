@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.linear import DEFAULT_ADAPTER
-from fastlora.model import adapter_state
+from fastlora.model import adapter_state, conversion
 from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder, save_adapter_folder
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan
@@ -253,6 +253,7 @@ class LoraModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
@@ -268,11 +269,17 @@ class LoraModel(nn.Module):
             save_embedding_layers: Whether to write the base model's embeddings along; ``"auto"``
                 does so where one is a target or the vocabulary differs from the base model's.
             is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: Folder of the adapter as it was before its
+                training. An adapter whose initialisation changed the base weights (PiSSA, OLoRA,
+                CorDA, LoRA-GA) is then written as plain LoRA of twice the rank, for the base
+                weights as they were.
             state_dict: Tensors to take in place of the model's own, by its parameter names.
 
         Raises:
             AdapterNotFoundError: There is no such adapter.
-            CheckpointError: ``state_dict`` lacks a tensor of the adapter.
+            CheckpointError: ``state_dict`` lacks a tensor of the adapter, or the untrained adapter
+                does not fit it.
+            ConfigError: The adapter cannot be converted.
             ValueError: ``safe_serialization`` is False.
         """
         if not safe_serialization:
@@ -280,6 +287,12 @@ class LoraModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.check_known(name)
+        path = path_initial_model_for_weight_conversion
+        initial = (
+            {}
+            if path is None
+            else {name: conversion.read_initial(self.peft_config[name], path) for name in names}
+        )
         gathering = Gathering(self.parameters() if state_dict is None else state_dict.values())
         if not is_main_process and not gathering.needed:
             return
@@ -292,8 +305,11 @@ class LoraModel(nn.Module):
             if writes and failure is None:
                 folder = Path(save_directory)
                 folder = folder if name == DEFAULT_ADAPTER else folder / name
+                config = self.peft_config[name]
                 try:
-                    save_adapter_folder(folder, self.peft_config[name], tensors)
+                    if name in initial:
+                        config, tensors = conversion.convert(config, tensors, initial[name])
+                    save_adapter_folder(folder, config, tensors)
                 except Exception as error:  # the others are waiting, and must hear of it
                     failure = error
         gathering.finish(failure)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora.init import Init
 from fastlora.layers import LoraLayer
 from fastlora.layers.factors import Parameters
 from fastlora.model import inject
@@ -49,6 +51,7 @@ class LoraTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self._active: list[str] = []
+        self._changed_base: dict[str, Init] = {}
         # Known to this model's layers; an object of its own stays theirs in copies and pickles.
         self.group = Group()
         self._routed: list[nn.Module] | None = None
@@ -88,11 +91,13 @@ class LoraTuner(nn.Module):
             autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
 
         Raises:
-            AdapterStateError: The name exists, or another adapter trains biases too.
+            AdapterStateError: The name exists, or another adapter trains biases too, or has
+                changed base weights that this one is to be loaded beside.
         """
         if adapter_name in self.peft_config:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already")
         config = plan.config
+        self._check_base_changes(adapter_name, plan)
         for name, other in self.peft_config.items():
             if config.bias != "none" and other.bias != "none":
                 raise AdapterStateError(
@@ -103,6 +108,8 @@ class LoraTuner(nn.Module):
             self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         self.peft_config[adapter_name] = config
+        if config.init.changes_base:
+            self._changed_base[adapter_name] = config.init
         # A layer that is new must know at once whose block may be open around its first forward.
         touched = [*plan.targets, *plan.modules_to_save]
         modules: list[Any] = [self.model.get_submodule(name) for name in touched]
@@ -112,6 +119,40 @@ class LoraTuner(nn.Module):
         if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())
+
+    def _check_base_changes(self, adapter_name: str, plan: inject.Plan) -> None:
+        """Warns, or raises, where the initialisation of one adapter is in the way of another."""
+        config, init = plan.config, plan.config.init
+        others = self._changed_base
+        if plan.from_file and init.changes_base and init.must_repeat and others:
+            other = next(iter(others))
+            raise AdapterStateError(
+                f"adapter {adapter_name!r} was trained on base weights that {init.title} had "
+                f"changed, and adapter {other!r} has changed them in its own way "
+                f"({others[other].title}); save one of them as plain LoRA first, with "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
+                "untrained adapter>)"
+            )
+        changing = init.title if init.changes_base else ""
+        changing = changing or next((other.title for other in others.values()), "")
+        if changing and self.peft_config:
+            warnings.warn(
+                f"{changing} changes the base weights of the model and should thus not be used "
+                "with other adapters. Consider converting the adapter into a normal LoRA adapter: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+                stacklevel=4,
+            )
+        if plan.from_file and init.is_random(config.init_lora_weights):
+            why = (
+                "is random: loading changes the base weights a little differently than training did"
+                if init.must_repeat
+                else "changed the base weights in training, and loading leaves them as they are"
+            )
+            warnings.warn(
+                f"init_lora_weights={config.init_lora_weights!r} {why}, as in PEFT. Save such an "
+                "adapter with path_initial_model_for_weight_conversion instead",
+                stacklevel=4,
+            )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters act, and of all adapters them alone trainable.
@@ -146,6 +187,7 @@ class LoraTuner(nn.Module):
         self.check_known(adapter_name)
         inject.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
+        self._changed_base.pop(adapter_name, None)
         if adapter_name in self._active:
             self._active.remove(adapter_name)
             if not self._active and self.peft_config:
@@ -354,7 +396,7 @@ def plan_for(
     )
     config = copy.deepcopy(given)
     config.check_supported("load" if loading else "new")
-    plan = inject.plan_adapter(model, config)
+    plan = inject.plan_adapter(model, config, from_file=loading)
     if config.lora_dropout and not loading:
         inject.warn_of_no_dropout(model, plan)
     config.target_modules = resolve_target_modules(model, config)

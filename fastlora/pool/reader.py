@@ -100,6 +100,10 @@ class AdapterReader:
         return self._pack(config, check_tensors(config, tensors, source), tensors, source)
 
     def _check_config(self, config: LoraConfig, source: str) -> None:
+        try:
+            config.check_plain("an adapter pool")
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {error}") from error
         if config.modules_to_save:
             raise CheckpointError(
                 f"{source}: modules_to_save={config.modules_to_save} is not supported by an "

@@ -280,7 +280,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
         ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
         ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),
-        ('{"r": 2, "init_lora_weights": "pissa"}', "path_initial_model_for_weight_conversion"),
+        ('{"r": 2, "init_lora_weights": "pizza"}', "init_lora_weights must be one of"),
     ],
 )
 def test_bad_config_file(folder: Path, text: str, words: str) -> None:

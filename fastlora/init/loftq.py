@@ -1,0 +1,76 @@
+"""LoftQ: the base weight is rounded to a few bits, and the adapter starts as what that loses.
+
+Method: https://arxiv.org/abs/2310.08659, as in PEFT; the normal floats are those of QLoRA
+(https://arxiv.org/abs/2305.14314) as bitsandbytes has them: blocks of 64 values along rows, each
+divided by its largest. The base layer stays a plain one: its weight holds the rounded values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.init.configs import LoftQConfig
+from fastlora.init.registry import Given, Settings, Start, register_init
+
+BLOCK = 64
+# Bits -> the values of normal floats. Those of 4 bits are bitsandbytes' constants; those of 2
+# follow the same rule: quantiles of a normal distribution at even steps, one more above zero.
+LEVELS = {
+    2: (-1.0, 0.0, 0.3379152, 1.0),
+    4: (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+}
+
+
+@register_init(
+    "loftq",
+    title="LoftQ",
+    changes_base=True,
+    converts=False,
+    settings=Settings("loftq_config", LoftQConfig, missing="refuse", as_dict=True),
+)
+def loftq(given: Given) -> Start:
+    """Takes turns: Q rounds ``W - B A``, and ``B A`` is the best of rank R for ``W - Q``.
+
+    As in PEFT, ``B A`` makes up for the loss by itself, so that lora_alpha should be r.
+
+    Raises:
+        InitialisationError: The weight is not finite, or smaller than the rank.
+    """
+    config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()
+    weight = given.weight()
+    given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")
+    left = weight
+    for _ in range(config.loftq_iter):
+        rounded = quantised(left, config.loftq_bits)
+        lora_a, lora_b = best_of_rank(weight - rounded, given.rank)
+        left = weight - lora_b @ lora_a
+    return Start(lora_a, lora_b, rounded)
+
+
+def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns a weight ``[N, K]`` rounded to so many bits, in its own dtype.
+
+    8 bits are integers, with a scale for each row; fewer are normal floats, a scale a block.
+    """
+    if bits == 8:
+        scales = weight.abs().amax(dim=1, keepdim=True)
+        return (weight * (127.0 / scales.clamp_min(1e-38))).round() * (scales / 127.0)
+    flat = weight.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    levels = torch.tensor(LEVELS[bits], dtype=weight.dtype, device=weight.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scales.clamp_min(1e-38), between)
+    return (levels[nearest] * scales).flatten()[: flat.numel()].view_as(weight)
+
+
+def best_of_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A ``[R, K]`` and B ``[N, R]`` whose product is nearest to a matrix ``[N, K]``."""
+    u, s, vh = torch.linalg.svd(error, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root

@@ -1,0 +1,80 @@
+"""LoRA-GA: the adapter's first steps go where those of the whole weight would.
+
+Method: https://arxiv.org/abs/2407.05000, as in PEFT. `fastlora.model.calibration.preprocess_loraga`
+leaves the gradient of each layer's weight on its module.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.init.configs import LoraGAConfig
+from fastlora.init.registry import Given, Settings, Start, check_finite, register_init
+from fastlora.validation import InitialisationError
+
+DATA = "_peft_loraga_grad"  # PEFT's name for it, so that either library's gradients serve the other
+
+
+@register_init(
+    "lora_ga",
+    title="LoRA-GA",
+    changes_base=True,
+    random="lora_ga",
+    data=DATA,
+    calibration="preprocess_loraga",
+    must_repeat=False,
+    settings=Settings("lora_ga_config", LoraGAConfig, missing="later"),
+)
+def lora_ga(given: Given) -> Start:
+    """The gradient is ``U S V^T``: R rows of V^T make A, R other columns of ``U S`` make B.
+
+    Raises:
+        InitialisationError: Settings are missing, the gradient is not finite or of another shape,
+            or the weight has fewer than 2 R rows or columns.
+    """
+    config, gradient, rank = given.config, given.data, given.rank
+    if not isinstance(config, LoraGAConfig):
+        raise InitialisationError(
+            "lora_ga_config must be provided when init_lora_weights='lora_ga'. Please pass "
+            "lora_ga_config=LoraGAConfig(...)"
+        )
+    weight = given.weight()
+    if not isinstance(gradient, torch.Tensor):
+        raise InitialisationError(f"lora_ga needs a gradient, got a {type(gradient).__name__}")
+    gradient = (gradient.T if given.transposed else gradient).to(weight)
+    if gradient.shape != weight.shape:
+        raise InitialisationError(
+            f"init_lora_weights='lora_ga': the gradient has shape {tuple(gradient.shape)}, "
+            f"expected {tuple(weight.shape)}; run preprocess_loraga on this model"
+        )
+    check_finite(gradient, "init_lora_weights='lora_ga': the gradient that preprocess_loraga left")
+    smaller = min(weight.shape)
+    given.check_rank(smaller // 2, f"half the smaller side of the weight {tuple(weight.shape)}")
+    u, s, v = torch.svd_lowrank(gradient, q=min(4 * rank, smaller), niter=4)
+    a, b = _rows(config.direction, rank)
+    lora_a, lora_b = v.T[a], u[:, b] * s[b]
+    if config.scale == "stable":
+        lora_b = lora_b * (weight.shape[0] ** 0.25 / config.stable_gamma**0.5)
+    elif config.scale == "weight_svd":
+        _, of_weight, _ = torch.svd_lowrank(weight, q=rank, niter=4)
+        if s[b][0] > 0:
+            lora_b = lora_b * (of_weight[0] / s[b][0])
+    elif config.scale == "gd_scale":
+        lora_a, lora_b = lora_a / given.scaling, lora_b / given.scaling
+    # Rounded first: the weight gives up what the factors really hold.
+    lora_a, lora_b = lora_a.to(given.dtype).contiguous(), lora_b.to(given.dtype).contiguous()
+    update = given.scaling * (lora_b.to(weight) @ lora_a.to(weight))
+    return Start(lora_a, lora_b, weight - update)
+
+
+def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns which of 2 R singular directions go into A, and which into B."""
+    first, second = torch.arange(rank), torch.arange(rank, 2 * rank)
+    if direction == "ArB2r":
+        return first, second
+    if direction == "A2rBr":
+        return second, first
+    if direction == "ArBr":
+        return 2 * first + 1, 2 * first
+    drawn = torch.randperm(2 * rank)[:rank]
+    return drawn, drawn

@@ -1,0 +1,26 @@
+"""MiCA: B is fixed to the base weight's smallest singular directions, and A trains from zero.
+
+Method: https://arxiv.org/abs/2604.01694, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.init.registry import Given, Start, register_init
+
+
+@register_init("mica", title="MiCA", frozen=("lora_B",))
+def mica(given: Given) -> Start:
+    """``W = U S V^T``: B is the last R columns of U.
+
+    Raises:
+        InitialisationError: The weight is not finite, or smaller than the rank.
+    """
+    weight, rank = given.weight(), given.rank
+    given.check_rank(
+        min(weight.shape),
+        f"MiCA requires `r` <= min(in_features, out_features) of the weight {tuple(weight.shape)}",
+    )
+    u, _, _ = torch.linalg.svd(weight, full_matrices=False)
+    return Start(torch.zeros_like(given.lora_a), u[:, -rank:].contiguous())

@@ -1,0 +1,30 @@
+"""Factors whose product is zero though neither of them is.
+
+Method: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.init.registry import Given, Start, register_init
+from fastlora.validation import InitialisationError
+
+
+@register_init("orthogonal", title="orthogonal")
+def orthogonal(given: Given) -> Start:
+    """A and B are combinations of rows of a random orthogonal matrix: A of every other one.
+
+    Raises:
+        InitialisationError: The rank is odd.
+    """
+    rank = given.rank
+    if rank % 2:
+        raise InitialisationError(
+            f"Orthogonal initialization requires the LoRA rank to be even, got {rank} instead."
+        )
+    (n, k), half = (given.lora_b.shape[0], given.lora_a.shape[1]), rank // 2
+    rows, _ = torch.linalg.qr(torch.randn(rank, rank))
+    lora_a = (torch.randn(k, half) @ rows[0::2]).T / 10.0
+    lora_b = torch.randn(half, n).T @ rows[1::2] / 10.0
+    return Start(lora_a, lora_b)

@@ -1,0 +1,33 @@
+"""Factors that are drawn without looking at the base weight: True, False and "gaussian".
+
+What each draws, and in which order, is PEFT's: the same seed gives the same factors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from fastlora.init.registry import Given, Start, register_init
+
+
+@register_init(True, any_kind=True)
+def kaiming(given: Given) -> Start:
+    """A uniform within ``1 / sqrt(K)``, B zero (LoRA, https://arxiv.org/abs/2106.09685)."""
+    lora_a = nn.init.kaiming_uniform_(given.lora_a.detach(), a=math.sqrt(5))
+    return Start(lora_a, torch.zeros_like(given.lora_b))
+
+
+@register_init(False, any_kind=True)
+def drawn(given: Given) -> Start:
+    """Both as `nn.Linear` draws them, so that the adapter changes the output at once."""
+    return Start(given.lora_a, given.lora_b)
+
+
+@register_init("gaussian", any_kind=True)
+def gaussian(given: Given) -> Start:
+    """A normal with standard deviation ``1 / R``, B zero."""
+    lora_a = nn.init.normal_(given.lora_a.detach(), std=1 / given.rank)
+    return Start(lora_a, torch.zeros_like(given.lora_b))

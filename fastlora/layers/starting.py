@@ -1,0 +1,161 @@
+"""How a new adapter's factors get their first values: what an initialisation sees of a layer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastlora.init import Given, Init, find_init
+from fastlora.layers.bases import is_transposed, why_not_replaceable
+from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
+
+
+class Starting(Protocol):
+    """What is used here of a LoRA layer."""
+
+    merged_adapters: list[str]
+    is_split: bool
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the base layer."""
+
+    def _calibrated(self) -> list[nn.Module]:
+        """Returns the modules on which a calibration may have left its result."""
+
+    def _weight_to_start_from(self, why: str) -> torch.Tensor:
+        """Returns the base weight as a matrix ``[N, K]``."""
+
+
+class Starter:
+    """Puts the first values into one adapter's fresh factors on one layer.
+
+    Args:
+        layer: The layer. Nothing of it changes.
+        name: The value of ``init_lora_weights``.
+        scaling: The adapter's.
+        config: The method's own settings.
+        from_file: See `LoraLayer.add_adapter`.
+
+    Attributes:
+        init: What runs.
+        weight: The base weight ``[N, K]`` to go on with, once `fill` has run; None for the old one.
+
+    Raises:
+        ConfigError: There is no such initialisation.
+        InitialisationError: The layer lacks the data that it needs.
+    """
+
+    def __init__(
+        self,
+        layer: Starting,
+        name: bool | str,
+        scaling: float,
+        config: object | None,
+        from_file: bool,
+    ) -> None:
+        self.layer, self.scaling, self.config = layer, scaling, config
+        self.name, self.init = name, find_init(name)
+        self.weight: torch.Tensor | None = None
+        base_weight = layer.get_base_layer()._parameters.get("weight")
+        is_meta = base_weight is not None and base_weight.is_meta  # there is nothing to read
+        if is_meta or (from_file and not self.init.changes_base):
+            self.name, self.init = True, find_init(True)
+        found = find_data(layer, self.init)
+        if self.init.data and found is None and from_file and not self.init.must_repeat:
+            self.name, self.init = True, find_init(True)
+        elif self.init.data and found is None:
+            raise InitialisationError(
+                f"init_lora_weights={name!r} needs data of this layer, which "
+                f"fastlora.{self.init.calibration}(model, config, ...) leaves there: run it on the "
+                "model, with the same target modules, before the adapter is added"
+            )
+        self.data = None if found is None else found[1]
+
+    @torch.no_grad()
+    def fill(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
+        """Fills the weights of modules; a bias of the second one becomes zero, but for False.
+
+        Args:
+            lora_a: A linear ``[R, K]``, or a convolution.
+            lora_b: A linear ``[N, R]``, or a convolution.
+
+        Raises:
+            InitialisationError: The initialisation cannot start from the layer's weight.
+            UnsupportedLayerError: The layer's kind has no such initialisation.
+        """
+        down: Any = lora_a
+        up: Any = lora_b
+        a, b = self.values(down.weight.flatten(1), up.weight.flatten(1), down.weight.dim() == 2)
+        down.weight.data = a.view(down.weight.shape)
+        up.weight.data = b.view(up.weight.shape)
+        if up.bias is not None and self.init.name is not False:
+            up.bias.zero_()
+
+    @torch.no_grad()
+    def values(
+        self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the first values of ``lora_a [R, K]`` and ``lora_b [N, R]``, freshly drawn."""
+        if not linear and not self.init.any_kind:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={self.name!r} is for linear layers, as in PEFT; expected True, "
+                "False or 'gaussian' here, or to leave it out (exclude_modules)"
+            )
+        base = self.layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        floating = weight is not None and weight.is_floating_point()
+        start = self.init.start(
+            Given(
+                name=str(self.name).lower(),
+                rank=lora_a.shape[0],
+                scaling=self.scaling,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                read_weight=self._read,
+                dtype=weight.dtype if weight is not None and floating else lora_a.dtype,
+                config=self.config,
+                data=self.data,
+                transposed=is_transposed(base),
+            )
+        )
+        self.weight = start.weight
+        return start.lora_a, start.lora_b
+
+    def _read(self) -> torch.Tensor:
+        layer, name = self.layer, self.name
+        if layer.merged_adapters:
+            raise AdapterStateError(
+                f"init_lora_weights={name!r} reads the base weight, into which adapters "
+                f"{layer.merged_adapters} are merged; unmerge them first"
+            )
+        if layer.is_split:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={name!r} needs the whole base weight, and this one is split "
+                "over processes; expected True, False, 'gaussian' or 'orthogonal'"
+            )
+        if self.init.changes_base:
+            why = why_not_replaceable(layer.get_base_layer(), self.init.on_quantised)
+            if why:
+                raise UnsupportedLayerError(
+                    f"init_lora_weights={name!r} changes the base weight, and {why}; initialise "
+                    "the adapter on the model in float32, float16 or bfloat16, and quantise that "
+                    "afterwards"
+                )
+        return layer._weight_to_start_from(f"init_lora_weights={name!r} reads the base weight")
+
+
+def find_data(layer: Starting, init: Init) -> tuple[nn.Module, object] | None:
+    """Returns what a calibration has left for a layer, and on which module."""
+    for module in layer._calibrated() if init.data else ():
+        if init.data in module.__dict__:
+            return module, module.__dict__[init.data]
+    return None
+
+
+def drop_data(layer: Starting, init: Init) -> None:
+    """Forgets what a calibration has left, once an adapter has started from it."""
+    found = find_data(layer, init)
+    if found is not None:
+        delattr(found[0], init.data)

@@ -1,0 +1,93 @@
+"""Saving an adapter whose initialisation changed the base weights as one that did not.
+
+With ``W`` the weight as it was, ``W' = W - s B0 A0`` the one in training and ``s`` the scaling,
+``W' + s B A = W + s (B A - B0 A0) = W + s [B | -B0] [A ; A0]``: a plain adapter of twice the rank.
+
+Method: PEFT 0.21.2, ``save_pretrained(path_initial_model_for_weight_conversion=)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+
+import torch
+
+from fastlora.init import all_inits
+from fastlora.model.adapter_folder import AdapterFile, check_tensors, load_adapter_folder
+from fastlora.model.config import LoraConfig
+from fastlora.validation import CheckpointError, ConfigError
+
+
+def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFile:
+    """Returns the adapter as it was before its training, for `convert`.
+
+    Its config may say what it will: only its tensors count.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged.
+        ConfigError: An adapter with this config cannot be converted.
+    """
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ConfigError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
+            "supported when using `rank_pattern` or `alpha_pattern` at the same time as "
+            "`use_rslora=True`."
+        )
+    # True is what PEFT's examples set it to while they save the untrained adapter.
+    if not config.init.converts and config.init_lora_weights is not True:
+        titles = ", ".join(init.title for init in all_inits() if init.converts)
+        raise ConfigError(
+            "`path_initial_model_for_weight_conversion` only works for adapters that took a part "
+            f"out of the base weights ({titles}), got init_lora_weights="
+            f"{config.init_lora_weights!r}; save it without"
+        )
+    return load_adapter_folder(path)
+
+
+def convert(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], initial: AdapterFile
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Returns config and tensors, by file key, of the plain adapter that does the same.
+
+    Args:
+        config: Of the trained adapter.
+        tensors: Its tensors by file key. All but factors stay as they are.
+        initial: The adapter before its training.
+
+    Raises:
+        CheckpointError: The two adapters do not have the same factors.
+    """
+    keys = check_tensors(config, tensors, "the adapter")
+    made = dict(tensors)
+    for key, parts in keys.items():
+        if parts.kind not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            continue
+        before = initial.tensors.get(key)
+        if before is None or before.shape != tensors[key].shape:
+            found = "no such tensor" if before is None else f"shape {tuple(before.shape)}"
+            raise CheckpointError(
+                f"{initial.path} has {found} for {key!r}, expected the untrained adapter's, of "
+                f"shape {tuple(tensors[key].shape)}"
+            )
+        before = before.to(tensors[key])
+        if parts.kind.endswith("A"):
+            made[key] = torch.cat([tensors[key], before], dim=0)
+        else:
+            made[key] = torch.cat([tensors[key], -before], dim=1)
+    return _of_twice_the_rank(config), made
+
+
+def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
+    plain, default = copy.deepcopy(config), LoraConfig()
+    plain.init_lora_weights = True
+    for init in all_inits():
+        if init.settings is not None:
+            setattr(plain, init.settings.field, getattr(default, init.settings.field))
+    plain.r = 2 * config.r
+    plain.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    plain.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    plain.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+    return plain
