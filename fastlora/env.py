@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -42,3 +43,13 @@ def prepare_demo_process() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def quiet_imports() -> None:
+    """Keeps libraries that transformers and PEFT import from warning as they are imported.
+
+    For a command of ours, before its imports: the user of the command asked for none of them, and
+    can do nothing about the files that they miss.
+    """
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [a for a in given if a != "--debug"]
     debug = arguments != given
+    if not debug:
+        env.quiet_imports()
     try:
         for words, module in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:

@@ -352,3 +352,23 @@ def test_merge_that_cannot_be_written_leaves_nothing(
     monkeypatch.setattr(cli, "_copy_tokenizer", fail)
     assert "No space left" in error_of(capsys, "merge", base, trained, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------ stderr
+
+
+def test_a_command_hears_no_warnings_of_other_libraries(tmp_path: Path) -> None:
+    """torchao and bitsandbytes, imported by transformers and PEFT, name files that they miss."""
+    pytest.importorskip("transformers", reason="imports torchao")
+    pytest.importorskip("peft", reason="imports bitsandbytes")
+    code = (
+        "import contextlib, io, sys\n"
+        "from fastlora.commands import cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    cli.main(['info'])\n"
+        "import transformers.modeling_utils, transformers.quantizers.auto, peft.tuners.lora.bnb\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
