@@ -4,7 +4,9 @@ from fastlora.layers import embedding, linears, tensor_parallel  # noqa: F401 - 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.embedding import FastLoraEmbedding
 from fastlora.layers.linear import FastLoraLinear
+from fastlora.layers.module_wrapper import ModuleWrapper
 from fastlora.layers.modules_to_save import ModulesToSaveWrapper
+from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.layers.wrapped import FastLoraWrapper
 
 __all__ = [
@@ -12,5 +14,7 @@ __all__ = [
     "FastLoraLinear",
     "FastLoraWrapper",
     "LoraLayer",
+    "ModuleWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
 ]

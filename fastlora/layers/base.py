@@ -290,10 +290,17 @@ class LoraLayer(CommonLayer, Mergeable):
         self._set_trainable([] if inference_mode else self._active_adapters)
 
     def _set_trainable(self, names: list[str]) -> None:
+        for adapter in self.r:
+            for parameter in self.adapter_parameters(adapter):
+                parameter.requires_grad_(adapter in names)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yields what an adapter can train on this layer; nothing where it is not on it."""
         for part in self.adapter_parts:
-            for name, factor in self._part(part).items():
-                fixed = part in self.frozen_peft_weight_names.get(name, ())
-                factor.requires_grad_(name in names and not fixed)
+            holder, fixed = self._part(part), self.frozen_peft_weight_names.get(adapter_name, ())
+            if adapter_name in holder and part not in fixed:
+                factor = holder[adapter_name]
+                yield from (factor,) if isinstance(factor, nn.Parameter) else factor.parameters()
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Sets the scaling to ``factor`` times what rank and alpha give."""

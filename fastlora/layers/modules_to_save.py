@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastlora.routing.ids import NO_ADAPTER
+from fastlora.layers.module_wrapper import ModuleWrapper, own_slots
 from fastlora.routing.in_force import routing_of
-from fastlora.routing.routing import Group, Routing
-from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
-
-# The slot of an adapter that the batch does not name.
-ABSENT = -2
+from fastlora.routing.routing import Routing
+from fastlora.validation import UnsupportedLayerError
 
 
 def check_copyable(module: nn.Module) -> None:
@@ -25,10 +24,8 @@ def check_copyable(module: nn.Module) -> None:
         )
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(ModuleWrapper):
     """Runs the active adapter's copy of a module, or the original where no adapter is active.
-
-    Structure and names are PEFT's, so that parameters are found under the same names.
 
     Args:
         original_module: The module to copy.
@@ -37,42 +34,61 @@ class ModulesToSaveWrapper(nn.Module):
         UnsupportedLayerError: The module is a container without a forward.
     """
 
+    field: ClassVar[str] = "modules_to_save"
+    owned: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    owns: ClassVar[str] = "copies"
+
     def __init__(self, original_module: nn.Module) -> None:
-        super().__init__()
+        super().__init__(original_module)
         check_copyable(original_module)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-        self.training = original_module.training
-        self._active_adapters: list[str] = []
-        self._disabled = False
-        # The model's group of layers, and this one's number, once it is in a model.
-        self.routed_by: Group | None = None
-        self.routed_as = 0
         original_module.requires_grad_(False)
 
-    def add_adapter(self, adapter_name: str) -> None:
-        """Copies the original module for an adapter."""
-        module = copy.deepcopy(self.original_module)
+    def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
+        """Copies the original module for an adapter.
+
+        Args:
+            adapter_name: Whose copy it is.
+            tied_to: A module whose weight the copy has too.
+        """
+        weight: Any = getattr(self.original_module, "weight", None)
+        memo = {} if tied_to is None else {id(weight): tied_to.weight}
+        module = copy.deepcopy(self.original_module, memo)
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Drops an adapter's copy."""
-        if adapter_name not in self.modules_to_save:
-            raise AdapterNotFoundError(f"no copy for adapter {adapter_name!r}")
-        del self.modules_to_save[adapter_name]
-        self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that own a copy."""
+        return list(self.modules_to_save)
 
-    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
-        self._active_adapters = list(names)
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in names and not inference_mode)
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yields the parameters of an adapter's copy; nothing where it has none."""
+        if adapter_name in self.modules_to_save:
+            yield from self.modules_to_save[adapter_name].parameters()
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """Returns the copy's own names, and those in ``state_dict()``."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        owned = self.modules_to_save[adapter_name].state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in owned}
+
+    def _drop(self, adapter_name: str) -> None:
+        del self.modules_to_save[adapter_name]
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the original module."""
+        return self.original_module
+
+    def release(self) -> nn.Module:
+        """Returns the active adapter's copy, or the original."""
+        return self.current()
 
     def current(self) -> nn.Module:
         """Returns the module that the next forward runs."""
-        names = [name for name in self._active_adapters if name in self.modules_to_save]
-        if self._disabled or not names:
-            return self.original_module
-        return self.modules_to_save[names[0]]
+        name = self.acting()
+        return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the current module; in a mixed batch, each sample's own copy."""
@@ -81,33 +97,51 @@ class ModulesToSaveWrapper(nn.Module):
             return self.current()(*args, **kwargs)
         return self._mixed(routing, *args, **kwargs)
 
-    def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the copy of each adapter on its own rows along x's first dimension.
 
-        With ids per token, rows are those of ``x [..., K]`` flattened.
+        With ids per token, rows are those of ``x [..., K]`` flattened. A copy may return any
+        structure of tensors whose first dimension is that of its rows.
         """
+        lead = x.shape[:1]
         if x.shape[0] % routing.ids.numel():
-            flat = self._mixed(routing, x.reshape(-1, x.shape[-1]), *args, **kwargs)
-            return flat.view(*x.shape[:-1], *flat.shape[1:])
-        slots = {name: slot for slot, name in enumerate(routing.names)}
-        copied = [slot if n in self.modules_to_save else NO_ADAPTER for n, slot in slots.items()]
-        ids = routing.ids.to(x.device).repeat_interleave(x.shape[0] // routing.ids.numel())
-        own = torch.tensor([*copied, NO_ADAPTER], device=x.device)[ids]
+            lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        known, count = list(self.modules_to_save), x.shape[0]
+        own = own_slots(routing.ids, routing.names, known, count, x.device)
         # Every process that shares the batch calls the same modules in the same order, some on no
         # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.
         together = routing.absent_gradients and torch.is_grad_enabled()
-        result: torch.Tensor | None = None
-        modules = [(NO_ADAPTER, self.original_module)]
-        modules += [(slots.get(name, ABSENT), m) for name, m in self.modules_to_save.items()]
-        for slot, module in modules:
+        indices, parts = [], []
+        for slot, module in enumerate((self.original_module, *self.modules_to_save.values()), -1):
             index = (own == slot).nonzero().flatten()
-            if not index.numel() and not together:
-                continue
-            part = module(x.index_select(0, index), *args, **kwargs)
-            if result is None:
-                result = part.new_zeros(x.shape[0], *part.shape[1:])
-            result = result.index_copy(0, index, part)
-        return self.original_module(x, *args, **kwargs) if result is None else result
+            if index.numel() or together or not count:
+                indices.append(index)
+                parts.append(tree_flatten(module(x.index_select(0, index), *args, **kwargs)))
+        leaves = [
+            self._together(indices, found, lead)
+            for found in zip(*(values for values, _ in parts), strict=True)
+        ]
+        return tree_unflatten(leaves, parts[0][1])
+
+    def _together(
+        self, indices: list[torch.Tensor], found: tuple[object, ...], lead: torch.Size
+    ) -> object:
+        """Returns what copies made of their own rows as one tensor, ``[*lead, ...]``."""
+        tensors = [value for value in found if isinstance(value, torch.Tensor)]
+        if len(tensors) < len(found):
+            return found[0]  # None, or a number
+        sizes = [index.numel() for index in indices]
+        if any(not t.dim() or t.shape[0] != n for t, n in zip(tensors, sizes, strict=True)):
+            kind = type(self.original_module).__name__
+            raise UnsupportedLayerError(
+                f"a {kind} of modules_to_save returned a tensor of shape {tuple(tensors[0].shape)} "
+                f"for {sizes[0]} rows, which a mixed batch cannot split; expected rows first, or "
+                "one adapter a batch"
+            )
+        result = tensors[0].new_zeros(sum(sizes), *tensors[0].shape[1:])
+        for index, tensor in zip(indices, tensors, strict=True):
+            result = result.index_copy(0, index, tensor)
+        return result.view(*lead, *result.shape[1:])
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""

@@ -27,10 +27,13 @@ from fastlora.model.tensor_file import (
     replacing,
     write_tensors,
 )
+from fastlora.model.tied import copies_are_tied
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+# End of the key of the rows of an embedding that an adapter trains.
+TOKENS_KEY = "token_adapter.trainable_tokens_delta"
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +44,6 @@ _EMBEDDINGS = (
 )
 # Tensors of features that fastlora does not have yet -> the config field that asks for them.
 _FOREIGN = {
-    "trainable_tokens_delta": "trainable_token_indices",
     "lora_diag": "kasa_config",
     "lora_velora_embed": "velora_config",
 }
@@ -63,6 +65,7 @@ _LEAVES = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_embedding_A": "lora_embedding_A",
     ".lora_embedding_B": "lora_embedding_B",
+    f".{TOKENS_KEY}": "tokens",
 }
 
 Tensors = Mapping[str, TensorInfo | torch.Tensor]
@@ -75,7 +78,8 @@ class AdapterKey(NamedTuple):
         module: Name of the module in the base model.
         kind: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"magnitude"`` (of DoRA),
             ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"saved"`` (of a module in
-            ``modules_to_save``), ``"bias"`` (a base bias that trained), ``"base"`` (a base
+            ``modules_to_save``), ``"tokens"`` (of ``trainable_token_indices``), ``"bias"`` (a base
+            bias that trained), ``"base"`` (a base
             embedding that was saved along) or
             ``"duplicate"`` (a copy that PEFT adds for a saved module; nothing to load).
     """
@@ -193,6 +197,8 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
                 _check_factor(config, tensors, found, module, kind)
             elif kind in _VECTORS:
                 _check_vector(config, tensors, found, module, kind)
+            elif kind == "tokens":
+                _check_tokens(config, tensors, found[module, kind])
         return keys
 
 
@@ -239,7 +245,9 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
             f"found {key!r}, which belongs to {_FOREIGN[leaf]}; "
             "fastlora does not implement that yet"
         )
-    inner = module.removesuffix(".base_layer")
+    if copies_are_tied(config) and module.rpartition(".")[2] in _EMBEDDINGS:
+        return AdapterKey(module, "saved")
+    inner = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     if leaf == "bias" and config.bias != "none":
         return AdapterKey(inner, "bias")
     adapted = any(f"{KEY_PREFIX}{inner}{suffix}" in tensors for suffix in _LEAVES)
@@ -297,6 +305,14 @@ def _check_vector(
         expected = (1, n, *[1] * (len(kernel) - 1))
     if tuple(tensors[key].shape) != expected:
         raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")
+    _check_dtype(key, tensors[key])
+
+
+def _check_tokens(config: LoraConfig, tensors: Tensors, key: str) -> None:
+    if config.trainable_token_indices is None:
+        raise CheckpointError(f"found {key!r}, but the config says trainable_token_indices=None")
+    if len(tensors[key].shape) != 2:
+        raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected (n, dim)")
     _check_dtype(key, tensors[key])
 
 

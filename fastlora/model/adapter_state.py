@@ -12,8 +12,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper
-from fastlora.model.adapter_folder import KEY_PREFIX, AdapterFile
+from fastlora.layers import (
+    FastLoraLinear,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    ModuleWrapper,
+    TrainableTokensWrapper,
+)
+from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
 from fastlora.model.tuner import LoraTuner
@@ -43,17 +49,14 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
     for name, module in routed_modules(model):
         at = f"{KEY_PREFIX}{name}."
         inside.append(f"{name}.")
+        if isinstance(module, ModuleWrapper) or adapter_name in module.r:
+            for disk, key in module.file_names(adapter_name).items():
+                keys[at + disk] = at + key
         if isinstance(module, LoraLayer):
-            if adapter_name in module.r:
-                for disk, key in module.file_names(adapter_name).items():
-                    keys[at + disk] = at + key
             base_bias = getattr(module.get_base_layer(), "bias", None)
             if base_bias is not None and config.bias != "none":
                 own = isinstance(module, FastLoraLinear)
                 keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
-        elif adapter_name in module.modules_to_save:
-            for key in module.modules_to_save[adapter_name].state_dict():
-                keys[f"{at}{key}"] = f"{at}modules_to_save.{adapter_name}.{key}"
     if config.bias == "all":
         for name, _ in model.named_parameters():
             if name.endswith("bias") and not name.startswith(tuple(inside)):
@@ -107,6 +110,16 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
             f"{path}: use_dora={config.use_dora}, where the loaded adapter {adapter_name!r} has "
             f"use_dora={dora}; load it under another name"
         )
+    rows = {
+        name: module.token_indices[adapter_name]
+        for name, module in routed_modules(model)
+        if isinstance(module, TrainableTokensWrapper) and adapter_name in module.token_indices
+    }
+    if rows != {name: tokens.indices for name, tokens in plan.tokens.items()}:
+        raise CheckpointError(
+            f"{path}: trainable_token_indices={config.trainable_token_indices}, where the loaded "
+            f"adapter {adapter_name!r} has {rows}; load it under another name"
+        )
     for name in plan.targets:
         found = (config.rank_for(name), config.scaling_for(name))
         loaded = (layers[name].r[adapter_name], layers[name].scaling[adapter_name])
@@ -122,9 +135,13 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     for name in plan.targets:
         for key, shape in factor_shapes(model.get_submodule(name), name, plan.config).items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
-    for name in plan.modules_to_save:
+    for name in (*plan.modules_to_save, *plan.tied):
         for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
+    for name, tokens in plan.tokens.items():
+        if tokens.tied_to is None:
+            weight: Any = _base_weight(model, name)
+            shapes[f"{KEY_PREFIX}{name}.{TOKENS_KEY}"] = (len(tokens.indices), weight.shape[1])
     return shapes
 
 
@@ -188,6 +205,8 @@ def collect(
             if isinstance(module, ModulesToSaveWrapper):
                 continue  # its copy is saved
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
+            if isinstance(module, TrainableTokensWrapper):
+                inner = "token_adapter.base_layer.weight"
             own = "weight" if isinstance(module, FastLoraLinear) else inner
             weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
             if weight is not None:

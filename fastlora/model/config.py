@@ -30,7 +30,6 @@ MAX_CONFIG_BYTES = 16 << 20
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "megatron_core": ("megatron.core", None),
-    "trainable_token_indices": (None,),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
@@ -41,7 +40,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
-    "ensure_weight_tying": (False,),
 }
 # Without effect on an adapter whose weights exist: they belong to what another field switches on.
 _IDLE_AFTER_INIT = ("megatron_core", "qalora_group_size")
@@ -98,6 +96,9 @@ class LoraConfig:
         corda_config: Settings of "corda".
         lora_ga_config: Settings of "lora_ga".
         use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
+        trainable_token_indices: Rows of the input embedding that train, or module name -> rows.
+        ensure_weight_tying: Where the model ties its embeddings, what is tied to an adapted input
+            embedding has the embedding's adapter.
         lora_bias: Gives B a bias, which is scaled with the rest of the branch; not with DoRA.
         runtime_config: Never saved.
     """

@@ -53,6 +53,7 @@ def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["init_lora_weights"] = fields["init_lora_weights"].lower()
     if fields["peft_type"] is None:
         fields["peft_type"] = "LORA"
+    fields["trainable_token_indices"] = _token_lists(fields["trainable_token_indices"])
     _check_values(fields)
     return fields | {"lora_dropout": float(fields["lora_dropout"])}
 
@@ -94,6 +95,31 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
         )
+
+
+def _token_lists(given: Any) -> Any:
+    """Returns ``trainable_token_indices`` as lists of its own; raises `ConfigError`."""
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        _check_names("trainable_token_indices", list(given))
+        if not given:
+            raise ConfigError("trainable_token_indices must name a module, got {}")
+        return {name: _token_list(f"[{name!r}]", tokens) for name, tokens in given.items()}
+    return _token_list("", given)
+
+
+def _token_list(where: str, tokens: Any) -> list[int]:
+    name = f"trainable_token_indices{where}"
+    if not isinstance(tokens, (list, tuple, range)) or not tokens:
+        raise ConfigError(f"{name} must be a list of token ids, got {tokens!r}")
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ConfigError(f"{name} must hold token ids, at least 0, got {token!r}")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token in tokens if list(tokens).count(token) > 1)
+        raise ConfigError(f"{name} must name each token once, got {twice} twice")
+    return list(tokens)
 
 
 def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:

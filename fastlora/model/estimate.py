@@ -137,6 +137,11 @@ def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[
     for name in plan.modules_to_save:
         for parameter in inject.base_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize
+    for name, tokens in plan.tokens.items():
+        weight: Any = inject.base_of(model.get_submodule(name)).weight
+        itemsize = max(weight.itemsize, torch.float32.itemsize) if autocast else weight.itemsize
+        if tokens.tied_to is None:
+            yield len(tokens.indices) * weight.shape[1], itemsize
     targets = (model.get_submodule(name) for name in plan.targets)
     for parameter in inject.trained_biases(model, {config.bias}, targets):
         yield parameter.numel(), parameter.itemsize

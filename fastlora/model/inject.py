@@ -5,19 +5,27 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers import (
+    LoraLayer,
+    ModulesToSaveWrapper,
+    ModuleWrapper,
+    TrainableTokensWrapper,
+)
 from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
+from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_modules_to_save, find_targets
+from fastlora.model.tied import SharedWeights, input_embedding, note_untied
+from fastlora.model.tokens import Tokens, check_apart, find_tokens
 from fastlora.model.walk import original_of, outer_modules
 from fastlora.validation import (
     AdapterStateError,
@@ -31,17 +39,38 @@ from fastlora.validation import (
 class Plan:
     """An adapter that fits a model: its config, and the modules it touches in the model's order.
 
-    ``from_file`` says that its weights exist already.
+    Attributes:
+        config: The adapter's.
+        targets: Modules that get LoRA.
+        modules_to_save: Modules that it owns a copy of.
+        from_file: Whether its weights exist already.
+        tokens: Modules of which it trains rows.
+        tied: Modules that have the input embedding's copy.
     """
 
     config: LoraConfig
     targets: list[str]
     modules_to_save: list[str]
     from_file: bool = False
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    tied: list[str] = field(default_factory=list)
+
+    @property
+    def touched(self) -> list[str]:
+        """Names of all modules that it touches."""
+        return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
 
 
-def plan_adapter(model: nn.Module, config: LoraConfig, from_file: bool = False) -> Plan:
+def plan_adapter(
+    model: nn.Module, config: LoraConfig, from_file: bool = False, tied: Sequence[str] = ()
+) -> Plan:
     """Finds what a config names and checks that LoRA can go there; changes nothing.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's.
+        from_file: Whether its weights exist already.
+        tied: From `tie_adapters`.
 
     Raises:
         TargetNotFoundError: Nothing matches.
@@ -50,7 +79,10 @@ def plan_adapter(model: nn.Module, config: LoraConfig, from_file: bool = False) 
             copy or LoRA.
     """
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
-    plan = Plan(config, targets, saved, from_file)
+    saved = [name for name in saved if name not in tied]
+    tokens = find_tokens(model, config)
+    plan = Plan(config, targets, saved, from_file, tokens, list(tied))
+    check_apart(tokens, targets, saved, tied)
     if config.init.changes_base:
         _check_untied(model, plan)
     for name in plan.targets:
@@ -64,7 +96,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig, from_file: bool = False) 
                 "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
                 stacklevel=4,
             )
-    for name in plan.modules_to_save:
+    for name in (*plan.modules_to_save, *plan.tied):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             continue  # checked when it was made
@@ -74,11 +106,11 @@ def plan_adapter(model: nn.Module, config: LoraConfig, from_file: bool = False) 
                 raise UnsupportedLayerError(
                     f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
                 )
-            if isinstance(part, ModulesToSaveWrapper):
+            if isinstance(part, ModuleWrapper):
+                at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, in which adapters "
-                    f"{list(part.modules_to_save)} own copies of {f'{name}.{inner}'!r}; expected "
-                    "the same module"
+                    f"modules_to_save names {name!r}, in which adapters {part.adapter_names} own "
+                    f"{part.owns} of {at!r}; expected the same module"
                 )
     return plan
 
@@ -214,6 +246,21 @@ def add_adapter(
                     wrapper = ModulesToSaveWrapper(wrapper)
                     replace(name, wrapper)
                 wrapper.add_adapter(adapter_name)
+            for name in plan.tied:
+                wrapper = model.get_submodule(name)
+                if not isinstance(wrapper, ModulesToSaveWrapper):
+                    wrapper = ModulesToSaveWrapper(wrapper)
+                    replace(name, wrapper)
+                source: Any = model.get_submodule(str(input_embedding(model)))
+                wrapper.add_adapter(adapter_name, source.modules_to_save[adapter_name])
+            for name, tokens in plan.tokens.items():
+                rows = model.get_submodule(name)
+                if not isinstance(rows, TrainableTokensWrapper):
+                    tied: Any = tokens.tied_to and model.get_submodule(tokens.tied_to)
+                    rows = TrainableTokensWrapper(rows, tied)
+                    replace(name, rows)
+                if adapter_name not in rows.adapter_names:
+                    rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
     except BaseException:
         delete_adapter(model, adapter_name)
         for put_back in undo:
@@ -228,18 +275,18 @@ def add_adapter(
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
     holders = [m for m in lora_layers(model) if adapter_name in m.r]
-    if any(adapter_name in layer.merged_adapters for layer in holders):
+    if any(adapter_name in module.merged_adapters for _, module in routed_modules(model)):
         raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
     for layer in holders:
         layer.delete_adapter(adapter_name)
-    for wrapper in saved_modules(model):
-        if adapter_name in wrapper.modules_to_save:
+    for wrapper in wrappers(model):
+        if adapter_name in wrapper.adapter_names:
             wrapper.delete_adapter(adapter_name)
 
 
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Returns name and module of all that hold adapters, which a mixed batch chooses by row."""
-    kinds = (LoraLayer, ModulesToSaveWrapper)
+    kinds = (LoraLayer, ModuleWrapper)
     return [(name, module) for name, module in outer_modules(model) if isinstance(module, kinds)]
 
 
@@ -248,10 +295,9 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for _, module in routed_modules(model) if isinstance(module, LoraLayer)]
 
 
-def saved_modules(model: nn.Module) -> list[ModulesToSaveWrapper]:
-    """Returns every module that adapters own copies of."""
-    found = routed_modules(model)
-    return [module for _, module in found if isinstance(module, ModulesToSaveWrapper)]
+def wrappers(model: nn.Module) -> list[ModuleWrapper]:
+    """Returns every module that adapters train otherwise than by LoRA."""
+    return [module for _, module in routed_modules(model) if isinstance(module, ModuleWrapper)]
 
 
 def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
@@ -287,8 +333,8 @@ def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
     adapters: tuple[str, ...] = ()
     if isinstance(module, LoraLayer):
         adapters = ("lora_dropout", *module.adapter_parts)
-    elif isinstance(module, ModulesToSaveWrapper):
-        adapters = ("modules_to_save",)
+    elif isinstance(module, (ModuleWrapper, TokenAdapter)):
+        adapters = module.owned
     for key, child in module._modules.items():
         if child is not None and key not in adapters:
             yield from base_parameters(child, f"{prefix}{key}.")
@@ -308,31 +354,26 @@ def unload(
     merge that `LoraLayer.merge` refuses changes nothing.
     """
     found = routed_modules(model)
-    layers = [(name, module) for name, module in found if isinstance(module, LoraLayer)]
     if merge:
-        for _, layer in layers:
-            layer.check_merge(safe_merge, present(layer, adapter_names))
+        for _, module in found:
+            module.check_merge(safe_merge, present(module, adapter_names))
+    shared = SharedWeights(model)
     errors: dict[str, float | None] = {}
-    for name, layer in _progress(layers, progressbar, "Merging" if merge else "Unloading"):
+    for name, module in _progress(found, progressbar, "Merging" if merge else "Unloading"):
         if merge:
-            names = present(layer, adapter_names)
-            _untie(model, name, layer, names)
-            layer.merge(adapter_names=names, keep_base=False)
-            layer._unmerged = None
-            errors[name] = layer.merge_error
-        elif layer.merged:
-            layer.unmerge()
-        _set_submodule(model, name, layer.release())
-    for name, wrapper in found:
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        current, original = wrapper.current(), wrapper.original_module
-        if current is not original:
-            tied = _holder(model, getattr(original, "weight", None), set(wrapper.modules()))
-            if tied is not None:
-                _declare_untied(model)
-        _set_submodule(model, name, current)
+            names = present(module, adapter_names)
+            if module.check_merge(adapter_names=names):
+                shared.untie(name, module)
+            module.merge(adapter_names=names, keep_base=False)
+            if isinstance(module, LoraLayer):
+                module._unmerged = None
+                errors[name] = module.merge_error
+        elif module.merged:
+            module.unmerge()
+        _set_submodule(model, name, module.release())
+    shared.tell()
     tell_merge_errors(errors)
+    note_untied(model)
     return model
 
 
@@ -349,52 +390,15 @@ def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def present(layer: LoraLayer, adapter_names: list[str] | None) -> list[str] | None:
-    """Returns those of the names that a layer has; None, for the active ones, stays None."""
+def present(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+    """Returns those of the names that a module has; None, for the active ones, stays None."""
     if adapter_names is None:
         return None
-    return [name for name in adapter_names if name in layer.r]
+    known = module.r if isinstance(module, LoraLayer) else module.adapter_names
+    return [name for name in adapter_names if name in known]
 
 
-def shared_with(model: nn.Module, layer: LoraLayer) -> str | None:
-    """Returns the name of another module that holds the layer's base weight, if one does."""
-    base = layer.get_base_layer()
-    return _holder(model, getattr(base, "weight", None), {layer, base})
-
-
-def _holder(model: nn.Module, weight: object, besides: set[nn.Module]) -> str | None:
-    """Returns the name of a module that holds this very parameter, if another one does."""
-    if weight is None:
-        return None
-    for name, module in model.named_modules():
-        if module not in besides and any(p is weight for p in module._parameters.values()):
-            return name
-    return None
-
-
-def _untie(model: nn.Module, name: str, layer: LoraLayer, names: list[str] | None) -> None:
-    """Gives a layer its own weight before a merge that would also change, say, the embedding."""
-    other = shared_with(model, layer)
-    if other is None or not layer.check_merge(adapter_names=names):
-        return
-    base: Any = layer.get_base_layer()
-    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-    warnings.warn(
-        f"{name} shared its weight with {other}; it has its own now, with the adapter merged in",
-        stacklevel=3,
-    )
-    _declare_untied(model)
-
-
-def _declare_untied(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-
-
-def _progress(
-    layers: list[tuple[str, LoraLayer]], show: bool, what: str
-) -> Iterable[tuple[str, LoraLayer]]:
+def _progress(layers: list[tuple[str, Any]], show: bool, what: str) -> Iterable[tuple[str, Any]]:
     if show:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm

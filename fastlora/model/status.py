@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.quantised import quantised
 from fastlora.model.tuner import LoraTuner
 from fastlora.model.walk import outer_modules
@@ -153,7 +153,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of all that hold adapters: by PEFT's methods, whatever their class."""
     for name, module in outer_modules(model):
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        if isinstance(module, (LoraLayer, ModuleWrapper)):
             yield name, module
 
 
@@ -179,8 +179,8 @@ def _status(name: str, module: Any) -> TunerLayerStatus:
 def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
     """Returns what each adapter has on a module."""
     found: dict[str, list[nn.Parameter]] = {}
-    if isinstance(module, ModulesToSaveWrapper):
-        return {name: list(own.parameters()) for name, own in module.modules_to_save.items()}
+    if isinstance(module, ModuleWrapper):
+        return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
     for part in _PARTS:
         for name, factor in getattr(module, part, {}).items():
             own = found.setdefault(name, [])

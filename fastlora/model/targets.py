@@ -20,7 +20,9 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.walk import (
     base_modules,
     holds_copies,
+    holds_tokens,
     is_lora_layer,
+    is_wrapper,
     original_of,
     outer_modules,
 )
@@ -260,9 +262,11 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 def _of_copies(model: nn.Module, name: str) -> str:
     """Says whose copies a module is part of, for messages."""
     for outer, module in outer_modules(model, remove_duplicate=False):
-        if holds_copies(module) and (name == outer or name.startswith(f"{outer}.")):
-            copies: Any = module._modules["modules_to_save"]
+        if is_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
             where = "is" if name == outer else f"lies in {outer!r},"
+            if holds_tokens(module):
+                return f"{where} a module that adapters train rows of (trainable_token_indices)"
+            copies: Any = module._modules["modules_to_save"]
             return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
     return "is a module that adapters own copies of (modules_to_save)"
 

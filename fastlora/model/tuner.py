@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from fastlora.init import Init
-from fastlora.layers import LoraLayer
 from fastlora.layers.factors import Parameters
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import resolve_target_modules
+from fastlora.model.tied import SharedWeights, tie_adapters
 from fastlora.model.weighted import Combination, combined
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
@@ -38,6 +38,8 @@ class LoraTuner(nn.Module):
     Attributes:
         model: The model, with the LoRA layers in it.
         peft_config: Adapter name to config.
+        targeted_module_names: Modules that adapters have LoRA on, in the order of being added.
+        targeted_parameter_names: Always empty: LoRA on single parameters is not supported.
     """
 
     prefix = "lora_"
@@ -50,11 +52,15 @@ class LoraTuner(nn.Module):
             )
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
         self._changed_base: dict[str, Init] = {}
         # Known to this model's layers; an object of its own stays theirs in copies and pickles.
         self.group = Group()
         self._routed: list[nn.Module] | None = None
+        # What `disable_adapter_layers` has frozen.
+        self._frozen: list[nn.Parameter] = []
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,9 +116,10 @@ class LoraTuner(nn.Module):
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
+        names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
+        self.targeted_module_names = list(names)
         # A layer that is new must know at once whose block may be open around its first forward.
-        touched = [*plan.targets, *plan.modules_to_save]
-        modules: list[Any] = [self.model.get_submodule(name) for name in touched]
+        modules: list[Any] = [self.model.get_submodule(name) for name in plan.touched]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
@@ -166,14 +173,14 @@ class LoraTuner(nn.Module):
             AdapterStateError: Two of them own a copy of the same module.
         """
         names = self._known(adapter_name)
-        for wrapper in inject.saved_modules(self.model):
-            owners = [name for name in names if name in wrapper.modules_to_save]
+        for wrapper in inject.wrappers(self.model):
+            owners = [name for name in names if name in wrapper.adapter_names]
             if len(owners) > 1:
                 raise AdapterStateError(
-                    f"adapters {owners} each own a copy of one module (modules_to_save); "
-                    "only one of them can act"
+                    f"adapters {owners} each own {wrapper.owns} of one module ({wrapper.field}); "
+                    "Only one adapter can be set at a time there"
                 )
-        self._active = list(dict.fromkeys(names))
+        self._active, self._frozen = list(dict.fromkeys(names)), []
         for _, module in inject.routed_modules(self.model):
             module._activate(self._active, inference_mode)
 
@@ -188,6 +195,8 @@ class LoraTuner(nn.Module):
         inject.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
         self._changed_base.pop(adapter_name, None)
+        left = {n for n, m in inject.routed_modules(self.model) if getattr(m, "r", None)}
+        self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
         if adapter_name in self._active:
             self._active.remove(adapter_name)
             if not self._active and self.peft_config:
@@ -248,28 +257,49 @@ class LoraTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Undoes `disable_adapter_layers`."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
         """Makes the model its base model; merged adapters are unmerged."""
-        if any(layer.merged for layer in inject.lora_layers(self.model)):
+        if any(module.merged for _, module in inject.routed_modules(self.model)):
             self.unmerge_adapter()
+        if not self._frozen:
+            self._frozen = self._freeze_adapters()
         self._set_disabled(True)
 
     def _set_disabled(self, disabled: bool) -> None:
         for _, module in inject.routed_modules(self.model):
             module._disabled = disabled
 
+    def _freeze_adapters(self) -> list[nn.Parameter]:
+        """Freezes what trains of the adapters, and returns it."""
+        owned = {
+            id(parameter): parameter
+            for _, module in inject.routed_modules(self.model)
+            for name in self.peft_config
+            for parameter in module.adapter_parameters(name)
+            if parameter.requires_grad
+        }
+        for parameter in owned.values():
+            parameter.requires_grad_(False)
+        return list(owned.values())
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is its base model."""
+        """Within the block the model is its base model, and none of its adapters train."""
         with contextlib.ExitStack() as stack:
-            for layer in inject.lora_layers(self.model):
-                stack.enter_context(layer.disable_adapter())
-            for wrapper in inject.saved_modules(self.model):
-                stack.callback(setattr, wrapper, "_disabled", wrapper._disabled)
-                wrapper._disabled = True
-            yield
+            for _, module in inject.routed_modules(self.model):
+                stack.enter_context(module.disable_adapter())
+            active, frozen = self._active, self._freeze_adapters()
+            try:
+                yield
+            finally:
+                # Where other adapters were set active meanwhile, these are to train.
+                for parameter in frozen if self._active is active else ():
+                    parameter.requires_grad_(True)
 
     def routing(
         self,
@@ -315,12 +345,12 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
         """
         wanted = None if adapter_names is None else self._known(adapter_names)
-        found = inject.routed_modules(self.model)
-        layers = {name: layer for name, layer in found if isinstance(layer, LoraLayer)}
+        layers = dict(inject.routed_modules(self.model))
+        shared = SharedWeights(self.model)
         chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
         for layer, names in zip(layers.values(), chosen.values(), strict=True):
             merges = layer.check_merge(safe_merge, names)
-            tied = inject.shared_with(self.model, layer) if merges else None
+            tied = shared.other(layer) if merges else None
             if tied:
                 raise AdapterStateError(
                     f"a target shares its weight with {tied}, which merging would change too; "
@@ -332,8 +362,8 @@ class LoraTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the base weights again."""
-        for layer in inject.lora_layers(self.model):
-            layer.unmerge()
+        for _, module in inject.routed_modules(self.model):
+            module.unmerge()
 
     def merge_and_unload(
         self,
@@ -396,7 +426,8 @@ def plan_for(
     )
     config = copy.deepcopy(given)
     config.check_supported("load" if loading else "new")
-    plan = inject.plan_adapter(model, config, from_file=loading)
+    tied = tie_adapters(model, config)
+    plan = inject.plan_adapter(model, config, from_file=loading, tied=tied)
     if config.lora_dropout and not loading:
         inject.warn_of_no_dropout(model, plan)
     config.target_modules = resolve_target_modules(model, config)

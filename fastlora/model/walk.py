@@ -17,9 +17,23 @@ def holds_copies(module: nn.Module) -> bool:
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
+def holds_tokens(module: nn.Module) -> bool:
+    """Returns whether ``module`` wraps one that adapters train rows of, fastlora's or PEFT's."""
+    return "token_adapter" in module._modules
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Returns whether ``module`` stands for one that adapters train otherwise than by LoRA."""
+    return holds_copies(module) or holds_tokens(module)
+
+
 def original_of(module: nn.Module) -> nn.Module:
     """Returns what a wrapper wraps; any other module as it is."""
-    original = module._modules["original_module"] if holds_copies(module) else module
+    original: nn.Module | None = module
+    if holds_tokens(module):
+        original = module.get_submodule("token_adapter.base_layer")
+    elif holds_copies(module):
+        original = module._modules["original_module"]
     return module if original is None else original
 
 
@@ -28,9 +42,9 @@ def outer_modules(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yields what ``named_modules()`` does, but nothing inside a LoRA layer or a wrapper.
 
-    Both themselves are yielded; a wrapper is what holds adapters' copies of a module
-    (`holds_copies`). So a model with many adapters takes no longer to walk than one with none, and
-    what one adapter owns is never found for another.
+    Both themselves are yielded; what a wrapper is says `is_wrapper`. So a model with many adapters
+    takes no longer to walk than one with none, and what one adapter owns is never found for
+    another.
     """
     seen: set[nn.Module] = set()
 
@@ -44,7 +58,7 @@ def outer_modules(
             # What a layer was made from, and is known by under another name too, lies inside it.
             inside = [module._modules.get("base_layer"), *module.__dict__.get("_linear", ())]
             seen.update(m for part in inside if part is not None for m in part.modules())
-        elif holds_copies(module):
+        elif is_wrapper(module):
             seen.update(original_of(module).modules())
         else:
             for child_name, child in module._modules.items():
@@ -62,7 +76,7 @@ def base_modules(
     The last of each three says whether the module is a wrapper, or inside the original of one.
     """
     for name, module in outer_modules(model, remove_duplicate=remove_duplicate):
-        wraps = holds_copies(module)
+        wraps = is_wrapper(module)
         yield name, module, wraps
         if wraps:
             original = original_of(module)

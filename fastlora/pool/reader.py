@@ -39,6 +39,7 @@ _REFUSED = {
     "duplicate": "a full copy of a module (modules_to_save)",
     "base": "a changed base weight (an embedding saved along)",
     "bias": "a trained bias of the base model",
+    "tokens": "rows of an embedding (trainable_token_indices)",
     "lora_embedding_A": "factors of an embedding",
     "lora_embedding_B": "factors of an embedding",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,96 @@ def test_what_would_reach_into_a_copy_is_refused(fields: dict[str, Any], words: 
     with pytest.warns(UserWarning, match=r"entries \['modules_to_save.a.up'\]"):
         model.add_adapter("b", LoraConfig(r=2, **own))
     assert adapted_names(model, "b") == {"blocks.0.up", "blocks.2.up"}
+
+
+class Halves(nn.Module):
+    """Returns more than one tensor, and something else."""
+
+    def __init__(self, scalar: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scalar = scalar
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.linear(x)
+        return y[..., :4], {"rest": y[..., 4:], "none": None}, *([y.sum()] if self.scalar else [])
+
+
+class OnHalves(nn.Module):
+    def __init__(self, scalar: bool = False) -> None:
+        super().__init__()
+        self.lin, self.halves = nn.Linear(8, 8), Halves(scalar)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.halves(self.lin(x))
+
+
+def saved_twice(base: nn.Module, saved: str = "halves") -> LoraModel:
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lin"]), "c")
+    for name in "ab":
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["lin"], modules_to_save=[saved]))
+        model.set_adapter(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+    return model
+
+
+def test_several_tensors_in_a_mixed_batch() -> None:
+    """Each of them has every sample's own copy's rows."""
+    model, x = saved_twice(OnHalves()), torch.randn(4, 3, 8)
+    rows = ["b", None, "a", "c"]
+    first, others = model(x, adapter_names=rows)
+    for i, name in enumerate(rows):
+        with model.disable_adapter() if name is None else contextlib.nullcontext():
+            if name is not None:
+                model.set_adapter(name)
+            one, other = model(x[i : i + 1])
+        torch.testing.assert_close(first[i : i + 1], one)
+        torch.testing.assert_close(others["rest"][i : i + 1], other["rest"])
+    assert others["none"] is None
+    with pytest.raises(UnsupportedLayerError, match=r"a Halves of modules_to_save .* shape \(\)"):
+        saved_twice(OnHalves(scalar=True))(x, adapter_names=rows)
+
+
+@pytest.mark.parametrize("how", ["layers", "block"])
+def test_nothing_trains_while_disabled(how: str) -> None:
+    """And afterwards what did before, or what has been made active meanwhile."""
+    model = saved_twice(OnHalves())
+
+    def trains() -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    before = trains()
+    assert before and all(".b." in name for name in before)
+    if how == "layers":
+        for _ in range(2):
+            model.disable_adapter_layers()
+            assert not trains()
+        model.enable_adapter_layers()
+        assert trains() == before
+        model.disable_adapter_layers()
+        model.set_adapter("a")
+        model.enable_adapter_layers()
+    else:
+        with model.disable_adapter():
+            assert not trains()
+        assert trains() == before
+        with model.disable_adapter():
+            model.set_adapter("a")
+    assert trains() == {name.replace(".b.", ".a.") for name in before}
+    model.set_adapter("a", inference_mode=True)
+    with model.disable_adapter():
+        pass
+    assert not trains()  # PEFT would train it now
+
+
+def test_targeted_module_names() -> None:
+    """Those that have adapters, in the order of being added."""
+    model = get_peft_model(Stack(1), LoraConfig(r=2, target_modules=["up"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["shared", "up"]))
+    assert model.targeted_module_names == ["blocks.0.up", "shared"]
+    assert model.targeted_parameter_names == []
+    model.delete_adapter("b")
+    assert model.targeted_module_names == ["blocks.0.up"]

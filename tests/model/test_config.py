@@ -40,6 +40,8 @@ SET = {
     "layers_pattern": ["layers"],
     "rank_pattern": {"q_proj": 4},
     "alpha_pattern": {"q_proj": 32},
+    "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "ensure_weight_tying": True,
 }
 
 
@@ -253,7 +255,6 @@ def test_bad_values(fields: dict[str, object], words: str) -> None:
 UNSET_NOW = {
     "megatron_config": {"hidden_size": 1},
     "megatron_core": "mine",
-    "trainable_token_indices": [1],
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
@@ -264,7 +265,6 @@ UNSET_NOW = {
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1},
-    "ensure_weight_tying": True,
 }
 # Fields of initialisations: see tests/init.
 OF_INITS = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
@@ -283,8 +283,8 @@ def test_field_without_implementation_is_refused(name: str) -> None:
 
 def test_all_of_them_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        LoraConfig(use_qalora=True, ensure_weight_tying=True)
-    assert "use_qalora=True, ensure_weight_tying=True" in str(caught.value)
+        LoraConfig(use_qalora=True, arrow_config={"top_k": 2})
+    assert "use_qalora=True, arrow_config={'top_k': 2}" in str(caught.value)
 
 
 def test_empty_means_unset() -> None:

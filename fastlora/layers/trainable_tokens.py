@@ -1,0 +1,379 @@
+"""`TrainableTokensWrapper`: some rows of an embedding trained, by adapter.
+
+With token t at place i of an adapter's indices, an embedding gives ``delta[i]`` for t and
+``weight[t]`` for every other token, and a head that is tied to it multiplies by ``delta[i]`` in
+column t. Neither copies the weight ``[V, D]``: rows and columns are replaced in the result.
+
+Method: PEFT 0.21.2, ``tuners/trainable_tokens/layer.py``, which replaces rows in a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora.layers.module_wrapper import ModuleWrapper, own_slots
+from fastlora.ops.conditions import conditions_of
+from fastlora.routing.in_force import routing_of
+from fastlora.routing.routing import Routing
+from fastlora.sharding import is_sharded
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+
+def check_tokens(module: nn.Module, indices: list[int]) -> None:
+    """Raises unless rows of a module can train.
+
+    Args:
+        module: The base layer.
+        indices: Of the rows.
+
+    Raises:
+        UnsupportedLayerError: It is no embedding and no linear with a plain weight.
+        AdapterStateError: Its weight is sharded.
+        ConfigError: It has no such row.
+    """
+    weight = module._parameters.get("weight")
+    if is_sharded(weight):
+        raise AdapterStateError(
+            "trainable_token_indices: the weight is sharded (a DTensor) and the new rows would not "
+            "be; add adapters before fully_shard()"
+        )
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+    if not isinstance(module, (nn.Embedding, nn.Linear)) or not plain:
+        raise UnsupportedLayerError(
+            "trainable_token_indices needs an nn.Embedding or nn.Linear with a floating-point "
+            f"weight, got {type(module).__name__}"
+        )
+    beyond = [index for index in indices if index >= module.weight.shape[0]]
+    if beyond:
+        raise ConfigError(
+            f"trainable_token_indices has {beyond[0]}, and the module {module.weight.shape[0]} rows"
+        )
+
+
+class TokenAdapter(nn.Module):
+    """The base layer, and each adapter's rows beside it; names are PEFT's.
+
+    Attributes:
+        base_layer: An embedding, or a linear that is tied to one or stands alone.
+        trainable_tokens_delta: Adapter name to its rows, ``[n, D]``.
+        token_indices: Adapter name to what rows of the weight they replace.
+        tied_adapter: Whose rows these are, where the weight is tied to another module's; or None.
+    """
+
+    owned: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
+
+    def __init__(self, base_layer: nn.Module, tied_adapter: TokenAdapter | None) -> None:
+        super().__init__()
+        self.training = base_layer.training
+        self.base_layer = base_layer
+        # In a tuple, so that it is no module of this one: its parameters have one name here.
+        self._tied = () if tied_adapter is None else (tied_adapter,)
+        self.trainable_tokens_delta: nn.ParameterDict = (
+            nn.ParameterDict() if tied_adapter is None else tied_adapter.trainable_tokens_delta
+        )
+        self.token_indices: dict[str, list[int]] = (
+            {} if tied_adapter is None else tied_adapter.token_indices
+        )
+        # All that have these rows, in a list for the same reason.
+        self.together: list[TokenAdapter] = [] if tied_adapter is None else tied_adapter.together
+        self.together.append(self)
+        # Indices of an adapter, or of several with their places, by device.
+        self.tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = (
+            {} if tied_adapter is None else tied_adapter.tables
+        )
+
+    @property
+    def tied_adapter(self) -> TokenAdapter | None:
+        """Whose rows these are, or None."""
+        return self._tied[0] if self._tied else None
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the base layer."""
+        return self.base_layer
+
+
+class TrainableTokensWrapper(ModuleWrapper):
+    """An embedding, or a head tied to one, of which adapters train some rows.
+
+    Args:
+        original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.
+        tied_to: The wrapper of the embedding whose weight this module has, and whose rows it takes.
+    """
+
+    field: ClassVar[str] = "trainable_token_indices"
+    owns: ClassVar[str] = "rows"
+    token_adapter: TokenAdapter
+
+    def __init__(self, original: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
+        super().__init__(original)
+        self.token_adapter = TokenAdapter(
+            original, None if tied_to is None else tied_to.token_adapter
+        )
+        original.requires_grad_(False)
+        # The weight's rows that a merge has replaced.
+        self._before: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
+        """Gives an adapter rows of its own, at first those of the weight.
+
+        Args:
+            adapter_name: A new name.
+            indices: Of the rows, each once.
+            autocast: Keep rows of a 16-bit weight in fp32.
+        """
+        if self.token_adapter.tied_adapter is not None:
+            return  # they are there
+        weight: Any = self._unmerged_rows(indices)
+        wide = autocast and weight.itemsize < torch.float32.itemsize
+        rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
+        self.token_adapter.trainable_tokens_delta[adapter_name] = rows
+        self.token_adapter.token_indices[adapter_name] = list(indices)
+        self.token_adapter.tables.clear()
+
+    def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
+        """Returns a copy of rows of the weight as they are without a merge, ``[n, D]``."""
+        weight: Any = self.get_base_layer().weight
+        rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
+        for name in reversed(self.merged_adapters):
+            merged = {token: i for i, token in enumerate(self.token_indices[name])}
+            for i, token in enumerate(indices):
+                if token in merged:
+                    rows[i] = self._before[name][merged[token]]
+        return rows
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Adapter name to the rows that it trains."""
+        return self.token_adapter.token_indices
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that have rows."""
+        return list(self.token_adapter.token_indices)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yields an adapter's rows; nothing where it has none."""
+        if adapter_name in self.token_indices:
+            yield self.token_adapter.trainable_tokens_delta[adapter_name]
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """Returns the key of an adapter's rows; none where they are another module's."""
+        if self.is_tied or adapter_name not in self.token_indices:
+            return {}
+        key = "token_adapter.trainable_tokens_delta"
+        return {key: f"{key}.{adapter_name}"}
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the rows are another module's."""
+        return self.token_adapter.tied_adapter is not None
+
+    def _drop(self, adapter_name: str) -> None:
+        if not self.is_tied:
+            del self.token_adapter.trainable_tokens_delta[adapter_name]
+            del self.token_indices[adapter_name]
+        self.token_adapter.tables.clear()
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the embedding or linear."""
+        return self.token_adapter.base_layer
+
+    def release(self) -> nn.Module:
+        """Returns the embedding or linear, with what is merged."""
+        return self.get_base_layer()
+
+    # ------------------------------------------------------------------------------- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Calls the base layer and replaces what an adapter trains.
+
+        Args:
+            x: Ids ``[...]`` of an embedding, or ``[..., D]`` of a linear.
+            *args: The base layer's.
+            **kwargs: The base layer's.
+
+        Returns:
+            ``[..., D]`` of an embedding, ``[..., V]`` of a linear.
+        """
+        base, routing = self.get_base_layer(), routing_of(self)
+        y: torch.Tensor = base(x, *args, **kwargs)
+        if self._disabled:
+            return y
+        if routing is None:
+            name = None if self.merged else self.acting()
+            if name is None:
+                return y
+            return self._embedded(x, y, [name]) if _embeds(base) else self._of_rows(x, y, name)
+        if routing.whole is not None and conditions_of(x, "eager").compiling:
+            routing = routing.whole
+        return self._mixed(routing, x, y)
+
+    def _mixed(self, routing: Routing, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Returns y with every row's own adapter; base rows where it has none here."""
+        known = [name for name in routing.names if name in self.token_indices]
+        # Every adapter that trains gets a gradient where other processes wait for it.
+        every = routing.absent_gradients and torch.is_grad_enabled()
+        known = self.adapter_names if every else known
+        if not known:
+            return y
+        embeds = _embeds(self.get_base_layer())
+        count = x.numel() if embeds else x.numel() // x.shape[-1]
+        own = own_slots(routing.ids, routing.names, known, count, x.device)
+        if embeds:
+            return self._embedded(x, y, known, own.view(x.shape))
+        flat, y_flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        for slot, name in enumerate(known):
+            index = (own == slot).nonzero().flatten()
+            rows = self._of_rows(flat[index], y_flat[index], name)
+            y_flat = y_flat.index_copy(0, index, rows)
+        return y_flat.view(y.shape)
+
+    def _embedded(
+        self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns y ``[..., D]`` with adapters' rows where ids ``[...]`` have one.
+
+        ``own [...]`` is each id's place in names, or -1.
+        """
+        base: Any = self.get_base_layer()
+        ids, (keys, places) = ids.long(), self._table(names, ids.device)
+        wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
+        at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
+        hit = keys[at] == wanted
+        deltas = [self.token_adapter.trainable_tokens_delta[name] for name in names]
+        rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
+        found = places[at]
+        if base.scale_grad_by_freq:  # ids without a row have one of their own, not to be counted
+            found = torch.where(hit, found, rows.shape[0])
+            rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
+        if base.max_norm is not None:
+            rows = rows.clone()  # which is scaled in place
+        new = F.embedding(found, rows, None, base.max_norm, base.norm_type, base.scale_grad_by_freq)
+        if base.padding_idx is not None:  # which has no gradient
+            new = torch.where((ids == base.padding_idx).unsqueeze(-1), new.detach(), new)
+        scale: Any = getattr(base, "embed_scale", None)  # of Gemma's and BART's embeddings
+        if scale is not None:
+            new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
+        return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
+
+    def _table(self, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sorted ``place of name * V + token``, int64, and where each one's row is."""
+        base: Any = self.get_base_layer()
+        rows: int = base.weight.shape[0]
+        key = (*names, rows, device)
+        tables = self.token_adapter.tables
+        if key not in tables:
+            found = [
+                place * rows + token
+                for place, name in enumerate(names)
+                for token in self.token_indices[name]
+            ]
+            made = torch.tensor(found, device=device).sort()
+            if conditions_of(base.weight, "eager").compiling:
+                return made[0], made[1]
+            tables[key] = made[0], made[1]
+        return tables[key]
+
+    def _of_rows(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
+        """Returns y ``[..., V]`` of x ``[..., D]`` with an adapter's columns in place."""
+        base: Any = self.get_base_layer()
+        index, places = self._table([name], x.device)
+        delta = self.token_adapter.trainable_tokens_delta[name].to(base.weight.dtype)[places]
+        columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
+        return y.index_copy(-1, index, columns.to(y.dtype))
+
+    def _index(self, name: str, device: torch.device) -> torch.Tensor:
+        return torch.tensor(self.token_indices[name], device=device)
+
+    # ------------------------------------------------------------------------------- merging
+
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> list[str]:
+        """Returns the names that `merge` would merge, or raises as it would; changes nothing.
+
+        Raises:
+            AdapterStateError: Two of them train the same row, or ``safe_merge`` found a value that
+                is not finite.
+        """
+        wanted = self._active_adapters if adapter_names is None else adapter_names
+        known, merged = self.token_indices, self.merged_adapters
+        names = [n for n in dict.fromkeys(wanted) if n in known and n not in merged]
+        if not names:
+            return []
+        taken: set[int] = set()
+        for name in (*merged, *names):
+            both = taken.intersection(known[name])
+            if both:
+                raise AdapterStateError(
+                    f"Token indices of adapter {name!r} are already defined and would result in "
+                    f"undefined merging behavior: {sorted(both)[:5]} belong to another adapter "
+                    "too; expected adapters without a token in common"
+                )
+            taken.update(known[name])
+            delta = self.token_adapter.trainable_tokens_delta[name]
+            if safe_merge and not bool(torch.isfinite(delta).all()):
+                raise AdapterStateError(
+                    f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
+                    "adapter seems to be broken"
+                )
+        return names
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep_base: bool = True,
+    ) -> None:
+        """Writes adapters' rows into the weight; what was there is kept until `unmerge`."""
+        weight: Any = self.get_base_layer().weight
+        for name in self.check_merge(safe_merge, adapter_names):
+            if not self._shares_weight():
+                index = self._index(name, weight.device)
+                self._before[name] = weight.detach()[index].clone()
+                delta = self.token_adapter.trainable_tokens_delta[name]
+                weight.index_copy_(0, index, delta.to(weight))
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts back the rows that were there."""
+        weight: Any = self.get_base_layer().weight
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            before = self._before.pop(name, None)
+            if before is not None:
+                weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
+
+    def _shares_weight(self) -> bool:
+        """Whether the weight is that of the module whose rows these are, which merges them."""
+        tied = self.token_adapter.tied_adapter
+        mine: Any = self.get_base_layer().weight
+        return tied is not None and tied.base_layer.weight is mine
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the wrapper lacks on the base layer; ``weight`` has the rows in place."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "token_adapter" not in self._modules:
+                raise
+        base = self.get_base_layer()
+        acting = self.acting() if name == "weight" and not self.merged else None
+        if acting is None:
+            return getattr(base, name)
+        weight: Any = base.weight
+        delta = self.token_adapter.trainable_tokens_delta[acting].to(weight)
+        return weight.index_copy(0, self._index(acting, weight.device), delta)
+
+
+def _embeds(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)

@@ -1,0 +1,224 @@
+"""Weights that a model ties to its input embedding, and what merging does to tied weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fastlora.model.config import LoraConfig
+from fastlora.model.walk import base_modules, original_of
+
+# What PEFT takes for an embedding, or for a head tied to one, by the end of its name.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Returns the name of a model's input embedding, or None where it does not say which it is."""
+    get: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        return None
+    named = base_modules(model)
+    return next((name for name, module, _ in named if module is found and name), None)
+
+
+def ties_embeddings(model: nn.Module) -> bool:
+    """Returns whether a model's config ties its embeddings."""
+    return bool(_setting(model, "tie_word_embeddings"))
+
+
+def tied_with_embedding(model: nn.Module) -> list[str]:
+    """Returns the sorted names of the modules whose weight is the input embedding's.
+
+    As in PEFT, they are those of which ``_tied_weights_keys`` says so, in the model or in parts of
+    it, unless the config says ``tie_word_embeddings=False``; and they share it indeed.
+    """
+    embedding = input_embedding(model)
+    if embedding is None or _setting(model, "tie_word_embeddings") is False:
+        return []
+    weight = getattr(original_of_base(model, embedding), "weight", None)
+    keys = {
+        f"{name}.{key}" if name else key
+        for name, module, _ in base_modules(model)
+        for key in getattr(module, "_tied_weights_keys", None) or ()
+    }
+    names = {key.rpartition(".")[0] for key in keys if key.endswith("weight")} - {embedding, ""}
+    known = {name for name, _, _ in base_modules(model, remove_duplicate=False)}
+    return sorted(
+        name
+        for name in names & known
+        if getattr(original_of_base(model, name), "weight", None) is weight
+    )
+
+
+def tie_adapters(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Returns the modules whose adapter is to be the input embedding's, as the config asks.
+
+    The config then names the embedding, in ``modules_to_save`` or ``target_modules``, and not what
+    is tied to it. What it asks for and cannot be is a warning, and so is a tied module that is
+    adapted without ``ensure_weight_tying``; both are PEFT's.
+    """
+    copied = any(map(_is_embedding, config.modules_to_save or ()))
+    targets = config.target_modules
+    if isinstance(targets, str):
+        targeted = any(re.fullmatch(targets, name) for name in EMBEDDING_NAMES)
+    else:
+        targeted = any(_is_embedding(name) for name in targets or ())
+    if not config.ensure_weight_tying and not copied and not targeted:
+        return []
+    tied, embedding = tied_with_embedding(model), input_embedding(model)
+    if not config.ensure_weight_tying:
+        if tied:
+            _warn(
+                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+                "`ensure_weight_tying` is not set to True: it is trained and merged apart"
+            )
+        return []
+    if not tied or embedding is None:
+        if config.trainable_token_indices is None:  # which has its own word for it
+            _warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the "
+                "model"
+            )
+        return []
+    if copied:
+        config.modules_to_save = _renamed(config.modules_to_save or [], embedding, tied)
+    elif isinstance(targets, str) and targeted:
+        config.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
+    elif targeted:
+        config.target_modules = set(_renamed(sorted(targets or ()), embedding, tied))
+    else:
+        if config.trainable_token_indices is None:
+            _warn(
+                "You have requested `ensure_weight_tying`, but no tied modules are added in either "
+                "`modules_to_save` or `target_modules`"
+            )
+        return []
+    return tied
+
+
+def copies_are_tied(config: LoraConfig) -> bool:
+    """Returns whether an adapter's copies of tied modules have one weight."""
+    return config.ensure_weight_tying and any(map(_is_embedding, config.modules_to_save or ()))
+
+
+def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
+    """Returns entries with the embedding's name, and without those of what is tied to it."""
+    renamed = [*entries, embedding] if embedding not in entries else list(entries)
+    for name in tied:
+        matching = (e for e in renamed if re.match(rf"(^|.*\.){e}($|\..*)", name))
+        gone = next(matching, None)
+        renamed = [entry for entry in renamed if entry != gone]
+    return renamed
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rpartition(".")[2] in EMBEDDING_NAMES
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
+
+
+def original_of_base(model: nn.Module, name: str) -> nn.Module:
+    """Returns the base module of that name: what a layer or a wrapper was made around."""
+    module = model.get_submodule(name)
+    base: Any = getattr(module, "get_base_layer", None)
+    return base() if callable(base) else original_of(module)
+
+
+class SharedWeights:
+    """The weights of a model that several modules have, and those that a merge makes their own.
+
+    Args:
+        model: With its adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders: dict[int, list[tuple[str, nn.Module]]] = {}
+        self._untied: list[tuple[str, str, int]] = []
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._holders.setdefault(id(parameter), []).append((name, module))
+
+    def other(self, module: Any) -> str | None:
+        """Returns the name of another module with a layer's base weight, if there is one.
+
+        Modules that take their rows from the layer's, or it from theirs, are the layer too.
+        """
+        weight = getattr(module.get_base_layer(), "weight", None)
+        family = self._family(module)
+        others = (name for name, m in self._holders.get(id(weight), ()) if m not in family)
+        return next(others, None)
+
+    def _family(self, module: Any) -> set[nn.Module]:
+        base = module.get_base_layer()
+        adapter = getattr(module, "token_adapter", None)
+        if adapter is None:
+            return {module, base}
+        bases = {part.base_layer for part in adapter.together}
+        return {m for m in bases if m.weight is base.weight}
+
+    def untie(self, name: str, module: Any) -> None:
+        """Gives a layer its own weight where a merge would also change, say, the embedding."""
+        other = self.other(module)
+        if other is None:
+            return
+        base: Any = module.get_base_layer()
+        old, family = base.weight, self._family(module)
+        own = nn.Parameter(old.detach().clone(), requires_grad=False)
+        for part in family:
+            if part._parameters.get("weight") is old:
+                part.weight = own
+        self._holders[id(old)] = [held for held in self._holders[id(old)] if held[1] not in family]
+        self._untied.append((name, other, own.numel() * own.element_size()))
+
+    def tell(self) -> None:
+        """Warns of the weights that are no longer shared, and what they take."""
+        if not self._untied:
+            return
+        name, other, _ = self._untied[0]
+        more = f", and {len(self._untied) - 1} others theirs" if len(self._untied) > 1 else ""
+        total = sum(size for _, _, size in self._untied)
+        warnings.warn(
+            f"{name} shared its weight with {other}; it has its own now, with the adapter merged "
+            f"in{more}: {total / 2**20:,.1f} MiB more",
+            stacklevel=4,
+        )
+
+
+def note_untied(model: nn.Module) -> None:
+    """Has a model's config no longer say that its embeddings are tied, where they are not."""
+    config: Any = getattr(model, "config", None)
+    if not ties_embeddings(model) or isinstance(config, dict):
+        return
+    weights = []
+    for end in ("input", "output"):
+        get: Any = getattr(model, f"get_{end}_embeddings", None)
+        try:
+            weights.append(getattr(get(), "weight", None) if callable(get) else None)
+        except NotImplementedError:
+            return
+    if weights[0] is not None and weights[1] is not None and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "Input and output embeddings are no longer tied after merging; the model's config says "
+            "tie_word_embeddings=False now",
+            stacklevel=4,
+        )
+
+
+def _setting(model: nn.Module, name: str) -> Any:
+    """Returns a field of a model's config, or None."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get(name)
+    if dataclasses.is_dataclass(config) or config is not None:
+        return getattr(config, name, None)
+    return None

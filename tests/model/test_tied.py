@@ -1,0 +1,154 @@
+"""Tied embeddings: `ensure_weight_tying` with copies, against PEFT; what merging does to them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import LoraModel, get_peft_model
+from fastlora.model.tied import tied_with_embedding
+from fastlora.validation import UnsupportedLayerError
+from tests.support.tiny import tiny_llama
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+pytest.importorskip("transformers")
+
+IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
+
+
+def config(library: Any, **fields: Any) -> Any:
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
+    return library.LoraConfig(**settings)
+
+
+def tied_copies(library: Any, saved: list[str]) -> Any:
+    torch.manual_seed(1)
+    settings = config(library, modules_to_save=saved, ensure_weight_tying=True)
+    model = library.get_peft_model(tiny_llama(), settings)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]], ids=",".join
+)
+def test_copies_as_in_peft(saved: list[str], tmp_path: Path) -> None:
+    """One weight, whichever of the tied modules is named; in files, training and merging."""
+    ours, theirs = (tied_copies(library, list(saved)) for library in (fastlora, peft))
+    assert ours.peft_config["default"].modules_to_save == (
+        theirs.peft_config["default"].modules_to_save
+    )
+    base = ours.get_base_model()
+    copies = [m.modules_to_save["default"] for m in (base.model.embed_tokens, base.lm_head)]
+    assert copies[0].weight is copies[1].weight
+    assert (copies[1].in_features, copies[1].out_features) == (64, 97)
+    for model in (ours, theirs):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert set(found) == set(gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
+    with ours.disable_adapter():
+        assert torch.equal(ours(input_ids=IDS).logits, tiny_llama()(input_ids=IDS).logits)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    there = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    here = LoraModel.from_pretrained(tiny_llama(), tmp_path / "theirs", is_trainable=True)
+    for model in (there, here):
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    loaded = here.get_base_model()
+    assert loaded.lm_head.modules_to_save["default"].weight is (
+        loaded.model.embed_tokens.modules_to_save["default"].weight
+    )
+    with torch.no_grad():
+        mixed = ours(input_ids=IDS, adapter_names=["default", None]).logits
+        plain = tiny_llama()(input_ids=IDS).logits
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(mixed[1], plain[1])
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+
+
+def test_two_adapters_and_copies_of_the_model() -> None:
+    model = tied_copies(fastlora, ["lm_head"])
+    model.add_adapter("b", config(fastlora, modules_to_save=["lm_head"], ensure_weight_tying=True))
+    model = copy.deepcopy(model)
+    base = model.get_base_model()
+    owned = [base.model.embed_tokens.modules_to_save, base.lm_head.modules_to_save]
+    for name in ("default", "b"):
+        assert owned[0][name].weight is owned[1][name].weight
+    assert owned[0]["b"].weight is not owned[0]["default"].weight
+    model.delete_adapter("default")
+    assert list(owned[1]) == ["b"]
+
+
+def test_what_is_not_tied_is_said() -> None:
+    """Each of PEFT's three warnings; the caller's config stays as it was."""
+    for fields, tied, words in (
+        ({"modules_to_save": ["lm_head"]}, True, "`ensure_weight_tying` is not set to True"),
+        ({"target_modules": "lm_head"}, True, "`ensure_weight_tying` is not set to True"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, False, "no tied modules w"),
+        ({"ensure_weight_tying": True}, True, "no tied modules are added"),
+    ):
+        given = config(fastlora, **fields)
+        before = given.to_dict()
+        with pytest.warns(UserWarning, match=words):
+            get_peft_model(tiny_llama(tie_word_embeddings=tied), given)
+        assert given.to_dict() == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(tiny_llama(tie_word_embeddings=False), config(fastlora))
+        get_peft_model(tiny_llama(), config(fastlora))
+
+
+def test_a_copy_of_one_alone_unties_when_unloaded() -> None:
+    """The config says so, or a reload would tie them again."""
+    with pytest.warns(UserWarning, match="not set to True"):
+        model = get_peft_model(tiny_llama(), config(fastlora, modules_to_save=["lm_head"]))
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+
+
+def test_copy_and_target_at_once() -> None:
+    settings = config(
+        fastlora,
+        target_modules=["lm_head"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    )
+    base = tiny_llama()
+    with pytest.raises(UnsupportedLayerError, match=r"gives 'lm_head' the input embedding's copy"):
+        get_peft_model(base, settings)
+    assert not any("modules_to_save" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart", "GPT2"])
+def test_what_models_tie(kind: str) -> None:
+    """By identity, among what transformers says."""
+    import transformers
+
+    small = {
+        "T5": {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2},
+        "Bart": {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1},
+        "GPT2": {"n_embd": 8, "n_layer": 1, "n_head": 2},
+    }[kind]
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2} if kind == "Bart" else {}
+    settings = getattr(transformers, f"{kind}Config")(vocab_size=11, **small, **heads)
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForConditionalGeneration"
+    model = getattr(transformers, name)(settings)
+    from peft.utils.other import _get_module_names_tied_with_embedding
+
+    assert tied_with_embedding(model) == _get_module_names_tied_with_embedding(model)

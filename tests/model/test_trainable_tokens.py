@@ -1,0 +1,406 @@
+"""`trainable_token_indices` against PEFT: values, gradients, files, merging, mixed batches."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.layers import TrainableTokensWrapper
+from fastlora.model.adapter_folder import load_adapter_folder
+from fastlora.validation import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    TargetNotFoundError,
+    UnsupportedLayerError,
+)
+from tests.support.tiny import randomise, tiny_llama, trainable
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+pytest.importorskip("transformers")
+
+IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
+
+
+def config(library: Any, tokens: Any, **fields: Any) -> Any:
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
+    return library.LoraConfig(trainable_token_indices=tokens, **settings)
+
+
+def train_rows(model: nn.Module, seed: int = 3) -> Any:
+    """Gives every row that trains, and every lora_B, a random value."""
+    randomise(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def pair(tokens: Any, tied: bool = True, **fields: Any) -> tuple[Any, Any]:
+    """The same model of ours and of PEFT's, with the same values."""
+    models = []
+    for library in (fastlora, peft):
+        torch.manual_seed(1)
+        base = tiny_llama(tie_word_embeddings=tied)
+        models.append(train_rows(library.get_peft_model(base, config(library, tokens, **fields))))
+    return models[0], models[1]
+
+
+CASES = {
+    "list": [1, 5, 9],
+    "unsorted": [9, 1, 5],
+    "embedding": {"embed_tokens": [1, 5, 9]},
+    "both": {"lm_head": [1, 5, 9], "embed_tokens": [1, 5, 9]},
+    "apart": {"lm_head": [2, 3], "embed_tokens": [1, 5, 9]},
+    "head": {"lm_head": [2, 3]},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_as_peft(case: str, tied: bool, tmp_path: Path) -> None:
+    """Values, names, every gradient; save here and load in PEFT, and back."""
+    ours, theirs = pair(CASES[case], tied)
+    for model in (ours, theirs):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(gradients)
+    for name, parameter in ours.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=2e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours_file, theirs_file = (
+        load_adapter_folder(tmp_path / who).tensors for who in ("ours", "theirs")
+    )
+    assert set(ours_file) == set(theirs_file)
+    base = [tiny_llama(tie_word_embeddings=tied) for _ in range(2)]
+    there = peft.PeftModel.from_pretrained(base[0], tmp_path / "ours")
+    here = LoraModel.from_pretrained(base[1], tmp_path / "theirs")
+    for model in (there, here):
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", ["list", "apart"])
+def test_merging(case: str, tied: bool) -> None:
+    """What is tied stays tied, unless the rows differ; the base weight comes back bit for bit."""
+    model, _ = pair(CASES[case], tied)
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        plain = tiny_llama(tie_word_embeddings=tied)(input_ids=IDS).logits
+        before = copy.deepcopy(model.state_dict())
+        if case == "apart" and tied:
+            with pytest.raises(AdapterStateError, match="shares its weight with"):
+                model.merge_adapter()
+        else:
+            model.merge_adapter()
+            assert model.get_base_model().model.embed_tokens.merged_adapters == ["default"]
+            for _ in range(2):
+                torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+                with model.disable_adapter():
+                    assert torch.equal(model(input_ids=IDS).logits, plain)
+            with pytest.raises(AdapterStateError, match="is merged"):
+                model.delete_adapter("default")
+            model.unmerge_adapter()
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        merged = model.merge_and_unload(safe_merge=True)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    together = tied and case == "list"
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == together
+    assert merged.config.tie_word_embeddings == together
+    assert not any("token_adapter" in name for name, _ in merged.named_modules())
+
+
+def test_several_adapters() -> None:
+    """Each has its own rows, alone, switched, and in one batch, in training too."""
+    base = tiny_llama()
+    model = get_peft_model(base, config(fastlora, [1, 5, 9]), "a")
+    model.add_adapter("b", config(fastlora, [9, 20]))
+    model.add_adapter("c", config(fastlora, None))
+    train_rows(model)
+    ids = IDS[:1].repeat(4, 1)
+    alone, gradients = {}, {}
+    for name in "abc":
+        model.set_adapter(name)
+        trains = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert all(f".{name}" in n for n in trains)
+        assert any("tokens_delta" in n for n in trains) == (name != "c")
+        y = alone[name] = model(input_ids=ids[:1]).logits
+        y.square().sum().backward()
+        gradients |= {n: p.grad for n, p in model.named_parameters() if n in trains}
+        model.zero_grad()
+    with model.disable_adapter():
+        assert not trainable(model)
+        alone["none"] = model(input_ids=ids[:1]).logits
+        assert torch.equal(alone["none"], tiny_llama()(input_ids=ids[:1]).logits)
+    assert len(trainable(model)) == 4
+    rows = ["b", None, "a", "c"]
+    for name in "abc":
+        for module in model.modules():
+            if hasattr(module, "adapter_parameters") and not isinstance(module, LoraModel):
+                for parameter in module.adapter_parameters(name):
+                    parameter.requires_grad_(True)
+    together = model(input_ids=ids, adapter_names=rows).logits
+    for i, name in enumerate(rows):
+        torch.testing.assert_close(together[i : i + 1], alone[name or "none"], rtol=1e-4, atol=3e-5)
+    together.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-3)
+    # Ids for each token.
+    with torch.no_grad(), fastlora.adapters(model, [*"bbb", None, *"aa"]):
+        y = model.get_input_embeddings()(ids[:1])
+        at = {name: model.get_input_embeddings().token_adapter for name in "ab"}
+        assert torch.equal(y[0, 4], at["a"].trainable_tokens_delta["a"][0])
+        assert torch.equal(y[0, 2], at["b"].trainable_tokens_delta["b"][0])
+        assert torch.equal(y[0, 0], at["a"].base_layer.weight[1])
+    model.delete_adapter("a")
+    assert not any(".a" in name for name, _ in model.named_parameters())
+    model.add_adapter("a", config(fastlora, [2, 3]))  # other rows under the same name
+    model.set_adapter("a")
+    train_rows(model, seed=4)
+    y = model.get_input_embeddings()(torch.tensor([1, 2]))
+    weight = model.get_input_embeddings().token_adapter.base_layer.weight
+    assert torch.equal(y[0], weight[1]) and not torch.equal(y[1], weight[2])
+
+
+def test_two_that_act_are_refused() -> None:
+    model = get_peft_model(tiny_llama(), config(fastlora, [1]), "a")
+    model.add_adapter("b", config(fastlora, [2]))
+    with pytest.raises(AdapterStateError, match="own rows of one module"):
+        model.set_adapter(["a", "b"])
+    assert model.active_adapters == ["a"]
+
+
+def test_merging_several() -> None:
+    """Adapters without a token in common merge; others are refused, at once or one by one."""
+    model = get_peft_model(tiny_llama(), config(fastlora, [1, 2]), "a")
+    model.add_adapter("b", config(fastlora, [2, 3]))
+    model.add_adapter("c", config(fastlora, [4]))
+    train_rows(model)
+    weight = model.get_input_embeddings().token_adapter.base_layer.weight
+    before = weight.detach().clone()
+    with pytest.raises(AdapterStateError, match=r"'b' are already defined .* \[2\]"):
+        model.merge_adapter(adapter_names=["a", "b"])
+    model.merge_adapter(adapter_names=["a"])
+    with pytest.raises(ValueError, match="'b' are already defined"):
+        model.merge_adapter(adapter_names=["b"])
+    model.merge_adapter(adapter_names=["c"])
+    model.add_adapter("d", config(fastlora, [1, 4, 6]))  # starts from the weight without merges
+    rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta
+    assert torch.equal(rows["d"], before[[1, 4, 6]])
+    assert torch.equal(weight[[1, 2, 4]], torch.cat((rows["a"], rows["c"])))
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)
+    with torch.no_grad():
+        rows["a"][0, 0] = float("nan")
+    with pytest.raises(AdapterStateError, match="are not finite"):
+        model.merge_adapter(adapter_names=["a"], safe_merge=True)
+    assert torch.equal(weight, before)
+
+
+class Words(nn.Module):
+    """An embedding with every option, and a head that is tied to it and has a bias."""
+
+    def __init__(self, tied: bool, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(12, 8, **options)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 12)
+        self.config = {"tie_word_embeddings": tied}
+        if tied:
+            self.head.weight = self.words.weight
+            self._tied_weights_keys = {"head.weight": "words.weight"}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Maps ids ``[...]`` to ``[..., 12]``."""
+        return self.head(self.inner(self.words(ids)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding_idx": 2}, {"max_norm": 1.5}, {"scale_grad_by_freq": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_options_of_an_embedding(options: dict[str, Any]) -> None:
+    """Those that change what it gives, or its gradients."""
+    ids = torch.tensor([[2, 3, 3, 7, 2, 0], [3, 1, 7, 7, 7, 5]])
+    models = []
+    for library in (fastlora, peft):
+        settings = library.LoraConfig(
+            r=2, target_modules=["inner"], trainable_token_indices={"words": [7, 2, 3]}
+        )
+        torch.manual_seed(1)
+        model = train_rows(library.get_peft_model(Words(False, **options), settings))
+        model.double()
+        y = model(ids)
+        y.square().sum().backward()
+        models.append((y, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (ours, gradients), (theirs, expected) = models
+    torch.testing.assert_close(ours, theirs)
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_a_tied_head_keeps_its_bias() -> None:
+    """PEFT drops the bias of a head whose rows are trained; truth is the merged model."""
+    model = get_peft_model(
+        Words(True), LoraConfig(r=2, target_modules=["inner"], trainable_token_indices=[7, 2])
+    )
+    ids = torch.tensor([[2, 3, 7]])
+    expected = train_rows(model)(ids)
+    assert model.get_base_model().head.weight.requires_grad  # with the rows in place
+    merged = model.merge_and_unload()
+    assert merged.head.weight is merged.words.weight
+    torch.testing.assert_close(merged(ids), expected)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    embed_scale = torch.tensor(3.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Maps ids ``[...]`` to ``[..., D]``."""
+        return super().forward(ids) * self.embed_scale
+
+
+def test_scaled_embeddings_and_16_bits() -> None:
+    """Rows are scaled as the others are, and kept in fp32 unless told otherwise."""
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        models = []
+        for library in (fastlora, peft):
+            words = Words(False)
+            words.words = Scaled(12, 8)
+            torch.manual_seed(1)
+            nn.init.normal_(words.words.weight)
+            settings = library.LoraConfig(
+                r=2, target_modules=["inner"], trainable_token_indices=[7, 2]
+            )
+            model = library.get_peft_model(
+                words.bfloat16(), settings, autocast_adapter_dtype=autocast
+            )
+            models.append(train_rows(model))
+        ids = torch.arange(12)
+        ours, theirs = (model.get_input_embeddings() for model in models)
+        assert torch.equal(ours(ids), theirs(ids))
+        rows = [m.token_adapter.trainable_tokens_delta["default"] for m in (ours, theirs)]
+        assert rows[0].dtype == rows[1].dtype == dtype
+        merged = models[0].merge_and_unload()
+        assert torch.equal(merged.words(ids), theirs(ids))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fields", "error", "words"),
+    [
+        ([], {}, ConfigError, "must be a list of token ids"),
+        ([1, 1], {}, ConfigError, "each token once, got 1 twice"),
+        ([-1], {}, ConfigError, "at least 0, got -1"),
+        ({}, {}, ConfigError, "must name a module"),
+        ({"embed_tokens": 3}, {}, ConfigError, r"\['embed_tokens'\] must be a list"),
+        ([97], {}, ConfigError, "has 97, and the module 97 rows"),
+        ({"embed_tokenz": [1]}, {}, TargetNotFoundError, "close names: embed_tokens"),
+        ({"norm": [1]}, {}, UnsupportedLayerError, "needs an nn.Embedding or nn.Linear"),
+        ([1], {"modules_to_save": ["embed_tokens"]}, UnsupportedLayerError, "modules_to_save name"),
+        ([1], {"target_modules": ["lm_head"]}, UnsupportedLayerError, "target_modules names too"),
+        (
+            {"lm_head": [1], "embed_tokens": [2]},
+            {"ensure_weight_tying": True},
+            ConfigError,
+            "Cannot ensure weight tying",
+        ),
+    ],
+)
+def test_refusals(tokens: Any, fields: dict[str, Any], error: type, words: str) -> None:
+    base = tiny_llama()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(error, match=words):
+        get_peft_model(base, config(fastlora, tokens, **fields))
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_refusals_beside_other_adapters() -> None:
+    """What another adapter has of the module, and what would tie it otherwise."""
+    model = get_peft_model(tiny_llama(), config(fastlora, [1]), "a")
+    wrapper = model.get_input_embeddings()
+    assert isinstance(wrapper, TrainableTokensWrapper)
+    for tokens, fields, words in (
+        ({"lm_head": [1], "embed_tokens": [2]}, {}, "all adapters of a model must agree"),
+        (None, {"target_modules": ["lm_head"]}, "train rows of"),
+        (
+            None,
+            {"modules_to_save": ["embed_tokens"]},
+            "that adapters train rows of",
+        ),
+    ):
+        with pytest.raises(UnsupportedLayerError, match=words):
+            model.add_adapter("b", config(fastlora, tokens, **fields))
+    assert wrapper.adapter_names == ["a"] and model.get_input_embeddings() is wrapper
+    other = get_peft_model(
+        tiny_llama(), config(fastlora, None, modules_to_save=["embed_tokens"]), "a"
+    )
+    with pytest.raises(UnsupportedLayerError, match=r"has a full copy \(modules_to_save\)"):
+        other.add_adapter("b", config(fastlora, [1]))
+
+
+def test_files(tmp_path: Path) -> None:
+    """A resized embedding is saved along; other rows are no place for an adapter."""
+    base = tiny_llama()
+    base.resize_token_embeddings(99)
+    model = train_rows(get_peft_model(base, config(fastlora, [1, 98])))
+    expected = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    for library in (fastlora.LoraModel, peft.PeftModel):
+        fresh = tiny_llama()
+        fresh.resize_token_embeddings(99)
+        with torch.no_grad():
+            fresh.get_input_embeddings().weight[2:].zero_()
+        loaded = library.from_pretrained(fresh, tmp_path)
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    with pytest.raises(ConfigError, match="has 98, and the module 97 rows"):
+        LoraModel.from_pretrained(tiny_llama(), tmp_path)
+    model.load_adapter(tmp_path, "default")
+    other = train_rows(get_peft_model(tiny_llama(), config(fastlora, [1, 2, 3])))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="load it under another name"):
+        model.load_adapter(tmp_path / "other", "default")
+    pool = fastlora.AdapterPool(tiny_llama(), target_modules=["q_proj"])
+    with pytest.raises(CheckpointError, match="rows of an embedding .* pool does not"):
+        pool.load("a", tmp_path / "other")
+
+
+def test_estimate_counts_rows() -> None:
+    tokens = [1, 5, 9]
+    sizes = fastlora.estimate(tiny_llama(), config(fastlora, tokens))
+    model = get_peft_model(tiny_llama(), config(fastlora, tokens))
+    assert sizes.adapter_parameters == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy], ids=["deepcopy"])
+def test_copies_stay_tied(copy_of: Any) -> None:
+    model = copy_of(pair([1, 5])[0])
+    base = model.get_base_model()
+    assert base.lm_head.token_adapter.tied_adapter is base.model.embed_tokens.token_adapter
+    expected = model(input_ids=IDS).logits
+    train_rows(model, seed=9)
+    assert not torch.equal(model(input_ids=IDS).logits, expected)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
