@@ -13,6 +13,11 @@ from fastlora.layers import FastLoraLinear
 from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.config import LoraConfig, TaskType
 from fastlora.model.estimate import Estimate, estimate
+from fastlora.model.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.status import get_layer_status, get_model_status
 from fastlora.ops.conditions import batch_invariant
@@ -75,7 +80,10 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "patch",
+    "prepare_model_for_compiled_hotswap",
     "recommend",
     "refresh",
     "train_adapters",

@@ -1,0 +1,97 @@
+"""An adapter's factors on one layer with another rank: the rows behind its own are zero.
+
+Such a factor computes what it computed before. So adapters of different ranks can take each
+other's place in tensors of one shape, which a compiled graph keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import parts
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.common import forget_kept
+from fastlora.layers.starting import Starter
+
+
+@torch.no_grad()
+def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
+    """Returns an adapter's factors by part with a rank that is not smaller; changes nothing.
+
+    Args:
+        layer: Has the adapter.
+        adapter_name: Its name.
+        rank: At least the adapter's.
+    """
+    held = layer._held_parts(adapter_name)
+    lora_bias = layer._factors(adapter_name)[2] is not None
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        made = layer._new_factors(rank, lora_bias, Starter(layer, False, 1.0, None, False))
+    for part, factor in made.items():
+        old = tensors_of(held[part])
+        factor = made[part] = parts.frozen_like(factor, old["weight"], layer.training)
+        for name, tensor in tensors_of(factor).items():
+            put_rows(tensor, old[name], blocks_of(layer, part))
+            tensor.requires_grad_(old[name].requires_grad)
+    return made
+
+
+def set_factors(
+    layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
+) -> None:
+    """Puts factors of another rank in the place of an adapter's; its scaling stays what it is."""
+    for part, factor in factors.items():
+        layer._part(part)[adapter_name] = factor
+    layer.r[adapter_name] = rank
+    set_scaling(layer, adapter_name, layer.scaling[adapter_name])
+    layer._fit_scalings([adapter_name])
+    forget_kept(layer)
+
+
+def set_scaling(layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor) -> None:
+    """Sets an adapter's scaling, and the alpha that gives it at the rank of its factors."""
+    own = layer.scaling[adapter_name]
+    if isinstance(own, torch.Tensor):
+        own.fill_(scaling)
+    else:
+        layer.scaling[adapter_name] = float(scaling)
+    r = layer.r[adapter_name]
+    by = math.sqrt(r) if layer.use_rslora[adapter_name] else r
+    layer.lora_alpha[adapter_name] = float(scaling) * by
+
+
+def tensors_of(factor: parts.Factor) -> dict[str, nn.Parameter]:
+    """Returns the tensors of a factor by name; that of a parameter is its ``weight``."""
+    if isinstance(factor, nn.Parameter):
+        return {"weight": factor}
+    return dict(factor.named_parameters())
+
+
+def blocks_of(layer: LoraLayer, part: str) -> int:
+    """Returns in how many blocks a factor has its rank rows: groups of a convolution, or one."""
+    base: Any = layer.get_base_layer()
+    return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
+
+
+@torch.no_grad()
+def put_rows(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
+    """Writes a factor into one of the same or a larger rank, in place; zeros behind its rows.
+
+    Args:
+        target: Of a rank that is not smaller.
+        source: The factor.
+        blocks: In how many blocks along the first dimension the rank rows are.
+    """
+    if target.shape == source.shape:
+        target.copy_(source)
+        return
+    target.zero_()
+    if blocks > 1:
+        own = source.unflatten(0, (blocks, -1)).to(target.device)
+        target.unflatten(0, (blocks, -1))[:, : own.shape[1]] = own
+    else:
+        target[tuple(map(slice, source.shape))] = source.to(target.device)

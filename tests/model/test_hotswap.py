@@ -1,0 +1,245 @@
+"""Hot swap: outputs of the new adapter, nothing compiled anew, and a model as it was on failure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.model.hotswap import HotswapError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+)
+from tests.support.compiled import graph_count
+from tests.support.peft_twins import peft
+from tests.support.tiny import TwoLayers, randomise
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+
+
+def adapted(library: Any = fastlora, seed: int = 1, **config: Any) -> Any:
+    """A model with a random adapter, the same base at every call."""
+    torch.manual_seed(0)
+    base = TwoLayers()
+    torch.manual_seed(seed)
+    config = {"r": 4, "target_modules": ["q", "v"], **config}
+    model = library.get_peft_model(base, library.LoraConfig(**config))
+    randomise(model, seed)
+    return model.eval()
+
+
+def saved(folder: Path, **config: Any) -> torch.Tensor:
+    """Saves another adapter, and returns what a model with it computes."""
+    model = adapted(peft, **{"seed": 2, **config})
+    if model.peft_config["default"].modules_to_save:
+        with torch.no_grad():
+            model.base_model.model.head.modules_to_save["default"].weight.mul_(1.5)
+    model.save_pretrained(folder)
+    y: torch.Tensor = model(X).detach()
+    return y
+
+
+SWAPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({}, {"r": 2, "lora_alpha": 32}),
+    ({"r": 2}, {"r": 7, "rank_pattern": {"v": 3}, "alpha_pattern": {"q": 5}}),
+    ({}, {"target_modules": ["v"], "use_rslora": True}),
+    ({"use_dora": True}, {"use_dora": True, "r": 3, "target_modules": ["q"]}),
+    ({"lora_bias": True}, {"lora_bias": True, "r": 3}),
+    ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}),
+    ({"modules_to_save": ["head"]}, {}),
+]
+
+
+@pytest.mark.parametrize("old, new", SWAPS, ids=[f"{old} {new}" for old, new in SWAPS])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_new_adapter_acts(
+    old: dict[str, Any], new: dict[str, Any], padded: bool, tmp_path: Path
+) -> None:
+    """With other ranks, alphas and targets too; saved, it loads in PEFT and computes the same."""
+    expected = saved(tmp_path / "new", **new)
+    model = adapted(**old)
+    before = model(X).detach()
+    if padded:
+        fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        torch.testing.assert_close(model(X).detach(), before)
+    parameters = dict(model.named_parameters())
+    fastlora.hotswap_adapter(model, tmp_path / "new", "default")
+    torch.testing.assert_close(model(X).detach(), expected, rtol=1e-4, atol=1e-5)
+    if padded:
+        assert all(p is parameters[name] for name, p in model.named_parameters())
+    model.save_pretrained(tmp_path / "again")
+    for library in (peft, fastlora):
+        torch.manual_seed(0)
+        again = library.PeftModel.from_pretrained(TwoLayers(), tmp_path / "again").eval()
+        torch.testing.assert_close(again(X).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_nothing_is_compiled_anew(dora: bool, tmp_path: Path) -> None:
+    """In a graph for evaluation and in one that trains, over adapters of three ranks and alphas."""
+    folders, outputs = [], []
+    for index, (r, alpha) in enumerate(((2, 3), (8, 8), (5, 20))):
+        folders.append(tmp_path / str(index))
+        config = {"seed": index + 2, "r": r, "lora_alpha": alpha, "use_dora": dora}
+        outputs.append(saved(folders[-1], **config))
+    model = adapted(use_dora=dora)
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(X)
+    compiled(X).sum().backward()
+    count = graph_count()
+    for folder, expected in zip(folders, outputs, strict=True):
+        fastlora.hotswap_adapter(compiled, folder, "default")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        compiled(X).sum().backward()
+    assert graph_count() == count
+    factor = model.base_model.model.q.lora_B["default"].weight
+    assert factor.grad is not None
+
+
+def test_a_mixed_batch_sees_the_swap(tmp_path: Path) -> None:
+    """What was packed for an earlier batch is not used again."""
+    expected = saved(tmp_path, r=3)
+    model = adapted()
+    model.add_adapter("other", fastlora.LoraConfig(r=2, target_modules=["q"]))
+    ids = ["default", None, "other", "default", None]
+    with torch.no_grad():
+        for _ in range(3):
+            model(X, adapter_names=ids)
+        fastlora.hotswap_adapter(model, tmp_path, "default")
+        y = model(X, adapter_names=ids)
+    torch.testing.assert_close(y[[0, 3]], expected[[0, 3]], rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_by_either_name(tmp_path: Path) -> None:
+    """A state dict of a model, and one of a file; PEFT's config is taken too."""
+    other = adapted(seed=2, r=2)
+    expected = other(X).detach()
+    by_file = peft.get_peft_model_state_dict(adapted(peft, seed=2, r=2))
+    in_model = {k: v for k, v in other.state_dict().items() if "lora_" in k}
+    for tensors, library in ((in_model, fastlora), (by_file, peft)):
+        model = adapted()
+        config = library.LoraConfig(r=2, target_modules=["q", "v"])
+        fastlora.hotswap_adapter_from_state_dict(model, tensors, "default", config)
+        torch.testing.assert_close(model(X).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_preparing() -> None:
+    """Requires-grad flags, a config that is handed in, and the model's own stay right."""
+    model = adapted(rank_pattern={"q": 2}, lora_alpha=8)
+    model.base_model.model.q.lora_A["default"].requires_grad_(False)
+    layers = model.base_model.model.q, model.base_model.model.v
+    scalings = [layer.scaling["default"] for layer in layers]
+    config = fastlora.LoraConfig(r=4, rank_pattern={"q": 2}, target_modules=["q", "v"])
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=6, config={"x": config})
+    assert (config.r, config.rank_pattern) == (6, {"q": 6})
+    own = model.peft_config["default"]
+    assert (own.r, own.rank_pattern) == (6, {})
+    assert [own.scaling_for("q"), own.scaling_for("v")] == pytest.approx(scalings)
+    layer = model.base_model.model.q
+    assert layer.lora_A["default"].weight.shape == (6, 16)
+    assert not layer.lora_A["default"].weight.requires_grad
+    assert layer.lora_B["default"].weight.requires_grad
+    layer.set_scale("default", 1.0)
+    assert layer.scaling["default"] == pytest.approx(scalings[0])
+
+
+def test_refusals_change_nothing(tmp_path: Path) -> None:
+    """Each before the first tensor is written."""
+    saved(tmp_path / "wide", target_modules=["q", "v", "head"])
+    saved(tmp_path / "dora", use_dora=True)
+    saved(tmp_path / "dropout", lora_dropout=0.5)
+    saved(tmp_path / "good", r=9)
+    model = adapted()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    wrong: list[tuple[str, str, type[Exception], str]] = [
+        ("wide", "default", HotswapError, "unexpected keys found: .*head.lora_A.default.weight"),
+        ("wide", "default", RuntimeError, "Hot swapping the adapter did not succeed"),
+        ("dora", "default", ConfigError, "for use_dora, False != True"),
+        ("dropout", "default", ConfigError, "for lora_dropout"),
+        ("good", "absent", AdapterNotFoundError, "no adapter 'absent'"),
+        ("nowhere", "default", CheckpointError, "nowhere"),
+    ]
+    for folder, name, error, words in wrong:
+        with pytest.raises(error, match=words):
+            fastlora.hotswap_adapter(model, tmp_path / folder, name)
+    for rank, error, words in (
+        (3, ConfigError, r"target rank 3, but the original rank is larger \(4\)"),
+        (0, ConfigError, "positive integer"),
+    ):
+        with pytest.raises(error, match=words):
+            fastlora.prepare_model_for_compiled_hotswap(model, target_rank=rank)
+    state = {k: v for k, v in adapted(seed=2, r=2).state_dict().items() if "lora_" in k}
+    config = fastlora.LoraConfig(r=3, target_modules=["q", "v"])
+    with pytest.raises(HotswapError, match=r"has shape \(2, 16\), expected \(3, 16\)"):
+        fastlora.hotswap_adapter_from_state_dict(model, state, "default", config)
+    model.merge_adapter()
+    with pytest.raises(AdapterStateError, match="currently merged"):
+        fastlora.hotswap_adapter(model, tmp_path / "good", "default")
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.base_model.model.q.scaling["default"] == 8 / 4
+
+
+def test_compiled_models_and_models_without_adapters() -> None:
+    """PEFT's three answers to a model that is compiled already."""
+    compiled: Any = torch.compile(adapted(), backend="eager")
+    with pytest.raises(ValueError, match=r"\*before\* compiling"):
+        fastlora.prepare_model_for_compiled_hotswap(compiled, target_rank=8)
+    with pytest.warns(UserWarning, match="already compiled"):
+        fastlora.prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
+    fastlora.prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="ignore")
+    with pytest.raises(ValueError, match="'error', 'warn', or 'ignore', got 'no'"):
+        fastlora.prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="no")
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        fastlora.prepare_model_for_compiled_hotswap(nn.Linear(2, 2), target_rank=8)
+
+
+def test_models_of_peft(tmp_path: Path) -> None:
+    """Go to PEFT's own functions; a patched one keeps nothing of the adapter before."""
+    expected = saved(tmp_path, r=2, lora_alpha=8)
+    model = adapted(peft)
+    fastlora.patch(model)
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    with torch.no_grad():
+        model(X)
+        fastlora.hotswap_adapter(model, tmp_path, "default")
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding"])
+def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
+    """Of another rank; PEFT's own swap fails on embeddings."""
+    outputs = {}
+    ids = torch.arange(12).view(3, 4)
+    for seed, r in ((1, 4), (2, 3)):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=r, target_modules=["0", "1"], init_lora_weights=False)
+        model = peft.get_peft_model(base, config)
+        outputs[r] = model(ids).detach()
+        model.save_pretrained(tmp_path / str(r))
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
+    model = fastlora.PeftModel.from_pretrained(base, tmp_path / "3")
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=5)
+    for r in (4, 3, 4):
+        fastlora.hotswap_adapter(model, tmp_path / str(r), "default")
+        torch.testing.assert_close(model(ids).detach(), outputs[r], rtol=1e-4, atol=1e-5)
+    assert math.isclose(model.peft_config["default"].scaling_for("0"), 8 / 4)
