@@ -34,6 +34,7 @@ from fastlora.layers.ranks import (
 )
 from fastlora.model import adapter_state, inject
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
+from fastlora.model.computed import lora_layers
 from fastlora.model.config import LoraConfig
 from fastlora.model.lora_model import LoraModel
 from fastlora.validation import (
@@ -380,13 +381,7 @@ def _refuse_split(name: str, layer: LoraLayer) -> None:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    base = model.base_model.model if isinstance(model, LoraModel) else model
-    found = {}
-    for name, layer in inject.routed_modules(base):
-        if isinstance(layer, LoraLayer):
-            found[name] = layer
-            found |= {f"{name}.{below}": inner for below, inner in layer.inner_layers().items()}
-    return found
+    return lora_layers(model.base_model.model if isinstance(model, LoraModel) else model)
 
 
 def _theirs(model: nn.Module, function: str) -> Any:

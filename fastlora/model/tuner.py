@@ -18,6 +18,7 @@ from torch import nn
 from fastlora.init import Init
 from fastlora.layers.factors import Parameters
 from fastlora.model import inject
+from fastlora.model.computed import Made
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import resolve_target_modules
 from fastlora.model.tied import SharedWeights, tie_adapters
@@ -244,16 +245,23 @@ class LoraTuner(nn.Module):
                 Nothing has changed then.
         """
         names = self._known(adapters)
-        check_adapter_name(adapter_name)
-        if adapter_name in self.peft_config:
-            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+        self._check_new(adapter_name)
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
         )
         configs = {name: self.peft_config[name] for name in names}
-        made = combined(self.model, configs, weights, how)
+        self.add_computed(adapter_name, combined(self.model, configs, weights, how))
+
+    def add_computed(self, adapter_name: str, made: Made) -> None:
+        """Adds an adapter with the factors that were computed for it, frozen and not active."""
+        self._check_new(adapter_name)
         self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
         made.fill(self.model, adapter_name)
+
+    def _check_new(self, adapter_name: str) -> None:
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
 
     def enable_adapter_layers(self) -> None:
         """Undoes `disable_adapter_layers`."""

@@ -1,31 +1,27 @@
-"""An adapter that is the weighted sum of others: what `LoraModel.add_weighted_adapter` makes.
-
-Everything is checked and computed before the model changes.
-"""
+"""An adapter that is the weighted sum of others: what `LoraTuner.add_weighted_adapter` makes."""
 
 from __future__ import annotations
 
-import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
-from fastlora.model import inject
-from fastlora.model.config import LoraConfig
-from fastlora.sharding import is_sharded
-from fastlora.validation import (
-    AdapterStateError,
-    ConfigError,
-    UnsupportedLayerError,
-    check_rank,
-    near_names,
+from fastlora.model.computed import (
+    Factors,
+    Made,
+    config_for,
+    copies_of,
+    lora_layers,
+    made,
+    pair_of,
 )
+from fastlora.model.config import LoraConfig
+from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
 
 
 class Combination(NamedTuple):
@@ -42,46 +38,6 @@ class Combination(NamedTuple):
     def of_updates(self) -> bool:
         """Whether updates ``lora_b @ lora_a`` are added, and not factors."""
         return self.combination_type.endswith("svd")
-
-
-class Factors(NamedTuple):
-    """What an adapter is to have on one layer: ``[R, K]``, ``[N, R]``, and ``[N]`` or None."""
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    lora_bias: torch.Tensor | None = None
-
-
-class Made(NamedTuple):
-    """An adapter that is computed, and not in the model yet.
-
-    Attributes:
-        plan: Its config, and the modules it goes on.
-        factors: What it has on each of them.
-        copies: Module of ``modules_to_save`` to the adapter whose copy it takes over.
-        wide: Whether the factors are fp32 beside base layers of 16 bits.
-    """
-
-    plan: inject.Plan
-    factors: dict[str, Factors]
-    copies: dict[str, str]
-    wide: bool
-
-    @torch.no_grad()
-    def fill(self, model: nn.Module, adapter_name: str) -> None:
-        """Copies what was computed into the adapter, once the model has it."""
-        for name, layer in _lora_layers(model).items():
-            if name in self.factors:
-                for place, value in zip(
-                    layer._factors(adapter_name), self.factors[name], strict=True
-                ):
-                    if place is not None and value is not None:
-                        place.copy_(value)
-                layer._forget_packed()
-        for name, owner in self.copies.items():
-            wrapper = model.get_submodule(name)
-            copies: Any = wrapper.modules_to_save
-            copies[adapter_name].load_state_dict(copies[owner].state_dict())
 
 
 def combined(
@@ -106,23 +62,17 @@ def combined(
     if len(configs) == 1:
         how = how._replace(combination_type="linear")
     chosen = dict(zip(configs, map(float, weights), strict=True))
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     factors = {}
     for name, layer in layers.items():
         holders = {adapter: w for adapter, w in chosen.items() if adapter in layer.r}
         if holders:
             factors[name] = _on_layer(name, layer, holders, how)
     ranks = {name: made.lora_a.shape[0] for name, made in factors.items()}
-    copies = _copies(model, list(configs))
-    config = _config(list(configs.values()), ranks, copies)
-    plan = inject.plan_adapter(model, config)
-    if set(plan.targets) != set(factors):
-        # Configs that pick layers in different ways have no sum but the names themselves.
-        config.target_modules = set(factors)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        plan = inject.plan_adapter(model, config)
+    copies = copies_of(model, list(configs))
+    config = config_for(list(configs.values()), ranks, copies)
     first = next(layer._factors(a)[0] for layer in layers.values() for a in chosen if a in layer.r)
-    return Made(plan, factors, copies, first.dtype == torch.float32)
+    return made(model, config, factors, copies, first.dtype)
 
 
 def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Combination) -> None:
@@ -168,28 +118,12 @@ def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Com
 
 def _on_layer(name: str, layer: LoraLayer, holders: dict[str, float], how: Combination) -> Factors:
     """Computes the sum on one layer, of the adapters that it has."""
-    parts = [layer._factors(adapter) for adapter in holders]
-    pairs = [(a.detach(), b.detach()) for a, b, _ in parts]
-    if layer.is_split or any(is_sharded(tensor) for pair in pairs for tensor in pair):
-        raise AdapterStateError(
-            f"the factors on {name!r} are sharded over processes; save the adapters, and add them "
-            "on a model that is whole"
-        )
-    low_rank.check_finite(
-        f"an adapter of {list(holders)} on {name!r}", *(t for p in pairs for t in p)
-    )
+    pairs = [pair_of(name, layer, adapter) for adapter in holders]
     ranks = [layer.r[adapter] for adapter in holders]
     scalings = [float(layer.scaling[adapter]) for adapter in holders]
     scales = [w * s for w, s in zip(holders.values(), scalings, strict=True)]
     kind = how.combination_type
-    if (how.of_updates or kind == "cat") and any(b.shape[1] != a.shape[0] for a, b in pairs):
-        raise UnsupportedLayerError(
-            f"combination_type={kind!r} cannot add updates of a grouped convolution ({name!r}), "
-            "which are no products of two factors; expected 'linear'"
-        )
-    bias = _bias([part[2] for part in parts], scales, how)
-    wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    pairs = [(a.to(wide), b.to(wide)) for a, b in pairs]
+    bias = _bias([layer._factors(adapter)[2] for adapter in holders], scales, how)
     if kind == "cat":
         lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
         return Factors(lora_a, torch.cat([b for _, b in pairs], 1), bias)
@@ -249,46 +183,3 @@ def _bias(
     exact = how.combination_type in ("cat", "svd")
     how = how._replace(combination_type="linear") if exact else how
     return _combine([b for b, _ in found], [s for _, s in found], how)
-
-
-def _copies(model: nn.Module, adapters: list[str]) -> dict[str, str]:
-    """Returns each module of which one of the adapters owns a copy, and which one."""
-    found = {}
-    for name, module in inject.routed_modules(model):
-        copies = getattr(module, "modules_to_save", None)
-        owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
-        if len(owners) > 1:
-            raise AdapterStateError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save: "
-                f"adapters {owners} own copies of {name!r}"
-            )
-        if owners:
-            found[name] = owners[0]
-    return found
-
-
-def _config(
-    configs: list[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
-) -> LoraConfig:
-    """Returns the config of the sum; its factors hold all scalings, so that alpha is the rank."""
-    config = copy.deepcopy(configs[0])
-    rank = max(ranks.values())
-    config.r = config.lora_alpha = rank
-    config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
-    config.rank_pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    config.alpha_pattern = dict(config.rank_pattern)
-    config.bias = "none"  # biases of the base model are not the adapter's own
-    config.lora_bias = any(each.lora_bias for each in configs)
-    config.init_lora_weights = True
-    config.modules_to_save = sorted(copies) or None
-    targets = [each.target_modules for each in configs]
-    if isinstance(targets[0], str):
-        config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
-    else:
-        config.target_modules = {name for each in targets for name in each or ()}
-    return config
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    found = inject.routed_modules(model)
-    return {name: layer for name, layer in found if isinstance(layer, LoraLayer)}

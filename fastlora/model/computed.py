@@ -1,0 +1,178 @@
+"""Adapters that are computed from others, whole, before the model changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.algebra import low_rank
+from fastlora.layers import LoraLayer
+from fastlora.model import inject
+from fastlora.model.config import LoraConfig
+from fastlora.sharding import is_sharded
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
+
+
+class Factors(NamedTuple):
+    """What an adapter is to have on one layer.
+
+    Attributes:
+        lora_a, lora_b: ``[R, K]`` and ``[N, R]``.
+        lora_bias: ``[N]``, or None.
+        magnitude: Of an adapter that uses DoRA, in its own shape.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    lora_bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+class Made(NamedTuple):
+    """An adapter that is computed, and not in the model yet.
+
+    Attributes:
+        plan: Its config, and the modules it goes on.
+        factors: What it has on each LoRA layer.
+        copies: Module of ``modules_to_save`` to the adapter whose copy it takes over.
+        wide: Whether the factors are fp32 beside base layers of 16 bits.
+    """
+
+    plan: inject.Plan
+    factors: Mapping[str, Factors]
+    copies: Mapping[str, str]
+    wide: bool
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, adapter_name: str) -> None:
+        """Copies what was computed into the adapter, once the model has it."""
+        layers = lora_layers(model)
+        for name, made in self.factors.items():
+            layer = layers[name]
+            for place, value in zip(layer._factors(adapter_name), made[:3], strict=True):
+                if place is not None and value is not None:
+                    place.copy_(value)
+            if made.magnitude is not None:
+                magnitude: Any = layer.lora_magnitude_vector[adapter_name]
+                magnitude.weight.copy_(made.magnitude)
+            layer._forget_packed()
+        for name, owner in self.copies.items():
+            wrapper = model.get_submodule(name)
+            copies: Any = wrapper.modules_to_save
+            copies[adapter_name].load_state_dict(copies[owner].state_dict())
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Returns every LoRA layer of a base model by its name, those inside others too."""
+    found: dict[str, LoraLayer] = {}
+    for name, layer in inject.routed_modules(model):
+        if isinstance(layer, LoraLayer):
+            found[name] = layer
+            found |= {f"{name}.{below}": inner for below, inner in layer.inner_layers().items()}
+    return found
+
+
+def pair_of(name: str, layer: LoraLayer, adapter: str) -> low_rank.Pair:
+    """Returns an adapter's factors on a layer as matrices, in fp32 or wider.
+
+    Raises:
+        AdapterStateError: They are sharded, or have values that are not finite.
+        UnsupportedLayerError: The update is no product of two matrices that could be written to.
+    """
+    lora_a, lora_b, _ = layer._factors(adapter)
+    if layer.is_split or is_sharded(lora_a) or is_sharded(lora_b):
+        raise AdapterStateError(
+            f"the factors on {name!r} are sharded over processes; save the adapters, and compute "
+            "with them on a model that is whole"
+        )
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    views = all(factor.untyped_storage().data_ptr() in own for factor in (lora_a, lora_b))
+    if lora_a.shape[0] != layer.r[adapter] or not views:
+        raise UnsupportedLayerError(
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} whose adapters are no plain "
+            "pairs of matrices (groups, or channels last); expected targets without it"
+        )
+    low_rank.check_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
+    wide = torch.promote_types(lora_a.dtype, torch.float32)
+    return lora_a.detach().to(wide), lora_b.detach().to(wide)
+
+
+def copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
+    """Returns each module of which one of the adapters owns a copy, and which one.
+
+    Raises:
+        AdapterStateError: Two of them own a copy of the same module.
+    """
+    found = {}
+    for name, module in inject.routed_modules(model):
+        copies = getattr(module, "modules_to_save", None)
+        owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
+        if len(owners) > 1:
+            raise AdapterStateError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save: "
+                f"adapters {owners} own copies of {name!r}"
+            )
+        if owners:
+            found[name] = owners[0]
+    return found
+
+
+def config_for(
+    configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
+) -> LoraConfig:
+    """Returns the config of an adapter whose factors hold all scalings: its alpha is its rank.
+
+    Args:
+        configs: Of the adapters that it is made of; the first one's other fields are taken.
+        ranks: By layer.
+        copies: From `copies_of`.
+    """
+    config = copy.deepcopy(configs[0])
+    rank = max(ranks.values())
+    config.r = config.lora_alpha = rank
+    config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
+    config.rank_pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.bias = "none"  # biases of the base model are not the adapter's own
+    config.lora_bias = any(each.lora_bias for each in configs)
+    config.init_lora_weights = True
+    config.modules_to_save = sorted(copies) or None
+    targets = [each.target_modules for each in configs]
+    if isinstance(targets[0], str):
+        config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
+    else:
+        config.target_modules = {name for each in targets for name in each or ()}
+    return config
+
+
+def made(
+    model: nn.Module,
+    config: LoraConfig,
+    factors: Mapping[str, Factors],
+    copies: Mapping[str, str],
+    dtype: torch.dtype,
+) -> Made:
+    """Returns an adapter that is ready to be added, on the layers that it has factors for.
+
+    Args:
+        model: The base model, with adapters in it.
+        config: The adapter's.
+        factors: By layer.
+        copies: From `copies_of`.
+        dtype: Of the factors that it was computed from.
+    """
+    plan = inject.plan_adapter(model, config)
+    layers = lora_layers(model)
+    inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
+    outer = set(factors) - inner
+    if set(plan.targets) != outer:
+        # Configs that pick layers in different ways have no sum but the names themselves.
+        config.target_modules = outer
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        plan = inject.plan_adapter(model, config)
+    return Made(plan, factors, copies, dtype == torch.float32)
