@@ -19,6 +19,13 @@ from fastlora.model.hotswap import (
     prepare_model_for_compiled_hotswap,
 )
 from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.reduce import (
+    RankReduction,
+    convert_to_lora,
+    reduce_intruder_dimension,
+    reduce_rank,
+    save_as_lora,
+)
 from fastlora.model.status import get_layer_status, get_model_status
 from fastlora.ops.conditions import batch_invariant
 from fastlora.pool import AdapterPool
@@ -66,6 +73,7 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "PeftModel",
+    "RankReduction",
     "Recommendation",
     "TaskType",
     "__version__",
@@ -74,6 +82,7 @@ __all__ = [
     "adapters",
     "batch_invariant",
     "causal_lm_losses",
+    "convert_to_lora",
     "estimate",
     "functional",
     "fusion_report",
@@ -85,7 +94,10 @@ __all__ = [
     "patch",
     "prepare_model_for_compiled_hotswap",
     "recommend",
+    "reduce_intruder_dimension",
+    "reduce_rank",
     "refresh",
+    "save_as_lora",
     "train_adapters",
     "unpatch",
 ]

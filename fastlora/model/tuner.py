@@ -245,7 +245,7 @@ class LoraTuner(nn.Module):
                 Nothing has changed then.
         """
         names = self._known(adapters)
-        self._check_new(adapter_name)
+        self.check_new(adapter_name)
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
         )
@@ -254,11 +254,12 @@ class LoraTuner(nn.Module):
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
         """Adds an adapter with the factors that were computed for it, frozen and not active."""
-        self._check_new(adapter_name)
+        self.check_new(adapter_name)
         self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
         made.fill(self.model, adapter_name)
 
-    def _check_new(self, adapter_name: str) -> None:
+    def check_new(self, adapter_name: str) -> None:
+        """Raises unless an adapter can have that name."""
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already")

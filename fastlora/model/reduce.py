@@ -1,0 +1,333 @@
+"""Adapters of a smaller rank: by singular value decomposition, and without intruder dimensions.
+
+`convert_to_lora`, `save_as_lora` and `reduce_intruder_dimension` have the names and arguments of
+PEFT 0.21.2 (``tuners/lora/conversion.py`` and ``intruders.py``). `reduce_rank` says what it loses.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.algebra import low_rank
+from fastlora.layers import LoraLayer
+from fastlora.model import adapter_state
+from fastlora.model.adapter_folder import save_adapter_folder
+from fastlora.model.computed import (
+    Factors,
+    Made,
+    config_for,
+    copies_of,
+    lora_layers,
+    made,
+    pair_of,
+)
+from fastlora.model.config import LoraConfig
+from fastlora.model.lora_model import LoraModel
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+# A name that no user gives an adapter.
+_CONVERTED = "fastlora-converted"
+
+
+@dataclass(frozen=True)
+class RankReduction:
+    """What `reduce_rank` made.
+
+    Args:
+        adapter_name: Name of the new adapter.
+        ranks: Layer to the new rank there.
+        errors: Layer to what is lost there, as a share of the update's Frobenius norm.
+    """
+
+    adapter_name: str
+    ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest of the errors."""
+        return max(self.errors.values())
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"{self.adapter_name}: ranks {min(self.ranks.values())} to {max(self.ranks.values())} "
+            f"on {len(self.ranks)} layers; lost of the update {mean:.2%} on average, at most "
+            f"{self.errors[worst]:.2%} ({worst})"
+        )
+
+
+def reduce_rank(
+    model: LoraModel,
+    rank: int | float,
+    adapter_name: str = "default",
+    new_adapter_name: str = "reduced",
+) -> RankReduction:
+    """Adds an adapter that is another one at a smaller rank, frozen and not active.
+
+    On each layer it is the update of that rank nearest to the old one, in the Frobenius norm. Its
+    factors hold the scaling. A bias of lora_B, DoRA's magnitude and copies of modules are taken
+    over.
+
+    Args:
+        model: Has the adapter.
+        rank: A number, or the share of the update's squares to keep, in (0, 1]: then each layer
+            gets the smallest rank that does.
+        adapter_name: The adapter to reduce, which stays as it is.
+        new_adapter_name: Name of the new one.
+
+    Returns:
+        The ranks and what was lost, by layer.
+
+    Raises:
+        AdapterNotFoundError: There is no such adapter.
+        AdapterStateError: The new name exists; factors are sharded or not finite.
+        ConfigError: ``rank`` is out of range, or larger than a layer's.
+        UnsupportedLayerError: A layer's update is no product of two matrices. Nothing has changed.
+    """
+    model.base_model.check_new(new_adapter_name)
+    new, errors = _reduced(model, rank, adapter_name)
+    model.base_model.add_computed(new_adapter_name, new)
+    ranks = {name: factors.lora_a.shape[0] for name, factors in new.factors.items()}
+    return RankReduction(new_adapter_name, ranks, errors)
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Returns config and tensors of an adapter at another rank, as files have them.
+
+    Args:
+        model: A `LoraModel`; a model of PEFT's, of any method, goes to PEFT's function.
+        rank: As in `reduce_rank`.
+        adapter_name: The adapter to convert, which stays as it is.
+        progressbar, compile_kwargs: PEFT's arguments, without effect on models of ours.
+
+    Raises:
+        AdapterNotFoundError, AdapterStateError, ConfigError, UnsupportedLayerError: See
+            `reduce_rank`.
+    """
+    if not isinstance(model, LoraModel):
+        return _theirs(model, "convert_to_lora")(
+            model, rank, adapter_name, progressbar, compile_kwargs
+        )
+    new, _ = _reduced(model, rank, adapter_name)
+    tuner = model.base_model
+    tuner.add_computed(_CONVERTED, new)
+    try:
+        state = model.state_dict()
+        tensors = adapter_state.collect(model, _CONVERTED, state, False)
+        return tuner.peft_config[_CONVERTED], {k: v.detach().clone() for k, v in tensors.items()}
+    finally:
+        tuner.delete_adapter(_CONVERTED)
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Writes what `convert_to_lora` returns into a folder that PEFT and fastlora load.
+
+    Args:
+        path: The folder, made if need be.
+        model, rank, adapter_name, progressbar, compile_kwargs: As in `convert_to_lora`.
+    """
+    if not isinstance(model, LoraModel):
+        _theirs(model, "save_as_lora")(path, model, rank, adapter_name, progressbar, compile_kwargs)
+        return
+    config, tensors = convert_to_lora(model, rank, adapter_name)
+    save_adapter_folder(Path(path), config, tensors)
+
+
+def reduce_intruder_dimension(
+    peft_model: LoraModel,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: Callable[..., Any] | None = print,
+) -> None:
+    """Adds an adapter without most of what is foreign to the base weights, and makes it active.
+
+    An intruder is one of the first singular vectors of the adapted weight that no singular vector
+    of the base weight resembles; it is what makes a model forget
+    (https://arxiv.org/abs/2410.21228). Less of it costs accuracy on the adapter's own task.
+
+    Args:
+        peft_model: Has the adapter.
+        old_adapter_name: The adapter to look at, which stays as it is.
+        new_adapter_name: Name of the new one, of the same rank and scaling.
+        top_k: How many of the first singular vectors to look at.
+        threshold_epsilon: Up to which cosine similarity one is an intruder.
+        mitigation_lambda: What is left of an intruder.
+        logging_sink: Gets a line for each layer; None for no lines.
+
+    Raises:
+        AdapterNotFoundError: There is no such adapter.
+        AdapterStateError: The new name exists; the old adapter uses DoRA, or is merged; factors are
+            sharded or not finite.
+        UnsupportedLayerError: A base weight cannot be read. Nothing has changed then.
+    """
+    if not isinstance(peft_model, LoraModel):
+        raise AdapterStateError(
+            "The provided model is not using LoRA of fastlora's and is therefore not supported."
+        )
+    tuner = peft_model.base_model
+    tuner.check_new(new_adapter_name)
+    tell = logging_sink or _silent
+    factors = {}
+    for name, layer in _layers_with(peft_model, old_adapter_name):
+        if old_adapter_name in layer.lora_magnitude_vector:
+            raise AdapterStateError(f"adapter {old_adapter_name!r} uses DoRA; expected plain LoRA")
+        if layer.merged:
+            raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
+        pair = pair_of(name, layer, old_adapter_name)
+        scaling = float(layer.scaling[old_adapter_name])
+        weight = layer._own_weight().detach().to(pair[0].dtype)
+        found = _without_intruders(
+            weight, pair, scaling, (top_k, threshold_epsilon, mitigation_lambda)
+        )
+        tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
+        pair = found[0] if found else pair
+        factors[name] = Factors(*pair, layer._factors(old_adapter_name)[2])
+    config = copy.deepcopy(tuner.peft_config[old_adapter_name])
+    config.bias, config.init_lora_weights = "none", True
+    new = _made(peft_model, config, factors, old_adapter_name)
+    tuner.add_computed(new_adapter_name, new)
+    tell(f"Enabling new adapter {new_adapter_name}")
+    peft_model.set_adapter(new_adapter_name)
+
+
+@torch.no_grad()
+def _without_intruders(
+    weight: torch.Tensor,
+    pair: low_rank.Pair,
+    scaling: float,
+    how: tuple[int, float, float],
+) -> tuple[low_rank.Pair, int] | None:
+    """Returns factors with less of the intruders, and their number; None where there are none.
+
+    Args:
+        weight: Of the base layer, ``[N, K]``.
+        pair: The adapter's factors.
+        scaling: The adapter's.
+        how: top_k, threshold_epsilon and mitigation_lambda of `reduce_intruder_dimension`.
+    """
+    lora_a, lora_b = pair
+    top, threshold, left = how
+    adapted = low_rank.decompose(torch.addmm(weight, lora_b, lora_a, alpha=scaling))
+    base = low_rank.decompose(weight)
+    similar = (adapted.u[:, :top].t() @ base.u).abs().amax(1)
+    index = (similar < threshold).nonzero().flatten()
+    if not index.numel():
+        return None
+    # What is taken away has the rank of the number of intruders: so has the sum, with R.
+    intruders = adapted.vh[index], adapted.u[:, index] * adapted.s[index]
+    found = low_rank.decompose_pairs([pair, intruders], [1.0, (left - 1.0) / scaling])
+    rank = lora_a.shape[0]
+    root = found.s[:rank].sqrt()
+    made_a, made_b = root[:, None] * found.vh[:rank], found.u[:, :rank] * root
+    return (low_rank.padded(made_a, rank, 0), low_rank.padded(made_b, rank, 1)), index.numel()
+
+
+def _reduced(
+    model: LoraModel, rank: int | float, adapter_name: str
+) -> tuple[Made, dict[str, float]]:
+    """Computes an adapter at another rank, and what is lost on each layer."""
+    share = isinstance(rank, float)
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0:
+        raise ConfigError(
+            f"rank must be a positive number, or a share in (0, 1], got {rank!r}: a valid value is "
+            "a rank such as 4, or 0.9"
+        )
+    if share and rank > 1:
+        raise ConfigError(
+            "If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but "
+            f"got {rank}."
+        )
+    factors, errors = {}, {}
+    for name, layer in _layers_with(model, adapter_name):
+        pair = pair_of(name, layer, adapter_name)
+        scaling = float(layer.scaling[adapter_name])
+        found = low_rank.decompose_pairs([pair], [scaling])
+        most = min(pair[0].shape[1], pair[1].shape[0])
+        if not share and rank > most:
+            raise ConfigError(
+                f"The chosen rank {rank} is larger than the weight shape ({most}) of {name!r}, "
+                "please choose a lower rank."
+            )
+        cut = found.rank_for(rank)
+        errors[name] = found.error(cut)
+        full = cut if share else int(rank)
+        lora_a, lora_b = found.vh[:cut], found.u[:, :cut] * found.s[:cut]
+        bias = layer._factors(adapter_name)[2]
+        magnitude: Any = layer._held_parts(adapter_name).get("lora_magnitude_vector")
+        factors[name] = Factors(
+            low_rank.padded(lora_a, full, 0),
+            low_rank.padded(lora_b, full, 1),
+            None if bias is None else bias.detach() * scaling,
+            None if magnitude is None else magnitude.weight.detach(),
+        )
+    ranks = {name: each.lora_a.shape[0] for name, each in factors.items()}
+    copies = copies_of(model.base_model.model, [adapter_name])
+    config = config_for([model.base_model.peft_config[adapter_name]], ranks, copies)
+    return _made(model, config, factors, adapter_name), errors
+
+
+def _made(
+    model: LoraModel, config: LoraConfig, factors: dict[str, Factors], adapter_name: str
+) -> Made:
+    base = model.base_model.model
+    dtype = next(
+        layer._factors(adapter_name)[0].dtype for _, layer in _layers_with(model, adapter_name)
+    )
+    return made(base, config, factors, copies_of(base, [adapter_name]), dtype)
+
+
+def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Yields name and layer of all that have an adapter."""
+    tuner = model.base_model
+    tuner.check_known(adapter_name)
+    if tuner.peft_config[adapter_name].trainable_token_indices:
+        raise AdapterStateError(
+            f"adapter {adapter_name!r} has trained tokens (trainable_token_indices), which have no "
+            "rank to reduce"
+        )
+    for name, layer in lora_layers(tuner.model).items():
+        if adapter_name in layer.r:
+            yield name, layer
+
+
+def _silent(*_: object) -> None:
+    """Tells nobody."""
+
+
+def _theirs(model: nn.Module, function: str) -> Any:
+    """Returns a function of PEFT's for a model with layers of PEFT's; raises for one without."""
+    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if layers is not None and any(isinstance(m, layers.BaseTunerLayer) for m in model.modules()):
+        return getattr(importlib.import_module("peft"), function)
+    raise UnsupportedLayerError(
+        f"Could not detect any layer that supports LoRA conversion in a {type(model).__name__}; "
+        "expected a fastlora.LoraModel, or a model of PEFT's"
+    )
