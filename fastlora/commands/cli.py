@@ -1,4 +1,4 @@
-"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``train``, ``bench``, ``demo``."""
+"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``train``, ``chat`` and others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora import env
+from fastlora.commands.models import CommandError, load_base, step
 from fastlora.validation import FastLoraError
 
 _DISTRIBUTIONS = {
@@ -32,6 +33,7 @@ _PROGRAMS = {
     ("bench", "mixed"): "fastlora.bench.mixed_bench",
     ("bench", "kernels"): "fastlora.bench.kernels_bench",
     ("train",): "fastlora.train.command",
+    ("chat",): "fastlora.commands.chat",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
@@ -40,10 +42,6 @@ _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
 )
-
-
-class CommandError(FastLoraError):
-    """A command cannot do what it was asked."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for words, module in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
-                if words != ("train",):  # before anything heavy is imported
+                if words not in (("train",), ("chat",)):  # before anything heavy is imported
                     env.prepare_demo_process()
                 run: int = importlib.import_module(module).main(arguments[len(words) :])
                 return run
@@ -146,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         "kernels",
         help="one linear, or a function of yours, on a GPU; without one what compiled code says "
         "and a prediction (own options: bench kernels --help)",
+        add_help=False,
+    )
+    commands.add_parser(
+        "chat",
+        help="talk to a model with its adapters (own options: chat --help)",
         add_help=False,
     )
     commands.add_parser(
@@ -311,37 +314,21 @@ def _merge(args: argparse.Namespace) -> int:
     from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path
-    model = _load_base(args.base, args.dtype)
+    model = load_base(args.base, args.dtype)
     from fastlora import LoraModel
     from fastlora.model.tensor_file import new_folder
 
-    _step(f"merging {adapter}")
+    step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
     with new_folder(out) as partial:
-        _step(f"writing {out}")
+        step(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
         if not copied and not _save_tokenizer(args.base, partial):
-            _step(f"no tokenizer found beside {args.base}; {out} has none")
-    _step("done")
+            step(f"no tokenizer found beside {args.base}; {out} has none")
+    step("done")
     return 0
-
-
-def _load_base(base: str, dtype: str) -> Any:
-    if base.startswith((".", "/", "~")) and not Path(base).exists():
-        raise CommandError(f"{base}: no such folder")
-    _step(f"loading {base}")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise CommandError(
-            "merge needs transformers; install it with: pip install 'fastlora-triton[hf]'"
-        ) from error
-    from fastlora.integrations.transformers import as_causal_model
-
-    with as_causal_model(base):
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
@@ -362,7 +349,3 @@ def _save_tokenizer(base: str, target: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return True
-
-
-def _step(text: str) -> None:
-    print(f"fastlora: {text}", file=sys.stderr, flush=True)

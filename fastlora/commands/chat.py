@@ -1,0 +1,328 @@
+"""``fastlora chat``: talk to a model with its adapters, switch between them, or ask all at once.
+
+One conversation, whoever answers. A line that begins with / is a command: /help lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from fastlora.commands.models import load_base, load_tokenizer
+from fastlora.validation import CheckpointError, ConfigError, near_names
+
+BASE = "base"
+_HELP = """\
+/adapter NAME   the next answers are this adapter's; /adapter base: those of the base model
+/adapters       lists the adapters; a star marks the one that answers
+/compare        every adapter and the base model answer the next messages, in one batch; again: off
+/system TEXT    sets the system prompt, and begins a new conversation
+/reset          begins a new conversation
+/quit           ends; so does the end of the input"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to ``parser``."""
+    parser.add_argument("model", metavar="MODEL", help="folder of the base model")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a PEFT adapter folder, or a folder of such folders. Repeatable; the first answers",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="ask this and end, without a dialogue. Repeatable, for one conversation",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="every adapter and the base model answer"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="no chat template: each message is the beginning of a text, and nothing is remembered",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token"
+    )
+    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--dtype", default="auto", help="of the base model (default: its own)")
+    parser.add_argument("--cpu", action="store_true", help="don't use an accelerator")
+
+
+def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Returns the adapters that the command line names, by name.
+
+    Raises:
+        CheckpointError: A folder is missing, or neither it nor a subfolder of it is an adapter's.
+        ConfigError: Two have the same name, or one is called as the base model is.
+    """
+    from fastlora.model.config import CONFIG_NAME
+
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, rest = text.partition("=")
+        path = Path(rest if equals else text).expanduser()
+        folders = {(name if equals else path.resolve().name): path}
+        if not (path / CONFIG_NAME).is_file() and path.is_dir():
+            inner = sorted(p for p in path.iterdir() if (p / CONFIG_NAME).is_file())
+            if inner and not equals:
+                folders = {p.name: p for p in inner}
+        for own, folder in folders.items():
+            if not (folder / CONFIG_NAME).is_file():
+                raise CheckpointError(f"{folder}: no adapter; expected {CONFIG_NAME} in it")
+            if own in found or own == BASE:
+                raise ConfigError(f"--adapter {folder}: {own!r} is taken; give it as NAME={folder}")
+            found[own] = folder
+    return found
+
+
+class Chat:
+    """A conversation with a model and its adapters.
+
+    Args:
+        model: In evaluation mode; a `fastlora.LoraModel` where there are adapters.
+        tokenizer: Its own.
+        names: Of the adapters; the first answers.
+        out: Where answers go.
+        plain: Whether each message is the beginning of a text, and nothing is remembered.
+        system: System prompt.
+        sampling: Arguments of ``generate``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        names: Sequence[str],
+        out: TextIO,
+        *,
+        plain: bool = False,
+        system: str | None = None,
+        **sampling: Any,
+    ) -> None:
+        self.model, self.tokenizer, self.out, self.sampling = model, tokenizer, out, sampling
+        self.plain = plain or not getattr(tokenizer, "chat_template", None)
+        self.names = list(names)
+        self.speaker = self.names[0] if self.names else BASE
+        self.system, self.compares = system, False
+        self.messages: list[dict[str, str]] = []
+
+    # ------------------------------------------------------------------------------- the dialogue
+
+    def take(self, line: str) -> bool:
+        """Answers a message or obeys a command; returns whether the dialogue goes on."""
+        word, _, rest = line.strip().partition(" ")
+        if word in ("/quit", "/exit"):
+            return False
+        if word == "/help":
+            self._say(_HELP)
+        elif word == "/adapters":
+            for name in [*self.names, BASE]:
+                self._say(f"{'*' if name == self.speaker else ' '} {name}")
+        elif word == "/adapter":
+            self.choose(rest.strip())
+        elif word == "/compare":
+            self.compares = not self.compares
+            self._say(f"comparing is {'on' if self.compares else 'off'}")
+        elif word in ("/reset", "/system"):
+            self.system = rest.strip() or None if word == "/system" else self.system
+            self.messages = []
+            self._say("a new conversation")
+        elif word.startswith("/"):
+            self._say(f"no command {word}\n{_HELP}")
+        elif word:
+            self.ask(line.strip())
+        return True
+
+    def choose(self, name: str) -> None:
+        """Has an adapter, or the base model, give the next answers; says so if there is none."""
+        if name in self.names or name == BASE:
+            self.speaker = name
+            self._say(f"{name} answers")
+        else:
+            known = [*self.names, BASE]
+            self._say(f"no adapter {name!r}; there are {', '.join(known)}{near_names(name, known)}")
+
+    def ask(self, message: str) -> None:
+        """Answers a message: as it is made, or with all adapters' answers one below the other.
+
+        The answer of the adapter that was chosen goes on in the conversation.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": message})
+        ids = self._fitting()
+        if ids is None:
+            self.messages = before
+            return
+        if self.compares:
+            answers = self._answers(ids, [*self.names, BASE])
+            for name, answer in answers.items():
+                self._say(f"[{name}] {answer}")
+            answer = answers[self.speaker]
+        else:
+            answer = self._streamed(ids)
+        self.messages.append({"role": "assistant", "content": answer})
+        if self.plain:
+            self.messages = []
+
+    # ----------------------------------------------------------------------------------- the model
+
+    def _ids(self) -> torch.Tensor:
+        """Returns the conversation as tokens, ``[1, T]``."""
+        if self.plain:
+            text, special = self.messages[-1]["content"], True
+        else:
+            first = [{"role": "system", "content": self.system}] if self.system else []
+            text = self.tokenizer.apply_chat_template(
+                [*first, *self.messages], tokenize=False, add_generation_prompt=True
+            )
+            special = False  # the template has them
+        ids: torch.Tensor = self.tokenizer(
+            text, return_tensors="pt", add_special_tokens=special
+        ).input_ids
+        return ids.to(self.model.device)
+
+    def _fitting(self) -> torch.Tensor | None:
+        """Returns the conversation without what is too old for the model's positions."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        room = None if limit is None else limit - self.sampling["max_new_tokens"]
+        ids, forgotten = self._ids(), 0
+        while room is not None and ids.shape[1] > room and len(self.messages) > 2:
+            del self.messages[:2]
+            forgotten += 1
+            ids = self._ids()
+        if room is not None and ids.shape[1] > room:
+            self._say(
+                f"the message has {ids.shape[1]} tokens; the model takes {limit}, "
+                f"{self.sampling['max_new_tokens']} of them for the answer"
+            )
+            return None
+        if forgotten:
+            self._say(f"(the first {forgotten} exchanges no longer fit, and are forgotten)")
+        return ids
+
+    def _streamed(self, ids: torch.Tensor) -> str:
+        from transformers import TextStreamer
+
+        chat, pieces = self, []
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                pieces.append(text)
+                chat.out.write(text + ("\n" if stream_end else ""))
+                chat.out.flush()
+
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            self._generate(ids, [self.speaker], streamer=streamer)
+        except KeyboardInterrupt:  # enough of this answer
+            self._say(" ...")
+        return "".join(pieces).strip()
+
+    def _answers(self, ids: torch.Tensor, names: Sequence[str]) -> dict[str, str]:
+        made = self._generate(ids.expand(len(names), -1), names)[:, ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return {name: text.strip() for name, text in zip(names, texts, strict=True)}
+
+    def _generate(self, ids: torch.Tensor, names: Sequence[str], **options: Any) -> torch.Tensor:
+        if self.names:
+            options["adapter_names"] = [None if name == BASE else name for name in names]
+        made: torch.Tensor = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **self.sampling, **options
+        )
+        return made
+
+    def _say(self, text: str) -> None:
+        self.out.write(f"{text}\n")
+        self.out.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses ``argv`` and talks."""
+    parser = argparse.ArgumentParser(
+        prog="fastlora chat", description=__doc__.split("\n")[0].partition(": ")[2]
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    _check(args)
+    folders = adapter_folders(args.adapter)
+    model, tokenizer = _load(args, folders)
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    chat = Chat(
+        model,
+        tokenizer,
+        list(folders),
+        sys.stdout,
+        plain=args.plain,
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **(sampling if args.temperature else {"do_sample": False}),
+    )
+    chat.compares = args.compare
+    for line in _lines(args, chat):
+        if not chat.take(line):
+            break
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if not 0.0 <= args.temperature < float("inf"):
+        raise ConfigError(f"--temperature must be at least 0, got {args.temperature}")
+    if not 0.0 < args.top_p <= 1.0:
+        raise ConfigError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+
+
+def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """Returns the model with its adapters, in evaluation mode, and its tokenizer."""
+    import fastlora
+
+    model, tokenizer = load_base(args.model, args.dtype, "chat"), load_tokenizer(args.model)
+    if torch.cuda.is_available() and not args.cpu:
+        model = model.to("cuda")
+    adapted: Any = None
+    for name, folder in folders.items():
+        if adapted is None:
+            adapted = fastlora.LoraModel.from_pretrained(model, folder, name)
+        else:
+            adapted.load_adapter(folder, name)
+    return (model if adapted is None else adapted).eval(), tokenizer
+
+
+def _lines(args: argparse.Namespace, chat: Chat) -> Iterator[str]:
+    """Yields what the user says: the prompts given, or lines from the terminal."""
+    if args.prompt:
+        yield from args.prompt
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys in input()
+    terminal = sys.stdin.isatty()
+    if terminal:
+        how = "each message begins a text" if chat.plain else "one conversation"
+        names = ", ".join([*chat.names, BASE])
+        sys.stdout.write(f"{chat.speaker} answers, of {names}; {how}. /help lists the commands.\n")
+    while True:
+        try:
+            yield input(f"{chat.speaker}> " if terminal else "")
+        except EOFError:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""``fastlora chat``: who answers, what is remembered, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.commands import cli
+from fastlora.commands.chat import Chat, adapter_folders
+from fastlora.validation import CheckpointError, ConfigError
+from tests.support import train_runs
+from tests.support.programs import error_of
+from tests.support.tiny import randomise, tiny_llama
+
+pytest.importorskip("transformers", reason="chats with transformers' models")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model in ``base``, and adapters ``ship`` and ``robot`` in ``run``."""
+    root = tmp_path_factory.mktemp("chat")
+    train_runs.make_base(root / "base")
+    for seed, name in enumerate(("robot", "ship")):
+        config = fastlora.LoraConfig(r=2, lora_alpha=32, target_modules="all-linear")
+        model = fastlora.get_peft_model(tiny_llama(), config)
+        randomise(model, seed)
+        model.save_pretrained(root / "run" / name)
+    return root
+
+
+@pytest.fixture
+def chat(folders: Path) -> Any:
+    """A conversation of greedy answers of eight tokens, with both adapters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    model = fastlora.LoraModel.from_pretrained(base, folders / "run" / "robot", "robot")
+    model.load_adapter(folders / "run" / "ship", "ship")
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    tokenizer.chat_template = TEMPLATE
+    sampling = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 96}
+    return Chat(model.eval(), tokenizer, ["robot", "ship"], io.StringIO(), **sampling)
+
+
+def alone(chat: Chat, text: str, name: str | None) -> str:
+    """The answer of one adapter, or of the base model, to a text, without any of this."""
+    ids = chat.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    chat.model.set_adapter(name or "robot")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 96}
+    with torch.no_grad():
+        if name is None:
+            with chat.model.disable_adapter():
+                made = chat.model.generate(input_ids=ids, **options)
+        else:
+            made = chat.model.generate(input_ids=ids, **options)
+    return chat.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def said(chat: Chat, *lines: str) -> list[str]:
+    """What is printed for these lines."""
+    chat.out.seek(0)
+    chat.out.truncate()
+    assert all(chat.take(line) for line in lines)
+    return chat.out.getvalue().splitlines()
+
+
+def test_the_chosen_adapter_answers_in_one_conversation(chat: Chat) -> None:
+    """The history holds all that was said, whoever said it."""
+    first = alone(chat, "<user>hi<bot>", "robot")
+    assert [line.strip() for line in said(chat, "hi")] == [first]
+    assert said(chat, "/adapter ship") == ["ship answers"]
+    second = alone(chat, f"<user>hi<assistant>{first}<user>and you<bot>", "ship")
+    assert [line.strip() for line in said(chat, "and you")] == [second] != [first]
+    said(chat, "/adapter base", "/system be kind")
+    assert said(chat, "hi")[0].strip() == alone(chat, "<system>be kind<user>hi<bot>", None)
+    assert said(chat, "/adapters") == ["  robot", "  ship", "* base"]
+
+
+def test_all_answer_at_once(chat: Chat) -> None:
+    """One batch; the chosen adapter's answer goes on in the conversation."""
+    lines = said(chat, "/compare", "/adapter ship", "hi")[2:]
+    answers = {name: alone(chat, "<user>hi<bot>", name) for name in ("robot", "ship")}
+    assert lines[:2] == [f"[{name}] {answer}".rstrip() for name, answer in answers.items()]
+    assert lines[2] == f"[base] {alone(chat, '<user>hi<bot>', None)}".rstrip()
+    assert chat.messages[-1] == {"role": "assistant", "content": answers["ship"]}
+
+
+def test_what_no_longer_fits_is_forgotten(chat: Chat) -> None:
+    """The oldest exchanges go; a message that never fits is left out, and nothing else changes."""
+    chat.model.config.max_position_embeddings = 60
+    said(chat, "one", "two")
+    assert said(chat, "three")[0] == "(the first 1 exchanges no longer fit, and are forgotten)"
+    assert chat.messages[0] == {"role": "user", "content": "two"}
+    before = list(chat.messages)
+    assert "the model takes 60, 8 of them for the answer" in said(chat, "x" * 90)[-1]
+    assert chat.messages == before
+
+
+def test_commands(chat: Chat) -> None:
+    """A slip is answered, and changes nothing."""
+    assert said(chat, "/adapter shp")[0].startswith("no adapter 'shp'; there are robot, ship, base")
+    assert chat.speaker == "robot"
+    assert said(chat, "/nonsense")[0] == "no command /nonsense"
+    said(chat, "hi", "/reset")
+    assert chat.messages == [] and not said(chat, "  ")
+    assert not chat.take("/quit")
+
+
+def test_without_a_template_a_message_begins_a_text(chat: Chat) -> None:
+    """As data without --chat trains."""
+    chat.plain = True
+    assert said(chat, "the sea")[0].strip() == alone(chat, "the sea", "robot")
+    assert chat.messages == []
+
+
+def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of adapters brings all of them; prompts need no terminal."""
+    arguments = [str(folders / "base"), "--adapter", str(folders / "run"), "--cpu"]
+    asked = ["--temperature", "0", "--max-new-tokens", "4", "--prompt", "the sea", "--compare"]
+    assert cli.main(["chat", *arguments, *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["[robot]", "[ship]", "[base]"]
+
+
+def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a model is read, in one line."""
+    robot = folders / "run" / "robot"
+    assert list(adapter_folders([f"a={robot}", f"b={robot}"])) == ["a", "b"]
+    with pytest.raises(ConfigError, match="'robot' is taken; give it as NAME="):
+        adapter_folders([str(robot), str(folders / "run")])
+    with pytest.raises(ConfigError, match="'base' is taken"):
+        adapter_folders([f"base={robot}"])
+    with pytest.raises(CheckpointError, match="no adapter; expected adapter_config.json in it"):
+        adapter_folders([str(tmp_path)])
+    base = folders / "base"
+    assert "--top-p must be above 0" in error_of(capsys, "chat", base, "--top-p", 0)
+    assert "--temperature must be at least 0" in error_of(capsys, "chat", base, "--temperature", -1)
+    assert "--max-new-tokens must be" in error_of(capsys, "chat", base, "--max-new-tokens", 0)
+    assert "no such folder" in error_of(capsys, "chat", tmp_path / "nowhere", "--prompt", "x")
