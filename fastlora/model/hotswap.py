@@ -47,7 +47,7 @@ from fastlora.validation import (
 from fastlora.weight_marks import marks
 
 # Fields of a config that the tensors do not show, and that a layer cannot change in place.
-_MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout")
+_MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices")
 
 
 class HotswapError(CheckpointError, RuntimeError):
@@ -324,7 +324,9 @@ def _copies(
         if source is None:
             source = _original(base, key)
         if source is None:
-            continue
+            if disk.endswith("bias"):
+                continue  # PEFT leaves some out
+            raise HotswapError(f"the new adapter has no {disk}")
         if source.shape != state[key].shape:
             raise HotswapError(
                 f"{disk} has shape {tuple(source.shape)}, this model expects "

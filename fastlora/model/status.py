@@ -14,6 +14,8 @@ from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.quantised import quantised
+from fastlora.layers.ranks import tensors_of
+from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.model.tuner import LoraTuner
 from fastlora.model.walk import outer_modules
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -21,8 +23,6 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
 _T = TypeVar("_T")
-# What holds tensors of adapters on LoRA layers of any kind.
-_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # What PEFT calls its layers over quantised weights.
 _TYPES = {"bnb 4bit": "Linear4bit", "bnb 8bit": "Linear8bitLt", "torchao": "TorchaoLoraLinear"}
 
@@ -151,10 +151,14 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of all that hold adapters: by PEFT's methods, whatever their class."""
+    """Yields name and module of all that hold adapters, those inside others too."""
     for name, module in outer_modules(model):
-        if isinstance(module, (LoraLayer, ModuleWrapper)):
+        if isinstance(module, TrainableTokensWrapper):
+            yield f"{name}.token_adapter", module
+        elif isinstance(module, (LoraLayer, ModuleWrapper)):
             yield name, module
+        if isinstance(module, LoraLayer):
+            yield from ((f"{name}.{n}", inner) for n, inner in module.inner_layers().items())
 
 
 def _status(name: str, module: Any) -> TunerLayerStatus:
@@ -181,10 +185,9 @@ def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
     found: dict[str, list[nn.Parameter]] = {}
     if isinstance(module, ModuleWrapper):
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
-    for part in _PARTS:
-        for name, factor in getattr(module, part, {}).items():
-            own = found.setdefault(name, [])
-            own.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
+    for name in module.r:
+        for factor in module._held_parts(name).values():
+            found.setdefault(name, []).extend(tensors_of(factor).values())
     return found
 
 
@@ -200,6 +203,8 @@ def _backend(module: Any) -> str | None:
 
 def _type_of(module: Any) -> str:
     """Returns PEFT's name for a kind of module: that of PyTorch's class that its base layer is."""
+    if isinstance(module, TrainableTokensWrapper):
+        return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
         return type(module).__name__
     backend = _backend(module)

@@ -249,3 +249,28 @@ def test_two_copies_of_one_module_are_refused() -> None:
     model = filled(fastlora, *({"r": 2, "modules_to_save": ["head"]} for _ in range(2)))
     with pytest.raises(AdapterStateError, match="own copies of 'head'"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties_svd"])
+def test_embeddings(kind: str) -> None:
+    """Their updates are those of PEFT."""
+    found = []
+    ids = torch.arange(12).view(3, 4)
+    for library in (fastlora, peft):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
+        configs = {
+            name: library.LoraConfig(r=3, lora_alpha=alpha, target_modules=["0", "1"])
+            for name, alpha in (("first", 2), ("second", 5))
+        }
+        model = with_adapters(base, configs, library)
+        factors = {name: p for name, p in sorted(model.named_parameters()) if "lora_" in name}
+        with torch.no_grad():
+            for index, parameter in enumerate(factors.values()):
+                generator = torch.Generator().manual_seed(index)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        model.add_weighted_adapter(["first", "second"], [0.5, -2.0], "sum", kind, density=0.5)
+        model.set_adapter("sum")
+        found.append([model.base_model.model[0].get_delta_weight("sum"), model(ids)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
