@@ -27,6 +27,7 @@ setup(
         "fastlora.layers",
         "fastlora.pool",
         "fastlora.train",
+        "fastlora.utils",
     ],
     package_dir={
         "fastlora": "fastlora",

@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
     ("model",),
-    ("pool", "integrations", "optimizers"),
+    ("pool", "integrations", "optimizers", "utils"),
     ("train",),
     ("__init__",),
     ("commands", "bench", "__main__"),
