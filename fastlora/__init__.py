@@ -5,7 +5,8 @@ from importlib import util as _util
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 
-import fastlora.integrations.transformers  # noqa: F401 - what LoraModel is on their models
+import fastlora.integrations.as_peft  # our classes are PEFT's where it is imported
+import fastlora.integrations.transformers  # noqa: F401 - its pipelines know our models
 from fastlora import functional
 from fastlora.integrations.patch import patch, unpatch
 from fastlora.integrations.report import FusionReport, fusion_report

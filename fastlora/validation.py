@@ -45,6 +45,13 @@ class CheckpointError(FastLoraError, ValueError):
     """An adapter folder is missing, damaged, unsafe, or does not fit the model."""
 
 
+# What does, with PEFT, what is not ours; ends a message that names what was asked for.
+THE_PEFT_WAY = (
+    "that is PEFT's to do: model = peft.get_peft_model(model, peft_config), then "
+    "fastlora.patch(model), which speeds up the layers that are LoRA"
+)
+
+
 class PoolFullError(FastLoraError, RuntimeError):
     """An adapter pool has no room for what was asked, and eviction cannot make any."""
 

@@ -21,6 +21,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import why_not_plain
 from fastlora.layers.call import MixedCall
 from fastlora.layers.common import CommonLayer
@@ -125,6 +126,14 @@ class FastPeftLinear(_FastForward, PeftLinear):
     """PEFT's LoRA linear with a fused forward."""
 
 
+def _named_as_before(cls: type) -> type:
+    """Has a class print under the name of PEFT's, in `get_layer_status` too; pickles keep ours."""
+    cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
+    return cls
+
+
+_named_as_before(FastPeftLinear)
+
 # PEFT's layers over quantised linears: module and class. Their base layer is called as it is.
 _QUANTISED = (
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
@@ -141,7 +150,8 @@ def _fast_class(peft_class: type) -> type | None:
     if (peft_class.__module__, peft_class.__name__) not in _QUANTISED:
         return None
     # Importable under its name, so that patched models can be pickled: see __getattr__.
-    return type(f"Fast{peft_class.__name__}", (_FastForward, peft_class), {"__module__": __name__})
+    members = {"__module__": __name__}
+    return _named_as_before(type(f"Fast{peft_class.__name__}", (_FastForward, peft_class), members))
 
 
 def __getattr__(name: str) -> Any:
@@ -224,6 +234,9 @@ class FastPeftLoraModel(PeftLoraModel):
         ):
             return None
         return found
+
+
+_named_as_before(FastPeftLoraModel)
 
 
 class RoutedPeftModel(NamedTuple):
@@ -342,7 +355,7 @@ def check_unpatches(module: nn.Module) -> None:
     if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
         raise UnsupportedLayerError(
             f"cannot unpatch a layer whose class is {type(module).__name__} by now, over "
-            f"{type(module).__mro__[1].__name__}; undo what changed it first"
+            f"{type(module).__mro__[1].__qualname__}; undo what changed it first"
         )
 
 
@@ -350,7 +363,7 @@ def patch_model(model: nn.Module) -> int:
     """Patches every layer and tuner in a model; returns the number of PEFT LoRA layers seen."""
     seen = 0
     for module in model.modules():
-        if isinstance(module, PeftLoraLayer):
+        if isinstance(module, PeftLoraLayer) and not isinstance(module, LoraLayer):
             seen += 1
             patch_layer(module)
         elif type(module) is PeftLoraModel:

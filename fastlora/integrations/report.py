@@ -106,7 +106,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if verdict is not None:
             fused, reason = verdict
             shared = sibling_note(module) if hasattr(module, "_acting") else ""
-            rows.append(LayerFusion(name, type(module).__name__, fused, reason, shared))
+            rows.append(LayerFusion(name, type(module).__qualname__, fused, reason, shared))
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport(tuple(rows), "eager", "the model has no parameters")

@@ -78,6 +78,8 @@ class CommonLayer(Whole):
 
     Attributes:
         impl: Implementation, as in `fastlora.functional.lora_linear`.
+        cast_input_dtype_enabled: Whether modules of an adapter that are called one by one get x in
+            their own dtype; PEFT's `disable_input_dtype_casting` sets it.
         routed_by: The model's group of layers, once the layer is in a model.
         routed_as: Its number there.
         table_row: Its row in a pool's tables.
@@ -85,6 +87,7 @@ class CommonLayer(Whole):
     """
 
     impl = "auto"
+    cast_input_dtype_enabled = True
     routed_by: Group | None = None
     routed_as = 0
     table_row = 0

@@ -15,7 +15,7 @@ from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import scales_by_name, scaling_beside
-from fastlora.layers.norms import adapter_squares, magnitude_of
+from fastlora.layers.norms import adapter_squares, adapter_sums, magnitude_of
 from fastlora.layers.why import refuse_triton
 from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base
@@ -85,7 +85,11 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)
     factors = down.weight, up.weight, scaling
-    squares = adapter_squares(layer, *factors, conditions.compiling)
+    if conditions.tracing:  # ONNX lacks what takes zeros out elsewhere
+        sums = adapter_sums(layer, *factors, True)
+        squares = sums.masked_fill(sums <= 0, torch.inf)
+    else:
+        squares = adapter_squares(layer, *factors, conditions.compiling)
     change = magnitude * squares.rsqrt() - 1.0
     update = up(down(inner)) * scaling
     if not isinstance(dropout, nn.Identity) and layer.training:

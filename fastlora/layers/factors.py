@@ -65,6 +65,8 @@ def factors_of(
         return None
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return None
+    if call is not None and call.conditions.tracing:
+        return None
     if is_hooked(down, up, dropout) if drops else is_hooked(down, up):
         return None
     lora_a, lora_b = down._parameters.get("weight"), up._parameters.get("weight")

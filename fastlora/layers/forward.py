@@ -133,7 +133,8 @@ def _called(call: LayerCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
     refuse_triton(layer, names)
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name]
-        inner = x.to(down.weight.dtype) if call.conditions.autocast is None else x
+        cast = call.conditions.autocast is None and layer.cast_input_dtype_enabled
+        inner = x.to(down.weight.dtype) if cast else x
         update = up(down(layer.lora_dropout[name](inner))) * scaling_beside(layer, name, call)
         y = (y + update).to(y.dtype)
     return y

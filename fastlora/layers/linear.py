@@ -142,7 +142,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             why = "no adapter acts on it: give base rows None in fastlora.adapters"
             call.conditions.refuse(self, why)
             return F.linear(x, weight, bias)
-        if x.shape[-1] != self.in_features:
+        if not call.conditions.tracing and x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         return forward(call, Base(weight, bias))
 

@@ -25,6 +25,7 @@ class AdapterLayer(Protocol):
         routed_as: The layer's number in its model.
         in_features, out_features: K and N.
         table_row: The layer's row in a pool's tables; only layers of a pool have one.
+        cast_input_dtype_enabled: Whether modules that are called one by one get x in their dtype.
         is_split: Whether other processes have the rest of the layer; what is `_own` is this one's.
         _family: The layer and its siblings, once a forward has shown them.
     """
@@ -38,6 +39,7 @@ class AdapterLayer(Protocol):
     in_features: int
     out_features: int
     is_split: bool
+    cast_input_dtype_enabled: bool
 
     @property
     def _disabled(self) -> bool:

@@ -9,6 +9,7 @@ Method: PEFT 0.21.2, ``utils/save_and_load.py``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -134,6 +135,35 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(**vars(header), tensors=wanted)
 
 
+def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
+    """Returns a file whose modules have the names that a model has for them now.
+
+    Args:
+        file: The file.
+        mapping: Regular expression -> replacement, for keys without `KEY_PREFIX`; the first that
+            matches counts, as in PEFT. transformers' models have one for their old names.
+    """
+    if not mapping:
+        return file
+    names = {key: _renamed(key.removeprefix(KEY_PREFIX), mapping) for key in file.infos}
+    new = {key: f"{KEY_PREFIX}{name}" for key, name in names.items()}
+    keys: dict[str, AdapterKey] = {}
+    for key, parts in file.keys.items():
+        end = key.removeprefix(f"{KEY_PREFIX}{parts.module}")
+        keys[new[key]] = AdapterKey(names[key].removesuffix(end), parts.kind)
+    infos = {new[key]: info for key, info in file.infos.items()}
+    tensors = {new[key]: tensor for key, tensor in file.tensors.items()}
+    return AdapterFile(file.path, file.config, infos, keys, tensors)
+
+
+def _renamed(name: str, mapping: Mapping[str, str]) -> str:
+    for pattern, replacement in mapping.items():
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return changed
+    return name
+
+
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
     """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
     config = read_adapter_config(path)
@@ -242,8 +272,8 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
             return AdapterKey(outer, "duplicate" if copied else "saved")
     if leaf in _FOREIGN:
         raise CheckpointError(
-            f"found {key!r}, which belongs to {_FOREIGN[leaf]}; "
-            "fastlora does not implement that yet"
+            f"found {key!r}, which belongs to {_FOREIGN[leaf]}; that is PEFT's to load: "
+            "peft.PeftModel.from_pretrained(model, folder), then fastlora.patch(model)"
         )
     if copies_are_tied(config) and module.rpartition(".")[2] in _EMBEDDINGS:
         return AdapterKey(module, "saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
 from fastlora.model.tuner import LoraTuner
+from fastlora.model.walk import plain_name
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
@@ -35,9 +37,12 @@ class AdaptedModel(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Returns all tensors by name."""
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Returns a module by name."""
+
 
 def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
-    """Returns the file key of each tensor of an adapter, and its name in ``state_dict()``.
+    """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
 
     In a file the adapter's name is left out, a copied module has its own name, and the bias of an
     adapted layer is its ``base_layer.bias``.
@@ -47,6 +52,7 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     inside: list[str] = []
     for name, module in routed_modules(model):
+        name = plain_name(name)
         at = f"{KEY_PREFIX}{name}."
         inside.append(f"{name}.")
         if isinstance(module, ModuleWrapper) or adapter_name in module.r:
@@ -59,14 +65,26 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
                 keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
     if config.bias == "all":
         for name, _ in model.named_parameters():
+            name = plain_name(name)
             if name.endswith("bias") and not name.startswith(tuple(inside)):
                 keys[f"{KEY_PREFIX}{name}"] = f"{KEY_PREFIX}{name}"
     return keys
 
 
-def check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
-    """Raises `CheckpointError` unless a file's tensors are what its plan needs, shape by shape."""
-    tensors, path = file.tensors, file.path
+def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state dict without what wrappers of modules put into names; tensors are shared."""
+    return {plain_name(key): tensor for key, tensor in state.items()}
+
+
+def check_fit(
+    model: nn.Module, plan: Plan, file: AdapterFile, ignore_mismatched_sizes: bool = False
+) -> AdapterFile:
+    """Returns a file whose tensors are what its plan needs, shape by shape.
+
+    With ``ignore_mismatched_sizes`` tensors of other shapes are left out, and named in a warning.
+    Else one of them is a `CheckpointError`, as are tensors that are missing or have no place.
+    """
+    tensors, path, other = file.tensors, file.path, dict[str, str]()
     expected = _expected_shapes(model, plan)
     missing = [key for key in expected if key not in tensors]
     if missing:
@@ -82,9 +100,15 @@ def check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
         if shape is None:
             raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{path}: {key!r} has shape {tuple(tensor.shape)}, this model expects {shape}"
-            )
+            other[key] = f"{key!r} has shape {tuple(tensor.shape)}, this model expects {shape}"
+    if not other:
+        return file
+    first, more = next(iter(other.values())), f" (and {len(other) - 1} more)"
+    message = f"{path}: {first}{more if len(other) > 1 else ''}"
+    if not ignore_mismatched_sizes:
+        raise CheckpointError(f"{message}; ignore_mismatched_sizes=True leaves such tensors out")
+    warnings.warn(f"{message}; left as initialised", stacklevel=3)
+    return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
 def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Path) -> None:
@@ -183,6 +207,7 @@ def collect(
     ``save_embedding_layers`` see `LoraModel.save_pretrained`.
     """
     tensors = {}
+    source = plain_state(source)
     for disk, key in key_map(lora_model, adapter_name).items():
         if key in source:
             tensors[disk] = source[key]
@@ -237,15 +262,40 @@ def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None
 
     An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
     """
-    state = lora_model.state_dict()
+    state = plain_state(lora_model.state_dict())
     for disk, key in key_map(lora_model, adapter_name).items():
         if disk in file.tensors:
-            copy_whole_(state[key], file.tensors[disk])
+            _write(lora_model, key, state[key], file.tensors[disk])
     for disk, parts in file.keys.items():
-        if parts.kind == "base":
+        if parts.kind == "base" and disk in file.tensors:
             weight = _base_weight(lora_model.base_model.model, parts.module)
             if weight is not None:
                 copy_whole_(weight, file.tensors[disk])
+
+
+def _write(lora_model: AdaptedModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies into a tensor of the model; one on the meta device is replaced by one on its layer's.
+
+    Raises `CheckpointError` where a source has no storage itself.
+    """
+    if source.is_meta:
+        raise CheckpointError(f"the tensor given for {key!r} is on the meta device: it has no data")
+    if not target.is_meta:
+        copy_whole_(target, source)
+        return
+    name, _, leaf = key.rpartition(".")
+    owner, inside = lora_model.get_submodule(name), f"{key.removeprefix(KEY_PREFIX)}."
+    layer = next(
+        m for n, m in routed_modules(lora_model.base_model.model) if inside.startswith(f"{n}.")
+    )
+    devices = (p.device for p in base_of(layer).parameters() if not p.is_meta)
+    made = source.detach().to(next(devices, source.device), target.dtype, copy=True)
+    old: Any = getattr(owner, leaf)
+    if isinstance(old, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=old.requires_grad)
+    setattr(owner, leaf, made)
+    if isinstance(layer, LoraLayer):
+        layer._fit_scalings(layer.scaling)
 
 
 @torch.no_grad()
@@ -256,7 +306,7 @@ def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch
     `nn.Module.load_state_dict`. Raises `CheckpointError`, before any change, where a shape differs.
     """
     lora_model.base_model.check_known(adapter_name)
-    state, keys = lora_model.state_dict(), key_map(lora_model, adapter_name)
+    state, keys = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:
@@ -265,6 +315,6 @@ def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch
                 f"{tuple(state[key].shape)}"
             )
     for disk, key in present.items():
-        copy_whole_(state[key], tensors[disk])
+        _write(lora_model, key, state[key], tensors[disk])
     missing = [disk for disk in keys if disk not in tensors]
     return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

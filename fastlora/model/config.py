@@ -19,12 +19,10 @@ from typing import Any, Literal, TypeVar
 
 from fastlora.init import Init, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
-from fastlora.model.config_checks import TaskType, checked_fields
+from fastlora.model.config_checks import PeftType, TaskType, checked_fields
+from fastlora.model.config_methods import CONFIG_NAME, ConfigMethods, read_config_file
 from fastlora.model.tensor_file import replacing
-from fastlora.validation import CheckpointError, ConfigError, error_prefix
-
-CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 16 << 20
+from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix
 
 # Field -> value that means "unset"; None stands for PEFT's default of None.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -62,16 +60,17 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(ConfigMethods):
     """What an adapter adapts, and how. Fields and defaults are those of PEFT 0.21.2.
 
     Raises:
         ConfigError: A value is wrong, two values contradict each other, or a field is set that
-            fastlora does not implement yet. The message names field, value and expectation.
+            fastlora does not have. The message names field, value and what to do.
 
     Args:
         task_type: "CAUSAL_LM", "SEQ_CLS", ... as in PEFT, or None.
-        peft_type: Always ``"LORA"``.
+        peft_type: Always ``"LORA"``, as a `PeftType`.
+        peft_version: The version of PEFT that wrote the config, or writes files like ours.
         inference_mode: True freezes the adapter.
         r: Rank, at least 1.
         target_modules: Names (equal to a module's name or to its end after a dot), a regular
@@ -104,7 +103,7 @@ class LoraConfig:
     """
 
     task_type: TaskType | str | None = None
-    peft_type: str | None = "LORA"
+    peft_type: PeftType | str | None = PeftType.LORA
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -152,6 +151,8 @@ class LoraConfig:
     def _finish(self, stage: Stage) -> None:
         for name, value in checked_fields(vars(self)).items():
             setattr(self, name, value)
+        if self.peft_version is None and stage != "load":
+            self.peft_version = self._version_of_peft()
         self.check_supported(stage)
         for init in all_inits():
             self._read_settings(init, stage)
@@ -198,7 +199,7 @@ class LoraConfig:
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Raises `ConfigError`, naming every field that fastlora does not implement yet.
+        """Raises `ConfigError`, naming every field that fastlora does not have.
 
         Args:
             stage: ``"new"`` for an adapter about to be initialised, ``"load"`` for one whose
@@ -212,9 +213,7 @@ class LoraConfig:
         }
         if unset:
             names = ", ".join(f"{name}={value!r}" for name, value in unset.items())
-            raise ConfigError(
-                f"fastlora does not implement this yet: {names}; leave it at its default"
-            )
+            raise ConfigError(f"fastlora does not have {names}; {THE_PEFT_WAY}")
 
     def check_plain(self, what: str) -> None:
         """Raises `ConfigError` where the adapter means something only on a base weight of its own.
@@ -280,16 +279,6 @@ class LoraConfig:
         named: dict[type, type] | None = self.__dict__.get("_custom_modules")
         return named or {}
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Always False, as `is_prompt_learning`."""
-        return False
-
     def rank_for(self, name: str) -> int:
         """Returns the rank of the module called ``name``."""
         key = pattern_key(self.rank_pattern, name)
@@ -335,6 +324,10 @@ class LoraConfig:
         """
         if not callable(getattr(peft_config, "to_dict", None)):
             raise ConfigError(f"expected a LoraConfig, got {peft_config!r}")
+        kind = getattr(peft_config, "peft_type", None)
+        if kind is not None and kind != PeftType.LORA:
+            kind = getattr(kind, "value", kind)
+            raise ConfigError(f"peft_type is {kind!r}, expected 'LORA'; {THE_PEFT_WAY}")
         data = dict(peft_config.to_dict())
         config = cls._build(data, "live" if initialised else "new")
         runtime = getattr(peft_config, "runtime_config", None)
@@ -403,27 +396,6 @@ class LoraConfig:
             if for_loading and data.get("peft_type", "LORA") is None:
                 raise ConfigError("peft_type is None, expected 'LORA'")
             return cls.from_dict(data, for_loading=for_loading)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Returns the fields in an ``adapter_config.json``, unchecked.
-
-    Raises:
-        CheckpointError: The file is missing, too large, or not a JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected an adapter's {CONFIG_NAME}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:

@@ -23,6 +23,14 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class PeftType(str, enum.Enum):
+    """PEFT's methods, of which ours is one."""
+
+    LORA = "LORA"
+
+
+# The PEFT that our fields, defaults and files are those of.
+PEFT_VERSION = "0.21.2"
 BIAS_MODES = ("none", "all", "lora_only")
 
 
@@ -55,7 +63,10 @@ def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["peft_type"] = "LORA"
     fields["trainable_token_indices"] = _token_lists(fields["trainable_token_indices"])
     _check_values(fields)
-    return fields | {"lora_dropout": float(fields["lora_dropout"])}
+    return fields | {
+        "peft_type": PeftType(fields["peft_type"]),
+        "lora_dropout": float(fields["lora_dropout"]),
+    }
 
 
 def _check_values(fields: Mapping[str, Any]) -> None:

@@ -272,6 +272,18 @@ def add_adapter(
         raise
 
 
+def to_meta(model: nn.Module, adapter_name: str) -> None:
+    """Leaves an adapter without storage, on the meta device, to be loaded into."""
+    for _, module in routed_modules(model):
+        for owned in module._modules.values():
+            if isinstance(owned, nn.ModuleDict) and adapter_name in owned:
+                owned[adapter_name].to("meta")
+            elif isinstance(owned, nn.ParameterDict) and adapter_name in owned:
+                parameter = owned[adapter_name]
+                made = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                owned[adapter_name] = made
+
+
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
     holders = [m for m in lora_layers(model) if adapter_name in m.r]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model import adapter_state, conversion
-from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder, save_adapter_folder
-from fastlora.model.config import LoraConfig
+from fastlora.model.adapter_folder import (
+    AdapterFile,
+    load_adapter_folder,
+    renamed,
+    save_adapter_folder,
+)
 from fastlora.model.inject import Plan
+from fastlora.model.peft_names import PeftNames
 from fastlora.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -26,10 +32,14 @@ from fastlora.model.tuner import LoraTuner, plan_for
 from fastlora.routing.block import adapters
 from fastlora.routing.in_force import check_batch
 from fastlora.sharding import Gathering
-from fastlora.validation import ImplementationError
+from fastlora.validation import THE_PEFT_WAY, ConfigError, ImplementationError
 
-# Arguments of PEFT's that have no effect on a local folder and a loaded model.
-_WITHOUT_EFFECT = ("torch_device", "low_cpu_mem_usage", "revision", "token", "cache_dir")
+# Arguments of PEFT's that have no effect on a local folder and a loaded model, which stays on the
+# devices that it is on.
+_WITHOUT_EFFECT = (
+    *("torch_device", "low_cpu_mem_usage", "revision", "token", "cache_dir", "device_map"),
+    *("max_memory", "offload_folder", "offload_dir", "offload_index", "ephemeral_gpu_offload"),
+)
 
 
 def get_peft_model(
@@ -50,7 +60,7 @@ def get_peft_model(
         mixed: Must be False: adapters of other kinds than LoRA are not supported.
         autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
         revision: Written into the config.
-        low_cpu_mem_usage: Without effect.
+        low_cpu_mem_usage: Leave the adapter on the meta device, to be loaded into.
 
     Raises:
         TargetNotFoundError: The config names no module of the model.
@@ -58,27 +68,31 @@ def get_peft_model(
         ConfigError: A field is wrong. The model is unchanged after any of these.
     """
     if mixed:
-        raise ImplementationError("mixed=True: adapters of other kinds than LoRA are not supported")
+        raise ImplementationError(f"mixed=True: fastlora has LoRA only; {THE_PEFT_WAY}")
     result = LoraModel(
-        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
     )
     if revision is not None:
         result.peft_config[adapter_name].revision = revision
     return result
 
 
-class LoraModel(nn.Module):
+class LoraModel(PeftNames, nn.Module):
     """A model with named adapters.
 
-    Where transformers and peft are installed and the model is transformers' own, the object is also
-    an instance of `peft.PeftModel`, which is what makes Hugging Face's Trainer save and resume
-    adapters only.
+    Where peft is imported, the object is also an instance of `peft.PeftModel`, which is what makes
+    Hugging Face's Trainer save and resume adapters only.
 
     Args:
         model: Any module; LoRA layers replace its target modules in place.
         peft_config: A `fastlora.LoraConfig`, or PEFT's own.
         adapter_name: Name of the first adapter, which is active.
         autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+        low_cpu_mem_usage: See `get_peft_model`.
 
     Attributes:
         base_model: The `LoraTuner` that holds the model and its adapters.
@@ -88,24 +102,19 @@ class LoraModel(nn.Module):
     """
 
     base_model: LoraTuner
-    # What chooses a subclass for a model, or None; integrations put theirs here when imported.
-    classes: ClassVar[list[Callable[[nn.Module], type[LoraModel] | None]]] = []
-
-    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> LoraModel:
-        if cls is LoraModel and model is not None:
-            cls = next(filter(None, (choose(model) for choose in LoraModel.classes)), cls)
-        return super().__new__(cls)
 
     def __init__(
         self,
         model: nn.Module,
         peft_config: Any,
         adapter_name: str = DEFAULT_ADAPTER,
-        *,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         plan = plan_for(model, adapter_name, peft_config)
         self._install(model, plan, adapter_name, autocast_adapter_dtype)
+        if low_cpu_mem_usage:
+            self.base_model.to_meta(adapter_name)
 
     def _install(
         self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
@@ -121,30 +130,20 @@ class LoraModel(nn.Module):
         if _is_checkpointing(model):
             _require_input_gradients(model)
 
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter name to config."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str:
-        """Name of the first adapter that acts."""
-        return next(iter(self.active_adapters), "")
-
     def add_adapter(
         self,
         adapter_name: str,
         peft_config: Any,
         low_cpu_mem_usage: bool = False,
-        *,
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Adds an adapter, frozen and not active yet.
+
+        Args:
+            adapter_name: A new name.
+            peft_config: A `fastlora.LoraConfig`, or PEFT's own.
+            low_cpu_mem_usage: See `get_peft_model`.
+            autocast_adapter_dtype: See `get_peft_model`.
 
         Raises:
             AdapterStateError: The name exists, or another adapter trains biases too.
@@ -154,6 +153,8 @@ class LoraModel(nn.Module):
         self.base_model.add_adapter(
             adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
+        if low_cpu_mem_usage:
+            self.base_model.to_meta(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """See `LoraTuner.set_adapter`."""
@@ -178,32 +179,50 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         *,
         subfolder: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
         """Wraps a model with an adapter from a PEFT adapter folder.
 
         Args:
-            model: The base model.
+            model: The base model; or one with adapters, which gets another, active.
             model_id: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             adapter_name: Name to give it.
             is_trainable: Whether to go on training it; else it is frozen and in evaluation mode.
             config: In place of the folder's config.
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: Where in the folder the adapter is.
-            **unused: PEFT's ``torch_device``, ``low_cpu_mem_usage``, ``revision``, ``token`` and
-                ``cache_dir``, which change nothing here.
+            ignore_mismatched_sizes: Leave tensors of another shape than the model's out, with a
+                warning; they stay as initialised.
+            key_mapping: Regular expression -> replacement for names of modules in the file that
+                the model calls otherwise now; None for the model's own mapping, if it has one.
+            **unused: PEFT's ``torch_device``, ``low_cpu_mem_usage``, ``revision``, ``token``,
+                ``cache_dir``, ``device_map`` and what belongs to it, which change nothing here:
+                adapters go beside the layers of the model, wherever these are.
 
         Raises:
             CheckpointError: The folder is missing, damaged, or does not fit the model.
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
                 The model is unchanged after any of these.
         """
+        if isinstance(model, LoraModel):
+            if config is not None:
+                raise ConfigError("config= goes with a base model, and this one has adapters")
+            options = {"subfolder": subfolder, "key_mapping": key_mapping, **unused}
+            options["ignore_mismatched_sizes"] = ignore_mismatched_sizes
+            model.load_adapter(
+                model_id, adapter_name, is_trainable, autocast_adapter_dtype, **options
+            )
+            model.set_adapter(adapter_name, inference_mode=not is_trainable)
+            return model
         file = _read_folder(model_id, subfolder, unused)
+        file = renamed(file, _names_now(model, key_mapping))
         chosen = file.config if config is None else config
         plan = plan_for(model, adapter_name, chosen, loading=True)
         plan.config.inference_mode = not is_trainable
-        adapter_state.check_fit(model, plan, file)
-        self = cls.__new__(cls, model)
+        file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
+        self = cls.__new__(cls)
         self._install(model, plan, adapter_name, autocast_adapter_dtype)
         adapter_state.load(self, adapter_name, file)
         return self if is_trainable else self.eval()
@@ -216,26 +235,36 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         *,
         subfolder: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
-    ) -> None:
+    ) -> Any:
         """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
 
         Args:
             model_id: As in `from_pretrained`.
             adapter_name: A new name, or that of an adapter to overwrite in place.
-            is_trainable: False puts the model into evaluation mode.
+            is_trainable: Has the adapter train, active or not; False puts the model into evaluation
+                mode.
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: Where in the folder the adapter is.
+            ignore_mismatched_sizes: As in `from_pretrained`.
+            key_mapping: As in `from_pretrained`.
             **unused: As in `from_pretrained`.
+
+        Returns:
+            The adapter's missing keys, those of tensors left out for their size, and unexpected
+            ones, always none; as `nn.Module.load_state_dict`.
 
         Raises:
             CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
         """
         file = _read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
+        file = whole = renamed(file, _names_now(model, key_mapping))
         plan = plan_for(model, adapter_name, file.config, loading=True)
         plan.config.inference_mode = not is_trainable
-        adapter_state.check_fit(model, plan, file)
+        file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             adapter_state.check_same_adapter(model, adapter_name, plan, file.path)
         else:
@@ -243,8 +272,11 @@ class LoraModel(nn.Module):
                 adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
             )
         adapter_state.load(self, adapter_name, file)
-        if not is_trainable:
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        else:
             self.eval()
+        return _IncompatibleKeys([key for key in whole.tensors if key not in file.tensors], [])
 
     def save_pretrained(
         self,
@@ -312,6 +344,8 @@ class LoraModel(nn.Module):
                     save_adapter_folder(folder, config, tensors)
                 except Exception as error:  # the others are waiting, and must hear of it
                     failure = error
+        if writes and failure is None and names:
+            self.create_or_update_model_card(save_directory)
         gathering.finish(failure)
 
     def get_base_model(self) -> nn.Module:
@@ -382,10 +416,17 @@ def _read_folder(
 ) -> AdapterFile:
     """Reads an adapter folder; raises `TypeError` for arguments other than PEFT's idle ones."""
     for name, value in unused.items():
-        harmless = name in _WITHOUT_EFFECT or (name == "ignore_mismatched_sizes" and not value)
-        if not harmless:
+        if name not in _WITHOUT_EFFECT:
             raise TypeError(f"unexpected argument {name}={value!r}")
     return load_adapter_folder(Path(model_id) / (subfolder or ""))
+
+
+def _names_now(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Returns the given mapping of names in files, or the one that transformers' models have."""
+    if key_mapping is not None:
+        return key_mapping
+    own = getattr(model, "_checkpoint_conversion_mapping", None)
+    return own if isinstance(own, Mapping) else {}
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

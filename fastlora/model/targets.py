@@ -26,7 +26,13 @@ from fastlora.model.walk import (
     original_of,
     outer_modules,
 )
-from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
+from fastlora.validation import (
+    THE_PEFT_WAY,
+    ConfigError,
+    TargetNotFoundError,
+    UnsupportedLayerError,
+    near_names,
+)
 
 ALL_LINEAR = "all-linear"
 # PEFT's marker for an adapter that adapts nothing.
@@ -80,6 +86,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     unused = _unused(names, found, bool(excluded), targets, config)
     if unused:
         warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
+    if _is_all_linear(config.target_modules):
+        _warn_of_experts(model)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
         left = [n for n, inside in _linears(model, config) if inside and n not in excluded]
         if left:
@@ -89,6 +97,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 stacklevel=3,
             )
     return found
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Says which weights ``"all-linear"`` leaves out: experts, stacked in one parameter."""
+    stacks = [
+        f"{name}.{leaf}"
+        for name, module, _ in base_modules(model)
+        if not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
+    ]
+    if stacks:
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+        warnings.warn(
+            f"{ALL_LINEAR!r} leaves out {stacks[0]!r}{more}: stacked weights of experts are "
+            f"parameters, not linear layers. To adapt them (target_parameters): {THE_PEFT_WAY}",
+            stacklevel=4,
+        )
 
 
 def check_every_target(model: nn.Module, config: LoraConfig) -> None:

@@ -283,6 +283,29 @@ class LoraTuner(nn.Module):
         for _, module in inject.routed_modules(self.model):
             module._disabled = disabled
 
+    def to_meta(self, adapter_name: str) -> None:
+        """Leaves an adapter without storage, on the meta device, to be loaded into."""
+        self.check_known(adapter_name)
+        inject.to_meta(self.model, adapter_name)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model is its base model now, on every layer."""
+        return all(module._disabled for _, module in inject.routed_modules(self.model))
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Has adapters train, or freezes them, whether they act or not; leaves others alone.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+        """
+        for name in self._known(adapter_names):
+            for _, module in inject.routed_modules(self.model):
+                for parameter in module.adapter_parameters(name):
+                    parameter.requires_grad_(requires_grad)
+
     def _freeze_adapters(self) -> list[nn.Parameter]:
         """Freezes what trains of the adapters, and returns it."""
         owned = {

@@ -6,6 +6,16 @@ from collections.abc import Iterator
 
 from torch import nn
 
+# What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
+_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """Returns a module's or a tensor's name without those of wrappers around its parents."""
+    for wrapped in _WRAPPED:
+        name = name.replace(wrapped, "")
+    return name
+
 
 def is_lora_layer(module: nn.Module) -> bool:
     """Returns whether ``module`` holds LoRA factors, be it fastlora's or PEFT's."""

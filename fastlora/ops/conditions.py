@@ -160,6 +160,8 @@ class Conditions(NamedTuple):
         compiling: Whether `torch.compile` traces the forward.
         invariant: Whether the batch-invariant mode is on, or the call has its plan.
         autocast: The dtype of autocast, where it is on.
+        tracing: Whether `torch.jit.trace`, or the ONNX exporter by it, records the forward: it is
+            then to be plain PyTorch.
     """
 
     impl: str
@@ -167,6 +169,7 @@ class Conditions(NamedTuple):
     compiling: bool
     invariant: bool
     autocast: torch.dtype | None
+    tracing: bool = False
 
     def refuse(self, layer: _Layer, why: str) -> None:
         """Raises `ImplementationError` for a layer that has to run otherwise, if the mode is on."""
@@ -226,7 +229,8 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
     if impl != "eager":
         impl = resolve_impl(impl, x, autocast)
     backend = f"traced {impl}" if compiling else impl
-    return Conditions(impl, backend, compiling, False, autocast)
+    tracing = not compiling and torch._C._get_tracing_state() is not None
+    return Conditions(impl, backend, compiling, False, autocast, tracing)
 
 
 def is_batch_invariant() -> bool:

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch.nn as nn
 
+import fastlora
+from fastlora import get_peft_model
 from fastlora.model.config import CONFIG_NAME, LoraConfig, LoraRuntimeConfig
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError
+from tests.support.tiny import TwoLayers
 
 peft = pytest.importorskip("peft")
 
@@ -50,8 +53,7 @@ def test_fields_and_defaults_are_pefts() -> None:
     assert [f.name for f in dataclasses.fields(ours)] == [
         f.name for f in dataclasses.fields(theirs)
     ]
-    expected = {**theirs.to_dict(), "peft_type": "LORA", "peft_version": None}
-    assert ours.to_dict() == expected
+    assert ours.to_dict() == theirs.to_dict()
     assert dataclasses.asdict(ours.runtime_config) == dataclasses.asdict(theirs.runtime_config)
 
 
@@ -277,7 +279,7 @@ def test_no_field_is_forgotten() -> None:
 
 @pytest.mark.parametrize("name", UNSET_NOW)
 def test_field_without_implementation_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"does not implement this yet: {name}="):
+    with pytest.raises(ConfigError, match=f"does not have {name}=.*get_peft_model.*fastlora.patch"):
         LoraConfig(**{name: UNSET_NOW[name]})
 
 
@@ -324,7 +326,7 @@ def test_config_of_an_adapter_in_a_model() -> None:
     assert LoraConfig.from_peft(peft.LoraConfig(use_dora=True)).use_dora
     with pytest.raises(ConfigError, match=r"expected a LoraConfig, got \{'r': 8\}"):
         LoraConfig.from_peft({"r": 8})
-    with pytest.raises(ConfigError, match="peft_type must be 'LORA', got 'LOHA'"):
+    with pytest.raises(ConfigError, match="peft_type is 'LOHA', expected 'LORA'"):
         LoraConfig.from_peft(peft.LoHaConfig())
 
 
@@ -341,3 +343,26 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         file.truncate(17 << 20)
     with pytest.raises(CheckpointError, match="expected at most"):
         LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [peft.IA3Config(), peft.PromptTuningConfig(num_virtual_tokens=2), peft.XLoraConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_are_refused_with_what_to_do(config: object) -> None:
+    """One error names the method, and the two lines that do it; the model is as it was."""
+    model = TwoLayers()
+    kind = config.peft_type.value  # type: ignore[attr-defined]  # PEFT's configs have it
+    with pytest.raises(ConfigError, match=f"'{kind}'.*peft.get_peft_model.*fastlora.patch"):
+        get_peft_model(model, config)
+    assert type(model.q) is nn.Linear
+
+
+def test_patch_does_what_the_refusal_says() -> None:
+    """The two lines work for a variant: its layers stay PEFT's, and other layers are fused."""
+    config = {"r": 2, "target_modules": ["q", "v"], "kasa_config": peft.KasaConfig()}
+    with pytest.raises(ConfigError, match="kasa_config="):
+        LoraConfig(**config)
+    model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(**config))
+    assert {row.fused for row in fastlora.patch(model).rows} == {False}

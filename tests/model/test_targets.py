@@ -307,3 +307,24 @@ def test_minimal_suffixes() -> None:
     names = [f"enc.{i}.q" for i in range(30)] + ["dec.0.v", "dec.1.v"]
     others = ["dec.2.v", "enc", "dec"]
     assert minimal_suffixes(names, others) == {"q", "0.v", "1.v"}
+
+
+class Experts(nn.Module):
+    """Two weights of four experts each, stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 8, 16))
+        self.down = nn.Parameter(torch.randn(4, 16, 8))
+
+
+def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
+    """A warning names the weights and what adapts them; other 3-dimensional ones are none."""
+    model = nn.ModuleDict({"lin": nn.Linear(16, 16), "conv": nn.Conv1d(4, 4, 3)})
+    config = LoraConfig(target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_targets(model, config) == ["lin"]
+    model["experts"] = Experts()
+    with pytest.warns(UserWarning, match="leaves out 'experts.up' and 1 more.*target_parameters"):
+        assert find_targets(model, config) == ["lin"]

@@ -1,0 +1,73 @@
+"""`when_imported`: something to do once another library is there, without importing it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def when_imported(name: str, act: Callable[[], None]) -> None:
+    """Calls ``act`` once: now if a module is imported already, else right after its import.
+
+    What ``act`` raises becomes a warning: another library's import never fails because of us.
+    """
+    if name in sys.modules:
+        _try(name, act)
+    else:
+        sys.meta_path.insert(0, _Watcher(name, act))
+
+
+def _try(name: str, act: Callable[[], None]) -> None:
+    try:
+        act()
+    except (ImportError, AttributeError, TypeError) as error:
+        warnings.warn(
+            f"fastlora does not know this version of {name}, and is not at home in it: {error}",
+            stacklevel=2,
+        )
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Finds a module as others do, and has something done after it ran."""
+
+    def __init__(self, name: str, act: Callable[[], None]) -> None:
+        self.name, self.act = name, act
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Returns the spec that the other finders have; None for any other module."""
+        if name != self.name:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (f.find_spec(name, path, target) for f in others if hasattr(f, "find_spec"))
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, and what is to follow."""
+
+    def __init__(self, loader: importlib.abc.Loader, watcher: _Watcher) -> None:
+        self.loader, self.watcher = loader, watcher
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """As the module's own loader."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Runs the module, and then what was asked for, once."""
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if self.watcher in sys.meta_path:
+            sys.meta_path.remove(self.watcher)
+            _try(self.watcher.name, self.watcher.act)

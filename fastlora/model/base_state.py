@@ -1,0 +1,90 @@
+"""The base model's state dict under the keys that it had before adapters came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from fastlora.model.walk import holds_copies, is_lora_layer
+from fastlora.sharding import copy_whole_
+
+# Where a wrapper keeps the module that it was made around.
+_INNER = ("base_layer", "original_module")
+
+
+def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a base model's tensors by the keys of the model without adapters.
+
+    Args:
+        model: The model, with LoRA layers in it or not.
+    """
+    return {key: tensor for key, (_, tensor) in _base_entries(model).items()}
+
+
+@torch.no_grad()
+def load_base_state_dict(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
+) -> Any:
+    """Copies tensors into a base model, by the keys of the model without adapters.
+
+    Args:
+        model: The model, with LoRA layers in it or not.
+        tensors: Key to tensor.
+        strict: Refuse keys that are missing or not known.
+
+    Returns:
+        The missing and the unexpected keys, as `nn.Module.load_state_dict`.
+
+    Raises:
+        RuntimeError: A key is missing or not known, or a shape differs; nothing has changed.
+    """
+    entries = _base_entries(model)
+    missing = [key for key in entries if key not in tensors]
+    unexpected = [key for key in tensors if key not in entries]
+    problems = []
+    if strict and missing:
+        problems.append(f"Missing key(s): {', '.join(missing)}")
+    if strict and unexpected:
+        problems.append(f"Unexpected key(s): {', '.join(unexpected)}")
+    for key, (_, own) in entries.items():
+        if key in tensors and tensors[key].shape != own.shape:
+            found, expected = tuple(tensors[key].shape), tuple(own.shape)
+            problems.append(f"size mismatch for {key}: got {found}, expected {expected}")
+    if problems:
+        raise RuntimeError(f"cannot load the base model's state dict: {'; '.join(problems)}")
+    for key, (_, own) in entries.items():
+        if key in tensors:
+            copy_whole_(own, tensors[key])
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def _base_entries(model: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Returns key in the bare model -> key in ``state_dict()``, and tensor."""
+    found: dict[str, tuple[str, Any]] = {}
+    for key, tensor in model.state_dict().items():
+        bare = _bare_key(model, key)
+        if bare is not None:
+            found[bare] = (key, tensor)
+    return found
+
+
+def _bare_key(model: nn.Module, key: str) -> str | None:
+    """Returns a key as the model had it without adapters; None where it is an adapter's."""
+    module: nn.Module | None = model
+    parts: list[str] = []
+    for part in key.split("."):
+        if module is None:
+            parts.append(part)
+            continue
+        adapted = is_lora_layer(module) or holds_copies(module)
+        inside = part in module._modules
+        if adapted and inside and part not in _INNER:
+            return None
+        if not (adapted and part in _INNER):
+            parts.append(part)
+        module = module._modules.get(part)
+    return ".".join(parts)

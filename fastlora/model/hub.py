@@ -1,0 +1,153 @@
+"""Pushing an adapter to the Hugging Face Hub, and its model card; through huggingface_hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlora.model.config_checks import PEFT_VERSION
+from fastlora.validation import ImplementationError
+
+CARD_NAME = "README.md"
+
+
+def push_to_hub(
+    save: Callable[[Path], object],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Uploads what ``save`` writes into a folder; makes the repository if need be.
+
+    Args:
+        save: Writes files into the folder that it is given.
+        repo_id: Name of the repository, with its owner.
+        private: Whether a new repository is private; None for the owner's default.
+        token: As in huggingface_hub.
+        commit_message: Of the upload.
+        revision: The branch to upload to.
+        create_pr: Open a pull request in place of a commit.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
+
+    Raises:
+        ImplementationError: huggingface_hub is not installed.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ImplementationError("push_to_hub needs huggingface_hub: pip install huggingface_hub")
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload adapter",
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def write_card(
+    folder: Path, base_model: str | None, tags: Sequence[str], pipeline: str | None = None
+) -> None:
+    """Writes an adapter's model card, or adds to the one that is there; keys and tags are PEFT's.
+
+    Writes nothing where huggingface_hub, which knows the format, is not installed.
+
+    Args:
+        folder: Where ``README.md`` is, or is to be.
+        base_model: Name of the base model; None for one without a config.
+        tags: Tags to add.
+        pipeline: What the model is for, in the Hub's words, where that is known.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return
+    from huggingface_hub import ModelCard
+
+    path = folder / CARD_NAME
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
+    except Exception as error:  # of a YAML library that is huggingface_hub's business
+        warnings.warn(f"{path} is no model card, and stays as it is: {error}", stacklevel=4)
+        return
+    data: Any = card.data
+    data.library_name = "peft"
+    if base_model is not None:
+        data.base_model = base_model
+    data.pipeline_tag = data.pipeline_tag or pipeline
+    data.tags = sorted({*(data.tags or ()), *tags})
+    version = f"- PEFT {PEFT_VERSION}"
+    if version not in card.text.splitlines():
+        heading = "### Framework versions"
+        if heading not in card.text.splitlines():
+            card.text = f"{card.text.rstrip()}\n\n{heading}\n"
+        card.text = card.text.replace(heading, f"{heading}\n\n{version}", 1)
+    path.write_text(str(card), encoding="utf-8")
+
+
+_CARD = """---
+library_name: peft
+---
+
+# Model card
+
+A LoRA adapter: low-rank updates of a base model's layers, to be loaded beside it.
+
+## How to use it
+
+The base model is named above. With PEFT:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "<this folder or repository>")
+```
+
+With fastlora, which reads local folders:
+
+```python
+from fastlora import PeftModel
+from huggingface_hub import snapshot_download
+
+model = PeftModel.from_pretrained(base_model, snapshot_download("<this repository>"))
+```
+
+`adapter_config.json` says which layers are adapted, with which rank and scaling;
+`adapter_model.safetensors` has the weights.
+
+## What it is for
+
+[More Information Needed]
+
+## Training
+
+### Data
+
+[More Information Needed]
+
+### Procedure
+
+[More Information Needed]
+
+## Evaluation
+
+[More Information Needed]
+
+## Limits and risks
+
+Those of the base model, and of the data that the adapter was trained on.
+
+[More Information Needed]
+"""

@@ -1,0 +1,319 @@
+"""Calls of PEFT's that our models answer: loading with its arguments, state dicts, flags."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import LoraConfig, LoraModel, adapters, get_peft_model, patch
+from fastlora.validation import CheckpointError, ConfigError
+from tests.support.tiny import TwoLayers, tiny_llama
+
+peft = pytest.importorskip("peft", reason="compares with PEFT")
+
+CONFIG: dict[str, Any] = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}
+
+
+def made(seed: int = 1, **changes: Any) -> LoraModel:
+    """A model with one adapter."""
+    torch.manual_seed(seed)
+    return get_peft_model(TwoLayers(), LoraConfig(**{**CONFIG, **changes}))
+
+
+def of_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def test_load_adapter_answers(tmp_path: Path) -> None:
+    """It returns missing and unexpected keys, and a trainable adapter trains though not active."""
+    made().save_pretrained(tmp_path)
+    model = made(2)
+    result = model.load_adapter(tmp_path, "other", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert model.active_adapters == ["default"] and model.training
+    assert all(p.requires_grad for p in of_adapter(model).values())
+    model.load_adapter(tmp_path, "frozen")
+    frozen = [p for n, p in model.named_parameters() if ".frozen." in n]
+    assert len(frozen) == 4 and not any(p.requires_grad for p in frozen)
+
+
+def test_arguments_without_effect(tmp_path: Path) -> None:
+    """PEFT's placement arguments are taken: the adapter goes beside the base model's layers."""
+    saved = made()
+    saved.save_pretrained(tmp_path)
+    idle = {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True, "torch_device": "cpu"}
+    torch.manual_seed(1)
+    model = LoraModel.from_pretrained(TwoLayers(), tmp_path, max_memory={0: 1}, **idle)
+    x = torch.randn(3, 16)
+    assert torch.equal(model(x), saved.eval()(x))
+    with pytest.raises(TypeError, match="unexpected argument strict=True"):
+        LoraModel.from_pretrained(TwoLayers(), tmp_path, strict=True)
+
+
+class Renamed(nn.Module):
+    """`TwoLayers` after its modules moved."""
+
+    _checkpoint_conversion_mapping = {"^(q|v)": r"inner.\1"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TwoLayers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As that of `TwoLayers`."""
+        return self.inner(x)
+
+
+def test_old_names_are_mapped(tmp_path: Path) -> None:
+    """A file with old names loads by the model's mapping or one that is given; as in PEFT."""
+    saved = made()
+    saved.save_pretrained(tmp_path)
+    x = torch.randn(3, 16)
+    torch.manual_seed(1)
+    loaded = LoraModel.from_pretrained(Renamed(), tmp_path)
+    assert torch.equal(loaded(x), saved.eval()(x))
+    torch.manual_seed(1)
+    theirs = peft.PeftModel.from_pretrained(Renamed(), tmp_path)
+    torch.testing.assert_close(loaded(x), theirs(x))
+    loaded.load_adapter(tmp_path, "b", key_mapping={"^q": "inner.q", "^v": "inner.v"})
+    assert torch.equal(loaded.inner.q.lora_A["b"].weight, saved.q.lora_A["default"].weight)
+    with pytest.raises(CheckpointError, match="lacks 4 tensors"):
+        loaded.load_adapter(tmp_path, "c", key_mapping={"^nothing": ""})
+    assert list(loaded.peft_config) == ["default", "b"]
+
+
+def test_ignore_mismatched_sizes(tmp_path: Path) -> None:
+    """Tensors of another size are refused by name, or left as initialised and named."""
+    made(modules_to_save=["head"]).save_pretrained(tmp_path)
+    base = TwoLayers()
+    base.head = nn.Linear(16, 7)
+    with pytest.raises(CheckpointError, match=r"head.bias.*\(5,\).*ignore_mismatched_sizes"):
+        LoraModel.from_pretrained(base, tmp_path)
+    assert type(base.q) is nn.Linear
+    with pytest.warns(UserWarning, match="head.bias.*left as initialised"):
+        model = LoraModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
+    assert torch.equal(model.head.weight, base.head.original_module.weight)
+    with pytest.warns(UserWarning, match="left as initialised"):
+        result = model.load_adapter(tmp_path, "b", ignore_mismatched_sizes=True)
+    assert sorted(result.missing_keys) == [f"base_model.model.head.{n}" for n in ("bias", "weight")]
+
+
+@pytest.mark.parametrize("cls", [LoraModel, peft.PeftModel])
+def test_from_pretrained_on_a_model_of_ours(tmp_path: Path, cls: Any) -> None:
+    """It adds an adapter to the model, which then acts; a config of its own is refused."""
+    saved = made()
+    saved.save_pretrained(tmp_path)
+    model = made(2)
+    again = cls.from_pretrained(model, tmp_path, "second")
+    assert again is model and model.active_adapters == ["second"]
+    assert torch.equal(model.q.lora_A["second"].weight, saved.q.lora_A["default"].weight)
+    with pytest.raises(ConfigError, match="config="):
+        cls.from_pretrained(model, tmp_path, "third", config=LoraConfig(**CONFIG))
+
+
+@pytest.mark.parametrize("change", [{}, {"use_dora": True}])
+def test_without_storage_until_loaded(change: dict[str, Any]) -> None:
+    """`low_cpu_mem_usage` leaves factors on meta; PEFT's state-dict call brings them."""
+    state = peft.get_peft_model_state_dict(made(**change))
+    torch.manual_seed(1)
+    config = LoraConfig(**CONFIG, **change)
+    model = get_peft_model(TwoLayers(), config, low_cpu_mem_usage=True)
+    assert {p.device.type for p in of_adapter(model).values()} == {"meta"}
+    result = peft.set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    assert not result.unexpected_keys and not result.missing_keys
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(p.requires_grad for p in of_adapter(model).values())
+    x = torch.randn(3, 16)
+    assert torch.equal(model(x), made(**change)(x))
+
+
+# --------------------------------------------------------------------------------- state dicts
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_state_dict_of_a_compiled_model(outer: bool) -> None:
+    """`torch.compile` around the model, or around a part, changes no key of its adapter."""
+    model = made(modules_to_save=["head"])
+    expected = peft.get_peft_model_state_dict(model)
+    if outer:
+        wrapped: Any = torch.compile(model)
+    else:
+        base = TwoLayers()
+        torch.manual_seed(1)
+        wrapped = get_peft_model(
+            torch.compile(base), LoraConfig(**CONFIG, modules_to_save=["head"])
+        )
+    found = peft.get_peft_model_state_dict(wrapped)
+    assert found.keys() == expected.keys() and len(found) == 6
+    state = {key: torch.full_like(tensor, 3.0) for key, tensor in found.items()}
+    assert not peft.set_peft_model_state_dict(wrapped, state).unexpected_keys
+    assert all((p == 3.0).all() for p in of_adapter(wrapped).values())
+
+
+def test_base_model_state_dict() -> None:
+    """PEFT's functions give and take the base model's tensors under its own keys."""
+    base = TwoLayers()
+    expected = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(**CONFIG, modules_to_save=["head"]))
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["v"], use_dora=True))
+    found = peft.get_base_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    changed = {key: tensor + 1 for key, tensor in expected.items()}
+    peft.set_base_model_state_dict(model, changed)
+    assert torch.equal(model.q.weight, changed["q.weight"])
+    assert torch.equal(model.base_model.model.head.original_module.weight, changed["head.weight"])
+    del changed["q.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*q.weight"):
+        peft.set_base_model_state_dict(model, changed)
+    missing = peft.set_base_model_state_dict(model, changed, strict=False).missing_keys
+    assert missing == ["q.weight"]
+
+
+# --------------------------------------------------------------------------------------- flags
+
+
+def test_requires_grad_while_disabled() -> None:
+    """Within `disable_adapter` nothing trains; afterwards what did before, as in PEFT."""
+    model = made(modules_to_save=["head"])
+    model.add_adapter("b", LoraConfig(**CONFIG))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert any(before.values())
+    model.base_model.disable_adapter_layers()
+    assert not any(p.requires_grad for p in model.parameters())
+    model.base_model.enable_adapter_layers()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    with model.disable_adapter():
+        model.set_adapter("b")
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(training) == 4 and all(".b." in name for name in training)
+
+
+def test_set_requires_grad() -> None:
+    """Adapters train or not, whether they act or not, and others stay as they are; as in PEFT."""
+    found = []
+    for library, config in ((peft, peft.LoraConfig), (__import__("fastlora"), LoraConfig)):
+        model = library.get_peft_model(TwoLayers(), config(**CONFIG))
+        model.add_adapter("b", config(**CONFIG))
+        model.set_requires_grad("b")
+        model.set_requires_grad(["default"], requires_grad=False)
+        found.append(
+            {n.replace("base_layer.", "") for n, p in model.named_parameters() if p.requires_grad}
+        )
+    assert found[0] == found[1] and len(found[0]) == 4
+    with pytest.raises(ValueError, match="no adapter 'c'"):
+        model.set_requires_grad("c")
+
+
+def test_rescale_adapter_scale() -> None:
+    """PEFT's helper scales our layers, and puts their scalings back."""
+    from peft.helpers import rescale_adapter_scale
+
+    model, x = made().eval(), torch.randn(3, 16)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    with rescale_adapter_scale(model, 0.0):
+        torch.testing.assert_close(model(x), base)
+    assert torch.equal(model(x), y) and not torch.allclose(y, base)
+
+
+def test_disable_input_dtype_casting() -> None:
+    """PEFT's helper reaches factors that are called as modules: their input keeps its dtype."""
+    from peft.helpers import disable_input_dtype_casting
+
+    model, seen = made().to(torch.float64), []
+    model.q.lora_A["default"].register_forward_pre_hook(lambda m, x: seen.append(x[0].dtype))
+    model.q.weight.data, model.q.bias.data = model.q.weight.data.float(), model.q.bias.data.float()
+    model.q(torch.randn(3, 16))
+    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+        model.q(torch.randn(3, 16))
+    assert seen == [torch.float64, torch.float32]
+
+
+class Pair(nn.Module):
+    """A head that returns a named shape of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 5), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Returns two outputs, one of them in a mapping."""
+        return self.a(x), {"b": self.b(x), "none": None}
+
+
+def test_a_copy_that_returns_tuples_in_a_mixed_batch() -> None:
+    """Each row is that of its own adapter alone, in every tensor of the output."""
+    base = TwoLayers()
+    base.head = Pair()
+    config = {"r": 2, "target_modules": ["q"], "modules_to_save": ["head"]}
+    model = get_peft_model(base, LoraConfig(**config), "a")
+    model.add_adapter("b", LoraConfig(**config))
+    for parameter in of_adapter(model).values():
+        nn.init.normal_(parameter)
+    model.eval()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        with adapters(model, ["a", None, "b"]):
+            first, rest = model(x)
+        for row, name in enumerate(["a", None, "b"]):
+            with adapters(model, [name] * 3):
+                one, other = model(x)
+            torch.testing.assert_close(first[row], one[row])
+            torch.testing.assert_close(rest["b"][row], other["b"][row])
+    assert rest["none"] is None and first.shape == (3, 5)
+
+
+# ------------------------------------------------------------------- names, traces, pipelines
+
+
+def test_patched_classes_print_as_pefts() -> None:
+    """`repr` and PEFT's status name the classes of a patched model as before."""
+    model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(**CONFIG))
+    before = repr(model), peft.get_model_status(model), peft.get_layer_status(model)
+    patch(model)
+    assert (repr(model), peft.get_model_status(model), peft.get_layer_status(model)) == before
+
+
+@pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_jit_trace_and_the_old_exporter(change: dict[str, Any]) -> None:
+    """A trace is plain PyTorch, holds for other numbers of rows, and the ONNX exporter takes it."""
+    model, x = made(**change).eval(), torch.randn(40, 16)
+    traced = torch.jit.trace(model, (torch.randn(3, 16),))
+    graph = str(traced.inlined_graph)
+    assert "PythonOp" not in graph and "fastlora::" not in graph
+    torch.testing.assert_close(traced(x), model(x))
+    torch.jit.save(traced, io.BytesIO())
+    try:
+        torch.onnx.export(model.get_base_model(), (x,), io.BytesIO(), dynamo=False)
+    except torch.onnx.OnnxExporterError as error:  # it is asked for once all is converted
+        assert "Module onnx is not installed" in str(error)  # noqa: PT017
+
+
+def test_pipelines_take_models_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """A pipeline says nothing about a model of ours."""
+    transformers = pytest.importorskip("transformers")
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+    class Tokenizer(transformers.PreTrainedTokenizerBase):
+        """What a pipeline needs to be made."""
+
+    transformers.utils.logging.enable_propagation()
+    transformers.pipeline("text-generation", model=model, tokenizer=Tokenizer(), device="cpu")
+    assert "not supported" not in caplog.text
+    transformers.pipeline(
+        "text-classification", model=model.get_base_model(), tokenizer=Tokenizer(), device="cpu"
+    )
+    assert "not supported" in caplog.text
