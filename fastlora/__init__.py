@@ -8,17 +8,25 @@ from pathlib import Path as _Path
 import fastlora.integrations.as_peft  # our classes are PEFT's where it is imported
 import fastlora.integrations.transformers  # noqa: F401 - its pipelines know our models
 from fastlora import functional
+from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from fastlora.integrations.patch import patch, unpatch
 from fastlora.integrations.report import FusionReport, fusion_report
 from fastlora.layers import FastLoraLinear
 from fastlora.model import LoraModel, get_peft_model
+from fastlora.model.calibration import (
+    estimate_gradients,
+    preprocess_corda,
+    preprocess_loraga,
+)
 from fastlora.model.config import LoraConfig, TaskType
 from fastlora.model.estimate import Estimate, estimate
+from fastlora.model.eva import get_eva_state_dict, initialize_lora_eva_weights
 from fastlora.model.hotswap import (
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from fastlora.model.loftq import replace_lora_weights_loftq
 from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.reduce import (
     RankReduction,
@@ -67,11 +75,15 @@ _register_checkout()
 __all__ = [
     "AdapterOptimizers",
     "AdapterPool",
+    "CordaConfig",
     "Estimate",
+    "EvaConfig",
     "FastLoraError",
     "FastLoraLinear",
     "FusionReport",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "PeftModel",
     "RankReduction",
@@ -85,19 +97,25 @@ __all__ = [
     "causal_lm_losses",
     "convert_to_lora",
     "estimate",
+    "estimate_gradients",
     "functional",
     "fusion_report",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_lora_eva_weights",
     "patch",
     "prepare_model_for_compiled_hotswap",
+    "preprocess_corda",
+    "preprocess_loraga",
     "recommend",
     "reduce_intruder_dimension",
     "reduce_rank",
     "refresh",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "train_adapters",
     "unpatch",

@@ -51,6 +51,7 @@ def signature(value: Any) -> str:
     """Parameters and what comes back, as written."""
     try:
         found = str(inspect.signature(value))
+        found = re.sub(r"<function (\w+) at 0x\w+>", r"\1", found)  # defaults
         return re.sub(r"ForwardRef\('([^']*)'[^)]*\)", r"'\1'", found)  # of named tuples
     except (TypeError, ValueError):
         return "(...)"

@@ -6,11 +6,16 @@ leaves the decomposition of each layer on its module.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from fastlora.init.configs import CordaConfig
+from fastlora.init.data import hooked
 from fastlora.init.registry import (
     Given,
     Settings,
@@ -69,3 +74,115 @@ def corda(given: Given) -> Start:
     check_usable(given, largest_first, max(n, k))
     root = (s / given.scaling).sqrt()
     return without(given, weight, v.T * root[:, None], u * root)
+
+
+@dataclass
+class CordaEigens:
+    """What `decompose` returns; see `Eigens`."""
+
+    S_WC: torch.Tensor
+    U_WC: torch.Tensor
+    V_WC: torch.Tensor
+
+
+class Covariances:
+    """Sums up what layers get, ``[K, K]`` for each.
+
+    Args:
+        modules: The layers by name.
+        low_precision: Sum in the inputs' dtype, not in fp32.
+
+    Attributes:
+        sums: Name to the sum over samples of ``X^T X`` with X divided by its maximum.
+        counts: Name to the number of samples: sequences, or matrices where there are none.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], low_precision: bool) -> None:
+        self.modules, self.low_precision = modules, low_precision
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts = dict.fromkeys(modules, 0)
+        # Layers fed by one tensor share its product.
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block every forward of the layers counts."""
+        return hooked(self.modules, self._hook)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def watch(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            if self._last is None or self._last[0] is not inputs[0]:
+                self._last = inputs[0], self._product(x, name)
+            product = self._last[1]
+            self.counts[name] += 1 if x.dim() < 3 else x[..., 0, 0].numel()
+            if name in self.sums:
+                self.sums[name] += product
+            else:
+                self.sums[name] = product.clone()
+
+        return watch
+
+    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        samples = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x[None, None]
+        if not self.low_precision:
+            samples = samples.float()
+        largest = samples.amax(dim=(1, 2), keepdim=True).abs()
+        rows = (samples / torch.where(largest == 0, 1.0, largest)).flatten(0, 1)
+        product = rows.T @ rows
+        check_finite(product, f"layer {name!r}: what the data gives it, squared,")
+        return product
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """Returns the covariances by name, and forgets them.
+
+        Raises:
+            InitialisationError: The data never got to a layer.
+        """
+        for name, count in self.counts.items():
+            if not count:
+                raise InitialisationError(
+                    f"layer {name!r}: the data never got there, so that it has no covariance; run "
+                    "the model that the adapter goes on, or leave it out (exclude_modules)"
+                )
+        self._last = None
+        sums, self.sums = self.sums, {}
+        return {name: total.div_(self.counts[name]) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def decompose(
+    weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
+) -> CordaEigens:
+    """Returns the directions of a weight ``[N, K]`` that data with a covariance ``[K, K]`` uses.
+
+    Args:
+        weight: Of the layer.
+        covariance: Of its inputs.
+        rank: How many directions.
+        method: "ipm" for those used most, "kpm" for those used least.
+
+    Raises:
+        InitialisationError: Weight or covariance is not finite, or zero, or smaller than the rank.
+    """
+    weight, covariance = weight.float(), covariance.float()
+    check_finite(weight, "the base weight")
+    check_finite(covariance, "the covariance")
+    if rank > min(weight.shape):
+        raise InitialisationError(
+            f"r={rank}, expected at most {min(weight.shape)}, the smaller side of the weight "
+            f"{tuple(weight.shape)}"
+        )
+    mean = covariance.diagonal().mean()
+    if not mean > 0:
+        raise InitialisationError("the data gives it nothing but zeros")
+    identity = torch.eye(len(covariance), device=covariance.device)
+    damp, error = 0.01, torch.inf
+    while error >= 0.05:  # more on the diagonal, until the inverse is one
+        damped = covariance + identity * (mean * damp)
+        inverse = torch.linalg.inv(damped)
+        error = float(torch.dist(damped @ inverse, identity))
+        damp *= 2
+    u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
+    chosen = slice(None, rank) if method == "ipm" else slice(-rank, None)
+    v = (vh[chosen] @ inverse).T
+    return CordaEigens(s[chosen].clone(), u[:, chosen].clone(), v.contiguous())

@@ -58,14 +58,15 @@ def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
     8 bits are integers, with a scale for each row; fewer are normal floats, a scale a block.
     """
     if bits == 8:
+        weight = weight.half().to(weight.dtype)  # as bitsandbytes takes it
         scales = weight.abs().amax(dim=1, keepdim=True)
-        return (weight * (127.0 / scales.clamp_min(1e-38))).round() * (scales / 127.0)
+        return (weight * (127.0 / scales.clamp_min(1e-30))).round() * (scales / 127.0)
     flat = weight.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(LEVELS[bits], dtype=weight.dtype, device=weight.device)
     between = (levels[1:] + levels[:-1]) / 2
-    nearest = torch.bucketize(blocks / scales.clamp_min(1e-38), between)
+    nearest = torch.bucketize(blocks / scales.clamp_min(1e-30), between)
     return (levels[nearest] * scales).flatten()[: flat.numel()].view_as(weight)
 
 

@@ -6,7 +6,12 @@ leaves the gradient of each layer's weight on its module.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
 import torch
+from torch import nn
 
 from fastlora.init.configs import LoraGAConfig
 from fastlora.init.registry import Given, Settings, Start, check_finite, register_init
@@ -78,3 +83,58 @@ def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         return 2 * first + 1, 2 * first
     drawn = torch.randperm(2 * rank)[:rank]
     return drawn, drawn
+
+
+@contextlib.contextmanager
+def gradients(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block only these modules' weights have gradients; behind it the dict has them.
+
+    Each is the mean over the backward passes in the block. Afterwards the model trains what it did
+    before, and holds the gradients that it held.
+
+    Args:
+        model: All of it.
+        modules: Layers by name.
+
+    Raises:
+        InitialisationError: A weight got no gradient, or one that is not finite.
+    """
+    weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    held = {name: weight.grad for name, weight in weights.items()}
+    counts = dict.fromkeys(weights, 0)
+    found: dict[str, torch.Tensor] = {}
+
+    def count(name: str) -> Callable[[torch.Tensor], None]:
+        def counted(_: torch.Tensor) -> None:
+            counts[name] += 1
+
+        return counted
+
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    handles = []
+    for name, weight in weights.items():
+        weight.grad = None
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(count(name)))
+    try:
+        with torch.enable_grad():
+            yield found
+        for name, weight in weights.items():
+            if weight.grad is None or not counts[name]:
+                raise InitialisationError(
+                    f"layer {name!r}: its weight got no gradient; run forward and backward of the "
+                    "model that the adapter goes on, or leave it out (exclude_modules)"
+                )
+            found[name] = weight.grad.detach() / counts[name]
+            check_finite(found[name], f"layer {name!r}: the gradient of its weight")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)
+        for name, weight in weights.items():
+            weight.grad = held[name]

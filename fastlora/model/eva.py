@@ -1,0 +1,449 @@
+"""EVA's pass over data: directions for each layer's A, and ranks shared out between layers.
+
+Names, arguments and results are PEFT's: a state of directions from either library fits the other.
+
+Method: https://arxiv.org/abs/2410.07170, as in PEFT 0.21.2, ``tuners/lora/eva.py``. Unlike PEFT
+this keeps no batch, takes batches that are no dicts of tokens, and stops with an error where no
+batch has enough rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlora.init.configs import EvaConfig, settings_of
+from fastlora.init.data import batches, call_model, device_of, in_mode, progress, to_device
+from fastlora.init.eva import Digests, LayerDirections, Prepare, as_rows, share_ranks
+from fastlora.layers import LoraLayer
+from fastlora.layers.bases import is_transposed, linear_features
+from fastlora.layers.linear import DEFAULT_ADAPTER
+from fastlora.model.adapter_folder import KEY_PREFIX
+from fastlora.model.config import LoraConfig
+from fastlora.model.inject import lora_layers, routed_modules, settings_for
+from fastlora.model.targets import find_targets, resolve_target_modules
+from fastlora.model.tuner import LoraTuner
+from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
+
+# rho above this means "as many as there are".
+_MOST_RHO = 1000
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
+    """Returns the indices of the tokens that count: attended to, and with a label where that is.
+
+    None, which stands for all rows, where a batch is no mapping with input_ids.
+    """
+    if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
+        return None
+    mask = model_input.get("attention_mask")
+    mask = torch.ones_like(model_input["input_ids"]) if mask is None else mask
+    mask = mask.bool()
+    config = settings_of(peft_config.eva_config, EvaConfig) or EvaConfig()
+    labels = model_input.get("labels")
+    if config.use_label_mask and labels is not None:
+        mask = mask & (labels != config.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(
+    layer_input: Any, model_input: Any, layer_name: str
+) -> torch.Tensor:
+    """Returns the rows of a layer's input at the indices that its counterpart above found."""
+    x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    if model_input is None or not isinstance(x, torch.Tensor) or x.dim() <= model_input.shape[1]:
+        return as_rows(layer_input, model_input, layer_name)
+    rows: torch.Tensor = x[model_input.T.unbind()]
+    return rows
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: Any = None,
+    forward_fn: Callable[[nn.Module, Any], object] = call_model,
+    prepare_model_inputs_fn: Callable[[Any, Any], Any]
+    | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Prepare
+    | Mapping[str, Prepare]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = DEFAULT_ADAPTER,
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Returns directions ``[rank, K]`` for the A of each layer, as many as its share of the ranks.
+
+    The loader is run over, from its start again if need be, until the directions have settled. Kept
+    are at most ``rho * r`` directions for each layer; layers with the same inputs share them.
+
+    Args:
+        model: A model with an adapter, or a bare one.
+        dataloader: Any iterable that can start again.
+        peft_config: Config of the adapter; needed where the model is bare.
+        forward_fn: Calls the model with a batch.
+        prepare_model_inputs_fn: Called with batch and config; what it returns is given to the next.
+        prepare_layer_inputs_fn: Called with a layer's inputs, that, and the layer's name; returns
+            rows ``[M, K]``. A mapping gives layers their own; None takes all rows.
+        adapter_name: Which adapter of the model.
+        gather_distributed_inputs: Bring the rows of all processes together.
+        show_progress_bar: Show one, where tqdm is installed.
+
+    Raises:
+        ConfigError: The model is bare and there is no config, or a mapping names no layer.
+        InitialisationError: The loader has no batch, or none with enough rows.
+    """
+    tuner = getattr(model, "base_model", None)
+    adapted = isinstance(tuner, LoraTuner)
+    if peft_config is None and not adapted:
+        raise ConfigError("peft_config is required if model is not a PeftModel")
+    config = _config(tuner, adapter_name) if peft_config is None else peft_config
+    config = config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
+    layers = _layers(model, tuner, config, adapter_name)
+    without = tuner.disable_adapter() if isinstance(tuner, LoraTuner) else contextlib.nullcontext()
+    search = _Search(
+        model,
+        layers,
+        config,
+        forward_fn,
+        prepare_model_inputs_fn,
+        prepare_layer_inputs_fn,
+        _gather if gather_distributed_inputs and dist.is_initialized() else _as_it_is,
+    )
+    with without, in_mode(model, training=False):
+        search.find_groups(dataloader)
+        search.run(dataloader, show_progress_bar)
+    return search.state()
+
+
+def _config(tuner: Any, adapter_name: str) -> LoraConfig:
+    tuner.check_known(adapter_name)
+    config: LoraConfig = tuner.peft_config[adapter_name]
+    return config
+
+
+def _layers(
+    model: nn.Module, tuner: Any, config: LoraConfig, adapter_name: str
+) -> dict[str, nn.Module]:
+    """Returns the linear layers by name: those of the adapter, or of a bare model's targets."""
+    if isinstance(tuner, LoraTuner):
+        found = routed_modules(tuner.model)
+        return {f"{KEY_PREFIX}{n}": layer for n, layer in found if _is_linear(layer, adapter_name)}
+    names = (
+        [name for name, _ in model.named_modules()]
+        if config.target_modules is None
+        else find_targets(model, config)
+    )
+    modules = {name: model.get_submodule(name) for name in names}
+    return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or is_transposed(m)}
+
+
+def _is_linear(layer: nn.Module, adapter_name: str) -> bool:
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return False
+    return isinstance(layer.lora_A[adapter_name], nn.Linear)
+
+
+class _Search:
+    """The state of one call of `get_eva_state_dict`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        config: LoraConfig,
+        forward: Callable[[nn.Module, Any], object],
+        prepare_batch: Callable[[Any, Any], Any] | None,
+        prepare_layer: Prepare | Mapping[str, Prepare] | None,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.model, self.layers, self.config = model, layers, config
+        self.forward, self.prepare_batch, self.gather = forward, prepare_batch, gather
+        self.settings: EvaConfig = settings_of(config.eva_config, EvaConfig) or EvaConfig()
+        own = dict(prepare_layer) if isinstance(prepare_layer, Mapping) else {}
+        lost = sorted(set(own) - set(layers))
+        if lost:
+            raise ConfigError(f"prepare_layer_inputs_fn names no layers of the model: {lost}")
+        if not layers:
+            raise InitialisationError("EVA found no linear layer to look at")
+        default = as_rows if isinstance(prepare_layer, Mapping) else prepare_layer or as_rows
+        self.prepare = {name: own.get(name) or default for name in layers}
+        rho = self.settings.rho
+        if rho > _MOST_RHO:
+            rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // config.r)
+        ranks = {name: config.rank_for(name) for name in layers}
+        self.limits = {
+            name: min(round(ranks[name] * rho), _width(layer)) for name, layer in layers.items()
+        }
+        self.budget = sum(ranks.values())
+        self.source = {name: name for name in layers}
+        self.found: dict[str, LayerDirections] = {}
+        self.ranks = dict(self.limits)
+
+    def _prepared(self, batch: Any) -> Any:
+        return batch if self.prepare_batch is None else self.prepare_batch(batch, self.config)
+
+    def find_groups(self, loader: Iterable[Any]) -> None:
+        """Runs one batch, to see which layers get the same inputs."""
+        digests, device = Digests(), device_of(self.model)
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
+        batch = to_device(batch, device)
+        prepared = self._prepared(batch)
+
+        def watching(name: str) -> Callable[..., None]:
+            def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                digests.watch(name, self.gather(self.prepare[name](inputs, prepared, name)))
+
+            return watch
+
+        handles = [
+            layer.register_forward_pre_hook(watching(name)) for name, layer in self.layers.items()
+        ]
+        try:
+            self.forward(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.layers if name not in digests.of]
+        if missing:
+            raise InitialisationError(
+                f"layer {missing[0]!r}: the data never got there; leave it out (exclude_modules)"
+            )
+        groups = digests.groups()
+        followers = {name: names[0] for names in groups for name in names[1:]}
+        for names in groups:
+            highest = max(self.limits[name] for name in names)
+            self.limits |= dict.fromkeys(names, highest)
+        self.source = {n: n for n in self.layers if n not in followers} | followers
+        self.ranks = dict(self.limits)
+        for name, of in self.source.items():
+            if name == of:
+                self.found[name] = LayerDirections(
+                    name, self.limits[name], self.settings.tau, self.prepare[name], self.gather
+                )
+
+    def run(self, loader: Iterable[Any], show: bool) -> None:
+        """Runs batches until every layer's directions, as many as it is to have, have settled."""
+        handles: dict[str, Any] = {}
+        done = dict.fromkeys(self.found, False)
+        bar: Any = progress(self._endless(loader), "EVA", show and _is_first())
+        try:
+            for batch in bar:
+                prepared = self._prepared(batch)
+                for name, directions in self.found.items():
+                    directions.model_input = prepared
+                    done[name] = bool(directions.settled[: self.ranks[name]].all())
+                    if done[name] and name in handles:
+                        handles.pop(name).remove()
+                    elif not done[name] and name not in handles:
+                        layer = self.layers[name]
+                        handles[name] = layer.register_forward_pre_hook(directions.watch)
+                if hasattr(bar, "set_description"):
+                    settled = sum(done[of] for of in self.source.values())
+                    bar.set_description(f"{settled}/{len(self.source)} layers have converged")
+                if all(done.values()):
+                    return
+                self.forward(self.model, batch)
+                if all(each.pca.components is not None for each in self.found.values()):
+                    ratios = {name: each.pca.ratios for name, each in self.found.items()}
+                    self.ranks = share_ranks(ratios, self.source, self.budget, self.limits)
+        finally:
+            if hasattr(bar, "close"):
+                bar.close()
+            for handle in handles.values():
+                handle.remove()
+
+    def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yields batches, from the start again and again; keeps none."""
+        while True:
+            yield from batches(loader, self.model, "EVA", show=False)
+            for name, each in self.found.items():
+                if each.pca.components is None:
+                    raise InitialisationError(
+                        f"layer {name!r}: EVA needs a batch of at least {each.pca.count} rows "
+                        f"(rho * r), and the largest has {each.most_rows}; expected larger batches"
+                    )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what was found, in the order in which the ranks were shared out."""
+        whiten = self.settings.whiten
+        return {
+            name: self.found[self.source[name]].directions(rank, whiten).clone()
+            for name, rank in self.ranks.items()
+        }
+
+
+def _width(layer: nn.Module) -> int:
+    features = linear_features(layer)
+    return features[0] if features is not None else 0
+
+
+def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of all processes, whose numbers may differ."""
+    size = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    counts = [int(each) for each in sizes]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.zeros_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, torch.Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], object] = call_model,
+    prepare_model_inputs_fn: Callable[[Any, Any], Any]
+    | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Prepare
+    | Mapping[str, Prepare]
+    | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = DEFAULT_ADAPTER,
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Gives an adapter with ``init_lora_weights="eva"`` its directions and ranks.
+
+    Layers whose rank changes get new factors, so make optimizers afterwards. A layer whose share is
+    no rank at all loses the adapter. The config follows: rank_pattern, alpha_pattern and
+    target_modules say what there is.
+
+    Args:
+        model: The model with the adapter.
+        dataloader: See `get_eva_state_dict`, as for the other arguments.
+        eva_state_dict: What that function returned; then no data is needed.
+        forward_fn: See there.
+        prepare_model_inputs_fn: See there.
+        prepare_layer_inputs_fn: See there.
+        adapter_name: Which adapter.
+        gather_distributed_inputs: See there.
+        show_progress_bar: See there.
+
+    Raises:
+        ConfigError: The adapter has another initialisation, or there is neither data nor state.
+        AdapterStateError: Several adapters act, or one is merged. Nothing has changed then.
+        InitialisationError: The state does not fit the adapter, or see `get_eva_state_dict`.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, LoraTuner):
+        raise ConfigError("model must be a PeftModel: the result of fastlora.get_peft_model")
+    if len(tuner.active_adapters) > 1:
+        raise AdapterStateError(
+            "`initialize_lora_eva_weights` currently only works with a single active adapter"
+        )
+    config = _config(tuner, adapter_name)
+    if config.init.name != "eva":
+        raise ConfigError(
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
+        )
+    if any(layer.merged for layer in lora_layers(tuner.model)):
+        raise AdapterStateError("an adapter is merged; unmerge it first")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("dataloader is required if eva_state_dict is not provided")
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            None,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            adapter_name,
+            gather_distributed_inputs,
+            show_progress_bar,
+        )
+    _apply(tuner, adapter_name, config, eva_state_dict)
+
+
+def _apply(
+    tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Puts directions into factors, of another rank where that changes, and into the config."""
+    layers = {
+        name: layer
+        for name, layer in routed_modules(tuner.model)
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+    }
+    found = {
+        name: state[f"{KEY_PREFIX}{name}"] for name in layers if f"{KEY_PREFIX}{name}" in state
+    }
+    for name, directions in found.items():
+        if directions.dim() != 2 or directions.shape[1] != layers[name].in_features:
+            raise InitialisationError(
+                f"layer {name!r}: directions of shape {tuple(directions.shape)}, expected "
+                f"[rank, {layers[name].in_features}]"
+            )
+    settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
+    ranks, alphas, kept, missing = {}, {}, [], []
+    for name, layer in layers.items():
+        asked = settings_for(name, config)
+        rank, alpha = asked.r, asked.lora_alpha
+        if name in found:
+            rank = len(found[name])
+            if rank == 0:
+                _take_off(tuner, name, layer, adapter_name)
+                continue
+            if settings.adjust_scaling_factors:
+                alpha *= rank / asked.r
+        else:
+            missing.append(name)
+        if name not in found:
+            asked = asked._replace(init_lora_weights=True)
+        if rank != layer.r[adapter_name] or (name in missing and _is_linear(layer, adapter_name)):
+            _remake(layer, adapter_name, asked._replace(r=rank, lora_alpha=alpha))
+        if name in found:
+            weight: Any = layer.lora_A[adapter_name].weight
+            weight.copy_(found[name])
+        kept.append(name)
+        if rank != config.r:
+            ranks[name] = rank
+        if alpha != config.lora_alpha:
+            alphas[name] = alpha
+    config.target_modules = set(kept)
+    config.target_modules = resolve_target_modules(tuner.model, config)
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
+    tuner._find_routed()
+    tuner.set_adapter(tuner.active_adapters, config.inference_mode)
+    if missing:
+        warnings.warn(
+            "the following layers were initialized with init_lora_weights=True because they were "
+            f"not found in the eva state_dict: {missing}",
+            stacklevel=3,
+        )
+
+
+def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
+    """Gives a layer's adapter factors of another rank, in the dtype that it had."""
+    before = layer.lora_A[adapter_name].weight.dtype
+    layer.delete_adapter(adapter_name)
+    layer.add_adapter(adapter_name, **asked._asdict())
+    if before == torch.float32:
+        layer.widen(adapter_name)
+
+
+def _take_off(tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Removes an adapter from a layer, and the layer where it was the last one."""
+    layer.delete_adapter(adapter_name)
+    if not layer.r:
+        parent, _, child = name.rpartition(".")
+        setattr(tuner.model.get_submodule(parent), child, layer.release())
