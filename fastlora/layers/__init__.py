@@ -1,7 +1,8 @@
 """LoRA layers: state, merging, and a forward through `fastlora.functional`."""
 
-from fastlora.layers import embedding, linears, tensor_parallel  # noqa: F401 - register their kinds
+from fastlora.layers import conv, embedding, linears, tensor_parallel  # noqa: F401 - register their kinds
 from fastlora.layers.base import LoraLayer
+from fastlora.layers.conv import FastLoraConv
 from fastlora.layers.embedding import FastLoraEmbedding
 from fastlora.layers.linear import FastLoraLinear
 from fastlora.layers.module_wrapper import ModuleWrapper
@@ -10,6 +11,7 @@ from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.layers.wrapped import FastLoraWrapper
 
 __all__ = [
+    "FastLoraConv",
     "FastLoraEmbedding",
     "FastLoraLinear",
     "FastLoraWrapper",

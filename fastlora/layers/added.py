@@ -147,6 +147,21 @@ class AddedLora(LoraLayer):
 
     # --------------------------------------------------------------------------------------- parts
 
+    def _dropped(
+        self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns x, dropped where a dropout acts; x itself where none does.
+
+        With a seed an adapter's samples drop the same elements whatever else is in the batch.
+        """
+        if isinstance(dropout, nn.Identity):
+            return x
+        if type(dropout) is not nn.Dropout or seed is None or not dropout.training:
+            dropped: torch.Tensor = dropout(x)
+            return x if isinstance(dropout, nn.Dropout) and not dropout.training else dropped
+        keep = torch.ops.fastlora.lora_keep(x, seed, dropout.p, None)
+        return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
+
     def _scaling_beside(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Returns an adapter's scaling as a tensor without dimensions beside another one."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

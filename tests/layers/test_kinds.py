@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from torch import nn
 import fastlora
 from fastlora.layers import FastLoraWrapper, LoraLayer
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
-from tests.support.kinds import KINDS, KindCase
+from tests.support.kinds import KINDS, KindCase, Pictures
 from tests.support.tiny import with_adapters
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -198,11 +199,18 @@ def test_absent_adapters_get_zeros_where_processes_wait(
     assert absent and not any(grad.any() for grad in absent.values())
 
 
-@pytest.mark.parametrize(("case", "config"), DORA)
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_graph_is_full(case: KindCase, config: dict[str, Any], mixed: bool) -> None:
-    if mixed and not case.mixes:
-        pytest.skip("its rows share no batch")
+@pytest.mark.parametrize(
+    ("kind", "feature", "mixed"),
+    [
+        ("embedding", "plain", False),
+        ("embedding", "dora", True),
+        ("conv1d", "plain", True),
+        ("conv2d", "dora", False),
+    ],
+)
+def test_a_graph_is_full(kind: str, feature: str, mixed: bool) -> None:
+    case, config = KINDS[kind], FEATURES[feature]
+    torch._dynamo.reset()
     x, model = case.x(3), _model(fastlora, case, ("one", "two"), **config)
     model.base_model.set_adapter(["one", "two"])
     found = []
@@ -261,7 +269,7 @@ def test_a_pool_takes_linears_only(case: KindCase) -> None:
         fastlora.AdapterPool(case.make(), target_modules=["kind", "lin"], max_rank=4)
 
 
-@pytest.mark.parametrize("case", [c for c in KINDS.values() if not c.lora_bias])
+@pytest.mark.parametrize("case", [KINDS["embedding"]])
 def test_a_lora_bias_is_refused_where_it_has_no_place(case: KindCase) -> None:
     model = case.make()
     with pytest.raises(UnsupportedLayerError, match="'kind'.*lora_bias"):
@@ -288,6 +296,96 @@ def test_adapters_come_and_go(case: KindCase) -> None:
     copied = copy.deepcopy(model)
     _close(copied(x), model(x))
     assert not any(isinstance(module, LoraLayer) for module in model.unload().modules())
+
+
+DROPS = [p for p in DORA if p.values[0].drops]
+
+
+@pytest.mark.parametrize(("case", "config"), DROPS)
+def test_dropout_is_pefts(case: KindCase, config: dict[str, Any]) -> None:
+    """Of one adapter the masks too are PEFT's; in a batch they follow from the adapter's seed."""
+    x, runs = case.x(3), []
+    for library in (fastlora, peft):
+        config = {**config, "target_modules": ["kind"], "lora_dropout": 0.5}
+        model = _model(library, case, ("one", "two"), **config)
+        torch.manual_seed(3)
+        runs.append(_run(model.train(), x))
+    (y, grads), (expected, theirs) = runs
+    _close(y, expected)
+    assert grads.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        _close(grads[name], grad)
+    model = _model(fastlora, case, ("one", "two"), **config).train()
+    found = []
+    for ids in (["one", "two", "one"], ["one", "one"]):
+        with fastlora.adapters(model, ids, seeds={"one": 5}):
+            rows = [0, 2] if len(ids) == 3 else [0, 1]
+            found.append(model(x if len(ids) == 3 else x[[0, 2]])[rows])
+    _close(*found)
+    assert not torch.allclose(found[0], model.eval()(x[[0, 2]]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dilation": 2},
+        {"padding": "same", "dilation": 2},
+        {"padding_mode": "circular"},
+        {"padding_mode": "reflect", "groups": 2},
+    ],
+    ids=str,
+)
+def test_the_update_is_that_of_the_merged_convolution(options: dict[str, Any]) -> None:
+    """PEFT's lora_A has neither dilation nor padding mode: its forward differs from its merge."""
+    case = KindCase(functools.partial(Pictures, 2, **options), KINDS["conv2d"].x)
+    x, model = case.x(2), _model(fastlora, case).eval()
+    expected = model(x)
+    if "groups" in options:
+        with pytest.raises(UnsupportedLayerError, match="groups=2.*unmerged"):
+            model.merge_adapter()
+        return
+    model.merge_adapter()
+    _close(model(x), expected)
+    theirs = _model(peft, case).eval()
+    if options == {"dilation": 2}:
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            theirs(x)
+    else:
+        assert not torch.allclose(theirs(x), expected, rtol=1e-2)
+    _close(theirs.merge_and_unload()(x), expected)
+
+
+def test_a_convolution_with_channels_last() -> None:
+    case = KINDS["conv2d"]
+    x, model = case.x(2), _model(fastlora, case, use_dora=True).eval()
+    expected, delta = model(x), _layer(model).get_delta_weight("one")
+    model.to(memory_format=torch.channels_last)
+    weight = _layer(model).weight
+    assert not weight.is_contiguous()
+    _close(_layer(model).get_delta_weight("one"), delta)
+    before = weight.clone()
+    model.merge_adapter()
+    _close(model(x), expected)
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)
+    _close(model.merge_and_unload()(x), expected)
+
+
+def test_a_convolution_of_one_sample_without_a_batch() -> None:
+    case = KINDS["conv1d"]
+    x, model = case.x(1), _model(fastlora, case, ("one", "two"))
+    layer = _layer(model)
+    _close(layer(x[0]), layer(x)[0])
+    with fastlora.adapters(model, ["two"]):
+        mixed = layer(x[0])
+    model.set_adapter("two")
+    _close(mixed, layer(x)[0])
+
+
+def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
+    config = fastlora.LoraConfig(target_modules=["kind"], r=3)
+    with pytest.raises(UnsupportedLayerError, match="groups=2.*rank 3"):
+        fastlora.get_peft_model(KINDS["conv2d in groups"].make(), config)
 
 
 def test_a_sparse_embedding_trains() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,31 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As Gemma's."""
         return super().forward(input) * self.embed_scale
+
+
+class Pictures(nn.Module):
+    """A convolution of so many dimensions, and a linear on the mean of its channels."""
+
+    def __init__(self, dims: int, **options: Any) -> None:
+        super().__init__()
+        conv: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        options = {"kernel_size": 3, "padding": 1, **options}
+        self.kind = conv(4, 8, **options)
+        self.lin = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, 4, ...]`` to ``[B, 5]``."""
+        return self.lin(self.kind(x).tanh().flatten(2).mean(2))
+
+
+def pictures(dims: int) -> Callable[[int], torch.Tensor]:
+    """Makes inputs ``[samples, 4, 6, ...]``."""
+
+    def make(samples: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return torch.randn(samples, 4, *[6] * dims, generator=generator)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,27 @@ def words(samples: int) -> torch.Tensor:
     return torch.arange(samples * 5).view(samples, 5) % 11
 
 
+_CONVOLUTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "conv1d": (1, {"stride": 2, "bias": False}),
+    "conv2d": (2, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}),
+    "conv2d of a point": (2, {"kernel_size": 1, "padding": 0}),
+    "conv2d, padded to the same size": (2, {"padding": "same"}),
+    "conv3d": (3, {}),
+    "conv2d in groups": (2, {"groups": 2}),
+}
+
+
+def _convolution(dims: int, options: dict[str, Any]) -> KindCase:
+    return KindCase(
+        functools.partial(Pictures, dims, **options),
+        pictures(dims),
+        lora_bias=options.get("bias", True),
+        drops=True,
+        merges=options.get("groups", 1) == 1,
+    )
+
+
 KINDS = {
     "embedding": KindCase(Words, words),
+    **{name: _convolution(*case) for name, case in _CONVOLUTIONS.items()},
 }

@@ -1,0 +1,213 @@
+"""`FastLoraConv`: an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with adapters.
+
+``y = conv(x, weight) + bias + scaling * lora_B(lora_A(dropout(x)))``: lora_A convolves as the base
+layer does (kernel, stride, padding, dilation and padding mode), into R channels of one group;
+lora_B is a convolution of one point with the groups of the base layer. With one group that is a
+convolution with ``weight + scaling * lora_B @ lora_A``, kernels flattened, into which it merges:
+as a matrix ``[N, K]`` the weight has K = channels times kernel. With more, every output sees all
+input channels, for which the base weight has no place.
+
+Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py``, `_ConvNd`; DoRA is its
+``tuners/lora/dora.py``, `_DoraConvNdLayer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import parts
+from fastlora.layers.added import AddedLora
+from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, register_kind
+from fastlora.layers.stored import Plain, Stored
+from fastlora.ops.conditions import Conditions
+from fastlora.validation import UnsupportedLayerError
+
+# The convolution of a weight with so many dimensions.
+_CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    3: nn.Conv1d,
+    4: nn.Conv2d,
+    5: nn.Conv3d,
+}
+
+
+class FastLoraConv(AddedLora):
+    """A LoRA layer over a convolution, or a subclass, which is called as it is.
+
+    Args:
+        base_layer: The convolution.
+
+    Attributes:
+        lora_A: Adapter name to a convolution with weight ``[R, C, ...]``, kernel as the base's.
+        lora_B: Adapter name to a convolution with weight ``[N, R / groups, 1, ...]``.
+        lora_magnitude_vector: Adapter name to a module with weight ``[1, N, 1, ...]``.
+    """
+
+    not_fused = "two convolutions beside it, PyTorch's"
+
+    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
+
+    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, parts.Factor]:
+        base: Any = self.base_layer
+        conv: Any = _CLASSES[base.weight.dim()]
+        like = {
+            "stride": base.stride,
+            "padding": base.padding,
+            "dilation": base.dilation,
+            "padding_mode": base.padding_mode,
+        }
+        lora_a = conv(self.in_features, r, base.kernel_size, bias=False, **like)
+        lora_b = conv(r, self.out_features, 1, groups=base.groups, bias=lora_bias)
+        parts.reset_parameters(lora_a, lora_b, r, init)
+        return {"lora_A": lora_a, "lora_B": lora_b}
+
+    def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
+        return self._by_channel(norms).unsqueeze(0)
+
+    def _by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Returns a number for each channel, ``[N]``, as ``[N, 1, ...]``: beside y's channels."""
+        kernel: Any = self.base_layer.kernel_size
+        return numbers.view(-1, *(1,) * len(kernel))
+
+    def _own_magnitude(self, name: str) -> torch.Tensor:
+        magnitude: Any = self.lora_magnitude_vector[name]
+        return magnitude.weight.flatten()
+
+    # ------------------------------------------------------------------------------------ forward
+
+    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+        weight: Any = self.base_layer.weight
+        return (x.shape[0], 1) if x.dim() == weight.dim() else (1, 0)
+
+    def _plus(
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        conditions: Conditions,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        base: Any = self.base_layer
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        weight: Any = down.weight
+        inner = x.to(weight.dtype) if conditions.autocast is None else x
+        dropped = self._dropped(dropout, inner, seed)
+        update = up(down(dropped))
+        update = update * self._scaling_beside(name, update)
+        g = self._dora_scale(name, conditions)
+        if g is None:
+            return y + update
+        # As PEFT: under dropout the base weight meets the dropped input a second time.
+        if dropped is not inner:
+            scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
+        else:
+            scaled = y if base.bias is None else y - self._by_channel(base.bias)
+        g = self._by_channel(g)
+        return y + (g - 1.0) * scaled + g * update
+
+    # ------------------------------------------------------------------------ weight and factors
+
+    def _matrix(self, kernels: torch.Tensor) -> torch.Tensor:
+        """Returns ``[N, C, ...]`` as ``[N, K]``, in the order in which the base weight is stored.
+
+        So a matrix of the base weight is a view of it.
+        """
+        weight: Any = self.base_layer.weight
+        return (kernels if weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
+
+    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.base_layer.weight
+        if weight.is_contiguous():
+            return delta.view(weight.shape)
+        n, c, *kernel = weight.shape
+        return delta.view(n, *kernel, c).movedim(-1, 1)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `LoraLayer`, as matrices; with groups those whose product PEFT norms for DoRA.
+
+        These are ``lora_B`` and ``lora_A``, flattened, multiplied, and the product reshaped to
+        ``[N, C / groups, ...]``: output n has row ``n // groups`` of lora_B over its share
+        ``n % groups`` of the input channels.
+        """
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        groups: Any = self.base_layer.groups
+        if groups == 1:
+            return self._matrix(down.weight), up.weight.flatten(1), up.bias
+        r = down.weight.shape[0]
+        shares = [self._matrix(share) for share in down.weight.chunk(groups, dim=1)]
+        rows = up.weight.reshape(-1, 1, 1, r)
+        own = torch.eye(groups, dtype=rows.dtype, device=rows.device).view(1, groups, groups, 1)
+        return torch.cat(shares), (rows * own).reshape(-1, groups * r), up.bias
+
+    def _own_weight(self) -> torch.Tensor:
+        weight: Any = self.base_layer.weight
+        return self._matrix(weight)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """As `LoraLayer`; a convolution with groups has none."""
+        self._refuse_groups("there is no update of the weight of")
+        return super().get_delta_weight(adapter_name)
+
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        self._refuse_groups("cannot merge into")
+        weight: Any = self.base_layer.weight
+        bias: Any = self.base_layer.bias
+        plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+        if not plain or self._matrix(weight).data_ptr() != weight.data_ptr():
+            raise UnsupportedLayerError(
+                f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
+                "floating-point tensor, contiguous or with channels last"
+            )
+        return Plain(weight, self._matrix), bias
+
+    def _refuse_groups(self, what: str) -> None:
+        base: Any = self.base_layer
+        if base.groups > 1:
+            raise UnsupportedLayerError(
+                f"{what} a {type(base).__name__} with groups={base.groups}: its adapter connects "
+                "channels of different groups, as in PEFT; leave it unmerged"
+            )
+
+
+def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+    base: Any = module
+    n, ones = base.out_channels, (1,) * len(base.kernel_size)
+    shapes: Shapes = {
+        "lora_A.weight": (asked.r, base.in_channels, *base.kernel_size),
+        "lora_B.weight": (n, asked.r // base.groups, *ones),
+    }
+    if asked.lora_bias:
+        shapes["lora_B.bias"] = (n,)
+    if asked.use_dora:
+        shapes["lora_magnitude_vector"] = (1, n, *ones)
+    return shapes
+
+
+def _check(module: nn.Module, asked: Settings) -> None:
+    base: Any = module
+    if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
+        raise UnsupportedLayerError(
+            f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a "
+            f"floating-point parameter; otherwise {INSTEAD}"
+        )
+    if asked.r % base.groups:
+        raise UnsupportedLayerError(
+            f"with groups={base.groups}, which rank {asked.r} is not divisible by; expected such a "
+            "rank (rank_pattern), or other targets"
+        )
+    if isinstance(asked.init_lora_weights, str) and asked.init_lora_weights != "gaussian":
+        raise UnsupportedLayerError(
+            f"init_lora_weights={asked.init_lora_weights!r} is for linear layers, as in PEFT; "
+            "expected True, False or 'gaussian', or other targets"
+        )
+
+
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, tuple(_CLASSES.values()))
+
+
+register_kind(Kind("convolutions", _takes, FastLoraConv, _shapes, _check))  # type: ignore[arg-type]  # as in embedding.py
