@@ -1,6 +1,12 @@
 """LoRA layers: state, merging, and a forward through `fastlora.functional`."""
 
-from fastlora.layers import conv, embedding, linears, tensor_parallel  # noqa: F401 - register their kinds
+from fastlora.layers import (  # noqa: F401 - register their kinds
+    conv,
+    embedding,
+    linears,
+    tensor_parallel,
+)
+from fastlora.layers.attention import FastLoraMultiheadAttention
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.conv import FastLoraConv
 from fastlora.layers.embedding import FastLoraEmbedding
@@ -14,6 +20,7 @@ __all__ = [
     "FastLoraConv",
     "FastLoraEmbedding",
     "FastLoraLinear",
+    "FastLoraMultiheadAttention",
     "FastLoraWrapper",
     "LoraLayer",
     "ModuleWrapper",

@@ -1,7 +1,7 @@
-"""`AddedLora`: adapters whose updates are added one by one to what a module made.
+"""`BesideLora`: a LoRA layer over a module that is called as it is, without kernels of ours.
 
-For kinds of modules whose update is no product of rows with kernels of ours. In a mixed batch each
-adapter gets its own samples.
+`AddedLora` adds adapters one by one to what that module made; in a mixed batch each adapter gets
+its own samples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
 
 
-class AddedLora(LoraLayer):
+class BesideLora(LoraLayer):
     """A LoRA layer over a module that is called as it is.
-
-    A kind has `_plus` and `_samples`, beside what `LoraLayer` asks of it.
 
     Args:
         base_layer: The module.
@@ -43,6 +41,50 @@ class AddedLora(LoraLayer):
         self.training = base_layer.training
         self._init_adapters()
         base_layer.requires_grad_(False)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the wrapped module."""
+        return self.base_layer
+
+    def release(self) -> nn.Module:
+        """Returns the wrapped module, which the layer is no longer needed for."""
+        return self.base_layer
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Not fused; says what computes it."""
+        return False, f"its base layer is {type(self.base_layer).__name__}: {self.not_fused}"
+
+    def _begin(self, x: torch.Tensor) -> Conditions:
+        """Returns what a forward in which adapters act runs under.
+
+        Raises:
+            ImplementationError: Only kernels may run, by ``impl`` or in the batch-invariant mode.
+        """
+        conditions = conditions_of(x, "eager")
+        if self.impl == "triton":
+            kind = type(self.base_layer).__name__
+            raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.not_fused}")
+        conditions.refuse(self, self.not_fused)
+        if torch.is_grad_enabled() and not conditions.compiling:
+            marks.trained = Mark()  # a step may follow
+        return conditions
+
+
+class AddedLora(BesideLora):
+    """A LoRA layer whose adapters are added one by one.
+
+    A kind has `_plus` and `_samples`, beside what `LoraLayer` asks of it.
+    """
 
     # ----------------------------------------------------------------------- what a kind answers
 
@@ -78,13 +120,7 @@ class AddedLora(LoraLayer):
         names = self._acting() if routing is None else []
         if routing is None and not names:
             return y
-        conditions = conditions_of(x, "eager")
-        if self.impl == "triton":
-            kind = type(self.base_layer).__name__
-            raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.not_fused}")
-        conditions.refuse(self, self.not_fused)
-        if torch.is_grad_enabled() and not conditions.compiling:
-            marks.trained = Mark()  # a step may follow
+        conditions = self._begin(x)
         if routing is not None:
             return self._mixed(routing, x, y, conditions)
         made = y
@@ -177,27 +213,3 @@ class AddedLora(LoraLayer):
         scaling = self._scaling_beside(name, lora_a) if compiling else self.scaling[name]
         squares = adapter_squares(self, lora_a, lora_b, scaling, compiling)
         return scale_of(self._own_magnitude(name), squares)
-
-    # ------------------------------------------------------------------------------------ the rest
-
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        """The base layer's bias."""
-        return getattr(self.base_layer, "bias", None)
-
-    def get_base_layer(self) -> nn.Module:
-        """Returns the wrapped module."""
-        return self.base_layer
-
-    def release(self) -> nn.Module:
-        """Returns the wrapped module, which the layer is no longer needed for."""
-        return self.base_layer
-
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused; says what computes it."""
-        return False, f"its base layer is {type(self.base_layer).__name__}: {self.not_fused}"

@@ -21,6 +21,7 @@ from torch import nn
 from fastlora.layers import parts
 from fastlora.layers.added import AddedLora
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, register_kind
+from fastlora.layers.starting import Starter
 from fastlora.layers.stored import Plain, Stored
 from fastlora.ops.conditions import Conditions
 from fastlora.validation import UnsupportedLayerError
@@ -50,7 +51,7 @@ class FastLoraConv(AddedLora):
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
 
-    def _new_factors(self, r: int, lora_bias: bool, init: bool | str) -> dict[str, parts.Factor]:
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
         base: Any = self.base_layer
         conv: Any = _CLASSES[base.weight.dim()]
         like = {
@@ -61,7 +62,7 @@ class FastLoraConv(AddedLora):
         }
         lora_a = conv(self.in_features, r, base.kernel_size, bias=False, **like)
         lora_b = conv(r, self.out_features, 1, groups=base.groups, bias=lora_bias)
-        parts.reset_parameters(lora_a, lora_b, r, init)
+        start.fill(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
@@ -198,11 +199,6 @@ def _check(module: nn.Module, asked: Settings) -> None:
         raise UnsupportedLayerError(
             f"with groups={base.groups}, which rank {asked.r} is not divisible by; expected such a "
             "rank (rank_pattern), or other targets"
-        )
-    if isinstance(asked.init_lora_weights, str) and asked.init_lora_weights != "gaussian":
-        raise UnsupportedLayerError(
-            f"init_lora_weights={asked.init_lora_weights!r} is for linear layers, as in PEFT; "
-            "expected True, False or 'gaussian', or other targets"
         )
 
 

@@ -46,6 +46,7 @@ class Kind(NamedTuple):
         check: Raises `UnsupportedLayerError` where an adapter cannot be on a module as asked, and
             says what can.
         drops: Whether lora_dropout acts there.
+        of_peft: What to know of an adapter there that PEFT has trained; empty for nothing.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Kind(NamedTuple):
     shapes: Callable[[nn.Module, Settings], Shapes]
     check: Callable[[nn.Module, Settings], None]
     drops: bool = True
+    of_peft: str = ""
 
 
 LINEAR = "linear layers"

@@ -24,7 +24,7 @@ from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
 from fastlora.model.tuner import LoraTuner
-from fastlora.model.walk import plain_name
+from fastlora.model.walk import outer_modules, plain_name
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
@@ -119,7 +119,7 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
     config = plan.config
     layers = {
         name: layer
-        for name, layer in routed_modules(model)
+        for name, layer in outer_modules(model)
         if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
     if set(layers) != set(plan.targets):

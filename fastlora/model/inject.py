@@ -90,7 +90,9 @@ def plan_adapter(
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
             _kind_of(base, config).check(base, settings_for(name, config))
         parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer):
+        if isinstance(parent, nn.TransformerEncoderLayer) and not isinstance(
+            base, nn.MultiheadAttention
+        ):
             warnings.warn(
                 f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
                 "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
@@ -123,7 +125,7 @@ def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
         warnings.warn(
             f"lora_dropout={plan.config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
-            f"PEFT: a {type(bases[without[0]]).__name__} has no input that it could drop",
+            f"PEFT: the adapter of a {type(bases[without[0]]).__name__} has no input to drop",
             stacklevel=4,
         )
 
@@ -146,6 +148,15 @@ def _check_untied(model: nn.Module, plan: Plan) -> None:
                 f"module {name!r}, which {others[0]!r} shares; leave it out (exclude_modules), or "
                 "untie the two first"
             )
+
+
+def warn_of_peft(model: nn.Module, plan: Plan) -> None:
+    """Warns where an adapter that PEFT has trained computes something else here."""
+    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
+    notes = {_kind_of(base, plan.config).of_peft: name for name, base in bases.items()}
+    for note, name in notes.items():
+        if note:
+            warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -216,13 +227,13 @@ def add_adapter(
     model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
     """Adds an adapter to every module of its plan, inactive; on failure the model is as before."""
-    replaced: dict[str, nn.Module] = {}
+    replaced: dict[str, tuple[nn.Module, nn.Module]] = {}
     undo: list[Callable[[], None]] = []
     init = plan.config.init
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def replace(name: str, made: nn.Module) -> None:
-        replaced[name] = model.get_submodule(name)
+        replaced[name] = model.get_submodule(name), made
         _set_submodule(model, name, made)
 
     try:
@@ -265,7 +276,9 @@ def add_adapter(
         delete_adapter(model, adapter_name)
         for put_back in undo:
             put_back()
-        for name, module in replaced.items():
+        for name, (module, made) in replaced.items():
+            if isinstance(made, LoraLayer):
+                made.release()
             _set_submodule(model, name, module)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -299,7 +312,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Returns name and module of all that hold adapters, which a mixed batch chooses by row."""
     kinds = (LoraLayer, ModuleWrapper)
-    return [(name, module) for name, module in outer_modules(model) if isinstance(module, kinds)]
+    found = outer_modules(model, inner_layers=True)
+    return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -366,6 +380,7 @@ def unload(
     merge that `LoraLayer.merge` refuses changes nothing.
     """
     found = routed_modules(model)
+    found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner ones before their outer
     if merge:
         for _, module in found:
             module.check_merge(safe_merge, present(module, adapter_names))

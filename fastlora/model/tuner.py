@@ -462,6 +462,8 @@ def plan_for(
     plan = inject.plan_adapter(model, config, from_file=loading, tied=tied)
     if config.lora_dropout and not loading:
         inject.warn_of_no_dropout(model, plan)
+    if config.peft_version and loading:
+        inject.warn_of_peft(model, plan)
     config.target_modules = resolve_target_modules(model, config)
     if plan.modules_to_save and not config.modules_to_save:
         config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]

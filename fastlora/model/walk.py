@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -48,13 +49,14 @@ def original_of(module: nn.Module) -> nn.Module:
 
 
 def outer_modules(
-    model: nn.Module, *, remove_duplicate: bool = True
+    model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yields what ``named_modules()`` does, but nothing inside a LoRA layer or a wrapper.
 
     Both themselves are yielded; what a wrapper is says `is_wrapper`. So a model with many adapters
     takes no longer to walk than one with none, and what one adapter owns is never found for
-    another.
+    another. ``inner_layers`` has LoRA layers follow that lie inside others of ours and share their
+    adapters (`LoraLayer.inner_layers`).
     """
     seen: set[nn.Module] = set()
 
@@ -68,6 +70,10 @@ def outer_modules(
             # What a layer was made from, and is known by under another name too, lies inside it.
             inside = [module._modules.get("base_layer"), *module.__dict__.get("_linear", ())]
             seen.update(m for part in inside if part is not None for m in part.modules())
+            inner: Any = getattr(module, "inner_layers", None) if inner_layers else None
+            if inner is not None:
+                for below, layer in inner().items():
+                    yield f"{name}.{below}", layer
         elif is_wrapper(module):
             seen.update(original_of(module).modules())
         else:

@@ -58,7 +58,8 @@ def _model(library: Any, case: KindCase, names: tuple[str, ...] = ("one",), **co
     fields = {"r": 4, "target_modules": ["kind", "lin"], **case.config, **config}
     torch.manual_seed(1)
     model = with_adapters(base, {n: library.LoraConfig(**fields) for n in names}, library)
-    return _randomise(model)
+    _randomise(model)
+    return case.mend(model) if library is peft else model
 
 
 def _randomise(model: Any) -> Any:
@@ -117,7 +118,9 @@ def test_files_go_both_ways(case: KindCase, config: dict[str, Any], tmp_path: Pa
         model, folder = _model(writer, case, ("default",), **config).eval(), tmp_path / str(reader)
         model.save_pretrained(folder)
         torch.manual_seed(0)
-        _close(reader.from_pretrained(case.make(), folder)(x), model(x))
+        loaded = reader.from_pretrained(case.make(), folder)
+        loaded = case.mend(loaded) if reader is peft.PeftModel else loaded
+        _close(loaded(x), model(x))
 
 
 @pytest.mark.parametrize(("case", "config"), [p for p in EVERY if p.values[0].merges])
@@ -237,7 +240,7 @@ def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any
         torch.manual_seed(0)
         base, fields = case.make().to(torch.bfloat16), {"r": 4, "target_modules": ["kind"]}
         model = library.get_peft_model(base, library.LoraConfig(**fields, **case.config, **config))
-        _randomise(model).eval()
+        model = case.mend(_randomise(model).eval()) if library is peft else _randomise(model).eval()
         assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
         y = model(x.to(torch.bfloat16) if x.dtype.is_floating_point else x)
         assert y.dtype == torch.bfloat16
@@ -452,3 +455,151 @@ def test_a_class_of_the_users(tmp_path: Path) -> None:
     config._register_custom_module({_Twice: peft.tuners.lora.Linear})
     with pytest.raises(UnsupportedLayerError, match=r"no subclass of.*fastlora.patch"):
         fastlora.get_peft_model(nn.ModuleDict({"one": _Twice(3, 4)}), config)
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def _tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({}, {"need_weights": True}),
+        ({"batch_first": False}, {"need_weights": True, "average_attn_weights": False}),
+        ({"bias": False}, {"attn_mask": torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)}),
+        ({"add_bias_kv": True, "add_zero_attn": True}, {}),
+        ({}, {"key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2)}),
+        ({}, {"cross": True}),
+    ],
+    ids=str,
+)
+def test_attention_in_every_way_it_is_called(options: dict[str, Any], call: dict[str, Any]) -> None:
+    """As PEFT's, and in evaluation, where PyTorch takes another way, as in training."""
+    case, call = KINDS["attention"], dict(call)
+    other, x = _tokens(2, 5, 8) if call.pop("cross", False) else None, case.x(2)
+    results = []
+    for library in (fastlora, peft):
+        made = KindCase(functools.partial(case.make, **options), case.x, mend=case.mend)
+        layer = _layer(_model(library, made))
+        layer.train()
+        key = x if other is None else other
+        trained = layer(x, key, key, **call)
+        layer.eval()
+        with torch.no_grad():
+            results.append((trained, layer(x, key, key, **call)))
+        if library is fastlora:
+            ours = layer
+    for (y, weights), (expected, theirs) in zip(*results, strict=True):
+        _close(y, expected)
+        assert (weights is None) is (theirs is None)
+        if weights is not None:
+            _close(weights, theirs)
+    assert type(ours.base_layer.in_proj_weight) is nn.Parameter
+
+
+def test_attention_writes_into_no_weight() -> None:
+    """PEFT merges into the module in every forward, which another thread would see."""
+    model = _model(fastlora, KINDS["attention"])
+    base = _layer(model).get_base_layer()
+    weights = base.in_proj_weight, base.out_proj.weight
+    before = [(id(w), w._version, w.detach().clone()) for w in weights]
+    seen: list[Any] = []
+    base.register_forward_pre_hook(lambda module, args: seen.append(module))
+    _run(model, KINDS["attention"].x(2))
+    assert seen and seen[0] is not base  # hooks are called, on what stands in for it
+    for weight, (identity, version, value) in zip(
+        (base.in_proj_weight, base.out_proj.weight), before, strict=True
+    ):
+        assert id(weight) == identity and weight._version == version
+        assert torch.equal(weight, value)
+
+
+def test_peft_adds_the_update_of_out_proj_twice(tmp_path: Path) -> None:
+    case = KINDS["attention"]
+    x, ours = case.x(2), _model(fastlora, case).eval()
+    theirs = _model(peft, KindCase(case.make, case.x)).eval()
+    assert not torch.allclose(ours(x), theirs(x), rtol=1e-2)
+    _layer(ours).base_layer.out_proj.set_scale("one", 2.0)
+    _close(ours(x), theirs(x))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="adds the update of out_proj twice"):
+        fastlora.LoraModel.from_pretrained(case.make(), tmp_path / "one")
+
+
+def test_attention_in_a_transformer_layer_acts_in_evaluation() -> None:
+    """The layer reads its attention's weights in evaluation, where PEFT's adapters do nothing."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    x, config = _tokens(2, 5, 8), {"target_modules": ["self_attn"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = fastlora.get_peft_model(Encoder(), fastlora.LoraConfig(**config))
+    expected = model(x)
+    model.eval()
+    with torch.no_grad():
+        _close(model(x), expected)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), expected, rtol=1e-2)
+        model.merge_adapter()
+        _close(model(x), expected)
+
+
+def test_attention_shares_no_batch() -> None:
+    case = KINDS["attention"]
+    model = _model(fastlora, case)
+    with (
+        fastlora.adapters(model, ["one", None]),
+        pytest.raises(UnsupportedLayerError, match="one weight for all"),
+    ):
+        model(case.x(2))
+    with fastlora.adapters(model, [None, None]):
+        model(case.x(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "words"),
+    [
+        ({"kdim": 6, "vdim": 6}, {}, "kdim=6, vdim=6"),
+        ({}, {"use_dora": True}, "use_dora=True is not for"),
+        ({}, {"lora_bias": True}, "lora_bias=True is not for"),
+    ],
+)
+def test_attention_that_cannot_be_adapted(
+    options: dict[str, Any], fields: dict[str, Any], words: str
+) -> None:
+    model = KINDS["attention"].make(**options)  # type: ignore[call-arg]
+    with pytest.raises(UnsupportedLayerError, match=f"'kind'.*{words}"):
+        fastlora.get_peft_model(model, fastlora.LoraConfig(target_modules=["kind"], **fields))
+    assert type(model.kind.out_proj) is not nn.Linear and not hasattr(model.kind, "r")
+
+
+def test_a_failure_behind_attention_takes_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = KINDS["attention"].make()
+    attention, out_proj = model.kind, model.kind.out_proj
+    monkeypatch.setattr(fastlora.FastLoraLinear, "add_adapter", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastlora.get_peft_model(model, fastlora.LoraConfig(target_modules=["kind", "lin"]))
+    assert model.kind is attention and attention.out_proj is out_proj
+
+
+def test_an_adapter_of_attention_is_loaded_over_itself(tmp_path: Path) -> None:
+    case = KINDS["attention"]
+    model = _model(fastlora, case, ("default",))
+    expected = model(case.x(2))
+    model.save_pretrained(tmp_path)
+    for parameter in _layer(model).parameters():
+        parameter.data += parameter.requires_grad
+    model.load_adapter(tmp_path, "default")
+    _close(model(case.x(2)), expected)

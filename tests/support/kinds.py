@@ -59,6 +59,32 @@ def pictures(dims: int) -> Callable[[int], torch.Tensor]:
     return make
 
 
+class Attentive(nn.Module):
+    """Self-attention, and a linear."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.kind = nn.MultiheadAttention(8, 2, **{"batch_first": True, **options})
+        self.lin = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T, 8]`` to ``[B, T, 5]``."""
+        y, _ = self.kind(x, x, x, need_weights=False)
+        return self.lin(y.tanh())
+
+
+def once(model: Any) -> Any:
+    """Has a model of PEFT's add the update of out_proj once; it merges it twice in a forward."""
+    out_proj = model.base_model.model.kind.base_layer.out_proj
+    out_proj.merge = out_proj.unmerge = lambda *args, **kwargs: None
+    return model
+
+
+def sentences(samples: int) -> torch.Tensor:
+    """Vectors ``[samples, 5, 8]``."""
+    return torch.randn(samples, 5, 8, generator=torch.Generator().manual_seed(4))
+
+
 @dataclass(frozen=True)
 class KindCase:
     """One kind of layer in a model.
@@ -73,6 +99,7 @@ class KindCase:
         mixes: Whether rows of several adapters share a batch.
         merges: Whether PEFT merges it.
         config: Further fields.
+        mend: Makes a model of PEFT's compute what it should.
     """
 
     make: Callable[[], nn.Module]
@@ -83,6 +110,7 @@ class KindCase:
     mixes: bool = True
     merges: bool = True
     config: dict[str, Any] = field(default_factory=dict)
+    mend: Callable[[Any], Any] = lambda model: model
 
 
 def words(samples: int) -> torch.Tensor:
@@ -112,5 +140,6 @@ def _convolution(dims: int, options: dict[str, Any]) -> KindCase:
 
 KINDS = {
     "embedding": KindCase(Words, words),
+    "attention": KindCase(Attentive, sentences, dora=False, mixes=False, mend=once),
     **{name: _convolution(*case) for name, case in _CONVOLUTIONS.items()},
 }

@@ -1,0 +1,206 @@
+"""`FastLoraMultiheadAttention`: an `nn.MultiheadAttention` with adapters.
+
+``in_proj_weight [3E, E]`` and ``out_proj.weight [E, E]`` have an adapter each, of one name and
+rank. The module reads both weights and calls no linear, so a forward gives it
+``weight + scaling * lora_B @ lora_A`` in their place, made anew each time: gradients flow into the
+factors, and nothing is written into the module's own weights.
+
+Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py`` (`MultiheadAttention`):
+``lora_A``, ``lora_B`` and ``base_layer.out_proj.lora_A``, ``.lora_B``. PEFT merges and unmerges in
+every forward, and merges out_proj's adapter twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import parts
+from fastlora.layers.added import BesideLora
+from fastlora.layers.base import LoraLayer
+from fastlora.layers.kinds import Kind, Settings, Shapes, linear_shapes, register_kind
+from fastlora.layers.starting import Starter
+from fastlora.layers.stored import Plain, Stored
+from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.routing.in_force import routing_of
+from fastlora.validation import UnsupportedLayerError
+
+_WHY = (
+    "nn.MultiheadAttention reads its weights and calls no linear: PyTorch adds the update to them"
+)
+_OUT = "base_layer.out_proj"
+
+
+class OutProjection(FastLoraWrapper):
+    """The adapters of an attention's out_proj, which reads the weight and never calls the layer."""
+
+    is_linear = False
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Not fused."""
+        return False, _WHY
+
+
+class FastLoraMultiheadAttention(BesideLora):
+    """A LoRA layer over an `nn.MultiheadAttention`, or a subclass, which is called as it is.
+
+    What it lacks is found on the base layer (``embed_dim``, ``batch_first``, ...).
+
+    Args:
+        base_layer: The attention; its out_proj becomes a LoRA layer until `release`.
+
+    Attributes:
+        lora_A: Adapter name to a linear with weight ``[R, E]``.
+        lora_B: Adapter name to a linear with weight ``[3E, R]``.
+    """
+
+    not_fused = _WHY
+
+    def __init__(self, base_layer: nn.MultiheadAttention) -> None:
+        super().__init__(base_layer, base_layer.embed_dim, 3 * base_layer.embed_dim)
+        base_layer.out_proj = OutProjection(base_layer.out_proj)  # type: ignore[assignment]  # reads alike
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False while adapters act, so that an `nn.TransformerEncoderLayer` calls this layer.
+
+        In evaluation it would read the base weights otherwise.
+        """
+        return not self._acting() and not self._out()._acting()
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the layer lacks on the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+    def _out(self) -> FastLoraWrapper:
+        base: Any = self._modules["base_layer"]
+        out: FastLoraWrapper = base._modules["out_proj"]
+        return out
+
+    def inner_layers(self) -> dict[str, LoraLayer]:
+        """Returns out_proj's, which has adapters of the same names."""
+        return {_OUT: self._out()}
+
+    def release(self) -> nn.Module:
+        """Returns the attention, with its own out_proj in it."""
+        base: Any = self.base_layer
+        if isinstance(base.out_proj, LoraLayer):
+            base.out_proj = base.out_proj.release()
+        return self.base_layer
+
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
+        if not self.r:  # PEFT draws the first adapter's out_proj twice, before and behind this
+            self._out()._new_factors(r, lora_bias, start)
+        return super()._new_factors(r, lora_bias, start)
+
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        weight: Any = self.base_layer.in_proj_weight
+        bias: Any = self.base_layer.in_proj_bias
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise UnsupportedLayerError(
+                f"cannot merge into {type(self.base_layer).__name__}: its in_proj_weight is not a "
+                "plain floating-point matrix"
+            )
+        return Plain(weight), bias
+
+    def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Calls the attention with weights that have the active adapters in them."""
+        routing = None if self._disabled else routing_of(self)
+        if routing is not None and any(name in self.r for name in routing.names):
+            raise UnsupportedLayerError(
+                f"the rows of a batch cannot have adapters of their own on a "
+                f"{type(self.base_layer).__name__}, which has one weight for all, as in PEFT; run "
+                "an adapter at a time, or leave it out of target_modules"
+            )
+        own, inner = self._acting(), self._out()._acting()
+        if routing is not None or not (own or inner):
+            return self.base_layer(query, *args, **kwargs)
+        conditions = self._begin(query)
+        base: Any = self.base_layer
+        weight = _adapted(self, base.in_proj_weight, own)
+        out_weight = _adapted(self._out(), self._out().weight, inner)
+        if conditions.compiling:  # which knows no modules that are made on the way
+            weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
+            return torch.func.functional_call(base, weights, (query, *args), kwargs)
+        out = _stand_in(self._out().get_base_layer(), {"weight": out_weight})
+        stand_in = _stand_in(base, {"in_proj_weight": weight})
+        stand_in._modules = {**base._modules, "out_proj": out}
+        return stand_in(query, *args, **kwargs)
+
+
+def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Returns a weight ``[N, K]`` with adapters of a layer, in the weight's dtype, rounded once."""
+    if not names:
+        return weight
+    wide = torch.promote_types(torch.float32, weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        made = weight.to(wide)
+        for name in names:
+            lora_a, lora_b, _ = layer._factors(name)
+            scaling = layer.__dict__["_scaling"].tensors[name].to(weight.device)
+            made = torch.addmm(made, lora_b.to(wide) * scaling, lora_a.to(wide))
+        return made.to(weight.dtype)
+
+
+def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Returns a module that shares all with another but some parameters; no thread sees it."""
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__["_parameters"] = {**module._parameters, **tensors}
+    return made
+
+
+def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+    base: Any = module
+    e = base.embed_dim
+    shapes = linear_shapes(e, 3 * e, asked)
+    inner = linear_shapes(e, e, asked)
+    return shapes | {f"{_OUT}.{name}": shape for name, shape in inner.items()}
+
+
+def _check(module: nn.Module, asked: Settings) -> None:
+    base: Any = module
+    if not base._qkv_same_embed_dim:
+        raise UnsupportedLayerError(
+            f"whose queries, keys and values have weights of their own (embed_dim="
+            f"{base.embed_dim}, kdim={base.kdim}, vdim={base.vdim}); expected one size, as in PEFT"
+        )
+    if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, LoraLayer):
+        raise UnsupportedLayerError(
+            f"its out_proj is a {type(base.out_proj).__name__}, expected an nn.Linear, as in PEFT"
+        )
+    for field, value in (("use_dora", asked.use_dora), ("lora_bias", asked.lora_bias)):
+        if value:
+            raise UnsupportedLayerError(
+                f"{field}=True is not for nn.MultiheadAttention; expected {field}=False, or to "
+                "leave it out with exclude_modules"
+            )
+
+
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
+_OF_PEFT = (
+    "PEFT 0.21.2 adds the update of out_proj twice, here it is added once; to compute as PEFT, "
+    f"call set_scale(adapter_name, 2.0) on {_OUT} of the layer"
+)
+register_kind(
+    Kind(
+        "nn.MultiheadAttention",
+        _takes,
+        FastLoraMultiheadAttention,  # type: ignore[arg-type]  # as in embedding.py
+        _shapes,
+        _check,
+        drops=False,
+        of_peft=_OF_PEFT,
+    )
+)
