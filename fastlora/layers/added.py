@@ -208,7 +208,7 @@ class AddedLora(BesideLora):
         """Returns DoRA's g of an adapter, ``[N]`` in fp32; None where it does not use DoRA."""
         if name not in self.lora_magnitude_vector:
             return None
-        lora_a, lora_b, _ = self._factors(name)
+        lora_a, lora_b = self._norm_factors(name)
         compiling = conditions.compiling
         scaling = self._scaling_beside(name, lora_a) if compiling else self.scaling[name]
         squares = adapter_squares(self, lora_a, lora_b, scaling, compiling)

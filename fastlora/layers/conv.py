@@ -119,17 +119,38 @@ class FastLoraConv(AddedLora):
         weight: Any = self.base_layer.weight
         return (kernels if weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
-    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+    def _kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Undoes `_matrix`."""
         weight: Any = self.base_layer.weight
         if weight.is_contiguous():
-            return delta.view(weight.shape)
-        n, c, *kernel = weight.shape
-        return delta.view(n, *kernel, c).movedim(-1, 1)
+            return matrix.view(shape)
+        n, c, *kernel = shape
+        return matrix.view(n, *kernel, c).movedim(-1, 1)
+
+    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.base_layer.weight
+        return self._kernels(delta, weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """As `LoraLayer`, as matrices; with groups those whose product PEFT norms for DoRA.
+        """As `LoraLayer`, as matrices; with groups lora_b is ``[N, R / groups]``."""
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return self._matrix(down.weight), up.weight.flatten(1), up.bias
 
-        These are ``lora_B`` and ``lora_A``, flattened, multiplied, and the product reshaped to
+    def _put_factors(
+        self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        down.weight.copy_(self._kernels(lora_a, down.weight.shape))
+        up.weight.copy_(lora_b.view(up.weight.shape))
+        if bias is not None:
+            up.bias.copy_(bias)
+
+    def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `LoraLayer`; with groups two whose product is what PEFT norms for DoRA.
+
+        That is ``lora_B`` and ``lora_A``, flattened, multiplied, and the product reshaped to
         ``[N, C / groups, ...]``: output n has row ``n // groups`` of lora_B over its share
         ``n % groups`` of the input channels.
         """
@@ -137,12 +158,12 @@ class FastLoraConv(AddedLora):
         up: Any = self.lora_B[name]
         groups: Any = self.base_layer.groups
         if groups == 1:
-            return self._matrix(down.weight), up.weight.flatten(1), up.bias
+            return super()._norm_factors(name)
         r = down.weight.shape[0]
         shares = [self._matrix(share) for share in down.weight.chunk(groups, dim=1)]
         rows = up.weight.reshape(-1, 1, 1, r)
         own = torch.eye(groups, dtype=rows.dtype, device=rows.device).view(1, groups, groups, 1)
-        return torch.cat(shares), (rows * own).reshape(-1, groups * r), up.bias
+        return torch.cat(shares), (rows * own).reshape(-1, groups * r)
 
     def _own_weight(self) -> torch.Tensor:
         weight: Any = self.base_layer.weight

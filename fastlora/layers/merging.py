@@ -237,8 +237,7 @@ class Mergeable(Whole, nn.Module):
             squares = square_norms(base)
         sums = []
         for name in names:
-            lora_a, lora_b, _ = self._factors(name)
-            factors = lora_a, lora_b, self.scaling[name]
+            factors = *self._norm_factors(name), self.scaling[name]
             sums.append(adapted_sums(base, squares, *factors))
         return dict(zip(names, self._of_whole_rows(sums), strict=True))
 
@@ -293,6 +292,19 @@ class Mergeable(Whole, nn.Module):
         up: Any = self.lora_B[name]
         down: Any = self.lora_A[name]
         return down.weight, up.weight, up.bias
+
+    def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the factors of the update that DoRA norms with the base weight."""
+        lora_a, lora_b, _ = self._factors(name)
+        return lora_a, lora_b
+
+    def _put_factors(
+        self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Copies into an adapter what `_factors` returns of another one."""
+        for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Returns ``scaling * B @ A`` in the shape of the base weight and the factors' dtype.

@@ -54,9 +54,7 @@ class Made(NamedTuple):
         layers = lora_layers(model)
         for name, made in self.factors.items():
             layer = layers[name]
-            for place, value in zip(layer._factors(adapter_name), made[:3], strict=True):
-                if place is not None and value is not None:
-                    place.copy_(value)
+            layer._put_factors(adapter_name, made.lora_a, made.lora_b, made.lora_bias)
             if made.magnitude is not None:
                 magnitude: Any = layer.lora_magnitude_vector[adapter_name]
                 magnitude.weight.copy_(made.magnitude)
@@ -77,8 +75,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
-def pair_of(name: str, layer: LoraLayer, adapter: str) -> low_rank.Pair:
+def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True) -> low_rank.Pair:
     """Returns an adapter's factors on a layer as matrices, in fp32 or wider.
+
+    ``multiplied`` says that their product is to be the update.
 
     Raises:
         AdapterStateError: They are sharded, or have values that are not finite.
@@ -90,12 +90,10 @@ def pair_of(name: str, layer: LoraLayer, adapter: str) -> low_rank.Pair:
             f"the factors on {name!r} are sharded over processes; save the adapters, and compute "
             "with them on a model that is whole"
         )
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    views = all(factor.untyped_storage().data_ptr() in own for factor in (lora_a, lora_b))
-    if lora_a.shape[0] != layer.r[adapter] or not views:
+    if multiplied and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
             f"{name!r} is a {type(layer.get_base_layer()).__name__} whose adapters are no plain "
-            "pairs of matrices (groups, or channels last); expected targets without it"
+            "pairs of matrices (it has groups); expected targets without it"
         )
     low_rank.check_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
     wide = torch.promote_types(lora_a.dtype, torch.float32)

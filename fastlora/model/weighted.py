@@ -118,7 +118,8 @@ def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Com
 
 def _on_layer(name: str, layer: LoraLayer, holders: dict[str, float], how: Combination) -> Factors:
     """Computes the sum on one layer, of the adapters that it has."""
-    pairs = [pair_of(name, layer, adapter) for adapter in holders]
+    multiplied = how.of_updates or how.combination_type == "cat"
+    pairs = [pair_of(name, layer, adapter, multiplied=multiplied) for adapter in holders]
     ranks = [layer.r[adapter] for adapter in holders]
     scalings = [float(layer.scaling[adapter]) for adapter in holders]
     scales = [w * s for w, s in zip(holders.values(), scalings, strict=True)]

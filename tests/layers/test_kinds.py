@@ -301,6 +301,34 @@ def test_adapters_come_and_go(case: KindCase) -> None:
     assert not any(isinstance(module, LoraLayer) for module in model.unload().modules())
 
 
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_adapters_add_up(case: KindCase) -> None:
+    x, sums = case.x(2), []
+    for library in (fastlora, peft):
+        model = _model(library, case, ("one", "two"), use_rslora=False).eval()
+        model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum", combination_type="linear")
+        model.set_adapter("sum")
+        sums.append(model(x))
+    _close(*sums)
+    if case.merges:
+        model = _model(fastlora, case, ("one", "two"))
+        layer = _layer(model)
+        model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum", combination_type="cat")
+        wanted = 0.5 * layer.get_delta_weight("one") - 2.0 * layer.get_delta_weight("two")
+        _close(layer.get_delta_weight("sum"), wanted)
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_status_is_pefts(case: KindCase) -> None:
+    found = []
+    for library in (fastlora, peft):
+        rows = _model(library, case, ("one", "two")).get_layer_status()
+        found.append(
+            {(r.name, tuple(r.active_adapters), tuple(r.available_adapters)) for r in rows}
+        )
+    assert found[0] == found[1]
+
+
 DROPS = [p for p in DORA if p.values[0].drops]
 
 
