@@ -79,6 +79,7 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = (
             {} if tied_adapter is None else tied_adapter.token_indices
         )
+        self.active_adapters: list[str] = []  # as the wrapper's
         # All that have these rows, in a list for the same reason.
         self.together: list[TokenAdapter] = [] if tied_adapter is None else tied_adapter.together
         self.together.append(self)
@@ -86,6 +87,11 @@ class TokenAdapter(nn.Module):
         self.tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = (
             {} if tied_adapter is None else tied_adapter.tables
         )
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Name of the adapter whose rows act outside of mixed batches, in a list as in PEFT."""
+        return list(self.active_adapters)
 
     @property
     def tied_adapter(self) -> TokenAdapter | None:
@@ -170,9 +176,18 @@ class TrainableTokensWrapper(ModuleWrapper):
         return {key: f"{key}.{adapter_name}"}
 
     @property
+    def original_module(self) -> nn.Module:
+        """The embedding or linear, under PEFT's name."""
+        return self.get_base_layer()
+
+    @property
     def is_tied(self) -> bool:
         """Whether the rows are another module's."""
         return self.token_adapter.tied_adapter is not None
+
+    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+        super()._activate(names, inference_mode)
+        self.token_adapter.active_adapters = list(names)
 
     def _drop(self, adapter_name: str) -> None:
         if not self.is_tied:

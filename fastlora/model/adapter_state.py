@@ -23,6 +23,7 @@ from fastlora.layers import (
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
+from fastlora.model.replication import in_place
 from fastlora.model.tuner import LoraTuner
 from fastlora.model.walk import outer_modules, plain_name
 from fastlora.sharding import copy_whole_
@@ -84,6 +85,13 @@ def check_fit(
     With ``ignore_mismatched_sizes`` tensors of other shapes are left out, and named in a warning.
     Else one of them is a `CheckpointError`, as are tensors that are missing or have no place.
     """
+    with in_place(plan.replication):
+        return _checked(model, plan, file, ignore_mismatched_sizes)
+
+
+def _checked(
+    model: nn.Module, plan: Plan, file: AdapterFile, ignore_mismatched_sizes: bool
+) -> AdapterFile:
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     expected = _expected_shapes(model, plan)
     missing = [key for key in expected if key not in tensors]

@@ -33,7 +33,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "qalora_group_size": (16,),
     "monteclora_config": (None,),
-    "layer_replication": (None, []),
     "target_parameters": (None, []),
     "use_bdlora": (None,),
     "arrow_config": (None,),
@@ -95,6 +94,8 @@ class LoraConfig(ConfigMethods):
         corda_config: Settings of "corda".
         lora_ga_config: Settings of "lora_ga".
         use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
+        layer_replication: Ranges ``(first, behind the last)`` of the model's layers that make up a
+            deeper model; copies of a layer share its weights and have adapters of their own.
         trainable_token_indices: Rows of the input embedding that train, or module name -> rows.
         ensure_weight_tying: Where the model ties its embeddings, what is tied to an adapted input
             embedding has the embedding's adapter.

@@ -61,6 +61,7 @@ def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["init_lora_weights"] = fields["init_lora_weights"].lower()
     if fields["peft_type"] is None:
         fields["peft_type"] = "LORA"
+    fields["layer_replication"] = _ranges(fields["layer_replication"])
     fields["trainable_token_indices"] = _token_lists(fields["trainable_token_indices"])
     _check_values(fields)
     return fields | {
@@ -106,6 +107,22 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
         )
+
+
+def _ranges(given: Any) -> Any:
+    """Returns ``layer_replication`` as a list of its own; raises `ConfigError`."""
+    if given is None or not isinstance(given, (list, tuple)):
+        pairs: list[Any] = [] if given is None else [given]
+    else:
+        pairs = list(given)
+    for pair in pairs:
+        whole = isinstance(pair, (list, tuple)) and all(type(i) is int for i in pair)
+        if not whole or len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+            raise ConfigError(
+                "layer_replication must be a list of ranges (first, behind the last) of layers, "
+                f"got {pair!r}"
+            )
+    return None if given is None else pairs
 
 
 def _token_lists(given: Any) -> Any:

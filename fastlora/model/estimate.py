@@ -15,6 +15,7 @@ from torch import nn
 
 from fastlora.layers.bases import factor_like
 from fastlora.model import inject
+from fastlora.model.replication import in_place
 from fastlora.model.tuner import plan_for
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -92,7 +93,8 @@ def estimate(
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
         model = base  # a LoraModel: targets are named from its base model
     plan = plan_for(model, "estimate", config)
-    trained = list(_trainable(model, plan, autocast_adapter_dtype))
+    with in_place(plan.replication):
+        trained = list(_trainable(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
     own = own_parameters(model)
     return Estimate(

@@ -23,6 +23,7 @@ from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
+from fastlora.model.replication import Replication, forget_replication
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.tied import SharedWeights, input_embedding, note_untied
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
@@ -46,6 +47,7 @@ class Plan:
         from_file: Whether its weights exist already.
         tokens: Modules of which it trains rows.
         tied: Modules that have the input embedding's copy.
+        replication: The layers that it finds these modules in, where they are yet to be made.
     """
 
     config: LoraConfig
@@ -54,6 +56,7 @@ class Plan:
     from_file: bool = False
     tokens: dict[str, Tokens] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
+    replication: Replication | None = None
 
     @property
     def touched(self) -> list[str]:
@@ -237,6 +240,8 @@ def add_adapter(
         _set_submodule(model, name, made)
 
     try:
+        if plan.replication is not None:
+            plan.replication.apply()
         with _outside_inference_mode():
             for name in plan.targets:
                 layer = model.get_submodule(name)
@@ -280,6 +285,8 @@ def add_adapter(
             if isinstance(made, LoraLayer):
                 made.release()
             _set_submodule(model, name, module)
+        if plan.replication is not None:
+            plan.replication.undo()
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
@@ -401,6 +408,7 @@ def unload(
     shared.tell()
     tell_merge_errors(errors)
     note_untied(model)
+    forget_replication(model)
     return model
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastlora.model.config import LoraConfig
 from fastlora.model.walk import base_modules, original_of
+
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
 
 # What PEFT takes for an embedding, or for a head tied to one, by the end of its name.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

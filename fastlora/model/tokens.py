@@ -91,10 +91,12 @@ def check_apart(
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
         if name in targets or copied:
-            other = "target_modules" if name in targets else "modules_to_save"
+            how = "adapted with LoRA (target_modules)"
+            if copied:
+                how = "marked to be trained fully (modules_to_save)"
             raise UnsupportedLayerError(
-                f"trainable_token_indices trains rows of {name!r}, which {other} names too; "
-                "expected one of them"
+                f"trainable_token_indices trains rows of {name!r}: The embedding layer is already "
+                f"{how}; expected one of them"
             )
 
 

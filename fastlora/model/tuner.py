@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from fastlora.layers.factors import Parameters
 from fastlora.model import inject
 from fastlora.model.computed import Made
 from fastlora.model.config import LoraConfig
+from fastlora.model.replication import in_place, replication_for
 from fastlora.model.targets import resolve_target_modules
 from fastlora.model.tied import SharedWeights, tie_adapters
 from fastlora.model.weighted import Combination, combined
@@ -458,13 +460,16 @@ def plan_for(
     )
     config = copy.deepcopy(given)
     config.check_supported("load" if loading else "new")
-    tied = tie_adapters(model, config)
-    plan = inject.plan_adapter(model, config, from_file=loading, tied=tied)
-    if config.lora_dropout and not loading:
-        inject.warn_of_no_dropout(model, plan)
-    if config.peft_version and loading:
-        inject.warn_of_peft(model, plan)
-    config.target_modules = resolve_target_modules(model, config)
+    replication = replication_for(model, config.layer_replication)
+    with in_place(replication):
+        tied = tie_adapters(model, config)
+        plan = inject.plan_adapter(model, config, from_file=loading, tied=tied)
+        plan = dataclasses.replace(plan, replication=replication)
+        if config.lora_dropout and not loading:
+            inject.warn_of_no_dropout(model, plan)
+        if config.peft_version and loading:
+            inject.warn_of_peft(model, plan)
+        config.target_modules = resolve_target_modules(model, config)
     if plan.modules_to_save and not config.modules_to_save:
         config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]
     if not config.base_model_name_or_path:

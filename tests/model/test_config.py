@@ -45,6 +45,7 @@ SET = {
     "alpha_pattern": {"q_proj": 32},
     "trainable_token_indices": {"embed_tokens": [1, 2]},
     "ensure_weight_tying": True,
+    "layer_replication": [[0, 2], [1, 2]],
 }
 
 
@@ -262,7 +263,6 @@ UNSET_NOW = {
     "use_qalora": True,
     "qalora_group_size": 32,
     "monteclora_config": {"a": 1},
-    "layer_replication": [(0, 2)],
     "target_parameters": ["experts.up"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},

@@ -319,8 +319,13 @@ def test_scaled_embeddings_and_16_bits() -> None:
         ([97], {}, ConfigError, "has 97, and the module 97 rows"),
         ({"embed_tokenz": [1]}, {}, TargetNotFoundError, "close names: embed_tokens"),
         ({"norm": [1]}, {}, UnsupportedLayerError, "needs an nn.Embedding or nn.Linear"),
-        ([1], {"modules_to_save": ["embed_tokens"]}, UnsupportedLayerError, "modules_to_save name"),
-        ([1], {"target_modules": ["lm_head"]}, UnsupportedLayerError, "target_modules names too"),
+        (
+            [1],
+            {"modules_to_save": ["embed_tokens"]},
+            UnsupportedLayerError,
+            "already marked to be trained f",
+        ),
+        ([1], {"target_modules": ["lm_head"]}, UnsupportedLayerError, "already adapted with LoRA"),
         (
             {"lm_head": [1], "embed_tokens": [2]},
             {"ensure_weight_tying": True},
