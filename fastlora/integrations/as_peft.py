@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.integrations.peft_functions import answer_for_peft
 from fastlora.integrations.when_imported import when_imported
 from fastlora.layers import LoraLayer
 from fastlora.model import LoraModel, adapter_state
@@ -39,6 +40,7 @@ def join_peft() -> None:
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
     _answer_for_peft(peft)
+    answer_for_peft()
 
 
 class PatchedLayers(Mapping[type, Any]):

@@ -34,9 +34,10 @@ from fastlora.layers.ranks import (
 )
 from fastlora.model import adapter_state, inject
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
+from fastlora.model.adapter_state import AdaptedModel
 from fastlora.model.computed import lora_layers
 from fastlora.model.config import LoraConfig
-from fastlora.model.lora_model import LoraModel
+from fastlora.model.tuner import tuner_of
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -95,8 +96,8 @@ def prepare_model_for_compiled_hotswap(
                 "compiled; other ranks will compile it anew",
                 stacklevel=2,
             )
-    own = getattr(model, "_orig_mod", model)
-    layers = _lora_layers(own)
+    tuner = tuner_of(getattr(model, "_orig_mod", model))
+    layers = lora_layers(model if tuner is None else tuner.model)
     if not layers:
         theirs = _theirs(model, "prepare_model_for_compiled_hotswap")
         theirs(model, target_rank=target_rank, config=config, check_compiled="ignore")
@@ -117,7 +118,7 @@ def prepare_model_for_compiled_hotswap(
                 made.append((layer, adapter, resized(layer, adapter, target_rank)))
     for layer, adapter, factors in made:
         set_factors(layer, adapter, factors, target_rank)
-    configs = own.base_model.peft_config if isinstance(own, LoraModel) else {}
+    configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
         _fit_config(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
@@ -155,8 +156,8 @@ def hotswap_adapter(
         HotswapError: It has tensors that the loaded adapter has no place for. Nothing has changed
             after any of these.
     """
-    own = getattr(model, "_orig_mod", model)
-    if not isinstance(own, LoraModel):
+    own: Any = getattr(model, "_orig_mod", model)
+    if tuner_of(own) is None:
         _theirs(model, "hotswap_adapter")(
             model, model_name_or_path, adapter_name, torch_device, **kwargs
         )
@@ -189,8 +190,8 @@ def hotswap_adapter_from_state_dict(
     Raises:
         AdapterNotFoundError, AdapterStateError, ConfigError, HotswapError: See `hotswap_adapter`.
     """
-    own = getattr(model, "_orig_mod", model)
-    if not isinstance(own, LoraModel):
+    own: Any = getattr(model, "_orig_mod", model)
+    if tuner_of(own) is None:
         raise UnsupportedLayerError(
             f"hotswap_adapter_from_state_dict takes a fastlora.LoraModel, got "
             f"{type(own).__name__}; for PEFT's use peft.utils.hotswap"
@@ -211,7 +212,7 @@ class _Place(NamedTuple):
 
 @torch.no_grad()
 def _swap(
-    model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
+    model: AdaptedModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
     """Checks everything, and then writes ``tensors``, by file key, into an adapter."""
     tuner = model.base_model
@@ -224,7 +225,7 @@ def _swap(
                 f"Configs are incompatible: for {field}, {mine!r} != {other!r}; load the adapter "
                 "under another name"
             )
-    layers = {n: layer for n, layer in _lora_layers(tuner.model).items() if adapter_name in layer.r}
+    layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     for layer in layers.values():
         if adapter_name in layer.merged_adapters:
             raise AdapterStateError(
@@ -304,7 +305,7 @@ def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor])
 
 
 def _copies(
-    model: LoraModel,
+    model: AdaptedModel,
     adapter_name: str,
     tensors: Mapping[str, torch.Tensor],
     keys: Mapping[str, str],
@@ -315,7 +316,7 @@ def _copies(
     """
     base = model.base_model.model
     state = model.state_dict()
-    inside = tuple(f"{KEY_PREFIX}{name}." for name in _lora_layers(base))
+    inside = tuple(f"{KEY_PREFIX}{name}." for name in lora_layers(base))
     pairs = []
     for disk, key in keys.items():
         if disk.startswith(inside) and not disk.endswith("base_layer.bias"):
@@ -380,10 +381,6 @@ def _refuse_split(name: str, layer: LoraLayer) -> None:
             f"{name!r} is split over processes, and its factors cannot get another rank; load the "
             "adapter with the largest rank first"
         )
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return lora_layers(model.base_model.model if isinstance(model, LoraModel) else model)
 
 
 def _theirs(model: nn.Module, function: str) -> Any:

@@ -22,6 +22,7 @@ from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import save_adapter_folder
+from fastlora.model.adapter_state import AdaptedModel
 from fastlora.model.computed import (
     Factors,
     Made,
@@ -32,7 +33,7 @@ from fastlora.model.computed import (
     pair_of,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.lora_model import LoraModel
+from fastlora.model.tuner import tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 # A name that no user gives an adapter.
@@ -69,7 +70,7 @@ class RankReduction:
 
 
 def reduce_rank(
-    model: LoraModel,
+    model: AdaptedModel,
     rank: int | float,
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
@@ -104,7 +105,7 @@ def reduce_rank(
 
 
 def convert_to_lora(
-    model: nn.Module,
+    model: Any,
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
@@ -122,7 +123,7 @@ def convert_to_lora(
         AdapterNotFoundError, AdapterStateError, ConfigError, UnsupportedLayerError: See
             `reduce_rank`.
     """
-    if not isinstance(model, LoraModel):
+    if tuner_of(model) is None:
         return _theirs(model, "convert_to_lora")(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
@@ -139,7 +140,7 @@ def convert_to_lora(
 
 def save_as_lora(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    model: Any,
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
@@ -151,7 +152,7 @@ def save_as_lora(
         path: The folder, made if need be.
         model, rank, adapter_name, progressbar, compile_kwargs: As in `convert_to_lora`.
     """
-    if not isinstance(model, LoraModel):
+    if tuner_of(model) is None:
         _theirs(model, "save_as_lora")(path, model, rank, adapter_name, progressbar, compile_kwargs)
         return
     config, tensors = convert_to_lora(model, rank, adapter_name)
@@ -159,7 +160,7 @@ def save_as_lora(
 
 
 def reduce_intruder_dimension(
-    peft_model: LoraModel,
+    peft_model: Any,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
     top_k: int = 10,
@@ -188,7 +189,7 @@ def reduce_intruder_dimension(
             sharded or not finite.
         UnsupportedLayerError: A base weight cannot be read. Nothing has changed then.
     """
-    if not isinstance(peft_model, LoraModel):
+    if tuner_of(peft_model) is None:
         raise AdapterStateError(
             "The provided model is not using LoRA of fastlora's and is therefore not supported."
         )
@@ -251,7 +252,7 @@ def _without_intruders(
 
 
 def _reduced(
-    model: LoraModel, rank: int | float, adapter_name: str
+    model: AdaptedModel, rank: int | float, adapter_name: str
 ) -> tuple[Made, dict[str, float]]:
     """Computes an adapter at another rank, and what is lost on each layer."""
     share = isinstance(rank, float)
@@ -295,7 +296,7 @@ def _reduced(
 
 
 def _made(
-    model: LoraModel, config: LoraConfig, factors: dict[str, Factors], adapter_name: str
+    model: AdaptedModel, config: LoraConfig, factors: dict[str, Factors], adapter_name: str
 ) -> Made:
     base = model.base_model.model
     dtype = next(
@@ -304,7 +305,7 @@ def _made(
     return made(base, config, factors, copies_of(base, [adapter_name]), dtype)
 
 
-def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _layers_with(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
     """Yields name and layer of all that have an adapter."""
     tuner = model.base_model
     tuner.check_known(adapter_name)

@@ -480,7 +480,12 @@ def plan_for(
     return plan
 
 
-@register_router
-def _router(model: Any) -> LoraTuner | None:
+def tuner_of(model: object) -> LoraTuner | None:
+    """Returns the tuner of a `LoraModel`; None for any other object."""
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, LoraTuner) else None
+
+
+@register_router
+def _router(model: Any) -> LoraTuner | None:
+    return tuner_of(model)
