@@ -222,24 +222,88 @@ def test_models_of_peft(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["embedding"])
+class Attention(nn.Module):
+    """Self-attention, by a module whose projections are one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T, 16]`` to the same shape."""
+        y: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+KINDS: dict[str, Any] = {
+    "embedding": (lambda: nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8)), ["0", "1"]),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3)), ["0"]),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), ["0"]),
+    "last": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3)).to(memory_format=torch.channels_last),
+        ["0"],
+    ),
+    "attention": (Attention, ["attention"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
-    """Of another rank; PEFT's own swap fails on embeddings."""
+    """Of another rank; PEFT's own swap takes linears and convolutions in two dimensions."""
+    make, targets = KINDS[kind]
+    inputs = {
+        "embedding": torch.arange(12).view(3, 4),
+        "attention": torch.randn(2, 5, 16),
+    }.get(kind, torch.randn(2, 4, 5, 5))
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        made: nn.Module = make()
+        return made
+
     outputs = {}
-    ids = torch.arange(12).view(3, 4)
-    for seed, r in ((1, 4), (2, 3)):
+    for seed, r in ((1, 4), (2, 2)):
+        start = base()
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=r, target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(start, config).eval()
+        model.save_pretrained(tmp_path / str(r))
+        # PEFT adds an update to the attention's out_proj twice.
+        library = fastlora if kind == "attention" else peft
+        again = library.PeftModel.from_pretrained(base(), tmp_path / str(r)).eval()
+        outputs[r] = again(inputs).detach()
+    model = fastlora.PeftModel.from_pretrained(base(), tmp_path / "2")
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    torch.testing.assert_close(model(inputs).detach(), outputs[2], rtol=1e-4, atol=1e-5)
+    for r in (4, 2, 4):
+        fastlora.hotswap_adapter(model, tmp_path / str(r), "default")
+        torch.testing.assert_close(model(inputs).detach(), outputs[r], rtol=1e-4, atol=1e-5)
+    assert math.isclose(model.peft_config["default"].scaling_for(targets[0]), 8 / 4)
+    model.save_pretrained(tmp_path / "again")
+    again = library.PeftModel.from_pretrained(base(), tmp_path / "again").eval()
+    torch.testing.assert_close(again(inputs).detach(), outputs[4], rtol=1e-4, atol=1e-5)
+
+
+def test_trained_rows_are_swapped(tmp_path: Path) -> None:
+    """Rows of an embedding go along; other rows have no place."""
+    ids, outputs = torch.arange(12).view(3, 4), []
+    for seed, rows in ((1, [1, 3]), (2, [1, 3]), (3, [4])):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=r, target_modules=["0", "1"], init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": rows})
         model = peft.get_peft_model(base, config)
-        outputs[r] = model(ids).detach()
-        model.save_pretrained(tmp_path / str(r))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        outputs.append(model(ids).detach())
+        model.save_pretrained(tmp_path / str(seed))
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
-    model = fastlora.PeftModel.from_pretrained(base, tmp_path / "3")
-    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=5)
-    for r in (4, 3, 4):
-        fastlora.hotswap_adapter(model, tmp_path / str(r), "default")
-        torch.testing.assert_close(model(ids).detach(), outputs[r], rtol=1e-4, atol=1e-5)
-    assert math.isclose(model.peft_config["default"].scaling_for("0"), 8 / 4)
+    model = fastlora.PeftModel.from_pretrained(base, tmp_path / "1")
+    for index in (1, 0):
+        fastlora.hotswap_adapter(model, tmp_path / str(index + 1), "default")
+        torch.testing.assert_close(model(ids).detach(), outputs[index], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="for trainable_token_indices"):
+        fastlora.hotswap_adapter(model, tmp_path / "3", "default")
