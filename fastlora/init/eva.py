@@ -23,7 +23,13 @@ from fastlora.validation import InitialisationError
 Prepare = Callable[[Any, Any, str], torch.Tensor]
 
 
-@register_init("eva", title="EVA", any_kind=True, settings=Settings("eva_config", EvaConfig))
+@register_init(
+    "eva",
+    title="EVA",
+    any_kind=True,
+    calibration="initialize_lora_eva_weights",
+    settings=Settings("eva_config", EvaConfig),
+)
 def eva(given: Given) -> Start:
     """A as `nn.Linear` draws it, B zero."""
     return Start(given.lora_a, torch.zeros_like(given.lora_b))

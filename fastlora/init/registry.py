@@ -117,7 +117,8 @@ class Init:
         on_quantised: Whether it may change a quantised base weight, which is then quantised again.
         random: Names whose change of the base is another one each time.
         data: Attribute of the base layer where the calibration leaves its result.
-        calibration: The function that does; for messages.
+        calibration: The function that looks at data, for messages; what it leaves is ``data``, if
+            it comes before the adapter.
         must_repeat: Whether a trained adapter cannot be loaded where that result is missing.
         settings: Where its settings are.
         frozen: Factors that do not train.

@@ -126,12 +126,31 @@ def _without_bars() -> Iterator[None]:
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
     """Returns each adapter's config; raises where a field or a folder of ``init_from`` is wrong."""
-    return {
+    configs = {
         adapter.name: adapter.lora_config(advice)
         if adapter.init_from is None
         else inspect_adapter_folder(adapter.init_from).config
         for adapter in settings.adapters
     }
+    for adapter in settings.adapters:
+        with error_prefix(f"adapter {adapter.name!r}"):
+            _check_init(configs[adapter.name], adapter.init_from is None, len(configs))
+    return configs
+
+
+def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
+    init = config.init
+    if is_new and init.calibration:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} needs fastlora.{init.calibration}, "
+            "which a training run does not call; make the adapter in Python, save it, and go on "
+            "from it with init_from"
+        )
+    if init.changes_base and adapters > 1:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which the "
+            f"other {adapters - 1} adapters of this run share; train it alone"
+        )
 
 
 def add_adapters(

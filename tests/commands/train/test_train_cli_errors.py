@@ -117,6 +117,12 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.checkpoints", {"data": "d"}, "an adapter cannot be called 'checkpoints'"),
         ("adapters.__base__", {"data": "d"}, "'__base__', which stands for the base model"),
         ("adapters.a.bias", "all", "'a' has bias='all': it trains the base model's biases"),
+        (
+            "adapters.a.init_lora_weights",
+            "pissa",
+            "'a': init_lora_weights='pissa' changes the base",
+        ),
+        ("adapters.a.init_lora_weights", "eva", "'a': init_lora_weights='eva' needs fastlora.init"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("batch_size", 2.5, "batch_size must be a whole number, got 2.5"),
         ("micro_batch_size", 9, "micro_batch_size must be at most batch_size 4, got 9"),
