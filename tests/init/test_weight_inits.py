@@ -394,3 +394,47 @@ def test_a_randomised_decomposition_of_a_large_weight_takes_seconds() -> None:
     start = time.process_time()
     FastLoraLinear.from_linear(linear, r=16, init_lora_weights="pissa_niter_4")
     assert time.process_time() - start < 20
+
+
+class Other(nn.Module):
+    """An embedding and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(20, 8), nn.Conv1d(8, 6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T]`` to ``[B, 6, T - 2]``."""
+        return self.conv(self.embed(ids).transpose(1, 2))
+
+
+def test_other_kinds_of_layers(tmp_path: Path) -> None:
+    """Embeddings have MiCA, and start as ever otherwise; convolutions have the random ones."""
+    torch.manual_seed(0)
+    base, ids = Other(), torch.arange(20).view(2, 10)
+    fields: dict[str, Any] = {"target_modules": ["embed"], "init_lora_weights": "mica"}
+    ours, theirs = (started(lib, copy.deepcopy(base), **fields) for lib in (fastlora, peft))
+    mine, other = (model.base_model.model.embed for model in (ours, theirs))
+    b, b_ = (layer.lora_embedding_B["default"].detach() for layer in (mine, other))
+    torch.testing.assert_close(b @ b.T, b_ @ b_.T, atol=1e-6, rtol=1e-6)
+    assert not mine.lora_embedding_A["default"].any()
+    for layer in (mine, other):
+        assert layer.lora_embedding_A["default"].requires_grad
+        assert not layer.lora_embedding_B["default"].requires_grad
+        with torch.no_grad():
+            layer.lora_embedding_A["default"].add_(0.3)
+    ours.save_pretrained(tmp_path)
+    for library in (fastlora, peft):
+        loaded = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+        torch.testing.assert_close(loaded(ids), ours(ids), atol=1e-6, rtol=1e-6)
+        assert not loaded.base_model.model.embed.lora_embedding_B["default"].requires_grad
+    for init in ("pissa", "olora", "orthogonal"):
+        fields = {"target_modules": ["embed"], "init_lora_weights": init}
+        model = started(fastlora, copy.deepcopy(base), **fields)
+        assert not model.base_model.model.embed.lora_embedding_A["default"].any()
+        assert base_weight(model.base_model.model.embed).equal(base.embed.weight)
+        fields["target_modules"] = ["conv"]
+        with pytest.raises(UnsupportedLayerError, match=f"'conv'.*'{init}' is for linear layers"):
+            started(fastlora, copy.deepcopy(base), **fields)
+        with pytest.raises(ValueError, match="Unknown initialization"):
+            started(peft, copy.deepcopy(base), **fields)
