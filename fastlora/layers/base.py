@@ -17,6 +17,7 @@ from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replac
 from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.norms import forget_norms
+from fastlora.layers.peft_names import LayerNames
 from fastlora.layers.starting import Starter, drop_data, find_data
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_sharded
@@ -32,7 +33,7 @@ from fastlora.validation import (
 from fastlora.weight_marks import marks
 
 
-class LoraLayer(CommonLayer, Mergeable):
+class LoraLayer(CommonLayer, Mergeable, LayerNames):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     What is here holds for every kind of layer. A kind answers the few methods below "what a kind
@@ -104,11 +105,6 @@ class LoraLayer(CommonLayer, Mergeable):
     # ----------------------------------------------------------------------------- adapters
 
     @property
-    def active_adapters(self) -> list[str]:
-        """Names set active, whether or not this layer has them."""
-        return list(self._active_adapters)
-
-    @property
     def disable_adapters(self) -> bool:
         """Whether the forward ignores every adapter."""
         return self._disabled
@@ -165,7 +161,9 @@ class LoraLayer(CommonLayer, Mergeable):
         if not math.isfinite(lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         if use_dora and lora_bias:
-            raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+            raise ConfigError(
+                "The argument lora_bias=True is not supported for DoRA; expected use_dora=False"
+            )
         reference = self._factor_like()  # raises before anything changes, as what follows may
         if use_dora:
             self._own_weight()

@@ -154,6 +154,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """Returns the layer itself: it is its own base layer."""
         return self
 
+    @property
+    def base_layer(self) -> nn.Linear:
+        """The bare linear that shares weight and bias; PEFT's name for what it wraps."""
+        return self.to_linear()
+
     def _calibrated(self) -> list[nn.Module]:
         """Returns the layer, and the `nn.Linear` it was made from, which a calibration saw."""
         return [self, *self.__dict__.get("_linear", ())]

@@ -42,14 +42,15 @@ class AdaptedModel(Protocol):
         """Returns a module by name."""
 
 
-def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
+def key_map(lora_model: AdaptedModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
     """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
 
     In a file the adapter's name is left out, a copied module has its own name, and the bias of an
-    adapted layer is its ``base_layer.bias``.
+    adapted layer is its ``base_layer.bias``. Base biases are those that ``bias`` names: the
+    config's, unless another is given.
     """
     tuner = lora_model.base_model
-    model, config = tuner.model, tuner.peft_config[adapter_name]
+    model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
     inside: list[str] = []
     for name, module in routed_modules(model):
@@ -61,10 +62,10 @@ def key_map(lora_model: AdaptedModel, adapter_name: str) -> dict[str, str]:
                 keys[at + disk] = at + key
         if isinstance(module, LoraLayer):
             base_bias = getattr(module.get_base_layer(), "bias", None)
-            if base_bias is not None and config.bias != "none":
+            if base_bias is not None and bias != "none":
                 own = isinstance(module, FastLoraLinear)
                 keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
-    if config.bias == "all":
+    if bias == "all":
         for name, _ in model.named_parameters():
             name = plain_name(name)
             if name.endswith("bias") and not name.startswith(tuple(inside)):
@@ -314,7 +315,8 @@ def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch
     `nn.Module.load_state_dict`. Raises `CheckpointError`, before any change, where a shape differs.
     """
     lora_model.base_model.check_known(adapter_name)
-    state, keys = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
+    state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
+    keys = own | key_map(lora_model, adapter_name, "all")  # trained biases, as PEFT takes them
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:
@@ -324,5 +326,5 @@ def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch
             )
     for disk, key in present.items():
         _write(lora_model, key, state[key], tensors[disk])
-    missing = [disk for disk in keys if disk not in tensors]
+    missing = [disk for disk in own if disk not in tensors]
     return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

@@ -102,10 +102,13 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(name, fields[name])
     if fields["lora_bias"] and fields["use_dora"]:
-        raise ConfigError("lora_bias=True is not supported for DoRA; expected use_dora=False")
+        raise ConfigError(
+            "The argument lora_bias=True is not supported for DoRA; expected use_dora=False"
+        )
     if fields["lora_bias"] and init not in (True, False):
         raise ConfigError(
-            f"lora_bias=True needs init_lora_weights True or False, got init_lora_weights={init!r}"
+            "The argument lora_bias=True is only supported with init_lora_weights True or False, "
+            f"got init_lora_weights={init!r}"
         )
 
 

@@ -308,7 +308,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
     holders = [m for m in lora_layers(model) if adapter_name in m.r]
     if any(adapter_name in module.merged_adapters for _, module in routed_modules(model)):
-        raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+        raise AdapterStateError(
+            f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
+            "Please unmerge them first."
+        )
     for layer in holders:
         layer.delete_adapter(adapter_name)
     for wrapper in wrappers(model):

@@ -181,7 +181,7 @@ class LoraTuner(nn.Module):
             if len(owners) > 1:
                 raise AdapterStateError(
                     f"adapters {owners} each own {wrapper.owns} of one module ({wrapper.field}); "
-                    "Only one adapter can be set at a time there"
+                    f"Only one adapter can be set at a time for {type(wrapper).__name__}"
                 )
         self._active, self._frozen = list(dict.fromkeys(names)), []
         for _, module in inject.routed_modules(self.model):
@@ -194,7 +194,12 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError: There is no such adapter.
             AdapterStateError: It is merged.
         """
-        self.check_known(adapter_name)
+        if adapter_name not in self.peft_config:
+            known = list(self.peft_config)
+            raise AdapterNotFoundError(
+                f"Adapter {adapter_name} does not exist; loaded are {known}"
+                f"{near_names(adapter_name, known)}"
+            )
         inject.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
         self._changed_base.pop(adapter_name, None)
@@ -382,14 +387,18 @@ class LoraTuner(nn.Module):
         layers = dict(inject.routed_modules(self.model))
         shared = SharedWeights(self.model)
         chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
+        anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):
             merges = layer.check_merge(safe_merge, names)
+            anything = anything or bool(merges)
             tied = shared.other(layer) if merges else None
             if tied:
                 raise AdapterStateError(
                     f"a target shares its weight with {tied}, which merging would change too; "
                     "merge_and_unload() gives it its own"
                 )
+        if not anything and any(layer.merged for layer in layers.values()):
+            warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
         for name, layer in layers.items():
             layer.merge(adapter_names=chosen[name], keep_base=keep_base)
         inject.tell_merge_errors({name: layer.merge_error for name, layer in layers.items()})

@@ -317,3 +317,48 @@ def test_pipelines_take_models_of_ours(caplog: pytest.LogCaptureFixture) -> None
         "text-classification", model=model.get_base_model(), tokenizer=Tokenizer(), device="cpu"
     )
     assert "not supported" in caplog.text
+
+
+# --------------------------------------------------------------------------- inside of layers
+
+
+def test_layers_answer_under_pefts_names() -> None:
+    """A linear shows its bare base layer, its adapters, and a switch of its own."""
+    model, x = made(), torch.randn(3, 16)
+    layer = model.base_model.model.q
+    assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight is layer.weight
+    assert layer.adapter_layer_names == ("lora_A", "lora_B")
+    assert layer._all_available_adapter_names() == layer.active_adapter == ["default"]
+    plain = layer.base_layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), plain) and not layer.lora_A["default"].weight.requires_grad
+    layer.enable_adapters(True)
+    assert not torch.allclose(layer(x), plain) and layer.lora_A["default"].weight.requires_grad
+
+
+def test_merging_twice_says_so() -> None:
+    """The second merge changes nothing and warns, in PEFT's words; deleting is refused in them."""
+    model = made()
+    model.merge_adapter()
+    weight = model.q.weight.clone()
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    assert torch.equal(model.q.weight, weight)
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they"):
+        model.delete_adapter("default")
+
+
+def test_biases_of_a_state_dict_are_loaded() -> None:
+    """Trained biases in a state dict reach a model whose own config trains none; as in PEFT."""
+    found = []
+    for library, config in ((peft, peft.LoraConfig), (__import__("fastlora"), LoraConfig)):
+        torch.manual_seed(1)
+        source = library.get_peft_model(TwoLayers(), config(**CONFIG, bias="all"))
+        state = peft.get_peft_model_state_dict(source)
+        state = {k: t + 1 if k.endswith("bias") else t for k, t in state.items()}
+        torch.manual_seed(1)
+        model = library.get_peft_model(TwoLayers(), config(**CONFIG))
+        assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
+        found.append([p for n, p in model.named_parameters() if n.endswith("bias")])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)

@@ -239,7 +239,7 @@ BAD = [
     ({"rank_pattern": {"(": 1}}, "rank_pattern must hold valid regular expressions"),
     ({"rank_pattern": {3: 1}}, "rank_pattern must hold strings, got 3"),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] must be a finite number, got 'x'"),
-    ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True needs"),
+    ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is only supported with"),
     ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
 ]
 

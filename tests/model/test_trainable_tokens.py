@@ -111,7 +111,7 @@ def test_merging(case: str, tied: bool) -> None:
                 torch.testing.assert_close(model(input_ids=IDS).logits, expected)
                 with model.disable_adapter():
                     assert torch.equal(model(input_ids=IDS).logits, plain)
-            with pytest.raises(AdapterStateError, match="is merged"):
+            with pytest.raises(AdapterStateError, match="while they are merged"):
                 model.delete_adapter("default")
             model.unmerge_adapter()
         after = model.state_dict()
