@@ -20,10 +20,12 @@ from fastlora.layers import (
     ModuleWrapper,
     TrainableTokensWrapper,
 )
+from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
 from fastlora.model.replication import in_place
+from fastlora.model.tied import input_embedding
 from fastlora.model.tuner import LoraTuner
 from fastlora.model.walk import outer_modules, plain_name
 from fastlora.sharding import copy_whole_
@@ -100,7 +102,7 @@ def _checked(
         raise CheckpointError(
             f"{path} lacks {len(missing)} tensors that this model needs, the first {missing[0]!r}"
         )
-    shapes = _bias_shapes(model, plan) | expected
+    shapes = _bias_shapes(model, plan) | _tied_shapes(model, expected, plan) | expected
     for key, tensor in tensors.items():
         shape = shapes.get(key)
         if file.keys[key].kind == "base":
@@ -129,7 +131,8 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
     layers = {
         name: layer
         for name, layer in outer_modules(model)
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+        if isinstance(layer, LoraLayer) and not isinstance(layer, TiedLoraHead)
+        if adapter_name in layer.r
     }
     if set(layers) != set(plan.targets):
         differing = sorted(set(layers) ^ set(plan.targets))
@@ -168,13 +171,25 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     for name in plan.targets:
         for key, shape in factor_shapes(model.get_submodule(name), name, plan.config).items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
-    for name in (*plan.modules_to_save, *plan.tied):
+    for name in (*plan.modules_to_save, *plan.tied_copies):
         for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
     for name, tokens in plan.tokens.items():
         if tokens.tied_to is None:
             weight: Any = _base_weight(model, name)
             shapes[f"{KEY_PREFIX}{name}.{TOKENS_KEY}"] = (len(tokens.indices), weight.shape[1])
+    return shapes
+
+
+def _tied_shapes(
+    model: nn.Module, expected: dict[str, tuple[int, ...]], plan: Plan
+) -> dict[str, tuple[int, ...]]:
+    """What PEFT saves of a head that has the input embedding's LoRA; it need not be there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    at = KEY_PREFIX + str(input_embedding(model))
+    for name in plan.tied if not plan.tied_copies else ():
+        for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected[f"{at}.{own}"][::-1]
     return shapes
 
 
@@ -224,6 +239,12 @@ def collect(
             raise CheckpointError(f"state_dict has no {key!r}, a tensor of {adapter_name!r}")
     tuner = lora_model.base_model
     model, config = tuner.model, tuner.peft_config[adapter_name]
+    for name, module in routed_modules(model):
+        if isinstance(module, TiedLoraHead) and adapter_name in module.r:
+            at = KEY_PREFIX + str(input_embedding(model))
+            for disk, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+                factor = tensors[f"{at}.{own}"]
+                tensors[f"{KEY_PREFIX}{name}.{disk}.weight"] = factor.t().contiguous()
     embeddings = _embeddings(model)
     save = save_embedding_layers
     if save == "auto":

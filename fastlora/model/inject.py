@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import (
+    FastLoraLinear,
     LoraLayer,
     ModulesToSaveWrapper,
     ModuleWrapper,
@@ -21,11 +22,12 @@ from fastlora.layers import (
 from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
+from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import Replication, forget_replication
 from fastlora.model.targets import find_modules_to_save, find_targets
-from fastlora.model.tied import SharedWeights, input_embedding, note_untied
+from fastlora.model.tied import SharedWeights, copies_are_tied, input_embedding, note_untied
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
 from fastlora.model.walk import original_of, outer_modules
 from fastlora.validation import (
@@ -46,7 +48,7 @@ class Plan:
         modules_to_save: Modules that it owns a copy of.
         from_file: Whether its weights exist already.
         tokens: Modules of which it trains rows.
-        tied: Modules that have the input embedding's copy.
+        tied: Modules that have the input embedding's copy, or its LoRA.
         replication: The layers that it finds these modules in, where they are yet to be made.
     """
 
@@ -57,6 +59,11 @@ class Plan:
     tokens: dict[str, Tokens] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
     replication: Replication | None = None
+
+    @property
+    def tied_copies(self) -> list[str]:
+        """Those of the tied modules that have a copy."""
+        return self.tied if copies_are_tied(self.config) else []
 
     @property
     def touched(self) -> list[str]:
@@ -83,6 +90,9 @@ def plan_adapter(
     """
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
     saved = [name for name in saved if name not in tied]
+    if not copies_are_tied(config):
+        targets = [name for name in targets if name not in tied]
+        _check_tied_lora(model, config, targets, tied)
     tokens = find_tokens(model, config)
     plan = Plan(config, targets, saved, from_file, tokens, list(tied))
     check_apart(tokens, targets, saved, tied)
@@ -101,7 +111,7 @@ def plan_adapter(
                 "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
                 stacklevel=4,
             )
-    for name in (*plan.modules_to_save, *plan.tied):
+    for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             continue  # checked when it was made
@@ -130,6 +140,31 @@ def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
             f"lora_dropout={plan.config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
             f"PEFT: the adapter of a {type(bases[without[0]]).__name__} has no input to drop",
             stacklevel=4,
+        )
+
+
+def _check_tied_lora(
+    model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
+) -> None:
+    """Raises where LoRA is to be tied to the input embedding's and cannot, or is not and must."""
+    for name in targets:
+        if isinstance(model.get_submodule(name), TiedLoraHead):
+            raise UnsupportedLayerError(
+                f"target module {name!r} has the input embedding's LoRA for other adapters "
+                "(ensure_weight_tying); expected ensure_weight_tying=True, or other targets"
+            )
+    for name in tied:
+        module = model.get_submodule(name)
+        if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
+            raise UnsupportedLayerError(
+                f"ensure_weight_tying gives {name!r} the input embedding's LoRA, and it is a "
+                f"{type(module).__name__}; expected an nn.Linear without LoRA of its own"
+            )
+    if tied and (config.use_dora or config.init.frozen):
+        raise ConfigError(
+            "ensure_weight_tying=True with LoRA on the embedding needs use_dora=False and an "
+            f"init_lora_weights that trains both factors, got use_dora={config.use_dora} and "
+            f"init_lora_weights={config.init_lora_weights!r}"
         )
 
 
@@ -262,12 +297,20 @@ def add_adapter(
                     wrapper = ModulesToSaveWrapper(wrapper)
                     replace(name, wrapper)
                 wrapper.add_adapter(adapter_name)
-            for name in plan.tied:
+            for name in plan.tied if not plan.tied_copies else ():
+                source: Any = model.get_submodule(str(input_embedding(model)))
+                head = model.get_submodule(name)
+                if not isinstance(head, TiedLoraHead):
+                    head = TiedLoraHead(head, source)
+                    replace(name, head)
+                settings = settings_for(str(input_embedding(model)), plan.config)
+                head.add_adapter(adapter_name, **settings._asdict())
+            for name in plan.tied_copies:
                 wrapper = model.get_submodule(name)
                 if not isinstance(wrapper, ModulesToSaveWrapper):
                     wrapper = ModulesToSaveWrapper(wrapper)
                     replace(name, wrapper)
-                source: Any = model.get_submodule(str(input_embedding(model)))
+                source = model.get_submodule(str(input_embedding(model)))
                 wrapper.add_adapter(adapter_name, source.modules_to_save[adapter_name])
             for name, tokens in plan.tokens.items():
                 rows = model.get_submodule(name)

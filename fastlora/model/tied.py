@@ -144,6 +144,7 @@ class SharedWeights:
     def __init__(self, model: nn.Module) -> None:
         self._holders: dict[int, list[tuple[str, nn.Module]]] = {}
         self._untied: list[tuple[str, str, int]] = []
+        self._heads: list[Any] = [m for m in model.modules() if hasattr(type(m), "tied_to")]
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -152,7 +153,7 @@ class SharedWeights:
     def other(self, module: Any) -> str | None:
         """Returns the name of another module with a layer's base weight, if there is one.
 
-        Modules that take their rows from the layer's, or it from theirs, are the layer too.
+        Modules that take rows or LoRA from the layer, or it from them, are the layer too.
         """
         weight = getattr(module.get_base_layer(), "weight", None)
         family = self._family(module)
@@ -163,7 +164,9 @@ class SharedWeights:
         base = module.get_base_layer()
         adapter = getattr(module, "token_adapter", None)
         if adapter is None:
-            return {module, base}
+            source = getattr(module, "tied_to", module)
+            layers = [source, *(head for head in self._heads if head.tied_to is source)]
+            return {*layers, *(layer.get_base_layer() for layer in layers)}
         bases = {part.base_layer for part in adapter.together}
         return {m for m in bases if m.weight is base.weight}
 

@@ -12,8 +12,9 @@ import torch
 
 import fastlora
 from fastlora import LoraModel, get_peft_model
+from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.model.tied import tied_with_embedding
-from fastlora.validation import UnsupportedLayerError
+from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.tiny import tiny_llama
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -79,6 +80,101 @@ def test_copies_as_in_peft(saved: list[str], tmp_path: Path) -> None:
     torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
+
+
+def tied_lora(library: Any, targets: Any) -> Any:
+    torch.manual_seed(1)
+    settings = config(library, target_modules=targets, ensure_weight_tying=True, lora_alpha=5)
+    model = library.get_peft_model(tiny_llama(), settings)
+    embedding = model.get_base_model().model.embed_tokens
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for factors in (embedding.lora_embedding_A, embedding.lora_embedding_B):
+            shape = factors["default"].shape
+            factors["default"].copy_(torch.randn(shape, generator=generator) / 4)
+        for name, parameter in model.named_parameters():
+            if "q_proj.lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], r".*(q_proj|lm_head)$"],
+    ids=["embedding", "head", "regex"],
+)
+def test_lora_as_in_peft(targets: Any, tmp_path: Path) -> None:
+    """One A and one B, with the sum of the gradients that PEFT's two views of them get."""
+    ours, theirs = (tied_lora(library, copy.copy(targets)) for library in (fastlora, peft))
+    chosen = [model.peft_config["default"].target_modules for model in (ours, theirs)]
+    assert chosen[0] == chosen[1]
+    head = ours.get_base_model().lm_head
+    embedding = ours.get_base_model().model.embed_tokens
+    for mine, own in ((head.lora_A, "lora_embedding_B"), (head.lora_B, "lora_embedding_A")):
+        assert mine["default"].weight.data_ptr() == getattr(embedding, own)["default"].data_ptr()
+    for model in (ours, theirs):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for end, own in (("A", "B"), ("B", "A")):
+        of_head = gradients.pop(f"base_model.model.lm_head.lora_{end}.default.weight")
+        key = f"base_model.model.model.embed_tokens.lora_embedding_{own}.default"
+        gradients[key] = gradients[key] + of_head.t()
+    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert set(found) == set(gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_adapter_folder(tmp_path / who).tensors for who in ("ours", "theirs")]
+    lora = [{key for key in file if "lora" in key} for file in files]
+    assert lora[0] == lora[1]
+    there = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    here = LoraModel.from_pretrained(tiny_llama(), tmp_path / "theirs", is_trainable=True)
+    for model in (there, here):
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    with torch.no_grad():
+        plain = tiny_llama()(input_ids=IDS).logits
+        mixed = ours(input_ids=IDS, adapter_names=["default", None]).logits
+        torch.testing.assert_close(mixed[0], expected[0], rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(mixed[1], plain[1])
+        ours.merge_adapter()
+        torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+        ours.unmerge_adapter()
+        with ours.disable_adapter():
+            assert torch.equal(ours(input_ids=IDS).logits, plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merged = ours.merge_and_unload()
+        # PEFT's merge adds the update to the one weight twice.
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_tied_lora_beside_other_adapters() -> None:
+    """They agree, or are refused; a deleted one leaves both."""
+    model = tied_lora(fastlora, ["lm_head"])
+    model.add_adapter("b", config(fastlora, target_modules=["lm_head"], ensure_weight_tying=True))
+    model.add_adapter("c", config(fastlora))
+    model = copy.deepcopy(model)
+    model.set_adapter("b")
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+    model.delete_adapter("default")
+    assert list(model.get_base_model().lm_head.r) == ["b"]
+    with pytest.raises(UnsupportedLayerError, match="has the input embedding's LoRA for other"):
+        model.add_adapter("d", config(fastlora, target_modules=["lm_head"]))
+    with pytest.raises(ConfigError, match="needs use_dora=False"):
+        model.add_adapter(
+            "d",
+            config(fastlora, target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),
+        )
+    other = get_peft_model(tiny_llama(), config(fastlora, target_modules=["lm_head"]), "a")
+    with pytest.raises(UnsupportedLayerError, match="without LoRA of its own"):
+        other.add_adapter(
+            "b", config(fastlora, target_modules=["embed_tokens"], ensure_weight_tying=True)
+        )
+    assert list(other.peft_config) == ["a"]
 
 
 def test_two_adapters_and_copies_of_the_model() -> None:

@@ -1,0 +1,127 @@
+"""`TiedLoraHead`: a head whose weight is an embedding's, with that embedding's adapters.
+
+The adapted weight of the embedding is ``weight + scaling * (B @ A).T``, ``[V, D]``, and so is the
+head's: ``y = base(x) + scaling * dropout(x) @ B @ A``. The two have one A ``[R, V]`` and one B
+``[D, R]``, which get the sum of both gradients. PEFT 0.21.2 gives the head parameters of its own
+over the same memory, each of which an optimizer then steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.added import AddedLora
+from fastlora.layers.parts import Factor
+from fastlora.layers.starting import Starter
+from fastlora.layers.stored import Plain, Stored
+from fastlora.ops.conditions import Conditions
+from fastlora.validation import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.layers.embedding import FastLoraEmbedding
+
+
+class _Transposed(nn.Module):
+    """A factor that is another layer's, transposed; it has no parameters of its own."""
+
+    def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
+        super().__init__()
+        # In a tuple: the source is no module of this one.
+        self._at = (source,), part, adapter_name
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The factor, as a linear has it."""
+        (source,), part, adapter_name = self._at
+        factor: torch.Tensor = source._part(part)[adapter_name]
+        return factor.t()
+
+    @property
+    def bias(self) -> None:
+        """None."""
+        return None
+
+
+class TiedLoraHead(AddedLora):
+    """A linear that takes the LoRA of the embedding whose weight it has.
+
+    Args:
+        base_layer: The linear.
+        tied_to: The embedding's layer.
+
+    Raises:
+        UnsupportedLayerError: ``base_layer`` is no `nn.Linear`.
+    """
+
+    not_fused = "its factors are those of the embedding that it is tied to"
+
+    def __init__(self, base_layer: nn.Module, tied_to: FastLoraEmbedding) -> None:
+        if not isinstance(base_layer, nn.Linear):
+            raise UnsupportedLayerError(
+                f"ensure_weight_tying needs an nn.Linear beside the embedding, got "
+                f"{type(base_layer).__name__}"
+            )
+        super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
+        self._source = (tied_to,)
+        self._adding = ""
+
+    @property
+    def tied_to(self) -> FastLoraEmbedding:
+        """The embedding's layer."""
+        return self._source[0]
+
+    def add_adapter(self, adapter_name: str, **settings: Any) -> None:
+        """Takes an adapter of the embedding's; for ``settings`` see `LoraLayer.add_adapter`."""
+        self._adding = adapter_name
+        super().add_adapter(adapter_name, **settings)
+
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
+        return {
+            "lora_A": _Transposed(self.tied_to, "lora_embedding_B", self._adding),
+            "lora_B": _Transposed(self.tied_to, "lora_embedding_A", self._adding),
+        }
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """None: the embedding's are saved, and for PEFT copies of them."""
+        return {}
+
+    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+        return x.numel() // x.shape[-1], x.dim() - 1
+
+    def _plus(
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        conditions: Conditions,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        lora_a, lora_b, _ = self._factors(name)
+        if conditions.autocast is None:
+            x = x.to(lora_a.dtype)
+        # [..., R]
+        s = self._dropped(self.lora_dropout[name], x, seed) @ lora_a.t()
+        return y + (s * self._scaling_beside(name, s)) @ lora_b.t()
+
+    # ------------------------------------------------------------------------------- merging
+
+    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+        base: Any = self.base_layer
+        return Plain(base.weight), None
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep_base: bool = True,
+    ) -> None:
+        """Notes what is merged: the weight is the embedding's, which merges it."""
+        self.merged_adapters += self.check_merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Undoes `merge`."""
+        self.merged_adapters.clear()
