@@ -120,7 +120,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """The same, for whatever kind of layer a caller has."""
+        """As `to_linear`, for whatever kind of layer a caller has."""
         return self.to_linear()
 
     def _freeze_base(self) -> None:

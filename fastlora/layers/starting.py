@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from fastlora.init import Given, Init, find_init
-from fastlora.layers.bases import is_transposed, why_not_replaceable
+from fastlora.layers.bases import is_transposed, linear_features, why_not_replaceable
 from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
 
 
@@ -58,19 +59,27 @@ class Starter:
         self.layer, self.scaling, self.config = layer, scaling, config
         self.name, self.init = name, find_init(name)
         self.weight: torch.Tensor | None = None
-        base_weight = layer.get_base_layer()._parameters.get("weight")
+        base = layer.get_base_layer()
+        base_weight = base._parameters.get("weight")
         is_meta = base_weight is not None and base_weight.is_meta  # there is nothing to read
         if is_meta or (from_file and not self.init.changes_base):
             self.name, self.init = True, find_init(True)
         found = find_data(layer, self.init)
-        if self.init.data and found is None and from_file and not self.init.must_repeat:
+        if self.init.data and found is None:
+            linear = linear_features(base) is not None
+            if linear and not (from_file and not self.init.must_repeat):
+                raise InitialisationError(
+                    f"init_lora_weights={name!r} needs data of this layer, which "
+                    f"fastlora.{self.init.calibration}(model, config, ...) leaves there: run it on "
+                    "the model, with the same target modules, before the adapter is added"
+                )
+            if not linear and not from_file:
+                warnings.warn(
+                    f"init_lora_weights={name!r} is for linear layers: the adapter on a "
+                    f"{type(base).__name__} starts as with True",
+                    stacklevel=5,
+                )
             self.name, self.init = True, find_init(True)
-        elif self.init.data and found is None:
-            raise InitialisationError(
-                f"init_lora_weights={name!r} needs data of this layer, which "
-                f"fastlora.{self.init.calibration}(model, config, ...) leaves there: run it on the "
-                "model, with the same target modules, before the adapter is added"
-            )
         self.data = None if found is None else found[1]
 
     @torch.no_grad()

@@ -295,6 +295,25 @@ def test_lora_ga_on_conv1d_scales_by_its_outputs() -> None:
     torch.testing.assert_close(ours(X), base(X), atol=1e-5, rtol=1e-5)
 
 
+def test_lora_ga_beside_other_kinds_of_layers() -> None:
+    """What has no gradient because it is no linear starts as with True, as in PEFT; one is said."""
+    torch.manual_seed(0)
+    model = two_layers()
+    model.conv, model.embed = nn.Conv1d(3, 4, 2), nn.Embedding(7, 5)
+    config = fastlora.LoraConfig(
+        r=4,
+        target_modules=["q", "conv", "embed"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    fastlora.preprocess_loraga(model, config, train(model))
+    assert not hasattr(model.conv, "_peft_loraga_grad")
+    with pytest.warns(UserWarning, match="for linear layers: the adapter on a Conv1d starts as"):
+        adapted = fastlora.get_peft_model(model, config)
+    assert not adapted.base_model.model.conv.lora_B["default"].weight.any()
+    assert adapted.base_model.model.q.lora_B["default"].weight.any()
+
+
 def test_lora_ga_refusals() -> None:
     settings = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     config = fastlora.LoraConfig(**FIELDS, **settings)

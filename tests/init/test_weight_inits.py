@@ -347,6 +347,8 @@ def test_a_layer_alone() -> None:
     with pytest.raises(InitialisationError, match="r=11, expected at most 10"):
         layer.add_adapter("b", r=11, init_lora_weights="olora")
     assert list(layer.lora_A) == ["default"]
+    assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight is layer.weight
+    assert "base_layer" not in dict(layer.named_modules())
     layer.merge()
     torch.testing.assert_close(layer.weight, before, atol=1e-6, rtol=1e-6)
     with pytest.raises(AdapterStateError, match=r"adapters \['default'\] are merged"):
