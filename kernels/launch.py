@@ -18,7 +18,7 @@ import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 _MAX_LOOKS = 16384
 _PLAIN = frozenset((bool, int, float, str, torch.dtype))
 _ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
-_Tensor = torch.Tensor
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 # `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
 _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 # For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
@@ -138,16 +138,17 @@ class _Steps(NamedTuple):
     Tensors are numbered: those given, then those made, None, and views of the ones before.
 
     Attributes:
-        empties: Of each tensor that is made shape, strides and dtype; None for a product's.
+        empties: Of each tensor that is made shape, strides and dtype; None for one that a product
+            makes, or that nothing uses.
         views: For each the number of its tensor, and bytes from there.
         calls: For each launch what is called, its grid, the function, its metadata, what picks the
-            addresses, and the kernel's other arguments. For each product None, the function, the
-            numbers of its arguments, the number of what it makes or -1, and nothing.
-        result: Makes what is returned, from the tensors that were made.
+            addresses, and the kernel's other arguments. For each product None, the function, what
+            picks its arguments, the number of what it makes or -1, and nothing.
+        result: Makes what is returned, from all tensors.
         alive: What must live as long.
     """
 
-    empties: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
+    empties: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]
     views: tuple[tuple[int, int], ...]
     calls: tuple[tuple[Any, ...], ...]
     result: Callable[[list[Any]], Any]
@@ -156,26 +157,29 @@ class _Steps(NamedTuple):
     def run(self, device: int, tensors: list[Any], addresses: list[int | None]) -> Any:
         """Allocates, launches and multiplies."""
         empties, views, calls, result, _ = self
-        given, like = len(tensors), tensors[0]
+        new_empty = tensors[0].new_empty_strided
         for empty in empties:
-            made = None
-            if empty is not None:
+            if empty is None:
+                tensors.append(None)
+                addresses.append(None)
+            else:
                 shape, strides, dtype = empty
-                made = like.new_empty_strided(shape, strides, dtype=dtype)
-            tensors.append(made)
-            addresses.append(None if made is None else made.data_ptr())
+                made = new_empty(shape, strides, dtype=dtype)
+                tensors.append(made)
+                addresses.append(made.data_ptr())
+        tensors.append(None)
         addresses.append(None)
         for source, offset in views:
             addresses.append(addresses[source] + offset)  # type: ignore[operator]
         stream = driver.active.get_current_stream(device)
         for run, x, y, z, function, metadata, pick, others in calls:
             if run is None:
-                made = x(*[tensors[i] if i >= 0 else None for i in y])
+                made = x(*y(tensors))
                 if z >= 0:
                     tensors[z], addresses[z] = made, made.data_ptr()
                 continue
             run(x, y, z, stream, function, metadata, None, None, None, *pick(addresses), *others)
-        return result(tensors[given:])
+        return result(tensors)
 
 
 def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -200,6 +204,8 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
         _look_at(given, look, tensors, addresses)
         if tensors[0].dtype is torch.float32:
             look.append(_rounding_of_fp32())
+        if len(set(addresses)) < len(addresses):  # one tensor given twice, or views of one
+            look += map(addresses.index, addresses)
         key = tuple(look)
         by_device = looks.get(key)
         if by_device is not None:
@@ -251,19 +257,22 @@ def _look_at(
 ) -> None:
     """Adds what values look like, their tensors and the addresses of these."""
     for value in values:
-        if value is None:
-            look.append(None)
-        elif isinstance(value, _Tensor):
+        kind = type(value)
+        if kind is _Parameter or kind is _Tensor or isinstance(value, _Tensor):
             address = value.data_ptr()
             tensors.append(value)
             addresses.append(address)
             look.append((value.dtype, value.shape, value.stride(), address & 15))
             if _SEES_SIZES:
                 look.append(value.untyped_storage().nbytes() <= _SMALL)
-        elif type(value) in _PLAIN:
-            look.append((type(value), value))
+        elif value is None:
+            look.append(None)
+        elif kind in _PLAIN:
+            look.append((kind, value))
+        elif kind is tuple and value and type(value[0]) in _PLAIN:  # numbers of one type
+            look.append((type(value[0]), value))
         elif isinstance(value, (list, tuple)):
-            look.append((type(value), len(value)))
+            look.append((kind, len(value)))
             _look_at(value, look, tensors, addresses)
         else:  # a config, which `_Steps` keeps: no other one gets its id
             look.append(id(value))
@@ -286,23 +295,23 @@ def _steps(
 ) -> _Steps | None:
     """Returns what to do for other tensors of the same look.
 
-    None where that is not known: a tensor that is neither given nor made, or one that was given
-    twice, where the next call may be given two.
+    None where that is not known: a tensor that is neither given nor made.
     """
     leaves = list(_leaves(given))
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)] + fresh
+    # Of a tensor that was given twice the last place: the look says that it is the first one too.
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    if len(places) < len(tensors):
-        return None
     none, views, made = len(tensors), [], []
+    used: set[int] = set()
     products = {id(call.made) for call in calls if isinstance(call, _Product)}
     for call in calls:
         if isinstance(call, _Product):
-            sources = [-1 if t is None else places.get(id(t)) for t in call.arguments]
+            sources = [none if t is None else places.get(id(t)) for t in call.arguments]
             if None in sources:
                 return None
+            used.update(sources)
             place = -1 if call.made is None else places[id(call.made)]
-            made.append((None, call.function, sources, place, *[None] * 4))
+            made.append((None, call.function, _picks(sources), place, *[None] * 4))
             continue
         names = call.kernel.arg_names
         count = sum(name.endswith("_ptr") for name in names)
@@ -311,23 +320,39 @@ def _steps(
         for value in values[:count]:
             source = none if value is None else places.get(id(value))
             if source is None:
-                owners = [i for i, tensor in enumerate(tensors) if _holds(tensor, value)]
+                owners = [i for i in places.values() if _holds(tensors[i], value)]
                 if len(owners) != 1 or id(tensors[owners[0]]) in products:
                     return None
                 source = none + 1 + len(views)
                 views.append((owners[0], value.data_ptr() - tensors[owners[0]].data_ptr()))
+                used.add(owners[0])
             sources.append(source)
+        used.update(sources)
         x, y, z = (*call.grid, 1, 1)[:3]
         what = call.compiled.function, call.compiled.packed_metadata
-        pick = operator.itemgetter(*sources)
-        made.append((call.compiled.run, x, y, z, *what, pick, tuple(values[count:])))
-    returned = _result_of(result, {id(tensor): place for place, tensor in enumerate(fresh)})
-    if returned is None:
+        made.append((call.compiled.run, x, y, z, *what, _picks(sources), tuple(values[count:])))
+    returned = [places.get(id(value)) for value in _leaves([result]) if value is not None]
+    if any(place is None or place < none - len(fresh) for place in returned):
         return None
+    used.update(returned)
     alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
     alive += [call.compiled for call in calls if isinstance(call, _Call)]
-    empties = tuple(None if id(t) in products else (t.shape, t.stride(), t.dtype) for t in fresh)
-    return _Steps(empties, tuple(views), tuple(made), returned, tuple(alive))
+    empties = tuple(
+        (tuple(t.shape), t.stride(), t.dtype)
+        if places[id(t)] in used and id(t) not in products
+        else None
+        for t in fresh
+    )
+    returns = _result_of(result, places, none)
+    return _Steps(empties, tuple(views), tuple(made), returns, tuple(alive))
+
+
+def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Returns what picks the values at these places, always as a sequence."""
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return operator.itemgetter(*places) if places else lambda values: ()
 
 
 def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
@@ -339,15 +364,13 @@ def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
     return tensor.numel() > 0 and 0 <= view.data_ptr() - tensor.data_ptr() <= end
 
 
-def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[torch.Tensor]], Any] | None:
-    """Returns what makes a result of the tensors that were made; None for one of others."""
-    if result is None:
-        return lambda fresh: None
-    if isinstance(result, torch.Tensor):
-        place = places.get(id(result))
-        return None if place is None else operator.itemgetter(place)
+def _result_of(result: Any, places: dict[int, int], none: int) -> Callable[[list[Any]], Any]:
+    """Returns what makes a result from all tensors; ``none`` is the place of None among them."""
+    if result is None or isinstance(result, torch.Tensor):
+        return operator.itemgetter(none if result is None else places[id(result)])
     make: Any = getattr(result, "_make", type(result))
-    if [places.get(id(item)) for item in result] == list(range(len(result))):
-        return lambda fresh: make(fresh[: len(result)])
-    items = [_result_of(item, places) for item in result]
-    return None if None in items else lambda fresh: make([item(fresh) for item in items])
+    if not any(isinstance(item, (list, tuple)) for item in result):
+        pick = _picks([none if item is None else places[id(item)] for item in result])
+        return lambda tensors: make(pick(tensors))
+    items = [_result_of(item, places, none) for item in result]
+    return lambda tensors: make([item(tensors) for item in items])

@@ -78,13 +78,13 @@ def run_adapter(
             )
         conditions.check_invariant(x, plan, dropout_p)
         plan = "invariant"
-    s = seed = update = None
+    s = seed = None
     if shrunk is not None:
-        s, seed, update = shrunk
+        s, seed = shrunk
     elif dropout_p > 0.0:
         seed = backend.draw_seed(x, conditions.impl)
         seed = seed if own_seed is None else own_seed(seed)
-    call = linear.Call(name, plan, (dropout_p,), update=update)
+    call = linear.Call(name, plan, (dropout_p,))
     return linear.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)
 
 

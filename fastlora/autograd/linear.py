@@ -43,7 +43,6 @@ class Call(NamedTuple):
         dropout_p: Probability that acts on each adapter.
         rows: Which adapter each row has; None where one has all.
         slots: Slot of each adapter; None where they are 0 to ``S - 1``.
-        update: y of bias and adapter, made with s; the base product goes on top, and that is y.
     """
 
     impl: str
@@ -51,7 +50,6 @@ class Call(NamedTuple):
     dropout_p: tuple[float, ...] = (0.0,)
     rows: Rows | None = None
     slots: tuple[int, ...] | None = None
-    update: torch.Tensor | None = None
 
 
 def run(
@@ -112,11 +110,6 @@ def _forward(
         if not y.is_contiguous():
             y, inplace = y.contiguous(), True
         y = y.view(-1, y.shape[-1])
-    if call.update is not None and weight is not None and s is not None:
-        made = call.update.addmm_(flat, weight.t())
-        if len(shape) != 2:
-            made = torch.ops.aten._unsafe_view.default(made, (*shape[:-1], made.shape[-1]))
-        return made, s
     operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
     own_bias = None if call.rows is not None else operands.lora_bias[0]
     if own_bias is not None:
@@ -182,8 +175,7 @@ class LoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
         saves_x, saves_s = needs_a or needs[1], needs_b or call.rows is not None
-        # Without the update, which has become y.
-        ctx.call, ctx.x_shape, ctx.x_dtype = call._replace(update=None), x.shape, x.dtype
+        ctx.call, ctx.x_shape, ctx.x_dtype = call, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
             x if saves_x else None, weight, s if saves_s else None, scaling, seeds, *factors

@@ -28,13 +28,10 @@ class Shrunk(NamedTuple):
     Attributes:
         s: In the dtype of the products.
         seed: Of its dropout mask, int64 ``[1]``; None without dropout.
-        update: y ``[M, N]`` of base bias and adapter, which no graph records, for the base product
-            to accumulate on; None where the layer makes it.
     """
 
     s: torch.Tensor
     seed: torch.Tensor | None
-    update: torch.Tensor | None = None
 
 
 def shrink(
@@ -43,7 +40,6 @@ def shrink(
     dropout_p: Sequence[float],
     impl: str,
     rows: Rows | None = None,
-    siblings: backend.Siblings | None = None,
 ) -> list[Shrunk]:
     """Returns s of each of G layers. Seeds are drawn in order, as the layers would by themselves.
 
@@ -54,24 +50,21 @@ def shrink(
         dropout_p: Probability that acts on each layer; 0 with rows.
         impl: Name of the backend.
         rows: Which adapter each row has; None where one has all.
-        siblings: The same layers, where one launch can make all updates; without dropout and rows.
     """
     x = x.detach()  # the gradient of x is the layers' own part
     seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
-    updates: list[torch.Tensor | None] = [None] * len(seeds)
-    made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, siblings, updates, *flat)
-    return [Shrunk(*each) for each in zip(made, seeds, updates, strict=True)]
+    made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
+    return [Shrunk(*each) for each in zip(made, seeds, strict=True)]
 
 
 class LoraShrink(torch.autograd.Function):
     """s of G layers that are fed by the same x.
 
     Takes x detached, since its gradient is not this node's part; of each layer a seed or None, and
-    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Updates,
-    which are no part of the graph, go into the list ``updates``. Saves x, the seeds and the
-    factors. The backward reads x once for all d_lora_a; a layer with an s that nobody used takes no
-    part in it.
+    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Saves x,
+    the seeds and the factors. The backward reads x once for all d_lora_a; a layer with an s that
+    nobody used takes no part in it.
     """
 
     @staticmethod
@@ -82,17 +75,11 @@ class LoraShrink(torch.autograd.Function):
         dropouts: tuple[float, ...],
         impl: str,
         rows: Rows | None,
-        siblings: backend.Siblings | None,
-        updates: list[torch.Tensor | None],
         *lora_a: _Factor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
         ctx.save_for_backward(x, *lora_a, *seeds)
-        made = None if siblings is None else backend.BACKENDS[impl].updates(_flat(x), siblings)
-        if made is not None:
-            each, updates[:] = made
-            return tuple(each)
         layers = _by_layer(lora_a, len(dropouts))
         return tuple(backend.BACKENDS[impl].shrink(_flat(x), layers, seeds, dropouts, rows))
 
@@ -102,7 +89,7 @@ class LoraShrink(torch.autograd.Function):
         count = len(ctx.dropouts)
         x, *saved = ctx.saved_tensors
         lora_a, seeds = saved[: len(saved) - count], saved[len(saved) - count :]
-        each, needs = len(lora_a) // count, ctx.needs_input_grad[7:]
+        each, needs = len(lora_a) // count, ctx.needs_input_grad[5:]
         found: list[torch.Tensor | None] = [None] * len(lora_a)
         wanted = [
             i
@@ -123,7 +110,7 @@ class LoraShrink(torch.autograd.Function):
             places = [i * each + slot for i in wanted for slot in range(each)]
             for place, gradient in zip(places, gradients, strict=True):
                 found[place] = gradient if needs[place] else None
-        return None, None, None, None, None, None, None, *found
+        return None, None, None, None, None, *found
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

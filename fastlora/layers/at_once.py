@@ -1,7 +1,7 @@
-"""Without gradients the first of siblings computes them all: one launch makes q, k and v.
+"""The first of siblings computes them all: one call makes q, k and v, and one node their gradients.
 
-For one adapter on kernels. What the others find at their own calls is whole, or, where the product
-is the library's, bias and adapter for it to accumulate on. Who is a sibling was seen before, and
+For one adapter on kernels, with gradients and without; a layer that has no sibling is computed the
+same way. The others find their output at their own calls. Who is a sibling was seen before, and
 what was left is taken by the tensor's identity: see `fastlora.routing.siblings`. Each compares what
 it would compute from with what was computed from, tensor by tensor; so the first may trust what it
 found of its siblings at an earlier call.
@@ -14,29 +14,28 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.autograd.siblings import run_siblings
 from fastlora.layers.call import LayerCall
-from fastlora.layers.factors import factors_of
+from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings
-from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.layers.sharing import why_not_now
+from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
+from fastlora.ops.factors import Base, Factors
 from fastlora.routing.siblings import (
     Family,
     drop_shares,
-    family_of,
     keep_shares,
     take_share,
     withdraw_share,
 )
-from fastlora.weight_marks import marks
+from fastlora.weight_marks import Mark, marks
 
-_Key = tuple[int, ...]
-
-
-class _Left(NamedTuple):
-    """What the first of siblings left for another: y ``[M, N]``, whole or yet without product."""
-
-    y: torch.Tensor
-    is_whole: bool
+_Key = tuple[Any, ...]
+# In one call for many tensors.
+_version_of: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_device_of = torch.Tensor.get_device
+# In place of a mark, of outputs that a graph records.
+_RECORDED = Mark()
 
 
 class _Launch(NamedTuple):
@@ -46,7 +45,9 @@ class _Launch(NamedTuple):
         dtype, device: Of x.
         base, own: The first's.
         owners: The ``id`` of each layer.
-        siblings: Their operands; None where the first is alone.
+        siblings: Their operands, without seeds; None where the first is not one for this.
+        tensors: What their outputs depend on beside x.
+        others: Of each but the first, the probability of dropout, and its part of the tensors.
     """
 
     dtype: torch.dtype
@@ -55,6 +56,8 @@ class _Launch(NamedTuple):
     own: Factors
     owners: list[int]
     siblings: Siblings | None
+    tensors: list[torch.Tensor]
+    others: list[tuple[float, list[torch.Tensor]]]
 
     def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
         """Whether it was found for the very same layer and such an input."""
@@ -63,6 +66,7 @@ class _Launch(NamedTuple):
             own.lora_a is before.lora_a
             and own.lora_b is before.lora_b
             and own.scaling is before.scaling
+            and own.dropout_p == before.dropout_p
             and base.weight is known.weight
             and base.bias is known.bias
             and x.dtype is self.dtype
@@ -70,109 +74,85 @@ class _Launch(NamedTuple):
         )
 
 
-def output_at_once(call: LayerCall, base: Base, own: Factors) -> torch.Tensor | None:
-    """Returns a layer's output where siblings are computed at once, None where it is alone.
+def output_at_once(
+    call: LayerCall, base: Base, own: Factors, family: Family
+) -> torch.Tensor | None:
+    """Returns a layer's output, which a sibling may have made; None where it is not one for this.
 
     Args:
-        call: Without gradients, on kernels.
-        base: The layer's, a weight.
-        own: Its adapter, the only one that acts.
+        call: On kernels, of one adapter.
+        base: The layer's.
+        own: Its adapter.
+        family: The layer's.
     """
-    layer, x = call.layer, call.given
-    family = family_of(layer, x)
-    if family is None or len(family.members) < 2 or not family.unwritten:
+    layer, x, records, conditions = call.layer, call.given, torch.is_grad_enabled(), call.conditions
+    if base.weight is None or own.lora_bias is not None or own.magnitude is not None:
         return None
-    weight, bias = base.weight, base.bias
-    if own.dropout_p or own.lora_bias is not None or own.magnitude is not None or weight is None:
+    if not family.unwritten or conditions.autocast is not None or conditions.invariant:
         return None
-    if call.conditions.autocast is not None:
+    if records and why_not_now(call):
         return None
     if family.idle and id(layer) in family.idle:
         family.idle.discard(id(layer))
         family.at_once.clear()
     # Part of each key, as numbers differ in identity.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    key = _key(stream, weight, bias, own.lora_a, own.lora_b, own.scaling)
-    context = family, marks.trained
-    left = None if key is None else take_share(x, id(layer), context, key)
-    if left is None:
+    if len(family.members) > 1:
+        key = _key(stream, own.dropout_p, _tensors_of(base, own))
+        context = family, _RECORDED if records else marks.trained
+        left: torch.Tensor | None = None
+        if key is not None:
+            left = take_share(x, id(layer), context, key)
+        if left is not None:
+            if records:
+                family.why_not[id(layer)] = ""
+            return left
         if withdraw_share(id(layer)):
             family.at_once.clear()  # it computes other than the first took it to
-        left = _compute(call, base, own, family, stream)
-        if left is None:
-            return None
-    y, is_whole = left
-    if not is_whole:
-        y.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
-    if x.dim() == 2:
-        return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+    return _compute(call, base, own, family, stream)
 
 
 def _compute(
     call: LayerCall, base: Base, own: Factors, family: Family, stream: int
-) -> _Left | None:
-    """Computes a layer and those siblings that have yet to be called; returns its own."""
-    layer, x = call.layer, call.given
+) -> torch.Tensor | None:
+    """Computes a layer and those siblings that have yet to be called; returns its own output."""
+    layer, x, impl = call.layer, call.given, call.conditions.backend
+    records = torch.is_grad_enabled()
     drop_shares()  # of a sibling that was not called, or computes other than before
     launch: _Launch | None = family.at_once.get(id(layer))
     if launch is None or not launch.serves(x, base, own):
         family.at_once.clear()  # another one's is as old
         launch = family.at_once[id(layer)] = _launch_of(call, base, own, family)
-    siblings, device = launch.siblings, x.get_device()
-    if siblings is None:
+    siblings = launch.siblings
+    if siblings is None or not BACKENDS[impl].computes_siblings(x):
         return None
-    for kind in siblings:
-        for tensor in kind:
-            if tensor is not None and tensor.get_device() != device:  # moved as it is
-                return None
-    keys = [_key(stream, *tensors) for tensors in zip(*siblings, strict=True)]
+    if records:
+        if not launch.others and len(family.members) > 1:
+            return None  # it may still share s
+        family.why_not[id(layer)] = ""
+    if {*map(_device_of, launch.tensors)} != {x.get_device()}:  # moved as they are
+        return None
+    keys = [_key(stream, *other) for other in launch.others]
     if None in keys:
         return None
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    made = BACKENDS[call.conditions.backend].siblings(flat, siblings)
-    if made is None:
-        return None
-    ys, is_whole = made
-    shares = {
-        owner: (key, _Left(y, is_whole))
-        for owner, key, y in zip(launch.owners[1:], keys[1:], ys[1:], strict=True)
-    }
-    keep_shares(x, (family, marks.trained), shares)
-    return _Left(ys[0], is_whole)
-
-
-def siblings_of(
-    call: LayerCall, base: Base, found: Sequence[tuple[AdapterLayer, Slots]]
-) -> Siblings | None:
-    """Returns the operands of layers that share a pass over x, the first with ``base``.
-
-    None where one launch does not take them all.
-    """
-    (_, (own,)), *others = [(member, slots.own) for member, slots in found]
-    if (
-        own is None
-        or base.weight is None
-        or len(found) > MOST_SIBLINGS
-        or not _fits(call.x, base, own)
-    ):
-        return None
-    pairs: list[tuple[Base, Factors]] = [(base, own)]
-    for member, (factors,) in others:
-        other = member._plain_base()
-        if factors is None or other is None or not _are_alike(call.x, other, factors, base, own):
-            return None
-        pairs.append((other, factors))
-    return _operands(pairs)
+    if own.dropout_p:
+        operands, dropout_p = siblings
+        seeds = [draw_seed(x, impl) for _ in dropout_p]
+        siblings = Siblings((*operands[: -len(seeds)], *seeds), dropout_p)
+    y, *ys = run_siblings(x, siblings, impl)
+    if ys:
+        shares = zip(launch.owners[1:], zip(keys, ys, strict=True), strict=True)
+        keep_shares(x, (family, _RECORDED if records else marks.trained), dict(shares))
+    return y
 
 
 def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _Launch:
-    """Finds the siblings that one launch takes beside a layer."""
+    """Finds the siblings that one call takes beside a layer."""
     layer, x = call.layer, call.given
     found: list[tuple[int, Base, Factors]] = []
     for reference in family.members:
         member: Any = reference()
-        if member is layer and _fits(x, base, own):
+        if member is layer and _fits(member, x, base, own):
             found.append((id(layer), base, own))
         elif (
             found
@@ -180,76 +160,75 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
             and id(member) not in family.idle
             and len(found) < MOST_SIBLINGS
         ):
-            like = _operands_of(member, call, base, own)
-            if like is not None:
+            like = _operands_of(member, call)
+            # Under dropout each has launches of its own, which nothing else is to have.
+            if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
                 found.append((id(member), *like))
-    siblings = _operands([(base, own) for _, base, own in found]) if len(found) > 1 else None
-    return _Launch(x.dtype, x.device, base, own, [owner for owner, _, _ in found], siblings)
+    bases, factors = [base for _, base, _ in found], [own for *_, own in found]
+    dropout_p = tuple(own.dropout_p for own in factors)
+    operands = (
+        *(base.weight for base in bases),
+        *(base.bias for base in bases),
+        *(own.lora_a for own in factors),
+        *(own.lora_b for own in factors),
+        *(own.scaling for own in factors),
+        *([None] * len(found)),
+    )
+    tensors = [_tensors_of(*each) for each in zip(bases, factors, strict=True)]
+    return _Launch(
+        x.dtype,
+        x.device,
+        base,
+        own,
+        [owner for owner, *_ in found],
+        Siblings(operands, dropout_p) if found else None,
+        [tensor for each in tensors for tensor in each],
+        list(zip(dropout_p, tensors, strict=True))[1:],
+    )
 
 
-def _operands_of(
-    member: AdapterLayer, call: LayerCall, base: Base, own: Factors
-) -> tuple[Base, Factors] | None:
-    """Returns a sibling's base layer and adapter if one launch takes them beside the layer's."""
-    if member.impl != call.layer.impl:
+def _operands_of(member: AdapterLayer, call: LayerCall) -> tuple[Base, Factors] | None:
+    """Returns a sibling's base layer and adapter if one call takes them beside a layer's."""
+    hooked = torch.is_grad_enabled() and is_hooked(member)  # type: ignore[arg-type]  # a module
+    if hooked or member.impl != call.layer.impl:
         return None
-    names, other = member._acting(), member._plain_base()
-    if len(names) != 1 or other is None:
+    names, base = member._acting(), member._plain_base()
+    if len(names) != 1 or base is None:
         return None
     factors = factors_of(member, names[0], call)
-    if factors is None or not _are_alike(call.given, other, factors, base, own):
+    if factors is None or not _fits(member, call.given, base, factors):
         return None
-    return other, factors
+    return base, factors
 
 
-def _operands(pairs: Sequence[tuple[Base, Factors]]) -> Siblings:
-    return Siblings(
-        [base.weight for base, _ in pairs if base.weight is not None],
-        [base.bias for base, _ in pairs],
-        [own.lora_a for _, own in pairs],
-        [own.lora_b for _, own in pairs],
-        [own.scaling for _, own in pairs],
-    )
-
-
-def _are_alike(x: torch.Tensor, base: Base, own: Factors, first: Base, other: Factors) -> bool:
-    """Whether one launch takes a layer beside the first."""
-    return (
-        _fits(x, base, own)
-        and (base.bias is None) == (first.bias is None)
-        and own.lora_a.dtype is other.lora_a.dtype
-        and own.lora_b.dtype is other.lora_b.dtype
-    )
-
-
-def _fits(x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Whether one launch takes a layer among others: plain, contiguous, without dropout."""
+def _fits(layer: AdapterLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+    """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
-    if own.lora_bias is not None or own.dropout_p or own.magnitude is not None or weight is None:
+    if own.lora_bias is not None or own.magnitude is not None or weight is None:
         return False
-    tensors = [weight, lora_a, lora_b] if bias is None else [weight, bias, lora_a, lora_b]
     return (
-        all(tensor.device == x.device and tensor.is_contiguous() for tensor in tensors)
+        all(tensor.device == x.device for tensor in _tensors_of(base, own))
         and weight.dtype is x.dtype
         and (bias is None or bias.dtype is x.dtype)
         and lora_a.shape[1] == x.shape[-1] == weight.shape[1]
-        and lora_a.shape[0] > 0
+        and lora_a.shape[0] == lora_b.shape[1] > 0
         and own.scaling.numel() == 1
+        and not (own.dropout_p and layer.is_split)
     )
 
 
-def _key(
-    stream: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> _Key | None:
+def _tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
+    """Returns what a layer's output depends on beside x."""
+    tensors = [own.lora_a, own.lora_b, own.scaling]
+    for tensor in base[:2]:
+        if tensor is not None:
+            tensors.append(tensor)
+    return tensors
+
+
+def _key(stream: int, dropout_p: float, tensors: Sequence[torch.Tensor]) -> _Key | None:
     """Returns what an output depends on beside x, unchanged since; None where nobody counts."""
     try:
-        key: _Key = (stream, id(weight), weight._version, id(lora_a), lora_a._version)
-        key += (id(lora_b), lora_b._version, id(scaling), scaling._version)
-        return key if bias is None else (*key, id(bias), bias._version)
+        return (stream, dropout_p, *map(id, tensors), *map(_version_of, tensors))
     except RuntimeError:  # an inference tensor's writes are not counted
         return None

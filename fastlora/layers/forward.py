@@ -22,6 +22,7 @@ from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton, uses_dora
 from fastlora.ops.conditions import conditions_of
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.in_force import routing_of
+from fastlora.routing.siblings import family_of
 from fastlora.weight_marks import Mark, marks
 
 
@@ -82,12 +83,15 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
-        if first is not None and (torch.is_grad_enabled() or conditions.backend != "triton"):
-            shrunk = shared_shrink(call, Slots((first,)), base)
-        elif first is not None and base.weight is not None and not conditions.invariant:
-            y = output_at_once(call, base, first)
-            if y is not None:
-                return y
+        family = None
+        if first is not None and not conditions.compiling:
+            family = family_of(layer, call.given)
+            if family is not None and conditions.backend == "triton":
+                y = output_at_once(call, base, first, family)
+                if y is not None:
+                    return y
+        if first is not None and torch.is_grad_enabled():
+            shrunk = shared_shrink(call, Slots((first,)), family)
     else:
         first, others, bias = _joined(call, names)
     if first is None:

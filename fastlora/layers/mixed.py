@@ -59,7 +59,8 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     if found is not None:
         return tables.run(call, base, found, plan), how
     if slots is not None:
-        shrunk = shared_shrink(call, slots)
+        family = None if call.conditions.compiling else family_of(layer, call.given)
+        shrunk = shared_shrink(call, slots, family)
         y = _run_listed(call, base, slots, call.rows(), s=None if shrunk is None else shrunk.s)
     else:
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)

@@ -24,19 +24,17 @@ from fastlora.layers import (
     graph_ops,  # noqa: F401 - registers operators
     graph_slots,
 )
-from fastlora.layers.at_once import siblings_of
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import factors_of, is_hooked
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import constant_when_compiled
-from fastlora.ops.factors import Base, Slots
+from fastlora.ops.factors import Slots
 from fastlora.routing.kept import stream_of
 from fastlora.routing.siblings import (
     Family,
     FedLayer,
-    family_of,
     keep_shares,
     known_family,
     take_share,
@@ -61,40 +59,32 @@ _DROPOUT = "under dropout each of them masks x for itself"
 _LAST = "no sibling that is called after it can share"
 
 
-def shared_shrink(
-    call: LayerCall | MixedCall, own: Slots, base: Base | None = None
-) -> Shrunk | None:
+def shared_shrink(call: LayerCall | MixedCall, own: Slots, family: Family | None) -> Shrunk | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
     Args:
         call: The layer's.
         own: Its adapters by slot; outside of a mixed batch the one that acts.
-        base: The base layer, for what is more than s; None in a mixed batch.
+        family: The layer's, as far as it is known; no matter in a graph that is being compiled.
     """
     layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:
         return _in_graph(call, own) if records else None
-    if not records and "_family" in layer.__dict__:
-        return None
-    family = known_family(layer)
-    if family is None:
-        family = family_of(layer, x)
     if not records or family is None or len(family.members) < 2 or x.is_inference():
         return None
-    found, why = None, _why_not_now(call)
+    found, why = None, why_not_now(call)
     if not why:
         # Of a block that has ended nothing is held: it knows all layers of its model.
         block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
         context = call.conditions.impl, call.conditions.autocast, block
-        bias, stream = None if base is None else base.bias, stream_of(x.device)
-        found = take_share(x, id(layer), context, (stream, *_key(own, bias)))
+        found = take_share(x, id(layer), context, (stream_of(x.device), *_key(own)))
         if found is None:
-            found, why = _share(call, own, base, family, context)
+            found, why = _share(call, own, family, context)
     family.why_not[id(layer)] = why
     return found
 
 
-def _why_not_now(call: LayerCall | MixedCall) -> str:
+def why_not_now(call: LayerCall | MixedCall) -> str:
     """Returns why no layer may share at this moment, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
@@ -107,55 +97,43 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
     return ""
 
 
-def _key(slots: Slots, bias: torch.Tensor | None) -> tuple[Any, ...]:
-    """Returns what a share depends on: factors and bias, unchanged since, scaling and dropout."""
-    key: list[Any] = [None if bias is None else (id(bias), bias._version)]
-    for f in slots.own:
-        if f is None:
+def _key(slots: Slots) -> tuple[Any, ...]:
+    """Returns what a share depends on: every lora_a, unchanged since, and dropout."""
+    key: list[Any] = []
+    for factors in slots.own:
+        if factors is None:
             key.append(None)
         else:
-            key += id(f.lora_a), f.lora_a._version, id(f.lora_b), f.lora_b._version, f.dropout_p
-            of_tensor = isinstance(f.scaling, torch.Tensor)
-            key.append((id(f.scaling), f.scaling._version) if of_tensor else f.scaling)
+            key += id(factors.lora_a), factors.lora_a._version, factors.dropout_p
     return tuple(key)
 
 
 def _share(
-    call: LayerCall | MixedCall,
-    own: Slots,
-    base: Base | None,
-    family: Family,
-    context: tuple[object, ...],
+    call: LayerCall | MixedCall, own: Slots, family: Family, context: tuple[object, ...]
 ) -> tuple[Shrunk | None, str]:
-    """Computes for a layer and those siblings that have yet to be called.
+    """Computes s for a layer and those siblings that have yet to be called.
 
     Returns:
         The layer's share, or None and why there is none.
     """
     members: list[Any] = [reference() for reference in family.members]
-    found, why = _sharing(members[members.index(call.layer) :], call, own)
+    computed = family.computed()
+    behind = members[members.index(call.layer) + 1 :]
+    others = [member for member in behind if id(member) not in computed]
+    found, why = _sharing([call.layer, *others], call, own)
     if len(found) < 2:
         return None, why or _LAST
     rows = call.rows() if isinstance(call, MixedCall) else None
     lora_a = [_lora_a(slots) for _, slots in found]
     dropout_p = [max(slots.dropout_p) for _, slots in found]
-    siblings = None
-    if base is not None and isinstance(call, LayerCall) and call.conditions.backend == "triton":
-        siblings = siblings_of(call, base, found)
-    made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows, siblings)
+    made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows)
     stream = stream_of(call.given.device)
-    biases = [None] * len(found) if base is None else [_bias_of(member) for member, _ in found]
     shares = {
-        id(member): ((stream, *_key(slots, bias)), share)
-        for (member, slots), bias, share in zip(found[1:], biases[1:], made[1:], strict=True)
+        id(member): ((stream, *_key(slots)), share)
+        for (member, slots), share in zip(found[1:], made[1:], strict=True)
     }
     keep_shares(call.given, context, shares)
     return made[0], ""
-
-
-def _bias_of(member: AdapterLayer) -> torch.Tensor | None:
-    base = member._plain_base()
-    return None if base is None else base.bias
 
 
 def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:

@@ -69,21 +69,18 @@ MOST_SIBLINGS = 4
 
 
 class Siblings(NamedTuple):
-    """Layers that are fed by the same x, each with one adapter, without dropout and lora_bias.
+    """G layers that are fed by the same x, each with one adapter and no lora_bias.
 
     Attributes:
-        weights: ``[N, K]`` in x's dtype, contiguous, as are all others.
-        biases: ``[N]`` in x's dtype of all, or None of all.
-        lora_a: ``[R, K]``, of one dtype.
-        lora_b: ``[N, R]``, of one dtype.
-        scalings: fp32, of one element.
+        operands: One list, as what runs in every step takes it: the weights of all, ``[N, K]`` in
+            x's dtype; the biases, ``[N]`` or None; every lora_a ``[R, K]``, every lora_b
+            ``[N, R]``; the scalings, fp32 of one element; the seeds of dropout, int64 ``[1]`` or
+            None.
+        dropout_p: Probability that acts on each.
     """
 
-    weights: list[torch.Tensor]
-    biases: list[torch.Tensor | None]
-    lora_a: list[torch.Tensor]
-    lora_b: list[torch.Tensor]
-    scalings: list[torch.Tensor]
+    operands: Sequence[torch.Tensor | None]
+    dropout_p: tuple[float, ...]
 
 
 class Backend(Protocol):
@@ -154,21 +151,37 @@ class Backend(Protocol):
             rows: Which adapter each row has.
         """
 
-    def siblings(
-        self, x: torch.Tensor, siblings: Siblings
-    ) -> tuple[list[torch.Tensor], bool] | None:
-        """Returns y ``[M, N]`` of each of 2 to 4 layers that are fed by the same x, at once.
+    def computes_siblings(self, x: torch.Tensor) -> bool:
+        """Whether the backend computes layers that are fed by x at once, by what follows."""
 
-        And whether they are whole: else each is of bias and adapter, for its base product to
-        accumulate on. None where the backend has nothing to gain.
+    def siblings(
+        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+    ) -> list[torch.Tensor]:
+        """Returns y ``[M, N]`` of each of 1 to 4 layers that are fed by the same x.
+
+        And on request their s: one tensor, side by side, or one of each.
         """
 
-    def updates(
-        self, x: torch.Tensor, siblings: Siblings
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-        """Returns s, and y of bias and adapter, of each of 2 to 4 layers fed by the same x.
+    def siblings_gradients(
+        self,
+        dys: Sequence[torch.Tensor | None],
+        x: torch.Tensor | None,
+        siblings: Siblings,
+        s: Sequence[torch.Tensor],
+        wants: tuple[bool, ...],
+    ) -> list[torch.Tensor | None]:
+        """Returns the gradients of `siblings` but those of base weights, None for those unwanted.
 
-        For their base products to accumulate on. None where the backend has nothing to gain.
+        Args:
+            dys: Of each layer, any strides; None where nobody used its y.
+            x: None where no lora_a's gradient is wanted.
+            siblings: Their operands.
+            s: Of `siblings`.
+            wants: Whether that of x is wanted, of each weight (which is the caller's part), bias,
+                lora_a and lora_b.
+
+        Returns:
+            dx ``[M, K]``, then in fp32 those of all biases, of all lora_a, of all lora_b.
         """
 
     def grad_a(

@@ -99,11 +99,14 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
-def sees_operators(x: torch.Tensor) -> bool:
-    """Whether something sees the operators called on x: tracing, modes, autograd, a profiler."""
+def sees_operators(x: torch.Tensor, within_node: bool = False) -> bool:
+    """Whether something sees the operators called on x: tracing, modes, autograd, a profiler.
+
+    ``within_node`` leaves out autograd, which records nothing within a node of its own.
+    """
     return bool(
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        or (torch.is_grad_enabled() and not within_node)
         or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None

@@ -195,25 +195,34 @@ class OperatorBackend:
                 found[index] = operator(x, [], [a], 1, seed, [p], self.impl)
         return [found[index] for index in range(len(flat))]
 
+    def computes_siblings(self, x: torch.Tensor) -> bool:
+        """See `fastlora.ops.backend.Backend`; not where somebody looks at operators."""
+        return self.impl == "triton" and schema.is_direct(x, within_node=True)
+
     def siblings(
-        self, x: torch.Tensor, siblings: Siblings
-    ) -> tuple[list[torch.Tensor], bool] | None:
-        """See `fastlora.ops.backend.Backend.siblings`; none where somebody looks at operators."""
-        if self.impl != "triton" or not schema.is_direct(x):
-            return None
-        from fastlora.ops.triton import forward
+        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+    ) -> list[torch.Tensor]:
+        """See `fastlora.ops.backend.Backend.siblings`."""
+        operands, dropout_p = siblings
+        made: list[torch.Tensor] = schema.kernels_of(False).siblings(
+            x, dropout_p, with_s, *operands
+        )
+        return made
 
-        return forward.siblings(x, *siblings)
-
-    def updates(
-        self, x: torch.Tensor, siblings: Siblings
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-        """See `fastlora.ops.backend.Backend.updates`; none where somebody looks at operators."""
-        if self.impl != "triton" or not schema.is_direct(x):
-            return None
-        from fastlora.ops.triton import forward
-
-        return forward.updates(x, *siblings)
+    def siblings_gradients(
+        self,
+        dys: Sequence[torch.Tensor | None],
+        x: torch.Tensor | None,
+        siblings: Siblings,
+        s: Sequence[torch.Tensor],
+        wants: tuple[bool, ...],
+    ) -> list[torch.Tensor | None]:
+        """See `fastlora.ops.backend.Backend.siblings_gradients`."""
+        operands, dropout_p = siblings
+        made: list[torch.Tensor | None] = schema.kernels_of(True).siblings(
+            x, dropout_p, wants, *dys, *operands, *s
+        )
+        return made
 
     def grad_a(
         self,

@@ -72,7 +72,7 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
             chosen, given = args[place], (*args[:place], *args[place + 1 :])
         if chosen != "triton":
             return getattr(opaque, attribute)(*given)
-        function = getattr(_kernels_of(backward), attribute)
+        function = getattr(kernels_of(backward), attribute)
         x = args[0]
         if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return function(*given)
@@ -101,14 +101,18 @@ def operators_for(x: torch.Tensor) -> Operators:
     return found
 
 
-def is_direct(x: torch.Tensor) -> bool:
-    """Whether what launches may be called as it is: nothing sees it, on the current device."""
+def is_direct(x: torch.Tensor, within_node: bool = False) -> bool:
+    """Whether what launches may be called as it is: nothing sees it, on the current device.
+
+    ``within_node`` says that it will be called within a node of autograd's, which records nothing.
+    """
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    return here and not sees_operators(x)
+    return here and not sees_operators(x, within_node)
 
 
 @functools.cache
-def _kernels_of(backward: bool) -> ModuleType:
+def kernels_of(backward: bool) -> ModuleType:
+    """Returns the module that launches what a forward needs, or a backward."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
 

@@ -52,6 +52,10 @@ class Family:
         self.at_once: dict[int, Any] = {}
         self.idle: set[int] = set()
 
+    def computed(self) -> set[int]:
+        """Returns the ``id`` of layers that another one's call computes at once with it."""
+        return {owner for launch in self.at_once.values() for owner in launch.owners[1:]}
+
     def __deepcopy__(self, memo: dict[int, object]) -> Family:
         return Family()
 
@@ -128,9 +132,11 @@ def is_unwritten(layer: FedLayer) -> bool:
 
 def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
     """`known_family` of a layer that is called with x, which makes it known sooner or later."""
-    known = known_family(layer)
-    if known is not None:
-        return known
+    known: Family | None = layer.__dict__.get("_family")
+    if known is not None:  # as `known_family`, in no call of ours
+        for reference in known.members:
+            if reference() is layer:
+                return known
     seen = _thread.seen
     if seen is not None and seen.x() is x and all(member() is not layer for member in seen.members):
         seen.add(layer, x)
@@ -172,9 +178,10 @@ def take_share(
     if shares is None:
         return None
     version = 0 if x.is_inference() else x._version
-    same = shares.x() is x and shares.version == version and len(context) == len(shares.context)
-    if not same or not all(map(is_, context, shares.context)):
+    if shares.x() is not x or shares.version != version:
         drop_shares()  # they hold activations
+        return None
+    if len(context) != len(shares.context) or not all(map(is_, context, shares.context)):
         return None
     needed, share = shares.own.get(owner, (None, None))
     if share is None or needed != key:

@@ -249,6 +249,33 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
     return dy, weight, x, operands, None, s, wanted, plan
 
 
+def _operands(p: float) -> list[torch.Tensor | None]:
+    """Of two layers of 96 inputs, ranks 8 and 16: weights, biases, factors, scalings and seeds."""
+    shapes = (64, 96), (32, 96), (8, 96), (16, 96), (64, 8), (32, 16)
+    weights_and_factors = [torch.zeros(shape) for shape in shapes]
+    seeds = [torch.zeros(1, dtype=torch.int64) if p else None for _ in range(2)]
+    biases, scalings = [torch.zeros(64), torch.zeros(32)], [torch.ones(()), torch.ones(())]
+    return [*weights_and_factors[:2], *biases, *weights_and_factors[2:], *scalings, *seeds]
+
+
+def _siblings(m: int, p: float = 0.0, with_s: bool = False) -> tuple[Any, ...]:
+    """Arguments of `forward.siblings`."""
+    return torch.zeros(m, 96), (p, p), with_s, *_operands(p)
+
+
+def _of_siblings(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
+    """Arguments of `backward.siblings`, of which the second has no bias; one dy for two, or one."""
+    dy, s = torch.zeros(m, 64), [torch.zeros(m, 24)]
+    if p:
+        s = [torch.zeros(m, 8), torch.zeros(m, 16)]
+    operands, wants = _operands(p), (True, False, False, True, False, True, True, True, True)
+    dys: list[torch.Tensor | None] = [dy, torch.zeros(m, 32)]
+    if same:
+        operands[1], operands[7] = torch.zeros(64, 96), torch.zeros(64, 16)
+        dys = [dy, dy]
+    return torch.zeros(m, 96), (p, p), wants, *dys, *operands, *s
+
+
 def _half(m: int, **changed: Any) -> tuple[Any, ...]:
     return _linear(torch.float16, m, **changed)
 
@@ -282,6 +309,14 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "gradients, bias": (_gradients_of, lambda: _gradients(2048, bias=True)),
     "gradients, dropout": (_gradients_of, lambda: _gradients(64, p=0.5)),
     "gradients, split": (_gradients_of, lambda: _gradients(64, plan="split")),
+    "siblings": (forward.siblings, lambda: _siblings(5)),
+    "siblings, s too": (forward.siblings, lambda: _siblings(5, with_s=True)),
+    "siblings, more rows": (forward.siblings, lambda: _siblings(200, with_s=True)),
+    "siblings, dropout": (forward.siblings, lambda: _siblings(5, p=0.5, with_s=True)),
+    "siblings' gradients": (backward.siblings, lambda: _of_siblings(64)),
+    "siblings' gradients, one dy": (backward.siblings, lambda: _of_siblings(64, same=True)),
+    "siblings' gradients, more rows": (backward.siblings, lambda: _of_siblings(2048)),
+    "siblings' gradients, dropout": (backward.siblings, lambda: _of_siblings(64, p=0.5)),
     "grad_a": (backward.grad_a, lambda: _grad_a(64, 1, False)),
     "grad_a, siblings": (backward.grad_a, lambda: _grad_a(2048, 3, False)),
     "grad_a, dropout": (backward.grad_a, lambda: _grad_a(64, 2, True)),
@@ -334,12 +369,12 @@ def test_the_size_of_a_storage_is_seen_on_amd(seen: Seen, monkeypatch: pytest.Mo
 
 
 def test_one_tensor_given_twice_is_not_taken_for_two(seen: Seen) -> None:
-    """Kept, the launch would read the second tensor in place of the first."""
+    """Which tensors lie at one address is part of the look, in whatever order they come."""
     function, (_, x, *others) = kept(_witness), _variations()[0]
-    two = x.clone(), x.clone()
-    function(x, x, *others)
-    _launched(seen, function, (*two, *others))
-    assert seen[0][2][:2] == [tensor.data_ptr() for tensor in two]
+    one, two = x.clone(), x.clone()
+    for pair in ((x, x), (one, two), (one, one), (two, one)) * 2:
+        _launched(seen, function, (*pair, *others))
+        assert seen[0][2][:2] == [tensor.data_ptr() for tensor in pair]
 
 
 def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:

@@ -100,11 +100,19 @@ class TorchBackend:
         each = [own for (own,) in lora_a]
         return single.shrink_siblings(x, each, seeds, dropout_p, self.traced)
 
-    def siblings(self, x: torch.Tensor, siblings: Siblings) -> None:
-        """See `fastlora.ops.backend.Backend.siblings`: products of their own are as fast."""
+    def computes_siblings(self, x: torch.Tensor) -> bool:
+        """See `fastlora.ops.backend.Backend`: products of their own are as fast."""
+        return False
 
-    def updates(self, x: torch.Tensor, siblings: Siblings) -> None:
-        """See `fastlora.ops.backend.Backend.updates`: as above."""
+    def siblings(
+        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+    ) -> list[torch.Tensor]:
+        """Never called."""
+        raise RuntimeError("PyTorch computes layers one by one")
+
+    def siblings_gradients(self, *_: object) -> list[torch.Tensor | None]:
+        """Never called."""
+        raise RuntimeError("PyTorch computes layers one by one")
 
     def grad_a(
         self,

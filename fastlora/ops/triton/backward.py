@@ -9,6 +9,7 @@ Arguments are those of the operators of `fastlora.ops.schema`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ from fastlora.ops.triton.forward import (
 )
 from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
 
+_Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
 _GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -106,6 +108,64 @@ def grad_a(
     return [_grad_a_listed(x, ds, rows, run, downs, drop)]
 
 
+@kept
+def siblings(
+    x: torch.Tensor | None,
+    dropout_p: tuple[float, ...],
+    wants: tuple[bool, ...],
+    *tensors: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """Returns what `fastlora.ops.backend.Backend.siblings_gradients` does.
+
+    ``tensors`` are every dy, the operands, and s. dx is one tensor: each module's product
+    accumulates on what those before it made.
+    """
+    count: int = len(dropout_p)
+    each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
+    dys, weights, _, lora_a, lora_b, scalings, seeds, s = each
+    wants_x, (wants_bias, wants_a, wants_b) = (
+        wants[0],
+        (wants[1 + i * count : 1 + (i + 1) * count] for i in (1, 2, 3)),
+    )
+    if len(s) < count:
+        s = s[0].split([b.shape[1] for b in lora_b], dim=1)
+    dx: torch.Tensor | None = None
+    found: list[torch.Tensor | None] = [None] * (3 * count)  # biases', lora_a's, lora_b's
+    ds: dict[int, torch.Tensor] = {}
+    for i in reversed(range(count)):  # the order in which autograd would add dx of each
+        dy, a, b, scaling = dys[i], lora_a[i], lora_b[i], scalings[i]
+        if dy is None:
+            continue
+        if wants_b[i]:
+            ds[i], found[2 * count + i], sums = _grad_b_one(dy, s[i], b, scaling, wants_bias[i])
+        else:
+            ds[i] = product(reference.lora_ds, dy, b, scaling)
+            sums = product(reference.column_sums, dy) if wants_bias[i] else dy
+        if wants_bias[i]:
+            found[i] = sums
+        if wants_x:
+            dx = _grad_x_one(dy, weights[i], ds[i], a, seeds[i], dropout_p[i], "auto", dx)
+    some = [i for i in range(count) if i in ds and wants_a[i]]
+    if some and x is not None:
+        drawn = [seeds[i] for i in some]
+        d_lora_a = _grad_a_of_siblings(
+            x,
+            [ds[i] for i in some],
+            [lora_a[i].dtype for i in some],
+            None if drawn == [None] * len(some) else product(_side_by_side, *drawn),
+            [dropout_p[i] for i in some],
+        )
+        for i, gradient in zip(some, d_lora_a, strict=True):
+            found[count + i] = gradient
+    return [dx, *found]
+
+
+def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
+    """Returns int64 ``[G]`` of seeds ``[1]``, any number where there is none."""
+    any_seed = next(seed for seed in seeds if seed is not None)
+    return torch.cat([any_seed if seed is None else seed for seed in seeds])
+
+
 # ------------------------------------------------------------------------------- one adapter
 
 
@@ -128,7 +188,7 @@ def _grad_b_one(
     twice = reads_twice(config, n, r, dy.itemsize)
     made = _sums_over_rows(dy, s, lora_b, scaling, with_bias, not twice, config)
     d_lora_b, d_bias, *own = made
-    return own[0] if own else reference.lora_ds(dy, lora_b, scaling), d_lora_b, d_bias
+    return own[0] if own else product(reference.lora_ds, dy, lora_b, scaling), d_lora_b, d_bias
 
 
 @kept
@@ -178,13 +238,17 @@ def _grad_x_one(
     seed: torch.Tensor | None,
     dropout_p: float,
     plan: str,
+    onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One fused launch; or an update that writes dx, and a product of the library's on top."""
+    """One fused launch; or an update that writes dx, and a product of the library's on top.
+
+    ``onto`` is a dx of siblings, which this one's is added to.
+    """
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
-        return dy.new_zeros(m, k)
+        return dy.new_zeros(m, k) if onto is None else onto
     if weight is None or choose_plan(plan, dy, weight, r, "lora_grad_x") != "fused":
-        dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p)
+        dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
         return dx if weight is None else product(torch.Tensor.addmm_, dx, dy, weight)
     dx = empty(dy, m, k)
     lora_linear.launch_lora_linear(
@@ -196,7 +260,7 @@ def _grad_x_one(
         seed=seed,
         dropout_p=dropout_p,
     )
-    return dx
+    return dx if onto is None else product(torch.Tensor.add_, onto, dx)
 
 
 @kept
@@ -206,12 +270,16 @@ def _grad_x_of_adapter(
     lora_a: torch.Tensor,
     seed: torch.Tensor | None,
     dropout_p: float,
+    onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the adapter's term of dx ``[M, K]``; one launch."""
+    """Returns the adapter's term of dx ``[M, K]``, added to ``onto``; one launch."""
     (m, n), (r, k) = dy.shape, lora_a.shape
-    dx, config = empty(dy, m, k), config_of("lora_grad_x_add", dy, m, n, k, r)
+    dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
+    if dx is None:
+        dx = empty(dy, m, k)
     module, drop = Module(dx, lora_a.t(), None), {"seed": seed, "dropout_p": dropout_p}
-    lora_expand.launch_lora_expand([module], ds, reads_y=False, config=config, **drop)
+    reads_y = onto is not None
+    lora_expand.launch_lora_expand([module], ds, reads_y=reads_y, config=config, **drop)
     return dx
 
 

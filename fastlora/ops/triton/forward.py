@@ -10,7 +10,7 @@ Arguments are those of the operators of `fastlora.ops.schema`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,34 +94,74 @@ def linear(
     return [y, own] if s is None else [y]
 
 
+@kept
 def siblings(
-    x: torch.Tensor, weights: _Tensors, *own: Sequence[torch.Tensor | None]
-) -> tuple[list[torch.Tensor], bool] | None:
-    """Returns what `fastlora.ops.backend.Backend.siblings` does; ``own`` as in `_siblings`.
+    x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Returns what `fastlora.ops.backend.Backend.siblings` does.
 
-    None where the layers are laid out otherwise than they were, which changes no tensor's identity.
+    Two launches: a shrink, and a linear or an expand, on which the library's products accumulate;
+    one more where the linear splits K. Under dropout, or in another layout than a kernel takes
+    beside others, each module has its own.
     """
-    fused = _fuses(x, weights, own[1])
-    made = _siblings(x, weights if fused else [None] * len(weights), *own)
-    return None if made is None else (made, fused)
+    count: int = len(dropout_p)
+    each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
+    weights, biases, lora_a, lora_b, scalings, seeds = each
+    if not _are_alike(x, weights, biases, lora_a, lora_b, seeds):
+        made = [
+            _linear_one(x, weight, bias, None, *own, "auto")
+            for weight, bias, *own in zip(*each, dropout_p, strict=True)
+        ]
+        return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
+    sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
+    (m, k), n = x.shape, sum(sizes)
+    fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
+    s, shrunk = _shrunk(x, lora_a, None, 0.0)
+    s_out = s if with_s and shrunk is not s else None
+    ys = [empty(x, m, size) for size in sizes]
+    config = config_of("lora_linear" if fused else "lora_expand", x, m, n, k, r)
+    written, splits = ys, config.splits
+    if splits > 1:
+        written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]
+    blocks = weights if fused else [None] * len(weights)
+    modules = [*map(Module, written, lora_b, scalings, biases, blocks)]
+    if fused:
+        pdl = chip_of(x).has_pdl
+        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
+    else:
+        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
+    if splits > 1:
+        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+    if not fused:
+        for y, weight in zip(ys, weights, strict=True):
+            product(_accumulate_, y, x, weight)
+    return [*ys, s] if with_s else ys
 
 
-def updates(
-    x: torch.Tensor, weights: _Tensors, *own: Sequence[torch.Tensor | None]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """Returns what `fastlora.ops.backend.Backend.updates` does: none where linears are fused."""
-    if _fuses(x, weights, own[1]):
-        return None
-    made = _siblings(x, [None] * len(weights), *own, with_s=True)
-    if made is None:
-        return None
-    *ys, s = made
-    return list(s.split([a.shape[0] for a in own[1] if a is not None], dim=1)), ys
+def _are_alike(
+    x: torch.Tensor,
+    weights: _Tensors,
+    biases: Sequence[torch.Tensor | None],
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    seeds: Sequence[torch.Tensor | None],
+) -> bool:
+    """Whether one launch takes all modules.
 
-
-def _fuses(x: torch.Tensor, weights: _Tensors, lora_a: Sequence[torch.Tensor | None]) -> bool:
-    n, r = sum([w.shape[0] for w in weights]), max([a.shape[0] for a in lora_a if a is not None])
-    return choose_plan("auto", x, weights[0], r, n=n) != "split"
+    Raises:
+        TypeError: A weight has not the dtype of x.
+    """
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    own = [bias for bias in biases if bias is not None]
+    return (
+        all(seed is None for seed in seeds)
+        and all(t.is_contiguous() for t in (*weights, *own, *lora_a, *lora_b))
+        and len(own) in (0, len(biases))
+        and len({bias.dtype for bias in own}) < 2
+        and len({a.dtype for a in lora_a}) == len({b.dtype for b in lora_b}) == 1
+    )
 
 
 def expand_(
@@ -394,50 +434,6 @@ def _fused_one(
     if written is not y:
         plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
     return [y, own] if s is None else [y]
-
-
-@kept
-def _siblings(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor | None],
-    biases: Sequence[torch.Tensor | None],
-    lora_a: _Tensors,
-    lora_b: _Tensors,
-    scalings: _Tensors,
-    with_s: bool = False,
-) -> list[torch.Tensor] | None:
-    """Returns y of modules fed by the same x, without the base products where weights are None.
-
-    And on request their s side by side, ``[M, R]``. Two launches: shrink, and a linear or an
-    expand; one more where the linear splits K. None for operands that a kernel does not take beside
-    others.
-    """
-    k, blocks = x.shape[1], [t for t in (*weights, *biases) if t is not None]
-    if not all(t.is_contiguous() for t in (*blocks, *lora_a, *lora_b)):
-        return None
-    if any(t.dtype != x.dtype for t in blocks) or any(a.shape[1] != k for a in lora_a):
-        return None
-    if len({a.dtype for a in lora_a}) > 1 or len({b.dtype for b in lora_b}) > 1:
-        return None
-    (m, k), r, fused = x.shape, max(b.shape[1] for b in lora_b), weights[0] is not None
-    sizes = [b.shape[0] for b in lora_b]
-    s, shrunk = _shrunk(x, lora_a, None, 0.0)
-    s_out = s if with_s and shrunk is not s else None
-    ys = [empty(x, m, n) for n in sizes]
-    config = config_of("lora_linear" if fused else "lora_expand", x, m, sum(sizes), k, r)
-    written, splits = ys, config.splits
-    if splits > 1:
-        written = [empty(x, splits, m, n, dtype=torch.float32) for n in sizes]
-    own = zip(written, lora_b, scalings, biases, weights, strict=True)
-    modules = [Module(*each) for each in own]
-    if fused:
-        pdl = chip_of(x).has_pdl
-        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
-    else:
-        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
-    if splits > 1:
-        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
-    return [*ys, s] if with_s else ys
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,279 @@
+"""Siblings with gradients: one node of the graph makes every y, one dx, and all other gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import fastlora
+from fastlora.kernels import lora_expand, lora_grad_a, lora_grad_b, lora_linear, lora_shrink
+from fastlora.testing import assert_within_budget
+from tests.support.kernels.lab import Lab
+
+NAMES = ("q", "k", "v", "o")
+
+
+@pytest.fixture(autouse=True)
+def on_the_labs_device(lab: Lab) -> Iterator[None]:
+    """Tensors are made where the kernels run."""
+    with torch.device(lab.device):
+        yield
+
+
+@pytest.fixture
+def launches(calls_of: Any) -> list[str]:
+    """Each launch of one adapter's kernels, and of how many modules."""
+    seen: list[str] = []
+    for module, name, count in (
+        (lora_shrink, "shrink", lambda out, x, lora_a, **_: len(lora_a)),
+        (lora_linear, "linear", lambda modules, *_, **__: len(modules)),
+        (lora_expand, "expand", lambda modules, *_, **__: len(modules)),
+        (lora_grad_b, "grad_b", lambda *_, **__: 1),
+        (lora_grad_a, "grad_a", lambda outs, *_, **__: len(outs)),
+    ):
+        note: Callable[..., str] = lambda *args, n=name, c=count, **kw: f"{n} {c(*args, **kw)}"  # noqa: E731
+        calls_of(module, f"launch_lora_{name}", note, seen)
+    return seen
+
+
+class Attention(nn.Module):
+    """Three linears fed by one tensor, of different sizes, and one behind them.
+
+    ``between`` runs before the second is called, with its input, and returns what it is called
+    with; ``mixed`` makes the last one's input.
+    """
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 48, bias=bias), nn.Linear(32, 16, bias=bias)
+        self.v, self.o = nn.Linear(32, 16, bias=bias), nn.Linear(80, 32, bias=bias)
+        self.between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., 32]`` to ``[..., 32]``."""
+        q = self.q(x)
+        x = self.between(x)
+        return self.o(torch.cat([q, self.k(x), self.v(x)], -1))
+
+
+def model_of(bias: bool = True, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """An adapter over `Attention` at random, in training on kernels; siblings are known."""
+    torch.manual_seed(0)
+    made = fastlora.LoraConfig(r=6, target_modules=list(NAMES), **config)
+    model = fastlora.get_peft_model(Attention(bias), made).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter.data, std=0.3)
+    return known(model)
+
+
+def known(model: Any) -> Any:
+    """Has a model run on kernels, and its layers see their siblings."""
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "triton"
+    dtype = next(model.parameters()).dtype
+    for _ in range(2):
+        model(torch.randn(2, 32, dtype=dtype))
+    return model
+
+
+def run(model: Any, x: torch.Tensor, call: Any = None) -> list[torch.Tensor | None]:
+    """The output, and the gradients of x and of every parameter."""
+    torch.manual_seed(4)
+    model.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    y = (model if call is None else call)(x)
+    y.pow(2).mean().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def in_pytorch(model: Any, dtype: torch.dtype) -> Any:
+    """A copy that computes in PyTorch."""
+    copied = copy.deepcopy(model).to(dtype)
+    for module in copied.modules():
+        if hasattr(module, "impl"):
+            module.impl = "eager"
+    return copied
+
+
+def check(model: Any, x: torch.Tensor, found: list[torch.Tensor | None]) -> None:
+    """Compares what `run` gave with float64."""
+    expected = run(in_pytorch(model, x.dtype), x)
+    truth = run(in_pytorch(model, torch.float64), x.double())
+    for number, (mine, plain, exact) in enumerate(zip(found, expected, truth, strict=True)):
+        assert (mine is None) == (plain is None), number
+        if mine is not None and plain is not None and exact is not None:
+            assert_within_budget(mine, plain, exact, f"result {number}")
+
+
+def apart(model: Any) -> Any:
+    """A copy on kernels with layers that know no siblings."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if hasattr(module, "impl"):
+            module.__dict__.pop("_family", None)
+    return copied
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 32), (2, 9, 32), (70, 32)])
+def test_values_and_every_gradient(
+    launches: list[str], dtype: torch.dtype, shape: tuple[int, ...], bias: bool
+) -> None:
+    """At many rows each product of the backward accumulates on what those before it made."""
+    model = model_of(bias, dtype)
+    for name, parameter in model.named_parameters():
+        # A base layer that trains beside frozen ones, and a factor that does not.
+        parameter.requires_grad_("lora_" in name and ".v.lora_A" not in name)
+        if ".k." in name and "lora_" not in name:
+            parameter.requires_grad_(True)
+    x = torch.randn(shape, dtype=dtype)
+    launches.clear()
+    found = run(model, x)
+    kernel = "linear" if x[..., 0].numel() <= 64 else "expand"
+    assert launches[:4] == ["shrink 3", f"{kernel} 3", "shrink 1", f"{kernel} 1"]
+    assert launches.count("grad_b 1") == 4 and launches.count("grad_a 2") == 1
+    check(model, x, found)
+
+
+def test_one_node_for_three_and_what_it_saves() -> None:
+    """x once, s once for all, parameters and scalings: nothing else."""
+    model = model_of()
+    attention, x = model.base_model.model, torch.randn(7, 32, requires_grad=True)
+    q, k, v = attention.q(x), attention.k(x), attention.v(x)
+    assert q.grad_fn is k.grad_fn is v.grad_fn
+    known = {p.data_ptr() for p in model.parameters()} | {x.data_ptr()}
+    saved = [t for t in q.grad_fn.saved_tensors if t is not None]
+    rest = [tuple(t.shape) for t in saved if t.data_ptr() not in known]
+    assert sorted(rest) == [(), (), (), (7, 18)]
+    for module in attention.modules():
+        if hasattr(module, "lora_A"):
+            module.lora_A.requires_grad_(False)
+    saved = attention.q(x).grad_fn.saved_tensors
+    assert saved[0] is None, "x is for lora_A alone"
+
+
+@pytest.mark.parametrize("used", ["q", "k", "kv"])
+def test_outputs_that_nobody_uses(used: str) -> None:
+    """Their factors get no gradient, the others the gradients that they get alone."""
+    model, x = model_of(), torch.randn(5, 32)
+
+    def some(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        attention = model.base_model.model
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            made = {name: getattr(attention, name)(x) for name in "qkv"}
+            return torch.cat([made[name] for name in used], -1)
+
+        return call
+
+    found, alone = run(model, x, some(model)), apart(model)
+    expected = run(alone, x, some(alone))
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None and other is not None:
+            torch.testing.assert_close(mine, other)
+
+
+def test_the_same_gradient_for_two() -> None:
+    """As where outputs are added: one tensor comes in twice."""
+    model, x = model_of(), torch.randn(5, 32)
+
+    def of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        attention = model.base_model.model
+        return lambda x: attention.k(x) + attention.v(x)
+
+    alone = apart(model)
+    for mine, other in zip(run(model, x, of(model)), run(alone, x, of(alone)), strict=True):
+        if other is not None:
+            torch.testing.assert_close(mine, other)
+
+
+def test_dropout_masks_are_those_of_layers_apart(launches: list[str]) -> None:
+    """Seeds are drawn in the same order; one pass over x makes every d_lora_a."""
+    model, x = model_of(lora_dropout=0.4), torch.randn(6, 32)
+    launches.clear()
+    found = run(model, x)
+    assert launches.count("grad_a 3") == 1 and launches.count("shrink 1") == 4
+    expected = run(apart(model), x)
+    for mine, other in zip(found, expected, strict=True):
+        if mine is not None and other is not None:
+            torch.testing.assert_close(mine, other)
+    assert torch.equal(found[0], expected[0])  # type: ignore[arg-type]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another tensor": lambda m: None,
+    "a new weight": lambda m: setattr(m.k, "weight", nn.Parameter(torch.randn(16, 32))),
+    "another scaling": lambda m: m.k.scaling.__setitem__("default", 0.125),
+    "another adapter": lambda m: m.v.set_adapter("other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_the_calls_is_seen(change: str) -> None:
+    """What the first computed for a sibling is not taken where the sibling would compute other."""
+    model, x = model_of(), torch.randn(3, 32)
+    model.add_adapter("other", model.peft_config["default"])
+    nn.init.normal_(model.base_model.model.v.lora_B["other"].weight, std=0.3)
+    attention, factor = model.base_model.model, 2.0 if change == "another tensor" else 1.0
+    model(x)
+
+    def between(given: torch.Tensor) -> torch.Tensor:
+        CHANGES[change](attention)
+        return given if factor == 1.0 else given * factor
+
+    attention.between = between
+    found = run(model, x)
+    attention.between = lambda x: x * factor
+    check(model, x, found)
+
+
+def test_a_write_into_what_a_graph_has_saved_raises() -> None:
+    """As autograd does; the outputs are those of the weights at each layer's call."""
+    model, x = model_of(), torch.randn(3, 32)
+    attention = model.base_model.model
+
+    def between(given: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            attention.k.weight.mul_(2.0)
+        return given
+
+    attention.between = between
+    y = model(x)
+    attention.between = lambda x: x
+    torch.testing.assert_close(y, in_pytorch(model, torch.float32)(x))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_and_none_are_kept_apart() -> None:
+    """What was made without gradients is not taken with them, and the other way round."""
+    model, x = model_of(), torch.randn(3, 32)
+    attention = model.base_model.model
+    with torch.no_grad():
+        attention.q(x)
+    assert attention.k(x).requires_grad
+    attention.q(x)
+    with torch.no_grad():
+        assert not attention.k(x).requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_repeats_what_it_did(use_reentrant: bool) -> None:
+    """Layers are apart within one, whatever is known of their siblings."""
+    model, x = model_of(), torch.randn(5, 32)
+    found = run(model, x, lambda x: checkpoint(model, x, use_reentrant=use_reentrant))
+    check(model, x, found)
+    assert "activation checkpointing" in fastlora.fusion_report(model).rows[0].siblings
+    model(x)
+    assert "3 share x" in fastlora.fusion_report(model).rows[0].siblings
