@@ -1,11 +1,12 @@
-"""The one autograd function of a linear with adapters: what is saved, and every gradient.
+"""The autograd function of a linear with adapters: what is saved, and every gradient.
 
 `run` takes a base weight, or what the base layer made; one adapter for all rows, or many with
 `fastlora.ops.rows.Rows`; an s that a sibling made, or none. Saved for backward are x itself, s, the
 seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
 is neither saved nor computed.
 
-Where layers fed by the same tensor share their passes over it, the graph has two kinds of node:
+On kernels `fastlora.autograd.siblings` has one for plain layers that are fed by the same tensor.
+Where others share their passes over it, the graph has two kinds of node:
 that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a
 and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
 term inside, ds (the gradient of s) and d_lora_b.

@@ -1,7 +1,9 @@
 """In training, layers fed by the same tensor share their passes over it.
 
-The first of them computes every sibling's s in one node of the graph, whose backward forms all
-their d_lora_a (`fastlora.autograd.shrink`). Found by watching, used by the tensor's identity: see
+That is for layers which are not computed at once (`fastlora.layers.at_once`): in PyTorch, in a
+mixed batch, over a base layer that is called, with lora_bias, under autocast. The first of them
+computes every sibling's s in one node of the graph, whose backward forms all their d_lora_a
+(`fastlora.autograd.shrink`). Found by watching, used by the tensor's identity: see
 `fastlora.routing.siblings`. Where that would not be safe or saves nothing, each layer has its own
 pass, and the fusion report says why.
 
