@@ -8,7 +8,8 @@ The mark of weights that may train ends at every step of any of PyTorch's optimi
 layer's forward runs with gradients outside of compiled code, when a LoRA layer enters or leaves
 training mode, and at `fastlora.refresh`. Norms of a frozen base weight are expensive, and steps of
 its adapters leave them as they are: the mark of frozen weights ends only where an optimizer that
-steps holds one of them. All marks are the process's.
+steps holds one of them. What a forward with gradients makes for a layer that is called next has a
+mark that forwards do not end. All marks are the process's.
 """
 
 from __future__ import annotations
@@ -34,20 +35,24 @@ class Marks:
     Attributes:
         trained: Of weights that may train.
         frozen: Of base weights that are frozen.
+        step: Of weights that may train, through the forwards with gradients between two steps.
     """
 
     def __init__(self) -> None:
-        self.trained, self.frozen = Mark(), Mark()
+        self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
         # Base weights that something is kept of, by id: tensors do not compare as keys must.
         self._watched: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
         self._hooked = False
 
     def of_trained(self) -> Mark:
         """Returns the mark to keep what was made from weights that may train with."""
-        if not self._hooked:
-            self._hooked = True
-            register_optimizer_step_post_hook(_after_step)
+        self._watch_steps()
         return self.trained
+
+    def of_step(self) -> Mark:
+        """Returns the mark to keep what one layer's forward with gradients makes for another's."""
+        self._watch_steps()
+        return self.step
 
     def of_base(self, weight: torch.Tensor) -> Mark:
         """Returns the mark to keep what was made from a base weight with."""
@@ -59,18 +64,23 @@ class Marks:
 
     def end_trained(self) -> None:
         """Ends what is kept of weights that may train."""
-        self.trained = Mark()
+        self.trained, self.step = Mark(), Mark()
 
     def end_all(self) -> None:
         """Ends whatever is kept of weights."""
-        self.trained, self.frozen = Mark(), Mark()
+        self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Ends what an optimizer's step may have changed."""
-        self.trained = Mark()
+        self.trained, self.step = Mark(), Mark()
         # A graph cannot look for weights by their ids.
         if torch.compiler.is_compiling() or self._holds_watched(optimizer):
             self.frozen = Mark()
+
+    def _watch_steps(self) -> None:
+        if not self._hooked:
+            self._hooked = True
+            register_optimizer_step_post_hook(_after_step)
 
     def _holds_watched(self, optimizer: torch.optim.Optimizer) -> bool:
         groups = optimizer.param_groups

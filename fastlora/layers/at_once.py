@@ -28,14 +28,12 @@ from fastlora.routing.siblings import (
     take_share,
     withdraw_share,
 )
-from fastlora.weight_marks import Mark, marks
+from fastlora.weight_marks import marks
 
 _Key = tuple[Any, ...]
 # In one call for many tensors.
 _version_of: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _device_of = torch.Tensor.get_device
-# In place of a mark, of outputs that a graph records.
-_RECORDED = Mark()
 
 
 class _Launch(NamedTuple):
@@ -99,7 +97,7 @@ def output_at_once(
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     if len(family.members) > 1:
         key = _key(stream, own.dropout_p, _tensors_of(base, own))
-        context = family, _RECORDED if records else marks.trained
+        context = family, marks.of_step() if records else marks.trained
         left: torch.Tensor | None = None
         if key is not None:
             left = take_share(x, id(layer), context, key)
@@ -142,7 +140,7 @@ def _compute(
     y, *ys = run_siblings(x, siblings, impl)
     if ys:
         shares = zip(launch.owners[1:], zip(keys, ys, strict=True), strict=True)
-        keep_shares(x, (family, _RECORDED if records else marks.trained), dict(shares))
+        keep_shares(x, (family, marks.of_step() if records else marks.trained), dict(shares))
     return y
 
 

@@ -37,6 +37,7 @@ from fastlora.routing.kept import stream_of
 from fastlora.routing.siblings import (
     Family,
     FedLayer,
+    has_share,
     keep_shares,
     known_family,
     take_share,
@@ -79,7 +80,8 @@ def shared_shrink(call: LayerCall | MixedCall, own: Slots, family: Family | None
         # Of a block that has ended nothing is held: it knows all layers of its model.
         block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
         context = call.conditions.impl, call.conditions.autocast, block
-        found = take_share(x, id(layer), context, (stream_of(x.device), *_key(own)))
+        if has_share(id(layer)):  # or others wait for what a sibling made at once
+            found = take_share(x, id(layer), context, (stream_of(x.device), *_key(own)))
         if found is None:
             found, why = _share(call, own, family, context)
     family.why_not[id(layer)] = why

@@ -178,10 +178,9 @@ def take_share(
     if shares is None:
         return None
     version = 0 if x.is_inference() else x._version
-    if shares.x() is not x or shares.version != version:
+    same = shares.x() is x and shares.version == version and len(context) == len(shares.context)
+    if not same or not all(map(is_, context, shares.context)):
         drop_shares()  # they hold activations
-        return None
-    if len(context) != len(shares.context) or not all(map(is_, context, shares.context)):
         return None
     needed, share = shares.own.get(owner, (None, None))
     if share is None or needed != key:
@@ -196,6 +195,11 @@ def withdraw_share(owner: int) -> bool:
     """Forgets a share that its owner cannot take; returns whether there was one."""
     shares = _thread.shares
     return shares is not None and shares.own.pop(owner, None) is not None
+
+
+def has_share(owner: int) -> bool:
+    """Whether a sibling left something for an owner, which need not be what it can take."""
+    return _thread.shares is not None and owner in _thread.shares.own
 
 
 def has_shares() -> bool:

@@ -268,6 +268,73 @@ def test_gradients_and_none_are_kept_apart() -> None:
         assert not attention.k(x).requires_grad
 
 
+def test_an_input_without_a_gradient() -> None:
+    """As that of a model's first layer behind a frozen embedding."""
+    model, x = model_of(), torch.randn(5, 32)
+    attention, alone = model.base_model.model, apart(model)
+    for found in (model, alone):
+        found.zero_grad(set_to_none=True)
+        found(x).sum().backward()
+    assert attention.q(x).grad_fn is attention.k(x).grad_fn
+    for mine, other in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
+def test_outputs_may_be_written_into(shape: tuple[int, ...]) -> None:
+    """Each is a tensor of its own to autograd, and no view."""
+    model, x = model_of(), torch.randn(shape)
+
+    def of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        attention = model.base_model.model
+        return lambda x: attention.q(x).mul_(2.0)[..., :16] * attention.k(x).add_(1.0)
+
+    alone = apart(model)
+    for mine, other in zip(run(model, x, of(model)), run(alone, x, of(alone)), strict=True):
+        if other is not None:
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("which", ["lora_bias", "none acts"])
+def test_a_sibling_that_is_not_one_for_this(launches: list[str], which: str) -> None:
+    """It is called between the others, and leaves what they share alone."""
+    model, x = model_of(), torch.randn(5, 32)
+    k = model.base_model.model.k
+    if which == "lora_bias":
+        k.add_adapter("biased", r=6, lora_alpha=4, lora_bias=True)
+        nn.init.normal_(k.lora_B["biased"].weight, std=0.3)
+    k.set_adapter(["biased"] if which == "lora_bias" else [])
+    alone = ["shrink 1", "linear 1"]
+    expected = ["shrink 2", "linear 2", *(alone if which == "lora_bias" else []), *alone]
+    model(x)  # finds that it does not take what was made for it
+    for _ in range(2):
+        launches.clear()
+        found = run(model, x)
+        assert launches[: len(expected) + 1] == [*expected, "grad_b 1"]
+    check(model, x, found)
+
+
+class Behind(torch.optim.SGD):
+    """Writes where no version is counted, as fused optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        """Doubles every parameter."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(2.0)
+
+
+def test_a_step_ends_what_a_forward_left() -> None:
+    """k was not called in the forward that computed it; x is the same tensor in the next one."""
+    model, x = model_of(), torch.randn(5, 32)
+    attention = model.base_model.model
+    attention.q(x)
+    Behind(attention.k.lora_B.parameters(), lr=0.1).step()
+    torch.testing.assert_close(attention.k(x), apart(model).base_model.model.k(x))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_repeats_what_it_did(use_reentrant: bool) -> None:
     """Layers are apart within one, whatever is known of their siblings."""
