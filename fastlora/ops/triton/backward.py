@@ -31,7 +31,7 @@ from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.forward import (
+from fastlora.ops.triton.many_adapters import (
     Weights,
     add_rank_rows_,
     product_and_rank_rows,

@@ -1,0 +1,284 @@
+"""Launches of a forward where each row has its own adapter: shrink, linear, expand; DoRA's scales.
+
+The kernels read factors behind addresses: see `fastlora.ops.triton.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.kernels import (
+    mixed_dora_scale,
+    mixed_lora_expand,
+    mixed_lora_linear,
+    mixed_lora_shrink,
+    plane_sums,
+)
+from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.launch import empty, kept, product
+from fastlora.ops.factors import Tables, tables_of
+from fastlora.ops.layout import columns_of, planes_shape
+from fastlora.ops.plans import choose_plan
+from fastlora.ops.triton.configs import chip_of, config_of
+from fastlora.ops.triton.one_adapter import whole_rows
+from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of
+
+_Tensors = Sequence[torch.Tensor]
+
+
+class Weights(NamedTuple):
+    """Of a base layer: weight ``[N, K]``, bias ``[N]`` or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@kept
+def linear_at(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    s: torch.Tensor | None,
+    tables: _Tensors,
+    index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+    plan: str,
+    siblings: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
+    """Returns y of one module, and its siblings' s if it is the first of them."""
+    found = tables_of(tables, max_rank, factor_dtype)
+    first, stop = siblings or (index, index + 1)
+    invariant = plan == "invariant"
+    if invariant:
+        x = whole_rows(x)
+    up, base = RankRows.of_tables(found, index), Weights(weight, bias)
+    plan, y = base_product("mixed_lora", x, base, up, plan)
+    planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
+    # One kernel in the mode, whether siblings shared the shrink or not.
+    after_shrink = s is None and not invariant
+    own = planes[:, index - first]
+    y = linear_mixed("mixed_lora", x, base, y, own, rows, up, plan, after_shrink)
+    return [y] if s is not None or siblings is None else [y, planes]
+
+
+@kept
+def siblings_at(
+    x: torch.Tensor,
+    weights: _Tensors,
+    biases: Sequence[torch.Tensor | None],
+    rows: _Tensors,
+    tables: _Tensors,
+    first: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Returns y of 2 to 4 modules that are fed by the same x, neighbours in the tables.
+
+    Two launches: a shrink, and a linear. Or, where many adapters may share a row tile, the
+    library's products, a shrink, and an expand.
+    """
+    found, launch = tables_of(tables, max_rank, factor_dtype), "mixed_lora_linear"
+    own = slice(first, first + len(weights))
+    (m, k), n, slots = x.shape, sum(weight.shape[0] for weight in weights), found.rank.shape[1]
+    fused = choose_plan("auto", x, weights[0], max_rank, launch, n=n, slots=slots) != "split"
+    if fused:
+        ys = [empty(x, m, weight.shape[0]) for weight in weights]
+    else:
+        ys = [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+    s = shrink_at(x, rows, found, own)
+    bias_address = None if found.bias_address is None else found.bias_address[own]
+    up = found.b_address[own], bias_address, found.rank[own], found.scaling[own]
+    options = {"factor_dtype": factor_dtype, "pdl": chip_of(x).has_pdl}
+    if fused:
+        config = config_of(launch, x, m, n, k, max_rank)
+        mixed_lora_linear.launch_mixed_lora_linear(
+            *(ys, x, weights, biases, s, *rows[:3], *up), config=config, **options
+        )
+    else:
+        config = config_of("mixed_lora_expand", x, m, n, k, max_rank)
+        mixed_lora_expand.launch_mixed_lora_expand(
+            *(ys, s, *rows[:3], rows[4], *up), config=config, **options
+        )
+    return ys
+
+
+@kept
+def add_at_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: _Tensors,
+    index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> None:
+    """Adds to y in two launches, a shrink and an expand."""
+    found = tables_of(tables, max_rank, factor_dtype)
+    s = shrink_at(x, rows, found, slice(index, index + 1))
+    (m, k), n = x.shape, y.shape[1]
+    config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
+    up = RankRows.of_tables(found, index)
+    add_rank_rows_(y, s[:, 0], rows, up, config=config, pdl=True)
+
+
+@kept
+def scale_(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    scale_address: torch.Tensor,
+    index: int,
+) -> None:
+    """Scales DoRA's rows in one launch, whatever the batch."""
+    whole_bias = None if bias is None else bias.contiguous()
+    mixed_dora_scale.launch_mixed_dora_scale(
+        *(y, whole_bias, *rows[:3], rows[4], scale_address[index]),
+        config=config_of("mixed_dora_scale", y, *y.shape),
+    )
+
+
+def shrink_at(
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: Tables,
+    modules: slice,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Returns planes of s of neighbouring modules, fp32 ``[splits, G, M, R]``."""
+    (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
+    count = address.shape[0]
+    shape = planes_shape(m, k, count, largest, batch_invariant)
+    s = empty(x, *shape, dtype=torch.float32)
+    down = RankRows(address, None, tables.rank[modules], None, tables.dtype, largest)
+    r = count * largest
+    config = config_of("mixed_lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    _shrink_mixed(s, x, rows, down, config=config)
+    return s
+
+
+def shrink_listed(
+    x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, drop: Drop
+) -> tuple[torch.Tensor, bool]:
+    """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
+    (m, k), slots = x.shape, len(lora_a) // modules
+    down = RankRows.of_lora_a(lora_a, x.device, (modules, slots))
+    columns = max_columns_of(lora_a, slots, modules)
+    config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
+    splits = planes_shape(m, k, modules, max(down.largest, 1))[0]
+    s = x.new_empty(modules, m, columns_of(down.largest))
+    planes = s.unsqueeze(0)
+    if splits > 1:
+        planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
+    _shrink_mixed(planes, x, rows, down, config=config, drop=drop)
+    if splits > 1:
+        plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
+    return s, splits == 1
+
+
+def _shrink_mixed(
+    planes: torch.Tensor,
+    x: torch.Tensor,
+    rows: _Tensors,
+    down: RankRows,
+    *,
+    config: KernelConfig,
+    drop: Drop = NO_DROP,
+) -> None:
+    """Writes every row's s, ``[splits, G, M, R]``; one launch."""
+    mixed_lora_shrink.launch_mixed_lora_shrink(
+        *(planes, x, *rows[:3], rows[4], down.address, down.rank),
+        factor_dtype=down.dtype,
+        config=config,
+        dropout=drop.tables(rows[3]),
+    )
+
+
+def base_product(
+    stem: str, x: torch.Tensor, base: Weights, up: RankRows, plan: str
+) -> tuple[str, torch.Tensor | None]:
+    """Returns the plan, and with "split" the library's GEMM: ahead of the shrink and its dependent.
+
+    ``stem`` names the launches, which have plans and configs of their own.
+    """
+    slots = up.rank.shape[0]
+    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots=slots)
+    return plan, product(F.linear, x, *base) if plan == "split" else None
+
+
+def linear_mixed(
+    stem: str,
+    x: torch.Tensor,
+    base: Weights,
+    y: torch.Tensor | None,
+    s: torch.Tensor,
+    rows: _Tensors,
+    up: RankRows,
+    plan: str,
+    after_shrink: bool,
+) -> torch.Tensor:
+    """Returns y for s ``[splits, M, R]``, plan and y as `base_product` gave them; one launch."""
+    (m, k), n = x.shape, base.weight.shape[0]
+    if y is not None:
+        config = config_of(f"{stem}_expand", y, m, n, k, up.largest)
+        add_rank_rows_(y, s, rows, up, config=config, pdl=after_shrink)
+        return y
+    invariant = plan == "invariant"
+    config = config_of(f"{stem}_linear", x, m, n, k, up.largest, batch_invariant=invariant)
+    return product_and_rank_rows(x, base, s, rows, up, config=config, pdl=after_shrink)
+
+
+def add_rank_rows_(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    up: RankRows,
+    *,
+    config: KernelConfig,
+    pdl: bool = False,
+    drop: Drop = NO_DROP,
+) -> None:
+    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch.
+
+    ``pdl`` says that the launch before is the shrink that made s.
+    """
+    mixed_lora_expand.launch_mixed_lora_expand(
+        *([y], s, *rows[:3], rows[4], *up[:4]),
+        factor_dtype=up.dtype,
+        config=config,
+        pdl=pdl and chip_of(y).has_pdl,
+        by_column=up.by_column,
+        dropout=drop.tables(rows[3]),
+    )
+
+
+def product_and_rank_rows(
+    x: torch.Tensor,
+    base: Weights,
+    s: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    up: RankRows,
+    *,
+    config: KernelConfig,
+    pdl: bool = False,
+    drop: Drop = NO_DROP,
+) -> torch.Tensor:
+    """Returns the base's product with every row's rank rows in it, ``[M, N]``; one launch.
+
+    ``pdl`` is as in `add_rank_rows_`.
+    """
+    y = empty(x, x.shape[0], base.weight.shape[0])
+    mixed_lora_linear.launch_mixed_lora_linear(
+        *([y], x, [base.weight], [base.bias], s, *rows[:3], *up[:4]),
+        factor_dtype=up.dtype,
+        config=config,
+        pdl=pdl and chip_of(x).has_pdl,
+        by_column=up.by_column,
+        dropout=drop.tables(rows[3]),
+    )
+    return y

@@ -1,0 +1,240 @@
+"""Launches of a forward where one adapter has all rows: shrink, linear and expand; dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora.kernels import lora_dropout, lora_expand, lora_linear, lora_shrink, plane_sums
+from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.modules import Module
+from fastlora.ops.plans import choose_plan
+from fastlora.ops.triton.configs import chip_of, config_of
+
+_Tensors = Sequence[torch.Tensor]
+
+
+@kept
+def siblings(
+    x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Returns what `fastlora.ops.backend.Backend.siblings` does.
+
+    Two launches: a shrink, and a linear or an expand, on which the library's products accumulate;
+    one more where the linear splits K. Under dropout, or in another layout than a kernel takes
+    beside others, each module has its own.
+    """
+    count: int = len(dropout_p)
+    each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
+    weights, biases, lora_a, lora_b, scalings, seeds = each
+    if not _are_alike(x, weights, biases, lora_a, lora_b, seeds):
+        made = [
+            linear_one(x, weight, bias, None, *own, "auto")
+            for weight, bias, *own in zip(*each, dropout_p, strict=True)
+        ]
+        return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
+    sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
+    (m, k), n = x.shape, sum(sizes)
+    fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
+    s, shrunk = _shrunk(x, lora_a, None, 0.0)
+    s_out = s if with_s and shrunk is not s else None
+    ys = [empty(x, m, size) for size in sizes]
+    config = config_of("lora_linear" if fused else "lora_expand", x, m, n, k, r)
+    written, splits = ys, config.splits
+    if splits > 1:
+        written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]
+    blocks = weights if fused else [None] * len(weights)
+    modules = [*map(Module, written, lora_b, scalings, biases, blocks)]
+    if fused:
+        pdl = chip_of(x).has_pdl
+        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
+    else:
+        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
+    if splits > 1:
+        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+    if not fused:
+        for y, weight in zip(ys, weights, strict=True):
+            product(_accumulate_, y, x, weight)
+    return [*ys, s] if with_s else ys
+
+
+def _are_alike(
+    x: torch.Tensor,
+    weights: _Tensors,
+    biases: Sequence[torch.Tensor | None],
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    seeds: Sequence[torch.Tensor | None],
+) -> bool:
+    """Whether one launch takes all modules.
+
+    Raises:
+        TypeError: A weight has not the dtype of x.
+    """
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    own = [bias for bias in biases if bias is not None]
+    return (
+        all(seed is None for seed in seeds)
+        and all(t.is_contiguous() for t in (*weights, *own, *lora_a, *lora_b))
+        and len(own) in (0, len(biases))
+        and len({bias.dtype for bias in own}) < 2
+        and len({a.dtype for a in lora_a}) == len({b.dtype for b in lora_b}) == 1
+    )
+
+
+@kept
+def shrink_one(
+    x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Returns s ``[M, R]`` of siblings side by side: a shrink, and the sum of planes it made."""
+    s, shrunk = _shrunk(x, lora_a, seed, dropout_p)
+    if shrunk is not s:
+        plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
+    return s
+
+
+def _shrunk(
+    x: torch.Tensor,
+    lora_a: _Tensors,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns s ``[M, R]`` of siblings side by side, and what a shrink wrote: it, or planes of it.
+
+    What reads planes sums them, and writes s. From one to the next are M rows; in the mode a
+    multiple of 16, as Triton would ask of it again.
+    """
+    (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
+    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    s = shrunk = empty(x, m, r)
+    if config.splits > 1:
+        rows = -(-m // 16) * 16 if batch_invariant else m
+        shrunk = empty(x, config.splits, rows, r, dtype=torch.float32)[:, :m]
+    lora_shrink.launch_lora_shrink(
+        *(shrunk, x, lora_a), seed=seed, dropout_p=dropout_p, config=config
+    )
+    return s, shrunk
+
+
+@kept
+def expand_one_(
+    y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+) -> None:
+    """Adds the adapter's term; one launch. Its dots are in y's dtype."""
+    (m, n), r = y.shape, s.shape[1]
+    config = config_of("lora_expand", y, m, n, r=r)
+    lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
+
+
+@kept
+def linear_one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    plan: str,
+) -> list[torch.Tensor]:
+    """Returns y, and s unless it is given."""
+    plan = choose_plan(plan, x, weight, lora_b.shape[1])
+    own = s, lora_a, lora_b, scaling, seed
+    if plan != "split":
+        return _fused_one(x, weight, bias, *own, dropout_p, plan == "invariant" and s is None)
+    y, *made = _update_one(x, bias, *own, dropout_p)
+    return [product(_accumulate_, y, x, weight), *made]
+
+
+def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the base product."""
+    return y.addmm_(x, weight.t())
+
+
+@kept
+def _update_one(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+) -> list[torch.Tensor]:
+    """Returns y of bias and adapter, for a product to accumulate on, and s unless it is given."""
+    m, (n, r) = x.shape[0], lora_b.shape
+    y, own, shrunk = empty(x, m, n), s, s
+    if own is None or shrunk is None:
+        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p)
+    lora_expand.launch_lora_expand(
+        [Module(y, lora_b, scaling, bias)],
+        shrunk,
+        reads_y=False,
+        s_out=None if shrunk is own else own,
+        config=config_of("lora_expand", x, m, n, r=r),
+    )
+    return [y, own] if s is None else [y]
+
+
+def _fused_one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    batch_invariant: bool,
+) -> list[torch.Tensor]:
+    """Two launches: shrink, then the base GEMM with the adapter's term in its epilogue.
+
+    Where shrink splits K, its planes go straight into that epilogue, which sums them; one more
+    launch sums the planes of y where the GEMM splits K.
+    """
+    if batch_invariant:
+        x = whole_rows(x)
+    (m, k), (n, r) = x.shape, lora_b.shape
+    y, own, shrunk = empty(x, m, n), s, s
+    if own is None or shrunk is None:
+        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p, batch_invariant)
+    config = config_of("lora_linear", x, m, n, k, r, batch_invariant=batch_invariant)
+    written = y if config.splits == 1 else empty(x, config.splits, m, n, dtype=torch.float32)
+    lora_linear.launch_lora_linear(
+        [Module(written, lora_b, scaling, bias, weight)],
+        *(x, shrunk),
+        s_out=None if shrunk is own else own,
+        config=config,
+        pdl=s is None and chip_of(x).has_pdl,
+    )
+    if written is not y:
+        plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
+    return [y, own] if s is None else [y]
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x ``[M, K]`` contiguous, at a multiple of 16 bytes, and with those strides at M = 1.
+
+    Triton compiles kernels of their own for other layouts, and a batch may come in any.
+    """
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(-1).view(x.shape)
+
+
+@kept
+def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """Returns x ``[M, K]``, dropped."""
+    (m, k), out = x.shape, empty(x, *x.shape)
+    config = config_of("lora_dropout", x, m, k=k)
+    lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
+    return out
