@@ -121,7 +121,7 @@ def _share(
         The layer's share, or None and why there is none.
     """
     members: list[Any] = [reference() for reference in family.members]
-    computed = family.computed()
+    computed = family.computed() if isinstance(call, LayerCall) else ()
     behind = members[members.index(call.layer) + 1 :]
     others = [member for member in behind if id(member) not in computed]
     found, why = _sharing([call.layer, *others], call, own)
