@@ -10,6 +10,7 @@ import copy
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,8 @@ def convert_to_lora(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """Returns config and tensors of an adapter at another rank, as files have them.
 
+    A warning says what is lost, as `reduce_rank` returns it.
+
     Args:
         model: A `LoraModel`; a model of PEFT's, of any method, goes to PEFT's function.
         rank: As in `reduce_rank`.
@@ -127,7 +130,13 @@ def convert_to_lora(
         return _theirs(model, "convert_to_lora")(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
-    new, _ = _reduced(model, rank, adapter_name)
+    new, errors = _reduced(model, rank, adapter_name)
+    ranks = {name: factors.lora_a.shape[0] for name, factors in new.factors.items()}
+    warnings.warn(
+        "Converting a PEFT adapter to LoRA that is already a LoRA adapter: "
+        f"{RankReduction(adapter_name, ranks, errors)}",
+        stacklevel=2,
+    )
     tuner = model.base_model
     tuner.add_computed(_CONVERTED, new)
     try:
