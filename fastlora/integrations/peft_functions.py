@@ -12,7 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from fastlora.integrations.when_imported import when_imported
+from fastlora.layers import LoraLayer
 from fastlora.model import LoraModel, hotswap, reduce, status
 from fastlora.optimizers import create_loraplus_optimizer
 
@@ -52,8 +55,15 @@ def _either(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(theirs)
     def function(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        mine = any(isinstance(getattr(each, "_orig_mod", each), LoraModel) for each in given)
+        mine = any(map(_is_ours, (*args, *kwargs.values())))
         return (ours if mine else theirs)(*args, **kwargs)
 
     return function
+
+
+def _is_ours(argument: object) -> bool:
+    """Whether an argument is a model with layers of ours, compiled or wrapped by nobody too."""
+    model = getattr(argument, "_orig_mod", argument)
+    if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
+        return isinstance(model, LoraModel)
+    return any(isinstance(module, LoraLayer) for module in model.modules())

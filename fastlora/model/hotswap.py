@@ -113,6 +113,13 @@ def prepare_model_for_compiled_hotswap(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
                     f"rank is larger ({r}): adapter {adapter!r} on {name!r}"
                 )
+            groups = blocks_of(layer, "lora_A")
+            if target_rank % groups:
+                raise ConfigError(
+                    f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
+                    f"{target_rank}, but the target rank is not divisible by {groups}. Please "
+                    f"choose a target rank that is divisible by {groups}. It is {name!r}."
+                )
             if r < target_rank:
                 _refuse_split(name, layer)
                 made.append((layer, adapter, resized(layer, adapter, target_rank)))
@@ -355,7 +362,8 @@ def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, Lora
     ranks = {name: layer.r[adapter_name] for name, layer in own.items()}
     rank = max(ranks.values())
     config.r = rank
-    config.rank_pattern = {_exactly(name): r for name, r in ranks.items() if r != rank}
+    others = {_exactly(name): r for name, r in ranks.items() if r != rank}
+    config.rank_pattern = others or dict.fromkeys(config.rank_pattern, rank)
     alphas = {}
     for name, layer in own.items():
         by = math.sqrt(ranks[name]) if config.use_rslora else ranks[name]

@@ -48,6 +48,7 @@ def test_status_and_conversion(tmp_path: Path) -> None:
     model = adapted()
     assert all(isinstance(layer, TunerLayerStatus) for layer in peft.get_layer_status(model))
     assert isinstance(peft.get_model_status(model), TunerModelStatus)
+    assert peft.get_layer_status(model.get_base_model())[0].name == "q"
     assert not isinstance(peft.get_model_status(adapted(peft)), TunerModelStatus)
     config, tensors = peft.convert_to_lora(model, rank=2)
     assert isinstance(config, fastlora.LoraConfig)

@@ -147,7 +147,7 @@ def test_preparing() -> None:
     fastlora.prepare_model_for_compiled_hotswap(model, target_rank=6, config={"x": config})
     assert (config.r, config.rank_pattern) == (6, {"q": 6})
     own = model.peft_config["default"]
-    assert (own.r, own.rank_pattern) == (6, {})
+    assert (own.r, own.rank_pattern) == (6, {"q": 6})
     assert [own.scaling_for("q"), own.scaling_for("v")] == pytest.approx(scalings)
     layer = model.base_model.model.q
     assert layer.lora_A["default"].weight.shape == (6, 16)
@@ -282,6 +282,15 @@ def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
     again = library.PeftModel.from_pretrained(base(), tmp_path / "again").eval()
     torch.testing.assert_close(again(inputs).detach(), outputs[4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
+    """Before any factor is padded."""
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 6, 1))
+    model = fastlora.get_peft_model(base, fastlora.LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(ValueError, match=r"not divisible by 2.*'0'"):
+        fastlora.prepare_model_for_compiled_hotswap(model, target_rank=5)
+    assert [m.r["default"] for m in model.base_model.model] == [2, 2]
 
 
 def test_trained_rows_are_swapped(tmp_path: Path) -> None:
