@@ -89,6 +89,17 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
+@contextlib.contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Behind the block a model's buffers are as before: batch norm in training writes into them."""
+    before = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        for buffer, value in before.items():
+            buffer.copy_(value)
+
+
 def read_cache(path: str | None) -> dict[str, torch.Tensor] | None:
     """Returns the tensors of a cache file; None where there is none yet."""
     if path is None or not Path(path).is_file() or not Path(path).stat().st_size:

@@ -26,6 +26,8 @@ from fastlora.weight_marks import Mark, marks
 class BesideLora(LoraLayer):
     """A LoRA layer over a module that is called as it is.
 
+    What it lacks is found on that module: models read the stride of a convolution.
+
     Args:
         base_layer: The module.
         in_features, out_features: K and N of the weight as a matrix ``[N, K]``.
@@ -51,6 +53,15 @@ class BesideLora(LoraLayer):
     def bias(self) -> Any:
         """The base layer's bias."""
         return getattr(self.base_layer, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the layer lacks on the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["base_layer"], name)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the wrapped module."""

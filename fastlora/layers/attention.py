@@ -47,8 +47,6 @@ class OutProjection(FastLoraWrapper):
 class FastLoraMultiheadAttention(BesideLora):
     """A LoRA layer over an `nn.MultiheadAttention`, or a subclass, which is called as it is.
 
-    What it lacks is found on the base layer (``embed_dim``, ``batch_first``, ...).
-
     Args:
         base_layer: The attention; its out_proj becomes a LoRA layer until `release`.
 
@@ -70,15 +68,6 @@ class FastLoraMultiheadAttention(BesideLora):
         In evaluation it would read the base weights otherwise.
         """
         return not self._acting() and not self._out()._acting()
-
-    def __getattr__(self, name: str) -> Any:
-        """Finds what the layer lacks on the base layer."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self._modules["base_layer"], name)
 
     def _out(self) -> FastLoraWrapper:
         base: Any = self._modules["base_layer"]
@@ -155,6 +144,8 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Modu
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
     made.__dict__["_parameters"] = {**module._parameters, **tensors}
+    for name in tensors:  # where FSDP puts gathered weights
+        made.__dict__.pop(name, None)
     return made
 
 

@@ -86,6 +86,10 @@ class LoraLayer(CommonLayer, Mergeable, LayerNames):
         start.fill(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
+    def _init_here(self, init: bool | str) -> bool | str:
+        """Returns what an ``init_lora_weights`` means on this kind."""
+        return init
+
     def _calibrated(self) -> list[nn.Module]:
         """Returns the modules on which a calibration may have left its result."""
         return [self.get_base_layer()]
@@ -168,6 +172,7 @@ class LoraLayer(CommonLayer, Mergeable, LayerNames):
         if use_dora:
             self._own_weight()
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        init_lora_weights = self._init_here(init_lora_weights)
         start = Starter(self, init_lora_weights, scaling, init_config, from_file)
         factors = self._new_factors(r, lora_bias, start)
         init = find_init(init_lora_weights)

@@ -46,8 +46,11 @@ class FastLoraEmbedding(AddedLora):
         super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
-    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
+    def _init_here(self, init: bool | str) -> bool | str:
         # As PEFT: whatever starts a linear, an embedding starts with A zero and B normal.
+        return init if init in (False, "mica") else True
+
+    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
         lora_a, lora_b = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
         if start.init.name is not False:
             lora_a.zero_()

@@ -41,7 +41,7 @@ _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of the modules whose base weight PEFT saves beside the adapter after a vocabulary change.
 _EMBEDDINGS = (
     *("embed_tokens", "lm_head", "wte", "word_embeddings"),
-    *("embed_in", "embed_out", "shared"),
+    *("embed_in", "embed_out", "shared", "proj_out"),
 )
 # Tensors of features that fastlora does not have yet -> the config field that asks for them.
 _FOREIGN = {

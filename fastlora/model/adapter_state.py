@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -248,13 +249,18 @@ def collect(
     embeddings = _embeddings(model)
     save = save_embedding_layers
     if save == "auto":
-        targeted = any(isinstance(module, LoraLayer) for module in embeddings.values())
-        save = targeted or _is_resized(model, config)
+        save, why = _is_resized(model, config), "the embedding layer has been resized"
+        if not save:  # as PEFT: those that are targets
+            embeddings = {n: m for n, m in embeddings.items() if isinstance(m, LoraLayer)}
+            save, why = bool(embeddings), "embedding layers found in `target_modules`"
         if save:
-            warnings.warn(
-                "the base model's embeddings are saved along: one is a target, or resized",
-                stacklevel=4,
-            )
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=4)
+    elif save and not hasattr(model, "get_input_embeddings"):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
+            "model.",
+            stacklevel=4,
+        )
     if save:
         for name, module in embeddings.items():
             if isinstance(module, ModulesToSaveWrapper):
@@ -271,8 +277,10 @@ def collect(
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """Input and output embedding of a transformers model, by name."""
-    methods = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(model, method)() for method in methods if hasattr(model, method)]
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # a model of pictures has none
+            found += [getattr(model, method)()] if hasattr(model, method) else []
     return {name: module for name, module in model.named_modules() if module in found}
 
 

@@ -23,6 +23,7 @@ from fastlora.init.data import (
     in_mode,
     progress,
     read_cache,
+    same_buffers,
     write_cache,
 )
 from fastlora.layers.bases import is_transposed, why_not_replaceable
@@ -235,7 +236,8 @@ def estimate_gradients(
 ) -> None:
     """Leaves the mean gradient of each target layer's weight on it; see `preprocess_loraga`."""
     layers = calibrated_layers(model, _own(lora_config), "LoRA-GA")
-    with in_mode(model, training=True), lora_ga.gradients(model, layers) as found:
+    training = in_mode(model, training=True)
+    with same_buffers(model), training, lora_ga.gradients(model, layers) as found:
         train_step()
     for name, module in layers.items():
         setattr(module, lora_ga.DATA, found[name])

@@ -205,7 +205,7 @@ def test_resized_embeddings_are_saved_along(tmp_path: Path) -> None:
     model = get_peft_model(resized(), LoraConfig(r=2, target_modules=["q_proj"]))
     with torch.no_grad():
         model.get_input_embeddings().weight[97:].fill_(0.5)
-    with pytest.warns(UserWarning, match="embeddings are saved along"):
+    with pytest.warns(UserWarning, match="has been resized"):
         model.save_pretrained(tmp_path / "ours")
     twin = peft.get_peft_model(resized(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     twin.save_pretrained(tmp_path / "theirs")
