@@ -157,7 +157,8 @@ class Mergeable(Whole, nn.Module):
                     self._add_to_bias(new_bias, merged, 1.0)
                     if not self._all_agree(_is_finite(matrix, new_bias)):
                         raise AdapterStateError(
-                            f"merging adapter {name!r} gives weights that are not finite"
+                            "NaNs detected in the merged weights. The adapter "
+                            f"{name} seems to be broken: the result is not finite"
                         )
             finally:
                 merged[:], self._merged_scales = before, scales

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastlora.model.adapter_folder import (
     renamed,
     save_adapter_folder,
 )
+from fastlora.model.config import LoraConfig
 from fastlora.model.inject import Plan
 from fastlora.model.peft_names import PeftNames
 from fastlora.model.status import (
@@ -190,7 +192,8 @@ class LoraModel(PeftNames, nn.Module):
             model_id: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             adapter_name: Name to give it.
             is_trainable: Whether to go on training it; else it is frozen and in evaluation mode.
-            config: In place of the folder's config.
+            config: In place of the folder's config. A `LoraConfig` is the model's own from then on,
+                with its targets resolved and `inference_mode` set; as in PEFT.
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: Where in the folder the adapter is.
             ignore_mismatched_sizes: Leave tensors of another shape than the model's out, with a
@@ -222,6 +225,9 @@ class LoraModel(PeftNames, nn.Module):
         plan = plan_for(model, adapter_name, chosen, loading=True)
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
+        if isinstance(config, LoraConfig):
+            vars(config).update(vars(plan.config))
+            plan = replace(plan, config=config)
         self = cls.__new__(cls)
         self._install(model, plan, adapter_name, autocast_adapter_dtype)
         adapter_state.load(self, adapter_name, file)

@@ -135,6 +135,18 @@ def test_without_storage_until_loaded(change: dict[str, Any]) -> None:
     assert torch.equal(model(x), made(**change)(x))
 
 
+def test_a_config_given_to_from_pretrained_is_kept(tmp_path: Path) -> None:
+    """It is the model's own from then on, as in PEFT; where loading fails it is as it was."""
+    made().save_pretrained(tmp_path)
+    config = LoraConfig(**CONFIG)
+    model = LoraModel.from_pretrained(TwoLayers(), tmp_path, config=config)
+    assert model.peft_config["default"] is config and config.inference_mode
+    other = LoraConfig(r=2, target_modules=["q"])
+    with pytest.raises(CheckpointError, match="no place"):
+        LoraModel.from_pretrained(TwoLayers(), tmp_path, config=other)
+    assert other == LoraConfig(r=2, target_modules=["q"])
+
+
 # --------------------------------------------------------------------------------- state dicts
 
 
