@@ -85,6 +85,33 @@ class ModuleWrapper(nn.Module):
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(name in names and not inference_mode)
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names set active, whether or not they have a version here."""
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same, under PEFT's other name."""
+        return list(self._active_adapters)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the children that adapters own; PEFT's name for `owned`."""
+        return self.owned
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes an adapter's version the one that runs and, unless ``inference_mode``, trains."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._activate(names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Has the active adapter's version run and train, or the original."""
+        self._disabled = not enabled
+        for name in self.adapter_names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(enabled and name in self._active_adapters)
+
     def acting(self) -> str | None:
         """Returns the adapter whose version the next forward runs; None for the original."""
         if self._disabled:

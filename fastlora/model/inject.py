@@ -379,12 +379,16 @@ def wrappers(model: nn.Module) -> list[ModuleWrapper]:
     return [module for _, module in routed_modules(model) if isinstance(module, ModuleWrapper)]
 
 
-def freeze_base(model: nn.Module, configs: Iterable[LoraConfig]) -> None:
-    """Freezes the base model, all but the biases that a config trains; leaves adapters alone."""
+def freeze_base(model: nn.Module, configs: Collection[LoraConfig]) -> None:
+    """Freezes the base model, all but the biases that a config trains; leaves adapters alone.
+
+    Only the first adapter does: what somebody has unfrozen since stays so.
+    """
     modes = {config.bias for config in configs if not config.inference_mode}
     trained = set(map(id, trained_biases(model, modes, lora_layers(model))))
     for _, parameter in base_parameters(model):
-        parameter.requires_grad_(id(parameter) in trained)
+        if len(configs) == 1 or id(parameter) in trained:
+            parameter.requires_grad_(id(parameter) in trained)
 
 
 def trained_biases(

@@ -329,7 +329,17 @@ class LoraTuner(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is its base model, and none of its adapters train."""
+        layers = inject.lora_layers(self.model)
+        irregular = len({layer._disabled for layer in layers}) > 1
+        if irregular:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. After disable_adapter() all are enabled",
+                stacklevel=3,
+            )
         with contextlib.ExitStack() as stack:
+            if irregular:
+                stack.callback(self._set_disabled, False)
             for _, module in inject.routed_modules(self.model):
                 stack.enter_context(module.disable_adapter())
             active, frozen = self._active, self._freeze_adapters()

@@ -374,3 +374,43 @@ def test_biases_of_a_state_dict_are_loaded() -> None:
         found.append([p for n, p in model.named_parameters() if n.endswith("bias")])
     for mine, theirs in zip(*found, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_what_is_unfrozen_stays_so_beside_another_adapter() -> None:
+    """A second adapter freezes nothing that somebody trains, and trains its own biases."""
+    model = made()
+    model.base_model.model.head.weight.requires_grad_(True)
+    model.q.lora_A["default"].weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q"], bias="lora_only"))
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    bias = {name for name in before if name.endswith((".q.bias", ".v.bias"))}
+    assert {name for name in before if before[name] != after[name]} <= bias
+    assert not any(after[name] for name in set(after) - set(before))
+
+
+def test_disabling_a_model_of_which_a_part_is_disabled() -> None:
+    """There is a warning, and afterwards every layer acts, as in PEFT."""
+    model = made()
+    model.base_model.model.q.enable_adapters(False)
+    message = "some adapter layers that are enabled"
+    with pytest.warns(UserWarning, match=message), model.disable_adapter():
+        assert model.base_model.disabled
+    assert not model.base_model.model.q.disable_adapters
+    assert not model.base_model.model.v.disable_adapters
+
+
+def test_copies_answer_under_pefts_names() -> None:
+    """A module that adapters own copies of has the switches that layers have."""
+    model, x = made(modules_to_save=["head"]), torch.randn(3, 16)
+    wrapper = model.base_model.model.head
+    nn.init.normal_(wrapper.modules_to_save["default"].weight)
+    copied = wrapper(x)
+    assert wrapper.active_adapters == wrapper.active_adapter == ["default"]
+    assert wrapper.adapter_layer_names == ("modules_to_save",)
+    wrapper.enable_adapters(False)
+    assert torch.equal(wrapper(x), wrapper.original_module(x))
+    wrapper.enable_adapters(True)
+    assert torch.equal(wrapper(x), copied)
+    wrapper.set_adapter("default", inference_mode=True)
+    assert not any(p.requires_grad for p in wrapper.parameters())

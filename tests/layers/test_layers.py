@@ -95,9 +95,7 @@ def test_safe_merge_refuses_and_changes_nothing() -> None:
     with torch.no_grad():
         layer.lora_A["default"].weight[1, 2] = float("inf")
     weight = layer.weight.clone()
-    with pytest.raises(
-        AdapterStateError, match="adapter default seems to be broken.*not finite"
-    ):
+    with pytest.raises(AdapterStateError, match="adapter default seems to be broken.*not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.weight, weight)
     assert not layer.merged

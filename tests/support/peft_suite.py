@@ -11,7 +11,10 @@ to `fastlora.patch`. A test that was run twice counts with its last result.
 
 from __future__ import annotations
 
+import collections
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +34,82 @@ class Rule(NamedTuple):
 
 
 NOT_OURS = "refused by name; `peft.get_peft_model`, then `fastlora.patch`"
+DIFFERS = "[differences](differences.md)"
 RULES = (
     Rule(
-        "Variants of LoRA: aLoRA, BD-LoRA, VeLoRA, KaSA, MonteCLoRA, Arrow, QALoRA",
+        "aLoRA, BD-LoRA, VeLoRA, KaSA, MonteCLoRA, Arrow, QALoRA",
         NOT_OURS,
         r"does not have (velora|alora|monteclora|arrow|kasa|use_bdlora|use_qalora)"
         r"|[Kk]asa|[Aa]lora|ActivatedLora|Montec|[Aa]rrow|BdLora|[Vv]elora",
     ),
     Rule("`target_parameters`", NOT_OURS, r"does not have target_parameters|argetParameter"),
-    Rule("Other methods than LoRA, mixed models", NOT_OURS, r"peft_type|mixed=True|[Mm]ixedModel"),
-    Rule("Megatron layers", NOT_OURS, r"does not have megatron"),
+    Rule(
+        "Other methods than LoRA, models that mix methods",
+        NOT_OURS,
+        r"expected 'LORA'|must be 'LORA'|mixed=True|[Mm]ixedModel|[Pp]rompt|prefix_tuning",
+    ),
+    Rule(
+        "Pickles",
+        f"neither read nor written; {DIFFERS}, Files",
+        r"safe_serialization|adapter_model.bin",
+    ),
+    Rule("Ids of the Hub", f"not downloaded; {DIFFERS}, Files", r"no such folder. Only local"),
+    Rule(
+        "A second `get_peft_model` on one base",
+        f"raises, where PEFT warns; {DIFFERS}, Adapters",
+        r"has LoRA layers already|test_mapping",
+    ),
+    Rule(
+        "Mixed batches in training and of DoRA",
+        f"work, where PEFT refuses them; {DIFFERS}, Adapters",
+        r"DID NOT RAISE.*(mixed_adapter|DoRA)|mixed_adapter.*DID NOT RAISE|MixedAdapterBatches.*",
+    ),
+    Rule(
+        "Merging into a weight that is shared",
+        f"is refused, or parts the two with other words; {DIFFERS}, Adapters",
+        r"shares its weight|[Tt]ied|tie_word|WeightTying",
+    ),
+    Rule(
+        "Adapters named as a module",
+        f"lose nothing, so there is no warning; {DIFFERS}, Adapters",
+        r"NamingConflict",
+    ),
+    Rule(
+        "Missing or misshapen tensors",
+        f"an error before anything changes; {DIFFERS}, Adapters",
+        r"missing_keys_warning|FsdpShape|ignore_mismatched_sizes|state_dict has no",
+    ),
+    Rule(
+        "LoRA layers of PEFT's classes by `_register_custom_module`",
+        f"are `fastlora.layers.LoraLayer`s; {DIFFERS}, Adapters",
+        r"registered for it|DynamicDispatch",
+    ),
+    Rule(
+        "Sums of adapters with trained tokens",
+        f"are refused, where PEFT drops the tokens; {DIFFERS}, Adapters",
+        r"which have no sum",
+    ),
+    Rule(
+        "Words or class of an error",
+        f"ours name layer, field and value; {DIFFERS}, Adapters",
+        r"Regex pattern did not match\.|matches no module|can be called, got|DID NOT RAISE"
+        r"|bias must be one of|on this layer, which has|has no default targets"
+        r"|trains rows of|ensure_weight_tying gives|cannot split",
+    ),
+    Rule(
+        "Words or class of a warning",
+        f"ours say what is left out; {DIFFERS}, Adapters",
+        r"DID NOT WARN|warnings emitted|_warns|any\(<generator",
+    ),
+    Rule(
+        "PEFT's classes, private methods and caches",
+        f"ours have their own; {DIFFERS}, Adapters",
+        r"isinstance\(|has no attribute '|TestDoraCaching|Prefixes|repr_lora|assert \[\]"
+        r"|AuxiliaryTrainingWrapper|MinimalTargetModules",
+    ),
+    Rule(
+        "Config files", f"checked on reading, and when made; {DIFFERS}, Config", r"test_config.py"
+    ),
 )
 
 
@@ -75,3 +144,68 @@ def worse(base: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
 def passed(results: dict[str, dict[str, Any]]) -> int:
     """Returns how many tests passed."""
     return sum(entry["outcome"] == "passed" for entry in results.values())
+
+
+def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str:
+    """Returns the page."""
+    base, ours = read(base_path), read(ours_path)
+    found: collections.Counter[int] = collections.Counter()
+    rest = []
+    for entry in worse(base, ours):
+        text = text_of(entry)
+        rule = next((n for n, r in enumerate(RULES) if re.search(r.pattern, text)), None)
+        if rule is None:
+            rest.append(text[:300])
+        else:
+            found[rule] += 1
+    lines = [
+        "# PEFT's own tests over fastlora",
+        "",
+        "PEFT 0.21.2's tests, those that name LoRA or no method at all, on a CPU, without the Hub:",
+        "models are small random ones of the same names and architectures.",
+        "",
+        "| run | passed | worse than PEFT alone |",
+        "|---|---|---|",
+        f"| PEFT alone | {passed(base):,} of {len(base):,} | |",
+        f"| `LoraConfig`, `get_peft_model`, `PeftModel`, `TaskType` are ours | {passed(ours):,} |"
+        f" {len(worse(base, ours)):,} |",
+    ]
+    if patched_path:
+        patched = read(patched_path)
+        worst = worse(base, patched)
+        lines.append(
+            f"| every LoRA model goes through `fastlora.patch` | {passed(patched):,} |"
+            f" {len(worst):,} |"
+        )
+    lines += [
+        "",
+        "## What fails with ours in PEFT's place, and passes with PEFT alone",
+        "",
+        "| class of tests | number | why |",
+        "|---|---|---|",
+    ]
+    order = sorted(found, key=lambda n: -found[n])
+    lines += [f"| {RULES[n].label} | {found[n]} | {RULES[n].reason} |" for n in order]
+    if rest:
+        lines += [f"| Not sorted | {len(rest)} | to be read |"]
+    if patched_path:
+        lines += ["", "## What fails in patched models", ""]
+        lines += [f"* `{entry['id'].partition('::')[2]}`" for entry in worst] or ["Nothing."]
+    lines += [
+        "",
+        "## To make this page again",
+        "",
+        "The tests come with PEFT's source distribution. A pytest plugin runs them in three ways:",
+        "with PEFT alone; with the four names above replaced before the tests import them; and",
+        "with `fastlora.patch` around all that makes a model. It writes one JSON object a test.",
+        "`python -m tests.support.peft_suite BASE OURS PATCHED` makes the page of the three files;",
+        "its docstring says what is in them.",
+    ]
+    sys.stderr.writelines(f"{text}\n" for text in rest)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    sys.stdout.write(main(*sys.argv[1:]) + "\n")
