@@ -138,8 +138,8 @@ class _Steps(NamedTuple):
     Tensors are numbered: those given, then those made, None, and views of the ones before.
 
     Attributes:
-        empties: Of each tensor that is made shape, strides and dtype; None for one that a product
-            makes, or that nothing uses.
+        empties: Of each tensor that is made shape, strides, and dtype unless it is that of the
+            first tensor; None for one that a product makes, or that nothing uses.
         views: For each the number of its tensor, and bytes from there.
         calls: For each launch what is called, its grid, the function, its metadata, what picks the
             addresses, and the kernel's other arguments. For each product None, the function, what
@@ -148,7 +148,7 @@ class _Steps(NamedTuple):
         alive: What must live as long.
     """
 
-    empties: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]
+    empties: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype | None] | None, ...]
     views: tuple[tuple[int, int], ...]
     calls: tuple[tuple[Any, ...], ...]
     result: Callable[[list[Any]], Any]
@@ -164,7 +164,10 @@ class _Steps(NamedTuple):
                 addresses.append(None)
             else:
                 shape, strides, dtype = empty
-                made = new_empty(shape, strides, dtype=dtype)
+                if dtype is None:
+                    made = new_empty(shape, strides)
+                else:
+                    made = new_empty(shape, strides, dtype=dtype)
                 tensors.append(made)
                 addresses.append(made.data_ptr())
         tensors.append(None)
@@ -338,7 +341,7 @@ def _steps(
     alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
     alive += [call.compiled for call in calls if isinstance(call, _Call)]
     empties = tuple(
-        (tuple(t.shape), t.stride(), t.dtype)
+        (tuple(t.shape), t.stride(), None if t.dtype is tensors[0].dtype else t.dtype)
         if places[id(t)] in used and id(t) not in products
         else None
         for t in fresh
