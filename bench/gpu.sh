@@ -123,7 +123,7 @@ install_checkout() {
 
 # What is most likely red where no GPU has run it before: sums over rows of d_lora_b at small ranks,
 # dropout in bf16, mixed linears at 64 rows, kept launches, siblings in one grid.
-likeliest=(test_kept test_siblings test_at_once test_mixed_siblings test_one_adapter
+likeliest=(test_kept test_siblings test_siblings_node test_at_once test_mixed_siblings test_one_adapter
     test_mixed_forward test_mixed_lora_grad)
 
 # run_tests LIMIT ARGUMENT...: pytest on what the arguments say; its output goes to tests.txt
