@@ -35,6 +35,9 @@ def _has(case: KindCase, feature: str) -> bool:
     return {"dora": case.dora, "lora_bias": case.lora_bias}.get(feature, True)
 
 
+# Kinds that PyTorch computes, kernels or not.
+IN_PYTORCH = {name: case for name, case in KINDS.items() if not case.linear}
+
 EVERY = [
     pytest.param(case, FEATURES[feature], id=f"{name}-{feature}")
     for name, case in KINDS.items()
@@ -248,14 +251,14 @@ def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any
     torch.testing.assert_close(*found, rtol=3e-2, atol=3e-2 * found[1].abs().max().item())
 
 
-@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
 def test_the_report_says_what_computes_it(case: KindCase) -> None:
     rows = {row.name: row for row in fastlora.fusion_report(_model(fastlora, case)).rows}
     row = next(row for name, row in rows.items() if name.endswith("model.kind"))
     assert not row.fused and "PyTorch" in row.reason
 
 
-@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
 def test_kernels_alone_are_refused(case: KindCase) -> None:
     model = _model(fastlora, case).eval()
     _layer(model).impl = "triton"
@@ -266,7 +269,7 @@ def test_kernels_alone_are_refused(case: KindCase) -> None:
         _layer(model)(case.x(2))
 
 
-@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
 def test_a_pool_takes_linears_only(case: KindCase) -> None:
     with pytest.raises(UnsupportedLayerError, match="'kind'.*linear layers only"):
         fastlora.AdapterPool(case.make(), target_modules=["kind", "lin"], max_rank=4)
@@ -417,6 +420,20 @@ def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
     config = fastlora.LoraConfig(target_modules=["kind"], r=3)
     with pytest.raises(UnsupportedLayerError, match="groups=2.*rank 3"):
         fastlora.get_peft_model(KINDS["conv2d in groups"].make(), config)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fan_in_fan_out_is_what_the_layer_says(turned: bool, tmp_path: Path) -> None:
+    """Whatever the config says, as in PEFT, on a Conv1D and on the linear beside it."""
+    case = KINDS["Conv1D of transformers"]
+    x, models = case.x(2), []
+    for library in (fastlora, peft):
+        models.append(_model(library, case, ("default",), fan_in_fan_out=turned, use_dora=True))
+    _close(*(model(x) for model in models))
+    models[0].save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    _close(peft.PeftModel.from_pretrained(case.make(), tmp_path)(x), models[0](x))
+    _close(*(model.merge_and_unload()(x) for model in models))
 
 
 def test_a_sparse_embedding_trains() -> None:

@@ -80,6 +80,22 @@ def once(model: Any) -> Any:
     return model
 
 
+class Turned(nn.Module):
+    """A Conv1D of transformers, a linear with its weight the other way round, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.kind = Conv1D(6, 8)
+        nn.init.normal_(self.kind.bias)
+        self.lin = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T, 8]`` to ``[B, T, 5]``."""
+        return self.lin(self.kind(x).tanh())
+
+
 def sentences(samples: int) -> torch.Tensor:
     """Vectors ``[samples, 5, 8]``."""
     return torch.randn(samples, 5, 8, generator=torch.Generator().manual_seed(4))
@@ -98,6 +114,7 @@ class KindCase:
         drops: Whether dropout acts.
         mixes: Whether rows of several adapters share a batch.
         merges: Whether PEFT merges it.
+        linear: Whether it is a kind of linear layer.
         config: Further fields.
         mend: Makes a model of PEFT's compute what it should.
     """
@@ -109,6 +126,7 @@ class KindCase:
     drops: bool = False
     mixes: bool = True
     merges: bool = True
+    linear: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     mend: Callable[[Any], Any] = lambda model: model
 
@@ -140,6 +158,7 @@ def _convolution(dims: int, options: dict[str, Any]) -> KindCase:
 
 KINDS = {
     "embedding": KindCase(Words, words),
+    "Conv1D of transformers": KindCase(Turned, sentences, lora_bias=True, linear=True),
     "attention": KindCase(Attentive, sentences, dora=False, mixes=False, mend=once),
     **{name: _convolution(*case) for name, case in _CONVOLUTIONS.items()},
 }
