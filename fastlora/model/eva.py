@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fastlora.init.configs import EvaConfig, settings_of
-from fastlora.init.data import batches, call_model, device_of, in_mode, progress, to_device
-from fastlora.init.eva import Digests, LayerDirections, Prepare, as_rows, share_ranks
+from fastlora.init.data import call_model, in_mode
+from fastlora.init.eva import Prepare, as_rows
+from fastlora.init.eva_search import Search
 from fastlora.layers import LoraLayer
 from fastlora.layers.bases import is_transposed, linear_features
 from fastlora.layers.linear import DEFAULT_ADAPTER
@@ -106,15 +106,25 @@ def get_eva_state_dict(
     config = _config(tuner, adapter_name) if peft_config is None else peft_config
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
     layers = _layers(model, tuner, config, adapter_name)
+    if not layers:
+        raise InitialisationError("EVA found no linear layer to look at")
     without = tuner.disable_adapter() if isinstance(tuner, LoraTuner) else contextlib.nullcontext()
-    search = _Search(
+    settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
+    ranks = {name: config.rank_for(name) for name in layers}
+
+    def prepared(batch: Any) -> Any:
+        return batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+
+    search = Search(
         model,
         layers,
-        config,
+        ranks,
+        _limits(model, layers, ranks, settings.rho, config.r),
+        settings,
         forward_fn,
-        prepare_model_inputs_fn,
-        prepare_layer_inputs_fn,
-        _gather if gather_distributed_inputs and dist.is_initialized() else _as_it_is,
+        prepared,
+        _by_layer(prepare_layer_inputs_fn, layers),
+        gather_distributed_inputs,
     )
     with without, in_mode(model, training=False):
         search.find_groups(dataloader)
@@ -150,161 +160,34 @@ def _is_linear(layer: nn.Module, adapter_name: str) -> bool:
     return isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
-class _Search:
-    """The state of one call of `get_eva_state_dict`."""
+def _by_layer(
+    prepare: Prepare | Mapping[str, Prepare] | None, layers: Mapping[str, nn.Module]
+) -> dict[str, Prepare]:
+    """Returns what makes rows of each layer's inputs."""
+    if not isinstance(prepare, Mapping):
+        return dict.fromkeys(layers, prepare or as_rows)
+    lost = sorted(set(prepare) - set(layers))
+    if lost:
+        raise ConfigError(f"prepare_layer_inputs_fn names no layers of the model: {lost}")
+    return {name: prepare.get(name, as_rows) for name in layers}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: dict[str, nn.Module],
-        config: LoraConfig,
-        forward: Callable[[nn.Module, Any], object],
-        prepare_batch: Callable[[Any, Any], Any] | None,
-        prepare_layer: Prepare | Mapping[str, Prepare] | None,
-        gather: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self.model, self.layers, self.config = model, layers, config
-        self.forward, self.prepare_batch, self.gather = forward, prepare_batch, gather
-        self.settings: EvaConfig = settings_of(config.eva_config, EvaConfig) or EvaConfig()
-        own = dict(prepare_layer) if isinstance(prepare_layer, Mapping) else {}
-        lost = sorted(set(own) - set(layers))
-        if lost:
-            raise ConfigError(f"prepare_layer_inputs_fn names no layers of the model: {lost}")
-        if not layers:
-            raise InitialisationError("EVA found no linear layer to look at")
-        default = as_rows if isinstance(prepare_layer, Mapping) else prepare_layer or as_rows
-        self.prepare = {name: own.get(name) or default for name in layers}
-        rho = self.settings.rho
-        if rho > _MOST_RHO:
-            rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // config.r)
-        ranks = {name: config.rank_for(name) for name in layers}
-        self.limits = {
-            name: min(round(ranks[name] * rho), _width(layer)) for name, layer in layers.items()
-        }
-        self.budget = sum(ranks.values())
-        self.source = {name: name for name in layers}
-        self.found: dict[str, LayerDirections] = {}
-        self.ranks = dict(self.limits)
 
-    def _prepared(self, batch: Any) -> Any:
-        return batch if self.prepare_batch is None else self.prepare_batch(batch, self.config)
-
-    def find_groups(self, loader: Iterable[Any]) -> None:
-        """Runs one batch, to see which layers get the same inputs."""
-        digests, device = Digests(), device_of(self.model)
-        batch = next(iter(loader), None)
-        if batch is None:
-            raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
-        batch = to_device(batch, device)
-        prepared = self._prepared(batch)
-
-        def watching(name: str) -> Callable[..., None]:
-            def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                digests.watch(name, self.gather(self.prepare[name](inputs, prepared, name)))
-
-            return watch
-
-        handles = [
-            layer.register_forward_pre_hook(watching(name)) for name, layer in self.layers.items()
-        ]
-        try:
-            self.forward(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [name for name in self.layers if name not in digests.of]
-        if missing:
-            raise InitialisationError(
-                f"layer {missing[0]!r}: the data never got there; leave it out (exclude_modules)"
-            )
-        groups = digests.groups()
-        followers = {name: names[0] for names in groups for name in names[1:]}
-        for names in groups:
-            highest = max(self.limits[name] for name in names)
-            self.limits |= dict.fromkeys(names, highest)
-        self.source = {n: n for n in self.layers if n not in followers} | followers
-        self.ranks = dict(self.limits)
-        for name, of in self.source.items():
-            if name == of:
-                self.found[name] = LayerDirections(
-                    name, self.limits[name], self.settings.tau, self.prepare[name], self.gather
-                )
-
-    def run(self, loader: Iterable[Any], show: bool) -> None:
-        """Runs batches until every layer's directions, as many as it is to have, have settled."""
-        handles: dict[str, Any] = {}
-        done = dict.fromkeys(self.found, False)
-        bar: Any = progress(self._endless(loader), "EVA", show and _is_first())
-        try:
-            for batch in bar:
-                prepared = self._prepared(batch)
-                for name, directions in self.found.items():
-                    directions.model_input = prepared
-                    done[name] = bool(directions.settled[: self.ranks[name]].all())
-                    if done[name] and name in handles:
-                        handles.pop(name).remove()
-                    elif not done[name] and name not in handles:
-                        layer = self.layers[name]
-                        handles[name] = layer.register_forward_pre_hook(directions.watch)
-                if hasattr(bar, "set_description"):
-                    settled = sum(done[of] for of in self.source.values())
-                    bar.set_description(f"{settled}/{len(self.source)} layers have converged")
-                if all(done.values()):
-                    return
-                self.forward(self.model, batch)
-                if all(each.pca.components is not None for each in self.found.values()):
-                    ratios = {name: each.pca.ratios for name, each in self.found.items()}
-                    self.ranks = share_ranks(ratios, self.source, self.budget, self.limits)
-        finally:
-            if hasattr(bar, "close"):
-                bar.close()
-            for handle in handles.values():
-                handle.remove()
-
-    def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yields batches, from the start again and again; keeps none."""
-        while True:
-            yield from batches(loader, self.model, "EVA", show=False)
-            for name, each in self.found.items():
-                if each.pca.components is None:
-                    raise InitialisationError(
-                        f"layer {name!r}: EVA needs a batch of at least {each.pca.count} rows "
-                        f"(rho * r), and the largest has {each.most_rows}; expected larger batches"
-                    )
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Returns what was found, in the order in which the ranks were shared out."""
-        whiten = self.settings.whiten
-        return {
-            name: self.found[self.source[name]].directions(rank, whiten).clone()
-            for name, rank in self.ranks.items()
-        }
+def _limits(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    rho: float,
+    r: int,
+) -> dict[str, int]:
+    """Returns the highest rank that each layer can get."""
+    if rho > _MOST_RHO:
+        rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // r)
+    return {name: min(round(ranks[name] * rho), _width(layer)) for name, layer in layers.items()}
 
 
 def _width(layer: nn.Module) -> int:
     features = linear_features(layer)
     return features[0] if features is not None else 0
-
-
-def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
-    return rows
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of all processes, whose numbers may differ."""
-    size = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    counts = [int(each) for each in sizes]
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 @torch.no_grad()
