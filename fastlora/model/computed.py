@@ -129,7 +129,12 @@ def config_for(
         configs: Of the adapters that it is made of; the first one's other fields are taken.
         ranks: By layer.
         copies: From `copies_of`.
+
+    Raises:
+        ConfigError: One of them means something only on base weights that its start changed.
     """
+    for each in configs:
+        each.check_plain("an adapter computed from it")
     config = copy.deepcopy(configs[0])
     rank = max(ranks.values())
     config.r = config.lora_alpha = rank

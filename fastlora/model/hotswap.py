@@ -232,6 +232,7 @@ def _swap(
                 f"Configs are incompatible: for {field}, {mine!r} != {other!r}; load the adapter "
                 "under another name"
             )
+    tuner.check_replaces(adapter_name, config)
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     for layer in layers.values():
         if adapter_name in layer.merged_adapters:

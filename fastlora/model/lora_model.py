@@ -273,6 +273,7 @@ class LoraModel(PeftNames, nn.Module):
         file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             adapter_state.check_same_adapter(model, adapter_name, plan, file.path)
+            self.base_model.check_replaces(adapter_name, plan.config)
         else:
             self.base_model.add_adapter(
                 adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype

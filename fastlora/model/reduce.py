@@ -204,6 +204,8 @@ def reduce_intruder_dimension(
         )
     tuner = peft_model.base_model
     tuner.check_new(new_adapter_name)
+    tuner.check_known(old_adapter_name)
+    tuner.peft_config[old_adapter_name].check_plain("an adapter computed from it")
     tell = logging_sink or _silent
     factors = {}
     for name, layer in _layers_with(peft_model, old_adapter_name):

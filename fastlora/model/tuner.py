@@ -164,6 +164,15 @@ class LoraTuner(nn.Module):
                 stacklevel=4,
             )
 
+    def check_replaces(self, adapter_name: str, config: LoraConfig) -> None:
+        """Raises `ConfigError` where the weights of another adapter cannot take an adapter's place.
+
+        They do not where they were trained on base weights that their start had changed, and this
+        adapter's start has not.
+        """
+        if adapter_name not in self._changed_base:
+            config.check_plain(f"an adapter that takes the place of {adapter_name!r}")
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters act, and of all adapters them alone trainable.
 

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,36 @@ def test_adapters_that_changed_the_base_beside_others(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         model.load_adapter(tmp_path / "pissa", "default")  # over itself: nothing changes again
     torch.testing.assert_close(model(X), base(X), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
+    """Taking a plain adapter's place, sums, smaller ranks, pools: they want it as plain LoRA."""
+    base = two_layers()
+    model = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa")
+    model.save_pretrained(tmp_path)
+    plain = fastlora.get_peft_model(copy.deepcopy(base), fastlora.LoraConfig(**FIELDS))
+    before = copy.deepcopy(plain.state_dict())
+    tensors = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+    pissa = model.peft_config["default"]
+
+    def refused(words: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        with pytest.raises(
+            FastLoraError, match=f"'pissa': this adapter .*{words}.* does not repeat"
+        ):
+            call(*args, **options)
+
+    refused("takes the place of 'default'", plain.load_adapter, tmp_path, "default")
+    refused("takes the place", fastlora.hotswap_adapter, plain, tmp_path, "default")
+    refused(
+        "place", fastlora.hotswap_adapter_from_state_dict, plain, tensors, "default", config=pissa
+    )
+    assert all(value.equal(before[key]) for key, value in plain.state_dict().items())
+    fastlora.hotswap_adapter(model, tmp_path, "default")  # over itself
+    refused("computed from it", fastlora.reduce_rank, model, 2)
+    refused("computed from it", model.add_weighted_adapter, ["default"], [0.5], "sum", "linear")
+    assert list(model.peft_config) == ["default"]
+    with fastlora.AdapterPool(two_layers(), max_adapters=2, target_modules=["q", "v"]) as pool:
+        refused("an adapter pool", pool.register, "a", tmp_path)
 
 
 def test_every_name_is_known_to_the_config() -> None:
