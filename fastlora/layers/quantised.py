@@ -253,9 +253,13 @@ class TorchAO(Quantised):
         self.check_writable()
         make, granularity = _TORCHAO[type(self.weight).__name__], _granularity(self.weight, dense)
         by_row = int(self.weight.block_size[0]) == 1
-        for rows in self._rows() if by_row else [slice(None)]:
-            made = _tensors(make(self.weight, dense[rows], granularity))
-            for part, value in zip(self._parts(), made, strict=True):
+        # All of it before the first is written: a failure half way changes nothing.
+        made = [
+            (rows, _tensors(make(self.weight, dense[rows], granularity)))
+            for rows in (self._rows() if by_row else [slice(None)])
+        ]
+        for rows, values in made:
+            for part, value in zip(self._parts(), values, strict=True):
                 (part[rows] if by_row else part).copy_(value)
 
     def keep(self) -> object:

@@ -89,7 +89,8 @@ def bits_of(model: Any) -> list[torch.Tensor]:
 def tensors_of(state: Any) -> list[torch.Tensor]:
     """The tensors of a quant state."""
     found = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
-    return found + (tensors_of(state.state2) if state.state2 is not None else [])
+    inner = getattr(state, "state2", None)
+    return found + (tensors_of(inner) if inner is not None else [])
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -128,6 +129,24 @@ def test_unmerge_gives_the_bits_back(kind: str) -> None:
         assert all(map(torch.equal, bits_of(model), before))
     assert q_of(model).merge_error is None
     torch.testing.assert_close(model(x).detach(), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested"])
+def test_weights_that_an_evaluation_has_repacked(kind: str) -> None:
+    """They merge too, and come back as they were packed."""
+    model = adapted(kind, lora_alpha=4).eval()
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        y = model(x)
+        if not getattr(q_of(model).base_layer.weight.quant_state, "packing_format_for_cpu", False):
+            pytest.skip("this processor has no product of packed weights")
+        before = bits_of(model)
+        with pytest.warns(UserWarning, match="merged into 1 quantised weights"):
+            model.merge_adapter()
+        assert (model(x) - y).norm() < 0.2 * y.norm()
+        model.unmerge_adapter()
+        assert all(map(torch.equal, bits_of(model), before))
+        torch.testing.assert_close(model(x), y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO)
