@@ -7,9 +7,11 @@ as bases (configs and models) or are registered with PEFT's abstract classes (la
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +36,8 @@ def join_peft() -> None:
     notes = {f.name: f.metadata for f in dataclasses.fields(theirs.LoraConfig)}
     for field in dataclasses.fields(LoraConfig):
         field.metadata = notes.get(field.name, field.metadata)
-    LoraConfig._custom_modules = PatchedLayers()
+    if "config" in inspect.signature(theirs.layer.dispatch_default).parameters:
+        LoraConfig._custom_modules = PatchedLayers()  # older PEFT keeps the config from it
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
@@ -67,7 +70,7 @@ def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **optio
 
     from fastlora.integrations.peft import patch_layer
 
-    plain = dataclasses.replace(config)
+    plain = copy.copy(config)  # with what PEFT has noted on it
     plain._custom_modules = None
     layer = PeftTuner._create_new_module(plain, adapter_name, target, **options)
     patch_layer(layer)
