@@ -105,7 +105,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
         verdict = _verdict(module, f"{name}.".startswith(tuple(gathered)))
         if verdict is not None:
             fused, reason = verdict
-            shared = sibling_note(module) if hasattr(module, "_acting") else ""
+            shared = sibling_note(module) if getattr(module, "is_linear", False) else ""
             rows.append(LayerFusion(name, type(module).__qualname__, fused, reason, shared))
     parameter = next(model.parameters(), None)
     if parameter is None:

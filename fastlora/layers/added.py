@@ -145,6 +145,14 @@ class AddedLora(BesideLora):
         """Returns y with each sample's own adapter."""
         check_unmerged(self)
         m, dims = self._samples(x)
+        count = routing.ids.shape[0]
+        if m != count and (x.shape[0] if dims else 1) % count:
+            raise ValueError(
+                f"{type(self).__name__} over {type(self.base_layer).__name__} got {tuple(x.shape)} "
+                f"in a batch with {count} adapter ids; expected as many samples in the first "
+                "dimension, or tokens. An embedding of positions sees no samples: leave it out of "
+                "target_modules"
+            )
         flat_x = x.reshape(m, *x.shape[dims:])
         flat_y = y.reshape(m, *y.shape[dims:])
         if conditions.compiling or is_captured(x):

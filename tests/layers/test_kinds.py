@@ -255,7 +255,7 @@ def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any
 def test_the_report_says_what_computes_it(case: KindCase) -> None:
     rows = {row.name: row for row in fastlora.fusion_report(_model(fastlora, case)).rows}
     row = next(row for name, row in rows.items() if name.endswith("model.kind"))
-    assert not row.fused and "PyTorch" in row.reason
+    assert not row.fused and "PyTorch" in row.reason and not row.siblings
 
 
 @pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
@@ -434,6 +434,16 @@ def test_fan_in_fan_out_is_what_the_layer_says(turned: bool, tmp_path: Path) -> 
     torch.manual_seed(0)
     _close(peft.PeftModel.from_pretrained(case.make(), tmp_path)(x), models[0](x))
     _close(*(model.merge_and_unload()(x) for model in models))
+
+
+def test_an_embedding_of_positions_shares_no_batch() -> None:
+    """Its rows are those of no sample, also where their number is a multiple of the ids'."""
+    model = _model(fastlora, KINDS["embedding"])
+    positions = torch.arange(4).unsqueeze(0)
+    with fastlora.adapters(model, ["one", None]), pytest.raises(ValueError, match="positions"):
+        _layer(model)(positions)
+    with fastlora.adapters(model, torch.tensor([0, -1, 0, -1])):
+        _layer(model)(positions)
 
 
 def test_a_sparse_embedding_trains() -> None:
