@@ -20,8 +20,8 @@ from fastlora.init.registry import Given, Start, check_usable, register_init, wi
 def pissa(given: Given) -> Start:
     """``W = U S V^T``: B is ``U sqrt(S / scaling)`` and A ``sqrt(S / scaling) V^T``, R of each.
 
-    ``"pissa_niter_n"`` finds them by n iterations of a randomised SVD: of a 4096 x 4096 weight in a
-    second, where the whole SVD takes half a minute.
+    ``"pissa_niter_n"`` finds them by n iterations of a randomised SVD: 16 directions of a
+    4096 x 4096 weight take 0.9 s in 16 iterations, on one thread of an AMD EPYC.
 
     Raises:
         InitialisationError: The weight is not finite, or its rank is below R.

@@ -180,8 +180,16 @@ def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
         return ""
     weight: Any = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not _is_dense(weight):
-        kind, dtype = type(weight).__name__, getattr(weight, "dtype", None)
-        return f"that of this {type(module).__name__} is a {kind} of {dtype}"
+        if weight is None:
+            return (
+                f"this {type(module).__name__} has none of its own (it is computed, or has another "
+                "name); expected another init_lora_weights, or to leave it out (exclude_modules)"
+            )
+        return (
+            f"that of this {type(module).__name__} is a {type(weight).__name__} of {weight.dtype}; "
+            "initialise the adapter on the model in float32, float16 or bfloat16, and quantise "
+            "that afterwards"
+        )
     return ""
 
 
@@ -217,7 +225,7 @@ def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
     own: Any = module._parameters.get("weight")
     if own is None:
         return lambda: None  # `why_not_replaceable` has something to say
-    where, kept = own.device, own.data.cpu() if offload else own.data
+    where, kept = own.device, own.data.cpu() if offload and not own.is_meta else own.data
 
     def restore() -> None:
         own.data = kept.to(where)

@@ -148,9 +148,7 @@ class Starter:
             why = why_not_replaceable(layer.get_base_layer(), self.init.on_quantised)
             if why:
                 raise UnsupportedLayerError(
-                    f"init_lora_weights={name!r} changes the base weight, and {why}; initialise "
-                    "the adapter on the model in float32, float16 or bfloat16, and quantise that "
-                    "afterwards"
+                    f"init_lora_weights={name!r} changes the base weight, and {why}"
                 )
         return layer._weight_to_start_from(f"init_lora_weights={name!r} reads the base weight")
 

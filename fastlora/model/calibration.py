@@ -51,8 +51,8 @@ def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[
         why = why_not_replaceable(base, quantised_too=False)
         if why or hasattr(base, "quant_state"):
             raise InitialisationError(
-                f"{title} does not support quantized models. Found quantized module: {name!r}, "
-                f"whose weight must be in 16 or 32 bits ({why or 'it has a quant_state'})"
+                f"{title} does not support quantized models. Found quantized module: {name!r}: "
+                f"{why or 'it has a quant_state'}"
             )
         found[name] = base
     if not found:

@@ -335,6 +335,22 @@ def test_quantised_bases() -> None:
         assert not hasattr(model.q, "lora_A")
 
 
+def test_weights_that_are_not_there() -> None:
+    """On the meta device nothing is read; a weight that is computed cannot be changed."""
+    with torch.device("meta"):
+        model = two_layers()
+    adapted = started(fastlora, model, init_lora_weights="pissa")
+    assert layers_of(adapted)["q"].weight.is_meta
+    model = two_layers()
+    nn.utils.parametrizations.weight_norm(model.q)
+    with pytest.raises(
+        UnsupportedLayerError, match="'q': .*ParametrizedLinear has none of its own"
+    ):
+        started(fastlora, model, init_lora_weights="pissa")
+    expected = model(X)
+    torch.testing.assert_close(started(fastlora, model, init_lora_weights="mica")(X), expected)
+
+
 def test_a_layer_alone() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(12, 10)
