@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.init import find_init
 from fastlora.layers import parts
 from fastlora.layers.added import AddedLora
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, register_kind
@@ -50,6 +51,9 @@ class FastLoraConv(AddedLora):
 
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
+
+    def _init_here(self, init: bool | str) -> bool | str:
+        return True if init == "lora_ga" else init  # as PEFT
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
         base: Any = self.base_layer
@@ -220,6 +224,12 @@ def _check(module: nn.Module, asked: Settings) -> None:
         raise UnsupportedLayerError(
             f"with groups={base.groups}, which rank {asked.r} is not divisible by; expected such a "
             "rank (rank_pattern), or other targets"
+        )
+    init = asked.init_lora_weights
+    if init != "lora_ga" and not find_init(init).any_kind:
+        raise UnsupportedLayerError(
+            f"init_lora_weights={init!r} is for linear layers, as in PEFT; expected True, False or "
+            "'gaussian' here, or to leave it out (exclude_modules)"
         )
 
 

@@ -416,6 +416,16 @@ def test_a_convolution_of_one_sample_without_a_batch() -> None:
     _close(mixed, layer(x)[0])
 
 
+def test_an_init_of_linears_is_refused_on_a_convolution() -> None:
+    model = KINDS["conv2d"].make()
+    config = fastlora.LoraConfig(target_modules=["lin", "kind"], r=4, init_lora_weights="pissa")
+    with pytest.raises(UnsupportedLayerError, match="'kind'.*'pissa' is for linear layers"):
+        fastlora.get_peft_model(model, config)
+    assert type(model.lin) is nn.Linear
+    config = fastlora.LoraConfig(target_modules=["kind"], r=4, init_lora_weights="lora_ga")
+    fastlora.get_peft_model(model, config)  # starts as any, as in PEFT
+
+
 def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
     config = fastlora.LoraConfig(target_modules=["kind"], r=3)
     with pytest.raises(UnsupportedLayerError, match="groups=2.*rank 3"):
