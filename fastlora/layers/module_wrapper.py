@@ -103,6 +103,9 @@ class ModuleWrapper(nn.Module):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter's version the one that runs and, unless ``inference_mode``, trains."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            if name not in self.adapter_names:
+                raise AdapterNotFoundError(f"{self.field} has nothing of adapter {name!r} here")
         self._activate(names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:

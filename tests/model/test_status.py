@@ -11,6 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.model import status
+from fastlora.validation import AdapterNotFoundError
 from tests.support.peft_twins import peft
 from tests.support.tiny import TwoLayers, quantised, tiny_llama, with_adapters
 
@@ -79,6 +80,21 @@ def test_layers_that_differ_are_irregular() -> None:
     ours.base_model.model.v._active_adapters = ["other"]
     found = ours.get_model_status()
     assert (found.enabled, found.active_adapters) == ("irregular", "irregular")
+
+
+def test_a_copy_is_set_active_by_itself() -> None:
+    """As PEFT's wrappers allow; a name without a copy is refused."""
+    made = []
+    for library in (fastlora, peft):
+        config = library.LoraConfig(r=2, target_modules=["q"], modules_to_save=["norm"])
+        model = with_adapters(TwoLayers(), {"default": config, "other": config}, library)
+        model.base_model.model.norm.set_adapter("other")
+        made.append(model)
+    compared(*made)
+    assert made[0].get_model_status().active_adapters == "irregular"
+    with pytest.raises(AdapterNotFoundError, match="'absent'"):
+        made[0].base_model.model.norm.set_adapter("absent")
+    assert made[0].base_model.model.norm.acting() == "other"
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
