@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fastlora.kernels.configs import KernelConfig, cdiv
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 Bytes = dict[str, tuple[int, int]]
 # Of memory that an operator allocates for itself.

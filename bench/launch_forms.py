@@ -10,7 +10,7 @@ import torch
 from fastlora.bench import byte_forms
 from fastlora.bench.byte_forms import Batch, Form, Sizes
 from fastlora.bench.compiled import read_code
-from fastlora.kernels.configs import KernelConfig
+from fastlora.kernels.tables import KernelConfig
 from fastlora.testing import Launch
 
 BF16, WIDTH = torch.bfloat16, 2

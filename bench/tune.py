@@ -41,7 +41,7 @@ from fastlora.bench import contenders, linear, mixed_kernels, mixed_train, preco
 from fastlora.bench.contenders import Contender, Problem
 from fastlora.bench.harness import Checker, error_text
 from fastlora.bench.shapes import Point
-from fastlora.kernels import configs, launch, measurements
+from fastlora.kernels import configs, launch, measurements, tables
 from fastlora.kernels.chips import Chip, Row, chip_of
 from fastlora.kernels.measurements import Measurement
 from fastlora.ops.layout import columns_of
@@ -87,7 +87,7 @@ LAUNCHES = {
     },
 }
 PLANS = {  # by mode: the launches whose plans are tuned
-    mode: [name for name in launches if name in configs.PLANNED]
+    mode: [name for name in launches if name in tables.PLANNED]
     for mode, launches in LAUNCHES.items()
 }
 FORCED = {"train": ("lora_linear", "lora_grad_x")}  # which plans a training step has, else `PLANS`
@@ -127,7 +127,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
     sizes = {column.removeprefix("max_"): value for column, value in limits.items()}
     config = configs.choose(chip, name, dtype, **sizes)
     tile = {c: getattr(config, c) for c in ("block_m", "block_n", "block_k", "num_warps")}
-    block_r, most = config.block_r, configs.max_splits(name)
+    block_r, most = config.block_r, tables.max_splits(name)
     today = Row(
         **tile,
         num_stages=config.num_stages,
@@ -135,19 +135,19 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
         splits=config.splits if most > 1 else 0,
         **limits,
     )
-    rows = [row for row in configs.TABLES[chip.family][name, kind] if row.num_warps]
-    if not configs.cuts_rows(name):
+    rows = [row for row in tables.TABLES[chip.family][name, kind] if row.num_warps]
+    if not tables.cuts_rows(name):
         rows = [row for row in rows if row.block_m == today.block_m]
     own = {"blocks_r": today.blocks_r, "splits": today.splits, **limits}
     starts = [today, *(replace(row, **own) for row in rows)]
     found = list(starts)
     for _ in range(near):
-        starts = [moved for row in starts for moved in _moved(row, configs.cuts_rows(name))]
+        starts = [moved for row in starts for moved in _moved(row, tables.cuts_rows(name))]
         found += starts
     tallest = max(16, 1 << (point.m - 1).bit_length(), today.block_m)
     every = [row for row in dict.fromkeys(found) if row.block_m <= tallest]
     ones = (Measurement(name, kind, row) for row in every)
-    return [one for one in ones if not configs.fault_of(chip, one)]
+    return [one for one in ones if not measurements.fault_of(chip, one)]
 
 
 def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
@@ -172,8 +172,8 @@ def name_of(one: Measurement) -> str:
 def run_with(ones: Sequence[Measurement], problem: Any, mode: str) -> Any:
     """Solves a problem with measurements in front of the table, then puts the table back."""
     arch = chip_of(problem.x.device).arch
-    with mock.patch.dict(configs.MEASURED), mock.patch.object(launch, "_KEEPS", False):
-        configs.put_first(arch, ones, "candidate")
+    with mock.patch.dict(tables.MEASURED), mock.patch.object(launch, "_KEEPS", False):
+        measurements.put_first(arch, ones, "candidate")
         _forget()
         try:
             return _SOLVE[mode](problem)

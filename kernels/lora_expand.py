@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
@@ -32,6 +31,7 @@ from fastlora.kernels.modules import (
 )
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.

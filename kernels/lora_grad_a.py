@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
 @triton.jit

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.

@@ -1,4 +1,4 @@
-"""Files of measured rows, which `bench/tune.py` writes and `fastlora.kernels.configs` reads.
+"""Measured rows: files of them, which `bench/tune.py` writes, and their place in the tables.
 
 A folder holds one file of JSON for each chip, ``<arch>.json``: card, versions and commit, and
 ``rows`` in the order in which they are asked. A row names its launch, its kind, and the columns of
@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlora import env
-from fastlora.kernels.chips import Row
+from fastlora.kernels.chips import Chip, Row
+from fastlora.kernels.tables import (
+    MEASURED,
+    PLANNED,
+    config_of_row,
+    cuts_rows,
+    is_valid,
+    max_splits,
+    table_of,
+)
 
 NOTES = ("us", "shipped_us", "problem")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row)}
@@ -65,6 +74,57 @@ def columns_of(measurement: Measurement) -> dict[str, Any]:
     launch, kind, row = measurement
     own = {name: value for name, value in vars(row).items() if value != _DEFAULTS[name]}
     return {"launch": launch, "kind": kind, **own}
+
+
+def put_first(arch: str, measured: Sequence[Measurement], source: object) -> None:
+    """Puts measurements in front of all rows of an arch, and of no other one.
+
+    What `choose` and `plan_of` answered before, and launches that were kept, stay as they are.
+
+    Args:
+        arch: As in `Chip`.
+        measured: The rows, in the order in which they are asked.
+        source: Where they come from, for the error.
+
+    Raises:
+        ValueError: A row is none that the arch can run, or there are no configs for the arch.
+    """
+    chip = Chip(arch, 1)
+    table = dict(table_of(chip))
+    for number, measurement in reversed(list(enumerate(measured))):
+        if fault := fault_of(chip, measurement):
+            raise ValueError(f"{source}, row {number}: {fault}")
+        key = measurement.launch, measurement.kind
+        table[key] = (measurement.row, *table[key])
+    MEASURED[arch] = table
+
+
+def fault_of(chip: Chip, measured: Measurement) -> str:
+    """Returns why a measurement cannot stand in the chip's table, or ""."""
+    launch, kind, row = measured
+    candidates = [r for r in table_of(chip).get((launch, kind), ()) if not r.is_measured]
+    if not candidates:
+        return f"there is no launch {launch!r} of the kind {kind!r}"
+    if not row.is_measured:
+        return "it says for no problem, expected max_m, n, k or max_r"
+    if row.plan:
+        fits = launch in PLANNED and not row.num_warps
+        return "" if fits else f"{launch} has no plan, or the row has a tile as well"
+    sides = ("block_m", "block_n", "block_k", "blocks_r")
+    if any(bool(getattr(row, side)) != bool(getattr(candidates[0], side)) for side in sides):
+        return f"the tile of {launch} has other sides, as in {candidates[0]}"
+    sizes = {r.block_m for r in candidates}
+    if not cuts_rows(launch) and row.block_m not in sizes:
+        return f"block_m is {row.block_m}, expected one of {sorted(sizes)}"
+    if row.splits > max_splits(launch):
+        return f"splits is {row.splits}, expected at most {max_splits(launch)}"
+    if not row.num_stages:
+        return "num_stages is 0"
+    width = 2 if kind == "half" else 4
+    for block_r in row.blocks_r or (0,):
+        if not is_valid(chip, launch, config_of_row(chip, launch, kind, row, block_r), width):
+            return f"{launch} cannot run as {row} on {chip.arch}"
+    return ""
 
 
 def _measurement(columns: dict[str, Any]) -> Measurement:

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 # In place of an address: scales that are yet to be made
 # (`fastlora.ops.factors.PENDING`).

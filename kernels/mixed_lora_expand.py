@@ -26,7 +26,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
@@ -40,6 +39,7 @@ from fastlora.kernels.mixed_rows import (
 )
 from fastlora.kernels.modules import module_of_tile, numbered, of_module
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
 @triton.jit

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_lora_grad_b import add_rows, store_sum
 from fastlora.kernels.mixed_rows import (
@@ -29,6 +28,7 @@ from fastlora.kernels.mixed_rows import (
     sibling_columns,
 )
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.

@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -31,6 +30,7 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit

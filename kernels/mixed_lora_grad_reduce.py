@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import S_COLUMNS, TABLES
 from fastlora.kernels.rank_rows import sum_planes
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 class DsPlanes(NamedTuple):

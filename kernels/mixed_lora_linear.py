@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
@@ -40,6 +39,7 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.modules import module_of_tile, numbered, of_module
+from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
 # M, planes and slots vary from call to call: no compile of their own for 1 or a multiple of 16.

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -30,6 +29,7 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig
 from fastlora.kernels.launch import empty, kept, launch
 from fastlora.kernels.mixed_rows import INVALID_SLOT
+from fastlora.kernels.tables import KernelConfig
 
 NO_SLOT = tl.constexpr(-1)
 # More ids than this have no single program: sorted, they would not fit its registers.

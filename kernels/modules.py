@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import MAX_SIBLINGS
+from fastlora.kernels.tables import MAX_SIBLINGS
 
 
 class Module(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.configs import KernelConfig, cdiv
 from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 # Outputs of one launch.
 MAX_SUMS = 4

@@ -64,7 +64,7 @@ class Gradients(NamedTuple):
     d_bias: torch.Tensor | None
 
 
-# Layers of one launch; `fastlora.kernels.configs.MAX_SIBLINGS` without an import of Triton.
+# Layers of one launch; `fastlora.kernels.tables.MAX_SIBLINGS` without an import of Triton.
 MOST_SIBLINGS = 4
 
 

@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastlora import env
 from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.configs import MAX_SPLITS, all_shipped
+from fastlora.kernels.shipped import all_invariant_shipped, all_shipped
+from fastlora.kernels.tables import MAX_SPLITS
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
 from tests.support.aot.launches import CHIPS, Launch, recording
@@ -142,7 +143,7 @@ def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
 
 def test_configs_are_compiled_ahead_of_time(chip: Chip) -> None:
     """Those of the mode, or, for one adapter of another rank, all but their cache hint."""
-    shipped = {entry.config for entry in configs.all_invariant_shipped(chip)}
+    shipped = {entry.config for entry in all_invariant_shipped(chip)}
     usual = {entry.config for entry in all_shipped(chip)}
     for dtype, precision in (*((d, "ieee") for d in DTYPES), (torch.float32, "tf32")):
         options: Any = {"input_precision": precision, "batch_invariant": True}

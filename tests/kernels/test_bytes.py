@@ -18,12 +18,13 @@ if not triton_interpreted():
 from fastlora.bench import byte_forms, launch_forms
 from fastlora.bench.byte_forms import ELSEWHERE, SCALING, Batch, Form, Sizes
 from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, cdiv, choose
+from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.kernels.tables import KernelConfig, cdiv
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check
 from tests.support.bytes.count_bytes import (
     FULL_STEPS,

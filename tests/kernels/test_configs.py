@@ -11,18 +11,16 @@ import torch
 
 from fastlora.kernels import configs
 from fastlora.kernels.chips import Chip, Row
-from fastlora.kernels.configs import (
+from fastlora.kernels.configs import TRAIN_PIECE_ROWS, choose, piece_rows, run_rows
+from fastlora.kernels.shipped import all_shipped
+from fastlora.kernels.tables import (
     LAUNCHES,
     MAX_SIBLINGS,
     MAX_SPLITS,
-    TRAIN_PIECE_ROWS,
+    TABLES,
     KernelConfig,
-    all_shipped,
     cdiv,
-    choose,
     is_valid,
-    piece_rows,
-    run_rows,
 )
 from tests.support.chips import CHIPS, H100
 
@@ -86,7 +84,7 @@ def test_row_tiles_that_the_host_knows(chip: Chip) -> None:
         for launch in ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale"):
             config = choose(chip, launch, dtype, m=m, r=48, input_precision=precision)
             assert config.block_m == piece_rows(m)
-    for (launch, _), rows in configs.TABLES[chip.family].items():
+    for (launch, _), rows in TABLES[chip.family].items():
         if launch in TRAINING_BY_PIECES:
             assert {row.block_m for row in rows} == {TRAIN_PIECE_ROWS}
         if launch in ("mixed_lora_grad_b", "mixed_lora_grad_a"):
@@ -248,7 +246,7 @@ def test_runs_are_the_fewest_that_fill_the_chip(m: int, columns: int) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> Row:
     """A row that a tuner wrote in front of others: up to 8 rows of one layer, to rank 16."""
     row = Row(32, 64, 64, 8, 3, (16, 32), max_m=8, n=4096, k=1024, max_r=16)
-    table, key = configs.TABLES["sm_90"], ("lora_linear", "half")
+    table, key = TABLES["sm_90"], ("lora_linear", "half")
     monkeypatch.setitem(table, key, (row, Row(max_m=64, n=64, plan="split"), *table[key]))
     for name in ("choose", "plan_of"):  # which remember nothing
         monkeypatch.setattr(configs, name, getattr(configs, name).__wrapped__)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import torch
 from fastlora.kernels import configs, measurements
 from fastlora.kernels.chips import Chip, Row, chip_of
 from fastlora.kernels.measurements import Measurement
+from fastlora.kernels.shipped import all_shipped
+from fastlora.kernels.tables import LAUNCHES, MEASURED
 from tests.support.kernels.lab import Lab, cap_warps
 
 H100, OTHER = Chip("sm_90", 132), Chip("sm_80", 108)
@@ -25,11 +29,12 @@ FINE = {"launch": "lora_linear", "kind": "half", **TILE, "max_m": 8, "n": 4096, 
 
 
 @pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`choose` and `plan_of` remember nothing, and the tables are put back."""
-    monkeypatch.setattr(configs, "MEASURED", dict(configs.MEASURED))
     for name in ("choose", "plan_of"):
         monkeypatch.setattr(configs, name, getattr(configs, name).__wrapped__)
+    with mock.patch.dict(MEASURED):
+        yield
 
 
 def written(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -51,7 +56,7 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
         plan,
     ]
     before = configs.choose(OTHER, "lora_linear", BF16, **SIZES)
-    configs.put_first("sm_90", rows, path)
+    measurements.put_first("sm_90", rows, path)
     config = configs.choose(H100, "lora_linear", BF16, **SIZES)
     assert {name: getattr(config, name) for name in TILE if name != "blocks_r"} == {
         name: value for name, value in TILE.items() if name != "blocks_r"
@@ -60,7 +65,7 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
     found = [configs.plan_of(H100, "lora_linear", BF16, **{**SIZES, "m": m}) for m in (8, 9)]
     assert found == ["split", "fused"]
     assert configs.choose(OTHER, "lora_linear", BF16, **SIZES) == before
-    shipped = {replace(e.config, splits=2) for e in configs.all_shipped(H100)}
+    shipped = {replace(e.config, splits=2) for e in all_shipped(H100)}
     assert config in shipped, "it is compiled ahead of time"
 
 
@@ -70,7 +75,7 @@ def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
     others = [Chip("sm_89", 142), Chip("sm_120", 170)]
     before = [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     path = written(tmp_path, {**FINE, "block_k": 64, "num_stages": 2})
-    configs.put_first("sm_86", measurements.read(path), path)
+    measurements.put_first("sm_86", measurements.read(path), path)
     assert configs.choose(Chip("sm_86", 84), "lora_linear", BF16, **SIZES).num_stages == 2
     assert before == [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     assert {config.num_stages for config in before} != {2}
@@ -103,11 +108,11 @@ def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
 def test_a_wrong_row_is_one_clear_error(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     """It names the file, the row and what was expected, and nothing is taken over."""
     path = written(tmp_path, FINE, FINE | change)
-    tables = dict(configs.MEASURED)
+    tables = dict(MEASURED)
     with pytest.raises(ValueError, match=r"sm_90\.json, row 1: .*") as raised:
-        configs.put_first("sm_90", measurements.read(path), path)
+        measurements.put_first("sm_90", measurements.read(path), path)
     assert says in str(raised.value)
-    assert tables == configs.MEASURED
+    assert tables == MEASURED
 
 
 @pytest.mark.usefixtures("no_memory")
@@ -119,9 +124,9 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
             measurements.read(path)
     endless = Measurement("lora_linear", "half", Row(16, 64, 128, 4, 3, (16,)))
     with pytest.raises(ValueError, match="it says for no problem"):
-        configs.put_first("sm_90", [endless], path)
+        measurements.put_first("sm_90", [endless], path)
     with pytest.raises(ValueError, match="no configs for 'sm_70'"):
-        configs.put_first("sm_70", [], path)
+        measurements.put_first("sm_70", [], path)
 
 
 @pytest.mark.parametrize("mode", ["forward", "train", "mixed", "mixed_train"])
@@ -167,9 +172,9 @@ def test_candidates_reach_their_launches(
 @pytest.mark.usefixtures("no_memory")
 def test_warps_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """For red tests on a GPU: every launch has fewer warps, and nothing else of it changes."""
-    before = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
-    monkeypatch.setattr(configs, "_config", configs._config)
+    before = [configs.choose(H100, launch, BF16, **SIZES) for launch in LAUNCHES]
+    monkeypatch.setattr(configs, "config_of_row", configs.config_of_row)
     cap_warps(2)
-    after = [configs.choose(H100, launch, BF16, **SIZES) for launch in configs.LAUNCHES]
+    after = [configs.choose(H100, launch, BF16, **SIZES) for launch in LAUNCHES]
     assert after == [replace(config, num_warps=min(config.num_warps, 2)) for config in before]
     assert max(config.num_warps for config in before) > 2

@@ -13,9 +13,10 @@ from fastlora.ops.philox_reference import _philox_4x32, philox_keep_mask
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.kernels.tables import KernelConfig
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.one_adapter import SEED, Problem
 

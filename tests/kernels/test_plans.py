@@ -22,7 +22,7 @@ if not ops.triton_status(DEVICE)[0]:
     pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
 
 # Only where there are kernels.
-from fastlora.kernels import chips, configs  # noqa: E402
+from fastlora.kernels import chips, configs, tables  # noqa: E402
 from fastlora.kernels import lora_expand as lora_expand_kernel  # noqa: E402
 from fastlora.kernels import lora_linear as lora_linear_kernel  # noqa: E402
 from tests.support.kernels.lab import Lab  # noqa: E402
@@ -73,7 +73,7 @@ def test_more_adapters_than_an_epilogue_takes_go_by_pieces(launch: str) -> None:
 def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
     chip, row, key = chips.chip_of(torch.device(DEVICE)), chips.Row, ("lora_linear", "ieee")
-    table = configs.TABLES[chip.family]
+    table = tables.TABLES[chip.family]
     rows = (
         row(max_m=30, n=40, k=48, max_r=8, plan="split"),
         row(max_m=30, plan="fused"),
@@ -113,7 +113,7 @@ def test_the_call_goes_before_the_environment(
 
 def put_rows(monkeypatch: pytest.MonkeyPatch, launch: str, rows: tuple[chips.Row, ...]) -> None:
     """Puts measured rows into the table of the device's chip, for fp32."""
-    table, key = configs.TABLES[chips.chip_of(torch.device(DEVICE)).family], (launch, "ieee")
+    table, key = tables.TABLES[chips.chip_of(torch.device(DEVICE)).family], (launch, "ieee")
     monkeypatch.setitem(table, key, (*rows, *table[key]))
     # Which remembers nothing.
     monkeypatch.setattr(configs, "plan_of", configs.plan_of.__wrapped__)

@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab

@@ -23,9 +23,10 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
-from fastlora.kernels.configs import MAX_SIBLINGS, KernelConfig, reads_twice
+from fastlora.kernels.configs import reads_twice
 from fastlora.kernels.launch import empty, kept, product
 from fastlora.kernels.modules import Module
+from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan

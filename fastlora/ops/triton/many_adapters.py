@@ -18,8 +18,8 @@ from fastlora.kernels import (
     mixed_lora_shrink,
     plane_sums,
 )
-from fastlora.kernels.configs import KernelConfig
 from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.tables import KernelConfig
 from fastlora.ops.factors import Tables, tables_of
 from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan

@@ -26,7 +26,8 @@ from fastlora.bench import byte_forms
 from fastlora.bench.byte_forms import Batch, Form, Sizes
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.configs import cdiv, choose, reads_twice, run_rows
+from fastlora.kernels.configs import choose, reads_twice, run_rows
+from fastlora.kernels.tables import cdiv
 from fastlora.ops.factors import tables_of
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.triton import many_adapters

@@ -24,13 +24,13 @@ def cap_warps(most: int) -> None:
     """Gives every kernel of this process so many warps at most; before any config was chosen."""
     from fastlora.kernels import configs
 
-    plain = configs._config
+    plain = configs.config_of_row
 
     def capped(*args: Any, **kwargs: Any) -> configs.KernelConfig:
         config = plain(*args, **kwargs)
         return replace(config, num_warps=min(config.num_warps, most))
 
-    configs._config = capped  # what `choose` asks
+    configs.config_of_row = capped  # what `choose` asks
 
 
 class Lab:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, choose
+from fastlora.kernels.configs import choose
+from fastlora.kernels.tables import KernelConfig
 from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels.chips import chip_of
-from fastlora.kernels.configs import KernelConfig, cdiv, choose
+from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_dropout import launch_lora_dropout
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_grad_a import launch_lora_grad_a
@@ -17,6 +17,7 @@ from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
+from fastlora.kernels.tables import KernelConfig, cdiv
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
