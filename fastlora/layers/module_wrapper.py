@@ -115,6 +115,11 @@ class ModuleWrapper(nn.Module):
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(enabled and name in self._active_adapters)
 
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the module is the original, whatever is active."""
+        return self._disabled
+
     def acting(self) -> str | None:
         """Returns the adapter whose version the next forward runs; None for the original."""
         if self._disabled:

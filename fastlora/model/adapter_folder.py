@@ -28,7 +28,6 @@ from fastlora.model.tensor_file import (
     replacing,
     write_tensors,
 )
-from fastlora.model.tied import copies_are_tied
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -275,8 +274,9 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
             f"found {key!r}, which belongs to {_FOREIGN[leaf]}; that is PEFT's to load: "
             "peft.PeftModel.from_pretrained(model, folder), then fastlora.patch(model)"
         )
-    if copies_are_tied(config) and module.rpartition(".")[2] in _EMBEDDINGS:
-        return AdapterKey(module, "saved")
+    copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
+    if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:
+        return AdapterKey(module, "saved")  # tied to one of modules_to_save
     inner = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     if leaf == "bias" and config.bias != "none":
         return AdapterKey(inner, "bias")

@@ -27,7 +27,7 @@ from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import Replication, forget_replication
 from fastlora.model.targets import find_modules_to_save, find_targets
-from fastlora.model.tied import SharedWeights, copies_are_tied, input_embedding, note_untied
+from fastlora.model.tied import NO_TIES, SharedWeights, Ties, input_embedding, note_untied
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
 from fastlora.model.walk import original_of, outer_modules
 from fastlora.validation import (
@@ -49,6 +49,7 @@ class Plan:
         from_file: Whether its weights exist already.
         tokens: Modules of which it trains rows.
         tied: Modules that have the input embedding's copy, or its LoRA.
+        copies_tied: Whether it is the copy.
         replication: The layers that it finds these modules in, where they are yet to be made.
     """
 
@@ -58,12 +59,13 @@ class Plan:
     from_file: bool = False
     tokens: dict[str, Tokens] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
+    copies_tied: bool = False
     replication: Replication | None = None
 
     @property
     def tied_copies(self) -> list[str]:
         """Those of the tied modules that have a copy."""
-        return self.tied if copies_are_tied(self.config) else []
+        return self.tied if self.copies_tied else []
 
     @property
     def touched(self) -> list[str]:
@@ -72,7 +74,7 @@ class Plan:
 
 
 def plan_adapter(
-    model: nn.Module, config: LoraConfig, from_file: bool = False, tied: Sequence[str] = ()
+    model: nn.Module, config: LoraConfig, from_file: bool = False, ties: Ties = NO_TIES
 ) -> Plan:
     """Finds what a config names and checks that LoRA can go there; changes nothing.
 
@@ -80,7 +82,7 @@ def plan_adapter(
         model: The base model, with or without adapters.
         config: The adapter's.
         from_file: Whether its weights exist already.
-        tied: From `tie_adapters`.
+        ties: From `tie_adapters`.
 
     Raises:
         TargetNotFoundError: Nothing matches.
@@ -89,12 +91,17 @@ def plan_adapter(
             copy or LoRA.
     """
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    tied = list(ties.names)
     saved = [name for name in saved if name not in tied]
-    if not copies_are_tied(config):
-        targets = [name for name in targets if name not in tied]
+    if not ties.copies:
+        # As PEFT: of what is tied, heads share the embedding's LoRA, and embeddings have their own.
+        heads = [n for n in tied if not isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
+        targets = [name for name in targets if name not in heads]
+        targets += [name for name in tied if name not in (*heads, *targets)]
+        tied = heads
         _check_tied_lora(model, config, targets, tied)
     tokens = find_tokens(model, config)
-    plan = Plan(config, targets, saved, from_file, tokens, list(tied))
+    plan = Plan(config, targets, saved, from_file, tokens, tied, ties.copies)
     check_apart(tokens, targets, saved, tied)
     if config.init.changes_base:
         _check_untied(model, plan)

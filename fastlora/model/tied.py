@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 # What PEFT takes for an embedding, or for a head tied to one, by the end of its name.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+class Ties(NamedTuple):
+    """Modules whose adapter is to be the input embedding's.
+
+    Attributes:
+        names: Theirs.
+        copies: Whether that is a copy (``modules_to_save``), and not LoRA.
+    """
+
+    names: tuple[str, ...] = ()
+    copies: bool = False
+
+
+NO_TIES = Ties()
 
 
 def input_embedding(model: nn.Module) -> str | None:
@@ -58,36 +73,41 @@ def tied_with_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def tie_adapters(model: nn.Module, config: LoraConfig) -> list[str]:
+def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
     """Returns the modules whose adapter is to be the input embedding's, as the config asks.
 
     The config then names the embedding, in ``modules_to_save`` or ``target_modules``, and not what
     is tied to it. What it asks for and cannot be is a warning, and so is a tied module that is
     adapted without ``ensure_weight_tying``; both are PEFT's.
     """
-    copied = any(map(_is_embedding, config.modules_to_save or ()))
-    targets = config.target_modules
+    known, targets = list(EMBEDDING_NAMES), config.target_modules
+    embedding = input_embedding(model)
+    if config.ensure_weight_tying and embedding is not None:
+        # PEFT writes it into the config and, where it is called otherwise, ties nothing when it
+        # reads that file.
+        known += [embedding, embedding.rpartition(".")[2]]
+    copied = any(name.rpartition(".")[2] in known for name in config.modules_to_save or ())
     if isinstance(targets, str):
-        targeted = any(re.fullmatch(targets, name) for name in EMBEDDING_NAMES)
+        targeted = any(re.fullmatch(targets, name) for name in known)
     else:
-        targeted = any(_is_embedding(name) for name in targets or ())
+        targeted = any(name.rpartition(".")[2] in known for name in targets or ())
     if not config.ensure_weight_tying and not copied and not targeted:
-        return []
-    tied, embedding = tied_with_embedding(model), input_embedding(model)
+        return Ties()
+    tied = tied_with_embedding(model)
     if not config.ensure_weight_tying:
         if tied:
             _warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
                 "`ensure_weight_tying` is not set to True: it is trained and merged apart"
             )
-        return []
+        return Ties()
     if not tied or embedding is None:
         if config.trainable_token_indices is None:  # which has its own word for it
             _warn(
                 "You have requested `ensure_weight_tying`, but no tied modules were found in the "
                 "model"
             )
-        return []
+        return Ties()
     if copied:
         config.modules_to_save = _renamed(config.modules_to_save or [], embedding, tied)
     elif isinstance(targets, str) and targeted:
@@ -100,13 +120,8 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> list[str]:
                 "You have requested `ensure_weight_tying`, but no tied modules are added in either "
                 "`modules_to_save` or `target_modules`"
             )
-        return []
-    return tied
-
-
-def copies_are_tied(config: LoraConfig) -> bool:
-    """Returns whether an adapter's copies of tied modules have one weight."""
-    return config.ensure_weight_tying and any(map(_is_embedding, config.modules_to_save or ()))
+        return Ties()
+    return Ties(tuple(tied), copied)
 
 
 def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
@@ -117,10 +132,6 @@ def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
         gone = next(matching, None)
         renamed = [entry for entry in renamed if entry != gone]
     return renamed
-
-
-def _is_embedding(name: str) -> bool:
-    return name.rpartition(".")[2] in EMBEDDING_NAMES
 
 
 def _warn(message: str) -> None:

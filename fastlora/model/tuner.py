@@ -490,8 +490,8 @@ def plan_for(
     config.check_supported("load" if loading else "new")
     replication = replication_for(model, config.layer_replication)
     with in_place(replication):
-        tied = tie_adapters(model, config)
-        plan = inject.plan_adapter(model, config, from_file=loading, tied=tied)
+        ties = tie_adapters(model, config)
+        plan = inject.plan_adapter(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
         if config.lora_dropout and not loading:
             inject.warn_of_no_dropout(model, plan)

@@ -248,3 +248,55 @@ def test_what_models_tie(kind: str) -> None:
     from peft.utils.other import _get_module_names_tied_with_embedding
 
     assert tied_with_embedding(model) == _get_module_names_tied_with_embedding(model)
+
+
+def tiny_t5() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    settings = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(settings).eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q", "lm_head"]},
+        {"target_modules": ["q"], "trainable_token_indices": [1, 5, 9]},
+    ],
+    ids=["copies", "lora", "rows"],
+)
+def test_an_encoder_and_decoder(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Three embeddings and a head with one weight: values as in PEFT and merged, and files.
+
+    PEFT's tied copy of an embedding is a linear, which fails in its first forward, and its loader
+    ties nothing here; heads and rows it has right.
+    """
+    inputs = {"input_ids": IDS, "labels": IDS}
+    models = []
+    for library in (fastlora, peft):
+        settings = library.LoraConfig(r=2, ensure_weight_tying=True, **copy.deepcopy(fields))
+        model = library.get_peft_model(tiny_t5(), settings)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            of_head = ("lm_head.lora_A", "lm_head.lora_B")  # views, in PEFT
+            for name, parameter in sorted(model.named_parameters()):
+                if parameter.requires_grad and not any(part in name for part in of_head):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        models.append(model.eval())
+    ours, theirs = models
+    expected = ours(**inputs).logits
+    if "modules_to_save" not in fields:
+        torch.testing.assert_close(expected, theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for who in ("ours", "theirs"):
+        here = LoraModel.from_pretrained(tiny_t5(), tmp_path / who)
+        torch.testing.assert_close(here(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    if "trainable_token_indices" in fields:
+        there = peft.PeftModel.from_pretrained(tiny_t5(), tmp_path / "ours")
+        torch.testing.assert_close(there(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
