@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.model.walk import holds_copies, is_lora_layer
+from fastlora.layers import LoraLayer
+from fastlora.layers.module_wrapper import ModuleWrapper
+from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.sharding import copy_whole_
 
 # Where a wrapper keeps the module that it was made around.
-_INNER = ("base_layer", "original_module")
+_INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,7 +82,7 @@ def _bare_key(model: nn.Module, key: str) -> str | None:
         if module is None:
             parts.append(part)
             continue
-        adapted = is_lora_layer(module) or holds_copies(module)
+        adapted = isinstance(module, (LoraLayer, ModuleWrapper, TokenAdapter))
         inside = part in module._modules
         if adapted and inside and part not in _INNER:
             return None

@@ -348,7 +348,8 @@ class LoraModel(PeftNames, nn.Module):
                 try:
                     if name in initial:
                         config, tensors = conversion.convert(config, tensors, initial[name])
-                    save_adapter_folder(folder, config, tensors)
+                    mapping = _auto_mapping(self.get_base_model()) if not config.task_type else None
+                    save_adapter_folder(folder, config, tensors, auto_mapping=mapping)
                 except Exception as error:  # the others are waiting, and must hear of it
                     failure = error
         if writes and failure is None and names:
@@ -426,6 +427,12 @@ def _read_folder(
         if name not in _WITHOUT_EFFECT:
             raise TypeError(f"unexpected argument {name}={value!r}")
     return load_adapter_folder(Path(model_id) / (subfolder or ""))
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """Returns the base model's class, by which PEFT's AutoPeftModel finds it without a task."""
+    cls = type(model)
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _names_now(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:

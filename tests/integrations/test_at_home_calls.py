@@ -147,6 +147,22 @@ def test_a_config_given_to_from_pretrained_is_kept(tmp_path: Path) -> None:
     assert other == LoraConfig(r=2, target_modules=["q"])
 
 
+def test_the_class_of_the_base_model_is_in_the_file(tmp_path: Path) -> None:
+    """Without a task type the config names the base model's class, as PEFT's does."""
+    found = []
+    for model in (made(), peft.get_peft_model(TwoLayers(), peft.LoraConfig(**CONFIG))):
+        model.save_pretrained(tmp_path)
+        found.append(LoraConfig.from_json_file(tmp_path / "adapter_config.json")["auto_mapping"])
+    assert (
+        found[0]
+        == found[1]
+        == {
+            "base_model_class": "TwoLayers",
+            "parent_library": "tests.support.tiny",
+        }
+    )
+
+
 # --------------------------------------------------------------------------------- state dicts
 
 
@@ -183,6 +199,11 @@ def test_base_model_state_dict() -> None:
     peft.set_base_model_state_dict(model, changed)
     assert torch.equal(model.q.weight, changed["q.weight"])
     assert torch.equal(model.base_model.model.head.original_module.weight, changed["head.weight"])
+    tokens = tiny_llama()
+    keys = list(tokens.state_dict())
+    config = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}
+    found = peft.get_base_model_state_dict(get_peft_model(tokens, LoraConfig(**config)))
+    assert sorted(found) == sorted(keys)
     del changed["q.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*q.weight"):
         peft.set_base_model_state_dict(model, changed)
