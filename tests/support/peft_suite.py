@@ -108,6 +108,12 @@ RULES = (
         r"|AuxiliaryTrainingWrapper|MinimalTargetModules",
     ),
     Rule(
+        "Others, one test each",
+        f"norms of DoRA by other sums, half a pair of factors, a layer switched alone; {DIFFERS}",
+        r"layer_replication|embed_scale_is|has no partner|extra_key_raises|lora_plus_embedding"
+        r"|use_dora_linear|active_adapters_irregular|FastLoraMultiheadAttention|auto class",
+    ),
+    Rule(
         "Config files", f"checked on reading, and when made; {DIFFERS}, Config", r"test_config.py"
     ),
 )
