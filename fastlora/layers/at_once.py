@@ -90,6 +90,9 @@ def output_at_once(
         return None
     if records and why_not_now(call):
         return None
+    # A checkpoint's first run may record nothing; its repetition draws each seed at its layer.
+    if own.dropout_p and not records:
+        return None
     if family.idle and id(layer) in family.idle:
         family.idle.discard(id(layer))
         family.at_once.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -344,3 +345,22 @@ def test_a_checkpoint_repeats_what_it_did(use_reentrant: bool) -> None:
     assert "activation checkpointing" in fastlora.fusion_report(model).rows[0].siblings
     model(x)
     assert "3 share x" in fastlora.fusion_report(model).rows[0].siblings
+
+
+def test_a_reentrant_checkpoint_repeats_its_masks() -> None:
+    """Its first run records nothing, and something else draws between the siblings' calls."""
+    model, x, seen = model_of(lora_dropout=0.4), torch.randn(5, 32, requires_grad=True), []
+    attention = model.base_model.model
+
+    def between(given: torch.Tensor) -> torch.Tensor:
+        F.dropout(torch.ones(4), 0.5)
+        return given
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        seen.append(model(x))
+        return seen[-1]
+
+    attention.between = between
+    checkpoint(body, x, use_reentrant=True).sum().backward()
+    first, repeated = seen
+    torch.testing.assert_close(first, repeated)
