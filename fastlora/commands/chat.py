@@ -74,6 +74,8 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         name, equals, rest = text.partition("=")
+        if Path(text).expanduser().is_dir():  # a folder may have the sign in its name
+            name, equals, rest = text, "", ""
         path = Path(rest if equals else text).expanduser()
         folders = {(name if equals else path.resolve().name): path}
         if not (path / CONFIG_NAME).is_file() and path.is_dir():
@@ -137,6 +139,8 @@ class Chat:
         elif word == "/compare":
             self.compares = not self.compares
             self._say(f"comparing is {'on' if self.compares else 'off'}")
+        elif word == "/system" and self.plain:
+            self._say("without a chat template a system prompt has no place")
         elif word in ("/reset", "/system"):
             self.system = rest.strip() or None if word == "/system" else self.system
             self.messages = []
@@ -156,17 +160,18 @@ class Chat:
             known = [*self.names, BASE]
             self._say(f"no adapter {name!r}; there are {', '.join(known)}{near_names(name, known)}")
 
-    def ask(self, message: str) -> None:
+    def ask(self, message: str) -> bool:
         """Answers a message: as it is made, or with all adapters' answers one below the other.
 
-        The answer of the adapter that was chosen goes on in the conversation.
+        The answer of the adapter that was chosen goes on in the conversation. Returns whether there
+        was one: what does not fit the model, or its chat template, is said and left out.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": message})
         ids = self._fitting()
         if ids is None:
             self.messages = before
-            return
+            return False
         if self.compares:
             answers = self._answers(ids, [*self.names, BASE])
             for name, answer in answers.items():
@@ -177,6 +182,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
         if self.plain:
             self.messages = []
+        return True
 
     # ----------------------------------------------------------------------------------- the model
 
@@ -193,13 +199,21 @@ class Chat:
         ids: torch.Tensor = self.tokenizer(
             text, return_tensors="pt", add_special_tokens=special
         ).input_ids
+        if self.plain and ids.shape[1] > 1 and ids[0, -1] == self.tokenizer.eos_token_id:
+            ids = ids[:, :-1]  # the text goes on; prompts have no end in training either
         return ids.to(self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
         """Returns the conversation without what is too old for the model's positions."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.sampling["max_new_tokens"]
-        ids, forgotten = self._ids(), 0
+        try:
+            ids, forgotten = self._ids(), 0
+        except Exception as error:  # of jinja, whose templates refuse roles by raising
+            if type(error).__module__.partition(".")[0] != "jinja2":
+                raise
+            self._say(f"the model's chat template refuses this: {error}")
+            return None
         while room is not None and ids.shape[1] > room and len(self.messages) > 2:
             del self.messages[:2]
             forgotten += 1
@@ -274,7 +288,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         **(sampling if args.temperature else {"do_sample": False}),
     )
     chat.compares = args.compare
-    for line in _lines(args, chat):
+    if args.system is not None and chat.plain:
+        raise ConfigError(
+            "--system needs a chat template: without one a system prompt has no place"
+        )
+    if args.prompt:
+        answered = [chat.ask(prompt) for prompt in args.prompt]
+        return int(not all(answered))
+    for line in _lines(chat):
         if not chat.take(line):
             break
     return 0
@@ -285,6 +306,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if not 0.0 <= args.temperature < float("inf"):
         raise ConfigError(f"--temperature must be at least 0, got {args.temperature}")
+    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
+        raise ConfigError("--prompt is empty")
     if not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
 
@@ -305,11 +328,8 @@ def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]
     return (model if adapted is None else adapted).eval(), tokenizer
 
 
-def _lines(args: argparse.Namespace, chat: Chat) -> Iterator[str]:
-    """Yields what the user says: the prompts given, or lines from the terminal."""
-    if args.prompt:
-        yield from args.prompt
-        return
+def _lines(chat: Chat) -> Iterator[str]:
+    """Yields what the user says: lines from the terminal, or from a pipe."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.integrations.peft_functions import answer_for_peft
+from fastlora.integrations.answers import answer_for_peft
 from fastlora.integrations.when_imported import when_imported
 from fastlora.layers import LoraLayer
 from fastlora.model import LoraModel, adapter_state

@@ -69,6 +69,12 @@ def factor_like(base: nn.Module) -> torch.Tensor | None:
     return next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
 
 
+def is_parallel(module: nn.Module) -> bool:
+    """Returns whether tensor parallelism has split a module, in a way that fits or not."""
+    split = getattr(module, "_distribute_module_applied", False)
+    return bool(split) and is_sharded(module._parameters.get("weight"))
+
+
 def parallel_style(module: nn.Module) -> str | None:
     """Returns how a module's weight is split over a tensor-parallel mesh, or None where it is not.
 
@@ -76,7 +82,7 @@ def parallel_style(module: nn.Module) -> str | None:
         UnsupportedLayerError: It is split in a way that adapters cannot follow.
     """
     weight: Any = module._parameters.get("weight")
-    if not is_sharded(weight) or not getattr(module, "_distribute_module_applied", False):
+    if not is_parallel(module):
         return None
     if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
         (placement,) = weight.placements

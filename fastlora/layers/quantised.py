@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,9 +32,10 @@ class Quantised(Stored):
         shape: N and K.
     """
 
-    def __init__(self, base: Any) -> None:
-        self.base, self.weight = base, base.weight
-        self.shape = int(base.out_features), int(base.in_features)
+    def __init__(self, base: object) -> None:
+        module: Any = base
+        self.base, self.weight = module, module.weight
+        self.shape = int(module.out_features), int(module.in_features)
 
     in_place = False
 
@@ -91,10 +92,10 @@ class Bits4(Quantised):
 
     backend = "bnb 4bit"
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: object) -> None:
         super().__init__(base)
         if self.weight.quant_state is None:
-            raise not_quantised_yet(base)
+            raise not_quantised_yet(self.base)
 
     def dense(self) -> torch.Tensor:
         """As `Stored`."""
@@ -159,9 +160,10 @@ class Bits4(Quantised):
         """As `Stored`."""
         return self.weight.data.clone(), _cloned(self.weight.quant_state)
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: object) -> None:
         """As `Stored`."""
-        data, state = kept
+        both: Any = kept
+        data, state = both
         self.weight.data = data.to(self.weight.device)
         # In place: the module has a reference to the very object.
         own = self.weight.quant_state.__dict__
@@ -180,12 +182,13 @@ class Bits8(Quantised):
 
     backend = "bnb 8bit"
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: object) -> None:
         super().__init__(base)
         # They move from the parameter to the module's state with the first forward.
-        self.scales = self.weight.SCB if base.state.SCB is None else base.state.SCB
+        moved = self.base.state.SCB
+        self.scales = self.weight.SCB if moved is None else moved
         if self.weight.dtype != torch.int8 or self.scales is None:
-            raise not_quantised_yet(base)
+            raise not_quantised_yet(self.base)
 
     def dense(self) -> torch.Tensor:
         """As `Stored`."""
@@ -209,9 +212,10 @@ class Bits8(Quantised):
         """As `Stored`."""
         return self.weight.data.clone(), self.scales.clone()
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: object) -> None:
         """As `Stored`."""
-        codes, scales = kept
+        both: Any = kept
+        codes, scales = both
         for place in (self.weight.data, self.weight.CB, self.base.state.CB):
             if place is not None:
                 place.copy_(codes)
@@ -266,9 +270,10 @@ class TorchAO(Quantised):
         """As `Stored`."""
         return [part.clone() for part in self._parts()]
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: object) -> None:
         """As `Stored`."""
-        for part, value in zip(self._parts(), kept, strict=True):
+        values: Any = kept
+        for part, value in zip(self._parts(), values, strict=True):
             part.copy_(value)
 
     def fingerprint(self) -> Fingerprint:
@@ -276,10 +281,27 @@ class TorchAO(Quantised):
         return tuple(total for part in self._parts() for total in sums_of_bits(part))
 
 
-def _tensors(weight: Any) -> list[torch.Tensor]:
+class _TorchaoWeight(Protocol):
+    """What is read of a weight of torchao's, beside its methods as a tensor."""
+
+    tensor_data_names: Sequence[str]
+    block_size: Sequence[int]
+    qdata: torch.Tensor
+    zero_point: torch.Tensor | None
+    act_quant_kwargs: object
+    act_quant_scale: object
+    act_quant_zero_point: object
+    act_pre_scale: object
+    reduce_range: bool
+    mm_config: object
+    kernel_preference: object
+
+
+def _tensors(weight: _TorchaoWeight | torch.Tensor) -> list[torch.Tensor]:
     """Returns what a weight of torchao's is stored in."""
-    optional = getattr(weight, "optional_tensor_data_names", None) or ()
-    found = [getattr(weight, name) for name in (*weight.tensor_data_names, *optional)]
+    own: Any = weight
+    optional = getattr(own, "optional_tensor_data_names", None) or ()
+    found = [getattr(own, name) for name in (*own.tensor_data_names, *optional)]
     return [part for part in found if part is not None]
 
 
@@ -306,11 +328,12 @@ def not_quantised_yet(base: nn.Module) -> UnsupportedLayerError:
     )
 
 
-def _made_int8(weight: Any, dense: torch.Tensor, granularity: Any) -> torch.Tensor:
+def _made_int8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: object) -> torch.Tensor:
     mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
     zero = weight.zero_point
     shifted = zero is not None and bool(zero.any())
-    return type(weight).from_hp(
+    kind: Any = type(weight)
+    return kind.from_hp(
         dense,
         granularity,
         mapping_type=mapping.ASYMMETRIC if shifted else mapping.SYMMETRIC,
@@ -322,8 +345,9 @@ def _made_int8(weight: Any, dense: torch.Tensor, granularity: Any) -> torch.Tens
     )
 
 
-def _made_float8(weight: Any, dense: torch.Tensor, granularity: Any) -> torch.Tensor:
-    return type(weight).from_hp(
+def _made_float8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: object) -> torch.Tensor:
+    kind: Any = type(weight)
+    return kind.from_hp(
         dense,
         float8_dtype=weight.qdata.dtype,
         granularity=granularity,
@@ -333,7 +357,7 @@ def _made_float8(weight: Any, dense: torch.Tensor, granularity: Any) -> torch.Te
     )
 
 
-def _granularity(weight: Any, dense: torch.Tensor) -> Any:
+def _granularity(weight: _TorchaoWeight, dense: torch.Tensor) -> Any:
     """Returns torchao's word for a weight's blocks: rows, all of it, or groups of columns."""
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
@@ -356,9 +380,9 @@ def _bitsandbytes() -> Any:
     return importlib.import_module("bitsandbytes.functional")
 
 
-def _cloned(state: Any) -> Any:
+def _cloned(state: object) -> Any:
     """Returns a copy of a quant state, and of those inside it, with tensors of its own."""
-    made = copy.copy(state)
+    made: Any = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, torch.Tensor):
             setattr(made, name, value.clone())

@@ -99,17 +99,21 @@ class Plain:
         return self.weight.detach().clone()
 
     @torch.no_grad()
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: object) -> None:
         """As `Stored`."""
-        self.weight.copy_(kept)
+        weight: Any = kept
+        self.weight.copy_(weight)
 
-    def moved(self, kept: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
+    def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """As `Stored`."""
-        return fn(kept)
+        weight: Any = kept
+        return fn(weight)
 
-    def dense_of(self, kept: Any) -> torch.Tensor:
+    def dense_of(self, kept: object) -> torch.Tensor:
         """As `Stored`."""
-        return kept if self._matrix is None else self._matrix(kept)
+        weight: Any = kept
+        made: torch.Tensor = weight if self._matrix is None else self._matrix(weight)
+        return made
 
     def fingerprint(self) -> Fingerprint:
         """As `Stored`."""

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, parallel_style
+from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, is_parallel, parallel_style
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.forward import begin, forward
@@ -326,11 +326,7 @@ def _shapes(module: nn.Module, asked: Settings) -> Shapes:
 
 
 def _check(module: nn.Module, asked: Settings) -> None:
-    """Refuses nothing: `parallel_style` has."""
+    """Refuses nothing: a layer that exists may be loaded anew, and a new one looks when made."""
 
 
-def _takes(module: nn.Module) -> bool:
-    return parallel_style(module) is not None
-
-
-register_kind(Kind(LINEAR, _takes, TensorParallelLora, _shapes, _check))
+register_kind(Kind(LINEAR, is_parallel, TensorParallelLora, _shapes, _check))

@@ -362,14 +362,20 @@ class LoraConfig(ConfigMethods):
         return config
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, auto_mapping: dict[str, Any] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        auto_mapping: dict[str, Any] | None = None,
+        auto_mapping_dict: dict[str, Any] | None = None,
     ) -> None:
         """Writes ``adapter_config.json`` into a folder, which is made if need be.
 
         Args:
             save_directory: The folder.
             auto_mapping: Class and library of a base model without a task type, as PEFT records it.
+            auto_mapping_dict: The same, as PEFT's models pass it.
         """
+        auto_mapping = auto_mapping if auto_mapping is not None else auto_mapping_dict
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / CONFIG_NAME) as partial:

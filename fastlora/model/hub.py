@@ -22,6 +22,7 @@ def push_to_hub(
     private: bool | None = None,
     token: bool | str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
@@ -32,7 +33,7 @@ def push_to_hub(
         repo_id: Name of the repository, with its owner.
         private: Whether a new repository is private; None for the owner's default.
         token: As in huggingface_hub.
-        commit_message: Of the upload.
+        commit_message, commit_description: Of the upload.
         revision: The branch to upload to.
         create_pr: Open a pull request in place of a commit.
 
@@ -54,6 +55,7 @@ def push_to_hub(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )

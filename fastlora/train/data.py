@@ -114,12 +114,16 @@ def _samples(path: Path, text: str) -> list[Sample]:
 
 def _of_table(path: Path, text: str, delimiter: str) -> list[Sample]:
     """Returns the samples of a file whose first line names its columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a text may be long
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names = set(reader.fieldnames or ())
-    if names and not ({"prompt", "completion"} <= names or "text" in names):
+    columns = list(reader.fieldnames or ())
+    names, pair = set(columns), {"prompt", "completion"}
+    if names and (pair <= names) == ("text" in names):
         raise DataError(
-            f"{path}: expected columns 'prompt' and 'completion', or 'text', got {sorted(names)}"
+            f"{path}: expected columns 'prompt' and 'completion', or 'text', got {columns}"
         )
+    if len(names) < len(columns):
+        raise DataError(f"{path}: two columns have the same name: {columns}")
     samples = []
     try:
         for row in reader:

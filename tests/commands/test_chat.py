@@ -115,11 +115,31 @@ def test_commands(chat: Chat) -> None:
     assert not chat.take("/quit")
 
 
-def test_without_a_template_a_message_begins_a_text(chat: Chat) -> None:
+def test_without_a_template_a_message_begins_a_text(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As data without --chat trains."""
     chat.plain = True
     assert said(chat, "the sea")[0].strip() == alone(chat, "the sea", "robot")
     assert chat.messages == []
+    assert said(chat, "/system be kind") == ["without a chat template a system prompt has no place"]
+    whole, asked = chat.tokenizer, []
+    monkeypatch.setattr(chat, "tokenizer", lambda text, **_: whole(text + "<eos>", **_))
+    chat.tokenizer.eos_token_id = whole.eos_token_id
+    monkeypatch.setattr(chat, "_streamed", lambda ids: asked.append(ids) or "")
+    chat.ask("the sea")
+    assert asked[0].tolist() == whole("the sea", return_tensors="pt").input_ids.tolist()
+
+
+def test_a_template_that_refuses(chat: Chat) -> None:
+    """Some have no system prompt: the dialogue goes on."""
+    chat.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + TEMPLATE
+    )
+    lines = said(chat, "/system be kind", "hi")
+    assert lines[-1] == "the model's chat template refuses this: no system"
+    assert chat.messages == [] and chat.take("/system") and chat.ask("hi")
 
 
 def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +155,9 @@ def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     """Before a model is read, in one line."""
     robot = folders / "run" / "robot"
     assert list(adapter_folders([f"a={robot}", f"b={robot}"])) == ["a", "b"]
+    sign = tmp_path / "lr=1"
+    sign.symlink_to(folders / "run")
+    assert list(adapter_folders([str(sign / "ship")])) == ["ship"]
     with pytest.raises(ConfigError, match="'robot' is taken; give it as NAME="):
         adapter_folders([str(robot), str(folders / "run")])
     with pytest.raises(ConfigError, match="'base' is taken"):
@@ -145,4 +168,8 @@ def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--top-p must be above 0" in error_of(capsys, "chat", base, "--top-p", 0)
     assert "--temperature must be at least 0" in error_of(capsys, "chat", base, "--temperature", -1)
     assert "--max-new-tokens must be" in error_of(capsys, "chat", base, "--max-new-tokens", 0)
+    assert "--prompt is empty" in error_of(capsys, "chat", base, "--prompt", " ")
+    assert "--system needs a chat" in error_of(capsys, "chat", base, "--system", "x", "--plain")
+    long = ["chat", str(base), "--plain", "--prompt", "x" * 3000]
+    assert cli.main(long) == 1 and "the model takes" in capsys.readouterr().out
     assert "no such folder" in error_of(capsys, "chat", tmp_path / "nowhere", "--prompt", "x")

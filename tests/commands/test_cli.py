@@ -306,7 +306,7 @@ def test_merge_refuses_what_exists(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_load_base", None)  # too early to load anything
+    monkeypatch.setattr(cli, "load_base", None)  # too early to load anything
     (tmp_path / "keep").write_text("x")
     assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path)
     assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path / "keep")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +437,27 @@ def test_copies_answer_under_pefts_names() -> None:
     assert torch.equal(wrapper(x), copied)
     wrapper.set_adapter("default", inference_mode=True)
     assert not any(p.requires_grad for p in wrapper.parameters())
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_model_of_pefts_from_our_config_is_saved(task: str | None, tmp_path: Path) -> None:
+    """The files are PEFT's, and PEFT loads them."""
+    base = TwoLayers()
+    base.config = {"model_type": "custom"}
+    config = CONFIG if task is None else CONFIG | {"task_type": task}
+    if task is not None:
+        base.prepare_inputs_for_generation = None
+    model = peft.get_peft_model(copy.deepcopy(base), LoraConfig(**config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(again.base_model.model(x), model.base_model.model(x))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [
+        json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, tmp_path / "theirs")
+    ]
+    assert files[0]["auto_mapping"] == files[1]["auto_mapping"]

@@ -62,7 +62,8 @@ def losses(kind: str, config: Any, wrap: Any, tokenizer: Any, out: Path) -> tupl
         logging_steps=1,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=2,
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -93,6 +94,7 @@ def test_losses_are_pefts(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     model, found = losses(kind, ours, None, tokenizer, tmp_path)
     assert found == pytest.approx(expected, rel=1e-5)
     assert printed(found) == printed(expected) and len(set(found)) == 3
+    assert (tmp_path / "checkpoint-2" / "adapter_config.json").is_file()
     report = fastlora.fusion_report(model)
     assert report.fused == len(report.rows) == 4
     _, expected = losses(kind, config, peft.get_peft_model, tokenizer, tmp_path)

@@ -83,6 +83,7 @@ def test_the_new_adapter_acts(
         torch.testing.assert_close(again(X).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dora", [False, True])
 def test_nothing_is_compiled_anew(dora: bool, tmp_path: Path) -> None:
     """In a graph for evaluation and in one that trains, over adapters of three ranks and alphas."""
@@ -93,7 +94,6 @@ def test_nothing_is_compiled_anew(dora: bool, tmp_path: Path) -> None:
         outputs.append(saved(folders[-1], **config))
     model = adapted(use_dora=dora)
     fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    torch._dynamo.reset()
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         compiled(X)

@@ -46,6 +46,8 @@ def test_texts(tmp_path: Path) -> None:
     """A column of texts is a sample a row, a plain file is one."""
     (row,), _ = read_samples([written(tmp_path, "a.csv", "text\nhello\n")])
     assert (row.prompt, row.text) == (None, "hello")
+    (long,), _ = read_samples([written(tmp_path, "long.csv", f"text\n{'x' * 200_000}\n")])
+    assert len(long.text) == 200_000
     for name in ("b.txt", "b.md"):
         (whole,), _ = read_samples([written(tmp_path, name, "prompt,completion\nhi,yo\n")])
         assert (whole.prompt, whole.text) == (None, "prompt,completion\nhi,yo\n")
@@ -57,6 +59,12 @@ def test_texts(tmp_path: Path) -> None:
         ("a.parquet", "x", r"a.parquet: expected a file that ends in .jsonl, .json, .csv, .tsv,"),
         ("a", "x", r"a: expected a file that ends in"),
         ("a.csv", "question,answer\nhi,yo\n", r"expected columns 'prompt' and 'completion', or"),
+        (
+            "a.csv",
+            "text,prompt,completion\na,b,c\n",
+            r"expected columns 'prompt' and 'completion', or",
+        ),
+        ("a.csv", "text,text\na,b\n", r"a.csv: two columns have the same name: \['text', 'text'\]"),
         ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: expected 2 columns"),
         ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: expected 2 columns"),
         ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"a.csv, line 3: there is nothing to learn"),

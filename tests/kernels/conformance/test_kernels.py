@@ -127,7 +127,9 @@ def test_a_compiled_pool_sees_swaps() -> None:
 
 def test_operators() -> None:
     """Schema, fake, autograd and dispatch agree, of every operator that kernels are reached by."""
-    reached = reached_by([Subject(case) for case in CASES])
+    subjects = [Subject(case) for case in CASES]  # tables hold addresses of their factors
+    reached = reached_by(subjects)
     # PyTorch's own masks.
     assert registered() - {name for name, _ in reached} <= {"lora_keep"}
     check_operators(reached)
+    assert len(subjects) == len(CASES)
