@@ -161,7 +161,7 @@ def _check(module: nn.Module, asked: Settings) -> None:
     base: Any = module
     if not base._qkv_same_embed_dim:
         raise UnsupportedLayerError(
-            f"whose queries, keys and values have weights of their own (embed_dim="
+            f"its queries, keys and values have weights of their own (embed_dim="
             f"{base.embed_dim}, kdim={base.kdim}, vdim={base.vdim}); expected one size, as in PEFT"
         )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, LoraLayer):

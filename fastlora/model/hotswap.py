@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,6 +241,7 @@ def _swap(
                 "base weights; call unmerge_adapter() first"
             )
     keys = adapter_state.key_map(model, adapter_name)
+    tensors = _without_base_weights(tuner.model, tensors, keys)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
         names = ", ".join(_with_name(key, adapter_name) for key in unexpected)
@@ -377,6 +378,20 @@ def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, Lora
 
 def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
+
+
+def _without_base_weights(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
+) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors but those that the base model has as they are: embeddings."""
+    own = dict(model.named_parameters())
+    kept = {}
+    for key, tensor in tensors.items():
+        weight = own.get(key.removeprefix("base_model.model."))
+        same = key not in keys and weight is not None and weight.shape == tensor.shape
+        if not (same and weight is not None and torch.equal(weight, tensor.to(weight))):
+            kept[key] = tensor
+    return kept
 
 
 def _with_name(key: str, adapter_name: str) -> str:

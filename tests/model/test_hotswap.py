@@ -20,7 +20,7 @@ from fastlora.validation import (
 )
 from tests.support.compiled import graph_count
 from tests.support.peft_twins import peft
-from tests.support.tiny import TwoLayers, randomise
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 
@@ -316,3 +316,21 @@ def test_trained_rows_are_swapped(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids).detach(), outputs[index], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="for trainable_token_indices"):
         fastlora.hotswap_adapter(model, tmp_path / "3", "default")
+
+
+def test_files_that_hold_the_base_embedding(tmp_path: Path) -> None:
+    """It is written along with LoRA on it, and is the model's own; another one is refused."""
+    config = {"target_modules": ["embed_tokens", "q_proj"], "init_lora_weights": False}
+    ids, outputs = torch.arange(12).view(2, 6), []
+    for seed, r in enumerate((4, 2)):
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=r, **config)).eval()
+        randomise(model, seed)
+        model.save_pretrained(tmp_path / str(seed))
+        outputs.append(model(ids).logits.detach())
+    model = fastlora.PeftModel.from_pretrained(tiny_llama(), tmp_path / "0")
+    fastlora.hotswap_adapter(model, tmp_path / "1", "default")
+    torch.testing.assert_close(model(ids).logits.detach(), outputs[1], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.get_base_model().get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(HotswapError, match="unexpected keys found: .*embed_tokens"):
+        fastlora.hotswap_adapter(model, tmp_path / "0", "default")
