@@ -16,7 +16,7 @@ import torch
 
 from fastlora.autograd.siblings import run_siblings
 from fastlora.layers.call import LayerCall
-from fastlora.layers.factors import factors_of, is_hooked
+from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import why_not_now
 from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
@@ -33,6 +33,8 @@ from fastlora.weight_marks import marks
 _Key = tuple[Any, ...]
 # In one call for many tensors.
 _version_of: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_dtype_of: Any = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_trains: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _device_of = torch.Tensor.get_device
 
 
@@ -45,6 +47,7 @@ class _Launch(NamedTuple):
         owners: The ``id`` of each layer.
         siblings: Their operands, without seeds; None where the first is not one for this.
         tensors: What their outputs depend on beside x.
+        dtypes: Of each, which may change in place.
         others: Of each but the first, the probability of dropout, and its part of the tensors.
     """
 
@@ -55,6 +58,7 @@ class _Launch(NamedTuple):
     owners: list[int]
     siblings: Siblings | None
     tensors: list[torch.Tensor]
+    dtypes: list[torch.dtype]
     others: list[tuple[float, list[torch.Tensor]]]
 
     def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
@@ -69,7 +73,20 @@ class _Launch(NamedTuple):
             and base.bias is known.bias
             and x.dtype is self.dtype
             and x.device == self.device
+            and [*map(_dtype_of, self.tensors)] == self.dtypes
         )
+
+    def fits_one_node(self, x: torch.Tensor) -> bool:
+        """Whether one node of the graph still does for all of them; see `_operands_of`."""
+        if not self.others:
+            return True
+        if has_tensor_hooks(self.tensors):
+            return False
+        if x.requires_grad:
+            return True
+        others = [any(map(_trains, tensors)) for _, tensors in self.others]
+        own = any(map(_trains, _tensors_of(self.base, self.own)))
+        return others == [own] * len(others)
 
 
 def output_at_once(
@@ -99,8 +116,8 @@ def output_at_once(
     # Part of each key, as numbers differ in identity.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     if len(family.members) > 1:
-        key = _key(stream, own.dropout_p, _tensors_of(base, own))
-        context = family, marks.of_step() if records else marks.trained
+        key = _key(stream, own.dropout_p, _tensors_of(base, own), records)
+        context = _context(x, family, records)
         left: torch.Tensor | None = None
         if key is not None:
             left = take_share(x, id(layer), context, key)
@@ -121,7 +138,11 @@ def _compute(
     records = torch.is_grad_enabled()
     drop_shares()  # of a sibling that was not called, or computes other than before
     launch: _Launch | None = family.at_once.get(id(layer))
-    if launch is None or not launch.serves(x, base, own):
+    if (
+        launch is None
+        or not launch.serves(x, base, own)
+        or (records and not launch.fits_one_node(x))
+    ):
         family.at_once.clear()  # another one's is as old
         launch = family.at_once[id(layer)] = _launch_of(call, base, own, family)
     siblings = launch.siblings
@@ -133,7 +154,7 @@ def _compute(
         family.why_not[id(layer)] = ""
     if {*map(_device_of, launch.tensors)} != {x.get_device()}:  # moved as they are
         return None
-    keys = [_key(stream, *other) for other in launch.others]
+    keys = [_key(stream, *other, records) for other in launch.others]
     if None in keys:
         return None
     if own.dropout_p:
@@ -143,7 +164,7 @@ def _compute(
     y, *ys = run_siblings(x, siblings, impl)
     if ys:
         shares = zip(launch.owners[1:], zip(keys, ys, strict=True), strict=True)
-        keep_shares(x, (family, marks.of_step() if records else marks.trained), dict(shares))
+        keep_shares(x, _context(x, family, records), dict(shares))
     return y
 
 
@@ -151,17 +172,19 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
     """Finds the siblings that one call takes beside a layer."""
     layer, x = call.layer, call.given
     found: list[tuple[int, Base, Factors]] = []
+    apart = torch.is_grad_enabled() and has_tensor_hooks(_tensors_of(base, own))
     for reference in family.members:
         member: Any = reference()
         if member is layer and _fits(member, x, base, own):
             found.append((id(layer), base, own))
         elif (
             found
+            and not apart
             and member is not None
             and id(member) not in family.idle
             and len(found) < MOST_SIBLINGS
         ):
-            like = _operands_of(member, call)
+            like = _operands_of(member, call, base, own)
             # Under dropout each has launches of its own, which nothing else is to have.
             if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
                 found.append((id(member), *like))
@@ -184,21 +207,37 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
         [owner for owner, *_ in found],
         Siblings(operands, dropout_p) if found else None,
         [tensor for each in tensors for tensor in each],
+        [tensor.dtype for each in tensors for tensor in each],
         list(zip(dropout_p, tensors, strict=True))[1:],
     )
 
 
-def _operands_of(member: AdapterLayer, call: LayerCall) -> tuple[Base, Factors] | None:
-    """Returns a sibling's base layer and adapter if one call takes them beside a layer's."""
-    hooked = torch.is_grad_enabled() and is_hooked(member)  # type: ignore[arg-type]  # a module
+def _operands_of(
+    member: AdapterLayer, call: LayerCall, first_base: Base, first: Factors
+) -> tuple[Base, Factors] | None:
+    """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
+
+    With gradients not where a parameter has hooks: a node calls them for a y that nobody used, with
+    None. Nor where x needs no gradient and only one of the two layers trains: autograd takes each
+    output of a node for one that needs a gradient.
+    """
+    records, x = torch.is_grad_enabled(), call.given
+    hooked = records and is_hooked(member)  # type: ignore[arg-type]  # a module
     if hooked or member.impl != call.layer.impl:
         return None
     names, base = member._acting(), member._plain_base()
     if len(names) != 1 or base is None:
         return None
     factors = factors_of(member, names[0], call)
-    if factors is None or not _fits(member, call.given, base, factors):
+    if factors is None or not _fits(member, x, base, factors):
         return None
+    if records:
+        tensors = _tensors_of(base, factors)
+        if has_tensor_hooks(tensors):
+            return None
+        trains, wanted = map(_trains, tensors), map(_trains, _tensors_of(first_base, first))
+        if not x.requires_grad and any(trains) != any(wanted):
+            return None
     return base, factors
 
 
@@ -227,9 +266,17 @@ def _tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
     return tensors
 
 
-def _key(stream: int, dropout_p: float, tensors: Sequence[torch.Tensor]) -> _Key | None:
+def _context(x: torch.Tensor, family: Family, records: bool) -> tuple[object, ...]:
+    """Returns what all outputs of siblings depend on; of x what may change with no write."""
+    return (family, marks.of_step(), x.requires_grad) if records else (family, marks.trained)
+
+
+def _key(
+    stream: int, dropout_p: float, tensors: Sequence[torch.Tensor], records: bool
+) -> _Key | None:
     """Returns what an output depends on beside x, unchanged since; None where nobody counts."""
+    trains = map(_trains, tensors) if records else ()
     try:
-        return (stream, dropout_p, *map(id, tensors), *map(_version_of, tensors))
+        return (stream, dropout_p, *map(id, tensors), *map(_version_of, tensors), *trains)
     except RuntimeError:  # an inference tensor's writes are not counted
         return None

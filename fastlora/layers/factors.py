@@ -32,6 +32,16 @@ def is_hooked(*modules: nn.Module) -> bool:
     return False
 
 
+# In one call for many tensors.
+_hooks_of: Any = torch.Tensor._backward_hooks.__get__  # type: ignore[union-attr]
+_post_hooks_of: Any = torch.Tensor._post_accumulate_grad_hooks.__get__  # type: ignore[attr-defined, misc]
+
+
+def has_tensor_hooks(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether something waits for the gradient of one of these."""
+    return any(map(_hooks_of, tensors)) or any(map(_post_hooks_of, tensors))
+
+
 def plain_weight(module: nn.Module) -> torch.Tensor | None:
     """Returns the weight of a linear that nothing has hooked into, else None."""
     if type(module) is not nn.Linear or is_hooked(module):

@@ -29,7 +29,7 @@ from fastlora.layers import (
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
-from fastlora.layers.factors import factors_of, is_hooked
+from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Slots
@@ -245,6 +245,10 @@ def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | Mi
                 elsewhere = True
     if is_hooked(layer):  # type: ignore[arg-type]  # a module
         return "one of them has hooks"
+    # The node that they share calls a hook, with None, for an s that nobody used.
+    down = [tensor for tensor in _lora_a(slots) if tensor is not None]
+    if not call.conditions.compiling and has_tensor_hooks(down):
+        return "a factor of one of them has hooks"
     if dropped and (call.conditions.impl != "triton" or mixed):
         return _DROPOUT
     if not trains:

@@ -364,3 +364,102 @@ def test_a_reentrant_checkpoint_repeats_its_masks() -> None:
     checkpoint(body, x, use_reentrant=True).sum().backward()
     first, repeated = seen
     torch.testing.assert_close(first, repeated)
+
+
+@pytest.mark.parametrize("x_trains", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+def test_requires_grad_that_changes_between_the_calls(trains: bool, x_trains: bool) -> None:
+    """It counts at each layer's own call, as that of layers apart."""
+    model, x = model_of(), torch.randn(5, 32, requires_grad=x_trains)
+    attention = model.base_model.model
+    factors = [attention.k.lora_A["default"].weight, attention.k.lora_B["default"].weight]
+
+    def set_to(value: bool) -> None:
+        for factor in factors:
+            factor.requires_grad_(value)
+
+    set_to(not trains)
+    model(x.detach().requires_grad_(x_trains))
+    attention.q(x)
+    set_to(trains)
+    y = attention.k(x)
+    assert y.requires_grad == (trains or x_trains)
+    if y.requires_grad:
+        y.sum().backward()
+    assert all((factor.grad is not None) == trains for factor in factors)
+    assert (x.grad is not None) == x_trains
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_an_input_that_begins_to_need_a_gradient(needs: bool) -> None:
+    """And one that ceases to."""
+    model, x = model_of(), torch.randn(5, 32, requires_grad=not needs)
+    attention = model.base_model.model
+    attention.q(x)
+    x.requires_grad_(needs)
+    attention.k(x).sum().backward()
+    assert (x.grad is not None) == needs
+
+
+@pytest.mark.parametrize("which", NAMES[:3])
+def test_a_frozen_layer_needs_no_gradient(which: str) -> None:
+    """Where x needs none either; its siblings train."""
+    model, x = model_of(), torch.randn(5, 32)
+    attention = model.base_model.model
+    attention.get_submodule(which).requires_grad_(False)
+    for _ in range(2):
+        x = torch.randn(5, 32)
+        made = {name: attention.get_submodule(name)(x) for name in NAMES[:3]}
+        assert {name for name, y in made.items() if y.requires_grad} == {*NAMES[:3]} - {which}
+    found = run(model, x)
+    check(model, x, found)
+    attention.get_submodule(which).lora_B.requires_grad_(True)
+    for _ in range(3):
+        model(torch.randn(5, 32))
+    x = torch.randn(5, 32)
+    assert attention.q(x).grad_fn is attention.k(x).grad_fn is attention.v(x).grad_fn
+
+
+@pytest.mark.parametrize("which", NAMES[:3])
+@pytest.mark.parametrize("post", [True, False])
+def test_hooks_of_a_parameter_are_not_called_for_nothing(which: str, post: bool) -> None:
+    """Nobody uses the layer's y: its factors have no gradient that a hook could see."""
+    model, seen = model_of(), []
+    attention = model.base_model.model
+    layer = attention.get_submodule(which)
+    handles = []
+    for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+        register = factor.register_post_accumulate_grad_hook if post else factor.register_hook
+        handles.append(register(lambda given: seen.append(given)))
+    for _ in range(2):
+        x = torch.randn(5, 32, requires_grad=True)
+        made = {name: attention.get_submodule(name)(x).sum() for name in NAMES[:3]}
+        sum(y for name, y in made.items() if name != which).backward()
+    assert not seen
+    model(x).sum().backward()
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    for _ in range(3):
+        model(torch.randn(5, 32))
+    assert attention.q(x).grad_fn is attention.k(x).grad_fn is attention.v(x).grad_fn
+
+
+def test_a_sibling_that_changed_its_dtype_in_place() -> None:
+    """The first computes as before; the sibling's own call says what is wrong."""
+    model, x = model_of(), torch.randn(5, 32)
+    attention = model.base_model.model
+    expected = attention.q(x)
+    for _ in range(3):
+        model(torch.randn(5, 32))
+    attention.k.weight.data = attention.k.weight.data.half()
+    for given in (x, x.clone()):
+        torch.testing.assert_close(attention.q(given), expected)
+        with pytest.raises(TypeError, match="weight has dtype"):
+            attention.k(given)
+    attention.k.weight.data = attention.k.weight.data.float()
+    for _ in range(3):
+        found = run(model, x)
+    check(model, x, found)
+    x = torch.randn(5, 32)
+    assert attention.q(x).grad_fn is attention.k(x).grad_fn is attention.v(x).grad_fn
