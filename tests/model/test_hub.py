@@ -80,9 +80,10 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "HfApi", Api)
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
-    assert model.push_to_hub("mine", private=True, token="t", commit_message="m") == "done"
+    told = {"commit_message": "m", "commit_description": "d"}
+    assert model.push_to_hub("mine", private=True, token="t", **told) == "done"
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    options = {"commit_message": "m", "revision": None, "create_pr": False}
+    options = {**told, "revision": None, "create_pr": False}
     assert calls == [("token", "t"), ("private", True), ("me/mine", files), ("options", options)]
     LoraConfig(r=2, target_modules=["q"]).push_to_hub("config")
     assert ("me/config", ["adapter_config.json"]) in calls
