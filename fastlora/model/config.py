@@ -1,6 +1,6 @@
 """`LoraConfig`: PEFT's field names, defaults and file format, checked when it is made.
 
-A field whose behaviour fastlora does not have yet is accepted at its default and refused otherwise,
+A field that fastlora leaves to PEFT is accepted at its default and refused otherwise,
 in one error, so that a config never silently does less than it says.
 """
 
