@@ -25,7 +25,7 @@ OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 7
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("env", "validation", "weight_marks", "sharding", "kernels"),
+    ("env", "validation", "weight_marks", "sharding", "coded_weight", "kernels"),
     ("ops", "init"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),

@@ -1,0 +1,101 @@
+"""A base weight that is stored as codes and scales, which kernels read as it is.
+
+`CodedWeight` stands where a weight stands: autograd, routing, siblings and mixed batches pass it on
+and save it like any tensor. Kernels get what it holds, a `Coded`. Whatever else PyTorch computes
+with it gets the dense matrix, made for that one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+
+class Coded(NamedTuple):
+    """What a kernel reads of a weight ``[N, K]``.
+
+    Attributes:
+        kind: Name of the loader in `fastlora.kernels.weights`.
+        codes: The codes, as the loader says.
+        parts: int64, one address each of what decodes them, as the loader says.
+        n, k: Sizes of the weight.
+        block: Elements along K that share a scale; it divides K.
+        transposed: Whether it stands for the weight's transpose, ``[K, N]``.
+    """
+
+    kind: str
+    codes: torch.Tensor
+    parts: torch.Tensor
+    n: int
+    k: int
+    block: int
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the matrix it stands for."""
+        return (self.k, self.n) if self.transposed else (self.n, self.k)
+
+    def t(self) -> Coded:
+        """Returns the transpose."""
+        return self._replace(transposed=not self.transposed)
+
+
+class CodedWeight(torch.Tensor):
+    """A weight ``[N, K]`` without a matrix.
+
+    Args:
+        coded: What kernels read.
+        dense: Makes the matrix ``[N, K]``.
+        dtype: Of the matrix, in which the base layer computes.
+        keeps: What the addresses in ``coded`` point to.
+    """
+
+    coded: Coded
+    dense: Callable[[], torch.Tensor]
+    keeps: tuple[torch.Tensor, ...]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(
+        cls,
+        coded: Coded,
+        dense: Callable[[], torch.Tensor],
+        dtype: torch.dtype,
+        keeps: tuple[torch.Tensor, ...],
+    ) -> CodedWeight:
+        """Makes the tensor."""
+        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: CodedWeight = make(cls, coded.shape, dtype=dtype, device=coded.codes.device)
+        made.coded, made.dense, made.keeps = coded, dense, keeps
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operation on the dense matrix; a transpose and a detached one need none."""
+        if func is torch.ops.aten.t.default:
+            return _of(args[0], args[0].coded.t())
+        if func is torch.ops.aten.detach.default:
+            return _of(args[0], args[0].coded)
+        dense = tree_map_only(CodedWeight, matrix, (args, kwargs or {}))
+        return func(*dense[0], **dense[1])
+
+    def __repr__(self, **_: object) -> str:
+        """Says what it holds."""
+        return f"CodedWeight({self.coded.kind}, {tuple(self.shape)}, {self.dtype})"
+
+
+def matrix(weight: CodedWeight) -> torch.Tensor:
+    """Returns a new dense matrix of a weight, transposed as it is."""
+    made = weight.dense().detach()
+    made = made if made.dtype is weight.dtype else made.to(weight.dtype)
+    return made.t() if weight.coded.transposed else made
+
+
+def _of(weight: CodedWeight, coded: Coded) -> CodedWeight:
+    return CodedWeight(coded, weight.dense, weight.dtype, weight.keeps)
