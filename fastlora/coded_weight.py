@@ -74,7 +74,7 @@ class CodedWeight(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs an operation on the dense matrix; a transpose and a detached one need none."""
@@ -85,7 +85,7 @@ class CodedWeight(torch.Tensor):
         dense = tree_map_only(CodedWeight, matrix, (args, kwargs or {}))
         return func(*dense[0], **dense[1])
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         """Says what it holds."""
         return f"CodedWeight({self.coded.kind}, {tuple(self.shape)}, {self.dtype})"
 
