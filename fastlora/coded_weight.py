@@ -68,7 +68,7 @@ class CodedWeight(torch.Tensor):
         keeps: tuple[torch.Tensor, ...],
     ) -> CodedWeight:
         """Makes the tensor."""
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         made: CodedWeight = make(cls, coded.shape, dtype=dtype, device=coded.codes.device)
         made.coded, made.dense, made.keeps = coded, dense, keeps
         return made
