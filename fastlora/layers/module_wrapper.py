@@ -21,6 +21,7 @@ class ModuleWrapper(nn.Module):
     Attributes:
         field: The config field that asks for it.
         owned: Names of the children that adapters own.
+        other_param_names: PEFT's name for what adapters own beside these: nothing.
         owns: What an adapter has, for messages.
         merged_adapters: Adapters that are in the original's weight now.
         merge_error: Always None; see `LoraLayer`.
@@ -29,6 +30,7 @@ class ModuleWrapper(nn.Module):
 
     field: ClassVar[str]
     owned: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
     owns: ClassVar[str]
 
     def __init__(self, original: nn.Module) -> None:
@@ -87,13 +89,13 @@ class ModuleWrapper(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names set active, whether or not they have a version here."""
-        return list(self._active_adapters)
+        """Names set active that have a version here."""
+        return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
     def active_adapter(self) -> list[str]:
         """The same, under PEFT's other name."""
-        return list(self._active_adapters)
+        return self.active_adapters
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

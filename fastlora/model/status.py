@@ -163,15 +163,12 @@ def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _status(name: str, module: Any) -> TunerLayerStatus:
     tensors = _tensors(module)
-    active = list(module._active_adapters)
-    if not isinstance(module, LoraLayer):  # as PEFT: the copies that act
-        active = [adapter for adapter in active if adapter in tensors]
     backend = getattr(module, "quantization_backend", None)
     return TunerLayerStatus(
         name=name,
         module_type=_type_of(module),
         enabled=not module._disabled,
-        active_adapters=active,
+        active_adapters=module.active_adapters,
         merged_adapters=list(getattr(module, "merged_adapters", ())),
         requires_grad={n: _one(p.requires_grad for p in own) for n, own in tensors.items()},
         available_adapters=sorted(tensors),

@@ -97,6 +97,22 @@ def test_a_copy_is_set_active_by_itself() -> None:
     assert made[0].base_model.model.norm.acting() == "other"
 
 
+def test_a_copy_names_the_active_adapters_that_have_one() -> None:
+    """As PEFT's wrappers do, which also name what adapters own there."""
+    answers = []
+    for library in (fastlora, peft):
+        bare = library.LoraConfig(r=2, target_modules=["q"])
+        with_copy = library.LoraConfig(r=2, target_modules=["q"], modules_to_save=["norm"])
+        model = with_adapters(TwoLayers(), {"default": bare, "other": with_copy}, library)
+        norm, found = model.base_model.model.norm, []
+        for names in (["default"], ["other"], ["default", "other"]):
+            model.base_model.set_adapter(names)
+            found.append((norm.active_adapters, norm.modules_to_save["other"].bias.requires_grad))
+        found.append((*norm.adapter_layer_names, *norm.other_param_names))
+        answers.append(found)
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
 def test_quantised_bases(kind: str) -> None:
     """Their names in PEFT; beside a plain layer the model's is irregular."""

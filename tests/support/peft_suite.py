@@ -105,7 +105,7 @@ RULES = (
         "PEFT's classes, private methods and caches",
         f"ours have their own; {DIFFERS}, Adapters",
         r"isinstance\(|has no attribute '|TestDoraCaching|Prefixes|repr_lora|assert \[\]"
-        r"|AuxiliaryTrainingWrapper|MinimalTargetModules",
+        r"|AuxiliaryTrainingWrapper|MinimalTargetModules|test_merge_layers.*LoRA trainable_tokens",
     ),
     Rule(
         "Others, one test each",
