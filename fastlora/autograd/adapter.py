@@ -133,19 +133,18 @@ def _native_linear(
 ) -> torch.Tensor:
     """`fastlora.autograd.linear.run` in PyTorch's own nodes.
 
-    The same bits, but that fp32 factors beside a bf16 x are not rounded to it: x is widened for
-    them. No Python runs in the backward, and little here: between two products of a large model its
-    code has left the cache, and each call takes microseconds. Saves x, ``scaling * s`` and the
-    parameters. dx is the sum of two products, where `LoraLinear` adds one to the other in place.
+    In fp32 and fp64 the same bits; in bf16 the update is rounded before it is added, and x is
+    widened for fp32 factors. No Python runs in the backward, and little here: between two products
+    of a large model its code has left the cache, and each call takes microseconds. Saves x,
+    ``scaling * s`` and the parameters. dx is the sum of two products, where `LoraLinear` adds one
+    to the other in place.
     """
+    if x.dtype is torch.bfloat16:  # so few rows that a pass over y costs less than a view of it
+        y = F.linear(x, weight, bias)
+        return y.add_(F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b))
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = F.linear(rows, weight, bias)
-    if lora_a.dtype is y.dtype:
-        y.addmm_(F.linear(rows, lora_a) * scaling, lora_b.t())
-    else:
-        s = F.linear(rows.to(lora_a.dtype), lora_a)
-        y.add_(F.linear(s * scaling, lora_b))
+    y = F.linear(rows, weight, bias).addmm_(F.linear(rows, lora_a) * scaling, lora_b.t())
     if len(shape) == 2:
         return y
     return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
