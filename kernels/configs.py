@@ -31,6 +31,7 @@ from fastlora.kernels.tables import (
     MAX_RANK_ROWS,
     MAX_SPLITS,
     MAX_WEIGHT_SPLITS,
+    OF_DECODE,
     KernelConfig,
     cdiv,
     config_of_row,
@@ -54,6 +55,8 @@ _MAX_CHUNK_R = 32
 _TWICE_FROM_RANK = 48
 # Steps of a loop below which a split of it is not worth a program.
 _MIN_STEPS = 2
+# Bytes of an element of a coded weight, of 4 bits.
+_CODED_WIDTH = 0.5
 # Launches that tile rows as `piece_rows` says.
 _BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 
@@ -105,11 +108,12 @@ def choose(
     measured = () if batch_invariant else _measured(rows, m, n, k, r)
     tiles = [row for row in measured if row.num_warps][:1] or bucket_of(m, rows)
     sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
-    if launch == "lora_linear" and m <= FUSED_MAX_ROWS:
-        row, splits = _of_decode(chip, tiles, sizes, width)
+    if launch in OF_DECODE and m <= FUSED_MAX_ROWS:
+        of_weight = _CODED_WIDTH if launch.startswith("coded_") else width
+        row, splits = _of_decode(chip, tiles, sizes, of_weight)
     else:
         row, splits = _on_grid(chip, launch, tiles, sizes, siblings, width)
-    if row.splits or (batch_invariant and launch == "lora_linear"):
+    if row.splits or (batch_invariant and launch in OF_DECODE):
         splits = row.splits or 1
     block_r = block_r_of(kernel_of(launch), row, r, siblings)
     return config_of_row(chip, launch, kind, row, block_r, splits, siblings, batch_invariant)
@@ -132,7 +136,8 @@ def plan_of(
 
     - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
     - ``split``: shrink, an update, and the library's GEMM on top; for a mixed batch the library's
-      GEMM, shrink, and an in-place update.
+      GEMM, shrink, and an in-place update. Over a coded weight, for which no library has a GEMM:
+      the dense matrix first, and what its plan says; for a mixed batch a GEMM of ours.
 
     "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
     can hold few adapters, up to `FUSED_MAX_ADAPTERS`: an epilogue goes through all of them one
@@ -140,8 +145,7 @@ def plan_of(
 
     Args:
         chip: Where the launches run.
-        launch: The launch of the plan "fused": "lora_linear", "lora_grad_x", "mixed_lora_linear",
-            "mixed_lora_train_linear" or "mixed_lora_grad_x".
+        launch: The launch of the plan "fused", one of `tables.PLANNED`.
         dtype: Of x or dy.
         m: Rows.
         n: The layer's N, also for a dx.
@@ -260,12 +264,13 @@ def _on_grid(
 
 
 def _of_decode(
-    chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: int
+    chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: float
 ) -> tuple[Row, int]:
     """Returns the row of a linear that reads its weight once, and the splits of K.
 
     The widest tile that fills the chip. Where none does, programs of the narrowest share out K if
     its loads of weight keep the memory less than half busy: planes and their sum cost as well.
+    ``width`` are the bytes of a weight's element.
     """
     m, n, k, _ = mnkr
     for row in rows:

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.base_product import base_product, grouped_tile
+from fastlora.kernels.base_product import base_product, coded_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
@@ -38,6 +38,7 @@ from fastlora.kernels.modules import (
     module_of_tile,
     named_modules,
     of_module,
+    weight_arguments,
 )
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
@@ -60,6 +61,10 @@ def _lora_linear_kernel(
     weight_1_ptr,
     weight_2_ptr,
     weight_3_ptr,
+    weight_parts_ptr,
+    weight_parts_1_ptr,
+    weight_parts_2_ptr,
+    weight_parts_3_ptr,
     bias_ptr,
     bias_1_ptr,
     bias_2_ptr,
@@ -115,6 +120,9 @@ def _lora_linear_kernel(
     SPLITS: tl.constexpr,
     SIBLINGS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    WEIGHT_BLOCK: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr,
     WEIGHT_POLICY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -143,6 +151,15 @@ def _lora_linear_kernel(
         scaling_ptr = of_module(
             module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, SIBLINGS
         )
+        if WEIGHT is not None:
+            weight_parts_ptr = of_module(
+                module,
+                weight_parts_ptr,
+                weight_parts_1_ptr,
+                weight_parts_2_ptr,
+                weight_parts_3_ptr,
+                SIBLINGS,
+            )
         if HAS_BIAS:
             bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
         if ALIGNED:  # which a choice between tensors hides from the compiler
@@ -185,23 +202,47 @@ def _lora_linear_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
-    acc = base_product(
-        x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
-        weight_ptr + first_n * stride_wn + tl.cast(first_k, tl.int64) * stride_wk,
-        offs_xm=offs_m * stride_xm,
-        mask_m=mask_m,
-        mask_n=mask_n,
-        K=min(k_per_split, K - first_k) if SPLITS > 1 else K,
-        stride_xk=stride_xk,
-        stride_wn=stride_wn,
-        stride_wk=stride_wk,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        EVEN_K=EVEN_K,
-        WEIGHT_POLICY=WEIGHT_POLICY,
-        INPUT_PRECISION=INPUT_PRECISION,
-    )
+    if WEIGHT is None:
+        acc = base_product(
+            x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
+            weight_ptr + first_n * stride_wn + tl.cast(first_k, tl.int64) * stride_wk,
+            offs_xm=offs_m * stride_xm,
+            mask_m=mask_m,
+            mask_n=mask_n,
+            K=min(k_per_split, K - first_k) if SPLITS > 1 else K,
+            stride_xk=stride_xk,
+            stride_wn=stride_wn,
+            stride_wk=stride_wk,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            EVEN_K=EVEN_K,
+            WEIGHT_POLICY=WEIGHT_POLICY,
+            INPUT_PRECISION=INPUT_PRECISION,
+        )
+    else:
+        acc = coded_product(
+            x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
+            weight_ptr,
+            weight_parts_ptr,
+            offs_xm=offs_m * stride_xm,
+            mask_m=mask_m,
+            first_n=tl.multiple_of(first_n, BLOCK_N),
+            first_k=first_k,
+            steps=min(k_per_split, K - first_k) if SPLITS > 1 else K,
+            N=N,
+            K=K,
+            stride_xk=stride_xk,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            EVEN_K=EVEN_K,
+            WEIGHT=WEIGHT,
+            WEIGHT_BLOCK=WEIGHT_BLOCK,
+            TRANSPOSED=WEIGHT_TRANSPOSED,
+            WEIGHT_POLICY=WEIGHT_POLICY,
+            INPUT_PRECISION=INPUT_PRECISION,
+        )
 
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -323,8 +364,6 @@ def launch_lora_linear(
         stride_yn=first.y.stride(-1),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_wn=first.weight.stride(0),
-        stride_wk=first.weight.stride(1),
         stride_sp=s.stride(0) if s.dim() == 3 else 0,
         stride_sm=s.stride(-2),
         stride_sr=s.stride(-1),
@@ -345,6 +384,7 @@ def launch_lora_linear(
         SPLITS=splits,
         SIBLINGS=len(modules),
         ALIGNED=are_aligned(modules),
+        **weight_arguments(first.weight),
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=dropout_p > 0.0,

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.base_product import base_product, grouped_tile
+from fastlora.kernels.base_product import base_product, coded_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
@@ -38,7 +38,15 @@ from fastlora.kernels.mixed_rows import (
     drop_rows,
     triton_dtype,
 )
-from fastlora.kernels.modules import module_of_tile, numbered, of_module
+from fastlora.kernels.modules import (
+    Weight,
+    module_of_tile,
+    named_weights,
+    numbered,
+    of_module,
+    pointers_of,
+    weight_arguments,
+)
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
@@ -57,6 +65,10 @@ def _mixed_lora_linear_kernel(
     weight_1_ptr,
     weight_2_ptr,
     weight_3_ptr,
+    weight_parts_ptr,
+    weight_parts_1_ptr,
+    weight_parts_2_ptr,
+    weight_parts_3_ptr,
     bias_ptr,
     bias_1_ptr,
     bias_2_ptr,
@@ -102,6 +114,9 @@ def _mixed_lora_linear_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    WEIGHT_BLOCK: tl.constexpr,
+    WEIGHT_TRANSPOSED: tl.constexpr,
     WEIGHT_POLICY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
@@ -124,6 +139,15 @@ def _mixed_lora_linear_kernel(
         weight_ptr = of_module(
             module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
         )
+        if WEIGHT is not None:
+            weight_parts_ptr = of_module(
+                module,
+                weight_parts_ptr,
+                weight_parts_1_ptr,
+                weight_parts_2_ptr,
+                weight_parts_3_ptr,
+                SIBLINGS,
+            )
         if HAS_BIAS:
             bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
         if ALIGNED:  # which a choice between tensors hides from the compiler
@@ -156,24 +180,49 @@ def _mixed_lora_linear_kernel(
         # Decided at compile time: the base product, whose loop waits for no s, goes first unless a
         # mask is to meet the rank rows alone.
         if (part == 0) != HAS_DROPOUT:
-            acc = base_product(
-                x_ptr,
-                weight_ptr + first_n * stride_wn,
-                offs_xm=row * stride_xm,
-                mask_m=mask_m,
-                mask_n=mask_n,
-                K=K,
-                stride_xk=stride_xk,
-                stride_wn=stride_wn,
-                stride_wk=stride_wk,
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K,
-                EVEN_K=EVEN_K,
-                WEIGHT_POLICY=WEIGHT_POLICY,
-                INPUT_PRECISION=INPUT_PRECISION,
-                acc=acc,
-            )
+            if WEIGHT is None:
+                acc = base_product(
+                    x_ptr,
+                    weight_ptr + first_n * stride_wn,
+                    offs_xm=row * stride_xm,
+                    mask_m=mask_m,
+                    mask_n=mask_n,
+                    K=K,
+                    stride_xk=stride_xk,
+                    stride_wn=stride_wn,
+                    stride_wk=stride_wk,
+                    BLOCK_M=BLOCK_M,
+                    BLOCK_N=BLOCK_N,
+                    BLOCK_K=BLOCK_K,
+                    EVEN_K=EVEN_K,
+                    WEIGHT_POLICY=WEIGHT_POLICY,
+                    INPUT_PRECISION=INPUT_PRECISION,
+                    acc=acc,
+                )
+            else:
+                acc = coded_product(
+                    x_ptr,
+                    weight_ptr,
+                    weight_parts_ptr,
+                    offs_xm=row * stride_xm,
+                    mask_m=mask_m,
+                    first_n=tl.multiple_of(first_n, BLOCK_N),
+                    first_k=0,
+                    steps=K,
+                    N=N,
+                    K=K,
+                    stride_xk=stride_xk,
+                    BLOCK_M=BLOCK_M,
+                    BLOCK_N=BLOCK_N,
+                    BLOCK_K=BLOCK_K,
+                    EVEN_K=EVEN_K,
+                    WEIGHT=WEIGHT,
+                    WEIGHT_BLOCK=WEIGHT_BLOCK,
+                    TRANSPOSED=WEIGHT_TRANSPOSED,
+                    WEIGHT_POLICY=WEIGHT_POLICY,
+                    INPUT_PRECISION=INPUT_PRECISION,
+                    acc=acc,
+                )
         else:
             if PDL:
                 tl.extra.cuda.gdc_wait()
@@ -233,7 +282,7 @@ def _mixed_lora_linear_kernel(
 def launch_mixed_lora_linear(
     ys: Sequence[torch.Tensor],
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
     s: torch.Tensor,
     order: torch.Tensor,
@@ -258,7 +307,7 @@ def launch_mixed_lora_linear(
     Args:
         ys: Of 1 to `MAX_SIBLINGS` modules ``[M, N]`` in x's dtype, any strides without overlap.
         x: ``[M, K]``, any strides.
-        weights: Of each ``[N, K]`` in x's dtype, any strides.
+        weights: Of each ``[N, K]`` in x's dtype, any strides; or codes of all, of one kind.
         biases: Of each ``[N]``, of one floating-point dtype, or None.
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
             ``[splits, G, M, R]``.
@@ -282,7 +331,7 @@ def launch_mixed_lora_linear(
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n in sizes)
     if tiles == 0:
         return
-    blocks = [*ys, *weights]
+    blocks = [*ys, *pointers_of(weights)]
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     launch(
@@ -290,7 +339,7 @@ def launch_mixed_lora_linear(
         (tiles,),
         **numbered("y{}_ptr", [*ys, *unused]),
         x_ptr=x,
-        **numbered("weight{}_ptr", [*weights, *unused]),
+        **named_weights(weights),
         **numbered("bias{}_ptr", [*biases, *unused]),
         s_ptr=s,
         order_ptr=order,
@@ -308,8 +357,6 @@ def launch_mixed_lora_linear(
         stride_yn=y.stride(1),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_sp=s.stride(0),
         stride_sg=s.stride(1) if count > 1 else 0,
@@ -323,6 +370,7 @@ def launch_mixed_lora_linear(
         BLOCK_R=config.block_r,
         GROUP_M=config.group_m,
         EVEN_K=k % config.block_k == 0,
+        **weight_arguments(weight),
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
         HAS_BIAS=bias is not None,
         HAS_LORA_BIAS=lora_bias_address is not None,

@@ -13,7 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.coded_weight import Coded
 from fastlora.kernels.tables import MAX_SIBLINGS
+from fastlora.kernels.weights import loader_of
+
+# A matrix, or codes that a loader decodes.
+Weight = torch.Tensor | Coded
 
 
 class Module(NamedTuple):
@@ -24,26 +29,76 @@ class Module(NamedTuple):
         lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
         scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
         bias: ``[N]``, any floating-point dtype, or None.
-        weight: ``[N, K]`` in x's dtype, any strides; None for a kernel that reads none.
+        weight: ``[N, K]`` in x's dtype, any strides; codes, of siblings all of one kind; None for a
+            kernel that reads none.
     """
 
     y: torch.Tensor
     lora_b: torch.Tensor
     scaling: torch.Tensor | None
     bias: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
+    weight: Weight | None = None
 
 
 def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
     """Returns the kernel arguments of 1 to `MAX_SIBLINGS` modules; None and 0 for those unused."""
     unused, named = MAX_SIBLINGS - len(modules), {}
-    for name in Module._fields if weight else Module._fields[:4]:
+    if weight:
+        named |= named_weights([own.weight for own in modules])
+    for name in Module._fields[:4]:
         values = [getattr(own, name) for own in modules]
         named |= numbered(f"{name}{{}}_ptr", [*values, *[None] * unused])
     for place, size in enumerate("NR"):
         values = [own.lora_b.shape[place] for own in modules]
         named |= numbered(f"{size}{{}}", [*values, *[0] * unused])
     return named
+
+
+def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
+    """Returns the kernel arguments that point to the weights of 1 to `MAX_SIBLINGS` modules."""
+    unused = [None] * (MAX_SIBLINGS - len(weights))
+    parts = [own.parts if isinstance(own, Coded) else None for own in weights]
+    return {
+        **numbered("weight{}_ptr", [*pointers_of(weights), *unused]),
+        **numbered("weight_parts{}_ptr", [*parts, *unused]),
+    }
+
+
+def pointers_of(weights: Sequence[Weight | None]) -> list[torch.Tensor | None]:
+    """Returns the tensor of each weight: the matrix, or its codes."""
+    return [own.codes if isinstance(own, Coded) else own for own in weights]
+
+
+def are_of_a_kind(weights: Sequence[Weight]) -> bool:
+    """Whether one launch takes all of these: matrices, or codes that are read alike."""
+    kinds = {
+        (own.kind, own.block if loader_of(own.kind).by_block else 0, own.transposed)
+        if isinstance(own, Coded)
+        else None
+        for own in weights
+    }
+    return len(kinds) == 1
+
+
+def weight_arguments(weight: Weight) -> dict[str, Any]:
+    """Returns how a kernel reads the weights of a launch, all of which are as one is."""
+    if isinstance(weight, Coded):
+        loader = loader_of(weight.kind)
+        return {
+            "stride_wn": 0,
+            "stride_wk": 0,
+            "WEIGHT": loader.function,
+            "WEIGHT_BLOCK": weight.block if loader.by_block else 0,
+            "WEIGHT_TRANSPOSED": weight.transposed,
+            **({} if loader.fuses else {"enable_fp_fusion": False}),
+        }
+    return {
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "WEIGHT": None,
+        "WEIGHT_BLOCK": 0,
+        "WEIGHT_TRANSPOSED": False,
+    }
 
 
 def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
@@ -56,8 +111,9 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
 
 def are_aligned(modules: Sequence[Module]) -> bool:
     """Whether siblings have blocks at multiples of 16 bytes, which their choice hides."""
-    blocks = [t for own in modules for t in (own.y, own.lora_b, own.weight) if t is not None]
-    return len(modules) > 1 and all(t.data_ptr() % 16 == 0 for t in blocks)
+    weights = pointers_of([own.weight for own in modules])
+    blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *weights]
+    return len(modules) > 1 and all(t is None or t.data_ptr() % 16 == 0 for t in blocks)
 
 
 @triton.jit

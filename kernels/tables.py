@@ -50,6 +50,9 @@ MEASURED: dict[str, Table] = {}
 # The names of all launches.
 LAUNCHES = tuple(dict.fromkeys(launch for launch, _ in TABLES["sm_90"]))
 _KERNELS = {
+    "coded_lora_linear": "lora_linear",
+    "coded_lora_grad_x": "lora_linear",
+    "coded_mixed_lora_linear": "mixed_lora_linear",
     "lora_grad_x": "lora_linear",
     "lora_grad_x_add": "lora_expand",
     "mixed_lora_train_shrink": "mixed_lora_shrink",
@@ -75,7 +78,12 @@ PLANNED = (
     "mixed_lora_linear",
     "mixed_lora_train_linear",
     "mixed_lora_grad_x",
+    "coded_lora_linear",
+    "coded_lora_grad_x",
+    "coded_mixed_lora_linear",
 )
+# Those that share out K where a chip is not full.
+OF_DECODE = ("lora_linear", "coded_lora_linear")
 # Kernels that take all ranks in one program, in chunks if need be.
 CHUNKED = ("lora_linear", "lora_expand", "mixed_lora_expand")
 # Kernels of mixed batches with one BLOCK_R, the rank rows of one dot, for every rank.
@@ -162,7 +170,7 @@ def cuts_rows(launch: str) -> bool:
 
 def max_splits(launch: str) -> int:
     """Returns the most programs that may share a sum of a launch."""
-    if launch == "lora_linear":
+    if launch in OF_DECODE:
         return MAX_WEIGHT_SPLITS
     _, axis = GRIDS.get(kernel_of(launch), ("", ""))
     return {"": 1, "k": MAX_SPLITS, "m": 1024}[axis]

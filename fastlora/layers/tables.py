@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import factors_of
 from fastlora.layers.protocol import AdapterLayer
@@ -18,6 +19,7 @@ from fastlora.layers.watch import Watch
 from fastlora.ops import schema
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.factors import Base, Factors, Tables
+from fastlora.ops.operators import launched
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
@@ -165,9 +167,16 @@ def run(
                     y = y_at_once
                     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         compiling = call.conditions.compiling
-        operators = torch.ops.fastlora if compiling else schema.operators_for(flat)
+        read: torch.Tensor | Coded = base.weight
+        if compiling:
+            operators: schema.Operators = torch.ops.fastlora
+        else:
+            is_coded = isinstance(read, CodedWeight)
+            operators = schema.operators_for(flat, within_node=is_coded)
+            if is_coded and operators is not torch.ops.fastlora:
+                read = launched(base.weight, flat, tables.max_rank, plan)
         y, *made = operators.lora_linear_at(
-            *(flat, base.weight, base.bias, found.own, s, found.tables, found.row),
+            *(flat, read, base.bias, found.own, s, found.tables, found.row),
             *(tables.max_rank, tables.dtype, plan, siblings),
         )
         if made:
@@ -208,11 +217,16 @@ def _at_once(
     keys = [_key(own) for own in bases]
     if None in keys or not all(_fits(x, own) for own in bases):
         return None
+    from fastlora.kernels.modules import are_of_a_kind
     from fastlora.ops.triton import forward
 
     tables, (first, _) = place.of, place.siblings or (place.row, 0)
+    weights = [own.weight for own in bases if own.weight is not None]
+    read = [launched(weight, x, tables.max_rank, "auto") for weight in weights]
+    if not are_of_a_kind(read):
+        return None
     ys = forward.siblings_at(
-        *(x, [own.weight for own in bases if own.weight is not None], [own.bias for own in bases]),
+        *(x, read, [own.bias for own in bases]),
         *(place.own, place.tables, first, tables.max_rank, tables.dtype),
     )
     numbers = [member.routed_as for member in place.group]

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.ops import schema
 from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
+from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
 from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
@@ -33,9 +35,12 @@ class OperatorBackend:
     def __init__(self, impl: str, traced: bool) -> None:
         self.impl, self.traced = impl, traced
 
-    def _operators(self, x: torch.Tensor) -> schema.Operators:
+    def _operators(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> schema.Operators:
+        """Returns the operators for x, and of a backward for dy."""
         registered: Any = torch.ops.fastlora
-        return registered if self.traced else schema.operators_for(x)
+        # Over codes no product of PyTorch's runs which autograd could record.
+        alone = isinstance(weight, CodedWeight) and self.impl == "triton"
+        return registered if self.traced else schema.operators_for(x, within_node=alone)
 
     def forward(
         self,
@@ -48,15 +53,16 @@ class OperatorBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `fastlora.ops.backend.Backend.forward`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, operators = (seeds, list(dropout_p)), self._operators(x)
         weight, bias, y, inplace = base
+        drop, operators = (seeds, list(dropout_p)), self._operators(x, weight)
         biases, pieces = lora_bias if rows is not None else [None], self._in_pieces(rows)
         if weight is not None:
             factors = [lora_a[0], lora_b[0], None]
             if rows is not None:
                 factors = [t for own in zip(lora_a, lora_b, biases, strict=True) for t in own]
             y, *own = operators.lora_linear(
-                *(x, weight, bias, pieces, s, factors, scaling, *drop, self.impl, plan)
+                *(x, self._launched(weight, x, lora_b, plan, operators), bias, pieces, s, factors),
+                *(scaling, *drop, self.impl, plan),
             )
             return y, own[0] if s is None else s
         if y is None:
@@ -67,6 +73,20 @@ class OperatorBackend:
         y = y if inplace else y.clone(memory_format=torch.contiguous_format)
         operators.lora_expand_(y, s, pieces, lora_b, biases, scaling, self.impl)
         return y, s
+
+    def _launched(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        lora_b: Sequence[torch.Tensor],
+        plan: str,
+        operators: schema.Operators,
+        launch: str = "coded_lora_linear",
+    ) -> torch.Tensor | Coded:
+        """Returns what operators take for a weight: PyTorch and dispatchers take it as it is."""
+        if operators is torch.ops.fastlora or self.impl != "triton":
+            return weight
+        return launched(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
         """What operators take as rows; PyTorch has no pieces."""
@@ -87,7 +107,12 @@ class OperatorBackend:
     ) -> Gradients:
         """See `fastlora.ops.backend.Backend.gradients`."""
         operators, function = self._operators(dy), OperatorBackend._gradients
-        given = dy, weight, x, operands, rows, s, wanted, plan
+        read: torch.Tensor | Coded | None = None
+        if weight is not None and wanted.x:
+            read = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
+            ups, launch = operands.lora_b, "coded_lora_grad_x"
+            read = self._launched(read, dy, ups, plan, operators, launch)
+        given = dy, read, x, operands, rows, s, wanted, plan
         if rows is None and operators is not torch.ops.fastlora and self.impl == "triton":
             function = _kept(function)
         return function(self, *given, operators)
@@ -95,7 +120,7 @@ class OperatorBackend:
     def _gradients(
         self,
         dy: torch.Tensor,
-        weight: torch.Tensor | None,
+        weight: torch.Tensor | Coded | None,
         x: torch.Tensor | None,
         operands: Operands,
         rows: Rows | None,
@@ -129,8 +154,6 @@ class OperatorBackend:
             d_bias = reference.column_sums(dy)
         dx = None
         if wanted.x:
-            if weight is not None and weight.dtype != dy.dtype:
-                weight = weight.to(dy.dtype)
             dx = operators.lora_grad_x(
                 dy, weight, ds, self._in_pieces(rows), lora_a, *drop, self.impl, plan
             )
@@ -203,7 +226,7 @@ class OperatorBackend:
         self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.siblings`."""
-        operands, dropout_p = siblings
+        dropout_p, operands = siblings.dropout_p, _with_launched(siblings, x, "coded_lora_linear")
         made: list[torch.Tensor] = schema.kernels_of(False).siblings(
             x, dropout_p, with_s, *operands
         )
@@ -218,7 +241,8 @@ class OperatorBackend:
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
         """See `fastlora.ops.backend.Backend.siblings_gradients`."""
-        operands, dropout_p = siblings
+        dropout_p, dy = siblings.dropout_p, next(dy for dy in dys if dy is not None)
+        operands = _with_launched(siblings, dy if wants[0] else None, "coded_lora_grad_x")
         made: list[torch.Tensor | None] = schema.kernels_of(True).siblings(
             x, dropout_p, wants, *dys, *operands, *s
         )
@@ -242,6 +266,47 @@ class OperatorBackend:
             all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
         operator = self._operators(x).lora_grad_a
         return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
+
+
+def launched(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    r: int,
+    plan: str,
+    launch: str = "coded_lora_linear",
+) -> torch.Tensor | Coded:
+    """Returns what kernels read of a weight ``[N, K]``: of codes these, or a new dense matrix.
+
+    Up to how many rows they read codes is the plan of the launch in the table.
+
+    Args:
+        weight: A matrix, which comes back as it is, or a `CodedWeight` in x's dtype.
+        x: ``[M, K]``, or for a dx dy ``[M, N]``.
+        r: Largest rank.
+        plan: As in `fastlora.ops.plans.choose_plan`.
+        launch: The launch over codes that makes a base product.
+    """
+    if not isinstance(weight, CodedWeight):
+        return weight
+    coded = choose_plan(plan, x, weight.coded, r, launch) != "split"
+    return weight.coded if coded else matrix(weight)
+
+
+def _with_launched(
+    siblings: Siblings, x: torch.Tensor | None, launch: str
+) -> Sequence[torch.Tensor | Coded | None]:
+    """Returns siblings' operands with what kernels read of their weights; None without an x."""
+    operands, count = siblings.operands, len(siblings.dropout_p)
+    if not any(isinstance(weight, CodedWeight) for weight in operands[:count]):
+        return operands
+    read: list[torch.Tensor | Coded | None] = [None] * count
+    if x is not None:
+        for i, (weight, up) in enumerate(
+            zip(operands[:count], operands[3 * count : 4 * count], strict=True)
+        ):
+            if weight is not None and up is not None:
+                read[i] = launched(weight, x, up.shape[1], "auto", launch)
+    return [*read, *operands[count:]]
 
 
 @functools.cache

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from fastlora import env
+from fastlora.coded_weight import Coded
 
 # "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
 PLANS = ("auto", "fused", "split", "invariant")
+_INVARIANT = ("lora_linear", "mixed_lora_linear")
 _NAMED = ("auto", "fused", "split")
 _PLAN = env.plan()
 _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
@@ -23,7 +25,7 @@ _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda
 def choose_plan(
     plan: str,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Coded,
     r: int,
     launch: str = "lora_linear",
     *,
@@ -40,8 +42,7 @@ def choose_plan(
         x: What the launch reads: x, or dy ``[M, N]`` for a dx.
         weight: ``[N, K]``.
         r: Rank; the largest in a mixed batch.
-        launch: That of the plan "fused": "lora_linear", "lora_grad_x", "mixed_lora_linear",
-            "mixed_lora_train_linear" or "mixed_lora_grad_x".
+        launch: That of the plan "fused", one of `fastlora.kernels.tables.PLANNED`.
         n: Outputs of all siblings of the launch; None for those of the weight.
         slots: Adapters that a mixed batch may have.
 
@@ -50,7 +51,7 @@ def choose_plan(
     """
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
-    if plan == "invariant" and launch in ("lora_linear", "mixed_lora_linear"):
+    if plan == "invariant" and launch.removeprefix("coded_") in _INVARIANT:
         return plan
     if plan in ("auto", "invariant"):
         if _PLAN not in _NAMED:
@@ -71,7 +72,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _from_table(
-    launch: str, x: torch.Tensor, weight: torch.Tensor, r: int, siblings_n: int | None, slots: int
+    launch: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | Coded,
+    r: int,
+    siblings_n: int | None,
+    slots: int,
 ) -> str:
     """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)

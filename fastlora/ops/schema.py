@@ -90,14 +90,14 @@ class Operators(Protocol):
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
-def operators_for(x: torch.Tensor) -> Operators:
-    """Returns the operators by name, for x and tensors of its kind.
+def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
+    """Returns the operators by name, for x and tensors of its kind; see `is_direct`.
 
     Where nothing would see a registered operator and x lies on the current device, these are the
     functions that run them: the dispatcher takes 5 us a call.
     """
     registered: Any = torch.ops.fastlora
-    found: Operators = _DIRECT if is_direct(x) else registered
+    found: Operators = _DIRECT if is_direct(x, within_node) else registered
     return found
 
 

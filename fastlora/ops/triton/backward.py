@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastlora.coded_weight import Coded
 from fastlora.kernels import (
     lora_expand,
     lora_grad_a,
@@ -25,7 +26,7 @@ from fastlora.kernels import (
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.configs import reads_twice
 from fastlora.kernels.launch import empty, kept, product
-from fastlora.kernels.modules import Module
+from fastlora.kernels.modules import Module, Weight
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
 from fastlora.ops.factors import numbers_on, present
 from fastlora.ops.layout import layout, layout_b
@@ -37,6 +38,7 @@ from fastlora.ops.triton.many_adapters import (
     add_rank_rows_,
     product_and_rank_rows,
 )
+from fastlora.ops.triton.one_adapter import products_of_codes
 from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
 
 _Tensors = Sequence[torch.Tensor]
@@ -65,7 +67,7 @@ def grad_b(
 
 def grad_x(
     dy: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: Weight | None,
     ds: torch.Tensor,
     rows: Sequence[torch.Tensor],
     lora_a: _Factors,
@@ -82,6 +84,8 @@ def grad_x(
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
+    elif isinstance(weight, Coded):
+        (dx,) = products_of_codes(dy, [weight.t()], [None], "coded_lora_grad_x")
     elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", slots=slots) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         base = Weights(weight.t(), None)
@@ -114,7 +118,7 @@ def siblings(
     x: torch.Tensor | None,
     dropout_p: tuple[float, ...],
     wants: tuple[bool, ...],
-    *tensors: torch.Tensor | None,
+    *tensors: torch.Tensor | Coded | None,
 ) -> list[torch.Tensor | None]:
     """Returns what `fastlora.ops.backend.Backend.siblings_gradients` does.
 
@@ -233,7 +237,7 @@ def _sums_over_rows(
 @kept
 def _grad_x_one(
     dy: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: Weight | None,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
     seed: torch.Tensor | None,
@@ -248,15 +252,20 @@ def _grad_x_one(
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
         return dy.new_zeros(m, k) if onto is None else onto
-    if weight is None or choose_plan(plan, dy, weight, r, "lora_grad_x") != "fused":
+    if weight is None:
+        return _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
+    launch = "lora_grad_x"
+    if isinstance(weight, Coded):
+        launch = "coded_lora_grad_x"
+    elif choose_plan(plan, dy, weight, r, launch) != "fused":
         dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
-        return dx if weight is None else product(torch.Tensor.addmm_, dx, dy, weight)
+        return product(torch.Tensor.addmm_, dx, dy, weight)
     dx = empty(dy, m, k)
     lora_linear.launch_lora_linear(
         [Module(dx, lora_a.t(), None, None, weight.t())],
         *(dy, ds),
         s_out=None,
-        config=config_of("lora_grad_x", dy, m, n, k, r),
+        config=config_of(launch, dy, m, n, k, r),
         pdl=False,
         seed=seed,
         dropout_p=dropout_p,

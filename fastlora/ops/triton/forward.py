@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastlora.kernels.modules import Weight
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.triton import many_adapters, one_adapter
 from fastlora.ops.triton.configs import config_of
@@ -43,7 +44,7 @@ def shrink(
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     rows: _Tensors,
     s: torch.Tensor | None,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastlora.coded_weight import Coded
 from fastlora.kernels import (
     mixed_dora_scale,
     mixed_lora_expand,
@@ -19,28 +20,29 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.modules import Weight
 from fastlora.kernels.tables import KernelConfig
 from fastlora.ops.factors import Tables, tables_of
 from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
-from fastlora.ops.triton.one_adapter import whole_rows
+from fastlora.ops.triton.one_adapter import products_of_codes, whole_rows
 from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of
 
 _Tensors = Sequence[torch.Tensor]
 
 
 class Weights(NamedTuple):
-    """Of a base layer: weight ``[N, K]``, bias ``[N]`` or None."""
+    """Of a base layer: weight ``[N, K]``, a matrix or codes; bias ``[N]`` or None."""
 
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None
 
 
 @kept
 def linear_at(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     rows: _Tensors,
     s: torch.Tensor | None,
@@ -70,7 +72,7 @@ def linear_at(
 @kept
 def siblings_at(
     x: torch.Tensor,
-    weights: _Tensors,
+    weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
     rows: _Tensors,
     tables: _Tensors,
@@ -81,16 +83,17 @@ def siblings_at(
     """Returns y of 2 to 4 modules that are fed by the same x, neighbours in the tables.
 
     Two launches: a shrink, and a linear. Or, where many adapters may share a row tile, the
-    library's products, a shrink, and an expand.
+    library's products, a shrink, and an expand. Codes of all are of one kind.
     """
-    found, launch = tables_of(tables, max_rank, factor_dtype), "mixed_lora_linear"
+    found = tables_of(tables, max_rank, factor_dtype)
+    launch = linear_launch("mixed_lora", weights[0])
     own = slice(first, first + len(weights))
     (m, k), n, slots = x.shape, sum(weight.shape[0] for weight in weights), found.rank.shape[1]
     fused = choose_plan("auto", x, weights[0], max_rank, launch, n=n, slots=slots) != "split"
     if fused:
         ys = [empty(x, m, weight.shape[0]) for weight in weights]
     else:
-        ys = [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+        ys = _base_products(x, weights, biases)
     s = shrink_at(x, rows, found, own)
     bias_address = None if found.bias_address is None else found.bias_address[own]
     up = found.b_address[own], bias_address, found.rank[own], found.scaling[own]
@@ -202,13 +205,31 @@ def _shrink_mixed(
 def base_product(
     stem: str, x: torch.Tensor, base: Weights, up: RankRows, plan: str
 ) -> tuple[str, torch.Tensor | None]:
-    """Returns the plan, and with "split" the library's GEMM: ahead of the shrink and its dependent.
+    """Returns the plan, and with "split" the base's GEMM: ahead of the shrink and its dependent.
 
     ``stem`` names the launches, which have plans and configs of their own.
     """
-    slots = up.rank.shape[0]
-    plan = choose_plan(plan, x, base.weight, up.largest, f"{stem}_linear", slots=slots)
-    return plan, product(F.linear, x, *base) if plan == "split" else None
+    slots, launch = up.rank.shape[0], linear_launch(stem, base.weight)
+    if stem == "mixed_lora_train" and isinstance(base.weight, Coded):
+        plan = "split"  # which is for many rows, where weights are matrices
+    else:
+        plan = choose_plan(plan, x, base.weight, up.largest, launch, slots=slots)
+    return plan, _base_products(x, [base.weight], [base.bias])[0] if plan == "split" else None
+
+
+def _base_products(
+    x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """Returns what base layers make: the library's GEMMs, or of codes one of ours for all."""
+    codes = [weight for weight in weights if isinstance(weight, Coded)]
+    if codes:
+        return products_of_codes(x, codes, biases)
+    return [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+
+
+def linear_launch(stem: str, weight: Weight) -> str:
+    """Returns the name of a fused launch over a weight."""
+    return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
 
 
 def linear_mixed(
@@ -229,7 +250,8 @@ def linear_mixed(
         add_rank_rows_(y, s, rows, up, config=config, pdl=after_shrink)
         return y
     invariant = plan == "invariant"
-    config = config_of(f"{stem}_linear", x, m, n, k, up.largest, batch_invariant=invariant)
+    launch = linear_launch(stem, base.weight)
+    config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)
     return product_and_rank_rows(x, base, s, rows, up, config=config, pdl=after_shrink)
 
 

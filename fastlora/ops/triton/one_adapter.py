@@ -7,24 +7,26 @@ from typing import Any
 
 import torch
 
+from fastlora.coded_weight import Coded
 from fastlora.kernels import lora_dropout, lora_expand, lora_linear, lora_shrink, plane_sums
 from fastlora.kernels.launch import empty, kept, product
-from fastlora.kernels.modules import Module
+from fastlora.kernels.modules import Module, Weight, are_of_a_kind
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
 
 _Tensors = Sequence[torch.Tensor]
+_Operand = torch.Tensor | Coded | None
 
 
 @kept
 def siblings(
-    x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: torch.Tensor | None
+    x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
     """Returns what `fastlora.ops.backend.Backend.siblings` does.
 
     Two launches: a shrink, and a linear or an expand, on which the library's products accumulate;
     one more where the linear splits K. Under dropout, or in another layout than a kernel takes
-    beside others, each module has its own.
+    beside others, each module has its own. Over codes there is no library's product.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -37,11 +39,13 @@ def siblings(
         return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
-    fused = choose_plan("auto", x, weights[0], r, n=n) != "split"
+    coded = isinstance(weights[0], Coded)
+    fused = coded or choose_plan("auto", x, weights[0], r, n=n) != "split"
     s, shrunk = _shrunk(x, lora_a, None, 0.0)
     s_out = s if with_s and shrunk is not s else None
     ys = [empty(x, m, size) for size in sizes]
-    config = config_of("lora_linear" if fused else "lora_expand", x, m, n, k, r)
+    launch = "coded_lora_linear" if coded else "lora_linear" if fused else "lora_expand"
+    config = config_of(launch, x, m, n, k, r)
     written, splits = ys, config.splits
     if splits > 1:
         written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]
@@ -62,7 +66,7 @@ def siblings(
 
 def _are_alike(
     x: torch.Tensor,
-    weights: _Tensors,
+    weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
     lora_a: _Tensors,
     lora_b: _Tensors,
@@ -73,13 +77,15 @@ def _are_alike(
     Raises:
         TypeError: A weight has not the dtype of x.
     """
-    for weight in weights:
+    matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    for weight in matrices:
         if weight.dtype != x.dtype:
             raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     own = [bias for bias in biases if bias is not None]
     return (
         all(seed is None for seed in seeds)
-        and all(t.is_contiguous() for t in (*weights, *own, *lora_a, *lora_b))
+        and all(t.is_contiguous() for t in (*matrices, *own, *lora_a, *lora_b))
+        and are_of_a_kind(weights)
         and len(own) in (0, len(biases))
         and len({bias.dtype for bias in own}) < 2
         and len({a.dtype for a in lora_a}) == len({b.dtype for b in lora_b}) == 1
@@ -134,7 +140,7 @@ def expand_one_(
 @kept
 def linear_one(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     s: torch.Tensor | None,
     lora_a: torch.Tensor,
@@ -145,9 +151,11 @@ def linear_one(
     plan: str,
 ) -> list[torch.Tensor]:
     """Returns y, and s unless it is given."""
-    plan = choose_plan(plan, x, weight, lora_b.shape[1])
     own = s, lora_a, lora_b, scaling, seed
-    if plan != "split":
+    if (
+        isinstance(weight, Coded)
+        or (plan := choose_plan(plan, x, weight, lora_b.shape[1])) != "split"
+    ):
         return _fused_one(x, weight, bias, *own, dropout_p, plan == "invariant" and s is None)
     y, *made = _update_one(x, bias, *own, dropout_p)
     return [product(_accumulate_, y, x, weight), *made]
@@ -186,7 +194,7 @@ def _update_one(
 
 def _fused_one(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     s: torch.Tensor | None,
     lora_a: torch.Tensor,
@@ -207,7 +215,8 @@ def _fused_one(
     y, own, shrunk = empty(x, m, n), s, s
     if own is None or shrunk is None:
         own, shrunk = _shrunk(x, [lora_a], seed, dropout_p, batch_invariant)
-    config = config_of("lora_linear", x, m, n, k, r, batch_invariant=batch_invariant)
+    launch = "coded_lora_linear" if isinstance(weight, Coded) else "lora_linear"
+    config = config_of(launch, x, m, n, k, r, batch_invariant=batch_invariant)
     written = y if config.splits == 1 else empty(x, config.splits, m, n, dtype=torch.float32)
     lora_linear.launch_lora_linear(
         [Module(written, lora_b, scaling, bias, weight)],
@@ -219,6 +228,29 @@ def _fused_one(
     if written is not y:
         plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
     return [y, own] if s is None else [y]
+
+
+def products_of_codes(
+    x: torch.Tensor,
+    weights: Sequence[Coded],
+    biases: Sequence[torch.Tensor | None],
+    launch: str = "coded_lora_linear",
+) -> list[torch.Tensor]:
+    """Returns the base product of each module, without an adapter: one launch, or two."""
+    (m, k), sizes = x.shape, [weight.shape[0] for weight in weights]
+    config = config_of(launch, x, m, sum(sizes), k)
+    ys = [empty(x, m, n) for n in sizes]
+    written, splits = ys, config.splits
+    if splits > 1:
+        written = [empty(x, splits, m, n, dtype=torch.float32) for n in sizes]
+    # An adapter of rank 0, of which nothing is read.
+    none, ups = empty(x, m, 0), [empty(x, n, 0) for n in sizes]
+    scaling = empty(x, 1, dtype=torch.float32)
+    modules = [*map(Module, written, ups, [scaling] * len(sizes), biases, weights)]
+    lora_linear.launch_lora_linear(modules, x, none, s_out=None, config=config, pdl=False)
+    if splits > 1:
+        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+    return ys
 
 
 def whole_rows(x: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     result = []
     for chip in chips:
         for shipped in all_shipped(chip):
+            if shipped.kernel.startswith("coded_"):
+                continue
             trains = shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad"))
             if chip.arch == "sm_90" and is_wgmma(shipped):
                 result.append(Case(chip.arch, shipped, "light"))
@@ -130,6 +132,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if narrow and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "alone"))
         for shipped in all_invariant_shipped(chip):
+            if shipped.kernel.startswith("coded_"):
+                continue
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
                 result.append(Case(chip.arch, shipped, "unshared"))

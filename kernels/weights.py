@@ -1,0 +1,458 @@
+"""How kernels read a weight that is stored as codes: one loader for each kind.
+
+A loader is a jit function that returns a tile of W ``[N, K]``, decoded and rounded once to x's
+dtype, in registers::
+
+    loader(codes_ptr, parts_ptr, first_row, first_column, num_rows, num_columns,
+           ROWS, COLUMNS, BLOCK, EVEN_ROWS, EVEN_COLUMNS, DTYPE, POLICY)
+
+It returns W's rows from ``first_row`` (int64) and its columns from ``first_column``,
+``[ROWS, COLUMNS]``, of the ``num_rows`` by ``num_columns`` that W has. The first column is a
+multiple of COLUMNS. BLOCK columns share a scale; it divides ``num_columns``, and of BLOCK and
+COLUMNS one divides the other. What lies past the last row or column is any finite number;
+EVEN_ROWS and EVEN_COLUMNS say that nothing does. ``parts_ptr`` points to the addresses of what
+decodes the codes. POLICY is the cache hint of the codes, which are read once.
+
+Codes are contiguous and begin at a multiple of 4 bytes. `register_loader` makes a kind known to
+every kernel that multiplies with a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Loader(NamedTuple):
+    """How a launch reads a kind of codes.
+
+    Attributes:
+        function: A jit function as this module says.
+        by_block: Whether it reads BLOCK; if not it gets 0, so that one kernel serves every K.
+        fuses: Whether the compiler may make one rounding of a product and a sum.
+    """
+
+    function: Any
+    by_block: bool = True
+    fuses: bool = True
+
+
+_LOADERS: dict[str, Loader] = {}
+
+
+def register_loader(kind: str, loader: Loader) -> None:
+    """Makes a kind of codes known: `fastlora.coded_weight.Coded.kind` names it."""
+    _LOADERS[kind] = loader
+
+
+def loader_of(kind: str) -> Loader:
+    """Returns the loader of a kind; `KeyError` for one that nobody registered."""
+    return _LOADERS[kind]
+
+
+@triton.jit
+def part(parts_ptr, index, dtype: tl.constexpr):
+    """Returns a pointer to one of the parts."""
+    return tl.load(parts_ptr + index).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def tile_mask(
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+):
+    """Returns which elements of a tile ``[ROWS, COLUMNS]`` there are; None for all."""
+    mask = None
+    if not EVEN_ROWS:
+        mask = (tl.arange(0, ROWS) < num_rows - first_row)[:, None]
+    if not EVEN_COLUMNS:
+        mask_columns = (tl.arange(0, COLUMNS) < num_columns - first_column)[None, :]
+        mask = mask_columns if mask is None else mask & mask_columns
+    return mask
+
+
+@triton.jit
+def load_there(ptrs, mask, POLICY: tl.constexpr = ""):
+    """Returns what there is of a tile, and zeros."""
+    if mask is None:
+        loaded = tl.load(ptrs, eviction_policy=POLICY)
+    else:  # which has no meaning without a mask
+        loaded = tl.load(ptrs, mask=mask, other=0, eviction_policy=POLICY)
+    return loaded
+
+
+@triton.jit
+def load_groups(
+    ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr = 1,
+):
+    """Returns a tile's numbers of which each BLOCK columns have one, ``[ROWS, COLUMNS / BLOCK]``.
+
+    They lie in the order of W's elements. A tile of fewer columns has one a row. ``SHARED``
+    neighbours have one number together.
+    """
+    GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
+    groups = num_columns // BLOCK
+    group = first_column // BLOCK
+    mask = tile_mask(
+        first_row, group, num_rows, groups, ROWS, GROUPS, EVEN_ROWS, EVEN_COLUMNS or GROUPS == 1
+    )
+    offs = tl.arange(0, ROWS)[:, None] * groups + tl.arange(0, GROUPS)[None, :]
+    first = first_row * groups + group
+    # Of one number each, the offset within a tile stays one of 32 bits.
+    ptrs = ptr + (first + offs) // SHARED if SHARED > 1 else ptr + first + offs
+    return load_there(ptrs, mask)
+
+
+@triton.jit
+def scaled(values, scales, DTYPE: tl.constexpr):
+    """Returns fp32 values ``[ROWS, COLUMNS]`` times scales ``[ROWS, groups]``, rounded once."""
+    GROUP: tl.constexpr = values.shape[1] // scales.shape[1]
+    grouped = tl.reshape(values, (values.shape[0], scales.shape[1], GROUP))
+    product = (grouped * scales[:, :, None]).to(DTYPE)
+    return tl.reshape(product, (values.shape[0], values.shape[1]))
+
+
+# --------------------------------------------------------------------------- tables of 16 values
+
+
+@triton.jit
+def load_nibbles(
+    codes_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Returns a tile of 4-bit codes, int32 ``[ROWS, COLUMNS]``: of a byte the high ones first.
+
+    They are loaded as words of 8, whose shifts are constants.
+    """
+    # The compiler sees that BLOCK / 8 words divide a row: loads are as wide as they can be.
+    row_words = num_columns // BLOCK * (BLOCK // 8)
+    first_word = first_column // 8
+    mask = tile_mask(
+        first_row, first_word, num_rows, row_words, ROWS, COLUMNS // 8, EVEN_ROWS, EVEN_COLUMNS
+    )
+    ptrs = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first_row * row_words
+    ptrs += first_word
+    offs = tl.arange(0, ROWS)[:, None] * row_words + tl.arange(0, COLUMNS // 8)[None, :]
+    # words: [ROWS, COLUMNS / 8]
+    words = load_there(ptrs + offs, mask, POLICY)
+    # Bytes are in memory's order, the lowest first.
+    even = tl.interleave(
+        tl.interleave(words >> 4, words >> 20), tl.interleave(words >> 12, words >> 28)
+    )
+    odd = tl.interleave(tl.interleave(words, words >> 16), tl.interleave(words >> 8, words >> 24))
+    return tl.interleave(even, odd) & 15
+
+
+@triton.jit
+def looked_up(table_ptr, codes, SIZE: tl.constexpr):
+    """Returns the value of each code ``[ROWS, COLUMNS]`` in a table of SIZE fp32 values."""
+    # table: [SIZE]
+    table = tl.load(table_ptr + tl.arange(0, SIZE))
+    flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
+    return tl.reshape(tl.gather(table, flat, 0), (codes.shape[0], codes.shape[1]))
+
+
+@triton.jit
+def load_table4(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """NF4 and FP4 of bitsandbytes: ``table[code] * absmax[block]``.
+
+    Codes: element ``e = n * K + k`` is a nibble of byte ``e // 2``, the high one where e is even.
+    Parts: absmax, fp32, one for each BLOCK elements along e; a table of 16 fp32 values.
+
+    Bytes moved: ``N K / 2 + 4 N K / BLOCK``, and 64 of the table a tile, from the cache.
+    """
+    codes = load_nibbles(
+        codes_ptr,
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        POLICY,
+    )
+    absmax = load_groups(
+        part(parts_ptr, 0, tl.float32),
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+    )
+    return scaled(looked_up(part(parts_ptr, 1, tl.float32), codes, 16), absmax, DTYPE)
+
+
+@triton.jit
+def load_table4_nested(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """NF4 and FP4 with 8-bit absmax: ``table[code] * (table2[absmax] * absmax2 + offset)``.
+
+    Codes are those of `load_table4`. Parts: absmax, uint8, one for each BLOCK elements; the table
+    of 16; absmax2, fp32, one for each 256 absmax; a table of 256 fp32 values; offset, one fp32.
+
+    Bytes moved: ``N K / 2 + N K / BLOCK + 4 N K / (256 BLOCK)``, and the tables, from the cache.
+    """
+    codes = load_nibbles(
+        codes_ptr,
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        POLICY,
+    )
+    index = load_groups(
+        part(parts_ptr, 0, tl.uint8),
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+    )
+    absmax2 = load_groups(
+        part(parts_ptr, 2, tl.float32),
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        SHARED=256,
+    )
+    absmax = tl.load(part(parts_ptr, 3, tl.float32) + index.to(tl.int32)) * absmax2
+    absmax += tl.load(part(parts_ptr, 4, tl.float32))
+    return scaled(looked_up(part(parts_ptr, 1, tl.float32), codes, 16), absmax, DTYPE)
+
+
+# ------------------------------------------------------------------------------ 8 bits an element
+
+
+@triton.jit
+def load_bytes(
+    codes_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Returns a tile of codes of a byte each, ``[ROWS, COLUMNS]``."""
+    mask = tile_mask(
+        first_row, first_column, num_rows, num_columns, ROWS, COLUMNS, EVEN_ROWS, EVEN_COLUMNS
+    )
+    offs = tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, COLUMNS)[None, :]
+    return load_there(codes_ptr + first_row * num_columns + first_column + offs, mask, POLICY)
+
+
+@triton.jit
+def load_row_scales(parts_ptr, first_row, num_rows, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr):
+    """Returns the first part, fp32 of each row, ``[ROWS, 1]``."""
+    offs = tl.arange(0, ROWS)
+    ptrs = part(parts_ptr, 0, tl.float32) + first_row + offs
+    return load_there(ptrs, None if EVEN_ROWS else offs < num_rows - first_row)[:, None]
+
+
+@triton.jit
+def load_int8(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Symmetric int8 of torchao: ``code * scale[row]``.
+
+    Codes: int8 ``[N, K]``. Parts: scale, fp32 ``[N]``.
+
+    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    """
+    codes = load_bytes(
+        codes_ptr,
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        POLICY,
+    )
+    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
+    return scaled(codes.to(tl.float32), scales, DTYPE)
+
+
+@triton.jit
+def load_float8_e4m3(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """float8 e4m3fn of torchao: ``code * scale[row]``.
+
+    Codes: its bits, uint8 ``[N, K]``. Parts: scale, fp32 ``[N]``. Decoded by integers, so that
+    every chip has it: bits of e4m3, 7 places up, are an fp16 number with an exponent that is 8 too
+    low.
+
+    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    """
+    codes = load_bytes(
+        codes_ptr,
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        POLICY,
+    )
+    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
+    # The sign comes down to bit 8 with the code, and twice up to bit 15.
+    half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
+    values = half.to(tl.float16, bitcast=True).to(tl.float32)
+    # 448 is the largest number, and what would follow it is NaN.
+    values = tl.where(tl.abs(values) > 448.0 / 256.0, float("nan"), values)
+    return scaled(values, scales * 256.0, DTYPE)
+
+
+@triton.jit
+def load_float8_e5m2(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """float8 e5m2 of torchao: ``code * scale[row]``.
+
+    Codes: its bits, uint8 ``[N, K]``, the upper ones of an fp16 number. Parts: scale, fp32 ``[N]``.
+
+    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    """
+    codes = load_bytes(
+        codes_ptr,
+        first_row,
+        first_column,
+        num_rows,
+        num_columns,
+        ROWS,
+        COLUMNS,
+        EVEN_ROWS,
+        EVEN_COLUMNS,
+        POLICY,
+    )
+    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
+    values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    return scaled(values, scales, DTYPE)
+
+
+register_loader("table4", Loader(load_table4))
+# A product and a sum that are rounded once would not be bitsandbytes' absmax.
+register_loader("table4_nested", Loader(load_table4_nested, fuses=False))
+register_loader("int8", Loader(load_int8, by_block=False))
+register_loader("float8_e4m3", Loader(load_float8_e4m3, by_block=False))
+register_loader("float8_e5m2", Loader(load_float8_e5m2, by_block=False))

@@ -1,0 +1,290 @@
+"""Linears over coded weights, on kernels: the same as over the matrix, within one rounding.
+
+Forward, siblings, gradients and mixed batches of every kind; few rows read codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed")
+
+from fastlora.coded_weight import CodedWeight, matrix
+from fastlora.kernels import lora_linear, mixed_lora_linear
+from fastlora.ops.backend import BACKENDS, Siblings, Wanted
+from fastlora.ops.factors import Base, Operands
+from fastlora.ops.operators import launched
+from fastlora.ops.philox_reference import philox_keep_mask
+from fastlora.testing import assert_within_budget
+from tests.support.kernels.coded import coded_weight
+from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_grad_problem import GradProblem
+from tests.support.kernels.mixed_problem import MixedProblem
+
+TRITON = BACKENDS["triton"]
+KINDS = ("nf4", "nf4 nested", "fp4", "int8", "e4m3", "e5m2")
+SEED = 1234567
+
+
+def check_linear(lab: Lab, weight: CodedWeight, m: int, r: int = 8, p: float = 0.0) -> None:
+    """y and every gradient of one adapter, against the same operations over the matrix."""
+    (n, k), dtype, c = weight.shape, weight.dtype, 0.75
+    x, dy = lab.rand(m, k, dtype=dtype), lab.rand(m, n, dtype=dtype)
+    bias = lab.rand(n, dtype=dtype)
+    lora_a, lora_b = lab.rand(r, k, dtype=dtype), lab.rand(n, r, dtype=dtype)
+    seeds = torch.tensor([SEED], device=lab.device) if p else None
+    scaling = torch.tensor(c, device=lab.device)
+    operands = Operands([lora_a], [lora_b], [None], scaling, (p,), seeds)
+    with torch.no_grad():
+        y, s = TRITON.forward(x, Base(weight, bias), operands, None, None, "auto")
+        wanted = Wanted(True, True, False, (True, True, False))
+        found = TRITON.gradients(dy, weight, x, operands, None, s, wanted, "auto")
+    mask = torch.ones(m, k)
+    if p:
+        mask = philox_keep_mask(SEED, m, k, p) / (1 - p)
+    results = {"y": y, "dx": found.dx, "d_lora_a": found.factors[0], "d_lora_b": found.factors[1]}
+
+    def by_torch(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        w, a, b, g = (t.to(dtype) for t in (matrix(weight), lora_a, lora_b, dy))
+        keep = mask.to(lab.device, dtype)
+        dropped = x.to(dtype) * keep
+        s = dropped @ a.t()
+        ds = c * (g @ b)
+        return {
+            "y": x.to(dtype) @ w.t() + bias.to(dtype) + c * s @ b.t(),
+            "dx": g @ w + (ds @ a) * keep,
+            "d_lora_a": ds.t() @ dropped,
+            "d_lora_b": c * g.t() @ s,
+        }
+
+    near, exact = by_torch(dtype), by_torch(torch.float64)
+    for name, actual in results.items():
+        assert_within_budget(actual, near[name], exact[name], name)
+
+
+@pytest.fixture
+def launches(calls_of: Callable[..., None]) -> list[str]:
+    """The loader's name, or "plain", of each linear's launch."""
+    seen: list[str] = []
+
+    def noted(kernel: Any, grid: Any, **given: Any) -> str:
+        loader = given.get("WEIGHT")
+        return "plain" if loader is None else loader.__name__
+
+    for module in (lora_linear, mixed_lora_linear):
+        calls_of(module, "launch", noted, seen)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r", "p"), [(1, 45, 192, 8, 0.0), (17, 80, 64, 3, 0.3), (64, 33, 320, 40, 0.3)]
+)
+def test_one_adapter(
+    lab: Lab,
+    dtype: torch.dtype,
+    launches: list[str],
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    p: float,
+) -> None:
+    check_linear(lab, coded_weight(kind, lab.rand(n, k, dtype=dtype)), m, r, p)
+    assert len(launches) == 2 and "plain" not in launches
+
+
+@pytest.mark.parametrize("m", [65, 130])
+def test_many_rows_take_the_matrix(lab: Lab, launches: list[str], m: int) -> None:
+    check_linear(lab, coded_weight("nf4", lab.rand(48, 128)), m)
+    assert set(launches) <= {"plain"}
+
+
+@pytest.mark.parametrize("block", [128, 256])
+def test_blocks_wider_than_a_tile(lab: Lab, launches: list[str], block: int) -> None:
+    check_linear(lab, coded_weight("nf4 nested", lab.rand(40, 512), block), 5)
+    assert launches == ["load_table4_nested"] * 2
+
+
+def test_rows_are_the_weight_bit_for_bit(lab: Lab, dtype: torch.dtype) -> None:
+    """Rows of the identity, and an adapter of zeros."""
+    for kind in KINDS:
+        weight = coded_weight(kind, lab.rand(50, 128, dtype=dtype))
+        x = torch.eye(128, dtype=dtype, device=lab.device)
+        zeros = torch.zeros(4, 128, dtype=dtype), torch.zeros(50, 4, dtype=dtype)
+        own = [[t.to(lab.device)] for t in zeros]
+        operands = Operands(*own, [None], torch.tensor(1.0), (0.0,))
+        parts = [
+            TRITON.forward(rows, Base(weight), operands, None, None, "auto")[0]
+            for rows in x.split(64)
+        ]
+        assert torch.equal(torch.cat(parts), matrix(weight).t()), kind
+
+
+def test_programs_share_out_k(lab: Lab, launches: list[str], monkeypatch: Any) -> None:
+    """As on a chip that such a small linear does not fill; the planes of y are summed."""
+    from fastlora.kernels import chips
+
+    monkeypatch.setattr(chips, "chip_of", lambda device: chips.Chip("gfx942", 304))
+    check_linear(lab, coded_weight("nf4", lab.rand(40, 1024, dtype=torch.float16)), 16)
+    assert launches == ["load_table4"] * 2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8"])
+def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) -> None:
+    """One launch for all; each has a scale, a table and a size of its own."""
+    sizes, k, m, r = (64, 33, 40), 128, 9, (8, 4, 16)
+    weights = [
+        coded_weight(kind, (i + 1) * lab.rand(n, k, dtype=dtype)) for i, n in enumerate(sizes)
+    ]
+    x = lab.rand(m, k, dtype=dtype)
+    biases = [lab.rand(n, dtype=dtype) for n in sizes]
+    lora_a = [lab.rand(own, k, dtype=dtype) for own in r]
+    lora_b = [lab.rand(n, own, dtype=dtype) for n, own in zip(sizes, r, strict=True)]
+    scalings = [torch.tensor([0.5 + i], device=lab.device) for i in range(3)]
+    operands = [*weights, *biases, *lora_a, *lora_b, *scalings, None, None, None]
+    dys = [lab.rand(m, n, dtype=dtype) for n in sizes]
+    with torch.no_grad():
+        *ys, s = TRITON.siblings(x, Siblings(operands, (0.0,) * 3), True)
+        assert launches == [f"load_{'int8' if kind == 'int8' else weights[0].coded.kind}"]
+        wants = (True, *[False] * 6, *[True] * 6)
+        dx, *_ = TRITON.siblings_gradients(dys, x, Siblings(operands, (0.0,) * 3), [s], wants)
+    assert len(launches) == 4 and "plain" not in launches
+
+    def by_torch(kept: torch.dtype) -> list[torch.Tensor]:
+        made, total = [], torch.zeros(m, k, dtype=kept, device=lab.device)
+        for i in range(3):
+            w, a, b = (t.to(kept) for t in (matrix(weights[i]), lora_a[i], lora_b[i]))
+            c, dy = scalings[i].to(kept), dys[i].to(kept)
+            made.append(x.to(kept) @ w.t() + biases[i].to(kept) + c * (x.to(kept) @ a.t()) @ b.t())
+            total = total + (dy @ w + c * (dy @ b) @ a)
+        return [*made, total]
+
+    for actual, near, exact in zip(
+        [*ys, dx], by_torch(dtype), by_torch(torch.float64), strict=True
+    ):
+        assert_within_budget(actual, near, exact, "y or dx")
+
+
+def test_siblings_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[str]) -> None:
+    weights = [coded_weight("nf4", lab.rand(32, 64)), lab.rand(32, 64), lab.rand(32, 64)]
+    weights[1] = coded_weight("int8", weights[1])
+    x, none = lab.rand(3, 64), [None] * 3
+    lora_a, lora_b = [lab.rand(4, 64)] * 3, [lab.rand(32, 4)] * 3
+    scalings = [torch.ones(1, device=lab.device)] * 3
+    with torch.no_grad():
+        ys = TRITON.siblings(
+            x, Siblings([*weights, *none, *lora_a, *lora_b, *scalings, *none], (0.0,) * 3)
+        )
+    assert sorted(launches) == ["load_int8", "load_table4", "plain"]
+    for y, weight in zip(ys, weights, strict=True):
+        dense = matrix(weight) if isinstance(weight, CodedWeight) else weight
+        expected = x @ dense.t() + x @ lora_a[0].t() @ lora_b[0].t()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- mixed batches
+
+
+def of_tables(lab: Lab, kind: str, ids: list[int], ranks: Any, dtype: torch.dtype) -> MixedProblem:
+    """A mixed batch over coded weights, whose truth is that of the matrices."""
+    problem = MixedProblem(lab, ids, ranks, 128, [40, 72, 64][: len(ranks)], dtype, biased=(1,))
+    problem.coded = [coded_weight(kind, weight) for weight in problem.weights]
+    problem.weights = [matrix(weight) for weight in problem.coded]
+    return problem
+
+
+def at(problem: MixedProblem, plan: str = "auto") -> torch.Tensor:
+    """y of module 0, as a layer asks for it."""
+    from fastlora.ops.triton import forward
+
+    read = launched(problem.coded[0], problem.x, problem.max_rank, plan)
+    invariant = plan == "invariant"
+    return forward.linear_at(
+        *(problem.x, read, problem.biases[0], problem.rows(invariant), None, problem.all_tables),
+        *(0, problem.max_rank, problem.factor_dtype, plan),
+    )[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "e4m3"])
+@pytest.mark.parametrize("adapters", [3, 9])
+def test_mixed_batches(
+    lab: Lab, dtype: torch.dtype, launches: list[str], kind: str, adapters: int
+) -> None:
+    """Few adapters in the linear's epilogue, many by pieces; rows without one, and of rank 0."""
+    ids = [(5 * row) % (adapters + 1) - 1 for row in range(21)]
+    ranks = [[(8, 3, 0, 16)[slot % 4] for slot in range(adapters)]]
+    problem = of_tables(lab, kind, ids, ranks, dtype)
+    problem.check(at(problem))
+    assert len(launches) == 1 and launches[0] != "plain"
+
+
+@pytest.mark.parametrize("adapters", [2, 6])
+def test_mixed_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], adapters: int) -> None:
+    from fastlora.ops.triton import forward
+
+    ids = [row % (adapters + 1) - 1 for row in range(11)]
+    problem = of_tables(lab, "nf4", ids, [[8] * adapters, [4] * adapters, [1] * adapters], dtype)
+    ys = forward.siblings_at(
+        *(problem.x, [own.coded for own in problem.coded], problem.biases, problem.rows()),
+        *(problem.all_tables, 0, problem.max_rank, problem.factor_dtype),
+    )
+    for g, y in enumerate(ys):
+        problem.check(y, g)
+    assert launches == ["load_table4"]
+
+
+def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> None:
+    """Forward and gradients of adapters as lists, dropout in them, over codes."""
+    ids = [(3 * row) % 5 - 1 for row in range(30)]
+    problem = GradProblem(lab, ids, 48, 64, dtype, ranks=(8, 0, 3, 16), dropout=True)
+    weight = coded_weight("nf4", problem.weight)
+    problem.weight = matrix(weight)
+    dropout_p, rows = tuple(problem.ps), problem.groups
+    operands = Operands(
+        *(problem.lora_a, problem.lora_b, problem.lora_bias, problem.scaling),
+        *(dropout_p, problem.seeds),
+    )
+    wanted = Wanted(True, False, False, [True] * 12)
+    with torch.no_grad():
+        y, s = TRITON.forward(problem.x, Base(weight), operands, rows, None, "auto")
+        found = TRITON.gradients(problem.dy, weight, problem.x, operands, rows, s, wanted, "auto")
+    results = {"y": y, "dx": found.dx}
+    for slot in range(4):
+        results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = found.factors[3 * slot :][:2]
+    problem.check({name: made for name, made in results.items() if made is not None})
+    assert launches == ["load_table4"] * 2
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_batch_invariant_mode_has_one_kernel_over_codes(
+    lab: Lab, dtype: torch.dtype, launches: list[str], mixed: bool
+) -> None:
+    """Whatever the number of rows; a row's bits are its own."""
+    if mixed:
+        problem = of_tables(lab, "nf4", [row % 3 - 1 for row in range(70)], [[8, 4]], dtype)
+        whole = at(problem, "invariant")
+        problem.check(whole)
+        few = of_tables(lab, "nf4", [row % 3 - 1 for row in range(5)], [[8, 4]], dtype)
+        for name in ("coded", "biases", "factors", "images", "scaling"):
+            setattr(few, name, getattr(problem, name))
+        few.lora_a_address, few.lora_b_address = problem.lora_a_address, problem.lora_b_address
+        few.lora_bias_address, few.x = problem.lora_bias_address, problem.x[:5].clone()
+        assert torch.equal(at(few, "invariant"), whole[:5])
+    else:
+        weight = coded_weight("nf4", lab.rand(48, 128, dtype=dtype))
+        x, own = lab.rand(70, 128, dtype=dtype), [lab.rand(8, 128, dtype=dtype)]
+        operands = Operands(own, [lab.rand(48, 8, dtype=dtype)], [None], torch.tensor(1.0), (0.0,))
+        whole, part = (
+            TRITON.forward(rows, Base(weight), operands, None, None, "invariant")[0]
+            for rows in (x, x[:5].clone())
+        )
+        assert torch.equal(part, whole[:5])
+    assert len(launches) == 2 and set(launches) == {"load_table4"}

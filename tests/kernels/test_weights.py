@@ -1,0 +1,166 @@
+"""Loaders of coded weights: a tile is what the library that stored the weight makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed")
+
+import triton
+import triton.language as tl
+
+from fastlora.coded_weight import Coded, CodedWeight, matrix
+from fastlora.kernels import weights
+from fastlora.kernels.tables import cdiv
+from fastlora.kernels.weights import Loader, loader_of, register_loader
+from tests.support.kernels.coded import EIGHT_BITS, FOUR_BITS, coded_weight, eight_bits, four_bits
+from tests.support.kernels.lab import Lab
+
+# Rows and columns of a tile: less than a block, blocks, more than K; none of them divides N.
+TILES = [(16, 32), (64, 64), (32, 256), (16, 512)]
+
+
+@triton.jit
+def _store(
+    out_ptr,
+    codes_ptr,
+    parts_ptr,
+    N,
+    K,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    row, column = tl.cast(tl.program_id(0) * ROWS, tl.int64), tl.program_id(1) * COLUMNS
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    w = WEIGHT(codes_ptr, parts_ptr, row, column, N, K, ROWS, COLUMNS, BLOCK, EVEN, EVEN, dtype, "")
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    tl.store(out_ptr + rows[:, None] * K + columns[None, :], w, mask=mask)
+
+
+def decoded(coded: Coded, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    """What a loader makes of a weight, tile by tile."""
+    n, k, loader = coded.n, coded.k, loader_of(coded.kind)
+    out = torch.full((n, k), float("nan"), dtype=dtype, device=coded.codes.device)
+    _store[cdiv(n, rows), cdiv(k, columns)](
+        *(out, coded.codes, coded.parts, n, k, rows, columns),
+        BLOCK=coded.block if loader.by_block else 0,
+        EVEN=n % rows == 0 and k % columns == 0,
+        WEIGHT=loader.function,
+    )
+    return out
+
+
+def check(weight: CodedWeight) -> None:
+    dense = matrix(weight)
+    assert dense.isfinite().all() and dense.unique().numel() > 8
+    for rows, columns in TILES:
+        assert torch.equal(decoded(weight.coded, weight.dtype, rows, columns), dense)
+
+
+@pytest.mark.parametrize(("kind", "nested", "block"), FOUR_BITS)
+def test_4_bits(lab: Lab, dtype: torch.dtype, kind: str, nested: bool, block: int) -> None:
+    check(four_bits(lab.rand(37, 3 * 256, dtype=dtype), kind, nested, block))
+
+
+def test_4_bits_where_tiles_divide_the_weight(lab: Lab) -> None:
+    check(four_bits(lab.rand(64, 512), "nf4", True, 64))
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_8_bits(lab: Lab, dtype: torch.dtype, kind: str) -> None:
+    check(eight_bits(lab.rand(37, 200, dtype=dtype), kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("float8_e4m3", torch.float8_e4m3fn), ("float8_e5m2", torch.float8_e5m2)],
+)
+def test_every_float8(lab: Lab, kind: str, dtype: torch.dtype) -> None:
+    """All 256, NaN and infinity among them."""
+    codes = torch.arange(256, device=lab.device).to(torch.uint8).view(16, 16)
+    scale = torch.linspace(0.1, 2.0, 16, device=lab.device)
+    parts = torch.tensor([scale.data_ptr()], device=lab.device)
+    found = decoded(Coded(kind, codes, parts, 16, 16, 16), torch.float32, 16, 16)
+    expected = codes.view(dtype).float() * scale[:, None]
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    negative = ~expected.isnan()
+    assert torch.equal(found.signbit()[negative], expected.signbit()[negative])
+
+
+def test_a_zero_of_absmax_and_blocks_of_zeros(lab: Lab) -> None:
+    weight = lab.rand(20, 128)
+    weight[:, :64] = 0.0
+    for kind in ("nf4", "fp4", "nf4 nested"):
+        coded = coded_weight(kind, weight)
+        assert torch.equal(decoded(coded.coded, torch.float32, 16, 64), matrix(coded))
+
+
+# ------------------------------------------------------------------------ one more kind
+
+
+@triton.jit
+def _load_quarters(
+    codes_ptr,
+    parts_ptr,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """A toy of 2 bits: ``(code - 1.5) * scale[block]``, four codes a byte, the lowest first."""
+    row_bytes = num_columns // BLOCK * (BLOCK // 4)
+    mask = weights.tile_mask(
+        *(first_row, first_column // 4, num_rows, row_bytes),
+        *(ROWS, COLUMNS // 4, EVEN_ROWS, EVEN_COLUMNS),
+    )
+    offs = tl.arange(0, ROWS)[:, None] * row_bytes + tl.arange(0, COLUMNS // 4)[None, :]
+    ptrs = codes_ptr + first_row * row_bytes + first_column // 4 + offs
+    packed = weights.load_there(ptrs, mask, POLICY).to(tl.int32)
+    codes = tl.interleave(
+        tl.interleave(packed, packed >> 4), tl.interleave(packed >> 2, packed >> 6)
+    )
+    scales = weights.load_groups(
+        *(weights.part(parts_ptr, 0, tl.float32), first_row, first_column, num_rows, num_columns),
+        *(ROWS, COLUMNS, BLOCK, EVEN_ROWS, EVEN_COLUMNS),
+    )
+    return weights.scaled((codes & 3).to(tl.float32) - 1.5, scales, DTYPE)
+
+
+def quarters(lab: Lab, n: int, k: int, block: int, dtype: torch.dtype) -> CodedWeight:
+    """A weight of the toy kind."""
+    codes = torch.randint(0, 4, (n, k), device=lab.device)
+    scale = lab.rand(n * k // block).abs() + 0.1
+    values = (codes - 1.5) * scale.repeat_interleave(block).view(n, k)
+    packed = sum(codes.view(n, k // 4, 4)[..., i] << (2 * i) for i in range(4)).to(torch.uint8)
+    parts = torch.tensor([scale.data_ptr()], device=lab.device)
+    dense = values.to(dtype)
+    coded = Coded("quarters", packed, parts, n, k, block)
+    return CodedWeight(coded, lambda: dense, dtype, (packed, scale))
+
+
+def test_one_more_kind_takes_one_loader(
+    lab: Lab, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a toy of 2 bits; every launch then takes it."""
+    from tests.kernels.test_coded import check_linear
+
+    monkeypatch.setattr(weights, "_LOADERS", dict(weights._LOADERS))
+    register_loader("quarters", Loader(_load_quarters))
+    weight = quarters(lab, 37, 96, 32, dtype)
+    check(weight)
+    check_linear(lab, weight, 17)
