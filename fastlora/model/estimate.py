@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from fastlora.model import inject
 from fastlora.model.replication import in_place
 from fastlora.model.tuner import plan_for
 
+# bitsandbytes': bytes of a table of 16 values, and how many absmax share one when they are nested.
+_CODE_BYTES, _NESTED = 64, 256
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -33,7 +35,11 @@ class Estimate:
         weight_bytes: Of the trainable parameters.
         gradient_bytes: Of their gradients.
         optimizer_bytes: Of the optimizer's state.
-        base_bytes: Of the base model's parameters.
+        base_bytes: Of the base model's parameters, as they are stored: those of bitsandbytes and
+            torchao in their bits, with what scales them.
+        scale_bytes: How much of that scales quantised weights.
+        workspace_bytes: Of the largest quantised weight once it is dequantised, which a step does
+            with one weight after the other; 0 where none is.
     """
 
     adapter_parameters: int
@@ -43,6 +49,8 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int
     base_bytes: int
+    scale_bytes: int = 0
+    workspace_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -56,13 +64,17 @@ class Estimate:
 
     def __str__(self) -> str:
         """One line."""
+        bits = (
+            f" ({human_bytes(self.scale_bytes)} of it scales), one weight dequantised "
+            f"{human_bytes(self.workspace_bytes)}"
+        )
         return (
             f"{self.adapter_parameters:,} parameters on {self.modules} modules, "
             f"{100 * self.share:.2f} % of the base model's {self.base_parameters:,}; "
             f"weights {human_bytes(self.weight_bytes)}, "
             f"gradients {human_bytes(self.gradient_bytes)}, "
             f"optimizer {human_bytes(self.optimizer_bytes)}, "
-            f"base model {human_bytes(self.base_bytes)}"
+            f"base model {human_bytes(self.base_bytes)}{bits if self.workspace_bytes else ''}"
         )
 
 
@@ -97,6 +109,7 @@ def estimate(
         trained = list(_trainable(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
     own = own_parameters(model)
+    stored = [_stored(p) for p in own]
     return Estimate(
         adapter_parameters=sum(numel for numel, _ in trained),
         base_parameters=sum(map(logical_numel, own)),
@@ -104,7 +117,9 @@ def estimate(
         weight_bytes=weights,
         gradient_bytes=weights,
         optimizer_bytes=optimizer_states * weights,
-        base_bytes=sum(p.nbytes for p in own),
+        base_bytes=sum(of.codes + of.scales for of in stored),
+        scale_bytes=sum(of.scales for of in stored),
+        workspace_bytes=max((of.dense for of in stored), default=0),
     )
 
 
@@ -118,6 +133,51 @@ def logical_numel(parameter: torch.Tensor) -> int:
     state = getattr(parameter, "quant_state", None)
     shape = getattr(state, "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
+
+
+class _Bytes(NamedTuple):
+    """Of a parameter: what it stores, and its matrix where it is quantised."""
+
+    codes: int
+    scales: int = 0
+    dense: int = 0
+
+
+def _stored(parameter: torch.Tensor) -> _Bytes:
+    """Returns what a parameter takes; of one that bitsandbytes will quantise, what it will take."""
+    kind, numel = type(parameter).__name__, logical_numel(parameter)
+    own: Any = parameter
+    if kind == "Params4bit":
+        compute = getattr(own.module, "compute_dtype", None) or torch.float32
+        if own.quant_state is not None:
+            codes, scales = parameter.nbytes, _tensor_bytes(own.quant_state)
+        else:
+            codes, blocks = -(-numel // 2), -(-numel // own.blocksize)
+            scales = _CODE_BYTES + (
+                blocks + 4 * (-(-blocks // _NESTED) + _NESTED + 1)
+                if own.compress_statistics
+                else 4 * blocks
+            )
+        return _Bytes(codes, scales, numel * compute.itemsize)
+    if kind == "Int8Params":
+        # Its backward has the weight in fp16.
+        return _Bytes(numel, 4 * parameter.shape[0], 2 * numel)
+    if type(parameter).__module__.startswith("torchao."):
+        parts, _ = own.__tensor_flatten__()
+        sizes = [getattr(own, name).nbytes for name in parts]  # the codes come first
+        return _Bytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _Bytes(parameter.nbytes)
+
+
+def _tensor_bytes(state: object) -> int:
+    """Returns what the tensors in a quant state take, and those in the states inside it."""
+    found = 0
+    for value in vars(state).values():
+        if isinstance(value, torch.Tensor):
+            found += value.nbytes
+        elif type(value) is type(state):
+            found += _tensor_bytes(value)
+    return found
 
 
 def human_bytes(count: int) -> str:

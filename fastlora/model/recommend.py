@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlora.model.config import LoraConfig
@@ -18,6 +22,19 @@ _BY_SIZE: tuple[tuple[float, tuple[int, int], tuple[int, int], float], ...] = (
     (13 * _BILLION, (16, 32), (64, 64), 0.1),
     (float("inf"), (32, 32), (64, 64), 0.1),
 )
+# How QLoRA stores a base model (Dettmers et al., 2023, arXiv 2305.14314, sections 3 and 4): fields
+# of transformers' BitsAndBytesConfig.
+QLORA: Mapping[str, Any] = MappingProxyType(
+    {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
+)
+_IN_4_BITS = ", base model in 4 bits (NF4, nested scales, products in bf16), paged AdamW"
+# Of the memory, what a base model may take: activations, adapters and their optimizer need some.
+_OF_MEMORY = 0.6
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,8 @@ class Recommendation:
         learning_rate: Of AdamW, after the warm-up.
         max_grad_norm: To clip each adapter's gradient to.
         r_range, lora_alpha_range, learning_rate_range: Lower and upper end.
+        load_in: ``"4bit"`` where the base model in 16 bits leaves a step too little memory; None
+            where it does not, or where nothing was said about memory.
     """
 
     num_params: int
@@ -45,6 +64,22 @@ class Recommendation:
     learning_rate: float = 2e-4
     learning_rate_range: tuple[float, float] = (1e-4, 5e-4)
     max_grad_norm: float = 1.0
+    load_in: str | None = None
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's class; with ``load_in`` a paged one, whose state may leave the GPU."""
+        return "bitsandbytes.optim.PagedAdamW32bit" if self.load_in else "torch.optim.AdamW"
+
+    def quantization_config(self) -> Any:
+        """Returns what `from_pretrained` of transformers takes as that, or None.
+
+        NF4 with nested scales and products in bf16, as QLoRA has it.
+        """
+        if self.load_in is None:
+            return None
+        library: Any = importlib.import_module("transformers")
+        return library.BitsAndBytesConfig(**QLORA)
 
     def config(self, **changes: Any) -> LoraConfig:
         """Returns a config with these values.
@@ -68,11 +103,13 @@ class Recommendation:
             f"lora_alpha {self.lora_alpha} ({_range(self.lora_alpha_range)}), "
             f"lora_dropout {self.lora_dropout:g}, target_modules {self.target_modules!r}, "
             f"learning rate {self.learning_rate:g} ({low:g} to {high:g}), "
-            f"gradient clipping at {self.max_grad_norm:g}"
+            f"gradient clipping at {self.max_grad_norm:g}" + (_IN_4_BITS if self.load_in else "")
         )
 
 
-def recommend(model_or_num_params: nn.Module | int) -> Recommendation:
+def recommend(
+    model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
+) -> Recommendation:
     """Returns where to start for a base model of this size.
 
     Under 1 billion parameters: r 4 to 8, alpha 16 to 32, dropout 0.05; from 1 to under 7: 8 to 16,
@@ -80,12 +117,16 @@ def recommend(model_or_num_params: nn.Module | int) -> Recommendation:
     is 1e-4 to 5e-4 with gradient clipping throughout. Of the ranges, the largest r and the smallest
     alpha are the start, so that alpha is 2 r.
 
+    With ``memory_bytes`` it says too whether to train as QLoRA does (Dettmers et al., 2023, arXiv
+    2305.14314): where the parameters in 16 bits take more than 60 % of that memory.
+
     Args:
         model_or_num_params: A model (its adapters don't count), or a number of parameters.
+        memory_bytes: Of the device that is to train it.
 
     Raises:
         TypeError: It is neither.
-        ValueError: The number, or the model's number of parameters, is below 1.
+        ValueError: The number, the model's number of parameters, or ``memory_bytes`` is below 1.
     """
     if isinstance(model_or_num_params, nn.Module):
         count = sum(map(logical_numel, own_parameters(model_or_num_params)))
@@ -98,8 +139,13 @@ def recommend(model_or_num_params: nn.Module | int) -> Recommendation:
         )
     if count < 1:
         raise ValueError(f"the model has {count} parameters, expected at least 1")
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ValueError(f"memory_bytes is {memory_bytes}, expected at least 1")
     r, alpha, dropout = next(row[1:] for row in _BY_SIZE if count < row[0])
-    return Recommendation(count, r[1], alpha[0], dropout, r, alpha)
+    tight = memory_bytes is not None and 2 * count > _OF_MEMORY * memory_bytes
+    return Recommendation(
+        count, r[1], alpha[0], dropout, r, alpha, load_in="4bit" if tight else None
+    )
 
 
 def _range(ends: tuple[int, int]) -> str:

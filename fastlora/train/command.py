@@ -10,6 +10,7 @@ GPUs or processes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -18,16 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from fastlora.integrations.report import fusion_report, implementation_on
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, human_bytes
 from fastlora.model.recommend import Recommendation, recommend
+from fastlora.model.step_memory import step_memory
 from fastlora.model.targets import ALL_LINEAR
+from fastlora.routing.block import adapters
 from fastlora.train import checkpoint, prepare
-from fastlora.train.config import DTYPES, SCHEDULES, TrainSettings, read_settings
+from fastlora.train.config import DTYPES, LOAD_IN, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import launched
+from fastlora.train.quantised import dtype_of
 from fastlora.train.run import TrainResult, train
 
 if TYPE_CHECKING:
@@ -56,6 +61,7 @@ _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--keep", int, "N", "checkpoints to keep (default: 2)"),
     ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
     ("--dtype", DTYPES, "", "of the base model (default: auto)"),
+    ("--load-in", LOAD_IN, "", "quantise the base model by bitsandbytes: NF4, or LLM.int8"),
     ("--chat", bool, "", "wrap prompts in the tokenizer's chat template"),
     ("--gradient-checkpointing", bool, "", "trade time for memory"),
     ("--cpu", bool, "", "don't use an accelerator"),
@@ -189,7 +195,12 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
     kind, dtype = type(base).__name__, str(next(base.parameters()).dtype).removeprefix("torch.")
-    fusion = _fusion(base, settings, advice)  # puts the adapters on it
+    device = torch.device("cpu")
+    if not settings.cpu and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
+    if device.type == "cuda":
+        advice = recommend(base, memory_bytes=torch.cuda.get_device_properties(0).total_memory)
+    fusion = _fusion(base, settings, advice, device)  # puts the adapters on it
     state = None if found is None else checkpoint.read_checkpoint(found)
     processes = launched()
     tokenizer = prepare.load_tokenizer(settings)
@@ -200,8 +211,16 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     first = next(iter(estimates.values()))
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
+    length = max(corpus.length(i) for corpus in corpora.values() for i in range(len(corpus)))
+    step = _step_bytes(settings, advice, schedule.micro_batch_size, length)
+    bits = f", quantised in {settings.load_in}" if settings.load_in else ""
+    scales = f" ({human_bytes(first.scale_bytes)} of it scales)" if bits else ""
+    workspace = f", one weight dequantised {human_bytes(first.workspace_bytes)}" if bits else ""
+    activations = "of an unknown size" if step is None else human_bytes(step)
+    whole = first.base_bytes + held + first.workspace_bytes + (step or 0)
     lines = [
-        f"base model  {settings.model}: {kind}, {first.base_parameters:,} parameters, {dtype}",
+        f"base model  {settings.model}: {kind}, {first.base_parameters:,} parameters, "
+        f"{dtype}{bits}",
         f"advice      {advice}",
         f"steps       {schedule.steps} of {settings.batch_size} samples, in forwards of "
         f"{schedule.micro_batch_size}, {processes} process{'es' if processes > 1 else ''}"
@@ -216,10 +235,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         ]
     lines += [
         "",
-        f"memory      {human_bytes(first.base_bytes + held)} in each process, without activations: "
-        f"base model {human_bytes(first.base_bytes)}, {len(estimates)} adapter"
+        f"memory      {human_bytes(whole)} in each process: base model "
+        f"{human_bytes(first.base_bytes)}{scales}, {len(estimates)} adapter"
         f"{'s' if len(estimates) > 1 else ''} of together {trained:,} parameters "
-        f"{human_bytes(held)} (weights, gradients, AdamW)",
+        f"{human_bytes(held)} (weights, gradients, AdamW){workspace}, activations {activations} "
+        f"({schedule.micro_batch_size} samples of {length} tokens)",
         "",
         fusion,
     ]
@@ -235,11 +255,44 @@ def _of_data(corpus: Corpus, own_steps: int) -> str:
     )
 
 
-def _fusion(base: PreTrainedModel, settings: TrainSettings, advice: Recommendation) -> str:
+def _step_bytes(
+    settings: TrainSettings, advice: Recommendation, samples: int, length: int
+) -> int | None:
+    """Returns what the longest forward and its backward hold beside weights and gradients.
+
+    None where the model does not run without its weights. Counted on the base model as it is before
+    it is quantised; dropout keeps nothing but seeds.
+    """
+    plain = replace(settings, load_in=None, dtype=dtype_of(settings))
+    base = prepare.empty_base(plain)
+    prepare.enable_checkpointing(base, settings)
+    model = prepare.add_adapters(base, plain, advice).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    names = itertools.islice(itertools.cycle(a.name for a in settings.adapters), samples)
+    ids = torch.empty(samples, length, dtype=torch.long, device="meta")
+
+    def step() -> None:
+        with adapters(model, list(names)):
+            inputs = {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+            logits = model(**inputs, use_cache=False).logits
+        shifted = logits[:, :-1].flatten(0, 1).float()
+        cross_entropy(shifted, ids[:, 1:].flatten()).backward()
+
+    try:
+        return step_memory(step)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _fusion(
+    base: PreTrainedModel, settings: TrainSettings, advice: Recommendation, device: torch.device
+) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
-    device = torch.device("cpu")
-    if not settings.cpu and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator() or device
     implementation, why = implementation_on(device)
     return str(replace(report, implementation=implementation, reason=why))

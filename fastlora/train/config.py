@@ -18,6 +18,8 @@ from fastlora.validation import AdapterStateError, ConfigError, error_prefix, ne
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
+# Bits of a base model's weights.
+LOAD_IN = ("4bit", "8bit")
 # What parameters are multiplied with is a float32 to PyTorch.
 _LARGEST = 3.4e38
 # AdamW's first step divides the rate by 1 - 0.9.
@@ -94,7 +96,10 @@ class TrainSettings:
         batch_size: Samples in a step, over all processes.
         micro_batch_size: Samples in a forward; None for a step's share of one process.
         max_length: Tokens that a sample is cut to.
-        dtype: Of the base model; ``"auto"`` for its own. Factors are fp32 at least.
+        dtype: Of the base model; ``"auto"`` for its own, or bf16 with ``load_in``. Factors are fp32
+            at least.
+        load_in: Quantise the base model while it is read: ``"4bit"`` (NF4, nested) or ``"8bit"``
+            (LLM.int8), by bitsandbytes; None for not.
         seed: Of the new adapters' factors, the order of the data, and dropout.
         save_every: Steps between checkpoints; 0 for one at the end only.
         keep: How many checkpoints stay.
@@ -114,6 +119,7 @@ class TrainSettings:
     micro_batch_size: int | None = None
     max_length: int = 512
     dtype: str = "auto"
+    load_in: str | None = None
     seed: int = 0
     save_every: int = 100
     keep: int = 2
@@ -317,6 +323,8 @@ def _run_settings(top: dict[str, Any], adapters: tuple[AdapterSettings, ...]) ->
         if not isinstance(own.get(key, False), bool):
             raise ConfigError(f"{key} must be true or false, got {own[key]!r}")
     _check_choice(own.get("dtype", "auto"), "dtype", DTYPES)
+    if own.get("load_in") is not None:
+        _check_choice(own["load_in"], "load_in", LOAD_IN)
     for key in ("model", "out"):
         own[key] = _path(own[key], key)
     settings = TrainSettings(adapters=adapters, **own)

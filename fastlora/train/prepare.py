@@ -27,12 +27,14 @@ from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode, seed_of
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
 from fastlora.train.processes import INSTALL, TrainError
+from fastlora.train.quantised import dtype_of, make_trainable, quantisation, quantise_empty
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CPU = torch.device("cpu")
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -84,23 +86,49 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
 
 
-def load_base(settings: TrainSettings, *, progress: bool = False) -> PreTrainedModel:
-    """Returns the base model; raises `CheckpointError` where it cannot be read."""
+def load_base(
+    settings: TrainSettings, device: torch.device = CPU, *, progress: bool = False
+) -> PreTrainedModel:
+    """Returns the base model; raises `CheckpointError` where it cannot be read.
+
+    One that `load_in` quantises lies on ``device``, any other in CPU memory.
+    """
     transformers = _transformers()
+    options: dict[str, Any] = {"dtype": dtype_of(settings), "local_files_only": True}
     with as_causal_model(settings.model), contextlib.nullcontext() if progress else _without_bars():
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=settings.dtype, local_files_only=True
-        )
+        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+        bits = quantisation(settings, config)
+        if bits is not None:
+            options |= {"quantization_config": bits, "device_map": {"": device}}
+        model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
+    make_trainable(model)
+    return model
 
 
 def empty_base(settings: TrainSettings) -> PreTrainedModel:
-    """Returns the base model on the meta device: no weights are read and none allocated."""
+    """Returns the base model on the meta device: no weights are read and none allocated.
+
+    Where `load_in` quantises it, its linears are of that kind, and their weights not yet quantised.
+    """
     transformers = _transformers()
     with as_causal_model(settings.model), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-        own = getattr(config, "dtype", None) or torch.float32
-        dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        own, wanted = getattr(config, "dtype", None) or torch.float32, dtype_of(settings)
+        dtype = own if wanted == "auto" else getattr(torch, wanted)
+        bits = quantisation(settings, config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bits is not None:
+        quantise_empty(model, bits)
+    return model
+
+
+def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None:
+    """Makes a base model recompute activations, where a run asks for that."""
+    if settings.gradient_checkpointing:
+        # transformers 5 renamed it, and warns about the old name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(base, name) for name in names if hasattr(base, name))
+        enable({"use_reentrant": False})
 
 
 def _transformers() -> Any:
@@ -178,7 +206,7 @@ def add_adapters(
         if folder is None:
             with error_prefix(f"adapter {name!r}"):
                 check_every_target(base, config)
-        else:
+        if folder is not None or (settings.load_in and not has_weights):
             config = config.shapes_only()
         config = replace(config, inference_mode=False)
         if model is None:
@@ -372,7 +400,9 @@ def identity(
             "max_grad_norm": adapter.max_grad_norm,
             "config": config,
         }
-    return {
+    # Only where it is set: checkpoints from before there was such a setting go on.
+    bits = {"load_in": settings.load_in} if settings.load_in else {}
+    return bits | {
         "steps": schedule.steps,
         "batch_size": settings.batch_size,
         "micro_batch_size": schedule.micro_batch_size,

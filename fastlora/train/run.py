@@ -139,13 +139,9 @@ class Run:
             # Read when cuBLAS starts; without it, its split reductions may differ between runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        base = prepare.load_base(settings, progress=self.progress)
+        base = prepare.load_base(settings, device, progress=self.progress)
         prepare.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
-        if settings.gradient_checkpointing:
-            # transformers 5 renamed it, and warns about the old name.
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            enable = next(getattr(base, name) for name in names if hasattr(base, name))
-            enable({"use_reentrant": False})
+        prepare.enable_checkpointing(base, settings)
         model = prepare.add_adapters(base, settings, recommend(base))
         return model.to(device).train()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from torch import nn
 
 import fastlora
 from fastlora.model.estimate import human_bytes
+from fastlora.model.step_memory import step_memory
+from fastlora.train.quantised import quantise_empty
 from fastlora.validation import ConfigError, TargetNotFoundError
+from tests.support.peak_bytes import peak_bytes
 from tests.support.tiny import TwoLayers, tiny_llama
 
 MIB = 1 << 20
@@ -137,3 +141,80 @@ def test_human_bytes() -> None:
         *("0 bytes", "1023 bytes", "1.0 KiB"),
         *("9.0 MiB", "3.0 TiB"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("bits", "scales"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 4 / 64),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 1 / 64 + 4 / 64 / 256),
+        ({"load_in_8bit": True}, 0),
+    ],
+    ids=["nf4", "nested", "int8"],
+)
+def test_quantised_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path: Path) -> None:
+    """What a model's tensors really hold, before it is quantised as after."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(**bits)
+    with torch.device("meta"):
+        empty = tiny_llama(hidden_size=128, intermediate_size=256)
+    plain = sum(p.numel() for p in empty.parameters())
+    quantise_empty(empty, config)
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+    real = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    targets = fastlora.LoraConfig(r=4, target_modules="all-linear")
+    found, made = fastlora.estimate(empty, targets), fastlora.estimate(real, targets)
+    assert found.base_parameters == made.base_parameters == plain
+    assert found.base_bytes == made.base_bytes and found.scale_bytes == made.scale_bytes
+    kinds = ("Params4bit", "Int8Params")
+    weights = [m for m in real.modules() if type(getattr(m, "weight", None)).__name__ in kinds]
+    assert len(weights) == 14
+    numel = sum(m.in_features * m.out_features for m in weights)
+    bytes_each = 0.5 if "load_in_4bit" in bits else 1
+    rest = sum(p.nbytes for p in real.parameters() if type(p).__name__ not in kinds)
+    assert found.base_bytes - found.scale_bytes == numel * bytes_each + rest
+    rows = 4 * sum(m.out_features for m in weights)
+    tables = 14 * (64 + (1024 + 4) * ("bnb_4bit_use_double_quant" in bits))
+    expected = numel * scales + tables if scales else rows
+    assert found.scale_bytes == pytest.approx(expected, rel=0.02)
+    assert found.workspace_bytes == 256 * 128 * (4 if scales else 2)
+    assert "one weight dequantised" in str(found)
+
+
+def test_quantised_by_torchao() -> None:
+    """Codes and scales of what the weight is made of."""
+    library = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 32)).bfloat16()
+    library.quantize_(model, library.Int8WeightOnlyConfig(version=2))
+    found = fastlora.estimate(model, fastlora.LoraConfig(r=2, target_modules=["0"]))
+    assert found.base_bytes - found.scale_bytes == 64 * 32 + 2 * 32
+    assert found.scale_bytes == model[0].weight.scale.nbytes + model[0].weight.zero_point.nbytes
+    assert found.workspace_bytes == 64 * 32 * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_what_a_step_holds(checkpointing: bool) -> None:
+    """Counted without memory, it is what PyTorch's allocator sees of the same step."""
+    found = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            base = tiny_llama(num_hidden_layers=4)
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        config = fastlora.LoraConfig(r=4, target_modules="all-linear")
+        model = fastlora.get_peft_model(base, config).train()
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        ids = torch.zeros(4, 256, dtype=torch.long, device=device)
+
+        def step(model: Any = model, ids: torch.Tensor = ids) -> None:
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+
+        if device == "cpu":
+            step()
+        found.append((step_memory if device == "meta" else peak_bytes)(step))
+    assert found[0] == pytest.approx(found[1], rel=0.15)

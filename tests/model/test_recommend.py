@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 import fastlora
 from tests.support.tiny import TwoLayers, tiny_llama
@@ -69,3 +70,23 @@ def test_refusals(wrong: Any) -> None:
     """Neither a model nor a number of parameters."""
     with pytest.raises((TypeError, ValueError), match="expected"):
         fastlora.recommend(wrong)
+
+
+def test_by_memory() -> None:
+    """QLoRA where 16 bits leave too little: Llama-3.1-8B takes 16 GB of a card's 24, or of 80."""
+    count = 8_030_000_000
+    for memory, load_in in ((24 * B, "4bit"), (80 * B, None), (None, None)):
+        found = fastlora.recommend(count, memory_bytes=memory)
+        assert found.load_in == load_in
+        assert ("in 4 bits (NF4, nested scales, products in bf16)" in str(found)) == bool(load_in)
+        assert ("Paged" in found.optimizer) == bool(load_in)
+        if load_in is None:
+            assert found.quantization_config() is None
+    with pytest.raises(ValueError, match="memory_bytes is 0"):
+        fastlora.recommend(count, memory_bytes=0)
+    pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = fastlora.recommend(count, memory_bytes=24 * B).quantization_config()
+    assert config.load_in_4bit and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -160,6 +161,8 @@ def test_dry_run(
     assert "14 of 14 LoRA layers are eligible for the fused call; such calls run " in text
     assert f"base model {2 * (total - parameters) / 1024:.1f} KiB, 2 adapters of together" in text
     assert str(fastlora.recommend(total - parameters)) in text
+    longest = re.search(r"KiB \(weights, gradients, AdamW\), activations ([\d.]+) KiB \(2 s", text)
+    assert longest is not None and float(longest[1]) > 100
 
 
 def test_flags_alone(
