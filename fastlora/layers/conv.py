@@ -52,9 +52,6 @@ class FastLoraConv(AddedLora):
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
 
-    def _init_here(self, init: bool | str) -> bool | str:
-        return True if init == "lora_ga" else init  # as PEFT
-
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
         base: Any = self.base_layer
         conv: Any = _CLASSES[base.weight.dim()]

@@ -1,7 +1,7 @@
 """No slower and no larger than PEFT on SmolLM2, in one process: the bound of the CPU path.
 
 One thread, process CPU time, the two sides interleaved over one base model's memory, median of
-paired ratios: of nine, of which five on one side of the bound say on which side the median is.
+paired ratios: of five, of which three on one side of the bound say on which side the median is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastlora.ops.torch import products
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
 MAX_RATIO = 1.02
-ROUNDS = 9
+ROUNDS = 5
 # A median above the bound is measured again, since noise goes both ways; a slow path stays slow.
 ATTEMPTS = 3
 
@@ -65,7 +65,7 @@ def test_forward_and_step_against_peft(
     share_frozen(ours, theirs)
     for model in (ours, theirs):
         model.train()  # as a step is taken; there is no dropout
-    ids = torch.randint(0, 49_000, (1, 16) if emulated else (2, 128))
+    ids = torch.randint(0, 49_000, (1, 16) if emulated else (1, 128))
 
     def forward(model: Any) -> Callable[[], object]:
         def call() -> None:
