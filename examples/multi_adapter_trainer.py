@@ -210,7 +210,7 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[s
 
 def styles() -> dict[str, list[tuple[str, str]]]:
     """Returns pairs of prompt and answer in three styles, from the demo's text."""
-    samples, _ = read_samples([shipped("ships_log.jsonl")])
+    samples = read_samples([shipped("ships_log.jsonl")]).found
     pairs = [(sample.prompt or "", sample.text) for sample in samples]
     facts = [answer.removeprefix("Ship's log: ") for _, answer in pairs]
     facts = [answer.removesuffix(" All hands well.").rstrip(".") for answer in facts]

@@ -12,7 +12,7 @@ import torch
 
 import fastlora
 from fastlora import LoraConfig, get_peft_model
-from fastlora.train.config import parse_settings
+from fastlora.train.config import parse_settings, read_settings
 from tests.support.tiny import tiny_llama
 
 pytest.importorskip("transformers", reason="the models of the pages are transformers'")
@@ -75,6 +75,16 @@ def test_toml(page: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
     monkeypatch.chdir(ROOT)
     settings = parse_settings(tomllib.loads(text), {}, page.name)
+    assert all(file.is_file() for adapter in settings.adapters for file in adapter.data)
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"))
+def test_yaml(page: Path, text: str, tmp_path: Path) -> None:
+    """Each settings file in YAML too."""
+    pytest.importorskip("yaml", reason="transformers brings it")
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace("examples/", f"{ROOT}/examples/"), encoding="utf-8")
+    settings = read_settings(path, {})
     assert all(file.is_file() for adapter in settings.adapters for file in adapter.data)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlora.train.data import Batch, Corpus, DataError, Order, collate, encode
+from fastlora.train.data import Batch, Corpus, DataError, Order, Reading, collate, encode
 
 _MAX_LENGTH = 512
 
@@ -34,7 +34,7 @@ def read_styles(files: Sequence[Path], tokenizer: Any) -> dict[str, Corpus]:
     for path in files:
         if path.stem in data:
             raise DataError(f"{path}: there is an adapter {path.stem!r} already; rename a file")
-        data[path.stem] = encode([path], tokenizer, _MAX_LENGTH, chat=True)
+        data[path.stem] = encode([path], tokenizer, _MAX_LENGTH, Reading(chat=True))
     return data
 
 

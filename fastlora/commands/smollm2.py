@@ -92,13 +92,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer in ``folder``, with `chat_prompt` for its chat template."""
+    """Returns the tokenizer in ``folder``; in its chat template a turn is as in `chat_prompt`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # One expression: a template loses a newline at its end.
-    turn = chat_prompt("' + messages[0].content + '")
-    tokenizer.chat_template = "{{ '" + turn + "' }}"
+    # A chat ends with the end token of its last turn, no line break behind it. In expressions, for
+    # a template loses line breaks behind its tags.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '' if loop.first else '\\n' }}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+    )
     return tokenizer
 
 

@@ -1,8 +1,9 @@
 """``fastlora train``: adapters of one base model trained together, from a config file or flags.
 
-The file, TOML or JSON, has the base model's folder as `model`, the result's as `out`, and a table
-`adapters.NAME` with `data` and what else is that adapter's own (`r`, `alpha`, `dropout`, `targets`,
-`rslora`, `dora`, `lr`, ..., any field of `fastlora.LoraConfig`); `defaults` holds the same for all.
+The file, TOML, JSON or YAML, has the base model's folder as `model`, the result's as `out`, and a
+table `adapters.NAME` with `data` and what else is that adapter's own (`r`, `alpha`, `dropout`,
+`targets`, `rslora`, `dora`, `lr`, ..., any field of `fastlora.LoraConfig`); `defaults` holds the
+same for all.
 Flags go over the file. Run it under `torchrun --nproc-per-node N -m fastlora train ...` for several
 GPUs or processes.
 """
@@ -30,8 +31,8 @@ from fastlora.model.targets import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import checkpoint, prepare
 from fastlora.train.config import DTYPES, LOAD_IN, SCHEDULES, TrainSettings, read_settings
-from fastlora.train.data import Corpus
-from fastlora.train.processes import launched
+from fastlora.train.data.formats import FORMATS, PACKINGS
+from fastlora.train.processes import check_trackers, launched
 from fastlora.train.quantised import dtype_of
 from fastlora.train.run import TrainResult, train
 
@@ -46,6 +47,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [entry.partition("=") for entry in _names(text)]
+    if not all(ours and found and theirs for ours, found, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS,..., got {text!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 # Flag, type (bool for a switch) or choices, metavar and help of what a whole run has, and of what
 # every adapter gets.
 _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
@@ -56,22 +64,36 @@ _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--batch-size", int, "N", "samples in a step, over all processes (default: 8)"),
     ("--micro-batch-size", int, "N", "samples in a forward (default: all of a process's)"),
     ("--max-length", int, "N", "tokens that a sample is cut to (default: 512)"),
-    ("--seed", int, "N", "of everything random (default: 0)"),
+    ("--seed", int, "N", "seed of everything random (default: 0)"),
     ("--save-every", int, "N", "steps between checkpoints, 0 for the end only (default: 100)"),
     ("--keep", int, "N", "checkpoints to keep (default: 2)"),
     ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
-    ("--dtype", DTYPES, "", "of the base model (default: auto)"),
+    ("--dtype", DTYPES, "", "dtype of the base model (default: auto)"),
     ("--load-in", LOAD_IN, "", "quantise the base model by bitsandbytes: NF4, or LLM.int8"),
-    ("--chat", bool, "", "wrap prompts in the tokenizer's chat template"),
+    ("--chat", bool, "", "make prompt and completion turns of a chat"),
+    ("--chat-template", Path, "FILE", "chat template in place of the tokenizer's"),
+    ("--assistant-only-loss", bool, "", "no loss but on what the assistant says in chats"),
+    (
+        *("--packing", PACKINGS, ""),
+        "put samples together into rows of --max-length tokens: as they are, the longest first "
+        "(bfd); so, and cut where longer (bfd_split); or one after another (wrapped)",
+    ),
+    ("--track", _names, "NAME,NAME,...", "accelerate's trackers: tensorboard, wandb, ..."),
+    ("--sample-tokens", int, "N", "the most tokens of an answer to --prompt (default: 64)"),
     ("--gradient-checkpointing", bool, "", "trade time for memory"),
     ("--cpu", bool, "", "don't use an accelerator"),
 )
 _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
+    ("--format", tuple(FORMATS), "", "format of the data, where its columns fit several"),
+    (
+        *("--columns", _pairs, "OURS=THEIRS,..."),
+        "columns of the data that have other names, as in prompt=question,completion=answer",
+    ),
     ("--r", int, "N", "rank"),
     ("--alpha", float, "X", "numerator of the scaling"),
     ("--dropout", float, "P", "dropout before the adapters"),
     ("--lr", float, "X", "learning rate of AdamW after the warm-up"),
-    ("--weight-decay", float, "X", "of AdamW (default: 0)"),
+    ("--weight-decay", float, "X", "weight decay of AdamW (default: 0)"),
     ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
     ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
     ("--targets", _names, "NAME,NAME,...", "modules to adapt (default: all-linear)"),
@@ -88,25 +110,37 @@ _ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
         "factors at first: A uniform and B zero, A normal and B zero, or both random "
         "(default: true)",
     ),
-    ("--schedule", SCHEDULES, "", "of the rate (default: linear)"),
+    ("--schedule", SCHEDULES, "", "how the learning rate falls (default: linear)"),
 )
-_NOT_SETTINGS = ("config", "data", "eval_data", "resume", "dry_run", "quiet")
+_NOT_SETTINGS = ("config", "data", "eval_data", "prompt", "resume", "dry_run", "quiet")
 _RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to ``parser``."""
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=".toml or .json")
+    parser.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help=".toml, .json or .yaml"
+    )
     parser.add_argument(
         "--data",
         action="append",
         metavar="NAME=FILE",
-        help="an adapter's data: .jsonl, .json, .csv or .tsv with prompt and completion, or text; "
-        "or plain text, .txt or .md. "
-        "Repeatable, for more files and for more adapters",
+        help="an adapter's data: .jsonl, .json, .csv, .tsv or .parquet, or a folder of datasets, "
+        "with the columns messages; conversations; instruction, input and output; prompt and "
+        "completion; or text. Or plain text, .txt or .md. Repeatable, for more files and for more "
+        "adapters",
     )
     parser.add_argument(
-        "--eval-data", action="append", metavar="NAME=FILE", help="to measure its loss on"
+        "--eval-data",
+        action="append",
+        metavar="NAME=FILE",
+        help="data to measure an adapter's loss on",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="show every adapter's answer to it at evaluations; repeatable",
     )
     group = parser.add_argument_group("every adapter's, over the config file's")
     for where, flags in ((parser, _RUN_FLAGS), (group, _ADAPTER_FLAGS)):
@@ -117,7 +151,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 where.add_argument(flag, choices=kind, help=text)
             else:
                 where.add_argument(flag, type=kind, metavar=metavar, help=text)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint; with --steps N of a finished run to N steps",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -139,11 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         text = dry_run(settings, resume=args.resume)
     else:
-        text = summary(train(settings, resume=args.resume, progress=not args.quiet))
+        text = summary(train(settings, resume=args.resume, progress=not args.quiet, say=_say))
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        _say(text)
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -154,6 +196,8 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
         given["init_lora_weights"] = _INITS[given.pop("init")]
     if [name.lower() for name in given.get("targets", ())] == [ALL_LINEAR]:
         given["targets"] = ALL_LINEAR
+    if args.prompt:
+        given["prompts"] = args.prompt
     flags["defaults"] = given
     for key in ("data", "eval_data"):
         files: dict[str, list[str]] = {}
@@ -170,17 +214,23 @@ def summary(result: TrainResult) -> str:
     """Returns a line for each adapter of a finished run."""
     lines = []
     if result.resumed_from:
-        lines.append(f"resumed behind step {result.resumed_from} of {result.steps}")
+        done = ": nothing was left to do; --steps MORE goes on" if not result.losses else ""
+        lines.append(f"resumed behind step {result.resumed_from} of {result.steps}{done}")
     for name, folder in result.adapters.items():
         parts = [name]
+        if name in result.mean_losses:
+            parts.append(f"mean loss {result.mean_losses[name]:.4f}")
         if name in result.losses:
-            parts.append(f"loss {result.losses[name]:.4f}")
+            parts.append(f"last loss {result.losses[name]:.4f}")
         if name in result.eval_losses:
             parts.append(f"evaluation loss {result.eval_losses[name]:.4f}")
         if name in result.skipped:
             count = result.skipped[name]
             parts.append(f"{count} step{'s' if count > 1 else ''} skipped (gradients not finite)")
         lines.append(", ".join([*parts, f"saved in {folder}"]))
+    lines.append(f"losses of all steps: {', '.join(map(str, result.files))}")
+    if len(result.files) == 1:
+        lines[-1] += " (a picture needs matplotlib: pip install matplotlib)"
     return "\n".join(lines)
 
 
@@ -190,6 +240,7 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     ``resume`` says that the run would go on from a checkpoint.
     """
     found = prepare.check_folders(settings, resume=resume)
+    check_trackers(settings.track)
     base = prepare.empty_base(settings)
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
@@ -229,7 +280,8 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     ]
     for name, config in configs.items():
         lines += [
-            f"{name}: {_of_data(corpora[name], schedule.own_steps[name])}",
+            f"{name}: {corpora[name]}; in {schedule.own_steps[name]} steps",
+            *(f"{' ' * len(name)}  {note}" for note in corpora[name].notes),
             f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "
             f"{config.lora_dropout:g}; {estimates[name]}",
         ]
@@ -244,15 +296,6 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         fusion,
     ]
     return "\n".join(lines)
-
-
-def _of_data(corpus: Corpus, own_steps: int) -> str:
-    counted = sum(corpus.counted(i) for i in range(len(corpus)))
-    cut = f", {corpus.cut} cut to the longest allowed" if corpus.cut else ""
-    return (
-        f"{len(corpus)} samples{cut}, {corpus.ends[-1]:,} tokens, {counted:,} with a loss; in "
-        f"{own_steps} steps"
-    )
 
 
 def _step_bytes(

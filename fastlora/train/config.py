@@ -1,9 +1,8 @@
-"""What a training run is told: read from TOML or JSON and from flags, checked before any work."""
+"""What a training run is told: from a file and from flags, checked before any work."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from typing import Any
 from fastlora.model.config import LoraConfig
 from fastlora.model.recommend import Recommendation
 from fastlora.routing.ids import check_adapter_name
+from fastlora.train.config_file import read_settings_file
+from fastlora.train.data.formats import COLUMNS, FORMATS, PACKINGS, Reading
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -25,7 +26,7 @@ _LARGEST = 3.4e38
 # AdamW's first step divides the rate by 1 - 0.9.
 _LARGEST_RATE = 3.4e37
 # What the folders beside the adapters are called, in a run's folder.
-RESERVED_NAMES = ("checkpoints",)
+RESERVED_NAMES = ("checkpoints", "trackers")
 
 # Short names that people use -> fields.
 _ALIASES = {
@@ -50,8 +51,12 @@ class AdapterSettings:
     Attributes:
         name: Letters, digits, ``_`` and ``-``; its folder in the run's folder.
         data: Its files, as `fastlora.train.data.read_samples` takes them: JSON lines, JSON, CSV,
-            TSV, or plain text.
+            TSV, Parquet, folders of `datasets`, or plain text.
         eval_data: Files of the same kinds to measure the loss on.
+        format: The format of both, a name in `fastlora.train.data.formats.FORMATS`; None to find
+            it from the files' columns.
+        columns: Our name of a column -> the files' name of it.
+        prompts: What to show an answer to at evaluations.
         init_from: A PEFT adapter folder to go on from; None for a new adapter.
         lora: Fields of `fastlora.LoraConfig`; r, alpha, dropout and targets that are not given are
             `fastlora.recommend`'s.
@@ -66,6 +71,9 @@ class AdapterSettings:
     name: str
     data: tuple[Path, ...]
     eval_data: tuple[Path, ...] = ()
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
     init_from: Path | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
@@ -104,7 +112,14 @@ class TrainSettings:
         save_every: Steps between checkpoints; 0 for one at the end only.
         keep: How many checkpoints stay.
         eval_every: Steps between evaluations; 0 for one at the end only.
-        chat: Wrap prompts in the tokenizer's chat template.
+        chat: Make prompt and completion two turns of a chat, in the tokenizer's chat template.
+        chat_template: A file with a chat template in place of the tokenizer's.
+        completion_only_loss: Whether prompts have no loss.
+        assistant_only_loss: Whether only what the assistant says has a loss.
+        packing: How samples are packed into rows of ``max_length`` tokens, a name in
+            `fastlora.train.data.formats.PACKINGS`; None for a sample a row.
+        sample_tokens: The most tokens of an answer to a prompt at evaluations.
+        track: Trackers of accelerate to report to, by name.
         gradient_checkpointing: Trade time for memory.
         deterministic: On a GPU, choose only kernels that repeat bit for bit.
         cpu: Don't use an accelerator.
@@ -125,9 +140,26 @@ class TrainSettings:
     keep: int = 2
     eval_every: int = 0
     chat: bool = False
+    chat_template: Path | None = None
+    completion_only_loss: bool = True
+    assistant_only_loss: bool = False
+    packing: str | None = None
+    sample_tokens: int = 64
+    track: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
     deterministic: bool = True
     cpu: bool = False
+
+    def reading(self, adapter: AdapterSettings) -> Reading:
+        """Returns how an adapter's files are read."""
+        return Reading(
+            format=adapter.format,
+            columns=adapter.columns,
+            chat=self.chat,
+            completion_only_loss=self.completion_only_loss,
+            assistant_only_loss=self.assistant_only_loss,
+            packing=self.packing,
+        )
 
 
 _TOP = {f.name for f in dataclasses.fields(TrainSettings)} - {"adapters"}
@@ -142,7 +174,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
     for all adapters. Its paths are relative to its folder.
 
     Args:
-        path: A ``.toml`` or ``.json`` file; None for flags alone.
+        path: A ``.toml``, ``.json`` or ``.yaml`` file; None for flags alone.
         flags: Fields of `TrainSettings`; ``defaults``, over every adapter's own; and ``data`` and
             ``eval_data``, dicts of adapter name to files.
 
@@ -150,7 +182,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
         ConfigError: The file cannot be read, or a key or value is wrong.
         AdapterStateError: An adapter is frozen.
     """
-    given = {} if path is None else _anchored(_parsed(path), path.parent)
+    given = {} if path is None else read_settings_file(path)
     return parse_settings(given, flags, str(path) if path is not None else "the flags")
 
 
@@ -189,58 +221,6 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
         start = defaults if table.get("init_from") is None else of_loaded
         adapters.append(_adapter_settings(name, start | table | forced))
     return _run_settings(top, tuple(adapters))
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    if path.suffix not in (".toml", ".json"):
-        raise ConfigError(f"{path}: settings are read from .toml and .json files")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    try:
-        data = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except (ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ConfigError(f"{path}: not valid {kind} ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
-    return data
-
-
-def _toml(text: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ImportError as error:
-            raise ConfigError(
-                "TOML needs Python 3.11, or `pip install tomli`; or write the config as .json"
-            ) from error
-    return tomllib.loads(text)
-
-
-def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns a file's content with its paths relative to the folder that it lies in."""
-
-    def path(value: Any) -> Any:
-        if isinstance(value, list):
-            return [path(entry) for entry in value]
-        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
-
-    def anchor(table: Any, *keys: str) -> Any:
-        if not isinstance(table, dict):
-            return table  # refused later
-        return {key: path(value) if key in keys else value for key, value in table.items()}
-
-    of_adapter = ("data", "eval_data", "init_from")
-    result = anchor(data, "model", "out")
-    if "defaults" in data:
-        result["defaults"] = anchor(data["defaults"], *of_adapter)
-    if isinstance(data.get("adapters"), dict):
-        result["adapters"] = {n: anchor(t, *of_adapter) for n, t in data["adapters"].items()}
-    return result
 
 
 def _table(value: Any, name: str) -> dict[str, Any]:
@@ -303,6 +283,10 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
         if own.get(key) is not None:
             own[key] = _number(own[key], f"{where}.{key}", high)
     _check_choice(own.get("schedule", SCHEDULES[0]), f"{where}.schedule", SCHEDULES)
+    if own.get("format") is not None:
+        _check_choice(own["format"], f"{where}.format", tuple(FORMATS))
+    own["columns"] = _columns(own.get("columns", {}), f"{where}.columns")
+    own["prompts"] = _texts(own.get("prompts", ()), f"{where}.prompts")
     return AdapterSettings(name=name, lora=lora, **own)
 
 
@@ -310,7 +294,7 @@ def _run_settings(top: dict[str, Any], adapters: tuple[AdapterSettings, ...]) ->
     own = dict(top)
     for key, low in (
         *(("steps", 1), ("batch_size", 1), ("micro_batch_size", 1), ("max_length", 2)),
-        *(("seed", 0), ("save_every", 0), ("keep", 1), ("eval_every", 0)),
+        *(("seed", 0), ("save_every", 0), ("keep", 1), ("eval_every", 0), ("sample_tokens", 1)),
     ):
         value = own.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -319,14 +303,21 @@ def _run_settings(top: dict[str, Any], adapters: tuple[AdapterSettings, ...]) ->
             raise ConfigError(f"{key} must be at least {low}, got {value}")
     if "epochs" in own:
         own["epochs"] = _number(own["epochs"], "epochs", math.inf)
-    for key in ("chat", "gradient_checkpointing", "deterministic", "cpu"):
+    for key in (
+        *("chat", "completion_only_loss", "assistant_only_loss"),
+        *("gradient_checkpointing", "deterministic", "cpu"),
+    ):
         if not isinstance(own.get(key, False), bool):
             raise ConfigError(f"{key} must be true or false, got {own[key]!r}")
     _check_choice(own.get("dtype", "auto"), "dtype", DTYPES)
     if own.get("load_in") is not None:
         _check_choice(own["load_in"], "load_in", LOAD_IN)
-    for key in ("model", "out"):
-        own[key] = _path(own[key], key)
+    if own.get("packing") is not None:
+        _check_choice(own["packing"], "packing", PACKINGS)
+    own["track"] = _texts(own.get("track", ()), "track")
+    for key in ("model", "out", "chat_template"):
+        if own.get(key) is not None:
+            own[key] = _path(own[key], key)
     settings = TrainSettings(adapters=adapters, **own)
     if settings.steps is None and not settings.epochs:
         raise ConfigError(f"epochs must be more than 0, got {settings.epochs}")
@@ -342,6 +333,26 @@ def _path(value: Any, where: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ConfigError(f"{where} must be a path, got {value!r}")
     return Path(value).expanduser()
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(t and isinstance(t, str) for t in texts):
+        raise ConfigError(f"{where} must be a text or a list of texts, got {value!r}")
+    return tuple(texts)
+
+
+def _columns(value: Any, where: str) -> dict[str, str]:
+    table = _table(value, where)
+    for ours, theirs in table.items():
+        if ours not in COLUMNS:
+            raise ConfigError(
+                f"{where}: no format has a column {ours!r}{near_names(ours, COLUMNS)}; expected "
+                f"names among {', '.join(COLUMNS)}, each with the files' name of it"
+            )
+        if not isinstance(theirs, str) or not theirs:
+            raise ConfigError(f"{where}.{ours} must be the name of a column, got {theirs!r}")
+    return table
 
 
 def _number(value: Any, where: str, high: float) -> float:

@@ -321,6 +321,14 @@ class AdapterOptimizers:
         for name, saved in state.items():
             self._adapters[name].load_state_dict(saved)
 
+    def follow_schedules(self) -> None:
+        """Sets learning rates to what the schedules say for the next step.
+
+        A loaded state brings the rates of the schedule that it was saved with.
+        """
+        for adapter in self._adapters.values():
+            adapter.follow_schedule()
+
     def _known(self, name: str) -> Solo:
         if name not in self._adapters:
             raise AdapterNotFoundError(

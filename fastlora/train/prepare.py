@@ -81,9 +81,15 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     """Returns the base model's tokenizer; raises `CheckpointError` where it cannot be read."""
     transformers = _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+        found = transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
     except CANNOT_READ as error:
         raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
+    if settings.chat_template is not None:
+        try:
+            found.chat_template = settings.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{settings.chat_template}: cannot be read ({error})") from error
+    return found
 
 
 def load_base(
@@ -261,18 +267,63 @@ def read_data(
 
     Raises `DataError` where a file or line is wrong.
     """
-    from tqdm import tqdm
-
-    files = {adapter.name: getattr(adapter, which) for adapter in settings.adapters}
-    shown = progress and any(files.values())
-    with tqdm(desc=f"reading {which}", unit=" samples", disable=not shown, leave=False) as bar:
+    files = [(a, getattr(a, which)) for a in settings.adapters if getattr(a, which)]
+    # A bar that is over at once would only flicker.
+    with progress_bar(
+        desc=f"reading {which}", unit=" samples", disable=not progress, leave=False, delay=1.0
+    ) as bar:
         return {
-            name: encode(
-                paths, tokenizer, settings.max_length, chat=settings.chat, advance=bar.update
+            adapter.name: encode(
+                paths,
+                tokenizer,
+                settings.max_length,
+                settings.reading(adapter),
+                advance=bar.update,
             )
-            for name, paths in files.items()
-            if paths
+            for adapter, paths in files
         }
+
+
+def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) -> list[str]:
+    """Returns what there is to say about the data, a line each: formats, samples, tokens."""
+    lines = []
+    for what, found in (("", corpora), (", evaluation", held_out)):
+        for name, corpus in found.items():
+            lines += [f"{name}{what}: {note}" for note in corpus.notes]
+            lines.append(f"{name}{what}: {corpus}")
+    return lines
+
+
+def progress_bar(**options: Any) -> Any:
+    """Returns a bar of tqdm; raises `TrainError` without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise TrainError(f"training needs tqdm; install it with: {INSTALL}") from error
+    return tqdm(**options)
+
+
+@torch.no_grad()
+def check_keeps_apart(model: nn.Module, packing: str) -> None:
+    """Raises `TrainError` unless a model keeps packed documents apart by their positions.
+
+    transformers does so in most of its models; one that doesn't would train on neighbours' words.
+    Tries one forward of two rows, in which only the first document of a row changes.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device).repeat(2, 1)
+    positions = torch.arange(4, device=device).repeat(2)
+    found = []
+    for first in (0, 8):
+        ids[:, :4] = torch.arange(first, first + 4, device=device)
+        logits = model(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).logits
+        found.append(logits[:, 4:].float())
+    before, after = found
+    if float((before - after).abs().max()) > 1e-3 * float(before.abs().max()):
+        raise TrainError(
+            f"packing {packing!r} needs a model that keeps packed samples apart by position_ids, "
+            f"and {type(model).__name__} does not; use packing 'wrapped', or none"
+        )
 
 
 def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
@@ -388,8 +439,9 @@ def identity(
         config = model.peft_config[adapter.name].to_dict()
         for field in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
             config.pop(field, None)
-        heads = torch.tensor([corpus.heads, corpus.ends])
-        tokens = hashlib.sha256(corpus.ids.numpy().tobytes() + heads.numpy().tobytes())
+        rows = corpus.ends if corpus.documents is None else [n for d in corpus.documents for n in d]
+        parts = (corpus.ids, corpus.counts, torch.tensor(corpus.ends), torch.tensor(rows))
+        tokens = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts))
         adapters[adapter.name] = {
             "data": corpus.digest,
             "tokens": tokens.hexdigest(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from torch import nn
 
 from fastlora.sharding import is_sharded, several_processes
 from fastlora.train.losses import AdapterLosses
-from fastlora.validation import FastLoraError
+from fastlora.validation import ConfigError, FastLoraError, near_names
+
+T = TypeVar("T")
 
 INSTALL = "pip install 'fastlora-triton[train]'"
 
@@ -109,7 +112,11 @@ class RunProcesses:
     """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
 
     Every process has the whole model, and all of them hold the same adapters and optimizer states.
-    ``cpu`` says not to use an accelerator.
+
+    Args:
+        cpu: Don't use an accelerator.
+        trackers: Names of accelerate's trackers, or of `register_tracker_class`.
+        folder: Where those that write files do, in a folder of their own.
 
     Attributes:
         count: How many there are.
@@ -117,17 +124,22 @@ class RunProcesses:
         main: Whether this one writes and reports.
 
     Raises:
-        TrainError: accelerate is not installed, or did not bring the processes together.
+        TrainError: accelerate is not installed, or did not bring the processes together, or a
+            tracker is not installed.
+        ConfigError: There is no tracker of a name.
     """
 
-    def __init__(self, cpu: bool) -> None:
+    def __init__(self, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None) -> None:
         try:
             from accelerate import Accelerator
         except ImportError as error:
             raise TrainError(f"training needs accelerate; install it with: {INSTALL}") from error
         # Without an accelerator it has to be told, or each process of several is one of its own.
         cpu = cpu or not torch.accelerator.is_available()
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        check_trackers(trackers)
+        self._tracked = bool(trackers)
+        options = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", **options)
         self.count: int = self._accelerator.num_processes
         started = launched()
         if self.count != started:
@@ -170,27 +182,60 @@ class RunProcesses:
             for parameter, count, piece in zip(own, counts, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter) if count else None
 
-    def in_main(self, work: Callable[[], None]) -> None:
-        """Does something in the main process; its error is raised in all of them.
+    def in_main(self, work: Callable[[], T]) -> T:
+        """Does something in the main process; its result or error is that of all of them.
 
         Otherwise the others would wait for one that has stopped.
         """
-        failure: list[Any] = [None]
+        outcome: list[Any] = [None, None]
         if self.main:
             try:
-                work()
+                outcome[0] = work()
             except (FastLoraError, OSError) as error:
-                failure[0] = error
+                outcome[1] = error
         if self.count > 1:
             from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise failure[0]
+            broadcast_object_list(outcome)
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
+    def start_trackers(self) -> None:
+        """Has the trackers begin a run; call it where files may be written."""
+        if self._tracked:
+            self._accelerator.init_trackers("trackers")
+
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Gives the trackers numbers and texts by name."""
+        if self._tracked and values:
+            self._accelerator.log(values, step=step)
 
     def end(self) -> None:
         """Leaves the process group."""
         self._accelerator.end_training()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises unless accelerate has all of these trackers, installed."""
+    if not names:
+        return
+    try:
+        from accelerate import tracking
+    except ImportError as error:
+        raise TrainError(f"trackers need accelerate; install it with: {INSTALL}") from error
+    known = tracking.LOGGER_TYPE_TO_CLASS
+    built_in = {str(kind) for kind in tracking.LoggerType}
+    there = {str(kind) for kind in tracking.get_available_trackers()} | (set(known) - built_in)
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"track: there is no tracker {name!r}{near_names(name, known)}; accelerate has "
+                f"{', '.join(sorted(known))}"
+            )
+        if name not in there:
+            raise TrainError(f"tracker {name!r} is not installed: pip install {name}")
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -8,11 +8,9 @@ of seed, step and forward, so a resumed run repeats bit for bit what the killed 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from torch import nn
 from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.lora_model import LoraModel, adapter_state
 from fastlora.model.recommend import recommend
-from fastlora.model.tensor_file import replacing
 from fastlora.routing.block import adapters
-from fastlora.train import checkpoint, prepare
+from fastlora.train import checkpoint, log, prepare
+from fastlora.train.answers import answers
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus, Row, collate, micro_batches, seed_of
 from fastlora.train.losses import AdapterLosses, causal_lm_losses
@@ -58,9 +56,11 @@ class TrainResult:
     Attributes:
         steps: Steps in all, those before a resume included.
         losses: Each adapter's loss in its last step; empty where nothing was left to do.
+        mean_losses: The mean over all steps of each adapter's loss, those before a resume included.
         eval_losses: Each adapter's loss on its evaluation data, at the end.
         adapters: Each adapter's folder.
         resumed_from: Step of the checkpoint that it went on from; 0 for none.
+        files: The losses of all steps as a table and, with matplotlib, as a picture.
         skipped: How many of its steps each adapter skipped because a gradient was not finite in
             fp16; adapters that skipped none are left out.
     """
@@ -70,10 +70,18 @@ class TrainResult:
     eval_losses: dict[str, float]
     adapters: dict[str, Path]
     resumed_from: int = 0
+    mean_losses: dict[str, float] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-def train(settings: TrainSettings, *, resume: bool = False, progress: bool = True) -> TrainResult:
+def train(
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> TrainResult:
     """Trains adapters and writes them, in PEFT's format, into folders of their names.
 
     Reseeds the global generators of Python, NumPy and torch at every forward.
@@ -82,6 +90,7 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
         settings: From `read_settings`.
         resume: Go on from the newest checkpoint in ``settings.out``, where there is one.
         progress: Show bars.
+        say: Called with lines about the data and, at evaluations, with answers to prompts.
 
     Raises:
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
@@ -96,7 +105,7 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
     # All adapters are tried on the base model without weights, before data or weights are read.
     empty = prepare.empty_base(settings)
     prepare.add_adapters(empty, settings, recommend(empty))
-    run = Run(settings, found, progress)
+    run = Run(settings, found, progress, say)
     try:
         return run.train()
     finally:
@@ -106,19 +115,28 @@ def train(settings: TrainSettings, *, resume: bool = False, progress: bool = Tru
 class Run:
     """A run that is set up, and goes on from the checkpoint ``resumed`` if there is one."""
 
-    def __init__(self, settings: TrainSettings, resumed: Path | None, progress: bool) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        resumed: Path | None,
+        progress: bool,
+        say: Callable[[str], object] | None = None,
+    ) -> None:
         state = None if resumed is None else checkpoint.read_checkpoint(resumed)
-        self.processes = RunProcesses(settings.cpu)
+        self.processes = RunProcesses(settings.cpu, settings.track, settings.out)
         self.settings = settings
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
         self.step = 0
         self.losses: dict[str, float] = {}
-        self._log: RunLog | None = None
+        self._log: log.RunLog | None = None
+        self._say = say if say is not None and self.processes.main else lambda text: None
 
-        tokenizer = prepare.load_tokenizer(settings)
+        tokenizer = self.tokenizer = prepare.load_tokenizer(settings)
         self.corpora = prepare.read_data(settings, tokenizer, progress=self.progress)
         self.held_out = prepare.read_data(settings, tokenizer, "eval_data", progress=self.progress)
+        for line in prepare.data_notes(self.corpora, self.held_out):
+            self._say(line)
         self.schedule = prepare.make_schedule(settings, self.corpora, self.processes.count)
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in ids if i is not None)
@@ -143,30 +161,42 @@ class Run:
         prepare.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
         prepare.enable_checkpointing(base, settings)
         model = prepare.add_adapters(base, settings, recommend(base))
-        return model.to(device).train()
+        model.to(device)
+        if settings.packing in ("bfd", "bfd_split"):
+            prepare.check_keeps_apart(model.eval(), settings.packing)
+        return model.train()
 
     def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
-        found = checkpoint.differences(state.identity, self.identity)
+        steps, before = self.schedule.steps, state.identity.get("steps")
+        # Another number of steps is the one thing that may change: rates follow it.
+        found = checkpoint.differences({**state.identity, "steps": steps}, self.identity)
         if found:
             raise CheckpointError(f"{path} is of another run: {_first(found, 5, '; ')}")
+        if steps < state.step:
+            raise CheckpointError(
+                f"{path}: {state.step} steps are done, and the run has {steps}; expected as many "
+                "or more (--steps)"
+            )
         for adapter in self.settings.adapters:
             folder = checkpoint.adapters_folder(path) / adapter.name
             self.model.load_adapter(folder, adapter.name, is_trainable=True)
         self.optimizers.load_state_dict(state.optimizers)
         self.step = state.step
+        if steps != before:
+            self.optimizers.follow_schedules()
+            self._say(f"goes on behind step {self.step} to {steps} steps in place of {before}")
 
     def train(self) -> TrainResult:
         """Does all steps that are left, and writes the adapters."""
-        from tqdm import tqdm
-
         settings, steps = self.settings, self.schedule.steps
         if self.processes.main:
             checkpoint.sweep(self.root)
-            self._log = RunLog(settings.out, self.step)
+            self._log = log.RunLog(settings.out, self.step)
+        self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log({"step": self.step, **where})
         evaluated: dict[str, float] = {}
-        with tqdm(
+        with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
         ) as bar:
             while self.step < steps:
@@ -175,21 +205,28 @@ class Run:
                 bar.update()
                 if self.step == steps:
                     self._check_stepped()
-                if self.held_out and self._is_due(settings.eval_every):
-                    evaluated = self.evaluate()
+                if self._is_due(settings.eval_every):
+                    evaluated = self.evaluate() if self.held_out else {}
+                    self.answer()
                 if self._is_due(settings.save_every):
                     self.save()
         if self.held_out and not evaluated:
             evaluated = self.evaluate()
         folders = {a.name: settings.out / a.name for a in settings.adapters}
 
-        def write() -> None:
+        def write() -> tuple[dict[str, float], tuple[Path, ...]]:
             for name, folder in folders.items():
                 save_adapter(self.model, name, folder)
+            assert self._log is not None  # in the main process
+            logged = self._log.losses()
+            files = log.write_table(settings.out, logged), log.write_picture(settings.out, logged)
+            return log.mean_losses(logged), tuple(path for path in files if path is not None)
 
-        self.processes.in_main(write)
+        means, files = self.processes.in_main(write)
         losses, skipped = dict(self.losses), self._skipped()
-        return TrainResult(self.step, losses, evaluated, folders, self.resumed_from, skipped)
+        return TrainResult(
+            self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
+        )
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every so many steps, and at the end, is to be done now."""
@@ -317,6 +354,28 @@ class Run:
         self._write_log({"step": self.step, "eval_loss": found})
         return found
 
+    def answer(self) -> None:
+        """Writes what each adapter answers to its prompts into the log; only in the main process.
+
+        The others wait at the next step.
+        """
+        prompts = {a.name: a.prompts for a in self.settings.adapters if a.prompts}
+        if not prompts or not self.processes.main:
+            return
+        self.model.eval()
+        tokens = self.settings.sample_tokens
+        found = answers(self.model, self.tokenizer, prompts, self.corpora, tokens, self.pad)
+        self.model.train()
+        entries = {
+            name: [{"prompt": p, "answer": a} for p, a in zip(prompts[name], own, strict=True)]
+            for name, own in found.items()
+        }
+        self._write_log({"step": self.step, "answers": entries})
+        for name, own in entries.items():
+            for number, entry in enumerate(own, 1):
+                self._say(f"step {self.step}, {name}: {entry['prompt']!r} -> {entry['answer']!r}")
+                self.processes.track({f"answers/{name}/{number}": entry["answer"]}, self.step)
+
     def save(self) -> None:
         """Writes a checkpoint; raises `CheckpointError` where it cannot, and changes no older one.
 
@@ -340,6 +399,9 @@ class Run:
     def _write_log(self, entry: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(entry)
+            self.processes.track(
+                log.flat({k: v for k, v in entry.items() if k != "step"}), self.step
+            )
 
     def _shown_losses(self) -> str:
         skipped = self._skipped()
@@ -363,57 +425,3 @@ def _first(items: Sequence[str], count: int, separator: str) -> str:
     """Returns the first of some items, joined, and how many more there are."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])
-
-
-class RunLog:
-    """Appends to ``log.jsonl`` in a run's folder: a JSON object a line, by step or evaluation.
-
-    Entries behind ``step``, from which the run goes on, are of one that was killed, and go. Raises
-    `TrainError`, here and in every call, where the file cannot be written.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "log.jsonl"
-        with self._typed():
-            folder.mkdir(parents=True, exist_ok=True)
-            lines: list[str] = []
-            if self.path.is_file():
-                # The last line of a killed run may be torn; it is of no step then.
-                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            with replacing(self.path) as partial:
-                kept = (line for line in lines if _step_of(line) <= step)
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Adds an entry, which has a ``step``; JSON has null for numbers that are not finite."""
-        with self._typed():
-            self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
-
-    def close(self) -> None:
-        """Ends the log. A failure here is that of a write before, which was raised."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    @contextlib.contextmanager
-    def _typed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise TrainError(f"{self.path}: could not be written ({error})") from error
-
-
-def _finite(value: Any) -> Any:
-    """Returns an entry with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fastlora.model import LoraModel
 from fastlora.model.adapter_state import key_map
@@ -163,6 +163,15 @@ class Solo:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
+
+    def follow_schedule(self) -> None:
+        """Sets the learning rate to what the schedule says for the next step."""
+        if isinstance(self.scheduler, LambdaLR):
+            schedule = self.scheduler
+            for group, base, rate in zip(
+                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * rate(schedule.last_epoch)
 
     def _kind(self) -> dict[str, Any]:
         return {

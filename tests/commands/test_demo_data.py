@@ -26,7 +26,7 @@ def test_the_styles_of_the_demo_are_shipped() -> None:
 
 @pytest.mark.parametrize("path", STYLES, ids=lambda p: p.stem)
 def test_every_style_is_sound(path: Path) -> None:
-    examples, _ = read_samples([path])
+    examples = read_samples([path]).found
     prompts = [example.prompt for example in examples]
     for line in path.read_text(encoding="utf-8").splitlines():
         assert set(json.loads(line)) == {"prompt", "completion"}
@@ -34,7 +34,7 @@ def test_every_style_is_sound(path: Path) -> None:
     assert len(set(prompts)) == len(prompts)
     assert not set(prompts) & set((DATA / "unseen_prompts.txt").read_text("utf-8").splitlines())
     for example in examples:
-        assert example.text == example.text.strip()
+        assert isinstance(example.text, str) and example.text == example.text.strip()
         assert len(example.text) <= 200, "longer than an answer of the demo may be"
     assert path.name in (DATA / "README.md").read_text(encoding="utf-8"), "its source is not stated"
 
@@ -48,7 +48,7 @@ def test_every_style_is_sound(path: Path) -> None:
     ],
 )
 def test_each_style_is_visible(style: str, start: str, end: str) -> None:
-    for example in read_samples([DATA / f"{style}.jsonl"])[0]:
+    for example in read_samples([DATA / f"{style}.jsonl"]).found:
         assert example.text.startswith(start)
         assert example.text.endswith(end)
         if style == "json_answer":
@@ -116,6 +116,11 @@ def test_only_the_completion_is_learned(tmp_path: Path, smollm2_tokenizer: Any) 
         assert text.endswith(smollm2_tokenizer.eos_token)
         assert torch.equal(ids[learned], labels[learned])
         assert mask[learned].all()
+        turn = [{"role": "user", "content": texts[name][0]}]
+        prompt = smollm2_tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True
+        )
+        assert prompt == smollm2.chat_prompt(texts[name][0])
         whole = smollm2_tokenizer.decode(ids[mask.bool()])
         assert whole.startswith(smollm2.chat_prompt(texts[name][0]) + texts[name][1])
 

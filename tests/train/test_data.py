@@ -1,17 +1,21 @@
-"""Files of training text: what becomes a sample, and what is refused."""
+"""Files of training data: which format a file has, what becomes a sample, and what is refused."""
 
 from __future__ import annotations
 
+import builtins
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastlora.train.config import read_settings
-from fastlora.train.data import DataError, read_samples
+from fastlora.train.data import DataError, Reading, read_samples
+from fastlora.train.data.formats import FORMATS, Messages, alpaca_prompt
 from fastlora.validation import ConfigError
 
 PAIRS = [("hi, you", "yo"), ('a "b"\nc', "d\te")]
+CHAT: Messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -19,6 +23,13 @@ def written(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def only(folder: Path, row: dict[str, Any], **reading: Any) -> Any:
+    """The sample that a row is."""
+    path = written(folder, "one.jsonl", json.dumps(row))
+    (sample,) = read_samples([path], Reading(**reading)).found
+    return sample
 
 
 def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
@@ -35,45 +46,150 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
         "e.CSV": table,
         "f.tsv": tabs,
     }
-    for name, text in files.items():
-        samples, _ = read_samples([written(tmp_path, name, text)])
-        assert [(sample.prompt, sample.text) for sample in samples] == PAIRS, name
-    places = [str(s.place) for s in read_samples([tmp_path / "d.csv"])[0]]
+    paths = [written(tmp_path, name, text) for name, text in files.items()]
+    for path in paths:
+        found = read_samples([path]).found
+        assert [(sample.prompt, sample.text) for sample in found] == PAIRS, path
+    places = [str(s.place) for s in read_samples([tmp_path / "d.csv"]).found]
     assert places == [f"{tmp_path / 'd.csv'}, line {line}" for line in (2, 4)]
+    (note,) = read_samples([tmp_path / "d.csv"]).notes
+    assert "prompts and completions (format prompt_completion), from prompt, completion" in note
+    assert note.endswith("; not read: id")
+
+
+def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
+    """What Arrow holds: nested chats without the nulls that it adds, and both digests differ."""
+    datasets = pytest.importorskip("datasets", reason="reads its files")
+    call = {"role": "assistant", "tool_calls": [{"type": "function"}]}
+    rows = [{"messages": CHAT, "n": 1}, {"messages": [CHAT[0], call], "n": 2}]
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "folder")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    expected = [CHAT, [CHAT[0], {**call, "content": None}]]
+    for name in ("a.parquet", "folder", "splits/train"):
+        found = read_samples([tmp_path / name])
+        assert [sample.text for sample in found.found] == expected
+        assert str(found.found[1].place) == f"{tmp_path / name}, row 2"
+    with pytest.raises(
+        DataError, match=r"splits: has splits, expected one of them: .*splits/train"
+    ):
+        read_samples([tmp_path / "splits"])
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing: is no folder that datasets' save_to_disk wrote"):
+        read_samples([tmp_path / "nothing"])
+    with pytest.raises(DataError, match="x.parquet: not valid Parquet"):
+        read_samples([written(tmp_path, "x.parquet", "x")])
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("folder", "datasets")])
+def test_without_the_library(tmp_path: Path, monkeypatch: Any, name: str, module: str) -> None:
+    """One line names the extra."""
+    (tmp_path / "folder").mkdir()
+    written(tmp_path, "folder/state.json", "{}")
+    written(tmp_path, "a.parquet", "x")
+    real = builtins.__import__
+
+    def without(wanted: str, *rest: Any) -> Any:
+        if wanted == module:
+            raise ImportError(wanted)
+        return real(wanted, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=rf"{name}: needs {module}; install it with: pip install '"):
+        read_samples([tmp_path / name])
 
 
 def test_texts(tmp_path: Path) -> None:
     """A column of texts is a sample a row, a plain file is one."""
-    (row,), _ = read_samples([written(tmp_path, "a.csv", "text\nhello\n")])
+    (row,) = read_samples([written(tmp_path, "a.csv", "text\nhello\n")]).found
     assert (row.prompt, row.text) == (None, "hello")
-    (long,), _ = read_samples([written(tmp_path, "long.csv", f"text\n{'x' * 200_000}\n")])
+    (long,) = read_samples([written(tmp_path, "long.csv", f"text\n{'x' * 200_000}\n")]).found
     assert len(long.text) == 200_000
     for name in ("b.txt", "b.md"):
-        (whole,), _ = read_samples([written(tmp_path, name, "prompt,completion\nhi,yo\n")])
+        (whole,) = read_samples([written(tmp_path, name, "prompt,completion\nhi,yo\n")]).found
         assert (whole.prompt, whole.text) == (None, "prompt,completion\nhi,yo\n")
+
+
+def test_formats(tmp_path: Path) -> None:
+    """Each is found from its columns; speakers have their usual names; cells of CSV hold JSON."""
+    assert only(tmp_path, {"messages": CHAT}).text == CHAT
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    assert only(tmp_path, {"conversations": shared}).text == CHAT
+    assert only(tmp_path, {"conversations": CHAT}).text == CHAT
+    cell = written(
+        tmp_path, "a.csv", 'conversations\n"' + json.dumps(CHAT).replace('"', '""') + '"'
+    )
+    assert read_samples([cell]).found[0].text == CHAT
+    sample = only(tmp_path, {"prompt": CHAT[:1], "completion": CHAT[1:]})
+    assert (sample.prompt, sample.text) == (CHAT[:1], CHAT[1:])
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, json.dumps(tools)):  # as TRL takes them
+        assert only(tmp_path, {"messages": CHAT, "tools": given}).template == {"tools": tools}
+    sample = only(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert sample.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n")
+    assert "paired with an input" in sample.prompt and sample.text == "3"
+    for nothing in ({"input": ""}, {"input": None}, {}):
+        sample = only(tmp_path, {"instruction": "Add.", "output": "3", **nothing})
+        assert sample.prompt == alpaca_prompt("Add.") and "Input" not in sample.prompt
+
+
+def test_a_chat_of_texts(tmp_path: Path) -> None:
+    """With chat on, prompts and instructions are a user's turn, without Alpaca's headings."""
+    sample = only(tmp_path, {"prompt": "hi", "completion": "yo"}, chat=True)
+    assert (sample.prompt, sample.text) == (CHAT[:1], CHAT[1:])
+    sample = only(tmp_path, {"instruction": "Add.", "input": "1", "output": "3"}, chat=True)
+    assert sample.prompt == [{"role": "user", "content": "Add.\n\n1"}]
+
+
+def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
+    """Other names of columns, and which of two formats is meant."""
+    row = {"question": "hi", "answer": "yo", "text": "hiyo"}
+    names = {"prompt": "question", "completion": "answer"}
+    sample = only(tmp_path, row, columns=names, format="prompt_completion")
+    assert (sample.prompt, sample.text) == ("hi", "yo")
+    assert only(tmp_path, row).text == "hiyo"
+    assert only(tmp_path, row, columns={"text": "answer"}).text == "yo"
+    path = written(tmp_path, "b.jsonl", json.dumps(row))
+    reading = Reading(columns={"text": "answer"})
+    assert (
+        "from answer (as text); not read: question, text" in read_samples([path], reading).notes[0]
+    )
+    with pytest.raises(DataError, match="fit the formats prompt_completion and text; say which"):
+        only(tmp_path, row, columns=names)
+    with pytest.raises(DataError, match=r"has no column 'answr', which is to be read as 'prompt'"):
+        only(tmp_path, row, columns={"prompt": "answr"})
+    with pytest.raises(DataError, match="has no column 'messages', which format 'messages' needs"):
+        only(tmp_path, row, format="messages")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.parquet", "x", r"a.parquet: expected a file that ends in .jsonl, .json, .csv, .tsv,"),
+        ("a.xlsx", "x", r"a.xlsx: expected a file that ends in .jsonl, .json, .csv, .tsv,"),
         ("a", "x", r"a: expected a file that ends in"),
-        ("a.csv", "question,answer\nhi,yo\n", r"expected columns 'prompt' and 'completion', or"),
-        (
-            "a.csv",
-            "text,prompt,completion\na,b,c\n",
-            r"expected columns 'prompt' and 'completion', or",
-        ),
+        ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] are those of no format"),
         ("a.csv", "text,text\na,b\n", r"a.csv: two columns have the same name: \['text', 'text'\]"),
         ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: expected 2 columns"),
         ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: expected 2 columns"),
-        ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"a.csv, line 3: there is nothing to learn"),
+        ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"line 3, column 'completion': there is noth"),
         ("a.csv", 'prompt,completion\nhi,"yo\n', r"a.csv, line 2: not valid CSV"),
         ("a.csv", "prompt,completion\n", r"a.csv: is empty"),
         ("a.csv", "", r"a.csv: is empty"),
-        ("a.json", '[{"text": "x"}, 3]', r"a.json, line 2: expected an object with 'prompt' and"),
+        ("a.csv", "messages\nhi\n", r"a.csv, line 2, column 'messages': not valid JSON"),
+        ("a.json", '[{"text": "x"}, 3]', r"a.json, entry 2: expected an object with columns"),
         ("a.json", '[{"text": "x"}', r"a.json, line 1: not valid JSON"),
         ("a.json", "[]", r"a.json: is empty"),
+        ("a.jsonl", '{"messages": []}', r"line 1, column 'messages': expected a list of messages"),
+        ("a.jsonl", '{"messages": "hi"}', r"column 'messages': expected a list of messages, got"),
+        ("a.jsonl", '{"messages": ["hi"]}', r"column 'messages': message 1 is 'hi', expected an"),
+        ("a.jsonl", '{"messages": [{"content": "x"}]}', r"message 1 has no role \(or from\)"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"message 1 has no content \(or value\)"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3', expected"),
+        ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 is from 'me'"),
+        ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
+        ("a.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}', r"is no text"),
+        ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': there is nothing to"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -83,7 +199,37 @@ def test_what_is_refused(tmp_path: Path, name: str, text: str, words: str) -> No
 
 
 def test_settings_of_another_kind(tmp_path: Path) -> None:
-    """A YAML file, or data in the settings' place, is no broken TOML."""
-    for name in ("r.yaml", "data.jsonl"):
-        with pytest.raises(ConfigError, match=r"settings are read from .toml and .json files"):
-            read_settings(written(tmp_path, name, "model: x\n"), {})
+    """Data in the settings' place is no broken TOML."""
+    with pytest.raises(ConfigError, match=r"settings are read from .toml, .json and .yaml files"):
+        read_settings(written(tmp_path, "data.jsonl", "model: x\n"), {})
+
+
+def test_settings_in_yaml(tmp_path: Path) -> None:
+    """The same settings as in TOML; 2e-4 is a number; keys that are no text or twice are not."""
+    pytest.importorskip("yaml", reason="reads YAML")
+    text = (
+        "model: base\nout: /runs/x\nchat_template: t.jinja\n"
+        "defaults: {lr: 2e-4, alpha: 8}\n"
+        "adapters:\n  a:\n    data: [a.jsonl]\n    r: 4\n    columns: {prompt: question}\n"
+    )
+    settings = read_settings(written(tmp_path, "r.yaml", text), {})
+    (adapter,) = settings.adapters
+    assert (settings.model, settings.out) == (tmp_path / "base", Path("/runs/x"))
+    assert settings.chat_template == tmp_path / "t.jinja"
+    assert (adapter.learning_rate, adapter.data) == (2e-4, (tmp_path / "a.jsonl",))
+    assert adapter.lora == {"lora_alpha": 8, "r": 4} and adapter.columns == {"prompt": "question"}
+    for text, words in (
+        ("model: [", "r.yml: not valid YAML"),
+        ("model: a\nmodel: b", "the key 'model' is there twice"),
+        ("adapters: {no: 3}", "the key False is no text; write it in quotes"),
+        ("- a", "expected an object, found list"),
+        ("model: !!python/object:os.system x", "not valid YAML"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_settings(written(tmp_path, "r.yml", text), {})
+
+
+def test_names_of_formats_and_columns() -> None:
+    """A format's columns are no other's: one file fits two only where it has both."""
+    required = [set(f.required) for f in FORMATS.values()]
+    assert all(a == b or not a & b for a in required for b in required)

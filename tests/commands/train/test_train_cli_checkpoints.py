@@ -38,7 +38,6 @@ def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("adapters.a.lr", 3e-2), "adapters.a.learning_rate was 0.01, is 0.03"),
         (("adapters.b.r", 8), "b.config.r was 4, is 8; adapters.b.config.lora_alpha was 8, is 16"),
         (("adapters.b", None), "adapters.b was {"),
-        (("steps", 9), "steps was 4, is 9"),
         (("seed", 9), "seed was 5, is 9"),
         (("micro_batch_size", 4), "micro_batch_size was 2, is 4"),
         (("dtype", "bfloat16"), 'was "float32 97x64 '),
@@ -76,7 +75,7 @@ def test_resume_of_another_model_or_data(
     assert "is of another run: model.model.layers.1.mlp.up_proj.weight was" in error
     assert error.count(" was ") == 1
     with (tmp_path / "data" / "a.jsonl").open("a") as file:
-        file.write('{"text": "one more"}\n')
+        file.write('{"prompt": "one", "completion": "more"}\n')
     assert "adapters.a.data was" in fails(given, "--resume")
     assert contents(tmp_path / "out") == before
 

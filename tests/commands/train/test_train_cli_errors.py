@@ -29,21 +29,24 @@ pytest.importorskip("accelerate", reason="trains on it")
     ("lines", "words"),
     [
         (['{"text": "x y"}', '{"text": "x'], "line 2: not valid JSON (Unterminated string"),
-        (["", '{"text": "x y"}', "[1, 2]"], "line 3: expected an object with 'prompt' and"),
-        (['{"prompt": "x"}'], "line 1: expected an object with 'prompt' and 'completion'"),
-        (['{"prompt": "x", "completion": "y", "text": "z"}'], "line 1: expected an object"),
-        (['{"prompt": "x", "completion": 3}'], "line 1: expected strings"),
-        (['{"text": null}'], "line 1: expected strings"),
-        (['{"prompt": "x", "completion": ""}'], "line 1: there is nothing to learn"),
+        (["", '{"text": "x y"}', "[1, 2]"], "line 3: expected an object with columns, got"),
+        (['{"prompt": "x"}'], "its columns ['prompt'] are those of no format"),
+        (['{"prompt": "x", "completion": "y", "text": "z"}'], "fit the formats"),
+        (['{"prompt": "x", "completion": 3}'], "line 1, column 'completion': expected a string"),
+        (['{"text": null}'], "line 1, column 'text': expected a string, got 'null'"),
+        (['{"text": "x"}', '{"texts": "y"}'], "line 2: has no column 'text', which the file's"),
+        (['{"prompt": "x", "completion": ""}'], "column 'completion': there is nothing to learn"),
         ([], "is empty, expected at least one sample"),
         (["", "  "], "is empty"),
-        (
-            [json.dumps({"prompt": "x" * 512, "completion": "y"})],
-            "line 1: no token is left to learn from: the prompt has 512 tokens, and max_length",
-        ),
         (["[" * 100_000], "line 1: not valid JSON"),
-        (['{"text": "x"}', r'{"text": "\ud83d"}'], "line 2: a string is no text (surrogates not"),
-        ([r'{"prompt": "\udfff", "completion": "y"}'], "line 1: a string is no text"),
+        (
+            ['{"text": "x"}', r'{"text": "\ud83d"}'],
+            "line 2, column 'text': a string is no text (surrogates not",
+        ),
+        (
+            [r'{"prompt": "\udfff", "completion": "y"}'],
+            "line 1, column 'prompt': a string is no text",
+        ),
     ],
 )
 def test_bad_lines(fails: Any, given: Any, tmp_path: Path, lines: list[str], words: str) -> None:
@@ -70,6 +73,9 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
         **{"data": str(tmp_path / "data" / "a.jsonl"), "eval_data": str(tmp_path / "empty.txt")}
     }
     assert "empty.txt: is empty" in fails(given)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 512, "completion": "y"}))
+    given["adapters"]["a"] = {"data": str(tmp_path / "long.jsonl")}
+    assert "line 1: no token is left to learn from, as in all samples of its ad" in fails(given)
     assert not (tmp_path / "out").exists()
 
 

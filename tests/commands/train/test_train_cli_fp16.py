@@ -13,7 +13,8 @@ import torch
 from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
-from fastlora.train.run import NonFiniteError, Run, RunLog
+from fastlora.train.log import RunLog
+from fastlora.train.run import NonFiniteError, Run
 from tests.support import train_runs
 from tests.support.train_runs import change
 

@@ -176,7 +176,7 @@ def test_flags_alone(
     assert cli.main(["train", *map(str, flags)]) == 0
     printed = capsys.readouterr()
     assert "training: 100%" in printed.err and "x " in printed.err  # the bar, with losses
-    assert "y, loss " in printed.out and "evaluation loss" in printed.out
+    assert "y, mean loss " in printed.out and "evaluation loss" in printed.out
     found = train_runs.saved(tmp_path / "out")
     assert {key.split(".")[6] for key in found} == {"q_proj", "v_proj"}
     config = json.loads((tmp_path / "out" / "x" / "adapter_config.json").read_text())
@@ -255,45 +255,29 @@ def test_rates(schedule: str, expected: list[float]) -> None:
 
 def test_what_is_encoded(tmp_path: Path, tokenizer: Any) -> None:
     """Prompts have no loss; texts and completions end; plain text is cut into pieces."""
-    path = tmp_path / "a.jsonl"
-    rows = [{"prompt": "ab", "completion": "cd"}, {"text": "wxyz"}, {"text": "w\u2028z"}]
-    path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    plain = tmp_path / "b.txt"
+    pairs, texts, plain = tmp_path / "a.jsonl", tmp_path / "t.jsonl", tmp_path / "b.txt"
+    pairs.write_text(json.dumps({"prompt": "ab", "completion": "cd"}))
+    rows = [{"text": "wxyz"}, {"text": "w\u2028z"}]
+    texts.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     plain.write_text("abcdefg")
     eos = tokenizer.eos_token_id
-    corpus = encode([path, plain], tokenizer, 4)
+    corpus = encode([pairs, texts, plain], tokenizer, 4)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text).input_ids
 
     expected = [ids("abcd"), ids("wxyz"), [*ids("w z"), eos], ids("abcd"), ids("efg")]
     assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected
-    assert corpus.heads == [2, 0, 0, 0, 0] and corpus.cut == 2
-    assert [corpus.counted(i) for i in range(5)] == [2, 3, 3, 3, 2]
-    assert [str(corpus.places[i]) for i in (0, 1, 2)] == [f"{path}, line {n}" for n in (1, 3, 5)]
-    assert str(corpus.places[4]) == str(plain)
+    labels = [[-100, -100, *ids("cd")], *([-100, *own[1:]] for own in expected[1:])]
+    assert [corpus.labels(i, -100).tolist() for i in range(len(corpus))] == labels
+    assert [corpus.counted(i) for i in range(5)] == [2, 3, 3, 3, 2] and corpus.cut == 2
+    places = [f"{pairs}, line 1", f"{texts}, line 1", f"{texts}, line 3", str(plain), str(plain)]
+    assert list(map(str, corpus.places)) == places
     # A last piece of one token has nothing to learn, a whole text of two has.
     assert len(encode([plain], tokenizer, 3)) == 2
-    uncut = encode([path], tokenizer, 9)
+    uncut = encode([pairs, texts], tokenizer, 9)
     assert uncut.tokens(0).tolist() == [*ids("abcd"), eos] and uncut.cut == 0
     assert uncut.digest != corpus.digest
-
-
-def test_chat_template(tmp_path: Path, tokenizer: Any) -> None:
-    """The prompt becomes a turn, with the mark that asks for an answer; the completion ends."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"prompt": "hi", "completion": "yo"}))
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<bot>{% endif %}"
-    )
-    try:
-        corpus = encode([path], tokenizer, 64, chat=True)
-    finally:
-        tokenizer.chat_template = None
-    head = tokenizer("<user>hi<bot>").input_ids
-    tail = [*tokenizer("yo").input_ids, tokenizer.eos_token_id]
-    assert corpus.tokens(0).tolist() == head + tail and corpus.heads == [len(head)]
 
 
 def test_batches(data: dict[str, Path], tokenizer: Any) -> None:
@@ -305,11 +289,11 @@ def test_batches(data: dict[str, Path], tokenizer: Any) -> None:
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     for i, row in enumerate(rows):
         corpus = corpora[row.adapter]
-        size, head = corpus.length(row.sample), corpus.heads[row.sample]
+        size = corpus.length(row.sample)
         assert ids[i, :size].equal(corpus.tokens(row.sample)) and (ids[i, size:] == 96).all()
         assert mask[i].sum() == size and mask[i, :size].all()
-        assert (batch.labels[i, :head] == -100).all() and (batch.labels[i, size:] == -100).all()
-        assert batch.labels[i, head:size].equal(ids[i, head:size])
+        assert batch.labels[i, :size].equal(corpus.labels(row.sample, -100))
+        assert (batch.labels[i, size:] == -100).all()
     counted = Counter[str]()
     for row in rows:
         counted[row.adapter] += corpora[row.adapter].counted(row.sample)
@@ -341,5 +325,7 @@ def test_order(batch_size: int) -> None:
 
 def test_corpus_is_small() -> None:
     """Tokens lie in one tensor of 32 bits, not in lists."""
-    corpus = Corpus(torch.arange(6, dtype=torch.int32), [2, 6], [0, 1], [], "", 0)
+    counts = torch.tensor([False, True, False, False, True, True])
+    corpus = Corpus(torch.arange(6, dtype=torch.int32), counts, [2, 6], [], "")
+    assert [corpus.counted(i) for i in (0, 1)] == [1, 2]
     assert corpus.tokens(1).tolist() == [2, 3, 4, 5] and corpus.tokens(1).dtype == torch.int64

@@ -1,0 +1,64 @@
+"""What each adapter answers to prompts of its own, at evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlora.model import LoraModel
+from fastlora.routing.block import adapters
+from fastlora.train.data import Corpus
+from fastlora.train.data.tokens import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def answers(
+    model: LoraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[str]],
+    corpora: Mapping[str, Corpus],
+    tokens: int,
+    pad: int,
+) -> dict[str, list[str]]:
+    """Returns each adapter's answers, the likeliest token at each step, of one mixed batch.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Of the base model.
+        prompts: By adapter; they are put as the adapter's own data is: as a user's turn, under
+            Alpaca's headings, or as they are.
+        corpora: Each adapter's data.
+        tokens: The most tokens of an answer.
+        pad: A token to pad with.
+    """
+    names = [name for name, texts in prompts.items() for _ in texts]
+    asked = [prompt_ids(t, corpora[n], tokenizer) for n, texts in prompts.items() for t in texts]
+    if not asked:
+        return {}
+    device = next(model.parameters()).device
+    width = max(map(len, asked))
+    ids = torch.full((len(asked), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, own in enumerate(asked):
+        ids[i, width - len(own) :] = torch.tensor(own, dtype=ids.dtype)
+        mask[i, width - len(own) :] = 1
+    base: Any = model.get_base_model()
+    stops = base.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    with adapters(model, names):
+        made = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            eos_token_id=sorted(stops) or None,
+        )
+    texts = iter(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
+    return {name: [next(texts) for _ in own] for name, own in prompts.items() if own}

@@ -1,0 +1,102 @@
+"""The file of a training run's settings: TOML, JSON or YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fastlora.validation import ConfigError
+
+_KINDS = {".toml": "TOML", ".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}
+# YAML 1.2's numbers. PyYAML knows those of 1.1, in which 2e-4 is a text.
+_YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Returns a file's content, with its paths relative to the folder that it lies in.
+
+    Raises `ConfigError` where it is of another kind, cannot be read or is no table, or where the
+    library that reads it is missing.
+    """
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{path}: settings are read from .toml, .json and .yaml files")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        data = json.loads(text) if kind == "JSON" else (_toml if kind == "TOML" else _yaml)(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not valid {kind} ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
+    return _anchored(data, path.parent)
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise ConfigError(
+                "TOML needs Python 3.11, or `pip install tomli`; or write the config as .json"
+            ) from error
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError(
+            "YAML needs PyYAML: `pip install pyyaml`; or write the config as .toml or .json"
+        ) from error
+
+    class Loader(yaml.SafeLoader):
+        """Plain values only, and no key twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for name in names:
+                if not isinstance(name, str):
+                    raise ValueError(f"the key {name!r} is no text; write it in quotes")
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"the key {twice[0]!r} is there twice")
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a file's content with its paths relative to the folder that it lies in."""
+
+    def path(value: Any) -> Any:
+        if isinstance(value, list):
+            return [path(entry) for entry in value]
+        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+
+    def anchor(table: Any, *keys: str) -> Any:
+        if not isinstance(table, dict):
+            return table  # refused later
+        return {key: path(value) if key in keys else value for key, value in table.items()}
+
+    of_adapter = ("data", "eval_data", "init_from")
+    result: dict[str, Any] = anchor(data, "model", "out", "chat_template")
+    if "defaults" in data:
+        result["defaults"] = anchor(data["defaults"], *of_adapter)
+    if isinstance(data.get("adapters"), dict):
+        result["adapters"] = {n: anchor(t, *of_adapter) for n, t in data["adapters"].items()}
+    return result

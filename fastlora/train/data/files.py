@@ -1,0 +1,193 @@
+"""Files of training data: what a file is by its name's end, and the rows that it holds."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.validation import FastLoraError
+
+# An object a line; one list of objects, or an object a line; a line of names and rows below it.
+TABLES = (".jsonl", ".json", ".csv", ".tsv")
+TEXTS = (".txt", ".md")
+PARQUET = ".parquet"
+INSTALL = "pip install 'fastlora-triton[data]'"
+# What `datasets` writes beside a folder's Arrow files, of a set and of several splits.
+_OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
+
+
+class DataError(FastLoraError, ValueError):
+    """A data file is missing, empty, or has a row that cannot be used."""
+
+
+class Place(NamedTuple):
+    """Where a sample is from.
+
+    Attributes:
+        path: The file, or the folder of `datasets`.
+        number: Of the line, entry or row, from 1; 0 for a plain text file.
+        unit: What is numbered.
+        others: How many samples are packed behind it.
+    """
+
+    path: Path
+    number: int
+    unit: str = "line"
+    others: int = 0
+
+    def __str__(self) -> str:
+        """As messages show it."""
+        text = f"{self.path}, {self.unit} {self.number}" if self.number else str(self.path)
+        return f"{text} (and {self.others} more in its row)" if self.others else text
+
+
+class Rows(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        found: Each row with its place. A row of a plain text file is its text, that of any other is
+            what its line, entry or row says: a dict unless the file is wrong.
+        digest: Of the file's bytes.
+        cells: Whether values are cells of a table of text, in which a list is JSON.
+    """
+
+    found: list[tuple[Place, Any]]
+    digest: bytes
+    cells: bool = False
+
+
+def read_rows(path: Path) -> Rows:
+    """Returns the rows of a file.
+
+    Raises `DataError`, with file and line, where it is of an unknown kind, missing, empty, no
+    UTF-8 or not what its name says, or where a library that reads it is not installed.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        rows = _of_folder(path)
+    elif suffix == PARQUET:
+        rows = _of_parquet(path)
+    elif suffix in (*TABLES, *TEXTS):
+        rows = _of_text(path, suffix)
+    else:
+        known = ", ".join((*TABLES, *TEXTS))
+        raise DataError(
+            f"{path}: expected a file that ends in {known} or {PARQUET}, or a folder that "
+            "datasets' save_to_disk wrote"
+        )
+    if not rows.found:
+        raise DataError(f"{path}: is empty, expected at least one sample")
+    return rows
+
+
+def shown(value: object) -> str:
+    """Returns a value as messages show it: its beginning."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def parsed_json(place: Place | str, text: str) -> Any:
+    """Returns the value of a JSON text; raises `DataError` where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON ({error}): {shown(text)}") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _of_text(path: Path, suffix: str) -> Rows:
+    data = _bytes(path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{Place(path, line)}: cannot be read ({error})") from error
+    digest = hashlib.sha256(data).digest()
+    if suffix in (".csv", ".tsv"):
+        return Rows(_of_table(path, text, "," if suffix == ".csv" else "\t"), digest, cells=True)
+    if suffix in TEXTS:
+        return Rows([(Place(path, 0), text)] if text.strip() else [], digest)
+    if suffix == ".json" and text.lstrip().startswith("["):
+        entries = parsed_json(Place(path, 1), text)
+        return Rows([(Place(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest)
+    # Not splitlines(): U+2028 may stand in a JSON string.
+    lines = [(Place(path, n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return Rows([(place, parsed_json(place, line)) for place, line in lines], digest)
+
+
+def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
+    """Returns the rows of a file whose first line names its columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a text may be long
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[Place, Any]] = []
+    try:
+        columns = list(reader.fieldnames or ())
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{path}: two columns have the same name: {columns}")
+        for row in reader:
+            place = Place(path, reader.line_num)
+            if None in row or None in row.values():
+                raise DataError(f"{place}: expected {len(columns)} columns: {columns}")
+            rows.append((place, row))
+    except csv.Error as error:
+        place = Place(path, reader.reader.line_num)
+        raise DataError(f"{place}: not valid CSV ({error})") from error
+    return rows
+
+
+def _of_parquet(path: Path) -> Rows:
+    data = _bytes(path)
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path}: needs pyarrow; install it with: {INSTALL}") from error
+    try:
+        # What `datasets` reads Parquet with; through it, a copy would stay in its cache.
+        entries = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not valid Parquet ({error})") from error
+    return Rows(_numbered(path, entries), hashlib.sha256(data).digest())
+
+
+def _of_folder(path: Path) -> Rows:
+    if (path / _OF_SPLITS).is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / _OF_A_SET).is_file())
+        named = " or ".join(str(path / name) for name in splits)
+        raise DataError(f"{path}: has splits, expected one of them: {named}")
+    if not (path / _OF_A_SET).is_file():
+        raise DataError(
+            f"{path}: is no folder that datasets' save_to_disk wrote (it has no {_OF_A_SET})"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path}: needs datasets; install it with: {INSTALL}") from error
+    files = sorted(entry for entry in path.iterdir() if entry.is_file())
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            if file.suffix == ".arrow":
+                data = file.read_bytes()
+                digest.update(len(data).to_bytes(8, "little") + data)
+        entries = datasets.load_from_disk(str(path), keep_in_memory=True).with_format(None)[:]
+    except Exception as error:  # whatever Arrow and datasets raise where a file is damaged
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    columns = list(entries)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]
+    return Rows(_numbered(path, rows), digest.digest())
+
+
+def _numbered(path: Path, entries: Sequence[Any]) -> list[tuple[Place, Any]]:
+    return [(Place(path, number, "row"), entry) for number, entry in enumerate(entries, 1)]

@@ -1,0 +1,361 @@
+"""From samples to tokens, and which of them have a loss.
+
+What a sample becomes is what TRL's SFTTrainer (1.16) makes of it. A text, and a completion that is
+text, is followed by the tokenizer's end token. A chat goes through the tokenizer's chat template.
+Where there is a prompt, the whole is encoded in one piece, and what has a loss begins where its
+tokens and those of the prompt alone part; so a token that spans the border is learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fastlora.train.data.files import DataError, Place
+from fastlora.train.data.formats import (
+    Messages,
+    Reading,
+    Sample,
+    a_turn,
+    alpaca_prompt,
+    read_samples,
+)
+from fastlora.train.data.packing import pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts that go to the tokenizer at once.
+_CHUNK = 512
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """One adapter's samples as tokens.
+
+    Attributes:
+        ids: All tokens, int32.
+        counts: Which of them have a loss, bool. A first one has none: nothing is before it.
+        ends: Where each sample ends in ``ids``.
+        places: Where each sample is from.
+        digest: Of the files.
+        documents: How long the documents of each sample are where they are kept apart, or None.
+        cut: How many samples were longer than allowed.
+        notes: What is worth saying about the files, a line each.
+        example: One of the samples, before it was tokens.
+        formats: The files' formats.
+    """
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+    ends: list[int]
+    places: list[Place]
+    digest: str
+    documents: list[list[int]] | None = None
+    cut: int = 0
+    notes: tuple[str, ...] = ()
+    example: Sample | None = None
+    formats: tuple[str, ...] = ()
+    _counted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sums = torch.nn.functional.pad(self.counts.long().cumsum(0), (1, 0))
+        starts = [0, *self.ends[:-1]]
+        self._counted[:] = (sums[self.ends] - sums[starts]).tolist()
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.ends)
+
+    def __str__(self) -> str:
+        """Its size in a line."""
+        cut = f", {self.cut} cut to the longest allowed" if self.cut else ""
+        what = "sample" if self.documents is None else "row"
+        return (
+            f"{len(self)} {what}{'s' if len(self) > 1 else ''}{cut}, {len(self.ids):,} tokens, "
+            f"{sum(self._counted):,} with a loss"
+        )
+
+    def length(self, index: int) -> int:
+        """Returns how many tokens a sample has."""
+        return self.ends[index] - (self.ends[index - 1] if index else 0)
+
+    def counted(self, index: int) -> int:
+        """Returns how many tokens of a sample have a loss."""
+        return self._counted[index]
+
+    def tokens(self, index: int) -> torch.Tensor:
+        """Returns a sample's tokens, int64."""
+        return self.ids[self._span(index)].long()
+
+    def labels(self, index: int, ignored: int) -> torch.Tensor:
+        """Returns a sample's tokens, int64, and ``ignored`` where one has no loss."""
+        span = self._span(index)
+        return torch.where(self.counts[span], self.ids[span].long(), ignored)
+
+    def _span(self, index: int) -> slice:
+        return slice(self.ends[index] - self.length(index), self.ends[index])
+
+
+class _Encoded(NamedTuple):
+    """A document.
+
+    Attributes:
+        place: Where it is from.
+        ids: Its tokens.
+        counts: Which of them have a loss where something is before them.
+        parted: How many tokens of the prompt alone the whole does not begin with.
+    """
+
+    place: Place
+    ids: list[int]
+    counts: list[bool]
+    parted: int = 0
+
+    def part(self, start: int, stop: int) -> _Encoded:
+        """Returns a stretch."""
+        return self._replace(ids=self.ids[start:stop], counts=self.counts[start:stop])
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it has a loss on its own."""
+        return any(self.counts[1:])
+
+
+def encode(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    reading: Reading | None = None,
+    *,
+    advance: Callable[[int], object] | None = None,
+) -> Corpus:
+    """Returns the samples of some files as tokens.
+
+    What is longer than ``max_length``, at least 2, is cut, but for a plain text file: that becomes
+    as many samples as it takes. A sample of which nothing is left to learn is left out.
+
+    Args:
+        paths: See `read_samples`.
+        tokenizer: Of the base model.
+        max_length: The most tokens of a sample.
+        reading: How to read; None for what the columns say.
+        advance: Called with the number of samples since its last call.
+
+    Raises:
+        DataError: As `read_samples`; a chat template is needed and missing, cannot take a chat, or
+            does not mark what the assistant says where that alone is to have a loss; or no sample
+            has anything left to learn.
+    """
+    reading = reading or Reading()
+    samples, digest, formats, notes = read_samples(paths, reading)
+    _check_template(samples, tokenizer, reading)
+    splits = reading.packing in ("bfd_split", "wrapped")  # they cut what is too long themselves
+    documents: list[_Encoded] = []
+    cut = parted = 0
+    empty: list[Place] = []
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        for sample, found in zip(chunk, _encoded(chunk, tokenizer, reading), strict=True):
+            size = len(found.ids)
+            parted += found.parted > 0
+            if sample.ends and not splits:
+                found = found.part(0, max_length)
+                cut += size > max_length and found.teaches
+            if not found.teaches:
+                empty.append(found.place)
+            elif sample.ends:
+                documents.append(found)
+            else:
+                pieces = (found.part(at, at + max_length) for at in range(0, size, max_length))
+                # From a last token alone nothing is to learn.
+                documents += [piece for piece in pieces if piece.teaches]
+        if advance is not None:
+            advance(len(chunk))
+    if not documents:
+        raise DataError(
+            f"{empty[0]}: no token is left to learn from, as in all samples of its adapter; the "
+            f"prompt may be longer than max_length, {max_length}"
+        )
+    if empty:
+        notes.append(
+            f"{len(empty)} of {len(samples)} samples are left out: nothing to learn is within "
+            f"{max_length} tokens (the first is {empty[0]})"
+        )
+    if parted:
+        notes.append(
+            f"in {parted} samples the prompt's last tokens are others when the completion follows; "
+            "their loss begins where the tokens part (end prompts at a word's end to avoid it)"
+        )
+    more = {"digest": digest, "cut": cut, "example": samples[0], "formats": tuple(formats)}
+    if reading.packing is None:
+        return _corpus([[d] for d in documents], apart=False, notes=tuple(notes), **more)
+    rows = _packed(documents, max_length, reading.packing)
+    apart = reading.packing != "wrapped"
+    notes.append(
+        f"packed by {reading.packing}: {len(documents)} samples in {len(rows)} rows of at most "
+        f"{max_length} tokens, "
+        + ("each with its own positions and attention" if apart else "which run into each other")
+    )
+    return _corpus(rows, apart=apart, notes=tuple(notes), **more)
+
+
+def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokens of a prompt as a corpus's own prompts have them."""
+    example = corpus.example
+    if example is not None and example.chat:
+        return _template(tokenizer, a_turn("user", text), {}, add_generation_prompt=True)[0]
+    if corpus.formats[:1] == ("alpaca",):
+        text = alpaca_prompt(text)
+    (ids,) = _ids([text], tokenizer)
+    return ids
+
+
+def _packed(documents: list[_Encoded], size: int, strategy: str) -> list[list[_Encoded]]:
+    """Returns the rows that have a loss."""
+    rows = pack([len(d.ids) for d in documents], size, strategy)
+    found = [[documents[i].part(start, stop) for i, start, stop in row] for row in rows]
+    # The first token of what runs into another has that one before it.
+    flat = strategy == "wrapped"
+    return [
+        row
+        for row in found
+        if any(piece.teaches or (flat and n and any(piece.counts)) for n, piece in enumerate(row))
+    ]
+
+
+def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
+    """Returns rows of documents as a corpus."""
+    tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
+    counts = [
+        torch.tensor([d.counts[0] and n > 0 and not apart, *d.counts[1:]], dtype=torch.bool)
+        for row in rows
+        for n, d in enumerate(row)
+    ]
+    lengths = [[len(d.ids) for d in row] for row in rows]
+    return Corpus(
+        torch.cat(tokens),
+        torch.cat(counts),
+        list(accumulate(map(sum, lengths))),
+        [row[0].place._replace(others=len(row) - 1) for row in rows],
+        documents=lengths if apart else None,
+        **more,
+    )
+
+
+def _check_template(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
+) -> None:
+    """Raises `DataError` where the chat template cannot do what is asked."""
+    chat = next((sample for sample in samples if sample.chat), None)
+    text = next((sample for sample in samples if not sample.chat), None)
+    if reading.assistant_only_loss and text is not None:
+        raise DataError(
+            f"{text.place}: is no chat, and assistant_only_loss is on; expected messages or "
+            "conversations, or chat = true, which makes a chat of prompt and completion"
+        )
+    if chat is None:
+        return
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise DataError(
+            f"{chat.place}: is a chat, and the base model's tokenizer has no chat template; name a "
+            "file with one: chat_template = FILE"
+        )
+    text_of = template.get("default", "") if isinstance(template, dict) else template
+    if reading.assistant_only_loss and not _GENERATION.search(text_of):
+        raise DataError(
+            "assistant_only_loss needs a chat template that marks what the assistant says with "
+            "{% generation %} and {% endgeneration %}, and the base model's has no such marks; "
+            "name a file with one: chat_template = FILE"
+        )
+
+
+def _encoded(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
+) -> Iterator[_Encoded]:
+    """Gives the tokens of samples, and which of them have a loss."""
+    end = tokenizer.eos_token or ""
+    heads: list[str] = []
+    wholes: list[str] = []
+    for _, prompt, text, _, ends in samples:
+        if isinstance(text, str):
+            heads += [prompt] if isinstance(prompt, str) else []
+            ended = text if not ends or text.endswith(end) else text + end
+            wholes.append((heads[-1] if prompt is not None else "") + ended)
+    heads_ids, wholes_ids = iter(_ids(heads, tokenizer)), iter(_ids(wholes, tokenizer))
+    for sample in samples:
+        if sample.chat:
+            yield _encoded_chat(sample, tokenizer, reading)
+            continue
+        head = [] if sample.prompt is None else next(heads_ids)
+        yield _behind(sample.place, head, next(wholes_ids), reading)
+
+
+def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> _Encoded:
+    prompt: Any = sample.prompt or []
+    head: list[int] = []
+    try:
+        if prompt:
+            head, _ = _template(tokenizer, prompt, sample.template, add_generation_prompt=True)
+        whole = prompt + sample.text
+        own = reading.assistant_only_loss
+        ids, said = _template(tokenizer, whole, sample.template, said=own)
+    except Exception as error:  # a template may do anything
+        raise DataError(
+            f"{sample.place}: the tokenizer's chat template cannot take it ({error})"
+        ) from error
+    found = _behind(sample.place, head, ids, reading)
+    if said is None:
+        return found
+    if not any(said):
+        raise DataError(
+            f"{sample.place}: assistant_only_loss is on, and the chat template marks nothing here "
+            "as said by the assistant"
+        )
+    both = [mine and bool(theirs) for mine, theirs in zip(found.counts, said, strict=True)]
+    return found._replace(counts=both)
+
+
+def _behind(place: Place, head: list[int], ids: list[int], reading: Reading) -> _Encoded:
+    """Returns tokens that have a loss from where they and those of a prompt part."""
+    same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), None)
+    start = min(len(head), len(ids)) if same is None else same
+    parted = len(head) - start
+    first = start if reading.completion_only_loss else 0
+    return _Encoded(place, ids, [n >= first for n in range(len(ids))], parted)
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: a text longer than the model's context is cut later, which is no news.
+    found: list[list[int]] = tokenizer(text=texts, verbose=False).input_ids
+    return found
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Any,
+    *,
+    add_generation_prompt: bool = False,
+    said: bool = False,
+) -> tuple[list[int], list[int] | None]:
+    """Returns the tokens of a chat and, where asked for, which of them the assistant says."""
+    made: Any = tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=said,
+        **more,
+    )
+    return list(made["input_ids"]), made["assistant_masks"] if said else None
