@@ -25,6 +25,7 @@ from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
+from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
 from fastlora.model.replication import Replication, forget_replication
 from fastlora.model.targets import find_modules_to_save, find_targets
 from fastlora.model.tied import NO_TIES, SharedWeights, Ties, input_embedding, note_untied
@@ -437,8 +438,11 @@ def unload(
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
     progressbar: bool = False,
+    dequantize: bool = False,
 ) -> nn.Module:
     """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
+
+    With ``dequantize``, quantised linears become plain ones before adapters are merged into them.
 
     A module of ``modules_to_save`` becomes the active adapter's copy. Every check comes first, so a
     merge that `LoraLayer.merge` refuses changes nothing.
@@ -447,12 +451,15 @@ def unload(
     found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner ones before their outer
     if merge:
         for _, module in found:
-            module.check_merge(safe_merge, present(module, adapter_names))
+            with as_if_plain(module, safe_merge) if dequantize else contextlib.nullcontext():
+                module.check_merge(safe_merge, present(module, adapter_names))
+    dtype = dense_dtype(model) if dequantize else None
     shared = SharedWeights(model)
     errors: dict[str, float | None] = {}
     for name, module in _progress(found, progressbar, "Merging" if merge else "Unloading"):
         if merge:
             names = present(module, adapter_names)
+            was_quantised = dequantize and make_plain(module)
             if module.check_merge(adapter_names=names):
                 shared.untie(name, module)
             module.merge(adapter_names=names, keep_base=False)
@@ -461,7 +468,10 @@ def unload(
                 errors[name] = module.merge_error
         elif module.merged:
             module.unmerge()
-        _set_submodule(model, name, module.release())
+        base = module.release()
+        _set_submodule(model, name, base.to(dtype) if merge and was_quantised else base)
+    if dtype is not None:
+        model = dequantise(model, dtype)
     shared.tell()
     tell_merge_errors(errors)
     note_untied(model)

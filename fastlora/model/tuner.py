@@ -432,13 +432,20 @@ class LoraTuner(nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: str | list[str] | None = None,
+        *,
+        dequantize: bool = False,
     ) -> nn.Module:
         """Merges adapters into the base weights and returns the bare model.
+
+        A quantised weight is rounded again, and one warning says what that loses; with
+        ``dequantize`` nothing is lost but the rounding of the dtype.
 
         Args:
             progressbar: Show one, where tqdm is installed.
             safe_merge: Refuse weights that are not finite.
             adapter_names: Which; None for the active ones.
+            dequantize: Make every quantised linear of the model a plain one, in the dtype of what
+                is not quantised; layer by layer.
 
         Raises:
             AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
@@ -449,14 +456,18 @@ class LoraTuner(nn.Module):
             safe_merge=safe_merge,
             adapter_names=None if adapter_names is None else self._known(adapter_names),
             progressbar=progressbar,
+            dequantize=dequantize,
         )
 
-    def unload(self) -> nn.Module:
+    def unload(self, *, dequantize: bool = False) -> nn.Module:
         """Takes the LoRA layers out and returns the bare model.
 
         A module of ``modules_to_save`` is replaced by the active adapter's copy, as in PEFT.
+
+        Args:
+            dequantize: As in `merge_and_unload`.
         """
-        return inject.unload(self.model, merge=False)
+        return inject.unload(self.model, merge=False, dequantize=dequantize)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
         """Returns one name or several as a list; raises where one is not loaded."""

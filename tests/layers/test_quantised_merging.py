@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fastlora.layers.quantised import quantised
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.tiny import randomise
+from tests.support.tiny import randomise, tiny_llama
 
 N, K = 64, 128
 BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
@@ -39,10 +40,14 @@ def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -
     """A model whose linear is quantised; the same one at every call."""
     torch.manual_seed(0)
     model = One(n, k).to(dtype)
-    if kind in TORCHAO:
+    if kind.startswith("torchao"):
         library = pytest.importorskip("torchao.quantization")
-        configs = [library.Int8WeightOnlyConfig(version=2), library.Float8WeightOnlyConfig()]
-        library.quantize_(model.q, configs[TORCHAO.index(kind)])
+        configs = {
+            "torchao int8": library.Int8WeightOnlyConfig(version=2),
+            "torchao float8": library.Float8WeightOnlyConfig(),
+            "torchao intx": library.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+        }
+        library.quantize_(model.q, configs[kind])
         return model
     library = pytest.importorskip("bitsandbytes").nn
     if kind == "int8":
@@ -114,12 +119,12 @@ def test_merged_weights_are_those_of_peft(kind: str, dora: bool) -> None:
 
 @pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO)
 def test_unmerge_gives_the_bits_back(kind: str) -> None:
-    """Twenty times, with an evaluation in between, in which bitsandbytes repacks 4-bit weights."""
+    """Fifty times, with an evaluation in between, in which bitsandbytes repacks 4-bit weights."""
     model = adapted(kind)
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
     before = bits_of(model)
     y = model.train()(x).detach()
-    for round_ in range(20):
+    for round_ in range(50):
         with pytest.warns(UserWarning, match="merged into 1 quantised weights"):
             model.merge_adapter()
         merged = model(x).detach() if round_ % 2 else model.eval()(x).detach()
@@ -212,6 +217,76 @@ def test_safe_merge_and_refusals_change_nothing() -> None:
         model.merge_and_unload()
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO + ["torchao intx"])
+def test_merged_into_a_plain_model(kind: str, options: dict[str, Any]) -> None:
+    """With `dequantize`: a linear in the model's dtype, which has what the layer computed."""
+    model = adapted(kind, **options)
+    layer = q_of(model)
+    before = dense_weight(layer.base_layer).double()
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
+    layer.base_layer.train()
+    expected = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is rounded again
+        base = model.merge_and_unload(dequantize=True, safe_merge=True)
+    assert type(base.q) is nn.Linear and base.q.weight.dtype == torch.float32
+    if not options:
+        exact = before + layer.get_delta_weight("default").double()
+        assert (base.q.weight.double() - exact).norm() <= 2**-23 * exact.norm()
+    # LLM.int8 rounds x too.
+    assert (base(x) - expected).norm() < (0.02 if kind == "int8" else 1e-5) * expected.norm()
+    assert not any(name.startswith("is_loaded") for name in vars(base))
+
+
+def test_a_plain_model_of_merged_and_bare_layers() -> None:
+    """What was merged is taken out exactly first; layers without an adapter become plain too."""
+    torch.manual_seed(0)
+    layers = [one("nf4 nested", K, K, torch.bfloat16).q for _ in range(3)]  # type: ignore[attr-defined]
+    before = [dense_weight(layer).double() for layer in layers]
+    model = nn.Sequential(*layers, nn.LayerNorm(K).bfloat16())
+    adapted = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules=["0", "1"]))
+    randomise(adapted)
+    deltas = [adapted.base_model.model[i].get_delta_weight("default").double() for i in range(2)]
+    with pytest.warns(UserWarning, match="merged into 2 quantised weights"):
+        adapted.merge_adapter()
+    base: Any = adapted.merge_and_unload(dequantize=True)
+    for i, weight in enumerate(before):
+        assert type(base[i]) is nn.Linear and base[i].weight.dtype == torch.bfloat16
+        # bitsandbytes' own matrix is rounded to bf16 before the update is added.
+        exact = weight + deltas[i] if i < 2 else weight
+        assert (base[i].weight.double() - exact).norm() < 2**-8 * exact.norm()
+    assert base(torch.randn(3, K).bfloat16()).dtype == torch.bfloat16
+    bare = fastlora.get_peft_model(one("int8"), fastlora.LoraConfig(target_modules=["q"]))
+    own = dense_weight(q_of(bare).base_layer)
+    assert torch.equal(bare.unload(dequantize=True).q.weight, own)
+
+
+def test_a_plain_model_is_saved_as_one(tmp_path: Path) -> None:
+    """Of transformers': it has no mark of a quantised one left, and loads as any other."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "base")
+    bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantised_model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=bits, device_map={"": "cpu"}
+    )
+    config = fastlora.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    model = fastlora.get_peft_model(quantised_model, config)
+    randomise(model)
+    ids = torch.arange(9)[None]
+    expected = model.train()(input_ids=ids).logits.detach()
+    merged = model.merge_and_unload(dequantize=True)
+    assert merged.dtype == torch.bfloat16
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    found = again(input_ids=ids).logits.detach()
+    assert torch.equal(found, merged.train()(input_ids=ids).logits)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_a_merged_layer_is_copied_and_moved() -> None:
     """The kept weight goes along, and keeps its dtype where the model's changes."""
     model = adapted("nf4")
@@ -248,6 +323,17 @@ def test_merge_and_unload_of_quantised_layers_goes_layer_by_layer(kind: str) -> 
         warnings.simplefilter("ignore")
         peak = peak_bytes(lambda: model.merge_and_unload())
     assert peak < 2 * 512 * 256 * 4
+
+
+@pytest.mark.parametrize("kind", ["nf4 nested", "torchao int8"])
+def test_dequantising_goes_layer_by_layer(kind: str) -> None:
+    """Beside the bf16 weights that are made, at most two fp32 copies of one."""
+    layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(6)]  # type: ignore[attr-defined]
+    config = fastlora.LoraConfig(r=4, target_modules=["0", "1", "2", "3"])
+    model = fastlora.get_peft_model(nn.Sequential(*layers, nn.LayerNorm(512).bfloat16()), config)
+    randomise(model)
+    peak = peak_bytes(lambda: model.merge_and_unload(dequantize=True))
+    assert peak < 6 * 512 * 256 * 2 + 2 * 512 * 256 * 4
 
 
 def test_bf16_merges_and_unmerges_a_hundred_times() -> None:
