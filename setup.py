@@ -25,6 +25,7 @@ setup(
         "fastlora.integrations",
         "fastlora.kernels",
         "fastlora.layers",
+        "fastlora.layers.quantised",
         "fastlora.pool",
         "fastlora.train",
         "fastlora.utils",

@@ -54,9 +54,10 @@ class CodedWeight(torch.Tensor):
         keeps: What the addresses in ``coded`` point to.
     """
 
-    coded: Coded
     dense: Callable[[], torch.Tensor]
     keeps: tuple[torch.Tensor, ...]
+    _coded: Coded
+    _versions: tuple[int, ...]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -70,8 +71,23 @@ class CodedWeight(torch.Tensor):
         """Makes the tensor."""
         make: Any = torch.Tensor._make_wrapper_subclass
         made: CodedWeight = make(cls, coded.shape, dtype=dtype, device=coded.codes.device)
-        made.coded, made.dense, made.keeps = coded, dense, keeps
+        made._coded, made.dense, made.keeps = coded, dense, keeps
+        made._versions = _versions(keeps)
         return made
+
+    @property
+    def coded(self) -> Coded:
+        """What kernels read.
+
+        Raises:
+            RuntimeError: Somebody wrote to it since it was made.
+        """
+        if _versions(self.keeps) != self._versions:
+            raise RuntimeError(
+                "a quantised base weight was written to (a merge, a loaded state) after a forward "
+                "and before its backward, which needs it as it was: write once the backward has run"
+            )
+        return self._coded
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -79,15 +95,24 @@ class CodedWeight(torch.Tensor):
     ) -> Any:
         """Runs an operation on the dense matrix; a transpose and a detached one need none."""
         if func is torch.ops.aten.t.default:
-            return _of(args[0], args[0].coded.t())
+            return _of(args[0], args[0]._coded.t())
         if func is torch.ops.aten.detach.default:
-            return _of(args[0], args[0].coded)
+            return _of(args[0], args[0]._coded)
         dense = tree_map_only(CodedWeight, matrix, (args, kwargs or {}))
         return func(*dense[0], **dense[1])
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         """Says what it holds."""
-        return f"CodedWeight({self.coded.kind}, {tuple(self.shape)}, {self.dtype})"
+        return f"CodedWeight({self._coded.kind}, {tuple(self.shape)}, {self.dtype})"
+
+
+def _versions(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    return tuple([tensor._version for tensor in tensors if not tensor.is_inference()])
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Returns a weight as it is, and of codes the matrix: once for several products."""
+    return matrix(weight) if isinstance(weight, CodedWeight) else weight
 
 
 def matrix(weight: CodedWeight) -> torch.Tensor:
@@ -98,4 +123,6 @@ def matrix(weight: CodedWeight) -> torch.Tensor:
 
 
 def _of(weight: CodedWeight, coded: Coded) -> CodedWeight:
-    return CodedWeight(coded, weight.dense, weight.dtype, weight.keeps)
+    made = CodedWeight(coded, weight.dense, weight.dtype, weight.keeps)
+    made._versions = weight._versions
+    return made

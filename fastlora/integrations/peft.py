@@ -23,11 +23,13 @@ from torch import nn
 
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import why_not_plain
-from fastlora.layers.call import MixedCall
+from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.coded_base import as_called, coded_base, sibling_base, why_called
 from fastlora.layers.common import CommonLayer
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import begin, forward
-from fastlora.layers.norms import forget_norms
+from fastlora.layers.norms import forget_weights
+from fastlora.layers.quantised import Quantised, peft_layers, quantised
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
@@ -58,16 +60,25 @@ class _FastForward(CommonLayer):
             self._check_variants(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
-        return forward(call, self._base(x, *args, **kwargs))
+        base = self._base(call, x, *args, **kwargs)
+        return as_called(call, base, forward(call, base))
 
-    def _base(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Base:
-        """The base layer: its weight where it is a plain linear, else what it makes of x."""
-        plain: Base | None = None if args or kwargs else self._plain_base()
-        return Base(y=self.base_layer(x, *args, **kwargs)) if plain is None else plain
+    def _base(
+        self: Any, call: LayerCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Base:
+        """The base layer: its weight where that is read, else what it makes of x."""
+        module, base = self.base_layer, None
+        if not (args or kwargs):
+            plain = not why_not_plain(module)
+            base = Base(module.weight, module.bias) if plain else coded_base(call)
+        return Base(y=module(x, *args, **kwargs)) if base is None else base
 
     def _plain_base(self: Any) -> Base | None:
         module = self.base_layer
-        return None if why_not_plain(module) else Base(module.weight, module.bias)
+        return sibling_base(self) if why_not_plain(module) else Base(module.weight, module.bias)
+
+    def _own_quantised(self: Any) -> Quantised | None:
+        return quantised(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""
@@ -76,12 +87,12 @@ class _FastForward(CommonLayer):
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""
-        forget_norms(self)
+        forget_weights(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
         """As PEFT's layer."""
-        forget_norms(self)
+        forget_weights(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_variants(self: Any, routing: Routing) -> None:
@@ -111,7 +122,8 @@ class _FastForward(CommonLayer):
         for name in names:
             if _foreign_variant(self, name):
                 return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-        return fusion(self, names, why_not_plain(self.base_layer, gathered), gathered)
+        why = why_not_plain(self.base_layer, gathered) and why_called(self)
+        return fusion(self, names, why, gathered)
 
 
 def _foreign_variant(layer: Any, name: str) -> bool:
@@ -134,20 +146,13 @@ def _named_as_before(cls: type) -> type:
 
 _named_as_before(FastPeftLinear)
 
-# PEFT's layers over quantised linears: module and class. Their base layer is called as it is.
-_QUANTISED = (
-    ("peft.tuners.lora.bnb", "Linear8bitLt"),
-    ("peft.tuners.lora.bnb", "Linear4bit"),
-    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-)
-
 
 @functools.cache
 def _fast_class(peft_class: type) -> type | None:
     """Returns the patched counterpart of one of PEFT's layer classes, or None if it has none."""
     if peft_class is PeftLinear:
         return FastPeftLinear
-    if (peft_class.__module__, peft_class.__name__) not in _QUANTISED:
+    if (peft_class.__module__, peft_class.__name__) not in peft_layers():
         return None
     # Importable under its name, so that patched models can be pickled: see __getattr__.
     members = {"__module__": __name__}
@@ -155,7 +160,7 @@ def _fast_class(peft_class: type) -> type | None:
 
 
 def __getattr__(name: str) -> Any:
-    for module, class_name in _QUANTISED:
+    for module, class_name in peft_layers():
         if name == f"Fast{class_name}":
             return _fast_class(getattr(importlib.import_module(module), class_name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -343,6 +348,7 @@ def unpatch_layer(module: nn.Module) -> None:
 # What the patched forward keeps on a layer.
 _OWN_ATTRIBUTES = (
     "_dora_norms",
+    "_coded",
     "_family",
     "_compiled_alone",
     "routed_by",

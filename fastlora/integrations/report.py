@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer
+from fastlora.layers.coded_base import reads_codes
 from fastlora.layers.sharing import sibling_note
 from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
@@ -29,6 +30,7 @@ class LayerFusion:
         reason: Why not, else empty.
         siblings: How many layers share their passes over x in training (s and d_lora_a), or why
             they do not; known once a training forward was seen.
+        reads: What kernels read of a quantised base layer, which is called as it is without them.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LayerFusion:
     fused: bool
     reason: str = ""
     siblings: str = ""
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,30 @@ class FusionReport:
     def __str__(self) -> str:
         """A table: layers that share layer class and verdict on one line when there are many."""
         what = "run as Triton kernels" if self.implementation == "triton" else "run in PyTorch"
+        quantised = sum(bool(row.fused and row.reads) for row in self.rows)
         line = (
             f"{self.fused} of {len(self.rows)} LoRA layers are eligible for the fused call; "
             f"such calls {what} here ({self.reason})"
         )
+        if quantised and self.implementation != "triton":
+            line += (
+                f"\n{quantised} of them have a quantised base, which kernels read; without kernels "
+                "it is called as it is"
+            )
         rows: list[tuple[str, ...]] = [
             (row.name, row.layer, "yes" if row.fused else "no", self.runs_as(row), row.reason)
-            + (row.siblings,)
+            + (row.siblings, row.reads)
             for row in self.rows
         ]
         if len(rows) > SHOWN_ROWS:
             rows = folded(rows)
         header = ("layer", "class", "eligible", "runs as", "why not", "siblings in training")
-        columns = [c for c in zip(header, *rows, strict=True) if any(c[1:]) or not rows]
+        columns = [c for c in zip((*header, "base"), *rows, strict=True) if any(c[1:]) or not rows]
         return "\n".join([line, *table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
         """Returns who computes a layer: kernels, PyTorch, or its base layer as it is."""
-        if not row.fused:
+        if not row.fused or (row.reads and self.implementation != "triton"):
             return "its base layer, LoRA beside it"
         return "Triton kernels" if self.implementation == "triton" else "PyTorch"
 
@@ -106,7 +115,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if verdict is not None:
             fused, reason = verdict
             shared = sibling_note(module) if getattr(module, "is_linear", False) else ""
-            rows.append(LayerFusion(name, type(module).__qualname__, fused, reason, shared))
+            reads = reads_codes(module)
+            kind = type(module).__qualname__
+            rows.append(LayerFusion(name, kind, fused, reason, shared, reads))
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport(tuple(rows), "eager", "the model has no parameters")

@@ -16,7 +16,7 @@ from fastlora.layers import parts
 from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
 from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.merging import Mergeable
-from fastlora.layers.norms import forget_norms
+from fastlora.layers.norms import forget_weights
 from fastlora.layers.peft_names import LayerNames
 from fastlora.layers.starting import Starter, drop_data, find_data
 from fastlora.routing.ids import check_adapter_name
@@ -266,7 +266,7 @@ class LoraLayer(CommonLayer, Mergeable, LayerNames):
             if adapter_name in holder:
                 del holder[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
-        forget_norms(self)
+        forget_weights(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *, inference_mode: bool = False) -> None:

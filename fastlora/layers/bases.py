@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.quantised import quantised
+from fastlora.layers.quantised import FRESH, class_name, quantised
 from fastlora.layers.stored import Plain, Stored
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
 # How tensor parallelism splits a linear: along N, or along K.
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
-# Libraries whose linear layers return a tensor that they have just made and keep no reference to.
-_MAKE_FRESH_OUTPUTS = ("torch.nn.modules.linear", "bitsandbytes.", "torchao.")
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -45,12 +43,9 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
     """
     if type(module) is not nn.Linear:
         return f"its base layer is {type(module).__name__}, called as it is"
-    if "forward" in module.__dict__:
-        return "its base layer's forward was replaced"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "its base layer has forward hooks"
-    if module._backward_hooks or module._backward_pre_hooks:
-        return "its base layer has backward hooks"
+    why = why_hooked(module)
+    if why:
+        return why
     if module._state_dict_hooks or module._load_state_dict_pre_hooks:
         return "its base layer has state-dict hooks"
     if len(module._parameters) != 2 or module._buffers or module._modules:
@@ -59,6 +54,17 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
         return f"its base weight is a {type(module.weight).__name__}"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
         return f"its base weight is {module.weight.dtype}"
+    return ""
+
+
+def why_hooked(module: nn.Module) -> str:
+    """Returns why a call of a module does more than its class's forward, or an empty string."""
+    if "forward" in module.__dict__:
+        return "its base layer's forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "its base layer has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "its base layer has backward hooks"
     return ""
 
 
@@ -104,7 +110,7 @@ def parallel_style(module: nn.Module) -> str | None:
 
 def makes_fresh_outputs(module: nn.Module) -> bool:
     """Returns whether nobody but the caller holds what a linear-like module returns."""
-    return type(module).__module__.startswith(_MAKE_FRESH_OUTPUTS)
+    return type(module) is nn.Linear or class_name(module) in FRESH
 
 
 def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
@@ -138,7 +144,7 @@ def dense_weight(
     """Returns the weight ``[N, K]`` of a linear-like module, dequantised where it is quantised.
 
     Knows `nn.Linear` and its subclasses, Conv1D of transformers (whose weight is transposed, as a
-    view), HQQ's linears, and the kinds of `fastlora.layers.quantised`.
+    view), and the kinds of `fastlora.layers.quantised`.
 
     Args:
         module: The base layer.
@@ -151,8 +157,6 @@ def dense_weight(
     own = base._parameters.get("weight") if isinstance(base, nn.Module) else None
     if type(own) is nn.Parameter and type(base).__name__ != "Conv1D" and _is_dense(own):
         return own  # at once: it is asked in every forward
-    if hasattr(base, "W_q") and callable(getattr(base, "dequantize", None)):  # HQQ
-        return base.dequantize()
     found = quantised(base)
     if found is not None:
         return found.dense()

@@ -15,8 +15,9 @@ from torch import nn
 
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.factors import factors_of
-from fastlora.layers.norms import forget_norms, magnitude_of
+from fastlora.layers.norms import forget_weights, magnitude_of
 from fastlora.layers.protocol import AdapterLayer
+from fastlora.layers.quantised import Quantised
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.ops.factors import Base
@@ -28,7 +29,7 @@ from fastlora.weight_marks import marks
 
 def forget_kept(layer: AdapterLayer) -> None:
     """Drops what a layer keeps of its weights, and its model of the adapters in mixed batches."""
-    forget_norms(layer)
+    forget_weights(layer)
     forget_siblings(layer)
     marks.end_trained()  # blocks that are open keep some too
     if layer.routed_by is not None:
@@ -55,6 +56,15 @@ class Whole:
     def _own_weight(self: AdapterLayer) -> torch.Tensor:
         """Returns the base weight as a dense matrix, ``[N, K]``."""
         return dense_weight(self.get_base_layer())
+
+    def _own_quantised(self) -> Quantised | None:
+        """Returns how the base weight is quantised; None where it is not."""
+        return None
+
+    def _weight_to_save(self: AdapterLayer, compiling: bool) -> torch.Tensor:
+        """Returns the base weight for a node of a graph: without a matrix where it is quantised."""
+        found = None if compiling else self._own_quantised()
+        return self._own_weight() if found is None else found.unread()
 
     def _own_bias(self: AdapterLayer) -> torch.Tensor | None:
         """Returns the base bias, ``[N]``, or None."""

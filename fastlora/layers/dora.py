@@ -44,7 +44,7 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     if dropout_p:
         runs = conditions.impl if conditions.impl == "triton" else conditions.backend
         return DoraDropped.apply(
-            *(base.y, x, layer._own_weight() if weight is None else weight, base.bias),
+            *(base.y, x, _weight_of(call) if weight is None else weight, base.bias),
             *(None, (), (dropout_p,), runs),
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._own_seed(ops.draw_seed(x, conditions.impl)),
@@ -58,6 +58,10 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
     return _scaled(u, bias, magnitude, squares, conditions.compiling)
+
+
+def _weight_of(call: LayerCall) -> torch.Tensor:
+    return call.layer._weight_to_save(call.conditions.compiling or call.conditions.tracing)
 
 
 def _scaled(
@@ -93,7 +97,7 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
     change = magnitude * squares.rsqrt() - 1.0
     update = up(down(inner)) * scaling
     if not isinstance(dropout, nn.Identity) and layer.training:
-        weight = layer._own_weight()
+        weight = _weight_of(call)
         scaled = F.linear(inner.to(weight.dtype), weight)
     else:
         scaled = y if bias is None else y - bias

@@ -139,8 +139,9 @@ def _with_dropped(
             seed = layer._own_seed(seeds[slot : slot + 1])
             adapters += (factors.lora_a, factors.lora_b, *scale, factors.scaling, seed)
             acting[slot] = factors.dropout_p
+    weight = layer._weight_to_save(call.conditions.compiling)
     return DoraDropped.apply(
-        *(y, x, layer._own_weight(), None, routing.ids, tuple(acting), tuple(acting.values())),
+        *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
         *(call.conditions.impl, *adapters),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.common import Whole
-from fastlora.layers.norms import base_squares, forget_norms
+from fastlora.layers.norms import base_squares, forget_weights, rows_of
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
 from fastlora.layers.why import uses_dora
@@ -117,7 +117,7 @@ class Mergeable(Whole, nn.Module):
             self.merged_adapters.append(name)
             self._add_to_bias(bias, self.merged_adapters, 1.0)
         self._when_merged = [] if kept is None else self._sums()
-        forget_norms(self)
+        forget_weights(self)
 
     def _write(self, weight: Stored, matrix: torch.Tensor) -> None:
         """Puts ``matrix [N, K]`` in the weight's place; says in `merge_error` what that loses."""
@@ -198,7 +198,7 @@ class Mergeable(Whole, nn.Module):
         self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
-        forget_norms(self)
+        forget_weights(self)
 
     def _unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Computes every merged adapter out of ``weight [N, K]`` and ``bias [N]`` in place."""
@@ -225,7 +225,7 @@ class Mergeable(Whole, nn.Module):
             return {}
         layer: Any = self
         if not self.merged:
-            base = layer._own_weight()
+            base = rows_of(layer)
             squares = base_squares(layer, base)
         else:
             weight, _ = self._mergeable()
@@ -323,11 +323,11 @@ class Mergeable(Whole, nn.Module):
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        forget_norms(self)
+        forget_weights(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        forget_norms(self)
+        forget_weights(self)
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
         unwritten = self._unmerged is not None and self._is_as_merged()
         if self._unmerged is not None:

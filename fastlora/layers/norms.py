@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.torch.norms import adapted_sums, square_norms
+from fastlora.ops.torch.norms import InRows, adapted_sums, square_norms
 from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks
 
@@ -36,9 +36,11 @@ class NormCache:
         return NormCache, ()
 
 
-def forget_norms(layer: object) -> None:
-    """Drops what a layer keeps of norms."""
-    layer.__dict__.pop("_dora_norms", None)
+def forget_weights(layer: object) -> None:
+    """Drops what a layer keeps of its weights: norms, and codes for kernels."""
+    own = layer.__dict__
+    own.pop("_dora_norms", None)
+    own.pop("_coded", None)
 
 
 def magnitude_of(layer: AdapterLayer, name: str) -> torch.Tensor:
@@ -75,16 +77,24 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_stamp(layer: AdapterLayer) -> tuple[Stamp, NormCache] | None:
-    """Returns what changes when a layer's base weight does, or is said to (`forget_norms`)."""
+def base_stamp(layer: AdapterLayer) -> tuple[Hashable, NormCache] | None:
+    """Returns what changes when a layer's base weight does, or is said to (`forget_weights`)."""
     stamp = _stamp_of_base(layer)
     return None if stamp is None else (stamp, _cache(layer))
 
 
+def rows_of(layer: AdapterLayer) -> torch.Tensor | InRows:
+    """Returns a layer's base weight ``[N, K]``: a matrix, or where it is quantised its rows."""
+    found = layer._own_quantised()
+    if found is None:
+        return layer._own_weight()
+    return InRows(found.rows, found.dtype, found.codes().device)
+
+
 def base_squares(
-    layer: AdapterLayer, weight: torch.Tensor, compiling: bool = False
+    layer: AdapterLayer, weight: torch.Tensor | InRows, compiling: bool = False
 ) -> torch.Tensor:
-    """Returns ``||W||^2``, ``[N]``, of a layer's dense weight: kept while that stays what it is.
+    """Returns ``||W||^2``, ``[N]``, of a layer's weight: kept while that stays what it is.
 
     ``compiling`` says that a graph is being compiled, which keeps nothing.
     """
@@ -92,7 +102,8 @@ def base_squares(
         return square_norms(weight, at_once=True)
     stamp = None
     if may_keep(weight.device):
-        if weight.requires_grad and torch.is_grad_enabled():
+        trains = not isinstance(weight, InRows) and weight.requires_grad
+        if trains and torch.is_grad_enabled():
             # It trains: written to soon, and not every optimizer moves versions.
             _cache(layer).kept.pop(None, None)
         else:
@@ -116,7 +127,7 @@ def adapter_sums(
         scaling: A number, or a tensor without dimensions.
         compiling: Whether a graph is being compiled.
     """
-    weight = layer._own_weight()
+    weight = layer._own_weight() if compiling else rows_of(layer)
     squares = base_squares(layer, weight, compiling)
     return adapted_sums(weight, squares, lora_a, lora_b, scaling)
 
@@ -154,9 +165,15 @@ def kept_sums(
     return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling, compiling))
 
 
-def _stamp_of_base(layer: AdapterLayer) -> Stamp | None:
+def _stamp_of_base(layer: AdapterLayer) -> Hashable | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
-    return stamp_of(weight, base=True) if isinstance(weight, torch.Tensor) else None
+    if not isinstance(weight, torch.Tensor):
+        return None
+    found = layer._own_quantised()
+    if found is None:
+        return stamp_of(weight, base=True)
+    written = found.stamp()
+    return None if written is None else (written, marks.of_base(weight))
 
 
 def _kept(

@@ -13,6 +13,7 @@ from fastlora.routing.siblings import Family
 
 if TYPE_CHECKING:
     from fastlora.layers.call import LayerCall, MixedCall
+    from fastlora.layers.quantised import Quantised
 
 
 class AdapterLayer(Protocol):
@@ -94,6 +95,12 @@ class AdapterLayer(Protocol):
 
     def _own_weight(self) -> torch.Tensor:
         """Returns the base weight as a dense matrix, ``[N, K]``."""
+
+    def _own_quantised(self) -> Quantised | None:
+        """Returns how the base weight is quantised; None where it is not."""
+
+    def _weight_to_save(self, compiling: bool) -> torch.Tensor:
+        """Returns the base weight for a node of a graph: without a matrix where it is quantised."""
 
     def _own_bias(self) -> torch.Tensor | None:
         """Returns the base bias, ``[N]``, or None."""

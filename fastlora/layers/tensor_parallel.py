@@ -40,7 +40,7 @@ from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.forward import begin, forward
 from fastlora.layers.kinds import LINEAR, Kind, Settings, Shapes, linear_shapes, register_kind
-from fastlora.layers.norms import forget_norms, magnitude_of
+from fastlora.layers.norms import forget_weights, magnitude_of
 from fastlora.layers.stored import Plain, Stored
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper
@@ -279,7 +279,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
-        forget_norms(self)
+        forget_weights(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report

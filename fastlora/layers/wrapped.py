@@ -8,17 +8,13 @@ import torch
 from torch import nn
 
 from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import (
-    linear_features,
-    makes_fresh_outputs,
-    stored_weight,
-    why_not_plain,
-)
+from fastlora.layers.bases import linear_features, makes_fresh_outputs, stored_weight
 from fastlora.layers.call import LayerCall
-from fastlora.layers.factors import why_not_fused
+from fastlora.layers.coded_base import as_called, coded_base, sibling_base, why_called
 from fastlora.layers.forward import begin, forward
+from fastlora.layers.quantised import Quantised, quantised
 from fastlora.layers.stored import Stored
-from fastlora.layers.why import NOT_OUR_GEMM
+from fastlora.layers.why import NOT_OUR_GEMM, fusion
 from fastlora.ops.factors import Base
 from fastlora.validation import UnsupportedLayerError
 
@@ -28,7 +24,7 @@ class FastLoraWrapper(LoraLayer):
 
     For base layers that are not plain `nn.Linear`: quantised, tensor parallel, offloaded by hooks,
     Hugging Face's Conv1D. Without gradients the update goes into the base layer's output in place
-    where that is safe.
+    where that is safe. On kernels a quantised base whose codes they read is part of their product.
 
     Args:
         base_layer: Any linear-like module.
@@ -55,10 +51,19 @@ class FastLoraWrapper(LoraLayer):
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
         call = begin(self, x)
         call.conditions.refuse(self, NOT_OUR_GEMM)
+        acts = not isinstance(call, LayerCall) or call.names
+        if acts and call.conditions.impl == "triton" and not (args or kwargs):
+            base = coded_base(call)
+            if base is not None:
+                return as_called(call, base, forward(call, base))
         y = self.base_layer(x, *args, **kwargs)
-        if isinstance(call, LayerCall) and not call.names:
-            return y
-        return forward(call, Base(y=y, inplace=self._may_write_into(y, x)))
+        return forward(call, Base(y=y, inplace=self._may_write_into(y, x))) if acts else y
+
+    def _own_quantised(self) -> Quantised | None:
+        return quantised(self.base_layer)
+
+    def _plain_base(self) -> Base | None:
+        return sibling_base(self)
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
@@ -84,9 +89,8 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused; says what the base layer is."""
-        why = why_not_plain(self.base_layer, gathered)
-        return False, why or why_not_fused(self, self._acting(), gathered)
+        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        return fusion(self, self._acting(), why_called(self), gathered)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         shape = self.out_features, self.in_features

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
-from fastlora.layers.quantised import quantised
+from fastlora.layers.quantised import Quantised, quantised
 from fastlora.layers.ranks import tensors_of
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.model.tuner import LoraTuner
@@ -23,8 +23,6 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
 _T = TypeVar("_T")
-# What PEFT calls its layers over quantised weights.
-_TYPES = {"bnb 4bit": "Linear4bit", "bnb 8bit": "Linear8bitLt", "torchao": "TorchaoLoraLinear"}
 
 
 @dataclass
@@ -189,13 +187,17 @@ def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def _backend(module: Any) -> str | None:
+    found = _quantised(module)
+    return None if found is None else found.backend
+
+
+def _quantised(module: Any) -> Quantised | None:
     if not isinstance(module, LoraLayer):
         return None
     try:
-        found = quantised(module.get_base_layer())
+        return quantised(module.get_base_layer())
     except UnsupportedLayerError:  # not quantised yet
         return None
-    return None if found is None else found.backend
 
 
 def _type_of(module: Any) -> str:
@@ -204,9 +206,9 @@ def _type_of(module: Any) -> str:
         return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
         return type(module).__name__
-    backend = _backend(module)
-    if backend is not None:
-        return f"lora.{_TYPES[backend]}"
+    found = _quantised(module)
+    if found is not None and found.peft_layer is not None:
+        return f"lora.{found.peft_layer[1]}"
     for base in type(module.get_base_layer()).__mro__:
         if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
             return f"lora.{base.__name__}"

@@ -217,7 +217,8 @@ def test_quantised_base_layers(kind: str) -> None:
     twin = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
     patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
     report = fastlora.patch(patched)
-    assert [row.fused for row in report.rows] == [False, True]
+    # Blocks of 64 do not divide the 16 features of bitsandbytes' layer.
+    assert [row.fused for row in report.rows] == [kind != "bitsandbytes", True]
     assert type(patched.base_model.model.q).__qualname__.startswith("Fast")
     exact = peft.get_peft_model(dequantised(kind), peft.LoraConfig(**config)).double()
     x = torch.randn(3, 16)
@@ -232,7 +233,7 @@ def test_quantised_base_layers(kind: str) -> None:
     for mine in (results[0], results[2]):
         for value, near, truth in zip(mine, results[1], results[3], strict=True):
             assert_within_budget(value, near, truth)
-    assert fastlora.fusion_report(ours).fused == 1  # v
+    assert fastlora.fusion_report(ours).fused == (1 if kind == "bitsandbytes" else 2)
 
 
 def test_nothing_to_patch() -> None:

@@ -141,7 +141,8 @@ def test_quantised_base_layers(kind: str) -> None:
     ours = get_peft_model(quantised(kind), LoraConfig(**config))
     patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
     report = fastlora.patch(patched)
-    assert [row.fused for row in report.rows] == [False, True]
+    # Blocks of 64 do not divide the 16 features of bitsandbytes' layer.
+    assert [row.fused for row in report.rows] == [kind != "bitsandbytes", True]
     x = torch.randn(3, 16)
     results = []
     for model in (theirs, ours, patched):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora.coded_weight import as_matrix
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.scale import scale_of, scaled_with_sums, times
 from fastlora.ops.torch.single import keep_mask
@@ -98,7 +99,7 @@ def forward_rows(
         inplace: Whether base, contiguous then, may become y.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
-    weight_x, scale = weight.to(rows.dtype), scale_of(magnitude, squares)
+    weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
     masked = adapter.masked(rows, None)
     z, scaled_b = products.linear(masked, weight_x), _scaled_rows(lora_b, scale, rows.dtype)
     if base is None:
@@ -157,7 +158,7 @@ def gradients(
     if wanted.x or wanted.lora_a:
         ds = products.mm(dy, _scaled_rows(lora_b, scale, dy.dtype)).mul_(scaling)
     if wanted.x:
-        weight_x = weight.to(dy.dtype)
+        weight_x = as_matrix(weight).to(dy.dtype)
         # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
         dx = products.addmm_(products.mm(through_z, weight_x), ds, lora_a.to(dy.dtype))
         dx = adapter.masked(dx, dy)

@@ -9,7 +9,8 @@ Shapes: ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``scaling`` wit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,19 @@ from fastlora.ops.torch import products
 _CHUNK = 1 << 18
 
 
+class InRows(NamedTuple):
+    """A weight ``[N, K]`` that is made some rows at a time, as quantised ones are.
+
+    Attributes:
+        make: Yields them, ``[n, K]``.
+        dtype, device: Of the rows.
+    """
+
+    make: Callable[[], Iterator[torch.Tensor]]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
@@ -28,7 +42,7 @@ def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
     """Has a function of a weight and others compute in their dtypes, whatever surrounds it."""
 
     @functools.wraps(compute)
-    def run(weight: torch.Tensor, *args: object) -> torch.Tensor:
+    def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
         device_type = weight.device.type
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -39,13 +53,16 @@ def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 
 @torch.no_grad()
-def square_norms(weight: torch.Tensor, at_once: bool = False) -> torch.Tensor:
+def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.Tensor:
     """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
 
     16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
     ``at_once`` is for graphs, where compilers see to that.
     """
     wide = _wide(weight.dtype)
+    if isinstance(weight, InRows):
+        made = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.make()]
+        return torch.cat(made).square()
     if weight.dtype == wide or at_once:
         return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     rows = max(_CHUNK // max(weight.shape[1], 1), 1)
@@ -56,7 +73,7 @@ def square_norms(weight: torch.Tensor, at_once: bool = False) -> torch.Tensor:
 @outside_autocast
 @torch.no_grad()
 def adapted_sums(
-    weight: torch.Tensor,
+    weight: torch.Tensor | InRows,
     squares: torch.Tensor,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -82,7 +99,11 @@ def adapted_sums(
     wide = squares.dtype
     a, b = lora_a.to(wide), lora_b.to(wide)
     # [N, K] x [K, R], then [N, R] x [R, R]
-    cross = products.mm(weight, lora_a.to(weight.dtype).t()).to(wide)
+    down = lora_a.to(weight.dtype).t()
+    if isinstance(weight, InRows):
+        cross = torch.cat([products.mm(part, down) for part in weight.make()]).to(wide)
+    else:
+        cross = products.mm(weight, down).to(wide)
     gram = torch.mm(a, a.t())
     if isinstance(scaling, torch.Tensor):
         inner = cross.addmm_(b, gram * scaling, beta=2.0)

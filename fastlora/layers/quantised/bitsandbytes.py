@@ -1,0 +1,381 @@
+"""Weights that bitsandbytes has quantised: 4 bits (NF4, FP4), and int8."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.coded_weight import Coded
+from fastlora.layers.quantised.kind import (
+    PIECES,
+    NotCoded,
+    Quantised,
+    addresses_of,
+    check_decoding,
+    check_part,
+    not_quantised_yet,
+    register_quantised,
+    stamp_of,
+)
+from fastlora.layers.stored import Fingerprint, sums_of_bits
+
+# Blocks that share a largest value of their largest values, in bytes. bitsandbytes knows no other.
+_NESTED_BLOCK = 256
+
+
+@register_quantised
+class Bits4(Quantised):
+    """A `Linear4bit` of bitsandbytes: codes of 4 bits, blocks with a largest value each.
+
+    In evaluation on a CPU bitsandbytes repacks the codes for its product, and rounds the blocks'
+    values to bf16. `write` makes the usual layout again; the next forward repacks that.
+    """
+
+    backend = "bnb 4bit"
+    peft_layer = ("peft.tuners.lora.bnb", "Linear4bit")
+    fresh_output = casts = True
+    modules = tuple(
+        f"bitsandbytes.nn.modules.{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")
+    )
+
+    def __init__(self, base: object) -> None:
+        super().__init__(base)
+        if self.weight.quant_state is None:
+            raise not_quantised_yet(self.base)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        """As `Quantised`."""
+        return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight before it was quantised; of a repacked one that of its product."""
+        found: torch.dtype = self.weight.quant_state.dtype
+        return torch.float32 if self._is_repacked() else found
+
+    def dense(self) -> torch.Tensor:
+        """As `Stored`."""
+        weight = self.weight
+        if self._is_repacked():
+            return _through(self.base, weight.device)
+        return _bitsandbytes().dequantize_4bit(weight.data, weight.quant_state)
+
+    def _is_repacked(self) -> bool:
+        return bool(getattr(self.weight.quant_state, "packing_format_for_cpu", False))
+
+    # ------------------------------------------------------------------------ what kernels read
+
+    def computes_in(self) -> torch.dtype | None:
+        """As `Quantised`."""
+        found: torch.dtype | None = self.base.compute_dtype
+        return found
+
+    def stamp(self) -> Hashable | None:
+        """As `Quantised`."""
+        base, state = self.base, self.weight.quant_state
+        inner = getattr(state, "state2", None)  # not once it is repacked
+        tensors = [self.weight, state.absmax, state.code]
+        if inner is not None:
+            tensors += inner.absmax, inner.code, state.offset
+        own = stamp_of(*tensors)
+        if own is None:
+            return None
+        return own, id(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
+
+    def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
+        """As `Quantised`; values are ``table[code] * largest``, in blocks along K."""
+        weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
+        library, block = self.library(), state.blocksize
+        if not self.base.compute_type_is_set:
+            raise NotCoded("bitsandbytes chooses what it computes in at its first forward")
+        if self._is_repacked():
+            raise NotCoded("an evaluation on the CPU has repacked its base weight for that")
+        if state.quant_type not in ("nf4", "fp4"):
+            raise NotCoded(f"{library}: its quant_type is {state.quant_type!r}, not nf4 or fp4")
+        if tuple(state.shape) != (n, k):
+            raise NotCoded(
+                f"{library}: its quant_state.shape is {tuple(state.shape)}, not {(n, k)}"
+            )
+        if not isinstance(block, int) or block <= 0 or k % block:
+            raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
+        if not weight.data.is_contiguous():
+            raise NotCoded(f"{library}: its codes have gaps")
+        codes, count = weight.data.view(torch.uint8).view(-1), n * k // block
+        own = functools.partial(check_part, like=codes, library=library)
+        own("weight", codes, dtypes=torch.uint8, count=n * k // 2)
+        table = own("quant_state.code", state.code, dtypes=torch.float32, count=16)
+        if state.nested:
+            inner = state.state2
+            if inner.blocksize != _NESTED_BLOCK:
+                raise NotCoded(f"{library}: quant_state.state2.blocksize is {inner.blocksize}")
+            kind = "table4_nested"
+            parts: tuple[torch.Tensor, ...] = (
+                own("quant_state.absmax", state.absmax, dtypes=torch.uint8, count=count),
+                table,
+                own(
+                    "quant_state.state2.absmax",
+                    inner.absmax,
+                    dtypes=torch.float32,
+                    count=-(-count // _NESTED_BLOCK),
+                ),
+                own("quant_state.state2.code", inner.code, dtypes=torch.float32, count=256),
+                own("quant_state.offset", state.offset, dtypes=torch.float32, count=1),
+            )
+        else:
+            kind = "table4"
+            parts = (
+                own("quant_state.absmax", state.absmax, dtypes=torch.float32, count=count),
+                table,
+            )
+        some = min(count, 512)
+        check_decoding(
+            _decoded(codes[: some * block // 2], parts, block),
+            self._dequantised(codes[: some * block // 2], self._largest()[:some], some * block),
+            library,
+            type(weight).__name__,
+        )
+        return Coded(kind, codes, addresses_of(*parts), n, k, block), (codes, *parts)
+
+    @property
+    def says(self) -> str:
+        """As `Quantised`."""
+        state = self.weight.quant_state
+        return f"{state.quant_type}{' nested' if state.nested else ''}"
+
+    def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """As `Quantised`; of the codes that are there now, whatever replaces them."""
+        if self._is_repacked():
+            return super().maker(dtype)
+        library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
+        codes, state.dtype = self.weight.data.view(-1, 1), dtype
+        return lambda: library.dequantize_4bit(codes, state)
+
+    def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """As `Quantised`; bitsandbytes changes the dtype of the bias for good."""
+        bias: torch.Tensor | None = self.base.bias
+        if bias is not None and bias.dtype is not dtype:
+            bias.data = bias.data.to(dtype)
+        return bias
+
+    # ------------------------------------------------------------------------------- in pieces
+
+    @property
+    def _block(self) -> int:
+        found: int = self.weight.quant_state.blocksize
+        return found
+
+    def _blocks(self) -> int:
+        """Returns how many blocks a piece has."""
+        return -(-(self.shape[0] * self.shape[1]) // (PIECES * self._block))
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """As `Quantised`; repacked ones are one piece."""
+        if self._is_repacked():
+            yield from super().pieces()
+            return
+        blocks, elements = self._blocks(), self.shape[0] * self.shape[1]
+        codes, size = self.weight.data.view(torch.uint8).view(-1), blocks * self._block
+        largest = self._largest()
+        for index, part in enumerate(codes.split(size // 2)):
+            own = largest[index * blocks : (index + 1) * blocks]
+            yield self._dequantised(part, own, min(size, elements - index * size))
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """As `Quantised`; whole where a block reaches into the next row.
+
+        There bitsandbytes 0.50 computes with other values on a CPU than it stored, and a norm is to
+        be that of what it computes with.
+        """
+        if self.shape[1] % self._block:
+            yield self.dense()
+        else:
+            yield from super().rows()
+
+    def _largest(self) -> torch.Tensor:
+        """Returns the largest value of each block, in fp32."""
+        state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
+        if state.nested:
+            absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
+        return absmax.float()
+
+    def _dequantised(self, codes: torch.Tensor, largest: torch.Tensor, count: int) -> torch.Tensor:
+        """Returns some whole blocks as bitsandbytes does, in fp32."""
+        state = self.weight.quant_state
+        piece = type(state)(
+            absmax=largest,
+            shape=torch.Size([count]),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=torch.float32,
+        )
+        made: torch.Tensor = _bitsandbytes().dequantize_4bit(codes.view(-1, 1), piece)
+        return made.view(-1)
+
+    def write(self, dense: torch.Tensor) -> None:
+        """As `Stored`."""
+        library, state = _bitsandbytes(), self.weight.quant_state
+        packed = self._is_repacked()
+        parts = [
+            library.quantize_4bit(
+                part,
+                blocksize=state.blocksize,
+                quant_type=state.quant_type,
+                quant_storage=self.weight.quant_storage,
+            )
+            for part in dense.contiguous().view(-1).split(self._blocks() * state.blocksize)
+        ]
+        new = parts[0][1]
+        new.absmax = torch.cat([part.absmax for _, part in parts])
+        if state.original_nested if packed else state.nested:
+            # As the library nests them: without their mean, in 8 bits.
+            new.offset, new.nested = new.absmax.mean(), True
+            new.absmax, new.state2 = library.quantize_blockwise(
+                new.absmax - new.offset, blocksize=256
+            )
+        new.shape = dense.shape
+        new.dtype = state.original_dtype if packed else state.dtype  # that of the product
+        self.restore((torch.cat([codes for codes, _ in parts]), new))
+
+    def keep(self) -> object:
+        """As `Stored`."""
+        return self.weight.data.clone(), _cloned(self.weight.quant_state)
+
+    def restore(self, kept: object) -> None:
+        """As `Stored`."""
+        both: Any = kept
+        data, state = both
+        self.weight.data = data.to(self.weight.device)
+        # In place: the module has a reference to the very object.
+        own = self.weight.quant_state.__dict__
+        own.clear()
+        own.update(_cloned(state).__dict__)
+        self.weight.quant_state.to(self.weight.device)
+
+    def fingerprint(self) -> Fingerprint:
+        """How often each code occurs, which repacking leaves as it is."""
+        counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
+        return (counts.sum(0) + counts.sum(1),)
+
+
+@register_quantised
+class Bits8(Quantised):
+    """A `Linear8bitLt` of bitsandbytes: int8, and a largest value for each row."""
+
+    backend = "bnb 8bit"
+    peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
+    modules = ("bitsandbytes.nn.modules.Linear8bitLt",)
+    fresh_output = True
+
+    def __init__(self, base: object) -> None:
+        super().__init__(base)
+        # They move from the parameter to the module's state with the first forward.
+        moved = self.base.state.SCB
+        self.scales = self.weight.SCB if moved is None else moved
+        if self.weight.dtype != torch.int8 or self.scales is None:
+            raise not_quantised_yet(self.base)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        """As `Quantised`."""
+        return type(getattr(module, "weight", None)).__name__ == "Int8Params"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what bitsandbytes dequantises to."""
+        return torch.float32
+
+    def stamp(self) -> Hashable | None:
+        """As `Quantised`."""
+        return stamp_of(self.weight, self.scales)
+
+    def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
+        """As `Quantised`: nothing stands for its module, whose product is not that of a matrix."""
+        threshold = getattr(self.base.state, "threshold", 0.0)
+        apart = f", but for columns with values above {threshold}" if threshold else ""
+        raise NotCoded(
+            f"bitsandbytes rounds x to int8 too{apart}: its base layer is called as it is"
+        )
+
+    def dense(self) -> torch.Tensor:
+        """As `Stored`."""
+        scales = self.scales.to(self.weight.device)
+        return _bitsandbytes().int8_vectorwise_dequant(self.weight.data, scales)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """As `Quantised`."""
+        dequantise, codes = _bitsandbytes().int8_vectorwise_dequant, self.weight.data
+        scales = self.scales.to(codes.device)
+        for rows in self.row_slices():
+            yield dequantise(codes[rows], scales[rows]).view(-1).float()
+
+    def write(self, dense: torch.Tensor) -> None:
+        """As `Stored`; from fp16, which is all that bitsandbytes takes."""
+        quantise = _bitsandbytes().int8_vectorwise_quant
+        parts = [
+            quantise(rows.to(torch.float16)) for rows in map(dense.__getitem__, self.row_slices())
+        ]
+        self.restore((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
+
+    def keep(self) -> object:
+        """As `Stored`."""
+        return self.weight.data.clone(), self.scales.clone()
+
+    def restore(self, kept: object) -> None:
+        """As `Stored`."""
+        both: Any = kept
+        codes, scales = both
+        for place in (self.weight.data, self.weight.CB, self.base.state.CB):
+            if place is not None:
+                place.copy_(codes)
+        self.scales.copy_(scales)
+
+    def fingerprint(self) -> Fingerprint:
+        """As `Stored`."""
+        return (*sums_of_bits(self.weight.data), *sums_of_bits(self.scales))
+
+
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
+
+
+def _cloned(state: object) -> Any:
+    """Returns a copy of a quant state, and of those inside it, with tensors of its own."""
+    made: Any = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(made, name, value.clone())
+        elif type(value) is type(state):
+            setattr(made, name, _cloned(value))
+    return made
+
+
+@torch.no_grad()
+def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
+    """Returns the weight that a layer computes with: what it makes of the unit vectors.
+
+    For 4-bit weights that an evaluation on a CPU has repacked, which cannot be dequantised.
+    """
+    layer: Any = base
+    columns = layer(torch.eye(layer.in_features, device=device))
+    return (columns if layer.bias is None else columns - layer.bias).t()
+
+
+def _decoded(codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
+    """Returns what kernels make of whole blocks of 4-bit codes, in fp32."""
+    absmax, table, *nested = parts
+    count = 2 * codes.numel() // block
+    largest = absmax[:count]
+    if nested:
+        outer, outer_table, offset = nested
+        each = outer.repeat_interleave(_NESTED_BLOCK)[:count]
+        largest = outer_table[largest.long()] * each + offset
+    nibbles = torch.stack([codes >> 4, codes & 15], dim=1).view(count, block)
+    return (table[nibbles.long()] * largest[:, None]).view(-1)

@@ -1,0 +1,61 @@
+"""Weights that HQQ has quantised: their modules are called, and their weight can be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlora.layers.quantised.kind import Quantised, register_quantised
+from fastlora.layers.stored import Fingerprint
+from fastlora.validation import UnsupportedLayerError
+
+
+@register_quantised
+class Hqq(Quantised):
+    """An `HQQLinear`: codes with a zero and a scale for each group, which may be packed."""
+
+    backend = "hqq"
+
+    @staticmethod
+    def weight_of(module: Any) -> Any:
+        """As `Quantised`."""
+        return module.W_q
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        """As `Quantised`."""
+        return hasattr(module, "W_q") and callable(getattr(module, "dequantize", None))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of HQQ's product."""
+        found: torch.dtype = self.base.compute_dtype
+        return found
+
+    def dense(self) -> torch.Tensor:
+        """As `Stored`."""
+        made: torch.Tensor = self.base.dequantize()
+        return made
+
+    def check_writable(self) -> None:
+        """Raises `UnsupportedLayerError`: a merge would need HQQ's solver, with its settings."""
+        raise UnsupportedLayerError(
+            f"cannot merge into {type(self.base).__name__}: HQQ quantises a weight by solving for "
+            "it; dequantise the base model first"
+        )
+
+    def write(self, dense: torch.Tensor) -> None:
+        """As `check_writable`."""
+        self.check_writable()
+
+    def keep(self) -> object:
+        """As `Stored`."""
+        return None
+
+    def restore(self, kept: object) -> None:
+        """Nothing was written."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Nothing is merged."""
+        return ()

@@ -1,0 +1,219 @@
+"""Weights that torchao has quantised: int8 and float8 by rows, groups or all, int4 and others."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fastlora.coded_weight import Coded
+from fastlora.layers.quantised.kind import (
+    NotCoded,
+    Quantised,
+    addresses_of,
+    check_decoding,
+    check_part,
+    register_quantised,
+    stamp_of,
+)
+from fastlora.layers.stored import Fingerprint, sums_of_bits
+from fastlora.validation import UnsupportedLayerError
+
+# The loader of each dtype that weights are stored in.
+_LOADERS = {
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8_e4m3",
+    torch.float8_e5m2: "float8_e5m2",
+}
+
+
+@register_quantised
+class TorchAO(Quantised):
+    """A weight of torchao's: int8 or float8 with scales by row, by group or one for all."""
+
+    backend = "torchao"
+    peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
+    fresh_output = True
+    modules = ("torch.nn.modules.linear.Linear",)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        """As `Quantised`."""
+        return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
+
+    def stamp(self) -> Hashable | None:
+        """As `Quantised`."""
+        return stamp_of(*self._parts())
+
+    def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
+        """As `Quantised`; values are ``code * scale`` of each row, or of the weight."""
+        weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
+        if name not in _TORCHAO:
+            raise NotCoded(f"its base weight is a {name} of torchao, which no kernel here reads")
+        if weight.act_quant_kwargs is not None:
+            raise NotCoded("torchao rounds x too: its base layer is called as it is")
+        for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
+            if getattr(weight, field, None) is not None:
+                raise NotCoded(f"its base weight, a {name} of torchao, has an {field}")
+        block = [int(size) for size in weight.block_size]
+        if block not in ([1, k], [n, k]):
+            raise NotCoded(
+                f"its base weight, a {name} of torchao, has a scale for each block of {block}, "
+                "not for each row"
+            )
+        library, codes = self.library(), weight.qdata
+        if codes.dtype not in _LOADERS or codes.shape != (n, k):
+            raise NotCoded(f"{library}: qdata is {codes.dtype} in {tuple(codes.shape)}")
+        own = functools.partial(check_part, like=codes, library=library)
+        own("qdata", codes, dtypes=codes.dtype, count=n * k)
+        count = 1 if block == [n, k] else n
+        scale = own("scale", weight.scale, dtypes=torch.float32, count=count).view(-1)
+        zero = getattr(weight, "zero_point", None)
+        if zero is not None and bool(zero.any()):
+            raise NotCoded(f"its base weight, a {name} of torchao, has zero points")
+        if count < n:
+            scale = scale.expand(n).contiguous()
+        rows = slice(16)
+        decoded = codes[rows].float() * scale[rows, None]
+        check_decoding(decoded, weight[rows].dequantize(torch.float32), library, name)
+        bits = codes.view(torch.uint8) if codes.dtype is not torch.int8 else codes
+        coded = Coded(_LOADERS[codes.dtype], bits, addresses_of(scale), n, k, k)
+        return coded, (codes, scale)
+
+    @property
+    def says(self) -> str:
+        """As `Quantised`."""
+        return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
+
+    def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """As `Quantised`; rounded once."""
+        weight = self.weight
+        return lambda: weight.dequantize(dtype)
+
+    def codes(self) -> torch.Tensor:
+        """As `Quantised`."""
+        return self._parts()[0]
+
+    def _parts(self) -> list[torch.Tensor]:
+        return _tensors(self.weight)
+
+    def dense(self) -> torch.Tensor:
+        """As `Stored`."""
+        return self.weight.dequantize()
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """As `Quantised`."""
+        self.check_writable()
+        for rows in self.row_slices():
+            yield self.weight[rows].dequantize(torch.float32).reshape(-1)
+
+    def check_writable(self) -> None:
+        """Raises `UnsupportedLayerError` for a kind that is not known how to be made again."""
+        if type(self.weight).__name__ not in _TORCHAO:
+            raise UnsupportedLayerError(
+                f"cannot merge into a {type(self.weight).__name__} of torchao; expected one of "
+                f"{', '.join(_TORCHAO)}: dequantise the base model first"
+            )
+
+    def write(self, dense: torch.Tensor) -> None:
+        """As `Stored`."""
+        self.check_writable()
+        make, granularity = _TORCHAO[type(self.weight).__name__], _granularity(self.weight, dense)
+        by_row = int(self.weight.block_size[0]) == 1
+        # All of it before the first is written: a failure half way changes nothing.
+        made = [
+            (rows, _tensors(make(self.weight, dense[rows], granularity)))
+            for rows in (self.row_slices() if by_row else [slice(None)])
+        ]
+        for rows, values in made:
+            for part, value in zip(self._parts(), values, strict=True):
+                (part[rows] if by_row else part).copy_(value)
+
+    def keep(self) -> object:
+        """As `Stored`."""
+        return [part.clone() for part in self._parts()]
+
+    def restore(self, kept: object) -> None:
+        """As `Stored`."""
+        values: Any = kept
+        for part, value in zip(self._parts(), values, strict=True):
+            part.copy_(value)
+
+    def fingerprint(self) -> Fingerprint:
+        """As `Stored`."""
+        return tuple(total for part in self._parts() for total in sums_of_bits(part))
+
+
+class _TorchaoWeight(Protocol):
+    """What is read of a weight of torchao's, beside its methods as a tensor."""
+
+    tensor_data_names: Sequence[str]
+    block_size: Sequence[int]
+    qdata: torch.Tensor
+    zero_point: torch.Tensor | None
+    act_quant_kwargs: object
+    act_quant_scale: object
+    act_quant_zero_point: object
+    act_pre_scale: object
+    reduce_range: bool
+    mm_config: object
+    kernel_preference: object
+
+
+def _tensors(weight: _TorchaoWeight | torch.Tensor) -> list[torch.Tensor]:
+    """Returns what a weight of torchao's is stored in."""
+    own: Any = weight
+    optional = getattr(own, "optional_tensor_data_names", None) or ()
+    found = [getattr(own, name) for name in (*own.tensor_data_names, *optional)]
+    return [part for part in found if part is not None]
+
+
+def _made_int8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: object) -> torch.Tensor:
+    mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+    zero = weight.zero_point
+    shifted = zero is not None and bool(zero.any())
+    kind: Any = type(weight)
+    return kind.from_hp(
+        dense,
+        granularity,
+        mapping_type=mapping.ASYMMETRIC if shifted else mapping.SYMMETRIC,
+        act_quant_kwargs=weight.act_quant_kwargs,
+        act_quant_scale=weight.act_quant_scale,
+        act_quant_zero_point=weight.act_quant_zero_point,
+        act_pre_scale=weight.act_pre_scale,
+        reduce_range=weight.reduce_range,
+    )
+
+
+def _made_float8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: object) -> torch.Tensor:
+    kind: Any = type(weight)
+    return kind.from_hp(
+        dense,
+        float8_dtype=weight.qdata.dtype,
+        granularity=granularity,
+        mm_config=weight.mm_config,
+        kernel_preference=weight.kernel_preference,
+        act_quant_kwargs=weight.act_quant_kwargs,
+    )
+
+
+def _granularity(weight: _TorchaoWeight, dense: torch.Tensor) -> Any:
+    """Returns torchao's word for a weight's blocks: rows, all of it, or groups of columns."""
+    library = importlib.import_module("torchao.quantization")
+    block = [int(size) for size in weight.block_size]
+    if block == [1, dense.shape[1]]:
+        return library.PerRow()
+    if block == list(dense.shape):
+        return library.PerTensor()
+    if block[0] == 1:
+        return library.PerGroup(block[1])
+    raise UnsupportedLayerError(
+        f"cannot merge into a {type(weight).__name__} in blocks of {block}; expected rows, groups "
+        "of columns, or one block: dequantise the base model first"
+    )
+
+
+_TORCHAO = {"Int8Tensor": _made_int8, "Float8Tensor": _made_float8}
