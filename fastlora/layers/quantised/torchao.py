@@ -105,8 +105,10 @@ class TorchAO(Quantised):
         return self.weight.dequantize()
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """As `Quantised`."""
-        self.check_writable()
+        """As `Quantised`; of a kind that may have no slices in one."""
+        if type(self.weight).__name__ not in _TORCHAO:
+            yield from super().pieces()
+            return
         for rows in self.row_slices():
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
