@@ -50,8 +50,11 @@ class KeptCode:
                 return
             self.weight, self._for = None, None
             self.why = why or self._code(module, dtype)
-        except (UnsupportedLayerError, AttributeError) as error:  # not quantised yet, or moved
+        except UnsupportedLayerError as error:  # not quantised yet
             self.weight, self.found, self.why = None, None, str(error)
+        except AttributeError as error:  # another version of a library's
+            self.weight, found = None, self.found
+            self.why = str(error) if found is None else found.lacks(error)
 
     def base(self) -> Base | None:
         """Returns what stands for the module in a forward, or None."""

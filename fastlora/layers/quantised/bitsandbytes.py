@@ -103,7 +103,7 @@ class Bits4(Quantised):
             raise NotCoded(
                 f"{library}: its quant_state.shape is {tuple(state.shape)}, not {(n, k)}"
             )
-        if not isinstance(block, int) or block <= 0 or k % block:
+        if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
             raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
         if not weight.data.is_contiguous():
             raise NotCoded(f"{library}: its codes have gaps")

@@ -15,7 +15,7 @@ from fastlora.validation import UnsupportedLayerError
 class Hqq(Quantised):
     """An `HQQLinear`: codes with a zero and a scale for each group, which may be packed."""
 
-    backend = "hqq"
+    peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
     @staticmethod
     def weight_of(module: Any) -> Any:

@@ -110,6 +110,10 @@ class Quantised(Stored):
         except importlib.metadata.PackageNotFoundError:
             return name
 
+    def lacks(self, error: AttributeError) -> str:
+        """Returns what is said of a library's object that lacks a field."""
+        return f"{self.library()}: {error}; its base layer is called as it is"
+
     def coded(self, dtype: torch.dtype) -> CodedWeight | str:
         """Returns the weight for kernels, in ``dtype``, or why the module must be called."""
         if class_name(self.base) not in self.modules:
@@ -121,10 +125,12 @@ class Quantised(Stored):
             if own is not None and own is not dtype:
                 return f"its base layer computes in {own}, and gets x in {dtype}"
             coded, keeps = self.read(dtype)
+            if coded.codes.data_ptr() % 4:
+                return "the codes of its base weight begin within a word of 4 bytes"
         except NotCoded as error:
             return str(error)
         except AttributeError as error:  # another version of a library's
-            return f"{self.library()}: {error}; its base layer is called as it is"
+            return self.lacks(error)
         return CodedWeight(coded, self.maker(dtype), dtype, keeps)
 
     @property

@@ -1,0 +1,370 @@
+"""What kernels read of quantised weights and when modules are called; the report; norms; training.
+
+Here modules are called, as on any CPU; tests/kernels/test_quantised.py runs kernels over them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.coded_weight import CodedWeight
+from fastlora.layers import FastLoraWrapper
+from fastlora.layers.coded_base import sibling_base, why_called
+from fastlora.layers.norms import rows_of
+from fastlora.layers.quantised import quantised
+from fastlora.ops.torch.norms import adapted_sums, square_norms
+from fastlora.testing import assert_within_budget
+from tests.support.peak_bytes import peak_bytes
+from tests.support.peft_twins import peft
+from tests.support.quantised import CODED, gated, quantise
+from tests.support.tiny import randomise, tiny_llama, trainable
+
+TARGETS = ["gate", "up", "down"]
+
+
+def adapted(base: nn.Module, library: Any = fastlora, **config: Any) -> Any:
+    """A model with a random adapter."""
+    torch.manual_seed(1)
+    fields = {"r": 4, "target_modules": TARGETS, **config}
+    model = library.get_peft_model(base, library.LoraConfig(**fields))
+    randomise(model)
+    return model
+
+
+def layer_over(module: nn.Module) -> Any:
+    """A LoRA layer over a module."""
+    layer = FastLoraWrapper(module)
+    layer.add_adapter("a", r=4)
+    layer.set_adapter("a")
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", CODED)
+def test_what_kernels_read(kind: str, dtype: torch.dtype) -> None:
+    """The loader, and a tensor that is the matrix to PyTorch, bit for bit the library's."""
+    module = quantise(nn.Linear(128, 48).to(dtype), kind)
+    base, found = sibling_base(layer_over(module)), quantised(module)
+    assert base is not None and found is not None and isinstance(base.weight, CodedWeight)
+    assert base.weight.coded.kind == CODED[kind] and base.bias is module.bias
+    assert (base.weight.shape, base.weight.dtype) == ((48, 128), dtype)
+    x = torch.randn(3, 128, dtype=dtype)
+    assert torch.equal(x @ base.weight.t(), x @ found.dense().to(dtype).t())
+    assert torch.equal(torch.cat(list(found.rows())), found.dense())
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def _library(name: str) -> Any:
+    return pytest.importorskip(name)
+
+
+def _with_state(**fields: Any) -> Callable[[Any], None]:
+    def change(module: Any) -> None:
+        for name, value in fields.items():
+            state = module.weight.quant_state
+            setattr(state, name, value(getattr(state, name)) if callable(value) else value)
+
+    return change
+
+
+def _without_code(module: Any) -> None:
+    del module.weight.quant_state.code
+
+
+def _hooked(module: Any) -> None:
+    module.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _replaced(module: Any) -> None:
+    plain = module.forward
+    module.forward = lambda x: plain(x) * 2
+
+
+def _subclassed(module: Any) -> None:
+    module.__class__ = type("Own", (type(module),), {})
+
+
+# Of an NF4 layer: what is done to it, and what is said.
+CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "unknown quant type": (_with_state(quant_type="af4"), "quant_type is 'af4', not nf4 or fp4"),
+    "state elsewhere": (
+        _with_state(absmax=lambda t: t.to("meta")),
+        "quant_state.absmax is on meta, and the codes on cpu",
+    ),
+    "other dtype": (
+        _with_state(absmax=lambda t: t.half()),
+        r"bitsandbytes [\d.]+: quant_state.absmax is torch.float16, expected torch.float32",
+    ),
+    "other size": (_with_state(absmax=lambda t: t[1:]), "absmax has 95 elements .* expected 96"),
+    "other shape": (
+        _with_state(shape=torch.Size([128, 48])),
+        r"quant_state.shape is \(128, 48\), not \(48, 128\)",
+    ),
+    "block size": (_with_state(blocksize=48), "blocks of 48 weights do not divide its 128"),
+    "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
+    "another table": (
+        _with_state(code=lambda t: t.flip(0)),
+        r"bitsandbytes [\d.]+: the codes of a Params4bit mean something else than here",
+    ),
+    "hook": (_hooked, "its base layer has forward hooks"),
+    "forward": (_replaced, "its base layer's forward was replaced"),
+    "subclass": (_subclassed, "its base layer is Own, called as it is"),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+def test_4_bit_layers_that_are_called(case: str) -> None:
+    """The report says why, and nothing of the layer has changed."""
+    change, match = CALLED[case]
+    torch.manual_seed(0)
+    module: Any = quantise(nn.Linear(128, 48), "nf4")
+    change(module)
+    codes, state = module.weight.data.clone(), dict(vars(module.weight.quant_state))
+    layer = layer_over(module)
+    assert sibling_base(layer) is None
+    assert torch.equal(module.weight.data, codes)
+    now = vars(module.weight.quant_state)
+    assert all(now[name] is value for name, value in state.items())
+    fused, why = layer.fusion()
+    assert not fused
+    pytest.raises(ValueError, _raise, why).match(match)
+
+
+def _raise(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_other_layers_that_are_called() -> None:
+    """Not quantised yet, no compute dtype yet, blocks over rows, int8 with x, made in inference."""
+    bitsandbytes = _library("bitsandbytes").nn
+    raw = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=torch.float32))
+    assert "not quantised yet" in why_called(raw) and "model.to(device)" in why_called(raw)
+
+    unset = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=None).to("cpu"))
+    assert "at its first forward" in why_called(unset)
+    unset.train()(torch.randn(2, 128))
+    assert why_called(unset) == ""
+    assert sibling_base(unset).weight.dtype is torch.float32  # type: ignore[union-attr]  # there
+
+    odd = layer_over(quantise(nn.Linear(96, 48), "nf4"))
+    assert "blocks of 64 weights do not divide its 96 in_features" in why_called(odd)
+
+    eight: Any = quantise(nn.Linear(128, 48), "int8")
+    assert "rounds x to int8 too" in why_called(layer_over(eight))
+    eight.state.threshold = 6.0
+    assert "columns with values above 6.0" in why_called(layer_over(eight))
+
+    with torch.inference_mode():
+        early = quantise(nn.Linear(128, 48), "nf4")
+    assert "inference mode" in why_called(layer_over(early))
+
+    other: Any = quantise(nn.Linear(128, 64), "nf4")
+    assert sibling_base(layer_over(other)) is not None
+    repacked = layer_over(other).eval()
+    with torch.no_grad():
+        repacked(torch.randn(2, 128))
+    if getattr(other.weight.quant_state, "packing_format_for_cpu", False):
+        assert "repacked" in why_called(repacked)
+
+
+def test_weights_of_torchao_that_are_called() -> None:
+    """Of which each says what is other about it."""
+    library = _library("torchao.quantization")
+    configs = {
+        "rounds x too": library.Int8DynamicActivationInt8WeightConfig(version=2),
+        r"a scale for each block of \[1, 32\]": library.Int8WeightOnlyConfig(
+            version=2, granularity=library.PerGroup(32)
+        ),
+        "IntxUnpackedToInt8Tensor of torchao, which no kernel": library.IntxWeightOnlyConfig(),
+    }
+    for match, config in configs.items():
+        module = nn.Linear(128, 48)
+        library.quantize_(module, config)
+        pytest.raises(ValueError, _raise, why_called(layer_over(module))).match(match)
+    for change, match in (
+        (lambda w: setattr(w, "zero_point", torch.ones_like(w.zero_point)), "has zero points"),
+        (lambda w: setattr(w, "scale", w.scale.half()), r"torchao [\d.+a-z]+: scale is torch.flo"),
+        (lambda w: delattr(w, "block_size"), r"torchao [\d.+a-z]+: .*block_size"),
+        (lambda w: setattr(w, "act_pre_scale", torch.ones(128)), "has an act_pre_scale"),
+    ):
+        module = quantise(nn.Linear(128, 48), "torchao int8")
+        change(module.weight)
+        pytest.raises(ValueError, _raise, why_called(layer_over(module))).match(match)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_int8_with_outliers_in_training(threshold: float) -> None:
+    """It is called, and gives PEFT's values and gradients."""
+    results = []
+    for library in (fastlora, peft):
+        base = gated("int8", torch.float32)
+        for name in TARGETS:
+            getattr(base, name).state.threshold = threshold
+        model, x = adapted(base, library), torch.randn(5, 64, generator=torch.manual_seed(2))
+        y = model.train()(x.requires_grad_())
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable(model)])])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_hqq() -> None:
+    """Called; DoRA reads it; PEFT's values and gradients, also through PEFT's layer patched."""
+    library = _library("hqq.core.quantize")
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 48))
+        model[0] = library.HQQLinear(
+            *(model[0], library.BaseQuantizeConfig(nbits=4, group_size=64)),
+            compute_dtype=torch.float32,
+            device="cpu",
+        )
+        return model
+
+    for options in ({}, {"use_dora": True}):
+        results, x = [], torch.randn(3, 128)
+        for library_ in (fastlora, peft, peft):
+            model = adapted(base(), library_, target_modules=["0"], **options)
+            if len(results) == 2:
+                assert not fastlora.patch(model).fused
+            y = model(x)
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), trainable(model))])
+            if not results[1:]:
+                (row,) = fastlora.fusion_report(model).rows
+                assert (
+                    not row.fused and row.reason == "its base layer is HQQLinear, called as it is"
+                )
+                (status,) = model.get_layer_status()
+                assert status.module_type == "lora.HqqLoraLinear"
+                with pytest.raises(fastlora.FastLoraError, match="cannot merge into HQQLinear"):
+                    model.merge_adapter()
+        for other in results[1:]:
+            for mine, expected in zip(results[0], other, strict=True):
+                torch.testing.assert_close(mine, expected)
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def test_the_report_of_a_4_bit_model() -> None:
+    """Which layers kernels would read, how they run here, and which are called wherever."""
+    model = tiny_llama(attention_bias=False)
+    for layer in model.model.layers:
+        for holder, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
+            for name in names:
+                linear = getattr(holder, f"{name}_proj")
+                setattr(holder, f"{name}_proj", quantise(linear, "nf4 nested"))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    ours = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules="all-linear"))
+    report = fastlora.fusion_report(ours)
+    assert (report.fused, len(report.rows)) == (13, 14)
+    assert {row.reads for row in report.rows if row.fused} == {"nf4 nested"}
+    assert {report.runs_as(row) for row in report.rows} == {"its base layer, LoRA beside it"}
+    text = str(report)
+    assert "13 of them have a quantised base, which kernels read" in text
+    assert "its base layer has forward hooks" in text and "nf4 nested" in text
+    on_kernels = fastlora.FusionReport(report.rows, "triton", "")
+    assert [on_kernels.runs_as(row) for row in report.rows].count("Triton kernels") == 13
+
+
+# --------------------------------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8", "torchao int8", "torchao float8"])
+def test_norms_make_no_matrix(kind: str) -> None:
+    """The values of the dense weight, from some rows at a time; kept while nothing is written."""
+    n, k = 768, 512
+    layer = layer_over(quantise(nn.Linear(k, n).to(torch.bfloat16), kind))
+    lora_a, lora_b = torch.randn(4, k), torch.randn(n, 4)
+    found = quantised(layer.base_layer)
+    assert found is not None
+    dense = found.dense()
+    expected = adapted_sums(dense, square_norms(dense), lora_a, lora_b, 0.5)
+    truth = adapted_sums(
+        *(dense.double(), square_norms(dense.double()), lora_a.double(), lora_b.double(), 0.5)
+    )
+    del dense
+    weight = rows_of(layer)
+
+    def sums() -> torch.Tensor:
+        return adapted_sums(weight, square_norms(weight), lora_a, lora_b, 0.5)
+
+    assert_within_budget(sums(), expected, truth)
+    assert peak_bytes(sums) < n * k * 4 / 2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_norms_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the base from forward to forward, until the weight is another one."""
+    layer = layer_over(quantise(nn.Linear(128, 48), kind))
+    layer.add_adapter("d", r=4, use_dora=True, init_lora_weights=False)
+    layer.set_adapter("d")
+    found: Any = quantised(layer.base_layer)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "fastlora.layers.norms.square_norms",
+        lambda weight, **_: seen.append(1) or square_norms(weight),
+    )
+    x = torch.randn(3, 128)
+    for _ in range(3):
+        layer(x).sum().backward()
+    assert not seen  # since the adapter was made
+    found.write(2.0 * found.dense())
+    y = layer(x)
+    assert len(seen) == 1
+    twin = copy.deepcopy(layer)
+    torch.testing.assert_close(twin(x), y)
+
+
+def test_dropped_dora_saves_no_matrix() -> None:
+    """Where the module is called too: only what the layer has is saved, or less."""
+    model, x = adapted(gated("nf4"), use_dora=True, lora_dropout=0.5).train(), torch.randn(5, 64)
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is not CodedWeight:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert saved and all(tensor.numel() < 64 * 128 for tensor in saved)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(model))
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_prepared_by_peft_and_trained_by_bitsandbytes() -> None:
+    """`prepare_model_for_kbit_training` of PEFT, gradient checkpointing, an optimizer in 8 bits."""
+    optimizers = _library("bitsandbytes").optim
+    losses: list[list[float]] = []
+    ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    for library in (fastlora, peft):
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.mlp.up_proj = quantise(layer.mlp.up_proj, "nf4 nested")
+            layer.self_attn.q_proj = quantise(layer.self_attn.q_proj, "nf4 nested")
+        model.is_loaded_in_4bit = True
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+        model = adapted(model, library, target_modules=["q_proj", "up_proj"]).train()
+        steps = optimizers.PagedAdamW32bit(trainable(model), lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            steps.step()
+            steps.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
