@@ -6,6 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+_VARIABLES = (
+    *("FASTLORA_BATCH_INVARIANT", "FASTLORA_PLAN", "FASTLORA_MEASURED"),
+    *("TRITON_INTERPRET", "XDG_CACHE_HOME"),
+)
+
 
 def triton_interpreted() -> bool:
     """Whether ``TRITON_INTERPRET=1`` makes Triton kernels run on the CPU (for tests only)."""
@@ -26,6 +31,11 @@ def measured_folder() -> Path | None:
     """Returns the folder of measured tables that ``FASTLORA_MEASURED`` names, if it names one."""
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
+
+
+def in_use() -> dict[str, str]:
+    """Returns those of the variables read here that are set, by name."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def cache_dir() -> Path:

@@ -1,21 +1,21 @@
-"""The ``fastlora`` command: ``info``, ``inspect``, ``merge``, ``train``, ``chat`` and others."""
+"""The ``fastlora`` command: ``doctor``, ``inspect``, ``merge``, ``train`` and others."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import platform
 import re
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastlora import env
+from fastlora.commands.machine import devices, version
 from fastlora.commands.models import CommandError, load_base, step
 from fastlora.validation import FastLoraError
 
@@ -34,6 +34,7 @@ _PROGRAMS = {
     ("bench", "kernels"): "fastlora.bench.kernels_bench",
     ("train",): "fastlora.train.command",
     ("chat",): "fastlora.commands.chat",
+    ("doctor",): "fastlora.commands.doctor",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
@@ -84,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`fastlora COMMAND --help` describes a command. Exit codes: 0 done, 1 error, "
         "2 wrong usage.",
     )
-    version = f"fastlora {_version('fastlora-triton') or '(not installed)'}"
-    parser.add_argument("--version", action="version", version=version)
+    own = f"fastlora {version('fastlora-triton') or '(not installed)'}"
+    parser.add_argument("--version", action="version", version=own)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -147,6 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     commands.add_parser(
+        "doctor",
+        help="what is wrong here, what of a model will be fused (own options: doctor --help)",
+        add_help=False,
+    )
+    commands.add_parser(
         "chat",
         help="talk to a model with its adapters (own options: chat --help)",
         add_help=False,
@@ -166,41 +172,19 @@ def _info(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(dist) for name, dist in _DISTRIBUTIONS.items()},
-        "devices": list(_devices()),
+        "versions": {name: version(dist) for name, dist in _DISTRIBUTIONS.items()},
+        "devices": list(devices()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
     print(f"python        {facts['python']} on {facts['platform']}")
-    for name, version in facts["versions"].items():
-        print(f"{name:<13} {version or 'not installed'}")
+    for name, found in facts["versions"].items():
+        print(f"{name:<13} {found or 'not installed'}")
     print()
     for device in facts["devices"]:
         print(f"{device['device']:<8} {device['implementation']:<8} {device['why']}")
     return 0
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _devices() -> Iterator[dict[str, str]]:
-    import torch
-
-    from fastlora.integrations.report import implementation_on
-
-    names = ["cpu"]
-    names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if other is not None and other.type != "cuda":
-        names.append(other.type)
-    for name in names:
-        chosen, why = implementation_on(torch.device(name))
-        yield {"device": name, "implementation": chosen, "why": why}
 
 
 # ------------------------------------------------------------------------------------- inspect

@@ -16,7 +16,7 @@ def when_imported(name: str, act: Callable[[], None]) -> None:
 
     What ``act`` raises becomes a warning: another library's import never fails because of us.
     """
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:
         _try(name, act)
     else:
         sys.meta_path.insert(0, _Watcher(name, act))

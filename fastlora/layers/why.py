@@ -19,6 +19,7 @@ from fastlora.validation import ImplementationError
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
+DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -55,7 +56,7 @@ def why_dora_not_fused(layer: AdapterLayer, names: list[str]) -> str:
         return "several active adapters, some with DoRA: they act one after the other"
     dropout = layer.lora_dropout[names[0]]
     if dropout.training and not isinstance(dropout, nn.Identity):
-        return "DoRA with dropout in training: a second base product, both PyTorch's"
+        return DORA_DROPS
     return ""
 
 

@@ -81,10 +81,14 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["info", "inspect", "merge", "train", "bench", "demo", "Exit codes"]),
+        (
+            ["--help"],
+            ["doctor", "info", "inspect", "merge", "train", "bench", "demo", "Exit codes"],
+        ),
         (["merge", "--help"], ["BASE", "ADAPTER", "OUT", "--dtype"]),
         (["inspect", "--help"], ["ADAPTER_DIR", "--json"]),
         (["demo", "--help"], ["--steps"]),
+        (["doctor", "--help"], ["MODEL", "--adapter", "--json", "Exit codes"]),
         (["train", "--help"], ["CONFIG", "--data", "--resume", "--dry-run", "torchrun"]),
         (["bench", "--help"], ["mixed", "kernels"]),
         (["bench", "kernels", "--help"], ["--shape", "--contender", "--list", "--chip", "--out"]),

@@ -1,0 +1,216 @@
+"""Says whether fastlora can run here, and with a model what of it will be fused.
+
+Versions against what is supported, devices and whether the kernels run on them, environment
+variables of ours, and with MODEL what an adapter on it would be: fused or not, and why. Weights of
+the model are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora import env
+from fastlora.commands.machine import (
+    Findings,
+    check_devices,
+    check_environment,
+    check_python,
+    devices,
+    packages,
+)
+from fastlora.validation import CheckpointError, FastLoraError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastlora.integrations.report import FusionReport
+
+_SHOWN_NAMES = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what it finds; returns 1 where something is wrong, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="fastlora doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 all is well, 1 something is wrong, 2 wrong usage.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=Path, help="a model's folder")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=Path,
+        help="an adapter's folder, in place of a new adapter on every linear layer",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if args.adapter is not None and args.model is None:
+        parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
+    found = Findings()
+    facts: dict[str, Any] = {
+        "python": check_python(found),
+        "platform": platform.platform(),
+        "packages": list(packages(found)),
+        "devices": list(devices()),
+        "environment": env.in_use(),
+    }
+    check_devices(facts["devices"], found)
+    check_environment(found)
+    report = None
+    if args.model is not None:
+        report, facts["model"] = _model(args.model, args.adapter, found)
+    facts |= asdict(found) | {"ok": not found.problems}
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(_lines(facts, report)) + "\n")
+    return int(bool(found.problems))
+
+
+def _model(
+    folder: Path, adapter: Path | None, found: Findings
+) -> tuple[FusionReport | None, dict[str, Any]]:
+    """Returns the report of an empty model with an adapter, and what JSON says of it."""
+    from fastlora.layers.why import DORA_DROPS
+
+    facts: dict[str, Any] = {"path": str(folder)}
+    if adapter is not None:
+        facts["adapter"] = str(adapter)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            base, quantised = _empty_model(folder)
+            kind = type(base).__name__
+            report, left_out = _report(base, adapter)
+    except (FastLoraError, OSError, ImportError) as error:
+        if isinstance(error, ImportError):
+            what = f"a MODEL needs what cannot be imported ({error})"
+            found.problem(what, "pip install 'fastlora-triton[hf]'")
+        else:
+            found.problem(
+                str(error),
+                "a model's folder has a config.json; fastlora inspect DIR shows an adapter's",
+            )
+        return None, facts
+    here = Path(__file__).parents[1]
+    ours = [w for w in caught if Path(w.filename).is_relative_to(here)]
+    found.notes += [" ".join(str(w.message).split()) for w in ours]
+    if any(row.reason == DORA_DROPS for row in report.rows):
+        found.notes.append("with lora_dropout=0 DoRA is fused in training, too")
+    facts |= {"class": kind, "quantised": quantised, "eligible": report.fused}
+    facts |= {"implementation": report.implementation, "reason": report.reason}
+    facts |= {"layers": [asdict(row) for row in report.rows], "without_adapter": left_out}
+    return report, facts
+
+
+def _empty_model(folder: Path) -> tuple[nn.Module, str | None]:
+    """Returns the model on the meta device, and how it is quantised, or None.
+
+    Raises:
+        CheckpointError: There is none, or transformers cannot make it.
+        ImportError: transformers, or what the quantised model needs, is not installed.
+    """
+    import torch
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no model folder (it has no config.json)")
+    library: Any = importlib.import_module("transformers")
+    from fastlora.integrations.transformers import as_causal_model, quiet_transformers
+
+    with as_causal_model(folder), quiet_transformers():
+        config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            dtype = getattr(config, "dtype", None) or torch.float32
+            model = library.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            auto: Any = importlib.import_module("transformers.quantizers.auto")
+            quantiser = auto.AutoHfQuantizer.from_config(quantised, pre_quantized=True)
+            quantiser.preprocess_model(model=model, device_map={"": "cpu"})
+            method = quantiser.quantization_config.quant_method
+            return model, str(getattr(method, "value", method))
+    return model, None
+
+
+def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[str]]:
+    """Returns the report as of the best device, and the linear layers without an adapter."""
+    import torch
+
+    from fastlora.integrations.report import fusion_report, implementation_on
+    from fastlora.layers import LoraLayer
+    from fastlora.layers.bases import linear_features
+    from fastlora.model import LoraModel, get_peft_model
+    from fastlora.model.recommend import recommend
+
+    if adapter is None:
+        model = get_peft_model(base, recommend(base).config())
+    else:
+        model = LoraModel.from_pretrained(base, adapter)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    chosen, why = implementation_on(device or torch.device("cpu"))
+    report = fusion_report(model.train())
+    # No forward runs here, so nothing is known of siblings.
+    rows = tuple(replace(row, siblings="") for row in report.rows)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    within = tuple(f"{name}." for name in adapted)
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if linear_features(module) and name not in adapted and not name.startswith(within)
+    ]
+    return replace(report, rows=rows, implementation=chosen, reason=why), left_out
+
+
+def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
+    from fastlora.integrations.report import folded, table
+
+    python = facts["python"]
+    rows = [("", "installed", "supported", "needed for")]
+    rows.append(("python", python["version"], python["supported"], ""))
+    rows += [
+        (p["name"], p["version"] or "no", p["supported"] or "", p["needed_for"] or "")
+        for p in facts["packages"]
+    ]
+    yield from table(rows)
+    yield ""
+    for entry in facts["devices"]:
+        yield f"{entry['device']:<8} {entry['implementation']:<8} {entry['why']}"
+        if "arch" in entry:
+            of = entry["tables"] or "none"
+            yield f"{'':<17} {entry['arch']}, {entry['processors']} processors; configs of {of}"
+        if entry["trial"]:
+            yield f"{'':<17} a trial launch {entry['trial']}"
+    yield ""
+    variables = [f"{name}={value}" for name, value in facts["environment"].items()]
+    yield f"environment: {', '.join(variables) or 'no variable of ours is set'}"
+    model = facts.get("model")
+    if report is not None and model is not None:
+        what = f"adapter {model['adapter']}" if "adapter" in model else "a new adapter"
+        bits = f", quantised by {model['quantised']}" if model["quantised"] else ""
+        yield from (
+            "",
+            f"{model['path']}: {model['class']}{bits}, with {what}, in training",
+            str(report),
+        )
+        if model["without_adapter"]:
+            names = model["without_adapter"]
+            if len(names) > _SHOWN_NAMES:
+                names = [name for (name,) in folded([(n,) for n in names])]
+            yield f"linear layers without an adapter: {', '.join(names)}"
+    for note in facts["notes"]:
+        yield from ("", f"note: {note}")
+    yield ""
+    for problem in facts["problems"]:
+        yield from (f"problem: {problem['problem']}", f"    fix: {problem['fix']}")
+    if facts["ok"]:
+        yield "all is well"

@@ -1,0 +1,241 @@
+"""What is installed and which devices are there, and what is wrong with either."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora import env
+
+if TYPE_CHECKING:
+    import torch
+
+DISTRIBUTION = "fastlora-triton"
+# What needs a package that `import fastlora` does not, and how to get it.
+_OPTIONAL = {
+    "transformers": ("train, chat, merge, and a MODEL here", "'fastlora-triton[hf]'"),
+    "peft": ("fastlora.patch, and models that are PEFT's", "'fastlora-triton[hf]'"),
+    "accelerate": ("transformers' Trainer and quantised bases", "'fastlora-triton[hf]'"),
+    "bitsandbytes": ("4-bit and 8-bit base models", "bitsandbytes"),
+    "torchao": ("int8, int4 and float8 base models", "torchao"),
+}
+_PACKAGES = ("torch", "triton", "safetensors", *_OPTIONAL)
+# Files that a GPU's driver makes.
+_DRIVERS = (("NVIDIA", Path("/proc/driver/nvidia/version")), ("AMD", Path("/dev/kfd")))
+# A trial launch on each GPU: rows, in, out, rank. Its error stays far below this in fp16.
+_TRIAL, _TRIAL_ERROR = (16, 64, 64, 8), 0.03
+
+
+@dataclass
+class Findings:
+    """What is wrong, and what is only worth knowing.
+
+    Attributes:
+        problems: What keeps fastlora from doing what it should here, each with what to do.
+        notes: What is as it should be and may surprise.
+    """
+
+    problems: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, what: str, fix: str) -> None:
+        """Adds a problem."""
+        self.problems.append({"problem": " ".join(what.split()), "fix": fix})
+
+
+def version(distribution: str) -> str | None:
+    """Returns the version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def supported() -> dict[str, str]:
+    """Returns the range of versions of each package that fastlora asks for, extras included.
+
+    They are those of pyproject.toml, as they were installed; none where fastlora is not.
+    """
+    try:
+        metadata = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    ranges = {"python": str(metadata["Requires-Python"] or "")}
+    for requirement in importlib.metadata.requires(DISTRIBUTION) or ():
+        match = re.match(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)", requirement)
+        if match and match[2].strip():
+            parts = sorted((part.strip() for part in match[2].split(",")), reverse=True)
+            ranges.setdefault(match[1].lower(), ",".join(parts))
+    return ranges
+
+
+def in_range(found: str, wanted: str) -> bool:
+    """Returns whether a version lies in a range such as ``">=2.11,<3"``; by its numbers alone."""
+    for part in filter(None, wanted.split(",")):
+        sign, bound = part[: len(part) - len(part.lstrip("<>=!~"))], part.lstrip("<>=!~")
+        ours, theirs = _numbers(found), _numbers(bound)
+        if (sign == ">=" and ours < theirs) or (sign == "<" and ours >= theirs):
+            return False
+    return True
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    release = re.match(r"\d+(?:\.\d+)*", text)
+    numbers = [int(part) for part in release[0].split(".")] if release else []
+    return (*numbers, *[0] * (4 - len(numbers)))
+
+
+def check_python(found: Findings) -> dict[str, str]:
+    """Returns Python's version and the range that is supported."""
+    have, wanted = platform.python_version(), supported().get("python", "")
+    if not in_range(have, wanted):
+        found.problem(f"Python {have} is not supported", f"use Python {wanted}")
+    return {"version": have, "supported": wanted}
+
+
+def packages(found: Findings) -> Iterator[dict[str, str | None]]:
+    """Yields name, version, supported range and what is to be said of it."""
+    ranges, own = supported(), version(DISTRIBUTION)
+    yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
+    if own is None:
+        found.notes.append(
+            "fastlora is imported from a checkout and not installed: what it supports is unknown "
+            "(pip install -e . installs it)"
+        )
+    for name in _PACKAGES:
+        have, wanted = version(name), ranges.get(name, "")
+        needed_for, install = _OPTIONAL.get(name, (None, f"'{name}{wanted}'"))
+        yield {"name": name, "version": have, "supported": wanted, "needed_for": needed_for}
+        if have is None:
+            if needed_for is None and (name != "triton" or platform.system() == "Linux"):
+                found.problem(f"{name} is not installed", f"pip install {install}")
+        elif not in_range(have, wanted):
+            found.problem(
+                f"{name} {have} is not supported, expected {wanted}",
+                f"pip install '{name}{wanted}'",
+            )
+        elif why := why_not_importable(name):
+            found.problem(
+                f"{name} {have} is installed and cannot be imported ({why})",
+                f"pip install --force-reinstall --no-deps '{name}{wanted}'"
+                + ("" if needed_for is None else f", or pip uninstall {name}"),
+            )
+
+
+def why_not_importable(name: str) -> str:
+    """Returns what an import raises in one line, or an empty string."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+    except Exception as error:  # a broken package may raise anything
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
+def devices() -> Iterator[dict[str, Any]]:
+    """Yields each device of torch, what ``impl="auto"`` runs on it and why."""
+    import torch
+
+    from fastlora.integrations.report import implementation_on
+
+    names = ["cpu"]
+    names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if other is not None and other.type != "cuda":
+        names.append(other.type)
+    for name in names:
+        device = torch.device(name)
+        chosen, why = implementation_on(device)
+        yield {"device": name, "implementation": chosen, "why": why, **_chip(device)}
+
+
+def _chip(device: torch.device) -> dict[str, Any]:
+    """Returns a GPU's arch and processors, and the arch of the tables that its configs are from."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return {}
+    from fastlora.kernels import chips
+
+    chip = chips.chip_of(device)
+    tables = chip.family if chip.is_supported else None
+    return {"arch": chip.arch, "processors": chip.num_sms, "tables": tables}
+
+
+def check_devices(found_devices: Sequence[dict[str, Any]], found: Findings) -> None:
+    """Looks for a GPU that torch does not see, and lets each kernel that should run do so."""
+    import torch
+
+    from fastlora.ops.conditions import triton_status
+
+    for maker, driver in _DRIVERS:
+        if driver.exists() and not torch.cuda.is_available():
+            hidden = [v for v in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if v in os.environ]
+            built = torch.version.cuda or torch.version.hip or "a CPU only"
+            found.problem(
+                f"there is a driver of {maker} and torch {torch.__version__}, built for {built}, "
+                "sees no GPU",
+                f"unset {hidden[0]}"
+                if hidden
+                else "install the torch of https://pytorch.org/get-started that fits the driver",
+            )
+    for entry in found_devices:
+        device = torch.device(entry["device"])
+        runs, why = triton_status(device.type, device.index or 0)
+        if device.type == "cuda" and not runs:
+            fix = "PyTorch computes in the kernels' place; nothing to do but to use another GPU"
+            found.problem(
+                f"the kernels do not run on {entry['device']}: {why}",
+                "pip install 'triton>=3.6,<4'" if "not installed" in why else fix,
+            )
+        entry["trial"] = _trial(device, found) if runs else None
+
+
+def _trial(device: torch.device, found: Findings) -> str:
+    """Launches a kernel and compares it with float64; returns what came of it."""
+    import torch
+
+    from fastlora.functional import lora_linear
+
+    m, k, n, r = _TRIAL
+    cpu = torch.Generator().manual_seed(0)
+    shapes = ((m, k), (n, k), (r, k), (n, r))
+    exact = [torch.randn(s, generator=cpu, dtype=torch.float64) for s in shapes]
+    x, weight, lora_a, lora_b = exact
+    truth = x @ weight.T + (x @ lora_a.T) @ lora_b.T
+    fix = "run it again with TORCH_SHOW_CPP_STACKTRACES=1, and file what it says as an issue"
+    try:
+        on_device = [t.to(device, torch.float16) for t in exact]
+        with torch.no_grad():
+            x, weight, lora_a, lora_b = on_device
+            y = lora_linear(x, weight, lora_a, lora_b, scaling=1.0, impl="triton")
+        error = float((y.cpu().double() - truth).norm() / truth.norm())
+    except Exception as raised:  # a compiler or a driver may raise anything
+        why = str(raised).strip().partition("\n")[0] or type(raised).__name__
+        found.problem(f"a trial launch on {device} failed: {why}", fix)
+        return "failed"
+    if not error <= _TRIAL_ERROR:
+        found.problem(f"a trial launch on {device} is off by {error:.2g} of the result", fix)
+        return "wrong"
+    return f"ran, {error:.2g} off float64 in fp16"
+
+
+def check_environment(found: Findings) -> None:
+    """Looks at the variables that are read here."""
+    if env.triton_interpreted():
+        found.problem(
+            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times "
+            "slower, which is for tests",
+            "unset TRITON_INTERPRET",
+        )
+    folder = env.measured_folder()
+    if folder is not None and not folder.is_dir():
+        found.problem(f"FASTLORA_MEASURED names {folder}, no folder", "unset FASTLORA_MEASURED")

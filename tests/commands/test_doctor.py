@@ -1,0 +1,267 @@
+"""`fastlora doctor`: what it finds, what it says to do, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import LoraConfig, env, fusion_report, get_peft_model
+from fastlora.commands import cli, machine
+from fastlora.layers.why import DORA_DROPS
+from tests.support.tiny import tiny_llama
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Runs it for JSON; its exit code says what its facts say."""
+    capsys.readouterr()
+    code = cli.main(["doctor", *map(str, arguments), "--json"])
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert code == int(bool(facts["problems"])) == 1 - facts["ok"]
+    return facts
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of ours is set, and packages are not imported once more in each test."""
+    for name in env.in_use():
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(machine, "why_not_importable", lambda name: "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers")
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_machine_that_is_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLORA_PLAN", "split")
+    facts = doctor(capsys)
+    if torch.cuda.is_available():
+        pytest.skip("what its kernels do is not known here")
+    assert facts["ok"] and facts["environment"] == {"FASTLORA_PLAN": "split"}
+    packages = {p["name"]: p for p in facts["packages"]}
+    assert packages["torch"]["version"] == machine.version("torch")
+    assert packages["torch"]["supported"] == ">=2.11,<3"
+    assert packages["triton"]["needed_for"] is None and packages["peft"]["needed_for"]
+    (cpu,) = facts["devices"]
+    assert (cpu["device"], cpu["implementation"], cpu["trial"]) == ("cpu", "eager", None)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert text.endswith("all is well\n") and "FASTLORA_PLAN=split" in text
+    assert re.search(r"^torch +\S+ +>=2.11,<3$", text, re.M)
+
+
+def test_every_variable_that_is_read_is_shown() -> None:
+    text = Path(env.__file__).read_text(encoding="utf-8")
+    read = set(re.findall(r"os\.environ\.get\(\"(\w+)\"", text))
+    assert read and read == set(env._VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "fits"),
+    [
+        ("2.13.0+cpu", ">=2.11,<3", True),
+        ("2.11", ">=2.11,<3", True),
+        ("2.9.1", ">=2.11,<3", False),
+        ("3.0.0a1", ">=2.11,<3", False),
+        ("0.4.10", ">=0.4.3", True),
+        ("0.4", ">=0.4.3", False),
+        ("5.24.0.dev0", ">=4.56", True),
+        ("1", "", True),
+    ],
+)
+def test_versions(version: str, wanted: str, fits: bool) -> None:
+    assert machine.in_range(version, wanted) is fits
+
+
+def test_a_version_that_is_not_supported_and_one_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have = {"torch": "2.9.1", "fastlora-triton": "0.1.0"}
+    monkeypatch.setattr(machine, "version", have.get)
+    facts = doctor(capsys)
+    problems = {p["problem"]: p["fix"] for p in facts["problems"]}
+    assert problems["torch 2.9.1 is not supported, expected >=2.11,<3"] == (
+        "pip install 'torch>=2.11,<3'"
+    )
+    assert problems["safetensors is not installed"] == "pip install 'safetensors>=0.4.3'"
+    assert not any("peft" in p for p in problems)  # an extra
+    assert cli.main(["doctor"]) == 1
+    assert "fix: pip install 'torch>=2.11,<3'" in capsys.readouterr().out
+
+
+def test_a_package_that_cannot_be_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "why_not_importable", lambda name: "OSError: libx" if name == "peft" else ""
+    )
+    (problem,) = doctor(capsys)["problems"]
+    assert "cannot be imported (OSError: libx)" in problem["problem"]
+    assert "pip uninstall peft" in problem["fix"]
+
+
+def test_an_import_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (tmp_path / "broken_package.py").write_text("raise OSError('no libx\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine.why_not_importable("broken_package") == "OSError: no libx"
+    assert machine.why_not_importable("json") == ""
+
+
+def test_without_any_extra(tmp_path: Path) -> None:
+    """It runs where transformers and the others are not, and names what a model needs."""
+    (tmp_path / "config.json").write_text("{}")
+    code = """
+import sys
+for name in ("transformers", "peft", "accelerate", "bitsandbytes", "torchao", "tqdm"):
+    sys.modules[name] = None
+from fastlora.commands import machine, cli
+have = machine.version
+machine.version = lambda name: None if name in machine._OPTIONAL else have(name)
+print("codes", cli.main(["doctor"]), cli.main(["doctor", "."]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(fastlora.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.endswith("codes 0 1\n"), done.stdout + done.stderr
+    assert "fix: pip install 'fastlora-triton[hf]'" in done.stdout and done.stderr == ""
+
+
+def test_a_driver_without_a_gpu_in_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch sees the GPU")
+    monkeypatch.setattr(machine, "_DRIVERS", (("NVIDIA", tmp_path),))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (problem,) = doctor(capsys)["problems"]
+    assert "driver of NVIDIA" in problem["problem"] and "pytorch.org" in problem["fix"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (problem,) = doctor(capsys)["problems"]
+    assert problem["fix"] == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_the_trial_launch(tmp_path: Path) -> None:
+    """In Triton's interpreter it runs a kernel; one that computes something else is found."""
+    code = """
+import json, sys, fastlora.commands.machine as machine, fastlora.commands.doctor as doctor
+machine.why_not_importable = lambda name: ""
+codes = [doctor.main(["--json"])]
+import fastlora.functional as functional
+right = functional.lora_linear
+functional.lora_linear = lambda *args, **kwargs: right(*args, **kwargs) + 1
+codes.append(doctor.main(["--json"]))
+def broken(*args, **kwargs): raise RuntimeError("no such instruction\\nmore")
+functional.lora_linear = broken
+codes.append(doctor.main(["--json"]))
+sys.stderr.write(json.dumps(codes))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(fastlora.__file__).parents[1]),
+            "TRITON_INTERPRET": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stderr.endswith("[1, 1, 1]"), done.stderr
+    decoder, rest, found = json.JSONDecoder(), done.stdout, []
+    while rest.strip():
+        facts, end = decoder.raw_decode(rest := rest.lstrip())
+        found.append(facts)
+        rest = rest[end:]
+    ran, wrong, failed = found
+    assert ran["devices"][0]["trial"].startswith("ran, 0.0")
+    assert [p["fix"] for p in ran["problems"]] == ["unset TRITON_INTERPRET"]
+    assert "is off by" in wrong["problems"][0]["problem"]
+    assert "failed: no such instruction" in failed["problems"][0]["problem"]
+
+
+def test_a_model_in_the_words_of_the_report(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = doctor(capsys, folder)["model"]
+    model = get_peft_model(
+        tiny_llama(tie_word_embeddings=False), LoraConfig(target_modules="all-linear")
+    )
+    report = fusion_report(model)
+    assert [layer["name"] for layer in facts["layers"]] == [row.name for row in report.rows]
+    assert facts["eligible"] == report.fused == len(report.rows)
+    assert facts["without_adapter"] == ["base_model.model.lm_head"]
+    if not torch.cuda.is_available():
+        assert facts["reason"] == report.reason
+        assert cli.main(["doctor", str(folder)]) == 0
+        text = capsys.readouterr().out
+        assert str(report).splitlines()[0] in text
+        assert "linear layers without an adapter: base_model.model.lm_head\n" in text
+
+
+def test_an_adapter_that_is_not_fused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, lora_dropout=0.1)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")
+    assert {layer["reason"] for layer in facts["model"]["layers"]} == {DORA_DROPS}
+    assert facts["model"]["eligible"] == 0 and len(facts["model"]["without_adapter"]) == 13
+    assert facts["notes"] == ["with lora_dropout=0 DoRA is fused in training, too"]
+
+
+def test_a_quantised_model_as_when_it_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation)
+    report = fusion_report(get_peft_model(loaded, LoraConfig(target_modules="all-linear")))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantisation.to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    facts = doctor(capsys, folder)["model"]
+    assert facts["quantised"] == "bitsandbytes"
+    assert [(row["name"], row["fused"], row["reason"]) for row in facts["layers"]] == [
+        (row.name, row.fused, row.reason) for row in report.rows
+    ]
+
+
+def test_what_is_no_model_and_no_adapter_of_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One problem, and everything else is told all the same."""
+    facts = doctor(capsys, tmp_path / "nowhere")
+    assert "no model folder" in facts["problems"][0]["problem"] and facts["devices"]
+    other = get_peft_model(tiny_llama(hidden_size=32), LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "adapter")
+    facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")
+    (problem,) = facts["problems"]
+    assert "q_proj" in problem["problem"] and "\n" not in problem["problem"]
+    assert "layers" not in facts["model"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", "--adapter", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "--adapter needs MODEL" in capsys.readouterr().err
