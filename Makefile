@@ -13,10 +13,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint soak clean
+.PHONY: help install demo test lint docs soak clean
 
+# The order is that in which a newcomer needs them.
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 install: $(VENV)/.installed ## make .venv with fastlora, what the demo and what the tests need
 
@@ -26,16 +27,20 @@ demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compar
 test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
 
-soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)
-	@$(BIN)/python bench/soak.py $(ARGS)
-
 lint: $(VENV)/.lint-installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; every link is checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@$(BIN)/python docs/build_site.py site
+
+soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)
+	@$(BIN)/python bench/soak.py $(ARGS)
+
 clean: ## remove .venv, caches and what the demo wrote (the converted model in ~/.cache stays)
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second run start at once; they go stale when the requirements change.
@@ -49,4 +54,8 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.lint-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $@

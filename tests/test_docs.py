@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,101 @@ def test_the_tables_of_speed_are_those_of_the_results() -> None:
     page = speed_page.PAGE.read_text(encoding="utf-8")
     assert speed_page.rendered(page) == page
     assert page.count("<!-- ") == 9
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    """Every figure of README's table of measurements comes from a row of a CSV."""
+    table = PAGES[0].read_text(encoding="utf-8").partition("| measured, over PEFT")[2]
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[3].strip()
+        for line in table.partition("\n\n")[0].splitlines()[2:]
+    }
+    faster = {
+        row["adapters"]: 1 / float(row["ratio_to_peft"])
+        for row in rows_of("mixed_cpu_avx512.csv")
+        if (row["phase"], row["dtype"], row["side"]) == ("decode", "fp32", "fastlora_one_block")
+    }
+    steps = {
+        (row["method"], row["dtype"]): row
+        for row in rows_of("train_step_cpu_avx512.csv")
+        if (row["batch"], row["adapters"], row["dropout"]) == ("4x128", "fp32", "0.0")
+    }
+
+    def both(column: str, *cases: tuple[str, str]) -> str:
+        return " / ".join(f"{float(steps[case][column]):.2f}" for case in cases)
+
+    bf16 = [("lora", "bf16"), ("dora", "bf16")]
+    expected = {
+        f"decode, 64 sequences, {' / '.join(faster)} adapters, fp32": " / ".join(
+            f"{value:.1f}" for value in faster.values()
+        )
+        + " times faster",
+        "peak memory of the step, LoRA / DoRA, bf16 with fp32 adapters": both("peak_ratio", *bf16),
+    }
+    for name, method in (("LoRA", "lora"), ("DoRA", "dora")):
+        figures = both("ratio_to_peft", (method, "fp32"), (method, "bf16"))
+        expected[f"training step, {name}, fp32 / bf16 with fp32 adapters"] = (
+            f"{figures} of the time"
+        )
+    assert {case: cells.get(case) for case in expected} == expected
+    # What has no figure here says so.
+    assert not [c for n, c in cells.items() if n not in expected and re.search(r"\d\.\d", c)]
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV in bench/results."""
+    with (ROOT / "bench" / "results" / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_sites_navigation_has_every_page() -> None:
+    """A page that is in docs/ is in mkdocs.yml and on the index, and the other way round."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    named = set(re.findall(r"[\w/]+\.md", text))
+    site = importlib.import_module("docs.build_site")
+    pages = {page.name for page in PAGES[1:]}
+    assert named == pages | set(site.OUTSIDE.values()) | {"reference.md"}
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((\w+\.md)\)", index))
+    assert linked == pages - {"index.md"}
+    assert all((ROOT / source).is_file() for source in site.OUTSIDE)
+
+
+def test_a_broken_link_of_the_site_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top">A</h1><a href="sub/b.html#part">b</a><a href="#top">a</a>'
+        '<a href="https://pytorch.org/x">out</a><img src="missing.png"><a href="#nowhere">c</a>'
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.html").write_text(
+        '<a href="../a.html#to%70">a</a><a href="c.html">c</a>'
+    )
+    site = importlib.import_module("docs.build_site")
+    assert site.broken_links(tmp_path) == [
+        "a.html: sub/b.html#part",
+        "a.html: missing.png",
+        "a.html: #nowhere",
+        "sub/b.html: c.html",
+    ]
+
+
+def test_links_of_pages_lead_where_the_site_has_their_targets() -> None:
+    """Up and out of docs/, into pages that lie elsewhere, and between those."""
+    site = importlib.import_module("docs.build_site")
+
+    class Page:
+        class file:
+            src_uri = "quickstart.md"
+
+    def moved(uri: str, text: str) -> str:
+        Page.file.src_uri = uri
+        return str(site.on_page_markdown(text, Page, None, None))
+
+    assert moved("quickstart.md", "[b](../bench/README.md#run)") == "[b](benchmarks.md#run)"
+    assert moved("compare.md", "[r](../README.md) [h](#here)") == "[r](index.md) [h](#here)"
+    assert moved("benchmarks.md", "[s](../docs/speed.md)") == "[s](speed.md)"
+    assert moved("examples.md", "[e](dora.py)") == "[e](examples/dora.py)"
+    assert moved("index.md", "[o](https://x.org/a.md)") == "[o](https://x.org/a.md)"
 
 
 def test_the_readme_has_its_ways_in() -> None:

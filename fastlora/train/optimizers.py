@@ -102,7 +102,7 @@ class AdapterOptimizers:
         AdapterStateError: An adapter is frozen, or one of several trains the base model's biases.
         ValueError, TypeError: An argument is not as described. Nothing has changed.
 
-    Example:
+    Examples:
         >>> train_adapters(model, ["a", "b"])
         >>> optimizers = AdapterOptimizers(model, {"a": partial(AdamW, lr=1e-3), "b": SGD})
         >>> with adapters(model, names, seeds=optimizers.draw_seeds(names)):
