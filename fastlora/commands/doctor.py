@@ -1,8 +1,8 @@
 """Says whether fastlora can run here, and with a model what of it will be fused.
 
 Versions against what is supported, devices and whether the kernels run on them, environment
-variables of ours, and with MODEL what an adapter on it would be: fused or not, and why. Weights of
-the model are not read.
+variables of ours, and with MODEL what an adapter on it would be: fused or not, and why. The model's
+weights are read only where they are quantised.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _model(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            base, quantised = _empty_model(folder)
+            base, quantised = _base_model(folder)
             kind = type(base).__name__
             report, left_out = _report(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
@@ -113,8 +113,8 @@ def _model(
     return report, facts
 
 
-def _empty_model(folder: Path) -> tuple[nn.Module, str | None]:
-    """Returns the model on the meta device, and how it is quantised, or None.
+def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
+    """Returns the model, on the meta device where it is not quantised, and how it is, or None.
 
     Raises:
         CheckpointError: There is none, or transformers cannot make it.
@@ -129,17 +129,14 @@ def _empty_model(folder: Path) -> tuple[nn.Module, str | None]:
 
     with as_causal_model(folder), quiet_transformers():
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:  # only real codes say what kernels can read of them
+            model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            method = model.config.quantization_config.quant_method
+            return model, str(getattr(method, "value", method))
         with torch.device("meta"):
             dtype = getattr(config, "dtype", None) or torch.float32
-            model = library.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        quantised = getattr(config, "quantization_config", None)
-        if quantised is not None:
-            auto: Any = importlib.import_module("transformers.quantizers.auto")
-            quantiser = auto.AutoHfQuantizer.from_config(quantised, pre_quantized=True)
-            quantiser.preprocess_model(model=model, device_map={"": "cpu"})
-            method = quantiser.quantization_config.quant_method
-            return model, str(getattr(method, "value", method))
-    return model, None
+            return library.AutoModelForCausalLM.from_config(config, dtype=dtype), None
 
 
 def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[str]]:
