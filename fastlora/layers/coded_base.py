@@ -130,14 +130,14 @@ def why_called(layer: AdapterLayer) -> str:
 
 
 def reads_codes(layer: nn.Module) -> str:
-    """Returns what kernels read of a layer's base weight, once `why_called` was asked.
+    """Returns what kernels read of a layer's base weight, and in which dtype they compute.
 
-    Empty where that is plain, or the base layer is called.
+    Known once `why_called` was asked; empty where the weight is plain, or the base layer called.
     """
     kept: KeptCode | None = layer.__dict__.get("_coded")
     if kept is None or kept.weight is None or kept.found is None:
         return ""
-    return kept.found.says
+    return f"{kept.found.says}, {kept.weight.dtype}".replace("torch.", "")
 
 
 def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,8 @@ class Bits4(Quantised):
         """As `Quantised`; bitsandbytes changes the dtype of the bias for good."""
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
-            bias.data = bias.data.to(dtype)
+            with torch.inference_mode(False):
+                bias.data = bias.data.to(dtype)
         return bias
 
     # ------------------------------------------------------------------------------- in pieces
