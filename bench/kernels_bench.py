@@ -72,7 +72,12 @@ def parser() -> argparse.ArgumentParser:
         "lora_b, scaling), which returns y; may be given several times (default: all)",
     )
     made.add_argument("--list", action="store_true", help="list the contenders and stop")
-    made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of x, weights and factors (default: bfloat16)",
+    )
     made.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="how many different adapters a batch has (default: 1,4,16,64)",
     )
-    parser.add_argument("--rank", type=int, default=16, help="of each adapter (default: 16)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of each adapter (default: 16)")
     parser.add_argument(
         "--sequences", type=int, default=64, help="sequences in a batch (default: 64)"
     )
@@ -88,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and runs the benchmark."""
-    parser = argparse.ArgumentParser(prog="fastlora bench mixed", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fastlora bench mixed", description=(__doc__ or "").replace("``", "")
+    )
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

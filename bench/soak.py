@@ -256,7 +256,7 @@ class Soak:
     ) -> None:
         """Compares one row of a batch with its solo run.
 
-        Thirty layers make of the last bit's rounding what chance will have: the errors of plain
+        Thirty layers amplify the last bit's rounding, by chance more or less: the errors of plain
         float32 runs of one row differ by 2.6 times in the median and by 13 at times. So the budget
         comes from the least accurate of several: other batch sizes and the merged weights, then
         sums in other orders, each as good as the machine's own. Later ones are computed only where

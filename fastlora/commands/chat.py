@@ -52,13 +52,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no chat template: each message is the beginning of a text, and nothing is remembered",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token"
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="the most tokens of an answer (default: 256)",
     )
-    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--dtype", default="auto", help="of the base model (default: its own)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="X",
+        help="how freely tokens are drawn; 0 takes the likeliest (default: 0.7)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="draw from the likeliest tokens that together have probability P (default: 0.9)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default: 0)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of the base model (default: its own)"
+    )
     parser.add_argument("--cpu", action="store_true", help="don't use an accelerator")
 
 
@@ -267,7 +287,8 @@ class Chat:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and talks."""
     parser = argparse.ArgumentParser(
-        prog="fastlora chat", description=__doc__.split("\n")[0].partition(": ")[2]
+        prog="fastlora chat",
+        description="Talk to a model with its adapters, switch between them, or ask all at once.",
     )
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser(
         "train",
-        help="train adapters together, each on its own data (own options: train --help)",
+        help="train adapters together, each on its own data",
         add_help=False,
     )
     bench = commands.add_parser(
@@ -138,28 +138,28 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
     kinds.add_parser(
         "mixed",
-        help="batches of many adapters, against PEFT (own options: bench mixed --help)",
+        help="batches of many adapters, against PEFT",
         add_help=False,
     )
     kinds.add_parser(
         "kernels",
         help="one linear, or a function of yours, on a GPU; without one what compiled code says "
-        "and a prediction (own options: bench kernels --help)",
+        "and a prediction",
         add_help=False,
     )
     commands.add_parser(
         "doctor",
-        help="what is wrong here, what of a model will be fused (own options: doctor --help)",
+        help="what is wrong here, what of a model will be fused",
         add_help=False,
     )
     commands.add_parser(
         "chat",
-        help="talk to a model with its adapters (own options: chat --help)",
+        help="talk to a model with its adapters",
         add_help=False,
     )
     commands.add_parser(
         "demo",
-        help="train three adapters on a small model, compare with PEFT (own options: demo --help)",
+        help="train three adapters on a small model, compare with PEFT",
         add_help=False,
     )
     return parser

@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path(".demo/adapters"),
         help="where the adapters are saved (default: %(default)s)",
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="ask this; repeatable")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="ask this when trained, in place of two prompts that come with the demo; repeatable",
+    )
     parser.add_argument("--steps", type=int, default=22, help="training steps (default: 22)")
     parser.add_argument("--rounds", type=int, default=5, help="timed pairs (default: 5)")
     parser.add_argument(
@@ -253,7 +258,9 @@ def side_by_side(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and runs the demo."""
-    parser = argparse.ArgumentParser(prog="fastlora demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fastlora demo", description=(__doc__ or "").replace("``", "")
+    )
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

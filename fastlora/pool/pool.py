@@ -185,6 +185,9 @@ class AdapterPool:
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
         """Registers every adapter folder in a folder under its folder's name.
 
+        A folder that is an adapter's itself, as PEFT writes the adapter ``"default"`` beside
+        subfolders of others, is registered under its own name too.
+
         Returns:
             The names, sorted.
 
@@ -196,11 +199,17 @@ class AdapterPool:
         path = Path(root).absolute()
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder, expected one that holds adapters")
-        names = sorted(p.name for p in path.iterdir() if (p / CONFIG_NAME).is_file())
-        if not names:
-            raise CheckpointError(f"{path}: has no subfolder with an {CONFIG_NAME}")
-        self._register({name: path / name for name in names})
-        return names
+        folders = [p for p in (path, *path.iterdir()) if (p / CONFIG_NAME).is_file()]
+        found = {folder.name: folder for folder in folders}
+        if not found:
+            raise CheckpointError(f"{path}: neither it nor a subfolder has an {CONFIG_NAME}")
+        if len(found) < len(folders):
+            raise AdapterStateError(
+                f"{path}: an adapter of its own and a subfolder would both be named {path.name!r}; "
+                "rename one of the folders"
+            )
+        self._register(found)
+        return sorted(found)
 
     def _register(self, folders: Mapping[str, Path]) -> None:
         for name in folders:

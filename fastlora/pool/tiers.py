@@ -344,10 +344,10 @@ class Tiers:
         """Returns the device tier's contents in numbers, for messages."""
         leased = sum(1 for resident in self.device.values() if resident.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
-        limit = "no limit" if self.device_bytes is None else f"device_bytes={self.device_bytes}"
+        limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
         return (
             f"it holds {len(self.device)} adapters of at most {self.slots} and {self.device_used} "
-            f"bytes ({limit}); {leased} are leased, {pinned} pinned, {len(self.retired)} replaced "
+            f"bytes{limit}; {leased} are leased, {pinned} pinned, {len(self.retired)} replaced "
             "and still leased"
         )
 

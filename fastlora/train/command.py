@@ -69,7 +69,7 @@ _RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--keep", int, "N", "checkpoints to keep (default: 2)"),
     ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
     ("--dtype", DTYPES, "", "dtype of the base model (default: auto)"),
-    ("--load-in", LOAD_IN, "", "quantise the base model by bitsandbytes: NF4, or LLM.int8"),
+    ("--load-in", LOAD_IN, "", "quantise the base model with bitsandbytes, as NF4 or LLM.int8"),
     ("--chat", bool, "", "make prompt and completion turns of a chat"),
     ("--chat-template", Path, "FILE", "chat template in place of the tokenizer's"),
     ("--assistant-only-loss", bool, "", "no loss but on what the assistant says in chats"),
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; returns the exit code 0, or raises as `train`."""
     parser = argparse.ArgumentParser(
         prog="fastlora train",
-        description=__doc__,
+        description=(__doc__ or "").replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)

@@ -207,7 +207,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
         if key not in _TOP:
             hint = near_names(key, _TOP)
             if key in _OF_ADAPTER | _LORA_FIELDS | set(_ALIASES):
-                hint = "; it belongs into [defaults] or into an adapter's table"
+                hint = "; it belongs in [defaults] or in an adapter's table"
             raise ConfigError(f"unknown key {key!r}{hint}")
     for name in ("model", "out"):
         if name not in top:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,35 @@ def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixt
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert not [word for word in words if word not in text]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "info", "inspect", "merge", "train", "chat", "doctor", "demo", "bench mixed"]
+    + ["bench kernels"],
+)
+def test_each_option_says_what_it_is(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself: no help is missing, or a fragment that needs the option's name before it."""
+    seen: list[argparse.ArgumentParser] = []
+    show = argparse.ArgumentParser.print_help
+
+    def note(parser: argparse.ArgumentParser, file: Any = None) -> None:
+        seen.append(parser)
+        show(parser, file)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", note)
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert "``" not in capsys.readouterr().out
+    (parser,) = seen
+    for action in parser._actions:
+        helps = [action.help, *(a.help for a in getattr(action, "_choices_actions", ()))]
+        if action.nargs == argparse.PARSER:  # the list of commands has a text for each
+            helps = helps[1:]
+        for text in helps:
+            assert text and not text.startswith(("of ", "to ", "(")), (action.dest, text)
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,19 @@ print("codes", cli.main(["doctor"]), cli.main(["doctor", "."]))
     assert "fix: pip install 'fastlora-triton[hf]'" in done.stdout and done.stderr == ""
 
 
+def test_no_library_speaks_before_a_command_of_ours(tmp_path: Path) -> None:
+    """All packages are imported, and what they warn of as they are is not printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "doctor"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(fastlora.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stderr == "" and done.stdout.splitlines()[1].startswith("python ")
+
+
 def test_a_driver_without_a_gpu_in_torch(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

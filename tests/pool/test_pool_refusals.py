@@ -138,6 +138,26 @@ def test_a_refused_adapter_changes_nothing(root: Path, damage: str) -> None:
         assert same_adapter(pool, lease.residents[0], root / "a0")
 
 
+def test_a_folder_that_is_an_adapter_itself(tmp_path: Path) -> None:
+    """PEFT writes "default" into the folder and the others below it: none is left out."""
+    make_folder(tmp_path / "run", 1)
+    make_folder(tmp_path / "run" / "french", 2)
+    pool = AdapterPool(Blocks(), target_modules=["q", "v"])
+    assert pool.register_folder(tmp_path / "run") == ["french", "run"]
+    use(pool, "run", "french")
+    for name, folder in (("run", tmp_path / "run"), ("french", tmp_path / "run" / "french")):
+        with pool.lease([name]) as lease:
+            assert same_adapter(pool, lease.residents[0], folder)
+    make_folder(tmp_path / "run" / "run", 3)
+    other = AdapterPool(Blocks(), target_modules=["q", "v"])
+    with pytest.raises(AdapterStateError, match="both be named 'run'"):
+        other.register_folder(tmp_path / "run")
+    assert list(other.names) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither it nor a subfolder has an adapter_config"):
+        other.register_folder(tmp_path / "empty")
+
+
 @pytest.mark.parametrize("damage", ["no weights", "full copies", "biases", "rank"])
 def test_registering_checks_what_needs_no_tensors(root: Path, damage: str) -> None:
     spoil, message = DAMAGE[damage]
@@ -201,8 +221,8 @@ def test_names_are_checked(root: Path) -> None:
         pool.lease("a0")
     with pytest.raises(TypeError, match="'abc', expected a list"):
         pool.prefetch("abc")
-    with pytest.raises(CheckpointError, match="no subfolder"):
-        pool.register_folder(root / "a3")
+    with pytest.raises(AdapterStateError, match="'a3' exists already"):
+        pool.register_folder(root / "a3")  # an adapter's own folder
     make_folder(root / "__base__", 1)
     pool = AdapterPool(Blocks(), target_modules=["q", "v"])
     with pytest.raises(ConfigError, match="__base__"):
