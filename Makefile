@@ -13,11 +13,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs soak clean
+.PHONY: help install demo test lint docs soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 install: $(VENV)/.installed ## make .venv with fastlora, what the demo and what the tests need
 
@@ -38,6 +38,10 @@ docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; every li
 
 soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)
 	@$(BIN)/python bench/soak.py $(ARGS)
+
+soak-serve: $(VENV)/.installed ## 32 clients at fastlora serve for 3 minutes, and its tokens a second beside others (outside CI)
+	@FASTLORA_FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q tests/serve/test_fuzz.py
+	@$(BIN)/python bench/soak_serve.py $(ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote (the converted model in ~/.cache stays)
 	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,7 @@ setup(
         "fastlora.layers",
         "fastlora.layers.quantised",
         "fastlora.pool",
+        "fastlora.serve",
         "fastlora.train",
         "fastlora.utils",
     ],

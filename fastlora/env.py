@@ -44,6 +44,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fastlora"
 
 
+def api_key() -> str | None:
+    """Returns the key that clients of ``fastlora serve`` must send (``FASTLORA_API_KEY``)."""
+    return os.environ.get("FASTLORA_API_KEY") or None
+
+
 def prepare_demo_process() -> None:
     """Sets what the demo needs before its imports: no network, no banners on stderr.
 

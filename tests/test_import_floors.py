@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("functional", "layers"),
     ("model",),
     ("pool", "integrations", "optimizers", "utils"),
-    ("train",),
+    ("train", "serve"),
     ("__init__",),
     ("commands", "bench", "__main__"),
 )

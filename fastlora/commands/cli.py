@@ -35,6 +35,7 @@ _PROGRAMS = {
     ("train",): "fastlora.train.command",
     ("chat",): "fastlora.commands.chat",
     ("doctor",): "fastlora.commands.doctor",
+    ("serve",): "fastlora.commands.serve",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for words, module in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
-                if words not in (("train",), ("chat",)):  # before anything heavy is imported
+                if words[0] in ("demo", "bench", "doctor"):  # before anything heavy is imported
                     env.prepare_demo_process()
                 run: int = importlib.import_module(module).main(arguments[len(words) :])
                 return run
@@ -155,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "chat",
         help="talk to a model with its adapters",
+        add_help=False,
+    )
+    commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server with a folder of adapters (own options: serve --help)",
         add_help=False,
     )
     commands.add_parser(

@@ -1,0 +1,298 @@
+"""The adapters that a server has: subfolders of one folder, found, loaded and let go by name."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastlora.model.config import CONFIG_NAME
+from fastlora.pool import AdapterPool
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    near_names,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_FILES = (CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
+_log = logging.getLogger("fastlora.serve")
+
+
+@dataclass(eq=False)
+class Version:
+    """An adapter as it was at one time; a change of its folder makes another one.
+
+    Attributes:
+        name: What clients call it.
+        pooled: Its own name in the pool, so that old and new can run side by side.
+        folder: Where it lies.
+        mark: Changes with the files.
+        ready: It has been read.
+        error: Why it cannot be used.
+    """
+
+    name: str
+    pooled: str
+    folder: Path
+    mark: tuple[object, ...]
+    ready: bool = False
+    error: str | None = None
+    _reading: bool = False
+    _registered: bool = False
+    _gone: bool = False
+    _users: int = 0
+    _then: list[Callable[[], None]] = field(default_factory=list)
+
+
+class ServedAdapters:
+    """Names of adapters, and which version of its folder each one is.
+
+    A request keeps its version from beginning to end. One that was replaced or unloaded meanwhile
+    leaves the pool when its last request has ended. Every method may be called from any thread.
+
+    Args:
+        pool: Holds those that are used.
+        root: The folder; None for a server without adapters.
+        reserved: Names that adapters cannot have, the base model's.
+    """
+
+    def __init__(self, pool: AdapterPool, root: Path | None, reserved: Collection[str]) -> None:
+        self.pool = pool
+        self.root = None if root is None else root.resolve()
+        self._reserved = frozenset(reserved)
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._versions: dict[str, Version] = {}
+        # Came by `load`: the watch leaves them alone. Unloaded: it leaves these out.
+        self._by_hand: set[str] = set()
+        self._left_out: dict[str, tuple[object, ...]] = {}
+        self._said: set[tuple[object, ...]] = set()
+
+    # ------------------------------------------------------------------------------ for requests
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters that nothing is known to be wrong with, sorted."""
+        with self._lock:
+            return sorted(name for name, own in self._versions.items() if own.error is None)
+
+    def take(self, name: str) -> Version:
+        """Returns the current version for one request, which gives it back by `give_back`.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+            CheckpointError: Its folder is damaged, or does not fit the model.
+        """
+        with self._lock:
+            version = self._versions.get(name)
+            if version is None:
+                known = [*self._reserved, *self._versions]
+                raise AdapterNotFoundError(
+                    f"the model {name!r} does not exist{near_names(name, known)}"
+                )
+            if version.error is not None:
+                raise CheckpointError(f"adapter {name!r} cannot be used: {version.error}")
+            version._users += 1
+            return version
+
+    def give_back(self, version: Version) -> None:
+        """Ends a request's use of a version."""
+        with self._lock:
+            version._users -= 1
+            self._forget_unused(version)
+
+    def prepare(self, version: Version, then: Callable[[], None]) -> None:
+        """Has a version read in the background, and calls ``then`` once it is ready or damaged."""
+        with self._lock:
+            if not version.ready and version.error is None:
+                version._then.append(then)
+                if version._reading:
+                    return
+                version._reading = True
+                future = self.pool.prefetch([version.pooled])
+                future.add_done_callback(lambda done: self._was_read(version, done))
+                return
+        then()
+
+    def _was_read(self, version: Version, done: Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
+        with self._lock:
+            version._reading = False
+            if error is None:
+                version.ready = True
+            else:
+                version.error = self._without_root(error)
+                _log.warning("adapter %s cannot be used: %s", version.name, error)
+                if not isinstance(error, CheckpointError):  # the next look may find it well
+                    version.mark = ()
+            waiting, version._then = version._then, []
+        for then in waiting:
+            then()
+
+    # ---------------------------------------------------------------------------- for the folder
+
+    def scan(self) -> None:
+        """Looks into the folder: new and changed adapters come, removed ones go.
+
+        A folder that is damaged is known by its name and fails the requests for it.
+        """
+        if self.root is None:
+            return
+        found: dict[str, tuple[Path, tuple[object, ...]]] = {}
+        for entry in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            mark = _mark(entry)
+            if mark is None:
+                continue
+            try:
+                self._check_name(entry.name)
+                self._inside(entry)
+            except ConfigError as error:
+                self._say_once((entry.name, *mark), f"{entry} is left out: {error}")
+                continue
+            found[entry.name] = entry, mark
+        with self._lock:
+            for name in [n for n in self._versions if n not in found and n not in self._by_hand]:
+                self._drop(name)
+            for name in [n for n in self._left_out if n not in found]:
+                del self._left_out[name]
+            for name, (folder, mark) in found.items():
+                known = self._versions.get(name)
+                if name in self._by_hand or self._left_out.get(name) == mark:
+                    continue
+                if known is None or known.mark != mark:
+                    try:
+                        self._put(name, folder, mark)
+                    except CheckpointError as error:
+                        _log.warning("adapter %s cannot be used: %s", name, error)
+
+    def load(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Gives an adapter of the folder a name.
+
+        Args:
+            name: Letters, digits, ``.``, ``_`` and ``-``.
+            path: Its folder, below the server's: absolute, or relative to that.
+            replace: Take the place of an adapter of that name; requests that run keep the old one.
+
+        Raises:
+            ConfigError: The name cannot be an adapter's, or the path leads out of the folder.
+            AdapterStateError: The name exists.
+            CheckpointError: There is no adapter, or it is damaged or made for another model.
+        """
+        self._check_name(name)
+        folder = self._inside(Path(path) if self.root is None else self.root / path)
+        mark = _mark(folder)
+        if mark is None:
+            raise CheckpointError(f"{path!r}: no adapter there; expected {CONFIG_NAME} in it")
+        with self._lock:
+            known = self._versions.get(name)
+            if known is not None and known.error is None and not replace:
+                raise AdapterStateError(
+                    f"adapter {name!r} is loaded; unload it first, or set load_inplace"
+                )
+        trial = f"{name}\n{next(self._numbers)}"
+        try:
+            self.pool.load(trial, folder)  # reads all of it, so what is damaged is refused here
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(self._without_root(error)) from error
+        with self._lock:
+            self._drop(name)
+            self._by_hand.add(name)
+            self._left_out.pop(name, None)
+            version = Version(name, trial, folder, mark, ready=True, _registered=True)
+            self._versions[name] = version
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter; requests that run go on to their end.
+
+        The watch brings it again when its files change, or `load` does.
+
+        Raises:
+            AdapterNotFoundError: There is none of that name.
+        """
+        with self._lock:
+            if name not in self._versions:
+                raise AdapterNotFoundError(
+                    f"no adapter {name!r} is loaded{near_names(name, self._versions)}"
+                )
+            own = None if self.root is None else _mark(self.root / name)
+            self._drop(name)
+            if own is not None:
+                self._left_out[name] = own
+
+    # ------------------------------------------------------------------------------------- inside
+
+    def _put(self, name: str, folder: Path, mark: tuple[object, ...]) -> None:
+        """Registers a version and makes it the name's; raises where it is damaged already."""
+        self._drop(name)
+        version = Version(name, f"{name}\n{next(self._numbers)}", folder, mark)
+        self._versions[name] = version
+        try:
+            self.pool.register(version.pooled, folder)
+        except (CheckpointError, ConfigError, OSError) as error:
+            version.error = self._without_root(error)
+            raise CheckpointError(version.error) from error
+        version._registered = True
+
+    def _drop(self, name: str) -> None:
+        version = self._versions.pop(name, None)
+        self._by_hand.discard(name)
+        if version is not None:
+            version._gone = True
+            self._forget_unused(version)
+
+    def _forget_unused(self, version: Version) -> None:
+        if version._gone and not version._users and version._registered:
+            version._registered = False
+            self.pool.unload(version.pooled)
+
+    def _check_name(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{name!r} cannot be an adapter's name; expected up to 128 letters, digits, dots, "
+                "underscores and dashes, not beginning with a dot or a dash"
+            )
+        if name in self._reserved:
+            raise ConfigError(f"{name!r} is the base model's name")
+
+    def _inside(self, path: Path) -> Path:
+        """Returns a path without links, which must lie below the server's folder."""
+        if self.root is None:
+            raise ConfigError("this server was started without --adapters")
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a zero byte
+            raise ConfigError(f"no such path ({error})") from error
+        if self.root not in real.parents:
+            raise ConfigError("the path leads out of the server's folder of adapters")
+        return real
+
+    def _without_root(self, error: BaseException) -> str:
+        """Returns a message for clients, whom the server's own path does not concern."""
+        return str(error).replace(f"{self.root}{os.sep}", "")
+
+    def _say_once(self, key: tuple[object, ...], text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            _log.warning("%s", text)
+
+
+def _mark(folder: Path) -> tuple[object, ...] | None:
+    """Returns what changes with an adapter's files; None where there is no adapter."""
+    found: list[object] = []
+    for name in _FILES:
+        try:
+            state = os.stat(folder / name)
+        except (OSError, ValueError):
+            continue
+        found.append((name, state.st_mtime_ns, state.st_size, state.st_ino))
+    has_config = bool(found) and isinstance(found[0], tuple) and found[0][0] == CONFIG_NAME
+    return tuple(found) if has_config else None

@@ -1,0 +1,78 @@
+"""What Prometheus reads of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fastlora.serve.adapters import ServedAdapters
+from fastlora.serve.engine import Engine
+
+
+class Metrics(Collector):
+    """The numbers of an engine and of its pool, read when they are asked for.
+
+    Args:
+        engine: Runs requests.
+        adapters: Its adapters.
+
+    Attributes:
+        media_type: Of `text`.
+    """
+
+    media_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, engine: Engine, adapters: ServedAdapters) -> None:
+        self._engine, self._adapters = engine, adapters
+        self._registry = CollectorRegistry()
+        self._answers = Counter(
+            "fastlora_http_responses",
+            "Answers by path and status.",
+            ("path", "status"),
+            registry=self._registry,
+        )
+        self._registry.register(self)
+
+    def answered(self, scope: MutableMapping[str, Any], status: int) -> None:
+        """Counts an answer; paths that no route has are one."""
+        route = scope.get("route")
+        self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def text(self) -> bytes:
+        """Returns Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the engine's and the pool's numbers."""
+        done, pool = self._engine.stats, self._adapters.pool.stats()
+        for name, what, value in (
+            ("requests", "Requests that were taken.", done.requests),
+            ("requests_finished", "Requests that came to their end.", done.finished),
+            ("requests_failed", "Requests that failed.", done.failed),
+            ("requests_cancelled", "Requests that nobody listened to any more.", done.cancelled),
+            ("requests_refused", "Requests that the queue had no place for.", done.refused),
+            ("prompt_tokens", "Tokens of prompts that were read.", done.prompt_tokens),
+            ("answer_tokens", "Tokens that were made.", done.answer_tokens),
+            ("forwards", "Forwards of the model.", done.forwards),
+            ("forward_rows", "Requests in these forwards.", done.forward_rows),
+            ("forward_seconds", "Seconds in these forwards.", done.forward_seconds),
+            ("first_tokens", "Requests that had a first token.", done.first_tokens),
+            ("first_token_seconds", "Seconds until those.", done.first_token_seconds),
+            ("adapter_loads", "Adapters that were read from disk.", pool.loads),
+            ("adapter_evictions", "Adapters that left the device.", pool.evictions),
+        ):
+            yield CounterMetricFamily(f"fastlora_{name}", what, value=float(value))
+        for name, what, value in (
+            ("requests_running", "Requests that have a row.", self._engine.running),
+            ("requests_waiting", "Requests that wait.", self._engine.waiting),
+            ("adapters", "Adapters that can be used.", len(self._adapters.names)),
+            ("adapters_on_device", "Adapters on the device.", pool.on_device),
+            ("adapter_device_bytes", "Bytes of adapters on the device.", pool.device_bytes),
+            ("adapter_cpu_bytes", "Bytes of adapters in CPU memory.", pool.cpu_bytes),
+        ):
+            yield GaugeMetricFamily(f"fastlora_{name}", what, value=float(value))

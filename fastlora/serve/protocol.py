@@ -1,0 +1,144 @@
+"""The bodies of requests, as OpenAI has them, and what they ask of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastlora.serve.sampling import MOST_STOPS, MOST_TEMPERATURE, Sampling
+from fastlora.validation import ConfigError
+
+# What clients send though it asks for nothing; any other value is refused like an unknown field.
+_ASKS_NOTHING: Mapping[str, object] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "store": False,
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+}
+_INT64 = 2**63
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """Of a stream: whether a last chunk has the counts of tokens."""
+
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions share."""
+
+    model: str = Field(max_length=256)
+    max_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    temperature: float | None = Field(None, ge=0, le=MOST_TEMPERATURE)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in _ASKS_NOTHING or not (value is None or value == _ASKS_NOTHING[name])
+        }
+
+    def sampling(self, max_tokens: int | None) -> Sampling:
+        """Returns the settings; raises `ConfigError` where a value is out of its range."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        for text in stop[: MOST_STOPS + 1]:
+            check_text("stop", text)
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=tuple(stop),
+        )
+
+
+class CompletionBody(GenerationBody):
+    """A text that is to go on: as text, or as tokens."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    def one_prompt(self) -> str | list[int]:
+        """Returns the prompt; raises `ConfigError` where there are several, or none."""
+        given = self.prompt
+        if isinstance(given, list) and not (given and isinstance(given[0], int)):
+            if len(given) != 1:
+                raise ConfigError(
+                    f"prompt has {len(given)} prompts, expected one: send a request for each"
+                )
+            return cast("str | list[int]", given[0])
+        return cast("str | list[int]", given)
+
+
+class TextPart(_Body):
+    """A part of a message; this server takes text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """Returns it as chat templates take it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        check_text("content", text)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatBody(GenerationBody):
+    """A conversation that is to be answered."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
+
+
+class LoadBody(_Body):
+    """vLLM's body of a load: where an adapter is, below the server's folder."""
+
+    lora_name: str = Field(max_length=256)
+    lora_path: str = Field(max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadBody(_Body):
+    """vLLM's body of an unload."""
+
+    lora_name: str = Field(max_length=256)
+    lora_int_id: int | None = None
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises `ConfigError` for half a surrogate pair, which JSON can hold and no encoding."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{name} holds half a surrogate pair, which is no character")

@@ -1,0 +1,214 @@
+"""Adapters come, go, change and are damaged while the server runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.served import Alone, make_adapter
+
+GREEDY: dict[str, Any] = {"prompt": "the sea", "temperature": 0, "max_tokens": 12}
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Waits until the watch has seen something."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def said(served: Any, name: str, **options: Any) -> str:
+    """The likeliest answer of an adapter."""
+    answer = served.client.completions.create(model=name, **(GREEDY | options))
+    return str(answer.choices[0].text)
+
+
+def names(served: Any) -> list[str]:
+    """The adapters that are listed."""
+    return [model["id"] for model in served.http.get("/v1/models").json()["data"]][1:]
+
+
+def post(served: Any, what: str, status: int, **body: Any) -> str:
+    """Loads or unloads; returns what the server says."""
+    headers = {"Content-Type": "application/json"}
+    answer = served.http.post(f"/v1/{what}_lora_adapter", content=json.dumps(body), headers=headers)
+    assert answer.status_code == status, answer.text
+    return str(answer.text)
+
+
+def test_a_folder_comes_and_changes_and_goes(served: Any) -> None:
+    folder = served.folder / "elm"
+    make_adapter(served.folder.parent / "elm", 11).rename(folder)
+    wait_for(lambda: "elm" in names(served))
+    first = said(served, "elm")
+    assert first == Alone(served.alone._base, served.folder).text("the sea", "elm", 12)
+
+    shutil.copytree(served.folder / "ash", folder, dirs_exist_ok=True)
+    ash = served.alone.text("the sea", "ash", 12)
+    wait_for(lambda: said(served, "elm") == ash)
+
+    shutil.rmtree(folder)
+    wait_for(lambda: "elm" not in names(served))
+    assert served.http.post("/v1/completions", json={"model": "elm", **GREEDY}).status_code == 404
+
+
+def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
+    """A cut file, a config that is none, another model's adapter: others answer meanwhile."""
+    for name in ("cut", "odd", "other"):
+        shutil.copytree(served.folder / "ash", served.folder.parent / name)
+    cut, odd, other = (served.folder.parent / name for name in ("cut", "odd", "other"))
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (odd / "adapter_config.json").write_text('{"peft_type": "LORA", "r": -3}')
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({k: v.repeat(1, 2) for k, v in tensors.items()}, other / "adapter_model.safetensors")
+    for folder in (cut, odd, other):
+        folder.rename(served.folder / folder.name)
+    ash = served.alone.text("the sea", "ash", 12)
+
+    def known(name: str) -> bool:
+        return served.http.get(f"/v1/models/{name}").status_code != 404 or name == "odd"
+
+    wait_for(lambda: known("cut") and known("other"))
+    for name in ("cut", "other", "cut"):
+        answer = served.http.post("/v1/completions", json={"model": name, **GREEDY})
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"]["code"] == "adapter_damaged"
+        assert f"adapter {name!r} cannot be used: {name}" in answer.json()["error"]["message"]
+        assert str(served.folder) not in answer.text
+        assert said(served, "ash") == ash
+    answer = served.http.post("/v1/completions", json={"model": "odd", "stream": True, **GREEDY})
+    assert answer.status_code == 422, answer.text
+    assert "r must be a positive integer" in answer.json()["error"]["message"]
+    assert not {"cut", "odd", "other"} & set(names(served))
+
+    for name in ("cut", "odd"):  # mended
+        shutil.copytree(served.folder / "ash", served.folder / name, dirs_exist_ok=True)
+    wait_for(lambda: {"cut", "odd"} <= set(names(served)))
+    assert said(served, "cut") == said(served, "odd") == ash
+    for folder in ("cut", "odd", "other"):
+        shutil.rmtree(served.folder / folder)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_own_row(served: Any) -> None:
+    """Nobody beside it sees them, and nobody who has its row later."""
+    folder = served.folder.parent / "nan"
+    shutil.copytree(served.folder / "ash", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for tensor in tensors.values():
+        tensor[:1] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    folder.rename(served.folder / "nan")
+    wait_for(lambda: "nan" in names(served))
+    found: list[str] = []
+
+    def others() -> None:
+        found.extend(said(served, "ash", max_tokens=40) for _ in range(4))
+
+    threads = [threading.Thread(target=others) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(6):
+        answer = served.http.post("/v1/completions", json={"model": "nan", **GREEDY})
+        assert answer.status_code == 422, answer.text
+        assert (
+            "'nan' cannot be used: it gives numbers that are not finite"
+            in answer.json()["error"]["message"]
+        )
+    for thread in threads:
+        thread.join()
+    assert found == [served.alone.text("the sea", "ash", 40)] * 12
+    shutil.rmtree(served.folder / "nan")
+
+
+def test_load_and_unload(served: Any, tmp_path: Path) -> None:
+    """vLLM's endpoints: a name of one's own for a folder below the server's."""
+    path = str(served.folder / "birch")
+    assert "added successfully" in post(served, "load", 200, lora_name="mine", lora_path=path)
+    birch = served.alone.text("the sea", "birch", 12)
+    assert said(served, "mine") == birch
+    assert "is loaded" in post(served, "load", 400, lora_name="mine", lora_path="cedar")
+    post(served, "load", 200, lora_name="mine", lora_path="cedar", load_inplace=True)
+    assert said(served, "mine") == served.alone.text("the sea", "cedar", 12)
+    assert "removed successfully" in post(served, "unload", 200, lora_name="mine")
+    assert "no adapter 'mine'" in post(served, "unload", 404, lora_name="mine")
+
+    post(served, "unload", 200, lora_name="ash")  # stays away until its files change
+    time.sleep(0.3)
+    assert "ash" not in names(served)
+    post(served, "load", 200, lora_name="ash", lora_path="ash")
+    assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
+
+
+def test_an_answer_keeps_the_adapter_that_it_began_with(served: Any) -> None:
+    """It is unloaded, and another one gets its name, between two tokens of a stream."""
+    make_adapter(served.folder / "deep" / "x", 21)
+    post(served, "load", 200, lora_name="x", lora_path="deep/x")
+    alone = Alone(served.alone._base, served.folder / "deep").text("the sea", "x", 100)
+    options = GREEDY | {"max_tokens": 100}
+    stream = served.client.completions.create(model="x", stream=True, **options)
+    pieces = [next(stream).choices[0].text]
+    post(served, "unload", 200, lora_name="x")
+    post(served, "load", 200, lora_name="x", lora_path="cedar")
+    pieces += [chunk.choices[0].text for chunk in stream]
+    assert "".join(pieces) == alone
+    assert said(served, "x") == served.alone.text("the sea", "cedar", 12)
+    post(served, "unload", 200, lora_name="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "said"),
+    [
+        ("y", "..", "leads out of the server's folder"),
+        ("y", ".", "leads out of the server's folder"),
+        ("y", "../outside", "leads out of the server's folder"),
+        ("y", "/etc", "leads out of the server's folder"),
+        ("y", "link", "leads out of the server's folder"),
+        ("y", "ash/../../outside", "leads out of the server's folder"),
+        ("y", "nowhere", "no adapter there"),
+        ("y", "a\x00b", "no such path"),
+        ("../y", "ash", "cannot be an adapter's name"),
+        (".y", "ash", "cannot be an adapter's name"),
+        ("", "ash", "cannot be an adapter's name"),
+        ("tiny", "ash", "is the base model's name"),
+        ("base", "ash", "is the base model's name"),
+        ("y", "\ud800", "lora_path"),
+    ],
+)
+def test_loads_that_are_refused(served: Any, name: str, path: str, said: str) -> None:
+    outside = served.folder.parent / "outside"
+    if not outside.exists():
+        make_adapter(outside, 3)
+        (served.folder / "link").symlink_to(outside)
+    assert said in post(served, "load", 400, lora_name=name, lora_path=path)
+    assert "link" not in names(served)
+
+
+def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
+    folder = served.folder / "deep" / "broken"
+    shutil.copytree(served.folder / "ash", folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 50)
+    error = post(served, "load", 400, lora_name="broken", lora_path="deep/broken")
+    assert "deep/broken" in error
+    assert str(served.folder) not in error
+    assert served.http.get("/v1/models/broken").status_code == 404
+
+
+def test_nothing_is_left_in_the_pool(served: Any) -> None:
+    """Old versions have gone, and nobody holds a lease."""
+    pages = served.http.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in pages.splitlines() if not line.startswith("#"))
+    assert float(values["fastlora_requests_running"]) == 0
+    assert float(values["fastlora_adapters"]) == len(names(served))
+    assert float(values["fastlora_adapter_loads_total"]) >= 4
+    assert torch.isfinite(torch.tensor(float(values["fastlora_forward_seconds_total"])))

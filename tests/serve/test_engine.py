@@ -1,0 +1,273 @@
+"""The engine without HTTP: who comes in when, what a fault costs, and prompts in parts."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.serve import engine as engine_module
+from fastlora.serve.adapters import ServedAdapters
+from fastlora.serve.engine import ClosedError, Engine, FailedError, Piece, QueueFullError
+from fastlora.serve.rows import Rows, most_positions
+from fastlora.serve.sampling import Sampling
+from fastlora.serve.text import AnswerText
+from fastlora.validation import ConfigError, UnsupportedLayerError
+from tests.support.served import Alone, make_adapter, make_base
+from tests.support.tiny import tiny_llama
+
+pytest.importorskip("transformers", reason="serves models of transformers")
+GREEDY = Sampling(max_tokens=6, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """A base model and three adapters."""
+    root = tmp_path_factory.mktemp("engine")
+    for seed, name in enumerate("abc"):
+        make_adapter(root / "adapters" / name, seed)
+    return Alone(make_base(root / "base"), root / "adapters")
+
+
+@pytest.fixture
+def start(alone: Alone) -> Iterator[Callable[..., Engine]]:
+    """``start(**options)`` makes an engine; ``max_adapters`` is the pool's, 2 unless given."""
+    made: list[Engine] = []
+
+    def make(max_adapters: int = 2, **options: Any) -> Engine:
+        model = copy.deepcopy(alone.model(None))
+        adapters = ServedAdapters(
+            fastlora.AdapterPool(model, max_adapters=max_adapters), alone._adapters, ("base",)
+        )
+        adapters.scan()
+        options = {"length": 64, "rows": 4, **options}
+        made.append(Engine(model, alone.tokenizer, adapters, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close(0.0)
+
+
+class Heard:
+    """Hears a request's pieces, and can be asked for its end."""
+
+    def __init__(self) -> None:
+        self.pieces: queue.Queue[Piece] = queue.Queue()
+        self.first = threading.Event()
+
+    def __call__(self, piece: Piece) -> None:
+        self.first.set()
+        self.pieces.put(piece)
+
+    def text(self) -> str:
+        """The whole answer; raises what it failed with."""
+        found = ""
+        while True:
+            piece = self.pieces.get(timeout=30)
+            if piece.error is not None:
+                raise piece.error
+            found += piece.text
+            if piece.reason is not None:
+                return found
+
+
+def ask(engine: Engine, text: str, name: str | None, sampling: Sampling = GREEDY) -> Heard:
+    """Submits a request."""
+    heard = Heard()
+    engine.submit(engine._tokenizer(text).input_ids, name, sampling, heard)
+    return heard
+
+
+def test_each_joins_and_leaves_on_its_own(start: Callable[..., Engine], alone: Alone) -> None:
+    """Nine requests of nine lengths, in four rows that are filled again as they become free."""
+    engine = start()
+    cases = [("ab" * i + "x", "abc"[i % 3], i + 3) for i in range(9)]
+    heard = [ask(engine, text, name, Sampling(count, 0)) for text, name, count in cases]
+    for (text, name, count), own in zip(cases, heard, strict=True):
+        assert alone.says(own.text(), text, name, count)
+    assert engine.stats.finished == 9
+    assert engine.stats.forward_rows > engine.stats.forwards  # they did run together
+
+
+def test_long_prompts_are_read_in_parts_while_others_answer(
+    start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 7)
+    engine = start()
+    text = "the sea is deep and blue, and full of fish"
+    heard = [
+        ask(engine, "hi", "a", Sampling(30, 0)),
+        ask(engine, text, "b"),
+        ask(engine, "yo", "a"),
+    ]
+    wanted = [("hi", "a", 30), (text, "b", 6), ("yo", "a", 6)]
+    for (prompt, name, count), own in zip(wanted, heard, strict=True):
+        assert own.text() == alone.text(prompt, name, count)
+    assert engine.stats.prompt_tokens == 2 + len(text) + 2
+
+
+def test_a_batch_never_holds_more_adapters_than_the_pool(
+    start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(max_adapters=2)
+    seen: list[set[str | None]] = []
+    forward = engine._forward
+
+    def noted(chosen: Any, *args: Any) -> Any:
+        seen.append({own.pooled for own in engine._running} - {None})
+        return forward(chosen, *args)
+
+    monkeypatch.setattr(engine, "_forward", noted)
+    names = [*"abcabc", None]
+    heard = [ask(engine, "x", name) for name in names]
+    assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in names]
+    assert max(map(len, seen)) == 2
+
+
+def test_nobody_is_passed_for_ever(start: Callable[..., Engine], alone: Alone) -> None:
+    """One slot, and those that use it keep coming: who needs it for another adapter gets it."""
+    engine = start(max_adapters=1, rows=2)
+    heard = [ask(engine, "x", "a", Sampling(20, 0)) for _ in range(2)]
+    other = ask(engine, "x", "b")
+    after = [ask(engine, "x", "a", Sampling(20, 0)) for _ in range(12)]
+    assert other.text() == alone.text("x", "b", 6)
+    assert sum(own.first.is_set() for own in after) <= 4
+    for own in (*heard, *after):
+        assert own.text() == alone.text("x", "a", 20)
+
+
+def test_a_fault_costs_those_in_its_forward(
+    start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    forward, broken = Rows.forward, threading.Event()
+
+    def breaks(*args: Any) -> torch.Tensor:
+        if broken.is_set():
+            broken.clear()
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args)
+
+    monkeypatch.setattr(Rows, "forward", breaks)
+    broken.set()
+    with pytest.raises(FailedError, match=r"failed at this request \(OutOfMemoryError\)"):
+        ask(engine, "x", "a").text()
+    assert ask(engine, "x", "a").text() == alone.text("x", "a", 6)
+    assert engine._adapters.pool.stats().leases == 0
+
+
+def test_who_does_not_listen_any_more_is_no_fault(
+    start: Callable[..., Engine], alone: Alone
+) -> None:
+    engine = start()
+
+    def deaf(piece: Piece) -> None:
+        raise RuntimeError("the loop is closed")
+
+    engine.submit([1, 2], "a", Sampling(50, 0), deaf)
+    assert ask(engine, "x", "a").text() == alone.text("x", "a", 6)
+
+
+def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone: Alone) -> None:
+    engine = start(rows=1)
+    heard = Heard()
+    long = engine.submit([1, 2, 3], "a", Sampling(60, 0), heard)
+    waiting = Heard()
+    second = engine.submit([1, 2, 3], "b", Sampling(60, 0), waiting)
+    assert heard.first.wait(30)
+    engine.cancel(second)
+    engine.cancel(long)
+    for own in (heard, waiting):
+        with pytest.raises(ClosedError):
+            own.text()
+    assert ask(engine, "x", "c").text() == alone.text("x", "c", 6)
+    assert (engine.running, engine.waiting, engine.stats.cancelled) == (0, 0, 2)
+    assert engine._adapters.pool.stats().leases == 0
+
+
+def test_the_queue_is_bounded(start: Callable[..., Engine], alone: Alone) -> None:
+    engine = start(rows=1, most_waiting=2)
+    running = ask(engine, "x", "a", Sampling(60, 0))
+    assert running.first.wait(30)
+    heard = [ask(engine, "x", "b") for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
+        ask(engine, "x", "a")
+    assert [own.text() for own in heard] == [alone.text("x", "b", 6)] * 2
+
+
+def test_close_waits_for_those_that_are_there(start: Callable[..., Engine], alone: Alone) -> None:
+    engine = start(rows=1)
+    heard = [ask(engine, "x", name) for name in "abc"]
+    engine.close()
+    assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in "abc"]
+    with pytest.raises(ClosedError, match="shutting down"):
+        ask(engine, "x", "a")
+    assert not engine.alive
+
+
+def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
+    engine = start(rows=1)
+    heard = [ask(engine, "x", "a", Sampling(60, 0)) for _ in range(2)]
+    engine.close(0.0)
+    for own in heard:
+        with pytest.raises(ClosedError):
+            own.text()
+
+
+def test_the_cache_grows_and_keeps_what_it_has() -> None:
+    """A row that goes on over the first 256 positions, beside one that begins; against one pass."""
+    torch.manual_seed(0)
+    model = tiny_llama(max_position_embeddings=600).eval()
+    long, short = torch.randint(97, (300,)).tolist(), torch.randint(97, (5,)).tolist()
+    rows = Rows(model, 2, 512)
+    rows.forward(0, [0], [long[:250]])
+    rows.forward(1, [0], [short[:3]])
+    for step in range(2):
+        found = rows.forward(0, [250 + step, 3 + step], [[long[250 + step]], [short[3 + step]]])
+    rows.forward(0, [252], [long[252:299]])
+    found = rows.forward(0, [299, 5], [[long[299]], [short[4]]])
+    with torch.no_grad():
+        wanted = [model(torch.tensor([ids])).logits[0, -1] for ids in (long, [*short, short[4]])]
+    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+    assert rows.cache.nbytes == 2 * 2 * 2 * 2 * 512 * 16 * 4
+
+
+def test_what_serving_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="length of 300 tokens is more than the model's 200"):
+        Rows(tiny_llama(max_position_embeddings=200), 2, 300)
+    config = tiny_llama(max_position_embeddings=200).config
+    config.sliding_window = 50
+    assert most_positions(config) == 50
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(UnsupportedLayerError, match="layers of linear_attention"):
+        most_positions(config)
+    with pytest.raises(UnsupportedLayerError, match="takes no"):
+        Rows(torch.nn.Linear(2, 2), 2, 8)
+
+
+def test_text_comes_in_whole_characters() -> None:
+    """Bytes of one character in several tokens, and what may be the beginning of a stop text."""
+
+    class Bytes:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return bytes(tokens).decode(errors="replace")
+
+    def pieces(text: str, *stop: str) -> list[str]:
+        answer = AnswerText(Bytes(), list(b"before"), stop)
+        found = [answer.add(token) for token in text.encode()]
+        return [*found, answer.end()]
+
+    assert pieces("a€b") == ["a", "", "", "€", "b", ""]
+    assert pieces("one ENDED", "END") == [*"one ", *[""] * 6]
+    assert pieces("one ENTER", "END") == [*"one ", "", "", "ENT", "", "ER", ""]
+    assert pieces("one EN", "END") == [*"one ", "", "", "EN"]
+    answer = AnswerText(Bytes(), [], ())
+    assert [answer.add(token) for token in "€".encode()[:2]] == ["", ""]
+    assert answer.end() == "\N{REPLACEMENT CHARACTER}"

@@ -1,0 +1,147 @@
+"""What a client can do wrong: its own request is refused in OpenAI's form, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> dict[str, Any]:
+    """Sends a body, a complete one where it is a dict; returns the error."""
+    if isinstance(body, dict):
+        body = json.dumps({"model": "ash", "prompt": "hi", "max_tokens": 2} | body)
+        if path == CHAT:
+            body = json.dumps({"messages": HI} | json.loads(body) | {"prompt": None})
+            body = json.dumps({k: v for k, v in json.loads(body).items() if k != "prompt"})
+    options.setdefault("headers", {"Content-Type": "application/json"})
+    answer = served.http.post(path, content=body, **options)
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"max_tokens": 4000}, "max_tokens=4000; prompt and answer together may have 128"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop has 5 texts, expected at most 4"),
+        ({"stop": ""}, "stop has an empty text"),
+        ({"stop": "\ud800"}, "stop holds half a surrogate pair"),
+        ({"n": 2}, "n: is not supported"),
+        ({"logprobs": 3}, "logprobs: is not supported"),
+        ({"presence_penalty": 1}, "presence_penalty: is not supported"),
+        ({"tools": [{}]}, "tools: is not supported"),
+        ({"no_such_thing": 1}, "no_such_thing: is not supported"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is only for stream=true"),
+        ({"stream": "yes"}, "stream"),
+        ({"model": 7}, "model"),
+    ],
+)
+def test_wrong_values(served: Any, path: str, body: dict[str, Any], said: str) -> None:
+    error = refused(served, path, 400, body)
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "the prompt is empty"),
+        ([], "prompt has 0 prompts, expected one"),
+        (["a", "b"], "prompt has 2 prompts, expected one"),
+        ([[]], "the prompt is empty"),
+        ([5, 97], "prompt has token 97, expected numbers from 0 to 96"),
+        ([-1], "prompt has token -1"),
+        ([2**80], "prompt"),
+        (["a", 1], "prompt"),
+        (None, "prompt"),
+        ("x" * 127, "the prompt has 127 tokens and max_tokens=2"),
+        ("\udc80", "prompt holds half a surrogate pair"),
+    ],
+)
+def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
+    assert said in refused(served, COMPLETIONS, 400, {"prompt": prompt})["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "messages"),
+        ("hi", "messages"),
+        ([{"role": "wizard", "content": "hi"}], "messages.0.role"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+        ([*HI, {"role": "system", "content": "late"}], "chat template refuses messages: system fi"),
+        ([{"role": "user", "content": "\ud812"}], "content holds half a surrogate pair"),
+        ([{"role": "user", "content": "x" * 200}], "prompt and answer together may have 128"),
+    ],
+)
+def test_wrong_messages(served: Any, messages: Any, said: str) -> None:
+    assert said in refused(served, CHAT, 400, {"messages": messages})["message"]
+
+
+def test_two_limits_of_one_thing(served: Any) -> None:
+    assert "one setting" in refused(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"model": NaN}', b"null"],
+    ids=["empty", "cut", "list", "text", "no_utf8", "deep", "nan", "null"],
+)
+def test_bodies_that_are_none(served: Any, body: bytes) -> None:
+    refused(served, COMPLETIONS, 400, body)
+
+
+def test_a_body_that_is_too_long(served: Any) -> None:
+    body = json.dumps({"model": "ash", "prompt": "x" * 30_000})
+    assert "more than 20000 bytes" in refused(served, COMPLETIONS, 413, body)["message"]
+    chunks = iter([b" " * 15_000, b" " * 15_000])  # without a Content-Length
+    assert "more than 20000 bytes" in refused(served, COMPLETIONS, 413, chunks)["message"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ashy", "", "../adapters/ash", "ash\n1", "ash ", "ASH", "__base__"]
+)
+def test_an_unknown_name_fails_its_own_request_only(served: Any, name: str) -> None:
+    error = refused(served, COMPLETIONS, 404, {"model": name})
+    assert error["code"] == "model_not_found"
+    if name == "ashy":
+        assert "close names: ash" in error["message"]
+    refused(served, CHAT, 404, {"model": name})
+
+
+def test_paths_and_methods_that_are_none(served: Any) -> None:
+    assert served.http.get("/v1/nothing").json()["error"]["message"] == "Not Found"
+    answer = served.http.get(COMPLETIONS)
+    assert answer.status_code == 405
+    assert answer.json()["error"]["message"] == "Method Not Allowed"
+    assert served.http.get("/v1/models/axe").status_code == 404
+
+
+def test_what_clients_send_though_it_asks_for_nothing(served: Any) -> None:
+    options = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "logprobs": False}
+    options |= {"user": "me", "logit_bias": {}, "stop": None, "temperature": None, "seed": None}
+    answer = served.client.chat.completions.create(
+        model="ash", messages=HI, max_completion_tokens=3, **options
+    )
+    assert answer.usage.completion_tokens == 3

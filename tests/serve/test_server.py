@@ -1,0 +1,227 @@
+"""The server as a program: keys, limits, clients that go away, metrics, SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlora.commands import cli
+from tests.support.programs import error_of
+from tests.support.served import Alone, make_adapter, make_base, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG: dict[str, Any] = {"model": "ash", "prompt": "x", "max_tokens": 3000, "temperature": 0}
+
+
+def metric(http: Any, name: str) -> float:
+    """A number of the metrics' page."""
+    for line in http.get("/metrics").text.splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(name)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model that never ends an answer by itself, with an adapter beside it."""
+    for library in ("transformers", "fastapi", "uvicorn", "prometheus_client", "httpx"):
+        pytest.importorskip(library, reason="the server needs it")
+    root = tmp_path_factory.mktemp("server")
+    make_adapter(root / "adapters" / "ash", 0)
+    return make_base(root / "tiny", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def narrow(base: Path) -> Iterator[Any]:
+    """A server with one row, two places to wait, and a key; yields its client."""
+    import httpx
+
+    options = ("--adapters", str(base.parent / "adapters"), "--max-batch", "1", "--max-queue", "2")
+    options += ("--api-key", "s3cret", "--max-length", "3500", "--drain", "1")
+    with serving(base, *options) as (url, _):
+        headers = {"Authorization": "Bearer s3cret"}
+        with httpx.Client(base_url=url, timeout=60, headers=headers) as http:
+            yield http
+
+
+@contextlib.contextmanager
+def streaming(http: Any, **changes: Any) -> Iterator[Any]:
+    """An answer of thousands of tokens, of which the first has come; closing it hangs up."""
+    with http.stream("POST", "/v1/completions", json=LONG | {"stream": True} | changes) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        next(lines)
+        yield lines
+
+
+def test_the_key_is_asked_for(narrow: Any) -> None:
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+        for given in ("", "Bearer wrong", "s3cret", "bearer s3cret", "Bearer s3cret "[:-2]):
+            answer = narrow.get(path, headers={"Authorization": given})
+            assert answer.status_code == 401, (path, given)
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert narrow.get("/health", headers={"Authorization": ""}).json() == {"status": "ok"}
+    assert narrow.get("/v1/models").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(narrow: Any) -> None:
+    short = LONG | {"max_tokens": 2}
+    with ThreadPoolExecutor(2) as threads, streaming(narrow):  # ends from the right
+        waiting = [threads.submit(narrow.post, "/v1/completions", json=short) for _ in range(2)]
+        wait_for(lambda: metric(narrow, "fastlora_requests_waiting") == 2)
+        answer = narrow.post("/v1/completions", json=short)
+        assert answer.status_code == 429
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert narrow.get("/health").status_code == 200
+        break_off = narrow.stream("POST", "/v1/completions", json=short)
+        with break_off as refused:
+            assert refused.status_code == 429
+    assert [answer.result().status_code for answer in waiting] == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(narrow: Any, stream: bool) -> None:
+    """Of one row: the next request gets it, though thousands of tokens were asked for."""
+    before = metric(narrow, "fastlora_requests_cancelled_total")
+    body = json.dumps(LONG | {"stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    address = (narrow.base_url.host, narrow.base_url.port)
+    with socket.create_connection(address) as client:
+        client.sendall(head + body)
+        wait_for(lambda: metric(narrow, "fastlora_requests_running") == 1)
+    wait_for(lambda: metric(narrow, "fastlora_requests_running") == 0)
+    assert metric(narrow, "fastlora_requests_cancelled_total") == before + 1
+    assert narrow.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+
+
+def test_metrics_count_answers(narrow: Any) -> None:
+    narrow.get("/v1/models")
+    page = narrow.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    assert 'fastlora_http_responses_total{path="/v1/models",status="200"}' in page.text
+    assert 'path="/v1/nothing"' not in page.text  # clients do not make new rows
+
+
+def start(*options: str) -> tuple[subprocess.Popen[str], str, list[str]]:
+    """Starts the program; returns it, its URL and what it said before."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastlora", "serve", *options, "--port", "0", "--cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    said: list[str] = []
+    for line in process.stderr or ():
+        said.append(line)
+        if "ready at" in line:
+            return process, line.split()[-1].removesuffix("/v1"), said
+    raise AssertionError("".join(said))
+
+
+def test_sigterm_lets_answers_end(base: Path) -> None:
+    """The program: its first lines are its own, a stream ends whole, and then it does, with 0."""
+    import httpx
+
+    process, url, said = start(str(base), "--adapters", str(base.parent / "adapters"))
+    try:
+        assert said[0].startswith("fastlora: loading ")
+        assert any("serving tiny with 1 adapters: ash" in line for line in said)
+        with (
+            httpx.Client(base_url=url, timeout=60) as http,
+            streaming(http, max_tokens=200) as lines,
+        ):
+            process.send_signal(signal.SIGTERM)
+            events = [line.removeprefix("data: ") for line in lines if line]
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read().splitlines()[-1] == "fastlora: all requests have ended"
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
+        (["--max-batch", "0"], "--max-batch must be at least 1, got 0"),
+        (["--max-length", "1"], "--max-length must be at least 2, got 1"),
+        (["--max-length", "9999"], "a length of 9999 tokens is more than the model's 4096"),
+        (["--watch", "nan"], "--watch must be at least 0, got nan"),
+        (["--adapters", "nowhere"], "nowhere: no such folder, expected one that holds adapters"),
+        (["--host", "no.such.invalid"], "--host no.such.invalid: no such address"),
+        (["--cpu-mib", "-1"], "--cpu-mib must be at least 0, got -1"),
+    ],
+)
+def test_options_that_are_wrong(
+    base: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in error_of(capsys, "serve", base, "--cpu", "--port", "0", *options)
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = error_of(capsys, "serve", "nowhere", "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in error
+
+
+def test_help_needs_no_extra_and_running_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "--help"])
+    assert ended.value.code == 0
+    assert "--adapters" in capsys.readouterr().out
+    error = error_of(capsys, "serve", "nowhere")
+    assert "serve needs uvicorn; install it with: pip install 'fastlora-triton[serve]'" in error
+
+
+def test_the_openai_client_over_the_whole(base: Path, narrow: Any) -> None:
+    """With a key, through threads, as a user has it."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=str(narrow.base_url) + "/v1", api_key="s3cret", max_retries=0)
+    alone = Alone(base, base.parent / "adapters")
+    found: list[str] = []
+
+    def chat() -> None:
+        answer = client.chat.completions.create(
+            model="ash", messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=8
+        )
+        found.append(answer.choices[0].message.content)
+
+    threads = [threading.Thread(target=chat) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert found == [alone.text("<user>hi<bot>", "ash", 8)] * 3
