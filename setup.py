@@ -29,6 +29,7 @@ setup(
         "fastlora.pool",
         "fastlora.serve",
         "fastlora.train",
+        "fastlora.train.data",
         "fastlora.utils",
     ],
     package_dir={
