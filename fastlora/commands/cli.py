@@ -37,6 +37,14 @@ _PROGRAMS = {
     ("doctor",): "fastlora.commands.doctor",
     ("serve",): "fastlora.commands.serve",
 }
+# What brings a command's libraries.
+_EXTRAS = {
+    "demo": "demo",
+    "bench": "hf,bench",
+    "train": "train",
+    "chat": "hf",
+    "merge": "hf",
+}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.
 _TOKENIZER_FILES = (
@@ -72,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             message = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError) and arguments[0] in _EXTRAS:
+                install = f"pip install 'fastlora-triton[{_EXTRAS[arguments[0]]}]'"
+                message = f"{arguments[0]} needs {error.name}; install it with: {install}"
             print(f"fastlora: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
