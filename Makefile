@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs soak soak-serve clean
+.PHONY: help install demo test lint docs recipes soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compar
 
 test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
+
+recipes: $(VENV)/.installed ## run every recipe of examples/recipes, those too that take long (outside CI)
+	@FASTLORA_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -q $(ARGS)
 
 lint: $(VENV)/.lint-installed ## ruff and mypy
 	$(BIN)/ruff check .

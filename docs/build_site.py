@@ -29,6 +29,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "bench/README.md": "benchmarks.md",
     "examples/README.md": "examples.md",
+    "examples/recipes/README.md": "recipes.md",
 }
 # The README is the repository's front page, and index.md the site's.
 _PLACES = OUTSIDE | {"README.md": "index.md"}
