@@ -65,7 +65,7 @@ def test_trl_sft(recipe: Any) -> None:
     assert result["peft_config"][0] == pytest.approx(first, rel=1e-4)
     assert result["peft_config"] == pytest.approx(result["our model"], rel=0.1)
     assert result["peft_config"][-1] < 0.8 * result["peft_config"][0]
-    assert result["eligible"] == 14 and result["class"] == "TransformersLoraModel"
+    assert result["eligible"] == 14 and result["class"] == "LoraModel"
 
 
 def test_hf_trainer(recipe: Any) -> None:

@@ -43,18 +43,6 @@ class RunLog:
         with typed(self.path):
             self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
-    def losses(self) -> list[LoggedLoss]:
-        """Returns every loss in the log, in the order of the steps."""
-        with typed(self.path):
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        found = []
-        for entry in map(json.loads, lines):
-            for kind, key in (("training", "loss"), ("evaluation", "eval_loss")):
-                for name, value in entry.get(key, {}).items():
-                    norm = entry.get("grad_norm", {}).get(name)
-                    found.append(LoggedLoss(entry["step"], name, kind, value, norm))
-        return found
-
     def close(self) -> None:
         """Ends the log. A failure here is that of a write before, which was raised."""
         with contextlib.suppress(OSError):
@@ -69,6 +57,20 @@ class LoggedLoss(NamedTuple):
     kind: str
     loss: float | None
     grad_norm: float | None
+
+
+def read_losses(folder: Path) -> list[LoggedLoss]:
+    """Returns every loss in a run's log, in the order of the steps."""
+    path = folder / LOG
+    with typed(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for entry in map(json.loads, lines):
+        for kind, key in (("training", "loss"), ("evaluation", "eval_loss")):
+            for name, value in entry.get(key, {}).items():
+                norm = entry.get("grad_norm", {}).get(name)
+                found.append(LoggedLoss(entry["step"], name, kind, value, norm))
+    return found
 
 
 def mean_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:

@@ -217,8 +217,7 @@ class Run:
         def write() -> tuple[dict[str, float], tuple[Path, ...]]:
             for name, folder in folders.items():
                 save_adapter(self.model, name, folder)
-            assert self._log is not None  # in the main process
-            logged = self._log.losses()
+            logged = log.read_losses(settings.out)
             files = log.write_table(settings.out, logged), log.write_picture(settings.out, logged)
             return log.mean_losses(logged), tuple(path for path in files if path is not None)
 
