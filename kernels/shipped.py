@@ -60,7 +60,7 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
     for (launch, kind), rows in TABLES[chip.family].items():
         if launch == "mixed_lora_shrink":
             rows = tuple(row for row in rows if row.block_m == piece_rows(INVARIANT_ROWS))
-        elif launch not in ("lora_linear", "mixed_lora_linear"):
+        elif launch.removeprefix("coded_") not in ("lora_linear", "mixed_lora_linear"):
             continue
         for row in bucket_of(INVARIANT_ROWS, rows):
             kernel, (dtype,) = kernel_of(launch), _dtypes(launch, kind)

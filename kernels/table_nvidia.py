@@ -155,7 +155,7 @@ _MOST: Table = {
     ("mixed_lora_grad_x_add", "ieee"): (Row(64, 64, 0, 8, 1, (16,)),),
     # Of codes: a tile's 32 elements a thread go through registers, so more warps, and fewer rows.
     ("coded_lora_linear", "half"): (
-        Row(64, 64, 64, 4, 4, (16, 64)),
+        Row(64, 64, 64, 4, 4, (16, 32)),
         Row(64, 32, 128, 4, 4, (16, 64)),
         Row(64, 16, 128, 4, 4, (16, 64)),
         Row(32, 64, 128, 8, 4, (16, 64)),
@@ -179,7 +179,7 @@ _MOST: Table = {
     ("coded_lora_grad_x", "tf32"): (Row(64, 64, 32, 4, 4, (32,)),),
     ("coded_lora_grad_x", "ieee"): (Row(32, 32, 32, 4, 2, (16,)),),
     ("coded_mixed_lora_linear", "half"): (
-        Row(64, 64, 64, 8, 4, (32,)),
+        Row(64, 64, 64, 4, 4, (32,)),
         Row(32, 64, 128, 8, 4, (64,)),
         Row(32, 32, 128, 4, 4, (64,)),
         Row(16, 64, 128, 8, 4, (64,)),

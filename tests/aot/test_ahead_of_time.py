@@ -23,6 +23,7 @@ from fastlora.kernels.chips import Chip  # noqa: E402
 from tests.support.aot.compile_kernels import OLDER, OLDER_CHIPS, TABLE  # noqa: E402
 from tests.support.aot.launches import (  # noqa: E402
     CHIPS,
+    CODED,
     MIXED_K_LOOPS,
     SHARED_BY_SIBLINGS,
     cases,
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # The backward kernels that loop over a large dimension.
 GRADIENTS = ("lora_grad_b", "lora_grad_a", "lora_grad_x")
+OVER_CODES = ("coded_lora_linear", "coded_lora_grad_x", "coded_mixed_lora_linear")
 Row = dict[str, str]
 
 
@@ -80,7 +82,7 @@ def has_loop(row: Row) -> bool:
     """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
     looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
-    looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear")
+    looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear", *OVER_CODES)
     return row["variant"] != "uneven" and row["kernel"] in (*looping, *GRADIENTS)
 
 
@@ -151,16 +153,17 @@ def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
 def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
     expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
     mixed = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand")
-    for kernel in ("lora_shrink", "lora_linear", *mixed):
+    for kernel in ("lora_shrink", "lora_linear", *mixed, *OVER_CODES):
         for row in of(rows, arch=arch, kernel=kernel):
-            plain = kernel == "mixed_lora_linear" and row["variant"] == "invariant"
+            plain = kernel.endswith("mixed_lora_linear") and row["variant"] == "invariant"
+            plain |= "grad" in kernel
             assert row["grid_dependency"] == ("0" if plain else expected), row
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
     """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
-    for kernel in ("lora_linear", "mixed_lora_linear", "mixed_lora_expand"):
+    for kernel in ("lora_linear", "mixed_lora_linear", "mixed_lora_expand", *OVER_CODES):
         for row in of(rows, arch=arch, kernel=kernel):
             assert row["early_loads"] == "0", row
 
@@ -303,6 +306,22 @@ def test_tables_of_addresses_keep_their_alignment(rows: list[Row], arch: str) ->
         narrow_r = max(16, r // 4) if row["kernel"] == "mixed_lora_shrink" else r
         if factor_width * narrow_r * k >= whole:
             assert row["narrow_copies"] == "0", row
+
+
+@pytest.mark.parametrize("kernel", OVER_CODES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kind_of_codes_has_configs(rows: list[Row], arch: str, kernel: str) -> None:
+    """Of few rows and of many; 16 bytes of codes and of x a thread, copied in every stage."""
+    for variant in ("heavy",) if "mixed" in kernel else CODED:
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
+        blocks = {row["block_m"] for row in half}
+        assert blocks >= ({"64"} if "grad" in kernel else {"16", "64"})
+        for row in half if arch.startswith("sm_") else ():
+            m, n, k, warps = (int(row[name]) for name in ("block_m", "block_n", "block_k", "warps"))
+            whole = 16 * 32 * warps
+            codes = n * k // (2 if variant in ("heavy", "table4") else 1)
+            copies = (2 * m * k // whole + codes // whole) * int(row["stages"])
+            assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
 
 
 @pytest.mark.parametrize("variant", ["plain", "ragged", "uneven"])

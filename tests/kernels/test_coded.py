@@ -82,21 +82,22 @@ def launches(calls_of: Callable[..., None]) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Rows, outputs, inputs, rank and dropout: off the tiles, and on them.
+ONE, FEW, MANY = (1, 45, 192, 8, 0.0), (17, 80, 64, 3, 0.3), (64, 33, 320, 40, 0.3)
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k", "r", "p"), [(1, 45, 192, 8, 0.0), (17, 80, 64, 3, 0.3), (64, 33, 320, 40, 0.3)]
+    ("kind", "shape"),
+    [
+        *(("nf4", ONE), ("nf4", MANY), ("nf4 nested", FEW), ("nf4 nested", MANY), ("fp4", FEW)),
+        *(("int8", ONE), ("int8", MANY), ("e4m3", FEW), ("e5m2", MANY)),
+    ],
+    ids=str,
 )
 def test_one_adapter(
-    lab: Lab,
-    dtype: torch.dtype,
-    launches: list[str],
-    kind: str,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    p: float,
+    lab: Lab, dtype: torch.dtype, launches: list[str], kind: str, shape: tuple[Any, ...]
 ) -> None:
+    m, n, k, r, p = shape
     check_linear(lab, coded_weight(kind, lab.rand(n, k, dtype=dtype)), m, r, p)
     assert len(launches) == 2 and "plain" not in launches
 

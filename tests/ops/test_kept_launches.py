@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels import launch as launching
 from fastlora.kernels.launch import empty, kept, launch, product
 from fastlora.ops.backend import Wanted
@@ -183,7 +184,8 @@ def _launched(seen: Seen, function: Callable[..., Any], given: tuple[Any, ...]) 
     seen.clear()
     with _all_alive():
         result = function(*given)
-    tensors = [t for t in launching._leaves(given) if isinstance(t, torch.Tensor)]
+    read = [t.coded if isinstance(t, CodedWeight) else t for t in launching._leaves(given)]
+    tensors = [t for t in launching._leaves(read) if isinstance(t, torch.Tensor)]
     found = seen.normal(tensors)
     made = [t for t in launching._leaves([result]) if isinstance(t, torch.Tensor)]
     shapes = [(t.shape, t.stride(), t.dtype) for t in made]
@@ -249,18 +251,18 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
     return dy, weight, x, operands, None, s, wanted, plan
 
 
-def _operands(p: float) -> list[torch.Tensor | None]:
-    """Of two layers of 96 inputs, ranks 8 and 16: weights, biases, factors, scalings and seeds."""
-    shapes = (64, 96), (32, 96), (8, 96), (16, 96), (64, 8), (32, 16)
+def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:
+    """Of two layers of K inputs, ranks 8 and 16: weights, biases, factors, scalings and seeds."""
+    shapes = (64, k), (32, k), (8, k), (16, k), (64, 8), (32, 16)
     weights_and_factors = [torch.zeros(shape) for shape in shapes]
     seeds = [torch.zeros(1, dtype=torch.int64) if p else None for _ in range(2)]
     biases, scalings = [torch.zeros(64), torch.zeros(32)], [torch.ones(()), torch.ones(())]
     return [*weights_and_factors[:2], *biases, *weights_and_factors[2:], *scalings, *seeds]
 
 
-def _siblings(m: int, p: float = 0.0, with_s: bool = False) -> tuple[Any, ...]:
+def _siblings(m: int, p: float = 0.0, with_s: bool = False, k: int = 96) -> tuple[Any, ...]:
     """Arguments of `forward.siblings`."""
-    return torch.zeros(m, 96), (p, p), with_s, *_operands(p)
+    return torch.zeros(m, k), (p, p), with_s, *_operands(p, k)
 
 
 def _of_siblings(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
@@ -278,6 +280,30 @@ def _of_siblings(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
 
 def _half(m: int, **changed: Any) -> tuple[Any, ...]:
     return _linear(torch.float16, m, **changed)
+
+
+def _codes(n: int, k: int) -> Coded:
+    """A weight of NF4; nobody decodes it here."""
+    return Coded(
+        "table4", torch.zeros(n * k // 2).byte(), torch.zeros(2, dtype=torch.int64), n, k, 64
+    )
+
+
+def _over_codes(made: tuple[Any, ...], *places: int) -> tuple[Any, ...]:
+    """The arguments with codes in place of weights."""
+    arguments: list[Any] = list(made)
+    for place in places:
+        n, k = arguments[place].shape
+        arguments[place] = _codes(n, k)
+    return tuple(arguments)
+
+
+def _gradients_over_codes(p: float) -> tuple[Any, ...]:
+    """As `_gradients` of a layer of 128 inputs."""
+    dy, _, _, operands, *others = _gradients(5, p=p)
+    coded, x, lora_a = _codes(64, 128), torch.zeros(5, 128), torch.zeros(8, 128)
+    weight = CodedWeight(coded, lambda: torch.zeros(64, 128), dy.dtype, ())
+    return dy, weight, x, operands._replace(lora_a=[lora_a]), *others
 
 
 _gradients_of = OperatorBackend("triton", traced=False).gradients
@@ -317,6 +343,16 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "siblings' gradients, one dy": (backward.siblings, lambda: _of_siblings(64, same=True)),
     "siblings' gradients, more rows": (backward.siblings, lambda: _of_siblings(2048)),
     "siblings' gradients, dropout": (backward.siblings, lambda: _of_siblings(64, p=0.5)),
+    "linear, codes": (forward.linear, lambda: _over_codes(_half(5), 1)),
+    "linear, codes, other rows": (forward.linear, lambda: _over_codes(_half(48, n=512), 1)),
+    "linear_at, codes": (forward.linear_at, lambda: _over_codes(_mixed(11, 1), 1)),
+    "linear_at, codes, split": (
+        forward.linear_at,
+        lambda: _over_codes(_mixed(11, 0, plan="split"), 1),
+    ),
+    "siblings, codes": (forward.siblings, lambda: _over_codes(_siblings(5, k=128), 3, 4)),
+    "gradients, codes": (_gradients_of, lambda: _gradients_over_codes(0.0)),
+    "gradients, codes, dropout": (_gradients_of, lambda: _gradients_over_codes(0.5)),
     "grad_a": (backward.grad_a, lambda: _grad_a(64, 1, False)),
     "grad_a, siblings": (backward.grad_a, lambda: _grad_a(2048, 3, False)),
     "grad_a, dropout": (backward.grad_a, lambda: _grad_a(64, 2, True)),

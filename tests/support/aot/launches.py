@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from fastlora.coded_weight import Coded
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
@@ -30,6 +31,13 @@ SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 # Kernels that take siblings in one grid.
 IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
 IN_ONE_GRID += ("mixed_lora_linear", "mixed_lora_expand")
+# Variants of launches over codes, and the kinds that they read.
+CODED = {
+    "heavy": "table4_nested",
+    "table4": "table4",
+    "int8": "int8",
+    "e4m3": "float8_e4m3",
+}
 _SLOTS = 64
 _ROWS = 64
 _PLANES = 96
@@ -61,7 +69,7 @@ class Case:
     @property
     def is_mixed(self) -> bool:
         """Whether it is a kernel for mixed batches."""
-        return self.shipped.kernel.startswith("mixed_")
+        return kernel_of(self.shipped.kernel).startswith("mixed_")
 
 
 def is_compiled(chip: Chip, shipped: Shipped) -> bool:
@@ -101,6 +109,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     for chip in chips:
         for shipped in all_shipped(chip):
             if shipped.kernel.startswith("coded_"):
+                result += coded_cases(chip, shipped)
                 continue
             trains = shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad"))
             if chip.arch == "sm_90" and is_wgmma(shipped):
@@ -132,12 +141,44 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if narrow and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "alone"))
         for shipped in all_invariant_shipped(chip):
-            if shipped.kernel.startswith("coded_"):
+            if shipped.kernel.startswith("coded_") and shipped.dtype == torch.float32:
                 continue
             result.append(Case(chip.arch, shipped, "invariant"))
             if shipped.kernel == "mixed_lora_shrink":
                 result.append(Case(chip.arch, shipped, "unshared"))
     return result
+
+
+def coded_cases(chip: Chip, shipped: Shipped) -> list[Case]:
+    """Returns the cases of a config over codes.
+
+    All are as heavy as "heavy", which reads nested NF4, the kind with the most parts; as do
+    "siblings", "split" and "invariant", in 16 bits. Other kinds are variants of the widest tiles
+    that few and many rows take, of one adapter: the product is the same for many.
+    """
+    if not is_compiled(chip, shipped):
+        return []
+    variants = ["heavy"]
+    if shipped.dtype == torch.bfloat16:
+        mixed = shipped.kernel == "coded_mixed_lora_linear"
+        widest = shipped.config.block_m != 32 and shipped.config.block_n == 64
+        if widest and shipped.r > 16 and not mixed:
+            variants += [kind for kind in CODED if kind != "heavy"]
+        if chip.arch == "sm_90" and shipped.kernel != "coded_lora_grad_x" and shipped.r > 16:
+            variants.append("siblings")
+        if chip.arch == "sm_90" and shipped.kernel == "coded_lora_linear" and shipped.r > 16:
+            variants.append("split")
+    return [Case(chip.arch, shipped, variant) for variant in variants]
+
+
+def coded(variant: str, n: int, k: int) -> Coded:
+    """Returns a coded weight on the meta device, of the kind of a variant."""
+    kind = CODED.get(variant, CODED["heavy"])
+    dtype = torch.int8 if kind == "int8" else torch.uint8
+    by_block = kind.startswith("table4")
+    codes = torch.empty(n * k // (2 if by_block else 1), dtype=dtype, device="meta")
+    parts = torch.empty(5, dtype=torch.int64, device="meta")
+    return Coded(kind, codes, parts, n, k, 64 if by_block else k)
 
 
 def record(case: Case) -> Launch:
@@ -154,7 +195,8 @@ def record(case: Case) -> Launch:
 
 def operands(case: Case) -> dict[str, Any]:
     """Returns what the case's launcher takes, by its parameters' names, on the meta device."""
-    stem, dtype, r, config = case.shipped
+    launch, dtype, r, config = case.shipped
+    stem = launch.removeprefix("coded_")
     light, drops = case.variant == "light", case.variant != "plain"
     heavy = drops and not light
     trains = stem.startswith(("mixed_lora_train", "mixed_lora_grad"))
@@ -190,7 +232,9 @@ def operands(case: Case) -> dict[str, Any]:
         "y": empty(m, n),
         "dy": empty(m, n),
     }
-    of_dx = {"y": empty(m, k), "x": empty(m, n), "weight": empty(n, k).t(), "scaling": None}
+    if stem != launch:
+        common["weight"] = coded(case.variant, n, k)
+    of_dx = {"y": empty(m, k), "x": empty(m, n), "weight": common["weight"].t(), "scaling": None}
     of_dx |= {"bias": None, "s_out": None, "pdl": False}
     if not case.is_mixed:
         common |= {"s": empty(m, r), "lora_b": factor(n, r), "scaling": fp32(r)}

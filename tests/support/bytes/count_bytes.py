@@ -2,7 +2,8 @@
 
 Of one adapter, those of a fused training step of one linear, and beside them the in-place expand,
 dropout, and the sum of a split shrink that stands alone. Of a mixed batch, those of a forward, as
-plan "fused" and as plan "split", with DoRA's scales, and of a backward.
+plan "fused" and as plan "split", with DoRA's scales, and of a backward. And decode over NF4
+(`count_coded.py`).
 
 ``TRITON_INTERPRET=1 python -m tests.support.bytes.count_bytes --write`` writes
 `docs/kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come from
@@ -345,7 +346,11 @@ def rows_of_table(step: Step, counted: Counts) -> list[dict[str, str]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Counts, and prints the rows or writes the table."""
+    from tests.support.bytes import count_coded
+
     rows = [row for step in STEPS for row in rows_of_table(step, count(step))]
+    for step in count_coded.STEPS:
+        rows += rows_of_table(step, count_coded.count_decode(step))
     with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
