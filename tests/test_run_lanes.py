@@ -29,6 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run_lanes, "ROOT", tmp_path)
     monkeypatch.setattr(run_lanes, "lanes_here", lambda: run_lanes.LANES)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the main lane
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # some import for seconds
     for path, text in (
         ("tests/test_main.py", MAIN),
         ("tests/kernels/test_k.py", KERNELS),
