@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.quantised import FRESH, class_name, quantised
+from fastlora.layers.quantised import FRESH, quantised
 from fastlora.layers.stored import Plain, Stored
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
@@ -110,7 +110,8 @@ def parallel_style(module: nn.Module) -> str | None:
 
 def makes_fresh_outputs(module: nn.Module) -> bool:
     """Returns whether nobody but the caller holds what a linear-like module returns."""
-    return type(module) is nn.Linear or class_name(module) in FRESH
+    kind = type(module)
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in FRESH  # `class_name`
 
 
 def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:

@@ -282,7 +282,7 @@ def test_the_report_of_a_4_bit_model() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8", "torchao int8", "torchao float8"])
 def test_norms_make_no_matrix(kind: str) -> None:
     """The values of the dense weight, from some rows at a time; kept while nothing is written."""
-    n, k = 768, 512
+    n, k = 4096, 1024
     layer = layer_over(quantise(nn.Linear(k, n).to(torch.bfloat16), kind))
     lora_a, lora_b = torch.randn(4, k), torch.randn(n, 4)
     found = quantised(layer.base_layer)
@@ -299,7 +299,7 @@ def test_norms_make_no_matrix(kind: str) -> None:
         return adapted_sums(weight, square_norms(weight), lora_a, lora_b, 0.5)
 
     assert_within_budget(sums(), expected, truth)
-    assert peak_bytes(sums) < n * k * 4 / 2
+    assert peak_bytes(sums) < n * k * 4 / 2  # of one in fp32
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])

@@ -172,16 +172,16 @@ class Bits4(Quantised):
         found: int = self.weight.quant_state.blocksize
         return found
 
-    def _blocks(self) -> int:
-        """Returns how many blocks a piece has."""
-        return -(-(self.shape[0] * self.shape[1]) // (PIECES * self._block))
+    def _blocks(self, count: int = PIECES) -> int:
+        """Returns how many blocks each of so many pieces has."""
+        return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
         """As `Quantised`; repacked ones are one piece."""
         if self._is_repacked():
             yield from super().pieces()
             return
-        blocks, elements = self._blocks(), self.shape[0] * self.shape[1]
+        blocks, elements = self._blocks(count), self.shape[0] * self.shape[1]
         codes, size = self.weight.data.view(torch.uint8).view(-1), blocks * self._block
         largest = self._largest()
         for index, part in enumerate(codes.split(size // 2)):
@@ -310,11 +310,11 @@ class Bits8(Quantised):
         scales = self.scales.to(self.weight.device)
         return _bitsandbytes().int8_vectorwise_dequant(self.weight.data, scales)
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
         """As `Quantised`."""
         dequantise, codes = _bitsandbytes().int8_vectorwise_dequant, self.weight.data
         scales = self.scales.to(codes.device)
-        for rows in self.row_slices():
+        for rows in self.row_slices(count):
             yield dequantise(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:

@@ -20,6 +20,8 @@ from fastlora.validation import UnsupportedLayerError
 
 # Into so many pieces a weight is cut: on a CPU libraries make several copies of what they quantise.
 PIECES = 16
+# A matrix of so many elements is made whole for a norm: each piece is a call of a library's.
+_WHOLE = 1 << 20
 _Kind = TypeVar("_Kind", bound="type[Quantised]")
 _kinds: list[type[Quantised]] = []
 # Classes of modules that return a tensor that they have just made, and keep no reference to it.
@@ -161,19 +163,23 @@ class Quantised(Stored):
 
     # ------------------------------------------------------------------------------- in pieces
 
-    def row_slices(self) -> list[slice]:
-        """Returns the rows of each piece."""
-        step = -(-self.shape[0] // PIECES)
+    def row_slices(self, count: int = PIECES) -> list[slice]:
+        """Returns the rows of each of so many pieces."""
+        step = -(-self.shape[0] // count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """Yields the elements of the weight in fp32, some rows or blocks at a time."""
+    def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yields the elements of the weight in fp32, about so many pieces of rows or blocks."""
         yield self.dense().reshape(-1).float()
 
     def rows(self) -> Iterator[torch.Tensor]:
         """Yields the matrix in `dtype`, some rows ``[n, K]`` at a time."""
-        k, rest = self.shape[1], None
-        for piece in self.pieces():
+        (n, k), rest = self.shape, None
+        count = min(PIECES, -(-n * k // _WHOLE))
+        if count < 2:
+            yield self.dense()
+            return
+        for piece in self.pieces(count):
             flat = piece if rest is None else torch.cat([rest, piece])
             whole = flat.numel() // k * k
             if whole:

@@ -11,6 +11,7 @@ import torch
 
 from fastlora.coded_weight import Coded
 from fastlora.layers.quantised.kind import (
+    PIECES,
     NotCoded,
     Quantised,
     addresses_of,
@@ -104,12 +105,12 @@ class TorchAO(Quantised):
         """As `Stored`."""
         return self.weight.dequantize()
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
         """As `Quantised`; of a kind that may have no slices in one."""
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().pieces()
             return
-        for rows in self.row_slices():
+        for rows in self.row_slices(count):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
