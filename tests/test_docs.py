@@ -62,7 +62,8 @@ def test_python(
     """Each block by itself, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     names = given()
-    names["model"].save_pretrained("adapters/one")  # what somebody trained before
+    for folder in ("adapter", "adapters/one"):  # what somebody trained before
+        names["model"].save_pretrained(folder)
     exec(compile(text, str(page), "exec"), names)
     if "report" in names:
         assert names["report"].fused == len(names["report"].rows) > 0
@@ -116,7 +117,7 @@ def test_the_tables_of_speed_are_those_of_the_results() -> None:
 
 def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
     """Every figure of README's table of measurements comes from a row of a CSV."""
-    table = PAGES[0].read_text(encoding="utf-8").partition("| measured, over PEFT")[2]
+    table = PAGES[0].read_text(encoding="utf-8").partition("| measured against PEFT")[2]
     cells = {
         line.split("|")[1].strip(): line.split("|")[3].strip()
         for line in table.partition("\n\n")[0].splitlines()[2:]
@@ -141,12 +142,14 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
             f"{value:.1f}" for value in faster.values()
         )
         + " times faster",
-        "peak memory of the step, LoRA / DoRA, bf16 with fp32 adapters": both("peak_ratio", *bf16),
+        "peak memory of the step, LoRA / DoRA, bf16 with fp32 adapters": (
+            f"{both('peak_ratio', *bf16)} of PEFT's"
+        ),
     }
     for name, method in (("LoRA", "lora"), ("DoRA", "dora")):
         figures = both("ratio_to_peft", (method, "fp32"), (method, "bf16"))
         expected[f"training step, {name}, fp32 / bf16 with fp32 adapters"] = (
-            f"{figures} of the time"
+            f"{figures} of PEFT's time"
         )
     assert {case: cells.get(case) for case in expected} == expected
     # What has no figure here says so.
