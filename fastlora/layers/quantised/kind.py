@@ -20,8 +20,8 @@ from fastlora.validation import UnsupportedLayerError
 
 # Into so many pieces a weight is cut: on a CPU libraries make several copies of what they quantise.
 PIECES = 16
-# A matrix of so many elements is made whole for a norm: each piece is a call of a library's.
-_WHOLE = 1 << 20
+# Below twice so many elements a matrix is made whole for a norm: pieces cost a call each.
+_WHOLE = 1 << 19
 _Kind = TypeVar("_Kind", bound="type[Quantised]")
 _kinds: list[type[Quantised]] = []
 # Classes of modules that return a tensor that they have just made, and keep no reference to it.
@@ -175,7 +175,7 @@ class Quantised(Stored):
     def rows(self) -> Iterator[torch.Tensor]:
         """Yields the matrix in `dtype`, some rows ``[n, K]`` at a time."""
         (n, k), rest = self.shape, None
-        count = min(PIECES, -(-n * k // _WHOLE))
+        count = min(PIECES, n * k // _WHOLE)
         if count < 2:
             yield self.dense()
             return
