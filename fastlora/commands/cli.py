@@ -44,6 +44,7 @@ _EXTRAS = {
     "train": "train",
     "chat": "hf",
     "merge": "hf",
+    "serve": "serve",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a tokenizer is saved as, over all of transformers' tokenizer classes.

@@ -48,7 +48,7 @@ def test_help_and_errors(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     train = ["train", "--model", base, "--out", str(tmp_path / "out"), "--data"]
     train += [f"a={tmp_path / 'data.jsonl'}"]
-    commands = ("", "info", "inspect", "merge", "train", "chat", "bench", "demo")
+    commands = ("", "info", "inspect", "merge", "train", "chat", "serve", "bench", "demo")
     helps = [
         [*command.split(), "--help"] for command in (*commands, "bench mixed", "bench kernels")
     ]
@@ -58,6 +58,7 @@ def test_help_and_errors(tmp_path: Path) -> None:
         "chat needs transformers; install it with: pip install 'fastlora-triton[hf]'": [
             *("chat", base)
         ],
+        "serve needs ": ["serve", base],
         "demo needs transformers; install it with: pip install 'fastlora-triton[demo]'": ["demo"],
         "bench needs transformers; install it with: pip install 'fastlora-triton[hf,bench]'": [
             *("bench", "mixed", "--model", base)
