@@ -13,9 +13,12 @@ import torch
 
 from fastlora.bench.machine import describe, processor
 from fastlora.bench.measure import torch_threads
+from fastlora.commands import smollm2
 from fastlora.integrations.transformers import quiet_transformers
+from fastlora.model.recommend import QLORA
 
 CPU = torch.device("cpu")
+BASES = ("plain", "nf4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,3 +46,17 @@ def csv_rows(
             file.flush()
 
         yield write
+
+
+def load_base(base: str, dtype: torch.dtype) -> Any:
+    """Returns SmolLM2, plain or in NF4 with nested scales and products in ``dtype``."""
+    folder = smollm2.model_dir()
+    if base == "plain":
+        return smollm2.load_model(folder, dtype)
+    import transformers
+
+    bits = transformers.BitsAndBytesConfig(**{**QLORA, "bnb_4bit_compute_dtype": dtype})
+    with quiet_transformers():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=bits, device_map={"": "cpu"}
+        )

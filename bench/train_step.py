@@ -1,7 +1,7 @@
 """The training step on SmolLM2: fastlora against PEFT, time and peak memory, on a CPU.
 
 python bench/train_step.py [--methods lora,dora] [--dtypes fp32,bf16] [--dropout 0,0.1]
-    [--batch 4x128] [--out CSV]
+    [--batch 4x128] [--base plain|nf4] [--out CSV]
 
 All linear layers, rank 16, forward, loss and backward, gradients dropped behind each step. One
 thread, one process, the sides in turn; the clock is this process's CPU time. PEFT keeps adapters of
@@ -29,9 +29,8 @@ import torch
 
 import fastlora
 from fastlora.bench import measure
-from fastlora.bench.cpu_run import DTYPES, csv_rows
+from fastlora.bench.cpu_run import BASES, DTYPES, csv_rows, load_base
 from fastlora.bench.machine import results_folder
-from fastlora.commands import smollm2
 
 RANK = 16
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
@@ -44,28 +43,35 @@ def main() -> int:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--dropout", default="0,0.1")
     parser.add_argument("--batch", default="4x128", help="sequences x tokens")
+    parser.add_argument("--base", choices=BASES, default="plain")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=results_folder() / "train_step_cpu.csv")
     args = parser.parse_args()
     sequences, tokens = map(int, args.batch.split("x"))
     ids = torch.randint(0, 49_000, (sequences, tokens), generator=torch.Generator().manual_seed(0))
-    common = {"allocator": allocator(), "batch": args.batch, "rank": RANK}
+    common = {"allocator": allocator(), "batch": args.batch, "rank": RANK, "base": args.base}
     with csv_rows(args.out) as write:
         for method, dtype, dropout in itertools.product(
             args.methods.split(","), args.dtypes.split(","), map(float, args.dropout.split(","))
         ):
             for adapters in ("fp32",) if dtype == "fp32" else ("fp32", dtype):
-                row = measured(method, dtype, adapters, dropout, ids, args.rounds)
+                row = measured(method, dtype, adapters, dropout, ids, args.rounds, args.base)
                 write(common | row)
                 show(row)
     return 0
 
 
 def measured(
-    method: str, dtype: str, adapters: str, dropout: float, ids: torch.Tensor, rounds: int
+    method: str,
+    dtype: str,
+    adapters: str,
+    dropout: float,
+    ids: torch.Tensor,
+    rounds: int,
+    base_kind: str = "plain",
 ) -> dict[str, Any]:
     """Checks and times one kind of step; returns its row."""
-    kind = DTYPES[dtype], adapters == "fp32", dropout
+    kind = base_kind, DTYPES[dtype], adapters == "fp32", dropout
     ours, theirs = twins(*kind, method == "dora")
     mine, other, base = step(ours, ids), step(theirs, ids), base_forward(ours, ids)
     losses = mine(), other()
@@ -74,15 +80,14 @@ def measured(
         raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
     times = measure.interleaved_seconds({"ours": mine, "peft": other}, rounds, warmup=1)
     over_base = ratio(mine, base, 3)
-    forwards = ratio(evaluation(ours.eval(), ids), evaluation(theirs.eval(), ids), rounds)
-    for model in (ours, theirs):
-        model.train()
     peaks = [measure.peak_step_bytes(side) for side in (mine, other)]
     over_lora = ""
     if method == "dora":
         plain = sides_of(*kind, False)[0]()
         measure.share_frozen(ours, plain)
         over_lora = f"{ratio(mine, step(plain, ids), rounds):.4f}"
+    # Last: on some CPUs bitsandbytes repacks 4-bit weights in it, which cannot train then.
+    forwards = ratio(evaluation(ours.eval(), ids), evaluation(theirs.eval(), ids), rounds)
     return {
         "method": method,
         "dtype": dtype,
@@ -108,16 +113,16 @@ def ratio(side: Callable[[], object], other: Callable[[], object], rounds: int) 
 
 
 def twins(
-    dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
+    base_kind: str, dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
 ) -> tuple[Any, Any]:
     """The same adapter in fastlora and in PEFT over one base model's memory, training."""
-    mine, theirs = (make() for make in sides_of(dtype, fp32_adapters, dropout, use_dora))
+    mine, theirs = (make() for make in sides_of(base_kind, dtype, fp32_adapters, dropout, use_dora))
     measure.share_frozen(mine, theirs)
     return mine, theirs
 
 
 def sides_of(
-    dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
+    base_kind: str, dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """What makes fastlora's model, and PEFT's."""
     import peft
@@ -131,7 +136,7 @@ def sides_of(
     }
 
     def make(get: Callable[..., Any], config_class: Callable[..., Any]) -> Any:
-        base = smollm2.load_model(smollm2.model_dir(), dtype)
+        base = load_base(base_kind, dtype)
         model: Any = get(base, config_class(**config), autocast_adapter_dtype=fp32_adapters)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():

@@ -51,16 +51,20 @@ def run_adapter(
     """
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
     weight, name = base.weight, conditions.backend
+    known = base.y if weight is None else weight
     if (
         name == "eager"
-        and weight is not None
+        and known is not None
+        and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p
         and shrunk is None
         and plan == "auto"
         and conditions.autocast is None
         and (lora_bias is None or lora_bias.dtype is x.dtype)
-        and _records_natively(x, weight, base.bias, lora_a, lora_b, scaling)
+        and _records_natively(x, known, base.bias, lora_a, lora_b, scaling)
     ):
+        if weight is None:
+            return _native_add(known, x, lora_a, lora_b, scaling, base.inplace)
         bias = base.bias
         if lora_bias is not None:
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
@@ -90,13 +94,15 @@ def run_adapter(
 
 def _records_natively(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    known: torch.Tensor,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Whether `_native_linear` is to compute a layer, for the PyTorch path without dropout.
+    """Whether PyTorch's own nodes are to compute a layer, for the PyTorch path without dropout.
+
+    ``known`` is the base weight, or the output of a base layer that was called.
 
     Not in compiled graphs, for which nobody asks: they would be one for few rows and another for
     many. Nor where x would be saved as a copy in rows.
@@ -113,9 +119,9 @@ def _records_natively(
         and x.is_cpu
         and (x.dim() == 2 or x.is_contiguous())
         and x.numel() < few * x.shape[-1]
-        and weight.dtype is dtype
+        and known.dtype is dtype
         and lora_b.dtype is factors
-        and weight.is_cpu
+        and known.is_cpu
         and lora_a.is_cpu
         and lora_b.is_cpu
         and (bias is None or bias.dtype is dtype)
@@ -148,3 +154,27 @@ def _native_linear(
     if len(shape) == 2:
         return y
     return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
+
+
+def _native_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    inplace: bool,
+) -> torch.Tensor:
+    """As `_native_linear`, onto the output ``[..., N]`` of a base layer that was called.
+
+    ``inplace`` as in `Base`.
+    """
+    inplace = inplace and not torch.is_grad_enabled()
+    if x.dtype is torch.bfloat16:
+        update = F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b)
+        return y.add_(update) if inplace else (y + update).to(y.dtype)
+    s = F.linear(x.reshape(-1, x.shape[-1]), lora_a) * scaling
+    rows = y.reshape(-1, y.shape[-1])
+    if inplace and rows.data_ptr() == y.data_ptr():
+        rows.addmm_(s, lora_b.t())
+        return y
+    return torch.addmm(rows, s, lora_b.t()).view(y.shape)

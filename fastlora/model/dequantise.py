@@ -40,8 +40,8 @@ def is_quantised(module: object) -> bool:
     """Returns whether a module is itself a linear over a quantised weight."""
     if not isinstance(module, nn.Module) or linear_features(module) is None:
         return False
-    own = module._parameters.keys() & {"weight", "W_q"}  # HQQ's
-    return "W_q" in own or (bool(own) and quantised(module) is not None)
+    own = module._parameters.keys() & {"weight", "W_q"}  # HQQ's; what wraps one has none of its own
+    return bool(own) and quantised(module) is not None
 
 
 @contextlib.contextmanager
