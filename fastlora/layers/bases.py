@@ -69,8 +69,14 @@ def why_hooked(module: nn.Module) -> str:
 
 
 def factor_like(base: nn.Module) -> torch.Tensor | None:
-    """Returns a parameter whose device and dtype new factors take; None for torch's defaults."""
-    own = base.parameters(recurse=False)
+    """Returns a tensor whose device and dtype new factors take; None for torch's defaults.
+
+    As in PEFT, a base layer that says what it computes in (bitsandbytes' 4 bits, HQQ) goes by that.
+    """
+    own = list(base.parameters(recurse=False))
+    compute = getattr(base, "compute_dtype", None)
+    if own and isinstance(compute, torch.dtype) and compute.is_floating_point:
+        return torch.empty(0, dtype=compute, device=own[0].device)
     # fp8 and packed integers cannot train.
     return next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
 

@@ -213,7 +213,9 @@ def written_between_siblings(case: Case) -> None:
             y = subject.forward(x)
         eps = torch.finfo(case.x_dtype).eps
         assert (y - expected).norm() <= 32 * eps * expected.norm()
-        if record and case.trains and not factor:
+        # x widened to fp32 is a copy, which nobody writes to.
+        copied = case.x_dtype is torch.bfloat16 and case.factor_dtype is torch.float32
+        if record and case.trains and not factor and not (copied and case.base == "called"):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
 

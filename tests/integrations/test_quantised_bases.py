@@ -93,6 +93,20 @@ def test_one_adapter(kind: str, arch: str, feature: str) -> None:
             check(models[side].eval()(input_ids=tokens()).logits, logits, kind, side)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_dtype_of_factors(kind: str) -> None:
+    """Without a cast to fp32 they are in what the base computes in, with a bias or without."""
+    for cast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        for library in (fastlora, peft):
+            model = library.get_peft_model(
+                quantised_model(kind, dtype=torch.bfloat16),
+                library.LoraConfig(target_modules=["q_proj", "up_proj"]),
+                autocast_adapter_dtype=cast,
+            )
+            found = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+            assert found == {dtype}, library.__name__
+
+
 @pytest.mark.parametrize(("kind", "arch", "feature"), CURVES)
 def test_ten_steps(kind: str, arch: str, feature: str) -> None:
     """AdamW's loss curve."""
