@@ -8,8 +8,9 @@ from pathlib import Path
 
 _VARIABLES = (
     *("FASTLORA_BATCH_INVARIANT", "FASTLORA_PLAN", "FASTLORA_MEASURED"),
-    *("TRITON_INTERPRET", "XDG_CACHE_HOME"),
+    *("TRITON_INTERPRET", "XDG_CACHE_HOME", "FASTLORA_API_KEY"),
 )
+_SECRETS = ("FASTLORA_API_KEY",)
 
 
 def triton_interpreted() -> bool:
@@ -34,8 +35,9 @@ def measured_folder() -> Path | None:
 
 
 def in_use() -> dict[str, str]:
-    """Returns those of the variables read here that are set, by name."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    """Returns those of the variables read here that are set, by name; no secret's value."""
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {name: "(set)" if name in _SECRETS else value for name, value in found.items()}
 
 
 def cache_dir() -> Path:

@@ -152,6 +152,15 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
             f"{figures} of PEFT's time"
         )
     assert {case: cells.get(case) for case in expected} == expected
+    (ours, peft) = (
+        f"{float(row['ratio_to_base']):.1f}"
+        for side in ("fastlora_one_block", "peft")
+        for row in rows_of("mixed_cpu_avx512.csv")
+        if (row["dtype"], row["adapters"], row["side"]) == ("fp32", "64", side)
+    )
+    serving = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    assert f"takes {ours} times the base model's time" in serving
+    assert f"where PEFT's `adapter_names` takes {peft}:" in serving
     # What has no figure here says so.
     assert not [c for n, c in cells.items() if n not in expected and re.search(r"\d\.\d", c)]
 

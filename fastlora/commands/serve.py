@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port (default: 8000); 0 takes a free one"
+    )
     parser.add_argument(
         "--api-key",
         metavar="KEY",
@@ -54,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapters on the device, and so of one batch; others wait in CPU memory or on disk",
     )
     parser.add_argument(
-        "--max-batch", type=int, default=32, metavar="N", help="requests that run at once"
+        "--max-batch",
+        type=int,
+        default=32,
+        metavar="N",
+        help="requests that run at once (default: 32)",
     )
     parser.add_argument(
         "--max-length",
@@ -70,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait; further ones get status 429",
     )
     parser.add_argument(
-        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request's body"
+        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="the most bytes of a request"
     )
     parser.add_argument(
         "--cpu-mib",
@@ -83,16 +89,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="between two looks into the folder of adapters; 0 looks once",
+        help="time between two looks into the folder of adapters; 0 looks once",
     )
     parser.add_argument(
         "--drain",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="that requests have to end after SIGTERM",
+        help="time that requests have to end after SIGTERM",
     )
-    parser.add_argument("--dtype", default="auto", help="of the base model (default: its own)")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of the base model (default: its own)"
+    )
     parser.add_argument("--cpu", action="store_true", help="don't use an accelerator")
 
 

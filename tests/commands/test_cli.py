@@ -107,7 +107,7 @@ def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     "command",
-    ["", "info", "inspect", "merge", "train", "chat", "doctor", "demo", "bench mixed"]
+    ["", "info", "inspect", "merge", "train", "chat", "serve", "doctor", "demo", "bench mixed"]
     + ["bench kernels"],
 )
 def test_each_option_says_what_it_is(

@@ -48,10 +48,12 @@ def test_a_machine_that_is_well(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTLORA_PLAN", "split")
+    monkeypatch.setenv("FASTLORA_API_KEY", "a secret")
     facts = doctor(capsys)
     if torch.cuda.is_available():
         pytest.skip("what its kernels do is not known here")
-    assert facts["ok"] and facts["environment"] == {"FASTLORA_PLAN": "split"}
+    assert facts["ok"] and "a secret" not in str(facts)
+    assert facts["environment"] == {"FASTLORA_PLAN": "split", "FASTLORA_API_KEY": "(set)"}
     packages = {p["name"]: p for p in facts["packages"]}
     assert packages["torch"]["version"] == machine.version("torch")
     assert packages["torch"]["supported"] == ">=2.11,<3"
