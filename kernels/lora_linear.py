@@ -16,7 +16,8 @@ Where the tiles do not fill the chip, programs share out K: each writes an fp32 
 
 Bytes moved, e an element, N and R summed over siblings: ``e (M K + N K + M N) + e R (M + N)``; with
 planes of s ``4 splits M R`` in place of ``e M R``, read by every column of tiles; with planes of y
-``8 splits M N`` more.
+``8 splits M N`` more. A weight may be stored as codes: then its loader in `weights` says the bytes
+in place of ``e N K``.
 
 Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
 loop while the shrink still works and waits only before it reads s.

@@ -15,7 +15,8 @@ rows of the tables are neighbours, and s is ``[splits, G, M, R]``.
 
 Bytes moved, e and f an element of x and of the factors: ``e (M K + N K + M N)`` as without
 adapters; ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
-``4 splits`` an element of s, read by every column of tiles.
+``4 splits`` an element of s, read by every column of tiles. Of a weight that is stored as codes its
+loader in `weights` says the bytes.
 
 Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
 loop while the shrink still works and waits only before it reads s.
