@@ -112,16 +112,19 @@ class ServedAdapters:
 
     def prepare(self, version: Version, then: Callable[[], None]) -> None:
         """Has a version read in the background, and calls ``then`` once it is ready or damaged."""
+        future = None
         with self._lock:
-            if not version.ready and version.error is None:
+            waits = not version.ready and version.error is None
+            if waits:
                 version._then.append(then)
-                if version._reading:
-                    return
-                version._reading = True
-                future = self.pool.prefetch([version.pooled])
-                future.add_done_callback(lambda done: self._was_read(version, done))
-                return
-        then()
+                if not version._reading:
+                    version._reading = True
+                    future = self.pool.prefetch([version.pooled])
+        # Without the lock, since both may call `then` here and now, which takes locks of its own.
+        if future is not None:
+            future.add_done_callback(lambda done: self._was_read(version, done))
+        elif not waits:
+            then()
 
     def _was_read(self, version: Version, done: Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
@@ -149,7 +152,7 @@ class ServedAdapters:
             return
         found: dict[str, tuple[Path, tuple[object, ...]]] = {}
         for entry in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            mark = _mark(entry)
+            mark = None if entry.name.startswith(".") else _mark(entry)
             if mark is None:
                 continue
             try:

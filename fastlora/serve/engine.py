@@ -319,7 +319,9 @@ class Engine:
         than there are rows.
         """
         blocked: list[Job] = []
-        for job in list(self._waiting):
+        with self._changed:
+            waiting = list(self._waiting)
+        for job in waiting:
             if len(self._running) == self._most_rows:
                 return
             if any(other.passed >= self._most_rows for other in blocked):

@@ -6,6 +6,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -219,6 +220,32 @@ def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
     for own in heard:
         with pytest.raises(ClosedError):
             own.text()
+
+
+def test_nobody_is_called_under_the_lock(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is read before anybody says who waits for it: callers have locks too."""
+    adapters = start()._adapters
+    done: Future[None] = Future()
+    done.set_result(None)
+    monkeypatch.setattr(adapters.pool, "prefetch", lambda names: done)
+    free: list[bool] = []
+
+    def take() -> None:
+        free.append(adapters._lock.acquire(timeout=1))
+        if free[-1]:
+            adapters._lock.release()
+
+    def then() -> None:
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
+    version = adapters.take("a")
+    adapters.prepare(version, then)
+    adapters.prepare(version, then)
+    assert (free, version.ready) == ([True, True], True)
 
 
 def test_the_cache_grows_and_keeps_what_it_has() -> None:
