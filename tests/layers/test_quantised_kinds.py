@@ -60,6 +60,22 @@ def test_what_kernels_read(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat(list(found.rows())), found.dense())
 
 
+def test_codes_in_another_storage() -> None:
+    """4-bit codes that FSDP is to shard as bf16, with larger blocks, are the same codes."""
+    library: Any = pytest.importorskip("bitsandbytes").nn
+    module = library.Linear4bit(
+        *(256, 48), compute_dtype=torch.float32, quant_type="nf4", quant_storage=torch.bfloat16
+    )
+    module.weight.blocksize = 128
+    module = module.to("cpu")
+    base, found = sibling_base(layer_over(module)), quantised(module)
+    assert base is not None and found is not None and isinstance(base.weight, CodedWeight)
+    coded = base.weight.coded
+    assert (coded.kind, coded.block) == ("table4_nested", 128)
+    assert (coded.codes.dtype, coded.codes.numel()) == (torch.uint8, 48 * 128)
+    assert torch.equal(base.weight @ torch.eye(256), found.dense())
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 
