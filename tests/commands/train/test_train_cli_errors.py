@@ -104,7 +104,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.data", None, "adapters.a: no data is given"),
         ("adapters.a.data", [], "adapters.a.data is empty"),
         ("stepz", 3, "unknown key 'stepz'; close names: steps"),
-        ("lr", 3, "unknown key 'lr'; it belongs into [defaults] or into an adapter's table"),
+        ("lr", 3, "unknown key 'lr'; it belongs in [defaults] or in an adapter's table"),
         ("adapters.a.rank", 3, "adapters.a: unknown key 'rank'"),
         ("adapters.a.learning_rate", 1e-3, "another name of it, 'learning_rate'"),
         ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
