@@ -337,5 +337,11 @@ def _fusion(
 ) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
+    if settings.load_in:
+        return (
+            f"{len(report.rows)} LoRA layers, over weights in {settings.load_in} where "
+            "bitsandbytes quantises them; what kernels read of those is known once they are loaded: "
+            "fastlora.fusion_report says it"
+        )
     implementation, why = implementation_on(device)
     return str(replace(report, implementation=implementation, reason=why))

@@ -160,7 +160,7 @@ def test_dry_run(base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFi
     size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
     assert f"base model {size} ({scales} of it scales), 2 adapters" in text
     assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
-    assert "its base layer is Linear4bit" in text
+    assert "14 LoRA layers, over weights in 4bit" in text and "not quantised yet" not in text
     assert not (tmp_path / "out").exists()
 
 
