@@ -340,8 +340,8 @@ def _fusion(
     if settings.load_in:
         return (
             f"{len(report.rows)} LoRA layers, over weights in {settings.load_in} where "
-            "bitsandbytes quantises them; what kernels read of those is known once they are loaded: "
-            "fastlora.fusion_report says it"
+            "bitsandbytes quantises them; what kernels read of those is known once they are "
+            "loaded: fastlora.fusion_report says it"
         )
     implementation, why = implementation_on(device)
     return str(replace(report, implementation=implementation, reason=why))
