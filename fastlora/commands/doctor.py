@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fastlora.integrations.report import FusionReport
 
 _SHOWN_NAMES = 4
+_ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +133,9 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
         quantised = getattr(config, "quantization_config", None)
         if quantised is not None:  # only real codes say what kernels can read of them
             model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            for parameter in model.parameters():  # in a file they lie anywhere, on a GPU aligned
+                if parameter.data_ptr() % _ALIGNMENT:
+                    parameter.data = parameter.data.clone()
             method = model.config.quantization_config.quant_method
             return model, str(getattr(method, "value", method))
         with torch.device("meta"):
