@@ -76,13 +76,18 @@ class CodedWeight(torch.Tensor):
         return made
 
     @property
+    def is_unwritten(self) -> bool:
+        """Whether nobody wrote to it since it was made."""
+        return _versions(self.keeps) == self._versions
+
+    @property
     def coded(self) -> Coded:
         """What kernels read.
 
         Raises:
             RuntimeError: Somebody wrote to it since it was made.
         """
-        if _versions(self.keeps) != self._versions:
+        if not self.is_unwritten:
             raise RuntimeError(
                 "a quantised base weight was written to (a merge, a loaded state) after a forward "
                 "and before its backward, which needs it as it was: write once the backward has run"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlora.autograd.siblings import run_siblings
+from fastlora.coded_weight import CodedWeight
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.protocol import AdapterLayer
@@ -49,6 +50,7 @@ class _Launch(NamedTuple):
         tensors: What their outputs depend on beside x.
         dtypes: Of each, which may change in place.
         others: Of each but the first, the probability of dropout, and its part of the tensors.
+        coded: The weights of others that are codes: a write to them is seen here.
     """
 
     dtype: torch.dtype
@@ -60,6 +62,7 @@ class _Launch(NamedTuple):
     tensors: list[torch.Tensor]
     dtypes: list[torch.dtype]
     others: list[tuple[float, list[torch.Tensor]]]
+    coded: list[CodedWeight]
 
     def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
         """Whether it was found for the very same layer and such an input."""
@@ -74,6 +77,7 @@ class _Launch(NamedTuple):
             and x.dtype is self.dtype
             and x.device == self.device
             and [*map(_dtype_of, self.tensors)] == self.dtypes
+            and (not self.coded or all(weight.is_unwritten for weight in self.coded))
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
@@ -209,6 +213,7 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
         [tensor for each in tensors for tensor in each],
         [tensor.dtype for each in tensors for tensor in each],
         list(zip(dropout_p, tensors, strict=True))[1:],
+        [base.weight for base in bases[1:] if isinstance(base.weight, CodedWeight)],
     )
 
 

@@ -19,6 +19,7 @@ from fastlora.layers.norms import may_keep
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.quantised import Quantised, quantised
 from fastlora.ops.factors import Base
+from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
 
 _UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
@@ -40,6 +41,7 @@ class KeptCode:
         self.weight: CodedWeight | None = None
         self.why = ""
         self.found: Quantised | None = None
+        self._captured: list[CodedWeight] = []
         self._for: tuple[nn.Module, Hashable, torch.dtype] | None = None
 
     def find(self, module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -58,9 +60,18 @@ class KeptCode:
 
     def base(self) -> Base | None:
         """Returns what stands for the module in a forward, or None."""
-        if self.weight is None or self.found is None:
-            return None
-        return Base(self.weight, self.found.bias_in(self.weight.dtype))
+        weight, found = self.weight, self.found  # once: another thread may find anew
+        return None if weight is None or found is None else self.base_of(weight, found)
+
+    def base_of(self, weight: CodedWeight, found: Quantised) -> Base:
+        """`base` of what was found; what a CUDA graph reads stays until `fastlora.refresh`."""
+        if is_captured(weight) and all(weight is not known for known in self._captured):
+            self._captured.append(weight)
+        return Base(weight, found.bias_in(weight.dtype))
+
+    def forget(self) -> None:
+        """Drops all but what CUDA graphs read, at its address."""
+        self.weight, self.why, self.found, self._for = None, "", None, None
 
     def _holds(self, module: nn.Module, dtype: torch.dtype | None) -> bool:
         if self._for is None or self.found is None:
@@ -112,7 +123,7 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
         return None
     if weight.shape[1] != x.shape[-1] or (x.dtype is not call.given.dtype and not found.casts):
         return None
-    return kept.base()
+    return kept.base_of(weight, found)
 
 
 def sibling_base(layer: AdapterLayer) -> Base | None:

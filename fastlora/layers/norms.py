@@ -40,8 +40,11 @@ def forget_weights(layer: object) -> None:
     """Drops what a layer keeps of its weights: norms, and codes for kernels."""
     own = layer.__dict__
     own.pop("_dora_norms", None)
-    if own.pop("_coded", None) is not None and "_family" in own:
-        own["_family"].at_once.clear()  # a sibling has them too
+    kept = own.get("_coded")
+    if kept is not None:
+        kept.forget()
+        if "_family" in own:
+            own["_family"].at_once.clear()  # a sibling has them too
 
 
 def magnitude_of(layer: AdapterLayer, name: str) -> torch.Tensor:

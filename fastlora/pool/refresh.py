@@ -28,6 +28,7 @@ def refresh(model: nn.Module) -> None:
     marks.end_all()
     for module in model.modules():
         forget_weights(module)
+        module.__dict__.pop("_coded", None)  # with what captured graphs read
         forget_siblings(module)
         group = getattr(module, "routed_by", None)
         if group is not None:

@@ -6,6 +6,8 @@ bitsandbytes and torchao run on the CPU here, beside the interpreter.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora.coded_weight import CodedWeight
+from fastlora.layers import coded_base
 from fastlora.layers.quantised import quantised
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.quantised import CODED, dequantised, gated, layers_of, quantise
@@ -316,6 +319,47 @@ def test_a_write_between_forward_and_backward() -> None:
         else:
             with pytest.raises(RuntimeError, match="written to .* before its backward"):
                 y.sum().backward()
+
+
+def test_codes_written_between_forward_and_backward() -> None:
+    """In place, 4-bit ones too: a loaded state writes so."""
+    ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32).requires_grad_()
+    y = ours(x)
+    with torch.no_grad():
+        layers_of(ours)[0].base_layer.weight.zero_()
+    with pytest.raises(RuntimeError, match="written to .* before its backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_a_write_to_the_second_of_siblings(kind: str) -> None:
+    """The first, whose weight is as it was, computes both with what the second has now."""
+    ours, x = on_kernels(adapted(gated(kind))), inputs(5, torch.float32)
+    before = [step(ours, x) for _ in range(2)][1]
+    weight: Any = layers_of(ours)[1].base_layer.weight
+    with torch.no_grad():
+        (weight.quant_state.absmax if kind == "nf4" else weight.qdata).mul_(-1)
+    assert not torch.allclose(check(ours, x)[0], before[0])
+
+
+def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its address, whatever a layer forgets, until `fastlora.refresh`."""
+    ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32)
+    step(ours, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(coded_base, "is_captured", lambda tensor: True)
+        step(ours, x)
+    read = [weakref.ref(layer._coded.weight.coded.parts) for layer in layers_of(ours)]
+    ours.eval().train().to("cpu")
+    step(ours, x)
+    assert all(parts() is not None for parts in read)
+    assert all(
+        layer._coded.weight.coded.parts is not parts()
+        for layer, parts in zip(layers_of(ours), read, strict=True)
+    )
+    fastlora.refresh(ours)
+    gc.collect()
+    assert all(parts() is None for parts in read)
 
 
 def test_copies_do_not_share_codes() -> None:

@@ -107,7 +107,8 @@ class Bits4(Quantised):
             raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
         if not weight.data.is_contiguous():
             raise NotCoded(f"{library}: its codes have gaps")
-        codes, count = weight.data.view(torch.uint8).view(-1), n * k // block
+        # Detached, unlike `.data`: writes to the parameter are counted here too.
+        codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_part, like=codes, library=library)
         own("weight", codes, dtypes=torch.uint8, count=n * k // 2)
         table = own("quant_state.code", state.code, dtypes=torch.float32, count=16)
