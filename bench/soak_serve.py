@@ -2,6 +2,8 @@
 
     python bench/soak_serve.py [--minutes 3] [--rounds 3] [--clients 32] [--adapters 24] [--slots 8]
 
+Memory is level once every adapter has been read: on a machine that is busy, give it more minutes.
+
 First it starts `fastlora serve` on SmolLM2-135M in fp32 and lets clients ask for answers of random
 adapters, while others are loaded, swapped and unloaded. Every greedy answer is compared with the
 adapter alone (`LoraModel` and `generate`); where they part, the two best logits of the adapter
