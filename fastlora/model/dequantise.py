@@ -86,13 +86,15 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Returns the model, or the linear that takes its place.
     """
-    for name, module in list(model.named_modules()):
+    made: dict[nn.Module, nn.Linear] = {}  # one that has several names keeps them all
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if is_quantised(module):
-            made = _plain(module, dtype)
+            if module not in made:
+                made[module] = _plain(module, dtype)
             if not name:
-                return made
+                return made[module]
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
+            setattr(model.get_submodule(parent), child, made[module])
     own: Any = model
     for name in _MARKS:
         if name in own.__dict__:

@@ -336,6 +336,16 @@ def test_dequantising_goes_layer_by_layer(kind: str) -> None:
     assert peak < 6 * 512 * 256 * 2 + 2 * 512 * 256 * 4
 
 
+def test_a_linear_of_two_names_is_dequantised_once() -> None:
+    """Under both it is the same plain one."""
+    model: Any = one("nf4")
+    model.other = nn.ModuleList([one("nf4").q] * 2)  # type: ignore[list-item]
+    model = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules=["q"]))
+    plain = model.merge_and_unload(dequantize=True)
+    first, second = plain.other
+    assert first is second and type(first) is type(plain.q) is nn.Linear
+
+
 def test_bf16_merges_and_unmerges_a_hundred_times() -> None:
     """Every bit of the base weight and bias is as before."""
     torch.manual_seed(0)
