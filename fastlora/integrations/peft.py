@@ -24,12 +24,23 @@ from torch import nn
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import why_not_plain
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.coded_base import as_called, coded_base, sibling_base, why_called
+from fastlora.layers.coded_base import (
+    as_called,
+    coded_base,
+    forget_weights,
+    sibling_base,
+    why_called,
+)
 from fastlora.layers.common import CommonLayer
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import begin, forward
-from fastlora.layers.norms import forget_weights
-from fastlora.layers.quantised import Quantised, peft_layers, quantised
+from fastlora.layers.quantised import (
+    Quantised,
+    keep_layout,
+    peft_layers,
+    quantised,
+    warn_of_repacked,
+)
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
@@ -71,7 +82,11 @@ class _FastForward(CommonLayer):
         if not (args or kwargs):
             plain = not why_not_plain(module)
             base = Base(module.weight, module.bias) if plain else coded_base(call)
-        return Base(y=module(x, *args, **kwargs)) if base is None else base
+        if base is not None:
+            return base
+        if not call.conditions.compiling:
+            warn_of_repacked(self, module, x)
+        return Base(y=module(x, *args, **kwargs))
 
     def _plain_base(self: Any) -> Base | None:
         module = self.base_layer
@@ -374,6 +389,8 @@ def patch_model(model: nn.Module) -> int:
             patch_layer(module)
         elif type(module) is PeftLoraModel:
             module.__class__ = FastPeftLoraModel
+    if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):
+        keep_layout(model)
     return seen
 
 

@@ -14,9 +14,9 @@ from torch import nn
 from fastlora.init import Init, find_init
 from fastlora.layers import parts
 from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
+from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.merging import Mergeable
-from fastlora.layers.norms import forget_weights
 from fastlora.layers.peft_names import LayerNames
 from fastlora.layers.starting import Starter, drop_data, find_data
 from fastlora.routing.ids import check_adapter_name

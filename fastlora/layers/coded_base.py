@@ -29,34 +29,35 @@ _CAPTURED = "a CUDA graph is being captured; run a forward before"
 class KeptCode:
     """What a layer keeps of its base layer's weight while that is the same and unwritten.
 
-    A copied layer starts without any.
+    By dtype of x, refusals too: with autocast on and off by turns nothing is made anew. A copied
+    layer starts without any.
 
     Attributes:
-        weight: For kernels; None where the module must be called.
+        weight: For kernels, as found last; None where the module must be called.
         why: Why it must.
         found: The kind of the weight; None where there is none.
+        dtype: Of x in the last forward.
     """
 
-    def __init__(self) -> None:
-        self.weight: CodedWeight | None = None
-        self.why = ""
-        self.found: Quantised | None = None
-        self._captured: list[CodedWeight] = []
-        self._for: tuple[nn.Module, Hashable, torch.dtype] | None = None
+    weight: CodedWeight | None
+    why: str
+    found: Quantised | None
+    dtype: torch.dtype | None
 
-    def find(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        """Finds them for a module that gets x in ``dtype``; None is what it computes in."""
-        why = why_hooked(module)
-        try:
-            if not why and self._holds(module, dtype):
-                return
-            self.weight, self._for = None, None
-            self.why = why or self._code(module, dtype)
-        except UnsupportedLayerError as error:  # not quantised yet
-            self.weight, self.found, self.why = None, None, str(error)
-        except AttributeError as error:  # another version of a library's
-            self.weight, found = None, self.found
-            self.why = str(error) if found is None else found.lacks(error)
+    def __init__(self) -> None:
+        self._captured: list[CodedWeight] = []
+        self.forget()
+
+    def find(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | None:
+        """Returns the weight for a module that gets x in ``dtype``; None is what it computes in."""
+        if dtype is not None:
+            self.dtype = dtype
+        code = why_hooked(module) or self._code(module, dtype)
+        if isinstance(code, str):
+            self.weight, self.why = None, code
+            return None
+        self.weight, self.why = code, ""
+        return code
 
     def base(self) -> Base | None:
         """Returns what stands for the module in a forward, or None."""
@@ -69,38 +70,46 @@ class KeptCode:
             self._captured.append(weight)
         return Base(weight, found.bias_in(weight.dtype))
 
-    def forget(self) -> None:
-        """Drops all but what CUDA graphs read, at its address."""
-        self.weight, self.why, self.found, self._for = None, "", None, None
+    def forget(self, captured: bool = False) -> None:
+        """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
+        self.weight = self.found = self.dtype = None
+        self.why = ""
+        # Of which module and weight, and what was made of that.
+        self._for: tuple[nn.Module | None, Hashable, dict[torch.dtype, CodedWeight | str]]
+        self._for = None, None, {}
+        if captured:
+            self._captured.clear()
 
-    def _holds(self, module: nn.Module, dtype: torch.dtype | None) -> bool:
-        if self._for is None or self.found is None:
-            return False
-        known, stamp, own = self._for
-        return (
-            module is known
-            and (dtype is None or dtype is own)
-            and self.found.is_there()
-            and self.found.stamp() == stamp
-        )
-
-    def _code(self, module: nn.Module, dtype: torch.dtype | None) -> str:
-        """Makes the weight for kernels; returns why there is none."""
-        self.found = found = quantised(module)
-        if found is None:
-            return why_not_plain(module) or "its base layer is called as it is"
-        stamp, dtype = found.stamp(), dtype or found.computes_in() or torch.float16
+    def _code(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | str:
+        """Returns the weight for kernels, or why there is none."""
+        known, before, made = self._for
+        found = self.found if known is module else None
+        try:
+            stamp = _stamp_of(module, found)
+            if known is not module or stamp is None or stamp != before:
+                found, made = quantised(module), {}
+                stamp = _stamp_of(module, found)
+                self.found, self._for = found, (module, stamp, made)
+        except UnsupportedLayerError as error:  # not quantised yet
+            self.found = None
+            return str(error)
+        except AttributeError as error:  # another version of a library's
+            return str(error) if found is None else found.lacks(error)
         if stamp is None:
             return _UNCOUNTED
-        if not may_keep(found.codes().device):
-            return _CAPTURED
-        with torch.inference_mode(False), torch.no_grad():  # for a backward one day
-            weight = found.coded(dtype)
-        self._for = module, stamp, dtype
-        if isinstance(weight, str):
-            return weight
-        self.weight = weight
-        return ""
+        own = None if found is None else found.computes_in()
+        dtype = dtype or own or next(reversed(made), torch.float16)
+        code = made.get(dtype)
+        if code is None:
+            if found is None:
+                code = why_not_plain(module) or "its base layer is called as it is"
+            elif not may_keep(found.codes().device):
+                return _CAPTURED
+            else:
+                with torch.inference_mode(False), torch.no_grad():  # for a backward one day
+                    code = found.coded(dtype)
+            made[dtype] = code
+        return code
 
     def __deepcopy__(self, memo: dict[int, object]) -> KeptCode:
         return KeptCode()
@@ -112,13 +121,12 @@ class KeptCode:
 def coded_base(call: LayerCall | MixedCall) -> Base | None:
     """Returns what stands for a layer's base layer in a forward; None where that must be called."""
     conditions, x = call.conditions, call.x
-    if conditions.impl != "triton" or conditions.compiling or conditions.tracing:
+    # In the batch-invariant mode "auto" means kernels, and the forward says where there are none.
+    runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
+    if not runs or conditions.compiling or conditions.tracing:
         return None
-    if conditions.invariant:  # whose rows have one plan, in one dtype of one weight
-        return None
-    kept, module = _kept(call.layer), call.layer.get_base_layer()
-    kept.find(module, x.dtype)
-    weight, found = kept.weight, kept.found
+    kept = _kept(call.layer)
+    weight, found = kept.find(call.layer.get_base_layer(), x.dtype), kept.found
     if weight is None or found is None or weight.device != x.device:
         return None
     if weight.shape[1] != x.shape[-1] or (x.dtype is not call.given.dtype and not found.casts):
@@ -136,7 +144,7 @@ def sibling_base(layer: AdapterLayer) -> Base | None:
 def why_called(layer: AdapterLayer) -> str:
     """Returns why a base layer that is no plain linear is called on kernels; empty if it is not."""
     kept = _kept(layer)
-    kept.find(layer.get_base_layer(), None)
+    kept.find(layer.get_base_layer(), kept.dtype)
     return kept.why
 
 
@@ -157,6 +165,27 @@ def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch
     if y.dtype is dtype or not isinstance(base.weight, CodedWeight):
         return y
     return y.to(dtype)
+
+
+def forget_weights(layer: object, captured: bool = False) -> None:
+    """Drops what a layer keeps of its weights: norms, and codes for kernels.
+
+    ``captured`` says that no CUDA graph reads them any longer.
+    """
+    own = layer.__dict__
+    own.pop("_dora_norms", None)
+    kept = own.get("_coded")
+    if isinstance(kept, KeptCode):
+        kept.forget(captured)
+        if "_family" in own:
+            own["_family"].at_once.clear()  # a sibling has them too
+
+
+def _stamp_of(module: nn.Module, found: Quantised | None) -> Hashable | None:
+    """Returns what differs once a module has another weight; None where nobody counts that."""
+    if found is None:
+        return id(module._parameters.get("weight"))
+    return found.stamp() if found.is_there() else None
 
 
 def _kept(layer: AdapterLayer) -> KeptCode:

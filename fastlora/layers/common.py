@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.bases import dense_weight
+from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.factors import factors_of
-from fastlora.layers.norms import forget_weights, magnitude_of
+from fastlora.layers.norms import magnitude_of
 from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.quantised import Quantised
 from fastlora.layers.scalings import Scaling, Scalings

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.common import Whole
-from fastlora.layers.norms import base_squares, forget_weights, rows_of
+from fastlora.layers.norms import base_squares, rows_of
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
 from fastlora.layers.why import uses_dora

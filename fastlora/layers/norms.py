@@ -36,17 +36,6 @@ class NormCache:
         return NormCache, ()
 
 
-def forget_weights(layer: object) -> None:
-    """Drops what a layer keeps of its weights: norms, and codes for kernels."""
-    own = layer.__dict__
-    own.pop("_dora_norms", None)
-    kept = own.get("_coded")
-    if kept is not None:
-        kept.forget()
-        if "_family" in own:
-            own["_family"].at_once.clear()  # a sibling has them too
-
-
 def magnitude_of(layer: AdapterLayer, name: str) -> torch.Tensor:
     """Returns an adapter's magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight

@@ -37,10 +37,11 @@ from torch import nn
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, is_parallel, parallel_style
 from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.factors import is_hooked, scaling_beside
 from fastlora.layers.forward import begin, forward
 from fastlora.layers.kinds import LINEAR, Kind, Settings, Shapes, linear_shapes, register_kind
-from fastlora.layers.norms import forget_weights, magnitude_of
+from fastlora.layers.norms import magnitude_of
 from fastlora.layers.stored import Plain, Stored
 from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
 from fastlora.layers.wrapped import FastLoraWrapper

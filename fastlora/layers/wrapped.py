@@ -12,7 +12,7 @@ from fastlora.layers.bases import linear_features, makes_fresh_outputs, stored_w
 from fastlora.layers.call import LayerCall
 from fastlora.layers.coded_base import as_called, coded_base, sibling_base, why_called
 from fastlora.layers.forward import begin, forward
-from fastlora.layers.quantised import Quantised, quantised
+from fastlora.layers.quantised import Quantised, quantised, warn_of_repacked
 from fastlora.layers.stored import Stored
 from fastlora.layers.why import NOT_OUR_GEMM, fusion
 from fastlora.ops.factors import Base
@@ -50,12 +50,14 @@ class FastLoraWrapper(LoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
         call = begin(self, x)
-        call.conditions.refuse(self, NOT_OUR_GEMM)
         acts = not isinstance(call, LayerCall) or call.names
-        if acts and call.conditions.impl == "triton" and not (args or kwargs):
+        if acts and not (args or kwargs):
             base = coded_base(call)
             if base is not None:
                 return as_called(call, base, forward(call, base))
+        call.conditions.refuse(self, NOT_OUR_GEMM)
+        if acts and not call.conditions.compiling:
+            warn_of_repacked(self, self.base_layer, x)
         y = self.base_layer(x, *args, **kwargs)
         return forward(call, Base(y=y, inplace=self._may_write_into(y, x))) if acts else y
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastlora.init import Init
 from fastlora.layers.factors import Parameters
+from fastlora.layers.quantised import keep_layout
 from fastlora.model import inject
 from fastlora.model.computed import Made
 from fastlora.model.config import LoraConfig
@@ -129,6 +130,8 @@ class LoraTuner(nn.Module):
         if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())
+        if not config.inference_mode:
+            keep_layout(self.model)
 
     def _check_base_changes(self, adapter_name: str, plan: inject.Plan) -> None:
         """Warns, or raises, where the initialisation of one adapter is in the way of another."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.norms import forget_weights
+from fastlora.layers.coded_base import forget_weights
 from fastlora.pool.pool import pool_of
 from fastlora.routing.siblings import forget_siblings
 from fastlora.weight_marks import marks
@@ -27,8 +27,7 @@ def refresh(model: nn.Module) -> None:
     """
     marks.end_all()
     for module in model.modules():
-        forget_weights(module)
-        module.__dict__.pop("_coded", None)  # with what captured graphs read
+        forget_weights(module, captured=True)
         forget_siblings(module)
         group = getattr(module, "routed_by", None)
         if group is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlora.layers.quantised import keep_layout
 from fastlora.model.recommend import QLORA
 from fastlora.train.config import TrainSettings
 from fastlora.train.processes import INSTALL, TrainError
@@ -75,14 +76,7 @@ def quantise_empty(model: PreTrainedModel, config: Any) -> None:
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Makes a quantised base model fit for a training run, evaluations in between included.
-
-    On some CPUs bitsandbytes repacks 4-bit weights in evaluation: it rounds their scales, and later
-    training forwards have no gradient of x. So it is told not to.
-    """
-    name = "support_avx512bf16_for_cpu"
-    for module in model.modules():
-        if hasattr(module, name):
-            setattr(module, name, False)
+    """Makes a quantised base model fit for a training run, evaluations in between included."""
+    keep_layout(model)
     # It says at every product that x is rounded to fp16, which LLM.int8 is.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from fastlora.model import adapter_state
 from fastlora.ops.conditions import is_batch_invariant
 from fastlora.validation import ImplementationError
 from tests.support.kernels.mixed_models import use_impl
+from tests.support.quantised import dequantised, quantise
 from tests.support.tiny import Gated, with_adapters
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -69,6 +70,28 @@ def test_a_model_with_one_adapter(lab: Any, dtype: torch.dtype) -> None:
         y = model(x)
         for rows in ([0], [69, 3], range(40, 60)):
             assert torch.equal(model(x[list(rows)]), y[list(rows)])
+
+
+@pytest.mark.usefixtures("dots")
+def test_a_quantised_model() -> None:
+    """Codes have one plan too, on both sides of 64 rows."""
+    if torch.cuda.is_available():
+        pytest.skip("bitsandbytes runs on the CPU, and kernels in the interpreter")
+    block = Gated(64, 64, called=False).eval()
+    block.gate, block.up = (quantise(linear, "nf4 nested") for linear in (block.gate, block.up))
+    targets = ["gate", "up", "down"]
+    config = fastlora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model = with_adapters(block, {"a": config, "b": config}).eval()
+    exact, x = dequantised(model), torch.randn(66, 64)
+    ids = ["a", None, "b", *["a", "b"] * 31, None]
+    with torch.no_grad(), fastlora.batch_invariant(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(block.gate.base_layer), "forward", None)  # it is not called
+        y, mixed = model(x), run(model, x, ids)
+        for rows in ([64, 3], [*range(40, 57)]):
+            assert torch.equal(model(x[rows]), y[rows])
+            assert torch.equal(run(model, x[rows], [ids[row] for row in rows]), mixed[rows])
+    with torch.no_grad():
+        torch.testing.assert_close(y.double(), exact(x.double()), atol=1e-4, rtol=1e-4)
 
 
 def test_a_pool(lab: Any) -> None:

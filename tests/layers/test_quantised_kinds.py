@@ -5,6 +5,7 @@ Here modules are called, as on any CPU; tests/kernels/test_quantised.py runs ker
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,8 @@ from torch import nn
 
 import fastlora
 from fastlora.coded_weight import CodedWeight
-from fastlora.layers import FastLoraWrapper
-from fastlora.layers.coded_base import sibling_base, why_called
+from fastlora.layers import FastLoraWrapper, coded_base
+from fastlora.layers.coded_base import KeptCode, sibling_base, why_called
 from fastlora.layers.norms import rows_of
 from fastlora.layers.quantised import quantised
 from fastlora.ops.torch.norms import adapted_sums, square_norms
@@ -126,6 +127,7 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
         r"quant_state.shape is \(128, 48\), not \(48, 128\)",
     ),
     "block size": (_with_state(blocksize=48), "blocks of 48 weights do not divide its 128"),
+    "small blocks": (_with_state(blocksize=8), "blocks are of 8 weights, and kernels read 16"),
     "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
     "another table": (
         _with_state(code=lambda t: t.flip(0)),
@@ -190,6 +192,53 @@ def test_other_layers_that_are_called() -> None:
         repacked(torch.randn(2, 128))
     if getattr(other.weight.quant_state, "packing_format_for_cpu", False):
         assert "repacked" in why_called(repacked)
+
+
+def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dtype, refusals too; over modules of no known kind as well."""
+    seen: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: seen.append(name) or plain(*args))
+
+    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
+    watch(type(quantised(module)), "coded")
+    watch(coded_base, "why_not_plain")
+    kept, dtypes = KeptCode(), (torch.float16, torch.float32)
+    first = kept.find(module, torch.float16)
+    assert first is not None
+    for _ in range(3):
+        assert [kept.find(module, dtype) for dtype in dtypes] == [first, None]
+        assert "computes in torch.float16, and gets x in torch.float32" in kept.why
+        assert kept.find(module, None) is first
+    assert seen == ["coded"] * 2
+    module.weight.quant_state.absmax.mul_(2)
+    assert kept.find(module, torch.float16) is not first
+    assert seen == ["coded"] * 3
+
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 128)
+    for _ in range(3):
+        assert kept.find(conv, torch.float32) is None
+        assert kept.why == "its base layer is Conv1D, called as it is"
+    assert seen[3:] == ["why_not_plain"]
+    assert kept.find(module, torch.float16) is not None
+
+
+def test_an_error_of_our_own_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what reads a library's fields may lack one."""
+    module = quantise(nn.Linear(128, 48), "nf4")
+    monkeypatch.setattr(type(quantised(module)), "maker", lambda self, dtype: self.no_such_field)
+    with pytest.raises(AttributeError, match="no_such_field"):
+        KeptCode().find(module, torch.float32)
+
+
+def test_refresh_leaves_others_alone() -> None:
+    """A module of somebody else's may have an attribute of the same name."""
+    module: Any = nn.Linear(2, 2)
+    module._coded = "theirs"
+    fastlora.refresh(nn.Sequential(module))
+    assert module._coded == "theirs"
 
 
 def test_weights_of_torchao_that_are_called() -> None:
@@ -384,3 +433,58 @@ def test_prepared_by_peft_and_trained_by_bitsandbytes() -> None:
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --------------------------------------------------- evaluations on a CPU that repacks 4-bit codes
+
+
+def _step(model: Any) -> list[torch.Tensor]:
+    """Output and gradients of a training forward; x goes through all layers."""
+    x = torch.randn(5, 64, generator=torch.manual_seed(2)).requires_grad_()
+    y = model.train()(x)
+    return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), [x, *trainable(model)])]
+
+
+def _evaluated(model: Any) -> Any:
+    with torch.no_grad():
+        model.eval()(torch.randn(5, 64))
+    return model
+
+
+@pytest.mark.parametrize("nested", ["nf4", "nf4 nested"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_training_behind_an_evaluation(nested: str, patched: bool) -> None:
+    """As if there had been none, through layers without adapters too."""
+
+    def made() -> Any:
+        model = adapted(gated(nested), peft if patched else fastlora, target_modules=["gate", "up"])
+        if patched:
+            fastlora.patch(model)
+        return model
+
+    for mine, expected in zip(_step(_evaluated(made())), _step(made()), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_codes_that_were_repacked_before() -> None:
+    """It says so: where adapters are added, patched, or made to train later."""
+    base = _evaluated(gated("nf4"))
+    if not getattr(base.gate.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes repacks nothing on this CPU")
+    for library in (fastlora, peft):
+        frozen = library.LoraConfig(target_modules=TARGETS, inference_mode=True)
+        model: Any = library.get_peft_model(gated("nf4"), frozen)
+        if library is peft:
+            fastlora.patch(model)
+        _evaluated(model)  # as fast as bitsandbytes can
+        assert "repacked" in why_called(model.base_model.model.gate)
+        model.base_model.model.gate.lora_A["default"].weight.requires_grad_()
+        match = "repacked 4-bit weights .* load the base model anew"
+        # Over a bias bitsandbytes raises in the end.
+        with pytest.warns(UserWarning, match=match), contextlib.suppress(RuntimeError):
+            model.train()(torch.randn(5, 64))
+    with pytest.warns(UserWarning, match="repacked 4-bit weights"):
+        adapted(base)
+    theirs = adapted(_evaluated(gated("nf4")), peft)
+    with pytest.warns(UserWarning, match="repacked 4-bit weights"):
+        fastlora.patch(theirs)

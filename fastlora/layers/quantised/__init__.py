@@ -21,6 +21,7 @@ from fastlora.layers.quantised.kind import (
     register_quantised,
     stamp_of,
 )
+from fastlora.layers.quantised.repacking import keep_layout, warn_of_repacked
 
 __all__ = [
     "FRESH",
@@ -28,8 +29,10 @@ __all__ = [
     "Quantised",
     "addresses_of",
     "class_name",
+    "keep_layout",
     "peft_layers",
     "quantised",
     "register_quantised",
     "stamp_of",
+    "warn_of_repacked",
 ]

@@ -23,6 +23,7 @@ from fastlora.layers.quantised.kind import (
     register_quantised,
     stamp_of,
 )
+from fastlora.layers.quantised.repacking import is_repacked
 from fastlora.layers.stored import Fingerprint, sums_of_bits
 
 # Blocks that share a largest value of their largest values, in bytes. bitsandbytes knows no other.
@@ -68,7 +69,7 @@ class Bits4(Quantised):
         return _bitsandbytes().dequantize_4bit(weight.data, weight.quant_state)
 
     def _is_repacked(self) -> bool:
-        return bool(getattr(self.weight.quant_state, "packing_format_for_cpu", False))
+        return is_repacked(self.base)
 
     # ------------------------------------------------------------------------ what kernels read
 
@@ -105,6 +106,8 @@ class Bits4(Quantised):
             )
         if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
             raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
+        if block < 16:  # kernels load words of 8 codes
+            raise NotCoded(f"its blocks are of {block} weights, and kernels read 16 at least")
         if not weight.data.is_contiguous():
             raise NotCoded(f"{library}: its codes have gaps")
         # Detached, unlike `.data`: writes to the parameter are counted here too.

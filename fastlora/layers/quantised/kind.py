@@ -127,12 +127,12 @@ class Quantised(Stored):
             if own is not None and own is not dtype:
                 return f"its base layer computes in {own}, and gets x in {dtype}"
             coded, keeps = self.read(dtype)
-            if coded.codes.data_ptr() % 4:
-                return "the codes of its base weight begin within a word of 4 bytes"
         except NotCoded as error:
             return str(error)
         except AttributeError as error:  # another version of a library's
             return self.lacks(error)
+        if coded.codes.data_ptr() % 4:
+            return "the codes of its base weight begin within a word of 4 bytes"
         return CodedWeight(coded, self.maker(dtype), dtype, keeps)
 
     @property
@@ -260,7 +260,9 @@ def stamp_of(*tensors: torch.Tensor) -> Hashable | None:
     None where one is an inference tensor, of which nobody counts writes.
     """
     try:
-        return tuple([(id(t), t.data_ptr(), t._version) for t in tensors])
+        # bitsandbytes' parameters have one in Python: microseconds each.
+        with torch._C.DisableTorchFunctionSubclass():
+            return tuple([(id(t), t.data_ptr(), t._version) for t in tensors])
     except RuntimeError:
         return None
 
