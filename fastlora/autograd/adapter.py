@@ -168,7 +168,7 @@ def _native_add(
 
     ``inplace`` as in `Base`.
     """
-    inplace = inplace and not torch.is_grad_enabled()
+    inplace = inplace and not linear.records_gradients(y, x, lora_a, lora_b)
     if x.dtype is torch.bfloat16:
         update = F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b)
         return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -18,9 +18,9 @@ class Hqq(Quantised):
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
     @staticmethod
-    def weight_of(module: Any) -> Any:
+    def weight_of(module: object) -> Any:
         """As `Quantised`."""
-        return module.W_q
+        return getattr(module, "W_q")  # noqa: B009 - a module of any kind
 
     @classmethod
     def matches(cls, module: object) -> bool:

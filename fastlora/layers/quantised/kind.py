@@ -64,7 +64,7 @@ class Quantised(Stored):
         self.shape = int(module.out_features), int(module.in_features)
 
     @staticmethod
-    def weight_of(module: Any) -> Any:
+    def weight_of(module: object) -> Any:
         """Returns what the module keeps its weight in."""
         return getattr(module, "weight", None)
 
