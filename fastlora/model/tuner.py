@@ -60,6 +60,7 @@ class LoraTuner(nn.Module):
         self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
         self._changed_base: dict[str, Init] = {}
+        self._keeps_layout = False
         # Known to this model's layers; an object of its own stays theirs in copies and pickles.
         self.group = Group()
         self._routed: list[nn.Module] | None = None
@@ -130,8 +131,9 @@ class LoraTuner(nn.Module):
         if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
         inject.freeze_base(self.model, self.peft_config.values())
-        if not config.inference_mode:
-            keep_layout(self.model)
+        if not config.inference_mode and not self._keeps_layout:
+            keep_layout(self.model)  # once: it walks over all modules
+            self._keeps_layout = True
 
     def _check_base_changes(self, adapter_name: str, plan: inject.Plan) -> None:
         """Warns, or raises, where the initialisation of one adapter is in the way of another."""

@@ -337,11 +337,11 @@ def test_merge_and_unload_is_all_or_nothing() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["head"]}], ids=str)
 def test_adding_an_adapter_costs_the_same_whatever_is_there(fields: dict[str, Any]) -> None:
-    """The 64th adapter takes the calls that the second took: nothing walks over the others."""
+    """The 64th adapter takes the calls that the third took: nothing walks over the others."""
     model = get_peft_model(TwoLayers(), LoraConfig(target_modules=["q", "v"], **fields), "a0")
     calls = []
     for i in range(1, 64):
         config, profile = LoraConfig(target_modules=["q", "v"], **fields), cProfile.Profile()
         profile.runcall(model.add_adapter, f"a{i}", config)
         calls.append(sum(entry.callcount for entry in profile.getstats()))
-    assert calls[-1] == calls[0]
+    assert calls[-1] == calls[1]  # the second fills caches
