@@ -126,6 +126,10 @@ def main(folder: Path) -> None:
             trainer = train(folder / kind / name, resume=resume, **fsdp)
             trainer.model.save_pretrained(folder / kind / name)
     torch.distributed.destroy_process_group()
+    # Its threads stay while a wrapped model refers to it, and take an exiting interpreter down with
+    # "terminate called without an active exception" now and then.
+    print("everything has run", flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
