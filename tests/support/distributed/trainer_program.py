@@ -128,7 +128,8 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
     # Its threads stay while a wrapped model refers to it, and take an exiting interpreter down with
     # "terminate called without an active exception" now and then.
-    print("everything has run", flush=True)
+    sys.stdout.write("everything has run\n")
+    sys.stdout.flush()
     os._exit(0)
 
 
