@@ -7,41 +7,20 @@ up parameter by parameter, and wait for ever, or mix up parameters, where one pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from fastlora.layers.call import MixedCall
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.ops.factors import Base
+from fastlora.sharding import local
 
 
-class ZeroGradients(torch.autograd.Function):
-    """Returns y and, in the backward, zeros for parameters that took no part in making it.
-
-    The result shares y's memory, and y itself must not be used again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.parameters = parameters  # for their kind only: nothing reads their values
-        # Not a view to autograd, which refuses writes into views that a custom function made.
-        return torch.ops.aten._unsafe_view(y, y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad, *map(torch.zeros_like, ctx.parameters)
-
-
-def with_absent(call: MixedCall, base: Base, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
+def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
     """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
 
     Args:
         call: The layer's.
-        base: The base layer.
         y: What it made, any shape.
         waits: Whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
             are added.
@@ -59,7 +38,9 @@ def with_absent(call: MixedCall, base: Base, y: torch.Tensor, *, waits: bool) ->
     ]
     if not absent:
         return y
-    return ZeroGradients.apply(y.clone() if y is base.y else y, *absent)
+    # Sums of nothing: they are 0, and so are their gradients.
+    nothing = [local(parameter)[:0].sum().to(y.dtype) for parameter in absent]
+    return y + torch.stack(nothing).sum()
 
 
 def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:

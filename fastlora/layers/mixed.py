@@ -76,7 +76,7 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
         check_devices(slots, x)
         y = _run_listed(call, base, slots, rows, rows.present)
     if routing.absent_gradients and torch.is_grad_enabled():
-        y = with_absent(call, base, y, waits=how is How.PYTORCH)
+        y = with_absent(call, y, waits=how is How.PYTORCH)
     return y, how
 
 
