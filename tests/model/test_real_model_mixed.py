@@ -137,11 +137,7 @@ def sides(request: pytest.FixtureRequest, fresh_smollm2: Callable[..., Any]) -> 
     """Made once for gradients, which come first, and for rows."""
 
     def fresh(dtype: torch.dtype = torch.float32) -> Any:
-        model = fresh_smollm2(dtype)
-        if request.param > 4:  # a third of the layers has every shape, in a third of the time
-            model.model.layers = model.model.layers[:10]
-            model.config.num_hidden_layers = 10
-        return model
+        return fresh_smollm2(dtype, layers=30 if request.param == 4 else 10)
 
     ours = build(fresh, request.param)
     return Sides(request.param, ours, Solo(fresh, ours))
