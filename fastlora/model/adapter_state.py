@@ -24,7 +24,8 @@ from fastlora.layers import (
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import Plan, base_of, factor_shapes, routed_modules
+from fastlora.model.inject import routed_modules
+from fastlora.model.plan import Plan, base_of, factor_shapes
 from fastlora.model.replication import in_place
 from fastlora.model.tied import input_embedding
 from fastlora.model.tuner import LoraTuner

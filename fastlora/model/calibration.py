@@ -28,7 +28,7 @@ from fastlora.init.data import (
 )
 from fastlora.layers.bases import is_transposed, why_not_replaceable
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import base_of
+from fastlora.model.plan import base_of
 from fastlora.model.targets import find_targets
 from fastlora.model.tuner import LoraTuner
 from fastlora.validation import ConfigError, InitialisationError, error_prefix

@@ -14,6 +14,7 @@ from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
+from fastlora.model.plan import Plan, plan_adapter
 from fastlora.sharding import is_sharded
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
@@ -43,7 +44,7 @@ class Made(NamedTuple):
         wide: Whether the factors are fp32 beside base layers of 16 bits.
     """
 
-    plan: inject.Plan
+    plan: Plan
     factors: Mapping[str, Factors]
     copies: Mapping[str, str]
     wide: bool
@@ -169,7 +170,7 @@ def made(
         copies: From `copies_of`.
         dtype: Of the factors that it was computed from.
     """
-    plan = inject.plan_adapter(model, config)
+    plan = plan_adapter(model, config)
     layers = lora_layers(model)
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
     outer = set(factors) - inner
@@ -177,5 +178,5 @@ def made(
         # Configs that pick layers in different ways have no sum but the names themselves.
         config.target_modules = outer
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        plan = inject.plan_adapter(model, config)
+        plan = plan_adapter(model, config)
     return Made(plan, factors, copies, dtype == torch.float32)

@@ -15,8 +15,8 @@ from torch import nn
 
 from fastlora.layers.bases import factor_like
 from fastlora.model import inject
+from fastlora.model.plan import Plan, base_of, factor_shapes, plan_for
 from fastlora.model.replication import in_place
-from fastlora.model.tuner import plan_for
 
 # bitsandbytes': bytes of a table of 16 values, and how many absmax share one when they are nested.
 _CODE_BYTES, _NESTED = 64, 256
@@ -188,19 +188,19 @@ def human_bytes(count: int) -> str:
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
 
 
-def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[tuple[int, int]]:
+def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[int, int]]:
     """Yields count and bytes an element of each tensor that the adapter would train."""
     config = plan.config
     for name in plan.targets:
         module = model.get_submodule(name)
         itemsize = _factor_itemsize(module, autocast)
-        for shape in inject.factor_shapes(module, name, config).values():
+        for shape in factor_shapes(module, name, config).values():
             yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
-        for parameter in inject.base_of(model.get_submodule(name)).parameters():
+        for parameter in base_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize
     for name, tokens in plan.tokens.items():
-        weight: Any = inject.base_of(model.get_submodule(name)).weight
+        weight: Any = base_of(model.get_submodule(name)).weight
         itemsize = max(weight.itemsize, torch.float32.itemsize) if autocast else weight.itemsize
         if tokens.tied_to is None:
             yield len(tokens.indices) * weight.shape[1], itemsize
@@ -210,6 +210,6 @@ def _trainable(model: nn.Module, plan: inject.Plan, autocast: bool) -> Iterator[
 
 
 def _factor_itemsize(module: nn.Module, autocast: bool) -> int:
-    reference = factor_like(inject.base_of(module))
+    reference = factor_like(base_of(module))
     itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
     return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -26,7 +26,8 @@ from fastlora.layers.bases import is_transposed, linear_features
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers, routed_modules, settings_for
+from fastlora.model.inject import lora_layers, routed_modules
+from fastlora.model.plan import settings_for
 from fastlora.model.targets import find_targets, resolve_target_modules
 from fastlora.model.tuner import LoraTuner
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError

@@ -32,11 +32,12 @@ from fastlora.layers.ranks import (
     set_scaling,
     tensors_of,
 )
-from fastlora.model import adapter_state, inject
+from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.adapter_state import AdaptedModel
 from fastlora.model.computed import lora_layers
 from fastlora.model.config import LoraConfig
+from fastlora.model.plan import base_of, factor_shapes
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import (
     AdapterStateError,
@@ -275,8 +276,8 @@ def _place(
     name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
 ) -> _Place:
     """Returns what a layer gets, all of it or nothing; raises `HotswapError` for other shapes."""
-    base = inject.base_of(layer)
-    expected = inject.factor_shapes(base, name, config)
+    base = base_of(layer)
+    expected = factor_shapes(base, name, config)
     at = f"{KEY_PREFIX}{name}."
     found = {key: tensors[f"{at}{key}"] for key in expected if f"{at}{key}" in tensors}
     for key, tensor in found.items():

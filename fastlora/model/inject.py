@@ -5,242 +5,31 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastlora.layers import (
-    FastLoraLinear,
     LoraLayer,
     ModulesToSaveWrapper,
     ModuleWrapper,
     TrainableTokensWrapper,
 )
-from fastlora.layers.bases import linear_features
-from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
-from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
-from fastlora.model.replication import Replication, forget_replication
-from fastlora.model.targets import find_modules_to_save, find_targets
-from fastlora.model.tied import NO_TIES, SharedWeights, Ties, input_embedding, note_untied
-from fastlora.model.tokens import Tokens, check_apart, find_tokens
-from fastlora.model.walk import original_of, outer_modules
+from fastlora.model.plan import Plan, base_of, kind_for, settings_for
+from fastlora.model.replication import forget_replication
+from fastlora.model.tied import SharedWeights, input_embedding, note_untied
+from fastlora.model.walk import outer_modules
 from fastlora.validation import (
     AdapterStateError,
     ConfigError,
-    UnsupportedLayerError,
     error_prefix,
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An adapter that fits a model: its config, and the modules it touches in the model's order.
-
-    Attributes:
-        config: The adapter's.
-        targets: Modules that get LoRA.
-        modules_to_save: Modules that it owns a copy of.
-        from_file: Whether its weights exist already.
-        tokens: Modules of which it trains rows.
-        tied: Modules that have the input embedding's copy, or its LoRA.
-        copies_tied: Whether it is the copy.
-        replication: The layers that it finds these modules in, where they are yet to be made.
-    """
-
-    config: LoraConfig
-    targets: list[str]
-    modules_to_save: list[str]
-    from_file: bool = False
-    tokens: dict[str, Tokens] = field(default_factory=dict)
-    tied: list[str] = field(default_factory=list)
-    copies_tied: bool = False
-    replication: Replication | None = None
-
-    @property
-    def tied_copies(self) -> list[str]:
-        """Those of the tied modules that have a copy."""
-        return self.tied if self.copies_tied else []
-
-    @property
-    def touched(self) -> list[str]:
-        """Names of all modules that it touches."""
-        return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
-
-
-def plan_adapter(
-    model: nn.Module, config: LoraConfig, from_file: bool = False, ties: Ties = NO_TIES
-) -> Plan:
-    """Finds what a config names and checks that LoRA can go there; changes nothing.
-
-    Args:
-        model: The base model, with or without adapters.
-        config: The adapter's.
-        from_file: Whether its weights exist already.
-        ties: From `tie_adapters`.
-
-    Raises:
-        TargetNotFoundError: Nothing matches.
-        UnsupportedLayerError: A target is of no kind that adapters go on, or of one that this
-            config does not fit; or another adapter has LoRA, or a copy, where this one is to have a
-            copy or LoRA.
-    """
-    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
-    tied = list(ties.names)
-    saved = [name for name in saved if name not in tied]
-    if not ties.copies:
-        # As PEFT: of what is tied, heads share the embedding's LoRA, and embeddings have their own.
-        heads = [n for n in tied if not isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
-        targets = [name for name in targets if name not in heads]
-        targets += [name for name in tied if name not in (*heads, *targets)]
-        tied = heads
-        _check_tied_lora(model, config, targets, tied)
-    tokens = find_tokens(model, config)
-    plan = Plan(config, targets, saved, from_file, tokens, tied, ties.copies)
-    check_apart(tokens, targets, saved, tied)
-    if config.init.changes_base:
-        _check_untied(model, plan)
-    for name in plan.targets:
-        base = base_of(model.get_submodule(name))
-        with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
-            _kind_of(base, config).check(base, settings_for(name, config))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and not isinstance(
-            base, nn.MultiheadAttention
-        ):
-            warnings.warn(
-                f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
-                "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
-                stacklevel=4,
-            )
-    for name in (*plan.modules_to_save, *plan.tied_copies):
-        module = model.get_submodule(name)
-        if isinstance(module, ModulesToSaveWrapper):
-            continue  # checked when it was made
-        check_copyable(module)
-        for inner, part in module.named_modules():
-            if isinstance(part, LoraLayer):
-                raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
-                )
-            if isinstance(part, ModuleWrapper):
-                at = f"{name}.{inner}" if inner else name
-                raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, in which adapters {part.adapter_names} own "
-                    f"{part.owns} of {at!r}; expected the same module"
-                )
-    return plan
-
-
-def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
-    """Warns where ``lora_dropout`` is set and a target is of a kind on which none acts."""
-    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
-    without = [name for name, base in bases.items() if not _kind_of(base, plan.config).drops]
-    if without:
-        more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
-        warnings.warn(
-            f"lora_dropout={plan.config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
-            f"PEFT: the adapter of a {type(bases[without[0]]).__name__} has no input to drop",
-            stacklevel=4,
-        )
-
-
-def _check_tied_lora(
-    model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
-) -> None:
-    """Raises where LoRA is to be tied to the input embedding's and cannot, or is not and must."""
-    for name in targets:
-        if isinstance(model.get_submodule(name), TiedLoraHead):
-            raise UnsupportedLayerError(
-                f"target module {name!r} has the input embedding's LoRA for other adapters "
-                "(ensure_weight_tying); expected ensure_weight_tying=True, or other targets"
-            )
-    for name in tied:
-        module = model.get_submodule(name)
-        if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
-            raise UnsupportedLayerError(
-                f"ensure_weight_tying gives {name!r} the input embedding's LoRA, and it is a "
-                f"{type(module).__name__}; expected an nn.Linear without LoRA of its own"
-            )
-    if tied and (config.use_dora or config.init.frozen):
-        raise ConfigError(
-            "ensure_weight_tying=True with LoRA on the embedding needs use_dora=False and an "
-            f"init_lora_weights that trains both factors, got use_dora={config.use_dora} and "
-            f"init_lora_weights={config.init_lora_weights!r}"
-        )
-
-
-def _check_untied(model: nn.Module, plan: Plan) -> None:
-    """Raises where the initialisation would change a weight that another module has too."""
-    holders: dict[int, dict[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), {})[module] = name
-    for name in plan.targets:
-        module = model.get_submodule(name)
-        base = base_of(module)
-        found = holders.get(id(base._parameters.get("weight")), {})
-        others = [other for holder, other in found.items() if holder not in (module, base)]
-        if others and linear_features(base) is not None:
-            raise AdapterStateError(
-                f"init_lora_weights={plan.config.init_lora_weights!r} changes the weight of target "
-                f"module {name!r}, which {others[0]!r} shares; leave it out (exclude_modules), or "
-                "untie the two first"
-            )
-
-
-def warn_of_peft(model: nn.Module, plan: Plan) -> None:
-    """Warns where an adapter that PEFT has trained computes something else here."""
-    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
-    notes = {_kind_of(base, plan.config).of_peft: name for name, base in bases.items()}
-    for note, name in notes.items():
-        if note:
-            warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
-
-
-def settings_for(name: str, config: LoraConfig) -> Settings:
-    """Returns what an adapter is to be on the module called ``name``."""
-    return Settings(
-        r=config.rank_for(name),
-        lora_alpha=config.alpha_for(name),
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        lora_bias=config.lora_bias,
-        use_dora=config.use_dora,
-        init_lora_weights=config.init_lora_weights,
-        init_config=config.init_config,
-    )
-
-
-def _kind_of(base: nn.Module, config: LoraConfig) -> Kind:
-    """Returns the kind of a module; raises `UnsupportedLayerError` where it has none."""
-    kind = kind_of(base, config.custom_modules)
-    if kind is None:
-        raise UnsupportedLayerError(
-            f"fastlora adapts {', '.join(known_kinds())} (Conv1D of transformers and quantised "
-            "linears too), and classes of yours that LoraConfig._register_custom_module names; "
-            f"where PEFT adapts it, {INSTEAD}"
-        )
-    return kind
-
-
-def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what an adapter has on a module, by the ends of their file keys."""
-    base = base_of(module)
-    kind = kind_of(base, config.custom_modules)
-    return {} if kind is None else kind.shapes(base, settings_for(name, config))
 
 
 @contextlib.contextmanager
@@ -289,7 +78,7 @@ def add_adapter(
             for name in plan.targets:
                 layer = model.get_submodule(name)
                 if not isinstance(layer, LoraLayer):
-                    layer = _kind_of(layer, plan.config).wrap(layer)
+                    layer = kind_for(layer, plan.config).wrap(layer)
                     replace(name, layer)
                 settings = settings_for(name, plan.config)._replace(from_file=plan.from_file)
                 for each in (layer, *layer.inner_layers().values()):

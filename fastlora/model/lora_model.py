@@ -22,15 +22,15 @@ from fastlora.model.adapter_folder import (
     save_adapter_folder,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import Plan
 from fastlora.model.peft_names import PeftNames
+from fastlora.model.plan import Plan, plan_for
 from fastlora.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
     get_layer_status,
     get_model_status,
 )
-from fastlora.model.tuner import LoraTuner, plan_for
+from fastlora.model.tuner import LoraTuner
 from fastlora.routing.block import adapters
 from fastlora.routing.in_force import check_batch
 from fastlora.sharding import Gathering

@@ -7,8 +7,6 @@ model's own calls are `fastlora.model`'s.
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,9 +20,8 @@ from fastlora.layers.quantised import keep_layout
 from fastlora.model import inject
 from fastlora.model.computed import Made
 from fastlora.model.config import LoraConfig
-from fastlora.model.replication import in_place, replication_for
-from fastlora.model.targets import resolve_target_modules
-from fastlora.model.tied import SharedWeights, tie_adapters
+from fastlora.model.plan import Plan
+from fastlora.model.tied import SharedWeights
 from fastlora.model.weighted import Combination, combined
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
@@ -92,7 +89,7 @@ class LoraTuner(nn.Module):
         return list(self._active)
 
     def add_adapter(
-        self, adapter_name: str, plan: inject.Plan, *, autocast_adapter_dtype: bool = True
+        self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
         """Adds an adapter, frozen and not active.
 
@@ -135,7 +132,7 @@ class LoraTuner(nn.Module):
             keep_layout(self.model)  # once: it walks over all modules
             self._keeps_layout = True
 
-    def _check_base_changes(self, adapter_name: str, plan: inject.Plan) -> None:
+    def _check_base_changes(self, adapter_name: str, plan: Plan) -> None:
         """Warns, or raises, where the initialisation of one adapter is in the way of another."""
         config, init = plan.config, plan.config.init
         others = self._changed_base
@@ -480,48 +477,6 @@ class LoraTuner(nn.Module):
         for name in chosen:
             self.check_known(name)
         return chosen
-
-
-def plan_for(
-    model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
-) -> inject.Plan:
-    """Returns what an adapter will touch, with a copy of its config whose targets are resolved.
-
-    Args:
-        model: The base model, with or without adapters.
-        adapter_name: For which adapter.
-        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
-        loading: The adapter's weights come from a file.
-
-    Raises:
-        TargetNotFoundError: The config names no module of the model.
-        UnsupportedLayerError: It names one that cannot be adapted.
-        ConfigError: A field or the name is wrong.
-    """
-    check_adapter_name(adapter_name)
-    given = (
-        peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)
-    )
-    config = copy.deepcopy(given)
-    config.check_supported("load" if loading else "new")
-    replication = replication_for(model, config.layer_replication)
-    with in_place(replication):
-        ties = tie_adapters(model, config)
-        plan = inject.plan_adapter(model, config, from_file=loading, ties=ties)
-        plan = dataclasses.replace(plan, replication=replication)
-        if config.lora_dropout and not loading:
-            inject.warn_of_no_dropout(model, plan)
-        if config.peft_version and loading:
-            inject.warn_of_peft(model, plan)
-        config.target_modules = resolve_target_modules(model, config)
-    if plan.modules_to_save and not config.modules_to_save:
-        config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]
-    if not config.base_model_name_or_path:
-        name = getattr(model, "name_or_path", None) or getattr(
-            getattr(model, "config", None), "_name_or_path", None
-        )
-        config.base_model_name_or_path = name or None
-    return plan
 
 
 def tuner_of(model: object) -> LoraTuner | None:

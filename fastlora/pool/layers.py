@@ -17,6 +17,7 @@ from fastlora.layers.bases import why_not_plain
 from fastlora.layers.kinds import LINEAR, kind_of
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
+from fastlora.model.plan import plan_adapter
 from fastlora.pool.image import Target
 from fastlora.routing.in_force import check_batch, unchecked
 from fastlora.routing.routing import Group, number_layers
@@ -53,7 +54,7 @@ class PoolLayers:
             raise AdapterStateError(
                 "the model has LoRA layers already; unload() or close() what put them there first"
             )
-        names = inject.plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        names = plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
         if "" in names:
             raise ConfigError("the model itself is the target; wrap it in a module first")
         for name in names:

@@ -29,7 +29,7 @@ from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.step_memory import step_memory
 from fastlora.model.targets import ALL_LINEAR
 from fastlora.routing.block import adapters
-from fastlora.train import checkpoint, prepare
+from fastlora.train import base_model, checkpoint, prepare
 from fastlora.train.config import DTYPES, LOAD_IN, SCHEDULES, TrainSettings, read_settings
 from fastlora.train.data.formats import FORMATS, PACKINGS
 from fastlora.train.processes import check_trackers, launched
@@ -241,7 +241,7 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     """
     found = prepare.check_folders(settings, resume=resume)
     check_trackers(settings.track)
-    base = prepare.empty_base(settings)
+    base = base_model.empty_base(settings)
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
@@ -254,11 +254,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     fusion = _fusion(base, settings, advice, device)  # puts the adapters on it
     state = None if found is None else checkpoint.read_checkpoint(found)
     processes = launched()
-    tokenizer = prepare.load_tokenizer(settings)
+    tokenizer = base_model.load_tokenizer(settings)
     corpora = prepare.read_data(settings, tokenizer)
     held_out = prepare.read_data(settings, tokenizer, "eval_data")
     schedule = prepare.make_schedule(settings, corpora, processes)
-    prepare.check_fit(base, [*corpora.values(), *held_out.values()])
+    base_model.check_fit(base, [*corpora.values(), *held_out.values()])
     first = next(iter(estimates.values()))
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
@@ -307,8 +307,8 @@ def _step_bytes(
     it is quantised; dropout keeps nothing but seeds.
     """
     plain = replace(settings, load_in=None, dtype=dtype_of(settings))
-    base = prepare.empty_base(plain)
-    prepare.enable_checkpointing(base, settings)
+    base = base_model.empty_base(plain)
+    base_model.enable_checkpointing(base, settings)
     model = prepare.add_adapters(base, plain, advice).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

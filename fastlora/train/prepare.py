@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
 from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
@@ -27,14 +24,11 @@ from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode, seed_of
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
 from fastlora.train.processes import INSTALL, TrainError
-from fastlora.train.quantised import dtype_of, make_trainable, quantisation, quantise_empty
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CPU = torch.device("cpu")
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,87 +69,6 @@ def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
             "another out folder"
         )
     return found[-1] if found else None
-
-
-def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Returns the base model's tokenizer; raises `CheckpointError` where it cannot be read."""
-    transformers = _transformers()
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-    except CANNOT_READ as error:
-        raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
-    if settings.chat_template is not None:
-        try:
-            found.chat_template = settings.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{settings.chat_template}: cannot be read ({error})") from error
-    return found
-
-
-def load_base(
-    settings: TrainSettings, device: torch.device = CPU, *, progress: bool = False
-) -> PreTrainedModel:
-    """Returns the base model; raises `CheckpointError` where it cannot be read.
-
-    One that `load_in` quantises lies on ``device``, any other in CPU memory.
-    """
-    transformers = _transformers()
-    options: dict[str, Any] = {"dtype": dtype_of(settings), "local_files_only": True}
-    with as_causal_model(settings.model), contextlib.nullcontext() if progress else _without_bars():
-        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-        bits = quantisation(settings, config)
-        if bits is not None:
-            options |= {"quantization_config": bits, "device_map": {"": device}}
-        model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
-    make_trainable(model)
-    return model
-
-
-def empty_base(settings: TrainSettings) -> PreTrainedModel:
-    """Returns the base model on the meta device: no weights are read and none allocated.
-
-    Where `load_in` quantises it, its linears are of that kind, and their weights not yet quantised.
-    """
-    transformers = _transformers()
-    with as_causal_model(settings.model), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-        own, wanted = getattr(config, "dtype", None) or torch.float32, dtype_of(settings)
-        dtype = own if wanted == "auto" else getattr(torch, wanted)
-        bits = quantisation(settings, config)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if bits is not None:
-        quantise_empty(model, bits)
-    return model
-
-
-def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None:
-    """Makes a base model recompute activations, where a run asks for that."""
-    if settings.gradient_checkpointing:
-        # transformers 5 renamed it, and warns about the old name.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        enable = next(getattr(base, name) for name in names if hasattr(base, name))
-        enable({"use_reentrant": False})
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise TrainError(f"training needs transformers; install it with: {INSTALL}") from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    logging = _transformers().utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
@@ -301,52 +214,6 @@ def progress_bar(**options: Any) -> Any:
     except ImportError as error:
         raise TrainError(f"training needs tqdm; install it with: {INSTALL}") from error
     return tqdm(**options)
-
-
-@torch.no_grad()
-def check_keeps_apart(model: nn.Module, packing: str) -> None:
-    """Raises `TrainError` unless a model keeps packed documents apart by their positions.
-
-    transformers does so in most of its models; one that doesn't would train on neighbours' words.
-    Tries one forward of two rows, in which only the first document of a row changes.
-    """
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device).repeat(2, 1)
-    positions = torch.arange(4, device=device).repeat(2)
-    found = []
-    for first in (0, 8):
-        ids[:, :4] = torch.arange(first, first + 4, device=device)
-        logits = model(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).logits
-        found.append(logits[:, 4:].float())
-    before, after = found
-    if float((before - after).abs().max()) > 1e-3 * float(before.abs().max()):
-        raise TrainError(
-            f"packing {packing!r} needs a model that keeps packed samples apart by position_ids, "
-            f"and {type(model).__name__} does not; use packing 'wrapped', or none"
-        )
-
-
-def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
-    """Raises unless a base model can take the samples, which it would notice in the middle.
-
-    They may be longer than its positions, or have tokens that it has no embedding for.
-    """
-    positions = getattr(base.config, "max_position_embeddings", None)
-    embedding: Any = base.get_input_embeddings()
-    vocabulary = embedding.weight.shape[0]
-    for corpus in corpora:
-        longest = max(range(len(corpus)), key=corpus.length)
-        if positions is not None and corpus.length(longest) > positions:
-            raise ConfigError(
-                f"{corpus.places[longest]}: has {corpus.length(longest)} tokens, and the base "
-                f"model takes {positions}; set max_length to at most that"
-            )
-        largest = int(corpus.ids.max())
-        if largest >= vocabulary:
-            raise CheckpointError(
-                f"the tokenizer gave token {largest}, and the base model has {vocabulary}; they "
-                "are not of one model"
-            )
 
 
 def make_schedule(

@@ -22,7 +22,7 @@ from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.lora_model import LoraModel, adapter_state
 from fastlora.model.recommend import recommend
 from fastlora.routing.block import adapters
-from fastlora.train import checkpoint, log, prepare
+from fastlora.train import base_model, checkpoint, log, prepare
 from fastlora.train.answers import answers
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus, Row, collate, micro_batches, seed_of
@@ -103,7 +103,7 @@ def train(
     """
     found = prepare.check_folders(settings, resume=resume)
     # All adapters are tried on the base model without weights, before data or weights are read.
-    empty = prepare.empty_base(settings)
+    empty = base_model.empty_base(settings)
     prepare.add_adapters(empty, settings, recommend(empty))
     run = Run(settings, found, progress, say)
     try:
@@ -132,7 +132,7 @@ class Run:
         self._log: log.RunLog | None = None
         self._say = say if say is not None and self.processes.main else lambda text: None
 
-        tokenizer = self.tokenizer = prepare.load_tokenizer(settings)
+        tokenizer = self.tokenizer = base_model.load_tokenizer(settings)
         self.corpora = prepare.read_data(settings, tokenizer, progress=self.progress)
         self.held_out = prepare.read_data(settings, tokenizer, "eval_data", progress=self.progress)
         for line in prepare.data_notes(self.corpora, self.held_out):
@@ -157,13 +157,13 @@ class Run:
             # Read when cuBLAS starts; without it, its split reductions may differ between runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        base = prepare.load_base(settings, device, progress=self.progress)
-        prepare.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
-        prepare.enable_checkpointing(base, settings)
+        base = base_model.load_base(settings, device, progress=self.progress)
+        base_model.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
+        base_model.enable_checkpointing(base, settings)
         model = prepare.add_adapters(base, settings, recommend(base))
         model.to(device)
         if settings.packing in ("bfd", "bfd_split"):
-            prepare.check_keeps_apart(model.eval(), settings.packing)
+            base_model.check_keeps_apart(model.eval(), settings.packing)
         return model.train()
 
     def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
