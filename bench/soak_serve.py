@@ -40,7 +40,8 @@ import torch
 import fastlora
 from fastlora.commands import smollm2
 from fastlora.serve.adapters import ServedAdapters
-from fastlora.serve.engine import Engine, Piece
+from fastlora.serve.engine import Engine
+from fastlora.serve.job import Piece
 from fastlora.serve.sampling import Sampling
 
 PROMPTS = (

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.serve import engine as engine_module
+from fastlora.serve import batch as batch_module
 from fastlora.serve.adapters import ServedAdapters
-from fastlora.serve.engine import ClosedError, Engine, FailedError, Piece, QueueFullError
+from fastlora.serve.engine import Engine
+from fastlora.serve.job import ClosedError, FailedError, Piece, QueueFullError
 from fastlora.serve.rows import Rows, most_positions
 from fastlora.serve.sampling import Sampling
 from fastlora.serve.text import AnswerText
@@ -82,7 +83,7 @@ class Heard:
 def ask(engine: Engine, text: str, name: str | None, sampling: Sampling = GREEDY) -> Heard:
     """Submits a request."""
     heard = Heard()
-    engine.submit(engine._tokenizer(text).input_ids, name, sampling, heard)
+    engine.submit(engine._running._tokenizer(text).input_ids, name, sampling, heard)
     return heard
 
 
@@ -100,7 +101,7 @@ def test_each_joins_and_leaves_on_its_own(start: Callable[..., Engine], alone: A
 def test_long_prompts_are_read_in_parts_while_others_answer(
     start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(batch_module, "PREFILL_TOKENS", 7)
     engine = start()
     text = "the sea is deep and blue, and full of fish"
     heard = [
@@ -118,14 +119,15 @@ def test_a_batch_never_holds_more_adapters_than_the_pool(
     start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(max_adapters=2)
-    seen: list[set[str | None]] = []
-    forward = engine._forward
+    seen: list[set[str]] = []
+    batch = engine._running
+    forward = batch._forward
 
     def noted(chosen: Any, *args: Any) -> Any:
-        seen.append({own.pooled for own in engine._running} - {None})
+        seen.append(set(batch.adapters))
         return forward(chosen, *args)
 
-    monkeypatch.setattr(engine, "_forward", noted)
+    monkeypatch.setattr(batch, "_forward", noted)
     names = [*"abcabc", None]
     heard = [ask(engine, "x", name) for name in names]
     assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in names]

@@ -1,6 +1,6 @@
 """Bodies that the schema allows, and others, cause no status of 500 or more.
 
-The schema is the application's own; `make fuzz-serve` asks for more of it.
+The schema is the application's own; `make soak-serve` asks for more of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,176 @@
+"""An answer on its way to a client: whole, or as server-sent events, in OpenAI's two shapes."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fastlora.serve.engine import Engine
+from fastlora.serve.job import Job, Piece
+from fastlora.serve.refusals import error_of
+from fastlora.serve.sampling import Sampling
+from fastlora.validation import FastLoraError
+
+_T = TypeVar("_T")
+
+
+class Answer:
+    """An answer that is being made, for the event loop.
+
+    Raises what `Engine.submit` does.
+    """
+
+    def __init__(
+        self, engine: Engine, tokens: list[int], adapter: str | None, sampling: Sampling
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._engine = engine
+
+        def hear(piece: Piece) -> None:
+            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+        self._job: Job = engine.submit(tokens, adapter, sampling, hear)
+
+    async def next(self) -> Piece:
+        """Returns the next piece; raises what the request failed with."""
+        piece = await self._pieces.get()
+        if piece.error is not None:
+            raise piece.error
+        return piece
+
+    def cancel(self) -> None:
+        """Nobody listens any more."""
+        self._engine.cancel(self._job)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the request ends when the client does."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
+class Form(abc.ABC):
+    """The shape of an answer's JSON."""
+
+    prefix, kind, chunk_kind = "", "", ""
+
+    def __init__(self, model: str, prompt_tokens: int) -> None:
+        self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self._model, self._prompt_tokens = model, prompt_tokens
+
+    def whole(self, text: str, last: Piece) -> dict[str, Any]:
+        """Returns an answer in one."""
+        choice = self._choice(text, last.reason)
+        return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
+
+    async def stream(self, answer: Answer, first: Piece, usage: bool) -> AsyncIterator[str]:
+        """Yields the events of a stream."""
+        piece = first
+        try:
+            for opening in self._openings():
+                yield self._event([opening], usage)
+            while True:
+                if piece.text or piece.reason:
+                    yield self._event([self._part(piece.text, piece.reason)], usage)
+                if piece.reason is not None:
+                    break
+                piece = await answer.next()
+        except FastLoraError as error:  # the status has been sent
+            yield f"data: {json.dumps(error_of(error)[1])}\n\n"
+        else:
+            if usage:
+                head = self._head(self.chunk_kind)
+                yield _event({**head, "choices": [], "usage": self._usage(piece)})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, choices: list[dict[str, Any]], usage: bool) -> str:
+        counts = {"usage": None} if usage else {}
+        return _event({**self._head(self.chunk_kind), "choices": choices, **counts})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self, last: Piece) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": last.tokens,
+            "total_tokens": self._prompt_tokens + last.tokens,
+        }
+
+    @abc.abstractmethod
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        """Returns the choice of a whole answer."""
+
+    @abc.abstractmethod
+    def _part(self, text: str, reason: str | None) -> dict[str, Any]:
+        """Returns the choice of one event."""
+
+    def _openings(self) -> list[dict[str, Any]]:
+        return []
+
+
+class Completion(Form):
+    """A text that goes on."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+
+    _part = _choice
+
+
+class ChatCompletion(Form):
+    """A message of a conversation."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def _part(self, text: str, reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+    def _openings(self) -> list[dict[str, Any]]:
+        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+async def unless_gone(request: Request, wanted: Awaitable[_T]) -> _T | None:
+    """Waits for something, or until the client is gone; then returns None."""
+    task = asyncio.ensure_future(wanted)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,92 @@
+"""A request to the engine, what its owner hears of it, and what became of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastlora.serve.adapters import Version
+from fastlora.serve.sampling import Sampling
+from fastlora.validation import FastLoraError
+
+
+class QueueFullError(FastLoraError):
+    """As many requests wait as may; the client is to come again later."""
+
+
+class ClosedError(FastLoraError):
+    """The server is ending and takes no more requests."""
+
+
+class FailedError(FastLoraError):
+    """The server could not go on with a request."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a request's owner hears of it.
+
+    Attributes:
+        text: The next part of the answer.
+        reason: Why the answer is at its end: ``stop`` or ``length``; None while it is not.
+        tokens: Tokens of the answer so far.
+        error: Why it failed; nothing follows.
+    """
+
+    text: str = ""
+    reason: str | None = None
+    tokens: int = 0
+    error: FastLoraError | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request.
+
+    Attributes:
+        prompt: Its tokens.
+        version: Its adapter, or None for the base model.
+        sampling: How tokens are chosen; ``max_tokens`` is a number by now.
+        hear: Called with each `Piece`, in the engine's thread; must not block.
+        came: When, by `time.monotonic`.
+        first: When its first token was there.
+        passed: How many later requests went before it because their adapters fit and its did not.
+        cancelled: Nobody listens any more.
+        ended: Its owner has heard the last piece.
+    """
+
+    prompt: list[int]
+    version: Version | None
+    sampling: Sampling
+    hear: Callable[[Piece], None]
+    came: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    passed: int = 0
+    cancelled: bool = False
+    ended: bool = False
+
+    def say(self, piece: Piece) -> None:
+        """Lets its owner hear a piece."""
+        try:
+            self.hear(piece)
+        except Exception:  # its owner is gone
+            self.cancelled = True
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done, for metrics; seconds are of the wall."""
+
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    forwards: int = 0
+    forward_rows: int = 0
+    forward_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    first_tokens: int = 0

@@ -1,0 +1,92 @@
+"""Errors as OpenAI has them: a status, and a body that names type and code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from fastlora.serve.job import ClosedError, QueueFullError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    FastLoraError,
+    PoolFullError,
+)
+
+_RETRY_SECONDS = 1
+# The status, OpenAI's type and the code of what the engine refuses.
+_STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
+    (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (ClosedError, 503, "server_error", "shutting_down"),
+    (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
+    (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),
+    (AdapterStateError, 400, "invalid_request_error", None),
+    (ConfigError, 400, "invalid_request_error", None),
+)
+
+
+class JSON(Response):
+    """JSON in ASCII: a message may quote a name that no encoding has."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Makes every error of an application an answer of this form."""
+    app.add_exception_handler(FastLoraError, _on_our_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_wrong_body)
+    app.add_exception_handler(Exception, _on_fault)
+
+
+def error_of(error: FastLoraError) -> tuple[int, dict[str, Any]]:
+    """Returns an error's status and its body in OpenAI's form."""
+    for kind, status, name, code in _STATUS:
+        if isinstance(error, kind):
+            return status, error_body(str(error), name, code)
+    return 500, error_body(str(error), "server_error", None)
+
+
+def error_body(
+    message: str, kind: str, code: str | None, param: str | None = None
+) -> dict[str, Any]:
+    """Returns the body of an error."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def _on_our_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FastLoraError)
+    status, body = error_of(error)
+    headers = {"Retry-After": str(_RETRY_SECONDS)} if status in (429, 503) else None
+    return JSON(body, status, headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = error_body(str(error.detail), "invalid_request_error", None)
+    return JSON(body, error.status_code, error.headers)
+
+
+async def _on_wrong_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(place) or None
+    what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+    message = f"{name}: {what}" if name else f"the body is wrong: {what}"
+    return JSON(error_body(message, "invalid_request_error", None, name), 400)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    return JSON(error_body("the server failed at this request", "server_error", None), 500)
