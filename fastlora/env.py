@@ -51,6 +51,12 @@ def api_key() -> str | None:
     return os.environ.get("FASTLORA_API_KEY") or None
 
 
+def sets_allocator() -> bool:
+    """Whether the user has settings of glibc's allocator."""
+    names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
+    return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
+
+
 def prepare_demo_process() -> None:
     """Sets what the demo needs before its imports: no network, no banners on stderr.
 

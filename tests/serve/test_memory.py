@@ -1,0 +1,66 @@
+"""What adapters leave goes back to the system: the program's settings of glibc's allocator."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlora.commands import serve
+
+ROOT = Path(__file__).resolve().parents[2]
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+
+# Frees a block of an adapter's size, after which glibc alone would put the next ones into heaps.
+PROGRAM = """
+import ctypes
+from fastlora.commands import serve
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+class Info(ctypes.Structure):
+    _fields_ = [(f"n{i}", ctypes.c_size_t) for i in range(10)]
+
+libc.mallinfo2.restype = Info
+
+def mapped():
+    libc.free(libc.malloc(24 << 20))
+    before = libc.mallinfo2().n4  # bytes of blocks that are mapped alone
+    blocks = [libc.malloc(8 << 20) for _ in range(4)]
+    return (libc.mallinfo2().n4 - before) >> 20
+
+print(mapped())
+serve._keep_memory_level()
+print(mapped())
+"""
+
+
+@glibc
+def test_adapters_are_mapped_alone_whatever_was_freed_before() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+        | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.split() == ["0", "32"]
+
+
+@glibc
+def test_a_users_own_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+
+    def load(name: None) -> None:
+        raise AssertionError("looks for mallopt")
+
+    monkeypatch.setattr(serve.ctypes, "CDLL", load)
+    serve._keep_memory_level()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    with pytest.raises(AssertionError, match="mallopt"):
+        serve._keep_memory_level()
