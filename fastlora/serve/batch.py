@@ -17,7 +17,7 @@ import torch
 from fastlora.pool import AdapterPool, Lease
 from fastlora.routing.block import adapters as routed_to
 from fastlora.serve.adapters import Version
-from fastlora.serve.job import EngineStats, FailedError, Job, Piece
+from fastlora.serve.job import EngineStats, FailedError, Job, Piece, told
 from fastlora.serve.rows import Rows
 from fastlora.serve.sampling import choose
 from fastlora.serve.text import AnswerText
@@ -197,14 +197,8 @@ class Batch:
     # --------------------------------------------------------------------------------- leaving
 
     def _fail(self, own: _Running, error: Exception) -> None:
-        if own not in self._running:
-            return
-        known = (
-            error
-            if isinstance(error, FastLoraError)
-            else FailedError(f"the server failed at this request ({type(error).__name__})")
-        )
-        self._leave(own, known)
+        if own in self._running:
+            self._leave(own, told(error))
 
     def _leave(self, own: _Running, error: FastLoraError | None = None) -> None:
         """Frees a request's row; the last ones take the place of those that left."""

@@ -16,7 +16,7 @@ from typing import Any
 from fastlora.pool import AdapterPool, Lease
 from fastlora.serve.adapters import ServedAdapters, Version
 from fastlora.serve.batch import Batch
-from fastlora.serve.job import ClosedError, EngineStats, Job, Piece, QueueFullError
+from fastlora.serve.job import ClosedError, EngineStats, Job, Piece, QueueFullError, told
 from fastlora.serve.rows import Rows
 from fastlora.serve.sampling import Sampling
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError, PoolFullError
@@ -228,8 +228,10 @@ class Engine:
                     continue
                 try:
                     lease = self._leased(version)
-                except FastLoraError as error:
-                    self._drop_waiting(job, error)
+                except Exception as error:  # out of memory, say; others may have room
+                    if not isinstance(error, FastLoraError):
+                        _log.exception("adapter %s could not be brought in", version.name)
+                    self._drop_waiting(job, told(error))
                     continue
                 if lease is None:
                     blocked.append(job)

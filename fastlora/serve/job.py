@@ -23,6 +23,13 @@ class FailedError(FastLoraError):
     """The server could not go on with a request."""
 
 
+def told(error: Exception) -> FastLoraError:
+    """Returns what a request's owner is told of an error; a fault of ours says its kind only."""
+    if isinstance(error, FastLoraError):
+        return error
+    return FailedError(f"the server failed at this request ({type(error).__name__})")
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a request's owner hears of it.

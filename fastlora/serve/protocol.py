@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,10 +27,31 @@ _ASKS_NOTHING: Mapping[str, object] = {
     "tools": [],
 }
 _INT64 = 2**63
+_T = TypeVar("_T")
+# One wrong element is enough: an error for each of a long list would hold everybody up for seconds.
+_List: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    asks_nothing: ClassVar[Mapping[str, object]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, data: Any) -> Any:
+        """Drops what asks for nothing, and all unknown fields but the first, which is refused."""
+        if not isinstance(data, dict):
+            return data
+        kept, unknown = {}, None
+        for name, value in data.items():
+            if name in cls.asks_nothing and value in (None, cls.asks_nothing[name]):
+                continue
+            if name not in cls.model_fields:
+                unknown = name if unknown is None else unknown
+                if name != unknown:
+                    continue
+            kept[name] = value
+        return kept
 
 
 class StreamOptions(_Body):
@@ -42,26 +63,17 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """What completions and chat completions share."""
 
+    asks_nothing = _ASKS_NOTHING
+
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
     temperature: float | None = Field(None, ge=0, le=MOST_TEMPERATURE)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if name not in _ASKS_NOTHING or not (value is None or value == _ASKS_NOTHING[name])
-        }
 
     def sampling(self, max_tokens: int | None) -> Sampling:
         """Returns the settings; raises `ConfigError` where a value is out of its range."""
@@ -80,7 +92,7 @@ class GenerationBody(_Body):
 class CompletionBody(GenerationBody):
     """A text that is to go on: as text, or as tokens."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _List[int] | _List[str] | _List[_List[int]]
 
     def one_prompt(self) -> str | list[int]:
         """Returns the prompt; raises `ConfigError` where there are several, or none."""
@@ -105,7 +117,7 @@ class Message(_Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _List[TextPart]
     name: str | None = None
 
     def as_dict(self) -> dict[str, str]:
@@ -119,7 +131,7 @@ class Message(_Body):
 class ChatBody(GenerationBody):
     """A conversation that is to be answered."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
 
 

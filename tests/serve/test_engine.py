@@ -166,6 +166,26 @@ def test_a_fault_costs_those_in_its_forward(
     assert engine._adapters.pool.stats().leases == 0
 
 
+def test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests(
+    start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would come again in each turn, and its request would never end."""
+    engine = start()
+    pool, lease = engine._adapters.pool, engine._adapters.pool.lease
+
+    def breaks(names: list[str], **options: Any) -> Any:
+        if names[0].startswith("b"):
+            raise torch.OutOfMemoryError("no room")
+        return lease(names, **options)
+
+    monkeypatch.setattr(pool, "lease", breaks)
+    other = ask(engine, "x", "a", Sampling(20, 0))
+    with pytest.raises(FailedError, match=r"failed at this request \(OutOfMemoryError\)"):
+        ask(engine, "x", "b").text()
+    assert other.text() == alone.text("x", "a", 20)
+    assert (engine.running, engine.waiting, engine.stats.failed) == (0, 0, 1)
+
+
 def test_who_does_not_listen_any_more_is_no_fault(
     start: Callable[..., Engine], alone: Alone
 ) -> None:

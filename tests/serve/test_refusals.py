@@ -99,6 +99,38 @@ def test_wrong_messages(served: Any, messages: Any, said: str) -> None:
     assert said in refused(served, CHAT, 400, {"messages": messages})["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": ["a", 1] * 1500}),
+        (COMPLETIONS, {"prompt": [["a"] * 3000]}),
+        (COMPLETIONS, {"stop": [1] * 3000}),
+        (COMPLETIONS, {f"k{i}": 1 for i in range(1500)}),
+        (CHAT, {"messages": [{}] * 3000}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 3000}]}),
+        (CHAT, {"messages": [{f"k{i}": 1 for i in range(1500)}]}),
+        ("/v1/load_lora_adapter", {f"k{i}": 1 for i in range(1500)}),
+    ],
+    ids=["mixed", "tokens", "stops", "fields", "messages", "parts", "message_fields", "load"],
+)
+def test_one_error_is_enough(
+    served: Any, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body of wrong elements costs no error for each: that held everybody up for seconds."""
+    from fastapi.exceptions import RequestValidationError
+
+    errors = RequestValidationError.errors
+    counts: list[int] = []
+
+    def counted(self: Any) -> Any:
+        counts.append(len(errors(self)))
+        return errors(self)
+
+    monkeypatch.setattr(RequestValidationError, "errors", counted)
+    refused(served, path, 400, body)
+    assert 1 <= max(counts) <= 4
+
+
 def test_two_limits_of_one_thing(served: Any) -> None:
     assert "one setting" in refused(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
 
