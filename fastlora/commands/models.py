@@ -15,7 +15,8 @@ class CommandError(FastLoraError):
 
 def load_base(base: str, dtype: str, command: str = "merge") -> Any:
     """Returns a base model from its folder, or from the cache of Hugging Face's hub."""
-    if base.startswith((".", "/", "~")) and not Path(base).exists():
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # the hub's names have one
+    if is_path and not Path(base).exists():
         raise CommandError(f"{base}: no such folder")
     step(f"loading {base}")
     try:

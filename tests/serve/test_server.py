@@ -186,6 +186,11 @@ def test_options_that_are_wrong(
     assert said in error_of(capsys, "serve", base, "--cpu", "--port", "0", *options)
 
 
+def test_a_path_that_is_none_is_no_name_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "serve", "path/to/model", "--port", "0")
+    assert "path/to/model: no such folder" in error
+
+
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
