@@ -313,8 +313,12 @@ def _widened(value: Any) -> Any:
 
 
 def twin(model: Any) -> Any:
-    """Returns a copy of the modules that shares parameters and buffers."""
-    shared = [*model.parameters(), *model.buffers()]
+    """Returns a copy of the modules that shares parameters and buffers.
+
+    But not 4-bit codes: bitsandbytes repacks them for one side, which the others would find.
+    """
+    shared = [p for p in model.parameters() if getattr(p, "quant_state", None) is None]
+    shared += model.buffers()
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 

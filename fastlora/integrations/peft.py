@@ -26,6 +26,7 @@ from fastlora.layers.bases import why_not_plain
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.coded_base import (
     as_called,
+    call_base,
     coded_base,
     forget_weights,
     sibling_base,
@@ -39,7 +40,6 @@ from fastlora.layers.quantised import (
     keep_layout,
     peft_layers,
     quantised,
-    warn_of_repacked,
 )
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
@@ -84,9 +84,7 @@ class _FastForward(CommonLayer):
             base = Base(module.weight, module.bias) if plain else coded_base(call)
         if base is not None:
             return base
-        if not call.conditions.compiling:
-            warn_of_repacked(self, module, x)
-        return Base(y=module(x, *args, **kwargs))
+        return Base(y=call_base(call, module, args, kwargs))
 
     def _plain_base(self: Any) -> Base | None:
         module = self.base_layer

@@ -8,6 +8,7 @@ plain linear's. Elsewhere the module is called as it is, and the fusion report s
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,13 @@ from fastlora.layers.bases import why_hooked, why_not_plain
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.norms import may_keep
 from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.quantised import Quantised, quantised
+from fastlora.layers.quantised import (
+    Quantised,
+    Repacked,
+    keeps_layout,
+    quantised,
+    warn_of_repacked,
+)
 from fastlora.ops.factors import Base
 from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
@@ -37,12 +44,14 @@ class KeptCode:
         why: Why it must.
         found: The kind of the weight; None where there is none.
         dtype: Of x in the last forward.
+        repacked: The product of evaluations on a CPU over a copy of the codes, once there was one.
     """
 
     weight: CodedWeight | None
     why: str
     found: Quantised | None
     dtype: torch.dtype | None
+    repacked: Repacked | None
 
     def __init__(self) -> None:
         self._captured: list[CodedWeight] = []
@@ -72,13 +81,20 @@ class KeptCode:
 
     def forget(self, captured: bool = False) -> None:
         """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
-        self.weight = self.found = self.dtype = None
+        self.weight = self.found = self.dtype = self.repacked = None
         self.why = ""
         # Of which module and weight, and what was made of that.
         self._for: tuple[nn.Module | None, Hashable, dict[torch.dtype, CodedWeight | str]]
         self._for = None, None, {}
         if captured:
             self._captured.clear()
+
+    def evaluated(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns what a module that `keeps_layout` makes of x; None where it is to be called."""
+        repacked = self.repacked
+        if repacked is None or not repacked.is_of(module):
+            repacked = self.repacked = Repacked(module)
+        return None if not repacked.takes(x) or why_hooked(module) else repacked(x)
 
     def _code(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | str:
         """Returns the weight for kernels, or why there is none."""
@@ -132,6 +148,33 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
     if weight.shape[1] != x.shape[-1] or (x.dtype is not call.given.dtype and not found.casts):
         return None
     return kept.base_of(weight, found)
+
+
+def call_base(
+    call: LayerCall | MixedCall, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Returns what a base layer makes of the very tensor that its layer got, by calling it.
+
+    In evaluation few rows on a CPU may take a product over a copy of 4-bit codes (`Repacked`). The
+    copy goes with the next gradient, and with what ends codes for kernels.
+
+    Args:
+        call: The layer's.
+        module: Its base layer.
+        args, kwargs: What it gets beside x.
+    """
+    layer, x, conditions = call.layer, call.given, call.conditions
+    made: torch.Tensor | None = None
+    if conditions.compiling or conditions.tracing:
+        pass
+    elif not keeps_layout(module):
+        warn_of_repacked(layer, module, x)
+    elif module.training or x.requires_grad:
+        if "_coded" in layer.__dict__:
+            _kept(layer).repacked = None
+    elif not (args or kwargs) and type(x) is torch.Tensor:
+        made = _kept(layer).evaluated(module, x)
+    return module(x, *args, **kwargs) if made is None else made
 
 
 def sibling_base(layer: AdapterLayer) -> Base | None:

@@ -10,9 +10,9 @@ from torch import nn
 from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import linear_features, makes_fresh_outputs, stored_weight
 from fastlora.layers.call import LayerCall
-from fastlora.layers.coded_base import as_called, coded_base, sibling_base, why_called
+from fastlora.layers.coded_base import as_called, call_base, coded_base, sibling_base, why_called
 from fastlora.layers.forward import begin, forward
-from fastlora.layers.quantised import Quantised, quantised, warn_of_repacked
+from fastlora.layers.quantised import Quantised, quantised
 from fastlora.layers.stored import Stored
 from fastlora.layers.why import NOT_OUR_GEMM, fusion
 from fastlora.ops.factors import Base
@@ -56,10 +56,11 @@ class FastLoraWrapper(LoraLayer):
             if base is not None:
                 return as_called(call, base, forward(call, base))
         call.conditions.refuse(self, NOT_OUR_GEMM)
-        if acts and not call.conditions.compiling:
-            warn_of_repacked(self, self.base_layer, x)
-        y = self.base_layer(x, *args, **kwargs)
-        return forward(call, Base(y=y, inplace=self._may_write_into(y, x))) if acts else y
+        y = call_base(call, self.base_layer, args, kwargs)
+        if not acts:
+            return y
+        inplace = not y.requires_grad and self._may_write_into(y, x)
+        return forward(call, Base(y=y, inplace=inplace))
 
     def _own_quantised(self) -> Quantised | None:
         return quantised(self.base_layer)

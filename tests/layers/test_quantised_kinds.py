@@ -5,7 +5,6 @@ Here modules are called, as on any CPU; tests/kernels/test_quantised.py runs ker
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -433,58 +432,3 @@ def test_prepared_by_peft_and_trained_by_bitsandbytes() -> None:
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-# --------------------------------------------------- evaluations on a CPU that repacks 4-bit codes
-
-
-def _step(model: Any) -> list[torch.Tensor]:
-    """Output and gradients of a training forward; x goes through all layers."""
-    x = torch.randn(5, 64, generator=torch.manual_seed(2)).requires_grad_()
-    y = model.train()(x)
-    return [y.detach(), *torch.autograd.grad(y.pow(2).sum(), [x, *trainable(model)])]
-
-
-def _evaluated(model: Any) -> Any:
-    with torch.no_grad():
-        model.eval()(torch.randn(5, 64))
-    return model
-
-
-@pytest.mark.parametrize("nested", ["nf4", "nf4 nested"])
-@pytest.mark.parametrize("patched", [False, True])
-def test_training_behind_an_evaluation(nested: str, patched: bool) -> None:
-    """As if there had been none, through layers without adapters too."""
-
-    def made() -> Any:
-        model = adapted(gated(nested), peft if patched else fastlora, target_modules=["gate", "up"])
-        if patched:
-            fastlora.patch(model)
-        return model
-
-    for mine, expected in zip(_step(_evaluated(made())), _step(made()), strict=True):
-        assert torch.equal(mine, expected)
-
-
-def test_codes_that_were_repacked_before() -> None:
-    """It says so: where adapters are added, patched, or made to train later."""
-    base = _evaluated(gated("nf4"))
-    if not getattr(base.gate.weight.quant_state, "packing_format_for_cpu", False):
-        pytest.skip("bitsandbytes repacks nothing on this CPU")
-    for library in (fastlora, peft):
-        frozen = library.LoraConfig(target_modules=TARGETS, inference_mode=True)
-        model: Any = library.get_peft_model(gated("nf4"), frozen)
-        if library is peft:
-            fastlora.patch(model)
-        _evaluated(model)  # as fast as bitsandbytes can
-        assert "repacked" in why_called(model.base_model.model.gate)
-        model.base_model.model.gate.lora_A["default"].weight.requires_grad_()
-        match = "repacked 4-bit weights .* load the base model anew"
-        # Over a bias bitsandbytes raises in the end.
-        with pytest.warns(UserWarning, match=match), contextlib.suppress(RuntimeError):
-            model.train()(torch.randn(5, 64))
-    with pytest.warns(UserWarning, match="repacked 4-bit weights"):
-        adapted(base)
-    theirs = adapted(_evaluated(gated("nf4")), peft)
-    with pytest.warns(UserWarning, match="repacked 4-bit weights"):
-        fastlora.patch(theirs)

@@ -21,15 +21,22 @@ from fastlora.layers.quantised.kind import (
     register_quantised,
     stamp_of,
 )
-from fastlora.layers.quantised.repacking import keep_layout, warn_of_repacked
+from fastlora.layers.quantised.repacking import (
+    Repacked,
+    keep_layout,
+    keeps_layout,
+    warn_of_repacked,
+)
 
 __all__ = [
     "FRESH",
     "NotCoded",
     "Quantised",
+    "Repacked",
     "addresses_of",
     "class_name",
     "keep_layout",
+    "keeps_layout",
     "peft_layers",
     "quantised",
     "register_quantised",
