@@ -38,7 +38,6 @@ CASES = [
 ]
 # Those that the default compiler, which is slow, is tried on too.
 INDUCTOR = [
-    Case("model", "single", "plain", tokens=180),
     Case("model", "single", "dropout", tokens=180),
     Case("model", "mixed", "dora_dropout", base_trains=True),
 ]

@@ -126,9 +126,11 @@ def test_a_compiled_pool_sees_swaps() -> None:
 
 def test_operators() -> None:
     """Schema, fake, autograd and dispatch agree, of every operator that kernels are reached by."""
-    subjects = [Subject(case) for case in CASES]  # tables hold addresses of their factors
+    # Models in fp16 reach what those in fp32 do. Tables hold addresses of their subject's factors.
+    cases = [case for case in CASES if case.source != "model" or case.dtype == "float32"]
+    subjects = [Subject(case) for case in cases]
     reached = reached_by(subjects)
     # PyTorch's own masks.
     assert registered() - {name for name, _ in reached} <= {"lora_keep"}
     check_operators(reached)
-    assert len(subjects) == len(CASES)
+    assert len(subjects) == len(cases)
