@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -37,11 +38,14 @@ _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 # Looks of one function; past it all are dropped. One takes some 3 KiB.
 _MAX_LOOKS = 16384
-_PLAIN = frozenset((bool, int, float, str, torch.dtype))
+_PLAIN = frozenset((bool, int, float, str, torch.dtype, type(None)))
+_UNSEEN: Any = object()
 _ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 # `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
 _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+# In one call for many tensors.
+_address_of, _strides_of = torch.Tensor.data_ptr, torch.Tensor.stride
+_dtype_of, _shape_of = operator.attrgetter("dtype"), operator.attrgetter("shape")
 # For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
 _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
 
@@ -135,11 +139,12 @@ def recorded() -> Iterator[list[Any]]:
 class _Steps(NamedTuple):
     """What a function under `kept` does for one look of its arguments.
 
-    Tensors are numbered: those given, then those made, None, and views of the ones before.
+    Tensors are numbered: those given, those allocated, None, those that products make, and views.
 
     Attributes:
-        empties: Of each tensor that is made shape, strides, and dtype unless it is that of the
-            first tensor; None for one that a product makes, or that nothing uses.
+        empty: Allocates.
+        empties: Of each tensor that is allocated shape, strides and dtype.
+        blanks: None, as often as there are numbers behind those.
         views: For each the number of its tensor, and bytes from there.
         calls: For each launch what is called, its grid, the function, its metadata, what picks the
             addresses, and the kernel's other arguments. For each product None, the function, what
@@ -148,33 +153,24 @@ class _Steps(NamedTuple):
         alive: What must live as long.
     """
 
-    empties: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype | None] | None, ...]
+    empty: Callable[..., torch.Tensor]
+    empties: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    blanks: tuple[None, ...]
     views: tuple[tuple[int, int], ...]
     calls: tuple[tuple[Any, ...], ...]
     result: Callable[[list[Any]], Any]
     alive: tuple[Any, ...]
 
-    def run(self, device: int, tensors: list[Any], addresses: list[int | None]) -> Any:
+    def run(self, stream: int, tensors: list[Any], addresses: list[Any]) -> Any:
         """Allocates, launches and multiplies."""
-        empties, views, calls, result, _ = self
-        new_empty = tensors[0].new_empty_strided
-        for empty in empties:
-            if empty is None:
-                tensors.append(None)
-                addresses.append(None)
-            else:
-                shape, strides, dtype = empty
-                if dtype is None:
-                    made = new_empty(shape, strides)
-                else:
-                    made = new_empty(shape, strides, dtype=dtype)
-                tensors.append(made)
-                addresses.append(made.data_ptr())
-        tensors.append(None)
-        addresses.append(None)
+        empty, empties, blanks, views, calls, result, _ = self
+        allocated = [*itertools.starmap(empty, empties)]
+        tensors += allocated
+        tensors += blanks
+        addresses += map(_address_of, allocated)
+        addresses += blanks
         for source, offset in views:
-            addresses.append(addresses[source] + offset)  # type: ignore[operator]
-        stream = driver.active.get_current_stream(device)
+            addresses.append(addresses[source] + offset)
         for run, x, y, z, function, metadata, pick, others in calls:
             if run is None:
                 made = x(*y(tensors))
@@ -194,31 +190,36 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     The first tensor has the dtype of the products, or a config says how they round.
     """
-    looks: dict[Hashable, dict[int, _Steps | None]] = {}
+    looks: dict[Hashable, _Steps | None] = {}
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if not _KEEPS or _recording.calls is not None or _is_watched():
             return function(*args, **kwargs)
         given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
-        look: list[Hashable] = [len(args), *kwargs]
+        active = driver.active
+        device = active.get_current_device()
+        look: list[Hashable] = [device, len(args), *kwargs]
         tensors: list[torch.Tensor] = []
-        addresses: list[int | None] = []
-        _look_at(given, look, tensors, addresses)
+        _look_at(given, look, tensors)
+        addresses = [*map(_address_of, tensors)]
+        look += map(_dtype_of, tensors)
+        look += map(_shape_of, tensors)
+        look += map(_strides_of, tensors)
+        look += [address & 15 for address in addresses]
+        if _SEES_SIZES:
+            look += [tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors]
         if tensors[0].dtype is torch.float32:
             look.append(_rounding_of_fp32())
         if len(set(addresses)) < len(addresses):  # one tensor given twice, or views of one
             look += map(addresses.index, addresses)
         key = tuple(look)
-        by_device = looks.get(key)
-        if by_device is not None:
-            device = driver.active.get_current_device()
-            if device in by_device:
-                steps = by_device[device]
-                if steps is None:
-                    return function(*args, **kwargs)
-                made: _T = steps.run(device, tensors, addresses)
-                return made
+        steps = looks.get(key, _UNSEEN)
+        if steps is None:
+            return function(*args, **kwargs)
+        if steps is not _UNSEEN:
+            made: _T = steps.run(active.get_current_stream(device), tensors, addresses)
+            return made
         _recording.calls, _recording.fresh = [], []
         try:
             with _Operators() as operators:
@@ -230,8 +231,8 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
         if calls and all(isinstance(c, _Product) or c.compiled is not None for c in calls):
             if len(looks) >= _MAX_LOOKS:
                 looks.clear()
-            found = None if operators.computed else _steps(given, calls, fresh, result)
-            looks.setdefault(key, {})[driver.active.get_current_device()] = found
+            found = None if operators.computed else _steps(given, tensors, calls, fresh, result)
+            looks[key] = found
         return result
 
     return run
@@ -252,33 +253,52 @@ def _is_watched() -> bool:
     )
 
 
-def _look_at(
-    values: Iterable[Any],
-    look: list[Hashable],
-    tensors: list[torch.Tensor],
-    addresses: list[int | None],
-) -> None:
-    """Adds what values look like, their tensors and the addresses of these."""
-    for value in values:
-        kind = type(value)
-        if kind is _Parameter or kind is _Tensor or isinstance(value, _Tensor):
-            address = value.data_ptr()
-            tensors.append(value)
-            addresses.append(address)
-            look.append((value.dtype, value.shape, value.stride(), address & 15))
-            if _SEES_SIZES:
-                look.append(value.untyped_storage().nbytes() <= _SMALL)
-        elif value is None:
-            look.append(None)
+class _Sorts(NamedTuple):
+    """Which of some values are of which sort, by their types.
+
+    Attributes:
+        tensors, plain: Pick tensors, and values that are looked at as they are.
+        sequences: The places of sequences.
+        others: Pick the rest: configs, which `_Steps` keeps, so no other one gets their ``id``.
+    """
+
+    tensors: Callable[[Sequence[Any]], Sequence[Any]]
+    plain: Callable[[Sequence[Any]], Sequence[Any]]
+    sequences: tuple[int, ...]
+    others: Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@functools.cache
+def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
+    tensors: list[int] = []
+    plain: list[int] = []
+    sequences: list[int] = []
+    others: list[int] = []
+    for place, kind in enumerate(kinds):
+        if issubclass(kind, torch.Tensor):
+            tensors.append(place)
         elif kind in _PLAIN:
-            look.append((kind, value))
-        elif kind is tuple and value and type(value[0]) in _PLAIN:  # numbers of one type
-            look.append((type(value[0]), value))
-        elif isinstance(value, (list, tuple)):
-            look.append((kind, len(value)))
-            _look_at(value, look, tensors, addresses)
-        else:  # a config, which `_Steps` keeps: no other one gets its id
-            look.append(id(value))
+            plain.append(place)
+        elif issubclass(kind, (list, tuple)):
+            sequences.append(place)
+        else:
+            others.append(place)
+    return _Sorts(_picks(tensors), _picks(plain), tuple(sequences), _picks(others))
+
+
+def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Tensor]) -> None:
+    """Adds what values look like beside their tensors, and these."""
+    sorts = _sorts_of((*map(type, values),))
+    tensors += sorts.tensors(values)
+    look.append(id(sorts))  # the number of values and their types
+    look += sorts.plain(values)
+    look += map(id, sorts.others(values))
+    for place in sorts.sequences:
+        value = values[place]
+        if type(value) is tuple and value and type(value[0]) in _PLAIN:  # numbers of one type
+            look += type(value[0]), value
+        else:
+            _look_at(value, look, tensors)
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
@@ -292,27 +312,31 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 def _steps(
     given: tuple[Any, ...],
+    own: list[torch.Tensor],
     calls: list[_Call | _Product],
     fresh: list[torch.Tensor],
     result: Any,
 ) -> _Steps | None:
-    """Returns what to do for other tensors of the same look.
+    """Returns what to do for other tensors of the same look; ``own`` are those that are given.
 
     None where that is not known: a tensor that is neither given nor made.
     """
-    leaves = list(_leaves(given))
-    tensors = [value for value in leaves if isinstance(value, torch.Tensor)] + fresh
+    returned = [leaf for leaf in _leaves([result]) if leaf is not None]
+    read = list(returned)
+    for call in calls:
+        read += call.arguments if isinstance(call, _Product) else call.arguments.values()
+    products = [call.made for call in calls if isinstance(call, _Product) and call.made is not None]
+    unmade = {id(tensor) for tensor in products}
+    allocated = [t for t in fresh if id(t) not in unmade and any(_holds(t, part) for part in read)]
+    tensors = [*own, *allocated, None, *products]
     # Of a tensor that was given twice the last place: the look says that it is the first one too.
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    none, views, made = len(tensors), [], []
-    used: set[int] = set()
-    products = {id(call.made) for call in calls if isinstance(call, _Product)}
+    views, made = [], []
     for call in calls:
         if isinstance(call, _Product):
-            sources = [none if t is None else places.get(id(t)) for t in call.arguments]
+            sources = [places.get(id(tensor)) for tensor in call.arguments]
             if None in sources:
                 return None
-            used.update(sources)
             place = -1 if call.made is None else places[id(call.made)]
             made.append((None, call.function, _picks(sources), place, *[None] * 4))
             continue
@@ -321,33 +345,40 @@ def _steps(
         values = [call.arguments[name] for name in names]
         sources = []
         for value in values[:count]:
-            source = none if value is None else places.get(id(value))
+            source = places.get(id(value))
             if source is None:
                 owners = [i for i in places.values() if _holds(tensors[i], value)]
-                if len(owners) != 1 or id(tensors[owners[0]]) in products:
+                if len(owners) != 1 or id(tensors[owners[0]]) in unmade:
                     return None
-                source = none + 1 + len(views)
+                source = len(tensors) + len(views)
                 views.append((owners[0], value.data_ptr() - tensors[owners[0]].data_ptr()))
-                used.add(owners[0])
             sources.append(source)
-        used.update(sources)
         x, y, z = (*call.grid, 1, 1)[:3]
         what = call.compiled.function, call.compiled.packed_metadata
         made.append((call.compiled.run, x, y, z, *what, _picks(sources), tuple(values[count:])))
-    returned = [places.get(id(value)) for value in _leaves([result]) if value is not None]
-    if any(place is None or place < none - len(fresh) for place in returned):
+    if any(places.get(id(leaf), -1) < len(own) for leaf in returned):
         return None
-    used.update(returned)
-    alive = [v for v in leaves if not isinstance(v, _Tensor) and type(v) not in _PLAIN]
+    alive = [v for v in _leaves(given) if not isinstance(v, torch.Tensor) and type(v) not in _PLAIN]
     alive += [call.compiled for call in calls if isinstance(call, _Call)]
-    empties = tuple(
-        (tuple(t.shape), t.stride(), None if t.dtype is tensors[0].dtype else t.dtype)
-        if places[id(t)] in used and id(t) not in products
-        else None
-        for t in fresh
+    return _Steps(
+        _empty_on(own[0].device.type),
+        tuple((tuple(t.shape), t.stride(), t.dtype) for t in allocated),
+        (None,) * (1 + len(products)),
+        tuple(views),
+        tuple(made),
+        _result_of(result, places),
+        tuple(alive),
     )
-    returns = _result_of(result, places, none)
-    return _Steps(empties, tuple(views), tuple(made), returns, tuple(alive))
+
+
+def _empty_on(device_type: str) -> Callable[..., torch.Tensor]:
+    """Returns what allocates on the current device, given shape, strides and dtype.
+
+    Graphs of Inductor's allocate by it; `torch.empty_strided` takes twice as long.
+    """
+    allocate: Callable[..., torch.Tensor]
+    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}")
+    return allocate
 
 
 def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
@@ -358,22 +389,24 @@ def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
     return operator.itemgetter(*places) if places else lambda values: ()
 
 
-def _holds(tensor: torch.Tensor, view: torch.Tensor) -> bool:
-    """Whether a view begins within the memory of a tensor."""
-    if tensor.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+def _holds(tensor: torch.Tensor | None, part: Any) -> bool:
+    """Whether something is a tensor, or a view that begins within its memory."""
+    if tensor is part or tensor is None or not isinstance(part, torch.Tensor):
+        return tensor is part
+    if tensor.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     end = sum((size - 1) * stride for size, stride in sizes) * tensor.itemsize
-    return tensor.numel() > 0 and 0 <= view.data_ptr() - tensor.data_ptr() <= end
+    return tensor.numel() > 0 and 0 <= part.data_ptr() - tensor.data_ptr() <= end
 
 
-def _result_of(result: Any, places: dict[int, int], none: int) -> Callable[[list[Any]], Any]:
-    """Returns what makes a result from all tensors; ``none`` is the place of None among them."""
+def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[Any]], Any]:
+    """Returns what makes a result from all tensors."""
     if result is None or isinstance(result, torch.Tensor):
-        return operator.itemgetter(none if result is None else places[id(result)])
+        return operator.itemgetter(places[id(result)])
     make: Any = getattr(result, "_make", type(result))
     if not any(isinstance(item, (list, tuple)) for item in result):
-        pick = _picks([none if item is None else places[id(item)] for item in result])
+        pick = _picks([places[id(item)] for item in result])
         return lambda tensors: make(pick(tensors))
-    items = [_result_of(item, places, none) for item in result]
+    items = [_result_of(item, places) for item in result]
     return lambda tensors: make([item(tensors) for item in items])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import unwrap_if_dead
 
 from fastlora.autograd.linear import plain_backward
 from fastlora.ops.backend import BACKENDS, Siblings
@@ -30,7 +31,7 @@ def run_siblings(x: torch.Tensor, siblings: Siblings, impl: str) -> Sequence[tor
     """
     if torch.is_grad_enabled():
         parameters = siblings.operands[: 4 * len(siblings.dropout_p)]
-        ys: tuple[torch.Tensor, ...] = LoraSiblings.apply(x, siblings, impl, *parameters)
+        ys: tuple[torch.Tensor, ...] = _recorded(unwrap_if_dead(x), siblings, impl, *parameters)
         return ys
     return _shaped(BACKENDS[impl].siblings(_flat(x), siblings), x)
 
@@ -52,7 +53,7 @@ class LoraSiblings(torch.autograd.Function):
         count, needs = len(dropout_p), ctx.needs_input_grad
         # Weights that train need x as every lora_a does.
         saves_x = any(needs[3 : 3 + count]) or any(needs[3 + 2 * count : 3 + 3 * count])
-        ctx.impl, ctx.dropout_p, ctx.x_shape = impl, dropout_p, x.shape
+        ctx.call = impl, dropout_p, x.shape
         ctx.save_for_backward(x if saves_x else None, *operands, *made[count:])
         return tuple(_shaped(made[:count], x))
 
@@ -61,13 +62,13 @@ class LoraSiblings(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # Once: what is saved can be taken a single time.
         x, *saved = ctx.saved_tensors
-        dropout_p, shape, (needs_x, _, _, *needs) = ctx.dropout_p, ctx.x_shape, ctx.needs_input_grad
+        (impl, dropout_p, shape), (needs_x, _, _, *needs) = ctx.call, ctx.needs_input_grad
         count, dys = len(dropout_p), grads
         if len(shape) != 2:
             x = None if x is None else x.reshape(-1, shape[-1])
             dys = tuple(None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads)
         operands, s = saved[: 6 * count], saved[6 * count :]
-        dx, *found = BACKENDS[ctx.impl].siblings_gradients(
+        dx, *found = BACKENDS[impl].siblings_gradients(
             dys, x, Siblings(operands, dropout_p), s, (needs_x, *needs)
         )
         if dx is not None and len(shape) != 2:
@@ -82,6 +83,11 @@ class LoraSiblings(torch.autograd.Function):
                 if bias is not None and (d_bias := found[i]) is not None:
                     found[i] = d_bias.to(bias.dtype)
         return dx, None, None, *d_weights, *found
+
+
+# Called where no transform of torch.func is in force: `LoraSiblings.apply` would ask for one, and
+# whether one has left an argument behind, which only x can be.
+_recorded: Any = super(torch.autograd.Function, LoraSiblings).apply
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

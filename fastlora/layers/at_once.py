@@ -10,6 +10,7 @@ found of its siblings at an earlier call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fastlora.ops.factors import Base, Factors
 from fastlora.routing.siblings import (
     Family,
     drop_shares,
+    has_shares,
     keep_shares,
     take_share,
     withdraw_share,
@@ -33,10 +35,8 @@ from fastlora.weight_marks import marks
 
 _Key = tuple[Any, ...]
 # In one call for many tensors.
-_version_of: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
-_dtype_of: Any = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-_trains: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_device_of = torch.Tensor.get_device
+_version_of, _dtype_of = attrgetter("_version"), attrgetter("dtype")
+_trains, _device_of = attrgetter("requires_grad"), torch.Tensor.get_device
 
 
 class _Launch(NamedTuple):
@@ -119,7 +119,7 @@ def output_at_once(
         family.at_once.clear()
     # Part of each key, as numbers differ in identity.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if len(family.members) > 1:
+    if len(family.members) > 1 and has_shares():
         key = _key(stream, own.dropout_p, _tensors_of(base, own), records)
         context = _context(x, family, records)
         left: torch.Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,8 +34,7 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 # In one call for many tensors.
-_hooks_of: Any = torch.Tensor._backward_hooks.__get__  # type: ignore[union-attr]
-_post_hooks_of: Any = torch.Tensor._post_accumulate_grad_hooks.__get__  # type: ignore[attr-defined, misc]
+_hooks_of, _post_hooks_of = map(attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def has_tensor_hooks(tensors: Sequence[torch.Tensor]) -> bool:

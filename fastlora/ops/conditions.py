@@ -132,10 +132,11 @@ def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -
         return impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    device_type = x.device.type
+    device = x.device
+    device_type = device.type
     if impl == "auto" and device_type not in KERNEL_DEVICES:
         return "eager"
-    runs, why = triton_status(device_type, x.device.index or 0)
+    runs, why = triton_status(device_type, device.index or 0)
     dtype = dtype or x.dtype
     if runs and dtype not in _TRITON_DTYPES:
         runs, why = False, f"the kernels take fp16, bf16 and fp32, got {dtype}"

@@ -226,7 +226,10 @@ class OperatorBackend:
         self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
     ) -> list[torch.Tensor]:
         """See `fastlora.ops.backend.Backend.siblings`."""
-        dropout_p, operands = siblings.dropout_p, _with_launched(siblings, x, "coded_lora_linear")
+        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
+        dropout_p = siblings.dropout_p
+        if _over_codes(siblings):
+            operands = _with_launched(siblings, x, "coded_lora_linear")
         made: list[torch.Tensor] = schema.kernels_of(False).siblings(
             x, dropout_p, with_s, *operands
         )
@@ -241,8 +244,11 @@ class OperatorBackend:
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
         """See `fastlora.ops.backend.Backend.siblings_gradients`."""
-        dropout_p, dy = siblings.dropout_p, next(dy for dy in dys if dy is not None)
-        operands = _with_launched(siblings, dy if wants[0] else None, "coded_lora_grad_x")
+        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
+        dropout_p = siblings.dropout_p
+        if _over_codes(siblings):
+            dy = next(dy for dy in dys if dy is not None) if wants[0] else None
+            operands = _with_launched(siblings, dy, "coded_lora_grad_x")
         made: list[torch.Tensor | None] = schema.kernels_of(True).siblings(
             x, dropout_p, wants, *dys, *operands, *s
         )
@@ -292,13 +298,16 @@ def launched(
     return weight.coded if coded else matrix(weight)
 
 
+def _over_codes(siblings: Siblings) -> bool:
+    """Whether a weight of theirs is stored as codes."""
+    return CodedWeight in map(type, siblings.operands[: len(siblings.dropout_p)])
+
+
 def _with_launched(
     siblings: Siblings, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
     """Returns siblings' operands with what kernels read of their weights; None without an x."""
     operands, count = siblings.operands, len(siblings.dropout_p)
-    if not any(isinstance(weight, CodedWeight) for weight in operands[:count]):
-        return operands
     read: list[torch.Tensor | Coded | None] = [None] * count
     if x is not None:
         for i, (weight, up) in enumerate(

@@ -203,7 +203,7 @@ def has_share(owner: int) -> bool:
 
 
 def has_shares() -> bool:
-    """Whether some of the last shares were not taken yet; asked after `take_share`."""
+    """Whether some of the last shares were not taken yet."""
     return _thread.shares is not None
 
 

@@ -79,14 +79,14 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
     described = chips.Chip(chip, processors)
     shared_limit = described.shared_limit  # raises for an unknown chip
     launches: list[Launch] = []
-    before = driver._active
+    before, status = driver._active, (True, f"stubbed ({chip})")
     driver.set_active(_Driver(chip, processors, shared_limit, launches))
     compiler.max_shared_mem.cache_clear()
     try:
         with (
             mock.patch.object(chips, "chip_of", lambda _: described),
             mock.patch.object(conditions, "KERNEL_DEVICES", ("cpu",)),
-            mock.patch.object(conditions, "triton_status", lambda *_: (True, f"stubbed ({chip})")),
+            mock.patch.object(conditions, "triton_status", lambda *_: status),
         ):
             yield launches
     finally:
@@ -140,18 +140,24 @@ class _Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Returns what launches a kernel: it notes that it was called."""
 
+        own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)
-        sizes, shared, count = (
-            (metadata.num_warps, metadata.num_stages),
-            metadata.shared,
-            len(names),
-        )
+        make = tuple.__new__  # as `Launch` does, in no call of Python's
 
-        # After the grid: stream, function, metadata, two hooks and what they get. As cheap as a
-        # driver is not: what the host pays is measured with it.
-        def launch(x: int, y: int, z: int, _: Any, binary: bytes, *others: Any) -> None:
-            launches.append(
-                Launch(kernel, (x, y, z), *sizes, shared, binary, names, others[-count:])
-            )
+        # After the grid: stream, function, metadata, what the launch is and two hooks. As cheap as
+        # a driver is not: what the host pays is measured with it.
+        def launch(
+            x: int,
+            y: int,
+            z: int,
+            stream: Any,
+            binary: bytes,
+            packed: Any,
+            about: Any,
+            enter: Any,
+            leave: Any,
+            *values: Any,
+        ) -> None:
+            launches.append(make(Launch, (kernel, (x, y, z), *own, binary, names, values)))
 
         return launch

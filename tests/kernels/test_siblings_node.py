@@ -445,6 +445,21 @@ def test_hooks_of_a_parameter_are_not_called_for_nothing(which: str, post: bool)
     assert attention.q(x).grad_fn is attention.k(x).grad_fn is attention.v(x).grad_fn
 
 
+def test_an_x_that_a_transform_has_left_behind() -> None:
+    model, left = model_of(), []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        left.append(x)
+        return x.sum()
+
+    x = torch.randn(5, 32)
+    torch.func.grad(keep)(x)
+    found = run(model, x, lambda _: model(left[0]))
+    expected = run(model, x)
+    for mine, own in zip(found[:1] + found[2:], expected[:1] + expected[2:], strict=True):
+        torch.testing.assert_close(mine, own)
+
+
 def test_a_sibling_that_changed_its_dtype_in_place() -> None:
     """The first computes as before; the sibling's own call says what is wrong."""
     model, x = model_of(), torch.randn(5, 32)

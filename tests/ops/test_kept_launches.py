@@ -168,14 +168,17 @@ def _all_alive() -> Iterator[None]:
     """What is allocated in the block lives until its end: no address stands for two tensors."""
     alive: list[torch.Tensor] = []
     with contextlib.ExitStack() as stack:
-        for name in ("new_empty", "new_empty_strided"):
-            plain = getattr(torch.Tensor, name)
 
-            def made(*args: Any, plain: Any = plain, **kwargs: Any) -> torch.Tensor:
+        def kept_alive(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def made(*args: Any, **kwargs: Any) -> torch.Tensor:
                 alive.append(plain(*args, **kwargs))
                 return alive[-1]
 
-            stack.enter_context(mock.patch.object(torch.Tensor, name, made))
+            return made
+
+        patch, plain, allocate = mock.patch.object, torch.Tensor.new_empty, launching._empty_on
+        stack.enter_context(patch(torch.Tensor, "new_empty", kept_alive(plain)))
+        stack.enter_context(patch(launching, "_empty_on", lambda kind: kept_alive(allocate(kind))))
         yield
 
 
