@@ -86,7 +86,7 @@ def measured(
         plain = sides_of(*kind, False)[0]()
         measure.share_frozen(ours, plain)
         over_lora = f"{ratio(mine, step(plain, ids), rounds):.4f}"
-    # Last: on some CPUs bitsandbytes repacks 4-bit weights in it, which cannot train then.
+    # Last: on some CPUs bitsandbytes repacks the 4-bit weights of PEFT in it, which train no more.
     forwards = ratio(evaluation(ours.eval(), ids), evaluation(theirs.eval(), ids), rounds)
     return {
         "method": method,
