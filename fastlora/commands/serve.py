@@ -144,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         step(f"serving {args.name} with {len(names)} adapters" + (f": {listed}" if names else ""))
         if not _is_local(args.host) and not args.api_key:
             step(f"anybody who reaches {args.host} may use it; --api-key asks for a key")
-        listening.listen(128)
         step(f"ready at http://{where}:{port}/v1")
         config = uvicorn.Config(
             app,
@@ -232,7 +231,10 @@ def _check(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Takes the port before the model is loaded, and so says at once where it is taken."""
+    """Takes the port before the model is loaded, and so says at once where it is taken.
+
+    Who connects meanwhile waits: a port that nobody listens to could be bound twice.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
@@ -241,6 +243,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            listening.listen(128)
         except OSError as error:
             raise CommandError(f"cannot listen on {host}:{port} ({error.strerror})") from error
         yield listening

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fastlora.commands import cli
+from fastlora.commands import cli, serve
 from tests.support.programs import error_of
 from tests.support.served import Alone, make_adapter, make_base, serving
 
@@ -194,7 +194,8 @@ def test_a_path_that_is_none_is_no_name_of_the_hub(capsys: pytest.CaptureFixture
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    """By a server that still loads its model, too."""
+    with serve._bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         error = error_of(capsys, "serve", "nowhere", "--port", port)
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in error
