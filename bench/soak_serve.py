@@ -1,6 +1,7 @@
 """A server under load: right answers, flat memory, and how many tokens a second beside others.
 
     python bench/soak_serve.py [--minutes 3] [--rounds 3] [--clients 32] [--adapters 24] [--slots 8]
+        [--out bench/results]
 
 Memory is level once every adapter has been read: on a machine that is busy, give it more minutes.
 
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import json
 import random
 import shutil
 import signal
@@ -31,13 +31,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import fastlora
+from fastlora.bench.cpu_run import csv_rows
+from fastlora.bench.machine import processor
 from fastlora.commands import smollm2
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.engine import Engine
@@ -53,6 +55,7 @@ PROMPTS = (
 )
 MOST_TOKENS = 24
 LEAST = 2.0  # times the tokens a second of one after another
+RATES = ("tokens_per_cpu_second", "tokens_per_second")
 GROWTH = 1.03  # of the last quarter's median memory over the second's
 PAGE = 4096
 
@@ -330,8 +333,9 @@ def continuous(engine: Engine, tokenizer: Any, cases: Sequence[Case], clients: i
 
 def contest(
     alone: Alone, plain: Any, root: Path, names: Sequence[str], args: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Returns tokens a second of processor time of each way in each round.
+) -> list[dict[str, Any]]:
+    """Returns how many tokens a second each way made in each round, of processor time and of the
+    clock's.
 
     Everything runs on one thread at a time, and what else a machine does changes the clock's.
     """
@@ -357,7 +361,7 @@ def contest(
         ),
         "fastlora serve": lambda cases: continuous(engine, tokenizer, cases, args.clients),
     }
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: list[dict[str, Any]] = []
     for number in range(args.rounds + 1):  # the first one warms up
         chance = random.Random(number)
         cases = [
@@ -368,12 +372,17 @@ def contest(
         for name, way in ways.items():
             start, wall = time.process_time(), time.perf_counter()
             counts.append(way(cases))
+            rates = [
+                round(counts[-1] / seconds, 2)
+                for seconds in (time.process_time() - start, time.perf_counter() - wall)
+            ]
             if number:
-                found[name].append(counts[-1] / (time.process_time() - start))
+                row = {"round": number, "way": name, "tokens": counts[-1]}
+                found.append(row | dict(zip(RATES, rates, strict=True)))
                 print(
-                    f"round {number}, {name}: {found[name][-1]:.1f} tokens a second of processor "
+                    f"round {number}, {name}: {rates[0]:.1f} tokens a second of processor time, "
+                    f"{rates[1]:.1f} by the clock"
                 )
-                print(f"    time, {counts[-1] / (time.perf_counter() - wall):.1f} by the clock")
         print(f"round {number}: {counts} tokens", flush=True)
     engine.close()
     return found
@@ -388,6 +397,7 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=24)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--requests", type=int, default=48, help="of a round")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for CSVs of what was found")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = smollm2.model_dir(progress=False)
@@ -398,15 +408,29 @@ def main() -> int:
         names = make_adapters(plain, root, args.adapters)
         alone = Alone(sharing(plain), tokenizer, root, names)
         if args.minutes:
-            wrong += report_soak(soak(folder, root, names, args), alone, names)
+            row, faults = report_soak(soak(folder, root, names, args), alone, names)
+            wrong += faults
+            write(args.out, "serve_soak_cpu.csv", [row])
         if args.rounds:
-            wrong += report_contest(contest(alone, plain, root, names, args))
+            rows = contest(alone, plain, root, names, args)
+            wrong += report_contest(rows)
+            write(args.out, "serve_contest_cpu.csv", rows)
     print("\n".join(wrong) if wrong else "all is well")
     return int(bool(wrong))
 
 
-def report_soak(seen: dict[str, Any], alone: Alone, names: Sequence[str]) -> list[str]:
-    """Prints what the clients saw; returns what is wrong with it."""
+def write(folder: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows to a CSV, where a folder is given."""
+    if folder is not None:
+        with csv_rows(folder / name) as write_row:
+            for row in rows:
+                write_row(row)
+
+
+def report_soak(
+    seen: dict[str, Any], alone: Alone, names: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Prints what the clients saw; returns it as a row of a CSV, and what is wrong with it."""
     budget = alone.budget(names)
     near, wrong = [], [f"failed: {text}" for text in seen["failed"][:5]]
     for case, text in seen["answers"]:
@@ -436,11 +460,17 @@ def report_soak(seen: dict[str, Any], alone: Alone, names: Sequence[str]) -> lis
     for line in seen["metrics"].splitlines():
         if line.startswith(("fastlora_forward", "fastlora_adapter_", "fastlora_first")):
             print(f"  {line}")
-    return wrong
+    row = {name: seen[name] for name in ("seconds", "requests", "tokens", "changes")}
+    row |= {"wait_median_s": round(seen["wait_median"], 2), "greedy": len(seen["answers"])}
+    row |= {"near_ties": len(near), "faults": len(wrong), "mib": round(seen["mib"][0])}
+    return row | {"mib_most": round(seen["mib"][1]), "growth": round(seen["growth"], 3)}, wrong
 
 
-def report_contest(found: dict[str, list[float]]) -> list[str]:
+def report_contest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Prints medians and ratios of the rounds; returns what is wrong with them."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["way"], []).append(row[RATES[0]])
     first, *_, last = found.values()
     for name, rates in found.items():
         ratio = statistics.median(a / b for a, b in zip(rates, first, strict=True))
@@ -449,16 +479,8 @@ def report_contest(found: dict[str, list[float]]) -> list[str]:
             f"{min(rates):.1f} to {max(rates):.1f}), {ratio:.2f} of one after another"
         )
     ratio = statistics.median(a / b for a, b in zip(last, first, strict=True))
-    print(json.dumps({"cpu": machine_name(), "threads": torch.get_num_threads(), "ratio": ratio}))
+    print(f"{processor()}, {torch.get_num_threads()} thread: {ratio:.2f}")
     return [] if ratio >= LEAST else [f"only {ratio:.2f} times one after another"]
-
-
-def machine_name() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return "unknown"
 
 
 if __name__ == "__main__":
