@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,23 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
     assert f"where PEFT's `adapter_names` takes {peft}:" in serving
     # What has no figure here says so.
     assert not [c for n, c in cells.items() if n not in expected and re.search(r"\d\.\d", c)]
+
+
+def test_the_figures_of_serving_are_those_of_the_results() -> None:
+    page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    rates: dict[str, list[float]] = {}
+    for row in rows_of("serve_contest_cpu.csv"):
+        rates.setdefault(row["way"], []).append(float(row["tokens_per_cpu_second"]))
+    first, *_ = rates.values()
+    for own in rates.values():
+        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
+        assert " | ".join([*(f"{rate:.1f}" for rate in own), f"{ratio:.2f} |"]) in page
+    (soak,) = rows_of("serve_soak_cpu.csv")
+    assert f": {int(soak['requests']):,} answers, " in page
+    assert f"beside {soak['changes']} loads, swaps and unloads. All {soak['greedy']} greedy" in page
+    assert f"Memory was {int(soak['mib']):,} MiB" in page
+    assert f"at most {int(soak['mib_most']):,}; " in page
+    assert f"the last quarter's median was {float(soak['growth']):.3f} of the second's" in page
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
