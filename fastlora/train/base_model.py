@@ -14,7 +14,13 @@ from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import INSTALL, TrainError
-from fastlora.train.quantised import dtype_of, make_trainable, quantisation, quantise_empty
+from fastlora.train.quantised import (
+    dtype_of,
+    make_trainable,
+    quantisation,
+    quantise_empty,
+    stored_quantisation,
+)
 from fastlora.validation import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -57,10 +63,11 @@ def load_base(
     return model
 
 
-def empty_base(settings: TrainSettings) -> PreTrainedModel:
+def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTrainedModel:
     """Returns the base model on the meta device: no weights are read and none allocated.
 
     Where `load_in` quantises it, its linears are of that kind, and their weights not yet quantised.
+    With ``as_stored`` so are those of a model that bitsandbytes had quantised when it was saved.
     """
     transformers = _transformers()
     with as_causal_model(settings.model), torch.device("meta"):
@@ -68,6 +75,8 @@ def empty_base(settings: TrainSettings) -> PreTrainedModel:
         own, wanted = getattr(config, "dtype", None) or torch.float32, dtype_of(settings)
         dtype = own if wanted == "auto" else getattr(torch, wanted)
         bits = quantisation(settings, config)
+        if bits is None and as_stored:
+            bits = stored_quantisation(config)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits is not None:
         quantise_empty(model, bits)

@@ -241,7 +241,7 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     """
     found = prepare.check_folders(settings, resume=resume)
     check_trackers(settings.track)
-    base = base_model.empty_base(settings)
+    base = base_model.empty_base(settings, as_stored=True)
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
@@ -251,7 +251,9 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         device = torch.accelerator.current_accelerator() or device
     if device.type == "cuda":
         advice = recommend(base, memory_bytes=torch.cuda.get_device_properties(0).total_memory)
-    fusion = _fusion(base, settings, advice, device)  # puts the adapters on it
+    first = next(iter(estimates.values()))
+    quantised = first.scale_bytes > 0
+    fusion = _fusion(base, settings, advice, device, quantised)  # puts the adapters on it
     state = None if found is None else checkpoint.read_checkpoint(found)
     processes = launched()
     tokenizer = base_model.load_tokenizer(settings)
@@ -259,12 +261,12 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     held_out = prepare.read_data(settings, tokenizer, "eval_data")
     schedule = prepare.make_schedule(settings, corpora, processes)
     base_model.check_fit(base, [*corpora.values(), *held_out.values()])
-    first = next(iter(estimates.values()))
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
     length = max(corpus.length(i) for corpus in corpora.values() for i in range(len(corpus)))
     step = _step_bytes(settings, advice, schedule.micro_batch_size, length)
-    bits = f", quantised in {settings.load_in}" if settings.load_in else ""
+    bits = ", quantised as it is stored" if quantised else ""
+    bits = f", quantised in {settings.load_in}" if settings.load_in else bits
     scales = f" ({human_bytes(first.scale_bytes)} of it scales)" if bits else ""
     workspace = f", one weight dequantised {human_bytes(first.workspace_bytes)}" if bits else ""
     activations = "of an unknown size" if step is None else human_bytes(step)
@@ -333,15 +335,20 @@ def _step_bytes(
 
 
 def _fusion(
-    base: PreTrainedModel, settings: TrainSettings, advice: Recommendation, device: torch.device
+    base: PreTrainedModel,
+    settings: TrainSettings,
+    advice: Recommendation,
+    device: torch.device,
+    quantised: bool,
 ) -> str:
     """Returns the fusion report of the model on the device that a run would take."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
-    if settings.load_in:
+    if quantised:
+        where = f"in {settings.load_in} where bitsandbytes quantises them"
         return (
-            f"{len(report.rows)} LoRA layers, over weights in {settings.load_in} where "
-            "bitsandbytes quantises them; what kernels read of those is known once they are "
-            "loaded: fastlora.fusion_report says it"
+            f"{len(report.rows)} LoRA layers, over weights "
+            f"{where if settings.load_in else 'that bitsandbytes has quantised'}; what kernels "
+            "read of those is known once they are loaded: fastlora.fusion_report says it"
         )
     implementation, why = implementation_on(device)
     return str(replace(report, implementation=implementation, reason=why))

@@ -64,6 +64,21 @@ def quantisation(settings: TrainSettings, model_config: object) -> Any:
     return library.BitsAndBytesConfig(**{**QLORA, "bnb_4bit_compute_dtype": half})
 
 
+def stored_quantisation(model_config: object) -> Any:
+    """Returns transformers' config of how bitsandbytes quantised a stored model, or None.
+
+    None as well for other libraries, and where bitsandbytes is not installed.
+    """
+    own: Any = getattr(model_config, "quantization_config", None)
+    if own is None or any(importlib.util.find_spec(package) is None for package in _NEEDS):
+        return None
+    fields = own if isinstance(own, dict) else own.to_dict()
+    if fields.get("quant_method") != "bitsandbytes":
+        return None
+    library: Any = importlib.import_module("transformers")
+    return library.BitsAndBytesConfig.from_dict(fields)
+
+
 def quantise_empty(model: PreTrainedModel, config: Any) -> None:
     """Puts the linears that a config asks for into a model on the meta device."""
     library: Any = importlib.import_module("transformers.quantizers.auto")

@@ -164,6 +164,26 @@ def test_dry_run(base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_on_a_folder_in_4_bits(
+    base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts what the folder holds, as once that is loaded."""
+    model, packed = quantised(base), tmp_path / "packed"
+    model.save_pretrained(packed)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(packed)
+    given = train_runs.config(packed, data, tmp_path / "out")
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    assert cli.main(["train", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    real = fastlora.estimate(model, fastlora.LoraConfig(target_modules="all-linear"))
+    assert f"{real.base_parameters:,} parameters, bfloat16, quantised as it is stored" in text
+    size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
+    assert f"base model {size} ({scales} of it scales), 2 adapters" in text
+    assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
+    assert "activations of an unknown size" not in text
+    assert "14 LoRA layers, over weights that bitsandbytes has quantised; what kernels" in text
+
+
 def test_refusals(
     fails: Any, given: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
