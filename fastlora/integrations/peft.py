@@ -66,6 +66,8 @@ class _FastForward(CommonLayer):
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
             why = "it runs PEFT's own forward; give base rows None in adapters()"
             call.conditions.refuse(self, why)
+            if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
+                return call_base(call, self.base_layer, args, kwargs)  # all that PEFT's does
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
         if mixed:
             self._check_variants(call.routing)

@@ -105,6 +105,28 @@ def adapted_truth(model: Any, plain: nn.Module) -> Any:
 
 
 @pytest.mark.usefixtures("repacks")
+def test_a_patched_model_whose_adapters_rest() -> None:
+    """Disabled or merged, it is the base model in evaluation; the former gives a gradient."""
+    model, bare = adapted(gated("nf4"), "patched"), gated("nf4")
+    with model.disable_adapter():
+        assert torch.equal(evaluated(model), evaluated(bare)) and len(copies(model)) == 3
+        x = rows(5, model).requires_grad_()
+        y = model(x)
+        assert torch.equal(y, gated("nf4").train()(x)) and not copies(model)
+        y.sum().backward()
+        assert x.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    merged = evaluated(model)
+    assert len(copies(model)) == 3 and not torch.equal(merged, evaluated(bare))
+    with model.disable_adapter(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluated(model)  # PEFT unmerges
+    assert not model.base_model.model.gate.merged
+
+
+@pytest.mark.usefixtures("repacks")
 def test_x_in_another_dtype_than_the_products() -> None:
     """As after PEFT's preparation, which leaves norms in fp32."""
     base = quantise(nn.Linear(64, 96), "nf4 nested", torch.bfloat16)
