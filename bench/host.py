@@ -147,8 +147,9 @@ def measured(case: Case, device: torch.device, repeats: int, calls: int) -> dict
         chip = chip_of(device)
     else:
         stubs = stubbed_launches()
-    with stubs, running(case, device) as sides:
-        times = {name: us / len(LINEARS) for name, us in host_us(sides, repeats, calls).items()}
+    with stubs as noted, running(case, device) as sides:
+        found = host_us(sides, repeats, calls, noted)
+        times = {name: us / len(LINEARS) for name, us in found.items()}
     launches, products = counted(case, chip)
     over = {name: us - times[BARE] for name, us in times.items()}
     return {
@@ -171,10 +172,13 @@ def measured(case: Case, device: torch.device, repeats: int, calls: int) -> dict
     }
 
 
-def host_us(sides: Sides, repeats: int, calls: int) -> dict[str, float]:
+def host_us(
+    sides: Sides, repeats: int, calls: int, noted: list[Any] | None = None
+) -> dict[str, float]:
     """Returns the CPU time of one call of each side: the minimum over the repeats.
 
-    Each repeat is ``calls`` calls of one side after another, and starts with another side.
+    Each repeat is ``calls`` calls of one side after another, and starts with another side. What
+    stubs noted is forgotten before each: a driver keeps nothing of a launch.
     """
     best = dict.fromkeys(sides, float("inf"))
     names = list(sides)
@@ -183,6 +187,8 @@ def host_us(sides: Sides, repeats: int, calls: int) -> dict[str, float]:
         start = index % len(names)
         for name in names[start:] + names[:start]:
             call = sides[name]
+            if noted is not None:
+                noted.clear()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             before = time.process_time()
