@@ -196,8 +196,11 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if not _KEEPS or _recording.calls is not None or _is_watched():
             return function(*args, **kwargs)
+        try:
+            active = driver.active
+        except RuntimeError:  # Triton sees no device: whatever is asked for, nothing is launched
+            return function(*args, **kwargs)
         given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
-        active = driver.active
         device = active.get_current_device()
         look: list[Hashable] = [device, len(args), *kwargs]
         tensors: list[torch.Tensor] = []

@@ -67,7 +67,7 @@ class _FastForward(CommonLayer):
             why = "it runs PEFT's own forward; give base rows None in adapters()"
             call.conditions.refuse(self, why)
             if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
-                return call_base(call, self.base_layer, args, kwargs)  # all that PEFT's does
+                return call_base(call, self.base_layer, *args, **kwargs)  # all that PEFT's does
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
         if mixed:
             self._check_variants(call.routing)
@@ -86,7 +86,7 @@ class _FastForward(CommonLayer):
             base = Base(module.weight, module.bias) if plain else coded_base(call)
         if base is not None:
             return base
-        return Base(y=call_base(call, module, args, kwargs))
+        return Base(y=call_base(call, module, *args, **kwargs))
 
     def _plain_base(self: Any) -> Base | None:
         module = self.base_layer

@@ -151,7 +151,7 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
 
 
 def call_base(
-    call: LayerCall | MixedCall, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: LayerCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Returns what a base layer makes of the very tensor that its layer got, by calling it.
 

@@ -56,7 +56,7 @@ class FastLoraWrapper(LoraLayer):
             if base is not None:
                 return as_called(call, base, forward(call, base))
         call.conditions.refuse(self, NOT_OUR_GEMM)
-        y = call_base(call, self.base_layer, args, kwargs)
+        y = call_base(call, self.base_layer, *args, **kwargs)
         if not acts:
             return y
         inplace = not y.requires_grad and self._may_write_into(y, x)

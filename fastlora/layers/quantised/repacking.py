@@ -133,8 +133,9 @@ def _stamp(base: nn.Module) -> Hashable:
         )
 
 
-def _few_rows(module: Any) -> int:
+def _few_rows(base: nn.Module) -> int:
     """Returns up to how many rows the product over repacked codes is faster; 0 for never."""
+    module: Any = base
     weight = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None or not module.compute_type_is_set or is_repacked(module):
