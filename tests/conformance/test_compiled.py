@@ -38,7 +38,7 @@ CASES = [
 ]
 # Those that the default compiler, which is slow, is tried on too.
 INDUCTOR = [
-    Case("model", "single", "dropout", tokens=180),
+    Case("layer", "single", "dropout", tokens=180),
     Case("model", "mixed", "dora_dropout", base_trains=True),
 ]
 BACKENDS = [("aot_eager", case) for case in CASES] + [("inductor", case) for case in INDUCTOR]

@@ -57,7 +57,7 @@ NAMES = (
     "saved_for_backward",
     "dropout",
 )
-KEEPS = [case for case in FEW if case.dora]
+KEEPS = [case for case in FEW if case.dora and case.dtype == "float32"]
 FROZEN = [
     pair
     for pair in pairs([case for case in FEW if case.rows == "mixed"], ("partly_frozen",))
