@@ -38,7 +38,8 @@ _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 # Looks of one function; past it all are dropped. One takes some 3 KiB.
 _MAX_LOOKS = 16384
-_PLAIN = frozenset((bool, int, float, str, torch.dtype, type(None)))
+_NUMBERS = frozenset((bool, int, float, str, torch.dtype))
+_PLAIN = _NUMBERS | {type(None)}
 _UNSEEN: Any = object()
 _ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
 # `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
@@ -286,7 +287,12 @@ def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
             sequences.append(place)
         else:
             others.append(place)
-    return _Sorts(_picks(tensors), _picks(plain), tuple(sequences), _picks(others))
+    found = _Sorts(_picks(tensors), _picks(plain), tuple(sequences), _picks(others))
+    return _known_sorts.setdefault(kinds, found)  # `cache` may call this in two threads at once
+
+
+# Looks have the `id` of these, so each lives for good.
+_known_sorts: dict[tuple[type, ...], _Sorts] = {}
 
 
 def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Tensor]) -> None:
@@ -298,7 +304,7 @@ def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Te
     look += map(id, sorts.others(values))
     for place in sorts.sequences:
         value = values[place]
-        if type(value) is tuple and value and type(value[0]) in _PLAIN:  # numbers of one type
+        if type(value) is tuple and value and type(value[0]) in _NUMBERS:  # of one type
             look += type(value[0]), value
         else:
             _look_at(value, look, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -414,6 +415,44 @@ def test_one_tensor_given_twice_is_not_taken_for_two(seen: Seen) -> None:
     for pair in ((x, x), (one, two), (one, one), (two, one)) * 2:
         _launched(seen, function, (*pair, *others))
         assert seen[0][2][:2] == [tensor.data_ptr() for tensor in pair]
+
+
+def test_a_tuple_that_begins_with_none(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are looked at like any others; a look that had them would keep them alive."""
+
+    def second(pair: tuple[torch.Tensor | None, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        out = empty(x, 4, 4)
+        _witness(out, x, pair[1], 7, 0.5, False, (4, 1), False)
+        return out
+
+    function = kept(second)
+    with counting(monkeypatch) as made:
+        for _ in range(3):
+            x, table = torch.zeros(4, 4), torch.zeros(4, dtype=torch.int32)
+            function((None, table), x)
+            assert seen[-1][2][1:] == [x.data_ptr(), table.data_ptr()]
+    assert made == [True]
+
+
+def test_two_threads_sort_arguments_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks have the `id` of what the types were found to be, which no other is to get."""
+    kinds, both = (int, torch.Tensor, type(None), float), threading.Barrier(2)
+    picks, found = launching._picks, list[Any]()
+
+    def waits(places: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return picks(places)
+
+    monkeypatch.setattr(launching, "_picks", waits)
+    threads = [
+        threading.Thread(target=lambda: found.append(launching._sorts_of(kinds))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1] is launching._sorts_of(kinds)
 
 
 def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
