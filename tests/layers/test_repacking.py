@@ -254,6 +254,67 @@ def test_merged_and_unmerged_between_evaluations(kind: str) -> None:
     assert torch.equal(evaluated(model), first)
 
 
+def alone(base: nn.Module) -> Any:
+    """A model of one linear with a random adapter."""
+    return adapted(nn.Sequential(base), target_modules=["0"])
+
+
+def base_of(model: Any) -> Any:
+    """That linear."""
+    return model.base_model.model[0].base_layer
+
+
+@pytest.mark.usefixtures("repacks")
+def test_a_module_that_does_more_is_called() -> None:
+    """A subclass, which may have a forward of its own."""
+    base: Any = quantise(nn.Linear(64, 96), "nf4")
+
+    class Doubled(type(base)):  # type: ignore[misc]  # known at run time
+        def forward(self, x: torch.Tensor) -> Any:
+            return 2 * super().forward(x)
+
+    base.__class__ = Doubled
+    model = alone(base)
+    with torch.no_grad():
+        expected = model.train()(rows(5, model))
+    assert torch.equal(evaluated(model), expected) and not copies(model)
+
+
+@pytest.mark.usefixtures("repacks")
+def test_scales_that_were_written() -> None:
+    """Twice as large, they make everything but the bias twice as large."""
+    model = alone(quantise(nn.Linear(64, 96, bias=False), "nf4"))
+    with model.disable_adapter():
+        before = evaluated(model)
+        base_of(model).weight.quant_state.absmax.mul_(2)
+        assert torch.equal(evaluated(model), 2 * before)
+
+
+@pytest.mark.usefixtures("repacks")
+def test_weights_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later one may have the address that an earlier one had, and as many writes."""
+    monkeypatch.setattr("fastlora.layers.quantised.repacking._stamp", lambda _: None)
+    model = alone(quantise(nn.Linear(64, 96, bias=False), "nf4"))
+    base = base_of(model)
+    with model.disable_adapter():
+        before = evaluated(model)
+        base.weight = quantise(nn.Linear(64, 96, bias=False), "nf4").weight
+        now = evaluated(model)
+        assert not torch.allclose(now, before, atol=0.1)
+        with torch.no_grad():
+            torch.testing.assert_close(now, model.train()(rows(5, model)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("repacks")
+def test_a_model_from_another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one without AVX512 bf16 bitsandbytes' product would take the codes for others."""
+    model = alone(quantise(nn.Linear(64, 96), "nf4"))
+    with torch.no_grad():
+        expected = model.train()(rows(5, model))
+    monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: False)
+    assert torch.equal(evaluated(model), expected) and not copies(model)
+
+
 @pytest.mark.usefixtures("repacks")
 def test_a_mixed_batch() -> None:
     """Every row is that of its own adapter alone."""

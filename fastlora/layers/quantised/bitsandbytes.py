@@ -23,7 +23,7 @@ from fastlora.layers.quantised.kind import (
     register_quantised,
     stamp_of,
 )
-from fastlora.layers.quantised.repacking import is_repacked
+from fastlora.layers.quantised.repacking import MODULES, is_repacked
 from fastlora.layers.stored import Fingerprint, sums_of_bits
 
 # Blocks that share a largest value of their largest values, in bytes. bitsandbytes knows no other.
@@ -41,9 +41,7 @@ class Bits4(Quantised):
     backend = "bnb 4bit"
     peft_layer = ("peft.tuners.lora.bnb", "Linear4bit")
     fresh_output = casts = True
-    modules = tuple(
-        f"bitsandbytes.nn.modules.{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")
-    )
+    modules = MODULES
 
     def __init__(self, base: object) -> None:
         super().__init__(base)

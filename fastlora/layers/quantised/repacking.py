@@ -16,12 +16,19 @@ import functools
 import importlib
 import sys
 import warnings
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora.layers.quantised.kind import class_name
+
+# Classes whose forward is known; a subclass may do anything.
+MODULES = tuple(
+    f"bitsandbytes.nn.modules.{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")
+)
 _REPACKS = "support_avx512bf16_for_cpu"
 # Where `keep_layout` has cleared the former: what bitsandbytes would do by itself.
 _KEPT = "_fastlora_keeps_layout"
@@ -43,7 +50,9 @@ def keep_layout(model: nn.Module) -> None:
         own = module.__dict__
         if _REPACKS in own:
             if own[_REPACKS]:
-                own[_REPACKS], own[_KEPT] = False, True
+                own[_REPACKS] = False
+                if class_name(module) in MODULES:
+                    own[_KEPT] = True
             repacked = repacked or is_repacked(module)
     if repacked:
         _warn()
@@ -82,12 +91,16 @@ class Repacked:
         module: Any = base
         self._module, self._few, self._k = module, _few_rows(module), int(module.in_features)
         self._dtype: torch.dtype | None = module.compute_dtype
+        # Weak: they may go before this does, and their `id` and address be those of later ones.
+        self._parts = [weakref.ref(part) for part in _parts_of(base)]
         self._of = _stamp(base)
         self._copied: tuple[Any, ...] | None = None
 
     def is_of(self, base: nn.Module) -> bool:
         """Returns whether this is for a module as it is now: the same weight, unwritten."""
-        return self._module is base and self._of == _stamp(base)
+        if self._module is not base or self._of != _stamp(base):
+            return False
+        return all(ref() is part for ref, part in zip(self._parts, _parts_of(base), strict=True))
 
     def takes(self, x: torch.Tensor) -> bool:
         """Returns whether x is one that this is faster for than a call of the module."""
@@ -114,23 +127,25 @@ class Repacked:
         return self._copied
 
 
+def _parts_of(base: nn.Module) -> list[torch.Tensor]:
+    """Returns the tensors that a module's codes are made anew with: its weight, and scales."""
+    weight: Any = base._parameters["weight"]
+    absmax = getattr(getattr(weight, "quant_state", None), "absmax", None)
+    return [weight] if absmax is None else [weight, absmax]
+
+
 def _stamp(base: nn.Module) -> Hashable:
-    """Returns what differs once a module has other codes, or computes in another dtype.
+    """Returns what differs once a module's parts were written to, or it computes in another dtype.
 
     In few calls, since each evaluation asks.
     """
     module: Any = base
-    weight = module._parameters["weight"]
-    state = getattr(weight, "quant_state", None)
     with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' takes microseconds
-        return (
-            id(weight),
-            weight.data_ptr(),
-            0 if weight.is_inference() else weight._version,
-            id(getattr(state, "absmax", None)),
-            module.compute_dtype,
-            module.compute_type_is_set,
-        )
+        parts = [
+            (part.data_ptr(), 0 if part.is_inference() else part._version)
+            for part in _parts_of(base)
+        ]
+        return (*parts, module.compute_dtype, module.compute_type_is_set)
 
 
 def _few_rows(base: nn.Module) -> int:
@@ -146,7 +161,9 @@ def _few_rows(base: nn.Module) -> int:
     fits = (n, k) == (module.out_features, module.in_features) and state.absmax.is_cpu
     if not fits or n % _TILE or k % state.blocksize or state.blocksize not in _BLOCKS:
         return 0  # bitsandbytes would raise
-    if not hasattr(_library(), "_convert_weight_packed_for_cpu"):
+    library = _library()
+    # A pickled module may have come from another CPU.
+    if not (library.has_avx512bf16() and hasattr(library, "_convert_weight_packed_for_cpu")):
         return 0
     return _FEW_BF16_ROWS if module.compute_dtype is torch.bfloat16 else sys.maxsize
 
