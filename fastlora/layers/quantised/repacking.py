@@ -17,7 +17,7 @@ import importlib
 import sys
 import warnings
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -92,15 +92,15 @@ class Repacked:
         self._module, self._few, self._k = module, _few_rows(module), int(module.in_features)
         self._dtype: torch.dtype | None = module.compute_dtype
         # Weak: they may go before this does, and their `id` and address be those of later ones.
-        self._parts = [weakref.ref(part) for part in _parts_of(base)]
+        self._weight, self._absmax = map(_reference, _parts_of(base))
         self._of = _stamp(base)
         self._copied: tuple[Any, ...] | None = None
 
     def is_of(self, base: nn.Module) -> bool:
         """Returns whether this is for a module as it is now: the same weight, unwritten."""
-        if self._module is not base or self._of != _stamp(base):
-            return False
-        return all(ref() is part for ref, part in zip(self._parts, _parts_of(base), strict=True))
+        weight, absmax = _parts_of(base)
+        same = self._weight() is weight and self._absmax() is absmax and self._module is base
+        return same and self._of == _stamp(base)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Returns whether x is one that this is faster for than a call of the module."""
@@ -127,11 +127,14 @@ class Repacked:
         return self._copied
 
 
-def _parts_of(base: nn.Module) -> list[torch.Tensor]:
-    """Returns the tensors that a module's codes are made anew with: its weight, and scales."""
-    weight: Any = base._parameters["weight"]
-    absmax = getattr(getattr(weight, "quant_state", None), "absmax", None)
-    return [weight] if absmax is None else [weight, absmax]
+def _parts_of(base: nn.Module) -> tuple[Any, Any]:
+    """Returns what a module's repacked codes are made of: its weight, and scales or None."""
+    weight = base._parameters["weight"]
+    return weight, getattr(getattr(weight, "quant_state", None), "absmax", None)
+
+
+def _reference(part: object | None) -> Callable[[], object | None]:
+    return (lambda: None) if part is None else weakref.ref(part)
 
 
 def _stamp(base: nn.Module) -> Hashable:
@@ -140,12 +143,15 @@ def _stamp(base: nn.Module) -> Hashable:
     In few calls, since each evaluation asks.
     """
     module: Any = base
+    weight, absmax = _parts_of(base)
     with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' takes microseconds
-        parts = [
-            (part.data_ptr(), 0 if part.is_inference() else part._version)
-            for part in _parts_of(base)
-        ]
-        return (*parts, module.compute_dtype, module.compute_type_is_set)
+        return (
+            weight.data_ptr(),
+            0 if weight.is_inference() else weight._version,
+            0 if absmax is None or absmax.is_inference() else absmax._version,
+            module.compute_dtype,
+            module.compute_type_is_set,
+        )
 
 
 def _few_rows(base: nn.Module) -> int:
