@@ -144,6 +144,7 @@ def _variations() -> list[tuple[Any, ...]]:
         ((8, 1), (4, 2), (4, 1, 128)),
         (True,),
     ]
+    others[1] += x[:48:2], x[:384:16]  # its strides alone
     found = [plain]
     for place, values in enumerate(others):
         found += [(*plain[:place], value, *plain[place + 1 :]) for value in values]
