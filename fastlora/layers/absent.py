@@ -38,9 +38,9 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
     ]
     if not absent:
         return y
-    # Sums of nothing: they are 0, and so are their gradients.
-    nothing = [local(parameter)[:0].sum().to(y.dtype) for parameter in absent]
-    return y + torch.stack(nothing).sum()
+    # No rows of y come from them, so what they get are zeros.
+    rows = [local(p)[:0].reshape(0, *y.shape[1:]).to(y.dtype) for p in absent]
+    return torch.cat([y, *rows])
 
 
 def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:
