@@ -329,7 +329,7 @@ def test_a_mixed_batch() -> None:
     with torch.no_grad(), fastlora.adapters(model, [*names, None] * 2):
         mixed = model(rows(6, model))
     for row in (0, 1, 3, 4):
-        torch.testing.assert_close(mixed[row], alone[row % 3][row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mixed[row], alone[row % 3][row])
     assert len(copies(model)) == 3
 
 
