@@ -20,8 +20,7 @@ from torch import nn
 from fastlora.integrations.answers import answer_for_peft
 from fastlora.integrations.when_imported import when_imported
 from fastlora.layers import LoraLayer
-from fastlora.model import LoraModel, adapter_state
-from fastlora.model.base_state import base_state_dict, load_base_state_dict
+from fastlora.model import LoraModel
 from fastlora.model.config import LoraConfig
 
 
@@ -42,7 +41,7 @@ def join_peft() -> None:
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
-    _answer_for_peft(peft)
+    _load_onto_ours(peft)
     answer_for_peft()
 
 
@@ -77,78 +76,17 @@ def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **optio
     return layer
 
 
-def _answer_for_peft(peft: Any) -> None:
-    """Makes PEFT's state-dict functions, which accelerate calls by name, take our models too.
+def _load_onto_ours(peft: Any) -> None:
+    """Has PEFT's model class load an adapter onto a model of ours through our own."""
+    theirs = peft.PeftModel.from_pretrained.__func__
 
-    They look for PEFT's layer classes, find none in a model of ours and say that it has no tensors:
-    a sharded checkpoint of Trainer's would hold nothing.
-    """
-    save_and_load: Any = importlib.import_module("peft.utils.save_and_load")
-    theirs_get = save_and_load.get_peft_model_state_dict
-    theirs_set = save_and_load.set_peft_model_state_dict
-
-    @functools.wraps(theirs_get)
-    def get(
-        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
-    ) -> Any:
-        ours = _inside(model)
-        if ours is None:
-            return theirs_get(model, state_dict, adapter_name, *args, **kwargs)
-        # Of the outermost wrapper: FSDP gathers what it has split.
-        source = model.state_dict() if state_dict is None else state_dict
-        embeddings = kwargs.get("save_embedding_layers", "auto")
-        return adapter_state.collect(ours, adapter_name, source, embeddings)
-
-    @functools.wraps(theirs_set)
-    def put(
-        model: Any,
-        peft_model_state_dict: Any,
-        adapter_name: str = "default",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        ours = _inside(model)
-        if ours is None:
-            return theirs_set(model, peft_model_state_dict, adapter_name, *args, **kwargs)
-        return adapter_state.put(ours, adapter_name, peft_model_state_dict)
-
-    theirs_base: Any = getattr(save_and_load, "get_base_model_state_dict", None)
-    theirs_set_base: Any = getattr(save_and_load, "set_base_model_state_dict", None)
-
-    def base(model: Any) -> Any:
-        ours = _inside(model)
-        return theirs_base(model) if ours is None else base_state_dict(ours.get_base_model())
-
-    def put_base(model: Any, state_dict: Any, strict: bool = True) -> Any:
-        ours = _inside(model)
-        if ours is None:
-            return theirs_set_base(model, state_dict, strict)
-        return load_base_state_dict(ours.get_base_model(), state_dict, strict)
-
-    for module in (peft, peft.utils, save_and_load):
-        module.get_peft_model_state_dict = get
-        module.set_peft_model_state_dict = put
-        if theirs_base is not None:
-            module.get_base_model_state_dict = functools.wraps(theirs_base)(base)
-            module.set_base_model_state_dict = functools.wraps(theirs_set_base)(put_base)
-    loaded = peft.PeftModel.from_pretrained.__func__
-
-    @functools.wraps(loaded)
+    @functools.wraps(theirs)
     def from_pretrained(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, LoraModel):
             return LoraModel.from_pretrained(model, *args, **kwargs)
-        return loaded(cls, model, *args, **kwargs)
+        return theirs(cls, model, *args, **kwargs)
 
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
-
-
-def _inside(model: Any) -> LoraModel | None:
-    """Returns the model of ours that torch.compile, FSDP1 or DDP wrap, or that it is; or None."""
-    while model is not None and not isinstance(model, LoraModel):
-        inner: Any = getattr(model, "_modules", {})
-        names = ("_orig_mod", "_fsdp_wrapped_module", "module")
-        model = next((inner[name] for name in names if name in inner), None)
-    return model
 
 
 when_imported("peft", join_peft)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
@@ -206,17 +206,21 @@ class FastPeftLoraModel(PeftLoraModel):
 
     def _find_again(self) -> None:
         """Looks for the layers of mixed batches anew, where there has been such a batch."""
-        self.__dict__.pop("_fastlora_routed", None)
-        if "_fastlora_group" in self.__dict__:
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None:
+            kept.routed = None
             with contextlib.suppress(UnsupportedLayerError):  # which the next batch raises
                 routed_model(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, whose batch must fit the adapter ids in force."""
-        kept = self.__dict__.get("_fastlora_routed")
-        if kept is not None:
-            check_batch(kept[1].group, args, kwargs)
+        self._check_batch(args, kwargs)
         return super().forward(*args, **kwargs)
+
+    def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None and kept.routed is not None:
+            check_batch(kept.group, args, kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -227,15 +231,13 @@ class FastPeftLoraModel(PeftLoraModel):
         else:
             routed = self._routed_for(names)
         if routed is None:
-            kept = self.__dict__.get("_fastlora_routed")
-            if kept is not None:
-                check_batch(kept[1].group, args, kwargs)
+            self._check_batch(args, kwargs)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
         slots = named_ids(tuple(self.peft_config), list(names or ()))
         seeds, source = draw_seeds(slots[0], None, draw=False), Parameters(slots[0])
-        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed)):
+        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.layers())):
             check_batch(routed.group, args, kwargs)
             yield
 
@@ -248,29 +250,54 @@ class FastPeftLoraModel(PeftLoraModel):
             found = routed_model(self)
         except UnsupportedLayerError:
             return None
-        if found is None or any(
-            layer.merged or any(_foreign_variant(layer, name) for name in wanted)
-            for layer in found.routed
-        ):
-            return None
+        layers = () if found is None else found.layers()
+        for layer in layers:
+            if layer.merged or any(_foreign_variant(layer, name) for name in wanted):
+                return None
         return found
 
 
 _named_as_before(FastPeftLoraModel)
 
 
-class RoutedPeftModel(NamedTuple):
-    """What `fastlora.adapters` needs to know of a patched model.
+class RoutedPeftModel:
+    """What `fastlora.adapters` needs to know of a patched model; kept on its tuner.
+
+    Args:
+        tuner: The model's. A copy of the model makes its own.
 
     Attributes:
-        group: What marks its layers.
-        routed: The layers.
-        peft_config: Adapters by name.
+        group: What marks its layers, its own for good: open blocks know them by it.
+        routed: The layers; None until they are looked for.
     """
 
-    group: Group
-    routed: list[Any]
-    peft_config: dict[str, Any]
+    def __init__(self, tuner: FastPeftLoraModel) -> None:
+        self.tuner, self.group = tuner, Group()
+        self.routed: list[Any] | None = None
+
+    def layers(self) -> list[Any]:
+        """Returns the layers whose adapters a mixed batch chooses by row.
+
+        Raises:
+            UnsupportedLayerError: Some would not follow the routing.
+        """
+        if self.routed is not None:
+            return self.routed
+        layers, others = [], []
+        for name, module in self.tuner.named_modules():
+            if isinstance(module, _FastForward):
+                layers.append((name, module))
+            elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+                others.append((name, module))
+        join_group(self.group, layers)  # whatever the others are: blocks may be open
+        for name, module in others:
+            raise UnsupportedLayerError(
+                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
+                "pass adapter_names= to the model instead"
+            )
+        keep_routing()  # adapter_names= opens blocks too
+        self.routed = [layer for _, layer in layers]
+        return self.routed
 
     def routing(
         self,
@@ -280,8 +307,12 @@ class RoutedPeftModel(NamedTuple):
         held: contextlib.ExitStack,
     ) -> Routing:
         """Returns the routing of a `fastlora.adapters` block."""
-        known = tuple(self.peft_config)
-        return parameters_routing(self.group, self.routed, known, Parameters, ids, seeds, validate)
+        known = tuple(self.tuner.peft_config)
+        group, layers = self.group, self.layers()
+        return parameters_routing(group, layers, known, Parameters, ids, seeds, validate)
+
+
+_finding = threading.Lock()
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:
@@ -293,45 +324,12 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
     tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
     if tuner is None:
         return None
-    kept = tuner.__dict__.get("_fastlora_routed")
-    if kept is not None and kept[0] is tuner:
-        return kept[1]
     with _finding:  # the first batches of two threads have one group
-        kept = tuner.__dict__.get("_fastlora_routed")
-        if kept is not None and kept[0] is tuner:
-            return kept[1]
-        return _find_routed(tuner, _group_of(tuner))
-
-
-_finding = threading.Lock()
-
-
-def _group_of(tuner: FastPeftLoraModel) -> Group:
-    """Returns the group of a tuner's layers, its own for good: open blocks know them by it."""
-    kept = tuner.__dict__.get("_fastlora_group")
-    if kept is None or kept[0] is not tuner:
-        kept = tuner.__dict__["_fastlora_group"] = tuner, Group()
-    return kept[1]
-
-
-def _find_routed(tuner: FastPeftLoraModel, group: Group) -> RoutedPeftModel:
-    layers, others = [], []
-    for name, module in tuner.named_modules():
-        if isinstance(module, _FastForward):
-            layers.append((name, module))
-        elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
-            others.append((name, module))
-    join_group(group, layers)  # whatever the others are: blocks may be open
-    for name, module in others:
-        raise UnsupportedLayerError(
-            f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
-            "pass adapter_names= to the model instead"
-        )
-    keep_routing()  # adapter_names= opens blocks too
-    found = RoutedPeftModel(group, [layer for _, layer in layers], tuner.peft_config)
-    # With the tuner itself: a copy of the model makes its own.
-    tuner.__dict__["_fastlora_routed"] = (tuner, found)
-    return found
+        kept: RoutedPeftModel | None = tuner.__dict__.get("_fastlora_routed")
+        if kept is None or kept.tuner is not tuner:
+            kept = tuner.__dict__["_fastlora_routed"] = RoutedPeftModel(tuner)
+        kept.layers()
+    return kept
 
 
 def patch_layer(module: nn.Module) -> None:
@@ -402,7 +400,6 @@ def unpatch_model(model: nn.Module) -> None:
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:
             module.__dict__.pop("_fastlora_routed", None)
-            module.__dict__.pop("_fastlora_group", None)
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
