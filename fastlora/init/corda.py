@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +27,13 @@ from fastlora.init.registry import (
 )
 from fastlora.validation import InitialisationError
 
-DATA = "eigens"  # PEFT's name for it, so that either library's calibration serves the other
+# PEFT's names, so that either library's calibration serves the other.
+DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 
-class Eigens(Protocol):
-    """A layer's decomposition, whoever made it: ``W C = U S V^T`` with C of its inputs.
+@dataclass
+class CordaEigens:
+    """A layer's decomposition: ``W C = U S V^T`` with C of its inputs; names are PEFT's.
 
     Attributes:
         S_WC: R singular values.
@@ -48,6 +50,7 @@ class Eigens(Protocol):
     "corda",
     title="CorDA",
     changes_base=True,
+    converts=True,
     data=DATA,
     calibration="preprocess_corda",
     settings=Settings("corda_config", CordaConfig),
@@ -58,8 +61,8 @@ def corda(given: Given) -> Start:
     Raises:
         InitialisationError: The decomposition is of another shape, not finite, or of a lower rank.
     """
-    weight, found = given.weight(), given.data
-    eigens: Eigens = found  # type: ignore[assignment]  # the layer found it under its name
+    weight = given.weight()
+    eigens: Any = given.data  # `CordaEigens`, of either library
     s, u, v = (part.to(weight) for part in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
     (n, k), rank = weight.shape, given.rank
     if (tuple(s.shape), tuple(u.shape), tuple(v.shape)) != ((rank,), (n, rank), (k, rank)):
@@ -74,15 +77,6 @@ def corda(given: Given) -> Start:
     check_usable(given, largest_first, max(n, k))
     root = (s / given.scaling).sqrt()
     return without(given, weight, v.T * root[:, None], u * root)
-
-
-@dataclass
-class CordaEigens:
-    """What `decompose` returns; see `Eigens`."""
-
-    S_WC: torch.Tensor
-    U_WC: torch.Tensor
-    V_WC: torch.Tensor
 
 
 class Covariances:

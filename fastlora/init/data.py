@@ -118,8 +118,10 @@ def write_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
     partial.replace(path)
 
 
-def from_cache(cache: Mapping[str, torch.Tensor], key: str, path: str | None) -> torch.Tensor:
-    """Returns a tensor of a cache file.
+def from_cache(
+    cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
+) -> torch.Tensor:
+    """Returns a tensor of a cache file, on the device of a module's weight.
 
     Raises:
         InitialisationError: It has no such tensor.
@@ -129,4 +131,5 @@ def from_cache(cache: Mapping[str, torch.Tensor], key: str, path: str | None) ->
             f"{path} has no {key!r}: it was made for other target modules; remove it, or name "
             "another file"
         )
-    return cache[key]
+    weight: Any = module.weight
+    return cache[key].to(weight.device)

@@ -6,7 +6,6 @@ Method: https://arxiv.org/abs/2410.07170, as in PEFT. An adapter starts with B z
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,26 +95,6 @@ class LayerDirections:
             raise InitialisationError(f"layer {self.name!r} has no directions yet")
         found = found[:rank]
         return (found / self.pca.values[:rank].sqrt()[:, None] if whiten else found).float()
-
-
-class Digests:
-    """Which layers get the same inputs, by a digest of each; made in one forward."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, bytes] = {}
-
-    @torch.no_grad()
-    def watch(self, name: str, rows: torch.Tensor) -> None:
-        """Takes a layer's rows; the first call of a layer counts."""
-        data = rows.detach().contiguous().cpu().view(torch.uint8)
-        self.of.setdefault(name, hashlib.blake2b(data.numpy().data).digest())
-
-    def groups(self) -> list[list[str]]:
-        """Returns the names of layers that got the same, two or more in each group."""
-        by_digest: dict[bytes, list[str]] = {}
-        for name, digest in self.of.items():
-            by_digest.setdefault(digest, []).append(name)
-        return [names for names in by_digest.values() if len(names) > 1]
 
 
 def share_ranks(

@@ -6,6 +6,7 @@ The loader is run over again and again; no batch is kept, and of each layer what
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlora.init.configs import EvaConfig
-from fastlora.init.data import batches, device_of, progress, to_device
-from fastlora.init.eva import Digests, LayerDirections, Prepare, share_ranks
+from fastlora.init.data import batches, device_of, hooked, progress, to_device
+from fastlora.init.eva import LayerDirections, Prepare, share_ranks
 from fastlora.validation import InitialisationError
 
 
@@ -25,8 +26,8 @@ class Search:
     Args:
         model: What runs over the data.
         layers: Its layers by name.
-        ranks: Name to the rank that a layer has before ranks are shared out; their sum stays.
         limits: Name to the highest rank that a layer can get.
+        budget: Sum of the ranks to share out.
         settings: Of EVA.
         forward: Calls the model with a batch.
         prepare_batch: Makes of a batch what the layers' prepare functions are given.
@@ -38,8 +39,8 @@ class Search:
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        ranks: Mapping[str, int],
         limits: Mapping[str, int],
+        budget: int,
         settings: EvaConfig,
         forward: Callable[[nn.Module, Any], object],
         prepare_batch: Callable[[Any], Any],
@@ -49,42 +50,40 @@ class Search:
         self.model, self.layers, self.settings = model, dict(layers), settings
         self.forward, self.prepare_batch, self.prepare = forward, prepare_batch, prepare_layer
         self.gather = _gather if gather and dist.is_initialized() else _as_it_is
-        self.limits, self.budget = dict(limits), sum(ranks.values())
+        self.limits, self.budget = dict(limits), budget
         self.source = {name: name for name in layers}
         self.found: dict[str, LayerDirections] = {}
         self.ranks = dict(limits)
 
     def find_groups(self, loader: Iterable[Any]) -> None:
         """Runs one batch, to see which layers get the same inputs."""
-        digests, device = Digests(), device_of(self.model)
         batch = next(iter(loader), None)
         if batch is None:
             raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
-        batch = to_device(batch, device)
+        batch = to_device(batch, device_of(self.model))
         prepared = self.prepare_batch(batch)
+        digests: dict[str, bytes] = {}  # of a layer's inputs, in its first call
 
         def watching(name: str) -> Callable[..., None]:
             def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                digests.watch(name, self.gather(self.prepare[name](inputs, prepared, name)))
+                rows = self.gather(self.prepare[name](inputs, prepared, name))
+                data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
+                digests.setdefault(name, hashlib.blake2b(data).digest())
 
             return watch
 
-        handles = [
-            layer.register_forward_pre_hook(watching(name)) for name, layer in self.layers.items()
-        ]
-        try:
+        with hooked(self.layers, watching):
             self.forward(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [name for name in self.layers if name not in digests.of]
+        missing = [name for name in self.layers if name not in digests]
         if missing:
             raise InitialisationError(
                 f"layer {missing[0]!r}: the data never got there; leave it out (exclude_modules)"
             )
-        groups = digests.groups()
-        followers = {name: names[0] for names in groups for name in names[1:]}
-        for names in groups:
+        groups: dict[bytes, list[str]] = {}
+        for name, digest in digests.items():
+            groups.setdefault(digest, []).append(name)
+        followers = {name: names[0] for names in groups.values() for name in names[1:]}
+        for names in groups.values():
             highest = max(self.limits[name] for name in names)
             self.limits |= dict.fromkeys(names, highest)
         self.source = {n: n for n in self.layers if n not in followers} | followers

@@ -30,7 +30,6 @@ LEVELS = {
     "loftq",
     title="LoftQ",
     changes_base=True,
-    converts=False,
     settings=Settings("loftq_config", LoftQConfig, missing="refuse", as_dict=True),
 )
 def loftq(given: Given) -> Start:

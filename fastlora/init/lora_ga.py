@@ -24,6 +24,7 @@ DATA = "_peft_loraga_grad"  # PEFT's name for it, so that either library's gradi
     "lora_ga",
     title="LoRA-GA",
     changes_base=True,
+    converts=True,
     random="lora_ga",
     data=DATA,
     calibration="preprocess_loraga",

@@ -10,7 +10,7 @@ import torch
 from fastlora.init.registry import Given, Start, register_init, without
 
 
-@register_init("olora", title="OLoRA", changes_base=True, on_quantised=True)
+@register_init("olora", title="OLoRA", changes_base=True, converts=True, on_quantised=True)
 def olora(given: Given) -> Start:
     """``W = Q R``: B is R columns of Q, A the rows of R beside them.
 

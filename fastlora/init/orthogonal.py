@@ -11,7 +11,7 @@ from fastlora.init.registry import Given, Start, register_init
 from fastlora.validation import InitialisationError
 
 
-@register_init("orthogonal", title="orthogonal")
+@register_init("orthogonal")
 def orthogonal(given: Given) -> Start:
     """A and B are combinations of rows of a random orthogonal matrix: A of every other one.
 

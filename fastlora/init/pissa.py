@@ -16,6 +16,7 @@ from fastlora.init.registry import Given, Start, check_usable, register_init, wi
     pattern=r"pissa(_niter_\d+)?",
     random=r"pissa_niter_\d+",
     changes_base=True,
+    converts=True,
 )
 def pissa(given: Given) -> Start:
     """``W = U S V^T``: B is ``U sqrt(S / scaling)`` and A ``sqrt(S / scaling) V^T``, R of each.

@@ -2,7 +2,7 @@
 
 A method is one file in this folder with one decorated function::
 
-    @register_init("pissa", title="PiSSA", changes_base=True)
+    @register_init("pissa", title="PiSSA", changes_base=True, converts=True)
     def pissa(given: Given) -> Start: ...
 
 The config and the loader ask `find_init` what a name means; a layer calls its `Init.start` with its
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -108,7 +108,7 @@ class Init:
     Attributes:
         name: True, False or a string.
         start: The method.
-        title: As its authors write it.
+        title: As its authors write it, for messages about settings and changed base weights.
         pattern: A regular expression for all the names it has.
         changes_base: Whether it moves a part of the base weight into the factors, so that an
             adapter means something only beside the base weight that it was trained on.
@@ -155,44 +155,12 @@ _registered: list[Init] = []
 
 
 def register_init(
-    name: bool | str,
-    *,
-    title: str = "",
-    pattern: str = "",
-    changes_base: bool = False,
-    converts: bool | None = None,
-    on_quantised: bool = False,
-    random: str = "",
-    data: str = "",
-    calibration: str = "",
-    must_repeat: bool = True,
-    settings: Settings | None = None,
-    frozen: tuple[str, ...] = (),
-    any_kind: bool = False,
+    name: bool | str, **facts: Any
 ) -> Callable[[Callable[[Given], Start]], Callable[[Given], Start]]:
-    """Makes a function known as an initialisation; for the arguments see `Init`.
-
-    ``converts`` is ``changes_base`` unless it is given.
-    """
+    """Makes a function known as an initialisation; ``facts`` are fields of `Init`."""
 
     def register(start: Callable[[Given], Start]) -> Callable[[Given], Start]:
-        made = Init(
-            name=name,
-            start=start,
-            title=title or str(name),
-            pattern=pattern,
-            changes_base=changes_base,
-            converts=changes_base if converts is None else converts,
-            on_quantised=on_quantised,
-            random=random,
-            data=data,
-            calibration=calibration,
-            must_repeat=must_repeat,
-            settings=settings,
-            frozen=frozen,
-            any_kind=any_kind,
-        )
-        _registered.append(made)
+        _registered.append(Init(name, start, **facts))
         return start
 
     return register

@@ -104,11 +104,6 @@ class AdapterHeader:
     infos: dict[str, TensorInfo]
     keys: dict[str, AdapterKey]
 
-    @property
-    def modules(self) -> list[str]:
-        """Names of the modules that the file holds factors for, sorted."""
-        return sorted({k.module for k in self.keys.values() if k.kind in _PARTNERS})
-
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterHeader):

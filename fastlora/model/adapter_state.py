@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,28 +25,18 @@ from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import routed_modules
-from fastlora.model.plan import Plan, base_of, factor_shapes
+from fastlora.model.plan import Plan, factor_shapes
 from fastlora.model.replication import in_place
 from fastlora.model.tied import input_embedding
-from fastlora.model.tuner import LoraTuner
-from fastlora.model.walk import outer_modules, plain_name
+from fastlora.model.walk import base_of, outer_modules, plain_name
 from fastlora.sharding import copy_whole_
 from fastlora.validation import CheckpointError
 
-
-class AdaptedModel(Protocol):
-    """What is used here of a `LoraModel`."""
-
-    base_model: LoraTuner
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns all tensors by name."""
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Returns a module by name."""
+if TYPE_CHECKING:
+    from fastlora.model.lora_model import LoraModel
 
 
-def key_map(lora_model: AdaptedModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
+def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
     """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
 
     In a file the adapter's name is left out, a copied module has its own name, and the bias of an
@@ -189,7 +179,7 @@ def _tied_shapes(
     """What PEFT saves of a head that has the input embedding's LoRA; it need not be there."""
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding(model))
-    for name in plan.tied if not plan.tied_copies else ():
+    for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
             shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected[f"{at}.{own}"][::-1]
     return shapes
@@ -222,7 +212,7 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def collect(
-    lora_model: AdaptedModel,
+    lora_model: LoraModel,
     adapter_name: str,
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
@@ -296,15 +286,12 @@ def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 
 @torch.no_grad()
-def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None:
+def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
     """Copies a checked file's tensors into an adapter's parameters, in their own dtypes.
 
     An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
     """
-    state = plain_state(lora_model.state_dict())
-    for disk, key in key_map(lora_model, adapter_name).items():
-        if disk in file.tensors:
-            _write(lora_model, key, state[key], file.tensors[disk])
+    put(lora_model, adapter_name, file.tensors)
     for disk, parts in file.keys.items():
         if parts.kind == "base" and disk in file.tensors:
             weight = _base_weight(lora_model.base_model.model, parts.module)
@@ -312,7 +299,7 @@ def load(lora_model: AdaptedModel, adapter_name: str, file: AdapterFile) -> None
                 copy_whole_(weight, file.tensors[disk])
 
 
-def _write(lora_model: AdaptedModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
+def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies into a tensor of the model; one on the meta device is replaced by one on its layer's.
 
     Raises `CheckpointError` where a source has no storage itself.
@@ -338,7 +325,7 @@ def _write(lora_model: AdaptedModel, key: str, target: torch.Tensor, source: tor
 
 
 @torch.no_grad()
-def put(lora_model: AdaptedModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Copies tensors by file key into an adapter's parameters, as far as there are some.
 
     Returns the file keys of the adapter that are missing, and those that it has no place for, as

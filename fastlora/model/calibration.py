@@ -8,7 +8,7 @@ library goes on from what the other has calibrated. EVA, which comes afterwards,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from fastlora.init.data import (
     write_cache,
 )
 from fastlora.layers.bases import is_transposed, why_not_replaceable
-from fastlora.model.config import LoraConfig
-from fastlora.model.plan import base_of
+from fastlora.model.config import LoraConfig, own_config
 from fastlora.model.targets import find_targets
-from fastlora.model.tuner import LoraTuner
+from fastlora.model.tuner import tuner_of
+from fastlora.model.walk import base_of
 from fastlora.validation import ConfigError, InitialisationError, error_prefix
 
 
@@ -41,8 +41,8 @@ def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[
         TargetNotFoundError: Nothing matches.
         InitialisationError: No target is a linear layer, or the weight of one is quantised.
     """
-    tuner = getattr(model, "base_model", None)
-    inner = tuner.model if isinstance(tuner, LoraTuner) else model
+    tuner = tuner_of(model)
+    inner = model if tuner is None else tuner.model
     found = {}
     for name in find_targets(inner, config):
         base = base_of(inner.get_submodule(name))
@@ -61,10 +61,6 @@ def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[
             "an nn.Linear or a Conv1D"
         )
     return found
-
-
-def _own(config: Any) -> LoraConfig:
-    return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
 
 
 def _runner(
@@ -120,19 +116,17 @@ def preprocess_corda(
 
     Method: https://arxiv.org/abs/2406.05223, as in PEFT 0.21.2.
     """
-    config = _own(lora_config)
+    config = own_config(lora_config)
     settings: CordaConfig = settings_of(config.corda_config, CordaConfig) or CordaConfig()
     layers = calibrated_layers(model, config, "CorDA")
     cache = read_cache(settings.cache_file)
     if cache is not None:
+        made = {}
         for name, module in layers.items():
-            parts = {
-                part: from_cache(cache, f"{name}.eigens.{part}", settings.cache_file).to(
-                    module.weight.device  # type: ignore[arg-type]  # a linear's
-                )
-                for part in ("S_WC", "U_WC", "V_WC")
-            }
-            setattr(module, corda.DATA, corda.CordaEigens(**parts))
+            keys = (f"{name}.eigens.{part}" for part in corda.PARTS)
+            parts = [from_cache(cache, key, settings.cache_file, module) for key in keys]
+            made[name] = corda.CordaEigens(*parts)
+        _leave(layers, corda.DATA, made)
         return
     counts: dict[str, int] = {}
     covariances = read_cache(settings.covariance_file)
@@ -148,10 +142,10 @@ def preprocess_corda(
             run()
         counts, covariances = sums.counts, sums.means()
         write_cache(settings.covariance_file, covariances)
-    made: dict[str, corda.CordaEigens] = {}
+    made = {}
     for name, module in progress(list(layers.items()), "Decomposing", settings.verbose):
         weight: Any = module.weight
-        covariance = from_cache(covariances, name, settings.covariance_file).to(weight.device)
+        covariance = from_cache(covariances, name, settings.covariance_file, module)
         with error_prefix(f"layer {name!r}"):
             made[name] = corda.decompose(
                 weight.t() if is_transposed(module) else weight,
@@ -159,17 +153,16 @@ def preprocess_corda(
                 config.rank_for(name),
                 settings.corda_method,
             )
-    for name, module in layers.items():
-        setattr(module, corda.DATA, made[name])
-        if not settings.prune_temporary_fields:
-            setattr(module, "covariance_matrix", covariances[name])  # noqa: B010 - not a parameter
-            setattr(module, "sample_count", counts.get(name, 0))  # noqa: B010
+    _leave(layers, corda.DATA, made)
+    if not settings.prune_temporary_fields:
+        _leave(layers, "covariance_matrix", covariances)
+        _leave(layers, "sample_count", {name: counts.get(name, 0) for name in layers})
     write_cache(
         settings.cache_file,
         {
             f"{name}.eigens.{part}": getattr(eigens, part)
             for name, eigens in made.items()
-            for part in ("S_WC", "U_WC", "V_WC")
+            for part in corda.PARTS
         },
     )
 
@@ -204,7 +197,7 @@ def preprocess_loraga(
 
     Method: https://arxiv.org/abs/2407.05000, as in PEFT 0.21.2.
     """
-    config = _own(lora_config)
+    config = own_config(lora_config)
     if settings_of(config.lora_ga_config, LoraGAConfig) is None:
         raise ConfigError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with "
@@ -215,13 +208,10 @@ def preprocess_loraga(
     cache = read_cache(path)
     if cache is not None:
         found = {
-            name: from_cache(cache, f"{name}.{lora_ga.DATA}", path).to(
-                module.weight.device  # type: ignore[arg-type]  # a linear's
-            )
+            name: from_cache(cache, f"{name}.{lora_ga.DATA}", path, module)
             for name, module in layers.items()
         }
-        for name, module in layers.items():
-            setattr(module, lora_ga.DATA, found[name])
+        _leave(layers, lora_ga.DATA, found)
         return
     run = _runner(model, train_step, dataloader, _backward, "train_step", show_progress_bar)
     estimate_gradients(model, config, run)
@@ -235,12 +225,17 @@ def estimate_gradients(
     model: nn.Module, lora_config: Any, train_step: Callable[[], object]
 ) -> None:
     """Leaves the mean gradient of each target layer's weight on it; see `preprocess_loraga`."""
-    layers = calibrated_layers(model, _own(lora_config), "LoRA-GA")
+    layers = calibrated_layers(model, own_config(lora_config), "LoRA-GA")
     training = in_mode(model, training=True)
     with same_buffers(model), training, lora_ga.gradients(model, layers) as found:
         train_step()
+    _leave(layers, lora_ga.DATA, found)
+
+
+def _leave(layers: Mapping[str, nn.Module], attribute: str, results: Mapping[str, object]) -> None:
+    """Gives each layer its own result."""
     for name, module in layers.items():
-        setattr(module, lora_ga.DATA, found[name])
+        setattr(module, attribute, results[name])
 
 
 def _backward(model: nn.Module, batch: Any) -> None:

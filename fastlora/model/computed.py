@@ -12,8 +12,8 @@ from torch import nn
 
 from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
-from fastlora.model import inject
 from fastlora.model.config import LoraConfig
+from fastlora.model.inject import lora_layers, routed_modules
 from fastlora.model.plan import Plan, plan_adapter
 from fastlora.sharding import is_sharded
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -49,6 +49,11 @@ class Made(NamedTuple):
     copies: Mapping[str, str]
     wide: bool
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer to the rank of its factors."""
+        return {name: each.lora_a.shape[0] for name, each in self.factors.items()}
+
     @torch.no_grad()
     def fill(self, model: nn.Module, adapter_name: str) -> None:
         """Copies what was computed into the adapter, once the model has it."""
@@ -64,16 +69,6 @@ class Made(NamedTuple):
             wrapper = model.get_submodule(name)
             copies: Any = wrapper.modules_to_save
             copies[adapter_name].load_state_dict(copies[owner].state_dict())
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Returns every LoRA layer of a base model by its name, those inside others too."""
-    found: dict[str, LoraLayer] = {}
-    for name, layer in inject.routed_modules(model):
-        if isinstance(layer, LoraLayer):
-            found[name] = layer
-            found |= {f"{name}.{below}": inner for below, inner in layer.inner_layers().items()}
-    return found
 
 
 def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True) -> low_rank.Pair:
@@ -101,14 +96,48 @@ def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = Tru
     return lora_a.detach().to(wide), lora_b.detach().to(wide)
 
 
-def copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
+def made(
+    model: nn.Module,
+    configs: Mapping[str, LoraConfig],
+    factors: Mapping[str, Factors],
+    config: LoraConfig | None = None,
+) -> Made:
+    """Returns an adapter that is ready to be added, on the layers that it has factors for.
+
+    Args:
+        model: The base model, with adapters in it.
+        configs: Name of each adapter that it was computed from to its config.
+        factors: By layer.
+        config: The adapter's; None where its factors hold all scalings.
+
+    Raises:
+        AdapterStateError, ConfigError: See `LoraTuner.add_weighted_adapter`.
+    """
+    copies = _copies_of(model, list(configs))
+    if config is None:
+        ranks = {name: each.lora_a.shape[0] for name, each in factors.items()}
+        config = _config_for(list(configs.values()), ranks, copies)
+    plan = plan_adapter(model, config)
+    layers = lora_layers(model)
+    inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
+    outer = set(factors) - inner
+    if set(plan.targets) != outer:
+        # Configs that pick layers in different ways have no sum but the names themselves.
+        config.target_modules = outer
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        plan = plan_adapter(model, config)
+    holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
+    return Made(plan, factors, copies, next(holders)[0].dtype == torch.float32)
+
+
+def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
     """Returns each module of which one of the adapters owns a copy, and which one.
 
     Raises:
         AdapterStateError: Two of them own a copy of the same module.
     """
     found = {}
-    for name, module in inject.routed_modules(model):
+    for name, module in routed_modules(model):
         copies = getattr(module, "modules_to_save", None)
         owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
         if len(owners) > 1:
@@ -121,7 +150,7 @@ def copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def config_for(
+def _config_for(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
     """Returns the config of an adapter whose factors hold all scalings: its alpha is its rank.
@@ -129,7 +158,7 @@ def config_for(
     Args:
         configs: Of the adapters that it is made of; the first one's other fields are taken.
         ranks: By layer.
-        copies: From `copies_of`.
+        copies: From `_copies_of`.
 
     Raises:
         ConfigError: One of them means something only on base weights that its start changed.
@@ -152,31 +181,3 @@ def config_for(
     else:
         config.target_modules = {name for each in targets for name in each or ()}
     return config
-
-
-def made(
-    model: nn.Module,
-    config: LoraConfig,
-    factors: Mapping[str, Factors],
-    copies: Mapping[str, str],
-    dtype: torch.dtype,
-) -> Made:
-    """Returns an adapter that is ready to be added, on the layers that it has factors for.
-
-    Args:
-        model: The base model, with adapters in it.
-        config: The adapter's.
-        factors: By layer.
-        copies: From `copies_of`.
-        dtype: Of the factors that it was computed from.
-    """
-    plan = plan_adapter(model, config)
-    layers = lora_layers(model)
-    inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
-    outer = set(factors) - inner
-    if set(plan.targets) != outer:
-        # Configs that pick layers in different ways have no sum but the names themselves.
-        config.target_modules = outer
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        plan = plan_adapter(model, config)
-    return Made(plan, factors, copies, dtype == torch.float32)

@@ -8,7 +8,7 @@ Method: PEFT 0.21.2, ``save_pretrained(path_initial_model_for_weight_conversion=
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -81,13 +81,10 @@ def convert(
 
 
 def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
-    plain, default = copy.deepcopy(config), LoraConfig()
-    plain.init_lora_weights = True
-    for init in all_inits():
-        if init.settings is not None:
-            setattr(plain, init.settings.field, getattr(default, init.settings.field))
-    plain.r = 2 * config.r
-    plain.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
-    plain.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    plain.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
-    return plain
+    return dataclasses.replace(
+        config.shapes_only(),
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
+    )

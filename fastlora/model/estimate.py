@@ -15,8 +15,9 @@ from torch import nn
 
 from fastlora.layers.bases import factor_like
 from fastlora.model import inject
-from fastlora.model.plan import Plan, base_of, factor_shapes, plan_for
+from fastlora.model.plan import Plan, factor_shapes, plan_for
 from fastlora.model.replication import in_place
+from fastlora.model.walk import base_of
 
 # bitsandbytes': bytes of a table of 16 values, and how many absmax share one when they are nested.
 _CODE_BYTES, _NESTED = 64, 256

@@ -25,11 +25,11 @@ from fastlora.layers import LoraLayer
 from fastlora.layers.bases import is_transposed, linear_features
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
-from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers, routed_modules
+from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.inject import lora_layers
 from fastlora.model.plan import settings_for
 from fastlora.model.targets import find_targets, resolve_target_modules
-from fastlora.model.tuner import LoraTuner
+from fastlora.model.tuner import LoraTuner, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
 
 # rho above this means "as many as there are".
@@ -100,16 +100,17 @@ def get_eva_state_dict(
         ConfigError: The model is bare and there is no config, or a mapping names no layer.
         InitialisationError: The loader has no batch, or none with enough rows.
     """
-    tuner = getattr(model, "base_model", None)
-    adapted = isinstance(tuner, LoraTuner)
-    if peft_config is None and not adapted:
-        raise ConfigError("peft_config is required if model is not a PeftModel")
-    config = _config(tuner, adapter_name) if peft_config is None else peft_config
-    config = config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
+    tuner = tuner_of(model)
+    if peft_config is None:
+        if tuner is None:
+            raise ConfigError("peft_config is required if model is not a PeftModel")
+        tuner.check_known(adapter_name)
+        peft_config = tuner.peft_config[adapter_name]
+    config = own_config(peft_config)
     layers = _layers(model, tuner, config, adapter_name)
     if not layers:
         raise InitialisationError("EVA found no linear layer to look at")
-    without = tuner.disable_adapter() if isinstance(tuner, LoraTuner) else contextlib.nullcontext()
+    without = contextlib.nullcontext() if tuner is None else tuner.disable_adapter()
     settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
     ranks = {name: config.rank_for(name) for name in layers}
 
@@ -119,8 +120,8 @@ def get_eva_state_dict(
     search = Search(
         model,
         layers,
-        ranks,
         _limits(model, layers, ranks, settings.rho, config.r),
+        sum(ranks.values()),
         settings,
         forward_fn,
         prepared,
@@ -133,18 +134,12 @@ def get_eva_state_dict(
     return search.state()
 
 
-def _config(tuner: Any, adapter_name: str) -> LoraConfig:
-    tuner.check_known(adapter_name)
-    config: LoraConfig = tuner.peft_config[adapter_name]
-    return config
-
-
 def _layers(
-    model: nn.Module, tuner: Any, config: LoraConfig, adapter_name: str
+    model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
     """Returns the linear layers by name: those of the adapter, or of a bare model's targets."""
-    if isinstance(tuner, LoraTuner):
-        found = routed_modules(tuner.model)
+    if tuner is not None:
+        found = lora_layers(tuner.model).items()
         return {f"{KEY_PREFIX}{n}": layer for n, layer in found if _is_linear(layer, adapter_name)}
     names = (
         [name for name, _ in model.named_modules()]
@@ -155,10 +150,8 @@ def _layers(
     return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or is_transposed(m)}
 
 
-def _is_linear(layer: nn.Module, adapter_name: str) -> bool:
-    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
-        return False
-    return isinstance(layer.lora_A[adapter_name], nn.Linear)
+def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
 def _by_layer(
@@ -183,12 +176,8 @@ def _limits(
     """Returns the highest rank that each layer can get."""
     if rho > _MOST_RHO:
         rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // r)
-    return {name: min(round(ranks[name] * rho), _width(layer)) for name, layer in layers.items()}
-
-
-def _width(layer: nn.Module) -> int:
-    features = linear_features(layer)
-    return features[0] if features is not None else 0
+    widths = {name: (linear_features(layer) or (0, 0))[0] for name, layer in layers.items()}
+    return {name: min(round(ranks[name] * rho), width) for name, width in widths.items()}
 
 
 @torch.no_grad()
@@ -228,19 +217,20 @@ def initialize_lora_eva_weights(
         AdapterStateError: Several adapters act, or one is merged. Nothing has changed then.
         InitialisationError: The state does not fit the adapter, or see `get_eva_state_dict`.
     """
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, LoraTuner):
+    tuner = tuner_of(model)
+    if tuner is None:
         raise ConfigError("model must be a PeftModel: the result of fastlora.get_peft_model")
     if len(tuner.active_adapters) > 1:
         raise AdapterStateError(
             "`initialize_lora_eva_weights` currently only works with a single active adapter"
         )
-    config = _config(tuner, adapter_name)
+    tuner.check_known(adapter_name)
+    config = tuner.peft_config[adapter_name]
     if config.init.name != "eva":
         raise ConfigError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )
-    if any(layer.merged for layer in lora_layers(tuner.model)):
+    if any(layer.merged for layer in lora_layers(tuner.model).values()):
         raise AdapterStateError("an adapter is merged; unmerge it first")
     if eva_state_dict is None:
         if dataloader is None:
@@ -263,11 +253,7 @@ def _apply(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Puts directions into factors, of another rank where that changes, and into the config."""
-    layers = {
-        name: layer
-        for name, layer in routed_modules(tuner.model)
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r
-    }
+    layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {
         name: state[f"{KEY_PREFIX}{name}"] for name in layers if f"{KEY_PREFIX}{name}" in state
     }
@@ -291,7 +277,6 @@ def _apply(
                 alpha *= rank / asked.r
         else:
             missing.append(name)
-        if name not in found:
             asked = asked._replace(init_lora_weights=True)
         if rank != layer.r[adapter_name] or (name in missing and _is_linear(layer, adapter_name)):
             _remake(layer, adapter_name, asked._replace(r=rank, lora_alpha=alpha))

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,11 +34,11 @@ from fastlora.layers.ranks import (
 )
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
-from fastlora.model.adapter_state import AdaptedModel
-from fastlora.model.computed import lora_layers
-from fastlora.model.config import LoraConfig
-from fastlora.model.plan import base_of, factor_shapes
+from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.inject import lora_layers
+from fastlora.model.plan import factor_shapes
 from fastlora.model.tuner import tuner_of
+from fastlora.model.walk import base_of
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -47,6 +47,9 @@ from fastlora.validation import (
     check_rank,
 )
 from fastlora.weight_marks import marks
+
+if TYPE_CHECKING:
+    from fastlora.model.lora_model import LoraModel
 
 # Fields of a config that the tensors do not show, and that a layer cannot change in place.
 _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices")
@@ -205,7 +208,7 @@ def hotswap_adapter_from_state_dict(
             f"{type(own).__name__}; for PEFT's use peft.utils.hotswap"
         )
     own.base_model.check_known(adapter_name)
-    given = config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
+    given = own_config(config)
     disk = {key: name for name, key in adapter_state.key_map(own, adapter_name).items()}
     _swap(own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given)
 
@@ -220,7 +223,7 @@ class _Place(NamedTuple):
 
 @torch.no_grad()
 def _swap(
-    model: AdaptedModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
+    model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
     """Checks everything, and then writes ``tensors``, by file key, into an adapter."""
     tuner = model.base_model
@@ -315,7 +318,7 @@ def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor])
 
 
 def _copies(
-    model: AdaptedModel,
+    model: LoraModel,
     adapter_name: str,
     tensors: Mapping[str, torch.Tensor],
     keys: Mapping[str, str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.init.data import progress
 from fastlora.layers import (
     LoraLayer,
     ModulesToSaveWrapper,
@@ -21,10 +23,10 @@ from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
-from fastlora.model.plan import Plan, base_of, kind_for, settings_for
+from fastlora.model.plan import Plan, kind_for, settings_for
 from fastlora.model.replication import forget_replication
 from fastlora.model.tied import SharedWeights, input_embedding, note_untied
-from fastlora.model.walk import outer_modules
+from fastlora.model.walk import base_of, outer_modules
 from fastlora.validation import (
     AdapterStateError,
     ConfigError,
@@ -67,19 +69,22 @@ def add_adapter(
     init = plan.config.init
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
-    def replace(name: str, made: nn.Module) -> None:
-        replaced[name] = model.get_submodule(name), made
+    def holder(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
+        """Returns the module of that name, made what holds adapters if it is not yet."""
+        module = model.get_submodule(name)
+        if isinstance(module, kind):
+            return module
+        made = make(module)
+        replaced[name] = module, made
         _set_submodule(model, name, made)
+        return made
 
     try:
         if plan.replication is not None:
             plan.replication.apply()
         with _outside_inference_mode():
             for name in plan.targets:
-                layer = model.get_submodule(name)
-                if not isinstance(layer, LoraLayer):
-                    layer = kind_for(layer, plan.config).wrap(layer)
-                    replace(name, layer)
+                layer = holder(name, LoraLayer, lambda m: kind_for(m, plan.config).wrap(m))
                 settings = settings_for(name, plan.config)._replace(from_file=plan.from_file)
                 for each in (layer, *layer.inner_layers().values()):
                     if init.changes_base or init.data:
@@ -89,32 +94,20 @@ def add_adapter(
                     if autocast_adapter_dtype:
                         each.widen(adapter_name)
             for name in plan.modules_to_save:
-                wrapper = model.get_submodule(name)
-                if not isinstance(wrapper, ModulesToSaveWrapper):
-                    wrapper = ModulesToSaveWrapper(wrapper)
-                    replace(name, wrapper)
-                wrapper.add_adapter(adapter_name)
-            for name in plan.tied if not plan.tied_copies else ():
-                source: Any = model.get_submodule(str(input_embedding(model)))
-                head = model.get_submodule(name)
-                if not isinstance(head, TiedLoraHead):
-                    head = TiedLoraHead(head, source)
-                    replace(name, head)
-                settings = settings_for(str(input_embedding(model)), plan.config)
+                holder(name, ModulesToSaveWrapper, ModulesToSaveWrapper).add_adapter(adapter_name)
+            embedding = str(input_embedding(model)) if plan.tied else ""
+            source: Any = model.get_submodule(embedding)
+            for name in plan.tied_heads:
+                head = holder(name, TiedLoraHead, lambda module: TiedLoraHead(module, source))
+                settings = settings_for(embedding, plan.config)
                 head.add_adapter(adapter_name, **settings._asdict())
             for name in plan.tied_copies:
-                wrapper = model.get_submodule(name)
-                if not isinstance(wrapper, ModulesToSaveWrapper):
-                    wrapper = ModulesToSaveWrapper(wrapper)
-                    replace(name, wrapper)
-                source = model.get_submodule(str(input_embedding(model)))
+                wrapper = holder(name, ModulesToSaveWrapper, ModulesToSaveWrapper)
                 wrapper.add_adapter(adapter_name, source.modules_to_save[adapter_name])
             for name, tokens in plan.tokens.items():
-                rows = model.get_submodule(name)
-                if not isinstance(rows, TrainableTokensWrapper):
-                    tied: Any = tokens.tied_to and model.get_submodule(tokens.tied_to)
-                    rows = TrainableTokensWrapper(rows, tied)
-                    replace(name, rows)
+                tied: Any = tokens.tied_to and model.get_submodule(tokens.tied_to)
+                make = functools.partial(TrainableTokensWrapper, tied_to=tied)
+                rows = holder(name, TrainableTokensWrapper, make)
                 if adapter_name not in rows.adapter_names:
                     rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
     except BaseException:
@@ -146,17 +139,15 @@ def to_meta(model: nn.Module, adapter_name: str) -> None:
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
-    holders = [m for m in lora_layers(model) if adapter_name in m.r]
-    if any(adapter_name in module.merged_adapters for _, module in routed_modules(model)):
+    found = routed_modules(model)
+    if any(adapter_name in module.merged_adapters for _, module in found):
         raise AdapterStateError(
             f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
             "Please unmerge them first."
         )
-    for layer in holders:
-        layer.delete_adapter(adapter_name)
-    for wrapper in wrappers(model):
-        if adapter_name in wrapper.adapter_names:
-            wrapper.delete_adapter(adapter_name)
+    for _, module in found:
+        if present(module, [adapter_name]):  # rows are deleted with those that they are tied to
+            module.delete_adapter(adapter_name)
 
 
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
@@ -166,14 +157,9 @@ def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Returns every LoRA layer of a model."""
-    return [module for _, module in routed_modules(model) if isinstance(module, LoraLayer)]
-
-
-def wrappers(model: nn.Module) -> list[ModuleWrapper]:
-    """Returns every module that adapters train otherwise than by LoRA."""
-    return [module for _, module in routed_modules(model) if isinstance(module, ModuleWrapper)]
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Returns every LoRA layer of a model by its name, those inside others too."""
+    return {name: m for name, m in routed_modules(model) if isinstance(m, LoraLayer)}
 
 
 def freeze_base(model: nn.Module, configs: Collection[LoraConfig]) -> None:
@@ -182,7 +168,7 @@ def freeze_base(model: nn.Module, configs: Collection[LoraConfig]) -> None:
     Only the first adapter does: what somebody has unfrozen since stays so.
     """
     modes = {config.bias for config in configs if not config.inference_mode}
-    trained = set(map(id, trained_biases(model, modes, lora_layers(model))))
+    trained = set(map(id, trained_biases(model, modes, lora_layers(model).values())))
     for _, parameter in base_parameters(model):
         if len(configs) == 1 or id(parameter) in trained:
             parameter.requires_grad_(id(parameter) in trained)
@@ -245,7 +231,7 @@ def unload(
     dtype = dense_dtype(model) if dequantize else None
     shared = SharedWeights(model)
     errors: dict[str, float | None] = {}
-    for name, module in _progress(found, progressbar, "Merging" if merge else "Unloading"):
+    for name, module in progress(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
             names = present(module, adapter_names)
             was_quantised = dequantize and make_plain(module)
@@ -287,15 +273,6 @@ def present(module: Any, adapter_names: list[str] | None) -> list[str] | None:
         return None
     known = module.r if isinstance(module, LoraLayer) else module.adapter_names
     return [name for name in adapter_names if name in known]
-
-
-def _progress(layers: list[tuple[str, Any]], show: bool, what: str) -> Iterable[tuple[str, Any]]:
-    if show:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(layers, desc=what, unit="layer")
-    return layers
 
 
 def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

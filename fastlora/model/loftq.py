@@ -20,8 +20,8 @@ from fastlora.init.registry import check_finite
 from fastlora.layers import LoraLayer
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.linear import DEFAULT_ADAPTER
-from fastlora.model.inject import routed_modules
-from fastlora.model.tuner import LoraTuner
+from fastlora.model.inject import lora_layers
+from fastlora.model.tuner import tuner_of
 from fastlora.validation import (
     CheckpointError,
     ConfigError,
@@ -60,14 +60,14 @@ def replace_lora_weights_loftq(
         InitialisationError: A weight is not finite, or smaller than the rank. No factor has changed
             after any of these but one that ``callback`` raises.
     """
-    tuner = getattr(peft_model, "base_model", None)
-    if not isinstance(tuner, LoraTuner):
+    tuner = tuner_of(peft_model)
+    if tuner is None:
         raise ConfigError("expected the result of fastlora.get_peft_model")
     tuner.check_known(adapter_name)
-    layers: dict[str, LoraLayer] = {
+    layers = {
         name: layer
-        for name, layer in routed_modules(tuner.model)
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A and _is_4bit(layer)
+        for name, layer in lora_layers(tuner.model).items()
+        if adapter_name in layer.lora_A and _is_4bit(layer)
     }
     if not layers:
         raise UnsupportedLayerError(

@@ -21,12 +21,12 @@ from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.config import LoraConfig
+from fastlora.model.config import LoraConfig, own_config
 from fastlora.model.replication import Replication, in_place, replication_for
 from fastlora.model.targets import find_modules_to_save, find_targets, resolve_target_modules
-from fastlora.model.tied import NO_TIES, Ties, tie_adapters
+from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
-from fastlora.model.walk import original_of
+from fastlora.model.walk import base_of
 from fastlora.routing.ids import check_adapter_name
 from fastlora.validation import (
     AdapterStateError,
@@ -46,8 +46,8 @@ class Plan:
         modules_to_save: Modules that it owns a copy of.
         from_file: Whether its weights exist already.
         tokens: Modules of which it trains rows.
-        tied: Modules that have the input embedding's copy, or its LoRA.
-        copies_tied: Whether it is the copy.
+        tied_copies: Modules that have the input embedding's copy.
+        tied_heads: Modules that have its LoRA.
         replication: The layers that it finds these modules in, where they are yet to be made.
     """
 
@@ -56,14 +56,14 @@ class Plan:
     modules_to_save: list[str]
     from_file: bool = False
     tokens: dict[str, Tokens] = field(default_factory=dict)
-    tied: list[str] = field(default_factory=list)
-    copies_tied: bool = False
+    tied_copies: list[str] = field(default_factory=list)
+    tied_heads: list[str] = field(default_factory=list)
     replication: Replication | None = None
 
     @property
-    def tied_copies(self) -> list[str]:
-        """Those of the tied modules that have a copy."""
-        return self.tied if self.copies_tied else []
+    def tied(self) -> list[str]:
+        """Modules that have the input embedding's copy or LoRA; it is the same for all of them."""
+        return [*self.tied_copies, *self.tied_heads]
 
     @property
     def touched(self) -> list[str]:
@@ -88,10 +88,7 @@ def plan_for(
         ConfigError: A field or the name is wrong.
     """
     check_adapter_name(adapter_name)
-    given = (
-        peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)
-    )
-    config = copy.deepcopy(given)
+    config = copy.deepcopy(own_config(peft_config))
     config.check_supported("load" if loading else "new")
     replication = replication_for(model, config.layer_replication)
     with in_place(replication):
@@ -131,18 +128,18 @@ def plan_adapter(
             copy or LoRA.
     """
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
-    tied = list(ties.names)
-    saved = [name for name in saved if name not in tied]
+    copies, heads = list(ties.names), list[str]()
+    saved = [name for name in saved if name not in copies]
     if not ties.copies:
         # As PEFT: of what is tied, heads share the embedding's LoRA, and embeddings have their own.
+        tied, copies = copies, []
         heads = [n for n in tied if not isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
         targets = [name for name in targets if name not in heads]
         targets += [name for name in tied if name not in (*heads, *targets)]
-        tied = heads
-        _check_tied_lora(model, config, targets, tied)
+        _check_tied_lora(model, config, targets, heads)
     tokens = find_tokens(model, config)
-    plan = Plan(config, targets, saved, from_file, tokens, tied, ties.copies)
-    check_apart(tokens, targets, saved, tied)
+    plan = Plan(config, targets, saved, from_file, tokens, copies, heads)
+    check_apart(tokens, targets, saved, plan.tied)
     if config.init.changes_base:
         _check_untied(model, plan)
     for name in plan.targets:
@@ -217,20 +214,15 @@ def _check_tied_lora(
 
 def _check_untied(model: nn.Module, plan: Plan) -> None:
     """Raises where the initialisation would change a weight that another module has too."""
-    holders: dict[int, dict[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), {})[module] = name
+    shared = SharedWeights(model)
     for name in plan.targets:
         module = model.get_submodule(name)
         base = base_of(module)
-        found = holders.get(id(base._parameters.get("weight")), {})
-        others = [other for holder, other in found.items() if holder not in (module, base)]
-        if others and linear_features(base) is not None:
+        other = shared.beside(base, (module, base))
+        if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={plan.config.init_lora_weights!r} changes the weight of target "
-                f"module {name!r}, which {others[0]!r} shares; leave it out (exclude_modules), or "
+                f"module {name!r}, which {other!r} shares; leave it out (exclude_modules), or "
                 "untie the two first"
             )
 
@@ -242,11 +234,6 @@ def warn_of_peft(model: nn.Module, plan: Plan) -> None:
     for note, name in notes.items():
         if note:
             warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
 def settings_for(name: str, config: LoraConfig) -> Settings:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,19 +23,18 @@ from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import save_adapter_folder
-from fastlora.model.adapter_state import AdaptedModel
 from fastlora.model.computed import (
     Factors,
     Made,
-    config_for,
-    copies_of,
-    lora_layers,
     made,
     pair_of,
 )
-from fastlora.model.config import LoraConfig
+from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.model.lora_model import LoraModel
 
 # A name that no user gives an adapter.
 _CONVERTED = "fastlora-converted"
@@ -71,7 +70,7 @@ class RankReduction:
 
 
 def reduce_rank(
-    model: AdaptedModel,
+    model: LoraModel,
     rank: int | float,
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
@@ -101,8 +100,7 @@ def reduce_rank(
     model.base_model.check_new(new_adapter_name)
     new, errors = _reduced(model, rank, adapter_name)
     model.base_model.add_computed(new_adapter_name, new)
-    ranks = {name: factors.lora_a.shape[0] for name, factors in new.factors.items()}
-    return RankReduction(new_adapter_name, ranks, errors)
+    return RankReduction(new_adapter_name, new.ranks, errors)
 
 
 def convert_to_lora(
@@ -131,10 +129,9 @@ def convert_to_lora(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
     new, errors = _reduced(model, rank, adapter_name)
-    ranks = {name: factors.lora_a.shape[0] for name, factors in new.factors.items()}
     warnings.warn(
         "Converting a PEFT adapter to LoRA that is already a LoRA adapter: "
-        f"{RankReduction(adapter_name, ranks, errors)}",
+        f"{RankReduction(adapter_name, new.ranks, errors)}",
         stacklevel=2,
     )
     tuner = model.base_model
@@ -222,9 +219,10 @@ def reduce_intruder_dimension(
         tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
         pair = found[0] if found else pair
         factors[name] = Factors(*pair, layer._factors(old_adapter_name)[2])
-    config = copy.deepcopy(tuner.peft_config[old_adapter_name])
+    old = tuner.peft_config[old_adapter_name]
+    config = copy.deepcopy(old)
     config.bias, config.init_lora_weights = "none", True
-    new = _made(peft_model, config, factors, old_adapter_name)
+    new = made(tuner.model, {old_adapter_name: old}, factors, config)
     tuner.add_computed(new_adapter_name, new)
     tell(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)
@@ -263,7 +261,7 @@ def _without_intruders(
 
 
 def _reduced(
-    model: AdaptedModel, rank: int | float, adapter_name: str
+    model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[Made, dict[str, float]]:
     """Computes an adapter at another rank, and what is lost on each layer."""
     share = isinstance(rank, float)
@@ -300,23 +298,11 @@ def _reduced(
             None if bias is None else bias.detach() * scaling,
             None if magnitude is None else magnitude.weight.detach(),
         )
-    ranks = {name: each.lora_a.shape[0] for name, each in factors.items()}
-    copies = copies_of(model.base_model.model, [adapter_name])
-    config = config_for([model.base_model.peft_config[adapter_name]], ranks, copies)
-    return _made(model, config, factors, adapter_name), errors
+    tuner = model.base_model
+    return made(tuner.model, {adapter_name: tuner.peft_config[adapter_name]}, factors), errors
 
 
-def _made(
-    model: AdaptedModel, config: LoraConfig, factors: dict[str, Factors], adapter_name: str
-) -> Made:
-    base = model.base_model.model
-    dtype = next(
-        layer._factors(adapter_name)[0].dtype for _, layer in _layers_with(model, adapter_name)
-    )
-    return made(base, config, factors, copies_of(base, [adapter_name]), dtype)
-
-
-def _layers_with(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
     """Yields name and layer of all that have an adapter."""
     tuner = model.base_model
     tuner.check_known(adapter_name)

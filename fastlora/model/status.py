@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -16,8 +16,8 @@ from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.quantised import Quantised, quantised
 from fastlora.layers.ranks import tensors_of
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
-from fastlora.model.tuner import LoraTuner
-from fastlora.model.walk import outer_modules
+from fastlora.model.inject import routed_modules
+from fastlora.model.tuner import tuner_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 Irregular = Literal["irregular"]
@@ -91,9 +91,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterStateError: It has none. (`ValueError`, as PEFT raises.)
     """
-    tuner = getattr(model, "base_model", None)
-    walked = tuner if isinstance(tuner, LoraTuner) else model
-    found = [_status(name, module) for name, module in _holders(walked)]
+    found = [_status(*each) for each in routed_modules(tuner_of(model) or model)]
     if not found:
         raise AdapterStateError(
             "No adapter layers found in the model; expected one from fastlora.get_peft_model (for "
@@ -112,8 +110,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         AdapterStateError: It has no LoRA layer of fastlora's.
     """
     layers = get_layer_status(model)
-    tuner: Any = getattr(model, "base_model", None)
-    wrapped = isinstance(tuner, LoraTuner)
+    tuner = tuner_of(model)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     named = any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
@@ -123,11 +120,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
     backends = [layer.quantization_backend for layer in layers]
     return TunerModelStatus(
-        base_model_type=type(tuner.model if wrapped else model).__name__
-        if wrapped or named
+        base_model_type=type(model if tuner is None else tuner.model).__name__
+        if tuner is not None or named
         else "other",
-        adapter_model_type="LoraModel" if wrapped else "None",
-        peft_types=dict.fromkeys(tuner.peft_config, "LORA") if wrapped else {},
+        adapter_model_type="None" if tuner is None else "LoraModel",
+        peft_types={} if tuner is None else dict.fromkeys(tuner.peft_config, "LORA"),
         trainable_params=sum(size for size, trains in sizes if trains),
         total_params=sum(size for size, _ in sizes),
         num_adapter_layers=len(layers),
@@ -148,22 +145,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of all that hold adapters, those inside others too."""
-    for name, module in outer_modules(model):
-        if isinstance(module, TrainableTokensWrapper):
-            yield f"{name}.token_adapter", module
-        elif isinstance(module, (LoraLayer, ModuleWrapper)):
-            yield name, module
-        if isinstance(module, LoraLayer):
-            yield from ((f"{name}.{n}", inner) for n, inner in module.inner_layers().items())
-
-
 def _status(name: str, module: Any) -> TunerLayerStatus:
     tensors = _tensors(module)
     backend = getattr(module, "quantization_backend", None)
     return TunerLayerStatus(
-        name=name,
+        name=f"{name}.token_adapter" if isinstance(module, TrainableTokensWrapper) else name,
         module_type=_type_of(module),
         enabled=not module._disabled,
         active_adapters=module.active_adapters,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from fastlora.model.walk import base_modules, original_of
+from fastlora.model.walk import base_modules, base_of
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -58,7 +59,7 @@ def tied_with_embedding(model: nn.Module) -> list[str]:
     embedding = input_embedding(model)
     if embedding is None or _setting(model, "tie_word_embeddings") is False:
         return []
-    weight = getattr(original_of_base(model, embedding), "weight", None)
+    weight = getattr(base_of(model.get_submodule(embedding)), "weight", None)
     keys = {
         f"{name}.{key}" if name else key
         for name, module, _ in base_modules(model)
@@ -69,7 +70,7 @@ def tied_with_embedding(model: nn.Module) -> list[str]:
     return sorted(
         name
         for name in names & known
-        if getattr(original_of_base(model, name), "weight", None) is weight
+        if getattr(base_of(model.get_submodule(name)), "weight", None) is weight
     )
 
 
@@ -138,13 +139,6 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 
-def original_of_base(model: nn.Module, name: str) -> nn.Module:
-    """Returns the base module of that name: what a layer or a wrapper was made around."""
-    module = model.get_submodule(name)
-    base: Any = getattr(module, "get_base_layer", None)
-    return base() if callable(base) else original_of(module)
-
-
 class SharedWeights:
     """The weights of a model that several modules have, and those that a merge makes their own.
 
@@ -161,15 +155,17 @@ class SharedWeights:
                 if parameter is not None:
                     self._holders.setdefault(id(parameter), []).append((name, module))
 
+    def beside(self, base: nn.Module, family: Collection[nn.Module]) -> str | None:
+        """Returns the name of a module outside of a family that has a module's weight, or None."""
+        holders = self._holders.get(id(base._parameters.get("weight")), ())
+        return next((name for name, module in holders if module not in family), None)
+
     def other(self, module: Any) -> str | None:
         """Returns the name of another module with a layer's base weight, if there is one.
 
         Modules that take rows or LoRA from the layer, or it from them, are the layer too.
         """
-        weight = getattr(module.get_base_layer(), "weight", None)
-        family = self._family(module)
-        others = (name for name, m in self._holders.get(id(weight), ()) if m not in family)
-        return next(others, None)
+        return self.beside(module.get_base_layer(), self._family(module))
 
     def _family(self, module: Any) -> set[nn.Module]:
         base = module.get_base_layer()

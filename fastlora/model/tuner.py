@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import Init
+from fastlora.layers import ModuleWrapper
 from fastlora.layers.factors import Parameters
 from fastlora.layers.quantised import keep_layout
 from fastlora.model import inject
@@ -102,8 +103,7 @@ class LoraTuner(nn.Module):
             AdapterStateError: The name exists, or another adapter trains biases too, or has
                 changed base weights that this one is to be loaded beside.
         """
-        if adapter_name in self.peft_config:
-            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+        self.check_new(adapter_name)
         config = plan.config
         self._check_base_changes(adapter_name, plan)
         for name, other in self.peft_config.items():
@@ -187,9 +187,9 @@ class LoraTuner(nn.Module):
             AdapterStateError: Two of them own a copy of the same module.
         """
         names = self._known(adapter_name)
-        for wrapper in inject.wrappers(self.model):
-            owners = [name for name in names if name in wrapper.adapter_names]
-            if len(owners) > 1:
+        for _, wrapper in inject.routed_modules(self.model):
+            owners = inject.present(wrapper, names) or []
+            if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(
                     f"adapters {owners} each own {wrapper.owns} of one module ({wrapper.field}); "
                     f"Only one adapter can be set at a time for {type(wrapper).__name__}"
@@ -272,7 +272,6 @@ class LoraTuner(nn.Module):
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
         """Adds an adapter with the factors that were computed for it, frozen and not active."""
-        self.check_new(adapter_name)
         self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
         made.fill(self.model, adapter_name)
 
@@ -340,7 +339,7 @@ class LoraTuner(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is its base model, and none of its adapters train."""
-        layers = inject.lora_layers(self.model)
+        layers = inject.lora_layers(self.model).values()
         irregular = len({layer._disabled for layer in layers}) > 1
         if irregular:
             warnings.warn(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.layers import LoraLayer
+
 # What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
 _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -46,6 +48,11 @@ def original_of(module: nn.Module) -> nn.Module:
     elif holds_copies(module):
         original = module._modules["original_module"]
     return module if original is None else original
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
 def outer_modules(

@@ -14,13 +14,11 @@ from fastlora.layers import LoraLayer
 from fastlora.model.computed import (
     Factors,
     Made,
-    config_for,
-    copies_of,
-    lora_layers,
     made,
     pair_of,
 )
 from fastlora.model.config import LoraConfig
+from fastlora.model.inject import lora_layers
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
 
 
@@ -62,17 +60,12 @@ def combined(
     if len(configs) == 1:
         how = how._replace(combination_type="linear")
     chosen = dict(zip(configs, map(float, weights), strict=True))
-    layers = lora_layers(model)
     factors = {}
-    for name, layer in layers.items():
+    for name, layer in lora_layers(model).items():
         holders = {adapter: w for adapter, w in chosen.items() if adapter in layer.r}
         if holders:
             factors[name] = _on_layer(name, layer, holders, how)
-    ranks = {name: made.lora_a.shape[0] for name, made in factors.items()}
-    copies = copies_of(model, list(configs))
-    config = config_for(list(configs.values()), ranks, copies)
-    first = next(layer._factors(a)[0] for layer in layers.values() for a in chosen if a in layer.r)
-    return made(model, config, factors, copies, first.dtype)
+    return made(model, configs, factors)
 
 
 def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Combination) -> None:

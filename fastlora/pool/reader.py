@@ -17,8 +17,8 @@ from fastlora.model.adapter_folder import (
     read_adapter_config,
 )
 from fastlora.model.config import CONFIG_NAME, LoraConfig
-from fastlora.model.plan import base_of
 from fastlora.model.targets import NO_TARGETS, find_targets
+from fastlora.model.walk import base_of
 from fastlora.pool.image import Image, Packer
 from fastlora.validation import (
     CheckpointError,

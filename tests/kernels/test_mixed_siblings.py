@@ -283,7 +283,7 @@ def test_compiled_with_factors_of_several_dtypes(
     compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
     for wide in (False, True):
         if wide:
-            for layer in lora_layers(model):
+            for layer in lora_layers(model).values():
                 layer.lora_A["a1"].float()
                 layer.lora_B["a1"].float()
         step(model, x, ["a0", "a0", None])

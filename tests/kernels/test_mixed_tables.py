@@ -77,7 +77,7 @@ def test_neighbours_of_another_dtype_change_nothing(lab: Any, dtype: torch.dtype
     truth = copy.deepcopy(model).double()
     use_impl(truth, "eager")
     exact = run(truth, x[own].double(), ["a1", "a1"])
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         for factors in (layer.lora_A, layer.lora_B):
             factors["a0"].to(dtype)
     assert_within_budget(run(model, x, names)[own], alone, exact)

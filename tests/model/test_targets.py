@@ -199,7 +199,9 @@ def test_all_linear_of_a_second_adapter() -> None:
     config = LoraConfig(r=2, target_modules="all-linear")
     model = get_peft_model(nn.Sequential(kind(4, 4), nn.Linear(4, 4)), config)
     model.add_adapter("second", config)
-    assert [list(layer.lora_A) for layer in lora_layers(model)] == [["default", "second"]] * 2
+    assert [list(layer.lora_A) for layer in lora_layers(model).values()] == [
+        ["default", "second"]
+    ] * 2
     own = nn.Embedding(4, 4)  # with factors of its own, as other libraries have them
     own.lora_A = nn.Parameter(torch.zeros(2, 4))
     assert find_targets(nn.Sequential(own, nn.Linear(4, 4)), config) == ["1"]

@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 def use_impl(model: Any, impl: str) -> Any:
     """Sets the implementation of every adapted layer; returns the model."""
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         layer.impl = impl
     return model
 
