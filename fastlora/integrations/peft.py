@@ -68,7 +68,7 @@ class _FastForward(CommonLayer):
             call.conditions.refuse(self, why)
             if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
                 return call_base(call, self.base_layer, *args, **kwargs)  # all that PEFT's does
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
+            return super().forward(x, *args, **kwargs)
         if mixed:
             self._check_variants(call.routing)
         else:
@@ -128,7 +128,7 @@ class _FastForward(CommonLayer):
         return [] if any(_foreign_variant(self, name) for name in names) else names
 
     @property
-    def _disabled(self: Any) -> bool:
+    def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
         return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
@@ -149,7 +149,7 @@ def _foreign_variant(layer: Any, name: str) -> bool:
     )
 
 
-class FastPeftLinear(_FastForward, PeftLinear):
+class FastPeftLinear(_FastForward, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
     """PEFT's LoRA linear with a fused forward."""
 
 

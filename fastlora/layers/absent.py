@@ -7,13 +7,16 @@ up parameter by parameter, and wait for ever, or mix up parameters, where one pr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastlora.layers.call import MixedCall
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.sharding import local
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
@@ -43,7 +46,7 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
     return torch.cat([y, *rows])
 
 
-def _parameters_of(layer: AdapterLayer, name: str) -> Iterator[torch.Tensor]:
+def _parameters_of(layer: CommonLayer, name: str) -> Iterator[torch.Tensor]:
     """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:

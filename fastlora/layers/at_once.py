@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,6 @@ from fastlora.autograd.siblings import run_siblings
 from fastlora.coded_weight import CodedWeight
 from fastlora.layers.call import LayerCall
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import why_not_now
 from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
 from fastlora.ops.factors import Base, Factors
@@ -32,6 +31,9 @@ from fastlora.routing.siblings import (
     withdraw_share,
 )
 from fastlora.weight_marks import marks
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 _Key = tuple[Any, ...]
 # In one call for many tensors.
@@ -218,7 +220,7 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, family: Family) -> _La
 
 
 def _operands_of(
-    member: AdapterLayer, call: LayerCall, first_base: Base, first: Factors
+    member: CommonLayer, call: LayerCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
     """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
 
@@ -227,7 +229,7 @@ def _operands_of(
     output of a node for one that needs a gradient.
     """
     records, x = torch.is_grad_enabled(), call.given
-    hooked = records and is_hooked(member)  # type: ignore[arg-type]  # a module
+    hooked = records and is_hooked(member)
     if hooked or member.impl != call.layer.impl:
         return None
     names, base = member._acting(), member._plain_base()
@@ -246,7 +248,7 @@ def _operands_of(
     return base, factors
 
 
-def _fits(layer: AdapterLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def _fits(layer: CommonLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
     if own.lora_bias is not None or own.magnitude is not None or weight is None:

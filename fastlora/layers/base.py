@@ -15,7 +15,7 @@ from fastlora.init import Init, find_init
 from fastlora.layers import parts
 from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
 from fastlora.layers.coded_base import forget_weights
-from fastlora.layers.common import CommonLayer, forget_kept
+from fastlora.layers.common import forget_kept
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.peft_names import LayerNames
 from fastlora.layers.starting import Starter, drop_data, find_data
@@ -33,7 +33,7 @@ from fastlora.validation import (
 from fastlora.weight_marks import marks
 
 
-class LoraLayer(CommonLayer, Mergeable, LayerNames):
+class LoraLayer(Mergeable, LayerNames):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     What is here holds for every kind of layer. A kind answers the few methods below "what a kind

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import Conditions
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.routing import Routing
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 class LayerCall(NamedTuple):
@@ -23,7 +25,7 @@ class LayerCall(NamedTuple):
         names: The adapters that act.
     """
 
-    layer: AdapterLayer
+    layer: CommonLayer
     given: torch.Tensor
     x: torch.Tensor
     conditions: Conditions
@@ -39,7 +41,7 @@ class MixedCall(NamedTuple):
         routing: The batch's; in a graph that is being compiled its ``whole``.
     """
 
-    layer: AdapterLayer
+    layer: CommonLayer
     given: torch.Tensor
     x: torch.Tensor
     conditions: Conditions

@@ -8,7 +8,7 @@ plain linear's. Elsewhere the module is called as it is, and the fusion report s
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from fastlora.coded_weight import CodedWeight
 from fastlora.layers.bases import why_hooked, why_not_plain
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.norms import may_keep
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.quantised import (
     Quantised,
     Repacked,
@@ -28,6 +27,9 @@ from fastlora.layers.quantised import (
 from fastlora.ops.factors import Base
 from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 _UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
 _CAPTURED = "a CUDA graph is being captured; run a forward before"
@@ -177,14 +179,14 @@ def call_base(
     return module(x, *args, **kwargs) if made is None else made
 
 
-def sibling_base(layer: AdapterLayer) -> Base | None:
+def sibling_base(layer: CommonLayer) -> Base | None:
     """Returns what stands for a layer's base layer on kernels, in the dtype it computes in."""
     kept = _kept(layer)
     kept.find(layer.get_base_layer(), None)
     return kept.base()
 
 
-def why_called(layer: AdapterLayer) -> str:
+def why_called(layer: CommonLayer) -> str:
     """Returns why a base layer that is no plain linear is called on kernels; empty if it is not."""
     kept = _kept(layer)
     kept.find(layer.get_base_layer(), kept.dtype)
@@ -231,7 +233,7 @@ def _stamp_of(module: nn.Module, found: Quantised | None) -> Hashable | None:
     return found.stamp() if found.is_there() else None
 
 
-def _kept(layer: AdapterLayer) -> KeptCode:
+def _kept(layer: CommonLayer) -> KeptCode:
     own = layer.__dict__
     kept: KeptCode | None = own.get("_coded")
     if kept is None:

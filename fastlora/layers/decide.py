@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import slots_of
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
 from fastlora.ops.factors import Base, Slots, Tables
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 class How(enum.Enum):
@@ -93,7 +95,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     return Decision(How.PYTORCH, bare)
 
 
-def check_unmerged(layer: AdapterLayer) -> None:
+def check_unmerged(layer: CommonLayer) -> None:
     """Raises `AdapterStateError` where adapters are merged into the weights of a layer."""
     if layer.merged_adapters:
         raise AdapterStateError(
@@ -126,7 +128,7 @@ def tables_for(call: MixedCall) -> Tables | None:
 
 
 def slots_for_kernels(
-    call: MixedCall, layer: AdapterLayer, without: Sequence[int] = ()
+    call: MixedCall, layer: CommonLayer, without: Sequence[int] = ()
 ) -> Slots | None:
     """Returns the adapters of all slots for kernels; None where PyTorch runs.
 

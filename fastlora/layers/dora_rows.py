@@ -14,7 +14,7 @@ rows too, for which ones have rows is the mix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,12 +24,14 @@ from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Scale
 from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.scale import scale_of, times
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 class DoraSlots(NamedTuple):
@@ -44,7 +46,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def dora_slots(layer: AdapterLayer, routing: Routing) -> DoraSlots | None:
+def dora_slots(layer: CommonLayer, routing: Routing) -> DoraSlots | None:
     """Returns which slots of a batch use DoRA on a layer; None where there are none.
 
     Of a captured CUDA graph's slots only whether there may be any is known, and none are named.
@@ -107,7 +109,7 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
 
 
 def _wants_rows(
-    layer: AdapterLayer,
+    layer: CommonLayer,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,

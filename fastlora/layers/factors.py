@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.norms import kept_sums
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.scalings import Scalings
 from fastlora.ops.factors import Factors, Slots, Tables
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
+    from fastlora.pool.resident import Resident
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -51,7 +54,7 @@ def plain_weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def factors_of(
-    layer: AdapterLayer,
+    layer: CommonLayer,
     name: str,
     call: LayerCall | MixedCall | None = None,
     *,
@@ -93,7 +96,7 @@ def factors_of(
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
 
 
-def why_not_fused(layer: AdapterLayer, names: list[str], gathered: bool = False) -> str:
+def why_not_fused(layer: CommonLayer, names: list[str], gathered: bool = False) -> str:
     """Returns why adapters cannot run as bare tensors, or an empty string.
 
     Their modules must then be called: hooks, parametrizations, shards and replacements of users and
@@ -115,7 +118,7 @@ def why_not_fused(layer: AdapterLayer, names: list[str], gathered: bool = False)
     return ""
 
 
-def scaling_beside(layer: AdapterLayer, name: str, call: LayerCall | MixedCall) -> torch.Tensor:
+def scaling_beside(layer: CommonLayer, name: str, call: LayerCall | MixedCall) -> torch.Tensor:
     """Returns an adapter's scaling as a tensor without dimensions: on x's device, fp32 or fp64.
 
     In a graph that is compiled it is the graph's input; a number would be part of the graph.
@@ -171,7 +174,7 @@ class Source(Protocol):
         """Where all factors lie, where that is known at all times."""
 
     def factors(
-        self, layer: AdapterLayer, slot: int, call: MixedCall | None = None
+        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """Returns a slot's factors on a layer; None where the adapter leaves the layer alone.
 
@@ -201,7 +204,7 @@ class Parameters:
         self.names = names
 
     def factors(
-        self, layer: AdapterLayer, slot: int, call: MixedCall | None = None
+        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """See `Source.factors`."""
         name = self.names[slot]
@@ -221,18 +224,6 @@ class Parameters:
         return self.names[slot]
 
 
-class Resident(Protocol):
-    """An adapter that a pool holds on the device."""
-
-    name: str
-    version: int
-    uses_dora: bool
-    scales: Any
-
-    def factors(self, row: int) -> Factors | None:
-        """Returns its factors on a layer by the layer's row in the pool's tables."""
-
-
 class Pool:
     """Adapters that an `fastlora.AdapterPool` holds.
 
@@ -245,7 +236,7 @@ class Pool:
         self.residents, self.tables = residents, tables
 
     def factors(
-        self, layer: AdapterLayer, slot: int, call: MixedCall | None = None
+        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """See `Source.factors`."""
         resident = self.residents[slot]
@@ -258,7 +249,7 @@ class Pool:
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
         """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
-        found = [resident for slot in slots if (resident := self.residents[slot]) is not None]
+        found: list[Any] = [self.residents[slot] for slot in slots]  # each has scales by now
         row = call.layer.table_row
         return [Scale(resident.scales.by_module[row], None) for resident in found]
 
@@ -269,7 +260,7 @@ class Pool:
 
 
 def slots_of(
-    source: Source, layer: AdapterLayer, which: Sequence[int], without: Sequence[int] = ()
+    source: Source, layer: CommonLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
     """Returns a layer's adapters in these slots; those of ``without`` are None."""
     own: list[Factors | None] = []

@@ -8,6 +8,8 @@ each adapter alone, and modules that are hooked or replaced are called as they a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from fastlora.autograd.adapter import run_adapter
@@ -16,7 +18,6 @@ from fastlora.layers.at_once import output_at_once
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.dora import run_dora
 from fastlora.layers.factors import scaling_beside, why_not_fused
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.layers.sharing import shared_shrink
 from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton, uses_dora
 from fastlora.ops.conditions import conditions_of
@@ -25,8 +26,11 @@ from fastlora.routing.in_force import routing_of
 from fastlora.routing.siblings import family_of
 from fastlora.weight_marks import Mark, marks
 
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
-def begin(layer: AdapterLayer, x: torch.Tensor) -> LayerCall | MixedCall:
+
+def begin(layer: CommonLayer, x: torch.Tensor) -> LayerCall | MixedCall:
     """Returns what a forward of a layer with ``x [..., K]`` runs under, and who acts.
 
     A `LayerCall` without names is that of the base layer alone.
@@ -62,7 +66,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _runs(layer: AdapterLayer, names: list[str]) -> list[list[str]]:
+def _runs(layer: CommonLayer, names: list[str]) -> list[list[str]]:
     """Splits names into runs that are one call: DoRA adapters alone, others together."""
     runs: list[list[str]] = []
     for name in names:

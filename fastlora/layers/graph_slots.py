@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Operands, Slots, operands_of
 from fastlora.routing.routing import Routing
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,7 +43,7 @@ class InGraph(NamedTuple):
         return *lists, batch.ids, batch.seeds, list(dropout_p), number, self.impl
 
 
-def slots_of(call: MixedCall, layer: AdapterLayer) -> InGraph | None:
+def slots_of(call: MixedCall, layer: CommonLayer) -> InGraph | None:
     """Returns a layer's slots; None where it cannot be in a graph.
 
     Args:

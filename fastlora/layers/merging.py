@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.coded_base import forget_weights
-from fastlora.layers.common import Whole
+from fastlora.layers.common import CommonLayer
 from fastlora.layers.norms import base_squares, rows_of
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
@@ -23,7 +23,7 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 _MERGE_ROWS = 1024
 
 
-class Mergeable(Whole, nn.Module):
+class Mergeable(CommonLayer):
     """The merging half of `LoraLayer`, which has the adapters.
 
     Attributes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.torch.norms import InRows, adapted_sums, square_norms
 from fastlora.sharding import gathers_parameters, local
 from fastlora.weight_marks import Mark, marks
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 Stamp = tuple[int, int, int, Mark]
 
@@ -36,7 +39,7 @@ class NormCache:
         return NormCache, ()
 
 
-def magnitude_of(layer: AdapterLayer, name: str) -> torch.Tensor:
+def magnitude_of(layer: CommonLayer, name: str) -> torch.Tensor:
     """Returns an adapter's magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
@@ -70,13 +73,13 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_stamp(layer: AdapterLayer) -> tuple[Hashable, NormCache] | None:
+def base_stamp(layer: CommonLayer) -> tuple[Hashable, NormCache] | None:
     """Returns what changes when a layer's base weight does, or is said to (`forget_weights`)."""
     stamp = _stamp_of_base(layer)
     return None if stamp is None else (stamp, _cache(layer))
 
 
-def rows_of(layer: AdapterLayer) -> torch.Tensor | InRows:
+def rows_of(layer: CommonLayer) -> torch.Tensor | InRows:
     """Returns a layer's base weight ``[N, K]``: a matrix, or where it is quantised its rows."""
     found = layer._own_quantised()
     if found is None:
@@ -85,7 +88,7 @@ def rows_of(layer: AdapterLayer) -> torch.Tensor | InRows:
 
 
 def base_squares(
-    layer: AdapterLayer, weight: torch.Tensor | InRows, compiling: bool = False
+    layer: CommonLayer, weight: torch.Tensor | InRows, compiling: bool = False
 ) -> torch.Tensor:
     """Returns ``||W||^2``, ``[N]``, of a layer's weight: kept while that stays what it is.
 
@@ -105,7 +108,7 @@ def base_squares(
 
 
 def adapter_sums(
-    layer: AdapterLayer,
+    layer: CommonLayer,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -126,7 +129,7 @@ def adapter_sums(
 
 
 def adapter_squares(
-    layer: AdapterLayer,
+    layer: CommonLayer,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -141,7 +144,7 @@ def adapter_squares(
 
 
 def kept_sums(
-    layer: AdapterLayer, name: str, scaling: torch.Tensor | float, compiling: bool
+    layer: CommonLayer, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
     """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
 
@@ -158,7 +161,7 @@ def kept_sums(
     return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling, compiling))
 
 
-def _stamp_of_base(layer: AdapterLayer) -> Hashable | None:
+def _stamp_of_base(layer: CommonLayer) -> Hashable | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
@@ -170,7 +173,7 @@ def _stamp_of_base(layer: AdapterLayer) -> Hashable | None:
 
 
 def _kept(
-    layer: AdapterLayer, name: str | None, key: Hashable, make: Callable[[], torch.Tensor]
+    layer: CommonLayer, name: str | None, key: Hashable, make: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """Returns what a layer keeps under a name with this key, or makes it; None keeps nothing."""
     if key is None:
@@ -183,7 +186,7 @@ def _kept(
     return known[1]
 
 
-def _cache(layer: AdapterLayer) -> NormCache:
+def _cache(layer: CommonLayer) -> NormCache:
     cache: NormCache | None = layer.__dict__.get("_dora_norms")
     if cache is None:
         cache = layer.__dict__["_dora_norms"] = NormCache()

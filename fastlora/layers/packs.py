@@ -6,14 +6,12 @@ From the second time on that a set of adapters comes, without gradients and with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import slots_of
-from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.watch import Watch
 from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed, packed_forward
@@ -24,6 +22,9 @@ from fastlora.routing.kept import SetPack
 from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 class KeptDecision(NamedTuple):
@@ -96,7 +97,7 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     members = siblings_of(layer, x)
     if not rows.segments:
         return None
-    sets = routing.set_of(routing.identities(rows), Watch)
+    sets = routing.set_of(routing.identities(rows))
     found_for = sets.found_for(rows)
     if is_captured(x):
         routing.group.packs.pin(sets, found_for)
@@ -136,7 +137,7 @@ def _shrunk(
 
 def _pack(
     sets: SetPack,
-    members: Sequence[AdapterLayer],
+    members: Sequence[CommonLayer],
     call: MixedCall,
     rows: Rows,
 ) -> list[LayerPack | None]:
@@ -148,14 +149,14 @@ def _pack(
     packs: list[LayerPack | None] = [None] * len(members)
     if len(bare) == len(found):
         packs = packed.pack_layers(numbers, bare, call.x.dtype, kind)
-    if isinstance(sets.watch, Watch):
+    if sets.watch is not None:
         for member in members:
             sets.watch.add(member, names)
     sets.put(numbers, call.x.dtype, kind, packs)
     return packs
 
 
-def _slots(layer: AdapterLayer, call: MixedCall, rows: Rows) -> Slots | None:
+def _slots(layer: CommonLayer, call: MixedCall, rows: Rows) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     try:
         slots = slots_of(call.routing.source, layer, rows.present)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,19 +30,20 @@ from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora_rows import dora_slots
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Slots
 from fastlora.routing.kept import stream_of
 from fastlora.routing.siblings import (
     Family,
-    FedLayer,
     has_share,
     keep_shares,
     known_family,
     take_share,
 )
 from fastlora.validation import FastLoraError
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 # From here on sharing pays on a CPU. Forward and backward of SmolLM2's q/k/v (rank 16, one Xeon
 # core), shared over apart, at 512, 2,048 and 8,192 rows: fp32 1.015, 0.98 and 0.95, bf16 1.004,
@@ -181,7 +182,7 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
 
 
 def _sharing(
-    members: Sequence[AdapterLayer | None], call: LayerCall | MixedCall, own: Slots
+    members: Sequence[CommonLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
     """Returns those of a layer's siblings that share with it, and their adapters.
 
@@ -204,7 +205,7 @@ def _sharing(
     return found, last
 
 
-def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
+def _slots_of(member: CommonLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
     """Returns the adapters that a sibling will compute with, or None and why it does not share."""
     if member.impl != call.layer.impl:
         return None, "they have different implementations"
@@ -232,7 +233,7 @@ def _slots_of(member: AdapterLayer, call: LayerCall | MixedCall) -> tuple[Slots 
     return slots, "one of them runs without kernels"
 
 
-def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
+def _why_not(layer: CommonLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
@@ -243,7 +244,7 @@ def _why_not(layer: AdapterLayer, slots: Slots, own: Slots, call: LayerCall | Mi
             trains = trains or lora_a.requires_grad
             if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
                 elsewhere = True
-    if is_hooked(layer):  # type: ignore[arg-type]  # a module
+    if is_hooked(layer):
         return "one of them has hooks"
     # The node that they share calls a hook, with None, for an s that nobody used.
     down = [tensor for tensor in _lora_a(slots) if tensor is not None]
@@ -285,7 +286,7 @@ def note_compiled(self: Any, why: str) -> None:
     self.__dict__["_compiled_alone"] = why
 
 
-def sibling_note(layer: FedLayer) -> str:
+def sibling_note(layer: CommonLayer) -> str:
     """Returns what the fusion report says of a layer's siblings in training."""
     family, compiled = known_family(layer), layer.__dict__.get("_compiled_alone")
     if family is not None and len(family.members) < 2:

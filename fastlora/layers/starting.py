@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,21 +12,8 @@ from fastlora.init import Given, Init, find_init
 from fastlora.layers.bases import is_transposed, linear_features, why_not_replaceable
 from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
 
-
-class Starting(Protocol):
-    """What is used here of a LoRA layer."""
-
-    merged_adapters: list[str]
-    is_split: bool
-
-    def get_base_layer(self) -> nn.Module:
-        """Returns the base layer."""
-
-    def _calibrated(self) -> list[nn.Module]:
-        """Returns the modules on which a calibration may have left its result."""
-
-    def _weight_to_start_from(self, why: str) -> torch.Tensor:
-        """Returns the base weight as a matrix ``[N, K]``."""
+if TYPE_CHECKING:
+    from fastlora.layers.base import LoraLayer
 
 
 class Starter:
@@ -50,7 +37,7 @@ class Starter:
 
     def __init__(
         self,
-        layer: Starting,
+        layer: LoraLayer,
         name: bool | str,
         scaling: float,
         config: object | None,
@@ -153,7 +140,7 @@ class Starter:
         return layer._weight_to_start_from(f"init_lora_weights={name!r} reads the base weight")
 
 
-def find_data(layer: Starting, init: Init) -> tuple[nn.Module, object] | None:
+def find_data(layer: LoraLayer, init: Init) -> tuple[nn.Module, object] | None:
     """Returns what a calibration has left for a layer, and on which module."""
     for module in layer._calibrated() if init.data else ():
         if init.data in module.__dict__:
@@ -161,7 +148,7 @@ def find_data(layer: Starting, init: Init) -> tuple[nn.Module, object] | None:
     return None
 
 
-def drop_data(layer: Starting, init: Init) -> None:
+def drop_data(layer: LoraLayer, init: Init) -> None:
     """Forgets what a calibration has left, once an adapter has started from it."""
     found = find_data(layer, init)
     if found is not None:

@@ -7,15 +7,13 @@ the tables are neighbours, share one shrink.
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import factors_of
-from fastlora.layers.protocol import AdapterLayer
-from fastlora.layers.watch import Watch
 from fastlora.ops import schema
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.factors import Base, Factors, Tables
@@ -23,7 +21,6 @@ from fastlora.ops.operators import launched
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.in_force import is_captured
-from fastlora.routing.kept import Watcher
 from fastlora.routing.routing import Routing
 from fastlora.routing.siblings import (
     has_shares,
@@ -32,10 +29,14 @@ from fastlora.routing.siblings import (
     siblings_of,
     take_share,
 )
+from fastlora.routing.watch import Watch
 from fastlora.weight_marks import marks
 
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
-def row_of(layer: AdapterLayer, number: int, tables: Tables) -> int | None:
+
+def row_of(layer: CommonLayer, number: int, tables: Tables) -> int | None:
     """Returns a layer's row in the tables, or None where they were made before the layer was.
 
     Args:
@@ -53,7 +54,7 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
     if routing.source.tables is not None:
         return routing.source.tables
     # Of so many layers: a later block finds those that the model has got since.
-    sets = routing.set_of(("tables", len(routing.layers), *routing.names), Watch)
+    sets = routing.set_of(("tables", len(routing.layers), *routing.names))
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
     if sets.tables is False:
@@ -63,7 +64,7 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
     return sets.tables
 
 
-def _model_tables(routing: Routing, watch: Watcher | None) -> Tables | Literal[False]:
+def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[False]:
     """Returns the tables of all adapters of a routing on all layers of its model; False for none.
 
     lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
@@ -95,7 +96,7 @@ def _model_tables(routing: Routing, watch: Watcher | None) -> Tables | Literal[F
     return Tables(a, b, bias, *numbers, dtype, rows=rows, kept=tuple(kept))
 
 
-def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int, Factors]] | None:
+def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, Factors]] | None:
     """Returns row, column and factors of every adapter on every layer.
 
     None where a factor is not a bare tensor.
@@ -104,7 +105,7 @@ def _factors_of(routing: Routing, watch: Watcher | None) -> list[tuple[int, int,
     for row, layer in enumerate(routing.layers):
         if not getattr(layer, "is_linear", False):
             continue
-        if isinstance(watch, Watch):
+        if watch is not None:
             watch.add(layer, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
@@ -278,7 +279,7 @@ class Place(NamedTuple):
     row: int
     siblings: tuple[int, int] | None
     others: list[int]
-    group: list[AdapterLayer]
+    group: list[CommonLayer]
 
     def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
         """Whether it is for these."""
@@ -297,7 +298,7 @@ def _place_of(
     row = row_of(layer, layer.routed_as, tables)
     if row is None:
         return None
-    members: dict[int, AdapterLayer] = {}
+    members: dict[int, CommonLayer] = {}
     first, stop = row, row + 1
     for member in () if compiling else siblings_of(layer, call.x):
         place = row_of(member, member.routed_as, tables)

@@ -6,16 +6,18 @@ of CUDA graphs all take theirs from here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastlora.layers.factors import why_not_fused
-from fastlora.layers.protocol import AdapterLayer
 from fastlora.ops.factors import Slots
 from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
@@ -24,7 +26,7 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fusion(
-    layer: AdapterLayer, names: list[str], why_not_base: str, gathered: bool
+    layer: CommonLayer, names: list[str], why_not_base: str, gathered: bool
 ) -> tuple[bool, str]:
     """Returns whether the base GEMM and the adapters that act are one call, and why not.
 
@@ -41,14 +43,14 @@ def fusion(
     return not why, why
 
 
-def uses_dora(layer: AdapterLayer, names: list[str]) -> bool:
+def uses_dora(layer: CommonLayer, names: list[str]) -> bool:
     """Whether one of these adapters of the layer uses DoRA."""
     holder = layer._modules.get("lora_magnitude_vector")
     magnitudes: Any = None if holder is None else holder._modules
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
-def why_dora_not_fused(layer: AdapterLayer, names: list[str]) -> str:
+def why_dora_not_fused(layer: CommonLayer, names: list[str]) -> str:
     """Returns why active adapters are not one call because of DoRA, or an empty string."""
     if not uses_dora(layer, names):
         return ""
@@ -60,7 +62,7 @@ def why_dora_not_fused(layer: AdapterLayer, names: list[str]) -> str:
     return ""
 
 
-def refuse_triton(layer: AdapterLayer, names: list[str]) -> None:
+def refuse_triton(layer: CommonLayer, names: list[str]) -> None:
     """Raises `ImplementationError` where kernels are to run and modules must be called instead."""
     if layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")

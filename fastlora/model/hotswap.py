@@ -176,7 +176,7 @@ def hotswap_adapter(
         marks.end_all()
         for layer in own.modules():
             if isinstance(layer, CommonLayer):
-                forget_kept(layer)  # type: ignore[arg-type]  # has all that a layer has
+                forget_kept(layer)
         return
     file = load_adapter_folder(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
     _swap(own, file.tensors, adapter_name, file.config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.ops.torch.packed import LayerPack, is_for
 from fastlora.ops.torch.packed_choice import RowsKind
+from fastlora.routing.watch import Watch
 from fastlora.weight_marks import marks
 
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
@@ -57,13 +58,6 @@ class KnownRows:
         return rows
 
 
-class Watcher(Protocol):
-    """Tells whether factors changed."""
-
-    def unchanged(self) -> bool:
-        """Whether all of it is as it was."""
-
-
 class RoutedLayer(Protocol):
     """What routing needs to know of a layer.
 
@@ -95,17 +89,17 @@ class SetPack:
     """A set of adapters, packed for those layers that have met it twice.
 
     Args:
-        watch: Tells whether the factors are still those that were packed; None where they cannot
-            change, as in a pool.
+        changes: Whether their factors can change, as those of a pool cannot.
 
     Attributes:
+        watch: Tells whether the factors are still those that were packed; None if they must be.
         mark: With which they were packed; None where they cannot change.
         tables: The set's tables for kernels, once they are made; False where there can be none.
     """
 
-    def __init__(self, watch: Watcher | None) -> None:
-        self.watch = watch
-        self.mark = None if watch is None else marks.of_trained()
+    def __init__(self, changes: bool) -> None:
+        self.watch = Watch() if changes else None
+        self.mark = marks.of_trained() if changes else None
         self.tables: Tables | Literal[False] | None = None
         self._met: set[tuple[int, torch.dtype, RowsKind]] = set()
         self._packs: dict[tuple[int, torch.dtype, RowsKind], LayerPack | None] = {}
@@ -115,6 +109,10 @@ class SetPack:
     def may_hold(self) -> bool:
         """Whether the factors can still be those that were packed."""
         return self.mark is None or self.mark is marks.trained
+
+    def holds(self) -> bool:
+        """Whether they are: looks at each of them."""
+        return self.may_hold and (self.watch is None or self.watch.unchanged())
 
     def found_for(self, rows: Rows) -> BatchFound:
         """Returns what is kept for the very rows of a batch."""
@@ -172,17 +170,17 @@ class PackCache:
         self._sets: OrderedDict[tuple[Hashable, ...], SetPack] = OrderedDict()
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
-    def get(self, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher] | None) -> SetPack:
+    def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
         """Returns the set of that key, a new one where it is unknown or its factors changed.
 
         Args:
             key: Names the adapters of the set, in order.
-            make_watch: Makes what tells whether factors changed; None where they cannot.
+            changes: Whether factors can change.
         """
         with self._lock:
             known = self._sets.get(key)
-            if known is None or not known.may_hold or not _is_unchanged(known.watch):
-                known = self._sets[key] = SetPack(None if make_watch is None else make_watch())
+            if known is None or not known.holds():
+                known = self._sets[key] = SetPack(changes)
             self._sets.move_to_end(key)
             while len(self._sets) > _MOST_SETS:
                 self._sets.popitem(last=False)
@@ -209,10 +207,6 @@ class PackCache:
             return sum(known.nbytes for known in self._sets.values())
 
 
-def _is_unchanged(watch: Watcher | None) -> bool:
-    return watch is None or watch.unchanged()
-
-
 class BlockKept:
     """What one block keeps: made at most once for its batch.
 
@@ -232,16 +226,14 @@ class BlockKept:
         self._seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = {}
         self._sets: dict[tuple[Hashable, ...], SetPack] = {}
 
-    def set_of(
-        self, packs: PackCache, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher] | None
-    ) -> SetPack:
+    def set_of(self, packs: PackCache, key: tuple[Hashable, ...], changes: bool) -> SetPack:
         """Returns what the model keeps of a set of adapters.
 
         Whether factors changed is asked once for each block and whenever they may have.
         """
         known = self._sets.get(key)
         if known is None or not known.may_hold:
-            known = self._sets[key] = packs.get(key, make_watch)
+            known = self._sets[key] = packs.get(key, changes)
         return known
 
     def seeds_of(

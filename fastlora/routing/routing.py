@@ -8,7 +8,7 @@ are per sample or per token, and a layer with M rows and B ids gives each id M /
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from fastlora.routing.kept import (
     PackCache,
     RoutedLayer,
     SetPack,
-    Watcher,
     stream_of,
 )
 from fastlora.validation import AdapterNotFoundError
@@ -129,10 +128,9 @@ class Routing:
         """
         return self.kept.seeds_of(self.seeds, number, self.layers, device)
 
-    def set_of(self, key: tuple[Hashable, ...], make_watch: Callable[[], Watcher]) -> SetPack:
+    def set_of(self, key: tuple[Hashable, ...]) -> SetPack:
         """Returns what the model keeps of a set of adapters."""
-        watch = make_watch if self.residents is None else None
-        return self.kept.set_of(self.group.packs, key, watch)
+        return self.kept.set_of(self.group.packs, key, self.residents is None)
 
     def identities(self, rows: Rows) -> tuple[Hashable, ...]:
         """Returns what names the adapters that have rows, in order of slots."""

@@ -11,21 +11,12 @@ import threading
 import weakref
 from collections.abc import Mapping
 from operator import is_
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-
-class FedLayer(Protocol):
-    """A layer that is fed with tensors.
-
-    Attributes:
-        routed_by: What the layers of its model have in common.
-    """
-
-    @property
-    def routed_by(self) -> object:
-        """See above."""
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 class Family:
@@ -44,7 +35,7 @@ class Family:
     """
 
     def __init__(
-        self, members: tuple[weakref.ref[FedLayer], ...] = (), unwritten: bool = False
+        self, members: tuple[weakref.ref[CommonLayer], ...] = (), unwritten: bool = False
     ) -> None:
         self.members = members
         self.unwritten = unwritten
@@ -66,14 +57,14 @@ class Family:
 class _Seen:
     """Layers seen in sequence with one tensor."""
 
-    def __init__(self, layer: FedLayer, x: torch.Tensor) -> None:
+    def __init__(self, layer: CommonLayer, x: torch.Tensor) -> None:
         self.x = weakref.ref(x)
         self.members = [weakref.ref(layer)]
         self.unwritten = True
         # What the tensor was: how often written into, or where nobody counts that, its elements.
         self._state = x.clone() if x.is_inference() else x._version
 
-    def add(self, layer: FedLayer, x: torch.Tensor) -> None:
+    def add(self, layer: CommonLayer, x: torch.Tensor) -> None:
         """Notes the next layer with the same tensor."""
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
@@ -114,7 +105,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def known_family(layer: FedLayer) -> Family | None:
+def known_family(layer: CommonLayer) -> Family | None:
     """Returns the family of a layer, None while it is not known."""
     known: Family | None = layer.__dict__.get("_family")
     if known is not None:
@@ -124,13 +115,13 @@ def known_family(layer: FedLayer) -> Family | None:
     return None
 
 
-def is_unwritten(layer: FedLayer) -> bool:
+def is_unwritten(layer: CommonLayer) -> bool:
     """Whether nobody was seen to write into the tensor of a layer's family."""
     known = known_family(layer)
     return known is not None and known.unwritten
 
 
-def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
+def family_of(layer: CommonLayer, x: torch.Tensor) -> Family | None:
     """`known_family` of a layer that is called with x, which makes it known sooner or later."""
     known: Family | None = layer.__dict__.get("_family")
     if known is not None:  # as `known_family`, in no call of ours
@@ -156,7 +147,7 @@ def family_of(layer: FedLayer, x: torch.Tensor) -> Family | None:
     return None
 
 
-def siblings_of(layer: FedLayer, x: torch.Tensor) -> list[Any]:
+def siblings_of(layer: CommonLayer, x: torch.Tensor) -> list[Any]:
     """Returns a layer of a model and its siblings there; none while they are not known."""
     family = family_of(layer, x)
     members = () if family is None else (reference() for reference in family.members)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, eq, getitem, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastlora.layers.factors import is_hooked
-from fastlora.layers.protocol import AdapterLayer
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 _training = attrgetter("training")
-# Without gradients, backward hooks are of no consequence.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # A layer's whole table of modules is compared where at least one in so many is of the set.
 _MOST_OTHERS = 4
 
@@ -45,7 +43,7 @@ class Watch:
         self._own: list[dict[str, Any]] = []
         self._hooked = self._untold = False
 
-    def add(self, layer: AdapterLayer, names: Sequence[str]) -> None:
+    def add(self, layer: CommonLayer, names: Sequence[str]) -> None:
         """Remembers those of the adapters that a layer has."""
         modules = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -63,9 +61,11 @@ class Watch:
                     self._remember(table, name)
         for name in present:
             for module in (downs[name], ups[name]):
-                self._hooked |= is_hooked(module)
-                self._hooks += [module.__dict__[kind] for kind in _HOOKS]
-                self._own.append(module.__dict__)
+                own = module.__dict__
+                # Later ones are of no consequence without gradients.
+                self._hooked |= bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+                self._hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
+                self._own.append(own)
                 for key in module._parameters:
                     self._remember(module._parameters, key)
             if type(dropouts[name]) is nn.Dropout:
