@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import DoraLinear, DoraScale, runs_as_one
+from fastlora.autograd.dora import DoraScale
 from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import LayerCall
@@ -20,8 +20,6 @@ from fastlora.layers.why import refuse_triton
 from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base
 from fastlora.ops.torch.scale import scale_columns, scale_of
-
-# ------------------------------------------------------------------------------------- forward
 
 
 def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
@@ -49,10 +47,6 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._own_seed(ops.draw_seed(x, conditions.impl)),
         )
-    # Without gradients too while training: it may be a checkpoint's forward, to be repeated with.
-    trains = torch.is_grad_enabled() or layer.training
-    if trains and conditions.backend == "eager" and runs_as_one(x, weight, base.bias, lora_a):
-        return DoraLinear.apply(x, weight, lora_a, lora_b, magnitude, squares, scaling)
     bias = layer._own_bias()
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:

@@ -1,21 +1,18 @@
-"""DoRA on one layer: rows of zeros, where training starts, 16-bit magnitudes, what is refused."""
+"""DoRA on one layer: odd magnitudes, what is saved, where training starts, what is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
-from tests.support.dora_truth import (
-    dora,
-    layer_of,
-    make_problem,
-    parameters_of,
-)
+from tests.support.dora_truth import dora, layer_of, make_problem, parameters_of
+from tests.support.tiny import trainable
 
 
 def gradients(
@@ -23,6 +20,92 @@ def gradients(
 ) -> list[torch.Tensor]:
     """Of those tensors that are there."""
     return list(torch.autograd.grad(y, [t for t in tensors if t is not None], dy.to(y.dtype)))
+
+
+CASES = [
+    (1, 64, 48, 1, torch.float32, "small"),
+    (15, 33, 100, 4, torch.float32, "zero or negative"),
+    (127, 130, 72, 16, torch.bfloat16, "zero or negative"),
+    (2000, 48, 33, 3, torch.bfloat16, "small"),
+    (16, 40, 65, 64, torch.float16, "norms"),
+    (2000, 33, 48, 128, torch.float32, "norms"),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "r", "dtype", "magnitudes"), CASES, ids=str)
+def test_values_and_every_gradient(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, magnitudes: str
+) -> None:
+    """Against float64, over a frozen base, with dy of odd strides, of any magnitudes."""
+    problem = make_problem(m, n, k, r, dtype, bias=False)
+    if magnitudes == "small":
+        problem.magnitude.mul_(2.0**-12)
+    elif magnitudes != "norms":
+        problem.magnitude[::3] = 0
+        problem.magnitude[1::3] *= -1
+    dy = torch.randn(n, m).to(dtype).t() if m == 127 else torch.randn(m, 1).to(dtype).expand(m, n)
+    layer, x = layer_of(problem, 0.75 * r, 0.0), problem.x.detach().requires_grad_(True)
+    layer.weight.requires_grad_(False)
+    y = layer(x)
+    found = [y.detach(), *gradients(y, [x, *parameters_of(layer)[2:]], dy)]
+    expected = []
+    for kind in (dtype, torch.float64):
+        operands = problem.to(kind)
+        plain = dora(operands, 0.75)
+        wanted = [operands.x, operands.lora_a, operands.lora_b, operands.magnitude]
+        expected.append([plain.detach(), *gradients(plain, wanted, dy)])
+    for own, same, truth in zip(found, *expected, strict=True):
+        assert own.dtype == dtype
+        assert_within_budget(own, same, truth)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (2, 3, 20)], ids=str)
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_an_output_may_be_written_into(shape: tuple[int, ...], reentrant: bool | None) -> None:
+    """As that of an `nn.Linear` may, and within and behind a checkpoint of either kind."""
+    layer = layer_of(make_problem(1, 24, 20, 4, torch.float64, bias=False), 3, 0.0)
+    x, results = torch.randn(*shape, dtype=torch.float64), []
+    for copies in (True, False):
+        own = x.clone().requires_grad_(True)
+
+        def written(t: torch.Tensor, copies: bool = copies) -> torch.Tensor:
+            y = layer(t)
+            return (y.clone() if copies else y).mul_(3.0)
+
+        if copies or reentrant is None:
+            y = written(own)
+        else:
+            y = checkpoint(written, own, use_reentrant=reentrant)
+        y.add_(1.0)
+        layer.zero_grad()
+        y.square().sum().backward()
+        results.append([y.detach(), own.grad, *(p.grad for p in trainable(layer))])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_a_forward_without_gradients_has_the_bits_of_one_with() -> None:
+    """As a reentrant checkpoint's first forward must."""
+    problem = make_problem(600, 700, 500, 8, torch.float32)
+    layer = layer_of(problem, 6, 0.0)
+    expected = layer(problem.x).detach()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(layer(problem.x), expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_result_is_saved(p: float, frozen: bool) -> None:
+    """Of y's size, and none at all where the magnitude is frozen."""
+    problem = make_problem(48, 24, 20, 4, torch.bfloat16, bias=False)
+    layer, saved = layer_of(problem, 6, p), list[torch.Tensor]()
+    layer.weight.requires_grad_(False)
+    layer.lora_magnitude_vector.requires_grad_(not frozen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(problem.x)
+    assert len([t for t in saved if t.shape == y.shape]) == (not frozen)
+    assert y.untyped_storage().nbytes() == y.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
