@@ -37,9 +37,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "one adapter, few rows": Budget(16, 9, 20, 10),
-    "one adapter": Budget(29, 14, 36, 14),
-    "mixed training": Budget(56, 16, 70, 16),
+    "one adapter, few rows": Budget(14, 7, 20, 10),
+    "one adapter": Budget(27, 12, 36, 14),
+    "mixed training": Budget(54, 15, 70, 16),
     "mixed decode": Budget(19, 8, 20, 8),
 }
 

@@ -106,7 +106,11 @@ def fusion_report(model: nn.Module) -> FusionReport:
     Args:
         model: Any module.
     """
-    rows = []
+    rows: list[LayerFusion] = []
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return FusionReport((), "eager", "the model has no parameters")
+    implementation, why = implementation_on(parameter.device)
     gathered: list[str] = []  # what FSDP2 gathers for its forward: all below these
     for name, module in model.named_modules():
         if is_fsdp_module(module):
@@ -114,14 +118,14 @@ def fusion_report(model: nn.Module) -> FusionReport:
         verdict = _verdict(module, f"{name}.".startswith(tuple(gathered)))
         if verdict is not None:
             fused, reason = verdict
-            shared = sibling_note(module) if getattr(module, "is_linear", False) else ""
+            shared = ""
+            if getattr(module, "is_linear", False):
+                runs = implementation if module.impl == "auto" else module.impl
+                shared = sibling_note(module, runs == "triton")
             reads = reads_codes(module)
             kind = type(module).__qualname__
             rows.append(LayerFusion(name, kind, fused, reason, shared, reads))
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return FusionReport(tuple(rows), "eager", "the model has no parameters")
-    return FusionReport(tuple(rows), *implementation_on(parameter.device))
+    return FusionReport(tuple(rows), implementation, why)
 
 
 def implementation_on(device: torch.device) -> tuple[str, str]:

@@ -87,15 +87,14 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
-        family = None
-        if first is not None and not conditions.compiling:
-            family = family_of(layer, call.given)
-            if family is not None and conditions.backend == "triton":
+        if first is not None and conditions.impl != "eager":  # on kernels
+            family = None if conditions.compiling else family_of(layer, call.given)
+            if family is not None:
                 y = output_at_once(call, base, first, family)
                 if y is not None:
                     return y
-        if first is not None and torch.is_grad_enabled():
-            shrunk = shared_shrink(call, Slots((first,)), family)
+            if torch.is_grad_enabled():
+                shrunk = shared_shrink(call, Slots((first,)), family)
     else:
         first, others, bias = _joined(call, names)
     if first is None:

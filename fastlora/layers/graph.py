@@ -33,7 +33,7 @@ def run_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     slots = slots_of(call, layer)
     if slots is None:
         return None
-    shrunk = shared_shrink(call, slots.own, None)
+    shrunk = shared_shrink(call, slots.own, None) if slots.impl == "triton" else None
     s = None if shrunk is None else shrunk.s
     arguments = slots.arguments(batch, layer.routed_as)
     made = torch.ops.fastlora.lora_mixed(x, *base[:3], *arguments, s)

@@ -20,7 +20,7 @@ from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import How, check_devices, decide
 from fastlora.layers.factors import slots_of
-from fastlora.layers.sharing import MIXED_IN_PYTORCH, shared_shrink
+from fastlora.layers.sharing import shared_shrink
 from fastlora.ops.factors import Base, Slots, numbers_on
 from fastlora.ops.rows import Rows
 from fastlora.routing.siblings import family_of
@@ -68,10 +68,6 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
             kept = packs.find(call, rows)
             if kept is not None:
                 return packs.run_kept(call, base, kept), how
-        elif torch.is_grad_enabled():
-            family = family_of(layer, call.given)
-            if family is not None:
-                family.why_not[id(layer)] = MIXED_IN_PYTORCH
         slots = slots_of(routing.source, layer, rows.present, without)
         check_devices(slots, x)
         y = _run_listed(call, base, slots, rows, rows.present)

@@ -1,14 +1,14 @@
-"""In training, layers fed by the same tensor share their passes over it.
+"""In training, layers fed by the same tensor share their passes over it on kernels.
 
-That is for layers which are not computed at once (`fastlora.layers.at_once`): in PyTorch, in a
-mixed batch, over a base layer that is called, with lora_bias, under autocast. The first of them
+That is for layers which are not computed at once (`fastlora.layers.at_once`): in a mixed batch,
+over a base layer that is called, with lora_bias, under autocast. The first of them
 computes every sibling's s in one node of the graph, whose backward forms all their d_lora_a
 (`fastlora.autograd.shrink`). Found by watching, used by the tensor's identity: see
 `fastlora.routing.siblings`. Where that would not be safe or saves nothing, each layer has its own
 pass, and the fusion report says why.
 
-A compiled graph must not see what one call leaves for another. There every sibling on kernels calls
-one operator with all their factors and takes its own share (`fastlora.layers.graph_ops`). Who is a
+A compiled graph must not see what one call leaves for another. There every sibling calls one
+operator with all their factors and takes its own share (`fastlora.layers.graph_ops`). Who is a
 sibling was seen in a forward before; what one leaves afterwards changes no graph.
 """
 
@@ -45,11 +45,7 @@ from fastlora.validation import FastLoraError
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
 
-# From here on sharing pays on a CPU. Forward and backward of SmolLM2's q/k/v (rank 16, one Xeon
-# core), shared over apart, at 512, 2,048 and 8,192 rows: fp32 1.015, 0.98 and 0.95, bf16 1.004,
-# 1.006 and 0.997; of gate/up: fp32 1.008, 1.001 and 0.996, bf16 1.002, 0.991 and 0.995.
-MIN_ROWS = 1024
-_FEW_ROWS = f"below {MIN_ROWS} rows PyTorch is as fast apart"
+_IN_PYTORCH = "without kernels each of them has its own pass over x"
 _UNKNOWN = "no training forward seen yet"
 _UNSEEN = "no forward was seen before torch.compile"
 _CHECKPOINT = (
@@ -57,8 +53,6 @@ _CHECKPOINT = (
     "must save what the first one saved"
 )
 _INVARIANT = "the batch-invariant mode is on"
-MIXED_IN_PYTORCH = "without kernels each layer of a mixed batch has its own pass over x"
-_GRAPH_IN_PYTORCH = "without kernels each layer of a compiled graph has its own pass over x"
 _DROPOUT = "under dropout each of them masks x for itself"
 _LAST = "no sibling that is called after it can share"
 
@@ -67,7 +61,7 @@ def shared_shrink(call: LayerCall | MixedCall, own: Slots, family: Family | None
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
     Args:
-        call: The layer's.
+        call: The layer's, on kernels.
         own: Its adapters by slot; outside of a mixed batch the one that acts.
         family: The layer's, as far as it is known; no matter in a graph that is being compiled.
     """
@@ -93,8 +87,6 @@ def why_not_now(call: LayerCall | MixedCall) -> str:
     """Returns why no layer may share at this moment, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
-    if call.conditions.impl != "triton" and call.x.numel() < MIN_ROWS * call.x.shape[-1]:
-        return _FEW_ROWS
     # A forward that runs within a backward is a checkpoint's, whose first run could not share.
     recomputed = torch._C._current_graph_task_id() != -1
     if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -154,8 +146,6 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
         why = "none"
     elif conditions.invariant:
         why = _INVARIANT
-    elif conditions.impl != "triton":
-        why = _GRAPH_IN_PYTORCH
     else:
         found, why = _sharing(members, call, own)
     if len(found) < 2:
@@ -250,7 +240,7 @@ def _why_not(layer: CommonLayer, slots: Slots, own: Slots, call: LayerCall | Mix
     down = [tensor for tensor in _lora_a(slots) if tensor is not None]
     if not call.conditions.compiling and has_tensor_hooks(down):
         return "a factor of one of them has hooks"
-    if dropped and (call.conditions.impl != "triton" or mixed):
+    if dropped and mixed:
         return _DROPOUT
     if not trains:
         return "one of them is frozen, or no adapter of the batch acts on it"
@@ -286,8 +276,13 @@ def note_compiled(self: Any, why: str) -> None:
     self.__dict__["_compiled_alone"] = why
 
 
-def sibling_note(layer: CommonLayer) -> str:
-    """Returns what the fusion report says of a layer's siblings in training."""
+def sibling_note(layer: CommonLayer, kernels: bool) -> str:
+    """Returns what the fusion report says of a layer's siblings in training.
+
+    ``kernels`` says that they compute it.
+    """
+    if not kernels:
+        return _IN_PYTORCH
     family, compiled = known_family(layer), layer.__dict__.get("_compiled_alone")
     if family is not None and len(family.members) < 2:
         return "none"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
+from fastlora.ops.backend import Gradients, Wanted, register_backend
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference, segments, single
@@ -85,50 +85,15 @@ class TorchBackend:
         factors = [t for own in zip(d_lora_a, d_lora_b, d_lora_bias, strict=True) for t in own]
         return Gradients(dx, factors, ds, dy.sum(0) if wanted.bias else None)
 
-    def shrink(
-        self,
-        x: torch.Tensor,
-        lora_a: Sequence[Sequence[torch.Tensor]],
-        seeds: Sequence[torch.Tensor | None],
-        dropout_p: Sequence[float],
-        rows: Rows | None,
-    ) -> list[torch.Tensor]:
-        """See `fastlora.ops.backend.Backend.shrink`."""
-        if rows is not None:
-            layers = [segments.down(own) for own in lora_a]
-            return list(segments.shrink(x, layers, rows).unbind())
-        each = [own for (own,) in lora_a]
-        return single.shrink_siblings(x, each, seeds, dropout_p, self.traced)
-
     def computes_siblings(self, x: torch.Tensor) -> bool:
         """See `fastlora.ops.backend.Backend`: products of their own are as fast."""
         return False
 
-    def siblings(
-        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
-    ) -> list[torch.Tensor]:
+    def _of_siblings(self, *_: object) -> list[Any]:
         """Never called."""
         raise RuntimeError("PyTorch computes layers one by one")
 
-    def siblings_gradients(self, *_: object) -> list[torch.Tensor | None]:
-        """Never called."""
-        raise RuntimeError("PyTorch computes layers one by one")
-
-    def grad_a(
-        self,
-        x: torch.Tensor,
-        ds: Sequence[torch.Tensor],
-        lora_a: Sequence[Sequence[torch.Tensor]],
-        seeds: Sequence[torch.Tensor | None],
-        dropout_p: Sequence[float],
-        rows: Rows | None,
-    ) -> list[torch.Tensor | None]:
-        """See `fastlora.ops.backend.Backend.grad_a`."""
-        if rows is None:
-            each = [own for (own,) in lora_a]
-            return [*single.grad_a_siblings(x, ds, each, seeds, dropout_p, self.traced)]
-        layers = [segments.down(own) for own in lora_a]
-        return segments.grad_a(x, ds, layers, rows, [True] * sum(map(len, lora_a)))
+    shrink = grad_a = siblings = siblings_gradients = _of_siblings
 
 
 register_backend("eager", TorchBackend(False))

@@ -6,8 +6,6 @@ Shapes: ``x [M, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s`` and ``ds [M, R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fastlora.ops.backend import Gradients, Wanted
@@ -84,53 +82,3 @@ def gradients(
         d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
     d_bias = reference.column_sums(dy) if wanted.bias else None
     return Gradients(dx, [d_lora_a, d_lora_b, None], ds, d_bias)
-
-
-def shrink_siblings(
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    seeds: Sequence[torch.Tensor | None],
-    dropout_p: Sequence[float],
-    traced: bool,
-) -> list[torch.Tensor]:
-    """Returns s of layers that are fed by the same x: one product for those without dropout."""
-    found: dict[int, torch.Tensor] = {}
-    bare = [index for index, seed in enumerate(seeds) if seed is None]
-    if len(bare) > 1:
-        joined = torch.cat([lora_a[index].to(x.dtype) for index in bare])
-        ranks = [lora_a[index].shape[0] for index in bare]
-        found = dict(zip(bare, reference.lora_shrink(x, joined).split(ranks, dim=1), strict=True))
-    for index, own in enumerate(zip(lora_a, seeds, dropout_p, strict=True)):
-        if index not in found:
-            found[index] = shrink(x, *own, traced)
-    return [found[index] for index in range(len(lora_a))]
-
-
-def grad_a_siblings(
-    x: torch.Tensor,
-    ds: Sequence[torch.Tensor],
-    lora_a: Sequence[torch.Tensor],
-    seeds: Sequence[torch.Tensor | None],
-    dropout_p: Sequence[float],
-    traced: bool,
-) -> list[torch.Tensor]:
-    """Returns the ``d_lora_a`` of siblings, from one read of x unless masks part them."""
-    found: dict[int, torch.Tensor] = {}
-    bare = [index for index, seed in enumerate(seeds) if seed is None]
-    if len(bare) > 1:
-        joined = products.mm(torch.cat([ds[index] for index in bare], dim=1).t(), x)
-        parts = joined.split([ds[index].shape[1] for index in bare])
-        # Memory of their own: a slice would keep its siblings' gradients alive.
-        found = {
-            index: part.to(lora_a[index].dtype, copy=True)
-            for index, part in zip(bare, parts, strict=True)
-        }
-    for index, (gradient, seed, p) in enumerate(zip(ds, seeds, dropout_p, strict=True)):
-        if index in found:
-            continue
-        rows = x
-        if seed is not None:
-            rows = reference.select_(keep_mask(x, seed, p, gradient, traced), x)
-            gradient = gradient * (1.0 / (1.0 - p))
-        found[index] = products.mm(gradient.t(), rows)
-    return [reference.cast(found[index], a.dtype) for index, a in enumerate(lora_a)]
