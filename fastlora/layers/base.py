@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -17,7 +15,6 @@ from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replac
 from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.common import forget_kept
 from fastlora.layers.merging import Mergeable
-from fastlora.layers.peft_names import LayerNames
 from fastlora.layers.starting import Starter, drop_data, find_data
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_sharded
@@ -33,7 +30,7 @@ from fastlora.validation import (
 from fastlora.weight_marks import marks
 
 
-class LoraLayer(Mergeable, LayerNames):
+class LoraLayer(Mergeable):
     """Adapters by name on one base layer; the attribute names are PEFT's.
 
     What is here holds for every kind of layer. A kind answers the few methods below "what a kind
@@ -53,6 +50,7 @@ class LoraLayer(Mergeable, LayerNames):
     in_features: int
     out_features: int
     adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
 
     def _init_adapters(self) -> None:
         self.r: dict[str, int] = {}
@@ -64,8 +62,6 @@ class LoraLayer(Mergeable, LayerNames):
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self._active_adapters: list[str] = []
-        self._disabled = False
         self._init_merging()
         self._watch_loads()
 
@@ -107,11 +103,6 @@ class LoraLayer(Mergeable, LayerNames):
         return {}
 
     # ----------------------------------------------------------------------------- adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the forward ignores every adapter."""
-        return self._disabled
 
     def add_adapter(
         self,
@@ -269,34 +260,6 @@ class LoraLayer(Mergeable, LayerNames):
         forget_weights(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
-    def set_adapter(self, adapter_names: str | list[str], *, inference_mode: bool = False) -> None:
-        """Makes these adapters act, and them alone trainable.
-
-        Args:
-            adapter_names: One name, or several whose updates add up.
-            inference_mode: Leave all of them frozen.
-
-        Raises:
-            AdapterNotFoundError: The layer has no such adapter.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            self._check_known(name)
-        self._activate(names, inference_mode)
-
-    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
-        """`set_adapter` for a whole model, where a layer may lack some of the names."""
-        if self.merged:
-            warnings.warn("set_adapter() unmerges the adapters merged so far", stacklevel=3)
-            self.unmerge()
-        self._active_adapters = list(dict.fromkeys(names))
-        self._set_trainable([] if inference_mode else self._active_adapters)
-
-    def _set_trainable(self, names: list[str]) -> None:
-        for adapter in self.r:
-            for parameter in self.adapter_parameters(adapter):
-                parameter.requires_grad_(adapter in names)
-
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yields what an adapter can train on this layer; nothing where it is not on it."""
         for part in self.adapter_parts:
@@ -329,22 +292,6 @@ class LoraLayer(Mergeable, LayerNames):
                     self.set_scale(name, 1.0)
                 else:
                     self.scaling[name] /= scale
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the layer is its base layer; a merge is undone and done again."""
-        merged, kept = list(self.merged_adapters), self._unmerged is not None
-        active, was_disabled = self._active_adapters, self._disabled
-        if merged:
-            self.unmerge()
-        self._disabled = True
-        try:
-            yield
-        finally:
-            self._disabled = was_disabled
-            # Where other adapters were set active meanwhile, these are to act.
-            if merged and self._active_adapters == active:
-                self.merge(adapter_names=merged, keep_base=kept)
 
     def _acting(self) -> list[str]:
         """Names that the next forward adds to the base layer's output."""
@@ -387,6 +334,14 @@ class LoraLayer(Mergeable, LayerNames):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_packed()
         super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of what holds each adapter's factors."""
+        return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.r)
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.r:

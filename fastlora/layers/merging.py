@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.adapted import Adapted
 from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.common import CommonLayer
 from fastlora.layers.norms import base_squares, rows_of
@@ -23,14 +24,8 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 _MERGE_ROWS = 1024
 
 
-class Mergeable(CommonLayer):
-    """The merging half of `LoraLayer`, which has the adapters.
-
-    Attributes:
-        merged_adapters: Names whose update is in the base weight now, in order.
-        merge_error: What quantising a merged weight again lost of what the merge was to change, as
-            a share of its Frobenius norm; None where nothing is merged into a quantised weight.
-    """
+class Mergeable(Adapted, CommonLayer):
+    """The merging half of `LoraLayer`, which has the adapters."""
 
     out_features: int
     in_features: int
@@ -38,21 +33,15 @@ class Mergeable(CommonLayer):
     scaling: dict[str, Scaling]
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    _active_adapters: list[str]
 
     def _init_merging(self) -> None:
-        self.merged_adapters: list[str] = []
-        self.merge_error: float | None = None
+        self._init_adapted()
         # (weight, bias) as they were before the first merge, only while merged, and what `_sums`
         # returned behind the last one. What a weight is kept as, `Stored` knows.
         self._unmerged: tuple[object, torch.Tensor | None] | None = None
         self._when_merged: list[Fingerprint] = []
         # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
         self._merged_scales: dict[str, torch.Tensor] = {}
-
-    def _check_known(self, adapter_name: str) -> None:
-        """Raises `AdapterNotFoundError` unless the layer has the adapter."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def get_base_layer(self) -> nn.Module:
         """Returns the module that the adapters modify."""
@@ -76,11 +65,6 @@ class Mergeable(CommonLayer):
     def _all_agree(self, holds: bool) -> bool:
         """Whether something holds in every process, so that all raise or none does."""
         return holds
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is in the base weight now."""
-        return bool(self.merged_adapters)
 
     def merge(
         self,
