@@ -1,4 +1,4 @@
-"""A mixed batch's layers from packed factors: which factors, and what the last block found.
+"""A mixed batch's layers from packed factors: which factors, and how to multiply.
 
 From the second time on that a set of adapters comes, without gradients and without kernels.
 """
@@ -47,10 +47,6 @@ class KeptDecision(NamedTuple):
     impl: str
     mark: Mark | None
 
-    def serves(self, x: torch.Tensor, impl: str) -> bool:
-        """Whether it was found for such an input."""
-        return x.dtype is self.dtype and x.device == self.device and impl == self.impl
-
     def holds(self, call: MixedCall, base: Base) -> bool:
         """Whether `fastlora.layers.decide` and `find` would come to it again."""
         layer, x, conditions = call.layer, call.x, call.conditions
@@ -90,7 +86,7 @@ def run_kept(call: MixedCall, base: Base, kept: KeptDecision) -> torch.Tensor:
 def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     """Returns the layer's packed factors and how to multiply; None where they are not packed.
 
-    Kept for the block, and with the set of adapters for blocks with the same rows.
+    Kept for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
     number = layer.routed_as
@@ -98,25 +94,20 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     if not rows.segments:
         return None
     sets = routing.set_of(routing.identities(rows))
-    found_for = sets.found_for(rows)
-    if is_captured(x):
-        routing.group.packs.pin(sets, found_for)
-    known: KeptDecision | None = found_for.decisions.get(number)
-    if known is not None and known.serves(x, layer.impl):
-        # For all layers: the next ones need not come here.
-        routing.kept.decisions.update(found_for.decisions)
-        return known
     kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
     if due and members:
         pack = _pack(sets, members, call, rows)[members.index(layer)]
     if pack is None:
         return None
-    plan = packed_forward.plan_for(rows, pack.layout, x.dtype, found_for.plans)
+    plans = routing.kept.plans.setdefault(rows, {})
+    plan = packed_forward.plan_for(rows, pack.layout, x.dtype, plans)
     if plan is None:
         return None
     found = KeptDecision(pack, plan, rows, x.dtype, x.device, layer.impl, sets.mark)
-    routing.kept.decisions[number] = found_for.decisions[number] = found
+    routing.kept.decisions[number] = found
+    if is_captured(x):
+        routing.group.packs.pin(found)
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,8 +24,6 @@ from fastlora.weight_marks import marks
 # Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
 # few rows and many may want them laid out otherwise.
 _MOST_SETS = 2
-# Batches for which a set keeps what was found out about layers.
-_MOST_BATCHES = 8
 
 
 def stream_of(device: torch.device) -> int:
@@ -72,19 +69,6 @@ class RoutedLayer(Protocol):
     training: bool
 
 
-@dataclass
-class BatchFound:
-    """What a set of adapters keeps for the rows of one batch.
-
-    Attributes:
-        decisions: By number of a layer, what was decided for it.
-        plans: By layout and bytes of an element, how to multiply packed factors.
-    """
-
-    decisions: dict[int, Any] = field(default_factory=dict)
-    plans: dict[Any, Any] = field(default_factory=dict)
-
-
 class SetPack:
     """A set of adapters, packed for those layers that have met it twice.
 
@@ -103,7 +87,6 @@ class SetPack:
         self.tables: Tables | Literal[False] | None = None
         self._met: set[tuple[int, torch.dtype, RowsKind]] = set()
         self._packs: dict[tuple[int, torch.dtype, RowsKind], LayerPack | None] = {}
-        self._found: dict[Rows, BatchFound] = {}
 
     @property
     def may_hold(self) -> bool:
@@ -113,15 +96,6 @@ class SetPack:
     def holds(self) -> bool:
         """Whether they are: looks at each of them."""
         return self.may_hold and (self.watch is None or self.watch.unchanged())
-
-    def found_for(self, rows: Rows) -> BatchFound:
-        """Returns what is kept for the very rows of a batch."""
-        known = self._found.get(rows)
-        if known is None:
-            if len(self._found) >= _MOST_BATCHES:
-                self._found = {}
-            known = self._found[rows] = BatchFound()
-        return known
 
     def get(self, number: int, dtype: torch.dtype, kind: RowsKind) -> tuple[LayerPack | None, bool]:
         """Returns a layer's pack, or None; and whether the layer is to be packed now."""
@@ -212,6 +186,7 @@ class BlockKept:
 
     Attributes:
         decisions: By number of a layer, what was decided for it.
+        plans: By rows, then by layout and bytes of an element, how to multiply packed factors.
         places: By number of a layer, where kernels find its factors.
         dora: What `fastlora.layers.dora_rows` keeps of norms.
         is_checked: Whether the host has looked at the ids.
@@ -219,6 +194,7 @@ class BlockKept:
 
     def __init__(self) -> None:
         self.decisions: dict[int, Any] = {}
+        self.plans: dict[Rows, dict[Any, Any]] = {}
         self.places: dict[int, Any] = {}
         self.dora: dict[Any, Any] = {}
         self.is_checked = False
