@@ -54,6 +54,8 @@ class KeptCode:
     found: Quantised | None
     dtype: torch.dtype | None
     repacked: Repacked | None
+    _of: tuple[nn.Module | None, Hashable]  # of which module and weight they are
+    _made: dict[torch.dtype, CodedWeight | str]
 
     def __init__(self) -> None:
         self._captured: list[CodedWeight] = []
@@ -84,37 +86,44 @@ class KeptCode:
     def forget(self, captured: bool = False) -> None:
         """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
         self.weight = self.found = self.dtype = self.repacked = None
-        self.why = ""
-        # Of which module and weight, and what was made of that.
-        self._for: tuple[nn.Module | None, Hashable, dict[torch.dtype, CodedWeight | str]]
-        self._for = None, None, {}
+        self.why, self._of, self._made = "", (None, None), {}
         if captured:
             self._captured.clear()
 
     def evaluated(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Returns what a module that `keeps_layout` makes of x; None where it is to be called."""
+        try:
+            if self._look(module) is None:
+                return None
+        except UnsupportedLayerError:  # not quantised yet
+            return None
         repacked = self.repacked
-        if repacked is None or not repacked.is_of(module):
+        if repacked is None:
             repacked = self.repacked = Repacked(module)
         return None if not repacked.takes(x) or why_hooked(module) else repacked(x)
 
+    def _look(self, module: nn.Module) -> Hashable | None:
+        """Forgets what is of another weight, or was made before a write; None if nobody counts."""
+        known, before = self._of
+        stamp = _stamp_of(module, self.found) if known is module else None
+        if stamp is None or stamp != before:
+            self._of, self._made, self.repacked = (None, None), {}, None
+            self.found = None
+            self.found = quantised(module)
+            stamp = _stamp_of(module, self.found)
+            self._of = module, stamp
+        return stamp
+
     def _code(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | str:
         """Returns the weight for kernels, or why there is none."""
-        known, before, made = self._for
-        found = self.found if known is module else None
         try:
-            stamp = _stamp_of(module, found)
-            if known is not module or stamp is None or stamp != before:
-                found, made = quantised(module), {}
-                stamp = _stamp_of(module, found)
-                self.found, self._for = found, (module, stamp, made)
+            if self._look(module) is None:
+                return _UNCOUNTED
         except UnsupportedLayerError as error:  # not quantised yet
-            self.found = None
             return str(error)
         except AttributeError as error:  # another version of a library's
-            return str(error) if found is None else found.lacks(error)
-        if stamp is None:
-            return _UNCOUNTED
+            return str(error) if self.found is None else self.found.lacks(error)
+        found, made = self.found, self._made
         own = None if found is None else found.computes_in()
         dtype = dtype or own or next(reversed(made), torch.float16)
         code = made.get(dtype)

@@ -16,8 +16,6 @@ import functools
 import importlib
 import sys
 import warnings
-import weakref
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -91,16 +89,9 @@ class Repacked:
         module: Any = base
         self._module, self._few, self._k = module, _few_rows(module), int(module.in_features)
         self._dtype: torch.dtype | None = module.compute_dtype
-        # Weak: they may go before this does, and their `id` and address be those of later ones.
-        self._weight, self._absmax = map(_reference, _parts_of(base))
-        self._of = _stamp(base)
+        # What tells that it is still the same has its address, which no later one may get.
+        self._absmax = getattr(getattr(module.weight, "quant_state", None), "absmax", None)
         self._copied: tuple[Any, ...] | None = None
-
-    def is_of(self, base: nn.Module) -> bool:
-        """Returns whether this is for a module as it is now: the same weight, unwritten."""
-        weight, absmax = _parts_of(base)
-        same = self._weight() is weight and self._absmax() is absmax and self._module is base
-        return same and self._of == _stamp(base)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Returns whether x is one that this is faster for than a call of the module."""
@@ -125,33 +116,6 @@ class Repacked:
             codes, state = _library()._convert_weight_packed_for_cpu(weight.data, state)
         self._copied = codes, list(state.shape), state.absmax, state.code, state.blocksize
         return self._copied
-
-
-def _parts_of(base: nn.Module) -> tuple[Any, Any]:
-    """Returns what a module's repacked codes are made of: its weight, and scales or None."""
-    weight = base._parameters["weight"]
-    return weight, getattr(getattr(weight, "quant_state", None), "absmax", None)
-
-
-def _reference(part: object | None) -> Callable[[], object | None]:
-    return (lambda: None) if part is None else weakref.ref(part)
-
-
-def _stamp(base: nn.Module) -> Hashable:
-    """Returns what differs once a module's parts were written to, or it computes in another dtype.
-
-    In few calls, since each evaluation asks.
-    """
-    module: Any = base
-    weight, absmax = _parts_of(base)
-    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' takes microseconds
-        return (
-            weight.data_ptr(),
-            0 if weight.is_inference() else weight._version,
-            0 if absmax is None or absmax.is_inference() else absmax._version,
-            module.compute_dtype,
-            module.compute_type_is_set,
-        )
 
 
 def _few_rows(base: nn.Module) -> int:
