@@ -21,6 +21,16 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
+class Kept:
+    """What an object keeps and its copies do not have: they start with an empty one."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Kept:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return type(self), ()
+
+
 class Mark:
     """Compared by identity.
 

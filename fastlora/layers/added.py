@@ -33,6 +33,7 @@ class BesideLora(LoraLayer):
         in_features, out_features: K and N of the weight as a matrix ``[N, K]``.
     """
 
+    base_layer: Any
     is_linear = False
     not_fused = "PyTorch's own operations compute it"
 

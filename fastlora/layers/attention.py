@@ -70,8 +70,7 @@ class FastLoraMultiheadAttention(BesideLora):
         return not self._acting() and not self._out()._acting()
 
     def _out(self) -> FastLoraWrapper:
-        base: Any = self._modules["base_layer"]
-        out: FastLoraWrapper = base._modules["out_proj"]
+        out: FastLoraWrapper = self._modules["base_layer"]._modules["out_proj"]
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
@@ -80,7 +79,7 @@ class FastLoraMultiheadAttention(BesideLora):
 
     def release(self) -> nn.Module:
         """Returns the attention, with its own out_proj in it."""
-        base: Any = self.base_layer
+        base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()
         return self.base_layer
@@ -91,8 +90,7 @@ class FastLoraMultiheadAttention(BesideLora):
         return super()._new_factors(r, lora_bias, start)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        weight: Any = self.base_layer.in_proj_weight
-        bias: Any = self.base_layer.in_proj_bias
+        weight, bias = self.base_layer.in_proj_weight, self.base_layer.in_proj_bias
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its in_proj_weight is not a "
@@ -113,7 +111,7 @@ class FastLoraMultiheadAttention(BesideLora):
         if routing is not None or not (own or inner):
             return self.base_layer(query, *args, **kwargs)
         conditions = self._begin(query)
-        base: Any = self.base_layer
+        base = self.base_layer
         weight = _adapted(self, base.in_proj_weight, own)
         out_weight = _adapted(self._out(), self._out().weight, inner)
         if conditions.compiling:  # which knows no modules that are made on the way
@@ -176,10 +174,6 @@ def _check(module: nn.Module, asked: Settings) -> None:
             )
 
 
-def _takes(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
-
-
 _OF_PEFT = (
     "PEFT 0.21.2 adds the update of out_proj twice, here it is added once; to compute as PEFT, "
     f"call set_scale(adapter_name, 2.0) on {_OUT} of the layer"
@@ -187,8 +181,8 @@ _OF_PEFT = (
 register_kind(
     Kind(
         "nn.MultiheadAttention",
-        _takes,
-        FastLoraMultiheadAttention,  # type: ignore[arg-type]  # as in embedding.py
+        lambda m: isinstance(m, nn.MultiheadAttention),
+        FastLoraMultiheadAttention,
         _shapes,
         _check,
         drops=False,

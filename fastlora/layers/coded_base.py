@@ -27,6 +27,7 @@ from fastlora.layers.quantised import (
 from fastlora.ops.factors import Base
 from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
+from fastlora.weight_marks import Kept
 
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
@@ -35,7 +36,7 @@ _UNCOUNTED = "its base weight was made in inference mode, where nobody counts wr
 _CAPTURED = "a CUDA graph is being captured; run a forward before"
 
 
-class KeptCode:
+class KeptCode(Kept):
     """What a layer keeps of its base layer's weight while that is the same and unwritten.
 
     By dtype of x, refusals too: with autocast on and off by turns nothing is made anew. A copied
@@ -137,12 +138,6 @@ class KeptCode:
                     code = found.coded(dtype)
             made[dtype] = code
         return code
-
-    def __deepcopy__(self, memo: dict[int, object]) -> KeptCode:
-        return KeptCode()
-
-    def __reduce__(self) -> tuple[type[KeptCode], tuple[()]]:
-        return KeptCode, ()
 
 
 def coded_base(call: LayerCall | MixedCall) -> Base | None:

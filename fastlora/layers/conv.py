@@ -22,6 +22,7 @@ from fastlora.init import find_init
 from fastlora.layers import parts
 from fastlora.layers.added import AddedLora
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, register_kind
+from fastlora.layers.norms import magnitude_of
 from fastlora.layers.starting import Starter
 from fastlora.layers.stored import Plain, Stored
 from fastlora.ops.conditions import Conditions
@@ -53,7 +54,7 @@ class FastLoraConv(AddedLora):
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
-        base: Any = self.base_layer
+        base = self.base_layer
         conv: Any = _CLASSES[base.weight.dim()]
         like = {
             "stride": base.stride,
@@ -71,18 +72,15 @@ class FastLoraConv(AddedLora):
 
     def _by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns a number for each channel, ``[N]``, as ``[N, 1, ...]``: beside y's channels."""
-        kernel: Any = self.base_layer.kernel_size
-        return numbers.view(-1, *(1,) * len(kernel))
+        return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
-        magnitude: Any = self.lora_magnitude_vector[name]
-        return magnitude.weight.flatten()
+        return magnitude_of(self, name).flatten()
 
     # ------------------------------------------------------------------------------------ forward
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
-        weight: Any = self.base_layer.weight
-        return (x.shape[0], 1) if x.dim() == weight.dim() else (1, 0)
+        return (x.shape[0], 1) if x.dim() == self.weight.dim() else (1, 0)
 
     def _plus(
         self,
@@ -92,10 +90,9 @@ class FastLoraConv(AddedLora):
         conditions: Conditions,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        base: Any = self.base_layer
-        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        weight: Any = down.weight
-        inner = x.to(weight.dtype) if conditions.autocast is None else x
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        down, up = self.lora_A[name], self.lora_B[name]
+        inner = x.to(down.weight.dtype) if conditions.autocast is None else x
         dropped = self._dropped(dropout, inner, seed)
         update = up(down(dropped))
         update = update * self._scaling_beside(name, update)
@@ -117,32 +114,27 @@ class FastLoraConv(AddedLora):
 
         So a matrix of the base weight is a view of it.
         """
-        weight: Any = self.base_layer.weight
-        return (kernels if weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
+        return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Undoes `_matrix`."""
-        weight: Any = self.base_layer.weight
-        if weight.is_contiguous():
+        if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
         return matrix.view(n, *kernel, c).movedim(-1, 1)
 
     def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.base_layer.weight
-        return self._kernels(delta, weight.shape)
+        return self._kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `LoraLayer`, as matrices; with groups lora_b is ``[N, R / groups]``."""
-        down: Any = self.lora_A[name]
-        up: Any = self.lora_B[name]
+        down, up = self.lora_A[name], self.lora_B[name]
         return self._matrix(down.weight), up.weight.flatten(1), up.bias
 
     def _put_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        down: Any = self.lora_A[name]
-        up: Any = self.lora_B[name]
+        down, up = self.lora_A[name], self.lora_B[name]
         down.weight.copy_(self._kernels(lora_a, down.weight.shape))
         up.weight.copy_(lora_b.view(up.weight.shape))
         if bias is not None:
@@ -155,9 +147,8 @@ class FastLoraConv(AddedLora):
         ``[N, C / groups, ...]``: output n has row ``n // groups`` of lora_B over its share
         ``n % groups`` of the input channels.
         """
-        down: Any = self.lora_A[name]
-        up: Any = self.lora_B[name]
-        groups: Any = self.base_layer.groups
+        down, up = self.lora_A[name], self.lora_B[name]
+        groups = self.base_layer.groups
         if groups == 1:
             return super()._norm_factors(name)
         r = down.weight.shape[0]
@@ -167,8 +158,7 @@ class FastLoraConv(AddedLora):
         return torch.cat(shares), (rows * own).reshape(-1, groups * r)
 
     def _own_weight(self) -> torch.Tensor:
-        weight: Any = self.base_layer.weight
-        return self._matrix(weight)
+        return self._matrix(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """As `LoraLayer`; a convolution with groups has none."""
@@ -177,18 +167,17 @@ class FastLoraConv(AddedLora):
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         self._refuse_groups("cannot merge into")
-        weight: Any = self.base_layer.weight
-        bias: Any = self.base_layer.bias
+        weight = self.weight
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
         if not plain or self._matrix(weight).data_ptr() != weight.data_ptr():
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
                 "floating-point tensor, contiguous or with channels last"
             )
-        return Plain(weight, self._matrix), bias
+        return Plain(weight, self._matrix), self.bias
 
     def _refuse_groups(self, what: str) -> None:
-        base: Any = self.base_layer
+        base = self.base_layer
         if base.groups > 1:
             raise UnsupportedLayerError(
                 f"{what} a {type(base).__name__} with groups={base.groups}: its adapter connects "
@@ -230,8 +219,7 @@ def _check(module: nn.Module, asked: Settings) -> None:
         )
 
 
-def _takes(module: nn.Module) -> bool:
-    return isinstance(module, tuple(_CLASSES.values()))
-
-
-register_kind(Kind("convolutions", _takes, FastLoraConv, _shapes, _check))  # type: ignore[arg-type]  # as in embedding.py
+_ALL = tuple(_CLASSES.values())
+register_kind(
+    Kind("convolutions", lambda m: isinstance(m, _ALL), FastLoraConv, _shapes, _check),
+)

@@ -5,7 +5,6 @@ Nothing here computes; `fastlora.layers.why` says why something better does not 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,27 +22,16 @@ if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
 
 
-class How(enum.Enum):
-    """Who computes a mixed batch: kernels that find factors by their addresses, kernels that are
-    given them, or PyTorch."""
-
-    TABLES = enum.auto()
-    LISTS = enum.auto()
-    PYTORCH = enum.auto()
-
-
 class Decision(NamedTuple):
     """What one forward of one layer in a mixed batch will do.
 
     Attributes:
-        how: Who computes.
         is_bare: Whether neither gradients nor dropout nor autocast are in it.
         plan: As in `fastlora.functional.lora_linear`.
-        tables: For `How.TABLES`.
-        slots: For `How.LISTS`, all of them.
+        tables: Where kernels find factors by their addresses, if they do.
+        slots: All slots, if kernels are given the factors. Without either PyTorch computes.
     """
 
-    how: How
     is_bare: bool
     plan: str = "auto"
     tables: Tables | None = None
@@ -68,7 +56,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     autocast, invariant = conditions.autocast, conditions.invariant
     check_unmerged(layer)
     if layer.is_split:
-        return Decision(How.PYTORCH, False)
+        return Decision(False)
     fits = base.y is None or base.y.dtype == x.dtype
     if base.weight is None:
         conditions.refuse(layer, NOT_OUR_GEMM)
@@ -79,7 +67,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     if bare:
         tables = tables_for(call)
         if tables is not None:
-            return Decision(How.TABLES, True, "invariant" if invariant else "auto", tables)
+            return Decision(True, "invariant" if invariant else "auto", tables)
     if call.routing.captured:
         raise AdapterStateError(why_not_captured(bare, autocast))
     if invariant:
@@ -87,12 +75,12 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     if not bare and fits:
         slots = slots_for_kernels(call, layer, without)
         if slots is not None:
-            return Decision(How.LISTS, False, slots=slots)
+            return Decision(False, slots=slots)
     elif not bare and base.y is not None and layer.impl == "triton":
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {base.y.dtype} for x in {x.dtype}"
         )
-    return Decision(How.PYTORCH, bare)
+    return Decision(bare)
 
 
 def check_unmerged(layer: CommonLayer) -> None:

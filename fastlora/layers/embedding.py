@@ -77,7 +77,7 @@ class FastLoraEmbedding(AddedLora):
         conditions: Conditions,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        base: Any = self.base_layer
+        base = self.base_layer
         lora_a, lora_b, _ = self._factors(name)
         # [..., R]
         s = F.embedding(
@@ -104,7 +104,7 @@ class FastLoraEmbedding(AddedLora):
         return delta.t()
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        weight: Any = self.base_layer.weight
+        weight = self.weight
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
         if not plain:
             raise UnsupportedLayerError(
@@ -138,10 +138,13 @@ def _check(module: nn.Module, asked: Settings) -> None:
         dense_weight(module)
 
 
-def _takes(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
-
-
 register_kind(
-    Kind("embeddings", _takes, FastLoraEmbedding, _shapes, _check, drops=False)  # type: ignore[arg-type]  # takes what `_takes` does
+    Kind(
+        "embeddings",
+        lambda m: isinstance(m, nn.Embedding),
+        FastLoraEmbedding,
+        _shapes,
+        _check,
+        drops=False,
+    )
 )

@@ -6,7 +6,7 @@ Whoever needs to know what a module is, and which adapter fits it, asks `kind_of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
     name: str
     takes: Callable[[nn.Module], bool]
-    wrap: Callable[[nn.Module], LoraLayer]
+    wrap: Callable[[Any], LoraLayer]
     shapes: Callable[[nn.Module, Settings], Shapes]
     check: Callable[[nn.Module, Settings], None]
     drops: bool = True

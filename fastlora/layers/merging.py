@@ -31,8 +31,6 @@ class Mergeable(Adapted, CommonLayer):
     in_features: int
     r: dict[str, int]
     scaling: dict[str, Scaling]
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
 
     def _init_merging(self) -> None:
         self._init_adapted()
@@ -275,8 +273,7 @@ class Mergeable(Adapted, CommonLayer):
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns lora_a ``[R, K]``, lora_b ``[N, R]`` and lora_bias ``[N]`` or None."""
-        up: Any = self.lora_B[name]
-        down: Any = self.lora_A[name]
+        down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from fastlora.autograd import linear
 from fastlora.layers import dora_rows, graph, packs, tables
 from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
-from fastlora.layers.decide import How, check_devices, decide
+from fastlora.layers.decide import check_devices, decide
 from fastlora.layers.factors import slots_of
 from fastlora.layers.sharing import shared_shrink
 from fastlora.ops.factors import Base, Slots, numbers_on
@@ -39,25 +39,25 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
         dora = dora_rows.dora_slots(layer, routing)
     kept: packs.KeptDecision | None = routing.kept.decisions.get(layer.routed_as)
     if kept is not None and kept.holds(call, base):
-        y, how = packs.run_kept(call, base, kept), How.PYTORCH
+        y, by_address = packs.run_kept(call, base, kept), False
     else:
-        y, how = _by_rows(call, base, () if dora is None else dora.dropped)
+        y, by_address = _by_rows(call, base, () if dora is None else dora.dropped)
     if dora is None:
         return y
-    if how is How.TABLES and routing.source.residents is not None:
+    if by_address and routing.source.residents is not None:
         return dora_rows.scale_pool_rows_(call, y)
     return dora_rows.dora_rows(call, y, dora)
 
 
-def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, How]:
-    """Returns `run` before DoRA's scales, and who made it.
+def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
+    """Returns `run` before DoRA's scales, and whether kernels made it by addresses.
 
     Slots of ``without`` get the base layer only.
     """
     layer, x, routing = call.layer, call.x, call.routing
-    how, is_bare, plan, found, slots = decide(call, base, without)
+    is_bare, plan, found, slots = decide(call, base, without)
     if found is not None:
-        return tables.run(call, base, found, plan), how
+        return tables.run(call, base, found, plan), True
     if slots is not None:
         family = None if call.conditions.compiling else family_of(layer, call.given)
         shrunk = shared_shrink(call, slots, family)
@@ -67,13 +67,13 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
         if is_bare:
             kept = packs.find(call, rows)
             if kept is not None:
-                return packs.run_kept(call, base, kept), how
-        slots = slots_of(routing.source, layer, rows.present, without)
-        check_devices(slots, x)
-        y = _run_listed(call, base, slots, rows, rows.present)
+                return packs.run_kept(call, base, kept), False
+        own = slots_of(routing.source, layer, rows.present, without)
+        check_devices(own, x)
+        y = _run_listed(call, base, own, rows, rows.present)
     if routing.absent_gradients and torch.is_grad_enabled():
-        y = with_absent(call, y, waits=how is How.PYTORCH)
-    return y, how
+        y = with_absent(call, y, waits=slots is None)
+    return y, False
 
 
 def _run_listed(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.ops.torch.norms import InRows, adapted_sums, square_norms
 from fastlora.sharding import gathers_parameters, local
-from fastlora.weight_marks import Mark, marks
+from fastlora.weight_marks import Kept, Mark, marks
 
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Stamp = tuple[int, int, int, Mark]
 
 
-class NormCache:
+class NormCache(Kept):
     """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
 
     They are looked up by mark, address and version of what they come from. Writes through ``.data``
@@ -31,12 +31,6 @@ class NormCache:
 
     def __init__(self) -> None:
         self.kept: dict[str | None, tuple[Hashable, torch.Tensor]] = {}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> NormCache:
-        return NormCache()
-
-    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
-        return NormCache, ()
 
 
 def magnitude_of(layer: CommonLayer, name: str) -> torch.Tensor:

@@ -109,8 +109,7 @@ class TiedLoraHead(AddedLora):
     # ------------------------------------------------------------------------------- merging
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        base: Any = self.base_layer
-        return Plain(base.weight), None
+        return Plain(self.weight), None
 
     def merge(
         self,

@@ -25,12 +25,13 @@ from fastlora.routing.kept import (
     stream_of,
 )
 from fastlora.validation import AdapterNotFoundError
+from fastlora.weight_marks import Kept
 
 if TYPE_CHECKING:
     from fastlora.layers.factors import Source
 
 
-class Group:
+class Group(Kept):
     """What the layers of one model have in common, and other models' do not.
 
     A copied or unpickled model gets a group of its own, which has yet to see a forward.
@@ -45,12 +46,6 @@ class Group:
         self.packs = PackCache()
         self.rows = KnownRows()
         self.unchecked = Unchecked()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Group:
-        return Group()
-
-    def __reduce__(self) -> tuple[type[Group], tuple[()]]:
-        return Group, ()
 
 
 @dataclass(frozen=True, eq=False)

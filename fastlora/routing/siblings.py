@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fastlora.weight_marks import Kept
+
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
 
 
-class Family:
+class Family(Kept):
     """Layers that were fed by the same tensor, in the order of their calls.
 
     A copied or unpickled layer has one without members: it has yet to be seen.
@@ -46,12 +48,6 @@ class Family:
     def computed(self) -> set[int]:
         """Returns the ``id`` of layers that another one's call computes at once with it."""
         return {owner for launch in self.at_once.values() for owner in launch.owners[1:]}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Family:
-        return Family()
-
-    def __reduce__(self) -> tuple[type[Family], tuple[()]]:
-        return Family, ()
 
 
 class _Seen:
