@@ -5,10 +5,10 @@ tokens, and dropout seeds. The factors of every adapter that the model has are a
 has rows or not, so that a graph serves any mix. In the backward, adapters without rows get zeros.
 Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
 
-`lora_shared` is s of layers that are fed by the same x. Every sibling calls it with the factors of
-all and gets its own share. The first call that is traced makes one node, and the others, which
-bring the very same tensors, find what it made; so one node has the gradients of all. Calls that a
-compiler merges afterwards would each keep a backward, with one gradient to do. Where nothing is
+`lora_shared` is s, by kernels, of layers that are fed by the same x. Every sibling calls it with
+the factors of all and gets its own share. The first call that is traced makes one node, and the
+others, which bring the very same tensors, find what it made; so one node has the gradients of all.
+Calls that a compiler merges afterwards would each keep a backward, with one gradient to do. Where nothing is
 traced each call makes its own.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
@@ -39,13 +39,8 @@ define(
 )
 define(
     "lora_shared(Tensor x, Tensor[] lora_a, int[] places, int own, float[] dropout_p, Tensor? ids,"
-    " int slots, ScalarType dtype, ScalarType? factor_dtype, str impl) -> (Tensor, Tensor[])"
+    " int slots, ScalarType dtype, ScalarType? factor_dtype) -> (Tensor, Tensor[])"
 )
-
-
-def _opaque(impl: str) -> str:
-    """Returns a backend that shows no tracer how rows lie."""
-    return "opaque" if impl == "eager" else impl
 
 
 @composes("lora_mixed")
@@ -72,7 +67,8 @@ def _lora_mixed(
         drawn = seeds_of_layer(seeds, projection)
         if impl == "triton":
             drawn = drawn.to(x.device, non_blocking=True)
-    call = Call(_opaque(impl), "auto", tuple(dropout_p), rows)
+    # In PyTorch, too, a tracer is not shown how rows lie.
+    call = Call("opaque" if impl == "eager" else impl, "auto", tuple(dropout_p), rows)
     each = zip(lora_a, lora_b, lora_bias, strict=True)
     factors = [tensor for slot in each for tensor in slot]
     return run(x, Base(weight, bias, y), call, scaling, drawn, factors, s)
@@ -89,7 +85,6 @@ def _lora_shared(
     slots: int,
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
-    impl: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns s of layer number ``own``, and its seed if it has dropout.
 
@@ -105,8 +100,7 @@ def _lora_shared(
         found = [[by_place.get(layer * slots + i) for i in range(slots)] for layer in layers]
         if factor_dtype is not None:
             found = [[None if a is None else a.to(factor_dtype) for a in each] for each in found]
-        name = impl if rows is None else _opaque(impl)
-        return shrink(flat, found, [dropout_p[layer] for layer in layers], name, rows)
+        return shrink(flat, found, [dropout_p[layer] for layer in layers], "triton", rows)
 
     if not isinstance(x, (FakeTensor, FunctionalTensor)):
         # Nothing says whether the others will call, so nothing is kept for them.
@@ -114,7 +108,7 @@ def _lora_shared(
     else:
         context = (*lora_a, ids)
         versions = [tensor._version for tensor in context if tensor is not None]
-        others = places, dropout_p, slots, dtype, factor_dtype, impl, torch.is_grad_enabled()
+        others = places, dropout_p, slots, dtype, factor_dtype, torch.is_grad_enabled()
         key = (versions, *others)
         found = take_share(x, own, context, key)
         if found is None:

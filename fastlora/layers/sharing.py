@@ -74,7 +74,7 @@ def shared_shrink(call: LayerCall | MixedCall, own: Slots, family: Family | None
     if not why:
         # Of a block that has ended nothing is held: it knows all layers of its model.
         block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
-        context = call.conditions.impl, call.conditions.autocast, block
+        context = call.conditions.autocast, block
         if has_share(id(layer)):  # or others wait for what a sibling made at once
             found = take_share(x, id(layer), context, (stream_of(x.device), *_key(own)))
         if found is None:
@@ -165,8 +165,7 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
     if isinstance(call, MixedCall):
         ids, slots_of_all, dtype = call.routing.ids, len(call.routing.names), _dtype(own)
     s, seeds = torch.ops.fastlora.lora_shared(
-        *(call.given, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype),
-        conditions.impl,
+        *(call.given, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype)
     )
     return Shrunk(s, seeds[0] if dropout_p[mine] > 0.0 else None)
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease, Request, Residency
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.resident import PoolStats
-from fastlora.pool.router import pool_block, pool_routing
+from fastlora.pool.router import pool_routing
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.tiers import Tiers
 from fastlora.pool.transfers import make_transfers
+from fastlora.routing.block import adapters
 from fastlora.routing.ids import BASE
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Routing
@@ -90,7 +90,7 @@ class AdapterPool:
         if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
             raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        self._layers = PoolLayers(model, targets, functools.partial(pool_block, self))
+        self._layers = PoolLayers(model, targets, functools.partial(adapters, self))
         try:
             base_device, base_dtype = self._layers.like()
             self.device = torch.device(device) if device is not None else base_device
@@ -399,16 +399,11 @@ class AdapterPool:
     def __enter__(self) -> AdapterPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             self.close()
         except AdapterStateError:
-            if error is None:  # else that one is what ended the block
+            if kind is None:  # else an error of that kind is what ended the block
                 raise
 
     def routing(

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fastlora.layers.factors import Pool
-from fastlora.ops.factors import Tables
 from fastlora.ops.seeds import draw_seeds
 from fastlora.pool.tables import looked_up
-from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
-from fastlora.routing.in_force import is_captured, routed
+from fastlora.routing.in_force import is_captured
 from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError
-
-
-@contextlib.contextmanager
-def pool_block(pool: Any, names: Sequence[str | None]) -> Iterator[None]:
-    """`fastlora.adapters` for the names of a pool's adapters, one for each sample."""
-    with contextlib.ExitStack() as held:
-        routing = pool_routing(pool, names, None, False, held)
-        keep_routing()
-        with routed(routing):
-            yield
 
 
 def pool_routing(
@@ -63,26 +51,11 @@ def pool_routing(
     for resident in lease.residents:
         residents[resident.column] = resident
     by_column = tuple("" if resident is None else resident.name for resident in residents)
-    source = Pool(tuple(residents), tables_of(pool, pool.max_rank or lease.max_rank))
+    source = Pool(tuple(residents), pool.tables.found(pool.max_rank or lease.max_rank, pool.dtype))
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
     # A copy: if it were a tensor that the routing has elsewhere too, graphs would be guarded by it.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, source)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
-
-
-def tables_of(pool: Any, max_rank: int) -> Tables:
-    """Returns where a pool's factors lie, and scales once it has seen an adapter with DoRA."""
-    tables = pool.tables
-    return Tables(
-        tables.a_address,
-        tables.b_address,
-        tables.bias_address,
-        tables.rank,
-        tables.scaling,
-        max_rank,
-        pool.dtype,
-        tables.scale_address if tables.uses_dora else None,
-    )
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
@@ -94,7 +67,7 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "as the largest rank that may ever be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
-    source = Pool(nobody, tables_of(pool, pool.max_rank))
+    source = Pool(nobody, pool.tables.found(pool.max_rank, pool.dtype))
     seeds = draw_seeds(nobody, None, draw=False)
     columns = pool.tables.columns(ids)
     return Routing(pool.group, nobody, columns, seeds, source, captured=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.ops.factors import PENDING
+from fastlora.ops.factors import PENDING, Tables
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
 
@@ -52,6 +52,12 @@ class PoolTables:
         self._numbers = torch.zeros(2, modules, columns, dtype=torch.int32, device=device)
         self.a_address, self.b_address, self.bias_address, self.scale_address = self._addresses
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
+
+    def found(self, max_rank: int, dtype: torch.dtype) -> Tables:
+        """Returns where factors lie, and scales once there is an adapter with DoRA."""
+        scales = self.scale_address if self.uses_dora else None
+        addresses = self.a_address, self.b_address, self.bias_address
+        return Tables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write(self, column: int, image: Image) -> None:
         """Fills a column for an image on the device, on the current stream."""
