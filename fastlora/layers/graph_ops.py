@@ -8,8 +8,8 @@ Rows are sorted once a graph: layers call `fastlora.ops.rows.sort_rows` alike.
 `lora_shared` is s, by kernels, of layers that are fed by the same x. Every sibling calls it with
 the factors of all and gets its own share. The first call that is traced makes one node, and the
 others, which bring the very same tensors, find what it made; so one node has the gradients of all.
-Calls that a compiler merges afterwards would each keep a backward, with one gradient to do. Where nothing is
-traced each call makes its own.
+Calls that a compiler merges afterwards would each keep a backward, with one gradient to do. Where
+nothing is traced each call makes its own.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
 of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
