@@ -310,7 +310,6 @@ class LoraLayer(Mergeable):
         return self._modules[part]
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """As `fastlora.layers.parts.file_names`."""
         return parts.file_names(self._held_parts(adapter_name), adapter_name)
 
     def widen(self, adapter_name: str) -> None:

@@ -206,7 +206,6 @@ class Parameters:
     def factors(
         self, layer: CommonLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        """See `Source.factors`."""
         name = self.names[slot]
         if name not in layer._modules["lora_A"]._modules:
             return None
@@ -216,11 +215,9 @@ class Parameters:
         return found
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
-        """See `Source.scales`."""
         return scales_by_name(call, [self.names[slot] for slot in slots])
 
     def identity(self, slot: int) -> Hashable:
-        """See `Source.identity`."""
         return self.names[slot]
 
 
@@ -238,7 +235,6 @@ class Pool:
     def factors(
         self, layer: CommonLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        """See `Source.factors`."""
         resident = self.residents[slot]
         found: Factors | None = None if resident is None else resident.factors(layer.table_row)
         if found is None or call is None:
@@ -254,7 +250,6 @@ class Pool:
         return [Scale(resident.scales.by_module[row], None) for resident in found]
 
     def identity(self, slot: int) -> Hashable:
-        """See `Source.identity`."""
         resident = self.residents[slot]
         return None if resident is None else (resident.name, resident.version)
 

@@ -77,15 +77,12 @@ class Plain:
         self.weight, self._matrix = weight, matrix
 
     def dense(self) -> torch.Tensor:
-        """As `Stored`."""
         return self.dense_of(self.weight)
 
     def wide(self) -> torch.Tensor:
-        """As `Stored`."""
         return self.dense().detach()
 
     def square_distance(self, matrix: torch.Tensor) -> float:
-        """As `Stored`."""
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
@@ -95,28 +92,23 @@ class Plain:
         """Nothing is left to do: ``dense`` is the weight."""
 
     def keep(self) -> object:
-        """As `Stored`."""
         return self.weight.detach().clone()
 
     @torch.no_grad()
     def restore(self, kept: object) -> None:
-        """As `Stored`."""
         weight: Any = kept
         self.weight.copy_(weight)
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        """As `Stored`."""
         weight: Any = kept
         return fn(weight)
 
     def dense_of(self, kept: object) -> torch.Tensor:
-        """As `Stored`."""
         weight: Any = kept
         made: torch.Tensor = weight if self._matrix is None else self._matrix(weight)
         return made
 
     def fingerprint(self) -> Fingerprint:
-        """As `Stored`."""
         return sums_of_bits(self.weight)
 
 

@@ -50,7 +50,6 @@ class Bits4(Quantised):
 
     @classmethod
     def matches(cls, module: object) -> bool:
-        """As `Quantised`."""
         return type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
     @property
@@ -60,7 +59,6 @@ class Bits4(Quantised):
         return torch.float32 if self._is_repacked() else found
 
     def dense(self) -> torch.Tensor:
-        """As `Stored`."""
         weight = self.weight
         if self._is_repacked():
             return _through(self.base, weight.device)
@@ -72,12 +70,10 @@ class Bits4(Quantised):
     # ------------------------------------------------------------------------ what kernels read
 
     def computes_in(self) -> torch.dtype | None:
-        """As `Quantised`."""
         found: torch.dtype | None = self.base.compute_dtype
         return found
 
     def stamp(self) -> Hashable | None:
-        """As `Quantised`."""
         base, state = self.base, self.weight.quant_state
         inner = getattr(state, "state2", None)  # not once it is repacked
         tensors = [self.weight, state.absmax, state.code]
@@ -147,7 +143,6 @@ class Bits4(Quantised):
 
     @property
     def says(self) -> str:
-        """As `Quantised`."""
         state = self.weight.quant_state
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
@@ -223,7 +218,6 @@ class Bits4(Quantised):
         return made.view(-1)
 
     def write(self, dense: torch.Tensor) -> None:
-        """As `Stored`."""
         library, state = _bitsandbytes(), self.weight.quant_state
         packed = self._is_repacked()
         parts = [
@@ -248,11 +242,9 @@ class Bits4(Quantised):
         self.restore((torch.cat([codes for codes, _ in parts]), new))
 
     def keep(self) -> object:
-        """As `Stored`."""
         return self.weight.data.clone(), _cloned(self.weight.quant_state)
 
     def restore(self, kept: object) -> None:
-        """As `Stored`."""
         both: Any = kept
         data, state = both
         self.weight.data = data.to(self.weight.device)
@@ -287,7 +279,6 @@ class Bits8(Quantised):
 
     @classmethod
     def matches(cls, module: object) -> bool:
-        """As `Quantised`."""
         return type(getattr(module, "weight", None)).__name__ == "Int8Params"
 
     @property
@@ -296,7 +287,6 @@ class Bits8(Quantised):
         return torch.float32
 
     def stamp(self) -> Hashable | None:
-        """As `Quantised`."""
         return stamp_of(self.weight, self.scales)
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
@@ -308,12 +298,10 @@ class Bits8(Quantised):
         )
 
     def dense(self) -> torch.Tensor:
-        """As `Stored`."""
         scales = self.scales.to(self.weight.device)
         return _bitsandbytes().int8_vectorwise_dequant(self.weight.data, scales)
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """As `Quantised`."""
         dequantise, codes = _bitsandbytes().int8_vectorwise_dequant, self.weight.data
         scales = self.scales.to(codes.device)
         for rows in self.row_slices(count):
@@ -328,11 +316,9 @@ class Bits8(Quantised):
         self.restore((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
 
     def keep(self) -> object:
-        """As `Stored`."""
         return self.weight.data.clone(), self.scales.clone()
 
     def restore(self, kept: object) -> None:
-        """As `Stored`."""
         both: Any = kept
         codes, scales = both
         for place in (self.weight.data, self.weight.CB, self.base.state.CB):
@@ -341,7 +327,6 @@ class Bits8(Quantised):
         self.scales.copy_(scales)
 
     def fingerprint(self) -> Fingerprint:
-        """As `Stored`."""
         return (*sums_of_bits(self.weight.data), *sums_of_bits(self.scales))
 
 

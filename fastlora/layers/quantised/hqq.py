@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from fastlora.layers.quantised.kind import Quantised, register_quantised
-from fastlora.layers.stored import Fingerprint
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -19,12 +18,10 @@ class Hqq(Quantised):
 
     @staticmethod
     def weight_of(module: object) -> Any:
-        """As `Quantised`."""
         return getattr(module, "W_q")  # noqa: B009 - a module of any kind
 
     @classmethod
     def matches(cls, module: object) -> bool:
-        """As `Quantised`."""
         return hasattr(module, "W_q") and callable(getattr(module, "dequantize", None))
 
     @property
@@ -34,7 +31,6 @@ class Hqq(Quantised):
         return found
 
     def dense(self) -> torch.Tensor:
-        """As `Stored`."""
         made: torch.Tensor = self.base.dequantize()
         return made
 
@@ -44,18 +40,3 @@ class Hqq(Quantised):
             f"cannot merge into {type(self.base).__name__}: HQQ quantises a weight by solving for "
             "it; dequantise the base model first"
         )
-
-    def write(self, dense: torch.Tensor) -> None:
-        """As `check_writable`."""
-        self.check_writable()
-
-    def keep(self) -> object:
-        """As `Stored`."""
-        return None
-
-    def restore(self, kept: object) -> None:
-        """Nothing was written."""
-
-    def fingerprint(self) -> Fingerprint:
-        """Nothing is merged."""
-        return ()

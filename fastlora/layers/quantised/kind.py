@@ -196,7 +196,6 @@ class Quantised(Stored):
         return made
 
     def square_distance(self, matrix: torch.Tensor) -> float:
-        """As `Stored`."""
         flat, start, total = matrix.reshape(-1), 0, 0.0
         for piece in self.pieces():
             part = flat[start : start + piece.numel()]
@@ -206,15 +205,11 @@ class Quantised(Stored):
 
     # ------------------------------------------------------------------------------- merging
 
-    def check_writable(self) -> None:
-        """As `Stored`."""
-
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """As it is: ``fn`` may change the dtype, and `restore` moves to the device."""
         return kept
 
     def dense_of(self, kept: object) -> torch.Tensor:
-        """As `Stored`."""
         now = self.keep()
         try:
             self.restore(kept)

@@ -42,11 +42,9 @@ class TorchAO(Quantised):
 
     @classmethod
     def matches(cls, module: object) -> bool:
-        """As `Quantised`."""
         return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
 
     def stamp(self) -> Hashable | None:
-        """As `Quantised`."""
         return stamp_of(*self._parts())
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
@@ -86,7 +84,6 @@ class TorchAO(Quantised):
 
     @property
     def says(self) -> str:
-        """As `Quantised`."""
         return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -95,14 +92,12 @@ class TorchAO(Quantised):
         return lambda: weight.dequantize(dtype)
 
     def codes(self) -> torch.Tensor:
-        """As `Quantised`."""
         return self._parts()[0]
 
     def _parts(self) -> list[torch.Tensor]:
         return _tensors(self.weight)
 
     def dense(self) -> torch.Tensor:
-        """As `Stored`."""
         return self.weight.dequantize()
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
@@ -122,7 +117,6 @@ class TorchAO(Quantised):
             )
 
     def write(self, dense: torch.Tensor) -> None:
-        """As `Stored`."""
         self.check_writable()
         make, granularity = _TORCHAO[type(self.weight).__name__], _granularity(self.weight, dense)
         by_row = int(self.weight.block_size[0]) == 1
@@ -136,17 +130,14 @@ class TorchAO(Quantised):
                 (part[rows] if by_row else part).copy_(value)
 
     def keep(self) -> object:
-        """As `Stored`."""
         return [part.clone() for part in self._parts()]
 
     def restore(self, kept: object) -> None:
-        """As `Stored`."""
         values: Any = kept
         for part, value in zip(self._parts(), values, strict=True):
             part.copy_(value)
 
     def fingerprint(self) -> Fingerprint:
-        """As `Stored`."""
         return tuple(total for part in self._parts() for total in sums_of_bits(part))
 
 
