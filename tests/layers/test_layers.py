@@ -10,11 +10,7 @@ from torch import nn
 
 from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
-from fastlora.validation import (
-    AdapterStateError,
-    ConfigError,
-    UnsupportedLayerError,
-)
+from fastlora.validation import ConfigError, UnsupportedLayerError
 
 
 def trained(layer: FastLoraLinear | FastLoraWrapper) -> FastLoraLinear | FastLoraWrapper:
@@ -40,23 +36,6 @@ def test_it_is_a_linear() -> None:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_moves_between_dtypes(dtype: torch.dtype) -> None:
-    """After .to(dtype) everything is in that dtype and the scaling is still exact."""
-    layer = trained(FastLoraLinear(16, 24, r=3, lora_alpha=5)).to(dtype)
-    x = torch.randn(5, 16).to(dtype)
-    y = layer(x)
-    w = layer.weight.double()
-    w = (
-        w
-        + 5 / 3 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
-    )
-    truth = x.double() @ w.t() + layer.bias.double()
-    assert y.dtype == dtype
-    error = (y.double() - truth).abs().max()
-    assert error <= 8 * torch.finfo(dtype).eps * truth.abs().max()
-
-
 def test_from_linear_shares_the_weight() -> None:
     """The weight is the same tensor, and a refused call leaves the linear as it was."""
     linear = nn.Linear(16, 24)
@@ -76,29 +55,6 @@ def test_from_linear_refuses_what_must_be_called() -> None:
     for module, why in ((hooked, "forward hooks"), (FastLoraLinear(4, 4), "FastLoraLinear")):
         with pytest.raises(UnsupportedLayerError, match=why):
             FastLoraLinear.from_linear(module)
-
-
-def test_merge_without_a_kept_copy() -> None:
-    """``keep_base=False`` holds no copy and subtracts again."""
-    layer = trained(FastLoraLinear(32, 48, r=4))
-    weight = layer.weight.clone()
-    layer.merge(keep_base=False)
-    assert layer._unmerged is None
-    assert not torch.equal(layer.weight, weight)
-    layer.unmerge()
-    torch.testing.assert_close(layer.weight, weight)
-
-
-def test_safe_merge_refuses_and_changes_nothing() -> None:
-    """A factor with Inf is refused; weight, state and output stay."""
-    layer = trained(FastLoraLinear(32, 48, r=4))
-    with torch.no_grad():
-        layer.lora_A["default"].weight[1, 2] = float("inf")
-    weight = layer.weight.clone()
-    with pytest.raises(AdapterStateError, match="adapter default seems to be broken.*not finite"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.weight, weight)
-    assert not layer.merged
 
 
 def test_merged_layer_moves_and_disables() -> None:

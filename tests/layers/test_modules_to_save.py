@@ -188,20 +188,38 @@ def saved_twice(base: nn.Module, saved: str = "halves") -> LoraModel:
 
 
 def test_several_tensors_in_a_mixed_batch() -> None:
-    """Each of them has every sample's own copy's rows."""
-    model, x = saved_twice(OnHalves()), torch.randn(4, 3, 8)
-    rows = ["b", None, "a", "c"]
+    """Each of them has every sample's own copy's rows, and each copy the gradients of its own."""
+    model, x = saved_twice(OnHalves()).double(), torch.randn(5, 3, 8, dtype=torch.float64)
+    rows = ["b", None, "a", "c", "b"]
+
+    def train() -> None:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in key or "modules_to_save" in key)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return {name: grad for name, grad in found.items() if grad.any()}
+
+    train()
     first, others = model(x, adapter_names=rows)
+    (first.square().sum() + others["rest"].square().sum()).backward()
+    mixed = gradients()
     for i, name in enumerate(rows):
         with model.disable_adapter() if name is None else contextlib.nullcontext():
             if name is not None:
                 model.set_adapter(name)
+            train()
             one, other = model(x[i : i + 1])
         torch.testing.assert_close(first[i : i + 1], one)
         torch.testing.assert_close(others["rest"][i : i + 1], other["rest"])
+        if name is not None:
+            (one.square().sum() + other["rest"].square().sum()).backward()
     assert others["none"] is None
+    torch.testing.assert_close(mixed, gradients())
+    assert any(".a." in name for name in mixed) and any("lora_B.c" in name for name in mixed)
     with pytest.raises(UnsupportedLayerError, match=r"a Halves of modules_to_save .* shape \(\)"):
-        saved_twice(OnHalves(scalar=True))(x, adapter_names=rows)
+        saved_twice(OnHalves(scalar=True)).double()(x, adapter_names=rows)
 
 
 @pytest.mark.parametrize("how", ["layers", "block"])

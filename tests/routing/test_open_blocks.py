@@ -215,6 +215,24 @@ def small() -> Generates:
     return Generates(base, state, torch.tensor([[1, 50, 27], [27, 28, 9]]), more)
 
 
+def test_generate_with_beams_is_pefts() -> None:
+    """Mixed generation gives PEFT's tokens, greedy and with beam search."""
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    models = []
+    for library in (fastlora, peft):
+        torch.manual_seed(1)
+        made = [library.LoraConfig(**config(*t)) for t in (("q_proj", "v_proj"), ("up_proj",))]
+        model = library.get_peft_model(tiny_llama(), made[0], "a")
+        model.add_adapter("b", made[1])
+        models.append(model.double().eval())
+    ids, names = torch.randint(1, 97, (3, 5)), ["b", "__base__", "a"]
+    for beams in (1, 2):
+        more = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+        tokens = [model.generate(input_ids=ids, adapter_names=names, **more) for model in models]
+        assert torch.equal(*tokens)
+        assert not torch.equal(tokens[0], tiny_llama().double().eval().generate(ids, **more))
+
+
 def test_slots_of_tokens_cannot_generate(small: Generates) -> None:
     """The model will see other tokens than these."""
     base, state, ids, more = small
