@@ -33,10 +33,15 @@ def run_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     slots = slots_of(call, layer)
     if slots is None:
         return None
+    if not slots.own.present:  # theirs is DoRA's, which drops
+        return dora_rows(call, base.output(x), slots.dora)
     shrunk = shared_shrink(call, slots.own, None) if slots.impl == "triton" else None
     s = None if shrunk is None else shrunk.s
-    arguments = slots.arguments(batch, layer.routed_as)
-    made = torch.ops.fastlora.lora_mixed(x, *base[:3], *arguments, s)
+    dropout_p = slots.own.dropout_p
+    made = torch.ops.fastlora.lora_mixed(
+        *(x, *base[:3], slots.own.tensors(), slots.scaling, batch.ids, batch.seeds, dropout_p),
+        *(layer.routed_as if any(dropout_p) else 0, slots.impl, s),
+    )
     return dora_rows(call, made, slots.dora)
 
 

@@ -12,12 +12,13 @@ Calls that a compiler merges afterwards would each keep a backward, with one gra
 nothing is traced each call makes its own.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
-of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, ``lora_bias [N]``, and ``scaling [S]``. An
-adapter that leaves the layer alone has rank 0.
+of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]`` and ``lora_bias [N]`` in turn, three None
+for an adapter that leaves the layer alone, and ``scaling [S]``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -33,9 +34,9 @@ from fastlora.ops.seeds import seeds_of_layer
 from fastlora.routing.siblings import keep_shares, take_share
 
 define(
-    "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor[] lora_a,"
-    " Tensor[] lora_b, Tensor?[] lora_bias, Tensor scaling, Tensor ids, Tensor seeds,"
-    " float[] dropout_p, int projection, str impl, Tensor? s) -> Tensor"
+    "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor?[] factors,"
+    " Tensor scaling, Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl,"
+    " Tensor? s) -> Tensor"
 )
 define(
     "lora_shared(Tensor x, Tensor[] lora_a, int[] places, int own, float[] dropout_p, Tensor? ids,"
@@ -49,9 +50,7 @@ def _lora_mixed(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     y: torch.Tensor | None,
-    lora_a: list[torch.Tensor],
-    lora_b: list[torch.Tensor],
-    lora_bias: list[torch.Tensor | None],
+    factors: list[torch.Tensor | None],
     scaling: torch.Tensor,
     ids: torch.Tensor,
     seeds: torch.Tensor,
@@ -60,7 +59,7 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`fastlora.autograd.linear.run` of a mixed batch."""
+    """`fastlora.autograd.linear.run` of a mixed batch; factors are taken in one dtype."""
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):
@@ -69,8 +68,9 @@ def _lora_mixed(
             drawn = drawn.to(x.device, non_blocking=True)
     # In PyTorch, too, a tracer is not shown how rows lie.
     call = Call("opaque" if impl == "eager" else impl, "auto", tuple(dropout_p), rows)
-    each = zip(lora_a, lora_b, lora_bias, strict=True)
-    factors = [tensor for slot in each for tensor in slot]
+    dtypes = [tensor.dtype for tensor in factors if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    factors = [None if tensor is None else tensor.to(dtype) for tensor in factors]
     return run(x, Base(weight, bias, y), call, scaling, drawn, factors, s)
 
 

@@ -14,7 +14,6 @@ sibling was seen in a forward before; what one leaves afterwards changes no grap
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -163,7 +162,8 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shrunk | None:
     dropout_p = [max(slots.dropout_p) for _, slots in found]
     ids, slots_of_all, dtype = None, 1, None
     if isinstance(call, MixedCall):
-        ids, slots_of_all, dtype = call.routing.ids, len(call.routing.names), _dtype(own)
+        batch = call.routing
+        ids, slots_of_all, dtype = batch.ids, len(batch.names), graph_slots.dtype_of(own)
     s, seeds = torch.ops.fastlora.lora_shared(
         *(call.given, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype)
     )
@@ -245,19 +245,13 @@ def _why_not(layer: CommonLayer, slots: Slots, own: Slots, call: LayerCall | Mix
         return "one of them is frozen, or no adapter of the batch acts on it"
     if elsewhere:
         return "one of them has its factors elsewhere, or takes another number of features"
-    if mixed and _dtype(slots) != _dtype(own):
+    if mixed and graph_slots.dtype_of(slots) != graph_slots.dtype_of(own):
         return "they have factors of different dtypes"
     return ""
 
 
 def _lora_a(slots: Slots) -> list[torch.Tensor | None]:
     return [None if factors is None else factors.lora_a for factors in slots.own]
-
-
-def _dtype(slots: Slots) -> torch.dtype:
-    """Returns the dtype that holds all factors exactly."""
-    dtypes = [tensor.dtype for tensor in slots.tensors() if tensor is not None]
-    return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
 
 # ------------------------------------------------------------------------------ in the report
