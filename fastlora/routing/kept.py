@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
 from fastlora.ops.factors import Tables
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.ops.torch.packed import LayerPack, is_for
 from fastlora.ops.torch.packed_choice import RowsKind
 from fastlora.routing.watch import Watch
@@ -181,6 +181,7 @@ class PackCache:
             return sum(known.nbytes for known in self._sets.values())
 
 
+@dataclass(eq=False)
 class BlockKept:
     """What one block keeps: made at most once for its batch.
 
@@ -189,43 +190,17 @@ class BlockKept:
         plans: By rows, then by layout and bytes of an element, how to multiply packed factors.
         places: By number of a layer, where kernels find its factors.
         dora: What `fastlora.layers.dora_rows` keeps of norms.
+        rows: By number of rows, device and stream.
+        seeds: By device and stream, the dropout seeds of layers by number.
+        sets: What the model keeps of sets of adapters, by their keys.
         is_checked: Whether the host has looked at the ids.
     """
 
-    def __init__(self) -> None:
-        self.decisions: dict[int, Any] = {}
-        self.plans: dict[Rows, dict[Any, Any]] = {}
-        self.places: dict[int, Any] = {}
-        self.dora: dict[Any, Any] = {}
-        self.is_checked = False
-        self.rows: dict[tuple[int, torch.device, int], Rows] = {}
-        self._seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = {}
-        self._sets: dict[tuple[Hashable, ...], SetPack] = {}
-
-    def set_of(self, packs: PackCache, key: tuple[Hashable, ...], changes: bool) -> SetPack:
-        """Returns what the model keeps of a set of adapters.
-
-        Whether factors changed is asked once for each block and whenever they may have.
-        """
-        known = self._sets.get(key)
-        if known is None or not known.may_hold:
-            known = self._sets[key] = packs.get(key, changes)
-        return known
-
-    def seeds_of(
-        self, seeds: torch.Tensor, number: int, layers: Sequence[RoutedLayer], device: torch.device
-    ) -> torch.Tensor:
-        """Returns a layer's dropout seeds, int64 ``[S]``; one copy brings those of all layers."""
-        key = (device, stream_of(device))
-        known = self._seeds.get(key)
-        if known is None:
-            numbers = [layer.routed_as for layer in layers if hasattr(layer, "lora_A")]
-            with torch.inference_mode(False):  # functions save them for a backward
-                made = layer_seeds(seeds, numbers)
-            if device.type == "cuda":
-                made = made.pin_memory().to(device, non_blocking=True)
-            known = self._seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
-        if number not in known:  # a layer that came after the block began
-            with torch.inference_mode(False):
-                known[number] = seeds_of_layer(seeds, number).to(device)
-        return known[number]
+    decisions: dict[int, Any] = field(default_factory=dict)
+    plans: dict[Rows, dict[Any, Any]] = field(default_factory=dict)
+    places: dict[int, Any] = field(default_factory=dict)
+    dora: dict[Any, Any] = field(default_factory=dict)
+    rows: dict[tuple[int, torch.device, int], Rows] = field(default_factory=dict)
+    seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
+    sets: dict[tuple[Hashable, ...], SetPack] = field(default_factory=dict)
+    is_checked: bool = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora.ops.rows import Rows
+from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.routing.ids import NO_ADAPTER, Unchecked
 from fastlora.routing.kept import (
     BlockKept,
@@ -115,17 +116,33 @@ class Routing:
         return known
 
     def seeds_of(self, number: int, device: torch.device) -> torch.Tensor:
-        """Returns the dropout seeds of one layer, int64 ``[S]``.
+        """Returns the dropout seeds of layer ``number``, int64 ``[S]``, on a device.
 
-        Args:
-            number: The layer's.
-            device: Where the seeds are to lie.
+        One copy brings those of all layers.
         """
-        return self.kept.seeds_of(self.seeds, number, self.layers, device)
+        key = (device, stream_of(device))
+        known = self.kept.seeds.get(key)
+        if known is None:
+            numbers = [layer.routed_as for layer in self.layers if hasattr(layer, "lora_A")]
+            with torch.inference_mode(False):  # functions save them for a backward
+                made = layer_seeds(self.seeds, numbers)
+            if device.type == "cuda":
+                made = made.pin_memory().to(device, non_blocking=True)
+            known = self.kept.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
+        if number not in known:  # a layer that came after the block began
+            with torch.inference_mode(False):
+                known[number] = seeds_of_layer(self.seeds, number).to(device)
+        return known[number]
 
     def set_of(self, key: tuple[Hashable, ...]) -> SetPack:
-        """Returns what the model keeps of a set of adapters."""
-        return self.kept.set_of(self.group.packs, key, self.residents is None)
+        """Returns what the model keeps of a set of adapters.
+
+        Whether factors changed is asked once for each block and whenever they may have.
+        """
+        known = self.kept.sets.get(key)
+        if known is None or not known.may_hold:
+            known = self.kept.sets[key] = self.group.packs.get(key, self.residents is None)
+        return known
 
     def identities(self, rows: Rows) -> tuple[Hashable, ...]:
         """Returns what names the adapters that have rows, in order of slots."""
