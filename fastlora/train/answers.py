@@ -25,16 +25,10 @@ def answers(
     tokens: int,
     pad: int,
 ) -> dict[str, list[str]]:
-    """Returns each adapter's answers, the likeliest token at each step, of one mixed batch.
+    """Returns each adapter's answers of at most so many tokens, the likeliest ones.
 
-    Args:
-        model: In evaluation mode.
-        tokenizer: Of the base model.
-        prompts: By adapter; they are put as the adapter's own data is: as a user's turn, under
-            Alpaca's headings, or as they are.
-        corpora: Each adapter's data.
-        tokens: The most tokens of an answer.
-        pad: A token to pad with.
+    All prompts are one mixed batch, put as the adapter's own data is: as a user's turn, under
+    Alpaca's headings, or as they are.
     """
     names = [name for name, texts in prompts.items() for _ in texts]
     asked = [prompt_ids(t, corpora[n], tokenizer) for n, texts in prompts.items() for t in texts]

@@ -13,7 +13,7 @@ from torch import nn
 from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus
-from fastlora.train.processes import INSTALL, TrainError
+from fastlora.train.processes import TrainError, needed
 from fastlora.train.quantised import (
     dtype_of,
     make_trainable,
@@ -94,11 +94,7 @@ def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None
 
 def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise TrainError(f"training needs transformers; install it with: {INSTALL}") from error
-    return transformers
+    return needed("transformers")
 
 
 @contextlib.contextmanager

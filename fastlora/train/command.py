@@ -30,8 +30,8 @@ from fastlora.model.step_memory import step_memory
 from fastlora.model.targets import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, prepare
-from fastlora.train.config import DTYPES, LOAD_IN, SCHEDULES, TrainSettings, read_settings
-from fastlora.train.data.formats import FORMATS, PACKINGS
+from fastlora.train.config import ALIASES, AdapterSettings, TrainSettings, read_settings
+from fastlora.train.kinds import SWITCH, TEXTS
 from fastlora.train.processes import check_trackers, launched
 from fastlora.train.quantised import dtype_of
 from fastlora.train.run import TrainResult, train
@@ -41,77 +41,23 @@ if TYPE_CHECKING:
 
 # What --init takes -> init_lora_weights.
 _INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [entry.partition("=") for entry in _names(text)]
-    if not all(ours and found and theirs for ours, found, theirs in pairs):
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS,..., got {text!r}")
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-# Flag, type (bool for a switch) or choices, metavar and help of what a whole run has, and of what
-# every adapter gets.
-_RUN_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
-    ("--model", Path, "DIR", "folder of the base model"),
-    ("--out", Path, "DIR", "folder for adapters, checkpoints and the log"),
-    ("--steps", int, "N", "optimizer steps"),
-    ("--epochs", float, "X", "passes over the data, where steps are not given (default: 1)"),
-    ("--batch-size", int, "N", "samples in a step, over all processes (default: 8)"),
-    ("--micro-batch-size", int, "N", "samples in a forward (default: all of a process's)"),
-    ("--max-length", int, "N", "tokens that a sample is cut to (default: 512)"),
-    ("--seed", int, "N", "seed of everything random (default: 0)"),
-    ("--save-every", int, "N", "steps between checkpoints, 0 for the end only (default: 100)"),
-    ("--keep", int, "N", "checkpoints to keep (default: 2)"),
-    ("--eval-every", int, "N", "steps between evaluations, 0 for the end only (default: 0)"),
-    ("--dtype", DTYPES, "", "dtype of the base model (default: auto)"),
-    ("--load-in", LOAD_IN, "", "quantise the base model with bitsandbytes, as NF4 or LLM.int8"),
-    ("--chat", bool, "", "make prompt and completion turns of a chat"),
-    ("--chat-template", Path, "FILE", "chat template in place of the tokenizer's"),
-    ("--assistant-only-loss", bool, "", "no loss but on what the assistant says in chats"),
-    (
-        *("--packing", PACKINGS, ""),
-        "put samples together into rows of --max-length tokens: as they are, the longest first "
-        "(bfd); so, and cut where longer (bfd_split); or one after another (wrapped)",
-    ),
-    ("--track", _names, "NAME,NAME,...", "accelerate's trackers: tensorboard, wandb, ..."),
-    ("--sample-tokens", int, "N", "the most tokens of an answer to --prompt (default: 64)"),
-    ("--gradient-checkpointing", bool, "", "trade time for memory"),
-    ("--cpu", bool, "", "don't use an accelerator"),
-)
-_ADAPTER_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
-    ("--format", tuple(FORMATS), "", "format of the data, where its columns fit several"),
-    (
-        *("--columns", _pairs, "OURS=THEIRS,..."),
-        "columns of the data that have other names, as in prompt=question,completion=answer",
-    ),
-    ("--r", int, "N", "rank"),
-    ("--alpha", float, "X", "numerator of the scaling"),
-    ("--dropout", float, "P", "dropout before the adapters"),
-    ("--lr", float, "X", "learning rate of AdamW after the warm-up"),
-    ("--weight-decay", float, "X", "weight decay of AdamW (default: 0)"),
-    ("--warmup-ratio", float, "X", "share of steps in which the rate rises (default: 0.03)"),
-    ("--max-grad-norm", float, "X", "clip each adapter's gradient, 0 for not (default: 1)"),
-    ("--targets", _names, "NAME,NAME,...", "modules to adapt (default: all-linear)"),
-    (
-        *("--modules-to-save", _names, "NAME,NAME,..."),
-        "modules that each adapter trains a whole copy of",
-    ),
-    ("--rslora", bool, "", "scale by alpha / sqrt(r), not by alpha / r"),
-    ("--dora", bool, "", "train a magnitude for each output (DoRA)"),
-    ("--lora-bias", bool, "", "give B a bias"),
-    ("--bias", BIAS_MODES, "", "biases of the base model that train (default: none)"),
-    (
-        *("--init", tuple(_INITS), ""),
+# Flags of `fastlora.LoraConfig`'s fields: how argparse takes each, and its help.
+_LORA_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "--r": ({"type": int, "metavar": "N"}, "rank"),
+    "--alpha": ({"type": float, "metavar": "X"}, "numerator of the scaling"),
+    "--dropout": ({"type": float, "metavar": "P"}, "dropout before the adapters"),
+    "--targets": (TEXTS.flag, "modules to adapt (default: all-linear)"),
+    "--modules-to-save": (TEXTS.flag, "modules that each adapter trains a whole copy of"),
+    "--rslora": (SWITCH.flag, "scale by alpha / sqrt(r), not by alpha / r"),
+    "--dora": (SWITCH.flag, "train a magnitude for each output (DoRA)"),
+    "--lora-bias": (SWITCH.flag, "give B a bias"),
+    "--bias": ({"choices": BIAS_MODES}, "biases of the base model that train (default: none)"),
+    "--init": (
+        {"choices": tuple(_INITS)},
         "factors at first: A uniform and B zero, A normal and B zero, or both random "
         "(default: true)",
     ),
-    ("--schedule", SCHEDULES, "", "how the learning rate falls (default: linear)"),
-)
+}
 _NOT_SETTINGS = ("config", "data", "eval_data", "prompt", "resume", "dry_run", "quiet")
 _RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 
@@ -143,14 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show every adapter's answer to it at evaluations; repeatable",
     )
     group = parser.add_argument_group("every adapter's, over the config file's")
-    for where, flags in ((parser, _RUN_FLAGS), (group, _ADAPTER_FLAGS)):
-        for flag, kind, metavar, text in flags:
-            if kind is bool:
-                where.add_argument(flag, action="store_const", const=True, help=text)
-            elif isinstance(kind, tuple):
-                where.add_argument(flag, choices=kind, help=text)
-            else:
-                where.add_argument(flag, type=kind, metavar=metavar, help=text)
+    shorter = {name: short for short, name in ALIASES.items()}
+    for where, settings in ((parser, TrainSettings), (group, AdapterSettings)):
+        for own in fields(settings):
+            if text := own.metadata.get("help"):
+                flag = "--" + shorter.get(own.name, own.name).replace("_", "-")
+                where.add_argument(flag, help=text, **own.metadata["kind"].flag)
+    for flag, (options, text) in _LORA_FLAGS.items():
+        group.add_argument(flag, help=text, **options)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -1,4 +1,8 @@
-"""What a training run is told: from a file and from flags, checked before any work."""
+"""What a training run is told: from a file and from flags, checked before any work.
+
+A setting is a field of `TrainSettings` or `AdapterSettings`, which also says what values it takes
+and what its flag is.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,30 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.recommend import Recommendation
 from fastlora.routing.ids import check_adapter_name
 from fastlora.train.config_file import read_settings_file
-from fastlora.train.data.formats import COLUMNS, FORMATS, PACKINGS, Reading
+from fastlora.train.data.formats import FORMATS, PACKINGS, Reading
+from fastlora.train.kinds import (
+    DIR,
+    FILE,
+    FILES,
+    LARGEST,
+    LARGEST_RATE,
+    PAIRS,
+    SWITCH,
+    TEXTS,
+    as_table,
+    checked,
+    choice,
+    number,
+    setting,
+    whole,
+)
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCHEDULES = ("linear", "cosine", "constant")
-# Bits of a base model's weights.
-LOAD_IN = ("4bit", "8bit")
-# What parameters are multiplied with is a float32 to PyTorch.
-_LARGEST = 3.4e38
-# AdamW's first step divides the rate by 1 - 0.9.
-_LARGEST_RATE = 3.4e37
 # What the folders beside the adapters are called, in a run's folder.
 RESERVED_NAMES = ("checkpoints", "trackers")
 
 # Short names that people use -> fields.
-_ALIASES = {
+ALIASES = {
     "lr": "learning_rate",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -44,43 +56,50 @@ _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
 }
 
 
+# ---------------------------------------------------------------------------------- the settings
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """How one adapter trains, and on what.
 
-    Attributes:
-        name: Letters, digits, ``_`` and ``-``; its folder in the run's folder.
-        data: Its files, as `fastlora.train.data.read_samples` takes them: JSON lines, JSON, CSV,
-            TSV, Parquet, folders of `datasets`, or plain text.
-        eval_data: Files of the same kinds to measure the loss on.
-        format: The format of both, a name in `fastlora.train.data.formats.FORMATS`; None to find
-            it from the files' columns.
-        columns: Our name of a column -> the files' name of it.
-        prompts: What to show an answer to at evaluations.
-        init_from: A PEFT adapter folder to go on from; None for a new adapter.
-        lora: Fields of `fastlora.LoraConfig`; r, alpha, dropout and targets that are not given are
-            `fastlora.recommend`'s.
-        learning_rate: Of AdamW, after the warm-up; None for `fastlora.recommend`'s.
-        weight_decay: Of AdamW.
-        schedule: How the learning rate falls after the warm-up: ``"linear"`` or ``"cosine"`` to 0
-            at the adapter's last step, or ``"constant"``.
-        warmup_ratio: Share of the adapter's own steps in which the rate rises from 0.
-        max_grad_norm: The adapter's own gradient is clipped to it; 0 for no clipping.
+    `name`, of letters, digits, ``_`` and ``-``, is its folder in the run's folder. `data` and
+    `eval_data` are files as `fastlora.train.data.read_samples` takes them. `prompts` are answered
+    at evaluations. `init_from` is a PEFT adapter folder to go on from. `lora` has fields of
+    `fastlora.LoraConfig`; what is not given of r, alpha, dropout, targets and the learning rate is
+    `fastlora.recommend`'s.
     """
 
     name: str
-    data: tuple[Path, ...]
-    eval_data: tuple[Path, ...] = ()
-    format: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    prompts: tuple[str, ...] = ()
-    init_from: Path | None = None
+    data: tuple[Path, ...] = setting(FILES)
+    eval_data: tuple[Path, ...] = setting(FILES, default=())
+    format: str | None = setting(
+        choice(*FORMATS), "format of the data, where its columns fit several", None
+    )
+    columns: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "kind": PAIRS,
+            "help": "columns of the data that have other names, as in "
+            "prompt=question,completion=answer",
+        },
+    )
+    prompts: tuple[str, ...] = setting(TEXTS, default=())
+    init_from: Path | None = setting(DIR, default=None)
     lora: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    schedule: str = "linear"
-    warmup_ratio: float = 0.03
-    max_grad_norm: float = 1.0
+    learning_rate: float | None = setting(
+        number(LARGEST_RATE), "learning rate of AdamW after the warm-up", None
+    )
+    weight_decay: float = setting(number(LARGEST), "weight decay of AdamW", 0.0)
+    schedule: str = setting(
+        choice("linear", "cosine", "constant"),
+        "how the learning rate falls, to 0 at the adapter's last step",
+        "linear",
+    )
+    warmup_ratio: float = setting(
+        number(1.0), "share of its own steps in which the rate rises", 0.03
+    )
+    max_grad_norm: float = setting(number(LARGEST), "clip each adapter's gradient, 0 for not", 1.0)
 
     def lora_config(self, advice: Recommendation) -> LoraConfig:
         """Returns the config of the new adapter; raises `ConfigError` where a field is wrong."""
@@ -95,60 +114,54 @@ class AdapterSettings:
 class TrainSettings:
     """A whole run.
 
-    Attributes:
-        model: Folder of the base model.
-        out: Folder for adapters, checkpoints and the log.
-        adapters: At least one.
-        steps: Optimizer steps; None to go by ``epochs``.
-        epochs: Passes over all data together.
-        batch_size: Samples in a step, over all processes.
-        micro_batch_size: Samples in a forward; None for a step's share of one process.
-        max_length: Tokens that a sample is cut to.
-        dtype: Of the base model; ``"auto"`` for its own, or bf16 with ``load_in``. Factors are fp32
-            at least.
-        load_in: Quantise the base model while it is read: ``"4bit"`` (NF4, nested) or ``"8bit"``
-            (LLM.int8), by bitsandbytes; None for not.
-        seed: Of the new adapters' factors, the order of the data, and dropout.
-        save_every: Steps between checkpoints; 0 for one at the end only.
-        keep: How many checkpoints stay.
-        eval_every: Steps between evaluations; 0 for one at the end only.
-        chat: Make prompt and completion two turns of a chat, in the tokenizer's chat template.
-        chat_template: A file with a chat template in place of the tokenizer's.
-        completion_only_loss: Whether prompts have no loss.
-        assistant_only_loss: Whether only what the assistant says has a loss.
-        packing: How samples are packed into rows of ``max_length`` tokens, a name in
-            `fastlora.train.data.formats.PACKINGS`; None for a sample a row.
-        sample_tokens: The most tokens of an answer to a prompt at evaluations.
-        track: Trackers of accelerate to report to, by name.
-        gradient_checkpointing: Trade time for memory.
-        deterministic: On a GPU, choose only kernels that repeat bit for bit.
-        cpu: Don't use an accelerator.
+    Beside what flags say: the seed is that of new adapters' factors, of the data's order and of
+    dropout; factors are fp32 at least, whatever `dtype`. With `completion_only_loss` prompts have
+    no loss. `deterministic` has a GPU choose only kernels that repeat bit for bit.
     """
 
-    model: Path
-    out: Path
     adapters: tuple[AdapterSettings, ...]
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    micro_batch_size: int | None = None
-    max_length: int = 512
-    dtype: str = "auto"
-    load_in: str | None = None
-    seed: int = 0
-    save_every: int = 100
-    keep: int = 2
-    eval_every: int = 0
-    chat: bool = False
-    chat_template: Path | None = None
-    completion_only_loss: bool = True
-    assistant_only_loss: bool = False
-    packing: str | None = None
-    sample_tokens: int = 64
-    track: tuple[str, ...] = ()
-    gradient_checkpointing: bool = False
-    deterministic: bool = True
-    cpu: bool = False
+    model: Path = setting(DIR, "folder of the base model")
+    out: Path = setting(DIR, "folder for adapters, checkpoints and the log")
+    steps: int | None = setting(whole(1), "optimizer steps", None)
+    epochs: float = setting(
+        number(math.inf), "passes over the data, where steps are not given", 1.0
+    )
+    batch_size: int = setting(whole(1), "samples in a step, over all processes", 8)
+    micro_batch_size: int | None = setting(
+        whole(1), "samples in a forward (default: all of a process's)", None
+    )
+    max_length: int = setting(whole(2), "tokens that a sample is cut to", 512)
+    seed: int = setting(whole(0), "seed of everything random", 0)
+    save_every: int = setting(whole(0), "steps between checkpoints, 0 for the end only", 100)
+    keep: int = setting(whole(1), "checkpoints to keep", 2)
+    eval_every: int = setting(whole(0), "steps between evaluations, 0 for the end only", 0)
+    dtype: str = setting(
+        choice("auto", "float32", "bfloat16", "float16"),
+        "dtype of the base model; auto is its own, or bfloat16 with --load-in",
+        "auto",
+    )
+    load_in: str | None = setting(
+        choice("4bit", "8bit"),
+        "quantise the base model with bitsandbytes, as NF4 or LLM.int8",
+        None,
+    )
+    chat: bool = setting(SWITCH, "make prompt and completion turns of a chat", False)
+    chat_template: Path | None = setting(FILE, "chat template in place of the tokenizer's", None)
+    completion_only_loss: bool = setting(SWITCH, default=True)
+    assistant_only_loss: bool = setting(
+        SWITCH, "no loss but on what the assistant says in chats", False
+    )
+    packing: str | None = setting(
+        choice(*PACKINGS),
+        "put samples together into rows of --max-length tokens: as they are, the longest first "
+        "(bfd); so, and cut where longer (bfd_split); or one after another (wrapped)",
+        None,
+    )
+    track: tuple[str, ...] = setting(TEXTS, "accelerate's trackers: tensorboard, wandb, ...", ())
+    sample_tokens: int = setting(whole(1), "the most tokens of an answer to --prompt", 64)
+    gradient_checkpointing: bool = setting(SWITCH, "trade time for memory", False)
+    deterministic: bool = setting(SWITCH, default=True)
+    cpu: bool = setting(SWITCH, "don't use an accelerator", False)
 
     def reading(self, adapter: AdapterSettings) -> Reading:
         """Returns how an adapter's files are read."""
@@ -164,6 +177,9 @@ class TrainSettings:
 
 _TOP = {f.name for f in dataclasses.fields(TrainSettings)} - {"adapters"}
 _OF_ADAPTER = {f.name for f in dataclasses.fields(AdapterSettings)} - {"name", "lora"}
+
+
+# --------------------------------------------------------------------------- from tables to these
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
@@ -195,7 +211,7 @@ def parse_settings(
 
 
 def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
-    found = _table(given.pop("adapters", {}), "adapters")
+    found = as_table(given.pop("adapters", {}), "adapters")
     tables = {name: _renamed(table, f"adapters.{name}") for name, table in found.items()}
     defaults = _renamed(given.pop("defaults", {}), "defaults")
     forced = _renamed(flags.pop("defaults", {}), "the flags")
@@ -206,7 +222,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     for key in top:
         if key not in _TOP:
             hint = near_names(key, _TOP)
-            if key in _OF_ADAPTER | _LORA_FIELDS | set(_ALIASES):
+            if key in _OF_ADAPTER | _LORA_FIELDS | set(ALIASES):
                 hint = "; it belongs in [defaults] or in an adapter's table"
             raise ConfigError(f"unknown key {key!r}{hint}")
     for name in ("model", "out"):
@@ -220,24 +236,15 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     for name, table in tables.items():
         start = defaults if table.get("init_from") is None else of_loaded
         adapters.append(_adapter_settings(name, start | table | forced))
-    return _run_settings(top, tuple(adapters))
-
-
-def _table(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a table, got {value!r}")
-    return dict(value)
-
-
-def _renamed(table: Any, where: str) -> dict[str, Any]:
-    """Returns a table with its short names replaced."""
-    result: dict[str, Any] = {}
-    for key, value in _table(table, where).items():
-        name = _ALIASES.get(key, key)
-        if name in result:
-            raise ConfigError(f"{where} has {key!r} beside another name of it, {name!r}")
-        result[name] = value
-    return result
+    settings = TrainSettings(adapters=tuple(adapters), **checked(TrainSettings, top, ""))
+    if settings.steps is None and not settings.epochs:
+        raise ConfigError(f"epochs must be more than 0, got {settings.epochs}")
+    micro = settings.micro_batch_size
+    if micro is not None and micro > settings.batch_size:
+        raise ConfigError(
+            f"micro_batch_size must be at most batch_size {settings.batch_size}, got {micro}"
+        )
+    return settings
 
 
 def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
@@ -258,112 +265,22 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
             f"{where}: inference_mode = true freezes the adapter, and it is asked to train; leave "
             "it out"
         )
-    own: dict[str, Any] = {key: value for key, value in table.items() if key in _OF_ADAPTER}
-    if own.get("init_from") is not None:
-        if lora:
-            raise ConfigError(
-                f"{where}: init_from takes everything from that adapter's own config; leave out "
-                f"{', '.join(sorted(lora))}"
-            )
-        own["init_from"] = _path(own["init_from"], f"{where}.init_from")
-    if "data" not in own:
-        raise ConfigError(f"{where}: no data is given; expected a file or a list of files")
-    for key in ("data", "eval_data"):
-        if key in own:
-            files = own[key] if isinstance(own[key], (list, tuple)) else [own[key]]
-            if not files:
-                raise ConfigError(f"{where}.{key} is empty, expected a file or a list of files")
-            own[key] = tuple(_path(file, f"{where}.{key}") for file in files)
-    for key, high in (
-        ("learning_rate", _LARGEST_RATE),
-        ("weight_decay", _LARGEST),
-        ("warmup_ratio", 1.0),
-        ("max_grad_norm", _LARGEST),
-    ):
-        if own.get(key) is not None:
-            own[key] = _number(own[key], f"{where}.{key}", high)
-    _check_choice(own.get("schedule", SCHEDULES[0]), f"{where}.schedule", SCHEDULES)
-    if own.get("format") is not None:
-        _check_choice(own["format"], f"{where}.format", tuple(FORMATS))
-    own["columns"] = _columns(own.get("columns", {}), f"{where}.columns")
-    own["prompts"] = _texts(own.get("prompts", ()), f"{where}.prompts")
-    return AdapterSettings(name=name, lora=lora, **own)
-
-
-def _run_settings(top: dict[str, Any], adapters: tuple[AdapterSettings, ...]) -> TrainSettings:
-    own = dict(top)
-    for key, low in (
-        *(("steps", 1), ("batch_size", 1), ("micro_batch_size", 1), ("max_length", 2)),
-        *(("seed", 0), ("save_every", 0), ("keep", 1), ("eval_every", 0), ("sample_tokens", 1)),
-    ):
-        value = own.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{key} must be a whole number, got {value!r}")
-        if value is not None and value < low:
-            raise ConfigError(f"{key} must be at least {low}, got {value}")
-    if "epochs" in own:
-        own["epochs"] = _number(own["epochs"], "epochs", math.inf)
-    for key in (
-        *("chat", "completion_only_loss", "assistant_only_loss"),
-        *("gradient_checkpointing", "deterministic", "cpu"),
-    ):
-        if not isinstance(own.get(key, False), bool):
-            raise ConfigError(f"{key} must be true or false, got {own[key]!r}")
-    _check_choice(own.get("dtype", "auto"), "dtype", DTYPES)
-    if own.get("load_in") is not None:
-        _check_choice(own["load_in"], "load_in", LOAD_IN)
-    if own.get("packing") is not None:
-        _check_choice(own["packing"], "packing", PACKINGS)
-    own["track"] = _texts(own.get("track", ()), "track")
-    for key in ("model", "out", "chat_template"):
-        if own.get(key) is not None:
-            own[key] = _path(own[key], key)
-    settings = TrainSettings(adapters=adapters, **own)
-    if settings.steps is None and not settings.epochs:
-        raise ConfigError(f"epochs must be more than 0, got {settings.epochs}")
-    micro = settings.micro_batch_size
-    if micro is not None and micro > settings.batch_size:
+    if table.get("init_from") is not None and lora:
         raise ConfigError(
-            f"micro_batch_size must be at most batch_size {settings.batch_size}, got {micro}"
+            f"{where}: init_from takes everything from that adapter's own config; leave out "
+            f"{', '.join(sorted(lora))}"
         )
-    return settings
+    if "data" not in table:
+        raise ConfigError(f"{where}: no data is given; expected a file or a list of files")
+    return AdapterSettings(name=name, lora=lora, **checked(AdapterSettings, table, f"{where}."))
 
 
-def _path(value: Any, where: str) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise ConfigError(f"{where} must be a path, got {value!r}")
-    return Path(value).expanduser()
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(t and isinstance(t, str) for t in texts):
-        raise ConfigError(f"{where} must be a text or a list of texts, got {value!r}")
-    return tuple(texts)
-
-
-def _columns(value: Any, where: str) -> dict[str, str]:
-    table = _table(value, where)
-    for ours, theirs in table.items():
-        if ours not in COLUMNS:
-            raise ConfigError(
-                f"{where}: no format has a column {ours!r}{near_names(ours, COLUMNS)}; expected "
-                f"names among {', '.join(COLUMNS)}, each with the files' name of it"
-            )
-        if not isinstance(theirs, str) or not theirs:
-            raise ConfigError(f"{where}.{ours} must be the name of a column, got {theirs!r}")
-    return table
-
-
-def _number(value: Any, where: str, high: float) -> float:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not 0.0 <= value <= high:
-        large = real and value > high
-        ends = f"from 0 to {high:g}" if high < _LARGEST_RATE or large else "at least 0"
-        raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
-    return float(value)
-
-
-def _check_choice(value: Any, where: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
+def _renamed(table: Any, where: str) -> dict[str, Any]:
+    """Returns a table with its short names replaced."""
+    result: dict[str, Any] = {}
+    for key, value in as_table(table, where).items():
+        name = ALIASES.get(key, key)
+        if name in result:
+            raise ConfigError(f"{where} has {key!r} beside another name of it, {name!r}")
+        result[name] = value
+    return result

@@ -23,7 +23,7 @@ from fastlora.train.checkpoint import checkpoints
 from fastlora.train.config import AdapterSettings, TrainSettings
 from fastlora.train.data import Corpus, Order, encode, seed_of
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
-from fastlora.train.processes import INSTALL, TrainError
+from fastlora.train.processes import TrainError, needed
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -209,11 +209,7 @@ def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) ->
 
 def progress_bar(**options: Any) -> Any:
     """Returns a bar of tqdm; raises `TrainError` without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise TrainError(f"training needs tqdm; install it with: {INSTALL}") from error
-    return tqdm(**options)
+    return needed("tqdm").tqdm(**options)
 
 
 def make_schedule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,14 @@ class TrainError(FastLoraError, RuntimeError):
     """A training run cannot start or go on."""
 
 
+def needed(name: str, what: str = "training needs") -> Any:
+    """Imports a library of the extra ``train``; raises `TrainError` where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TrainError(f"{what} {name}; install it with: {INSTALL}") from error
+
+
 class Agreed(NamedTuple):
     """A batch's losses as all processes see them.
 
@@ -42,10 +51,7 @@ class Agreed(NamedTuple):
 class BatchGroup:
     """The processes that share batches; or one on its own, which agrees with itself at no cost.
 
-    Args:
-        group: A process group, ``"auto"`` for all processes where torch.distributed runs, or None.
-        names: The adapters, in one order for all processes.
-        device: Where tensors are to lie to be sent.
+    ``group`` is as in `AdapterOptimizers`; ``names`` come in one order in all processes.
     """
 
     def __init__(self, group: Any, names: Sequence[str], device: torch.device) -> None:
@@ -112,34 +118,18 @@ class RunProcesses:
     """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
 
     Every process has the whole model, and all of them hold the same adapters and optimizer states.
-
-    Args:
-        cpu: Don't use an accelerator.
-        trackers: Names of accelerate's trackers, or of `register_tracker_class`.
-        folder: Where those that write files do, in a folder of their own.
-
-    Attributes:
-        count: How many there are.
-        device: This one's.
-        main: Whether this one writes and reports.
-
-    Raises:
-        TrainError: accelerate is not installed, or did not bring the processes together, or a
-            tracker is not installed.
-        ConfigError: There is no tracker of a name.
+    `main` writes and reports; trackers that write files do in ``folder``. Raises `TrainError` where
+    accelerate did not bring the processes together, and as `check_trackers`.
     """
 
     def __init__(self, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None) -> None:
-        try:
-            from accelerate import Accelerator
-        except ImportError as error:
-            raise TrainError(f"training needs accelerate; install it with: {INSTALL}") from error
+        accelerate = needed("accelerate")
         # Without an accelerator it has to be told, or each process of several is one of its own.
         cpu = cpu or not torch.accelerator.is_available()
         check_trackers(trackers)
         self._tracked = bool(trackers)
         options = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", **options)
+        self._accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="no", **options)
         self.count: int = self._accelerator.num_processes
         started = launched()
         if self.count != started:
@@ -156,11 +146,8 @@ class RunProcesses:
 
     def summed(self, values: dict[str, float]) -> dict[str, float]:
         """Returns the sum over all processes of each value."""
-        if self.count == 1:
-            return values
-        flat = torch.tensor(list(values.values()), dtype=_widest(self.device), device=self.device)
-        summed = self._accelerator.reduce(flat, "sum").tolist()
-        return dict(zip(values, summed, strict=True))
+        (total,) = BatchGroup("auto", list(values), self.device).total(values)
+        return total
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums gradients over all processes, in one transfer for each dtype.
@@ -221,10 +208,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises unless accelerate has all of these trackers, installed."""
     if not names:
         return
-    try:
-        from accelerate import tracking
-    except ImportError as error:
-        raise TrainError(f"trackers need accelerate; install it with: {INSTALL}") from error
+    tracking = needed("accelerate", "trackers need").tracking
     known = tracking.LOGGER_TYPE_TO_CLASS
     built_in = {str(kind) for kind in tracking.LoggerType}
     there = {str(kind) for kind in tracking.get_available_trackers()} | (set(known) - built_in)

@@ -34,15 +34,10 @@ def dtype_of(settings: TrainSettings) -> str:
 
 
 def quantisation(settings: TrainSettings, model_config: object) -> Any:
-    """Returns transformers' config of how the base model is quantised, or None where it is not.
+    """Returns transformers' config of how a run quantises the base model; None where it does not.
 
-    Args:
-        settings: Of the run.
-        model_config: The base model's own config, which may say that it is quantised already.
-
-    Raises:
-        ConfigError: It is quantised already, and is to be quantised.
-        TrainError: bitsandbytes is not installed.
+    Raises `ConfigError` where the model is quantised already, by its own config, and `TrainError`
+    where bitsandbytes is not installed.
     """
     own = getattr(model_config, "quantization_config", None)
     if own is not None and settings.load_in:

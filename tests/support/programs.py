@@ -11,19 +11,28 @@ import pytest
 
 from fastlora.commands import cli
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
-    """Runs code in a new interpreter, which may keep bytecode, and returns what it prints."""
-    environment = {**os.environ, **env}
+
+def run(
+    *arguments: object, cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python over this checkout in a process of its own, which may keep bytecode."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code],
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
+    """Runs code that must not fail, and returns what it prints; without a path of ours."""
+    done = run(*flags, "-c", code, cwd=cwd, **{"PYTHONPATH": "", **env})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from fastlora.commands import cli
 from tests.support.programs import error_of
 from tests.support.tiny import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["sea", "ship", "north wind", "tin", "robot", "lamp", "harbour", "salt", "bolt", "star"]
 
 
@@ -89,28 +85,6 @@ def saved(out: Path) -> dict[str, torch.Tensor]:
     for path in sorted(out.glob("*/adapter_model.safetensors")):
         found |= {f"{path.parent.name}:{key}": t for key, t in load_file(path).items()}
     return found
-
-
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a command that imports this checkout."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def command(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """The command line of ``fastlora train``."""
-    return [*launcher, "-m", "fastlora", "train", *map(str, arguments)]
-
-
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs ``fastlora train`` as a process of its own."""
-    return subprocess.run(
-        command(*arguments, **options),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

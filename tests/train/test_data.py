@@ -190,6 +190,14 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
         ("a.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}', r"is no text"),
         ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': there is nothing to"),
+        ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected an object with columns, got"),
+        ("a.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
+        ("a.jsonl", "\n  \n", r"a.jsonl: is empty, expected at least one sample"),
+        ("a.jsonl", '{"prompt": "x"}', r"its columns \['prompt'\] are those of no format"),
+        ("a.jsonl", '{"prompt": "x", "completion": 3}', r"column 'completion': expected a string"),
+        ("a.jsonl", '{"text": null}', r"line 1, column 'text': expected a string, got 'null'"),
+        ("a.jsonl", '{"text": "x"}\n{"texts": "y"}', r"line 2: has no column 'text', which the f"),
+        ("a.jsonl", r'{"prompt": "\udfff", "completion": "y"}', r"column 'prompt': a string is no"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:

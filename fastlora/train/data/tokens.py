@@ -140,14 +140,8 @@ def encode(
     """Returns the samples of some files as tokens.
 
     What is longer than ``max_length``, at least 2, is cut, but for a plain text file: that becomes
-    as many samples as it takes. A sample of which nothing is left to learn is left out.
-
-    Args:
-        paths: See `read_samples`.
-        tokenizer: Of the base model.
-        max_length: The most tokens of a sample.
-        reading: How to read; None for what the columns say.
-        advance: Called with the number of samples since its last call.
+    as many samples as it takes. A sample of which nothing is left to learn is left out. ``advance``
+    is called with the number of samples since its last call.
 
     Raises:
         DataError: As `read_samples`; a chat template is needed and missing, cannot take a chat, or

@@ -11,11 +11,15 @@ import pytest
 from tests.support import train_runs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _libraries() -> None:
+    pytest.importorskip("transformers", reason="trains its models")
+    pytest.importorskip("accelerate", reason="trains on it")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama's folder, which every test leaves as it was."""
-    pytest.importorskip("transformers", reason="trains its models")
-    pytest.importorskip("accelerate", reason="trains on it")
     return train_runs.make_base(tmp_path_factory.mktemp("models") / "base")
 
 

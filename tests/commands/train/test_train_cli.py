@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 
 from fastlora.testing import assert_within_budget
 from fastlora.train import checkpoint
-from tests.support import train_runs
+from tests.support import programs, train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
 
@@ -120,13 +118,7 @@ def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_pat
     """Killed -9 in the middle of saving a checkpoint: resumed, it ends as if it had not been."""
     out = tmp_path / "killed"
     config = train_runs.write_config(tmp_path / "killed.json", train_runs.config(base, data, out))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, "train", str(config), "--quiet"],
-        env=train_runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = programs.run("-c", KILLED, "train", config, "--quiet")
     assert done.returncode == -9, done.stderr[-3000:]
     root = out / "checkpoints"
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000003"]
@@ -190,8 +182,8 @@ def test_two_processes_give_what_one_gives(
     path = train_runs.write_config(
         tmp_path / "c.json", train_runs.config(base, data, tmp_path / "two")
     )
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    done = train_runs.run(path, "--quiet", launcher=(*launcher, "--nproc-per-node", "2"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = programs.run(*launcher, "-m", "fastlora", "train", path, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved in") == 2
     assert log(tmp_path / "two", "processes")[0]["processes"] == 2

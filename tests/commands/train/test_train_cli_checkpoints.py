@@ -18,9 +18,6 @@ from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import change, contents
 
-pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("accelerate", reason="trains on it")
-
 
 @pytest.fixture(scope="module")
 def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,44 +18,16 @@ from fastlora.train.run import NonFiniteError, Run
 from fastlora.validation import ConfigError
 from tests.support import train_runs
 
-pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("accelerate", reason="trains on it")
-
-
 # ------------------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (['{"text": "x y"}', '{"text": "x'], "line 2: not valid JSON (Unterminated string"),
-        (["", '{"text": "x y"}', "[1, 2]"], "line 3: expected an object with columns, got"),
-        (['{"prompt": "x"}'], "its columns ['prompt'] are those of no format"),
-        (['{"prompt": "x", "completion": "y", "text": "z"}'], "fit the formats"),
-        (['{"prompt": "x", "completion": 3}'], "line 1, column 'completion': expected a string"),
-        (['{"text": null}'], "line 1, column 'text': expected a string, got 'null'"),
-        (['{"text": "x"}', '{"texts": "y"}'], "line 2: has no column 'text', which the file's"),
-        (['{"prompt": "x", "completion": ""}'], "column 'completion': there is nothing to learn"),
-        ([], "is empty, expected at least one sample"),
-        (["", "  "], "is empty"),
-        (["[" * 100_000], "line 1: not valid JSON"),
-        (
-            ['{"text": "x"}', r'{"text": "\ud83d"}'],
-            "line 2, column 'text': a string is no text (surrogates not",
-        ),
-        (
-            [r'{"prompt": "\udfff", "completion": "y"}'],
-            "line 1, column 'prompt': a string is no text",
-        ),
-    ],
-)
-def test_bad_lines(fails: Any, given: Any, tmp_path: Path, lines: list[str], words: str) -> None:
+def test_bad_lines(fails: Any, given: Any, tmp_path: Path) -> None:
     """File and line are named, before a weight is read or a file written."""
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text('{"text": "x y"}\n{"text": "x')
     given["adapters"]["b"]["data"] = [str(tmp_path / "data" / "b.jsonl"), str(path)]
-    assert f"{path}" in (error := fails(given)) and words in error
-    assert words in fails(given, "--dry-run")
+    for flags in ((), ("--dry-run",)):
+        assert f"{path}, line 2: not valid JSON (Unterminated string" in fails(given, *flags)
     assert not (tmp_path / "out").exists()
 
 

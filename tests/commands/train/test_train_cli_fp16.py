@@ -18,9 +18,6 @@ from fastlora.train.run import NonFiniteError, Run
 from tests.support import train_runs
 from tests.support.train_runs import change
 
-pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("accelerate", reason="trains on it")
-
 
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:

@@ -24,9 +24,6 @@ from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
 
-pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("accelerate", reason="trains on it")
-
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:

@@ -1,0 +1,147 @@
+"""The kinds of values that settings of a training run have: how a file and a flag give them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.train.data.formats import COLUMNS
+from fastlora.validation import ConfigError, near_names
+
+# What parameters are multiplied with is a float32 to PyTorch.
+LARGEST = 3.4e38
+# AdamW's first step divides the rate by 1 - 0.9.
+LARGEST_RATE = 3.4e37
+
+
+class Kind(NamedTuple):
+    """What values a setting takes.
+
+    Attributes:
+        check: Called with a value and where it stands; returns it as a run takes it, or raises
+            `ConfigError`.
+        flag: How argparse takes it.
+    """
+
+    check: Callable[[Any, str], Any]
+    flag: dict[str, Any]
+
+
+def whole(low: int) -> Kind:
+    def check(value: Any, where: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{where} must be a whole number, got {value!r}")
+        if value < low:
+            raise ConfigError(f"{where} must be at least {low}, got {value}")
+        return value
+
+    return Kind(check, {"type": int, "metavar": "N"})
+
+
+def number(high: float) -> Kind:
+    def check(value: Any, where: str) -> float:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not math.isfinite(value) or not 0.0 <= value <= high:
+            large = real and value > high
+            ends = f"from 0 to {high:g}" if high < LARGEST_RATE or large else "at least 0"
+            raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
+        return float(value)
+
+    return Kind(check, {"type": float, "metavar": "X"})
+
+
+def choice(*choices: str) -> Kind:
+    def check(value: Any, where: str) -> Any:
+        if value not in choices:
+            raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return Kind(check, {"choices": choices})
+
+
+def _path(value: Any, where: str) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ConfigError(f"{where} must be a path, got {value!r}")
+    return Path(value).expanduser()
+
+
+def _files(value: Any, where: str) -> tuple[Path, ...]:
+    files = value if isinstance(value, (list, tuple)) else [value]
+    if not files:
+        raise ConfigError(f"{where} is empty, expected a file or a list of files")
+    return tuple(_path(file, where) for file in files)
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(t and isinstance(t, str) for t in texts):
+        raise ConfigError(f"{where} must be a text or a list of texts, got {value!r}")
+    return tuple(texts)
+
+
+def _truth(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where} must be true or false, got {value!r}")
+    return value
+
+
+def as_table(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a table, got {value!r}")
+    return dict(value)
+
+
+def _columns(value: Any, where: str) -> dict[str, str]:
+    table = as_table(value, where)
+    for ours, theirs in table.items():
+        if ours not in COLUMNS:
+            raise ConfigError(
+                f"{where}: no format has a column {ours!r}{near_names(ours, COLUMNS)}; expected "
+                f"names among {', '.join(COLUMNS)}, each with the files' name of it"
+            )
+        if not isinstance(theirs, str) or not theirs:
+            raise ConfigError(f"{where}.{ours} must be the name of a column, got {theirs!r}")
+    return table
+
+
+def _names(text: str) -> list[str]:
+    """Parses ``"a, b"`` for argparse."""
+    return [name.strip() for name in text.split(",")]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [entry.partition("=") for entry in _names(text)]
+    if not all(ours and found and theirs for ours, found, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS,..., got {text!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+SWITCH = Kind(_truth, {"action": "store_const", "const": True})
+DIR = Kind(_path, {"type": Path, "metavar": "DIR"})
+FILE = Kind(_path, {"type": Path, "metavar": "FILE"})
+FILES = Kind(_files, {})
+TEXTS = Kind(_texts, {"type": _names, "metavar": "NAME,NAME,..."})
+PAIRS = Kind(_columns, {"type": _pairs, "metavar": "OURS=THEIRS,..."})
+
+
+def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> Any:
+    """Returns a dataclass's field; ``text`` is the help of its flag, without which it has none."""
+    if text and isinstance(default, (int, float, str)) and not isinstance(default, bool):
+        text += f" (default: {default if isinstance(default, str) else format(default, 'g')})"
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": text})
+
+
+def checked(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the fields that are given, as their kinds take them; None where it is a default."""
+    found = {}
+    for own in dataclasses.fields(settings):
+        if own.name in given and "kind" in own.metadata:
+            value = given[own.name]
+            if value is not None or own.default is not None:
+                value = own.metadata["kind"].check(value, f"{prefix}{own.name}")
+            found[own.name] = value
+    return found
