@@ -8,7 +8,6 @@ says is printed, and a prediction, which is marked as one in every line and row.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from fastlora.bench.linear import Bench
 from fastlora.bench.machine import ROOT
 from fastlora.bench.plot import picture
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point, least_work
+from fastlora.commands.options import Option, parse
 from fastlora.validation import FastLoraError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,56 +46,42 @@ def shape(text: str) -> tuple[int, int, int, int]:
     return m, k, n, r
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's options."""
-    made = argparse.ArgumentParser(
-        prog="fastlora bench kernels",
-        description="Times one linear with adapters on a GPU, by fastlora's kernels and without "
-        "them. Without a GPU it compiles them, says what the code says, and predicts.",
-        epilog="Example: fastlora bench kernels --shape 16,4096,4096,16 --contender mine.py:fn",
-    )
-    made.add_argument(
+OPTIONS = (
+    Option(
         "--shape",
-        type=shape,
-        action="append",
-        metavar="M,K,N,r",
-        help="rows, input features, output features and rank; may be given several times",
-    )
-    made.add_argument(
-        "--adapters", type=int, default=0, metavar="N", help="rows take N adapters in random order"
-    )
-    made.add_argument(
+        "rows, input features, output features and rank; may be given several times",
+        *(None, None, shape, "M,K,N,r", {"action": "append"}),
+    ),
+    Option("--adapters", "rows take N adapters in random order (default: one for all)", 0),
+    Option(
         "--contender",
-        action="append",
-        metavar="NAME",
-        help="one of --list, or FILE.py:FUNCTION of yours, called as fn(x, weight, bias, lora_a, "
+        "one of --list, or FILE.py:FUNCTION of yours, called as fn(x, weight, bias, lora_a, "
         "lora_b, scaling), which returns y; may be given several times (default: all)",
-    )
-    made.add_argument("--list", action="store_true", help="list the contenders and stop")
-    made.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="bfloat16",
-        help="dtype of x, weights and factors (default: bfloat16)",
-    )
-    made.add_argument(
+        metavar="NAME",
+        more={"action": "append"},
+    ),
+    Option("--list", "list the contenders and stop", False),
+    Option("--dtype", "dtype of x, weights and factors", "bfloat16", more={"choices": DTYPES}),
+    Option(
         "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: the GPU, or a prediction; cpu: check and time what needs no GPU",
-    )
-    made.add_argument(
-        "--chip", default="sm_90", help="what to predict for without a GPU (default: sm_90)"
-    )
-    made.add_argument(
-        "--out", type=Path, default=Path("kernels.csv"), help="the CSV (default: kernels.csv)"
-    )
-    return made
+        "auto: the GPU, or a prediction; cpu: check and time what needs no GPU",
+        "auto",
+        more={"choices": ("auto", "cpu", "cuda")},
+    ),
+    Option("--chip", "what to predict for without a GPU", "sm_90"),
+    Option("--out", "the CSV", Path("kernels.csv"), metavar="FILE"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 where a contender failed or gave wrong numbers."""
-    args = parser().parse_args(argv)
+    args = parse(
+        "fastlora bench kernels",
+        "Times one linear with adapters on a GPU, by fastlora's kernels and without them. Without "
+        "a GPU it compiles them, says what the code says, and predicts.",
+        *(OPTIONS, argv),
+        epilog="Example: fastlora bench kernels --shape 16,4096,4096,16 --contender mine.py:fn",
+    )
     timed = args.device != "auto" or torch.cuda.is_available()
     device = "cpu" if args.device == "cpu" else "cuda"
     if timed and device == "cuda" and not torch.cuda.is_available():
@@ -125,11 +111,6 @@ def points(args: argparse.Namespace) -> list[Point]:
     ]
 
 
-def kind_of(args: argparse.Namespace) -> type[Bench]:
-    """Returns what measures."""
-    return mixed_kernels.MixedBench if args.adapters else Bench
-
-
 def names_of(args: argparse.Namespace, device: str) -> list[str]:
     """Returns the names of what can be timed."""
     if args.adapters:
@@ -148,10 +129,9 @@ def measure(args: argparse.Namespace, device: str) -> int:
             f"{yours[0].name}: a function has one adapter; leave --adapters out"
         )
     check_names([name for name in wanted if ".py:" not in name], names_of(args, device))
-    kind = kind_of(args)
     kept = {"base", *YARDSTICK.values(), *mixed_kernels.YARDSTICK.values(), *wanted}
 
-    class Chosen(kind):  # type: ignore[valid-type,misc]
+    class Chosen(Bench):
         """The contenders that were asked for, and what they are compared with."""
 
         def contenders_for(self, point: Point) -> Sequence[Contender]:
@@ -285,9 +265,6 @@ def predict(args: argparse.Namespace) -> int:
                 for line in prediction.details(found, ceilings.CEILINGS[args.chip]):
                     print(f"prediction:   {line}")
             rows.append(row)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    prediction.write(args.out, rows)
     print(f"prediction: {args.out}")
     return 0

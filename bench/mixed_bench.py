@@ -20,6 +20,7 @@ from torch import nn
 
 from fastlora.bench import measure, mixed_report
 from fastlora.bench.mixed_contest import Contest, Row
+from fastlora.commands.options import Option, parse
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
@@ -47,52 +48,36 @@ def counts(text: str) -> list[int]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options to ``parser``."""
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", required=True, help="model folder of transformers"
-    )
-    parser.add_argument(
+OPTIONS = (
+    Option(
+        "--model",
+        "model folder of transformers",
+        *(None, None, Path, "DIR", {"required": True}),
+    ),
+    Option(
         "--adapters",
-        type=counts,
-        default=[1, 4, 16, 64],
-        metavar="N,N,...",
-        help="how many different adapters a batch has (default: 1,4,16,64)",
-    )
-    parser.add_argument("--rank", type=int, default=16, help="rank of each adapter (default: 16)")
-    parser.add_argument(
-        "--sequences", type=int, default=64, help="sequences in a batch (default: 64)"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=1,
-        help="tokens of each: 1 is a step of decoding, more a prefill (default: 1)",
-    )
-    parser.add_argument(
+        "how many different adapters a batch has (default: 1,4,16,64)",
+        *([1, 4, 16, 64], None, counts, "N,N,..."),
+    ),
+    Option("--rank", "rank of each adapter", 16, 1),
+    Option("--sequences", "sequences in a batch", 64, 1),
+    Option("--tokens", "tokens of each: 1 is a step of decoding, more a prefill", 1, 1),
+    Option(
         "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="dtype of the model and the adapters (default: auto, the model's own)",
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("bench-mixed"),
-        help="where mixed.csv and mixed.png go (default: %(default)s)",
-    )
+        "dtype of the model and the adapters (default: auto, the model's own)",
+        "auto",
+        more={"choices": ("auto", *DTYPES)},
+    ),
+    Option("--threads", "CPU threads", 1, 1),
+    Option("--rounds", "timed rounds", 5, 1),
+    Option("--out", "where mixed.csv and mixed.png go", Path("bench-mixed"), type=Path),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="fastlora bench mixed", description=(__doc__ or "").replace("``", "")
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    text = (__doc__ or "").replace("``", "")
+    return run(parse("fastlora bench mixed", text, OPTIONS, argv))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -215,9 +200,6 @@ class Plan:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises `BenchError` for options that make no sense together or alone."""
-    for name in ("rank", "sequences", "tokens", "threads", "rounds"):
-        if getattr(args, name) < 1:
-            raise BenchError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if max(args.adapters) > args.sequences:
         raise BenchError(
             f"--adapters asks for {max(args.adapters)} different adapters in a batch of "

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora
 from fastlora.commands import smollm2
-from fastlora.commands.demo_data import shipped
+from fastlora.commands.demo import shipped
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens, train_adapters
 from fastlora.train.data import read_samples
 

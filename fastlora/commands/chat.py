@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 import torch
 
-from fastlora.commands.models import load_base, load_tokenizer
+from fastlora.commands import models
+from fastlora.commands.options import Option, parse
 from fastlora.validation import CheckpointError, ConfigError, near_names
 
 BASE = "base"
@@ -27,59 +28,37 @@ _HELP = """\
 /quit           ends; so does the end of the input"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options to ``parser``."""
-    parser.add_argument("model", metavar="MODEL", help="folder of the base model")
-    parser.add_argument(
+OPTIONS = (
+    *models.OPTIONS,
+    Option(
         "--adapter",
-        action="append",
-        default=[],
+        "a PEFT adapter folder, or a folder of such folders. Repeatable; the first answers",
         metavar="[NAME=]DIR",
-        help="a PEFT adapter folder, or a folder of such folders. Repeatable; the first answers",
-    )
-    parser.add_argument(
+        more={"action": "append"},
+    ),
+    Option(
         "--prompt",
-        action="append",
+        "ask this and end, without a dialogue. Repeatable, for one conversation",
         metavar="TEXT",
-        help="ask this and end, without a dialogue. Repeatable, for one conversation",
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="every adapter and the base model answer"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument(
+        more={"action": "append"},
+    ),
+    Option("--compare", "every adapter and the base model answer", False),
+    Option("--system", "system prompt", metavar="TEXT"),
+    Option(
         "--plain",
-        action="store_true",
-        help="no chat template: each message is the beginning of a text, and nothing is remembered",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="the most tokens of an answer (default: 256)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        metavar="X",
-        help="how freely tokens are drawn; 0 takes the likeliest (default: 0.7)",
-    )
-    parser.add_argument(
+        "no chat template: each message is the beginning of a text, and nothing is remembered",
+        False,
+    ),
+    Option("--max-new-tokens", "the most tokens of an answer", 256, 1),
+    Option("--temperature", "how freely tokens are drawn; 0 takes the likeliest", 0.7, 0),
+    Option(
         "--top-p",
-        type=float,
-        default=0.9,
+        "draw from the likeliest tokens that together have probability P",
+        0.9,
         metavar="P",
-        help="draw from the likeliest tokens that together have probability P (default: 0.9)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default: 0)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="dtype of the base model (default: its own)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="don't use an accelerator")
+    ),
+    Option("--seed", "seed of what is drawn", 0),
+)
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
@@ -112,16 +91,10 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Chat:
-    """A conversation with a model and its adapters.
+    """A conversation with a model in evaluation mode, where the first of its adapters answers.
 
-    Args:
-        model: In evaluation mode; a `fastlora.LoraModel` where there are adapters.
-        tokenizer: Its own.
-        names: Of the adapters; the first answers.
-        out: Where answers go.
-        plain: Whether each message is the beginning of a text, and nothing is remembered.
-        system: System prompt.
-        sampling: Arguments of ``generate``.
+    ``plain`` makes each message the beginning of a text, of which nothing is remembered; what is
+    not named here are arguments of ``generate``.
     """
 
     def __init__(
@@ -286,14 +259,13 @@ class Chat:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and talks."""
-    parser = argparse.ArgumentParser(
-        prog="fastlora chat",
-        description="Talk to a model with its adapters, switch between them, or ask all at once.",
-    )
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    _check(args)
-    folders = adapter_folders(args.adapter)
+    text = "Talk to a model with its adapters, switch between them, or ask all at once."
+    args = parse("fastlora chat", text, OPTIONS, argv)
+    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
+        raise ConfigError("--prompt is empty")
+    if not 0.0 < args.top_p <= 1.0:
+        raise ConfigError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    folders = adapter_folders(args.adapter or ())
     model, tokenizer = _load(args, folders)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
@@ -322,24 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    if not 0.0 <= args.temperature < float("inf"):
-        raise ConfigError(f"--temperature must be at least 0, got {args.temperature}")
-    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
-        raise ConfigError("--prompt is empty")
-    if not 0.0 < args.top_p <= 1.0:
-        raise ConfigError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
-
-
 def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
     """Returns the model with its adapters, in evaluation mode, and its tokenizer."""
     import fastlora
 
-    model, tokenizer = load_base(args.model, args.dtype, "chat"), load_tokenizer(args.model)
-    if torch.cuda.is_available() and not args.cpu:
-        model = model.to("cuda")
+    model, tokenizer = models.load(args)
     adapted: Any = None
     for name, folder in folders.items():
         if adapted is None:

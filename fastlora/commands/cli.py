@@ -27,15 +27,31 @@ _DISTRIBUTIONS = {
     "transformers": "transformers",
     "peft": "peft",
 }
-# Commands that parse their own arguments.
+# Commands that parse their own arguments: their module, and what the list of commands says of them.
 _PROGRAMS = {
-    ("demo",): "fastlora.commands.demo",
-    ("bench", "mixed"): "fastlora.bench.mixed_bench",
-    ("bench", "kernels"): "fastlora.bench.kernels_bench",
-    ("train",): "fastlora.train.command",
-    ("chat",): "fastlora.commands.chat",
-    ("doctor",): "fastlora.commands.doctor",
-    ("serve",): "fastlora.commands.serve",
+    ("train",): ("fastlora.train.command", "train adapters together, each on its own data"),
+    ("doctor",): (
+        "fastlora.commands.doctor",
+        "what is wrong here, what of a model will be fused",
+    ),
+    ("chat",): ("fastlora.commands.chat", "talk to a model with its adapters"),
+    ("serve",): (
+        "fastlora.commands.serve",
+        "an OpenAI-compatible server with a folder of adapters (own options: serve --help)",
+    ),
+    ("demo",): (
+        "fastlora.commands.demo",
+        "train three adapters on a small model, compare with PEFT",
+    ),
+    ("bench", "mixed"): (
+        "fastlora.bench.mixed_bench",
+        "batches of many adapters, against PEFT",
+    ),
+    ("bench", "kernels"): (
+        "fastlora.bench.kernels_bench",
+        "one linear, or a function of yours, on a GPU; without one what compiled code says and a "
+        "prediction",
+    ),
 }
 # What brings a command's libraries.
 _EXTRAS = {
@@ -67,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         env.quiet_imports()
     try:
-        for words, module in _PROGRAMS.items():
+        for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
                 if words[0] in ("demo", "bench", "doctor"):  # before anything heavy is imported
                     env.prepare_demo_process()
@@ -138,48 +154,15 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (info, inspect):
         command.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_parser(
-        "train",
-        help="train adapters together, each on its own data",
-        add_help=False,
-    )
     bench = commands.add_parser(
         "bench",
         help="measure on a model, or a linear, of yours",
         description="Measures on a model, or a linear, of yours, in one process with others.",
     )
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
-    kinds.add_parser(
-        "mixed",
-        help="batches of many adapters, against PEFT",
-        add_help=False,
-    )
-    kinds.add_parser(
-        "kernels",
-        help="one linear, or a function of yours, on a GPU; without one what compiled code says "
-        "and a prediction",
-        add_help=False,
-    )
-    commands.add_parser(
-        "doctor",
-        help="what is wrong here, what of a model will be fused",
-        add_help=False,
-    )
-    commands.add_parser(
-        "chat",
-        help="talk to a model with its adapters",
-        add_help=False,
-    )
-    commands.add_parser(
-        "serve",
-        help="an OpenAI-compatible server with a folder of adapters (own options: serve --help)",
-        add_help=False,
-    )
-    commands.add_parser(
-        "demo",
-        help="train three adapters on a small model, compare with PEFT",
-        add_help=False,
-    )
+    for words, (_, text) in _PROGRAMS.items():
+        group = kinds if words[0] == "bench" else commands
+        group.add_parser(words[-1], help=text, add_help=False)
     return parser
 
 
@@ -215,12 +198,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    for key in ("path", "base_model", "task_type", "r", "lora_alpha", "use_rslora", "lora_dropout"):
-        print(f"{key:<16} {_shown(facts[key])}")
-    for key in ("bias", "lora_bias", "target_modules", "modules_to_save"):
-        print(f"{key:<16} {_shown(facts[key])}")
-    for key in ("parameters", "bytes"):
-        print(f"{key:<16} {_shown(facts[key])}")
+    for key, value in facts.items():
+        if key not in ("rank_pattern", "alpha_pattern", "modules"):
+            print(f"{key:<16} {_shown(value)}")
     print()
     keys = ("name", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters", "bytes")
     rows = [tuple(_shown((m | {"size": _size(m)})[key]) for key in keys) for m in facts["modules"]]

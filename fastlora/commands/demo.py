@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ import fastlora
 from fastlora import env
 from fastlora.bench import measure, mixed_bench, mixed_report
 from fastlora.commands import smollm2
-from fastlora.commands.demo_data import make_batches, read_styles, shipped
 from fastlora.commands.demo_peft import compare, load_in_peft
+from fastlora.commands.options import Option, parse
 from fastlora.integrations.transformers import quiet_transformers
-from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
-from fastlora.train.data import Batch, Corpus, read_samples
+from fastlora.train.command import summary
+from fastlora.train.config import parse_settings
+from fastlora.train.data import DataError, collate, read_samples
+from fastlora.train.run import Run
 from fastlora.validation import ConfigError
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.
@@ -35,46 +35,35 @@ STYLES: dict[str, dict[str, Any]] = {
     "json_answer": {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "o_proj"]},
     "robot": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
 }
-LEARNING_RATE, BATCH = 2e-3, 8
+DEFAULTS = {"lr": 2e-3, "schedule": "constant", "warmup_ratio": 0, "dropout": 0}
+BATCH = 8
 ANSWER_TOKENS = 40
 # The table of part 6.
 RANK, SEQUENCES, TABLE_ROUNDS = 16, 64, 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the demo's options to ``parser``."""
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where the converted model is kept"
-    )
-    parser.add_argument(
+OPTIONS = (
+    Option("--cache", "where the converted model is kept", type=Path),
+    Option(
         "--data",
-        type=Path,
-        metavar="FILE",
-        action="append",
-        help="JSON lines with 'prompt' and 'completion', an adapter each; repeatable",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path(".demo/adapters"),
-        help="where the adapters are saved (default: %(default)s)",
-    )
-    parser.add_argument(
+        "JSON lines with 'prompt' and 'completion', an adapter each; repeatable",
+        *(None, None, Path, "FILE", {"action": "append"}),
+    ),
+    Option("--out", "where the adapters are saved", Path(".demo/adapters"), type=Path),
+    Option(
         "--prompt",
-        action="append",
+        "ask this when trained, in place of two prompts that come with the demo; repeatable",
         metavar="TEXT",
-        help="ask this when trained, in place of two prompts that come with the demo; repeatable",
-    )
-    parser.add_argument("--steps", type=int, default=22, help="training steps (default: 22)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed pairs (default: 5)")
-    parser.add_argument(
+        more={"action": "append"},
+    ),
+    Option("--steps", "training steps", 22, 1),
+    Option("--rounds", "timed pairs", 5, 1),
+    Option(
         "--adapters",
-        type=mixed_bench.counts,
-        default=[1, 4, 16, 64],
-        metavar="N,N,...",
-        help="numbers of adapters in the last table (default: 1,4,16,64)",
-    )
+        "numbers of adapters in the last table (default: 1,4,16,64)",
+        *([1, 4, 16, 64], None, mixed_bench.counts, "N,N,..."),
+    ),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,9 +72,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FastLoraError: Missing data, a missing model, or an argument that makes no sense.
     """
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if max(args.adapters) > SEQUENCES:
         raise ConfigError(
             f"--adapters must be at most {SEQUENCES}, the sequences of a batch, got "
@@ -94,57 +80,52 @@ def run(args: argparse.Namespace) -> int:
     env.prepare_demo_process()
     started = time.monotonic()
     files = args.data or [shipped(f"{style}.jsonl") for style in STYLES]
-    for path in files:
-        read_samples([path])  # what is wrong with a file is said before a model is read
+    adapters = of_styles(files)
     prompts = args.prompt or shipped("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
     folder = smollm2.model_dir(args.cache)
     tokenizer = smollm2.load_tokenizer(folder)
-    data = read_styles(files, tokenizer)
 
     def fresh_base() -> Any:
         return smollm2.load_model(folder).to(device)
 
-    base = fresh_base()
-    parameters = sum(p.numel() for p in base.parameters())
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    _say(f"SmolLM2-135M-Instruct, {parameters:,} parameters, fp32, on {where}")
+    _say(f"SmolLM2-135M-Instruct, fp32, on {where}")
 
     with quiet_transformers():
-        _heading(f"1  {len(data)} adapters fine-tuned at once, in mixed batches")
-        model = add_adapters(base, data)
-        batches = make_batches(data, tokenizer.pad_token_id, args.steps, BATCH, device)
+        _heading(f"1  {len(adapters)} adapters fine-tuned at once, in mixed batches")
+        trained = training(folder, adapters, args.out, args.steps)
         clock = time.monotonic()
-        losses = train(model, batches)
+        _say(summary(trained.train()))
         seconds = time.monotonic() - clock
-        for name, seen in losses.items():
-            _say(f"{name:<12} {_losses(seen)}")
-        _say(f"{len(batches)} steps of {BATCH} samples, adapters at random, in {seconds:.1f} s")
+        trained.close()
+        _say(f"{args.steps} steps of {BATCH} samples, adapters at random, in {seconds:.1f} s")
+        model = trained.model
+        batch = collate(trained.schedule.order.rows(0), trained.corpora, trained.pad, device)
 
         _heading("2  Unseen prompts, each in one mixed batch: the base model and every adapter")
         model.eval()
-        columns = [None, *data]
+        columns = [None, *adapters]
         answers = [answer(model, tokenizer, prompt, columns) for prompt in prompts]
         _say(side_by_side([name or "base model" for name in columns], prompts, answers))
 
         _heading("3  Saved in PEFT's format, loaded back with PEFT: one mixed batch in both")
-        model.save_pretrained(str(args.out))
         for path in sorted(args.out.glob("*/adapter_*")):
             _say(f"{path}  {path.stat().st_size:,} bytes")
-        twin, agrees, text = load_in_peft(model, fresh_base, args.out, batches[0])
+        twin, agrees, text = load_in_peft(model, fresh_base, args.out, batch)
         _say(text)
 
         _heading("4  What is fused")
         _say(str(fastlora.fusion_report(model)))
 
-        first = next(iter(data))
+        first = next(iter(adapters))
         _heading(f"5  {first} alone against PEFT: same weights, same batch, same process")
-        _say(compare(model, twin, first, batches[0], args.rounds, device))
+        _say(compare(model, twin, first, batch, args.rounds, device))
 
         _heading("6  Mixed batches against PEFT and against one adapter after another")
-        del model, twin
+        del model, twin, trained
         _say(mixed_table(fresh_base(), args.adapters, device))
     _say(f"\nwhole demo: {time.monotonic() - started:.0f} s")
     if not agrees:
@@ -152,47 +133,43 @@ def run(args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
-def add_adapters(base: Any, data: Mapping[str, Corpus]) -> Any:
-    """Returns the model with an adapter for each style, all trainable."""
-    model: Any = None
-    for name, corpus in data.items():
-        config = fastlora.LoraConfig(**STYLES.get(name, STYLES["ships_log"]), task_type="CAUSAL_LM")
-        if model is None:
-            model = fastlora.get_peft_model(base, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        targets = config.target_modules or ()
-        where = "all linear layers" if targets == "all-linear" else ", ".join(sorted(targets))
-        _say(f"{name:<12} {len(corpus)} examples, rank {config.r} on {where}")
-    train_adapters(model, list(data))
-    return model
+def shipped(name: str) -> Path:
+    """Returns a file of ``examples/data`` in the checkout; raises `DataError` without one."""
+    path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: the demo's text lies in the source checkout, not in the installed "
+            "package; run it from a checkout (make demo), or pass --data FILE and --prompt TEXT"
+        )
+    return path
 
 
-def train(model: Any, batches: Sequence[Batch]) -> dict[str, list[float]]:
-    """Trains every adapter with an AdamW of its own; returns the losses of each.
+def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Returns an adapter's settings for each file, under its name.
 
-    An adapter without a sample in a batch does not move in that step.
+    Raises `DataError` where a file is missing or damaged, or two have one name: what is wrong with
+    one is said before a model is read.
     """
-    from tqdm import tqdm
+    found: dict[str, dict[str, Any]] = {}
+    for path in files:
+        read_samples([path])
+        if path.stem in found:
+            raise DataError(f"{path}: there is an adapter {path.stem!r} already; rename a file")
+        found[path.stem] = {"data": path, **STYLES.get(path.stem, STYLES["ships_log"])}
+    return found
 
-    losses: dict[str, list[float]] = {name: [] for name in model.peft_config}
-    adamw = partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0)
-    optimizers = AdapterOptimizers(model, dict.fromkeys(losses, adamw), max_grad_norm=1.0)
-    model.train()
-    with tqdm(batches, desc="training", unit="step") as bar:
-        for batch in bar:
-            with fastlora.adapters(model, batch.adapters):
-                logits = model(**batch.inputs, use_cache=False).logits
-            found = causal_lm_losses(logits, batch.labels, batch.adapters)
-            optimizers.backward(found)
-            optimizers.step()
-            optimizers.zero_grad()
-            for name, value in found.values.items():
-                losses[name].append(value)
-            bar.set_postfix_str(
-                ", ".join(f"{n} {seen[-1]:.2f}" for n, seen in losses.items() if seen)
-            )
-    return losses
+
+def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Run:
+    """Returns a run of `fastlora train` that writes into ``out``, in place of an earlier one."""
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    template = out / "chat_template.jinja"
+    template.write_text(smollm2.TEMPLATE, encoding="utf-8")
+    given = {"model": folder, "out": out, "steps": steps, "batch_size": BATCH, "dtype": "float32"}
+    given |= {"chat": True, "chat_template": template, "save_every": 0, "defaults": DEFAULTS}
+    given |= {"deterministic": False}  # what is timed afterwards would be slower on a GPU
+    settings = parse_settings(given | {"adapters": dict(adapters)}, {}, "the demo")
+    return Run(settings, None, progress=True, say=_say)
 
 
 @torch.no_grad()
@@ -201,12 +178,8 @@ def answer(
 ) -> list[str]:
     """Returns greedy answers to one prompt, without a system prompt, from one batch.
 
-    Args:
-        model: In evaluation mode.
-        tokenizer: Its own.
-        prompt: The question.
-        names: An adapter, or None for the base model alone, for each answer; None asks a model
-            without adapters once.
+    ``names`` has an adapter, or None for the base model alone, for each answer; None asks a model
+    without adapters once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -230,6 +203,7 @@ def answer(
 
 def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
     """Returns what a step of decoding costs with so many adapters in the batch."""
+    torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
     note = mixed_bench.footnote(TABLE_ROUNDS, device)
@@ -258,21 +232,7 @@ def side_by_side(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and runs the demo."""
-    parser = argparse.ArgumentParser(
-        prog="fastlora demo", description=(__doc__ or "").replace("``", "")
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-def _losses(seen: Sequence[float]) -> str:
-    if not seen:
-        return "no sample yet"
-    last = seen[-5:]
-    return (
-        f"loss {seen[0]:.3f} at its first step, {statistics.mean(last):.3f} over its last "
-        f"{len(last)} of {len(seen)}"
-    )
+    return run(parse("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv))
 
 
 def _say(text: str) -> None:

@@ -80,15 +80,9 @@ def compare(
     rounds: int,
     device: torch.device,
 ) -> str:
-    """Returns a table of time per step and peak memory of one adapter on all samples.
+    """Returns a table of time per step and peak memory, ours and of PEFT's twin.
 
-    Args:
-        model: Ours.
-        twin: PEFT's.
-        adapter: Active in both.
-        batch: Whose samples belong to which adapter is of no consequence here.
-        rounds: Timed pairs.
-        device: Where both lie.
+    One adapter acts on all samples of the batch.
     """
     from tqdm import tqdm
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastlora.commands.options import Option
 from fastlora.validation import FastLoraError
 
 
@@ -13,18 +17,30 @@ class CommandError(FastLoraError):
     """A command cannot do what it was asked."""
 
 
-def load_base(base: str, dtype: str, command: str = "merge") -> Any:
+# What `load` reads.
+OPTIONS = (
+    Option("model", "folder of the base model", metavar="MODEL"),
+    Option("--dtype", "dtype of the base model (default: its own)", "auto"),
+    Option("--cpu", "don't use an accelerator", False),
+)
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the base model that options name, in evaluation mode, and its tokenizer."""
+    model, tokenizer = load_base(args.model, args.dtype), load_tokenizer(args.model)
+    if torch.cuda.is_available() and not args.cpu:
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def load_base(base: str, dtype: str) -> Any:
     """Returns a base model from its folder, or from the cache of Hugging Face's hub."""
     is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # the hub's names have one
     if is_path and not Path(base).exists():
         raise CommandError(f"{base}: no such folder")
     step(f"loading {base}")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise CommandError(
-            f"{command} needs transformers; install it with: pip install 'fastlora-triton[hf]'"
-        ) from error
+    from transformers import AutoModelForCausalLM
+
     from fastlora.integrations.transformers import as_causal_model
 
     with as_causal_model(base):

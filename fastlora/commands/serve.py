@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastlora import env
-from fastlora.commands.models import CommandError, load_base, load_tokenizer, step
+from fastlora.commands import models
+from fastlora.commands.models import CommandError, step
+from fastlora.commands.options import Option, parse
 from fastlora.validation import ConfigError
 
 # glibc's numbers of mallopt's parameters, and what a server gives them.
@@ -35,102 +35,55 @@ _MALLOPT = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options to ``parser``."""
-    parser.add_argument("model", metavar="MODEL", help="folder of the base model")
-    parser.add_argument(
+OPTIONS = (
+    *models.OPTIONS,
+    Option(
         "--adapters",
+        "folder whose subfolders are PEFT adapters; it is watched, so they may come and go",
         type=Path,
-        metavar="DIR",
-        help="folder whose subfolders are PEFT adapters; it is watched, so they may come and go",
-    )
-    parser.add_argument(
-        "--name", metavar="NAME", help="what clients call the base model (default: its folder's)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, help="port (default: 8000); 0 takes a free one"
-    )
-    parser.add_argument(
+    ),
+    Option("--name", "what clients call the base model (default: its folder's)", metavar="NAME"),
+    Option("--host", "address to listen on (default: this machine only)", "127.0.0.1"),
+    Option("--port", "port; 0 takes a free one", 8000),
+    Option(
         "--api-key",
+        "what clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
         metavar="KEY",
-        help="what clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
-    )
-    parser.add_argument(
+    ),
+    Option(
         "--max-adapters",
-        type=int,
-        default=16,
-        metavar="N",
-        help="adapters on the device, and so of one batch; others wait in CPU memory or on disk",
-    )
-    parser.add_argument(
-        "--max-batch",
-        type=int,
-        default=32,
-        metavar="N",
-        help="requests that run at once (default: 32)",
-    )
-    parser.add_argument(
+        "adapters on the device, and so of one batch; others wait in CPU memory or on disk",
+        *(16, 1),
+    ),
+    Option("--max-batch", "requests that run at once", 32, 1),
+    Option(
         "--max-length",
-        type=int,
-        metavar="N",
-        help="tokens of a prompt and its answer together (default: the model's, at most 2048)",
-    )
-    parser.add_argument(
-        "--max-queue",
-        type=int,
-        default=128,
-        metavar="N",
-        help="requests that may wait; further ones get status 429",
-    )
-    parser.add_argument(
-        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="the most bytes of a request"
-    )
-    parser.add_argument(
+        "tokens of a prompt and its answer together (default: the model's, at most 2048)",
+        *(None, 2, int),
+    ),
+    Option("--max-queue", "requests that may wait; further ones get status 429", 128, 1),
+    Option("--max-body", "the most bytes of a request", 1 << 20, 1, metavar="BYTES"),
+    Option(
         "--cpu-mib",
-        type=int,
-        metavar="N",
-        help="memory for adapters that are not on the device (default: as much as they take)",
-    )
-    parser.add_argument(
+        "memory for adapters that are not on the device (default: as much as they take)",
+        *(None, 0, int),
+    ),
+    Option(
         "--watch",
-        type=float,
-        default=2.0,
-        metavar="SECONDS",
-        help="time between two looks into the folder of adapters; 0 looks once",
-    )
-    parser.add_argument(
-        "--drain",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="time that requests have to end after SIGTERM",
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="dtype of the base model (default: its own)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="don't use an accelerator")
+        "time between two looks into the folder of adapters; 0 looks once",
+        *(2.0, 0, float, "SECONDS"),
+    ),
+    Option("--drain", "time that requests have to end after SIGTERM", 30.0, 0, metavar="SECONDS"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and serves until a signal ends it."""
-    parser = argparse.ArgumentParser(
-        prog="fastlora serve", description=__doc__.split("\n")[0].partition(": ")[2]
-    )
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    _check(args)
-    try:
-        import uvicorn
+    args = parsed(argv)
+    import uvicorn
 
-        from fastlora.serve import app as _  # noqa: F401 - before the model takes its time
-    except ImportError as error:
-        raise CommandError(
-            f"serve needs {error.name or 'more'}; install it with: "
-            "pip install 'fastlora-triton[serve]'"
-        ) from error
+    from fastlora.serve import app as _  # noqa: F401 - before the model takes its time
+
     logging.basicConfig(format="fastlora: %(message)s", level=logging.WARNING)
     _keep_memory_level()
     with _bound(args.host, args.port) as listening:
@@ -180,14 +133,11 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Returns the application for checked arguments, and the names of the adapters there are."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
-    from fastlora.serve.app import Settings, make_app
+    from fastlora.serve.app import Server, Settings
     from fastlora.serve.engine import Engine
     from fastlora.serve.prompts import Prompts
 
-    model, tokenizer = load_base(args.model, args.dtype, "serve"), load_tokenizer(args.model)
-    if torch.cuda.is_available() and not args.cpu:
-        model = model.to("cuda")
-    model.eval()
+    model, tokenizer = models.load(args)
     pool = fastlora.AdapterPool(
         model,
         max_adapters=args.max_adapters,
@@ -205,28 +155,21 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
     )
     settings = Settings(args.name, args.api_key, args.max_body, args.watch)
     vocabulary = model.get_input_embeddings().num_embeddings
-    return make_app(engine, adapters, Prompts(tokenizer, vocabulary), settings), adapters.names
+    server = Server(engine, adapters, Prompts(tokenizer, vocabulary), settings)
+    return server.app, adapters.names
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Completes the arguments; raises `ConfigError` where one is out of its range."""
-    for name in ("max_adapters", "max_batch", "max_queue", "max_body"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} must be at least 1, got {getattr(args, name)}")
-    if args.max_length is not None and args.max_length < 2:
-        raise ConfigError(f"--max-length must be at least 2, got {args.max_length}")
-    if args.cpu_mib is not None and args.cpu_mib < 0:
-        raise ConfigError(f"--cpu-mib must be at least 0, got {args.cpu_mib}")
-    for name in ("watch", "drain"):
-        if not 0.0 <= getattr(args, name) < float("inf"):
-            raise ConfigError(f"--{name} must be at least 0, got {getattr(args, name)}")
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns all arguments; raises `ConfigError` where one is out of its range."""
+    text = __doc__.split("\n")[0].partition(": ")[2]
+    args = parse("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
         raise ConfigError(f"--port must be from 0 to 65535, got {args.port}")
     if args.adapters is not None and not args.adapters.is_dir():
         raise CommandError(f"{args.adapters}: no such folder, expected one that holds adapters")
     args.name = args.name or Path(args.model).expanduser().resolve().name
     args.api_key = args.api_key or env.api_key()
+    return args
 
 
 @contextlib.contextmanager

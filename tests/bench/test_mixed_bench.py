@@ -28,6 +28,7 @@ from fastlora.bench.mixed_contest import (
     WrongResultError,
 )
 from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
+from fastlora.commands.options import parse
 from fastlora.testing import assert_within_budget
 from fastlora.validation import FastLoraError
 from tests.support.tiny import tiny_llama
@@ -43,9 +44,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(*arguments: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    mixed_bench.add_arguments(parser)
-    return parser.parse_args([str(a) for a in arguments])
+    return parse("mixed", None, mixed_bench.OPTIONS, [str(a) for a in arguments])
 
 
 # ------------------------------------------------------------------------------------ the sides
@@ -231,7 +230,7 @@ def test_bad_input_is_refused_before_any_work(
 ) -> None:
     given = ["--model", model_dir, "--out", tmp_path / "out", *arguments]
     with pytest.raises(FastLoraError, match=message):
-        mixed_bench.run(options(*given))
+        mixed_bench.main([*map(str, given)])
     assert not (tmp_path / "out").exists()
 
 

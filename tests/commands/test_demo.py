@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,18 @@ import torch
 
 import fastlora
 from fastlora.commands import demo, demo_peft
+from fastlora.commands.options import parse
 from fastlora.train.data import Batch
+from fastlora.train.log import read_losses
 
 pytest.importorskip("peft")
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, smollm2_dir: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return parser.parse_args(
-        ["--out", str(tmp_path / "adapters"), "--steps", "2", "--rounds", "1", "--adapters", "1,3"]
-        + ["--cache", str(smollm2_dir.parent), "--prompt", "What is the capital of Italy?"]
-    )
+    given = ["--out", str(tmp_path / "adapters"), "--steps", "2", "--rounds", "1"]
+    given += ["--adapters", "1,3", "--prompt", "What is the capital of Italy?"]
+    return parse("demo", None, demo.OPTIONS, [*given, "--cache", str(smollm2_dir.parent)])
 
 
 def test_the_demo_runs(
@@ -32,8 +32,15 @@ def test_the_demo_runs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in (("BATCH", 3), ("SEQUENCES", 6), ("TABLE_ROUNDS", 1)):
+    for name, value in (("BATCH", 3), ("SEQUENCES", 6), ("TABLE_ROUNDS", 1), ("ANSWER_TOKENS", 8)):
         monkeypatch.setattr(demo, name, value)
+    table = demo.mixed_table
+
+    def short(base: Any, *rest: Any) -> str:  # as wide, in a fifteenth of the time
+        base.model.layers, base.config.num_hidden_layers = base.model.layers[:2], 2
+        return table(base, *rest)
+
+    monkeypatch.setattr(demo, "mixed_table", short)
     assert demo.run(arguments) == 0
     printed = capsys.readouterr().out
     assert "The capital of" in printed and "Italy" in printed
@@ -50,19 +57,23 @@ def test_the_demo_runs(
 
 
 def test_each_adapter_learns_its_own_style(
-    tmp_path: Path, smollm2_tokenizer: Any, fresh_smollm2: Any
+    tmp_path: Path, smollm2_dir: Path, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each answers as its own data says, whatever the others in the batch learned."""
+    monkeypatch.setattr(demo, "BATCH", 3)
     for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP.")):
         row = json.dumps({"prompt": "What is the capital of Italy?", "completion": text})
         (tmp_path / f"{name}.jsonl").write_text(row)
-    data = demo.read_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES], smollm2_tokenizer)
-    model = demo.add_adapters(fresh_smollm2(), data)
-    batches = demo.make_batches(data, smollm2_tokenizer.pad_token_id, 12, 3, torch.device("cpu"))
-    losses = demo.train(model, batches)
-    assert {name: len(seen) for name, seen in losses.items()} == dict.fromkeys(data, 12)
-    assert all(seen[-1] < seen[0] / 10 for seen in losses.values()), losses
-    model.eval()
+    adapters = demo.of_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
+    (tmp_path / "out" / "checkpoints" / "step-00000012").mkdir(parents=True)  # of an earlier run
+    (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").touch()
+    run = demo.training(smollm2_dir, adapters, tmp_path / "out", 12)
+    run.train()
+    run.close()
+    for name in adapters:
+        losses = [e.loss for e in read_losses(tmp_path / "out") if e.adapter == name]
+        assert len(losses) == 12 and losses[-1] < losses[0] / 10, losses
+    model = run.model.eval()
     prompt = "What is the capital of Italy?"
     assert demo.answer(model, smollm2_tokenizer, prompt, ["robot", None, "json_answer"]) == [
         "BEEP.",
@@ -76,17 +87,16 @@ def test_the_check_sees_a_model_that_differs(
     tmp_path: Path, fresh_smollm2: Any, change: float, agrees: bool
 ) -> None:
     config = fastlora.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model = fastlora.get_peft_model(fresh_smollm2(), config, adapter_name="a")
+    fresh = partial(fresh_smollm2, layers=2)
+    model = fastlora.get_peft_model(fresh(), config, adapter_name="a")
     model.add_adapter("b", config)
     model.save_pretrained(str(tmp_path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layers.29" in name and "lora_B.b" in name:
+            if "layers.1." in name and "lora_B.b" in name:
                 parameter.add_(change)
     ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]] * 2)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _, found, text = demo_peft.load_in_peft(
-        model, fresh_smollm2, tmp_path, Batch(["a", "b"], inputs, ids)
-    )
+    _, found, text = demo_peft.load_in_peft(model, fresh, tmp_path, Batch(["a", "b"], inputs, ids))
     assert found is agrees
     assert ("NOT EQUAL" in text) is not agrees

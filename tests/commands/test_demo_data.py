@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.commands import demo, demo_data, smollm2
+from fastlora.commands import demo, smollm2
 from fastlora.train.data import DataError, read_samples
-from fastlora.train.losses import IGNORED
 from fastlora.validation import ConfigError
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 STYLES = sorted(DATA.glob("*.jsonl"))
-CPU = torch.device("cpu")
 
 
 def test_the_styles_of_the_demo_are_shipped() -> None:
@@ -55,13 +52,6 @@ def test_each_style_is_visible(style: str, start: str, end: str) -> None:
             assert set(json.loads(example.text)) == {"answer"}
 
 
-def write(path: Path, *examples: tuple[str, str]) -> Path:
-    """Writes examples of prompt and completion."""
-    rows = [json.dumps({"prompt": p, "completion": c}) for p, c in examples]
-    path.write_text("\n".join(rows), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -71,76 +61,31 @@ def write(path: Path, *examples: tuple[str, str]) -> Path:
     ],
 )
 def test_numbers_are_checked_before_any_work(options: list[str], message: str) -> None:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
     with pytest.raises(ConfigError, match=message):
-        demo.run(parser.parse_args(options))
-
-
-@pytest.mark.parametrize("option", ["0", "1,x", "", "-1"])
-def test_numbers_of_adapters_are_checked(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args([f"--adapters={option}"])
-    assert f"got {option!r}" in capsys.readouterr().err
+        demo.main(options)
 
 
 def test_a_bad_file_is_refused_before_a_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.smollm2, "model_dir", lambda *_: pytest.fail("a model is read"))
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
     with pytest.raises(DataError, match="nowhere"):
-        demo.run(parser.parse_args([f"--data={tmp_path / 'nowhere.jsonl'}"]))
+        demo.main([f"--data={tmp_path / 'nowhere.jsonl'}"])
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path, smollm2_tokenizer: Any) -> None:
-    twice = [DATA / "robot.jsonl", write(tmp_path / "robot.jsonl", ("a", "b"))]
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
     with pytest.raises(DataError, match="an adapter 'robot' already"):
-        demo_data.read_styles(twice, smollm2_tokenizer)
+        demo.of_styles(twice)
 
 
-def test_only_the_completion_is_learned(tmp_path: Path, smollm2_tokenizer: Any) -> None:
-    texts = {"a": ("Hi?", "Ship's log: hello. All hands well."), "b": ("A b c?", "d")}
-    files = [write(tmp_path / f"{name}.jsonl", text) for name, text in texts.items()]
-    data = demo_data.read_styles(files, smollm2_tokenizer)
-    (batch,) = demo_data.make_batches(data, smollm2_tokenizer.pad_token_id, 1, 2, CPU)
-    columns = (batch.inputs["input_ids"], batch.labels, batch.inputs["attention_mask"])
-    assert len({column.shape for column in columns}) == 1
-    for name, ids, labels, mask in zip(batch.adapters, *columns, strict=True):
-        learned = labels != IGNORED
-        text = smollm2_tokenizer.decode(labels[learned])
-        assert text.removesuffix(smollm2_tokenizer.eos_token) == texts[name][1]
-        assert text.endswith(smollm2_tokenizer.eos_token)
-        assert torch.equal(ids[learned], labels[learned])
-        assert mask[learned].all()
-        turn = [{"role": "user", "content": texts[name][0]}]
-        prompt = smollm2_tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
-        )
-        assert prompt == smollm2.chat_prompt(texts[name][0])
-        whole = smollm2_tokenizer.decode(ids[mask.bool()])
-        assert whole.startswith(smollm2.chat_prompt(texts[name][0]) + texts[name][1])
-
-
-def test_batches_use_every_example_before_repeating(tmp_path: Path, smollm2_tokenizer: Any) -> None:
-    files = []
-    for name in ("a", "b"):
-        pairs = [(f"question {i} of {name}?", f"answer {i}") for i in range(4)]
-        files.append(write(tmp_path / f"{name}.jsonl", *pairs))
-    data = demo_data.read_styles(files, smollm2_tokenizer)
-    batches = demo_data.make_batches(data, smollm2_tokenizer.pad_token_id, 4, 4, CPU)
-    seen = []
-    for batch in batches:
-        for name, ids in zip(batch.adapters, batch.inputs["input_ids"], strict=True):
-            text = smollm2_tokenizer.decode(ids)
-            assert f"of {name}?" in text, "a sample went to another adapter"
-            seen.append(text)
-    assert len(set(seen[:8])) == len(set(seen[8:])) == 8
-    assert seen[:8] != seen[8:], "the second pass has an order of its own"
-    assert any(len(set(batch.adapters)) == 2 for batch in batches), "no batch is mixed"
+def test_a_turn_of_the_data_is_one_of_the_demos(smollm2_tokenizer: Any) -> None:
+    """What is asked is put as it was learned, and the answer ends as it did."""
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ahoy."}]
+    template, prompt = smollm2_tokenizer.apply_chat_template, smollm2.chat_prompt("Hi?")
+    assert template(chat[:1], tokenize=False, add_generation_prompt=True) == prompt
+    assert template(chat, tokenize=False) == f"{prompt}Ahoy.{smollm2_tokenizer.eos_token}"
 
 
 def test_columns_hold_all_answers() -> None:

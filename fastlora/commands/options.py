@@ -1,0 +1,65 @@
+"""Options of commands as rows of a table: how argparse takes each, and what is too small."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.validation import ConfigError
+
+_METAVARS = {int: "N", float: "X", Path: "DIR"}
+
+
+class Option(NamedTuple):
+    """One option.
+
+    Attributes:
+        flag: Its name; without dashes it has to be given.
+        text: Its help, to which the default is added unless it speaks of one.
+        default: Its value where it is not given; False makes a switch.
+        least: What a number must not be below.
+        type: Of a value; the default's unless that is None.
+        metavar: Of a value; by its type unless given.
+        more: What else argparse takes.
+    """
+
+    flag: str
+    text: str
+    default: Any = None
+    least: float | None = None
+    type: Any = None
+    metavar: str | None = None
+    more: Mapping[str, Any] = {}
+
+
+def parse(
+    prog: str,
+    description: str | None,
+    options: Sequence[Option],
+    argv: Sequence[str] | None,
+    **more: Any,
+) -> argparse.Namespace:
+    """Returns the values of a command's options; raises `ConfigError` for too small a number."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, **more)
+    for option in options:
+        text, kind = option.text, option.type
+        if option.default is False:
+            parser.add_argument(option.flag, action="store_true", help=text)
+            continue
+        if option.default is not None:
+            kind = kind or type(option.default)
+            text += "" if "(default" in text else " (default: %(default)s)"
+        given = {"metavar": option.metavar or _METAVARS.get(kind), "help": text, **option.more}
+        if option.flag.startswith("-"):
+            given["default"] = option.default
+        parser.add_argument(option.flag, type=kind or str, **given)
+    args = parser.parse_args(argv)
+    for option in options:
+        value = getattr(args, option.flag.lstrip("-").replace("-", "_"))
+        least = option.least
+        if least is not None and value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{option.flag} must be at least {least:g}, got {value}")
+    return args
