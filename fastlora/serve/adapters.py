@@ -58,11 +58,7 @@ class ServedAdapters:
 
     A request keeps its version from beginning to end. One that was replaced or unloaded meanwhile
     leaves the pool when its last request has ended. Every method may be called from any thread.
-
-    Args:
-        pool: Holds those that are used.
-        root: The folder; None for a server without adapters.
-        reserved: Names that adapters cannot have, the base model's.
+    Without ``root`` the server has no adapters; ``reserved`` are the base model's names.
     """
 
     def __init__(self, pool: AdapterPool, root: Path | None, reserved: Collection[str]) -> None:

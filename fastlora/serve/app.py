@@ -60,21 +60,9 @@ class Settings:
     watch_seconds: float = 2.0
 
 
-def make_app(
-    engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
-) -> FastAPI:
-    """Returns the application; the engine ends with it.
+class Server:
+    """The application `app`, with which the engine ends."""
 
-    Args:
-        engine: Runs requests.
-        adapters: Those that the engine has.
-        prompts: Makes tokens of requests.
-        settings: See `Settings`.
-    """
-    return _Server(engine, adapters, prompts, settings).app
-
-
-class _Server:
     def __init__(
         self, engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
     ) -> None:

@@ -45,16 +45,7 @@ class _Running:
 
 
 class Batch:
-    """Reads prompts and makes tokens.
-
-    Args:
-        model: A causal language model from transformers, in evaluation mode.
-        tokenizer: Its own.
-        pool: The model's.
-        rows: The model over rows of a cache.
-        stats: Counts what is done.
-        ended: Called with each request that leaves, and why it failed.
-    """
+    """Reads prompts and makes tokens; ``ended`` hears of each request that leaves, and why."""
 
     def __init__(
         self,

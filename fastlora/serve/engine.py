@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastlora.pool import AdapterPool, Lease
@@ -25,24 +26,11 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Runs requests on one model.
+    """Runs up to ``rows`` requests at once on one model, that of ``adapters.pool``.
 
-    Args:
-        model: A causal language model from transformers, in evaluation mode, that ``adapters.pool``
-            was made for.
-        tokenizer: Its own; the engine's thread decodes with it, so nobody else may.
-        adapters: Versions come from here and go back there.
-        rows: How many requests run at once.
-        length: Most tokens of prompt and answer together; None for the model's own limit, at most
-            2,048.
-        most_waiting: How many requests may wait beside those that run.
-
-    Attributes:
-        stats: Numbers; written by the engine's thread, and by `submit`.
-        length: As given, or found.
-
-    Raises:
-        UnsupportedLayerError, ConfigError: As `Rows`.
+    A prompt and its answer have at most ``length`` tokens: the model's own limit, but no more than
+    2,048, unless given. The engine's thread decodes with ``tokenizer``, so nobody else may. Raises
+    as `Rows`.
     """
 
     def __init__(
@@ -79,13 +67,7 @@ class Engine:
         sampling: Sampling,
         hear: Callable[[Piece], None],
     ) -> Job:
-        """Takes a request.
-
-        Args:
-            prompt: Tokens.
-            adapter: A name, or None for the base model.
-            sampling: How tokens are chosen.
-            hear: Called with each `Piece` in the engine's thread.
+        """Takes a request, whose pieces ``hear`` gets in the engine's thread.
 
         Raises:
             ConfigError: The prompt is empty, or leaves no room for the answer.
@@ -165,7 +147,7 @@ class Engine:
                 f"{self.length}"
             )
         most = room if sampling.max_tokens is None else sampling.max_tokens
-        return Sampling(most, sampling.temperature, sampling.top_p, sampling.seed, sampling.stop)
+        return replace(sampling, max_tokens=most)
 
     def _wake(self) -> None:
         with self._changed:
@@ -231,7 +213,9 @@ class Engine:
                 except Exception as error:  # out of memory, say; others may have room
                     if not isinstance(error, FastLoraError):
                         _log.exception("adapter %s could not be brought in", version.name)
-                    self._drop_waiting(job, told(error))
+                    with self._changed:
+                        self._waiting.remove(job)
+                    self._end(job, told(error))
                     continue
                 if lease is None:
                     blocked.append(job)
@@ -259,11 +243,6 @@ class Engine:
             if held:
                 return None
             raise
-
-    def _drop_waiting(self, job: Job, error: FastLoraError) -> None:
-        with self._changed:
-            self._waiting.remove(job)
-        self._end(job, error)
 
     def _end(self, job: Job, error: FastLoraError | None) -> None:
         """Gives a request's adapter back, and tells its owner where it did not finish."""

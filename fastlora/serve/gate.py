@@ -14,14 +14,7 @@ _OPEN = ("/health",)  # without the key
 
 
 class Gate:
-    """Asks for the key, bounds the body, and counts answers; closest to the wire.
-
-    Args:
-        app: Gets what may pass.
-        api_key: What clients must send; None for a server that asks for none.
-        most_bytes: Of a request's body.
-        metrics: Counts answers.
-    """
+    """Stands before an application; `Settings` in `app` says what its arguments are."""
 
     def __init__(
         self, app: ASGIApp, api_key: str | None, most_bytes: int, metrics: Metrics

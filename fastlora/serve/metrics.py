@@ -15,15 +15,7 @@ from fastlora.serve.engine import Engine
 
 
 class Metrics(Collector):
-    """The numbers of an engine and of its pool, read when they are asked for.
-
-    Args:
-        engine: Runs requests.
-        adapters: Its adapters.
-
-    Attributes:
-        media_type: Of `text`.
-    """
+    """The numbers of an engine and of its pool, read when they are asked for."""
 
     media_type = CONTENT_TYPE_LATEST
 

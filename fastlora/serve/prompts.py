@@ -10,12 +10,7 @@ from fastlora.validation import ConfigError
 
 
 class Prompts:
-    """Makes tokens of texts and of conversations.
-
-    Args:
-        tokenizer: The base model's.
-        vocabulary: How many tokens the model knows.
-    """
+    """Makes tokens of texts and of conversations, for a model that knows so many."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary

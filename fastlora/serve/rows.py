@@ -24,11 +24,7 @@ class RowCache:
     calls a cache: layers call `update`.
 
     Memory is zeros at first, since a masked position still takes part in a product with weight 0.
-    It grows in length as requests need it, and stays.
-
-    Args:
-        rows: How many requests run at once.
-        length: Positions of a row.
+    It grows in length as requests need it, up to ``length``, and stays.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -40,13 +36,9 @@ class RowCache:
         self._room = min(length, _STEP)
 
     def begin(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Says where the next forward writes.
+        """Says where the next forward writes ``count`` new tokens of each row, from ``first`` on.
 
-        Args:
-            first: The first row; others follow it.
-            starts: The position of the first new token of each row, ``[n]`` int64; all the same,
-                unless ``count`` is 1.
-            count: New tokens of each row.
+        ``starts``, ``[n]`` int64, are their first positions: all the same, unless ``count`` is 1.
         """
         self._first, self._starts = first, starts
         self._at = int(starts[0]) if bool((starts == starts[0]).all()) else None
@@ -120,16 +112,7 @@ class RowCache:
 
 
 class Rows:
-    """Forwards of a causal language model over rows of a `RowCache`.
-
-    Args:
-        model: From transformers, in evaluation mode.
-        rows: How many requests run at once.
-        length: Most positions of a request, or None for as many as the model has.
-
-    Attributes:
-        length: Most positions of a request.
-        cache: Keys and values.
+    """Forwards of transformers' causal language model, in evaluation mode, over a `RowCache`.
 
     Raises:
         UnsupportedLayerError: The model keeps something else than keys and values, or takes no

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def make_adapter(folder: Path, seed: int, r: int = 2, **changes: Any) -> Path:
     randomise(model, seed)
     model.save_pretrained(folder)
     return folder
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Waits until the server has seen something."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 class Alone:
@@ -105,17 +114,11 @@ class Alone:
 @contextlib.contextmanager
 def serving(base: Path, *options: str) -> Iterator[tuple[str, Any]]:
     """Serves in a thread of this process; yields the URL and the application."""
-    import argparse
-
     import uvicorn
 
     from fastlora.commands import serve
 
-    parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    args = parser.parse_args([str(base), "--cpu", *options])
-    serve._check(args)
-    app, _ = serve.build(args)
+    app, _ = serve.build(serve.parsed([str(base), "--cpu", *options]))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, args=([listening],))
