@@ -281,7 +281,7 @@ YARDSTICK = {
 }
 
 
-def contenders_for(point: Point, impl: str) -> tuple[Contender, ...]:
+def contenders_for(point: Point, impl: str, *_: object) -> tuple[Contender, ...]:
     """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
     if point.mode == "train":
         return TRAIN

@@ -21,6 +21,7 @@ import torch
 
 from fastlora import testing
 from fastlora.bench.contenders import Contender, Problem, Results
+from fastlora.bench.measure import interleaved_seconds
 from fastlora.bench.shapes import Point
 
 # fmt: off
@@ -37,7 +38,7 @@ MAX_CALLS = 512
 GRAPH_US = 2000.0  # a replay this long makes what it costs to start one negligible
 MAX_ROUNDS, MIN_ROUNDS = 20, 5
 POINT_US = 6e5  # how long the rounds of one point may take, at MIN_ROUNDS or more
-DRY_ROUNDS = 3
+DRY_ROUNDS = 2
 
 
 class Timing(NamedTuple):
@@ -207,17 +208,6 @@ def _replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int) -> dict[str, li
     return times
 
 
-def _clock(contenders: Sequence[Contender], problems: Sequence[Problem]) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(DRY_ROUNDS):
-        for contender in contenders:
-            start = time.perf_counter()
-            for problem in problems:
-                contender.run(problem)
-            times[contender.name].append((time.perf_counter() - start) * 1e6 / len(problems))
-    return times
-
-
 def time_contenders(
     contenders: Sequence[Contender],
     problems: Sequence[Problem],
@@ -242,7 +232,9 @@ def time_contenders(
     """
     device = problems[0].x.device
     if device.type != "cuda":
-        outcome.update({name: summary(t) for name, t in _clock(contenders, problems).items()})
+        sides = {c.name: lambda c=c: [c.run(problem) for problem in problems] for c in contenders}
+        for name, seconds in interleaved_seconds(sides, DRY_ROUNDS).items():
+            outcome[name] = summary([1e6 * each / len(problems) for each in seconds])
         return len(problems), DRY_ROUNDS
     calls = count_calls(len(problems), call_us)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}

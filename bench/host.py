@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--calls", type=int, default=10, help="of a repeat")
-    parser.add_argument("--dry-run", action="store_true", help="one repeat of one call")
+    parser.add_argument("--dry-run", action="store_true", help="one call of one case")
     parser.add_argument("--tests", default="", help="whether the tests were green: a column")
     parser.add_argument("--out", type=Path, default=results_folder() / "host.csv")
     args = parser.parse_args()
@@ -130,7 +130,7 @@ def main() -> int:
     device = torch.device(found if args.device == "auto" else args.device)
     repeats, calls = (1, 1) if args.dry_run else (args.repeats, args.calls)
     with csv_rows(args.out, device) as write:
-        for case in CASES:
+        for case in CASES[: 1 if args.dry_run else None]:
             row = measured(case, device, repeats, calls)
             write(row | {"repeats": repeats, "calls": calls, "tests": args.tests})
             show(row)

@@ -12,22 +12,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora.bench.contenders import (
-    FORWARD,
-    FUSED_VARIANTS,
-    TRAIN,
-    YARDSTICK,
-    Contender,
-    Problem,
-    contenders_for,
-    truths,
-)
+from fastlora.bench.contenders import FORWARD, FUSED_VARIANTS, TRAIN, Contender
 from fastlora.bench.harness import (
     Checker,
     DeviceLostError,
@@ -40,6 +31,7 @@ from fastlora.bench.harness import (
     time_contenders,
 )
 from fastlora.bench.machine import ROOT, describe, measure_roofs
+from fastlora.bench.modes import MODES
 from fastlora.bench.peers import listed, peers_for
 from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
@@ -51,10 +43,7 @@ FIRST_POINT_SECONDS = 5.0
 
 
 class Bench:
-    """One run: where it measures, what it measures, and the file that it fills.
-
-    `draw`, `checker` and `contenders_for` say what; `bench/mixed_kernels.py` has its own.
-    """
+    """One run: where it measures, and the file that it fills; `MODES` says what."""
 
     hang_seconds = 45.0  # of a point: what takes longer is taken for hanging
 
@@ -76,21 +65,10 @@ class Bench:
             outcome = {name: "error: the process crashed or hung here"}
             self._write(point, self.contenders_for(point), outcome, {})
 
-    def points(self, dry_run: bool) -> list[Point]:
-        """Returns what is measured, the most telling first."""
-        return tiny_points() if dry_run else all_points()
-
     def contenders_for(self, point: Point) -> Sequence[Contender]:
-        """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
-        return (*contenders_for(point, self.impl), *peers_for(point.mode))
-
-    def draw(self, point: Point) -> Any:
-        """Returns one set of random operands."""
-        return Problem.random(point, self.dtype, self.device, self.impl)
-
-    def checker(self, point: Point, problem: Any, contenders: Sequence[Contender]) -> Checker:
-        """Returns what tells right results from wrong ones."""
-        return Checker(problem, contenders, truths(point, problem), YARDSTICK)
+        """Returns the contenders of a point, peers behind the others."""
+        found = MODES[point.mode].contenders(point, self.impl, self.device.type, self.dtype)
+        return (*found, *peers_for(point.mode))
 
     @property
     def failed(self) -> bool:
@@ -147,9 +125,13 @@ class Bench:
         def note(name: str) -> None:
             self.file.note(point, name)
 
+        def draw() -> Any:
+            return mode.draw(point, self.dtype, self.device, self.impl)
+
         note("base")
-        problem = self.draw(point)
-        checker = self.checker(point, problem, contenders)
+        mode = MODES[point.mode]
+        problem = draw()
+        checker = Checker(problem, contenders, mode.truths(point, problem), mode.yardstick)
         for contender in contenders:
             note(contender.name)
             with guarded(self.device, contender.name, outcome):
@@ -159,7 +141,7 @@ class Bench:
         good = [contender for contender in contenders if contender.name not in outcome]
         problems = [problem]
         while len(problems) < counts["sets"]:
-            problems.append(self.draw(point))
+            problems.append(draw())
         call_us = floor_us("base", point, self.dtype.itemsize, self.roofs) + LAUNCH_US
         calls, rounds = time_contenders(good, problems, call_us, note, outcome)
         counts |= {"calls": calls, "rounds": rounds}
@@ -244,17 +226,21 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(kind: type[Bench] = Bench, description: str = __doc__) -> int:
-    """Measures what the command line says."""
-    return measure_all(kind, arguments(description).parse_args())
+def main(
+    points: Callable[[], list[Point]] = all_points,
+    tiny: Callable[[], list[Point]] = tiny_points,
+    description: str = __doc__,
+) -> int:
+    """Measures what the command line says, of points or in a dry run of tiny ones."""
+    args = arguments(description).parse_args()
+    return measure_all(Bench(args), tiny() if args.dry_run else points(), args)
 
 
-def measure_all(kind: type[Bench], args: argparse.Namespace) -> int:
+def measure_all(bench: Bench, points: list[Point], args: argparse.Namespace) -> int:
     """Measures until the points or the time end; returns the exit code."""
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
-    bench = kind(args)
-    points = bench.points(args.dry_run)[: args.max_points]
+    points = points[: args.max_points]
     slowest = 0.0 if args.dry_run else FIRST_POINT_SECONDS
     for index, point in enumerate(points):
         if "base" in bench.file.done(point):

@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastlora.bench import mixed_train
 from fastlora.bench.contenders import SCALING, Contender, Results
-from fastlora.bench.harness import Checker
-from fastlora.bench.linear import Bench
-from fastlora.bench.linear import main as run
 from fastlora.bench.mixed_dense import MAX_RANK_ROWS, dense_linear
 from fastlora.bench.mixed_strategies import (
     Rows,
@@ -31,8 +26,7 @@ from fastlora.bench.mixed_strategies import (
     grouped_mm,
     segments,
 )
-from fastlora.bench.peers import peers_for
-from fastlora.bench.shapes import MIXED_SEQUENCES, Point, mixed_points, tiny_mixed_points
+from fastlora.bench.shapes import MIXED_SEQUENCES, Point
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
@@ -68,7 +62,9 @@ class MixedProblem:
     scaling: torch.Tensor
 
     @classmethod
-    def random(cls, point: Point, dtype: torch.dtype, device: torch.device) -> MixedProblem:
+    def random(
+        cls, point: Point, dtype: torch.dtype, device: torch.device, impl: str = ""
+    ) -> MixedProblem:
         """Draws operands that give the base and the adapters results of the same size."""
 
         def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -187,40 +183,22 @@ OURS = (
 DENSE = Contender("dense", "mixed", _dense, ours=True)
 
 
-def ours_for(point: Point) -> tuple[Contender, ...]:
-    """Returns the ways over kernels at a point: dense products where rank rows are few enough."""
-    ranks = point.ranks_of_adapters
-    return (*OURS, DENSE) if len(ranks) * max(ranks) <= MAX_RANK_ROWS else OURS
+def contenders_for(
+    point: Point, impl: str, device: str, dtype: torch.dtype
+) -> tuple[Contender, ...]:
+    """Returns the contenders of a point: dense products where rank rows are few enough."""
+    ranks, ours = point.ranks_of_adapters, OURS if impl == "triton" else ()
+    if ours and len(ranks) * max(ranks) <= MAX_RANK_ROWS:
+        ours = (*ours, DENSE)
+    return (*BY_HAND, *ours, *((GROUPED_MM,) if has_grouped_mm(device, dtype) else ()))
 
 
-class MixedBench(Bench):
-    """The same for mixed batches."""
+def main() -> int:
+    """Measures mixed batches."""
+    from fastlora.bench import linear, shapes
 
-    def points(self, dry_run: bool) -> list[Point]:
-        """Returns what is measured, the most telling first."""
-        return tiny_mixed_points() if dry_run else mixed_points()
-
-    def contenders_for(self, point: Point) -> Sequence[Contender]:
-        """Returns the contenders of a point; grouped products, and kernels, where there are any."""
-        if point.mode == "mixed_train":
-            return mixed_train.CONTENDERS
-        ours = ours_for(point) if self.impl == "triton" else ()
-        grouped = (GROUPED_MM,) if has_grouped_mm(self.device.type, self.dtype) else ()
-        return (*BY_HAND, *ours, *grouped, *peers_for("mixed"))
-
-    def draw(self, point: Point) -> Any:
-        """Returns one set of random operands, in a random mix."""
-        if point.mode == "mixed_train":
-            return mixed_train.MixedTrainProblem.random(point, self.dtype, self.device, self.impl)
-        return MixedProblem.random(point, self.dtype, self.device)
-
-    def checker(self, point: Point, problem: Any, contenders: Sequence[Contender]) -> Checker:
-        """Returns what tells right results from wrong ones."""
-        if point.mode == "mixed_train":
-            exact, yardstick = mixed_train.truths(problem), mixed_train.YARDSTICK
-            return Checker(problem, contenders, exact, yardstick)
-        return Checker(problem, contenders, truths(problem), YARDSTICK)
+    return linear.main(shapes.mixed_points, shapes.tiny_mixed_points, __doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(run(MixedBench, __doc__))
+    sys.exit(main())

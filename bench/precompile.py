@@ -11,14 +11,10 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
 
 import torch
 
-from fastlora.bench.contenders import Problem, contenders_for
-from fastlora.bench.mixed_kernels import MixedProblem, ours_for
-from fastlora.bench.mixed_train import CONTENDERS as MIXED_TRAIN
-from fastlora.bench.mixed_train import MixedTrainProblem
+from fastlora.bench.modes import MODES
 from fastlora.bench.shapes import (
     Point,
     all_points,
@@ -37,18 +33,10 @@ def compile_point(point: Point, device: str, impl: str) -> str:
     """Runs fastlora's contenders of a point once; returns what went wrong, or ""."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
-    problem: Any
     try:
-        if point.mode == "mixed":
-            problem = MixedProblem.random(point, dtype, torch.device(device))
-            contenders: Any = ours_for(point)
-        elif point.mode == "mixed_train":
-            problem = MixedTrainProblem.random(point, dtype, torch.device(device), impl)
-            contenders = MIXED_TRAIN
-        else:
-            problem = Problem.random(point, dtype, torch.device(device), impl)
-            contenders = contenders_for(point, impl)
-        for contender in contenders:
+        mode = MODES[point.mode]
+        problem = mode.draw(point, dtype, torch.device(device), impl)
+        for contender in mode.contenders(point, impl, device, dtype):
             if contender.ours:
                 contender.run(problem)
         if device == "cuda":

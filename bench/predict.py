@@ -242,6 +242,14 @@ def row_of(
     return row, found
 
 
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def line_of(row: dict[str, Any]) -> str:
     """Returns a row as a line."""
     return (
@@ -299,10 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if args.details and contender == OURS:
                     for line in details(found, CEILINGS[args.chip]):
                         print(f"prediction:   {line}")
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(args.out, rows)
     return 0
 
 

@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -37,9 +37,10 @@ from unittest import mock
 
 import torch
 
-from fastlora.bench import contenders, linear, mixed_kernels, mixed_train, precompile, shapes
-from fastlora.bench.contenders import Contender, Problem
-from fastlora.bench.harness import Checker, error_text
+from fastlora.bench import linear, precompile, shapes
+from fastlora.bench.contenders import Contender
+from fastlora.bench.harness import error_text
+from fastlora.bench.modes import MODES
 from fastlora.bench.shapes import Point
 from fastlora.kernels import configs, launch, measurements, tables
 from fastlora.kernels.chips import Chip, Row, chip_of
@@ -176,7 +177,7 @@ def run_with(ones: Sequence[Measurement], problem: Any, mode: str) -> Any:
         measurements.put_first(arch, ones, "candidate")
         _forget()
         try:
-            return _SOLVE[mode](problem)
+            return MODES[mode].solve(problem)
         finally:
             _forget()
 
@@ -193,31 +194,9 @@ def _forget() -> None:
     configs.plan_of.cache_clear()
 
 
-_SOLVE: dict[str, Callable[[Any], Any]] = {
-    "forward": lambda p: contenders._linear(p, "auto"),
-    "train": contenders._training(lambda p: contenders._linear(p, "auto")),
-    "mixed": functools.partial(mixed_kernels._linear, "auto"),
-    "mixed_train": functools.partial(mixed_train._kernels, "auto"),
-}
-_OTHERS: dict[str, Sequence[Contender]] = {
-    "forward": contenders.FORWARD,
-    "train": contenders.TRAIN,
-    "mixed": mixed_kernels.BY_HAND,
-    "mixed_train": mixed_train.CONTENDERS,
-}
-
-
-def draw(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
-    """Returns one set of random operands."""
-    if point.mode == "mixed":
-        return mixed_kernels.MixedProblem.random(point, dtype, device)
-    kind: Any = mixed_train.MixedTrainProblem if point.adapters else Problem
-    return kind.random(point, dtype, device, "triton")
-
-
 @functools.lru_cache(maxsize=1)
 def _drawn(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
-    return draw(point, dtype, device)
+    return MODES[point.mode].draw(point, dtype, device, "triton")
 
 
 def tried(
@@ -250,17 +229,10 @@ class Tuner(linear.Bench):
         self.ones: dict[Point, dict[str, Measurement]] = {}
         super().__init__(args)
 
-    def points(self, dry_run: bool) -> list[Point]:
-        """Returns the groups of candidates, the most telling first."""
-        return self.groups
-
-    def draw(self, point: Point) -> Any:
-        """Returns one set of random operands."""
-        return draw(point, self.dtype, self.device)
-
     def contenders_for(self, point: Point) -> Sequence[Contender]:
         """Returns the base, what sets the budget of errors, and the candidates."""
-        others = [c for c in _OTHERS[point.mode] if c.name in ("base", "peft", "segments")]
+        every = MODES[point.mode].contenders(point, self.impl, self.device.type, self.dtype)
+        others = [c for c in every if c.name in ("base", "peft", "segments")]
         if point not in self.ones:
             found = candidates(self.chip, self.dtype, point, self.near)
             self.ones[point] = {name_of(one): one for one in found}
@@ -269,16 +241,6 @@ class Tuner(linear.Bench):
             run = functools.partial(self._run, point, name)
             others.append(Contender(name, kind, run, ours=True))
         return others
-
-    def checker(self, point: Point, problem: Any, contenders_: Sequence[Contender]) -> Checker:
-        """Returns what tells right results from wrong ones."""
-        yardstick = {c.kind: c.name for c in contenders_ if not c.ours}
-        exact: Any = {
-            "mixed": mixed_kernels.truths,
-            "mixed_train": mixed_train.truths,
-        }.get(point.mode, functools.partial(contenders.truths, point))
-        kinds = {kind: truth for kind, truth in exact(problem).items() if kind in yardstick}
-        return Checker(problem, contenders_, kinds, yardstick)
 
     def measure(self, point: Point) -> str:
         """Measures what is left of the candidates, and writes the table."""
@@ -315,7 +277,9 @@ class Tuner(linear.Bench):
         if not jobs:
             return {}
         context = multiprocessing.get_context("spawn")
-        self.pool = self.pool or ProcessPoolExecutor(workers, mp_context=context)
+        if not self.pool:
+            self.pool = ProcessPoolExecutor(workers, mp_context=context)
+            self.pool.submit(int).result()  # that a process starts takes none of their time
         futures = {name: self.pool.submit(tried, *job) for name, job in jobs.items()}
         wait(futures.values(), TRY_SECONDS)
         faults = {}
@@ -394,7 +358,8 @@ def main() -> int:
         args.out = args.out / "tune.csv"
         if args.dry_run:
             args.device, args.dtype = "cpu", "float32"
-        return linear.measure_all(Tuner, args)
+        tuner = Tuner(args)
+        return linear.measure_all(tuner, tuner.groups, args)
     args.out.mkdir(parents=True, exist_ok=True)
     end, resume = time.monotonic() + args.seconds, args.resume
     environment = dict(os.environ)

@@ -14,7 +14,8 @@ from fastlora.bench import host
 
 def test_every_case_is_timed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "host.csv"
-    monkeypatch.setattr(sys, "argv", ["host.py", "--device", "cpu", "--dry-run", "--out", str(out)])
+    arguments = f"host.py --device cpu --repeats 1 --calls 1 --out {out}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
     assert host.main() == 0
     with out.open(newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}

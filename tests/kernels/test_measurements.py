@@ -135,12 +135,13 @@ def test_candidates_reach_their_launches(
 ) -> None:
     """Every launch of the tuner's runs with the candidate's tile, and no other one of its name."""
     from fastlora.bench import tune
+    from fastlora.bench.modes import MODES
     from fastlora.bench.shapes import TINY, Point
 
     adapters = tune.TILE_ADAPTERS if mode.startswith("mixed") else 0
     problem = Point(mode, TINY, "a", 40, 32, 48, 4, adapters, "4" if adapters else "")
     device, dtype = torch.device(lab.device), torch.float32
-    operands, chip = tune.draw(problem, dtype, device), chip_of(device)
+    operands, chip = MODES[mode].draw(problem, dtype, device, "triton"), chip_of(device)
     seen: list[tuple[str, configs.KernelConfig]] = []
     choose = configs.choose
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
+from fastlora.bench.host import LINEARS, Layer, Shape
 from fastlora.env import triton_interpreted
 from fastlora.testing import stubbed_launches
 
@@ -19,21 +19,7 @@ if triton_interpreted():
     pytest.skip("launches are stubbed under Triton's compiler", allow_module_level=True)
 
 WIDTH = 512
-NAMES = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-class Layer(nn.Module):
-    """The seven linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in NAMES:
-            self.add_module(name, nn.Linear(WIDTH, WIDTH, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[M, WIDTH]`` to ``[M, WIDTH]``."""
-        x = self.o(self.q(x) + self.k(x) + self.v(x))
-        return self.down(self.gate(x) + self.up(x))
+WIDE = Shape(WIDTH, WIDTH, WIDTH)
 
 
 @pytest.fixture
@@ -52,8 +38,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def run(rows: int, trains: bool, products: Counter[str]) -> Counter[str]:
     """Launches and products of one call, once siblings are known."""
-    config = fastlora.LoraConfig(r=16, target_modules=list(NAMES))
-    model = fastlora.get_peft_model(Layer(), config).to(torch.bfloat16).train(trains)
+    config = fastlora.LoraConfig(r=16, target_modules=list(LINEARS))
+    model = fastlora.get_peft_model(Layer(WIDE), config).to(torch.bfloat16).train(trains)
     x = torch.randn(rows, WIDTH, dtype=torch.bfloat16, requires_grad=trains)
     # As many processors as these tiles fill: on more a linear would split K, a launch for its sum.
     with stubbed_launches(processors=16) as launches, torch.set_grad_enabled(trains):
@@ -83,8 +69,8 @@ def test_prefill(products: Counter[str]) -> None:
 @pytest.mark.parametrize(("adapters", "kernel"), [(4, "linear"), (64, "expand")])
 def test_decode_of_a_mixed_batch(adapters: int, kernel: str) -> None:
     """Fused where a row tile has few adapters; else an expand by pieces beside the 7 products."""
-    config = fastlora.LoraConfig(r=16, target_modules=list(NAMES))
-    model = fastlora.get_peft_model(Layer(), config, adapter_name="a0")
+    config = fastlora.LoraConfig(r=16, target_modules=list(LINEARS))
+    model = fastlora.get_peft_model(Layer(WIDE), config, adapter_name="a0")
     for index in range(1, adapters):
         model.add_adapter(f"a{index}", config)
     model.to(torch.bfloat16).eval()

@@ -1,0 +1,65 @@
+"""What each mode of a `Point` is: its operands, their float64 results, and who computes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastlora.bench import contenders, mixed_kernels, mixed_train
+from fastlora.bench.contenders import Contender, Results
+
+
+class Mode(NamedTuple):
+    """One mode.
+
+    Attributes:
+        draw: Returns one set of random operands of a point, for a dtype, a device and an ``impl``.
+        truths: Returns the float64 results by kind, of a point and its operands.
+        yardstick: By kind, whose error in the dtype under test sets the budget.
+        contenders: Returns those of a point, for an ``impl``, a type of device and a dtype; the
+            base first, and every yardstick before its kind.
+        solve: fastlora's way, by whatever plan it chooses.
+    """
+
+    draw: Callable[..., Any]
+    truths: Callable[..., dict[str, Results]]
+    yardstick: Mapping[str, str]
+    contenders: Callable[..., Sequence[Contender]]
+    solve: Callable[[Any], Results]
+
+
+def _auto(p: Any) -> Results:
+    return contenders._linear(p, "auto")
+
+
+MODES = {
+    "forward": Mode(
+        contenders.Problem.random,
+        contenders.truths,
+        contenders.YARDSTICK,
+        contenders.contenders_for,
+        _auto,
+    ),
+    "train": Mode(
+        contenders.Problem.random,
+        contenders.truths,
+        contenders.YARDSTICK,
+        contenders.contenders_for,
+        contenders._training(_auto),
+    ),
+    "mixed": Mode(
+        mixed_kernels.MixedProblem.random,
+        lambda point, p: mixed_kernels.truths(p),
+        mixed_kernels.YARDSTICK,
+        mixed_kernels.contenders_for,
+        functools.partial(mixed_kernels._linear, "auto"),
+    ),
+    "mixed_train": Mode(
+        mixed_train.MixedTrainProblem.random,
+        lambda point, p: mixed_train.truths(p),
+        mixed_train.YARDSTICK,
+        lambda *_: mixed_train.CONTENDERS,
+        functools.partial(mixed_train._kernels, "auto"),
+    ),
+}
