@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import fastlora
 from fastlora import LoraConfig, env, fusion_report, get_peft_model
 from fastlora.commands import cli, machine
 from fastlora.layers.why import DORA_DROPS
+from tests.support.programs import run
 from tests.support.tiny import tiny_llama
 
 
@@ -124,43 +121,6 @@ def test_an_import_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.why_not_importable("json") == ""
 
 
-def test_without_any_extra(tmp_path: Path) -> None:
-    """It runs where transformers and the others are not, and names what a model needs."""
-    (tmp_path / "config.json").write_text("{}")
-    code = """
-import sys
-for name in ("transformers", "peft", "accelerate", "bitsandbytes", "torchao", "tqdm"):
-    sys.modules[name] = None
-from fastlora.commands import machine, cli
-have = machine.version
-machine.version = lambda name: None if name in machine._OPTIONAL else have(name)
-print("codes", cli.main(["doctor"]), cli.main(["doctor", "."]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(fastlora.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.endswith("codes 0 1\n"), done.stdout + done.stderr
-    assert "fix: pip install 'fastlora-triton[hf]'" in done.stdout and done.stderr == ""
-
-
-def test_no_library_speaks_before_a_command_of_ours(tmp_path: Path) -> None:
-    """All packages are imported, and what they warn of as they are is not printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", "doctor"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(fastlora.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.stderr == "" and done.stdout.splitlines()[1].startswith("python ")
-
-
 def test_a_driver_without_a_gpu_in_torch(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -190,18 +150,7 @@ functional.lora_linear = broken
 codes.append(doctor.main(["--json"]))
 sys.stderr.write(json.dumps(codes))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(fastlora.__file__).parents[1]),
-            "TRITON_INTERPRET": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run("-c", code, cwd=tmp_path, TRITON_INTERPRET="1")
     assert done.stderr.endswith("[1, 1, 1]"), done.stderr
     decoder, rest, found = json.JSONDecoder(), done.stdout, []
     while rest.strip():

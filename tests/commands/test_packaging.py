@@ -61,36 +61,31 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
     assert not [n for n in names if not n.startswith(("fastlora/", "fastlora_triton-"))]
 
 
-def test_wheel_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
-    """From anywhere, the wheel's own files."""
-    package, kernel = python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(installed)).split()
-    assert Path(package).is_relative_to(installed)
-    assert Path(kernel) == installed / "fastlora" / "kernels" / "lora_linear.py"
-
-
 def test_wheel_is_one_package(installed: Path, tmp_path: Path) -> None:
-    """Its path is its own folder, a walk through it ends, and strangers beside it are not of it."""
+    """From anywhere it is its own files; a walk through it ends; strangers beside are not of it."""
     for name in ("kernels", "tests"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
     shutil.copytree(installed / "fastlora", tmp_path / "fastlora")
     code = """
-import importlib.util, pkgutil, fastlora, fastlora.kernels.lora_linear
+import importlib.util, pkgutil, fastlora, fastlora.kernels.lora_linear as kernel
 names = [module.name for module in pkgutil.walk_packages(fastlora.__path__, "fastlora.")]
 assert len(names) == len(set(names)) and "fastlora.layers.linear" in names
 assert importlib.util.find_spec("fastlora.tests") is None
-print(*fastlora.__path__, *fastlora.kernels.__path__, sep="\\n")
+print(*fastlora.__path__, *fastlora.kernels.__path__, kernel.__file__, sep="\\n")
 """
-    printed = python(code, tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
-    assert printed == [str(tmp_path / "fastlora"), str(tmp_path / "fastlora" / "kernels")]
+    own = tmp_path / "fastlora"
+    printed = python(code, installed.parent, PYTHONPATH=str(tmp_path)).splitlines()
+    assert printed == [*map(str, (own, own / "kernels", own / "kernels" / "lora_linear.py"))]
 
 
-def test_wheel_installs_its_command(wheel: Path, installed: Path, tmp_path: Path) -> None:
-    """The entry point names what is there; the help of every command comes from the wheel."""
+def test_wheel_runs_its_commands(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    """The entry point names what is there, and help and a benchmark are the wheel's own."""
     with zipfile.ZipFile(wheel) as archive:
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "fastlora = fastlora.commands.cli:main" in archive.read(points).decode()
     code = """
+import runpy, sys
 from fastlora.commands import cli
 commands = ("bench mixed --help", "bench kernels --help", "demo --help", "train --help")
 for arguments in (*commands, "--version"):
@@ -98,40 +93,27 @@ for arguments in (*commands, "--version"):
         cli.main(arguments.split())
     except SystemExit as done:
         assert done.code == 0, arguments
-from fastlora.bench import mixed_bench
-from fastlora.commands import demo
-print(cli.__file__, demo.__file__, mixed_bench.__file__, sep="\\n")
-"""
-    files = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()[-3:]
-    assert all(Path(file).is_relative_to(installed) for file in files), files
-
-
-def test_wheel_runs_its_benchmarks(installed: Path, tmp_path: Path) -> None:
-    """The commands of `bench/` by their names in the package; rows carry its sources' digest."""
-    code = """
-import runpy, sys
 sys.argv[1:] = "--out r.csv --tests pass --device cpu --dry-run --max-points 0".split()
 sys.argv += "--dtype float32 --impl eager".split()
 try:
     runpy.run_module("fastlora.bench.linear", run_name="__main__")
 except SystemExit as done:
     assert not done.code, done.code
-from fastlora.bench import machine, mixed, sanitize, soak, train_step
-print(machine.commit(machine.ROOT), machine.results_folder())
-print(machine.__file__)
+from fastlora.bench import machine, mixed, mixed_bench, sanitize, soak, train_step
+from fastlora.commands import demo
+print(machine.commit(machine.ROOT), machine.results_folder(), sep="\\n")
+print(cli.__file__, demo.__file__, mixed_bench.__file__, sep="\\n")
 """
-    printed, file = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
-    assert Path(file).is_relative_to(installed)
-    digest, folder = printed.split()
+    printed = python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    digest, folder, *files = printed[-5:]
+    assert all(Path(file).is_relative_to(installed) for file in files), files
     assert digest.startswith("source-") and folder == "."
-    assert f",{digest}," in (tmp_path / "r.csv").read_text()
+    assert f",{digest}," in (tmp_path / "r.csv").read_text()  # rows carry its sources' digest
 
 
-def test_checkout_imports_its_kernels(installed: Path, tmp_path: Path) -> None:
+def test_checkout_imports_its_kernels(installed: Path) -> None:
     """In the repository root ./fastlora comes first, and finds the kernels beside it."""
     _, kernel = python(IMPORT_KERNELS, ROOT, PYTHONPATH=str(installed)).split()
-    assert Path(kernel) == ROOT / "kernels" / "lora_linear.py"
-    _, kernel = python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(ROOT)).split()
     assert Path(kernel) == ROOT / "kernels" / "lora_linear.py"
 
 

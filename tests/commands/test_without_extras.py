@@ -1,5 +1,5 @@
-"""Commands where only torch, triton and safetensors are installed: help works, a run names what
-is missing.
+"""Commands where only torch, triton and safetensors are installed: help and the doctor work, a run
+names what is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-from fastlora.commands import cli
+from fastlora.commands import cli, machine
+
+have = machine.version
+machine.version = lambda name: None if name in machine._OPTIONAL else have(name)
 
 found = []
 for words in {commands}:
@@ -64,8 +67,11 @@ def test_help_and_errors(tmp_path: Path) -> None:
             *("bench", "mixed", "--model", base)
         ],
     }
-    code = CODE.format(blocked=set(BLOCKED), commands=[*helps, *runs.values()])
-    found = json.loads(python(code, tmp_path, PYTHONPATH=str(ROOT)))
+    looks = [["doctor"], ["doctor", base]]
+    code = CODE.format(blocked=set(BLOCKED), commands=[*looks, *helps, *runs.values()])
+    (well, without_model, *found) = json.loads(python(code, tmp_path, PYTHONPATH=str(ROOT)))
+    assert (well[0], well[2]) == (0, "") and (without_model[0], without_model[2]) == (1, "")
+    assert "fix: pip install 'fastlora-triton[hf]'" in without_model[1]
     for words, (exit_code, out, err) in zip(helps, found[: len(helps)], strict=True):
         assert exit_code == 0 and "usage: " in out and not err, words
     for (message, words), (exit_code, out, err) in zip(

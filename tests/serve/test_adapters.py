@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.served import Alone, make_adapter
+from tests.support.served import Alone, make_adapter, wait_for
 
 GREEDY: dict[str, Any] = {"prompt": "the sea", "temperature": 0, "max_tokens": 12}
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    """Waits until the watch has seen something."""
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def said(served: Any, name: str, **options: Any) -> str:

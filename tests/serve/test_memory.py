@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from fastlora.commands import serve
+from tests.support.programs import run
 
-ROOT = Path(__file__).resolve().parents[2]
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
 
 # Frees a block of an adapter's size, after which glibc alone would put the next ones into heaps.
@@ -40,15 +37,13 @@ print(mapped())
 
 
 @glibc
-def test_adapters_are_mapped_alone_whatever_was_freed_before() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-        | {"PYTHONPATH": str(ROOT)},
-    )
+def test_adapters_are_mapped_alone_whatever_was_freed_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    done = run("-c", PROGRAM)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "32"]
 
 

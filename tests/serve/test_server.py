@@ -9,9 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 
 from fastlora.commands import cli, serve
 from tests.support.programs import error_of
-from tests.support.served import Alone, make_adapter, make_base, serving
+from tests.support.served import make_adapter, make_base, serving, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG: dict[str, Any] = {"model": "ash", "prompt": "x", "max_tokens": 3000, "temperature": 0}
@@ -32,13 +30,6 @@ def metric(http: Any, name: str) -> float:
         if line.startswith(f"{name} "):
             return float(line.rpartition(" ")[2])
     raise AssertionError(name)
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -211,23 +202,3 @@ def test_help_needs_no_extra_and_running_names_it(
     assert "--adapters" in capsys.readouterr().out
     error = error_of(capsys, "serve", "nowhere")
     assert "serve needs uvicorn; install it with: pip install 'fastlora-triton[serve]'" in error
-
-
-def test_the_openai_client_over_the_whole(base: Path, narrow: Any) -> None:
-    """With a key, through threads, as a user has it."""
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=str(narrow.base_url) + "/v1", api_key="s3cret", max_retries=0)
-    alone = Alone(base, base.parent / "adapters")
-    found: list[str] = []
-
-    def chat() -> None:
-        answer = client.chat.completions.create(
-            model="ash", messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=8
-        )
-        found.append(answer.choices[0].message.content)
-
-    threads = [threading.Thread(target=chat) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-        thread.join()
-    assert found == [alone.text("<user>hi<bot>", "ash", 8)] * 3
