@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,12 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import LoraConfig, get_peft_model
+from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.testing import assert_within_budget, farthest, summed_otherwise
 from tests.support.dora_truth import keep_mask
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
-LINEARS = 21  # of three layers
 TOKENS = 2048  # that are kept: the head would be most of the time
 
 
@@ -69,8 +69,9 @@ def check_three_layers(
     dtype: torch.dtype,
     config: dict[str, Any],
     *,
-    patched: bool,
+    patched: bool = False,
     fp32_adapters: bool = False,
+    folder: Path | None = None,
 ) -> Any:
     """Compares logits and every gradient with PEFT's of the same dtype and of float64.
 
@@ -80,12 +81,13 @@ def check_three_layers(
         config: Fields of a LoraConfig. Seeds must be fixed: `dora_truth.fixed_seed`.
         patched: Patch a PEFT model instead of making one of ours.
         fp32_adapters: PEFT's ``autocast_adapter_dtype``.
+        folder: Where to save both; each is then loaded by the other library.
 
     Returns:
         Our model, in training mode.
     """
     ids = torch.randint(0, TOKENS, (2, 12), generator=torch.Generator().manual_seed(5))
-    p = config["lora_dropout"]
+    p = config.get("lora_dropout", 0.0)
 
     def base(kind: torch.dtype) -> Any:
         model = fresh_smollm2(dtype).to(kind)
@@ -114,7 +116,7 @@ def check_three_layers(
         )
         mine.load_state_dict({n.replace(".base_layer", ""): t for n, t in state.items()})
         report = fastlora.fusion_report(mine.eval())
-    assert report.fused == len(report.rows) == LINEARS
+    assert report.fused == len(report.rows) == len(same.base_model.targeted_module_names)
     results = [gradients(model, ids) for model in (mine, same, truth)]
     trained = [n for n, parameter in mine.named_parameters() if parameter.requires_grad]
     assert results[0].keys() == results[1].keys() == {"logits", *trained}
@@ -136,4 +138,12 @@ def check_three_layers(
         # PEFT's own error is as large.
         mine_off, off = (r[name].double() - value for r in results[:2])
         assert mine_off.norm() < 0.1 * value.norm() + 2 * off.norm(), name
+    if folder is not None:
+        for saved, other, load in ((mine, same, peft.PeftModel), (same, mine, LoraModel)):
+            saved.save_pretrained(folder / load.__module__)
+            loaded = load.from_pretrained(base(dtype), folder / load.__module__)
+            with torch.no_grad():
+                expected = other.eval()(input_ids=ids).logits
+                assert torch.equal(loaded(input_ids=ids).logits, expected)
+        mine.train()
     return mine
