@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 import warnings
@@ -30,13 +31,13 @@ from tests.support.inits import (
     assert_same_start,
     assert_same_step,
     base_weight,
-    crossing,
     layers_of,
     peft,
     started,
     train_a_bit,
     two_layers,
 )
+from tests.support.peft_twins import assert_files_cross
 from tests.support.tiny import quantised, tiny_llama
 
 INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"]
@@ -113,7 +114,9 @@ def test_files_cross_both_ways(init: str, tmp_path: Path) -> None:
     )
     for model in (ours, theirs):
         train_a_bit(model)
-    crossing(ours, theirs, base, tmp_path, X)
+    expected = theirs(X).detach()
+    fresh = functools.partial(copy.deepcopy, base)
+    assert_files_cross((ours, theirs), fresh, lambda model: model(X), expected, tmp_path)
 
 
 @pytest.mark.parametrize("init", [*CHANGING, "pissa_niter_2"])

@@ -9,19 +9,24 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora import LoraConfig, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.layers.bases import dense_weight
 from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.validation import CheckpointError
 from tests.support.masked_peft import randomise
+from tests.support.peft_twins import assert_files_cross, assert_same_training, peft
 from tests.support.tiny import quantised, tiny_llama
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
 pytest.importorskip("transformers", reason="the models are transformers'")
 
 IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(5))
 CONFIG = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def logits(model: Any) -> torch.Tensor:
+    """A model's output."""
+    return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
@@ -32,15 +37,9 @@ def test_files_cross_both_ways(tmp_path: Path, options: dict[str, Any]) -> None:
     mine = get_peft_model(tiny_llama(), LoraConfig(**fields)).eval()
     for model in (theirs, mine):
         randomise(model)
-    theirs.save_pretrained(tmp_path / "theirs")
-    mine.save_pretrained(tmp_path / "mine")
-    with torch.no_grad():
-        for saved, path in ((theirs, tmp_path / "theirs"), (mine, tmp_path / "mine")):
-            expected = saved(input_ids=IDS).logits
-            for cls in (LoraModel, peft.PeftModel):
-                loaded = cls.from_pretrained(tiny_llama(), path).eval()
-                torch.testing.assert_close(loaded(input_ids=IDS).logits, expected)
-    files = [load_adapter_folder(tmp_path / name).tensors for name in ("mine", "theirs")]
+    expected = assert_same_training(mine, theirs, logits)
+    assert_files_cross((mine, theirs), tiny_llama, logits, expected, tmp_path)
+    files = [load_adapter_folder(tmp_path / f"saved{i}").tensors for i in range(2)]
     assert files[0].keys() == files[1].keys()
     assert sum("lora_magnitude_vector" in key for key in files[0]) == 6
     assert [t.shape for t in files[0].values()] == [files[1][k].shape for k in files[0]]

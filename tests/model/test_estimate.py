@@ -75,6 +75,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
     {"r": 2, "target_modules": ["q_proj", "k_proj"], "bias": "lora_only"},
     {"r": 2, "target_modules": ["up_proj", "lm_head"], "layers_to_transform": [1]},
+    {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 9]},
 ]
 
 

@@ -19,9 +19,9 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
+from tests.support.peft_twins import assert_files_cross, assert_same_training, peft
 from tests.support.tiny import randomise, tiny_llama, trainable
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
 transformers = pytest.importorskip("transformers")
 
 IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
@@ -56,6 +56,11 @@ def made(kind: str) -> Any:
     return cls(cls.config_class(**MODELS[kind][0])).eval()
 
 
+def logits(model: Any) -> torch.Tensor:
+    """A model's output."""
+    return model(input_ids=IDS).logits
+
+
 def config(library: Any, kind: str = "LlamaForCausalLM", **fields: Any) -> Any:
     settings = {"r": 2, "target_modules": list(MODELS[kind][1]), "layer_replication": RANGES}
     return library.LoraConfig(**{**settings, **fields})
@@ -86,24 +91,13 @@ def test_as_peft(kind: str, tmp_path: Path) -> None:
         models = [adapted(library, kind) for library in (fastlora, peft)]
     ours, theirs = models[0], models[-1]
     assert ours.config.num_hidden_layers == 4
-    for model in models:
-        model(input_ids=IDS).logits.square().sum().backward()
-    expected = theirs(input_ids=IDS).logits
-    torch.testing.assert_close(ours(input_ids=IDS).logits, expected)
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    assert set(found) == set(gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
-    ours.save_pretrained(tmp_path / "ours")
-    here = LoraModel.from_pretrained(made(kind), tmp_path / "ours")
-    torch.testing.assert_close(here(input_ids=IDS).logits, expected)
+    expected = assert_same_training(ours, theirs, logits)
     if not MODELS[kind][2] and len(models) == 2:
-        theirs.save_pretrained(tmp_path / "theirs")
-        there = peft.PeftModel.from_pretrained(made(kind), tmp_path / "ours")
-        here = LoraModel.from_pretrained(made(kind), tmp_path / "theirs")
-        for model in (here, there):
-            torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+        assert_files_cross(models, lambda: made(kind), logits, expected, tmp_path)
+    else:
+        ours.save_pretrained(tmp_path)
+        here = LoraModel.from_pretrained(made(kind), tmp_path)
+        torch.testing.assert_close(logits(here).detach(), expected)
     with torch.no_grad(), ours.disable_adapter():
         plain = ours(input_ids=IDS).logits
     with pytest.raises(AdapterStateError, match="shares its weight with"):

@@ -15,12 +15,23 @@ from fastlora import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.model.tied import tied_with_embedding
 from fastlora.validation import ConfigError, UnsupportedLayerError
+from tests.support.peft_twins import (
+    assert_files_cross,
+    assert_same_gradients,
+    assert_same_training,
+    gradients_of,
+    peft,
+)
 from tests.support.tiny import tiny_llama
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
 pytest.importorskip("transformers")
 
 IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    """A model's output."""
+    return model(input_ids=IDS).logits
 
 
 def config(library: Any, **fields: Any) -> Any:
@@ -50,24 +61,11 @@ def test_copies_as_in_peft(saved: list[str], tmp_path: Path) -> None:
     copies = [m.modules_to_save["default"] for m in (base.model.embed_tokens, base.lm_head)]
     assert copies[0].weight is copies[1].weight
     assert (copies[1].in_features, copies[1].out_features) == (64, 97)
-    for model in (ours, theirs):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = theirs(input_ids=IDS).logits
-    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    assert set(found) == set(gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
+    expected = assert_same_training(ours, theirs, logits)
     with ours.disable_adapter():
-        assert torch.equal(ours(input_ids=IDS).logits, tiny_llama()(input_ids=IDS).logits)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    there = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
-    here = LoraModel.from_pretrained(tiny_llama(), tmp_path / "theirs", is_trainable=True)
-    for model in (there, here):
-        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
-    loaded = here.get_base_model()
+        assert torch.equal(logits(ours), logits(tiny_llama()))
+    assert_files_cross((ours, theirs), tiny_llama, logits, expected, tmp_path)
+    loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path / "saved1").get_base_model()
     assert loaded.lm_head.modules_to_save["default"].weight is (
         loaded.model.embed_tokens.modules_to_save["default"].weight
     )
@@ -113,27 +111,19 @@ def test_lora_as_in_peft(targets: Any, tmp_path: Path) -> None:
     for mine, own in ((head.lora_A, "lora_embedding_B"), (head.lora_B, "lora_embedding_A")):
         assert mine["default"].weight.data_ptr() == getattr(embedding, own)["default"].data_ptr()
     for model in (ours, theirs):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = theirs(input_ids=IDS).logits
-    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+        logits(model).square().mean().backward()
+    expected = logits(theirs).detach()
+    torch.testing.assert_close(logits(ours).detach(), expected, rtol=1e-4, atol=3e-5)
+    gradients = gradients_of(theirs)
     for end, own in (("A", "B"), ("B", "A")):
         of_head = gradients.pop(f"base_model.model.lm_head.lora_{end}.default.weight")
         key = f"base_model.model.model.embed_tokens.lora_embedding_{own}.default"
         gradients[key] = gradients[key] + of_head.t()
-    found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    assert set(found) == set(gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    files = [load_adapter_folder(tmp_path / who).tensors for who in ("ours", "theirs")]
+    assert_same_gradients(gradients_of(ours), gradients)
+    assert_files_cross((ours, theirs), tiny_llama, logits, expected, tmp_path)
+    files = [load_adapter_folder(tmp_path / f"saved{i}").tensors for i in range(2)]
     lora = [{key for key in file if "lora" in key} for file in files]
     assert lora[0] == lora[1]
-    there = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
-    here = LoraModel.from_pretrained(tiny_llama(), tmp_path / "theirs", is_trainable=True)
-    for model in (there, here):
-        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
     with torch.no_grad():
         plain = tiny_llama()(input_ids=IDS).logits
         mixed = ours(input_ids=IDS, adapter_names=["default", None]).logits

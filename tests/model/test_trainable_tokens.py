@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
+from tests.support.peft_twins import assert_files_cross, assert_same_training, peft
 from tests.support.tiny import randomise, tiny_llama, trainable
 
-peft = pytest.importorskip("peft", reason="compares with PEFT")
 pytest.importorskip("transformers")
 
 IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    """A model's output."""
+    return model(input_ids=IDS).logits
 
 
 def config(library: Any, tokens: Any, **fields: Any) -> Any:
@@ -70,26 +76,11 @@ CASES = {
 def test_as_peft(case: str, tied: bool, tmp_path: Path) -> None:
     """Values, names, every gradient; save here and load in PEFT, and back."""
     ours, theirs = pair(CASES[case], tied)
-    for model in (ours, theirs):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = theirs(input_ids=IDS).logits
-    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(gradients)
-    for name, parameter in ours.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=2e-6)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours_file, theirs_file = (
-        load_adapter_folder(tmp_path / who).tensors for who in ("ours", "theirs")
-    )
-    assert set(ours_file) == set(theirs_file)
-    base = [tiny_llama(tie_word_embeddings=tied) for _ in range(2)]
-    there = peft.PeftModel.from_pretrained(base[0], tmp_path / "ours")
-    here = LoraModel.from_pretrained(base[1], tmp_path / "theirs")
-    for model in (there, here):
-        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+    expected = assert_same_training(ours, theirs, logits)
+    base = functools.partial(tiny_llama, tie_word_embeddings=tied)
+    assert_files_cross((ours, theirs), base, logits, expected, tmp_path)
+    files = [load_adapter_folder(tmp_path / f"saved{i}").tensors for i in range(2)]
+    assert set(files[0]) == set(files[1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -248,16 +239,8 @@ def test_options_of_an_embedding(options: dict[str, Any]) -> None:
             r=2, target_modules=["inner"], trainable_token_indices={"words": [7, 2, 3]}
         )
         torch.manual_seed(1)
-        model = train_rows(library.get_peft_model(Words(False, **options), settings))
-        model.double()
-        y = model(ids)
-        y.square().sum().backward()
-        models.append((y, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    (ours, gradients), (theirs, expected) = models
-    torch.testing.assert_close(ours, theirs)
-    assert set(gradients) == set(expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name])
+        models.append(train_rows(library.get_peft_model(Words(False, **options), settings)))
+    assert_same_training(*models, lambda model: model.double()(ids))
 
 
 def test_a_tied_head_keeps_its_bias() -> None:
@@ -371,18 +354,19 @@ def test_files(tmp_path: Path) -> None:
     base = tiny_llama()
     base.resize_token_embeddings(99)
     model = train_rows(get_peft_model(base, config(fastlora, [1, 98])))
-    expected = model(input_ids=IDS).logits
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
-    for library in (fastlora.LoraModel, peft.PeftModel):
-        fresh = tiny_llama()
-        fresh.resize_token_embeddings(99)
+
+    def fresh() -> Any:
+        resized = tiny_llama()
+        resized.resize_token_embeddings(99)
         with torch.no_grad():
-            fresh.get_input_embeddings().weight[2:].zero_()
-        loaded = library.from_pretrained(fresh, tmp_path)
-        torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
+            resized.get_input_embeddings().weight[2:].zero_()
+        return resized
+
+    expected = logits(model).detach()
+    assert_files_cross((model,), fresh, logits, expected, tmp_path, save_embedding_layers=True)
     with pytest.raises(ConfigError, match="has 98, and the module 97 rows"):
-        LoraModel.from_pretrained(tiny_llama(), tmp_path)
-    model.load_adapter(tmp_path, "default")
+        LoraModel.from_pretrained(tiny_llama(), tmp_path / "saved0")
+    model.load_adapter(tmp_path / "saved0", "default")
     other = train_rows(get_peft_model(tiny_llama(), config(fastlora, [1, 2, 3])))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="load it under another name"):
@@ -392,16 +376,8 @@ def test_files(tmp_path: Path) -> None:
         pool.load("a", tmp_path / "other")
 
 
-def test_estimate_counts_rows() -> None:
-    tokens = [1, 5, 9]
-    sizes = fastlora.estimate(tiny_llama(), config(fastlora, tokens))
-    model = get_peft_model(tiny_llama(), config(fastlora, tokens))
-    assert sizes.adapter_parameters == model.get_nb_trainable_parameters()[0]
-
-
-@pytest.mark.parametrize("copy_of", [copy.deepcopy], ids=["deepcopy"])
-def test_copies_stay_tied(copy_of: Any) -> None:
-    model = copy_of(pair([1, 5])[0])
+def test_copies_stay_tied() -> None:
+    model = copy.deepcopy(pair([1, 5])[0])
     base = model.get_base_model()
     assert base.lm_head.token_adapter.tied_adapter is base.model.embed_tokens.token_adapter
     expected = model(input_ids=IDS).logits

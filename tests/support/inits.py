@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import fastlora
 from tests.support.tiny import TwoLayers
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -112,18 +109,3 @@ def assert_same_step(ours: Any, theirs: Any, x: torch.Tensor, tolerance: float =
     assert len(outcomes[0]) == len(outcomes[1])
     for mine, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
-
-
-def crossing(
-    ours: Any, theirs: Any, base: nn.Module, folder: Path, x: torch.Tensor, **options: Any
-) -> None:
-    """Saves both, loads each with the other library; all four give the same output."""
-    expected = theirs(x).detach()
-    expected = getattr(expected, "logits", expected)
-    for library, model in ((fastlora, ours), (peft, theirs)):
-        where = folder / library.__name__
-        model.save_pretrained(where, **options)
-        for reader in (fastlora, peft):
-            loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), where)
-            found = loaded(x).detach()
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

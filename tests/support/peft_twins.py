@@ -1,8 +1,9 @@
-"""The same model with the same adapter three times: ours, PEFT's, and PEFT's patched."""
+"""The same adapter on the same model: ours, PEFT's, PEFT's patched; and what must agree of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,3 +32,57 @@ def twins(make: Callable[[], nn.Module], **config: Any) -> tuple[Any, Any, Any]:
 def q_of(model: Any) -> Any:
     """The adapted layer q of a TwoLayers."""
     return model.base_model.model.q
+
+
+Run = Callable[[Any], torch.Tensor]  # a model to its output
+
+
+def gradients_of(model: nn.Module) -> dict[str, Any]:
+    """The gradients of all that trains, by names without ``base_layer``."""
+    named = model.named_parameters()
+    return {n.replace("base_layer.", ""): p.grad for n, p in named if p.requires_grad}
+
+
+def assert_same_training(ours: Any, theirs: Any, run: Run) -> torch.Tensor:
+    """Outputs and every gradient agree; returns PEFT's output."""
+    outputs = []
+    for model in (ours, theirs):
+        model.zero_grad()
+        y = run(model)
+        y.square().mean().backward()
+        outputs.append(y.detach())
+    assert_near(*outputs, "output")
+    assert_same_gradients(gradients_of(ours), gradients_of(theirs))
+    return outputs[1]
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """The error is at most 1e-5 of the norm."""
+    assert found.shape == expected.shape, what
+    error, norm = float((found - expected).norm()), float(expected.norm())
+    assert error <= 1e-5 * norm + 1e-12, f"{what}: {error} of {norm}"
+
+
+def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """They are near, and none is missing."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None and found[name] is not None, name
+        assert_near(found[name], gradient, name)
+
+
+def assert_files_cross(
+    models: Iterable[Any],
+    fresh: Callable[[], nn.Module],
+    run: Run,
+    expected: torch.Tensor,
+    folder: Path,
+    **options: Any,
+) -> None:
+    """Each model is saved, and loaded by both libraries onto a fresh base: one output for all."""
+    for number, model in enumerate(models):
+        where = folder / f"saved{number}"
+        model.save_pretrained(where, **options)
+        for library in (fastlora, peft):
+            loaded = library.PeftModel.from_pretrained(fresh(), where).eval()
+            assert_near(run(loaded).detach(), expected, f"{library.__name__} from {where}")
