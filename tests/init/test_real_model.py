@@ -1,4 +1,7 @@
-"""Adapters that start from SmolLM2-135M's weights, or from data, start at its loss and train."""
+"""Adapters that start from SmolLM2-135M's weights, or from data, start at its loss and train.
+
+On six of its layers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ TEXTS = (
     "The lighthouse keeper wrote the weather into his book every evening, and nobody read it.",
     "A train of forty wagons left the harbour at noon, loaded with salt, timber and old letters.",
 )
-LAYERS = [0, 9, 29]
+LAYERS = [0, 2, 5]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def batch(smollm2_tokenizer: Any) -> dict[str, torch.Tensor]:
 def test_starts_at_the_base_models_loss_and_trains(
     init: str, fresh_smollm2: Callable[..., Any], batch: dict[str, torch.Tensor]
 ) -> None:
-    base = fresh_smollm2()
+    base = fresh_smollm2(layers=6)
     settings: dict[str, Any] = {
         "eva": {"eva_config": EvaConfig(rho=1.5)},
         "corda": {"corda_config": CordaConfig(corda_method="ipm")},

@@ -47,17 +47,26 @@ def test_load_adapter_answers(tmp_path: Path) -> None:
     assert len(frozen) == 4 and not any(p.requires_grad for p in frozen)
 
 
-def test_arguments_without_effect(tmp_path: Path) -> None:
-    """PEFT's placement arguments are taken: the adapter goes beside the base model's layers."""
+def test_arguments_of_loading(tmp_path: Path) -> None:
+    """A subfolder, and PEFT's placement arguments, which have no effect; others are refused."""
     saved = made()
+    saved.add_adapter("b", LoraConfig(r=4, target_modules=["q"]))
     saved.save_pretrained(tmp_path)
     idle = {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True, "torch_device": "cpu"}
+    idle["revision"] = None
     torch.manual_seed(1)
     model = LoraModel.from_pretrained(TwoLayers(), tmp_path, max_memory={0: 1}, **idle)
     x = torch.randn(3, 16)
     assert torch.equal(model(x), saved.eval()(x))
-    with pytest.raises(TypeError, match="unexpected argument strict=True"):
-        LoraModel.from_pretrained(TwoLayers(), tmp_path, strict=True)
+    model.load_adapter(tmp_path, "b", subfolder="b", ignore_mismatched_sizes=False)
+    assert model.base_model.model.q.r == {"default": 2, "b": 4}
+    for call, options in (
+        (LoraModel.from_pretrained, {"model": TwoLayers(), "model_id": tmp_path}),
+        (model.load_adapter, {"model_id": tmp_path, "adapter_name": "c"}),
+        (model.save_pretrained, {"save_directory": tmp_path}),
+    ):
+        with pytest.raises(TypeError, match="unexpected"):
+            call(**options, strict=True)
 
 
 class Renamed(nn.Module):

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import TwoLayers, quantised, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, randomise, tiny_llama
 
 peft = pytest.importorskip("peft", reason="patches PEFT models")
 LoraLayer = peft.tuners.lora.LoraLayer
@@ -195,45 +194,6 @@ def test_what_is_not_fused_says_why(
     assert (not reasons) if reason is None else any(reason in r for r in reasons)
     assert_same(model, twin)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-
-
-def dequantised(kind: str) -> nn.Module:
-    """The same in float64, q a plain linear layer with the values that the quantised one has."""
-    model = quantised(kind)
-    linear, bias = nn.Linear(16, 24), model.q.bias
-    with torch.no_grad():
-        model.q.bias = None
-        linear.weight.copy_(model.q(torch.eye(16)).t())
-        linear.bias.copy_(bias)
-    model.q = linear
-    return model.double()
-
-
-@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-def test_quantised_base_layers(kind: str) -> None:
-    """Ours and a patched PEFT model over a quantised linear give PEFT's outputs and gradients."""
-    config = {"r": 4, "target_modules": ["q", "v"]}
-    ours = fastlora.get_peft_model(quantised(kind), fastlora.LoraConfig(**config))
-    twin = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
-    patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
-    report = fastlora.patch(patched)
-    # Blocks of 64 do not divide the 16 features of bitsandbytes' layer.
-    assert [row.fused for row in report.rows] == [kind != "bitsandbytes", True]
-    assert type(patched.base_model.model.q).__qualname__.startswith("Fast")
-    exact = peft.get_peft_model(dequantised(kind), peft.LoraConfig(**config)).double()
-    x = torch.randn(3, 16)
-    results = []
-    for model in (ours, twin, patched, exact):
-        factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
-        generator = torch.Generator().manual_seed(3)
-        for parameter in factors.values():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        y = model(x.double() if model is exact else x)
-        results.append([y.detach(), *torch.autograd.grad(y.sum(), list(factors.values()))])
-    for mine in (results[0], results[2]):
-        for value, near, truth in zip(mine, results[1], results[3], strict=True):
-            assert_within_budget(value, near, truth)
-    assert fastlora.fusion_report(ours).fused == (1 if kind == "bitsandbytes" else 2)
 
 
 def test_nothing_to_patch() -> None:

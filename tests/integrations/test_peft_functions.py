@@ -11,18 +11,9 @@ from torch import nn
 import fastlora
 from fastlora.model.status import TunerLayerStatus, TunerModelStatus
 from tests.support.peft_twins import peft
-from tests.support.tiny import TwoLayers, randomise
+from tests.support.tiny import TwoLayers, adapted
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
-
-
-def adapted(library: Any = fastlora, r: int = 4, seed: int = 1) -> Any:
-    """A model with a random adapter."""
-    torch.manual_seed(0)
-    base = TwoLayers()
-    model = library.get_peft_model(base, library.LoraConfig(r=r, target_modules=["q", "v"]))
-    randomise(model, seed)
-    return model.eval()
 
 
 def test_hot_swap(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 # PEFT's DoRA over LLM.int8 loses the weight's scales in its first forward on a CPU.
 LLAMA = [(k, "llama", f) for k in KINDS for f in FEATURES if (k, f) != ("int8", "dora")]
 GPT2 = [(k, "gpt2", f) for k in BITSANDBYTES for f in ("lora", "dropout")]
-CURVES = [(k, "llama", "lora") for k in KINDS]
+CURVES = [(k, "llama", "lora") for k in ("fp4", "int8", "torchao int4", "torchao float8")]
 CURVES += [("nf4 nested", "llama", "dora"), ("nf4 nested", "gpt2", "rslora")]
 NAMES = ["en", "fr", "de", "es"]
 IDS: list[str | None] = ["de", None, "en", "fr", "es", "en", None, "de"]

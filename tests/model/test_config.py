@@ -295,21 +295,6 @@ def test_empty_means_unset() -> None:
     )
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "mica", "lora_ga"])
-def test_which_inits_change_the_base_on_load_in_peft(init: str, tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=["q"], r=2, init_lora_weights=init)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if init == "lora_ga":
-            config.lora_ga_config = peft.LoraGAConfig()
-        peft.get_peft_model(Model(), config).save_pretrained(tmp_path)
-        fresh = Model()
-        before = fresh.q.weight.detach().clone()
-        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
-    same = loaded.base_model.model.q.base_layer.weight.equal(before)
-    assert same == (init in ("orthogonal", "mica", "lora_ga"))
-
-
 def test_idle_settings_of_a_trained_file_do_not_matter() -> None:
     config = LoraConfig.from_dict({"qalora_group_size": 4}, for_loading=True)
     with pytest.raises(ConfigError, match="use_qalora"):

@@ -105,10 +105,11 @@ def test_a_16_bit_model_starts_as_its_base() -> None:
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-def test_quantised_base_layers(kind: str) -> None:
+def test_quantised_base_layers(kind: str, dora: bool) -> None:
     """Over a quantised linear ours is PEFT's layer, and a patched one is too, with gradients."""
-    config = {"r": 4, "target_modules": ["q", "v"], "use_dora": True}
+    config = {"r": 4, "target_modules": ["q", "v"], "use_dora": dora}
     theirs = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
     randomise(theirs)
     state = {n: t for n, t in theirs.state_dict().items() if "lora_" in n}
@@ -116,7 +117,9 @@ def test_quantised_base_layers(kind: str) -> None:
     patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
     report = fastlora.patch(patched)
     # Blocks of 64 do not divide the 16 features of bitsandbytes' layer.
-    assert [row.fused for row in report.rows] == [kind != "bitsandbytes", True]
+    for rows in (report.rows, fastlora.fusion_report(ours).rows):
+        assert [row.fused for row in rows] == [kind != "bitsandbytes", True]
+    assert type(patched.base_model.model.q).__qualname__.startswith("Fast")
     x = torch.randn(3, 16)
     results = []
     for model in (theirs, ours, patched):
@@ -128,7 +131,7 @@ def test_quantised_base_layers(kind: str) -> None:
         if kind != "bitsandbytes":  # whose evaluation on a CPU takes no layer as small as this
             results[-1].append(model.eval()(x).detach())
     for other in results[1:]:
-        assert len(other) == len(results[0]) >= 7
+        assert len(other) == len(results[0]) >= 5
         for mine, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(mine, expected)
 

@@ -81,24 +81,6 @@ def test_calls_on_the_tuner() -> None:
     compare(*(model.base_model.merge_and_unload() for model in (ours, theirs, exact)))
 
 
-def test_arguments_of_loading(tmp_path: Path) -> None:
-    """subfolder, config and the arguments without effect are taken; unknown ones are refused."""
-    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q"]))
-    model.save_pretrained(tmp_path)
-    fresh = LoraModel.from_pretrained(
-        TwoLayers(), tmp_path, torch_device="cpu", low_cpu_mem_usage=True, revision=None
-    )
-    fresh.load_adapter(tmp_path, "b", subfolder="b", ignore_mismatched_sizes=False)
-    assert q_of(fresh).r == {"default": 2, "b": 4}
-    for call in (
-        lambda: fresh.load_adapter(tmp_path, "c", nonsense=4),
-        lambda: fresh.save_pretrained(tmp_path, nonsense=3),
-    ):
-        with pytest.raises(TypeError, match="unexpected"):
-            call()
-
-
 def test_trainability_follows_peft() -> None:
     """set_adapter trains what it names and leaves the base alone; new adapters start frozen."""
     models = twins(TwoLayers)[:2]
@@ -112,16 +94,6 @@ def test_trainability_follows_peft() -> None:
         states += [p.requires_grad for n, p in model.named_parameters() if ".q.lora" in n]
         trains.append(states)
     assert trains[0] == trains[1]
-
-
-def test_a_frozen_loaded_adapter_can_be_trained(tmp_path: Path) -> None:
-    """Loaded for inference it is frozen, until set_adapter says otherwise."""
-    get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"])).save_pretrained(tmp_path)
-    for library in (LoraModel, peft.PeftModel):
-        model = library.from_pretrained(TwoLayers(), tmp_path)
-        assert not any(p.requires_grad for p in model.parameters())
-        model.set_adapter("default")
-        assert any(p.requires_grad for p in model.parameters())
 
 
 def test_one_adapter_with_biases() -> None:

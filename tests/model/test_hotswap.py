@@ -20,20 +20,9 @@ from fastlora.validation import (
 )
 from tests.support.compiled import graph_count
 from tests.support.peft_twins import peft
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, adapted, randomise, tiny_llama
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
-
-
-def adapted(library: Any = fastlora, seed: int = 1, **config: Any) -> Any:
-    """A model with a random adapter, the same base at every call."""
-    torch.manual_seed(0)
-    base = TwoLayers()
-    torch.manual_seed(seed)
-    config = {"r": 4, "target_modules": ["q", "v"], **config}
-    model = library.get_peft_model(base, library.LoraConfig(**config))
-    randomise(model, seed)
-    return model.eval()
 
 
 def saved(folder: Path, **config: Any) -> torch.Tensor:

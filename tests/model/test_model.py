@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import cProfile
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,9 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, adapted, randomise, tiny_llama
 
 CONFIG = {"r": 4, "target_modules": ["q", "v"]}
-
-
-def adapted(**config: Any) -> LoraModel:
-    """A TwoLayers with one random adapter."""
-    torch.manual_seed(0)
-    model = get_peft_model(TwoLayers(), LoraConfig(**{**CONFIG, **config}))
-    randomise(model)
-    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -59,7 +50,8 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     assert all(before[key] == after[key] for key in ("modules", "trains", "configs", "active"))
 
 
-def test_merge_of_a_tied_weight() -> None:
+@pytest.mark.parametrize("names", [None, ["default"]], ids=["active", "by name"])
+def test_merge_of_a_tied_weight(names: list[str] | None) -> None:
     """Merging into a head that shares the embedding's weight leaves the embedding alone."""
     pytest.importorskip("transformers")
     ids = torch.randint(0, 97, (2, 7))
@@ -70,23 +62,13 @@ def test_merge_of_a_tied_weight() -> None:
     exact = copy.deepcopy(model).double()(input_ids=ids).logits
     before = snapshot(model)
     with pytest.raises(AdapterStateError, match=r"shares its weight with model\.embed_tokens"):
-        model.merge_adapter()
+        model.merge_adapter(names)
     assert_unchanged(model, before)
     with pytest.warns(UserWarning, match="has its own now"):
-        merged = model.merge_and_unload()
+        merged = model.merge_and_unload(adapter_names=names)
     assert_within_budget(merged(input_ids=ids).logits, expected, exact)
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
     assert merged.config.tie_word_embeddings is False
-
-
-def test_copies_of_a_class_made_for_transformers() -> None:
-    """deepcopy and pickle."""
-    pytest.importorskip("transformers")
-    model, ids = get_peft_model(tiny_llama(), LoraConfig(r=2)), torch.arange(8)[None]
-    expected = model(input_ids=ids).logits
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other) is type(model)
-        assert torch.equal(other(input_ids=ids).logits, expected)
 
 
 def test_save_and_load_several(tmp_path: Path) -> None:

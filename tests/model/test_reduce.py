@@ -19,20 +19,9 @@ from fastlora.validation import (
     UnsupportedLayerError,
 )
 from tests.support.peft_twins import peft
-from tests.support.tiny import TwoLayers, randomise
+from tests.support.tiny import TwoLayers, adapted
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
-
-
-def adapted(library: Any = fastlora, base: nn.Module | None = None, **config: Any) -> Any:
-    """A model with a random adapter, the same in both libraries."""
-    torch.manual_seed(0)
-    base = TwoLayers() if base is None else base
-    torch.manual_seed(1)
-    config = {"r": 6, "target_modules": ["q", "v"], **config}
-    model = library.get_peft_model(base, library.LoraConfig(**config))
-    randomise(model)
-    return model.eval()
 
 
 def layers_of(model: Any) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def layers_of(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_is_lost_is_said(rank: int | float, rslora: bool) -> None:
     """As much as singular values that are cut off, and no update of the rank loses less."""
-    model = adapted(use_rslora=rslora, lora_bias=True, rank_pattern={"v": 3})
+    model = adapted(r=6, use_rslora=rslora, lora_bias=True, rank_pattern={"v": 3})
     found = fastlora.reduce_rank(model, rank)
     for name, layer in layers_of(model).items():
         old, new = (layer.get_delta_weight(n).double() for n in ("default", "reduced"))
@@ -66,7 +55,7 @@ def test_what_is_lost_is_said(rank: int | float, rslora: bool) -> None:
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["head"]}])
 def test_a_rank_that_is_enough_changes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     """Outputs stay; saved, the new adapter loads in PEFT and here."""
-    model = adapted(**options)
+    model = adapted(r=6, **options)
     if "modules_to_save" in options:
         with torch.no_grad():
             model.base_model.model.head.modules_to_save["default"].weight.mul_(1.5)
@@ -84,7 +73,7 @@ def test_a_rank_that_is_enough_changes_nothing(options: dict[str, Any], tmp_path
 @pytest.mark.parametrize("rank", [2, 0.8])
 def test_conversion_is_that_of_peft(rank: int | float, tmp_path: Path) -> None:
     """The same names, ranks and updates; what is saved loads in both libraries."""
-    ours, theirs = (adapted(library, lora_alpha=3) for library in (fastlora, peft))
+    ours, theirs = (adapted(library, r=6, lora_alpha=3) for library in (fastlora, peft))
     with pytest.warns(UserWarning, match=r"already a LoRA adapter: .*at most [\d.]+% \((q|v)\)"):
         config, tensors = fastlora.convert_to_lora(ours, rank)
     with warnings.catch_warnings():
@@ -129,7 +118,7 @@ def test_intruders_are_those_of_peft(epsilon: float) -> None:
         (fastlora, fastlora.reduce_intruder_dimension),
         (peft, reduce_intruder_dimension),
     ):
-        model = adapted(library, lora_alpha=3, use_rslora=True)
+        model = adapted(library, r=6, lora_alpha=3, use_rslora=True)
         said: list[str] = []
         reduce(model, top_k=5, threshold_epsilon=epsilon, logging_sink=said.append)
         assert model.active_adapters == ["intruder_reduced"]
@@ -172,7 +161,7 @@ def test_intruders_on_other_kinds_and_dtypes() -> None:
 
 def test_refusals_change_nothing() -> None:
     """One error each, and the adapters as they were."""
-    model = adapted()
+    model = adapted(r=6)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     for rank, words in (
         (0, "positive"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastlora.model.targets import (
     resolve_target_modules,
 )
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
+from tests.support.tiny import tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -56,16 +58,9 @@ class Tower(nn.Module):
         self.shared = self.q_proj
 
 
-def tiny_llama(cls: str = "LlamaForCausalLM") -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=16,
-    )
-    return getattr(transformers, cls)(config)
+def llama_for(cls: str) -> Callable[[], nn.Module]:
+    """A Llama for another task."""
+    return lambda: getattr(transformers, cls)(tiny_llama().config)
 
 
 def tiny_gpt2() -> nn.Module:
@@ -148,17 +143,23 @@ def test_names_are_pefts(fields: dict[str, object]) -> None:
         (tiny_llama, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
         (tiny_llama, {"target_modules": ["gate_proj"], "layers_to_transform": 1}),
         (tiny_llama, {"modules_to_save": ["lm_head", "norm"]}),
-        (lambda: tiny_llama("LlamaModel"), {"target_modules": "all-linear"}),
+        (lambda: tiny_llama().model, {"target_modules": "all-linear"}),
         (
-            lambda: tiny_llama("LlamaForSequenceClassification"),
+            llama_for("LlamaForSequenceClassification"),
             {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
         ),
         (
-            lambda: tiny_llama("LlamaForSequenceClassification"),
+            llama_for("LlamaForSequenceClassification"),
             {"task_type": "SEQ_CLS", "modules_to_save": ["norm"]},
         ),
-        (lambda: tiny_llama("LlamaForTokenClassification"), {"task_type": "TOKEN_CLS"}),
-        (lambda: tiny_llama("LlamaForQuestionAnswering"), {"task_type": "QUESTION_ANS"}),
+        (
+            llama_for("LlamaForTokenClassification"),
+            {"task_type": "TOKEN_CLS"},
+        ),
+        (
+            llama_for("LlamaForQuestionAnswering"),
+            {"task_type": "QUESTION_ANS"},
+        ),
         (tiny_gpt2, {}),
         (tiny_gpt2, {"target_modules": "all-linear"}),
     ],

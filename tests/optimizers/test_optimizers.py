@@ -18,20 +18,9 @@ from fastlora.optimizers import (
 )
 from fastlora.validation import ConfigError
 from tests.support.peft_twins import peft
-from tests.support.tiny import TwoLayers, randomise, with_adapters
+from tests.support.tiny import TwoLayers, adapted, with_adapters
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
-
-
-def model_of(library: Any, **config: Any) -> Any:
-    """A model with one adapter, the same in both libraries."""
-    torch.manual_seed(0)
-    base = TwoLayers()
-    torch.manual_seed(1)
-    config = {"r": 4, "target_modules": ["q", "v"], **config}
-    model = library.get_peft_model(base, library.LoraConfig(**config))
-    randomise(model)
-    return model
 
 
 def names_of(model: Any, group: dict[str, Any]) -> set[str]:
@@ -47,7 +36,7 @@ def test_loraplus_groups_and_steps_are_those_of_peft(options: dict[str, Any]) ->
 
     made = []
     for library, create in ((fastlora, create_loraplus_optimizer), (peft, theirs)):
-        model = model_of(library, use_dora=True, **options)
+        model = adapted(library, use_dora=True, **options)
         optimizer = create(
             model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
         )
@@ -76,7 +65,7 @@ def test_lorafa_steps_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None
         (fastlora, create_lorafa_optimizer),
         (peft, library.create_lorafa_optimizer),
     ):
-        model = model_of(source, **config)
+        model = adapted(source, **config)
         optimizer = create(model, r=4, lora_alpha=12, lr=1e-2, weight_decay=0.1)
         for _ in range(4):
             optimizer.zero_grad()
@@ -133,7 +122,7 @@ def test_lorafa_resumes() -> None:
     """A state dict, loaded into a new optimizer, goes on as the old one."""
     results = []
     for restart in (False, True):
-        model = model_of(fastlora)
+        model = adapted(fastlora)
         optimizer = create_lorafa_optimizer(model, 4, 8, lr=1e-2)
         for step in range(4):
             if restart and step == 2:
@@ -156,7 +145,7 @@ def backward(model: Any) -> torch.Tensor:
 
 def test_lorafa_sees_a_lora_a_that_was_written_to() -> None:
     """The inverse that is kept belongs to the values it was made from."""
-    model = model_of(fastlora)
+    model = adapted(fastlora)
     optimizer = create_lorafa_optimizer(model, 4, 8, lr=1e-2)
     lora_a = model.base_model.model.q.lora_A["default"].weight
     first = optimizer._inverse(lora_a)
@@ -168,7 +157,7 @@ def test_lorafa_sees_a_lora_a_that_was_written_to() -> None:
 
 def test_refusals() -> None:
     """Wrong numbers, flags that contradict the config, and nothing that trains."""
-    model = model_of(fastlora)
+    model = adapted(fastlora)
     for wrong in ({"lr": 0.0}, {"loraplus_lr_ratio": float("nan")}, {"loraplus_lr_embedding": -1}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a positive number"):
             create_loraplus_optimizer(

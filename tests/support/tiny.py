@@ -72,6 +72,22 @@ def with_adapters(
     return model
 
 
+def adapted(
+    library: Any = fastlora, seed: int = 1, base: nn.Module | None = None, **config: Any
+) -> Any:
+    """A model, `TwoLayers` unless another is given, with one random adapter, in evaluation mode.
+
+    It is the same at every call, and in both libraries.
+    """
+    torch.manual_seed(0)
+    base = TwoLayers() if base is None else base
+    torch.manual_seed(seed)
+    config = {"r": 4, "target_modules": ["q", "v"], **config}
+    model = library.get_peft_model(base, library.LoraConfig(**config))
+    randomise(model, seed)
+    return model.eval()
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
