@@ -110,28 +110,26 @@ def masks_of(seen: list[tuple[str, torch.Tensor]], dropping: Chosen) -> dict[Any
 
 def check_layouts(folder: Path) -> None:
     """Values and every gradient in each layout: without DoRA; it before, behind, beside others."""
-    for plan in LAYOUTS:
-        own = plan["up"].input_layouts[0].is_shard()
-        for dora, ids, active in (
-            ((), None, ["default", "b"]),
-            ((), IDS, ["default", "b"]),
-            (("b",), None, ["default", "b"]),
-            (("b",), None, ["b", "default"]),
-            (BOTH, None, ["default", "b"]),
-            (("b",), IDS, ["default", "b"]),
-            (BOTH, IDS, ["default", "b"]),
-        ):
-            found, same, truth = (
-                (train_biases(pair(split, dtype, dora)), dtype, part)
-                for split, dtype, part in (
-                    (plan, torch.float32, own),
-                    (None, torch.float32, False),
-                    (None, torch.float64, False),
-                )
-            )
-            for model, _, _ in (found, same, truth):
-                model.set_adapter(active)
-            assert_same(*(results(m, dtype, ids, part) for m, dtype, part in (found, same, truth)))
+    for dora, ids, active in (
+        ((), None, ["default", "b"]),
+        ((), IDS, ["default", "b"]),
+        (("b",), None, ["default", "b"]),
+        (("b",), None, ["b", "default"]),
+        (BOTH, None, ["default", "b"]),
+        (("b",), IDS, ["default", "b"]),
+        (BOTH, IDS, ["default", "b"]),
+    ):
+
+        def run(plan: Any, dtype: torch.dtype, own: bool, case: Any = (dora, ids, active)) -> Any:
+            dora, ids, active = case
+            model = train_biases(pair(plan, dtype, dora))
+            model.set_adapter(active)
+            return results(model, dtype, ids, own)
+
+        same, truth = (run(None, dtype, False) for dtype in (torch.float32, torch.float64))
+        for plan in LAYOUTS:
+            own = plan["up"].input_layouts[0].is_shard()
+            assert_same(run(plan, torch.float32, own), same, truth)
 
 
 def check_dora_dropout(folder: Path) -> None:

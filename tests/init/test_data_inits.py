@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,108 +17,51 @@ from fastlora import CordaConfig, EvaConfig, LoraGAConfig
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
 from tests.support.inits import (
     FIELDS,
+    METHODS,
+    SAMPLES,
     assert_same_start,
-    assert_same_step,
-    base_weight,
     layers_of,
+    lora,
     peft,
+    run,
     started,
+    train,
     train_a_bit,
     two_layers,
 )
 from tests.support.tiny import tiny_llama
 
-configs = pytest.importorskip("peft.tuners.lora.config")
-preprocess_corda = pytest.importorskip("peft.tuners.lora.corda").preprocess_corda
-preprocess_loraga = pytest.importorskip("peft.tuners.lora").preprocess_loraga
-
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-SAMPLES = [torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-
-
-def run(model: nn.Module) -> Callable[[], None]:
-    """One pass over the samples."""
-
-    def over() -> None:
-        for sample in SAMPLES:
-            model(sample)
-
-    return over
-
-
-def train(model: nn.Module) -> Callable[[], None]:
-    """Three backward passes."""
-
-    def over() -> None:
-        for sample in SAMPLES[:3]:
-            model(sample).square().mean().backward()
-
-    return over
+CORDA, FILES = {"init_lora_weights": "corda"}, ("cache_file", "covariance_file")
 
 
 # --------------------------------------------------------------------------------------- CorDA
 
 
-def corda(
-    library: Any, base: nn.Module, method: str = "ipm", settings: Any = None, **fields: Any
-) -> Any:
-    """A model with a CorDA adapter, calibrated by the library's own function."""
-    calibrate = fastlora.preprocess_corda if library is fastlora else preprocess_corda
-    own = CordaConfig if library is fastlora else configs.CordaConfig
-    settings = own(corda_method=method, **(settings or {}))
-    fields = {"init_lora_weights": "corda", "corda_config": settings, **fields}
-    return started(library, base, lambda m, c: calibrate(m, c, run_model=run(m)), **fields)
-
-
-@pytest.mark.parametrize("method", ["ipm", "kpm"])
-@pytest.mark.parametrize("fields", [{}, {"rank_pattern": {"v": 3}, "use_rslora": True}], ids=str)
-def test_corda(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    base = two_layers()
-    ours, theirs = (corda(lib, copy.deepcopy(base), method, **fields) for lib in (fastlora, peft))
-    assert_same_start(ours, theirs, tolerance=2e-4 if method == "kpm" else 2e-5)
-    assert_same_step(ours, theirs, X, tolerance=1e-4)
-    torch.testing.assert_close(ours(X), base(X), atol=1e-5, rtol=1e-5)
-    assert not base_weight(layers_of(ours)["q"]).equal(base.q.weight)
-    assert not hasattr(layers_of(ours)["q"], "eigens")
-    assert not any(hasattr(m, "eigens") or m._forward_pre_hooks for m in ours.modules())
-
-
 def test_corda_cache_files_and_calibrations_are_either_librarys(tmp_path: Path) -> None:
     base = two_layers()
-    reference = corda(fastlora, copy.deepcopy(base))
+    reference = started(fastlora, copy.deepcopy(base), **CORDA)
     for writer in (fastlora, peft):
-        files = {
-            name: str(tmp_path / writer.__name__ / name)
-            for name in ("cache_file", "covariance_file")
-        }
-        corda(writer, copy.deepcopy(base), settings=files)
+        files = {name: str(tmp_path / writer.__name__ / name) for name in FILES}
+        started(writer, copy.deepcopy(base), settings=files, **CORDA)
         for reader in (fastlora, peft):
-            for file in ("cache_file", "covariance_file"):
+            for file in FILES:
+                calibrate = METHODS["corda"][reader][0]
                 kept = {file: files[file]}
-                calibrate = fastlora.preprocess_corda if reader is fastlora else preprocess_corda
-                found = started(
-                    reader,
-                    copy.deepcopy(base),
-                    calibrate,
-                    init_lora_weights="corda",
-                    corda_config=(CordaConfig if reader is fastlora else configs.CordaConfig)(
-                        **kept
-                    ),
-                )
+                found = started(reader, copy.deepcopy(base), calibrate, settings=kept, **CORDA)
                 assert_same_start(found, reference, tolerance=1e-5)
     # Calibrated by PEFT with its config, and started by us.
-    config = peft.LoraConfig(
-        **FIELDS, init_lora_weights="corda", corda_config=configs.CordaConfig()
-    )
+    calibrate, own, _ = METHODS["corda"][peft]
+    config = peft.LoraConfig(**FIELDS, **CORDA, corda_config=own())
     model = copy.deepcopy(base)
-    preprocess_corda(model, config, run_model=run(model))
+    calibrate(model, config, run_model=run(model))
     assert_same_start(fastlora.get_peft_model(model, config), reference, tolerance=1e-5)
 
 
 def test_corda_takes_loaders_batches_and_copies() -> None:
     """Batches of several sequences count each; the model to run may be a copy of the model."""
     base = two_layers()
-    reference = corda(fastlora, copy.deepcopy(base))
+    reference = started(fastlora, copy.deepcopy(base), **CORDA)
 
     def loaded(model: nn.Module, config: Any) -> None:
         batches = (torch.cat(SAMPLES[i : i + 2]) for i in (0, 2))
@@ -126,8 +69,7 @@ def test_corda_takes_loaders_batches_and_copies() -> None:
             model, config, hooked_model=copy.deepcopy(model).train(), dataloader=batches
         )
 
-    fields = {"init_lora_weights": "corda", "corda_config": {"corda_method": "ipm"}}
-    found = started(fastlora, copy.deepcopy(base), loaded, **fields)
+    found = started(fastlora, copy.deepcopy(base), loaded, **CORDA)
     assert_same_start(found, reference, tolerance=1e-5)
     kept = CordaConfig(prune_temporary_fields=False, use_float16_for_covariance=True)
     model = copy.deepcopy(base).train()
@@ -140,30 +82,22 @@ def test_corda_takes_loaders_batches_and_copies() -> None:
 
 
 def test_corda_files(tmp_path: Path) -> None:
-    """A trained adapter loads where the model is calibrated again; converted it loads anywhere."""
+    """A trained adapter loads where the model is calibrated again."""
     base = two_layers()
     cache = {"cache_file": str(tmp_path / "cache.pt")}
-    model = corda(fastlora, copy.deepcopy(base), settings=cache)
-    model.save_pretrained(tmp_path / "untrained")
+    model = started(fastlora, copy.deepcopy(base), settings=cache, **CORDA)
     train_a_bit(model)
-    expected = model(X)
-    model.save_pretrained(tmp_path / "trained")
-    model.save_pretrained(
-        tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "untrained"
-    )
+    model.save_pretrained(tmp_path)
     for library in (fastlora, peft):
-        plain = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain")
-        torch.testing.assert_close(plain(X), expected, atol=2e-5, rtol=2e-5)
         again = copy.deepcopy(base)
-        config = library.LoraConfig.from_pretrained(tmp_path / "trained")
-        (fastlora.preprocess_corda if library is fastlora else preprocess_corda)(again, config)
-        loaded = library.PeftModel.from_pretrained(again, tmp_path / "trained")
-        torch.testing.assert_close(loaded(X), expected, atol=2e-5, rtol=2e-5)
+        METHODS["corda"][library][0](again, library.LoraConfig.from_pretrained(tmp_path))
+        loaded = library.PeftModel.from_pretrained(again, tmp_path)
+        torch.testing.assert_close(loaded(X), model(X), atol=2e-5, rtol=2e-5)
     bare = copy.deepcopy(base)
     with pytest.raises(
         InitialisationError, match=r"'q': .*needs data .* fastlora.preprocess_corda"
     ):
-        fastlora.PeftModel.from_pretrained(bare, tmp_path / "trained")
+        fastlora.PeftModel.from_pretrained(bare, tmp_path)
     assert type(bare.q) is nn.Linear
 
 
@@ -198,47 +132,11 @@ def test_corda_refusals(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- LoRA-GA
 
 
-def lora_ga(
-    library: Any, base: nn.Module, settings: Any = None, dtype: Any = None, **fields: Any
-) -> Any:
-    """A model with a LoRA-GA adapter, calibrated by the library's own function."""
-    calibrate = fastlora.preprocess_loraga if library is fastlora else preprocess_loraga
-    own = LoraGAConfig if library is fastlora else configs.LoraGAConfig
-    fields = {"init_lora_weights": "lora_ga", "lora_ga_config": own(**(settings or {})), **fields}
-    return started(library, base, lambda m, c: calibrate(m, c, train(m)), **fields)
-
-
-@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r", "random"])
-@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
-def test_lora_ga(direction: str, scale: str, tmp_path: Path) -> None:
-    base = two_layers()
-    settings = {"direction": direction, "scale": scale}
-    ours, theirs = (lora_ga(lib, copy.deepcopy(base), settings) for lib in (fastlora, peft))
-    assert_same_start(ours, theirs, tolerance=1e-5)
-    assert_same_step(ours, theirs, X, tolerance=1e-5)
-    torch.testing.assert_close(ours(X), base(X), atol=1e-5, rtol=1e-5)
-    assert not hasattr(layers_of(ours)["q"], "_peft_loraga_grad")
-
-
 def test_lora_ga_files(tmp_path: Path) -> None:
-    """Converted it loads anywhere; else a warning says that the base weights are others."""
-    base = two_layers()
-    models = [lora_ga(library, copy.deepcopy(base)) for library in (fastlora, peft)]
-    for model in models:
-        where = tmp_path / type(model).__module__.partition(".")[0]
-        model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(where / "untrained")
-        model.peft_config["default"].init_lora_weights = "lora_ga"
-        train_a_bit(model)
-        model.save_pretrained(
-            where / "plain", path_initial_model_for_weight_conversion=where / "untrained"
-        )
-        for library in (fastlora, peft):
-            loaded = library.PeftModel.from_pretrained(copy.deepcopy(base), where / "plain")
-            torch.testing.assert_close(loaded(X), model(X), atol=2e-5, rtol=2e-5)
-    models[0].save_pretrained(tmp_path / "trained")
+    """A warning says that the base weights are others."""
+    started(fastlora, two_layers(), init_lora_weights="lora_ga").save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="changed the base weights in training, and loading"):
-        fastlora.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "trained")
+        fastlora.PeftModel.from_pretrained(two_layers(), tmp_path)
 
 
 def test_lora_ga_gradients_caches_and_loaders(tmp_path: Path) -> None:
@@ -251,20 +149,17 @@ def test_lora_ga_gradients_caches_and_loaders(tmp_path: Path) -> None:
     fastlora.preprocess_loraga(base, config, train(base), tmp_path / "folder" / "gradients.pt")
     assert base.v.weight.grad is kept and not base.q.weight.requires_grad and not base.training
     assert base.q.weight.grad is None and base.head.weight.requires_grad
-    other = two_layers()
-    preprocess_loraga(
+    other, (calibrate, own, _) = two_layers(), METHODS["lora_ga"][peft]
+    theirs = own(direction="A2rBr")
+    calibrate(
         other,
-        peft.LoraConfig(
-            **FIELDS,
-            init_lora_weights="lora_ga",
-            lora_ga_config=configs.LoraGAConfig(direction="A2rBr"),
-        ),
+        peft.LoraConfig(**FIELDS, init_lora_weights="lora_ga", lora_ga_config=theirs),
         train(other),
         cache_file=str(tmp_path / "theirs" / "gradients.pt"),
     )
     for name in ("q", "v"):
-        mine, theirs = (getattr(m, name)._peft_loraga_grad for m in (base, other))
-        torch.testing.assert_close(mine, theirs, atol=1e-7, rtol=1e-5)
+        gradients = (getattr(m, name)._peft_loraga_grad for m in (base, other))
+        torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
     for folder in ("folder", "theirs"):
         cached = two_layers()
         fastlora.preprocess_loraga(cached, config, cache_file=tmp_path / folder / "gradients.pt")
@@ -288,8 +183,8 @@ def test_lora_ga_on_conv1d_scales_by_its_outputs() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(Conv1D(24, 16))
     nn.init.normal_(base[0].weight)
-    fields = {"target_modules": ["0"], "fan_in_fan_out": True}
-    ours, theirs = (lora_ga(lib, copy.deepcopy(base), **fields) for lib in (fastlora, peft))
+    fields = {"target_modules": ["0"], "fan_in_fan_out": True, "init_lora_weights": "lora_ga"}
+    ours, theirs = (started(lib, copy.deepcopy(base), **fields) for lib in (fastlora, peft))
     mine, other = (layers_of(m)["0"].lora_B["default"].weight for m in (ours, theirs))
     torch.testing.assert_close(mine.norm() / other.norm(), torch.tensor((24 / 16) ** 0.25))
     torch.testing.assert_close(ours(X), base(X), atol=1e-5, rtol=1e-5)
@@ -547,8 +442,8 @@ def test_settings_in_files_and_objects(tmp_path: Path) -> None:
     """As PEFT writes them, and PEFT's own objects and dicts are taken."""
     for init, name, theirs in (
         ("eva", "eva_config", peft.EvaConfig(rho=3.0)),
-        ("corda", "corda_config", configs.CordaConfig(corda_method="kpm", cache_file="x.pt")),
-        ("lora_ga", "lora_ga_config", configs.LoraGAConfig(scale="unit")),
+        ("corda", "corda_config", lora.config.CordaConfig(corda_method="kpm", cache_file="x.pt")),
+        ("lora_ga", "lora_ga_config", lora.config.LoraGAConfig(scale="unit")),
         ("loftq", "loftq_config", peft.LoftQConfig(loftq_bits=8)),
     ):
         other = peft.LoraConfig(init_lora_weights=init, **{name: theirs})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from tests.support.tiny import TwoLayers
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -25,10 +26,65 @@ def two_layers(dtype: torch.dtype = torch.float32) -> nn.Module:
     return TwoLayers().to(dtype)
 
 
+SAMPLES = [torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+
+
+def run(model: nn.Module) -> Callable[[], None]:
+    """One pass over the samples."""
+
+    def over() -> None:
+        for sample in SAMPLES:
+            model(sample)
+
+    return over
+
+
+def train(model: nn.Module) -> Callable[[], None]:
+    """Three backward passes."""
+
+    def over() -> None:
+        for sample in SAMPLES[:3]:
+            model(sample).square().mean().backward()
+
+    return over
+
+
+# What looks at data: the calibration and the settings of either library, and a pass over data.
+lora = pytest.importorskip("peft.tuners.lora")
+of_corda = pytest.importorskip("peft.tuners.lora.corda")
+METHODS: dict[Any, dict[Any, tuple[Any, Any, Any]]] = {
+    "corda": {
+        fastlora: (fastlora.preprocess_corda, fastlora.CordaConfig, run),
+        peft: (of_corda.preprocess_corda, lora.config.CordaConfig, run),
+    },
+    "lora_ga": {
+        fastlora: (fastlora.preprocess_loraga, fastlora.LoraGAConfig, train),
+        peft: (lora.preprocess_loraga, lora.config.LoraGAConfig, train),
+    },
+}
+
+
 def started(
-    library: Any, base: nn.Module, prepare: Callable[..., object] | None = None, **fields: Any
+    library: Any,
+    base: nn.Module,
+    prepare: Callable[..., object] | None = None,
+    settings: Any = None,
+    **fields: Any,
 ) -> Any:
-    """A model with an adapter that has just started; ``prepare(model, config)`` comes before."""
+    """A model with an adapter that has just started.
+
+    Args:
+        library: fastlora or PEFT.
+        base: The model.
+        prepare: Called with model and config before; None calibrates as the library does.
+        settings: Of an initialisation that looks at data.
+        **fields: Of the config.
+    """
+    init = fields.get("init_lora_weights")
+    if init in METHODS:
+        calibrate, own, over = METHODS[init][library]
+        fields[f"{init}_config"] = own(**(settings or {}))
+        prepare = prepare or (lambda model, config: calibrate(model, config, over(model)))
     config = library.LoraConfig(**{**FIELDS, **fields})
     if prepare is not None:
         prepare(base, config)

@@ -91,6 +91,7 @@ def main(folder: str, timeout: str, *names: str) -> None:
     # Before the processes wait for each other: on a busy machine one may import for a minute more.
     for name in names:
         module_of(name)
+    import_what_steps_need()
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     for name in names:
         pair = [
@@ -107,6 +108,20 @@ def main(folder: str, timeout: str, *names: str) -> None:
                 process.kill()
                 sys.stdout.write(f"{name}: process {rank} hung\n")
                 (Path(folder) / name / f"{rank}.json").unlink(missing_ok=True)
+
+
+def import_what_steps_need() -> None:
+    """Imports a model's class, and torch's compiler, for which optimizers look in a first step.
+
+    There is no backward here: autograd's threads would not outlive a fork.
+    """
+    steps = importlib.import_module("tests.support.distributed.steps")
+    model = steps.build()
+    with torch.no_grad():
+        model(input_ids=steps.tokens(0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0).step()
 
 
 def take_part(name: str, folder: Path, rank: int) -> None:
