@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,13 @@ def lab() -> Lab:
     return Lab()
 
 
+@pytest.fixture
+def on_the_labs_device(lab: Lab) -> Iterator[None]:
+    """Tensors are made where the kernels run."""
+    with torch.device(lab.device):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call chooses and launches by itself: tests replace what that goes by."""
@@ -116,6 +123,24 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(module, name, call)
 
     return note
+
+
+@pytest.fixture
+def launches(calls_of: Callable[..., None]) -> list[str]:
+    """Each launch of one adapter's kernels, and of how many modules."""
+    from fastlora.kernels import lora_expand, lora_grad_a, lora_grad_b, lora_linear, lora_shrink
+
+    seen: list[str] = []
+    noted: list[tuple[Any, Callable[..., str]]] = [
+        (lora_shrink, lambda out, x, lora_a, **_: f"shrink {len(lora_a)}"),
+        (lora_linear, lambda modules, *_, **__: f"linear {len(modules)}"),
+        (lora_expand, lambda modules, *_, **__: f"expand {len(modules)}"),
+        (lora_grad_b, lambda *_, **__: "grad_b 1"),
+        (lora_grad_a, lambda outs, *_, **__: f"grad_a {len(outs)}"),
+    ]
+    for module, note in noted:
+        calls_of(module, f"launch_{module.__name__.rpartition('.')[2]}", note, seen)
+    return seen
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,98 +14,20 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
-from fastlora.kernels import (
-    lora_expand,
-    lora_linear,
-    lora_shrink,
-    mixed_lora_expand,
-    mixed_lora_linear,
-)
+from fastlora.kernels import mixed_lora_expand, mixed_lora_linear
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.lab import Lab
+from tests.support.kernels.mixed_models import eager
+from tests.support.kernels.siblings import in_pytorch
+from tests.support.kernels.siblings import model_of as trained_model_of
 
-
-@pytest.fixture(autouse=True)
-def on_the_labs_device(lab: Lab) -> Iterator[None]:
-    """Tensors are made where the kernels run."""
-    with torch.device(lab.device):
-        yield
-
-
-@pytest.fixture
-def launches(calls_of: Any) -> list[str]:
-    """Each launch of one adapter's kernels, and of how many modules."""
-    seen: list[str] = []
-    noted: list[tuple[Any, str, Callable[..., str]]] = [
-        (lora_shrink, "shrink", lambda out, x, lora_a, **_: f"shrink {len(lora_a)}"),
-        (lora_linear, "linear", lambda modules, *_, **__: f"linear {len(modules)}"),
-        (lora_expand, "expand", lambda modules, *_, **__: f"expand {len(modules)}"),
-    ]
-    for module, name, note in noted:
-        calls_of(module, f"launch_lora_{name}", note, seen)
-    return seen
-
-
-class Attention(nn.Module):
-    """Three linears fed by one tensor, of different sizes, and one behind them.
-
-    ``between`` runs before the second is called, with its input, and returns what it is called
-    with.
-    """
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(32, 48, bias=bias), nn.Linear(32, 16, bias=bias)
-        self.v, self.o = nn.Linear(32, 16, bias=bias), nn.Linear(80, 32, bias=bias)
-        self.between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 32]`` to ``[..., 32]``."""
-        q = self.q(x)
-        x = self.between(x)
-        return self.o(torch.cat([q, self.k(x), self.v(x)], -1))
-
-
-def model_of(bias: bool = True, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """Two adapters over `Attention` at random, in evaluation on kernels; siblings are known."""
-    torch.manual_seed(0)
-    made = fastlora.LoraConfig(r=6, target_modules=["q", "k", "v", "o"], **config)
-    model = fastlora.get_peft_model(Attention(bias), made, adapter_name="a")
-    model.add_adapter("b", made)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter.data, std=0.3)
-    model.to(dtype).eval()
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "triton"
-    with torch.no_grad():
-        for _ in range(2):
-            model(torch.randn(2, 32, dtype=dtype))
-    return model
-
-
-def plain(model: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The model in PyTorch, from its weights as they are."""
-    attention = model.base_model.model
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        layer = getattr(attention, name)
-        (adapter,) = layer._active_adapters
-        a, b = (layer._modules[f"lora_{end}"][adapter].weight.to(dtype) for end in "AB")
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        y = nn.functional.linear(x, layer.weight.to(dtype), bias)
-        return y + (x @ a.t() @ b.t()) * layer.scaling[adapter]
-
-    with torch.no_grad():
-        x = x.to(dtype)
-        q, after = linear("q", x), attention.between(x)
-        return linear("o", torch.cat([q, linear("k", after), linear("v", after)], -1))
+pytestmark = pytest.mark.usefixtures("on_the_labs_device")
+model_of = functools.partial(trained_model_of, train=False)
 
 
 def check(model: Any, x: torch.Tensor, found: torch.Tensor) -> None:
     """Compares an output with float64."""
-    expected, truth = plain(model, x, x.dtype), plain(model, x, torch.float64)
+    with torch.no_grad():
+        expected, truth = (in_pytorch(model, d)(x.to(d)) for d in (x.dtype, torch.float64))
     assert_within_budget(found, expected, truth)
 
 
@@ -134,12 +57,7 @@ def test_one_launch_makes_all_three(
 
 def test_inference_mode_alone_finds_out_that_nobody_writes(launches: list[str]) -> None:
     """Nobody counts writes into its tensors: their elements are compared, once."""
-    model = model_of()
-    fresh = fastlora.get_peft_model(Attention(), model.peft_config["a"])
-    for module in fresh.modules():
-        if hasattr(module, "impl"):
-            module.impl = "triton"
-    fresh.eval()
+    fresh = model_of(known=False)
     with torch.inference_mode():
         x = torch.randn(2, 32)
         for _ in range(2):
@@ -149,12 +67,7 @@ def test_inference_mode_alone_finds_out_that_nobody_writes(launches: list[str]) 
 
 
 def test_inference_mode_with_a_write_between(launches: list[str]) -> None:
-    model = fastlora.get_peft_model(
-        Attention(), fastlora.LoraConfig(r=4, target_modules=["q", "k", "v", "o"])
-    ).eval()
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "triton"
+    model = model_of(known=False)
     model.base_model.model.between = lambda x: x.add_(1.0)
     with torch.inference_mode():
         for _ in range(3):
@@ -172,13 +85,13 @@ CHANGES: dict[str, Callable[[Any, torch.Tensor], object]] = {
     "a write into x": lambda m, x: x.add_(1.0),
     "a write into a weight": lambda m, x: m.k.weight.mul_(2.0),
     "a write into a bias": lambda m, x: m.v.bias.add_(1.0),
-    "a write into lora_A": lambda m, x: m.k.lora_A["a"].weight.mul_(2.0),
-    "a write into lora_B": lambda m, x: m.v.lora_B["a"].weight.mul_(2.0),
+    "a write into lora_A": lambda m, x: m.k.lora_A["default"].weight.mul_(2.0),
+    "a write into lora_B": lambda m, x: m.v.lora_B["default"].weight.mul_(2.0),
     "a new weight": lambda m, x: setattr(
         m.k, "weight", nn.Parameter(torch.randn(16, 32), requires_grad=False)
     ),
-    "another adapter": lambda m, x: m.v.set_adapter("b"),
-    "another scaling": lambda m, x: m.k.scaling.__setitem__("a", 0.125),
+    "another adapter": lambda m, x: m.v.set_adapter("other"),
+    "another scaling": lambda m, x: m.k.scaling.__setitem__("default", 0.125),
 }
 
 
@@ -208,9 +121,9 @@ def test_changes_between_forwards_are_seen(launches: list[str]) -> None:
     attention, x = model.base_model.model, torch.randn(3, 32)
     with torch.no_grad():
         for change in (
-            lambda: attention.q.lora_B["a"].weight.mul_(3.0),
-            lambda: model.set_adapter("b"),
-            lambda: attention.k.lora_A["b"].weight.data.mul_(2.0),
+            lambda: attention.q.lora_B["default"].weight.mul_(3.0),
+            lambda: model.set_adapter("other"),
+            lambda: attention.k.lora_A["other"].weight.data.mul_(2.0),
             lambda: setattr(attention.v, "weight", nn.Parameter(torch.randn(16, 32))),
         ):
             change()
@@ -230,14 +143,14 @@ def test_who_is_not_computed_with_the_others(alone: str, launches: list[str]) ->
     k = attention.k
     with contextlib.ExitStack() as stack, torch.no_grad():
         if alone == "two adapters":
-            k.set_adapter(["a", "b"])
+            k.set_adapter(["default", "other"])
         elif alone == "merged":
             k.merge()
             stack.callback(k.unmerge)
         elif alone == "dropout":
-            k.lora_dropout["a"] = nn.Dropout(0.5).train()
+            k.lora_dropout["default"] = nn.Dropout(0.5).train()
         elif alone == "hooked factor":
-            handle = k.lora_A["a"].register_forward_hook(lambda *_: None)
+            handle = k.lora_A["default"].register_forward_hook(lambda *_: None)
             k.impl = "auto"
             stack.callback(handle.remove)
         else:
@@ -281,7 +194,7 @@ def test_a_mixed_batch_in_one_launch(
 ) -> None:
     """Few adapters a row tile are fused; of many an expand adds to the library's products."""
     model, rows = model_of(dtype=dtype), 80 if many else 5
-    ids = [("a", "b", None)[row % 3] for row in range(rows)]
+    ids = [("default", "other", None)[row % 3] for row in range(rows)]
     seen: list[int] = []
     for kernel in (mixed_lora_linear, mixed_lora_expand):
         name = kernel.__name__.rpartition(".")[2]
@@ -293,34 +206,28 @@ def test_a_mixed_batch_in_one_launch(
                 seen.clear()
                 y = model(x)
     assert seen == [3, 1]
-    use_eager(model)
     with torch.no_grad():
         x, y = x.clone(), y.clone()
         results = []
         for kind in (dtype, torch.float64):
-            with fastlora.adapters(model.to(kind), ids):
-                results.append(model(x.to(kind)))
+            plain = in_pytorch(model, kind)
+            with fastlora.adapters(plain, ids):
+                results.append(plain(x.to(kind)))
     assert_within_budget(y, *results)
 
 
 @pytest.mark.parametrize("change", ["a write into a weight", "a new weight", "another tensor"])
 def test_a_change_between_the_calls_of_a_mixed_batch(change: str) -> None:
     model, x = model_of(), torch.randn(6, 32)
-    attention, ids = model.base_model.model, ["a", "b"] * 3
+    attention, ids = model.base_model.model, ["default", "other"] * 3
     with torch.no_grad(), fastlora.adapters(model, ids):
         model(x)
         attention.q(x)
         made: Any = CHANGES[change](attention, x)
         given = made if change == "another tensor" else x
         k, v = attention.k(given), attention.v(given)
-    use_eager(model)
-    with torch.no_grad(), fastlora.adapters(model, ids):
+    plain = eager(model)
+    attention = plain.base_model.model
+    with torch.no_grad(), fastlora.adapters(plain, ids):
         torch.testing.assert_close(k, attention.k(given))
         torch.testing.assert_close(v, attention.v(given))
-
-
-def use_eager(model: Any) -> None:
-    """Has PyTorch compute."""
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "eager"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,12 +29,7 @@ from fastlora.validation import (
 )
 from tests.support.bytes.byte_counter import ByteCounter
 
-
-@pytest.fixture(autouse=True)
-def on_the_labs_device(lab: Any) -> Iterator[None]:
-    """Tensors are made where the kernels run."""
-    with torch.device(lab.device):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])

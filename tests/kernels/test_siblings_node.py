@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,76 +14,10 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
-from fastlora.kernels import lora_expand, lora_grad_a, lora_grad_b, lora_linear, lora_shrink
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.lab import Lab
+from tests.support.kernels.siblings import NAMES, apart, in_pytorch, model_of
 
-NAMES = ("q", "k", "v", "o")
-
-
-@pytest.fixture(autouse=True)
-def on_the_labs_device(lab: Lab) -> Iterator[None]:
-    """Tensors are made where the kernels run."""
-    with torch.device(lab.device):
-        yield
-
-
-@pytest.fixture
-def launches(calls_of: Any) -> list[str]:
-    """Each launch of one adapter's kernels, and of how many modules."""
-    seen: list[str] = []
-    for module, name, count in (
-        (lora_shrink, "shrink", lambda out, x, lora_a, **_: len(lora_a)),
-        (lora_linear, "linear", lambda modules, *_, **__: len(modules)),
-        (lora_expand, "expand", lambda modules, *_, **__: len(modules)),
-        (lora_grad_b, "grad_b", lambda *_, **__: 1),
-        (lora_grad_a, "grad_a", lambda outs, *_, **__: len(outs)),
-    ):
-        note: Callable[..., str] = lambda *args, n=name, c=count, **kw: f"{n} {c(*args, **kw)}"  # noqa: E731
-        calls_of(module, f"launch_lora_{name}", note, seen)
-    return seen
-
-
-class Attention(nn.Module):
-    """Three linears fed by one tensor, of different sizes, and one behind them.
-
-    ``between`` runs before the second is called, with its input, and returns what it is called
-    with; ``mixed`` makes the last one's input.
-    """
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(32, 48, bias=bias), nn.Linear(32, 16, bias=bias)
-        self.v, self.o = nn.Linear(32, 16, bias=bias), nn.Linear(80, 32, bias=bias)
-        self.between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``[..., 32]`` to ``[..., 32]``."""
-        q = self.q(x)
-        x = self.between(x)
-        return self.o(torch.cat([q, self.k(x), self.v(x)], -1))
-
-
-def model_of(bias: bool = True, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """An adapter over `Attention` at random, in training on kernels; siblings are known."""
-    torch.manual_seed(0)
-    made = fastlora.LoraConfig(r=6, target_modules=list(NAMES), **config)
-    model = fastlora.get_peft_model(Attention(bias), made).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter.data, std=0.3)
-    return known(model)
-
-
-def known(model: Any) -> Any:
-    """Has a model run on kernels, and its layers see their siblings."""
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "triton"
-    dtype = next(model.parameters()).dtype
-    for _ in range(2):
-        model(torch.randn(2, 32, dtype=dtype))
-    return model
+pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 
 
 def run(model: Any, x: torch.Tensor, call: Any = None) -> list[torch.Tensor | None]:
@@ -97,15 +30,6 @@ def run(model: Any, x: torch.Tensor, call: Any = None) -> list[torch.Tensor | No
     return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
 
 
-def in_pytorch(model: Any, dtype: torch.dtype) -> Any:
-    """A copy that computes in PyTorch."""
-    copied = copy.deepcopy(model).to(dtype)
-    for module in copied.modules():
-        if hasattr(module, "impl"):
-            module.impl = "eager"
-    return copied
-
-
 def check(model: Any, x: torch.Tensor, found: list[torch.Tensor | None]) -> None:
     """Compares what `run` gave with float64."""
     expected = run(in_pytorch(model, x.dtype), x)
@@ -114,15 +38,6 @@ def check(model: Any, x: torch.Tensor, found: list[torch.Tensor | None]) -> None
         assert (mine is None) == (plain is None), number
         if mine is not None and plain is not None and exact is not None:
             assert_within_budget(mine, plain, exact, f"result {number}")
-
-
-def apart(model: Any) -> Any:
-    """A copy on kernels with layers that know no siblings."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        if hasattr(module, "impl"):
-            module.__dict__.pop("_family", None)
-    return copied
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -224,8 +139,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 def test_a_change_between_the_calls_is_seen(change: str) -> None:
     """What the first computed for a sibling is not taken where the sibling would compute other."""
     model, x = model_of(), torch.randn(3, 32)
-    model.add_adapter("other", model.peft_config["default"])
-    nn.init.normal_(model.base_model.model.v.lora_B["other"].weight, std=0.3)
     attention, factor = model.base_model.model, 2.0 if change == "another tensor" else 1.0
     model(x)
 
