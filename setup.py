@@ -37,5 +37,8 @@ setup(
         "fastlora.bench": "bench",
         "fastlora.kernels": "kernels",
     },
-    package_data={"fastlora": ["py.typed"], "fastlora.kernels": ["measured/*.json"]},
+    package_data={
+        "fastlora": ["py.typed"],
+        "fastlora.kernels": ["candidates/*.json", "measured/*.json"],
+    },
 )

@@ -9,8 +9,7 @@ other shipped tiles, and all of these with one of sides, warps, stages and split
 register, crashes, hangs or computes something wrong is named in ``tune.csv`` and left out.
 
 After each problem ``<arch>.json`` is written anew: the table that the library reads, from the
-folder that ``FASTLORA_MEASURED`` names or from ``kernels/measured``
-(`kernels/measurements.py`).
+folder that ``FASTLORA_MEASURED`` names or from ``kernels/measured`` (`kernels/row_files.py`).
 
 A first process watches a second one that measures: it starts another one where that died, without
 what killed it. Candidates are compiled and tried first in a pool of processes.
@@ -42,9 +41,9 @@ from fastlora.bench.contenders import Contender
 from fastlora.bench.harness import error_text
 from fastlora.bench.modes import MODES
 from fastlora.bench.shapes import Point
-from fastlora.kernels import configs, launch, measurements, tables
+from fastlora.kernels import configs, launch, measurements, row_files, tables
 from fastlora.kernels.chips import Chip, Row, chip_of
-from fastlora.kernels.measurements import Measurement
+from fastlora.kernels.row_files import Entry
 from fastlora.ops.layout import columns_of
 
 TRY_SECONDS = 60.0  # for all candidates of a group: their compiles and one run of each
@@ -111,7 +110,7 @@ def groups(problems: Sequence[Point]) -> list[Point]:
     return found
 
 
-def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[Measurement]:
+def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[Entry]:
     """Returns what is measured at a point of `groups`: what is chosen today, then the nearest."""
     name, is_plan = group_of(point)
     asked, kind = LAUNCHES[point.mode][name].sizes, "half" if dtype.itemsize == 2 else "ieee"
@@ -123,7 +122,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
         sizes = {"m": point.m, "n": point.n, "k": point.k, "r": point.r}
         today = configs.plan_of(chip, name, dtype, **sizes, slots=max(1, point.adapters))
         plans = sorted(("fused", "split"), key=lambda plan: plan != today)
-        return [Measurement(name, kind, Row(**limits, plan=plan)) for plan in plans]
+        return [Entry(name, kind, Row(**limits, plan=plan)) for plan in plans]
     limits = {c: v for c, v in limits.items() if c.removeprefix("max_") in asked}
     sizes = {column.removeprefix("max_"): value for column, value in limits.items()}
     config = configs.choose(chip, name, dtype, **sizes)
@@ -136,7 +135,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
         splits=config.splits if most > 1 else 0,
         **limits,
     )
-    rows = [row for row in tables.TABLES[chip.family][name, kind] if row.num_warps]
+    rows = [row for row in tables.candidates_of(chip.family)[name, kind] if row.num_warps]
     if not tables.cuts_rows(name):
         rows = [row for row in rows if row.block_m == today.block_m]
     own = {"blocks_r": today.blocks_r, "splits": today.splits, **limits}
@@ -147,7 +146,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
         found += starts
     tallest = max(16, 1 << (point.m - 1).bit_length(), today.block_m)
     every = [row for row in dict.fromkeys(found) if row.block_m <= tallest]
-    ones = (Measurement(name, kind, row) for row in every)
+    ones = (Entry(name, kind, row) for row in every)
     return [one for one in ones if not measurements.fault_of(chip, one)]
 
 
@@ -160,7 +159,7 @@ def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
     yield from (replace(row, num_stages=n) for n in (row.num_stages - 1, row.num_stages + 1) if n)
 
 
-def name_of(one: Measurement) -> str:
+def name_of(one: Entry) -> str:
     """Returns a candidate's name in ``tune.csv``."""
     row = one.row
     if row.plan:
@@ -170,7 +169,7 @@ def name_of(one: Measurement) -> str:
     return f"{tile} r{block_r} w{row.num_warps} s{row.num_stages} p{row.splits}"
 
 
-def run_with(ones: Sequence[Measurement], problem: Any, mode: str) -> Any:
+def run_with(ones: Sequence[Entry], problem: Any, mode: str) -> Any:
     """Solves a problem with measurements in front of the table, then puts the table back."""
     arch = chip_of(problem.x.device).arch
     with mock.patch.dict(tables.MEASURED), mock.patch.object(launch, "_KEEPS", False):
@@ -182,11 +181,11 @@ def run_with(ones: Sequence[Measurement], problem: Any, mode: str) -> Any:
             _forget()
 
 
-def forced(one: Measurement, point: Point) -> list[Measurement]:
+def forced(one: Entry, point: Point) -> list[Entry]:
     """Returns the plans that bring a candidate's launch about; where it is a plan, those beside."""
     plan = LAUNCHES[point.mode][one.launch].plan if not one.row.plan else "split"
     planned = FORCED.get(point.mode, PLANS[point.mode])
-    return [Measurement(name, one.kind, Row(max_m=point.m, plan=plan)) for name in planned]
+    return [Entry(name, one.kind, Row(max_m=point.m, plan=plan)) for name in planned]
 
 
 def _forget() -> None:
@@ -199,9 +198,7 @@ def _drawn(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
     return MODES[point.mode].draw(point, dtype, device, "triton")
 
 
-def tried(
-    ones: Sequence[Measurement], point: Point, dtype: torch.dtype, device: torch.device
-) -> str:
+def tried(ones: Sequence[Entry], point: Point, dtype: torch.dtype, device: torch.device) -> str:
     """Runs a candidate once, in a process of the pool; returns what speaks against it, or ""."""
     torch.set_num_threads(1)
     try:
@@ -226,7 +223,7 @@ class Tuner(linear.Bench):
         self.groups = groups(shapes.tiny_tune_points() if args.dry_run else shapes.tune_points())
         self.table = args.out.with_name(f"{self.chip.arch}.json")
         self.pool: Any = None
-        self.ones: dict[Point, dict[str, Measurement]] = {}
+        self.ones: dict[Point, dict[str, Entry]] = {}
         super().__init__(args)
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
@@ -252,7 +249,7 @@ class Tuner(linear.Bench):
     def _run(self, point: Point, name: str, problem: Any) -> Any:
         return run_with(self._rows(point, name), problem, point.mode)
 
-    def _rows(self, point: Point, name: str) -> list[Measurement]:
+    def _rows(self, point: Point, name: str) -> list[Entry]:
         """Returns a candidate and what stands behind it; with plans the best tiles so far."""
         own = self.ones[point][name]
         return [own, *forced(own, point), *(self._tiles() if own.row.plan else ())]
@@ -317,10 +314,10 @@ class Tuner(linear.Bench):
             best = good[today]
         return best["contender"], float(best["median_us"]), before
 
-    def _tiles(self) -> list[Measurement]:
+    def _tiles(self) -> list[Entry]:
         return [one for one, _ in self._found() if not one.row.plan]
 
-    def _found(self) -> list[tuple[Measurement, dict[str, Any]]]:
+    def _found(self) -> list[tuple[Entry, dict[str, Any]]]:
         """Returns the best of each group that is done, narrow limits first, with notes on it."""
         found = []
         for point in self.groups:
@@ -334,7 +331,7 @@ class Tuner(linear.Bench):
 
     def write_table(self) -> None:
         """Writes the table anew; a reader finds the old or the new one."""
-        rows = [measurements.columns_of(one) | notes for one, notes in self._found()]
+        rows = [row_files.columns_of(one) | notes for one, notes in self._found()]
         about = {
             n: self.file.common[n] for n in ("card", "driver", "torch", "triton", "commit", "tests")
         }

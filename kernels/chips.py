@@ -117,7 +117,7 @@ def _gpu(index: int) -> Chip:
 class Row:
     """A row of a chip's table: a tile that a launch may take, or what a tuner measured.
 
-    A table maps ``(launch, kind)`` to rows. Launches are those of `tables.LAUNCHES`. A kind is
+    A table maps ``(launch, kind)`` to rows. Launches are those of a chip's file. A kind is
     "half" (fp16 and bf16), or a precision of fp32: "tf32" or "ieee".
 
     The first seven columns are the tile. Rows without the other columns are candidates for every

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.kernels import measurements
+from fastlora.kernels import measurements, row_files
 from fastlora.kernels.chips import Chip, Row
 from fastlora.kernels.tables import (
     CHUNKED,
@@ -85,7 +85,7 @@ def choose(
 
     Args:
         chip: Where the launch runs.
-        launch: One of `LAUNCHES`.
+        launch: One of the chip's table.
         dtype: Of x, y or dy.
         m: Rows.
         n: The layer's N, also where the launch makes dx.
@@ -316,4 +316,4 @@ def block_r_of(kernel: str, row: Row, r: int, siblings: int = 1) -> int:
 
 
 for _arch, _path in measurements.files():
-    measurements.put_first(_arch, measurements.read(_path), _path)
+    measurements.put_first(_arch, row_files.read(_path).entries, _path)

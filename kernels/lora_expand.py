@@ -150,7 +150,6 @@ def _lora_expand_kernel(
         b, scale = load_rank_columns(
             lora_b_ptr,
             scaling_ptr,
-            first_row=0,
             start=start,
             rank=R,
             mask_n=mask_n,

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.base_product import base_product, coded_product, grouped_tile
+from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
@@ -188,7 +188,6 @@ def _lora_linear_kernel(
     b, scale = load_rank_columns(
         lora_b_ptr,
         scaling_ptr,
-        first_row=0,
         start=0,
         rank=R,
         mask_n=mask_n,
@@ -203,47 +202,35 @@ def _lora_linear_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
-    if WEIGHT is None:
-        acc = base_product(
-            x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
-            weight_ptr + first_n * stride_wn + tl.cast(first_k, tl.int64) * stride_wk,
-            offs_xm=offs_m * stride_xm,
-            mask_m=mask_m,
-            mask_n=mask_n,
-            K=min(k_per_split, K - first_k) if SPLITS > 1 else K,
-            stride_xk=stride_xk,
-            stride_wn=stride_wn,
-            stride_wk=stride_wk,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            EVEN_K=EVEN_K,
-            WEIGHT_POLICY=WEIGHT_POLICY,
-            INPUT_PRECISION=INPUT_PRECISION,
-        )
-    else:
-        acc = coded_product(
-            x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
-            weight_ptr,
-            weight_parts_ptr,
-            offs_xm=offs_m * stride_xm,
-            mask_m=mask_m,
-            first_n=tl.multiple_of(first_n, BLOCK_N),
-            first_k=first_k,
-            steps=min(k_per_split, K - first_k) if SPLITS > 1 else K,
-            N=N,
-            K=K,
-            stride_xk=stride_xk,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            EVEN_K=EVEN_K,
-            WEIGHT=WEIGHT,
-            WEIGHT_BLOCK=WEIGHT_BLOCK,
-            TRANSPOSED=WEIGHT_TRANSPOSED,
-            WEIGHT_POLICY=WEIGHT_POLICY,
-            INPUT_PRECISION=INPUT_PRECISION,
-        )
+    if WEIGHT is not None:
+        first_n = tl.multiple_of(first_n, BLOCK_N)
+    acc = base_product(
+        x_ptr + first_m * stride_xm + tl.cast(first_k, tl.int64) * stride_xk,
+        weight_ptr + first_n * stride_wn + tl.cast(first_k, tl.int64) * stride_wk
+        if WEIGHT is None
+        else weight_ptr,
+        weight_parts_ptr,
+        offs_xm=offs_m * stride_xm,
+        mask_m=mask_m,
+        mask_n=mask_n,
+        first_n=first_n,
+        first_k=first_k,
+        steps=min(k_per_split, K - first_k) if SPLITS > 1 else K,
+        N=N,
+        K=K,
+        stride_xk=stride_xk,
+        stride_wn=stride_wn,
+        stride_wk=stride_wk,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        EVEN_K=EVEN_K,
+        WEIGHT=WEIGHT,
+        WEIGHT_BLOCK=WEIGHT_BLOCK,
+        TRANSPOSED=WEIGHT_TRANSPOSED,
+        WEIGHT_POLICY=WEIGHT_POLICY,
+        INPUT_PRECISION=INPUT_PRECISION,
+    )
 
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -282,7 +269,6 @@ def _lora_linear_kernel(
                 b, scale = load_rank_columns(
                     lora_b_ptr,
                     scaling_ptr,
-                    first_row=0,
                     start=start + BLOCK_R,
                     rank=R,
                     mask_n=mask_n,

@@ -1,22 +1,18 @@
 """Measured rows: files of them, which `bench/tune.py` writes, and their place in the tables.
 
-A folder holds one file of JSON for each chip, ``<arch>.json``: card, versions and commit, and
-``rows`` in the order in which they are asked. A row names its launch, its kind, and the columns of
-`chips.Row` that are not the default. Columns of ``NOTES`` are for readers.
-
-The folder ``measured`` lies beside this file. It may be absent: nothing is shipped yet.
+A folder holds one file of rows (`row_files`) for each chip, ``<arch>.json``, which begins with
+card, versions and commit. The folder ``measured`` lies beside this file. It may be absent: nothing
+is shipped yet.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from fastlora import env
-from fastlora.kernels.chips import Chip, Row
+from fastlora.kernels.chips import Chip
+from fastlora.kernels.row_files import Entry
 from fastlora.kernels.tables import (
     MEASURED,
     PLANNED,
@@ -26,17 +22,6 @@ from fastlora.kernels.tables import (
     max_splits,
     table_of,
 )
-
-NOTES = ("us", "shipped_us", "problem")
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row)}
-
-
-class Measurement(NamedTuple):
-    """A row of a file, and the launch and kind in whose table it belongs."""
-
-    launch: str
-    kind: str
-    row: Row
 
 
 def folder() -> Path:
@@ -50,33 +35,7 @@ def files() -> Iterator[tuple[str, Path]]:
         yield path.stem, path
 
 
-def read(path: Path) -> list[Measurement]:
-    """Returns the rows of a file.
-
-    Raises:
-        ValueError: It is no JSON, or a row has an unknown column or a value of another type.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of measured rows: {error!r}") from error
-    found = []
-    for number, columns in enumerate(rows):
-        try:
-            found.append(_measurement(dict(columns)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
-    return found
-
-
-def columns_of(measurement: Measurement) -> dict[str, Any]:
-    """Returns what `read` turns back into the measurement."""
-    launch, kind, row = measurement
-    own = {name: value for name, value in vars(row).items() if value != _DEFAULTS[name]}
-    return {"launch": launch, "kind": kind, **own}
-
-
-def put_first(arch: str, measured: Sequence[Measurement], source: object) -> None:
+def put_first(arch: str, measured: Sequence[Entry], source: object) -> None:
     """Puts measurements in front of all rows of an arch, and of no other one.
 
     What `choose` and `plan_of` answered before, and launches that were kept, stay as they are.
@@ -99,7 +58,7 @@ def put_first(arch: str, measured: Sequence[Measurement], source: object) -> Non
     MEASURED[arch] = table
 
 
-def fault_of(chip: Chip, measured: Measurement) -> str:
+def fault_of(chip: Chip, measured: Entry) -> str:
     """Returns why a measurement cannot stand in the chip's table, or ""."""
     launch, kind, row = measured
     candidates = [r for r in table_of(chip).get((launch, kind), ()) if not r.is_measured]
@@ -125,22 +84,3 @@ def fault_of(chip: Chip, measured: Measurement) -> str:
         if not is_valid(chip, launch, config_of_row(chip, launch, kind, row, block_r), width):
             return f"{launch} cannot run as {row} on {chip.arch}"
     return ""
-
-
-def _measurement(columns: dict[str, Any]) -> Measurement:
-    launch, kind = (columns.pop(name, None) for name in ("launch", "kind"))
-    for name, value in list(columns.items()):
-        if name in NOTES:
-            del columns[name]
-        elif name not in _DEFAULTS:
-            raise ValueError(f"unknown column {name!r}, expected one of {list(_DEFAULTS)}")
-        elif name == "blocks_r":
-            columns[name] = tuple(value)
-            if not value or not all(type(block) is int for block in value):
-                raise ValueError(f"blocks_r is {value!r}, expected a list of whole numbers")
-        elif name == "plan":
-            if value not in ("fused", "split"):
-                raise ValueError(f"plan is {value!r}, expected 'fused' or 'split'")
-        elif type(value) is not int or value < 0:
-            raise ValueError(f"{name} is {value!r}, expected a whole number")
-    return Measurement(str(launch), str(kind), Row(**columns))

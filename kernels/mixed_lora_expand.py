@@ -45,14 +45,9 @@ from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 @triton.jit
 def _add_block(
     acc,
-    s_ptrs,
-    lora_b_ptr,
     start,
-    rank,
-    first_n,
-    N,
-    mask_m,
-    mask_n,
+    tensors,
+    place,
     stride_sp,
     PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,6 +60,8 @@ def _add_block(
 
     ``s_ptrs [BLOCK_M, 1]`` point at the rows of the first plane.
     """
+    s_ptrs, lora_b_ptr = tensors
+    rank, first_n, N, mask_m, mask_n = place
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = start + tl.arange(0, BLOCK_R)
     if BY_COLUMN:
@@ -191,45 +188,18 @@ def _mixed_lora_expand_kernel(
         s_ptrs = s_ptr + tl.cast(first_m, tl.int64) * stride_sm + offs_m[:, None] * stride_sm
         lora_b_ptr = factor_pointer(lora_b_address, FACTOR_DTYPE)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        tensors, place = (s_ptrs, lora_b_ptr), (rank, first_n, N, mask_m, mask_n)
         # A loop that runs once takes up to twice the registers.
         if ONE_BLOCK:
             acc = _add_block(
-                acc,
-                s_ptrs,
-                lora_b_ptr,
-                0,
-                rank,
-                first_n,
-                N,
-                mask_m,
-                mask_n,
-                stride_sp,
-                PLANES=PLANES,
-                BLOCK_N=BLOCK_N,
-                BLOCK_R=BLOCK_R,
-                BY_COLUMN=BY_COLUMN,
-                DTYPE=dtype,
-                INPUT_PRECISION=INPUT_PRECISION,
+                *(acc, 0, tensors, place, stride_sp, PLANES, BLOCK_N, BLOCK_R),
+                *(BY_COLUMN, dtype, INPUT_PRECISION),
             )
         else:
             for start in tl.range(0, rank, BLOCK_R, num_stages=1):
                 acc = _add_block(
-                    acc,
-                    s_ptrs,
-                    lora_b_ptr,
-                    start,
-                    rank,
-                    first_n,
-                    N,
-                    mask_m,
-                    mask_n,
-                    stride_sp,
-                    PLANES=PLANES,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_R=BLOCK_R,
-                    BY_COLUMN=BY_COLUMN,
-                    DTYPE=dtype,
-                    INPUT_PRECISION=INPUT_PRECISION,
+                    *(acc, start, tensors, place, stride_sp, PLANES, BLOCK_N, BLOCK_R),
+                    *(BY_COLUMN, dtype, INPUT_PRECISION),
                 )
         if HAS_LORA_BIAS:
             lora_bias_ptr = factor_pointer(lora_bias_address, FACTOR_DTYPE) + first_n

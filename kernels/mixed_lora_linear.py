@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.base_product import base_product, coded_product, grouped_tile
+from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
@@ -176,54 +176,39 @@ def _mixed_lora_linear_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
+    if WEIGHT is not None:
+        first_n = tl.multiple_of(first_n, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in tl.static_range(2):
         # Decided at compile time: the base product, whose loop waits for no s, goes first unless a
         # mask is to meet the rank rows alone.
         if (part == 0) != HAS_DROPOUT:
-            if WEIGHT is None:
-                acc = base_product(
-                    x_ptr,
-                    weight_ptr + first_n * stride_wn,
-                    offs_xm=row * stride_xm,
-                    mask_m=mask_m,
-                    mask_n=mask_n,
-                    K=K,
-                    stride_xk=stride_xk,
-                    stride_wn=stride_wn,
-                    stride_wk=stride_wk,
-                    BLOCK_M=BLOCK_M,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_K=BLOCK_K,
-                    EVEN_K=EVEN_K,
-                    WEIGHT_POLICY=WEIGHT_POLICY,
-                    INPUT_PRECISION=INPUT_PRECISION,
-                    acc=acc,
-                )
-            else:
-                acc = coded_product(
-                    x_ptr,
-                    weight_ptr,
-                    weight_parts_ptr,
-                    offs_xm=row * stride_xm,
-                    mask_m=mask_m,
-                    first_n=tl.multiple_of(first_n, BLOCK_N),
-                    first_k=0,
-                    steps=K,
-                    N=N,
-                    K=K,
-                    stride_xk=stride_xk,
-                    BLOCK_M=BLOCK_M,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_K=BLOCK_K,
-                    EVEN_K=EVEN_K,
-                    WEIGHT=WEIGHT,
-                    WEIGHT_BLOCK=WEIGHT_BLOCK,
-                    TRANSPOSED=WEIGHT_TRANSPOSED,
-                    WEIGHT_POLICY=WEIGHT_POLICY,
-                    INPUT_PRECISION=INPUT_PRECISION,
-                    acc=acc,
-                )
+            acc = base_product(
+                x_ptr,
+                weight_ptr + first_n * stride_wn if WEIGHT is None else weight_ptr,
+                weight_parts_ptr,
+                offs_xm=row * stride_xm,
+                mask_m=mask_m,
+                mask_n=mask_n,
+                first_n=first_n,
+                first_k=0,
+                steps=K,
+                N=N,
+                K=K,
+                stride_xk=stride_xk,
+                stride_wn=stride_wn,
+                stride_wk=stride_wk,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                EVEN_K=EVEN_K,
+                WEIGHT=WEIGHT,
+                WEIGHT_BLOCK=WEIGHT_BLOCK,
+                TRANSPOSED=WEIGHT_TRANSPOSED,
+                WEIGHT_POLICY=WEIGHT_POLICY,
+                INPUT_PRECISION=INPUT_PRECISION,
+                acc=acc,
+            )
         else:
             if PDL:
                 tl.extra.cuda.gdc_wait()

@@ -34,26 +34,12 @@ from fastlora.kernels.tables import KernelConfig, cdiv
 
 @triton.jit
 def _shrink_columns(
-    s_ptr,
-    x_ptr,
-    lora_a_address_ptr,
-    rank_ptr,
-    slot,
     start,
-    offs_xm,
-    mask_m,
-    first_k,
-    last_k,
-    K,
-    R,
-    first_row,
-    seed,
-    threshold,
-    inv_keep,
-    stride_sg,
-    stride_sm,
-    stride_xk,
-    stride_table,
+    tensors,
+    rows,
+    sizes,
+    drop,
+    strides,
     G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -64,6 +50,11 @@ def _shrink_columns(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Writes BLOCK_R columns of s: the modules' rank rows side by side, each module's in fours."""
+    s_ptr, x_ptr, lora_a_address_ptr, rank_ptr = tensors
+    slot, offs_xm, mask_m = rows
+    first_k, last_k, K, R = sizes
+    first_row, seed, threshold, inv_keep = drop
+    stride_sg, stride_sm, stride_xk, stride_table = strides
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
@@ -170,68 +161,23 @@ def _mixed_lora_shrink_kernel(
             threshold = tl.load(threshold_ptr + slot)
             inv_keep = tl.load(inv_keep_ptr + slot)
         s_ptr += tl.cast(split, tl.int64) * stride_sp + tl.cast(first_m, tl.int64) * stride_sm
+        tensors = s_ptr, x_ptr, lora_a_address_ptr, rank_ptr
+        rows = slot, offs_xm, mask_m
+        sizes = first_k, last_k, K, R
+        drop = first_row, seed, threshold, inv_keep
+        strides = stride_sg, stride_sm, stride_xk, stride_table
         if columns <= NARROW_R:
             _shrink_columns(
-                s_ptr,
-                x_ptr,
-                lora_a_address_ptr,
-                rank_ptr,
-                slot,
-                0,
-                offs_xm,
-                mask_m,
-                first_k,
-                last_k,
-                K,
-                R,
-                first_row,
-                seed,
-                threshold,
-                inv_keep,
-                stride_sg,
-                stride_sm,
-                stride_xk,
-                stride_table,
-                G=G,
-                BLOCK_M=BLOCK_M,
-                BLOCK_R=NARROW_R,
-                BLOCK_K=BLOCK_K,
-                EVEN_K=EVEN_K,
-                FACTOR_DTYPE=FACTOR_DTYPE,
-                HAS_DROPOUT=HAS_DROPOUT,
-                INPUT_PRECISION=INPUT_PRECISION,
+                *(0, tensors, rows, sizes, drop, strides),
+                *(G, BLOCK_M, NARROW_R, BLOCK_K, EVEN_K),
+                *(FACTOR_DTYPE, HAS_DROPOUT, INPUT_PRECISION),
             )
         else:
             for start in tl.range(0, columns, BLOCK_R, num_stages=1):
                 _shrink_columns(
-                    s_ptr,
-                    x_ptr,
-                    lora_a_address_ptr,
-                    rank_ptr,
-                    slot,
-                    start,
-                    offs_xm,
-                    mask_m,
-                    first_k,
-                    last_k,
-                    K,
-                    R,
-                    first_row,
-                    seed,
-                    threshold,
-                    inv_keep,
-                    stride_sg,
-                    stride_sm,
-                    stride_xk,
-                    stride_table,
-                    G=G,
-                    BLOCK_M=BLOCK_M,
-                    BLOCK_R=BLOCK_R,
-                    BLOCK_K=BLOCK_K,
-                    EVEN_K=EVEN_K,
-                    FACTOR_DTYPE=FACTOR_DTYPE,
-                    HAS_DROPOUT=HAS_DROPOUT,
-                    INPUT_PRECISION=INPUT_PRECISION,
+                    *(start, tensors, rows, sizes, drop, strides),
+                    *(G, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K),
+                    *(FACTOR_DTYPE, HAS_DROPOUT, INPUT_PRECISION),
                 )
 
 

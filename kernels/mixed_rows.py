@@ -153,55 +153,82 @@ def add_rank_rows(
     first_segment = tl.load(segment_of_ptr + first_m)
     last_segment = tl.load(segment_of_ptr + min(first_m + BLOCK_M, M) - 1)
     mask = offs <= last_segment - first_segment
-    slot = tl.load(segment_slot_ptr + first_segment + offs, mask=mask, other=-1)
-    rows = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
+    slots = tl.load(segment_slot_ptr + first_segment + offs, mask=mask, other=-1)
+    rows = tl.load(rank_ptr + slots, mask=slots >= 0, other=0)
     if HAS_LORA_BIAS:
-        lora_bias = tl.load(lora_bias_address_ptr + slot, mask=slot >= 0, other=0)
-        rows += (lora_bias != 0).to(tl.int32)
+        biases = tl.load(lora_bias_address_ptr + slots, mask=slots >= 0, other=0)
+        rows += (biases != 0).to(tl.int32)
     blocks = (rows + (COLUMNS - 1)) // COLUMNS
     ends = tl.cumsum(blocks, axis=0)
     num_blocks = tl.sum(blocks, axis=0)
 
     s_ptr += tl.cast(first_m, tl.int64) * stride_sm
     for start in tl.range(0, num_blocks, BLOCK_R // COLUMNS, num_stages=1):
-        segment, r, rank, scale, b = _load_chunk(
-            segment_slot_ptr,
-            lora_b_address_ptr,
-            lora_bias_address_ptr,
-            rank_ptr,
-            scaling_ptr,
-            first_segment,
-            blocks,
-            ends,
-            num_blocks,
-            start,
-            first_n,
-            N,
-            BLOCK_N=BLOCK_N,
-            BLOCK_R=BLOCK_R,
-            HAS_LORA_BIAS=HAS_LORA_BIAS,
-            FACTOR_DTYPE=FACTOR_DTYPE,
-            BY_COLUMN=BY_COLUMN,
-        )
-        acc = _add_chunk(
-            acc,
-            s_ptr,
-            row_segment,
-            segment,
-            r,
-            rank,
-            scale,
-            b,
-            planes,
-            stride_sp,
-            stride_sm,
-            dtype=dtype,
-            BLOCK_M=BLOCK_M,
-            BLOCK_R=BLOCK_R,
-            HAS_LORA_BIAS=HAS_LORA_BIAS,
-            INPUT_PRECISION=INPUT_PRECISION,
-            BATCH_INVARIANT=BATCH_INVARIANT,
-        )
+        # Of each column its segment, rank row, adapter's rank and scaling, all [BLOCK_R].
+        block = start + tl.arange(0, BLOCK_R // COLUMNS)
+        # done: [BLOCK_M, BLOCK_R / COLUMNS], the segments that end before this block
+        done = ends[:, None] <= block[None, :]
+        segment = first_segment + tl.sum(done.to(tl.int32), axis=0)
+        begin = tl.sum(tl.where(done, blocks[:, None], 0), axis=0)
+        segment = _columns_of(segment, BLOCK_R)
+        r = _columns_of((block - begin) * COLUMNS, BLOCK_R) + tl.arange(0, BLOCK_R) % COLUMNS
+        r = tl.max_contiguous(tl.multiple_of(r, COLUMNS), COLUMNS)
+        segment = tl.max_constancy(segment, COLUMNS)
+        inside = _columns_of(block, BLOCK_R) < num_blocks
+        slot = tl.load(segment_slot_ptr + segment, mask=inside, other=0)
+        rank = tl.load(rank_ptr + slot, mask=inside, other=0)
+        if scaling_ptr is None:
+            scale = tl.full((BLOCK_R,), 1.0, dtype=tl.float32)
+        else:
+            scale = tl.load(scaling_ptr + slot, mask=inside, other=0.0)
+        address = tl.load(lora_b_address_ptr + slot, mask=inside, other=0)
+        mask_r = r < rank
+        row = r
+        width = rank
+        if HAS_LORA_BIAS:  # which is the rank row behind the others
+            lora_bias = tl.load(lora_bias_address_ptr + slot, mask=inside, other=0)
+            is_bias = (r == rank) & (lora_bias != 0)
+            address = tl.where(is_bias, lora_bias, address)
+            row = tl.where(is_bias, 0, row)
+            width = tl.where(is_bias, 1, width)
+            mask_r = mask_r | is_bias
+        offs_n = tl.arange(0, BLOCK_N)
+        if BY_COLUMN:
+            b_ptrs = factor_pointer(address, FACTOR_DTYPE) + row
+            b_ptrs = b_ptrs[:, None] + (first_n + offs_n)[None, :] * width[:, None]
+        else:
+            b_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(row, tl.int64) * N + first_n
+            b_ptrs = b_ptrs[:, None] + offs_n[None, :]
+        mask_b = mask_r[:, None] & (offs_n < N - first_n)[None, :]
+        # b: [BLOCK_R, BLOCK_N], in its own dtype, zeros past an adapter's rank
+        b = tl.load(b_ptrs, mask=mask_b, other=0.0)
+
+        # The dot runs over everybody's columns, so both operands are selected: s is zero where the
+        # row is not the column's own; what is not finite in b is left out, then set in own rows.
+        offs_m = tl.arange(0, BLOCK_M)
+        own = row_segment[:, None] == segment[None, :]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + r[None, :]
+        filled = r < round_up(rank, S_COLUMNS)
+        mask_s = tl.max_constancy(own & filled[None, :], [1, S_COLUMNS])
+        # s: [BLOCK_M, BLOCK_R]
+        s = sum_planes(s_ptrs, mask_s, stride_sp, planes, BLOCK_M, BLOCK_R, 2)
+        if HAS_LORA_BIAS:
+            s = tl.where(own & (r == rank)[None, :], 1.0, s)
+        scaled = (b.to(tl.float32) * scale[:, None]).to(dtype)
+        finite = tl.abs(scaled.to(tl.float32)) < float("inf")
+        clean = tl.where(finite, scaled, 0.0)
+        # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+        added = tl.dot(s.to(dtype), clean, acc, input_precision=INPUT_PRECISION)
+        if BATCH_INVARIANT:
+            # Not left to arithmetic: -0.0 plus zeros is 0.0, and an instruction may round acc anew.
+            added = tl.where(row_segment[:, None] == tl.max(segment, axis=0), added, acc)
+        acc = added
+        spoilt = tl.where(finite, 0, 1)
+        if tl.max(tl.max(spoilt, axis=1), axis=0) != 0:  # rare
+            for one in range(tl.min(segment, axis=0), tl.max(segment, axis=0) + 1):
+                columns = tl.max(tl.where((segment == one)[:, None], spoilt, 0), axis=0)
+                hit = (row_segment == one)[:, None] & (columns != 0)[None, :]
+                acc = tl.where(hit, float("nan"), acc)
 
     # Invalid ids sort before all others.
     invalid = (row_segment == 0) & (tl.load(segment_slot_ptr) == INVALID_SLOT)
@@ -209,129 +236,10 @@ def add_rank_rows(
 
 
 @triton.jit
-def _load_chunk(
-    segment_slot_ptr,
-    lora_b_address_ptr,
-    lora_bias_address_ptr,
-    rank_ptr,
-    scaling_ptr,
-    first_segment,
-    blocks,
-    ends,
-    num_blocks,
-    first_block,
-    first_n,
-    N,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_LORA_BIAS: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-):
-    """Returns (segment, r, rank, scale, b): BLOCK_R of the tile's columns from a block on.
-
-    Segment, rank row, its adapter's rank and scaling, all ``[BLOCK_R]``; lora_b
-    ``[BLOCK_R, BLOCK_N]`` in its own dtype, zeros past an adapter's rank. An adapter's lora_bias is
-    its rank row ``r == rank``.
-    """
-    block = first_block + tl.arange(0, BLOCK_R // COLUMNS)
-    # done: [BLOCK_M, BLOCK_R / COLUMNS], the segments that end before this block
-    done = ends[:, None] <= block[None, :]
-    segment = first_segment + tl.sum(done.to(tl.int32), axis=0)
-    begin = tl.sum(tl.where(done, blocks[:, None], 0), axis=0)
-    segment = _columns_of(segment, BLOCK_R)
-    r = _columns_of((block - begin) * COLUMNS, BLOCK_R) + tl.arange(0, BLOCK_R) % COLUMNS
-    r = tl.max_contiguous(tl.multiple_of(r, COLUMNS), COLUMNS)
-    segment = tl.max_constancy(segment, COLUMNS)
-
-    inside = _columns_of(block, BLOCK_R) < num_blocks
-    slot = tl.load(segment_slot_ptr + segment, mask=inside, other=0)
-    rank = tl.load(rank_ptr + slot, mask=inside, other=0)
-    if scaling_ptr is None:
-        scale = tl.full((BLOCK_R,), 1.0, dtype=tl.float32)
-    else:
-        scale = tl.load(scaling_ptr + slot, mask=inside, other=0.0)
-    address = tl.load(lora_b_address_ptr + slot, mask=inside, other=0)
-    mask_r = r < rank
-    row = r
-    width = rank
-    if HAS_LORA_BIAS:
-        lora_bias = tl.load(lora_bias_address_ptr + slot, mask=inside, other=0)
-        is_bias = (r == rank) & (lora_bias != 0)
-        address = tl.where(is_bias, lora_bias, address)
-        row = tl.where(is_bias, 0, row)
-        width = tl.where(is_bias, 1, width)
-        mask_r = mask_r | is_bias
-    offs_n = tl.arange(0, BLOCK_N)
-    if BY_COLUMN:
-        b_ptrs = factor_pointer(address, FACTOR_DTYPE) + row
-        b_ptrs = b_ptrs[:, None] + (first_n + offs_n)[None, :] * width[:, None]
-    else:
-        b_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(row, tl.int64) * N + first_n
-        b_ptrs = b_ptrs[:, None] + offs_n[None, :]
-    mask_b = mask_r[:, None] & (offs_n < N - first_n)[None, :]
-    # b: [BLOCK_R, BLOCK_N]
-    b = tl.load(b_ptrs, mask=mask_b, other=0.0)
-    return segment, r, rank, scale, b
-
-
-@triton.jit
 def _columns_of(blocks, BLOCK_R: tl.constexpr):
     """Returns the value of each column's block, ``[BLOCK_R]``."""
     spread = tl.broadcast_to(blocks[:, None], (BLOCK_R // COLUMNS, COLUMNS))
     return tl.reshape(spread, (BLOCK_R,))
-
-
-@triton.jit
-def _add_chunk(
-    acc,
-    s_ptr,
-    row_segment,
-    segment,
-    r,
-    rank,
-    scale,
-    b,
-    planes,
-    stride_sp,
-    stride_sm,
-    dtype: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_LORA_BIAS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BATCH_INVARIANT: tl.constexpr,
-):
-    """Returns acc plus one chunk of `_load_chunk`, to own rows only.
-
-    The dot runs over everybody's columns, so both operands are selected: s is zero where the row is
-    not the column's own, and what is not finite in b is left out, then set in own rows.
-    """
-    offs_m = tl.arange(0, BLOCK_M)
-    own = row_segment[:, None] == segment[None, :]
-    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + r[None, :]
-    filled = r < round_up(rank, S_COLUMNS)
-    mask = tl.max_constancy(own & filled[None, :], [1, S_COLUMNS])
-    # s: [BLOCK_M, BLOCK_R]
-    s = sum_planes(s_ptrs, mask, stride_sp, planes, BLOCK_M, BLOCK_R, 2)
-    if HAS_LORA_BIAS:
-        s = tl.where(own & (r == rank)[None, :], 1.0, s)
-    scaled = (b.to(tl.float32) * scale[:, None]).to(dtype)
-    finite = tl.abs(scaled.to(tl.float32)) < float("inf")
-    clean = tl.where(finite, scaled, 0.0)
-    # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-    added = tl.dot(s.to(dtype), clean, acc, input_precision=INPUT_PRECISION)
-    if BATCH_INVARIANT:
-        # Not left to arithmetic: -0.0 plus zeros is 0.0, and an instruction may round acc anew.
-        added = tl.where(row_segment[:, None] == tl.max(segment, axis=0), added, acc)
-    acc = added
-    spoilt = tl.where(finite, 0, 1)
-    if tl.max(tl.max(spoilt, axis=1), axis=0) != 0:  # rare
-        for one in range(tl.min(segment, axis=0), tl.max(segment, axis=0) + 1):
-            columns = tl.max(tl.where((segment == one)[:, None], spoilt, 0), axis=0)
-            hit = (row_segment == one)[:, None] & (columns != 0)[None, :]
-            acc = tl.where(hit, float("nan"), acc)
-    return acc
 
 
 @triton.jit

@@ -1,8 +1,6 @@
-"""Rank rows: what shrink, linear and expand share about the factors of a tile's adapter.
+"""Rank rows: what linear and expand share about the factors of a tile's adapter.
 
-A rank row is one row of ``lora_a [P, K]`` with its column of ``lora_b [N, P]`` and its scaling.
-An adapter owns ``rank`` neighbouring rank rows from ``first_row`` on; one adapter alone is
-``first_row = 0`` and ``rank = P``. Within ``s [M, R]`` an adapter's columns always start at 0.
+A rank row is one row of ``lora_a [R, K]`` with its column of ``lora_b [N, R]`` and its scaling.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import triton.language as tl
 def load_rank_columns(
     lora_b_ptr,
     scaling_ptr,
-    first_row,
     start,
     rank,
     mask_n,
@@ -36,7 +33,7 @@ def load_rank_columns(
     mask_r = offs_r < rank
     # b: [BLOCK_R, BLOCK_N]
     b = tl.load(
-        lora_b_ptr + offs_n[None, :] * stride_bn + (first_row + offs_r)[:, None] * stride_br,
+        lora_b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
         mask=mask_r[:, None] & mask_n[None, :],
         other=0.0,
     )
@@ -44,7 +41,7 @@ def load_rank_columns(
     if scaling_ptr is None:
         scale = tl.full((BLOCK_R,), 1.0, dtype=tl.float32)
     else:
-        scale = tl.load(scaling_ptr + (first_row + offs_r) * stride_scaling, mask=mask_r, other=0.0)
+        scale = tl.load(scaling_ptr + offs_r * stride_scaling, mask=mask_r, other=0.0)
     return b, scale
 
 

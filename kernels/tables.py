@@ -1,18 +1,20 @@
 """The tables of all chips, what their rows are about, and the config that a row becomes.
 
+The folder ``candidates`` holds a file of rows (`row_files`) for each family of chips.
 `fastlora.kernels.configs` chooses rows; `fastlora.kernels.measurements` puts measured ones first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from fastlora.kernels import row_files
 from fastlora.kernels.chips import Chip, Row, Table
-from fastlora.kernels.table_amd import GFX942, GFX950
-from fastlora.kernels.table_nvidia import SM_80, SM_86, SM_90, SM_100
 
 # Each plane is read back by every column of linear's tiles, so the shrink splits no further.
 MAX_SPLITS = 8
@@ -24,31 +26,8 @@ MAX_RANK_ROWS = 192
 # Rank rows of one dot in the mode: a block of one adapter, never two adapters side by side.
 INVARIANT_BLOCK_R = 16
 
-# Kernels without a dot take one tile on every chip, in every dtype. `mixed_dora_scale` works by
-# pieces: 32 elements a thread of 32 lanes.
-_ANY_CHIP: Table = {
-    ("lora_dropout", "any"): (Row(8, 0, 256, 4),),
-    ("plane_sums", "any"): (Row(num_warps=4),),
-    ("mixed_dora_scale", "any"): (
-        Row(128, 64, 0, 8),
-        Row(64, 128, 0, 8),
-        Row(16, 256, 0, 4),
-    ),
-    ("mixed_rows_sort", "any"): (Row(num_warps=8),),
-    ("mixed_lora_grad_reduce", "any"): (Row(32, 64, 0, 4, 1, (16,)),),
-}
-TABLES: dict[str, Table] = {
-    "sm_80": {**SM_80, **_ANY_CHIP},
-    "sm_86": {**SM_86, **_ANY_CHIP},
-    "sm_90": {**SM_90, **_ANY_CHIP},
-    "sm_100": {**SM_100, **_ANY_CHIP},
-    "gfx942": {**GFX942, **_ANY_CHIP},
-    "gfx950": {**GFX950, **_ANY_CHIP},
-}
 # By arch, where there are measurements: these, then the family's candidates. See `put_first`.
 MEASURED: dict[str, Table] = {}
-# The names of all launches.
-LAUNCHES = tuple(dict.fromkeys(launch for launch, _ in TABLES["sm_90"]))
 _KERNELS = {
     "coded_lora_linear": "lora_linear",
     "coded_lora_grad_x": "lora_linear",
@@ -176,9 +155,22 @@ def max_splits(launch: str) -> int:
     return {"": 1, "k": MAX_SPLITS, "m": 1024}[axis]
 
 
+@functools.cache
+def candidates_of(family: str) -> Table:
+    """Returns the shipped rows of a family: those of its file, then of the file that it is like.
+
+    A launch and kind that stands in the family's own file does not count in the other one.
+    """
+    found = row_files.read(Path(__file__).parent / "candidates" / f"{family}.json")
+    own: dict[tuple[str, str], tuple[Row, ...]] = {}
+    for launch, kind, row in found.entries:
+        own[launch, kind] = (*own.get((launch, kind), ()), row)
+    return {**candidates_of(found.like), **own} if found.like else own
+
+
 def table_of(chip: Chip) -> Table:
     """Returns the chip's own table where it has measurements, else its family's."""
-    return MEASURED.get(chip.arch) or TABLES[chip.family]
+    return MEASURED.get(chip.arch) or candidates_of(chip.family)
 
 
 def rows_of(

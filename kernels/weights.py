@@ -3,15 +3,11 @@
 A loader is a jit function that returns a tile of W ``[N, K]``, decoded and rounded once to x's
 dtype, in registers::
 
-    loader(codes_ptr, parts_ptr, first_row, first_column, num_rows, num_columns,
-           ROWS, COLUMNS, BLOCK, EVEN_ROWS, EVEN_COLUMNS, DTYPE, POLICY)
+    loader(codes_ptr, parts_ptr, tile, DTYPE, POLICY)
 
-It returns W's rows from ``first_row`` (int64) and its columns from ``first_column``,
-``[ROWS, COLUMNS]``, of the ``num_rows`` by ``num_columns`` that W has. The first column is a
-multiple of COLUMNS. BLOCK columns share a scale; it divides ``num_columns``, and of BLOCK and
-COLUMNS one divides the other. What lies past the last row or column is any finite number;
-EVEN_ROWS and EVEN_COLUMNS say that nothing does. ``parts_ptr`` points to the addresses of what
-decodes the codes. POLICY is the cache hint of the codes, which are read once.
+It returns ``[ROWS, COLUMNS]``, which the `Tile` describes; what lies past W's last row or column is
+any finite number. ``parts_ptr`` points to the addresses of what decodes the codes. POLICY is the
+cache hint of the codes, which are read once.
 
 Codes are contiguous and begin at a multiple of 4 bytes. `register_loader` makes a kind known to
 every kernel that multiplies with a weight.
@@ -23,6 +19,30 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """Which part of a matrix is loaded. Only as an argument does it keep what is constant.
+
+    Attributes:
+        first_row: int64.
+        first_column: A multiple of COLUMNS.
+        num_rows, num_columns: Those of the matrix.
+        ROWS, COLUMNS: Those of the tile.
+        BLOCK: Columns that share a scale: it divides ``num_columns``, and of BLOCK and COLUMNS one
+            divides the other.
+        EVEN_ROWS, EVEN_COLUMNS: Whether no tile reaches past the last row, or column.
+    """
+
+    first_row: Any
+    first_column: Any
+    num_rows: Any
+    num_columns: Any
+    ROWS: Any
+    COLUMNS: Any
+    BLOCK: Any
+    EVEN_ROWS: Any
+    EVEN_COLUMNS: Any
 
 
 class Loader(NamedTuple):
@@ -59,22 +79,14 @@ def part(parts_ptr, index, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-):
+def mask_of(tile):
     """Returns which elements of a tile ``[ROWS, COLUMNS]`` there are; None for all."""
     mask = None
-    if not EVEN_ROWS:
-        mask = (tl.arange(0, ROWS) < num_rows - first_row)[:, None]
-    if not EVEN_COLUMNS:
-        mask_columns = (tl.arange(0, COLUMNS) < num_columns - first_column)[None, :]
+    if not tile.EVEN_ROWS:
+        mask = (tl.arange(0, tile.ROWS) < tile.num_rows - tile.first_row)[:, None]
+    if not tile.EVEN_COLUMNS:
+        left = tile.num_columns - tile.first_column
+        mask_columns = (tl.arange(0, tile.COLUMNS) < left)[None, :]
         mask = mask_columns if mask is None else mask & mask_columns
     return mask
 
@@ -90,31 +102,27 @@ def load_there(ptrs, mask, POLICY: tl.constexpr):
 
 
 @triton.jit
-def load_groups(
-    ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-):
+def load_tile(ptr, tile, POLICY: tl.constexpr):
+    """Returns a tile of what lies row after row, ``[ROWS, COLUMNS]``."""
+    ptr += tile.first_row * tile.num_columns
+    ptr += tile.first_column
+    offs = tl.arange(0, tile.ROWS)[:, None] * tile.num_columns + tl.arange(0, tile.COLUMNS)[None, :]
+    return load_there(ptr + offs, mask_of(tile), POLICY)
+
+
+@triton.jit
+def load_groups(ptr, tile, LOAD: tl.constexpr = load_tile):
     """Returns a tile's numbers of which each BLOCK columns have one, ``[ROWS, COLUMNS / BLOCK]``.
 
     They lie in the order of W's elements. A tile of fewer columns has one a row.
     """
-    GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
-    groups = num_columns // BLOCK
-    group = first_column // BLOCK
-    mask = tile_mask(
-        first_row, group, num_rows, groups, ROWS, GROUPS, EVEN_ROWS, EVEN_COLUMNS or GROUPS == 1
+    GROUPS: tl.constexpr = tile.COLUMNS // tile.BLOCK if tile.COLUMNS > tile.BLOCK else 1
+    EVEN: tl.constexpr = tile.EVEN_COLUMNS or GROUPS == 1
+    group, groups = tile.first_column // tile.BLOCK, tile.num_columns // tile.BLOCK
+    first, rows = tile.first_row, tile.num_rows
+    return LOAD(
+        ptr, Tile(first, group, rows, groups, tile.ROWS, GROUPS, 1, tile.EVEN_ROWS, EVEN), ""
     )
-    offs = tl.arange(0, ROWS)[:, None] * groups + tl.arange(0, GROUPS)[None, :]
-    first = first_row * groups + group
-    return load_there(ptr + first + offs, mask, "")
 
 
 @triton.jit
@@ -130,34 +138,22 @@ def scaled(values, scales, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_nibbles(
-    codes_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_nibbles(codes_ptr, tile, POLICY: tl.constexpr):
     """Returns a tile of 4-bit codes, int32 ``[ROWS, COLUMNS]``: of a byte the high ones first.
 
     They are loaded as words of 8, whose shifts are constants.
     """
     # The compiler sees that BLOCK / 8 words divide a row: loads are as wide as they can be.
-    row_words = num_columns // BLOCK * (BLOCK // 8)
-    first_word = first_column // 8
-    mask = tile_mask(
-        first_row, first_word, num_rows, row_words, ROWS, COLUMNS // 8, EVEN_ROWS, EVEN_COLUMNS
-    )
-    ptrs = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first_row * row_words
-    ptrs += first_word
-    offs = tl.arange(0, ROWS)[:, None] * row_words + tl.arange(0, COLUMNS // 8)[None, :]
+    row_words = tile.num_columns // tile.BLOCK * (tile.BLOCK // 8)
+    ptr = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    first, rows, word = tile.first_row, tile.num_rows, tile.first_column // 8
+    WORDS: tl.constexpr = tile.COLUMNS // 8
     # words: [ROWS, COLUMNS / 8]
-    words = load_there(ptrs + offs, mask, POLICY)
+    words = load_tile(
+        ptr,
+        Tile(first, word, rows, row_words, tile.ROWS, WORDS, 1, tile.EVEN_ROWS, tile.EVEN_COLUMNS),
+        POLICY,
+    )
     # Bytes are in memory's order, the lowest first.
     even = tl.interleave(
         tl.interleave(words >> 4, words >> 20), tl.interleave(words >> 12, words >> 28)
@@ -182,21 +178,7 @@ def looked_up(table_ptr, codes, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_table4(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_table4(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """NF4 and FP4 of bitsandbytes: ``table[code] * absmax[block]``.
 
     Codes: element ``e = n * K + k`` is a nibble of byte ``e // 2``, the high one where e is even.
@@ -204,50 +186,32 @@ def load_table4(
 
     Bytes moved: ``N K / 2 + 4 N K / BLOCK``, and 64 of the table a tile, from the cache.
     """
-    codes = load_nibbles(
-        codes_ptr,
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-        POLICY,
-    )
-    absmax = load_groups(
-        part(parts_ptr, 0, tl.float32),
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-    )
+    codes = load_nibbles(codes_ptr, tile, POLICY)
+    absmax = load_groups(part(parts_ptr, 0, tl.float32), tile)
     return scaled(looked_up(part(parts_ptr, 1, tl.float32), codes, 16), absmax, DTYPE)
 
 
 @triton.jit
-def load_table4_nested(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def _load_nested_absmax(parts_ptr, groups, POLICY: tl.constexpr):
+    """Returns the absmax that `load_table4_nested` says, of a tile of these, ``[ROWS, groups]``."""
+    # The word that holds an absmax: a load of a byte is neither copied asynchronously, nor are the
+    # dot's operands read by ldmatrix behind it (Triton takes 8 bits for the width of w).
+    address = tl.load(parts_ptr)
+    words_ptr = (address & -4).to(tl.pointer_type(tl.int32))
+    first = groups.first_row * groups.num_columns + groups.first_column
+    index = first + tl.arange(0, groups.ROWS)[:, None] * groups.num_columns
+    index += tl.arange(0, groups.COLUMNS)[None, :]
+    mask = mask_of(groups)
+    place = index + (address & 3)
+    absmax8 = load_there(words_ptr + place // 4, mask, POLICY)
+    absmax8 = absmax8 >> (place % 4 * 8).to(tl.int32) & 255
+    absmax2 = load_there(part(parts_ptr, 2, tl.float32) + index // 256, mask, POLICY)
+    absmax = looked_up(part(parts_ptr, 3, tl.float32), absmax8, 256) * absmax2
+    return absmax + tl.load(part(parts_ptr, 4, tl.float32))
+
+
+@triton.jit
+def load_table4_nested(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """NF4 and FP4 with 8-bit absmax: ``table[code] * (table2[absmax] * absmax2 + offset)``.
 
     Codes are those of `load_table4`. Parts: absmax, uint8, one for each BLOCK elements, at any
@@ -257,42 +221,8 @@ def load_table4_nested(
     Bytes moved: ``N K / 2 + N K / BLOCK + 4 N K / (256 BLOCK)``, and 1,092 of the tables and the
     offset a tile, from the cache.
     """
-    codes = load_nibbles(
-        codes_ptr,
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-        POLICY,
-    )
-    # The word that holds an absmax: a load of a byte is neither copied asynchronously, nor are the
-    # dot's operands read by ldmatrix behind it (Triton takes 8 bits for the width of w).
-    address = tl.load(parts_ptr)
-    words_ptr = (address & -4).to(tl.pointer_type(tl.int32))
-    groups = num_columns // BLOCK
-    GROUPS: tl.constexpr = COLUMNS // BLOCK if COLUMNS > BLOCK else 1
-    first = first_row * groups + first_column // BLOCK
-    index = first + tl.arange(0, ROWS)[:, None] * groups + tl.arange(0, GROUPS)[None, :]
-    mask = tile_mask(
-        first_row,
-        first_column // BLOCK,
-        num_rows,
-        groups,
-        ROWS,
-        GROUPS,
-        EVEN_ROWS,
-        EVEN_COLUMNS or GROUPS == 1,
-    )
-    place = index + (address & 3)
-    absmax8 = load_there(words_ptr + place // 4, mask, "") >> (place % 4 * 8).to(tl.int32) & 255
-    absmax2 = load_there(part(parts_ptr, 2, tl.float32) + index // 256, mask, "")
-    absmax = looked_up(part(parts_ptr, 3, tl.float32), absmax8, 256) * absmax2
-    absmax += tl.load(part(parts_ptr, 4, tl.float32))
+    codes = load_nibbles(codes_ptr, tile, POLICY)
+    absmax = load_groups(parts_ptr, tile, _load_nested_absmax)
     return scaled(looked_up(part(parts_ptr, 1, tl.float32), codes, 16), absmax, DTYPE)
 
 
@@ -300,88 +230,28 @@ def load_table4_nested(
 
 
 @triton.jit
-def load_bytes(
-    codes_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    POLICY: tl.constexpr,
-):
-    """Returns a tile of codes of a byte each, ``[ROWS, COLUMNS]``."""
-    mask = tile_mask(
-        first_row, first_column, num_rows, num_columns, ROWS, COLUMNS, EVEN_ROWS, EVEN_COLUMNS
-    )
-    offs = tl.arange(0, ROWS)[:, None] * num_columns + tl.arange(0, COLUMNS)[None, :]
-    return load_there(codes_ptr + first_row * num_columns + first_column + offs, mask, POLICY)
-
-
-@triton.jit
-def load_row_scales(parts_ptr, first_row, num_rows, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr):
+def load_row_scales(parts_ptr, tile):
     """Returns the first part, fp32 of each row, ``[ROWS, 1]``."""
-    offs = tl.arange(0, ROWS)
-    ptrs = part(parts_ptr, 0, tl.float32) + first_row + offs
-    return load_there(ptrs, None if EVEN_ROWS else offs < num_rows - first_row, "")[:, None]
+    offs = tl.arange(0, tile.ROWS)
+    ptrs = part(parts_ptr, 0, tl.float32) + tile.first_row + offs
+    mask = None if tile.EVEN_ROWS else offs < tile.num_rows - tile.first_row
+    return load_there(ptrs, mask, "")[:, None]
 
 
 @triton.jit
-def load_int8(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_int8(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """Symmetric int8 of torchao: ``code * scale[row]``.
 
     Codes: int8 ``[N, K]``. Parts: scale, fp32 ``[N]``.
 
     Bytes moved: ``N K``, and 4 of a row's scale a tile.
     """
-    codes = load_bytes(
-        codes_ptr,
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-        POLICY,
-    )
-    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
-    return scaled(codes.to(tl.float32), scales, DTYPE)
+    codes = load_tile(codes_ptr, tile, POLICY)
+    return scaled(codes.to(tl.float32), load_row_scales(parts_ptr, tile), DTYPE)
 
 
 @triton.jit
-def load_float8_e4m3(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_float8_e4m3(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """float8 e4m3fn of torchao: ``code * scale[row]``.
 
     Codes: its bits, uint8 ``[N, K]``. Parts: scale, fp32 ``[N]``. Decoded by integers, so that
@@ -390,19 +260,8 @@ def load_float8_e4m3(
 
     Bytes moved: ``N K``, and 4 of a row's scale a tile.
     """
-    codes = load_bytes(
-        codes_ptr,
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-        POLICY,
-    )
-    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
+    codes = load_tile(codes_ptr, tile, POLICY)
+    scales = load_row_scales(parts_ptr, tile)
     # The sign comes down to bit 8 with the code, and twice up to bit 15.
     half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
     values = half.to(tl.float16, bitcast=True).to(tl.float32)
@@ -412,42 +271,16 @@ def load_float8_e4m3(
 
 
 @triton.jit
-def load_float8_e5m2(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_float8_e5m2(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """float8 e5m2 of torchao: ``code * scale[row]``.
 
     Codes: its bits, uint8 ``[N, K]``, the upper ones of an fp16 number. Parts: scale, fp32 ``[N]``.
 
     Bytes moved: ``N K``, and 4 of a row's scale a tile.
     """
-    codes = load_bytes(
-        codes_ptr,
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-        POLICY,
-    )
-    scales = load_row_scales(parts_ptr, first_row, num_rows, ROWS, EVEN_ROWS)
+    codes = load_tile(codes_ptr, tile, POLICY)
     values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    return scaled(values, scales, DTYPE)
+    return scaled(values, load_row_scales(parts_ptr, tile), DTYPE)
 
 
 register_loader("table4", Loader(load_table4))

@@ -14,10 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from fastlora import env
-from fastlora.kernels.shipped import all_shipped
 from tests.support.aot.compile_kernels import compile_launch
 from tests.support.aot.launches import CHIPS, Case, record
 from tests.support.aot.resources import Resources, resources_of
+from tests.support.aot.shipped import all_shipped
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 

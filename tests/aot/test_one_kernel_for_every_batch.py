@@ -19,11 +19,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastlora import env
 from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.shipped import all_invariant_shipped, all_shipped
 from fastlora.kernels.tables import MAX_SPLITS
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
 from tests.support.aot.launches import CHIPS, Launch, recording
+from tests.support.aot.shipped import all_invariant_shipped, all_shipped
 from tests.support.aot.specialisation import specialise
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")

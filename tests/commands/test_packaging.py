@@ -49,13 +49,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
-    """Every file of fastlora/ and kernels/, measured tables, the type marker, and no tests."""
+    """Every file of fastlora/ and kernels/, tables, measured ones, the type marker, no tests."""
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         f"fastlora/{p.relative_to(ROOT / 'fastlora')}" for p in ROOT.glob("fastlora/**/*.py")
     }
     for folder in ("kernels", "bench"):
         sources |= {f"fastlora/{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
+    sources |= {f"fastlora/kernels/candidates/{p.name}" for p in ROOT.glob("kernels/candidates/*")}
     data = {"fastlora/py.typed", "fastlora/kernels/measured/sm_90.json"}
     assert sources | data <= names
     assert not [n for n in names if not n.startswith(("fastlora/", "fastlora_triton-"))]

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora.kernels import configs, measurements
+from fastlora.kernels import configs, measurements, row_files
 from fastlora.kernels.chips import Chip, Row, chip_of
-from fastlora.kernels.measurements import Measurement
-from fastlora.kernels.shipped import all_shipped
-from fastlora.kernels.tables import LAUNCHES, MEASURED
+from fastlora.kernels.row_files import Entry
+from fastlora.kernels.tables import MEASURED, candidates_of
+from tests.support.aot.shipped import all_shipped
 from tests.support.kernels.lab import Lab, cap_warps
 
 H100, OTHER = Chip("sm_90", 132), Chip("sm_80", 108)
@@ -50,8 +50,8 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
     plan = {"launch": "lora_linear", "kind": "half", "max_m": 8, "plan": "split"}
     later = {**FINE, "block_n": 32, "max_m": 64, "us": 1.5, "problem": "for readers"}
     path = written(tmp_path, FINE, plan, later)
-    rows = measurements.read(path)
-    assert [measurements.columns_of(row) for row in rows[:2]] == [
+    rows = row_files.read(path).entries
+    assert [row_files.columns_of(row) for row in rows[:2]] == [
         {**FINE, "blocks_r": (16,)},
         plan,
     ]
@@ -75,7 +75,7 @@ def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
     others = [Chip("sm_89", 142), Chip("sm_120", 170)]
     before = [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     path = written(tmp_path, {**FINE, "block_k": 64, "num_stages": 2})
-    measurements.put_first("sm_86", measurements.read(path), path)
+    measurements.put_first("sm_86", row_files.read(path).entries, path)
     assert configs.choose(Chip("sm_86", 84), "lora_linear", BF16, **SIZES).num_stages == 2
     assert before == [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     assert {config.num_stages for config in before} != {2}
@@ -110,7 +110,7 @@ def test_a_wrong_row_is_one_clear_error(tmp_path: Path, change: dict[str, Any], 
     path = written(tmp_path, FINE, FINE | change)
     tables = dict(MEASURED)
     with pytest.raises(ValueError, match=r"sm_90\.json, row 1: .*") as raised:
-        measurements.put_first("sm_90", measurements.read(path), path)
+        measurements.put_first("sm_90", row_files.read(path).entries, path)
     assert says in str(raised.value)
     assert tables == MEASURED
 
@@ -121,8 +121,8 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     for text in ("", "[]", "{}"):
         path.write_text(text)
         with pytest.raises(ValueError, match="no file of measured rows"):
-            measurements.read(path)
-    endless = Measurement("lora_linear", "half", Row(16, 64, 128, 4, 3, (16,)))
+            row_files.read(path)
+    endless = Entry("lora_linear", "half", Row(16, 64, 128, 4, 3, (16,)))
     with pytest.raises(ValueError, match="it says for no problem"):
         measurements.put_first("sm_90", [endless], path)
     with pytest.raises(ValueError, match="no configs for 'sm_70'"):
@@ -173,9 +173,9 @@ def test_candidates_reach_their_launches(
 @pytest.mark.usefixtures("no_memory")
 def test_warps_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """For red tests on a GPU: every launch has fewer warps, and nothing else of it changes."""
-    before = [configs.choose(H100, launch, BF16, **SIZES) for launch in LAUNCHES]
+    before = [configs.choose(H100, launch, BF16, **SIZES) for launch, _ in candidates_of("sm_90")]
     monkeypatch.setattr(configs, "config_of_row", configs.config_of_row)
     cap_warps(2)
-    after = [configs.choose(H100, launch, BF16, **SIZES) for launch in LAUNCHES]
+    after = [configs.choose(H100, launch, BF16, **SIZES) for launch, _ in candidates_of("sm_90")]
     assert after == [replace(config, num_warps=min(config.num_warps, 2)) for config in before]
     assert max(config.num_warps for config in before) > 2

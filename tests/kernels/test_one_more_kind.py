@@ -6,7 +6,7 @@ Nothing else in the package, nor in the tests' support, knows of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -23,12 +23,12 @@ import fastlora
 from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels.weights import (
     Loader,
+    Tile,
     load_groups,
-    load_there,
+    load_tile,
     part,
     register_loader,
     scaled,
-    tile_mask,
 )
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.quantised import (
@@ -41,8 +41,8 @@ from fastlora.layers.quantised import (
 )
 from fastlora.layers.stored import Fingerprint, sums_of_bits
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.lab import Lab
 
+pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 BLOCK = 16
 
 
@@ -137,40 +137,19 @@ class TwoBitWeight(Quantised):
 
 
 @triton.jit
-def load_two_bits(
-    codes_ptr,
-    parts_ptr,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_two_bits(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
     """Codes: four in a byte, the lowest bits first. Parts: a scale, fp32, of each BLOCK."""
-    row, column = num_columns // 4, first_column // 4
-    mask = tile_mask(first_row, column, num_rows, row, ROWS, COLUMNS // 4, EVEN_ROWS, EVEN_COLUMNS)
-    offs = tl.arange(0, ROWS)[:, None] * row + tl.arange(0, COLUMNS // 4)[None, :]
-    packed = load_there(codes_ptr + first_row * row + column + offs, mask, POLICY).to(tl.int32)
+    first, rows, column, row = tile.first_row, tile.num_rows, tile.first_column, tile.num_columns
+    BYTES: tl.constexpr = tile.COLUMNS // 4
+    EVEN: tl.constexpr = tile.EVEN_COLUMNS
+    packed = load_tile(
+        codes_ptr,
+        Tile(first, column // 4, rows, row // 4, tile.ROWS, BYTES, 1, tile.EVEN_ROWS, EVEN),
+        POLICY,
+    ).to(tl.int32)
     even, odd = tl.interleave(packed, packed >> 4), tl.interleave(packed >> 2, packed >> 6)
     codes = tl.interleave(even, odd) & 3
-    scales = load_groups(
-        part(parts_ptr, 0, tl.float32),
-        first_row,
-        first_column,
-        num_rows,
-        num_columns,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        EVEN_ROWS,
-        EVEN_COLUMNS,
-    )
+    scales = load_groups(part(parts_ptr, 0, tl.float32), tile)
     return scaled(codes.to(tl.float32) - 1.5, scales, DTYPE)
 
 
@@ -188,13 +167,6 @@ class Gated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``[..., 48]`` to ``[..., 40]``."""
         return self.down(self.gate(x).tanh() * self.up(x))
-
-
-@pytest.fixture(autouse=True)
-def on_the_labs_device(lab: Lab) -> Iterator[None]:
-    """Tensors are made where the kernels run."""
-    with torch.device(lab.device):
-        yield
 
 
 def models(dtype: torch.dtype) -> tuple[Any, Any, Any]:

@@ -22,10 +22,10 @@ if not ops.triton_status(DEVICE)[0]:
     pytest.skip(f"no kernels here: {ops.triton_status(DEVICE)[1]}", allow_module_level=True)
 
 # Only where there are kernels.
-from fastlora.kernels import chips, configs, tables  # noqa: E402
+from fastlora.kernels import chips, configs  # noqa: E402
 from fastlora.kernels import lora_expand as lora_expand_kernel  # noqa: E402
 from fastlora.kernels import lora_linear as lora_linear_kernel  # noqa: E402
-from tests.support.kernels.lab import Lab  # noqa: E402
+from tests.support.kernels.lab import Lab, put_rows  # noqa: E402
 from tests.support.kernels.mixed_problem import OPS  # noqa: E402
 from tests.support.kernels.one_adapter import Problem  # noqa: E402
 
@@ -72,24 +72,21 @@ def test_more_adapters_than_an_epilogue_takes_go_by_pieces(launch: str) -> None:
 
 def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
-    chip, row, key = chips.chip_of(torch.device(DEVICE)), chips.Row, ("lora_linear", "ieee")
-    table = tables.TABLES[chip.family]
+    chip, row = chips.chip_of(torch.device(DEVICE)), chips.Row
     rows = (
         row(max_m=30, n=40, k=48, max_r=8, plan="split"),
         row(max_m=30, plan="fused"),
         row(plan="split"),
     )
-    monkeypatch.setitem(table, key, (*rows, *table[key]))
-    plan_of = configs.plan_of.__wrapped__  # which remembers nothing
-    monkeypatch.setattr(configs, "plan_of", plan_of)
+    put_rows(monkeypatch, chip, ("lora_linear", "ieee"), rows)
 
     def found(m: int, r: int, launch: str = "lora_linear", n: int = 40, k: int = 48) -> str:
-        return plan_of(chip, launch, torch.float32, m=m, n=n, k=k, r=r)
+        return configs.plan_of(chip, launch, torch.float32, m=m, n=n, k=k, r=r)
 
     assert [found(30, 8), found(30, 9), found(31, 8)] == ["split", "fused", "split"]
     assert [found(30, 8, n=41), found(30, 8, k=49)] == ["fused", "fused"]
     assert found(31, 8, "lora_grad_x") == "fused"
-    assert plan_of(chip, "lora_linear", torch.float16, m=31, n=40, k=48, r=8) == "fused"
+    assert configs.plan_of(chip, "lora_linear", torch.float16, m=31, n=40, k=48, r=8) == "fused"
     lora_linear(*operands(30), 0.5, impl="triton")
     assert launched == ["split"]
 
@@ -111,14 +108,6 @@ def test_the_call_goes_before_the_environment(
         lora_linear(*tensors, 0.5, impl="triton", plan="augmented")
 
 
-def put_rows(monkeypatch: pytest.MonkeyPatch, launch: str, rows: tuple[chips.Row, ...]) -> None:
-    """Puts measured rows into the table of the device's chip, for fp32."""
-    table, key = tables.TABLES[chips.chip_of(torch.device(DEVICE)).family], (launch, "ieee")
-    monkeypatch.setitem(table, key, (*rows, *table[key]))
-    # Which remembers nothing.
-    monkeypatch.setattr(configs, "plan_of", configs.plan_of.__wrapped__)
-
-
 @pytest.mark.parametrize(
     "launch", ["mixed_lora_linear", "mixed_lora_train_linear", "mixed_lora_grad_x"]
 )
@@ -134,7 +123,7 @@ def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch, launch: s
     assert [choose("auto", m, 50) for m in (20, 65)] == ["fused", "split"]
     assert choose("invariant", 20, 32) == ("invariant" if served else "fused")
     rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
-    put_rows(monkeypatch, launch, rows)
+    put_rows(monkeypatch, chips.chip_of(torch.device(DEVICE)), (launch, "ieee"), rows)
     assert [choose("auto", 20, r) for r in (32, 33)] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "split")
     assert [choose(plan, 20, 250) for plan in ("auto", "fused")] == ["split", "fused"]

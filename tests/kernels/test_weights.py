@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.kernels.tables import cdiv
-from fastlora.kernels.weights import loader_of
+from fastlora.kernels.weights import Tile, loader_of
 from tests.support.kernels.coded import EIGHT_BITS, FOUR_BITS, coded_weight, eight_bits, four_bits
 from tests.support.kernels.lab import Lab
 
@@ -40,7 +40,9 @@ def _store(
 ):
     row, column = tl.cast(tl.program_id(0) * ROWS, tl.int64), tl.program_id(1) * COLUMNS
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    w = WEIGHT(codes_ptr, parts_ptr, row, column, N, K, ROWS, COLUMNS, BLOCK, EVEN, EVEN, dtype, "")
+    w = WEIGHT(
+        codes_ptr, parts_ptr, Tile(row, column, N, K, ROWS, COLUMNS, BLOCK, EVEN, EVEN), dtype, ""
+    )
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     mask = (rows < N)[:, None] & (columns < K)[None, :]
     tl.store(out_ptr + rows[:, None] * K + columns[None, :], w, mask=mask)

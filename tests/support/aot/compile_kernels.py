@@ -5,7 +5,7 @@
 the older Triton that the table covers too (``pip install --no-deps --target FOLDER
 triton==3.6.0``); without it the table's rows of that Triton stay, and a test says whether they are
 still of today's kernels. With ``--known``, as the tests run it, a kernel whose Triton IR is what a
-row of the table was made from gives that row, but for every tenth, which is compiled
+row of the table was made from gives that row, but for one in a hundred, which is compiled
 (`fingerprints.py`). What is compiled is what a GPU would be given: launches as their launchers make
 them (`launches.py`), specialised by the rules of Triton's own launcher.
 """

@@ -26,7 +26,7 @@ _READERS = ("resources.py", "dependent_launch.py", "specialisation.py", "wgmma.p
 _OF_A_CHIP = {"arch", "max_num_imprecise_acc_default"}
 _OF_A_CHIP |= {"supported_fp8_dtypes", "deprecated_fp8_dot_operand_dtypes"}
 # Of so many known kernels one is compiled all the same, chosen by its digest.
-_EVERY = 40
+_EVERY = 100
 
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: Mapping[str, Any]) -> str:

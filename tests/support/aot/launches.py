@@ -21,8 +21,8 @@ from fastlora.kernels.chips import Chip
 from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module
-from fastlora.kernels.shipped import Shipped, all_invariant_shipped, all_shipped
 from fastlora.kernels.tables import MAX_SPLITS, kernel_of
+from tests.support.aot.shipped import Shipped, all_invariant_shipped, all_shipped
 from tests.support.chips import GPUS as CHIPS
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")

@@ -16,7 +16,6 @@ from fastlora.kernels.tables import (
     MAX_RANK_ROWS,
     MAX_SIBLINGS,
     MAX_SPLITS,
-    TABLES,
     KernelConfig,
     config_of_row,
     kernel_of,
@@ -57,7 +56,7 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
     Those of a single adapter are of rank 16: of other ranks they differ by a cache hint from what
     `all_shipped` yields.
     """
-    for (launch, kind), rows in TABLES[chip.family].items():
+    for (launch, kind), rows in table_of(chip).items():
         if launch == "mixed_lora_shrink":
             rows = tuple(row for row in rows if row.block_m == piece_rows(INVARIANT_ROWS))
         elif launch.removeprefix("coded_") not in ("lora_linear", "mixed_lora_linear"):

@@ -1,0 +1,79 @@
+"""Files of rows: JSON with ``rows``, one a line, in the order in which they are asked.
+
+A row names its launch, its kind, and the columns of `chips.Row` that are not the default. Columns
+of ``NOTES`` are for readers. What else a file says of itself is for readers too, but for ``like``
+in a file of candidates (`fastlora.kernels.tables`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.kernels.chips import Row
+
+NOTES = ("us", "shipped_us", "problem", "why")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row)}
+
+
+class Entry(NamedTuple):
+    """A row of a file, and the launch and kind in whose table it belongs."""
+
+    launch: str
+    kind: str
+    row: Row
+
+
+class RowFile(NamedTuple):
+    """What a file holds; ``like`` names another one, or is ""."""
+
+    entries: list[Entry]
+    like: str
+
+
+def read(path: Path) -> RowFile:
+    """Returns what a file holds.
+
+    Raises:
+        ValueError: It is no JSON, or a row has an unknown column or a value of another type.
+    """
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        rows, like = text["rows"], text.get("like", "")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of measured rows: {error!r}") from error
+    found = []
+    for number, columns in enumerate(rows):
+        try:
+            found.append(_entry(dict(columns)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+    return RowFile(found, like)
+
+
+def columns_of(entry: Entry) -> dict[str, Any]:
+    """Returns what `read` turns back into the entry."""
+    launch, kind, row = entry
+    own = {name: value for name, value in vars(row).items() if value != _DEFAULTS[name]}
+    return {"launch": launch, "kind": kind, **own}
+
+
+def _entry(columns: dict[str, Any]) -> Entry:
+    launch, kind = (columns.pop(name, None) for name in ("launch", "kind"))
+    for name, value in list(columns.items()):
+        if name in NOTES:
+            del columns[name]
+        elif name not in _DEFAULTS:
+            raise ValueError(f"unknown column {name!r}, expected one of {list(_DEFAULTS)}")
+        elif name == "blocks_r":
+            columns[name] = tuple(value)
+            if not value or not all(type(block) is int for block in value):
+                raise ValueError(f"blocks_r is {value!r}, expected a list of whole numbers")
+        elif name == "plan":
+            if value not in ("fused", "split"):
+                raise ValueError(f"plan is {value!r}, expected 'fused' or 'split'")
+        elif type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}, expected a whole number")
+    return Entry(str(launch), str(kind), Row(**columns))
