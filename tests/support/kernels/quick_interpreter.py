@@ -20,6 +20,7 @@ def quicken() -> None:
     _leave_out_overflow_checks_that_nobody_reads()
     _remember_numpys_types()
     _remember_shapes()
+    _leave_equal_shapes_alone()
 
 
 def _look_through_the_language_once() -> None:
@@ -101,3 +102,19 @@ def _remember_shapes() -> None:
         vars(self).update(tensors[type.name], handle=handle, type=type, dtype=type.scalar)
 
     block_type.__init__, tensor.__init__ = init_type, init_tensor
+
+
+def _leave_equal_shapes_alone() -> None:
+    """Spares operands of one shape the search for a shape that holds both: most operations."""
+    semantic = getattr(interpreter, "interpreter_semantic", None)
+    plain = getattr(semantic, "broadcast_impl_value", None)
+    if plain is None:
+        return
+
+    def broadcast(lhs: Any, rhs: Any) -> Any:
+        alike = lhs.type.is_block() == rhs.type.is_block()
+        if alike and lhs.handle.data.shape == rhs.handle.data.shape:
+            return lhs, rhs
+        return plain(lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast
