@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
-from fastlora.ops.backend import BACKENDS, Wanted
+from fastlora.ops.backend import BACKENDS, Backward, Wanted
 from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -200,9 +200,8 @@ class LoraLinear(torch.autograd.Function):
         operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
         needs_own_bias = call.rows is None and needs[2]
         wanted = Wanted(needs_x, needs_bias or needs_own_bias, needs_s, needs)
-        found = BACKENDS[call.impl].gradients(
-            dy, weight, flat, operands, call.rows, s, wanted, plan
-        )
+        given = Backward(dy, weight, flat, operands, call.rows, s, wanted, plan)
+        found = BACKENDS[call.impl].gradients(given)
         dx, d_bias, d_weight = found.dx, found.d_bias, None
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)

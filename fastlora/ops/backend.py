@@ -6,7 +6,7 @@ Which of them runs is `fastlora.ops.conditions`'.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -47,6 +47,28 @@ class Wanted(NamedTuple):
     factors: Sequence[bool]
 
 
+class Backward(NamedTuple):
+    """What the gradients of a `Backend.forward` are made of, but that of the base weight.
+
+    Attributes:
+        dy: Any strides, in x's dtype.
+        weight: Of the base layer, any dtype; None for dx of the adapters' term alone.
+        x: None where no gradient needs it.
+        operands, rows, plan: As in the forward.
+        s: Of the forward; None without rows where no lora_b is wanted.
+        wanted: Which gradients. That of one adapter's lora_bias is the caller's part.
+    """
+
+    dy: torch.Tensor
+    weight: torch.Tensor | None
+    x: torch.Tensor | None
+    operands: Operands
+    rows: Rows | None
+    s: torch.Tensor | None
+    wanted: Wanted
+    plan: str
+
+
 class Gradients(NamedTuple):
     """Gradients of a layer; None for those that are not wanted.
 
@@ -83,7 +105,7 @@ class Siblings(NamedTuple):
     dropout_p: tuple[float, ...]
 
 
-class Backend(Protocol):
+class Backend:
     """An implementation of a linear with adapters; what calls it knows its name only.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and
@@ -110,28 +132,17 @@ class Backend(Protocol):
             s: Where a sibling made it; else it is made here.
             plan: As in `fastlora.functional.lora_linear`.
         """
+        raise NotImplementedError
 
-    def gradients(
-        self,
-        dy: torch.Tensor,
-        weight: torch.Tensor | None,
-        x: torch.Tensor | None,
-        operands: Operands,
-        rows: Rows | None,
-        s: torch.Tensor | None,
-        wanted: Wanted,
-        plan: str,
-    ) -> Gradients:
-        """Returns the gradients of `forward` but that of the base weight.
+    def gradients(self, given: Backward) -> Gradients:
+        """Returns the gradients that are wanted."""
+        raise NotImplementedError
 
-        Args:
-            dy: Any strides, in x's dtype.
-            weight: Of the base layer, any dtype; None for dx of the adapters' term alone.
-            x: None where no gradient needs it.
-            operands, rows, plan: As in `forward`.
-            s: Of `forward`; None without rows where no lora_b is wanted.
-            wanted: Which gradients. That of one adapter's lora_bias is the caller's part.
-        """
+    # ------------------------------------------------- layers that are fed by the same x, at once
+
+    def computes_siblings(self, x: torch.Tensor) -> bool:
+        """Whether the backend computes layers that are fed by x at once, by what follows."""
+        return False
 
     def shrink(
         self,
@@ -150,9 +161,19 @@ class Backend(Protocol):
             dropout_p: Of each layer.
             rows: Which adapter each row has.
         """
+        raise NotImplementedError
 
-    def computes_siblings(self, x: torch.Tensor) -> bool:
-        """Whether the backend computes layers that are fed by x at once, by what follows."""
+    def grad_a(
+        self,
+        x: torch.Tensor,
+        ds: Sequence[torch.Tensor],
+        lora_a: Sequence[Sequence[torch.Tensor]],
+        seeds: Sequence[torch.Tensor | None],
+        dropout_p: Sequence[float],
+        rows: Rows | None,
+    ) -> list[torch.Tensor | None]:
+        """Returns the gradients of `shrink`'s lora_a, of all layers in turn."""
+        raise NotImplementedError
 
     def siblings(
         self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
@@ -161,6 +182,7 @@ class Backend(Protocol):
 
         And on request their s: one tensor, side by side, or one of each.
         """
+        raise NotImplementedError
 
     def siblings_gradients(
         self,
@@ -183,17 +205,7 @@ class Backend(Protocol):
         Returns:
             dx ``[M, K]``, then in fp32 those of all biases, of all lora_a, of all lora_b.
         """
-
-    def grad_a(
-        self,
-        x: torch.Tensor,
-        ds: Sequence[torch.Tensor],
-        lora_a: Sequence[Sequence[torch.Tensor]],
-        seeds: Sequence[torch.Tensor | None],
-        dropout_p: Sequence[float],
-        rows: Rows | None,
-    ) -> list[torch.Tensor | None]:
-        """Returns the gradients of `shrink`'s lora_a, of all layers in turn."""
+        raise NotImplementedError
 
 
 BACKENDS: dict[str, Backend] = {}

@@ -13,7 +13,7 @@ import torch
 
 from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.ops import schema
-from fastlora.ops.backend import Gradients, Siblings, Wanted, register_backend
+from fastlora.ops.backend import Backend, Backward, Gradients, Siblings, register_backend
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
@@ -24,8 +24,8 @@ from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class OperatorBackend:
-    """See `fastlora.ops.backend.Backend`.
+class OperatorBackend(Backend):
+    """The registered operators, or what runs them where nobody would see these.
 
     Args:
         impl: What the operators run: ``"triton"``, or ``"eager"`` for PyTorch.
@@ -51,7 +51,6 @@ class OperatorBackend:
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `fastlora.ops.backend.Backend.forward`."""
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         weight, bias, y, inplace = base
         drop, operators = (seeds, list(dropout_p)), self._operators(x, weight)
@@ -94,42 +93,23 @@ class OperatorBackend:
             return []
         return rows_listed(rows) if self.impl == "triton" else rows.tensors()
 
-    def gradients(
-        self,
-        dy: torch.Tensor,
-        weight: torch.Tensor | None,
-        x: torch.Tensor | None,
-        operands: Operands,
-        rows: Rows | None,
-        s: torch.Tensor | None,
-        wanted: Wanted,
-        plan: str,
-    ) -> Gradients:
-        """See `fastlora.ops.backend.Backend.gradients`."""
-        operators, function = self._operators(dy), OperatorBackend._gradients
+    def gradients(self, given: Backward) -> Gradients:
+        operators, function = self._operators(given.dy), OperatorBackend._gradients
         read: torch.Tensor | Coded | None = None
-        if weight is not None and wanted.x:
-            read = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-            ups, launch = operands.lora_b, "coded_lora_grad_x"
-            read = self._launched(read, dy, ups, plan, operators, launch)
-        given = dy, read, x, operands, rows, s, wanted, plan
-        if rows is None and operators is not torch.ops.fastlora and self.impl == "triton":
+        if given.weight is not None and given.wanted.x:
+            dy, ups, launch = given.dy, given.operands.lora_b, "coded_lora_grad_x"
+            read = given.weight if given.weight.dtype is dy.dtype else given.weight.to(dy.dtype)
+            read = self._launched(read, dy, ups, given.plan, operators, launch)
+        given = given._replace(weight=None)
+        if given.rows is None and operators is not torch.ops.fastlora and self.impl == "triton":
             function = _kept(function)
-        return function(self, *given, operators)
+        return function(self, given, read, operators)
 
     def _gradients(
-        self,
-        dy: torch.Tensor,
-        weight: torch.Tensor | Coded | None,
-        x: torch.Tensor | None,
-        operands: Operands,
-        rows: Rows | None,
-        s: torch.Tensor | None,
-        wanted: Wanted,
-        plan: str,
-        operators: schema.Operators,
+        self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
-        """`gradients` by operators of `schema.operators_for`."""
+        """`gradients` by operators of `schema.operators_for`, with what they take for a weight."""
+        dy, _, x, operands, rows, s, wanted, plan = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop, wants = (seeds, list(dropout_p)), wanted.factors
         found: list[torch.Tensor | None] = [None] * len(wants)
@@ -200,7 +180,6 @@ class OperatorBackend:
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """See `fastlora.ops.backend.Backend.shrink`."""
         operator, flat = self._operators(x).lora_shrink, [a for own in lora_a for a in own]
         if rows is not None:
             none = [0.0] * len(flat)
@@ -219,13 +198,12 @@ class OperatorBackend:
         return [found[index] for index in range(len(flat))]
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        """See `fastlora.ops.backend.Backend`; not where somebody looks at operators."""
+        # Not where somebody looks at operators.
         return self.impl == "triton" and schema.is_direct(x, within_node=True)
 
     def siblings(
         self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
     ) -> list[torch.Tensor]:
-        """See `fastlora.ops.backend.Backend.siblings`."""
         operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
         dropout_p = siblings.dropout_p
         if _over_codes(siblings):
@@ -243,7 +221,6 @@ class OperatorBackend:
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """See `fastlora.ops.backend.Backend.siblings_gradients`."""
         operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
         dropout_p = siblings.dropout_p
         if _over_codes(siblings):
@@ -263,7 +240,6 @@ class OperatorBackend:
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """See `fastlora.ops.backend.Backend.grad_a`."""
         flat, all_seeds = [a for own in lora_a for a in own], None
         if rows is not None:
             dropout_p = [0.0] * len(flat)

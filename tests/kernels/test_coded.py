@@ -17,7 +17,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 
 from fastlora.coded_weight import CodedWeight, matrix
 from fastlora.kernels import lora_linear, mixed_lora_linear
-from fastlora.ops.backend import BACKENDS, Siblings, Wanted
+from fastlora.ops.backend import BACKENDS, Backward, Siblings, Wanted
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.operators import launched
 from fastlora.ops.philox_reference import philox_keep_mask
@@ -44,7 +44,7 @@ def check_linear(lab: Lab, weight: CodedWeight, m: int, r: int = 8, p: float = 0
     with torch.no_grad():
         y, s = TRITON.forward(x, Base(weight, bias), operands, None, None, "auto")
         wanted = Wanted(True, True, False, (True, True, False))
-        found = TRITON.gradients(dy, weight, x, operands, None, s, wanted, "auto")
+        found = TRITON.gradients(Backward(dy, weight, x, operands, None, s, wanted, "auto"))
     mask = torch.ones(m, k)
     if p:
         mask = philox_keep_mask(SEED, m, k, p) / (1 - p)
@@ -256,7 +256,8 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
     wanted = Wanted(True, False, False, [True] * 12)
     with torch.no_grad():
         y, s = TRITON.forward(problem.x, Base(weight), operands, rows, None, "auto")
-        found = TRITON.gradients(problem.dy, weight, problem.x, operands, rows, s, wanted, "auto")
+        given = problem.dy, weight, problem.x, operands, rows, s, wanted, "auto"
+        found = TRITON.gradients(Backward(*given))
     results = {"y": y, "dx": found.dx}
     for slot in range(4):
         results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = found.factors[3 * slot :][:2]

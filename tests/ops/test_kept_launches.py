@@ -20,7 +20,7 @@ from triton import knobs
 from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels import launch as launching
 from fastlora.kernels.launch import empty, kept, launch, product
-from fastlora.ops.backend import Wanted
+from fastlora.ops.backend import Backward, Wanted
 from fastlora.ops.factors import Operands, Tables
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.operators import OperatorBackend
@@ -253,7 +253,7 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
     seeds = torch.zeros(1, dtype=torch.int64) if p else None
     operands = Operands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
     wanted = Wanted(True, bias, False, (True, True, False))
-    return dy, weight, x, operands, None, s, wanted, plan
+    return (Backward(dy, weight, x, operands, None, s, wanted, plan),)
 
 
 def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:
@@ -305,10 +305,11 @@ def _over_codes(made: tuple[Any, ...], *places: int) -> tuple[Any, ...]:
 
 def _gradients_over_codes(p: float) -> tuple[Any, ...]:
     """As `_gradients` of a layer of 128 inputs."""
-    dy, _, _, operands, *others = _gradients(5, p=p)
+    (given,) = _gradients(5, p=p)
     coded, x, lora_a = _codes(64, 128), torch.zeros(5, 128), torch.zeros(8, 128)
-    weight = CodedWeight(coded, lambda: torch.zeros(64, 128), dy.dtype, ())
-    return dy, weight, x, operands._replace(lora_a=[lora_a]), *others
+    weight = CodedWeight(coded, lambda: torch.zeros(64, 128), given.dy.dtype, ())
+    operands = given.operands._replace(lora_a=[lora_a])
+    return (given._replace(weight=weight, x=x, operands=operands),)
 
 
 _gradients_of = OperatorBackend("triton", traced=False).gradients

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from fastlora.ops.backend import Gradients, Wanted, register_backend
+from fastlora.ops.backend import Backend, Backward, Gradients, register_backend
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference, segments, single
 
 
-class TorchBackend:
-    """See `fastlora.ops.backend.Backend`.
+class TorchBackend(Backend):
+    """PyTorch; layers that are fed by the same x have products of their own, which are as fast.
 
     Args:
         traced: Whether a compiler traces what it does.
@@ -31,7 +29,6 @@ class TorchBackend:
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `fastlora.ops.backend.Backend.forward`."""
         if rows is not None:
             return segments.forward(x, base, operands, rows, s)
         weight, bias, y, inplace = base
@@ -48,32 +45,10 @@ class TorchBackend:
             raise ValueError("neither a base weight nor a base output is given")
         return reference.lora_expand_(y, s, lora_b, operands.scaling), s
 
-    def gradients(
-        self,
-        dy: torch.Tensor,
-        weight: torch.Tensor | None,
-        x: torch.Tensor | None,
-        operands: Operands,
-        rows: Rows | None,
-        s: torch.Tensor | None,
-        wanted: Wanted,
-        plan: str,
-    ) -> Gradients:
-        """See `fastlora.ops.backend.Backend.gradients`."""
-        if rows is not None and s is not None:
-            return self._of_segments(dy, weight, x, operands, rows, s, wanted)
-        return single.gradients(dy, weight, x, operands, s, wanted, self.traced)
-
-    def _of_segments(
-        self,
-        dy: torch.Tensor,
-        weight: torch.Tensor | None,
-        x: torch.Tensor | None,
-        operands: Operands,
-        rows: Rows,
-        s: torch.Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
+    def gradients(self, given: Backward) -> Gradients:
+        dy, weight, x, operands, rows, s, wanted, _ = given
+        if rows is None or s is None:
+            return single.gradients(given, self.traced)
         wants, dx, dy = wanted.factors, None, rows.sorted(dy)
         wants_ds = wanted.x or wanted.s or any(wants[::3])
         ds, d_lora_b, d_lora_bias = segments.grad_b(dy, s, operands, rows, wants, wants_ds)
@@ -84,16 +59,6 @@ class TorchBackend:
             dx = segments.grad_x(dy, weight, ds, operands, rows)
         factors = [t for own in zip(d_lora_a, d_lora_b, d_lora_bias, strict=True) for t in own]
         return Gradients(dx, factors, ds, dy.sum(0) if wanted.bias else None)
-
-    def computes_siblings(self, x: torch.Tensor) -> bool:
-        """See `fastlora.ops.backend.Backend`: products of their own are as fast."""
-        return False
-
-    def _of_siblings(self, *_: object) -> list[Any]:
-        """Never called."""
-        raise RuntimeError("PyTorch computes layers one by one")
-
-    shrink = grad_a = siblings = siblings_gradients = _of_siblings
 
 
 register_backend("eager", TorchBackend(False))

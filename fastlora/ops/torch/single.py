@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.ops.backend import Gradients, Wanted
-from fastlora.ops.factors import Operands
+from fastlora.ops.backend import Backward, Gradients
 from fastlora.ops.torch import products, reference
 
 
@@ -44,16 +43,9 @@ def shrink(
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
-def gradients(
-    dy: torch.Tensor,
-    weight: torch.Tensor | None,
-    x: torch.Tensor | None,
-    operands: Operands,
-    s: torch.Tensor | None,
-    wanted: Wanted,
-    traced: bool = False,
-) -> Gradients:
+def gradients(given: Backward, traced: bool) -> Gradients:
     """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
+    dy, weight, x, operands, _, s, wanted, _ = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wanted.factors
     d_lora_a = d_lora_b = dx = keep = None
