@@ -99,6 +99,7 @@ class _FastForward(CommonLayer):
         """As PEFT's layer."""
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._fit_scalings([adapter_name])
+        self._forget_packed()
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""

@@ -168,6 +168,7 @@ class LoraLayer(Mergeable):
         factors = self._new_factors(r, lora_bias, start)
         init = find_init(init_lora_weights)
         undo = self._keep_base(init)
+        self._forget_packed()
         try:
             self.r[adapter_name] = r
             self.lora_alpha[adapter_name] = lora_alpha
@@ -324,11 +325,6 @@ class LoraLayer(Mergeable):
         """Returns an adapter's factors and magnitude by the part that they belong to."""
         held = {part: self._part(part) for part in self.adapter_parts}
         return {p: holder[adapter_name] for p, holder in held.items() if adapter_name in holder}
-
-    def _forget_packed(self) -> None:
-        """Drops packed factors of mixed batches, within a block too: they are about to change."""
-        if self.routed_by is not None:
-            self.routed_by.packs.clear()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_packed()

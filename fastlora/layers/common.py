@@ -27,8 +27,7 @@ def forget_kept(layer: CommonLayer) -> None:
     forget_weights(layer)
     forget_siblings(layer)
     marks.end_trained()  # blocks that are open keep some too
-    if layer.routed_by is not None:
-        layer.routed_by.packs.clear()
+    layer._forget_packed()
 
 
 class CommonLayer(nn.Module):
@@ -81,6 +80,11 @@ class CommonLayer(nn.Module):
     note_compiled = note_compiled
     _own_factors = factors_of
     _own_magnitude = magnitude_of
+
+    def _forget_packed(self) -> None:
+        """Drops packed factors of mixed batches, within a block too: they are about to change."""
+        if self.routed_by is not None:
+            self.routed_by.packs.clear()
 
     def _plain_base(self) -> Base | None:
         """Returns the base layer's weight and bias; None where it must be called."""

@@ -5,7 +5,6 @@ From the second time on that a set of adapters comes, without gradients and with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,12 +13,10 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import slots_of
 from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch import packed, packed_forward
-from fastlora.ops.torch.packed import LayerPack
+from fastlora.ops.torch import packed_forward
+from fastlora.ops.torch.packed import LayerPack, pack_layer
 from fastlora.ops.torch.packed_choice import kind_of
 from fastlora.routing.in_force import is_captured
-from fastlora.routing.kept import SetPack
-from fastlora.routing.siblings import keep_shares, siblings_of, take_share
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
 
@@ -75,11 +72,11 @@ def run_kept(call: MixedCall, base: Base, kept: KeptDecision) -> torch.Tensor:
     Most of a decode step is spent here, where the host's own time counts.
     """
     (pack, plan, rows, *_), x = kept, call.x
-    shrunk = _shrunk(x, call.layer.routed_as, rows, pack, plan)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base.weight is not None:
-        y = packed_forward.linear(flat(x), base.weight, base.bias, rows, pack, plan, shrunk)
+        y = packed_forward.linear(flat, base.weight, base.bias, rows, pack, plan)
     else:
-        y = packed_forward.add_(base.rows_to_write(), rows, pack, plan, shrunk)
+        y = packed_forward.add_(base.rows_to_write(), flat, rows, pack, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -89,15 +86,17 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     Kept for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
-    number = layer.routed_as
-    members = siblings_of(layer, x)
     if not rows.segments:
         return None
+    number, kind = layer.routed_as, kind_of(rows.m, rows.each)
     sets = routing.set_of(routing.identities(rows))
-    kind = kind_of(rows.m, rows.each)
     pack, due = sets.get(number, x.dtype, kind)
-    if due and members:
-        pack = _pack(sets, members, call, rows)[members.index(layer)]
+    if due:
+        slots = _slots(layer, call, rows)
+        pack = None if slots is None else pack_layer(slots, x.dtype, kind)
+        if sets.watch is not None:
+            sets.watch.add(layer, [routing.names[slot] for slot in rows.present])
+        sets.put(number, x.dtype, kind, pack)
     if pack is None:
         return None
     plans = routing.kept.plans.setdefault(rows, {})
@@ -111,42 +110,6 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     return found
 
 
-def _shrunk(
-    x: torch.Tensor, number: int, rows: Rows, pack: LayerPack, plan: packed_forward.Plan
-) -> packed_forward.Shrunk:
-    """Returns s of a layer and its siblings, which the first of them computes."""
-    if len(pack.members) == 1:
-        return packed_forward.shrink(flat(x), pack, plan)
-    context = (rows, pack.lora_a)
-    found: packed_forward.Shrunk | None = take_share(x, number, context)
-    if found is None:
-        found = packed_forward.shrink(flat(x), pack, plan)
-        others = [member for member in pack.members if member != number]
-        keep_shares(x, context, dict.fromkeys(others, (None, found)))
-    return found
-
-
-def _pack(
-    sets: SetPack,
-    members: Sequence[CommonLayer],
-    call: MixedCall,
-    rows: Rows,
-) -> list[LayerPack | None]:
-    """Packs the batch's adapters for a layer and its siblings."""
-    kind, numbers = kind_of(rows.m, rows.each), [member.routed_as for member in members]
-    names = [call.routing.names[slot] for slot in rows.present]
-    found = [_slots(member, call, rows) for member in members]
-    bare = [slots for slots in found if slots is not None]
-    packs: list[LayerPack | None] = [None] * len(members)
-    if len(bare) == len(found):
-        packs = packed.pack_layers(numbers, bare, call.x.dtype, kind)
-    if sets.watch is not None:
-        for member in members:
-            sets.watch.add(member, names)
-    sets.put(numbers, call.x.dtype, kind, packs)
-    return packs
-
-
 def _slots(layer: CommonLayer, call: MixedCall, rows: Rows) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     try:
@@ -156,8 +119,3 @@ def _slots(layer: CommonLayer, call: MixedCall, rows: Rows) -> Slots | None:
     if any(f.dropout_p or f.lora_a.device != call.x.device for f in slots.present):
         return None
     return slots
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """Returns ``x [..., K]`` as ``[M, K]``."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

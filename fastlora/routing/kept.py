@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -113,16 +113,9 @@ class SetPack:
         self._met.add(key)
         return None, False
 
-    def put(
-        self,
-        numbers: Sequence[int],
-        dtype: torch.dtype,
-        kind: RowsKind,
-        packs: Sequence[LayerPack | None],
-    ) -> None:
-        """Keeps the packs of layers; None for one whose factors cannot be packed."""
-        for number, pack in zip(numbers, packs, strict=True):
-            self._packs[(number, dtype, kind)] = pack
+    def put(self, number: int, dtype: torch.dtype, kind: RowsKind, pack: LayerPack | None) -> None:
+        """Keeps the pack of a layer; None for one whose factors cannot be packed."""
+        self._packs[(number, dtype, kind)] = pack
 
     @property
     def nbytes(self) -> int:

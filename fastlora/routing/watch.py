@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 _training = attrgetter("training")
-# A layer's whole table of modules is compared where at least one in so many is of the set.
-_MOST_OTHERS = 4
 
 
 class Watch:
@@ -31,8 +29,6 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._tables: list[dict[str, Any]] = []
-        self._copies: list[dict[str, Any]] = []
         self._holders: list[Mapping[str, object]] = []
         self._keys: list[str] = []
         self._objects: list[Any] = []
@@ -49,17 +45,9 @@ class Watch:
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         dropouts = modules["lora_dropout"]._modules
         present = [name for name in names if name in downs]
-        # Modules and numbers compare by identity and by value; tensors do not, and have a list.
-        for table in (downs, ups, dropouts, layer.scaling):
-            # A scaling may be a tensor, which is itself whatever was written into it.
-            told = not any(isinstance(value, torch.Tensor) for value in table.values())
-            if told and len(table) <= _MOST_OTHERS * len(present):
-                self._tables.append(table)
-                self._copies.append(dict(table))
-            else:
-                for name in present:
-                    self._remember(table, name)
         for name in present:
+            for table in (downs, ups, dropouts, layer.scaling):
+                self._remember(table, name)
             for module in (downs[name], ups[name]):
                 own = module.__dict__
                 # Later ones are of no consequence without gradients.
@@ -91,7 +79,6 @@ class Watch:
             return (
                 not self._hooked
                 and not self._untold
-                and self._tables == self._copies
                 and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
                 and all(map(eq, stamps, self._stamps))
                 and not any(map(_training, self._dropouts))

@@ -53,8 +53,8 @@ class Blocks(NamedTuple):
         coalesced: Units of a block.
         gather: Row at each place, ``[blocks * C]``.
         place: Place of each row, ``[M]``.
-        other: Rank rows that are not the row's own, ``[blocks, C, coalesced, 1, unit]``; None where
-            there are none.
+        other: Rank rows of the block that are not the row's own, ``[blocks, C, rank rows]``; None
+            where there are none.
         exact: Whether every place holds a row of its own.
     """
 
@@ -73,7 +73,7 @@ class Samples(NamedTuple):
     Attributes:
         units: Unit of each sample's adapter, any for none; ``[B]`` int64.
         tokens: T.
-        other: Rank rows that are not the sample's own, ``[B, 1, 1, unit]``; None where there are
+        other: Rank rows that are not the sample's own, ``[B, 1, unit]``; None where there are
             none.
     """
 
@@ -83,19 +83,6 @@ class Samples(NamedTuple):
 
 
 Plan = Dense | Blocks | Samples
-
-
-class Shrunk(NamedTuple):
-    """What layers fed by the same tensor share.
-
-    Attributes:
-        x: ``[M, K]``, or gathered.
-        s: Of each of the L layers, ``[M, rank rows]``, ``[blocks, C, rank rows of a block]`` or
-            ``[B, T, unit]``; other adapters' columns zeros.
-    """
-
-    x: torch.Tensor
-    s: tuple[torch.Tensor, ...]
 
 
 def plan_for(
@@ -150,7 +137,7 @@ def _samples(
     unit = layout.unit
     at, start = torch.arange(unit), first % unit
     other = (at < start[:, None]) | (at >= (start + rank)[:, None])
-    masks = other.view(-1, 1, 1, unit).to(device) if other.any() else None
+    masks = other.unsqueeze(1).to(device) if other.any() else None
     return Samples((first // unit).to(device), tokens, masks)
 
 
@@ -176,41 +163,29 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
     from_block = first - block * width
     others = torch.ones(blocks * longest, width, dtype=torch.bool)
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])
-    shape = (blocks, longest, coalesced, 1, layout.unit)
-    other = others.view(shape) if others.any() else None
+    other = others.view(blocks, longest, width) if others.any() else None
     exact = blocks * longest == m
     return Blocks(blocks, longest, coalesced, gather, place, other, exact)
 
 
-def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> Shrunk:
-    """Returns s of all layers of the pack for ``x [M, K]``."""
-    layers = len(pack.members)
+def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``x [M, K]``, or its rows as blocks have them, and s, other adapters' columns zeros.
+
+    s is ``[M, rank rows]``, ``[blocks, C, rank rows of a block]`` or ``[B, T, unit]``.
+    """
     if isinstance(plan, Dense):
-        # [M, K] x [K, L * rank rows]
+        # [M, K] x [K, rank rows]
         s = products.mm(x, pack.lora_a)
-        if layers == 1:
-            return Shrunk(x, (s if plan.other is None else s.masked_fill_(plan.other, 0.0),))
-        by_layer = s.view(x.shape[0], layers, -1)
-        if plan.other is not None:
-            by_layer.masked_fill_(plan.other.unsqueeze(1), 0.0)
-        return Shrunk(x, by_layer.unbind(1))
-    unit, lora_a, k = pack.layout.unit, pack.lora_a, x.shape[1]
-    if isinstance(plan, Samples):
-        # [B, T, K] x [B, K, L * unit]
-        own_a = lora_a.view(len(lora_a), -1, k).index_select(0, plan.units)
-        s = products.bmm(x.view(-1, plan.tokens, k), own_a.transpose(1, 2))
-        s = s.view(-1, plan.tokens, layers, unit)
-        if plan.other is not None:
-            s.masked_fill_(plan.other, 0.0)
-        return Shrunk(x, s.unbind(2))
-    x = x.index_select(0, plan.gather)
-    own_a = lora_a.view(plan.blocks, -1, k)
-    # [blocks, C, K] x [blocks, K, rank rows of a block]
-    s = products.bmm(x.view(plan.blocks, plan.longest, k), own_a.transpose(1, 2))
-    s = s.view(plan.blocks, plan.longest, plan.coalesced, layers, unit)
-    if plan.other is not None:
-        s.masked_fill_(plan.other, 0.0)
-    return Shrunk(x, tuple(own.flatten(-2) for own in s.unbind(3)))
+    elif isinstance(plan, Samples):
+        # [B, T, K] x [B, K, unit]
+        own_a = pack.lora_a.index_select(0, plan.units)
+        s = products.bmm(x.view(-1, plan.tokens, x.shape[1]), own_a.transpose(1, 2))
+    else:
+        x = x.index_select(0, plan.gather)
+        own_a = pack.lora_a.view(plan.blocks, -1, x.shape[1])
+        # [blocks, C, K] x [blocks, K, rank rows of a block]
+        s = products.bmm(x.view(plan.blocks, plan.longest, -1), own_a.transpose(1, 2))
+    return x, s if plan.other is None else s.masked_fill_(plan.other, 0.0)
 
 
 def linear(
@@ -220,30 +195,30 @@ def linear(
     rows: Rows,
     pack: LayerPack,
     plan: Plan,
-    shrunk: Shrunk,
 ) -> torch.Tensor:
     """Returns y ``[M, N]`` of a plain linear base layer for ``x [M, K]``."""
     if isinstance(plan, Blocks) and plan.exact:
-        y = products.linear(shrunk.x, weight, bias)
+        gathered, s = shrink(x, pack, plan)
+        y = products.linear(gathered, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        products.baddbmm_(places, shrunk.s[pack.member], _block_b(pack, plan))
+        products.baddbmm_(places, s, _block_b(pack, plan))
         return _add_bias(y.index_select(0, plan.place), rows, pack)
-    return add_(products.linear(x, weight, bias), rows, pack, plan, shrunk)
+    return add_(products.linear(x, weight, bias), x, rows, pack, plan)
 
 
-def add_(y: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan, shrunk: Shrunk) -> torch.Tensor:
-    """Adds every row's own adapter to ``y [M, N]`` in place."""
-    own = shrunk.s[pack.member]
+def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan) -> torch.Tensor:
+    """Adds every row's own adapter on ``x [M, K]`` to ``y [M, N]`` in place."""
+    _, s = shrink(x, pack, plan)
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]
-        products.addmm_(y, own, pack.lora_b)
+        products.addmm_(y, s, pack.lora_b)
     elif isinstance(plan, Samples):
         # [B, T, unit] x [B, unit, N]
         own_b = pack.lora_b.index_select(0, plan.units)
-        products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), own, own_b)
+        products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = products.bmm(own, _block_b(pack, plan))
+        update = products.bmm(s, _block_b(pack, plan))
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
     return y if pack.lora_bias is None else _add_bias(y, rows, pack)
 
