@@ -101,7 +101,9 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
         return y
     scales = scales[: len(scaled)]
     if rows is not None:
-        if routing.residents is not None:  # a later block may write other scales where these lie
+        if (
+            routing.source.residents is not None
+        ):  # a later block may write other scales where these lie
             scales = [Scale(g.clone(), None) for g, _ in scales]
         return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
     table, places = _kept_table(call, scaled, scales, y.device)
@@ -119,7 +121,7 @@ def _wants_rows(
     if slots.dropped:
         return True
     magnitudes = []
-    if routing.residents is None:
+    if routing.source.residents is None:
         magnitudes = [magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
     return records_gradients(y, bias, *magnitudes)
 

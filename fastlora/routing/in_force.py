@@ -29,11 +29,6 @@ def open_routings() -> tuple[Routing, ...]:
     return _thread.open
 
 
-def current_routing() -> Routing | None:
-    """Returns the routing of the innermost open block in this thread, or None."""
-    return _thread.open[-1] if _thread.open else None
-
-
 def routing_of(layer: RoutedLayer) -> Routing | None:
     """Returns the routing in force for a layer, or None."""
     by_group = _thread.by_group

@@ -80,11 +80,6 @@ class Routing:
     captured: bool = False
     kept: BlockKept = field(default_factory=BlockKept, repr=False)
 
-    @property
-    def residents(self) -> tuple[Any, ...] | None:
-        """A pool's entry of each slot; None where adapters are parameters."""
-        return self.source.residents
-
     def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
         """Returns the rows of a layer input with ``m`` rows, made once for each ``m`` and stream.
 
@@ -141,7 +136,7 @@ class Routing:
         """
         known = self.kept.sets.get(key)
         if known is None or not known.may_hold:
-            known = self.kept.sets[key] = self.group.packs.get(key, self.residents is None)
+            known = self.kept.sets[key] = self.group.packs.get(key, self.source.residents is None)
         return known
 
     def identities(self, rows: Rows) -> tuple[Hashable, ...]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import adapters
 from fastlora.routing.ids import Unchecked, _Pending
-from fastlora.routing.in_force import current_routing
+from fastlora.routing.in_force import open_routings
 from fastlora.routing.routing import number_layers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from tests.support.tiny import TwoLayers, randomise, tiny_llama, with_adapters
@@ -55,7 +55,7 @@ def test_ids_that_are_neither_samples_nor_tokens(library: str, count: int) -> No
     if library == "ours":
         with pytest.raises(ValueError, match=message):
             model.generate(input_ids=ids, adapter_names=names, max_new_tokens=1)
-    assert current_routing() is None
+    assert not open_routings()
 
 
 def test_ids_of_a_pool_fit_its_batch() -> None:
@@ -152,7 +152,7 @@ def test_blocks_that_end_out_of_order() -> None:
         first.__exit__(None, None, None)
     torch.testing.assert_close(model(x), model(x, adapter_names=["c", "c"]))
     second.__exit__(None, None, None)
-    assert current_routing() is None
+    assert not open_routings()
 
 
 def test_a_merge_within_a_block() -> None:
