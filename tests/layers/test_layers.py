@@ -73,6 +73,21 @@ def test_merged_layer_moves_and_disables() -> None:
     torch.testing.assert_close(layer.float().eval().to_linear()(x), base)
 
 
+def test_another_adapter_ends_a_merge() -> None:
+    """At once, or behind a block in which adapters are disabled."""
+    layer = trained(FastLoraLinear(32, 48, r=4))
+    layer.add_adapter("other", r=2)
+    weight = layer.weight.clone()
+    layer.merge()
+    with pytest.warns(UserWarning, match="unmerges the adapters merged so far"):
+        layer.set_adapter("other")
+    assert torch.equal(layer.weight, weight) and layer.active_adapters == ["other"]
+    layer.merge()
+    with layer.disable_adapter():
+        layer.set_adapter("default")
+    assert torch.equal(layer.weight, weight) and not layer.merged
+
+
 def test_wrapper_does_not_write_into_an_output_that_others_hold() -> None:
     """A base that hands out its input, or whose output a hook keeps, is not overwritten."""
 
