@@ -111,6 +111,10 @@ def copies(case: Case) -> None:
         twin.handle = twin.call
         twin.net = twin.call.get_base_model() if subject.handle is not None else twin.call
         assert torch.equal(twin.forward(x), expected)
+        if case.rows == "mixed":  # it follows no block of the other's
+            alone = twin.call(x)
+            with subject.block():
+                assert torch.equal(twin.call(x), alone)
         twin.values = {name: value * 0.5 for name, value in twin.values.items()}
         twin.put()
         check(twin, twin.step(x), x, masks={})
