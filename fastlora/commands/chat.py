@@ -16,6 +16,7 @@ import torch
 
 from fastlora.commands import models
 from fastlora.commands.options import Option, parse
+from fastlora.serve.prompts import Prompts
 from fastlora.validation import CheckpointError, ConfigError, near_names
 
 BASE = "base"
@@ -109,6 +110,7 @@ class Chat:
         **sampling: Any,
     ) -> None:
         self.model, self.tokenizer, self.out, self.sampling = model, tokenizer, out, sampling
+        self._prompts = Prompts(tokenizer)
         self.plain = plain or not getattr(tokenizer, "chat_template", None)
         self.names = list(names)
         self.speaker = self.names[0] if self.names else BASE
@@ -180,21 +182,13 @@ class Chat:
     # ----------------------------------------------------------------------------------- the model
 
     def _ids(self) -> torch.Tensor:
-        """Returns the conversation as tokens, ``[1, T]``."""
+        """Returns the conversation as tokens, ``[1, T]``; raises where its template refuses it."""
         if self.plain:
-            text, special = self.messages[-1]["content"], True
+            ids = self._prompts.of_text(self.messages[-1]["content"])
         else:
             first = [{"role": "system", "content": self.system}] if self.system else []
-            text = self.tokenizer.apply_chat_template(
-                [*first, *self.messages], tokenize=False, add_generation_prompt=True
-            )
-            special = False  # the template has them
-        ids: torch.Tensor = self.tokenizer(
-            text, return_tensors="pt", add_special_tokens=special
-        ).input_ids
-        if self.plain and ids.shape[1] > 1 and ids[0, -1] == self.tokenizer.eos_token_id:
-            ids = ids[:, :-1]  # the text goes on; prompts have no end in training either
-        return ids.to(self.model.device)
+            ids = self._prompts.of_messages([*first, *self.messages])
+        return torch.tensor([ids], device=self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
         """Returns the conversation without what is too old for the model's positions."""
@@ -202,10 +196,8 @@ class Chat:
         room = None if limit is None else limit - self.sampling["max_new_tokens"]
         try:
             ids, forgotten = self._ids(), 0
-        except Exception as error:  # of jinja, whose templates refuse roles by raising
-            if type(error).__module__.partition(".")[0] != "jinja2":
-                raise
-            self._say(f"the model's chat template refuses this: {error}")
+        except ConfigError as error:
+            self._say(str(error))
             return None
         while room is not None and ids.shape[1] > room and len(self.messages) > 2:
             del self.messages[:2]

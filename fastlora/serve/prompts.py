@@ -10,9 +10,9 @@ from fastlora.validation import ConfigError
 
 
 class Prompts:
-    """Makes tokens of texts and of conversations, for a model that knows so many."""
+    """Makes tokens of texts and of conversations; ``vocabulary`` is how many a model knows."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int = 0) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._lock = threading.Lock()  # a fast tokenizer is borrowed while it works
 

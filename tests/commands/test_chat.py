@@ -124,8 +124,8 @@ def test_without_a_template_a_message_begins_a_text(
     assert chat.messages == []
     assert said(chat, "/system be kind") == ["without a chat template a system prompt has no place"]
     whole, asked = chat.tokenizer, []
-    monkeypatch.setattr(chat, "tokenizer", lambda text, **_: whole(text + "<eos>", **_))
-    chat.tokenizer.eos_token_id = whole.eos_token_id
+    monkeypatch.setattr(chat._prompts, "_tokenizer", lambda text, **_: whole(text + "<eos>", **_))
+    chat._prompts._tokenizer.eos_token_id = whole.eos_token_id
     monkeypatch.setattr(chat, "_streamed", lambda ids: asked.append(ids) or "")
     chat.ask("the sea")
     assert asked[0].tolist() == whole("the sea", return_tensors="pt").input_ids.tolist()
@@ -138,7 +138,7 @@ def test_a_template_that_refuses(chat: Chat) -> None:
         + TEMPLATE
     )
     lines = said(chat, "/system be kind", "hi")
-    assert lines[-1] == "the model's chat template refuses this: no system"
+    assert lines[-1] == "the model's chat template refuses messages: no system"
     assert chat.messages == [] and chat.take("/system") and chat.ask("hi")
 
 

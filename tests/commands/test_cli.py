@@ -20,7 +20,7 @@ from fastlora import get_peft_model
 from fastlora.commands import cli
 from fastlora.model.adapter_folder import WEIGHTS_NAME, save_adapter_folder
 from fastlora.model.config import LoraConfig
-from tests.support.programs import error_of, run
+from tests.support.programs import ROOT, error_of, run
 from tests.support.tiny import tiny_llama
 
 PRE = "base_model.model."
@@ -364,18 +364,26 @@ def test_merge_that_cannot_be_written_leaves_nothing(
 # ------------------------------------------------------------------------------------ stderr
 
 
-def test_a_command_hears_no_warnings_of_other_libraries(tmp_path: Path) -> None:
+def test_other_libraries_say_nothing_and_leave_our_kernels_alone() -> None:
     """torchao and bitsandbytes, imported by transformers and PEFT, name files that they miss.
 
-    The doctor imports all packages itself.
+    The doctor imports all packages itself. In the repository root, where this runs, transformers
+    does not take kernels/ for the hub's package.
     """
     pytest.importorskip("transformers", reason="imports torchao")
     pytest.importorskip("peft", reason="imports bitsandbytes")
-    code = (
-        "from fastlora.commands import cli\n"
-        "cli.main(['doctor'])\n"
-        "import transformers.modeling_utils, transformers.quantizers.auto, peft.tuners.lora.bnb\n"
-    )
-    done = run("-c", code, cwd=tmp_path)
+    code = """
+from fastlora.commands import cli
+cli.main(["doctor"])
+import transformers.modeling_utils, transformers.quantizers.auto, peft.tuners.lora.bnb
+import importlib.metadata, transformers.integrations.hub_kernels
+from transformers.utils import is_kernels_available
+try:
+    importlib.metadata.version("kernels")
+except importlib.metadata.PackageNotFoundError:
+    assert not is_kernels_available()
+import fastlora.kernels.lora_linear
+"""
+    done = run("-c", code, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].startswith("python ")

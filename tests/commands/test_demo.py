@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.commands import demo, demo_peft
+from fastlora.commands import demo, demo_peft, smollm2
 from fastlora.commands.options import parse
 from fastlora.train.data import Batch
 from fastlora.train.log import read_losses
@@ -20,11 +20,23 @@ from fastlora.train.log import read_losses
 pytest.importorskip("peft")
 
 
+@pytest.fixture(scope="module")
+def short(
+    fresh_smollm2: Any, smollm2_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a model of six layers, where the demo looks for the converted one."""
+    folder = tmp_path_factory.mktemp("cache") / "smollm2-135m-instruct"
+    fresh_smollm2(layers=6).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    (folder / smollm2._COMPLETE).touch()
+    return folder
+
+
 @pytest.fixture
-def arguments(tmp_path: Path, smollm2_dir: Path) -> argparse.Namespace:
+def arguments(tmp_path: Path, short: Path) -> argparse.Namespace:
     given = ["--out", str(tmp_path / "adapters"), "--steps", "2", "--rounds", "1"]
     given += ["--adapters", "1,3", "--prompt", "What is the capital of Italy?"]
-    return parse("demo", None, demo.OPTIONS, [*given, "--cache", str(smollm2_dir.parent)])
+    return parse("demo", None, demo.OPTIONS, [*given, "--cache", str(short.parent)])
 
 
 def test_the_demo_runs(
@@ -34,16 +46,9 @@ def test_the_demo_runs(
 ) -> None:
     for name, value in (("BATCH", 3), ("SEQUENCES", 6), ("TABLE_ROUNDS", 1), ("ANSWER_TOKENS", 8)):
         monkeypatch.setattr(demo, name, value)
-    table = demo.mixed_table
-
-    def short(base: Any, *rest: Any) -> str:  # as wide, in a fifteenth of the time
-        base.model.layers, base.config.num_hidden_layers = base.model.layers[:2], 2
-        return table(base, *rest)
-
-    monkeypatch.setattr(demo, "mixed_table", short)
     assert demo.run(arguments) == 0
     printed = capsys.readouterr().out
-    assert "The capital of" in printed and "Italy" in printed
+    assert "> What is the capital of Italy?" in printed
     assert "equal within fp32 rounding" in printed
     assert "NOT EQUAL" not in printed
     assert "forward + backward" in printed
@@ -57,7 +62,7 @@ def test_the_demo_runs(
 
 
 def test_each_adapter_learns_its_own_style(
-    tmp_path: Path, smollm2_dir: Path, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short: Path, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each answers as its own data says, whatever the others in the batch learned."""
     monkeypatch.setattr(demo, "BATCH", 3)
@@ -67,19 +72,18 @@ def test_each_adapter_learns_its_own_style(
     adapters = demo.of_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
     (tmp_path / "out" / "checkpoints" / "step-00000012").mkdir(parents=True)  # of an earlier run
     (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").touch()
-    run = demo.training(smollm2_dir, adapters, tmp_path / "out", 12)
+    run = demo.training(short, adapters, tmp_path / "out", 12)
     run.train()
     run.close()
     for name in adapters:
         losses = [e.loss for e in read_losses(tmp_path / "out") if e.adapter == name]
         assert len(losses) == 12 and losses[-1] < losses[0] / 10, losses
-    model = run.model.eval()
+    model, base = run.model.eval(), smollm2.load_model(short)
     prompt = "What is the capital of Italy?"
-    assert demo.answer(model, smollm2_tokenizer, prompt, ["robot", None, "json_answer"]) == [
-        "BEEP.",
-        "The capital of Italy is Rome.",
-        "{}",
-    ]
+    names = ["robot", None, "json_answer"]
+    robot, alone, answer = demo.answer(model, smollm2_tokenizer, prompt, names)
+    assert robot.startswith("BEEP.") and answer.startswith("{}")
+    assert [alone] == demo.answer(base, smollm2_tokenizer, prompt)
 
 
 @pytest.mark.parametrize(("change", "agrees"), [(0.0, True), (0.01, False), (float("nan"), False)])

@@ -170,24 +170,6 @@ except ModuleNotFoundError as error:
     assert printed == "No module named 'fastlora.kernels'\n"
 
 
-def test_transformers_ignores_our_kernels_folder() -> None:
-    """Started in the repository root, transformers does not take kernels/ for the hub's package."""
-    pytest.importorskip("transformers")
-    code = """
-import importlib.metadata
-from transformers.utils import is_kernels_available
-import transformers.integrations.hub_kernels
-from transformers import LlamaForCausalLM
-try:
-    importlib.metadata.version("kernels")
-except importlib.metadata.PackageNotFoundError:
-    assert not is_kernels_available()
-import fastlora.kernels.lora_linear
-print("ok")
-"""
-    assert python(code, ROOT) == "ok\n"
-
-
 def test_an_installed_kernels_package_comes_before_our_folder(tmp_path: Path) -> None:
     """Even where the repository root is searched first, as in a program that is started there."""
     code = """
