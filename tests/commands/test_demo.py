@@ -80,6 +80,10 @@ def test_each_adapter_learns_its_own_style(
         assert len(losses) == 12 and losses[-1] < losses[0] / 10, losses
     model, base = run.model.eval(), smollm2.load_model(short)
     prompt = "What is the capital of Italy?"
+    corpus = run.corpora["robot"]
+    turn = smollm2_tokenizer.decode(corpus.tokens(0))
+    assert turn == f"{smollm2.chat_prompt(prompt)}BEEP.{smollm2_tokenizer.eos_token}"
+    assert corpus.counted(0) == len(smollm2_tokenizer("BEEP.").input_ids) + 1  # and its end
     names = ["robot", None, "json_answer"]
     robot, alone, answer = demo.answer(model, smollm2_tokenizer, prompt, names)
     assert robot.startswith("BEEP.") and answer.startswith("{}")
