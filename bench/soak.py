@@ -341,9 +341,9 @@ class Soak:
         print(f"{len(self.problems)} problems" if self.problems else "no wrong row")
 
 
-def resident_bytes() -> int:
-    """Returns the process's resident memory (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def resident_bytes(process: object = "self") -> int:
+    """Returns a process's resident memory (Linux)."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
 
 
 def separation(solo: Solo, names: list[str]) -> str:

@@ -40,6 +40,8 @@ import torch
 import fastlora
 from fastlora.bench.cpu_run import csv_rows
 from fastlora.bench.machine import processor
+from fastlora.bench.mixed_contest import twin
+from fastlora.bench.soak import resident_bytes
 from fastlora.commands import smollm2
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.engine import Engine
@@ -57,7 +59,6 @@ MOST_TOKENS = 24
 LEAST = 2.0  # times the tokens a second of one after another
 RATES = ("tokens_per_cpu_second", "tokens_per_second")
 GROWTH = 1.03  # of the last quarter's median memory over the second's
-PAGE = 4096
 
 
 class Case(NamedTuple):
@@ -68,18 +69,13 @@ class Case(NamedTuple):
     tokens: int
 
 
-def sharing(model: Any) -> Any:
-    """A copy of a model that has the same weights in memory."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
 def make_adapters(model: Any, root: Path, count: int) -> list[str]:
     """Saves random adapters on all linears, of ranks 4 to 16, that change what the model says."""
     generator = torch.Generator().manual_seed(0)
     names = [f"a{index:02d}" for index in range(count)]
     for first, rank in enumerate((4, 8, 16)):
         config = fastlora.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        adapted = fastlora.get_peft_model(sharing(model), config)
+        adapted = fastlora.get_peft_model(twin(model), config)
         for name in names[first::3]:
             with torch.no_grad():
                 for key, own in adapted.named_parameters():
@@ -159,11 +155,6 @@ class Alone:
 # ----------------------------------------------------------------------------------------- the soak
 
 
-def memory(pid: int) -> float:
-    """MiB that a process has in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE / 2**20
-
-
 async def traffic(
     url: str, pid: int, root: Path, names: Sequence[str], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -221,7 +212,7 @@ async def traffic(
             else:
                 shutil.copytree(root / source, root / ".copied")
                 (root / ".copied").rename(copied)
-            sizes.append(memory(pid))
+            sizes.append(resident_bytes(pid) / 2**20)
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
@@ -340,7 +331,7 @@ def contest(
     Everything runs on one thread at a time, and what else a machine does changes the clock's.
     """
     tokenizer = alone.tokenizer
-    models = [sharing(plain) for _ in range(2)]
+    models = [twin(plain) for _ in range(2)]
     pools = [fastlora.AdapterPool(model, max_adapters=args.slots) for model in models]
     for name in names:
         pools[0].register(name, root / name)
@@ -406,7 +397,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fastlora-soak-") as given:
         root = Path(given)
         names = make_adapters(plain, root, args.adapters)
-        alone = Alone(sharing(plain), tokenizer, root, names)
+        alone = Alone(twin(plain), tokenizer, root, names)
         if args.minutes:
             row, faults = report_soak(soak(folder, root, names, args), alone, names)
             wrong += faults

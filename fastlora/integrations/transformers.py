@@ -42,16 +42,20 @@ def as_causal_model(folder: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hides the notes of transformers, and PEFT's use of names that it is about to rename."""
+def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
+    """Hides bars of transformers and its notes, and PEFT's use of names that it is to rename.
+
+    Without ``notes`` it hides bars alone.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            if notes:
+                logging.set_verbosity_error()
+                warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         logging.set_verbosity(level)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastlora.integrations.transformers import CANNOT_READ, as_causal_model
+from fastlora.integrations.transformers import (
+    CANNOT_READ,
+    as_causal_model,
+    quiet_transformers,
+)
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus
 from fastlora.train.processes import TrainError, needed
@@ -53,7 +57,8 @@ def load_base(
     """
     transformers = _transformers()
     options: dict[str, Any] = {"dtype": dtype_of(settings), "local_files_only": True}
-    with as_causal_model(settings.model), contextlib.nullcontext() if progress else _without_bars():
+    bars = contextlib.nullcontext() if progress else quiet_transformers(notes=False)
+    with as_causal_model(settings.model), bars:
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         bits = quantisation(settings, config)
         if bits is not None:
@@ -95,18 +100,6 @@ def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None
 def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return needed("transformers")
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    logging = _transformers().utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

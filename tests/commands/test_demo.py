@@ -21,13 +21,13 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def short(
-    fresh_smollm2: Any, smollm2_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def short(fresh_smollm2: Any, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model of six layers, where the demo looks for the converted one."""
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("cache") / "smollm2-135m-instruct"
     fresh_smollm2(layers=6).save_pretrained(folder)
-    smollm2_tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
     (folder / smollm2._COMPLETE).touch()
     return folder
 

@@ -98,6 +98,14 @@ def test_each_joins_and_leaves_on_its_own(start: Callable[..., Engine], alone: A
     assert engine.stats.forward_rows > engine.stats.forwards  # they did run together
 
 
+def test_an_answer_without_a_limit_fills_the_room(
+    start: Callable[..., Engine], alone: Alone
+) -> None:
+    """Of 64 tokens, where the model does not end it before."""
+    heard = ask(start(), "ab" * 29, "a", Sampling(None, 0))
+    assert heard.text() == alone.text("ab" * 29, "a", 6)
+
+
 def test_long_prompts_are_read_in_parts_while_others_answer(
     start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
