@@ -34,8 +34,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("commands", "bench", "__main__"),
 )
-# What counts as one: the ground floor is kernels with the two files that they see, which see nothing
-# of ours, and ``python -m fastlora`` is one call of a command.
+# What counts as one: the ground floor is kernels with the two files that they see, which see
+# nothing of ours, and ``python -m fastlora`` is one call of a command.
 TOGETHER = {
     "fastlora.env": "fastlora.kernels",
     "fastlora.coded_weight": "fastlora.kernels",

@@ -24,35 +24,83 @@ def siblings(
 ) -> list[torch.Tensor]:
     """Returns what `fastlora.ops.backend.Backend.siblings` does.
 
-    Two launches: a shrink, and a linear or an expand, on which the library's products accumulate;
-    one more where the linear splits K. Under dropout, or in another layout than a kernel takes
-    beside others, each module has its own. Over codes there is no library's product.
+    Under dropout, or in another layout than a kernel takes beside others, each module has launches
+    of its own.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
     weights, biases, lora_a, lora_b, scalings, seeds = each
-    if not _are_alike(x, weights, biases, lora_a, lora_b, seeds):
-        made = [
-            linear_one(x, weight, bias, None, *own, "auto")
-            for weight, bias, *own in zip(*each, dropout_p, strict=True)
-        ]
-        return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
+    if _are_alike(x, weights, biases, lora_a, lora_b, seeds):
+        return _linears(x, weights, biases, None, lora_a, lora_b, scalings, with_s=with_s)
+    made = [
+        linear_one(x, weight, bias, None, *own, "auto")
+        for weight, bias, *own in zip(*each, dropout_p, strict=True)
+    ]
+    return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
+
+
+@kept
+def linear_one(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    plan: str,
+) -> list[torch.Tensor]:
+    """Returns y, and s unless it is given."""
+    own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
+    return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
+
+
+def _linears(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    s: torch.Tensor | None,
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    scalings: _Tensors,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    plan: str = "auto",
+    *,
+    with_s: bool,
+    launch: str = "coded_lora_linear",
+) -> list[torch.Tensor]:
+    """Returns y of modules that one launch takes, and on request s, side by side.
+
+    Two launches: a shrink unless s is given, and a linear or an expand, on which the library's
+    products accumulate. Where shrink splits K, its planes go straight into the second, which sums
+    them; one more sums those of y where a linear splits K. Over codes, which ``launch`` is for,
+    there is no library's product.
+    """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
     coded = isinstance(weights[0], Coded)
-    fused = coded or choose_plan("auto", x, weights[0], r, n=n) != "split"
-    s, shrunk = _shrunk(x, lora_a, None, 0.0)
-    s_out = s if with_s and shrunk is not s else None
+    if not coded:
+        plan = choose_plan(plan, x, weights[0], r, n=n)
+        launch = "lora_expand" if plan == "split" else "lora_linear"
+    fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
+    if invariant:
+        x = whole_rows(x)
+    own = shrunk = s
+    if own is None or shrunk is None:
+        own, shrunk = _shrunk(x, lora_a, seed, dropout_p, invariant)
+    s_out = own if with_s and shrunk is not own else None
     ys = [empty(x, m, size) for size in sizes]
-    launch = "coded_lora_linear" if coded else "lora_linear" if fused else "lora_expand"
-    config = config_of(launch, x, m, n, k, r)
+    config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
     written, splits = ys, config.splits
     if splits > 1:
         written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]
     blocks = weights if fused else [None] * len(weights)
     modules = [*map(Module, written, lora_b, scalings, biases, blocks)]
     if fused:
-        pdl = chip_of(x).has_pdl
+        pdl = s is None and chip_of(x).has_pdl
         lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
     else:
         lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
@@ -61,7 +109,12 @@ def siblings(
     if not fused:
         for y, weight in zip(ys, weights, strict=True):
             product(_accumulate_, y, x, weight)
-    return [*ys, s] if with_s else ys
+    return [*ys, own] if with_s else ys
+
+
+def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the base product."""
+    return y.addmm_(x, weight.t())
 
 
 def _are_alike(
@@ -137,99 +190,6 @@ def expand_one_(
     lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
 
 
-@kept
-def linear_one(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    s: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    plan: str,
-) -> list[torch.Tensor]:
-    """Returns y, and s unless it is given."""
-    own = s, lora_a, lora_b, scaling, seed
-    if (
-        isinstance(weight, Coded)
-        or (plan := choose_plan(plan, x, weight, lora_b.shape[1])) != "split"
-    ):
-        return _fused_one(x, weight, bias, *own, dropout_p, plan == "invariant" and s is None)
-    y, *made = _update_one(x, bias, *own, dropout_p)
-    return [product(_accumulate_, y, x, weight), *made]
-
-
-def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Adds the base product."""
-    return y.addmm_(x, weight.t())
-
-
-@kept
-def _update_one(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    s: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-) -> list[torch.Tensor]:
-    """Returns y of bias and adapter, for a product to accumulate on, and s unless it is given."""
-    m, (n, r) = x.shape[0], lora_b.shape
-    y, own, shrunk = empty(x, m, n), s, s
-    if own is None or shrunk is None:
-        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p)
-    lora_expand.launch_lora_expand(
-        [Module(y, lora_b, scaling, bias)],
-        shrunk,
-        reads_y=False,
-        s_out=None if shrunk is own else own,
-        config=config_of("lora_expand", x, m, n, r=r),
-    )
-    return [y, own] if s is None else [y]
-
-
-def _fused_one(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    s: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    batch_invariant: bool,
-) -> list[torch.Tensor]:
-    """Two launches: shrink, then the base GEMM with the adapter's term in its epilogue.
-
-    Where shrink splits K, its planes go straight into that epilogue, which sums them; one more
-    launch sums the planes of y where the GEMM splits K.
-    """
-    if batch_invariant:
-        x = whole_rows(x)
-    (m, k), (n, r) = x.shape, lora_b.shape
-    y, own, shrunk = empty(x, m, n), s, s
-    if own is None or shrunk is None:
-        own, shrunk = _shrunk(x, [lora_a], seed, dropout_p, batch_invariant)
-    launch = "coded_lora_linear" if isinstance(weight, Coded) else "lora_linear"
-    config = config_of(launch, x, m, n, k, r, batch_invariant=batch_invariant)
-    written = y if config.splits == 1 else empty(x, config.splits, m, n, dtype=torch.float32)
-    lora_linear.launch_lora_linear(
-        [Module(written, lora_b, scaling, bias, weight)],
-        *(x, shrunk),
-        s_out=None if shrunk is own else own,
-        config=config,
-        pdl=s is None and chip_of(x).has_pdl,
-    )
-    if written is not y:
-        plane_sums.launch_plane_sums([y], [written], config=config_of("plane_sums", x))
-    return [y, own] if s is None else [y]
-
-
 def products_of_codes(
     x: torch.Tensor,
     weights: Sequence[Coded],
@@ -237,20 +197,10 @@ def products_of_codes(
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
     """Returns the base product of each module, without an adapter: one launch, or two."""
-    (m, k), sizes = x.shape, [weight.shape[0] for weight in weights]
-    config = config_of(launch, x, m, sum(sizes), k)
-    ys = [empty(x, m, n) for n in sizes]
-    written, splits = ys, config.splits
-    if splits > 1:
-        written = [empty(x, splits, m, n, dtype=torch.float32) for n in sizes]
     # An adapter of rank 0, of which nothing is read.
-    none, ups = empty(x, m, 0), [empty(x, n, 0) for n in sizes]
-    scaling = empty(x, 1, dtype=torch.float32)
-    modules = [*map(Module, written, ups, [scaling] * len(sizes), biases, weights)]
-    lora_linear.launch_lora_linear(modules, x, none, s_out=None, config=config, pdl=False)
-    if splits > 1:
-        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
-    return ys
+    none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
+    scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
+    return _linears(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
 
 
 def whole_rows(x: torch.Tensor) -> torch.Tensor:
