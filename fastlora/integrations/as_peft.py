@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -36,31 +35,14 @@ def join_peft() -> None:
     for field in dataclasses.fields(LoraConfig):
         field.metadata = notes.get(field.name, field.metadata)
     if "config" in inspect.signature(theirs.layer.dispatch_default).parameters:
-        LoraConfig._custom_modules = PatchedLayers()  # older PEFT keeps the config from it
+        # PEFT makes LoRA layers of modules by it; older PEFT keeps the config from it.
+        LoraConfig._custom_modules = {nn.Module: _patched_layer}
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
     _load_onto_ours(peft)
     answer_for_peft()
-
-
-class PatchedLayers(Mapping[type, Any]):
-    """Has PEFT make patched layers for a config of ours that is given to PEFT.
-
-    It is what `LoraConfig._custom_modules` is in PEFT: a module class to what makes its LoRA layer.
-    """
-
-    def __getitem__(self, key: type) -> Any:
-        if key is nn.Module:
-            return _patched_layer
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[type]:
-        return iter((nn.Module,))
-
-    def __len__(self) -> int:
-        return 1
 
 
 def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **options: Any) -> Any:

@@ -80,26 +80,21 @@ def check_fit(
     With ``ignore_mismatched_sizes`` tensors of other shapes are left out, and named in a warning.
     Else one of them is a `CheckpointError`, as are tensors that are missing or have no place.
     """
-    with in_place(plan.replication):
-        return _checked(model, plan, file, ignore_mismatched_sizes)
-
-
-def _checked(
-    model: nn.Module, plan: Plan, file: AdapterFile, ignore_mismatched_sizes: bool
-) -> AdapterFile:
     tensors, path, other = file.tensors, file.path, dict[str, str]()
-    expected = _expected_shapes(model, plan)
+    with in_place(plan.replication):
+        expected = _expected_shapes(model, plan)
+        shapes = _bias_shapes(model, plan) | _tied_shapes(model, expected, plan) | expected
+        for key, parts in file.keys.items():
+            weight = _base_weight(model, parts.module) if parts.kind == "base" else None
+            if weight is not None:
+                shapes[key] = tuple(weight.shape)
     missing = [key for key in expected if key not in tensors]
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} tensors that this model needs, the first {missing[0]!r}"
         )
-    shapes = _bias_shapes(model, plan) | _tied_shapes(model, expected, plan) | expected
     for key, tensor in tensors.items():
         shape = shapes.get(key)
-        if file.keys[key].kind == "base":
-            weight = _base_weight(model, file.keys[key].module)
-            shape = None if weight is None else tuple(weight.shape)
         if shape is None:
             raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
         if tuple(tensor.shape) != shape:

@@ -24,7 +24,8 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Args:
         model: The model, with LoRA layers in it or not.
     """
-    return {key: tensor for key, (_, tensor) in _base_entries(model).items()}
+    named = ((_bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
+    return {bare: tensor for bare, tensor in named if bare is not None}
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def load_base_state_dict(
     Raises:
         RuntimeError: A key is missing or not known, or a shape differs; nothing has changed.
     """
-    entries = _base_entries(model)
+    entries = base_state_dict(model)
     missing = [key for key in entries if key not in tensors]
     unexpected = [key for key in tensors if key not in entries]
     problems = []
@@ -52,26 +53,16 @@ def load_base_state_dict(
         problems.append(f"Missing key(s): {', '.join(missing)}")
     if strict and unexpected:
         problems.append(f"Unexpected key(s): {', '.join(unexpected)}")
-    for key, (_, own) in entries.items():
+    for key, own in entries.items():
         if key in tensors and tensors[key].shape != own.shape:
             found, expected = tuple(tensors[key].shape), tuple(own.shape)
             problems.append(f"size mismatch for {key}: got {found}, expected {expected}")
     if problems:
         raise RuntimeError(f"cannot load the base model's state dict: {'; '.join(problems)}")
-    for key, (_, own) in entries.items():
+    for key, own in entries.items():
         if key in tensors:
             copy_whole_(own, tensors[key])
     return _IncompatibleKeys(missing, unexpected)
-
-
-def _base_entries(model: nn.Module) -> dict[str, tuple[str, Any]]:
-    """Returns key in the bare model -> key in ``state_dict()``, and tensor."""
-    found: dict[str, tuple[str, Any]] = {}
-    for key, tensor in model.state_dict().items():
-        bare = _bare_key(model, key)
-        if bare is not None:
-            found[bare] = (key, tensor)
-    return found
 
 
 def _bare_key(model: nn.Module, key: str) -> str | None:

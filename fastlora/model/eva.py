@@ -203,14 +203,10 @@ def initialize_lora_eva_weights(
 
     Args:
         model: The model with the adapter.
-        dataloader: See `get_eva_state_dict`, as for the other arguments.
+        dataloader, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn,
+            gather_distributed_inputs, show_progress_bar: See `get_eva_state_dict`.
         eva_state_dict: What that function returned; then no data is needed.
-        forward_fn: See there.
-        prepare_model_inputs_fn: See there.
-        prepare_layer_inputs_fn: See there.
         adapter_name: Which adapter.
-        gather_distributed_inputs: See there.
-        show_progress_bar: See there.
 
     Raises:
         ConfigError: The adapter has another initialisation, or there is neither data nor state.

@@ -248,15 +248,11 @@ class LoraModel(PeftNames, nn.Module):
         """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
 
         Args:
-            model_id: As in `from_pretrained`.
+            model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
+                unused: As in `from_pretrained`.
             adapter_name: A new name, or that of an adapter to overwrite in place.
             is_trainable: Has the adapter train, active or not; False puts the model into evaluation
                 mode.
-            autocast_adapter_dtype: See `get_peft_model`.
-            subfolder: Where in the folder the adapter is.
-            ignore_mismatched_sizes: As in `from_pretrained`.
-            key_mapping: As in `from_pretrained`.
-            **unused: As in `from_pretrained`.
 
         Returns:
             The adapter's missing keys, those of tensors left out for their size, and unexpected

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`); run by test_processes.py."""
+"""FSDP2 (`fully_shard`), and DistributedDataParallel; run by test_processes.py."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def raises(error: Any, match: str, function: Any, *args: Any, **kwargs: Any) -> 
         assert match in str(found), found
     else:
         raise AssertionError(f"{function} did not raise {error.__name__}")
+
+
+def check_data_parallel(folder: Path) -> None:
+    """DDP: two processes with half of each batch train what one does with all of it."""
+    model = torch.nn.parallel.DistributedDataParallel(steps.build())
+    steps.train(model, half=True)
+    steps.assert_as_one(model)
+    if steps.rank() == 0:
+        model.module.save_pretrained(folder / "ddp")
+    dist.barrier()
+    base = steps.tiny_llama(tie_word_embeddings=False)
+    again = fastlora.LoraModel.from_pretrained(base, folder / "ddp").eval()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=steps.tokens(9)).logits
+        assert torch.equal(again(input_ids=steps.tokens(9)).logits, expected)
 
 
 def check_steps(folder: Path) -> None:

@@ -17,10 +17,9 @@ import fastlora
 from fastlora.ops import backend as ops
 from tests.support.dora_truth import fixed_seed
 from tests.support.masked_peft import gradients, make_dropout_explicit, randomise
+from tests.support.peft_twins import assert_files_cross, peft
 from tests.support.quantised_models import BITSANDBYTES, KINDS, quantised_model
 from tests.support.tiny import tiny_llama, with_adapters
-
-peft = pytest.importorskip("peft", reason="compares with PEFT")
 
 P = 0.25
 FEATURES: dict[str, dict[str, Any]] = {
@@ -197,22 +196,20 @@ def test_mixed_batches_and_pools(kind: str, tmp_path: Path) -> None:
             check(model(input_ids=ids).logits, decoded, kind, "pool")
 
 
+def logits(model: Any) -> torch.Tensor:
+    """What a model gives in evaluation."""
+    return model.eval()(input_ids=tokens()).logits
+
+
 @pytest.mark.parametrize("kind", ["nf4 nested", "torchao int8"])
 def test_files_both_ways(kind: str, tmp_path: Path) -> None:
     """What ours writes PEFT reads, on the quantised base and on a plain one, and the other way."""
     models = sides(kind, "llama", "dora")
-    for side in ("ours", "peft"):
-        models[side].save_pretrained(tmp_path / side)
-        with torch.no_grad():
-            expected = models[side].eval()(input_ids=tokens()).logits
-        for load in (peft.PeftModel, fastlora.LoraModel):
-            again = load.from_pretrained(quantised_model(kind), str(tmp_path / side)).eval()
-            with torch.no_grad():
-                check(again(input_ids=tokens()).logits, expected, kind, side)
+    both = models["ours"], models["peft"]
+    expected = logits(both[1]).detach()
+    assert_files_cross(both, lambda: quantised_model(kind), logits, expected, tmp_path)
     plain = [
-        load.from_pretrained(tiny_llama(), str(tmp_path / "ours")).eval()
+        load.from_pretrained(tiny_llama(), str(tmp_path / "saved0"))
         for load in (peft.PeftModel, fastlora.LoraModel)
     ]
-    with torch.no_grad():
-        found, other = (model(input_ids=tokens()).logits for model in plain)
-    check(found, other, "nf4", "plain")
+    check(logits(plain[0]), logits(plain[1]), "nf4", "plain")

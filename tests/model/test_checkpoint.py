@@ -204,33 +204,26 @@ def test_inspect_reads_no_data(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (info.shape, info.dtype, info.nbytes) == ((6, 2), torch.float32, 48)
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "replace"])
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [
+        (checkpoint, "flush_to_disk", OSError),
+        (checkpoint.os, "replace", OSError),
+        (tensor_file, "save_file", CheckpointError),  # could not be written
+    ],
+)
 def test_failed_save_leaves_the_old_files(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str, error: type
 ) -> None:
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
-    def fail(*_: object, **__: object) -> None:
+    def fail(*given: object, **_: object) -> None:
+        if name == "save_file":
+            Path(str(given[1])).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    if step == "replace":
-        monkeypatch.setattr(checkpoint.os, "replace", fail)
-    else:
-        monkeypatch.setattr(checkpoint, "flush_to_disk", fail)
-    with pytest.raises(OSError, match="No space left"):
-        save_adapter_folder(folder, LoraConfig(r=3, target_modules=["q"]), factors(3))
-    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
-
-
-def test_full_disk_is_a_named_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-
-    def fail(tensors: object, path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensor_file, "save_file", fail)
-    with pytest.raises(CheckpointError, match="could not be written.*No space left"):
+    monkeypatch.setattr(where, name, fail)
+    with pytest.raises(error, match="No space left"):
         save_adapter_folder(folder, LoraConfig(r=3, target_modules=["q"]), factors(3))
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 

@@ -45,52 +45,22 @@ def test_files_cross_both_ways(tmp_path: Path, options: dict[str, Any]) -> None:
     assert [t.shape for t in files[0].values()] == [files[1][k].shape for k in files[0]]
 
 
-def test_the_life_of_dora_adapters(tmp_path: Path) -> None:
-    """add, set, disable, load over, merge, unmerge, delete, merge_and_unload: PEFT's outputs."""
-    theirs = peft.get_peft_model(tiny_llama().double(), peft.LoraConfig(**CONFIG, use_dora=True))
-    mine = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG, use_dora=True))
-    for model, make in ((theirs, peft.LoraConfig), (mine, LoraConfig)):
-        model.add_adapter("plain", make(r=2, target_modules=["q_proj"]))
-        model.add_adapter("second", make(r=3, target_modules=["q_proj"], use_dora=True))
-        randomise(model)
-
-    def same() -> None:
-        with torch.no_grad():
-            results = [m.eval()(input_ids=IDS).logits for m in (mine, theirs)]
-        torch.testing.assert_close(*results)
-
-    same()
-    for action in (
-        lambda m: m.base_model.set_adapter(["default", "plain", "second"]),
-        lambda m: m.merge_adapter(safe_merge=True),
-        lambda m: m.unmerge_adapter(),
-        lambda m: m.set_adapter("second"),
-        lambda m: m.delete_adapter("second"),
-        lambda m: m.set_adapter("default"),
-    ):
-        for model in (mine, theirs):
-            action(model)
-        same()
-    trained = {n for n, p in mine.named_parameters() if p.requires_grad}
+def test_loading_over_an_adapter(tmp_path: Path) -> None:
+    """Factors and magnitudes are those of the file; one without DoRA does not take them."""
+    model = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG, use_dora=True)).eval()
+    randomise(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert any("lora_magnitude_vector.default.weight" in n for n in trained)
-    with mine.disable_adapter(), theirs.disable_adapter():
-        same()
-    mine.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
-        before = mine(input_ids=IDS).logits
-        for name, parameter in mine.named_parameters():
-            if "default" in name:
-                parameter.mul_(3)
-    mine.load_adapter(tmp_path, "default")
-    torch.testing.assert_close(mine(input_ids=IDS).logits, before)
-    plain = LoraConfig(**CONFIG)
-    other = get_peft_model(tiny_llama().double(), plain)
+        before = logits(model)
+        for parameter in trained.values():
+            parameter.mul_(3)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(model), before)
+    other = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG))
     with pytest.raises(CheckpointError, match="use_dora=True, where the loaded adapter"):
         other.load_adapter(tmp_path, "default")
-    with torch.no_grad():
-        merged = [m.merge_and_unload()(input_ids=IDS).logits for m in (mine, theirs)]
-    torch.testing.assert_close(*merged)
-    torch.testing.assert_close(merged[0], before)
 
 
 def test_a_16_bit_model_starts_as_its_base() -> None:

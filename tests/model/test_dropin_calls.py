@@ -13,14 +13,13 @@ from torch import nn
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.testing import assert_within_budget
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
     ConfigError,
     UnsupportedLayerError,
 )
-from tests.support.peft_twins import q_of, twins
+from tests.support.peft_twins import assert_near, q_of, twins
 from tests.support.tiny import TwoLayers, randomise, tiny_llama
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -50,35 +49,37 @@ merged = model.merge_and_unload()
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_calls_on_the_tuner() -> None:
-    """``model.base_model`` has what PEFT's tuner has, with the same effect."""
-    ours, theirs, _ = twins(TwoLayers)
-    x = torch.randn(3, 16)
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_life_of_adapters(dora: bool) -> None:
+    """Calls on the model and on its tuner have the effect that they have in PEFT."""
+    ours, theirs, _ = twins(lambda: TwoLayers().double(), use_dora=dora)
+    x = torch.randn(3, 16, dtype=torch.float64)
     for model, library in ((ours, fastlora), (theirs, peft)):
         torch.manual_seed(3)
-        model.add_adapter("b", library.LoraConfig(r=2, target_modules=["q"]))
+        model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["q"]))
+        model.add_adapter("b", library.LoraConfig(r=3, target_modules=["q"], use_dora=dora))
         randomise(model, seed=5)
-        model.base_model.set_adapter(["default", "b"])
-    exact = copy.deepcopy(theirs).double()
-
-    def compare(*models: Any) -> None:
-        mine, other, wide = models
-        assert_within_budget(mine(x), other(x), wide(x.double()))
-
-    compare(ours, theirs, exact)
     for action in (
+        lambda m: m.base_model.set_adapter(["default", "plain", "b"]),
         lambda m: m.base_model.disable_adapter_layers(),
         lambda m: m.base_model.enable_adapter_layers(),
         lambda m: q_of(m).scale_layer(3.0),
         lambda m: q_of(m).unscale_layer(3.0),
-        lambda m: m.base_model.merge_adapter(),
+        lambda m: m.merge_adapter(safe_merge=True),
         lambda m: m.base_model.unmerge_adapter(),
-        lambda m: m.base_model.delete_adapter("b"),
+        lambda m: m.set_adapter("b"),
+        lambda m: m.delete_adapter("b"),
+        lambda m: m.set_adapter("default"),
     ):
-        for model in (ours, theirs, exact):
+        for model in (ours, theirs):
             action(model)
-        compare(ours, theirs, exact)
-    compare(*(model.base_model.merge_and_unload() for model in (ours, theirs, exact)))
+        assert_near(ours(x), theirs(x), "between two calls")
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert_near(ours(x), theirs(x), "disabled")
+    expected = ours(x)
+    merged, other = (model.merge_and_unload()(x) for model in (ours, theirs))
+    assert_near(merged, other, "merged")
+    assert_near(merged, expected, "merged")
 
 
 def test_trainability_follows_peft() -> None:
