@@ -33,11 +33,7 @@ from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.many_adapters import (
-    Weights,
-    add_rank_rows_,
-    product_and_rank_rows,
-)
+from fastlora.ops.triton.many_adapters import add_rank_rows_, products_and_rank_rows
 from fastlora.ops.triton.one_adapter import products_of_codes
 from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
 
@@ -88,12 +84,12 @@ def grad_x(
         (dx,) = products_of_codes(dy, [weight.t()], [None], "coded_lora_grad_x")
     elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", slots=slots) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
-        base = Weights(weight.t(), None)
-        return product_and_rank_rows(dy, base, ds.unsqueeze(0), rows, up, config=config, drop=drop)
+        given = [weight.t()], [None], ds.unsqueeze(0), rows, up
+        return products_and_rank_rows(dy, *given, config=config, drop=drop)[0]
     else:
         dx = products.mm(dy, weight)
     config = config_of("mixed_lora_grad_x_add", dy, *sizes)
-    add_rank_rows_(dx, ds.unsqueeze(0), rows, up, config=config, drop=drop)
+    add_rank_rows_([dx], ds.unsqueeze(0), rows, up, config=config, drop=drop)
     return dx
 
 

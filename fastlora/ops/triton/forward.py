@@ -61,15 +61,18 @@ def linear(
             raise ValueError("one slot has all rows, and it has no factors")
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
         return one_adapter.linear_one(x, *tensors, dropout_p[0], plan)
-    base, drop = many_adapters.Weights(weight, bias), Drop(seeds, dropout_p)
+    weights, biases, drop = [weight], [bias], Drop(seeds, dropout_p)
     up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
-    plan, y = many_adapters.base_product(stem, x, base, up, plan)
+    plan, ys = many_adapters.base_products(stem, x, weights, biases, up, plan)
     if own is None:
         made, after_shrink = many_adapters.shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
         own = made[0]
-    y = many_adapters.linear_mixed(stem, x, base, y, own.unsqueeze(0), rows, up, plan, after_shrink)
-    return [y, own] if s is None else [y]
+    planes = own.unsqueeze(0)
+    ys = many_adapters.linears_mixed(
+        stem, x, weights, biases, ys, planes, rows, up, plan, after_shrink
+    )
+    return [*ys, own] if s is None else ys
 
 
 def expand_(
@@ -88,4 +91,4 @@ def expand_(
     up = RankRows.of_lora_b(ups, lora_bias, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
-    many_adapters.add_rank_rows_(y, s.unsqueeze(0), rows, up, config=config)
+    many_adapters.add_rank_rows_([y], s.unsqueeze(0), rows, up, config=config)

@@ -6,7 +6,6 @@ The kernels read factors behind addresses: see `fastlora.ops.triton.forward`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +31,6 @@ from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of
 _Tensors = Sequence[torch.Tensor]
 
 
-class Weights(NamedTuple):
-    """Of a base layer: weight ``[N, K]``, a matrix or codes; bias ``[N]`` or None."""
-
-    weight: Weight
-    bias: torch.Tensor | None
-
-
 @kept
 def linear_at(
     x: torch.Tensor,
@@ -59,14 +51,14 @@ def linear_at(
     invariant = plan == "invariant"
     if invariant:
         x = whole_rows(x)
-    up, base = RankRows.of_tables(found, index), Weights(weight, bias)
-    plan, y = base_product("mixed_lora", x, base, up, plan)
+    up, base = RankRows.of_tables(found, index), ([weight], [bias])
+    plan, ys = base_products("mixed_lora", x, *base, up, plan)
     planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
     # One kernel in the mode, whether siblings shared the shrink or not.
     after_shrink = s is None and not invariant
     own = planes[:, index - first]
-    y = linear_mixed("mixed_lora", x, base, y, own, rows, up, plan, after_shrink)
-    return [y] if s is not None or siblings is None else [y, planes]
+    ys = linears_mixed("mixed_lora", x, *base, ys, own, rows, up, plan, after_shrink)
+    return ys if s is not None or siblings is None else [*ys, planes]
 
 
 @kept
@@ -86,29 +78,11 @@ def siblings_at(
     library's products, a shrink, and an expand. Codes of all are of one kind.
     """
     found = tables_of(tables, max_rank, factor_dtype)
-    launch = linear_launch("mixed_lora", weights[0])
     own = slice(first, first + len(weights))
-    (m, k), n, slots = x.shape, sum(weight.shape[0] for weight in weights), found.rank.shape[1]
-    fused = choose_plan("auto", x, weights[0], max_rank, launch, n=n, slots=slots) != "split"
-    if fused:
-        ys = [empty(x, m, weight.shape[0]) for weight in weights]
-    else:
-        ys = _base_products(x, weights, biases)
+    up = RankRows.of_tables(found, own)
+    plan, ys = base_products("mixed_lora", x, weights, biases, up, "auto")
     s = shrink_at(x, rows, found, own)
-    bias_address = None if found.bias_address is None else found.bias_address[own]
-    up = found.b_address[own], bias_address, found.rank[own], found.scaling[own]
-    options = {"factor_dtype": factor_dtype, "pdl": chip_of(x).has_pdl}
-    if fused:
-        config = config_of(launch, x, m, n, k, max_rank)
-        mixed_lora_linear.launch_mixed_lora_linear(
-            *(ys, x, weights, biases, s, *rows[:3], *up), config=config, **options
-        )
-    else:
-        config = config_of("mixed_lora_expand", x, m, n, k, max_rank)
-        mixed_lora_expand.launch_mixed_lora_expand(
-            *(ys, s, *rows[:3], rows[4], *up), config=config, **options
-        )
-    return ys
+    return linears_mixed("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
 
 
 @kept
@@ -127,7 +101,7 @@ def add_at_(
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
     up = RankRows.of_tables(found, index)
-    add_rank_rows_(y, s[:, 0], rows, up, config=config, pdl=True)
+    add_rank_rows_([y], s[:, 0], rows, up, config=config, pdl=True)
 
 
 @kept
@@ -202,29 +176,30 @@ def _shrink_mixed(
     )
 
 
-def base_product(
-    stem: str, x: torch.Tensor, base: Weights, up: RankRows, plan: str
-) -> tuple[str, torch.Tensor | None]:
-    """Returns the plan, and with "split" the base's GEMM: ahead of the shrink and its dependent.
+def base_products(
+    stem: str,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    up: RankRows,
+    plan: str,
+) -> tuple[str, list[torch.Tensor] | None]:
+    """Returns the plan, and with "split" the bases' GEMMs: ahead of the shrink and its dependent.
 
-    ``stem`` names the launches, which have plans and configs of their own.
+    They are the library's, or of codes one of ours for all. ``stem`` names the launches, which have
+    plans and configs of their own.
     """
-    slots, launch = up.rank.shape[0], linear_launch(stem, base.weight)
-    if stem == "mixed_lora_train" and isinstance(base.weight, Coded):
+    slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, Coded)]
+    if stem == "mixed_lora_train" and codes:
         plan = "split"  # which is for many rows, where weights are matrices
     else:
-        plan = choose_plan(plan, x, base.weight, up.largest, launch, slots=slots)
-    return plan, _base_products(x, [base.weight], [base.bias])[0] if plan == "split" else None
-
-
-def _base_products(
-    x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    """Returns what base layers make: the library's GEMMs, or of codes one of ours for all."""
-    codes = [weight for weight in weights if isinstance(weight, Coded)]
+        launch, n = linear_launch(stem, weights[0]), sum(weight.shape[0] for weight in weights)
+        plan = choose_plan(plan, x, weights[0], up.largest, launch, n=n, slots=slots)
+    if plan != "split":
+        return plan, None
     if codes:
-        return products_of_codes(x, codes, biases)
-    return [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+        return plan, products_of_codes(x, codes, biases)
+    return plan, [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
 
 
 def linear_launch(stem: str, weight: Weight) -> str:
@@ -232,31 +207,36 @@ def linear_launch(stem: str, weight: Weight) -> str:
     return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
 
 
-def linear_mixed(
+def linears_mixed(
     stem: str,
     x: torch.Tensor,
-    base: Weights,
-    y: torch.Tensor | None,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    ys: list[torch.Tensor] | None,
     s: torch.Tensor,
     rows: _Tensors,
     up: RankRows,
     plan: str,
     after_shrink: bool,
-) -> torch.Tensor:
-    """Returns y for s ``[splits, M, R]``, plan and y as `base_product` gave them; one launch."""
-    (m, k), n = x.shape, base.weight.shape[0]
-    if y is not None:
-        config = config_of(f"{stem}_expand", y, m, n, k, up.largest)
-        add_rank_rows_(y, s, rows, up, config=config, pdl=after_shrink)
-        return y
+) -> list[torch.Tensor]:
+    """Returns y of each module, plan and ys as `base_products` gave them; one launch.
+
+    For s ``[splits, M, R]``, or of several modules ``[splits, G, M, R]`` and tables ``[G, S]``.
+    """
+    (m, k), n = x.shape, sum(weight.shape[0] for weight in weights)
+    if ys is not None:
+        config = config_of(f"{stem}_expand", x, m, n, k, up.largest)
+        add_rank_rows_(ys, s, rows, up, config=config, pdl=after_shrink)
+        return ys
     invariant = plan == "invariant"
-    launch = linear_launch(stem, base.weight)
+    launch = linear_launch(stem, weights[0])
     config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)
-    return product_and_rank_rows(x, base, s, rows, up, config=config, pdl=after_shrink)
+    base = weights, biases
+    return products_and_rank_rows(x, *base, s, rows, up, config=config, pdl=after_shrink)
 
 
 def add_rank_rows_(
-    y: torch.Tensor,
+    ys: Sequence[torch.Tensor],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
     up: RankRows,
@@ -265,23 +245,24 @@ def add_rank_rows_(
     pdl: bool = False,
     drop: Drop = NO_DROP,
 ) -> None:
-    """Adds every row's rank rows to y ``[M, N]``, for s ``[splits, M, R]``; one launch.
+    """Adds every row's rank rows to y ``[M, N]`` of each module, s as in `linears_mixed`; a launch.
 
     ``pdl`` says that the launch before is the shrink that made s.
     """
     mixed_lora_expand.launch_mixed_lora_expand(
-        *([y], s, *rows[:3], rows[4], *up[:4]),
+        *(ys, s, *rows[:3], rows[4], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
-        pdl=pdl and chip_of(y).has_pdl,
+        pdl=pdl and chip_of(s).has_pdl,
         by_column=up.by_column,
         dropout=drop.tables(rows[3]),
     )
 
 
-def product_and_rank_rows(
+def products_and_rank_rows(
     x: torch.Tensor,
-    base: Weights,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
     up: RankRows,
@@ -289,18 +270,18 @@ def product_and_rank_rows(
     config: KernelConfig,
     pdl: bool = False,
     drop: Drop = NO_DROP,
-) -> torch.Tensor:
-    """Returns the base's product with every row's rank rows in it, ``[M, N]``; one launch.
+) -> list[torch.Tensor]:
+    """Returns each base's product with every row's rank rows in it, ``[M, N]``; one launch.
 
-    ``pdl`` is as in `add_rank_rows_`.
+    s and ``pdl`` are as in `add_rank_rows_`.
     """
-    y = empty(x, x.shape[0], base.weight.shape[0])
+    ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(
-        *([y], x, [base.weight], [base.bias], s, *rows[:3], *up[:4]),
+        *(ys, x, weights, biases, s, *rows[:3], *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         pdl=pdl and chip_of(x).has_pdl,
         by_column=up.by_column,
         dropout=drop.tables(rows[3]),
     )
-    return y
+    return ys

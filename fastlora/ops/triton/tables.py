@@ -46,7 +46,7 @@ NO_DROP = Drop(None, ())
 class RankRows(NamedTuple):
     """Adapters' rank rows behind addresses: those of a shrink, or what adds them to rows of y.
 
-    Tables are ``[G, S]`` for a shrink of G modules, else those of one module, ``[S]``.
+    Tables are ``[G, S]`` for G modules of one launch, else those of one module, ``[S]``.
 
     Attributes:
         address: int64, where lora_a lies, or lora_b.
@@ -96,8 +96,8 @@ class RankRows(NamedTuple):
         return cls(*own, lora_b[0].dtype, max(ranks), True, kept)
 
     @classmethod
-    def of_tables(cls, tables: Tables, index: int) -> RankRows:
-        """Returns those of a forward, of one module."""
+    def of_tables(cls, tables: Tables, index: int | slice) -> RankRows:
+        """Returns those of a forward, of one module, or of neighbours in tables ``[G, S]``."""
         bias = None if tables.bias_address is None else tables.bias_address[index]
         own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
         return cls(*own, tables.dtype, tables.max_rank)
