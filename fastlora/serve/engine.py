@@ -43,9 +43,6 @@ class Engine:
         length: int | None = None,
         most_waiting: int = 128,
     ) -> None:
-        for name, value in (("rows", rows), ("most_waiting", most_waiting)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
         self._adapters = adapters
         self._pool: AdapterPool = adapters.pool
         cached = Rows(model, rows, length)

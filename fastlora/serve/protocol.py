@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastlora.serve.sampling import MOST_STOPS, MOST_TEMPERATURE, Sampling
+from fastlora.serve.sampling import MOST_STOPS, Sampling
 from fastlora.validation import ConfigError
 
 # What clients send though it asks for nothing; any other value is refused like an unknown field.
@@ -67,7 +67,7 @@ class GenerationBody(_Body):
 
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
-    temperature: float | None = Field(None, ge=0, le=MOST_TEMPERATURE)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: str | _List[str] | None = None

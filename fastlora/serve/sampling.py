@@ -11,7 +11,6 @@ import torch
 from fastlora.validation import ConfigError
 
 MOST_STOPS = 4
-MOST_TEMPERATURE = 2.0
 # Below it, differences of logits leave fp32's range, and the likeliest token is what is left.
 _GREEDY = 1e-4
 
@@ -28,7 +27,7 @@ class Sampling:
         stop: Texts that end the answer, and are no part of it.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: There are too many stop texts, or an empty one. `protocol` bounds the numbers.
     """
 
     max_tokens: int | None = None
@@ -38,16 +37,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not 0.0 <= self.temperature <= MOST_TEMPERATURE:
-            raise ConfigError(
-                f"temperature must be from 0 to {MOST_TEMPERATURE:g}, got {self.temperature}"
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed must be an integer of 64 bits, got {self.seed}")
         if len(self.stop) > MOST_STOPS:
             raise ConfigError(f"stop has {len(self.stop)} texts, expected at most {MOST_STOPS}")
         if not all(self.stop):
