@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,7 @@ def test_without_the_library(tmp_path: Path, monkeypatch: Any, name: str, module
     (tmp_path / "folder").mkdir()
     written(tmp_path, "folder/state.json", "{}")
     written(tmp_path, "a.parquet", "x")
-    real = builtins.__import__
-
-    def without(wanted: str, *rest: Any) -> Any:
-        if wanted == module:
-            raise ImportError(wanted)
-        return real(wanted, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"{name}: needs {module}; install it with: pip install '"):
         read_samples([tmp_path / name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 from collections.abc import Sequence
@@ -148,11 +149,8 @@ def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
 
 def _of_parquet(path: Path) -> Rows:
     data = _bytes(path)
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: needs pyarrow; install it with: {INSTALL}") from error
+    pyarrow = _library(path, "pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
     try:
         # What `datasets` reads Parquet with; through it, a copy would stay in its cache.
         entries = parquet.read_table(io.BytesIO(data)).to_pylist()
@@ -170,10 +168,7 @@ def _of_folder(path: Path) -> Rows:
         raise DataError(
             f"{path}: is no folder that datasets' save_to_disk wrote (it has no {_OF_A_SET})"
         )
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{path}: needs datasets; install it with: {INSTALL}") from error
+    datasets = _library(path, "datasets")
     files = sorted(entry for entry in path.iterdir() if entry.is_file())
     digest = hashlib.sha256()
     try:
@@ -187,6 +182,13 @@ def _of_folder(path: Path) -> Rows:
     columns = list(entries)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]
     return Rows(_numbered(path, rows), digest.digest())
+
+
+def _library(path: Path, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"{path}: needs {name}; install it with: {INSTALL}") from error
 
 
 def _numbered(path: Path, entries: Sequence[Any]) -> list[tuple[Place, Any]]:
