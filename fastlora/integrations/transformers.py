@@ -41,6 +41,13 @@ def as_causal_model(folder: object) -> Iterator[None]:
         ) from error
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Returns the tokens that end an answer: the model's, and the tokenizer's."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {*(given if isinstance(given, (list, tuple)) else [given]), tokenizer.eos_token_id}
+    return {end for end in ends if end is not None}
+
+
 @contextlib.contextmanager
 def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
     """Hides bars of transformers and its notes, and PEFT's use of names that it is to rename.

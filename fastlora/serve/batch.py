@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastlora.integrations.transformers import end_tokens
 from fastlora.pool import AdapterPool, Lease
 from fastlora.routing.block import adapters as routed_to
 from fastlora.serve.adapters import Version
@@ -58,7 +59,7 @@ class Batch:
     ) -> None:
         self._tokenizer, self._pool, self._rows = tokenizer, pool, rows
         self._stats, self._ended = stats, ended
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         # Those that answer, then those that have a part of their prompt to read.
         self._running: list[_Running] = []
         self._answering = 0
@@ -219,10 +220,3 @@ def _not_finite(version: Version | None) -> FastLoraError:
     if version is None:
         return FailedError(f"the base model gives {what}")
     return CheckpointError(f"adapter {version.name!r} cannot be used: it gives {what}")
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Returns the tokens that end an answer: the model's, and the tokenizer's."""
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {*(given if isinstance(given, (list, tuple)) else [given]), tokenizer.eos_token_id}
-    return frozenset(end for end in ends if end is not None)

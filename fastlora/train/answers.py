@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from fastlora.integrations.transformers import end_tokens
 from fastlora.model import LoraModel
 from fastlora.routing.block import adapters
 from fastlora.train.data import Corpus
@@ -41,9 +42,6 @@ def answers(
     for i, own in enumerate(asked):
         ids[i, width - len(own) :] = torch.tensor(own, dtype=ids.dtype)
         mask[i, width - len(own) :] = 1
-    base: Any = model.get_base_model()
-    stops = base.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     with adapters(model, names):
         made = model.generate(
             input_ids=ids.to(device),
@@ -52,7 +50,7 @@ def answers(
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
-            eos_token_id=sorted(stops) or None,
+            eos_token_id=sorted(end_tokens(model.get_base_model(), tokenizer)) or None,
         )
     texts = iter(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
     return {name: [next(texts) for _ in own] for name, own in prompts.items() if own}
