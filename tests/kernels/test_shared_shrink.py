@@ -7,7 +7,7 @@ Those with lora_bias, over base layers that are called, or under autocast; mixed
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,15 +22,10 @@ from fastlora import FastLoraLinear
 from fastlora.kernels import lora_grad_a, lora_shrink
 from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.lab import Lab
 from tests.support.tiny import trainable
 
 
-@pytest.fixture(autouse=True)
-def on_the_labs_device(lab: Lab) -> Iterator[None]:
-    """Tensors are made where the kernels run."""
-    with torch.device(lab.device):
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 
 
 @pytest.fixture
