@@ -24,7 +24,6 @@ from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
 from tests.support.tiny import trainable
 
-
 pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 
 
