@@ -72,6 +72,12 @@ def with_adapters(
     return model
 
 
+def two_layers() -> nn.Module:
+    """The base of `adapted`."""
+    torch.manual_seed(0)
+    return TwoLayers()
+
+
 def adapted(
     library: Any = fastlora, seed: int = 1, base: nn.Module | None = None, **config: Any
 ) -> Any:
@@ -79,8 +85,7 @@ def adapted(
 
     It is the same at every call, and in both libraries.
     """
-    torch.manual_seed(0)
-    base = TwoLayers() if base is None else base
+    base = two_layers() if base is None else base
     torch.manual_seed(seed)
     config = {"r": 4, "target_modules": ["q", "v"], **config}
     model = library.get_peft_model(base, library.LoraConfig(**config))
