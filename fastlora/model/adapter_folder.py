@@ -106,13 +106,17 @@ class AdapterHeader:
 
 
 @dataclass(frozen=True)
-class AdapterFile(AdapterHeader):
+class AdapterFile:
     """An adapter folder, checked and loaded.
 
     Attributes:
+        path, config, keys: As in `AdapterHeader`.
         tensors: Key on disk -> tensor on the CPU, in the file's dtype; no duplicates.
     """
 
+    path: Path
+    config: LoraConfig
+    keys: dict[str, AdapterKey]
     tensors: dict[str, torch.Tensor]
 
 
@@ -126,7 +130,7 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
     header = inspect_adapter_folder(path)
     tensors = read_tensors(header.path / WEIGHTS_NAME, header.infos)
     wanted = {key: tensors[key] for key, k in header.keys.items() if k.kind != "duplicate"}
-    return AdapterFile(**vars(header), tensors=wanted)
+    return AdapterFile(header.path, header.config, header.keys, wanted)
 
 
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
@@ -139,15 +143,14 @@ def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile
     """
     if not mapping:
         return file
-    names = {key: _renamed(key.removeprefix(KEY_PREFIX), mapping) for key in file.infos}
+    names = {key: _renamed(key.removeprefix(KEY_PREFIX), mapping) for key in file.keys}
     new = {key: f"{KEY_PREFIX}{name}" for key, name in names.items()}
     keys: dict[str, AdapterKey] = {}
     for key, parts in file.keys.items():
         end = key.removeprefix(f"{KEY_PREFIX}{parts.module}")
         keys[new[key]] = AdapterKey(names[key].removesuffix(end), parts.kind)
-    infos = {new[key]: info for key, info in file.infos.items()}
     tensors = {new[key]: tensor for key, tensor in file.tensors.items()}
-    return AdapterFile(file.path, file.config, infos, keys, tensors)
+    return AdapterFile(file.path, file.config, keys, tensors)
 
 
 def _renamed(name: str, mapping: Mapping[str, str]) -> str:

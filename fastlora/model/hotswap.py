@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -37,7 +35,7 @@ from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.config import LoraConfig, own_config
 from fastlora.model.inject import lora_layers
 from fastlora.model.plan import factor_shapes
-from fastlora.model.tuner import tuner_of
+from fastlora.model.tuner import peft_function, tuner_of
 from fastlora.model.walk import base_of
 from fastlora.validation import (
     AdapterStateError,
@@ -412,11 +410,8 @@ def _refuse_split(name: str, layer: LoraLayer) -> None:
 
 
 def _theirs(model: nn.Module, function: str) -> Any:
-    """Returns a function of PEFT's for a model with layers of PEFT's; raises for one without."""
-    layers: Any = sys.modules.get("peft.tuners.lora.layer")
-    if layers is not None and any(isinstance(m, layers.LoraLayer) for m in model.modules()):
-        return getattr(importlib.import_module("peft.utils.hotswap"), function)
-    raise AdapterStateError(
+    refusal = AdapterStateError(
         "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` "
         "after loading the first adapter and before loading the second adapter."
     )
+    return peft_function(model, "peft.utils.hotswap", function, refusal)

@@ -7,9 +7,7 @@ PEFT 0.21.2 (``tuners/lora/conversion.py`` and ``intruders.py``). `reduce_rank` 
 from __future__ import annotations
 
 import copy
-import importlib
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from fastlora.model.computed import (
     pair_of,
 )
 from fastlora.model.inject import lora_layers
-from fastlora.model.tuner import tuner_of
+from fastlora.model.tuner import peft_function, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -321,11 +319,8 @@ def _silent(*_: object) -> None:
 
 
 def _theirs(model: nn.Module, function: str) -> Any:
-    """Returns a function of PEFT's for a model with layers of PEFT's; raises for one without."""
-    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
-    if layers is not None and any(isinstance(m, layers.BaseTunerLayer) for m in model.modules()):
-        return getattr(importlib.import_module("peft"), function)
-    raise UnsupportedLayerError(
+    refusal = UnsupportedLayerError(
         f"Could not detect any layer that supports LoRA conversion in a {type(model).__name__}; "
         "expected a fastlora.LoraModel, or a model of PEFT's"
     )
+    return peft_function(model, "peft", function, refusal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,6 +49,19 @@ def test_status_and_conversion(tmp_path: Path) -> None:
     torch.manual_seed(0)
     again = peft.PeftModel.from_pretrained(TwoLayers(), tmp_path).eval()
     torch.testing.assert_close(again(X).detach(), model(X).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_model_with_layers_of_ours_is_refused(tmp_path: Path) -> None:
+    """It is no model of PEFT's either, although its layers are PEFT's by registration."""
+    base = adapted().get_base_model()
+    for call in (
+        lambda: fastlora.convert_to_lora(base, 2),
+        lambda: peft.convert_to_lora(base, 2),
+        lambda: fastlora.save_as_lora(tmp_path, base, 2),
+        lambda: fastlora.hotswap_adapter(base, tmp_path, "default"),
+    ):
+        with pytest.raises(ValueError, match="Could not detect any layer|No adapter layers found"):
+            call()
 
 
 def test_intruders_and_loraplus() -> None:

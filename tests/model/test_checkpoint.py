@@ -184,7 +184,7 @@ def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     config = LoraConfig(r=2, target_modules=["q"])
     save_adapter_folder(tmp_path, config, tensors)
     file = load_adapter_folder(tmp_path)
-    assert list(file.tensors) == list(file.infos)
+    assert list(file.tensors) == list(file.keys)
     for key, tensor in tensors.items():
         assert file.tensors[key].dtype == dtype
         assert torch.equal(file.tensors[key].nan_to_num(7.0), tensor.nan_to_num(7.0))
