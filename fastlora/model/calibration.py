@@ -27,7 +27,8 @@ from fastlora.init.data import (
     write_cache,
 )
 from fastlora.layers.bases import is_transposed, why_not_replaceable
-from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.config import LoraConfig
+from fastlora.model.plan import own_config
 from fastlora.model.targets import find_targets
 from fastlora.model.tuner import tuner_of
 from fastlora.model.walk import base_of

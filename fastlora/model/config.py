@@ -405,11 +405,6 @@ class LoraConfig(ConfigMethods):
             return cls.from_dict(data, for_loading=for_loading)
 
 
-def own_config(config: Any) -> LoraConfig:
-    """Returns a config of either library as ours; one of ours is the same object."""
-    return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
-
-
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """Returns the first key that, as a regular expression, matches the last parts of ``name``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)

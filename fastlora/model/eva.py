@@ -25,9 +25,9 @@ from fastlora.layers import LoraLayer
 from fastlora.layers.bases import is_transposed, linear_features
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
-from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
-from fastlora.model.plan import settings_for
+from fastlora.model.plan import own_config, settings_for
 from fastlora.model.targets import find_targets, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError

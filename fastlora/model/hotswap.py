@@ -32,11 +32,11 @@ from fastlora.layers.ranks import (
 )
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
-from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
-from fastlora.model.plan import factor_shapes
-from fastlora.model.tuner import peft_function, tuner_of
-from fastlora.model.walk import base_of
+from fastlora.model.plan import factor_shapes, own_config
+from fastlora.model.tuner import tuner_of
+from fastlora.model.walk import base_of, peft_function
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,

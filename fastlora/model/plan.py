@@ -21,7 +21,7 @@ from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.config import LoraConfig, own_config
+from fastlora.model.config import LoraConfig
 from fastlora.model.replication import Replication, in_place, replication_for
 from fastlora.model.targets import find_modules_to_save, find_targets, resolve_target_modules
 from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
@@ -267,3 +267,8 @@ def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> dict[str,
     base = base_of(module)
     kind = kind_of(base, config.custom_modules)
     return {} if kind is None else kind.shapes(base, settings_for(name, config))
+
+
+def own_config(config: Any) -> LoraConfig:
+    """Returns a config of either library as ours; one of ours is the same object."""
+    return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

@@ -28,7 +28,8 @@ from fastlora.model.computed import (
     pair_of,
 )
 from fastlora.model.inject import lora_layers
-from fastlora.model.tuner import peft_function, tuner_of
+from fastlora.model.tuner import tuner_of
+from fastlora.model.walk import peft_function
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 if TYPE_CHECKING:

@@ -7,8 +7,6 @@ model's own calls are `fastlora.model`'s.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import Init
-from fastlora.layers import LoraLayer, ModuleWrapper
+from fastlora.layers import ModuleWrapper
 from fastlora.layers.factors import Parameters
 from fastlora.layers.quantised import keep_layout
 from fastlora.model import inject
@@ -484,23 +482,6 @@ def tuner_of(model: object) -> LoraTuner | None:
     """Returns the tuner of a `LoraModel`; None for any other object."""
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, LoraTuner) else None
-
-
-def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:
-    """Returns a function of PEFT's for a model with layers of PEFT's own.
-
-    Args:
-        model: Any.
-        module: Of PEFT's.
-        name: Of the function there.
-        refusal: What is raised where the model has no such layer.
-    """
-    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
-    kind = () if layers is None else layers.BaseTunerLayer
-    # Ours are PEFT's too, by registration.
-    if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
-        return getattr(importlib.import_module(module), name)
-    raise refusal
 
 
 @register_router

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,3 +108,20 @@ def base_modules(
             for inner, part in original.named_modules(remove_duplicate=remove_duplicate):
                 if inner:
                     yield f"{name}.{inner}", part, True
+
+
+def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:
+    """Returns a function of PEFT's for a model with layers of PEFT's own.
+
+    Args:
+        model: Any.
+        module: Of PEFT's.
+        name: Of the function there.
+        refusal: What is raised where the model has no such layer.
+    """
+    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
+    kind = () if layers is None else layers.BaseTunerLayer
+    # Ours are PEFT's too, by registration.
+    if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
+        return getattr(importlib.import_module(module), name)
+    raise refusal

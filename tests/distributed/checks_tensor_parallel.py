@@ -25,7 +25,6 @@ from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
-from tests.distributed.checks_fsdp2 import raises
 from tests.distributed.checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
     check_dora_dropout,
     check_dora_fresh,
@@ -45,6 +44,7 @@ from tests.support.distributed.split_models import (
     mesh,
     pair,
 )
+from tests.support.distributed.steps import raises
 
 
 def check_inference_mode(folder: Path) -> None:

@@ -19,7 +19,6 @@ from fastlora.ops.torch import reference
 from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError
-from tests.distributed.checks_fsdp2 import raises
 from tests.support.distributed import steps
 from tests.support.distributed.split_models import (
     IDS,
@@ -28,6 +27,7 @@ from tests.support.distributed.split_models import (
     pair,
     results,
 )
+from tests.support.distributed.steps import raises
 
 BOTH = ("default", "b")
 P = 0.5

@@ -35,9 +35,6 @@ X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 CORDA, FILES = {"init_lora_weights": "corda"}, ("cache_file", "covariance_file")
 
 
-# --------------------------------------------------------------------------------------- CorDA
-
-
 def test_corda_cache_files_and_calibrations_are_either_librarys(tmp_path: Path) -> None:
     base = two_layers()
     reference = started(fastlora, copy.deepcopy(base), **CORDA)
@@ -127,9 +124,6 @@ def test_corda_refusals(tmp_path: Path) -> None:
     fastlora.get_peft_model(model, config)
     with pytest.raises(ConfigError, match="corda_method must be one of 'ipm', 'kpm', got 'cpm'"):
         CordaConfig(corda_method="cpm")
-
-
-# -------------------------------------------------------------------------------------- LoRA-GA
 
 
 def test_lora_ga_files(tmp_path: Path) -> None:
@@ -237,9 +231,6 @@ def test_lora_ga_refusals() -> None:
     with pytest.raises(InitialisationError, match="'v': .* r=9, expected at most 8, half"):
         fastlora.get_peft_model(model, high)
     assert model.q.weight.equal(before) and model.q._peft_loraga_grad is not None
-
-
-# ------------------------------------------------------------------------------------------ EVA
 
 
 def llama_batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -433,9 +424,6 @@ def test_eva_refusals() -> None:
     for values, words in (({"rho": 0.5}, "`rho` must be >= 1.0"), ({"tau": 2.0}, "between 0.0")):
         with pytest.raises(ConfigError, match=words):
             EvaConfig(**values)
-
-
-# ------------------------------------------------------------------------------------- settings
 
 
 def test_settings_in_files_and_objects(tmp_path: Path) -> None:

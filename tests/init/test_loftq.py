@@ -147,9 +147,6 @@ def test_files_of_peft_load(on_a_cpu: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------ a model that is quantised
-
-
 def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(two_layers_of_quantised(), path)

@@ -31,9 +31,6 @@ def of_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
 
 
-# ------------------------------------------------------------------------------------- loading
-
-
 def test_load_adapter_answers(tmp_path: Path) -> None:
     """It returns missing and unexpected keys, and a trainable adapter trains though not active."""
     made().save_pretrained(tmp_path)
@@ -52,10 +49,9 @@ def test_arguments_of_loading(tmp_path: Path) -> None:
     saved = made()
     saved.add_adapter("b", LoraConfig(r=4, target_modules=["q"]))
     saved.save_pretrained(tmp_path)
-    idle = {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True, "torch_device": "cpu"}
-    idle["revision"] = None
+    idle = {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True, "revision": None}
     torch.manual_seed(1)
-    model = LoraModel.from_pretrained(TwoLayers(), tmp_path, max_memory={0: 1}, **idle)
+    model = LoraModel.from_pretrained(TwoLayers(), tmp_path, torch_device="cpu", **idle)
     x = torch.randn(3, 16)
     assert torch.equal(model(x), saved.eval()(x))
     model.load_adapter(tmp_path, "b", subfolder="b", ignore_mismatched_sizes=False)
@@ -164,17 +160,8 @@ def test_the_class_of_the_base_model_is_in_the_file(tmp_path: Path) -> None:
     for model in (made(), peft.get_peft_model(TwoLayers(), peft.LoraConfig(**CONFIG))):
         model.save_pretrained(tmp_path)
         found.append(LoraConfig.from_json_file(tmp_path / "adapter_config.json")["auto_mapping"])
-    assert (
-        found[0]
-        == found[1]
-        == {
-            "base_model_class": "TwoLayers",
-            "parent_library": "tests.support.tiny",
-        }
-    )
-
-
-# --------------------------------------------------------------------------------- state dicts
+    assert found[0] == found[1] and found[0]["base_model_class"] == "TwoLayers"
+    assert found[0]["parent_library"] == "tests.support.tiny"
 
 
 @pytest.mark.parametrize("outer", [True, False])
@@ -220,9 +207,6 @@ def test_base_model_state_dict() -> None:
         peft.set_base_model_state_dict(model, changed)
     missing = peft.set_base_model_state_dict(model, changed, strict=False).missing_keys
     assert missing == ["q.weight"]
-
-
-# --------------------------------------------------------------------------------------- flags
 
 
 def test_requires_grad_while_disabled() -> None:
@@ -320,9 +304,6 @@ def test_a_copy_that_returns_tuples_in_a_mixed_batch() -> None:
     assert rest["none"] is None and first.shape == (3, 5)
 
 
-# ------------------------------------------------------------------- names, traces, pipelines
-
-
 def test_patched_classes_print_as_pefts() -> None:
     """`repr` and PEFT's status name the classes of a patched model as before."""
     model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(**CONFIG))
@@ -361,9 +342,6 @@ def test_pipelines_take_models_of_ours(caplog: pytest.LogCaptureFixture) -> None
         "text-classification", model=model.get_base_model(), tokenizer=Tokenizer(), device="cpu"
     )
     assert "not supported" in caplog.text
-
-
-# --------------------------------------------------------------------------- inside of layers
 
 
 def test_layers_answer_under_pefts_names() -> None:

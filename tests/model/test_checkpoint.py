@@ -65,8 +65,6 @@ def refusal(folder: Path) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------- with PEFT
-
 PEFT_CONFIGS = [
     {"target_modules": ["q"]},
     {"target_modules": ["q", "v"], "rank_pattern": {"deep.q": 1}, "alpha_pattern": {"v": 3}},
@@ -171,9 +169,6 @@ def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
     assert "the config says use_dora=False" in refusal(tmp_path)
 
 
-# ------------------------------------------------------------------------------------- round trip
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = factors(2, dtype=dtype)
@@ -235,9 +230,6 @@ def test_nothing_inconsistent_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file, expected a folder"):
         save_adapter_folder(tmp_path / "file", LoraConfig(r=2, target_modules=["q"]), factors(2))
-
-
-# ------------------------------------------------------------------------------------- refusals
 
 
 def test_missing_things_say_what_to_do(tmp_path: Path, folder: Path) -> None:

@@ -149,9 +149,6 @@ def test_none_patterns_are_empty() -> None:
     assert config.rank_for("q") == 8 and config.alpha_for("q") == 8
 
 
-# ---------------------------------------------------------------------- rank and scaling
-
-
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -194,8 +191,6 @@ def test_rank_and_scaling_are_pefts(
         assert ours.alpha_for(name) == layer.lora_alpha["default"], name
         assert math.isclose(ours.scaling_for(name), layer.scaling["default"], rel_tol=1e-15)
 
-
-# ---------------------------------------------------------------------- refusals
 
 BAD = [
     ({"r": 0}, "r must be a positive integer, got 0"),

@@ -24,9 +24,6 @@ pytest.importorskip("transformers", reason="uses a Llama")
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------------ numbers
-
-
 def test_autocast_of_a_whole_model() -> None:
     """Under bf16 autocast, layers that get bf16 inputs over fp32 weights compute and train."""
     ours, theirs, patched = twins(tiny_llama, target_modules="all-linear")
@@ -56,9 +53,6 @@ def test_fp16_keeps_its_range() -> None:
     )
     assert y.dtype == torch.float16
     assert_within_budget(y, near, exact)
-
-
-# --------------------------------------------------------- modules that users and libraries change
 
 
 def test_a_factor_under_a_weight_norm_is_called() -> None:
@@ -110,9 +104,6 @@ def test_wrapper_shows_the_weight() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
     assert adapted.base_model.model.q.weight is weight
     assert adapted.base_model.model.q.bias is model.q.bias
-
-
-# ------------------------------------------------------------------------------------- merging
 
 
 def test_merging_a_name_twice_counts_once() -> None:

@@ -149,9 +149,6 @@ def test_multihead_attention_is_refused() -> None:
         get_peft_model(model, LoraConfig(r=2, target_modules=["out_proj"]))
 
 
-# --------------------------------------------------------------------------------------- files
-
-
 def test_a_given_state_dict(tmp_path: Path) -> None:
     """A state without the base's biases is enough; one without a factor is refused by name."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"], bias="all"))

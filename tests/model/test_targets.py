@@ -250,13 +250,10 @@ def test_nothing_found(fields: dict[str, object], words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-def test_no_default_for_the_architecture() -> None:
-    with pytest.raises(ConfigError, match="target_modules is None.*expected a list"):
-        find_targets(Tower(), LoraConfig())
-
-
-def test_default_that_is_a_regex_cannot_be_filtered_by_layer() -> None:
+def test_no_default_for_the_architecture_or_one_that_layers_cannot_filter() -> None:
     model = Tower()
+    with pytest.raises(ConfigError, match="target_modules is None.*expected a list"):
+        find_targets(model, LoraConfig())
     model.config = {"model_type": "gemma4"}
     with pytest.raises(ConfigError, match="layers_to_transform"):
         find_targets(model, LoraConfig(layers_to_transform=1))

@@ -22,6 +22,16 @@ SAMPLES, LENGTH = 4, 6
 STEPS = 2
 
 
+def raises(error: Any, match: str, function: Any, *args: Any, **kwargs: Any) -> None:
+    """Asserts that a call raises, with a message that has ``match`` in it."""
+    try:
+        function(*args, **kwargs)
+    except error as found:
+        assert match in str(found), found
+    else:
+        raise AssertionError(f"{function} did not raise {error.__name__}")
+
+
 def rank() -> int:
     """This process's number."""
     return dist.get_rank()
