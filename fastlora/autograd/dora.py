@@ -26,7 +26,7 @@ from fastlora.ops.torch.scale import scale_columns, scale_columns_backward, scal
 
 
 class DoraScale(torch.autograd.Function):
-    """``y = g * u + bias``, for one magnitude or for segments of rows with one each.
+    """``y = g * u + bias``.
 
     Saves u, which only the magnitude's gradient needs, where that is wanted; and N numbers.
     """
@@ -36,43 +36,25 @@ class DoraScale(torch.autograd.Function):
         ctx: Any,
         u: torch.Tensor,
         bias: torch.Tensor | None,
-        lengths: tuple[int, ...] | None,
         traced: bool,
-        *pairs: torch.Tensor,
+        magnitude: torch.Tensor,
+        squares: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``pairs`` holds magnitude and the norm's squares of each segment in turn.
-
-        ``u [..., N]``; ``lengths`` are the rows of each segment, None for one segment of all rows;
-        ``traced`` says that a graph is being compiled, where there is one segment.
-        """
+        """Takes ``u [..., N]``; ``traced`` says that a graph is being compiled."""
         rows = u.reshape(-1, u.shape[-1])
-        if lengths is None:
-            y = scale_columns(rows, bias, scale_of(*pairs), traced=traced)
-        else:
-            parts = zip(rows.split(lengths), pairs[::2], pairs[1::2], strict=True)
-            y = torch.cat([scale_columns(part, bias, scale_of(m, sq)) for part, m, sq in parts])
-        ctx.lengths, ctx.bias_dtype = lengths, None if bias is None else bias.dtype
-        ctx.traced = traced
-        ctx.save_for_backward(u if any(ctx.needs_input_grad[4:]) else None, *pairs)
+        y = scale_columns(rows, bias, scale_of(magnitude, squares), traced=traced)
+        ctx.traced, ctx.bias_dtype = traced, None if bias is None else bias.dtype
+        ctx.save_for_backward(u if ctx.needs_input_grad[3] else None, magnitude, squares)
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, *pairs = ctx.saved_tensors
+        u, magnitude, squares = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])
-        lengths = (dy.shape[0],) if ctx.lengths is None else ctx.lengths
-        grads = dy.split(lengths)
-        parts = grads if u is None else u.reshape(dy.shape).split(lengths)
-        scaled: list[torch.Tensor] = []
-        d_pairs: list[torch.Tensor | None] = []
-        for i, (dy_own, part) in enumerate(zip(grads, parts, strict=True)):
-            magnitude, squares = pairs[2 * i : 2 * i + 2]
-            u_own = part if ctx.needs_input_grad[4 + 2 * i] else None
-            du, d_own = scale_columns_backward(dy_own, u_own, magnitude, squares, ctx.traced)
-            scaled.append(du)
-            d_pairs += [None if d_own is None else d_own.to(magnitude.dtype), None]
+        rows = None if u is None else u.reshape(dy.shape)
+        du, d_own = scale_columns_backward(dy, rows, magnitude, squares, ctx.traced)
+        d_magnitude = None if d_own is None else d_own.to(magnitude.dtype)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        du = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
-        dx = du.view(grad.shape) if ctx.needs_input_grad[0] else None
-        return dx, d_bias, None, None, *d_pairs
+        d_u = du.view(grad.shape) if ctx.needs_input_grad[0] else None
+        return d_u, d_bias, None, d_magnitude, None

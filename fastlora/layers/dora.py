@@ -67,7 +67,7 @@ def _scaled(
 ) -> torch.Tensor:
     """Returns ``g * u + bias`` for ``u [..., N]``, in u's memory where no graph is recorded."""
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, None, traced, magnitude, squares)
+        return DoraScale.apply(u, bias, traced, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
     rows = scale_columns(rows, bias, scale, True, traced=traced)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see `run`

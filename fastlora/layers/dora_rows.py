@@ -231,8 +231,8 @@ def _scale_segments(
         index = places if rows.in_order else rows.order.index_select(0, places).long()
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
-    pairs = [tensor for segment in segments for tensor in scales[segment.slot]]
-    scaled = DoraScale.apply(u, bias, lengths, False, *pairs)
+    parts = zip(u.split(lengths), segments, strict=True)
+    scaled = torch.cat([DoraScale.apply(p, bias, False, *scales[s.slot]) for p, s in parts])
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 
