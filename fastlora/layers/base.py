@@ -326,10 +326,6 @@ class LoraLayer(Mergeable):
         held = {part: self._part(part) for part in self.adapter_parts}
         return {p: holder[adapter_name] for p, holder in held.items() if adapter_name in holder}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget_packed()
-        super()._load_from_state_dict(*args, **kwargs)
-
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names of what holds each adapter's factors."""

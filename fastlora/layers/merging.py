@@ -306,6 +306,7 @@ class Mergeable(Adapted, CommonLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         forget_weights(self)
+        self._forget_packed()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

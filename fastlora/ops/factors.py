@@ -6,7 +6,7 @@ Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]`
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +76,9 @@ class Slots(NamedTuple):
 
     Attributes:
         own: Factors of each slot; None where the adapter leaves the linear alone.
-        key: Names the adapters and the linear.
     """
 
     own: tuple[Factors | None, ...]
-    key: Hashable = None
 
     @property
     def present(self) -> list[Factors]:
