@@ -133,7 +133,26 @@ class Adapted:
         *,
         keep_base: bool = True,
     ) -> None:
-        """Writes adapters into the base weight; for arguments see `LoraLayer.merge`."""
+        """Adds adapters to the base weight, so that the forward is that of the base layer.
+
+        Args:
+            safe_merge: Refuse a result that is not finite.
+            adapter_names: Which; None for the active ones. Those merged already are left out.
+            keep_base: Keep a copy of the weight until `unmerge`, which then restores it bit for
+                bit. False saves that memory, and `unmerge` subtracts instead, as PEFT does.
+
+        Raises:
+            AdapterNotFoundError: The layer has no such adapter.
+            AdapterStateError: ``safe_merge`` found a value that is not finite, or lora_bias has no
+                base bias to go into. Nothing has changed then.
+            UnsupportedLayerError: The base weight cannot take an update.
+        """
+        names = self.check_merge(safe_merge, adapter_names)
+        if names:
+            self._merge(names, keep_base)
+
+    def _merge(self, names: list[str], keep_base: bool) -> None:
+        """`merge` of adapters that have been checked."""
 
     def unmerge(self) -> None:
         """Takes them out again."""

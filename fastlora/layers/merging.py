@@ -64,30 +64,7 @@ class Mergeable(Adapted, CommonLayer):
         """Whether something holds in every process, so that all raise or none does."""
         return holds
 
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        *,
-        keep_base: bool = True,
-    ) -> None:
-        """Adds adapters to the base weight, so that the forward is one plain linear.
-
-        Args:
-            safe_merge: Refuse a result that is not finite.
-            adapter_names: Which; None for the active ones. Those merged already are left out.
-            keep_base: Keep a copy of the weight until `unmerge`, which then restores it bit for
-                bit. False saves that memory, and `unmerge` subtracts instead, as PEFT does.
-
-        Raises:
-            AdapterNotFoundError: The layer has no such adapter.
-            AdapterStateError: ``safe_merge`` found a value that is not finite, or lora_bias has no
-                base bias to go into. Nothing has changed then.
-            UnsupportedLayerError: The base weight cannot take an update.
-        """
-        names = self.check_merge(safe_merge, adapter_names)
-        if not names:
-            return
+    def _merge(self, names: list[str], keep_base: bool) -> None:
         weight, bias = self._mergeable()
         kept = _kept(weight, bias) if keep_base and not self.merged else self._unmerged
         scales = self._merged_scales | self._scales(names)

@@ -111,15 +111,8 @@ class TiedLoraHead(AddedLora):
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         return Plain(self.weight), None
 
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        *,
-        keep_base: bool = True,
-    ) -> None:
-        """Notes what is merged: the weight is the embedding's, which merges it."""
-        self.merged_adapters += self.check_merge(safe_merge, adapter_names)
+    def _merge(self, names: list[str], keep_base: bool) -> None:
+        self.merged_adapters += names  # the weight is the embedding's, which merges them
 
     def unmerge(self) -> None:
         """Undoes `merge`."""

@@ -341,16 +341,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return names
 
     @torch.no_grad()
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        *,
-        keep_base: bool = True,
-    ) -> None:
+    def _merge(self, names: list[str], keep_base: bool) -> None:
         """Writes adapters' rows into the weight; what was there is kept until `unmerge`."""
         weight: Any = self.get_base_layer().weight
-        for name in self.check_merge(safe_merge, adapter_names):
+        for name in names:
             if not self._shares_weight():
                 index = self._index(name, weight.device)
                 self._before[name] = weight.detach()[index].clone()

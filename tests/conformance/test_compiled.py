@@ -192,7 +192,9 @@ def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:
 
 def test_operators() -> None:
     """Schema, fake, autograd and dispatch agree, of every operator that plain PyTorch reaches."""
-    subjects = [Subject(case) for case in CASES if case.rows == "mixed" or case.feature == "dropout"]
+    subjects = [
+        Subject(case) for case in CASES if case.rows == "mixed" or case.feature == "dropout"
+    ]
     reached = reached_by(subjects)
     # Those of kernels are reached in Triton's interpreter.
     assert 0 < len({name for name, _ in reached}) < len(registered())
