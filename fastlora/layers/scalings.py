@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 
-_MISSING = object()
-
-
 Scaling = float | torch.Tensor
 
 
@@ -22,7 +19,8 @@ class Scalings(dict[str, Scaling]):
 
     Attributes:
         tensors: Adapter name to a tensor of that value, replaced when the value changes: backwards
-            may still need the old one. A value that is a tensor is here itself.
+            may still need the old one. A value that is a tensor is here itself. Of a name that went
+            one may stay.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -67,26 +65,6 @@ class Scalings(dict[str, Scaling]):
             with torch.inference_mode(False):  # it will be saved for a backward one day
                 value = torch.full((), value, dtype=dtype, device=device)
         self.tensors[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        del self.tensors[name]
-
-    def pop(self, name: str, default: object = _MISSING) -> Any:
-        """As a dict's."""
-        self.tensors.pop(name, None)
-        return super().pop(name) if default is _MISSING else super().pop(name, default)
-
-    def popitem(self) -> tuple[str, Scaling]:
-        """As a dict's."""
-        name, value = super().popitem()
-        del self.tensors[name]
-        return name, value
-
-    def clear(self) -> None:
-        """As a dict's."""
-        super().clear()
-        self.tensors.clear()
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
         """As a dict's, but that there is no None."""
