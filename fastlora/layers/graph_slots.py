@@ -10,12 +10,11 @@ import torch
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora_rows import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
+from fastlora.ops.conditions import KERNEL_DTYPES
 from fastlora.ops.factors import Slots
 
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class InGraph(NamedTuple):
@@ -59,7 +58,7 @@ def slots_of(call: MixedCall, layer: CommonLayer) -> InGraph | None:
         None if slot in dora.dropped else own.get(name) for slot, name in enumerate(batch.names)
     ]
     slots = Slots(tuple(acting))
-    if dtype_of(slots) not in _KERNEL_DTYPES and layer.impl != "triton":
+    if dtype_of(slots) not in KERNEL_DTYPES and layer.impl != "triton":
         impl = "eager"
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     scalings = [0.0 if factors is None else factors.scaling for factors in acting]

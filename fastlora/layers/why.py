@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.factors import why_not_fused
+from fastlora.ops.conditions import KERNEL_DTYPES
 from fastlora.ops.factors import Slots
 from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
 DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fusion(
@@ -102,7 +102,7 @@ def why_not_lists(routing: Routing, slots: Slots) -> str:
             if tensor is not None:
                 dtypes.setdefault(tensor.dtype, name)
     for dtype, name in dtypes.items():
-        if dtype not in _KERNEL_DTYPES:
+        if dtype not in KERNEL_DTYPES:
             return f"adapter {name!r} has a factor of {dtype}, expected fp16, bf16 or fp32"
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} (adapter {name!r})" for dtype, name in dtypes.items())

@@ -36,7 +36,7 @@ IMPLEMENTATIONS = ("auto", "triton", "eager")
 
 # Types of devices that "auto" means kernels for, where they run.
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (torch.Tensor, nn.Parameter)
 # Types that know autocast in every installation of torch.
 _USUAL_DEVICES = ("cpu", "cuda")
@@ -138,7 +138,7 @@ def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -
         return "eager"
     runs, why = triton_status(device_type, device.index or 0)
     dtype = dtype or x.dtype
-    if runs and dtype not in _TRITON_DTYPES:
+    if runs and dtype not in KERNEL_DTYPES:
         runs, why = False, f"the kernels take fp16, bf16 and fp32, got {dtype}"
     if runs:
         return "triton"
