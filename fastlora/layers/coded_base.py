@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
 _CAPTURED = "a CUDA graph is being captured; run a forward before"
+# A module's kind; and by dtype its weight for kernels, or why there is none.
+_Found = tuple[Quantised | None, dict[torch.dtype, CodedWeight | str]]
 
 
 class KeptCode(Kept):
@@ -55,8 +57,8 @@ class KeptCode(Kept):
     found: Quantised | None
     dtype: torch.dtype | None
     repacked: Repacked | None
-    _of: tuple[nn.Module | None, Hashable]  # of which module and weight they are
-    _made: dict[torch.dtype, CodedWeight | str]
+    # Of which module and weight, and what was made of that: in one, for threads.
+    _of: tuple[nn.Module | None, Hashable, _Found | None]
 
     def __init__(self) -> None:
         self._captured: list[CodedWeight] = []
@@ -87,7 +89,7 @@ class KeptCode(Kept):
     def forget(self, captured: bool = False) -> None:
         """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
         self.weight = self.found = self.dtype = self.repacked = None
-        self.why, self._of, self._made = "", (None, None), {}
+        self.why, self._of = "", (None, None, None)
         if captured:
             self._captured.clear()
 
@@ -96,35 +98,40 @@ class KeptCode(Kept):
         try:
             if self._look(module) is None:
                 return None
-        except UnsupportedLayerError:  # not quantised yet
+        except (UnsupportedLayerError, AttributeError):  # as in `_code`
             return None
         repacked = self.repacked
         if repacked is None:
             repacked = self.repacked = Repacked(module)
         return None if not repacked.takes(x) or why_hooked(module) else repacked(x)
 
-    def _look(self, module: nn.Module) -> Hashable | None:
-        """Forgets what is of another weight, or was made before a write; None if nobody counts."""
-        known, before = self._of
-        stamp = _stamp_of(module, self.found) if known is module else None
-        if stamp is None or stamp != before:
-            self._of, self._made, self.repacked = (None, None), {}, None
-            self.found = None
-            self.found = quantised(module)
-            stamp = _stamp_of(module, self.found)
-            self._of = module, stamp
-        return stamp
+    def _look(self, module: nn.Module) -> _Found | None:
+        """Returns a module's kind, and what was made of its weight; None if nobody counts writes.
+
+        What is of another weight, or was made before a write, is forgotten.
+        """
+        known, before, kept = self._of
+        stamp = _stamp_of(module, kept[0]) if kept is not None and known is module else None
+        if kept is None or stamp is None or stamp != before:
+            self._of, self.found, self.repacked = (None, None, None), None, None
+            found = self.found = quantised(module)
+            stamp, kept = _stamp_of(module, found), (found, {})
+            self._of = module, stamp, kept
+        self.found = kept[0]
+        return None if stamp is None else kept
 
     def _code(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | str:
         """Returns the weight for kernels, or why there is none."""
         try:
-            if self._look(module) is None:
-                return _UNCOUNTED
+            kept = self._look(module)
         except UnsupportedLayerError as error:  # not quantised yet
             return str(error)
         except AttributeError as error:  # another version of a library's
-            return str(error) if self.found is None else self.found.lacks(error)
-        found, made = self.found, self._made
+            found = self.found
+            return str(error) if found is None else found.lacks(error)
+        if kept is None:
+            return _UNCOUNTED
+        found, made = kept
         own = None if found is None else found.computes_in()
         dtype = dtype or own or next(reversed(made), torch.float16)
         code = made.get(dtype)

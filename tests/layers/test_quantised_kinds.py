@@ -224,6 +224,22 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.find(module, torch.float16) is not None
 
 
+def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a look at the weight and its use, as a change of mode in another thread does."""
+    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
+    kept, look = KeptCode(), KeptCode._look
+
+    def looks(self: KeptCode, module: nn.Module) -> Any:
+        found = look(self, module)
+        self.forget()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptCode, "_look", looks)
+        assert kept.find(module, torch.float16) is not None, kept.why
+    assert kept.find(module, torch.float16) is not None, kept.why
+
+
 def test_an_error_of_our_own_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what reads a library's fields may lack one."""
     module = quantise(nn.Linear(128, 48), "nf4")
