@@ -44,12 +44,14 @@ def make_dropout_explicit(model: nn.Module, p: float) -> None:
 
 
 def randomise(model: nn.Module) -> None:
-    """Gives factors and magnitudes random values, the same in any model of these names."""
+    """Gives factors, magnitudes and copies other values, the same in any model of these names."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if "lora_A" in name or "lora_B" in name:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+            if "modules_to_save" in name:
+                parameter.mul_(1.25)
             if "magnitude" in name:
                 factors = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
                 parameter.mul_(factors.to(parameter.dtype))
