@@ -7,6 +7,7 @@ see `fastlora.integrations.as_peft`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from fastlora.validation import CheckpointError
 
 # What transformers raises where files are missing or damaged.
 CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
+
+
+def _transformers_lora_model() -> type[LoraModel]:
+    """Returns the class of adapter models; importing PEFT makes it one of PEFT's too."""
+    importlib.import_module("peft")
+    return LoraModel
 
 
 def _name_to_pipelines() -> None:
@@ -68,3 +75,10 @@ def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def __getattr__(name: str) -> Any:
+    """Finds `LoraModel` under the name that it once had here, for pickled models."""
+    if name == "TransformersLoraModel":
+        return _transformers_lora_model()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

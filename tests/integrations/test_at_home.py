@@ -60,6 +60,12 @@ def test_config_is_pefts() -> None:
     assert {k: v for k, v in theirs.items() if v != ours[k]} == {"target_modules": {"q"}}
 
 
+def test_the_name_in_old_pickles_of_models() -> None:
+    """Models that were pickled when their class was transformers' own still load."""
+    old = b"cfastlora.integrations.transformers\nTransformersLoraModel\n."
+    assert pickle.loads(old) is fastlora.LoraModel
+
+
 def test_config_files(tmp_path: Path) -> None:
     """PEFT reads our file, with its version in it, and `from_json_file` gives its fields."""
     LoraConfig(r=4, target_modules=["q"]).save_pretrained(tmp_path)
