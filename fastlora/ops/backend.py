@@ -5,6 +5,7 @@ Which of them runs is `fastlora.ops.conditions`'.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -105,14 +106,18 @@ class Siblings(NamedTuple):
     dropout_p: tuple[float, ...]
 
 
-class Backend:
+class Backend(ABC):
     """An implementation of a linear with adapters; what calls it knows its name only.
+
+    What computes siblings has to be there where `computes_siblings` says so, and in a backend that
+    layers share s in (`fastlora.layers.sharing`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and
     ds are ``[M, R]`` at sorted positions, R at least the largest rank; without, one adapter has all
     rows, and its rank is R.
     """
 
+    @abstractmethod
     def forward(
         self,
         x: torch.Tensor,
@@ -132,11 +137,10 @@ class Backend:
             s: Where a sibling made it; else it is made here.
             plan: As in `fastlora.functional.lora_linear`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
         """Returns the gradients that are wanted."""
-        raise NotImplementedError
 
     # ------------------------------------------------- layers that are fed by the same x, at once
 
