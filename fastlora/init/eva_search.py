@@ -6,8 +6,11 @@ The loader is run over again and again; no batch is kept, and of each layer what
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +19,16 @@ from torch import nn
 
 from fastlora.init.configs import EvaConfig
 from fastlora.init.data import batches, device_of, hooked, progress, to_device
-from fastlora.init.eva import LayerDirections, Prepare, share_ranks
+from fastlora.init.eva import Prepare
+from fastlora.init.incremental_pca import IncrementalPca
 from fastlora.validation import InitialisationError
 
 
+@dataclass
 class Search:
     """Finds directions and ranks: `find_groups`, then `run`, then `state`.
 
-    Args:
+    Attributes:
         model: What runs over the data.
         layers: Its layers by name.
         limits: Name to the highest rank that a layer can get.
@@ -33,47 +38,36 @@ class Search:
         prepare_batch: Makes of a batch what the layers' prepare functions are given.
         prepare_layer: Name to what makes rows of a layer's inputs.
         gather: Whether to bring the rows of all processes together.
+        source: Layer to the layer whose directions it has: itself, or one with the same inputs.
+        found: Layer with directions of its own to these.
+        ranks: Layer to its rank by now.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        limits: Mapping[str, int],
-        budget: int,
-        settings: EvaConfig,
-        forward: Callable[[nn.Module, Any], object],
-        prepare_batch: Callable[[Any], Any],
-        prepare_layer: Mapping[str, Prepare],
-        gather: bool,
-    ) -> None:
-        self.model, self.layers, self.settings = model, dict(layers), settings
-        self.forward, self.prepare_batch, self.prepare = forward, prepare_batch, prepare_layer
-        self.gather = _gather if gather and dist.is_initialized() else _as_it_is
-        self.limits, self.budget = dict(limits), budget
-        self.source = {name: name for name in layers}
-        self.found: dict[str, LayerDirections] = {}
-        self.ranks = dict(limits)
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    limits: dict[str, int]
+    budget: int
+    settings: EvaConfig
+    forward: Callable[[nn.Module, Any], object]
+    prepare_batch: Callable[[Any], Any]
+    prepare_layer: Mapping[str, Prepare]
+    gather: bool
+    source: dict[str, str] = field(default_factory=dict, init=False)
+    found: dict[str, IncrementalPca] = field(default_factory=dict, init=False)
+    ranks: dict[str, int] = field(default_factory=dict, init=False)
 
     def find_groups(self, loader: Iterable[Any]) -> None:
         """Runs one batch, to see which layers get the same inputs."""
         batch = next(iter(loader), None)
         if batch is None:
             raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
-        batch = to_device(batch, device_of(self.model))
-        prepared = self.prepare_batch(batch)
         digests: dict[str, bytes] = {}  # of a layer's inputs, in its first call
 
-        def watching(name: str) -> Callable[..., None]:
-            def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                rows = self.gather(self.prepare[name](inputs, prepared, name))
-                data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
-                digests.setdefault(name, hashlib.blake2b(data).digest())
+        def see(name: str, rows: torch.Tensor) -> None:
+            data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
+            digests.setdefault(name, hashlib.blake2b(data).digest())
 
-            return watch
-
-        with hooked(self.layers, watching):
-            self.forward(self.model, batch)
+        self._run_batch(to_device(batch, device_of(self.model)), self.layers, see)
         missing = [name for name in self.layers if name not in digests]
         if missing:
             raise InitialisationError(
@@ -86,74 +80,97 @@ class Search:
         for names in groups.values():
             highest = max(self.limits[name] for name in names)
             self.limits |= dict.fromkeys(names, highest)
-        self.source = {n: n for n in self.layers if n not in followers} | followers
+        owners = [name for name in self.layers if name not in followers]
+        self.source = {name: name for name in owners} | followers
+        self.found = {n: IncrementalPca(self.limits[n], self.settings.tau) for n in owners}
         self.ranks = dict(self.limits)
-        for name, of in self.source.items():
-            if name == of:
-                self.found[name] = LayerDirections(
-                    name, self.limits[name], self.settings.tau, self.prepare[name], self.gather
-                )
 
     def run(self, loader: Iterable[Any], show: bool) -> None:
         """Runs batches until every layer's directions, as many as it is to have, have settled."""
-        handles: dict[str, Any] = {}
-        done = dict.fromkeys(self.found, False)
-        bar: Any = progress(self._endless(loader), "EVA", show and _is_first())
-        try:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        bar: Any = progress(self._endless(loader), "EVA", show and first)
+        with contextlib.closing(bar):
             for batch in bar:
-                prepared = self.prepare_batch(batch)
-                for name, directions in self.found.items():
-                    directions.model_input = prepared
-                    done[name] = bool(directions.settled[: self.ranks[name]].all())
-                    if done[name] and name in handles:
-                        handles.pop(name).remove()
-                    elif not done[name] and name not in handles:
-                        layer = self.layers[name]
-                        handles[name] = layer.register_forward_pre_hook(directions.watch)
+                moving = {
+                    n for n, of in self.found.items() if not of.settled[: self.ranks[n]].all()
+                }
                 if hasattr(bar, "set_description"):
-                    settled = sum(done[of] for of in self.source.values())
+                    settled = sum(of not in moving for of in self.source.values())
                     bar.set_description(f"{settled}/{len(self.source)} layers have converged")
-                if all(done.values()):
+                if not moving:
                     return
-                self.forward(self.model, batch)
-                if all(each.pca.components is not None for each in self.found.values()):
-                    ratios = {name: each.pca.ratios for name, each in self.found.items()}
+                self._run_batch(
+                    batch, moving, lambda name, rows: self.found[name].add(rows.float())
+                )
+                if all(each.components is not None for each in self.found.values()):
+                    ratios = {name: each.ratios for name, each in self.found.items()}
                     self.ranks = share_ranks(ratios, self.source, self.budget, self.limits)
-        finally:
-            if hasattr(bar, "close"):
-                bar.close()
-            for handle in handles.values():
-                handle.remove()
+
+    def _run_batch(
+        self, batch: Any, names: Iterable[str], see: Callable[[str, torch.Tensor], None]
+    ) -> None:
+        """Calls the model; ``see`` gets name and rows ``[M, K]`` of each input of these layers."""
+        prepared = self.prepare_batch(batch)
+
+        def watching(name: str) -> Callable[..., None]:
+            def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                rows = self.prepare_layer[name](inputs, prepared, name)
+                see(name, _gathered(rows) if self.gather and dist.is_initialized() else rows)
+
+            return watch
+
+        with hooked({name: self.layers[name] for name in names}, watching):
+            self.forward(self.model, batch)
 
     def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yields batches, from the start again and again; keeps none."""
         while True:
             yield from batches(loader, self.model, "EVA", show=False)
             for name, each in self.found.items():
-                if each.pca.components is None:
+                if each.components is None:
                     raise InitialisationError(
-                        f"layer {name!r}: EVA needs a batch of at least {each.pca.count} rows "
+                        f"layer {name!r}: EVA needs a batch of at least {each.count} rows "
                         f"(rho * r), and the largest has {each.most_rows}; expected larger batches"
                     )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns what was found, in the order in which the ranks were shared out."""
-        whiten = self.settings.whiten
-        return {
-            name: self.found[self.source[name]].directions(rank, whiten).clone()
-            for name, rank in self.ranks.items()
-        }
+        """Returns directions ``[rank, K]`` in fp32, in the order in which ranks were shared out."""
+        made = {}
+        for name, rank in self.ranks.items():
+            found = self.found[self.source[name]]
+            if found.components is None:
+                raise InitialisationError(f"layer {name!r} has no directions yet")
+            scales = found.values[:rank].sqrt()[:, None] if self.settings.whiten else 1.0
+            made[name] = (found.components[:rank] / scales).float()
+        return made
 
 
-def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
-    return rows
+def share_ranks(
+    ratios: Mapping[str, torch.Tensor],
+    source: Mapping[str, str],
+    budget: int,
+    limits: Mapping[str, int],
+) -> dict[str, int]:
+    """Returns a rank for each layer: directions that explain more come first.
+
+    Args:
+        ratios: Layer with directions of its own to the share of variance of each.
+        source: Layer to the layer whose directions it has: itself, or one with the same inputs.
+        budget: Sum of the ranks.
+        limits: Layer to its highest rank.
+    """
+    owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
+    values = torch.cat([ratios[of][: limits[of]].cpu() for of in source.values()])
+    chosen = values.argsort(descending=True)[:budget].tolist()
+    counted = Counter(owners[index] for index in chosen)
+    ranks = {name: counted.get(name, 0) for name in source}
+    for name, of in source.items():
+        if ranks[of] < ranks[name]:  # the layer that is asked has the highest rank
+            ranks[of], ranks[name] = ranks[name], ranks[of]
+    return ranks
 
 
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _gather(rows: torch.Tensor) -> torch.Tensor:
+def _gathered(rows: torch.Tensor) -> torch.Tensor:
     """Returns the rows of all processes, whose numbers may differ."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]

@@ -13,30 +13,37 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """The R main directions of all rows so far.
+    """The R main directions of all rows so far, and which of them have settled.
 
     Args:
         count: R.
+        tau: The cosine with its own last value from which on a direction has settled.
 
     Attributes:
         components: ``[R, K]``, orthonormal; None before the first batch.
         values: ``[R]``, singular values.
         ratios: ``[R]``, the share of the rows' variance along each.
+        settled: ``[R]``, on the CPU.
+        most_rows: Number of rows of the largest batch.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, tau: float) -> None:
+        self.count, self.tau, self.most_rows = count, tau, 0
         self.components: torch.Tensor | None = None
         self.values = self.ratios = torch.empty(0)
+        self.settled = torch.zeros(count, dtype=torch.bool)
         self._seen = 0
         self._mean = self._variance = torch.empty(0, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Takes a batch of rows ``[M, K]``, M at least R."""
-        batch, total = len(rows), self._seen + len(rows)
+        """Takes a batch of rows ``[M, K]``; leaves it out where M is below R."""
+        self.most_rows = max(self.most_rows, len(rows))
+        if len(rows) < self.count:
+            return
+        batch, total, before = len(rows), self._seen + len(rows), self.components
         sums = rows.sum(dim=0, dtype=torch.float64)
         mean, variance = self._moments(rows, sums, total)
-        if self.components is None:
+        if before is None:
             data = rows - mean.to(rows)
         else:
             batch_mean = rows.mean(dim=0)
@@ -44,7 +51,7 @@ class IncrementalPca:
             # In fp64 from here on, as the mean is.
             data = torch.cat(
                 [
-                    (self.values[:, None] * self.components).double(),
+                    (self.values[:, None] * before).double(),
                     (rows - batch_mean).double(),
                     shift[None],
                 ]
@@ -58,7 +65,9 @@ class IncrementalPca:
         vh = v.T
         # The largest entry of each direction is positive.
         signs = vh[torch.arange(len(vh), device=vh.device), vh.abs().argmax(dim=1)].sign()
-        self.components = (vh * signs[:, None])[: self.count]
+        after = self.components = (vh * signs[:, None])[: self.count]
+        if before is not None and len(before) == len(after):
+            self.settled = (torch.cosine_similarity(after, before.to(after)) >= self.tau).cpu()
         self.values = s[: self.count]
         self.ratios = (s.square() / (variance * total).sum())[: self.count]
         self._seen, self._mean, self._variance = total, mean, variance
