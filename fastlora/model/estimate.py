@@ -206,7 +206,8 @@ def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[i
         if tokens.tied_to is None:
             yield len(tokens.indices) * weight.shape[1], itemsize
     targets = (model.get_submodule(name) for name in plan.targets)
-    for parameter in inject.trained_biases(model, {config.bias}, targets):
+    copied = (model.get_submodule(name) for name in plan.modules_to_save)
+    for parameter in inject.trained_biases(model, {config.bias}, targets, copied):
         yield parameter.numel(), parameter.itemsize
 
 

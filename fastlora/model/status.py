@@ -166,8 +166,9 @@ def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
     found: dict[str, list[nn.Parameter]] = {}
     if isinstance(module, ModuleWrapper):
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
+    holder = getattr(module, "tied_to", module)  # a tied head has the embedding's factors
     for name in module.r:
-        for factor in module._held_parts(name).values():
+        for factor in holder._held_parts(name).values():
             found.setdefault(name, []).extend(tensors_of(factor).values())
     return found
 

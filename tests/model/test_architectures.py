@@ -10,9 +10,8 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,162 +19,78 @@ from torch import nn
 
 import fastlora
 from fastlora.init import Init, all_inits
+from tests.support.tiny import tiny
 
 peft = pytest.importorskip("peft", reason="loads into PEFT")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A tiny model, its input, and what is adapted.
 
     Attributes:
-        make: Name of the model's class, and its config.
-        batch: Shapes of inputs by name: of ids ``[B, T]``, of other numbers with more dimensions.
+        kind: Its class.
         linears: Target modules that are linear layers.
         embeddings: Those that are embeddings.
         convolutions: Those that are convolutions.
-        output: Which output is looked at.
+        batch: Shapes of inputs by name: of ids ``[B, T]``, of other numbers with more dimensions.
+        changes: Fields of its config.
     """
 
-    make: tuple[str, str, dict[str, Any]]
-    batch: dict[str, tuple[int, ...]]
+    kind: str
     linears: tuple[str, ...]
     embeddings: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
-    output: str = "logits"
+    batch: dict[str, tuple[int, ...]] = {"input_ids": (4, 5)}
+    changes: dict[str, Any] = {}
 
 
-_IDS = {"input_ids": (4, 5)}
-_DECODER = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": False,
-}
-_GROUPED = {**_DECODER, "num_key_value_heads": 1, "head_dim": 8}
+_GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 ARCHITECTURES = {
     "OPT": Architecture(
-        (
-            "OPTForCausalLM",
-            "OPTConfig",
-            {**_DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 16},
-        ),
-        _IDS,
+        "OPTForCausalLM",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         ("embed_tokens",),
     ),
-    "Llama": Architecture(
-        ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-        _IDS,
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        ("embed_tokens",),
-    ),
-    "GPT-2": Architecture(
-        (
-            "GPT2LMHeadModel",
-            "GPT2Config",
-            {
-                "vocab_size": 31,
-                "n_embd": 16,
-                "n_layer": 1,
-                "n_head": 2,
-                "n_positions": 16,
-                "tie_word_embeddings": False,
-            },
-        ),
-        _IDS,
-        ("c_attn", "c_proj", "c_fc"),
-        ("wte", "wpe"),
-    ),
+    "Llama": Architecture("LlamaForCausalLM", _GATED, ("embed_tokens",)),
+    "GPT-2": Architecture("GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), ("wte", "wpe")),
     "BERT": Architecture(
-        ("BertForSequenceClassification", "BertConfig", _DECODER),
-        _IDS,
+        "BertForSequenceClassification",
         ("query", "key", "value", "dense"),
         ("word_embeddings",),
     ),
     "T5": Architecture(
-        (
-            "T5ForConditionalGeneration",
-            "T5Config",
-            {
-                "vocab_size": 31,
-                "d_model": 16,
-                "d_kv": 8,
-                "d_ff": 24,
-                "num_layers": 1,
-                "num_heads": 2,
-                "decoder_start_token_id": 0,
-                "tie_word_embeddings": False,
-            },
-        ),
-        {"input_ids": (4, 5), "decoder_input_ids": (4, 5)},
+        "T5ForConditionalGeneration",
         ("q", "k", "v", "o", "wi", "wo"),
         ("relative_attention_bias",),
+        batch={"input_ids": (4, 5), "decoder_input_ids": (4, 5)},
     ),
     "Whisper": Architecture(
-        (
-            "WhisperForConditionalGeneration",
-            "WhisperConfig",
-            {
-                "vocab_size": 31,
-                "num_mel_bins": 8,
-                "d_model": 16,
-                "encoder_layers": 1,
-                "decoder_layers": 1,
-                "encoder_attention_heads": 2,
-                "decoder_attention_heads": 2,
-                "encoder_ffn_dim": 24,
-                "decoder_ffn_dim": 24,
-                "max_source_positions": 6,
-                "max_target_positions": 8,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "decoder_start_token_id": 1,
-                "tie_word_embeddings": False,
-            },
-        ),
-        {"input_features": (4, 8, 12), "decoder_input_ids": (4, 3)},
+        "WhisperForConditionalGeneration",
         ("q_proj", "v_proj", "fc1"),
         ("decoder.embed_tokens",),
         ("conv1", "conv2"),
+        {"input_features": (4, 8, 12), "decoder_input_ids": (4, 3)},
+        {"num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 8, **_IDS},
     ),
-    "Qwen3": Architecture(
-        ("Qwen3ForCausalLM", "Qwen3Config", _GROUPED),
-        _IDS,
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        ("embed_tokens",),
-    ),
+    "Qwen3": Architecture("Qwen3ForCausalLM", _GATED, ("embed_tokens",)),
     "ViT": Architecture(
-        (
-            "ViTForImageClassification",
-            "ViTConfig",
-            {**_DECODER, "image_size": 8, "patch_size": 4, "num_channels": 3},
-        ),
-        {"pixel_values": (4, 3, 8, 8)},
+        "ViTForImageClassification",
         ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
         (),
         ("projection",),
+        {"pixel_values": (4, 3, 8, 8)},
+        {"image_size": 8, "patch_size": 4},
     ),
     "ResNet": Architecture(
-        (
-            "ResNetForImageClassification",
-            "ResNetConfig",
-            {
-                "embedding_size": 8,
-                "hidden_sizes": [8, 16],
-                "depths": [1, 1],
-                "layer_type": "basic",
-                "num_labels": 6,
-            },
-        ),
-        {"pixel_values": (4, 3, 16, 16)},
+        "ResNetForImageClassification",
         ("classifier.1",),
         (),
         ("convolution",),
+        {"pixel_values": (4, 3, 16, 16)},
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 6}
+        | {"layer_type": "basic"},
     ),
 }
 # PEFT has these on convolutions.
@@ -184,10 +99,10 @@ FOR_CONVOLUTIONS: tuple[bool | str, ...] = (True, False, "gaussian")
 
 @functools.cache
 def _base(name: str) -> nn.Module:
-    cls, config, fields = ARCHITECTURES[name].make
-    torch.manual_seed(0)
-    made: nn.Module = getattr(transformers, cls)(getattr(transformers, config)(**fields))
-    return made.eval()
+    kind, changes = ARCHITECTURES[name].kind, ARCHITECTURES[name].changes
+    tied = {"tie_word_embeddings": False} if "Image" not in kind else {}
+    made: nn.Module = tiny(kind, **tied, **changes)
+    return made
 
 
 def _batch(name: str) -> dict[str, torch.Tensor]:
@@ -201,7 +116,7 @@ def _batch(name: str) -> dict[str, torch.Tensor]:
 
 
 def _output(name: str, model: nn.Module) -> torch.Tensor:
-    found: torch.Tensor = getattr(model(**_batch(name)), ARCHITECTURES[name].output)
+    found: torch.Tensor = model(**_batch(name)).logits
     return found
 
 

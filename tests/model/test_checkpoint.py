@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastlora.model import adapter_folder as checkpoint
@@ -23,22 +22,9 @@ from fastlora.model.adapter_folder import (
 )
 from fastlora.model.config import CONFIG_NAME, LoraConfig
 from fastlora.validation import CheckpointError
+from tests.support.tiny import tiny, two_layers
 
 PRE = "base_model.model."
-
-
-class Model(nn.Module):
-    """One name is also a common adapter name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.q = nn.Linear(4, 6)
-        self.deep = nn.ModuleDict({"q": nn.Linear(4, 6), "v": nn.Linear(4, 5)})
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.q(x) + self.deep["q"](x)) + self.deep["v"](x).sum(-1, keepdim=True)
 
 
 def factors(r: int = 2, *names: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -65,85 +51,13 @@ def refusal(folder: Path) -> str:
     return message
 
 
-PEFT_CONFIGS = [
-    {"target_modules": ["q"]},
-    {"target_modules": ["q", "v"], "rank_pattern": {"deep.q": 1}, "alpha_pattern": {"v": 3}},
-    {"target_modules": ["q"], "lora_bias": True, "use_rslora": True},
-    {"target_modules": ["q", "v"], "use_dora": True},
-    {"target_modules": ["q"], "bias": "lora_only"},
-    {"target_modules": ["q"], "bias": "all", "modules_to_save": ["head"]},
-    {"target_modules": ["q", "embed"], "modules_to_save": ["head", "v"]},
-    {"target_modules": ["q"], "init_lora_weights": "orthogonal"},
-    {"target_modules": ["q"], "task_type": "CAUSAL_LM"},
-]
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter))
-    return model
-
-
-@pytest.mark.parametrize("fields", PEFT_CONFIGS, ids=lambda f: json.dumps(f)[:60])
-def test_files_cross_both_ways(tmp_path: Path, fields: dict[str, object]) -> None:
-    peft = pytest.importorskip("peft")
-    base = Model()
-    base.config = None
-    base.prepare_inputs_for_generation = None  # what PEFT's causal LM wrapper looks for
-    state = {k: v.clone() for k, v in base.state_dict().items()}
-    theirs = randomised(peft.get_peft_model(base, peft.LoraConfig(r=2, **fields)))
-    theirs.save_pretrained(tmp_path / "theirs")
-    stored = load_file(tmp_path / "theirs" / WEIGHTS_NAME)
-
-    file = load_adapter_folder(tmp_path / "theirs")
-    kinds = {key: k.kind for key, k in file.keys.items()}
-    assert set(kinds) == set(stored)
-    assert set(file.tensors) == {k for k in stored if kinds[k] != "duplicate"}
-    for key, tensor in file.tensors.items():
-        assert torch.equal(tensor, stored[key]) and tensor.dtype == stored[key].dtype
-    modules = {k.module for k in file.keys.values() if k.kind.endswith(("_A", "_B"))}
-    assert modules == set(theirs.base_model.targeted_module_names)
-    for name in modules:
-        layer = theirs.base_model.model.get_submodule(name)
-        assert file.config.scaling_for(name) == layer.scaling["default"]
-
-    save_adapter_folder(tmp_path / "ours", file.config, file.tensors)
-    fresh = Model()
-    fresh.load_state_dict(state)
-    fresh.config = None
-    fresh.prepare_inputs_for_generation = None
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
-    x = torch.randn(3, 4)
-    assert torch.equal(again.base_model.model(x), theirs.base_model.model(x))
-    metadata = _metadata(tmp_path / "ours" / WEIGHTS_NAME)
-    assert metadata == _metadata(tmp_path / "theirs" / WEIGHTS_NAME) == {"format": "pt"}
-
-
-def _metadata(path: Path) -> object:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length])["__metadata__"]
-
-
 def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=16,
-    )
+    pytest.importorskip("transformers")
+    config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            transformers.LlamaForCausalLM(config),
-            peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]),
-        )
-        model.save_pretrained(tmp_path)
+        peft.get_peft_model(tiny("LlamaForCausalLM"), config).save_pretrained(tmp_path)
     kinds = {
         key.removeprefix(PRE): parts.kind
         for key, parts in load_adapter_folder(tmp_path).keys.items()
@@ -160,7 +74,7 @@ def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
 
 def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["v"], use_dora=True))
+    model = peft.get_peft_model(two_layers(), peft.LoraConfig(target_modules=["v"], use_dora=True))
     model.save_pretrained(tmp_path)
     magnitude = next(k for k in load_adapter_folder(tmp_path).tensors if "magnitude" in k)
     assert inspect_adapter_folder(tmp_path).keys[magnitude].kind == "magnitude"
@@ -188,6 +102,8 @@ def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(again.tensors[f"{PRE}q.lora_B.weight"], shared)
     assert torch.equal(file.tensors[f"{PRE}deep.q.lora_B.weight"], shared)
     assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, WEIGHTS_NAME]
+    with safe_open(tmp_path / WEIGHTS_NAME, "pt") as opened:  # as PEFT's
+        assert opened.metadata() == {"format": "pt"}
     assert config.inference_mode is False and file.config.inference_mode is True
 
 

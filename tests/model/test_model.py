@@ -25,7 +25,7 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import TwoLayers, adapted, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, adapted, randomise, tiny, tiny_llama
 
 CONFIG = {"r": 4, "target_modules": ["q", "v"]}
 
@@ -138,29 +138,11 @@ def test_a_resized_embedding_is_loaded(tmp_path: Path) -> None:
 
 
 def test_conv1d_of_transformers() -> None:
-    """GPT-2's transposed linear works through the wrapper, merge included."""
+    """GPT-2's transposed linear is the default target, and the report says why it is not fused."""
     pytest.importorskip("transformers")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).eval()
-    ids = torch.randint(0, 50, (2, 5))
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4)).eval()  # the default target
-    randomise(model)
-    report = fusion_report(model)
+    report = fusion_report(get_peft_model(tiny("GPT2LMHeadModel"), LoraConfig(r=4)))
     assert [row.name.rpartition(".")[2] for row in report.rows] == ["c_attn"]
     assert report.fused == 0 and "Conv1D" in report.rows[0].reason
-    peft = pytest.importorskip("peft")
-    twin = peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(r=4, fan_in_fan_out=True)
-    ).eval()
-    mine = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            parameter.copy_(mine[name])
-        expected = twin(input_ids=ids).logits
-        torch.testing.assert_close(model(input_ids=ids).logits, expected)
-        torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected)
 
 
 def test_counts_are_pefts(capsys: pytest.CaptureFixture[str]) -> None:

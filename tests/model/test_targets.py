@@ -22,7 +22,7 @@ from fastlora.model.targets import (
     resolve_target_modules,
 )
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -64,8 +64,7 @@ def llama_for(cls: str) -> Callable[[], nn.Module]:
 
 
 def tiny_gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=8)
-    return transformers.GPT2LMHeadModel(config)
+    return tiny("GPT2LMHeadModel", n_layer=2)
 
 
 def peft_names(model: nn.Module, **fields: object) -> tuple[list[str], list[str], object]:

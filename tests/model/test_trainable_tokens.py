@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.layers import TrainableTokensWrapper
-from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -59,60 +57,6 @@ def pair(tokens: Any, tied: bool = True, **fields: Any) -> tuple[Any, Any]:
         base = tiny_llama(tie_word_embeddings=tied)
         models.append(train_rows(library.get_peft_model(base, config(library, tokens, **fields))))
     return models[0], models[1]
-
-
-CASES = {
-    "list": [1, 5, 9],
-    "unsorted": [9, 1, 5],
-    "embedding": {"embed_tokens": [1, 5, 9]},
-    "both": {"lm_head": [1, 5, 9], "embed_tokens": [1, 5, 9]},
-    "apart": {"lm_head": [2, 3], "embed_tokens": [1, 5, 9]},
-    "head": {"lm_head": [2, 3]},
-}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("case", CASES)
-def test_as_peft(case: str, tied: bool, tmp_path: Path) -> None:
-    """Values, names, every gradient; save here and load in PEFT, and back."""
-    ours, theirs = pair(CASES[case], tied)
-    expected = assert_same_training(ours, theirs, logits)
-    base = functools.partial(tiny_llama, tie_word_embeddings=tied)
-    assert_files_cross((ours, theirs), base, logits, expected, tmp_path)
-    files = [load_adapter_folder(tmp_path / f"saved{i}").tensors for i in range(2)]
-    assert set(files[0]) == set(files[1])
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("case", ["list", "apart"])
-def test_merging(case: str, tied: bool) -> None:
-    """What is tied stays tied, unless the rows differ; the base weight comes back bit for bit."""
-    model, _ = pair(CASES[case], tied)
-    with torch.no_grad():
-        expected = model(input_ids=IDS).logits
-        plain = tiny_llama(tie_word_embeddings=tied)(input_ids=IDS).logits
-        before = copy.deepcopy(model.state_dict())
-        if case == "apart" and tied:
-            with pytest.raises(AdapterStateError, match="shares its weight with"):
-                model.merge_adapter()
-        else:
-            model.merge_adapter()
-            assert model.get_base_model().model.embed_tokens.merged_adapters == ["default"]
-            for _ in range(2):
-                torch.testing.assert_close(model(input_ids=IDS).logits, expected)
-                with model.disable_adapter():
-                    assert torch.equal(model(input_ids=IDS).logits, plain)
-            with pytest.raises(AdapterStateError, match="while they are merged"):
-                model.delete_adapter("default")
-            model.unmerge_adapter()
-        after = model.state_dict()
-        assert all(torch.equal(after[key], value) for key, value in before.items())
-        merged = model.merge_and_unload(safe_merge=True)
-        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=3e-5)
-    together = tied and case == "list"
-    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == together
-    assert merged.config.tie_word_embeddings == together
-    assert not any("token_adapter" in name for name, _ in merged.named_modules())
 
 
 def test_several_adapters() -> None:

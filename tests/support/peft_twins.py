@@ -77,12 +77,13 @@ def assert_files_cross(
     run: Run,
     expected: torch.Tensor,
     folder: Path,
+    libraries: Iterable[Any] = (fastlora, peft),
     **options: Any,
 ) -> None:
     """Each model is saved, and loaded by both libraries onto a fresh base: one output for all."""
     for number, model in enumerate(models):
         where = folder / f"saved{number}"
         model.save_pretrained(where, **options)
-        for library in (fastlora, peft):
+        for library in libraries:
             loaded = library.PeftModel.from_pretrained(fresh(), where).eval()
             assert_near(run(loaded).detach(), expected, f"{library.__name__} from {where}")

@@ -31,6 +31,30 @@ def tiny_llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**config))
 
 
+# What architectures call the same sizes.
+_TINY = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"), 16),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 24),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"), 1),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_key_value_heads"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 16),
+    **{"vocab_size": 31, "head_dim": 8, "d_kv": 8, "d_ff": 24},
+}
+
+
+def tiny(kind: str, **changes: Any) -> Any:
+    """A random model of a class of transformers', in evaluation; the same one at every call."""
+    import transformers
+
+    cls = getattr(transformers, kind)
+    known = cls.config_class().to_dict()
+    sizes = {name: size for name, size in _TINY.items() if name in known}
+    torch.manual_seed(0)
+    return cls(cls.config_class(**{**sizes, **changes})).eval()
+
+
 class TwoLayers(nn.Module):
     """Two linears, a norm and a head, without transformers."""
 
