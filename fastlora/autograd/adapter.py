@@ -60,6 +60,7 @@ def run_adapter(
         and shrunk is None
         and plan == "auto"
         and conditions.autocast is None
+        and not conditions.tracing
         and (lora_bias is None or lora_bias.dtype is x.dtype)
         and _records_natively(x, known, base.bias, lora_a, lora_b, scaling)
     ):
@@ -107,8 +108,6 @@ def _records_natively(
     Not in compiled graphs, for which nobody asks: they would be one for few rows and another for
     many. Nor where x would be saved as a copy in rows.
     """
-    if torch._C._get_tracing_state() is not None:
-        return False
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
     if dtype is torch.bfloat16 and dtype not in products.EMULATED:
         few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
@@ -145,15 +144,21 @@ def _native_linear(
     ``scaling * s`` and the parameters. dx is the sum of two products, where `LoraLinear` adds one
     to the other in place.
     """
-    if x.dtype is torch.bfloat16:  # so few rows that a pass over y costs less than a view of it
-        y = F.linear(x, weight, bias)
-        return y.add_(F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b))
     shape = x.shape
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y = F.linear(rows, weight, bias).addmm_(F.linear(rows, lora_a) * scaling, lora_b.t())
-    if len(shape) == 2:
-        return y
-    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], weight.shape[0]))
+    # Rows make fewer nodes. Without gradients y would be a view that nobody may write to with them.
+    as_rows = len(shape) > 2 and torch.is_grad_enabled()
+    if as_rows:
+        x = x.view(-1, shape[-1])
+    y = F.linear(x, weight, bias)
+    if x.dtype is torch.bfloat16:  # so few rows that another pass over y costs little
+        y.add_(F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b))
+    else:
+        s = F.linear(x, lora_a) * scaling
+        if as_rows or len(shape) == 2:
+            y.addmm_(s, lora_b.t())
+        else:
+            y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), lora_b.t())
+    return y.view(*shape[:-1], y.shape[-1]) if as_rows else y
 
 
 def _native_add(

@@ -128,15 +128,10 @@ def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -
         ImplementationError: ``impl="triton"`` cannot run on x; a named implementation is never
             replaced by another.
     """
-    if impl == "eager":
-        return impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     device = x.device
-    device_type = device.type
-    if impl == "auto" and device_type not in KERNEL_DEVICES:
-        return "eager"
-    runs, why = triton_status(device_type, device.index or 0)
+    runs, why = triton_status(device.type, device.index or 0)
     dtype = dtype or x.dtype
     if runs and dtype not in KERNEL_DTYPES:
         runs, why = False, f"the kernels take fp16, bf16 and fp32, got {dtype}"
@@ -230,11 +225,18 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
         return Conditions(
             impl, "traced triton" if compiling else "triton", compiling, True, autocast
         )
-    if impl != "eager":
+    if impl == "auto" and kind not in KERNEL_DEVICES:
+        impl = "eager"
+    elif impl != "eager":
         impl = resolve_impl(impl, x, autocast)
-    backend = f"traced {impl}" if compiling else impl
     tracing = not compiling and torch._C._get_tracing_state() is not None
+    if impl == "eager" and autocast is None and not compiling and not tracing:
+        return _USUAL  # each layer of a model asks: what is made once is not made there
+    backend = f"traced {impl}" if compiling else impl
     return Conditions(impl, backend, compiling, False, autocast, tracing)
+
+
+_USUAL = Conditions("eager", "eager", False, False, None)
 
 
 def is_batch_invariant() -> bool:

@@ -216,6 +216,7 @@ def test_fused_variants_launch_without_their_feature(
     seen: dict[str, Any] = {}
     chip = chips.Chip("sm_90", 132)
     monkeypatch.setattr(chips, "chip_of", lambda device: chip)
+    monkeypatch.setattr(ops, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(ops, "resolve_impl", lambda *_: "triton")
     monkeypatch.setattr(
         lora_shrink, "launch_lora_shrink", lambda *_, config, **__: seen.update(shrink=config)

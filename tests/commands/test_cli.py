@@ -149,7 +149,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastlora.ops.conditions import resolve_impl, triton_status
+    from fastlora.ops.conditions import conditions_of, triton_status
 
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -159,7 +159,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["fastlora"] == fastlora.__version__
     for device in facts["devices"]:
         name = device["device"]
-        assert device["implementation"] == resolve_impl("auto", torch.empty(0, device=name))
+        assert device["implementation"] == conditions_of(torch.empty(0, device=name), "auto").impl
         assert device["why"].startswith(triton_status(torch.device(name).type)[1])
     assert [d["device"] for d in facts["devices"]][0] == "cpu"
     assert cli.main(["info"]) == 0

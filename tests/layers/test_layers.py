@@ -129,3 +129,18 @@ def test_the_gradient_of_a_bias_of_b_is_summed_in_the_bias_dtype(called: bool) -
     y.backward(torch.full_like(y, 600.0))
     bias = layer.lora_B["default"].bias
     assert torch.equal(bias.grad, torch.full_like(bias, 64 * 600.0 * 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (2, 4, 16)], ids=["rows", "sequences"])
+def test_outputs_can_be_written_to(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer = FastLoraLinear(16, 8, bias=False, r=2, dtype=dtype)  # nn.Linear's own with one cannot
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        expected, features = layer(x).clone(), layer(x)
+    scale = torch.ones((), dtype=dtype, requires_grad=True)
+    features *= scale  # autograd refuses this for a view that was made without gradients
+    features.sum().backward()
+    torch.testing.assert_close(scale.grad, expected.sum())
+    torch.relu_(layer(x)).sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None
