@@ -159,8 +159,8 @@ class Conditions(NamedTuple):
         compiling: Whether `torch.compile` traces the forward.
         invariant: Whether the batch-invariant mode is on, or the call has its plan.
         autocast: The dtype of autocast, where it is on.
-        tracing: Whether `torch.jit.trace`, or the ONNX exporter by it, records the forward: it is
-            then to be plain PyTorch.
+        tracing: Whether the forward is to be the modules' own, in plain PyTorch: `torch.jit.trace`,
+            or the ONNX exporter by it, records it, or x is a nested tensor.
     """
 
     impl: str
@@ -229,7 +229,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
         impl = "eager"
     elif impl != "eager":
         impl = resolve_impl(impl, x, autocast)
-    tracing = not compiling and torch._C._get_tracing_state() is not None
+    tracing = not compiling and (torch._C._get_tracing_state() is not None or x.is_nested)
     if impl == "eager" and autocast is None and not compiling and not tracing:
         return _USUAL  # each layer of a model asks: what is made once is not made there
     backend = f"traced {impl}" if compiling else impl

@@ -327,6 +327,23 @@ def test_jit_trace_and_the_old_exporter(change: dict[str, Any]) -> None:
         assert "Module onnx is not installed" in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "patched"])
+def test_nested_tensors(change: dict[str, Any], ours: bool) -> None:
+    """Samples of other lengths in one tensor come out as they do one by one, with gradients."""
+    model: Any = made(**change)
+    if not ours:
+        model = peft.get_peft_model(TwoLayers(), peft.LoraConfig(**(CONFIG | change)))
+        patch(model)
+    samples = [torch.randn(3, 16), torch.randn(5, 16)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.cat([model(x) for x in samples])
+    grads = torch.autograd.grad(expected.sum(), parameters)
+    y = model(torch.nested.nested_tensor(samples, layout=torch.jagged))
+    torch.testing.assert_close(y.values(), expected)
+    torch.testing.assert_close(torch.autograd.grad(y.values().sum(), parameters), grads)
+
+
 def test_pipelines_take_models_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     """A pipeline says nothing about a model of ours."""
     transformers = pytest.importorskip("transformers")
