@@ -98,8 +98,9 @@ class AdapterPool:
             packer = Packer(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
-            # More columns than slots, for images that were replaced while leases hold them.
-            columns = max_adapters + max(4, max_adapters // 8)
+            # More columns than slots, for images that were replaced while leases hold them; and one
+            # for an image that is to replace another, which is there until nothing can fail.
+            columns = max_adapters + max(4, max_adapters // 8) + 1
             with transfers.ordered():
                 self.tables = PoolTables(
                     len(self._layers.targets), columns, max_adapters, self.device

@@ -26,7 +26,8 @@ class Tiers:
 
     Args:
         tables: Filled for each image on the device. Their slots are how many adapters the device
-            holds; columns beyond that are for replaced ones that leases hold.
+            holds; columns beyond that are for replaced ones that leases hold, and the last for one
+            that is to take the place of another.
         transfers: How images get there.
         device_bytes: Bytes of the device tier, or None for no limit.
         cpu_bytes: Bytes of the CPU tier, or None for no limit.
@@ -46,7 +47,7 @@ class Tiers:
         device_bytes: int | None,
         cpu_bytes: int | None,
     ) -> None:
-        self.slots, self.columns = tables.column_of.numel(), tables.rank.shape[1]
+        self.slots, self.columns = tables.column_of.numel(), tables.rank.shape[1] - 1
         self.device_bytes, self.cpu_bytes = device_bytes, cpu_bytes
         self.entries: dict[str, Entry] = {}
         self.device: OrderedDict[str, Resident] = OrderedDict()
@@ -56,7 +57,7 @@ class Tiers:
         self.evictions = 0
         self._tables, self._transfers = tables, transfers
         self._free_slots = list(reversed(range(self.slots)))
-        self._free_columns = list(reversed(range(self.columns)))
+        self._free_columns = list(reversed(range(self.columns + 1)))
 
     # ---------------------------------------------------------------------------------- names
 
@@ -108,37 +109,21 @@ class Tiers:
                 f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
                 f"no room beside what leases and pins hold; {self.describe()}"
             )
-        # What can fail (the GPU's memory is full) comes while a name still has its old adapter.
-        ready = self._prepare(name, image) if now else None
+        resident = None
+        if now:  # what can fail comes while the name still has its old adapter
+            self._make_room({name: image})
+            resident = self._uploaded(name, image)
         self.entries[name] = Entry(name, folder, pin)
         self.staged.pop(name, None)
-        slot = self._leave_device(name, keep_slot=now)
         self.host.pop(name, None)
-        if not now or not self._transfers.shares_memory:
+        if resident is None:
+            self._leave_device(name)
+        else:
+            if old is not None:
+                self._retire(self.device.pop(name))
+            self.device[name] = resident
+        if resident is None or not self._transfers.shares_memory:
             self._to_host(name, image)
-        if ready is not None:
-            try:
-                self._to_device(name, *ready, slot)
-            except BaseException:
-                self._to_host(name, image)
-                raise
-
-    def _prepare(self, name: str, image: Image) -> tuple[Image, int | None]:
-        """Returns the image in device memory and the column that it was written to.
-
-        None for no column, where all are taken until the old adapter leaves.
-        """
-        self._make_room({name: image})
-        with self._transfers.ordered():
-            uploaded = self._transfers.upload(image)
-            column = self._free_columns.pop() if self._free_columns else None
-            if column is not None:
-                try:
-                    self._tables.write(column, uploaded)
-                except BaseException:
-                    self._free_columns.append(column)
-                    raise
-        return uploaded, column
 
     def _check_sizes(self, name: str, folder: Path | None, image: Image) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
@@ -205,16 +190,14 @@ class Tiers:
                 for name in missing:
                     self.host.pop(name, None)
             self._make_room(images)
-        waiting = dict(missing)
         try:
             for name, image in missing.items():
-                with self._transfers.ordered():
-                    uploaded = self._transfers.upload(image)
-                self._to_device(name, uploaded, None, None)
-                del waiting[name]
+                self.device[name] = self._uploaded(name, image)
+                self.staged.pop(name, None)
         finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
-            for name in waiting if shares else missing:
-                self._to_host(name, missing[name])
+            for name, image in missing.items():
+                if not shares or name not in self.device:
+                    self._to_host(name, image)
         for name in images:
             self.device.move_to_end(name)
         return [self.device[name] for name in images]
@@ -237,29 +220,24 @@ class Tiers:
         if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
-    def _to_device(self, name: str, uploaded: Image, column: int | None, slot: int | None) -> None:
-        """Makes an image in device memory its name's adapter.
+    def _uploaded(self, name: str, image: Image) -> Resident:
+        """Copies an image to the device, into a column that is free, and has its slot mean that.
 
-        ``column`` is the one that it was written to, and ``slot`` what the name has already; None
-        for free ones.
+        The slot is what the name has already, or a free one. There is room for all of this; where
+        it fails (the GPU's memory is full), nothing has changed.
         """
-        written = column is not None
-        column = self._free_columns.pop() if column is None else column
-        slot = self._free_slots.pop() if slot is None else slot
-        try:
-            with self._transfers.ordered():
-                if not written:
-                    self._tables.write(column, uploaded)
-                self._tables.assign(slot, column)
-        except BaseException:
-            self._free_columns.append(column)
-            self._free_slots.append(slot)
-            with self._transfers.ordered():
-                self._tables.assign(slot, NO_COLUMN)  # it may still mean a column that is free
-            raise
-        resident = self.device[name] = Resident(name, slot, column, uploaded)
+        old, column = self.device.get(name), self._free_columns[-1]
+        slot = self._free_slots[-1] if old is None else old.slot
+        with self._transfers.ordered():
+            uploaded = self._transfers.upload(image)
+            self._tables.write(column, uploaded)
+            self._tables.assign(slot, column)
+        self._free_columns.pop()
+        if old is None:
+            self._free_slots.pop()
+        resident = Resident(name, slot, column, uploaded)
         resident.written = self._transfers.written()
-        self.staged.pop(name, None)
+        return resident
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
         """Evicts the least recently used adapters until what is wanted has room.
@@ -277,7 +255,7 @@ class Tiers:
         slots = len(self.device.keys() | wanted.keys())
         for name, resident in list(self.device.items()):
             bytes_ok = self.device_bytes is None or nbytes <= self.device_bytes
-            if slots <= self.slots and columns <= len(self._free_columns) and bytes_ok:
+            if slots <= self.slots and columns < len(self._free_columns) and bytes_ok:
                 return
             if resident.leases or self.entries[name].pinned or name in wanted:
                 continue
@@ -290,21 +268,21 @@ class Tiers:
             elif name in self.host:
                 self.host.move_to_end(name)
 
-    def _leave_device(self, name: str, *, keep_slot: bool = False) -> int | None:
-        """Takes a name off the device; returns its slot if it is to keep it."""
+    def _leave_device(self, name: str) -> None:
+        """Takes a name off the device, if it is there."""
         resident = self.device.pop(name, None)
-        if resident is None:
-            return None
+        if resident is not None:
+            with self._transfers.ordered():
+                self._tables.assign(resident.slot, NO_COLUMN)
+            self._free_slots.append(resident.slot)
+            self._retire(resident)
+
+    def _retire(self, resident: Resident) -> None:
+        """Frees the memory of one that no name has any more, now or with the last lease on it."""
         if resident.leases:
             self.retired.add(resident)
         else:
             self._free(resident)
-        if keep_slot:
-            return resident.slot
-        with self._transfers.ordered():
-            self._tables.assign(resident.slot, NO_COLUMN)
-        self._free_slots.append(resident.slot)
-        return None
 
     def _free(self, resident: Resident) -> None:
         # The memory is reused in the order of these writes, behind the reads.

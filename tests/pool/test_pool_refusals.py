@@ -18,7 +18,6 @@ from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.model.config import CONFIG_NAME
 from fastlora.pool import AdapterPool
 from fastlora.pool.image import Image
-from fastlora.pool.tables import NO_COLUMN
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -314,20 +313,17 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
     check_pool(pool)
 
 
-def test_a_swap_that_fails_where_no_column_is_free(
+def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new adapter waits in CPU memory, and its slot means no other's meanwhile."""
+    """The old adapter acts on, and the swap works once the device has room."""
     pool = make_pool(root, max_adapters=1)
-    config = LoraConfig(r=2, target_modules=["q"])
-    tensors = make_tensors(config, 1, [f"layers.{i}.q" for i in range(3)])
-    pool.load("mine", tensors, config=config)
-    slot = pool.slot_of("mine")
-    assert slot is not None
+    pool.load("mine", root / "a0")
     leases = []
-    for _ in range(4):  # the columns beside the slots
+    for seed in (1, 2, 3, 4):  # the columns beside the slots
         leases.append(pool.lease(["mine"]))
-        pool.load("mine", tensors, config=config)
+        pool.load("mine", root / f"a{seed}")
+    before = state(pool)
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("no page-locked memory")
@@ -335,10 +331,12 @@ def test_a_swap_that_fails_where_no_column_is_free(
     with monkeypatch.context() as broken:
         broken.setattr(pool.tables, "write", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            pool.load("mine", tensors, config=config)
-    assert pool.tables.column_of[slot].item() == NO_COLUMN
+            pool.load("mine", root / "a5")
+    assert state(pool) == before
+    check_pool(pool)
+    pool.load("mine", root / "a5")
     with pool.lease(["mine"], timeout=30) as lease:
-        assert lease.residents[0].factors(0) is not None
+        assert same_adapter(pool, lease.residents[0], root / "a5")
     for lease in leases:
         lease.release()
     check_pool(pool)

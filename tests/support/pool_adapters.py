@@ -153,7 +153,7 @@ def check_pool(pool: AdapterPool) -> None:
     slots = [resident.slot for resident in tiers.device.values()]
     assert sorted(slots + tiers._free_slots) == list(range(pool.max_adapters))
     columns = [resident.column for resident in held]
-    assert sorted(columns + tiers._free_columns) == list(range(tiers.columns))
+    assert sorted(columns + tiers._free_columns) == list(range(tiers.columns + 1))
     assert not tables.rank[:, tiers._free_columns].any()
     assert not tables.scale_address[:, tiers._free_columns].any()
     if pool._tiers._transfers.shares_memory:
