@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastlora.integrations.transformers import end_tokens
 from fastlora.pool import AdapterPool, Lease
 from fastlora.serve.adapters import ServedAdapters, Version
 from fastlora.serve.batch import Batch
 from fastlora.serve.job import ClosedError, EngineStats, Job, Piece, QueueFullError, told
 from fastlora.serve.rows import Rows
 from fastlora.serve.sampling import Sampling
+from fastlora.serve.text import AnswerText
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError, PoolFullError
 
 _log = logging.getLogger("fastlora.serve")
@@ -50,7 +52,8 @@ class Engine:
         self.stats = EngineStats()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running = Batch(model, tokenizer, self._pool, cached, self.stats, self._end)
+        self._tokenizer, ends = tokenizer, end_tokens(model, tokenizer)
+        self._running = Batch(ends, self._pool, cached, self.stats, self._end)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fastlora-engine", daemon=True)
         self._thread.start()
@@ -83,7 +86,8 @@ class Engine:
                     f"{len(self._waiting)} requests wait already; try again in a moment"
                 )
             version = None if adapter is None else self._adapters.take(adapter)
-            job = Job(list(prompt), version, sampling, hear)
+            text = AnswerText(self._tokenizer, prompt, sampling.stop)
+            job = Job(list(prompt), version, sampling, hear, text)
             self._waiting.append(job)
             self.stats.requests += 1
             self._changed.notify_all()
@@ -120,7 +124,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have a row."""
-        return len(self._running)
+        return len(self._running.jobs)
 
     @property
     def alive(self) -> bool:
@@ -155,20 +159,17 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._running or self._has_work()):
+                while not (self._running.jobs or self._has_work()):
                     if self._closing and not self._waiting:
                         return
                     self._changed.wait()
             try:
-                self._turn()
+                self._sweep()
+                self._admit()
+                self._running.turn()
             except Exception as error:  # a fault of ours must not leave requests without an end
                 _log.exception("a turn of the engine failed")
                 self._running.fail(error)
-
-    def _turn(self) -> None:
-        self._sweep()
-        self._admit()
-        self._running.turn()
 
     def _has_work(self) -> bool:
         """Whether one that waits can go on, or has to be told of its end."""
@@ -197,16 +198,16 @@ class Engine:
         with self._changed:
             waiting = list(self._waiting)
         for job in waiting:
-            if len(self._running) == self._most_rows:
+            if len(self._running.jobs) == self._most_rows:
                 return
             if any(other.passed >= self._most_rows for other in blocked):
                 return
-            version, lease = job.version, None
+            version = job.version
             if version is not None:
                 if version.error is None and not version.ready:
                     continue
                 try:
-                    lease = self._leased(version)
+                    job.lease = self._leased(version)
                 except Exception as error:  # out of memory, say; others may have room
                     if not isinstance(error, FastLoraError):
                         _log.exception("adapter %s could not be brought in", version.name)
@@ -214,14 +215,14 @@ class Engine:
                         self._waiting.remove(job)
                     self._end(job, told(error))
                     continue
-                if lease is None:
+                if job.lease is None:
                     blocked.append(job)
                     continue
             for other in blocked:
                 other.passed += 1
             with self._changed:
                 self._waiting.remove(job)
-                self._running.add(job, lease)
+                self._running.jobs.append(job)
 
     def _leased(self, version: Version) -> Lease | None:
         """Returns a lease on an adapter; None where it has to wait for others to leave.

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastlora.pool import Lease
 from fastlora.serve.adapters import Version
 from fastlora.serve.sampling import Sampling
+from fastlora.serve.text import AnswerText
 from fastlora.validation import FastLoraError
 
 
@@ -49,15 +51,18 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request.
+    """A request; while it runs, its place in the batch is its row.
 
     Attributes:
         prompt: Its tokens.
         version: Its adapter, or None for the base model.
         sampling: How tokens are chosen; ``max_tokens`` is a number by now.
         hear: Called with each `Piece`, in the engine's thread; must not block.
+        text: Makes text of its tokens.
+        lease: Keeps its adapter on the device while it runs.
+        tokens: Those of the answer so far.
+        done: Positions of its row that are in the cache.
         came: When, by `time.monotonic`.
-        first: When its first token was there.
         passed: How many later requests went before it because their adapters fit and its did not.
         cancelled: Nobody listens any more.
         ended: Its owner has heard the last piece.
@@ -67,11 +72,22 @@ class Job:
     version: Version | None
     sampling: Sampling
     hear: Callable[[Piece], None]
+    text: AnswerText
+    lease: Lease | None = None
+    tokens: list[int] = field(default_factory=list)
+    done: int = 0
     came: float = field(default_factory=time.monotonic)
-    first: float | None = None
     passed: int = 0
     cancelled: bool = False
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.generator = self.sampling.generator()
+
+    @property
+    def pooled(self) -> str | None:
+        """Its adapter's name in the pool."""
+        return None if self.version is None else self.version.pooled
 
     def say(self, piece: Piece) -> None:
         """Lets its owner hear a piece."""

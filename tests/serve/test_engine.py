@@ -83,7 +83,7 @@ class Heard:
 def ask(engine: Engine, text: str, name: str | None, sampling: Sampling = GREEDY) -> Heard:
     """Submits a request."""
     heard = Heard()
-    engine.submit(engine._running._tokenizer(text).input_ids, name, sampling, heard)
+    engine.submit(engine._tokenizer(text).input_ids, name, sampling, heard)
     return heard
 
 
@@ -128,14 +128,13 @@ def test_a_batch_never_holds_more_adapters_than_the_pool(
 ) -> None:
     engine = start(max_adapters=2)
     seen: list[set[str]] = []
-    batch = engine._running
-    forward = batch._forward
+    batch, forward = engine._running, Rows.forward
 
-    def noted(chosen: Any, *args: Any) -> Any:
+    def noted(*args: Any) -> Any:
         seen.append(set(batch.adapters))
-        return forward(chosen, *args)
+        return forward(*args)
 
-    monkeypatch.setattr(batch, "_forward", noted)
+    monkeypatch.setattr(Rows, "forward", noted)
     names = [*"abcabc", None]
     heard = [ask(engine, "x", name) for name in names]
     assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in names]
