@@ -27,10 +27,12 @@ BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
 # Calls before the one that is checked. A set of adapters is packed the second time that it comes;
 # the third time finds it packed.
 _WARM_UP = {BASE: 1, OURS: 2}
-# A model carries one rounding far, so that the largest error of a few outputs is a matter of luck:
-# of 64 sequences through 30 layers in bf16, two right results differed by 2.03 times. The root mean
-# square over a sequence's outputs is not, if there are enough sequences to take the largest of.
-_SAMPLED_SEQUENCES = 32
+# A model carries one rounding far: of 64 sequences through 30 layers in bf16 the worst one of two
+# right results was off by 6.8 and 2.7, where most are off by 0.6. So the yardstick is drawn anew,
+# for other sequences, until it covers a side, or this often. A right side's error is one more such
+# draw, whatever its distribution: only once in so many checks and one more it is the largest of
+# all, and beyond twice the others less often.
+_DRAWS = 32
 
 Side = Callable[[], torch.Tensor]
 
@@ -209,32 +211,43 @@ class Contest:
         Every side is warm afterwards, and ours in its steady state.
 
         Raises:
-            WrongResultError: A side's error (the root mean square over a sequence's outputs, of the
-                worst sequence) is beyond twice that of the textbook expression in the model's own
-                dtype, over 32 sequences at least, plus rounding.
+            WrongResultError: A side's error is beyond twice that of the textbook expression in the
+                model's own dtype, plus a rounding, however often that is drawn: the root mean
+                square over a sequence's outputs, of the worst sequence, or of the best one, by
+                which a side shows that is wrong by less than roundings do to the worst.
         """
-        batches = [ids]
-        while len(ids) * len(batches) < _SAMPLED_SEQUENCES:
-            batches.append(self.random_ids(*ids.shape))
-        truths = [self.plain(mix, batch, exact=True) for batch in batches]
-        same_dtype = torch.cat([self.plain(mix, batch) for batch in batches])
-        truth, all_truths = truths[0], torch.cat(truths)
-        rounding = torch.finfo(same_dtype.dtype).eps * _largest(all_truths)
-        budget = 2.0 * (_largest(same_dtype.double() - all_truths) + rounding)
+        truth = self.plain(mix, ids, exact=True)
+        drawn = [self._yardstick(mix, ids, truth)]
         checks = {}
         for name, side in sides.items():
             for _ in range(_WARM_UP.get(name, 0)):
                 side()
             if name == BASE:
                 continue
-            error = _largest(side().double() - truth)
-            if not error <= budget:  # also catches NaN
-                raise WrongResultError(
-                    f"{name} is wrong with {len(set(mix))} adapters: its outputs differ from "
-                    f"float64 by {error:.2e}, expected at most {budget:.2e}; nothing was timed"
-                )
-            checks[name] = Check(error, budget)
+            errors = _best_and_worst(side().double() - truth)
+            while errors.isfinite().all() and len(drawn) < _DRAWS:
+                if (errors <= 2.0 * torch.stack(drawn).amax(0)).all():
+                    break
+                other = self.random_ids(*ids.shape)
+                drawn.append(self._yardstick(mix, other, self.plain(mix, other, exact=True)))
+            budgets = 2.0 * torch.stack(drawn).amax(0)
+            for which, error, budget in zip(("best", "worst"), errors, budgets, strict=True):
+                if not error <= budget:  # also catches NaN
+                    raise WrongResultError(
+                        f"{name} is wrong with {len(set(mix))} adapters: outputs of its {which} "
+                        f"sequence differ from float64 by {error:.2e}, expected at most "
+                        f"{budget:.2e}; nothing was timed"
+                    )
+            checks[name] = Check(float(errors[1]), float(budgets[1]))
         return checks
+
+    def _yardstick(
+        self, mix: Sequence[str], ids: torch.Tensor, truth: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the textbook expression's error in the best and the worst sequence, ``[2]``."""
+        plain = self.plain(mix, ids)
+        rounding = torch.finfo(plain.dtype).eps / 2 * _best_and_worst(truth)
+        return _best_and_worst(plain.double() - truth) + rounding
 
     @torch.no_grad()
     def measure(
@@ -285,9 +298,10 @@ def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor
     return output[:, 0] if output.shape[1] == 1 else output[:, -1].clone()
 
 
-def _largest(outputs: torch.Tensor) -> float:
-    """Returns the largest root mean square of a row of ``[B, V]``; NaN where there is one."""
-    return outputs.square().mean(-1).sqrt().max().item()
+def _best_and_worst(outputs: torch.Tensor) -> torch.Tensor:
+    """Returns the least and the largest root mean square of a row of ``[B, V]``; NaN for NaN."""
+    rows = outputs.square().mean(-1).sqrt()
+    return torch.stack([rows.amin(), rows.amax()])
 
 
 class Float64(TorchFunctionMode):

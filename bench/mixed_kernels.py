@@ -31,7 +31,7 @@ from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
 
-YARDSTICK = {"base": "base", "mixed": "segments"}
+YARDSTICK = {"base": "base", "mixed": "segments", "train_base": "base", "mixed_train": "segments"}
 
 
 class Base(NamedTuple):
@@ -43,62 +43,95 @@ class Base(NamedTuple):
 
 @dataclass
 class MixedProblem:
-    """One set of random operands; all ways read the same factors.
+    """One set of random operands; gradients flow to x and every factor in training.
 
-    ``x [M, K]``, ``weight [N, K]``; factors in ``stacked`` are padded to the largest rank, those
-    of `tables` end at their own. ``y`` is empty, since no way starts from a given one.
+    ``x [M, K]``, ``weight [N, K]``. In training ``y [M, N]`` is the gradient of the result, else it
+    is empty. ``factors`` are lora_a ``[r, K]`` and lora_b ``[N, r]`` of each adapter in turn, of
+    its own rank.
     """
 
     x: torch.Tensor
-    base: Base
+    weight: torch.Tensor
     y: torch.Tensor
-    ranks: list[int]
+    factors: list[torch.Tensor]
     slots: torch.Tensor
-    stacked: Stacked
     rows: Rows
     groups: SortedRows
-    addresses: tuple[torch.Tensor, torch.Tensor]
-    rank: torch.Tensor
-    scaling: torch.Tensor
+    impl: str
 
     @classmethod
     def random(
         cls, point: Point, dtype: torch.dtype, device: torch.device, impl: str = ""
     ) -> MixedProblem:
         """Draws operands that give the base and the adapters results of the same size."""
+        trains = point.mode == "mixed_train"
 
-        def normal(*shape: int, scale: float) -> torch.Tensor:
-            return torch.randn(shape, dtype=dtype, device=device).mul_(scale)
+        def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
+            return torch.randn(rows, columns, dtype=dtype, device=device).mul_(scale)
 
         sequences = min(point.m, MIXED_SEQUENCES)
         ranks = point.ranks_of_adapters
-        lora_a = normal(len(ranks), point.r, point.k, scale=point.k**-0.5)
-        lora_b = normal(len(ranks), point.r, point.n, scale=1.0)
-        for index, r in enumerate(ranks):
-            lora_a[index, r:] = 0
-            lora_b[index, r:] = 0
-            lora_b[index] *= r**-0.5
-        each = tuple((lora_a[index, :r].t(), lora_b[index, :r]) for index, r in enumerate(ranks))
+        factors = []
+        for r in ranks:
+            factors += [normal(r, point.k, point.k**-0.5), normal(point.n, r, r**-0.5)]
         ids = torch.arange(sequences) % len(ranks)
         slots = ids[torch.randperm(sequences)].to(device)
-        groups = sort_rows(slots, point.m, len(ranks))
-        addresses = tuple(
-            torch.tensor([[factor[index].data_ptr() for index in range(len(ranks))]], device=device)
-            for factor in (lora_a, lora_b)
-        )
         return cls(
-            x=normal(point.m, point.k, scale=1.0),
-            base=Base(normal(point.n, point.k, scale=point.k**-0.5)),
-            y=torch.empty(0, dtype=dtype, device=device),
-            ranks=ranks,
+            x=normal(point.m, point.k, 1.0).requires_grad_(trains),
+            weight=normal(point.n, point.k, point.k**-0.5),
+            y=normal(point.m if trains else 0, point.n, 1.0),
+            factors=[factor.requires_grad_(trains) for factor in factors],
             slots=slots,
-            stacked=Stacked(lora_a, lora_b, each, SCALING),
             rows=Rows.of(slots, len(ranks), point.m // sequences, sorted_before=False),
-            groups=groups,
-            addresses=(addresses[0], addresses[1]),
-            rank=torch.tensor([ranks], dtype=torch.int32, device=device),
-            scaling=torch.full((1, len(ranks)), SCALING, device=device),
+            groups=sort_rows(slots, point.m, len(ranks)),
+            impl=impl,
         )
+
+    @property
+    def each(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each adapter's lora_a and lora_b."""
+        return list(zip(self.factors[::2], self.factors[1::2], strict=True))
+
+    @functools.cached_property
+    def base(self) -> Base:
+        """The linear."""
+        return Base(self.weight)
+
+    @functools.cached_property
+    def ranks(self) -> list[int]:
+        """Of each adapter."""
+        return [lora_a.shape[0] for lora_a in self.factors[::2]]
+
+    @functools.cached_property
+    def stacked(self) -> Stacked:
+        """The factors side by side, padded to the largest rank."""
+        count, most = len(self.ranks), max(self.ranks)
+        lora_a = self.x.new_zeros(count, most, self.weight.shape[1])
+        lora_b = self.x.new_zeros(count, most, self.weight.shape[0])
+        for index, (own_a, own_b) in enumerate(self.each):
+            lora_a[index, : own_a.shape[0]] = own_a
+            lora_b[index, : own_a.shape[0]] = own_b.t()
+        own = zip(lora_a, lora_b, self.ranks, strict=True)
+        return Stacked(lora_a, lora_b, tuple((a[:r].t(), b[:r]) for a, b, r in own), SCALING)
+
+    @functools.cached_property
+    def addresses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the stacked factors of one module, each ending at its own rank."""
+        a, b = (
+            torch.tensor([[own.data_ptr() for own in factor]], device=factor.device)
+            for factor in (self.stacked.lora_a, self.stacked.lora_b)
+        )
+        return a, b
+
+    @functools.cached_property
+    def scaling(self) -> torch.Tensor:
+        """Of each adapter, for one module."""
+        return torch.full((1, len(self.ranks)), SCALING, device=self.x.device)
+
+    @functools.cached_property
+    def rank(self) -> torch.Tensor:
+        """The same of the ranks."""
+        return torch.tensor([self.ranks], dtype=torch.int32, device=self.x.device)
 
     @property
     def routed(self) -> list[torch.Tensor]:
@@ -113,18 +146,27 @@ class MixedProblem:
 
 
 def truths(p: MixedProblem) -> dict[str, Results]:
-    """Returns the float64 results by kind."""
-    x, y = p.x.double(), p.x.double() @ p.base.weight.double().t()
+    """Returns the float64 results by kind: of a forward, or of training."""
+    x, weight = p.x.detach().double(), p.weight.double()
+    y = x @ weight.t()
+    dy = p.y.double() if len(p.y) else torch.zeros_like(y)
+    dx, full = dy @ weight, y.clone()
+    d_full, grads = dx.clone(), []
     by_row = p.slots.repeat_interleave(len(x) // len(p.slots))
-    full = y.clone()
-    for slot, (lora_a, lora_b) in enumerate(p.stacked.each):
+    for slot, factors in enumerate(p.each):
+        lora_a, lora_b = (t.detach().double() for t in factors)
         own = by_row == slot
-        full[own] += SCALING * (x[own] @ lora_a.double() @ lora_b.double())
-    return {"base": (y,), "mixed": (full,)}
+        s, ds = x[own] @ lora_a.t(), SCALING * (dy[own] @ lora_b)
+        full[own] += SCALING * (s @ lora_b.t())
+        d_full[own] += ds @ lora_a
+        grads += [ds.t() @ x[own], SCALING * (dy[own].t() @ s)]
+    if not len(p.y):
+        return {"base": (y,), "mixed": (full,)}
+    return {"train_base": (y, dx), "mixed_train": (full, d_full, *grads)}
 
 
 def _base(p: MixedProblem) -> Results:
-    return (F.linear(p.x, p.base.weight),)
+    return (F.linear(p.x, p.weight),)
 
 
 def _by_hand(strategy: Strategy, p: MixedProblem) -> Results:
@@ -133,11 +175,11 @@ def _by_hand(strategy: Strategy, p: MixedProblem) -> Results:
 
 def _linear(plan: str, p: MixedProblem) -> Results:
     linear = torch.ops.fastlora.lora_linear_at
-    return (linear(p.x, p.base.weight, None, p.routed, None, *p.tables, plan)[0],)
+    return (linear(p.x, p.weight, None, p.routed, None, *p.tables, plan)[0],)
 
 
 def _add(p: MixedProblem) -> Results:
-    y = F.linear(p.x, p.base.weight)
+    y = F.linear(p.x, p.weight)
     torch.ops.fastlora.lora_add_at_(y, p.x, p.routed, *p.tables, "triton")
     return (y,)
 
@@ -146,7 +188,7 @@ def _dense(p: MixedProblem) -> Results:
     (a_address, b_address), route = p.addresses, p.routed
     tables = b_address[0], None, p.rank[0], p.scaling[0]
     y = dense_linear(
-        *(p.x, p.base.weight, None, (route[0], route[1], route[2]), None, a_address[0], tables),
+        *(p.x, p.weight, None, (route[0], route[1], route[2]), None, a_address[0], tables),
         max_rank=max(p.ranks),
         factor_dtype=p.x.dtype,
     )

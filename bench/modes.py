@@ -56,9 +56,9 @@ MODES = {
         functools.partial(mixed_kernels._linear, "auto"),
     ),
     "mixed_train": Mode(
-        mixed_train.MixedTrainProblem.random,
-        lambda point, p: mixed_train.truths(p),
-        mixed_train.YARDSTICK,
+        mixed_kernels.MixedProblem.random,
+        lambda point, p: mixed_kernels.truths(p),
+        mixed_kernels.YARDSTICK,
         lambda *_: mixed_train.CONTENDERS,
         functools.partial(mixed_train._kernels, "auto"),
     ),

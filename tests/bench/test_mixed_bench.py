@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -139,6 +140,43 @@ def test_a_wrong_side_is_not_timed(side: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mixed_contest, "interleaved_seconds", None)
     with pytest.raises(WrongResultError, match=f"{side} is wrong with 2 adapters"):
         mixed_bench.compare(tiny_llama(), [2], 4, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "found", "message"),
+    [
+        ([(0.1, 0.1), (0.1, 0.1), (0.1, 3.0)], (0.1, 5.0), ""),
+        ([(0.1, 0.1)], (0.1, 5.0), "its worst sequence differ from float64 by 5.00e.00"),
+        ([(0.1, 9.0)], (5.0, 5.0), "its best sequence differ from float64 by 5.00e.00"),
+    ],
+    ids=["as_far_in_another_draw", "far_in_none", "far_everywhere"],
+)
+def test_roundings_that_a_model_carries_far(
+    drawn: Any, found: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The textbook's errors in two sequences are drawn until they cover a side's, or 32 times."""
+    contest = Contest(tiny_llama(), 1, 4, peft=False)
+    ids, mix = contest.random_ids(2, 1), contest.random_mix(2, 1)
+    real, draws, made = Contest.plain, itertools.cycle(drawn), []
+
+    def plain(self: Contest, *given: Any, exact: bool = False) -> torch.Tensor:
+        right = real(self, *given, exact=True)
+        if exact:
+            return right
+        made.append(next(draws))
+        return (right + torch.tensor(made[-1])[:, None]).float()
+
+    with torch.no_grad():
+        right = contest.plain(mix, ids, exact=True)
+    monkeypatch.setattr(Contest, "plain", plain)
+    sides = {OURS: lambda: right + torch.tensor(found)[:, None]}
+    if message:
+        with pytest.raises(WrongResultError, match=message):
+            contest.check(sides, mix, ids)
+        assert len(made) == 32
+    else:
+        assert 6 <= contest.check(sides, mix, ids)[OURS].budget < 6.001
+        assert len(made) == 3
 
 
 def test_a_side_with_nan_is_wrong() -> None:

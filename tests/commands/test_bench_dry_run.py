@@ -151,14 +151,12 @@ def test_wrong_results_of_mixed_batches_are_caught(bench: Any) -> None:
 @pytest.mark.parametrize("index", range(8))
 def test_wrong_gradients_of_mixed_batches_are_caught(bench: Any, index: int) -> None:
     """y, dx, and both gradients of each of three adapters."""
-    mixed = bench.mixed_train
+    contenders, mixed = bench.mixed_train.CONTENDERS, bench.mixed_kernels
     point = next(p for p in bench.shapes.tiny_mixed_points() if p.mode == "mixed_train")
-    problem = mixed.MixedTrainProblem.random(point, torch.float32, CPU, "eager")
-    checker = bench.harness.Checker(
-        problem, mixed.CONTENDERS, mixed.truths(problem), mixed.YARDSTICK
-    )
-    assert [checker.fault(contender) for contender in mixed.CONTENDERS] == [""] * 4
-    fused = mixed.CONTENDERS[2]
+    problem = mixed.MixedProblem.random(point, torch.float32, CPU, "eager")
+    checker = bench.harness.Checker(problem, contenders, mixed.truths(problem), mixed.YARDSTICK)
+    assert [checker.fault(contender) for contender in contenders] == [""] * 4
+    fused = contenders[2]
 
     def run(p: Any) -> tuple[torch.Tensor, ...]:
         results = list(fused.run(p))
