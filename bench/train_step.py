@@ -16,6 +16,7 @@ no gradients.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -73,7 +74,7 @@ def measured(
     """Checks and times one kind of step; returns its row."""
     kind = base_kind, DTYPES[dtype], adapters == "fp32", dropout
     ours, theirs = twins(*kind, method == "dora")
-    mine, other, base = step(ours, ids), step(theirs, ids), base_forward(ours, ids)
+    mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids, bare=True)
     losses = mine(), other()
     # Gradients are for the tests to compare; this finds sides that do not run the same model.
     if not dropout and abs(losses[0] - losses[1]) > 8 * torch.finfo(DTYPES[dtype]).eps * losses[1]:
@@ -87,7 +88,7 @@ def measured(
         measure.share_frozen(ours, plain)
         over_lora = f"{ratio(mine, step(plain, ids), rounds):.4f}"
     # Last: on some CPUs bitsandbytes repacks the 4-bit weights of PEFT in it, which train no more.
-    forwards = ratio(evaluation(ours.eval(), ids), evaluation(theirs.eval(), ids), rounds)
+    forwards = ratio(forward(ours.eval(), ids), forward(theirs.eval(), ids), rounds)
     return {
         "method": method,
         "dtype": dtype,
@@ -167,21 +168,11 @@ def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
     return run
 
 
-def evaluation(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """One forward of a model in eval mode."""
+def forward(model: Any, ids: torch.Tensor, *, bare: bool = False) -> Callable[[], None]:
+    """One forward without gradients; of the base model alone where it is to be bare."""
 
     def run() -> None:
-        with torch.no_grad():
-            model(input_ids=ids, labels=ids, use_cache=False)
-
-    return run
-
-
-def base_forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """The base model's forward, without adapters or gradients."""
-
-    def run() -> None:
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), model.disable_adapter() if bare else contextlib.nullcontext():
             model(input_ids=ids, labels=ids, use_cache=False)
 
     return run

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlora.integrations.transformers import end_tokens
 from fastlora.model import LoraModel
@@ -32,16 +33,16 @@ def answers(
     Alpaca's headings, or as they are.
     """
     names = [name for name, texts in prompts.items() for _ in texts]
-    asked = [prompt_ids(t, corpora[n], tokenizer) for n, texts in prompts.items() for t in texts]
+    asked = [
+        torch.tensor(prompt_ids(text, corpora[name], tokenizer), dtype=torch.int64)
+        for name, texts in prompts.items()
+        for text in texts
+    ]
     if not asked:
         return {}
     device = next(model.parameters()).device
-    width = max(map(len, asked))
-    ids = torch.full((len(asked), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, own in enumerate(asked):
-        ids[i, width - len(own) :] = torch.tensor(own, dtype=ids.dtype)
-        mask[i, width - len(own) :] = 1
+    ids = pad_sequence(asked, True, pad, "left")
+    mask = pad_sequence([torch.ones_like(own) for own in asked], True, 0, "left")
     with adapters(model, names):
         made = model.generate(
             input_ids=ids.to(device),
@@ -52,5 +53,5 @@ def answers(
             pad_token_id=pad,
             eos_token_id=sorted(end_tokens(model.get_base_model(), tokenizer)) or None,
         )
-    texts = iter(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
+    texts = iter(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
     return {name: [next(texts) for _ in own] for name, own in prompts.items() if own}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlora.train.data.tokens import Corpus
 from fastlora.train.losses import IGNORED
@@ -114,25 +115,23 @@ def collate(
     rows: Sequence[Row], corpora: Mapping[str, Corpus], pad: int, device: torch.device
 ) -> Batch:
     """Returns some samples as one padded batch."""
-    tokens = [corpora[row.adapter].tokens(row.sample) for row in rows]
-    width = max(len(ids) for ids in tokens)
-    input_ids = torch.full((len(rows), width), pad)
-    labels = torch.full_like(input_ids, IGNORED)
-    mask = torch.zeros_like(input_ids)
-    positions = torch.zeros_like(input_ids)
-    apart = any(corpora[row.adapter].documents is not None for row in rows)
-    for i, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
-        corpus = corpora[row.adapter]
-        input_ids[i, : len(ids)] = ids
-        labels[i, : len(ids)] = corpus.labels(row.sample, IGNORED)
-        mask[i, : len(ids)] = 1
-        own = [len(ids)] if corpus.documents is None else corpus.documents[row.sample]
-        positions[i] = torch.cat([torch.arange(n) for n in (*own, width - len(ids))])
-    # transformers keeps documents apart by their positions where it is given no mask.
-    kept = {"position_ids": positions} if apart else {"attention_mask": mask}
-    inputs = {"input_ids": input_ids, **kept}
+    samples = [(corpora[row.adapter], row.sample) for row in rows]
+    tokens = [corpus.tokens(sample) for corpus, sample in samples]
+    labels = [corpus.labels(sample, IGNORED) for corpus, sample in samples]
+    inputs = {"input_ids": pad_sequence(tokens, True, pad)}
+    if any(corpus.documents is not None for corpus, _ in samples):
+        # transformers keeps documents apart by their positions where it is given no mask.
+        documents = [
+            [len(ids)] if corpus.documents is None else corpus.documents[sample]
+            for (corpus, sample), ids in zip(samples, tokens, strict=True)
+        ]
+        width = inputs["input_ids"].shape[1]
+        positions = [[*map(torch.arange, (*own, width - sum(own)))] for own in documents]
+        inputs["position_ids"] = torch.stack([torch.cat(own) for own in positions])
+    else:
+        inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in tokens], True)
     return Batch(
         [row.adapter for row in rows],
         {name: tensor.to(device) for name, tensor in inputs.items()},
-        labels.to(device),
+        pad_sequence(labels, True, IGNORED).to(device),
     )
