@@ -29,7 +29,7 @@ from tests.support.inits import (
     train_a_bit,
     two_layers,
 )
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny_llama, unchanged
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 CORDA, FILES = {"init_lora_weights": "corda"}, ("cache_file", "covariance_file")
@@ -390,21 +390,22 @@ def test_eva_takes_any_loader_and_gives_layers_no_rank_at_all() -> None:
 def test_eva_refusals() -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = fastlora.get_peft_model(two_layers(), config)
-    before = copy.deepcopy(model.state_dict())
     few = [torch.randn(7, 16)]
-    with pytest.raises(InitialisationError, match=r"'.*q': EVA needs a batch of at least 8 rows"):
+    with (
+        unchanged(model),
+        pytest.raises(InitialisationError, match=r"'.*q': EVA needs a batch of at least 8 rows"),
+    ):
         fastlora.initialize_lora_eva_weights(model, few, show_progress_bar=False)
-    with pytest.raises(InitialisationError, match="the dataloader is empty"):
+    with unchanged(model), pytest.raises(InitialisationError, match="the dataloader is empty"):
         fastlora.initialize_lora_eva_weights(model, [])
-    with pytest.raises(ConfigError, match="dataloader is required"):
+    with unchanged(model), pytest.raises(ConfigError, match="dataloader is required"):
         fastlora.initialize_lora_eva_weights(model)
     wrong = {"base_model.model.v": torch.randn(2, 23)}
-    with pytest.raises(
-        InitialisationError, match=r"layer 'v': .* \(2, 23\), expected \[rank, 24\]"
+    with (
+        unchanged(model),
+        pytest.raises(InitialisationError, match=r"layer 'v': .* \(2, 23\), expected \[rank, 24\]"),
     ):
         fastlora.initialize_lora_eva_weights(model, eva_state_dict=wrong)
-    for name, value in model.state_dict().items():
-        assert value.equal(before[name]), name
     with pytest.warns(UserWarning, match=r"init_lora_weights=True because .*\['q'\]"):
         fastlora.initialize_lora_eva_weights(
             model, eva_state_dict={"base_model.model.v": torch.eye(24)[:4]}

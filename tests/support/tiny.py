@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -115,6 +116,33 @@ def adapted(
     model = library.get_peft_model(base, library.LoraConfig(**config))
     randomise(model, seed)
     return model.eval()
+
+
+@contextlib.contextmanager
+def unchanged(*models: nn.Module) -> Iterator[None]:
+    """Behind the block all is as it was: modules, values, what trains, configs, who acts."""
+    before = [(_values(model), _facts(model)) for model in models]
+    yield
+    for model, (values, facts) in zip(models, before, strict=True):
+        assert _facts(model) == facts
+        torch.testing.assert_close(_values(model), values, rtol=0, atol=0, equal_nan=True)
+
+
+def _values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _facts(model: Any) -> list[Any]:
+    config = getattr(model, "config", None)
+    return [
+        [(name, id(module)) for name, module in model.named_modules()],
+        [name for name, p in model.named_parameters() if p.requires_grad],
+        list(getattr(model, "peft_config", ())),
+        getattr(model.base_model, "active_adapters", None)
+        if hasattr(model, "peft_config")
+        else None,
+        config.to_dict() if hasattr(config, "to_dict") else config,
+    ]
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
