@@ -47,8 +47,8 @@ def assert_same(model: Any, twin: Any) -> None:
     torch.testing.assert_close(logits(model), logits(twin))
 
 
-def test_the_whole_life_of_a_model(tmp_path: Path) -> None:
-    """Train, add, set, merge, unmerge, delete, save, load: what the unpatched twin gives."""
+def test_training_goes_on_behind_a_patch() -> None:
+    """Parameters and the optimizer's state stay, and modules that are adapted later are fused."""
     model, twin = peft_model(), peft_model()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
 
@@ -64,38 +64,17 @@ def test_the_whole_life_of_a_model(tmp_path: Path) -> None:
     report = fastlora.patch(model)
     assert report.fused == len(report.rows) == 6
     assert isinstance(model, peft.PeftModel)
-    assert {n: id(p) for n, p in model.named_parameters()} == parameters  # optimizer state holds
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
     step()
     assert_same(model, twin)
-
     for m in (model, twin):
         torch.manual_seed(5)
-        # New modules too: o_proj was not adapted before.
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
         m.add_adapter("b", config)
+        m.base_model.set_adapter(["default", "b"])
         randomise(m, seed=3)
     assert fastlora.fusion_report(model).fused == 8
     assert_same(model, twin)
-    for action in (
-        lambda m: m.set_adapter("b"),
-        lambda m: m.base_model.set_adapter(["default", "b"]),
-        lambda m: m.merge_adapter(),
-        lambda m: m.unmerge_adapter(),
-        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 3.0),
-        lambda m: m.base_model.model.model.layers[0].self_attn.q_proj.set_scale("b", 1.0),
-        lambda m: m.delete_adapter("default"),
-    ):
-        for m in (model, twin):
-            action(m)
-        assert_same(model, twin)
-
-    model.save_pretrained(tmp_path / "a")
-    twin.save_pretrained(tmp_path / "b")
-    for folder in ("a", "b"):
-        loaded = peft.PeftModel.from_pretrained(tiny_llama().double(), tmp_path / folder / "b")
-        fastlora.patch(loaded)
-        torch.testing.assert_close(logits(loaded), logits(twin))
-    assert_same(model.merge_and_unload(), twin.merge_and_unload())
 
 
 def test_copies_and_unpatch() -> None:

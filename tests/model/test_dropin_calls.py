@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,22 @@ merged = model.merge_and_unload()
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_life_of_adapters(dora: bool) -> None:
-    """Calls on the model and on its tuner have the effect that they have in PEFT."""
-    ours, theirs, _ = twins(lambda: TwoLayers().double(), use_dora=dora)
+    """Calls on models and tuners, patched ones too, have the effect that they have in PEFT."""
+    models = twins(lambda: TwoLayers().double(), use_dora=dora)
     x = torch.randn(3, 16, dtype=torch.float64)
-    for model, library in ((ours, fastlora), (theirs, peft)):
+
+    def outputs() -> torch.Tensor:
+        ours, theirs, patched = (model(x) for model in models)
+        for found, whose in ((ours, "ours"), (patched, "patched")):
+            assert_near(found, theirs, whose)
+        return theirs
+
+    for model, library in zip(models, (fastlora, peft, peft), strict=True):
         torch.manual_seed(3)
         model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["q"]))
-        model.add_adapter("b", library.LoraConfig(r=3, target_modules=["q"], use_dora=dora))
+        # On a new module too.
+        config = library.LoraConfig(r=3, target_modules=["q", "head"], use_dora=dora)
+        model.add_adapter("b", config)
         randomise(model, seed=5)
     for action in (
         lambda m: m.base_model.set_adapter(["default", "plain", "b"]),
@@ -65,21 +75,21 @@ def test_the_life_of_adapters(dora: bool) -> None:
         lambda m: m.base_model.enable_adapter_layers(),
         lambda m: q_of(m).scale_layer(3.0),
         lambda m: q_of(m).unscale_layer(3.0),
+        lambda m: q_of(m).set_scale("b", 3.0),
         lambda m: m.merge_adapter(safe_merge=True),
         lambda m: m.base_model.unmerge_adapter(),
         lambda m: m.set_adapter("b"),
-        lambda m: m.delete_adapter("b"),
-        lambda m: m.set_adapter("default"),
+        lambda m: m.delete_adapter("default"),
     ):
-        for model in (ours, theirs):
+        for model in models:
             action(model)
-        assert_near(ours(x), theirs(x), "between two calls")
-    with ours.disable_adapter(), theirs.disable_adapter():
-        assert_near(ours(x), theirs(x), "disabled")
-    expected = ours(x)
-    merged, other = (model.merge_and_unload()(x) for model in (ours, theirs))
-    assert_near(merged, other, "merged")
-    assert_near(merged, expected, "merged")
+        expected = outputs()
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.disable_adapter())
+        outputs()
+    models = tuple(model.merge_and_unload() for model in models)
+    assert_near(outputs(), expected, "merged")
 
 
 def test_trainability_follows_peft() -> None:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
 from fastlora.layers import FastLoraLinear
-from fastlora.testing import assert_within_budget
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -27,26 +26,6 @@ from fastlora.validation import (
 from tests.support.tiny import TwoLayers, adapted, randomise, tiny, tiny_llama, unchanged
 
 CONFIG = {"r": 4, "target_modules": ["q", "v"]}
-
-
-@pytest.mark.parametrize("names", [None, ["default"]], ids=["active", "by name"])
-def test_merge_of_a_tied_weight(names: list[str] | None) -> None:
-    """Merging into a head that shares the embedding's weight leaves the embedding alone."""
-    pytest.importorskip("transformers")
-    ids = torch.randint(0, 97, (2, 7))
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
-    randomise(model)
-    embedding = model.get_input_embeddings().weight.clone()
-    expected = model(input_ids=ids).logits
-    exact = copy.deepcopy(model).double()(input_ids=ids).logits
-    shares = r"shares its weight with model\.embed_tokens"
-    with unchanged(model), pytest.raises(AdapterStateError, match=shares):
-        model.merge_adapter(names)
-    with pytest.warns(UserWarning, match="has its own now"):
-        merged = model.merge_and_unload(adapter_names=names)
-    assert_within_budget(merged(input_ids=ids).logits, expected, exact)
-    assert torch.equal(merged.get_input_embeddings().weight, embedding)
-    assert merged.config.tie_word_embeddings is False
 
 
 def test_save_and_load_several(tmp_path: Path) -> None:

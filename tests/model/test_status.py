@@ -12,7 +12,7 @@ from torch import nn
 import fastlora
 from fastlora.model import status
 from fastlora.validation import AdapterNotFoundError
-from tests.support.peft_twins import peft
+from tests.support.peft_twins import assert_same_status, peft
 from tests.support.tiny import TwoLayers, quantised, tiny_llama, with_adapters
 
 
@@ -29,41 +29,26 @@ def pair() -> Any:
     return made
 
 
-def compared(ours: Any, theirs: Any) -> None:
-    """Every field of every layer and of the model, by functions and by methods."""
-    layers = fastlora.get_layer_status(ours), peft.get_layer_status(theirs)
-    for mine, its in zip(*layers, strict=True):
-        assert dataclasses.asdict(mine) == dataclasses.asdict(its)
-    mine, its = (dataclasses.asdict(model.get_model_status()) for model in (ours, theirs))
-    if not any(layer.active_adapters == [] for layer in layers[0]):
-        assert mine == its
-    else:  # PEFT calls a model irregular in which the active adapter has no copy of a module
-        assert (mine.pop("active_adapters"), its.pop("active_adapters")) == (["other"], "irregular")
-        assert mine == its
-    assert ours.get_layer_status() == fastlora.get_layer_status(ours)
-    assert fastlora.get_model_status(ours) == ours.get_model_status()
-
-
 def test_fields_are_those_of_peft() -> None:
     """As made; another one active; merged; disabled; trainable by hand."""
     ours, theirs = pair()
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     for model in (ours, theirs):
         model.set_adapter("other")
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     for model in (ours, theirs):
         model.merge_adapter(["other"])
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     for model in (ours, theirs):
         model.unmerge_adapter()
         model.base_model.disable_adapter_layers()
     assert ours.get_model_status().enabled is theirs.get_model_status().enabled is False
     for model in (ours, theirs):
         model.base_model.enable_adapter_layers()
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     for model in (ours, theirs):
         model.base_model.model.q.lora_A["other"].requires_grad_(False)
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     assert ours.get_model_status().requires_grad["other"] == "irregular"
 
 
@@ -72,7 +57,7 @@ def test_layers_that_differ_are_irregular() -> None:
     ours, theirs = pair()
     for model in (ours, theirs):
         model.base_model.model.q.merge(adapter_names=["other"])
-    compared(ours, theirs)
+    assert_same_status(ours, theirs)
     found = ours.get_model_status()
     assert found.merged_adapters == "irregular"
     ours.base_model.model.q.unmerge()
@@ -90,7 +75,7 @@ def test_a_copy_is_set_active_by_itself() -> None:
         model = with_adapters(TwoLayers(), {"default": config, "other": config}, library)
         model.base_model.model.norm.set_adapter("other")
         made.append(model)
-    compared(*made)
+    assert_same_status(*made)
     assert made[0].get_model_status().active_adapters == "irregular"
     with pytest.raises(AdapterNotFoundError, match="'absent'"):
         made[0].base_model.model.norm.set_adapter("absent")

@@ -131,15 +131,6 @@ def test_what_is_not_tied_is_said() -> None:
         get_peft_model(tiny_llama(), config(fastlora))
 
 
-def test_a_copy_of_one_alone_unties_when_unloaded() -> None:
-    """The config says so, or a reload would tie them again."""
-    with pytest.warns(UserWarning, match="not set to True"):
-        model = get_peft_model(tiny_llama(), config(fastlora, modules_to_save=["lm_head"]))
-    with pytest.warns(UserWarning, match="no longer tied"):
-        merged = model.merge_and_unload()
-    assert not merged.config.tie_word_embeddings
-
-
 def test_copy_and_target_at_once() -> None:
     settings = config(
         fastlora,

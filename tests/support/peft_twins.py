@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,22 @@ def assert_files_cross(
         for library in libraries:
             loaded = library.PeftModel.from_pretrained(fresh(), where).eval()
             assert_near(run(loaded).detach(), expected, f"{library.__name__} from {where}")
+
+
+def assert_same_status(ours: Any, theirs: Any, views: int = 0) -> None:
+    """Every field of every layer and of the model, by functions and by methods.
+
+    ``views`` are the parameters that PEFT counts twice.
+    """
+    layers = fastlora.get_layer_status(ours), peft.get_layer_status(theirs)
+    for mine, its in zip(*layers, strict=True):
+        assert dataclasses.asdict(mine) == dataclasses.asdict(its)
+    mine, its = (dataclasses.asdict(model.get_model_status()) for model in (ours, theirs))
+    for count in ("trainable_params", "total_params"):
+        its[count] -= views
+    if any(layer.active_adapters == [] for layer in layers[0]):
+        # PEFT calls a model irregular in which the active adapter has no copy of a module.
+        assert (mine.pop("active_adapters"), its.pop("active_adapters")) == (["other"], "irregular")
+    assert mine == its
+    assert ours.get_layer_status() == layers[0]
+    assert fastlora.get_model_status(ours) == ours.get_model_status()
