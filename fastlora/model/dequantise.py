@@ -93,8 +93,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 made[module] = _plain(module, dtype)
             if not name:
                 return made[module]
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[module])
+            model.set_submodule(name, made[module])
     own: Any = model
     for name in _MARKS:
         if name in own.__dict__:

@@ -310,5 +310,4 @@ def _take_off(tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str) 
     """Removes an adapter from a layer, and the layer where it was the last one."""
     layer.delete_adapter(adapter_name)
     if not layer.r:
-        parent, _, child = name.rpartition(".")
-        setattr(tuner.model.get_submodule(parent), child, layer.release())
+        tuner.model.set_submodule(name, layer.release())

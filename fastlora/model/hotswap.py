@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
 from fastlora.model.plan import factor_shapes, own_config
 from fastlora.model.tuner import tuner_of
-from fastlora.model.walk import base_of, peft_function
+from fastlora.model.walk import peft_function
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -211,14 +211,6 @@ def hotswap_adapter_from_state_dict(
     _swap(own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given)
 
 
-class _Place(NamedTuple):
-    """A layer that is swapped, and what it gets: file name below it to tensor."""
-
-    name: str
-    layer: LoraLayer
-    tensors: dict[str, torch.Tensor]
-
-
 @torch.no_grad()
 def _swap(
     model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
@@ -251,21 +243,21 @@ def _swap(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. Adapters "
             "that adapt other layers are to be loaded under another name"
         )
-    places = [_place(name, layer, tensors, config) for name, layer in layers.items()]
+    given = {name: _given(name, layer, tensors, config) for name, layer in layers.items()}
     copies = _copies(model, adapter_name, tensors, keys)
-    grown = []
-    for name, layer, new in places:
+    grown = {}
+    for name, layer in layers.items():
         rank = config.rank_for(name)
-        if new and rank > layer.r[adapter_name]:
+        if given[name] and rank > layer.r[adapter_name]:
             _refuse_split(name, layer)
-            grown.append((layer, resized(layer, adapter_name, rank), rank))
+            grown[name] = resized(layer, adapter_name, rank), rank
     # From here on nothing is refused.
-    for layer, factors, rank in grown:
-        set_factors(layer, adapter_name, factors, rank)
-    for name, layer, new in places:
+    for name, (factors, rank) in grown.items():
+        set_factors(layers[name], adapter_name, factors, rank)
+    for name, layer in layers.items():
         layer.use_rslora[adapter_name] = config.use_rslora
         set_scaling(layer, adapter_name, config.scaling_for(name))
-        _write(layer, adapter_name, new)
+        _write(layer, adapter_name, given[name])
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
@@ -273,12 +265,14 @@ def _swap(
     tuner.peft_config[adapter_name] = made
 
 
-def _place(
+def _given(
     name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
-) -> _Place:
-    """Returns what a layer gets, all of it or nothing; raises `HotswapError` for other shapes."""
-    base = base_of(layer)
-    expected = factor_shapes(base, name, config)
+) -> dict[str, torch.Tensor]:
+    """Returns what a layer gets, by file name below it: all of it, or nothing.
+
+    Raises `HotswapError` for a part of it, and for other shapes.
+    """
+    expected = factor_shapes(layer, name, config)
     at = f"{KEY_PREFIX}{name}."
     found = {key: tensors[f"{at}{key}"] for key in expected if f"{at}{key}" in tensors}
     for key, tensor in found.items():
@@ -290,7 +284,7 @@ def _place(
     missing = [key for key in expected if key not in found]
     if found and missing:
         raise HotswapError(f"the new adapter has {at}{next(iter(found))}, but no {at}{missing[0]}")
-    return _Place(name, layer, found)
+    return found
 
 
 def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]) -> None:

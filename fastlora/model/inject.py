@@ -74,9 +74,11 @@ def add_adapter(
         module = model.get_submodule(name)
         if isinstance(module, kind):
             return module
+        if not name:
+            raise ConfigError("the model itself is the target; wrap it in a module first")
         made = make(module)
         replaced[name] = module, made
-        _set_submodule(model, name, made)
+        model.set_submodule(name, made)
         return made
 
     try:
@@ -117,7 +119,7 @@ def add_adapter(
         for name, (module, made) in replaced.items():
             if isinstance(made, LoraLayer):
                 made.release()
-            _set_submodule(model, name, module)
+            model.set_submodule(name, module)
         if plan.replication is not None:
             plan.replication.undo()
         for parameter in trained:
@@ -252,7 +254,7 @@ def unload(
         elif module.merged:
             module.unmerge()
         base = module.release()
-        _set_submodule(model, name, base.to(dtype) if merge and was_quantised else base)
+        model.set_submodule(name, base.to(dtype) if merge and was_quantised else base)
     if dtype is not None:
         model = dequantise(model, dtype)
     shared.tell()
@@ -281,10 +283,3 @@ def present(module: Any, adapter_names: list[str] | None) -> list[str] | None:
         return None
     known = module.r if isinstance(module, LoraLayer) else module.adapter_names
     return [name for name in adapter_names if name in known]
-
-
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    if not name:
-        raise ConfigError("the model itself is the target; wrap it in a module first")
-    setattr(model.get_submodule(parent), child, module)

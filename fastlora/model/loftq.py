@@ -5,9 +5,10 @@ Method: https://arxiv.org/abs/2310.08659, as in PEFT 0.21.2, ``utils/loftq_utils
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,19 @@ def replace_lora_weights_loftq(
             "No bnb LoRA module found on the model: the adapter is on no layer that bitsandbytes "
             "quantised to 4 bits"
         )
-    weights = _Weights(tuner.model, model_path)
-    for name, layer in layers.items():
-        weights.check(name, (layer.out_features, layer.in_features))
     made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, layer in layers.items():
-        base = dense_weight(layer.get_base_layer()).float()
-        weight = weights.read(name).to(base)
-        check_finite(weight, f"layer {name!r}: its unquantised weight")
-        rank = layer.r[adapter_name]
-        if rank > min(weight.shape):
-            raise InitialisationError(
-                f"layer {name!r}: r={rank}, expected at most {min(weight.shape)}"
-            )
-        made[name] = best_of_rank(weight - base, rank)
+    with contextlib.ExitStack() as opened:
+        for name, stored in _weights(opened, tuner.model, model_path, layers).items():
+            layer = layers[name]
+            base = dense_weight(layer.get_base_layer()).float()
+            weight = stored[:].to(base)
+            check_finite(weight, f"layer {name!r}: its unquantised weight")
+            rank = layer.r[adapter_name]
+            if rank > min(weight.shape):
+                raise InitialisationError(
+                    f"layer {name!r}: r={rank}, expected at most {min(weight.shape)}"
+                )
+            made[name] = best_of_rank(weight - base, rank)
     for name, layer in layers.items():
         factors: list[Any] = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
         before = [factor.clone() for factor in factors]
@@ -103,49 +103,47 @@ def _is_4bit(layer: LoraLayer) -> bool:
     return type(weight).__name__ == "Params4bit"
 
 
-class _Weights:
-    """The weights of an unquantised model, in one file or in parts, read one by one."""
+def _weights(
+    opened: contextlib.ExitStack,
+    model: nn.Module,
+    path: str | Path | None,
+    layers: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the slice of a file that is each layer's unquantised weight ``[N, K]``, to be read.
 
-    def __init__(self, model: nn.Module, path: str | Path | None) -> None:
-        place = Path(_folder_of(model) if path is None else path)
-        place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
-        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        index = place.with_name(f"{_WEIGHTS}.index.json")
-        if place.is_file():
-            with safe_open(place, framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), place)
-        elif index.is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {key: place.parent / part for key, part in parts.items()}
-        else:
-            raise CheckpointError(
-                f"Could not find file for {place}, ensure that there is a (sharded) safetensors "
-                "file of the model."
-            )
-        self.place = place
-
-    def _key(self, name: str) -> str:
+    Raises `CheckpointError` unless all are there, in their shapes.
+    """
+    place = Path(_folder_of(model) if path is None else path)
+    place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
+    index = place.with_name(f"{_WEIGHTS}.index.json")
+    if place.is_file():
+        files = {place}
+    elif index.is_file():
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {place.parent / part for part in parts.values()}
+    else:
+        raise CheckpointError(
+            f"Could not find file for {place}, ensure that there is a (sharded) safetensors "
+            "file of the model."
+        )
+    holders: dict[str, Any] = {}
+    for file in files:
+        if file.is_file():
+            holder = opened.enter_context(safe_open(file, framework="pt"))
+            holders |= dict.fromkeys(holder.keys(), holder)
+    found, prefix = {}, f"{getattr(model, 'base_model_prefix', '')}."
+    for name, layer in layers.items():
         key = f"{name}.weight"
-        return key if key in self.files else key.removeprefix(self.prefix)
-
-    def check(self, name: str, shape: tuple[int, int]) -> None:
-        """Raises `CheckpointError` unless a layer's weight is there in its shape."""
-        key = self._key(name)
-        if key not in self.files or not self.files[key].is_file():
-            raise CheckpointError(f"{self.place} has no {name}.weight")
-        with safe_open(self.files[key], framework="pt") as file:
-            found = tuple(file.get_slice(key).get_shape())
-        if found != shape:
+        key = key if key in holders else key.removeprefix(prefix)
+        if key not in holders:
+            raise CheckpointError(f"{place} has no {name}.weight")
+        found[name] = holders[key].get_slice(key)
+        shape, expected = tuple(found[name].get_shape()), (layer.out_features, layer.in_features)
+        if shape != expected:
             raise CheckpointError(
-                f"{self.place}: {key!r} has shape {found}, this model expects {shape}"
+                f"{place}: {key!r} has shape {shape}, this model expects {expected}"
             )
-
-    def read(self, name: str) -> torch.Tensor:
-        """Returns a layer's weight ``[N, K]``."""
-        key = self._key(name)
-        with safe_open(self.files[key], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
-        return tensor
+    return found
 
 
 def _folder_of(model: nn.Module) -> str:

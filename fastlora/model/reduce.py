@@ -202,7 +202,7 @@ def reduce_intruder_dimension(
     tuner.check_new(new_adapter_name)
     tuner.check_known(old_adapter_name)
     tuner.peft_config[old_adapter_name].check_plain("an adapter computed from it")
-    tell = logging_sink or _silent
+    tell = logging_sink or (lambda *_: None)
     factors = {}
     for name, layer in _layers_with(peft_model, old_adapter_name):
         if old_adapter_name in layer.lora_magnitude_vector:
@@ -313,10 +313,6 @@ def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Lor
     for name, layer in lora_layers(tuner.model).items():
         if adapter_name in layer.r:
             yield name, layer
-
-
-def _silent(*_: object) -> None:
-    """Tells nobody."""
 
 
 def _theirs(model: nn.Module, function: str) -> Any:

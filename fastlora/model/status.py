@@ -146,18 +146,20 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _status(name: str, module: Any) -> TunerLayerStatus:
-    tensors = _tensors(module)
+    tensors, found = _tensors(module), _quantised(module)
     backend = getattr(module, "quantization_backend", None)
     return TunerLayerStatus(
         name=f"{name}.token_adapter" if isinstance(module, TrainableTokensWrapper) else name,
-        module_type=_type_of(module),
+        module_type=_type_of(module, found),
         enabled=not module._disabled,
         active_adapters=module.active_adapters,
         merged_adapters=list(getattr(module, "merged_adapters", ())),
         requires_grad={n: _one(p.requires_grad for p in own) for n, own in tensors.items()},
         available_adapters=sorted(tensors),
         devices={n: sorted({p.device.type for p in own}) for n, own in tensors.items()},
-        quantization_backend=_backend(module) if backend is None else backend.backend_name,
+        quantization_backend=getattr(found, "backend", None)
+        if backend is None
+        else backend.backend_name,
     )
 
 
@@ -173,11 +175,6 @@ def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def _backend(module: Any) -> str | None:
-    found = _quantised(module)
-    return None if found is None else found.backend
-
-
 def _quantised(module: Any) -> Quantised | None:
     if not isinstance(module, LoraLayer):
         return None
@@ -187,13 +184,12 @@ def _quantised(module: Any) -> Quantised | None:
         return None
 
 
-def _type_of(module: Any) -> str:
+def _type_of(module: Any, found: Quantised | None) -> str:
     """Returns PEFT's name for a kind of module: that of PyTorch's class that its base layer is."""
     if isinstance(module, TrainableTokensWrapper):
         return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
         return type(module).__name__
-    found = _quantised(module)
     if found is not None and found.peft_layer is not None:
         return f"lora.{found.peft_layer[1]}"
     for base in type(module.get_base_layer()).__mro__:
