@@ -14,6 +14,8 @@ from fastlora.kernels.tables import KernelConfig
 from fastlora.testing import Launch
 
 BF16, WIDTH = torch.bfloat16, 2
+# What siblings' arguments have behind their names.
+_MARKS = ("", "_1", "_2", "_3")
 BatchOf = Callable[[int, int, int], Batch]
 
 
@@ -79,8 +81,10 @@ def _form(launch: Launch, r: int) -> Form:
     """Returns the form of a launch for one adapter."""
     given, name = launch.arguments, _stem(launch)
     if name == "plane_sums":
-        sums = [(given[f"size_{i}"], given[f"planes_{i}"], WIDTH) for i in range(given["COUNT"])]
-        return byte_forms.plane_sums(sums)
+        count = given["COUNT"]
+        return byte_forms.plane_sums(
+            [(given[f"size{mark}"], given[f"planes{mark}"], WIDTH) for mark in _MARKS[:count]]
+        )
     config = _config(launch)
     m, n, k, rank = (given.get(size, 0) for size in "MNKR")
     sizes = Sizes(m, n, k, rank, WIDTH, WIDTH)
@@ -91,11 +95,11 @@ def _form(launch: Launch, r: int) -> Form:
     if name == "lora_grad_b":
         return byte_forms.grad_b(sizes, config, 1, given["HAS_BIAS"], given["HAS_DS"])
     if name == "lora_grad_a":
-        ranks = [given[f"R_{i}"] for i in range(given["SIBLINGS"])]
+        ranks = [given[f"R{mark}"] for mark in _MARKS[: given["SIBLINGS"]]]
         drops = given["HAS_DROPOUT"]
         return byte_forms.grad_a(sizes._replace(r=max(ranks)), config, ranks, drops)
     forms = []
-    for mark in ("", "_1", "_2", "_3")[: given["SIBLINGS"]]:
+    for mark in _MARKS[: given["SIBLINGS"]]:
         own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])
         if name == "lora_linear":
             form = byte_forms.linear(own, config, given["PLANES"], given["HAS_BIAS"])
@@ -113,7 +117,7 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
     n, k = given.get("N", 0), given.get("K", 0)
     if _stem(launch) == "mixed_lora_shrink":  # all modules' rank rows of an adapter
         return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
-    sizes = [n, *(given[f"N_{i}"] for i in range(1, given["SIBLINGS"]))]
+    sizes = [given[f"N{mark}"] for mark in _MARKS[: given["SIBLINGS"]]]
     if _stem(launch) == "mixed_lora_expand":
         planes = given["PLANES"]
         return together(

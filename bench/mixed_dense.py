@@ -140,7 +140,7 @@ class _Gather:
         segment_of = order // max(y.shape[0] // max(slots, 1), 1)
         pieces = torch.ops.fastlora.rows_pieces(segment_of, slots, config.block_m)
         mixed_lora_expand.launch_mixed_lora_expand(
-            *([y], s.unsqueeze(0), order, segment_of, self.slots, pieces),
+            *([y], s.unsqueeze(0), [order, segment_of, self.slots, order, pieces]),
             *(address, bias_address, self.rank, scaling),
             factor_dtype=self.factor_dtype,
             config=config,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import KernelConfig, cdiv
@@ -89,11 +90,7 @@ def launch_lora_dropout(
         K=k,
         threshold=round(dropout_p * 65536),
         inv_keep=1.0 / (1.0 - dropout_p),
-        stride_om=out.stride(0),
-        stride_ok=out.stride(1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        **config.launch_options,
+        **strides("o", "mk", out),
+        **strides("x", "mk", x),
+        **config.arguments("mk"),
     )

@@ -21,16 +21,21 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import dropout_of, strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
-    are_aligned,
     module_of_tile,
     named_modules,
     of_module,
 )
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
+from fastlora.kernels.rank_rows import (
+    load_rank_columns,
+    load_shrunk,
+    scale_rank_columns,
+    shrunk_arguments,
+)
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
@@ -100,10 +105,7 @@ def _lora_expand_kernel(
     first_r = 0  # the module's first column of s
     if SIBLINGS > 1:
         num_pid_m = tl.cdiv(M, BLOCK_M)
-        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
-        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
-        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
-        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
         first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
         y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
         lora_b_ptr = of_module(
@@ -145,33 +147,12 @@ def _lora_expand_kernel(
 
     lora_b_ptr += first_n * stride_bn
     s_ptr += first_m * stride_sm + first_r * stride_sr
+    factor = lora_b_ptr, scaling_ptr, R, stride_bn, stride_br, stride_scaling
+    shrunk = s_ptr, R, stride_sp, stride_sm, stride_sr
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-        b, scale = load_rank_columns(
-            lora_b_ptr,
-            scaling_ptr,
-            start=start,
-            rank=R,
-            mask_n=mask_n,
-            stride_bn=stride_bn,
-            stride_br=stride_br,
-            stride_scaling=stride_scaling,
-            BLOCK_N=BLOCK_N,
-            BLOCK_R=BLOCK_R,
-        )
-        s = load_shrunk(
-            s_ptr,
-            start=start,
-            rank=R,
-            mask_m=mask_m,
-            stride_sp=stride_sp,
-            stride_sm=stride_sm,
-            stride_sr=stride_sr,
-            dtype=dtype,
-            BLOCK_M=BLOCK_M,
-            BLOCK_R=BLOCK_R,
-            PLANES=PLANES,
-        )
+        b, scale = load_rank_columns(factor, start, mask_n, BLOCK_N, BLOCK_R)
+        s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, PLANES)
         if STORE_S:  # noqa: SIM102 - this one is decided at compile time
             if pid_n == 0:
                 offs_r = start + tl.arange(0, BLOCK_R)
@@ -218,43 +199,19 @@ def launch_lora_expand(
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of what is added, for the gradient of x.
     """
-    first, m, sizes = modules[0], s.shape[-2], [module.lora_b.shape for module in modules]
+    m, sizes = s.shape[-2], [module.lora_b.shape for module in modules]
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
     if not tiles:
         return
-    scaling, bias, has_planes = first.scaling, first.bias, s.dim() == 3
     launch(
         _lora_expand_kernel,
         (tiles,),
         **named_modules(modules, weight=False),
-        s_ptr=s,
-        s_out_ptr=s_out,
-        seed_ptr=seed if dropout_p > 0.0 else None,
+        **shrunk_arguments(s, s_out),
+        **dropout_of(seed, dropout_p),
         M=m,
-        threshold=round(dropout_p * 65536),
-        inv_keep=1.0 / (1.0 - dropout_p),
-        stride_ym=first.y.stride(0),
-        stride_yn=first.y.stride(1),
-        stride_sp=s.stride(0) if has_planes else 0,
-        stride_sm=s.stride(-2),
-        stride_sr=s.stride(-1),
-        stride_bn=first.lora_b.stride(0),
-        stride_br=first.lora_b.stride(1),
-        stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
-        stride_bias=0 if bias is None else bias.stride(0),
-        stride_om=0 if s_out is None else s_out.stride(0),
-        stride_or=0 if s_out is None else s_out.stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_r,
-        PLANES=s.shape[0] if has_planes else 1,
+        **strides("y", "mn", modules[0].y),
+        **config.arguments("mnr"),
         ONE_RANK_CHUNK=max(r for _, r in sizes) <= config.block_r,
-        SIBLINGS=len(modules),
-        ALIGNED=are_aligned(modules),
         READS_Y=reads_y,
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=dropout_p > 0.0,
-        STORE_S=s_out is not None,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )

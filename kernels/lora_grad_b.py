@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
+from fastlora.kernels.row_sums import ROW_SUMS, add_row_sums, store_sum
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
@@ -129,20 +130,8 @@ def _lora_grad_b_kernel(
         s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
 
     d_lora_b_ptr += tl.cast(split, tl.int64) * stride_dbp + first_n * stride_dbn
-    if RANK_ROWS_FIRST:
-        # d_lora_b.T: [BLOCK_R, BLOCK_N]
-        tl.store(
-            d_lora_b_ptr + offs_n[None, :] * stride_dbn + offs_r[:, None],
-            (acc * scale[:, None]).to(d_lora_b_ptr.dtype.element_ty),
-            mask=mask_n[None, :] & mask_r[:, None],
-        )
-    else:
-        # d_lora_b: [BLOCK_N, BLOCK_R]
-        tl.store(
-            d_lora_b_ptr + offs_n[:, None] * stride_dbn + offs_r[None, :],
-            (acc * scale[None, :]).to(d_lora_b_ptr.dtype.element_ty),
-            mask=mask_n[:, None] & mask_r[None, :],
-        )
+    acc *= scale[:, None] if RANK_ROWS_FIRST else scale[None, :]
+    store_sum(d_lora_b_ptr, acc, offs_n * stride_dbn, offs_r, mask_n, mask_r, RANK_ROWS_FIRST)
     if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
         if first_r == 0:
             # d_bias: [BLOCK_N]
@@ -194,23 +183,14 @@ def launch_lora_grad_b(
         N=n,
         R=r,
         rows_per_split=cdiv(cdiv(m, config.block_m), config.splits) * config.block_m,
-        stride_dsp=ds.stride(0) if ds is not None and ds.dim() == 3 else 0,
-        stride_dsm=0 if ds is None else ds.stride(-2),
-        stride_dbp=d_lora_b.stride(0) if d_lora_b.dim() == 3 else 0,
-        stride_dbn=d_lora_b.stride(-2),
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=lora_b.stride(0),
-        stride_br=lora_b.stride(1),
+        **strides("ds", "pm_", ds),
+        **strides("db", "pn_", d_lora_b),
+        **strides("dy", "mn", dy),
+        **strides("s", "mr", s),
+        **strides("b", "nr", lora_b),
         stride_scaling=0 if scaling.numel() == 1 else scaling.stride(0),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_r,
+        **config.arguments("mnr"),
         HAS_DS=ds is not None,
         HAS_BIAS=d_bias is not None,
         RANK_ROWS_FIRST=config.rank_rows_first,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )

@@ -31,18 +31,23 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import dropout_of, strides
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.modules import (
     Module,
-    are_aligned,
     module_of_tile,
     named_modules,
     of_module,
     weight_arguments,
 )
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.rank_rows import load_rank_columns, load_shrunk, scale_rank_columns
+from fastlora.kernels.rank_rows import (
+    load_rank_columns,
+    load_shrunk,
+    scale_rank_columns,
+    shrunk_arguments,
+)
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
@@ -137,10 +142,7 @@ def _lora_linear_kernel(
     first_k = tl.program_id(1) * k_per_split
     first_r = 0  # the module's first column of s
     if SIBLINGS > 1:
-        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
-        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
-        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
-        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
         first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
         y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
         weight_ptr = of_module(
@@ -185,18 +187,8 @@ def _lora_linear_kernel(
     # From 64 rows on that hides their latency; on smaller tiles the compiler moves a layout
     # conversion, and with it the wait, in front of the loop (SASS, sm_90, Triton 3.6 and 3.9).
     lora_b_ptr += first_n * stride_bn
-    b, scale = load_rank_columns(
-        lora_b_ptr,
-        scaling_ptr,
-        start=0,
-        rank=R,
-        mask_n=mask_n,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        stride_scaling=stride_scaling,
-        BLOCK_N=BLOCK_N,
-        BLOCK_R=BLOCK_R,
-    )
+    factor = lora_b_ptr, scaling_ptr, R, stride_bn, stride_br, stride_scaling
+    b, scale = load_rank_columns(factor, 0, mask_n, BLOCK_N, BLOCK_R)
     if HAS_BIAS:
         # bias: [BLOCK_N]
         bias_ptr += first_n * stride_bias
@@ -242,21 +234,10 @@ def _lora_linear_kernel(
             product = acc
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         s_ptr += first_m * stride_sm + first_r * stride_sr
+        shrunk = s_ptr, R, stride_sp, stride_sm, stride_sr
         s_out_offs = (first_m + offs_m)[:, None] * stride_om + first_r * stride_or
         for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-            s = load_shrunk(
-                s_ptr,
-                start=start,
-                rank=R,
-                mask_m=mask_m,
-                stride_sp=stride_sp,
-                stride_sm=stride_sm,
-                stride_sr=stride_sr,
-                dtype=dtype,
-                BLOCK_M=BLOCK_M,
-                BLOCK_R=BLOCK_R,
-                PLANES=PLANES,
-            )
+            s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, PLANES)
             if STORE_S:  # noqa: SIM102 - this one is decided at compile time
                 if pid_n == 0:
                     offs_r = start + tl.arange(0, BLOCK_R)
@@ -266,18 +247,7 @@ def _lora_linear_kernel(
             # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
             acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
             if not ONE_RANK_CHUNK:
-                b, scale = load_rank_columns(
-                    lora_b_ptr,
-                    scaling_ptr,
-                    start=start + BLOCK_R,
-                    rank=R,
-                    mask_n=mask_n,
-                    stride_bn=stride_bn,
-                    stride_br=stride_br,
-                    stride_scaling=stride_scaling,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_R=BLOCK_R,
-                )
+                b, scale = load_rank_columns(factor, start + BLOCK_R, mask_n, BLOCK_N, BLOCK_R)
 
         if HAS_DROPOUT:
             keep = philox_keep_mask(
@@ -332,52 +302,26 @@ def launch_lora_linear(
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
-    scaling, bias, splits = first.scaling, first.bias, config.splits
+    splits = config.splits
     launch(
         _lora_linear_kernel,
         (tiles, splits),
         **named_modules(modules, weight=True),
         x_ptr=x,
-        s_ptr=s,
-        s_out_ptr=s_out,
-        seed_ptr=seed if dropout_p > 0.0 else None,
+        **shrunk_arguments(s, s_out),
+        **dropout_of(seed, dropout_p),
         M=m,
         K=k,
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
-        threshold=round(dropout_p * 65536),
-        inv_keep=1.0 / (1.0 - dropout_p),
-        stride_yp=first.y.stride(0) if splits > 1 else 0,
-        stride_ym=first.y.stride(-2),
-        stride_yn=first.y.stride(-1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_sp=s.stride(0) if s.dim() == 3 else 0,
-        stride_sm=s.stride(-2),
-        stride_sr=s.stride(-1),
-        stride_bn=first.lora_b.stride(0),
-        stride_br=first.lora_b.stride(1),
-        stride_scaling=0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
-        stride_bias=0 if bias is None else bias.stride(0),
-        stride_om=0 if s_out is None else s_out.stride(0),
-        stride_or=0 if s_out is None else s_out.stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
+        **strides("y", "pmn", first.y),
+        **strides("x", "mk", x),
+        **weight_arguments(first.weight),
+        **config.arguments("mnkr"),
         GROUP_M=config.group_m,
-        PLANES=s.shape[0] if s.dim() == 3 else 1,
         ONE_RANK_CHUNK=max(r for _, r in sizes) <= config.block_r,
         EVEN_K=k % config.block_k == 0,
         SPLITS=splits,
-        SIBLINGS=len(modules),
-        ALIGNED=are_aligned(modules),
-        **weight_arguments(first.weight),
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=dropout_p > 0.0,
-        STORE_S=s_out is not None,
         PDL=pdl,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -20,15 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import dropout_of, numbered, strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
-
-
-@triton.jit
-def _rows_from(rank_rows, lora_a_ptr, r, first, stride_ar):
-    """Returns pointers to rank rows ``[BLOCK_R]``, from ``first`` on those of another lora_a."""
-    return tl.where(r >= first, lora_a_ptr + tl.cast(r - first, tl.int64) * stride_ar, rank_rows)
 
 
 # M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
@@ -37,7 +32,7 @@ def _lora_shrink_kernel(
     # tensors
     out_ptr,
     x_ptr,
-    lora_a_0_ptr,
+    lora_a_ptr,
     lora_a_1_ptr,
     lora_a_2_ptr,
     lora_a_3_ptr,
@@ -87,16 +82,15 @@ def _lora_shrink_kernel(
     mask_r = offs_r < R - first_r
     x_ptr += tl.cast(first_m, tl.int64) * stride_xm + tl.cast(first_k, tl.int64) * stride_xk
     offs_x = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    lora_a_0_ptr += tl.cast(first_r, tl.int64) * stride_ar
+    lora_a_ptr += tl.cast(first_r, tl.int64) * stride_ar
     # rank_rows: [BLOCK_R]
-    rank_rows = lora_a_0_ptr + offs_r * stride_ar
-    if SIBLINGS > 1:
-        r = first_r + offs_r
-        rank_rows = _rows_from(rank_rows, lora_a_1_ptr, r, first_1, stride_ar)
-    if SIBLINGS > 2:
-        rank_rows = _rows_from(rank_rows, lora_a_2_ptr, r, first_2, stride_ar)
-    if SIBLINGS > 3:
-        rank_rows = _rows_from(rank_rows, lora_a_3_ptr, r, first_3, stride_ar)
+    rank_rows = lora_a_ptr + offs_r * stride_ar
+    others, firsts = (lora_a_1_ptr, lora_a_2_ptr, lora_a_3_ptr), (first_1, first_2, first_3)
+    r = first_r + offs_r
+    for i in tl.static_range(SIBLINGS - 1):  # whose rank rows are those from its first one on
+        rank_rows = tl.where(
+            r >= firsts[i], others[i] + tl.cast(r - firsts[i], tl.int64) * stride_ar, rank_rows
+        )
     if ALIGNED:  # which a choice between tensors hides from the compiler
         rank_rows = tl.multiple_of(rank_rows, 16)
     rank_rows += tl.cast(first_k, tl.int64) * stride_ak
@@ -160,8 +154,8 @@ def launch_lora_shrink(
         config: From `shrink_config`.
     """
     (m, k), count = x.shape, len(lora_a)
-    firsts = [0, *itertools.accumulate(a.shape[0] for a in lora_a)]
-    r, unused = firsts[count], MAX_SIBLINGS - count
+    *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
+    others = [*firsts, *[0] * (MAX_SIBLINGS - count)]
     if m == 0:
         return
     blocks_k = cdiv(k, config.block_k)
@@ -171,32 +165,21 @@ def launch_lora_shrink(
         grid,
         out_ptr=out,
         x_ptr=x,
-        **{f"lora_a_{i}_ptr": a for i, a in enumerate([*lora_a, *[None] * unused])},
-        **{f"first_{i}": first for i, first in enumerate([*firsts[:count], *[0] * unused]) if i},
-        seed_ptr=seed if dropout_p > 0.0 else None,
+        **numbered("lora_a{}_ptr", lora_a),
+        **{f"first_{i}": first for i, first in enumerate(others, 1)},
+        **dropout_of(seed, dropout_p),
         M=m,
         K=k,
         R=r,
         k_per_split=cdiv(blocks_k, config.splits) * config.block_k,
-        threshold=round(dropout_p * 65536),
-        inv_keep=1.0 / (1.0 - dropout_p),
-        stride_op=out.stride(0) if config.splits > 1 else 0,
-        stride_om=out.stride(-2),
-        stride_or=out.stride(-1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_ar=lora_a[0].stride(0),
-        stride_ak=lora_a[0].stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
+        **strides("o", "pmr", out),
+        **strides("x", "mk", x),
+        **strides("a", "rk", lora_a[0]),
+        **config.arguments("mkr"),
         EVEN_K=k % config.block_k == 0,
         SIBLINGS=count,
         ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
-        HAS_DROPOUT=dropout_p > 0.0,
         LAUNCH_DEPENDENTS=config.launch_dependents,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )
 
 

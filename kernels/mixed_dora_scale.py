@@ -9,12 +9,15 @@ scales and ``e N`` of the bias, read once a piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece
+from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece, row_arguments
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 # In place of an address: scales that are yet to be made
@@ -79,10 +82,7 @@ def _mixed_dora_scale_kernel(
 def launch_mixed_dora_scale(
     y: torch.Tensor,
     bias: torch.Tensor | None,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     scale_address: torch.Tensor,
     *,
     config: KernelConfig,
@@ -92,10 +92,7 @@ def launch_mixed_dora_scale(
     Args:
         y: ``[M, N]``, any strides without overlap; fp16, bf16 or fp32.
         bias: ``[N]``, contiguous, of any float dtype, or None.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-        pieces: int32, ``Rows.pieces(config.block_m)``.
+        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
         scale_address: int64 ``[S]``: where each slot's g lies, fp32 ``[N]``; 0 for none.
         config: From `mixed_dora_scale_config`.
     """
@@ -104,20 +101,14 @@ def launch_mixed_dora_scale(
         return
     launch(
         _mixed_dora_scale_kernel,
-        (pieces.shape[0] - 1, cdiv(n, config.block_n)),
+        (rows[-1].shape[0] - 1, cdiv(n, config.block_n)),
         y_ptr=y,
         bias_ptr=bias,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
-        piece_start_ptr=pieces,
+        **row_arguments(rows),
         scale_address_ptr=scale_address,
         M=m,
         N=n,
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        **strides("y", "mn", y),
+        **config.arguments("mn"),
         HAS_BIAS=bias is not None,
-        **config.launch_options,
     )

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import numbered, strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
@@ -35,11 +36,12 @@ from fastlora.kernels.mixed_rows import (
     factor_pointer,
     load_piece,
     round_up,
+    row_arguments,
     triton_dtype,
 )
-from fastlora.kernels.modules import module_of_tile, numbered, of_module
+from fastlora.kernels.modules import are_aligned, module_of_tile, of_module
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit
@@ -136,10 +138,7 @@ def _mixed_lora_expand_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid_n = tl.program_id(1)
     if SIBLINGS > 1:
-        begin_1 = tl.cdiv(N, BLOCK_N)
-        begin_2 = begin_1 + tl.cdiv(N_1, BLOCK_N)
-        begin_3 = begin_2 + tl.cdiv(N_2, BLOCK_N)
-        module, pid_n = module_of_tile(pid_n, begin_1, begin_2, begin_3, SIBLINGS)
+        module, pid_n = module_of_tile(pid_n, 1, (N, N_1, N_2), BLOCK_N, SIBLINGS)
         y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
         if ALIGNED:  # which a choice between tensors hides from the compiler
             y_ptr = tl.multiple_of(y_ptr, 16)
@@ -225,10 +224,7 @@ def _mixed_lora_expand_kernel(
 def launch_mixed_lora_expand(
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
@@ -249,10 +245,7 @@ def launch_mixed_lora_expand(
             contiguous. Their dtype is the dtype of the dots.
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
             ``[splits, G, M, R]``.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-        pieces: int32, ``Rows.pieces(config.block_m)``.
+        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
         lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
             or ``[N, rank]`` with ``by_column``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
@@ -264,45 +257,36 @@ def launch_mixed_lora_expand(
         by_column: How lora_b lies.
         dropout: Of what is added, for the gradient of x; None for none.
     """
-    first, sizes, count = ys[0], [y.shape[1] for y in ys], len(ys)
-    m, unused = first.shape[0], MAX_SIBLINGS - count
+    m, sizes, count = ys[0].shape[0], [y.shape[1] for y in ys], len(ys)
     columns = sum(cdiv(n, config.block_n) for n in sizes)
     if m == 0 or columns == 0:
         return
     launch(
         _mixed_lora_expand_kernel,
-        (pieces.shape[0] - 1, columns),
-        **numbered("y{}_ptr", [*ys, *[None] * unused]),
+        (rows[-1].shape[0] - 1, columns),
+        **numbered("y{}_ptr", ys),
         s_ptr=s,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
-        piece_start_ptr=pieces,
+        **row_arguments(rows),
         lora_b_address_ptr=lora_b_address,
         lora_bias_address_ptr=lora_bias_address,
         rank_ptr=rank,
         scaling_ptr=scaling,
         M=m,
-        **numbered("N{}", [*sizes, *[0] * unused]),
-        stride_ym=first.stride(0),
-        stride_yn=first.stride(1),
+        **numbered("N{}", sizes, 0),
+        **strides("y", "mn", ys[0]),
         stride_sp=s.stride(0),
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
         stride_table=rank.stride(0) if count > 1 else 0,
         SIBLINGS=count,
-        ALIGNED=count > 1 and all(y.data_ptr() % 16 == 0 for y in ys),
+        ALIGNED=count > 1 and are_aligned(ys),
         PLANES=s.shape[0],
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_r,
+        **config.arguments("mnr"),
         ONE_BLOCK=s.shape[-1] <= config.block_r,
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         BY_COLUMN=by_column,
-        **DropoutTables.arguments(dropout),
+        **DropoutTables.arguments(dropout, rows),
         PDL=pdl,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
         **({"launch_pdl": True} if pdl else {}),
     )

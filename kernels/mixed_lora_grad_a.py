@@ -13,21 +13,25 @@ for each adapter in each run of rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.mixed_lora_grad_b import add_rows, store_sum
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
     DropoutTables,
     load_piece,
     round_up,
+    row_arguments,
     sibling_columns,
 )
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.row_sums import add_rows, store_sum
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
@@ -137,13 +141,10 @@ def launch_mixed_lora_grad_a(
     d_lora_a: torch.Tensor,
     x: torch.Tensor,
     ds: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     rank: torch.Tensor,
     *,
-    rows: int,
+    run: int,
     max_columns: int,
     config: KernelConfig,
     dropout: DropoutTables | None = None,
@@ -151,15 +152,12 @@ def launch_mixed_lora_grad_a(
     """Writes planes of ``ds.T @ dropout(x)`` for G modules, each row's own adapter.
 
     Args:
-        d_lora_a: fp32 ``[ceil(M / rows) + S, G, R, K]``, contiguous.
+        d_lora_a: fp32 ``[ceil(M / run) + S, G, R, K]``, contiguous.
         x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
         ds: ``[G, M, R]`` in x's dtype over sorted positions, the last dimension contiguous.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-        pieces: int32, ``Rows.pieces(rows)``.
+        rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
-        rows: Positions of one run.
+        run: Positions of one run.
         max_columns: No smaller than any adapter's ranks of all modules together, each in fours.
         config: From `mixed_grad_a_config`.
         dropout: Of the one module, ``G = 1``; None for none.
@@ -167,35 +165,24 @@ def launch_mixed_lora_grad_a(
     m, k = x.shape
     if m == 0 or k == 0:
         return
-    grid = ((pieces.shape[0] - 1) * cdiv(k, config.block_k), cdiv(max_columns, config.block_r))
+    grid = ((rows[-1].shape[0] - 1) * cdiv(k, config.block_k), cdiv(max_columns, config.block_r))
     launch(
         _mixed_lora_grad_a_kernel,
         grid,
         d_lora_a_ptr=d_lora_a,
         x_ptr=x,
         ds_ptr=ds,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
-        piece_start_ptr=pieces,
+        **row_arguments(rows),
         rank_ptr=rank,
         M=m,
         K=k,
-        rows=rows,
-        stride_dap=d_lora_a.stride(0),
-        stride_dag=d_lora_a.stride(1),
-        stride_dar=d_lora_a.stride(2),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_dsg=ds.stride(0),
-        stride_dsm=ds.stride(1),
+        rows=run,
+        **strides("da", "pgr_", d_lora_a),
+        **strides("x", "mk", x),
+        **strides("ds", "gm_", ds),
         stride_table=rank.stride(0),
         G=rank.shape[0],
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
-        **DropoutTables.arguments(dropout),
+        **config.arguments("mkr"),
+        **DropoutTables.arguments(dropout, rows),
         RANK_ROWS_FIRST=config.rank_rows_first,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )

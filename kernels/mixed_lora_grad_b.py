@@ -16,10 +16,13 @@ each adapter in each run of rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -27,54 +30,11 @@ from fastlora.kernels.mixed_rows import (
     factor_pointer,
     load_piece,
     round_up,
+    row_arguments,
     triton_dtype,
 )
-from fastlora.kernels.plane_sums import ROW_SUMS, add_row_sums
+from fastlora.kernels.row_sums import ROW_SUMS, add_row_sums, add_rows, store_sum
 from fastlora.kernels.tables import KernelConfig, cdiv
-
-
-@triton.jit
-def add_rows(
-    acc,
-    tile,
-    s_ptr,
-    offs_m,
-    offs_r,
-    mask_m,
-    mask_r,
-    RANK_ROWS_FIRST: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Returns ``acc + tile.T @ s``, ``[C, BLOCK_R]``, or its transpose with RANK_ROWS_FIRST.
-
-    ``tile [BLOCK_M, C]`` is loaded; s lies at ``s_ptr`` plus the offsets of its rows and columns.
-    Where tensor cores take 16 rows the rank rows come first: only then is the tile, which would
-    otherwise be transposed, copied asynchronously.
-    """
-    if RANK_ROWS_FIRST:
-        # s: [BLOCK_R, BLOCK_M]
-        mask = mask_m[None, :] & mask_r[:, None]
-        s = tl.load(s_ptr + offs_m[None, :] + offs_r[:, None], mask=mask, other=0.0)
-        # [BLOCK_R, BLOCK_M] x [BLOCK_M, C]
-        acc = tl.dot(s, tile, acc, input_precision=INPUT_PRECISION)
-    else:
-        # s: [BLOCK_M, BLOCK_R]
-        mask = mask_m[:, None] & mask_r[None, :]
-        s = tl.load(s_ptr + offs_m[:, None] + offs_r[None, :], mask=mask, other=0.0)
-        # [C, BLOCK_M] x [BLOCK_M, BLOCK_R]
-        acc = tl.dot(tl.trans(tile), s, acc, input_precision=INPUT_PRECISION)
-    return acc
-
-
-@triton.jit
-def store_sum(out_ptr, acc, offs_c, offs_r, mask_c, mask_r, RANK_ROWS_FIRST: tl.constexpr):
-    """Writes the sum of `add_rows` to a plane, at offsets of its columns and rank rows."""
-    if RANK_ROWS_FIRST:
-        mask = mask_c[None, :] & mask_r[:, None]
-        tl.store(out_ptr + offs_c[None, :] + offs_r[:, None], acc, mask=mask)
-    else:
-        mask = mask_c[:, None] & mask_r[None, :]
-        tl.store(out_ptr + offs_c[:, None] + offs_r[None, :], acc, mask=mask)
 
 
 # M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.
@@ -194,14 +154,11 @@ def launch_mixed_lora_grad_b(
     d_bias: torch.Tensor | None,
     dy: torch.Tensor,
     s: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     lora_b_address: torch.Tensor,
     rank: torch.Tensor,
     *,
-    rows: int,
+    run: int,
     max_rank: int,
     factor_dtype: torch.dtype,
     config: KernelConfig,
@@ -212,17 +169,14 @@ def launch_mixed_lora_grad_b(
         ds: fp32 ``[ceil(N / config.block_n), M, R]`` over sorted positions, contiguous; R a
             multiple of 4, no smaller than any rank. A row is written up to its adapter's rank, in
             fours; rows without an adapter are not.
-        d_lora_b: fp32 ``[ceil(M / rows) + S, N, R]``, contiguous, or None.
-        d_bias: fp32 ``[ceil(M / rows) + S, N]``, contiguous, for the sums of dy's columns, or None.
+        d_lora_b: fp32 ``[ceil(M / run) + S, N, R]``, contiguous, or None.
+        d_bias: fp32 ``[ceil(M / run) + S, N]``, contiguous, for the sums of dy's columns, or None.
         dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
         s: ``[M, R]`` in dy's dtype over sorted positions, the last dimension contiguous.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-        pieces: int32, ``Rows.pieces(rows)``.
+        rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
         lora_b_address: int64 ``[S]``: where each slot's lora_b ``[N, rank]`` lies.
         rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
-        rows: Positions of one run.
+        run: Positions of one run.
         max_rank: No smaller than any rank.
         factor_dtype: Of lora_b; it is cast to dy's dtype at the load.
         config: From `mixed_grad_b_config`.
@@ -230,7 +184,7 @@ def launch_mixed_lora_grad_b(
     m, n = dy.shape
     if m == 0 or n == 0:
         return
-    grid = ((pieces.shape[0] - 1) * cdiv(n, config.block_n), cdiv(max_rank, config.block_r))
+    grid = ((rows[-1].shape[0] - 1) * cdiv(n, config.block_n), cdiv(max_rank, config.block_r))
     launch(
         _mixed_lora_grad_b_kernel,
         grid,
@@ -239,29 +193,19 @@ def launch_mixed_lora_grad_b(
         d_bias_ptr=d_bias,
         dy_ptr=dy,
         s_ptr=s,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
-        piece_start_ptr=pieces,
+        **row_arguments(rows),
         lora_b_address_ptr=lora_b_address,
         rank_ptr=rank,
         M=m,
         N=n,
-        rows=rows,
-        stride_dsp=ds.stride(0),
-        stride_dsm=ds.stride(1),
-        stride_dbp=0 if d_lora_b is None else d_lora_b.stride(0),
-        stride_dbn=0 if d_lora_b is None else d_lora_b.stride(1),
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_sm=s.stride(0),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_r,
+        rows=run,
+        **strides("ds", "pm_", ds),
+        **strides("db", "pn_", d_lora_b),
+        **strides("dy", "mn", dy),
+        **strides("s", "m_", s),
+        **config.arguments("mnr"),
         HAS_FACTORS=d_lora_b is not None,
         HAS_BIAS=d_bias is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         RANK_ROWS_FIRST=config.rank_rows_first,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )

@@ -10,101 +10,17 @@ Bytes moved: 4 an element of every plane, and every element of ds and of the gra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import S_COLUMNS, TABLES
 from fastlora.kernels.rank_rows import sum_planes
 from fastlora.kernels.tables import KernelConfig, cdiv
-
-
-class DsPlanes(NamedTuple):
-    """What turns the planes of ds into ds.
-
-    Attributes:
-        ds: ``[M, R]``, contiguous, written up to each row's own rank, in fours.
-        planes: fp32 ``[tiles, M, R]``.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-    """
-
-    ds: torch.Tensor
-    planes: torch.Tensor
-    segment_of: torch.Tensor
-    segment_slot: torch.Tensor
-
-
-@triton.jit
-def _sum_ds(
-    ds_ptr,
-    planes_ptr,
-    segment_of_ptr,
-    segment_slot_ptr,
-    rank_ptr,
-    scaling_ptr,
-    first_m,
-    M,
-    R,
-    planes,
-    stride_p,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Writes ``scaling * dy @ lora_b`` of BLOCK_M sorted positions."""
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M - first_m
-    segment = tl.load(segment_of_ptr + first_m + offs_m, mask=mask_m, other=0)
-    slot = tl.load(segment_slot_ptr + segment, mask=mask_m, other=-1)
-    rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
-    scale = tl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)
-    filled = (rank + (S_COLUMNS - 1)) // S_COLUMNS * S_COLUMNS
-    offs = (tl.cast(first_m, tl.int64) + offs_m)[:, None] * R
-    for start in tl.range(0, tl.max(filled, axis=0), BLOCK_R, num_stages=1):
-        r = start + tl.arange(0, BLOCK_R)
-        mask = tl.max_constancy(r[None, :] < filled[:, None], [1, S_COLUMNS])
-        # ds: [BLOCK_M, BLOCK_R]
-        ds = sum_planes(planes_ptr + offs + r[None, :], mask, stride_p, planes, BLOCK_M, BLOCK_R)
-        ds = (ds * scale[:, None]).to(ds_ptr.dtype.element_ty)
-        tl.store(ds_ptr + offs + r[None, :], ds, mask=mask)
-
-
-@triton.jit
-def _sum_factor(
-    out_ptr,
-    planes_ptr,
-    planes,
-    rank,
-    scale,
-    first_l,
-    L,
-    stride_pp,
-    stride_pl,
-    stride_pr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-):
-    """Writes ``scale`` times the sum of planes, ``[L, rank]`` or, unless BY_COLUMN, ``[rank, L]``.
-
-    Of BLOCK_L rows of L from ``first_l`` (int64) on, all rank rows.
-    """
-    offs_l = tl.arange(0, BLOCK_L)
-    mask_l = offs_l < L - first_l
-    for start in tl.range(0, rank, BLOCK_R, num_stages=1):
-        r = start + tl.arange(0, BLOCK_R)
-        mask = mask_l[:, None] & (r < rank)[None, :]
-        offs_p = (first_l + offs_l)[:, None] * stride_pl + r[None, :] * stride_pr
-        # total: [BLOCK_L, BLOCK_R]
-        total = sum_planes(planes_ptr + offs_p, mask, stride_pp, planes, BLOCK_L, BLOCK_R)
-        if BY_COLUMN:
-            offs = (first_l + offs_l)[:, None] * rank + r[None, :]
-        else:
-            offs = (first_l + offs_l)[:, None] + tl.cast(r, tl.int64)[None, :] * L
-        tl.store(out_ptr + offs, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # M, rows and planes vary from call to call: no compile of its own for 1 or a multiple of 16.
@@ -152,21 +68,24 @@ def _mixed_lora_grad_reduce_kernel(
     if HAS_DS:
         num_pid_m = tl.cdiv(M, BLOCK_M)
         if pid < num_pid_m:
-            _sum_ds(
-                ds_ptr,
-                ds_planes_ptr,
-                segment_of_ptr,
-                segment_slot_ptr,
-                rank_ptr,
-                scaling_ptr,
-                pid * BLOCK_M,
-                M,
-                R,
-                ds_planes,
-                stride_dsp,
-                BLOCK_M=BLOCK_M,
-                BLOCK_R=BLOCK_R,
-            )
+            # scaling * dy @ lora_b of BLOCK_M sorted positions
+            first_m = pid * BLOCK_M
+            offs_m = tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M - first_m
+            segment = tl.load(segment_of_ptr + first_m + offs_m, mask=mask_m, other=0)
+            slot = tl.load(segment_slot_ptr + segment, mask=mask_m, other=-1)
+            rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
+            scale = tl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)
+            filled = (rank + (S_COLUMNS - 1)) // S_COLUMNS * S_COLUMNS
+            offs = (tl.cast(first_m, tl.int64) + offs_m)[:, None] * R
+            for start in tl.range(0, tl.max(filled, axis=0), BLOCK_R, num_stages=1):
+                r = start + tl.arange(0, BLOCK_R)
+                mask = tl.max_constancy(r[None, :] < filled[:, None], [1, S_COLUMNS])
+                # ds: [BLOCK_M, BLOCK_R]
+                ds_planes_ptrs = ds_planes_ptr + offs + r[None, :]
+                ds = sum_planes(ds_planes_ptrs, mask, stride_dsp, ds_planes, BLOCK_M, BLOCK_R)
+                ds = (ds * scale[:, None]).to(ds_ptr.dtype.element_ty)
+                tl.store(ds_ptr + offs + r[None, :], ds, mask=mask)
         pid -= num_pid_m
     if pid >= 0:
         num_pid_l = tl.cdiv(L, BLOCK_L)
@@ -182,27 +101,26 @@ def _mixed_lora_grad_reduce_kernel(
         first = start // rows
         planes = tl.where(stop > start, (stop - 1) // rows + 1 - first, 0)
         plane = tl.cast(first + slot, tl.int64)
+        offs_l = tl.arange(0, BLOCK_L)
+        mask_l = offs_l < L - first_l
         if HAS_FACTORS:
-            _sum_factor(
-                out_ptr + tl.load(offset_ptr + entry),
-                planes_ptr + plane * stride_pp + tl.cast(tl.program_id(1), tl.int64) * stride_pg,
-                planes,
-                rank,
-                scale,
-                first_l,
-                L,
-                stride_pp,
-                stride_pl,
-                stride_pr,
-                BLOCK_L=BLOCK_L,
-                BLOCK_R=BLOCK_R,
-                BY_COLUMN=BY_COLUMN,
-            )
+            # Of BLOCK_L rows of L all rank rows: [L, rank] or, unless BY_COLUMN, [rank, L].
+            out = out_ptr + tl.load(offset_ptr + entry)
+            planes_ptr += plane * stride_pp + tl.cast(tl.program_id(1), tl.int64) * stride_pg
+            for start in tl.range(0, rank, BLOCK_R, num_stages=1):
+                r = start + tl.arange(0, BLOCK_R)
+                mask = mask_l[:, None] & (r < rank)[None, :]
+                offs_p = (first_l + offs_l)[:, None] * stride_pl + r[None, :] * stride_pr
+                # total: [BLOCK_L, BLOCK_R]
+                total = sum_planes(planes_ptr + offs_p, mask, stride_pp, planes, BLOCK_L, BLOCK_R)
+                if BY_COLUMN:
+                    offs = (first_l + offs_l)[:, None] * rank + r[None, :]
+                else:
+                    offs = (first_l + offs_l)[:, None] + tl.cast(r, tl.int64)[None, :] * L
+                tl.store(out + offs, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             bias_offset = tl.load(bias_offset_ptr + entry)
             if bias_offset >= 0:
-                offs_l = tl.arange(0, BLOCK_L)
-                mask_l = offs_l < L - first_l
                 bias_planes_ptr += plane * L + first_l
                 total = tl.zeros((BLOCK_L,), dtype=tl.float32)
                 for _ in tl.range(0, planes, num_stages=1):
@@ -217,40 +135,43 @@ def _mixed_lora_grad_reduce_kernel(
 def launch_mixed_lora_grad_reduce(
     out: torch.Tensor | None,
     planes: torch.Tensor | None,
-    slot_start: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     rank: torch.Tensor,
     scaling: torch.Tensor | None,
     offset: torch.Tensor | None,
     *,
     m: int,
     columns: int,
-    rows: int,
+    run: int,
     by_column: bool,
     config: KernelConfig,
     bias_planes: torch.Tensor | None = None,
     bias_offset: torch.Tensor | None = None,
-    ds: DsPlanes | None = None,
+    ds: torch.Tensor | None = None,
+    ds_planes: torch.Tensor | None = None,
 ) -> None:
     """Writes every adapter's gradient of one factor, for G modules, and ds.
 
     Args:
         out: All gradients in one buffer, in the factors' dtype; None for ds alone.
         planes: fp32 ``[P, G, R, L]``, any strides (those of d_lora_b are ``[P, N, R]``, seen so).
-        slot_start: int32 ``[S + 1]``, of `fastlora.ops.rows.Rows`.
+        rows: Sorted, as in the launch that wrote the planes.
         rank: int32 ``[G, S]``.
         scaling: fp32 ``[G, S]``; None for 1.
         offset: int64 ``[G, S]``: where each slot's gradient begins in ``out``.
         m: Rows of the batch.
         columns: L, the side of the factor that is no rank.
-        rows: Positions of one run, as in the launch that wrote the planes.
+        run: Positions of one run, as there.
         by_column: A gradient lies as ``[L, rank]`` (lora_b), not as ``[rank, L]`` (lora_a).
         config: From `mixed_grad_reduce_config`.
         bias_planes: fp32 ``[P, L]``, contiguous, for lora_bias; None for none.
         bias_offset: int64 ``[G, S]``, where each slot's gradient of lora_bias begins in ``out``,
             -1 for an adapter without one.
-        ds: For one module, ``G = 1``; None for no ds.
+        ds: ``[M, R]``, contiguous, written up to each row's own rank, in fours; for one module,
+            ``G = 1``. None for no ds.
+        ds_planes: fp32 ``[tiles, M, R]``, for ds.
     """
-    modules, slots = rank.shape
+    (modules, slots), (_, segment_of, segment_slot, slot_start, _) = rank.shape, rows
     factors = 0 if out is None else slots * cdiv(columns, config.block_n)
     programs = factors + (0 if ds is None else cdiv(m, config.block_m))
     if programs == 0:
@@ -261,10 +182,10 @@ def launch_mixed_lora_grad_reduce(
         out_ptr=out,
         planes_ptr=planes,
         bias_planes_ptr=bias_planes,
-        ds_ptr=None if ds is None else ds.ds,
-        ds_planes_ptr=None if ds is None else ds.planes,
-        segment_of_ptr=None if ds is None else ds.segment_of,
-        segment_slot_ptr=None if ds is None else ds.segment_slot,
+        ds_ptr=ds,
+        ds_planes_ptr=ds_planes,
+        segment_of_ptr=segment_of,
+        segment_slot_ptr=segment_slot,
         slot_start_ptr=slot_start,
         offset_ptr=offset,
         bias_offset_ptr=bias_offset,
@@ -272,21 +193,16 @@ def launch_mixed_lora_grad_reduce(
         scaling_ptr=scaling,
         M=m,
         L=columns,
-        R=0 if ds is None else ds.ds.shape[1],
-        rows=rows,
-        ds_planes=0 if ds is None else ds.planes.shape[0],
-        stride_pp=0 if planes is None else planes.stride(0),
-        stride_pg=0 if planes is None else planes.stride(1),
-        stride_pl=0 if planes is None else planes.stride(3),
-        stride_pr=0 if planes is None else planes.stride(2),
-        stride_dsp=0 if ds is None else ds.planes.stride(0),
+        R=0 if ds is None else ds.shape[1],
+        rows=run,
+        ds_planes=0 if ds_planes is None else ds_planes.shape[0],
+        **strides("p", "pgrl", planes),
+        **strides("ds", "p__", ds_planes),
         stride_table=rank.stride(0),
-        BLOCK_M=config.block_m,
+        **config.arguments("mr"),
         BLOCK_L=config.block_n,
-        BLOCK_R=config.block_r,
         BY_COLUMN=by_column,
         HAS_DS=ds is not None,
         HAS_FACTORS=planes is not None,
         HAS_BIAS=bias_planes is not None,
-        **config.launch_options,
     )

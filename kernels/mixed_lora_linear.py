@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import numbered, strides
 from fastlora.kernels.base_product import base_product, grouped_tile
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
@@ -37,18 +38,19 @@ from fastlora.kernels.mixed_rows import (
     DropoutTables,
     add_rank_rows,
     drop_rows,
+    row_arguments,
     triton_dtype,
 )
 from fastlora.kernels.modules import (
     Weight,
+    are_aligned,
     module_of_tile,
     named_weights,
-    numbered,
     of_module,
     pointers_of,
     weight_arguments,
 )
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
+from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M, planes and slots vary from call to call: no compile of their own for 1 or a multiple of 16.
@@ -132,10 +134,7 @@ def _mixed_lora_linear_kernel(
     num_pid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     if SIBLINGS > 1:
-        begin_1 = num_pid_m * tl.cdiv(N, BLOCK_N)
-        begin_2 = begin_1 + num_pid_m * tl.cdiv(N_1, BLOCK_N)
-        begin_3 = begin_2 + num_pid_m * tl.cdiv(N_2, BLOCK_N)
-        module, pid = module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS)
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
         y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
         weight_ptr = of_module(
             module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
@@ -178,6 +177,8 @@ def _mixed_lora_linear_kernel(
 
     if WEIGHT is not None:
         first_n = tl.multiple_of(first_n, BLOCK_N)
+    segments, place = (segment_of_ptr, segment_slot_ptr), (first_m, first_n, M, N)
+    tables = lora_b_address_ptr, lora_bias_address_ptr, rank_ptr, scaling_ptr
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in tl.static_range(2):
         # Decided at compile time: the base product, whose loop waits for no s, goes first unless a
@@ -215,16 +216,9 @@ def _mixed_lora_linear_kernel(
             acc = add_rank_rows(
                 acc,
                 s_ptr,
-                segment_of_ptr,
-                segment_slot_ptr,
-                lora_b_address_ptr,
-                lora_bias_address_ptr,
-                rank_ptr,
-                scaling_ptr,
-                first_m,
-                first_n,
-                M,
-                N,
+                segments,
+                tables,
+                place,
                 planes,
                 stride_sp,
                 stride_sm,
@@ -239,20 +233,8 @@ def _mixed_lora_linear_kernel(
                 BY_COLUMN=BY_COLUMN,
             )
             if HAS_DROPOUT:
-                acc = drop_rows(
-                    acc,
-                    segment_of_ptr,
-                    segment_slot_ptr,
-                    slot_start_ptr,
-                    seed_ptr,
-                    threshold_ptr,
-                    inv_keep_ptr,
-                    first_m,
-                    pid_n * BLOCK_N,
-                    M,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+                drop = slot_start_ptr, seed_ptr, threshold_ptr, inv_keep_ptr
+                acc = drop_rows(acc, segments, drop, first_m, pid_n * BLOCK_N, M, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
         acc += bias[None, :]
     # y: [BLOCK_M, BLOCK_N]
@@ -271,9 +253,7 @@ def launch_mixed_lora_linear(
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
     s: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     lora_b_address: torch.Tensor,
     lora_bias_address: torch.Tensor | None,
     rank: torch.Tensor,
@@ -297,9 +277,7 @@ def launch_mixed_lora_linear(
         biases: Of each ``[N]``, of one floating-point dtype, or None.
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
             ``[splits, G, M, R]``.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
+        rows: Sorted, as `row_arguments` takes them; pieces are not read.
         lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
             or ``[N, rank]`` with ``by_column``.
         lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
@@ -311,49 +289,40 @@ def launch_mixed_lora_linear(
         by_column: How lora_b lies.
         dropout: Of the adapters' term, for the gradient of x; None for none.
     """
-    y, weight, bias, (m, k) = ys[0], weights[0], biases[0], x.shape
+    weight, bias, (m, k) = weights[0], biases[0], x.shape
     sizes, count = [own.shape[0] for own in weights], len(ys)
-    unused: list[None] = [None] * (MAX_SIBLINGS - count)
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n in sizes)
     if tiles == 0:
         return
-    blocks = [*ys, *pointers_of(weights)]
     # A hint that goes by M would make a kernel of its own for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     launch(
         _mixed_lora_linear_kernel,
         (tiles,),
-        **numbered("y{}_ptr", [*ys, *unused]),
+        **numbered("y{}_ptr", ys),
         x_ptr=x,
         **named_weights(weights),
-        **numbered("bias{}_ptr", [*biases, *unused]),
+        **numbered("bias{}_ptr", biases),
         s_ptr=s,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
+        **row_arguments(rows, pieces=False),
         lora_b_address_ptr=lora_b_address,
         lora_bias_address_ptr=lora_bias_address,
         rank_ptr=rank,
         scaling_ptr=scaling,
         M=m,
-        **numbered("N{}", [*sizes, *[0] * len(unused)]),
+        **numbered("N{}", sizes, 0),
         K=k,
         planes=s.shape[0],
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
+        **strides("y", "mn", ys[0]),
+        **strides("x", "mk", x),
         stride_bias=0 if bias is None else bias.stride(0),
         stride_sp=s.stride(0),
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
         stride_table=rank.stride(0) if count > 1 else 0,
         SIBLINGS=count,
-        ALIGNED=count > 1 and all(block.data_ptr() % 16 == 0 for block in blocks),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
+        ALIGNED=count > 1 and are_aligned([*ys, *pointers_of(weights)]),
+        **config.arguments("mnkr"),
         GROUP_M=config.group_m,
         EVEN_K=k % config.block_k == 0,
         **weight_arguments(weight),
@@ -362,10 +331,8 @@ def launch_mixed_lora_linear(
         HAS_LORA_BIAS=lora_bias_address is not None,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
         BY_COLUMN=by_column,
-        **DropoutTables.arguments(dropout),
+        **DropoutTables.arguments(dropout, rows),
         PDL=pdl,
         BATCH_INVARIANT=config.batch_invariant,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -13,10 +13,13 @@ once for each BLOCK_R columns; ``f K`` a rank row of every adapter present, read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -25,6 +28,7 @@ from fastlora.kernels.mixed_rows import (
     factor_pointer,
     load_piece,
     round_up,
+    row_arguments,
     sibling_columns,
     triton_dtype,
 )
@@ -185,10 +189,7 @@ def _mixed_lora_shrink_kernel(
 def launch_mixed_lora_shrink(
     s: torch.Tensor,
     x: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     lora_a_address: torch.Tensor,
     rank: torch.Tensor,
     *,
@@ -203,10 +204,7 @@ def launch_mixed_lora_shrink(
             contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
             has past R is not written.
         x: ``[M, K]``, any strides.
-        order: int32 ``[M]``, like the next two from `fastlora.ops.rows.Rows`.
-        segment_of: int32 ``[M]``.
-        segment_slot: int32 ``[segments]``.
-        pieces: int32, ``Rows.pieces(config.block_m)``.
+        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
         lora_a_address: int64 ``[G, S]``: where each slot's lora_a ``[rank, K]`` lies.
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         factor_dtype: Of the factors; they are cast to x's dtype at the load.
@@ -219,34 +217,24 @@ def launch_mixed_lora_shrink(
     splits = s.shape[0]
     launch(
         _mixed_lora_shrink_kernel,
-        (pieces.shape[0] - 1, splits),
+        (rows[-1].shape[0] - 1, splits),
         s_ptr=s,
         x_ptr=x,
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
-        piece_start_ptr=pieces,
+        **row_arguments(rows),
         lora_a_address_ptr=lora_a_address,
         rank_ptr=rank,
         M=m,
         K=k,
         R=s.shape[3],
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
-        stride_sp=s.stride(0),
-        stride_sg=s.stride(1),
-        stride_sm=s.stride(2),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
+        **strides("s", "pgm_", s),
+        **strides("x", "mk", x),
         stride_table=rank.stride(0),
         G=rank.shape[0],
-        BLOCK_M=config.block_m,
-        BLOCK_R=config.block_r,
+        **config.arguments("mkr"),
         NARROW_R=config.narrow_r,
-        BLOCK_K=config.block_k,
         EVEN_K=k % config.block_k == 0,
         FACTOR_DTYPE=triton_dtype(factor_dtype),
-        **DropoutTables.arguments(dropout),
+        **DropoutTables.arguments(dropout, rows),
         LAUNCH_DEPENDENTS=config.launch_dependents,
-        INPUT_PRECISION=config.input_precision,
-        **config.launch_options,
     )

@@ -12,6 +12,7 @@ and what lies past its true rank is masked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,24 +58,37 @@ class DropoutTables(NamedTuple):
     """Dropout of one module's adapters, by slot; an adapter without it has a threshold of 0.
 
     Attributes:
-        slot_start: int32 ``[S + 1]``, `Rows.slot_start`: a row's number among those of its
-            adapter is its sorted position minus this.
         seed: int64 ``[S]``.
         threshold: int32 ``[S]``, round(p * 65536).
         inv_keep: fp32 ``[S]``, 1 / (1 - p).
     """
 
-    slot_start: torch.Tensor
     seed: torch.Tensor
     threshold: torch.Tensor
     inv_keep: torch.Tensor
 
     @staticmethod
-    def arguments(tables: DropoutTables | None) -> dict[str, torch.Tensor | bool | None]:
-        """Returns the arguments of a kernel that may drop."""
-        found = (None,) * 4 if tables is None else tables
+    def arguments(
+        tables: DropoutTables | None, rows: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor | bool | None]:
+        """Returns the arguments of a kernel that may drop elements of sorted rows.
+
+        A row's number among those of its adapter is its position minus its slot's slot_start.
+        """
+        found = (None,) * 4 if tables is None else (rows[3], *tables)
         names = ("slot_start_ptr", "seed_ptr", "threshold_ptr", "inv_keep_ptr")
         return {**dict(zip(names, found, strict=True)), "HAS_DROPOUT": tables is not None}
+
+
+def row_arguments(rows: Sequence[torch.Tensor], pieces: bool = True) -> dict[str, torch.Tensor]:
+    """Returns the arguments by which a kernel finds its rows, with or without pieces.
+
+    ``rows`` are int32 tensors, the first four those of `fastlora.ops.rows.Rows`: order ``[M]``,
+    segment_of ``[M]``, segment_slot ``[segments]``, slot_start ``[S + 1]``, and pieces.
+    """
+    order, segment_of, segment_slot, _, starts = rows
+    found = {"order_ptr": order, "segment_of_ptr": segment_of, "segment_slot_ptr": segment_slot}
+    return {**found, "piece_start_ptr": starts} if pieces else found
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -112,16 +126,9 @@ def round_up(value, to: tl.constexpr):
 def add_rank_rows(
     acc,
     s_ptr,
-    segment_of_ptr,
-    segment_slot_ptr,
-    lora_b_address_ptr,
-    lora_bias_address_ptr,
-    rank_ptr,
-    scaling_ptr,
-    first_m,
-    first_n,
-    M,
-    N,
+    segments,
+    tables,
+    place,
     planes,
     stride_sp,
     stride_sm,
@@ -147,6 +154,9 @@ def add_rank_rows(
     in a dot is then its adapter's alone. Otherwise a row's columns start wherever those of the
     segments before it end, and it lives through dots that are all zeros for it.
     """
+    segment_of_ptr, segment_slot_ptr = segments
+    lora_b_address_ptr, lora_bias_address_ptr, rank_ptr, scaling_ptr = tables
+    first_m, first_n, M, N = place
     offs = tl.arange(0, BLOCK_M)
     row_segment = tl.load(segment_of_ptr + first_m + offs, mask=offs < M - first_m, other=-1)
     # A tile has at most as many segments as rows: [BLOCK_M] holds them all.
@@ -244,24 +254,15 @@ def _columns_of(blocks, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def drop_rows(
-    acc,
-    segment_of_ptr,
-    segment_slot_ptr,
-    slot_start_ptr,
-    seed_ptr,
-    threshold_ptr,
-    inv_keep_ptr,
-    first_m,
-    first_n,
-    M,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    acc, segments, drop, first_m, first_n, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Returns acc ``[BLOCK_M, BLOCK_N]`` after the dropout of each row's own adapter.
 
     For the tile at sorted position ``first_m`` and column ``first_n``. By selection, so that
     nothing of a dropped element is left; rows without an adapter stay.
     """
+    segment_of_ptr, segment_slot_ptr = segments
+    slot_start_ptr, seed_ptr, threshold_ptr, inv_keep_ptr = drop
     position = first_m + tl.arange(0, BLOCK_M)
     inside = position < M
     segment = tl.load(segment_of_ptr + position, mask=inside, other=0)

@@ -10,12 +10,14 @@ Bytes moved: ``8 B`` of ids, ``8 B`` there and back of sorted ids, and 4 for eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels.launch import empty, kept, launch
-from fastlora.kernels.mixed_rows import INVALID_SLOT
+from fastlora.kernels.mixed_rows import INVALID_SLOT, row_arguments
 from fastlora.kernels.tables import KernelConfig
 
 NO_SLOT = tl.constexpr(-1)
@@ -123,11 +125,7 @@ def can_sort(ids: int, slots: int) -> bool:
 @kept
 def launch_mixed_rows_sort(
     ids: torch.Tensor,
-    order: torch.Tensor,
-    segment_of: torch.Tensor,
-    segment_slot: torch.Tensor,
-    slot_start: torch.Tensor,
-    pieces: torch.Tensor,
+    rows: Sequence[torch.Tensor],
     invalid: torch.Tensor,
     *,
     block_m: int,
@@ -137,13 +135,13 @@ def launch_mixed_rows_sort(
 
     Args:
         ids: Integers ``[B]`` that `can_sort` takes, any stride; B divides M.
-        order, segment_of, segment_slot, slot_start: Contiguous, as in `fastlora.ops.rows.Rows`,
-            which says how many elements each has.
-        pieces: int32, as many as ``Rows.pieces(block_m)`` has; empty for ``block_m = 0``.
+        rows: What `row_arguments` takes, contiguous; `fastlora.ops.rows.Rows` says how many
+            elements each has. Pieces are empty for ``block_m = 0``.
         invalid: bool ``[1]``.
         block_m: Rows of a tile.
         config: From `fastlora.kernels.configs.choose`.
     """
+    order, _, segment_slot, slot_start, pieces = rows
     b, m = ids.shape[0], order.shape[0]
     sorted_ids = empty(order, 2, b)
     width = max(triton.next_power_of_2(b), _LEAST_IDS)
@@ -153,11 +151,8 @@ def launch_mixed_rows_sort(
         ids_ptr=ids,
         slot_ptr=sorted_ids[0],
         place_ptr=sorted_ids[1],
-        order_ptr=order,
-        segment_of_ptr=segment_of,
-        segment_slot_ptr=segment_slot,
+        **row_arguments(rows),
         slot_start_ptr=slot_start,
-        piece_start_ptr=pieces,
         invalid_ptr=invalid,
         B=b,
         M=m,
@@ -170,5 +165,5 @@ def launch_mixed_rows_sort(
         IDS=width,
         BISECTIONS=width.bit_length(),
         STEP=_STEP,
-        **config.launch_options,
+        **config.arguments(""),
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastlora.coded_weight import Coded
-from fastlora.kernels.tables import MAX_SIBLINGS
+from fastlora.kernels.arguments import numbered, strides
 from fastlora.kernels.weights import loader_of
 
 # A matrix, or codes that a loader decodes.
@@ -42,25 +42,32 @@ class Module(NamedTuple):
 
 def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
     """Returns the kernel arguments of 1 to `MAX_SIBLINGS` modules; None and 0 for those unused."""
-    unused, named = MAX_SIBLINGS - len(modules), {}
-    if weight:
-        named |= named_weights([own.weight for own in modules])
+    first, count = modules[0], len(modules)
+    weights = [own.weight for own in modules]
+    blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *pointers_of(weights)]
+    scaling, bias = first.scaling, first.bias
+    named = named_weights(weights) if weight else {}
     for name in Module._fields[:4]:
-        values = [getattr(own, name) for own in modules]
-        named |= numbered(f"{name}{{}}_ptr", [*values, *[None] * unused])
+        named |= numbered(f"{name}{{}}_ptr", [getattr(own, name) for own in modules])
     for place, size in enumerate("NR"):
-        values = [own.lora_b.shape[place] for own in modules]
-        named |= numbered(f"{size}{{}}", [*values, *[0] * unused])
-    return named
+        named |= numbered(f"{size}{{}}", [own.lora_b.shape[place] for own in modules], 0)
+    return {
+        **named,
+        **strides("b", "nr", first.lora_b),
+        "stride_scaling": 0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "SIBLINGS": count,
+        "ALIGNED": count > 1 and are_aligned(blocks),
+        "HAS_BIAS": bias is not None,
+    }
 
 
 def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
     """Returns the kernel arguments that point to the weights of 1 to `MAX_SIBLINGS` modules."""
-    unused = [None] * (MAX_SIBLINGS - len(weights))
     parts = [own.parts if isinstance(own, Coded) else None for own in weights]
     return {
-        **numbered("weight{}_ptr", [*pointers_of(weights), *unused]),
-        **numbered("weight_parts{}_ptr", [*parts, *unused]),
+        **numbered("weight{}_ptr", pointers_of(weights)),
+        **numbered("weight_parts{}_ptr", parts),
     }
 
 
@@ -101,19 +108,9 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
     }
 
 
-def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    """Returns kernel arguments by name: the first under the plain one, others under numbered ones.
-
-    ``name`` has a place for the number, as in ``"y{}_ptr"``.
-    """
-    return {name.format(f"_{i}" if i else ""): value for i, value in enumerate(values)}
-
-
-def are_aligned(modules: Sequence[Module]) -> bool:
-    """Whether siblings have blocks at multiples of 16 bytes, which their choice hides."""
-    weights = pointers_of([own.weight for own in modules])
-    blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *weights]
-    return len(modules) > 1 and all(t is None or t.data_ptr() % 16 == 0 for t in blocks)
+def are_aligned(blocks: Sequence[torch.Tensor | None]) -> bool:
+    """Whether blocks lie at multiples of 16 bytes, which a choice between siblings hides."""
+    return all(block is None or block.data_ptr() % 16 == 0 for block in blocks)
 
 
 @triton.jit
@@ -128,8 +125,14 @@ def of_module(module, value_0, value_1, value_2, value_3, SIBLINGS: tl.constexpr
 
 
 @triton.jit
-def module_of_tile(pid, begin_1, begin_2, begin_3, SIBLINGS: tl.constexpr):
-    """Returns (module, its tile), where the tiles of one module come after the other's."""
+def module_of_tile(pid, rows, sizes, BLOCK_N: tl.constexpr, SIBLINGS: tl.constexpr):
+    """Returns (module, its tile), where the tiles of one module come after the other's.
+
+    Those of a module are ``rows`` row tiles by its blocks of N; ``sizes`` are every N.
+    """
+    begin_1 = rows * tl.cdiv(sizes[0], BLOCK_N)
+    begin_2 = begin_1 + rows * tl.cdiv(sizes[1], BLOCK_N)
+    begin_3 = begin_2 + rows * tl.cdiv(sizes[2], BLOCK_N)
     module = (pid >= begin_1).to(tl.int32)
     if SIBLINGS > 2:
         module += (pid >= begin_2).to(tl.int32)

@@ -15,28 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import numbered
 from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.tables import KernelConfig, cdiv
 
-# Outputs of one launch.
-MAX_SUMS = 4
 _BLOCK = 1024
-
-
-# A sum over rows is kept as so many sums, added up at its end.
-ROW_SUMS = tl.constexpr(8)
-
-
-@triton.jit
-def add_row_sums(sums, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns ``sums [ROW_SUMS, BLOCK_N]`` in fp32 plus the rows of ``tile [BLOCK_M, BLOCK_N]``.
-
-    Each takes every eighth row, so that the error grows with an eighth of the rows: one sum, row
-    after row as the interpreter adds them, has up to three times that of PyTorch's.
-    """
-    # [BLOCK_M / 8, 8, BLOCK_N]
-    parts = tl.reshape(tile.to(tl.float32), (BLOCK_M // ROW_SUMS, ROW_SUMS, BLOCK_N))
-    return sums + tl.sum(parts, axis=0)
 
 
 @triton.jit
@@ -55,23 +38,23 @@ def _sum_block(out_ptr, planes_ptr, block, size, planes, BLOCK: tl.constexpr):
 
 
 # The numbers of planes follow the batch: no compile of its own for 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["planes_0", "planes_1", "planes_2", "planes_3"])
+@triton.jit(do_not_specialize=["planes", "planes_1", "planes_2", "planes_3"])
 def _plane_sums_kernel(
     # tensors
-    out_0_ptr,
+    out_ptr,
     out_1_ptr,
     out_2_ptr,
     out_3_ptr,
-    planes_0_ptr,
+    planes_ptr,
     planes_1_ptr,
     planes_2_ptr,
     planes_3_ptr,
     # scalars
-    size_0,
+    size,
     size_1,
     size_2,
     size_3,
-    planes_0,
+    planes,
     planes_1,
     planes_2,
     planes_3,
@@ -79,24 +62,16 @@ def _plane_sums_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    outs = out_ptr, out_1_ptr, out_2_ptr, out_3_ptr
+    stacks = planes_ptr, planes_1_ptr, planes_2_ptr, planes_3_ptr
+    sizes = size, size_1, size_2, size_3
+    counts = planes, planes_1, planes_2, planes_3
     block = tl.program_id(0)
-    blocks = tl.cdiv(size_0, BLOCK)
-    if block < blocks:
-        _sum_block(out_0_ptr, planes_0_ptr, block, size_0, planes_0, BLOCK)
-    block -= blocks
-    if COUNT > 1:
-        blocks = tl.cdiv(size_1, BLOCK)
+    for i in tl.static_range(COUNT):
+        blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_block(out_1_ptr, planes_1_ptr, block, size_1, planes_1, BLOCK)
+            _sum_block(outs[i], stacks[i], block, sizes[i], counts[i], BLOCK)
         block -= blocks
-    if COUNT > 2:
-        blocks = tl.cdiv(size_2, BLOCK)
-        if (block >= 0) & (block < blocks):
-            _sum_block(out_2_ptr, planes_2_ptr, block, size_2, planes_2, BLOCK)
-        block -= blocks
-    if COUNT > 3:  # noqa: SIM102 - this one is decided at compile time
-        if block >= 0:
-            _sum_block(out_3_ptr, planes_3_ptr, block, size_3, planes_3, BLOCK)
 
 
 @kept
@@ -106,27 +81,22 @@ def launch_plane_sums(
     """Writes the sum of each stack of planes.
 
     Args:
-        outs: 1 to `MAX_SUMS` tensors, contiguous, any floating dtype.
+        outs: 1 to `MAX_SIBLINGS` tensors, contiguous, any floating dtype.
         planes: For each an fp32 tensor ``[P, *out.shape]``, contiguous.
         config: `plane_sums_config()`.
     """
-    count = len(outs)
     sizes = [out.numel() for out in outs]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
     if programs == 0:
         return
-    unused = MAX_SUMS - count
-    named: dict[str, object] = {}
-    for i, (out, stack, size) in enumerate(
-        zip(
-            [*outs, *[None] * unused],
-            [*planes, *[None] * unused],
-            [*sizes, *[0] * unused],
-            strict=True,
-        )
-    ):
-        named[f"out_{i}_ptr"], named[f"planes_{i}_ptr"] = out, stack
-        named[f"size_{i}"], named[f"planes_{i}"] = size, 0 if stack is None else stack.shape[0]
     launch(
-        _plane_sums_kernel, (programs,), **named, COUNT=count, BLOCK=_BLOCK, **config.launch_options
+        _plane_sums_kernel,
+        (programs,),
+        **numbered("out{}_ptr", outs),
+        **numbered("planes{}_ptr", planes),
+        **numbered("size{}", sizes, 0),
+        **numbered("planes{}", [stack.shape[0] for stack in planes], 0),
+        COUNT=len(outs),
+        BLOCK=_BLOCK,
+        **config.arguments(""),
     )

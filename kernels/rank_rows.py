@@ -5,29 +5,36 @@ A rank row is one row of ``lora_a [R, K]`` with its column of ``lora_b [N, R]`` 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.arguments import strides
+
+
+def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, Any]:
+    """Returns the arguments of a kernel that reads s by `load_shrunk`, and writes it on request."""
+    return {
+        "s_ptr": s,
+        "s_out_ptr": s_out,
+        **strides("s", "pmr", s),
+        **strides("o", "mr", s_out),
+        "PLANES": s.shape[0] if s.dim() == 3 else 1,
+        "STORE_S": s_out is not None,
+    }
+
 
 @triton.jit
-def load_rank_columns(
-    lora_b_ptr,
-    scaling_ptr,
-    start,
-    rank,
-    mask_n,
-    stride_bn,
-    stride_br,
-    stride_scaling,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+def load_rank_columns(factor, start, mask_n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """Returns the adapter's columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
 
     As they lie in memory: arithmetic here would wait for the loads, in `scale_rank_columns` it
-    waits behind whatever comes between. ``lora_b_ptr`` points at the tile's first output row.
-    Columns past ``rank`` are zeros. Without a ``scaling_ptr`` the scaling is 1.
+    waits behind whatever comes between. Columns past the rank are zeros. A factor is pointers to
+    the tile's first output row of lora_b and to its scaling, None for 1; the rank; and strides.
     """
+    lora_b_ptr, scaling_ptr, rank, stride_bn, stride_br, stride_scaling = factor
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = start + tl.arange(0, BLOCK_R)
     mask_r = offs_r < rank
@@ -57,13 +64,9 @@ def scale_rank_columns(b, scale, dtype: tl.constexpr):
 
 @triton.jit
 def load_shrunk(
-    s_ptr,
+    shrunk,
     start,
-    rank,
     mask_m,
-    stride_sp,
-    stride_sm,
-    stride_sr,
     dtype: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -71,9 +74,10 @@ def load_shrunk(
 ):
     """Returns columns ``start`` to ``start + BLOCK_R`` of s in ``dtype``, ``[BLOCK_M, BLOCK_R]``.
 
-    ``s_ptr`` points at the tile's first row. The planes of a split shrink are summed in fp32, in
-    their order, and rounded once.
+    ``shrunk`` is a pointer to the tile's first row, the rank, and strides. The planes of a split
+    shrink are summed in fp32, in their order, and rounded once.
     """
+    s_ptr, rank, stride_sp, stride_sm, stride_sr = shrunk
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = start + tl.arange(0, BLOCK_R)
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr

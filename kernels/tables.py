@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,13 +105,15 @@ class KernelConfig:
     launch_dependents: bool = False
     batch_invariant: bool = False
 
-    @property
-    def launch_options(self) -> dict[str, int]:
-        """The keyword arguments of a launch that are no kernel arguments."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def arguments(self, axes: str) -> dict[str, Any]:
+        """Returns what a launch takes: the tile's sides of some axes, and Triton's options."""
+        named = {f"BLOCK_{axis.upper()}": getattr(self, f"block_{axis}") for axis in axes}
+        named |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.input_precision:
+            named["INPUT_PRECISION"] = self.input_precision
         if self.max_registers is not None:
-            options["maxnreg"] = self.max_registers
-        return options
+            named["maxnreg"] = self.max_registers
+        return named
 
 
 def kernel_of(launch: str) -> str:

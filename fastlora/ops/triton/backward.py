@@ -341,7 +341,6 @@ def _grad_b_listed(
 ) -> _GradB:
     """One launch over dy in planes, and one that sums them."""
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
-    order, segment_of, segment_slot, slot_start, pieces = rows
     offsets, bias_offsets, end = layout_b(lora_b, with_bias)
     packed = lora_b[0].new_empty(end if with_factors else 0)
     ds, biased = torch.empty_like(s), with_factors and any(with_bias)
@@ -352,9 +351,8 @@ def _grad_b_listed(
     bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
     up = RankRows.of_lora_b(lora_b, (), scaling)
     mixed_lora_grad_b.launch_mixed_lora_grad_b(
-        *(ds_planes, b_planes, bias_planes, dy, s, order, segment_of, segment_slot, pieces),
-        *(up.address, up.rank),
-        rows=run,
+        *(ds_planes, b_planes, bias_planes, dy, s, rows, up.address, up.rank),
+        run=run,
         max_rank=max(1, up.largest),
         factor_dtype=up.dtype,
         config=config,
@@ -362,16 +360,17 @@ def _grad_b_listed(
     reduce.launch_mixed_lora_grad_reduce(
         packed if with_factors else None,
         None if b_planes is None else b_planes.transpose(1, 2).unsqueeze(1),
-        *(slot_start, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
+        *(rows, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
         numbers_on(tuple(offsets), torch.int64, device).unsqueeze(0),
         m=m,
         columns=n,
-        rows=run,
+        run=run,
         by_column=True,
         config=config_of("mixed_lora_grad_reduce", dy),
         bias_planes=bias_planes,
         bias_offset=numbers_on(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
-        ds=reduce.DsPlanes(ds, ds_planes, segment_of, segment_slot),
+        ds=ds,
+        ds_planes=ds_planes,
     )
     return ds, packed, dy.new_empty(0, dtype=fp32)
 
@@ -399,18 +398,18 @@ def _grad_a_listed(
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)
         own_drop = Drop(None if drop.seeds is None else drop.seeds[own], drop.p[own])
         mixed_lora_grad_a.launch_mixed_lora_grad_a(
-            *(planes[:, some], x, joined[some], *rows[:3], rows[4], rank[some]),
-            rows=run,
+            *(planes[:, some], x, joined[some], rows, rank[some]),
+            run=run,
             max_columns=columns,
             config=config,
-            dropout=own_drop.tables(rows[3]),
+            dropout=own_drop.tables(),
         )
     reduce.launch_mixed_lora_grad_reduce(
-        *(packed, planes, rows[3], rank, None),
+        *(packed, planes, rows, rank, None),
         numbers_on(tuple(offsets), torch.int64, device).view(modules, slots),
         m=m,
         columns=k,
-        rows=run,
+        run=run,
         by_column=False,
         config=config_of("mixed_lora_grad_reduce", x),
     )

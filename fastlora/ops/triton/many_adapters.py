@@ -115,7 +115,7 @@ def scale_(
     """Scales DoRA's rows in one launch, whatever the batch."""
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
-        *(y, whole_bias, *rows[:3], rows[4], scale_address[index]),
+        *(y, whole_bias, rows, scale_address[index]),
         config=config_of("mixed_dora_scale", y, *y.shape),
     )
 
@@ -169,10 +169,10 @@ def _shrink_mixed(
 ) -> None:
     """Writes every row's s, ``[splits, G, M, R]``; one launch."""
     mixed_lora_shrink.launch_mixed_lora_shrink(
-        *(planes, x, *rows[:3], rows[4], down.address, down.rank),
+        *(planes, x, rows, down.address, down.rank),
         factor_dtype=down.dtype,
         config=config,
-        dropout=drop.tables(rows[3]),
+        dropout=drop.tables(),
     )
 
 
@@ -250,12 +250,12 @@ def add_rank_rows_(
     ``pdl`` says that the launch before is the shrink that made s.
     """
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(ys, s, *rows[:3], rows[4], *up[:4]),
+        *(ys, s, rows, *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         pdl=pdl and chip_of(s).has_pdl,
         by_column=up.by_column,
-        dropout=drop.tables(rows[3]),
+        dropout=drop.tables(),
     )
 
 
@@ -277,11 +277,11 @@ def products_and_rank_rows(
     """
     ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(
-        *(ys, x, weights, biases, s, *rows[:3], *up[:4]),
+        *(ys, x, weights, biases, s, rows, *up[:4]),
         factor_dtype=up.dtype,
         config=config,
         pdl=pdl and chip_of(x).has_pdl,
         by_column=up.by_column,
-        dropout=drop.tables(rows[3]),
+        dropout=drop.tables(),
     )
     return ys

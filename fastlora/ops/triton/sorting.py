@@ -28,6 +28,6 @@ def sorted_rows(
     # Which need not be the current one.
     with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext():
         mixed_rows_sort.launch_mixed_rows_sort(
-            *(ids, *rows, pieces, invalid), block_m=block_m, config=config
+            *(ids, [*rows, pieces], invalid), block_m=block_m, config=config
         )
     return empty

@@ -23,7 +23,7 @@ class Drop(NamedTuple):
     seeds: torch.Tensor | None
     p: Sequence[float]
 
-    def tables(self, slot_start: torch.Tensor) -> DropoutTables | None:
+    def tables(self) -> DropoutTables | None:
         """Returns what kernels for mixed batches read."""
         if self.seeds is None:
             return None
@@ -33,7 +33,6 @@ class Drop(NamedTuple):
         inv_keep = tuple(1.0 / (1.0 - p) for p in self.p)
         device = self.seeds.device
         return DropoutTables(
-            slot_start,
             self.seeds,
             numbers_on(thresholds, torch.int32, device),
             numbers_on(inv_keep, torch.float32, device),

@@ -18,7 +18,6 @@ import torch
 
 from fastlora.coded_weight import Coded
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.mixed_lora_grad_reduce import DsPlanes
 from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module
 from fastlora.kernels.tables import MAX_SPLITS, kernel_of
@@ -284,25 +283,24 @@ def operands(case: Case) -> dict[str, Any]:
         return given | {"modules": [Module(*(given[name] for name in names))] * count}
     address = longs(_SLOTS)
     planes = 1 if light else 4
+    # order, segment_of, segment_slot, slot_start and pieces
+    rows = [ints(m), ints(m), ints(min(m, _SLOTS + 2)), ints(_SLOTS + 1), ints(_SLOTS)]
     common |= {
-        "order": ints(m),
-        "segment_of": ints(m),
-        "segment_slot": ints(min(m, _SLOTS + 2)),
-        "pieces": ints(_SLOTS),
         "lora_a_address": address,
         "lora_b_address": address,
         "lora_bias_address": address if heavy else None,
         "scale_address": address,
         "rank": ints(_SLOTS),
         "scaling": fp32(_SLOTS),
-        "rows": _RUN,
+        "run": _RUN,
+        "rows": rows,
         "bias": bias,
         "s": empty(1, m, 64) if trains else fp32(planes, m, 64),
         "pdl": has_pdl and not config.batch_invariant,
     }
     dropout = None
     if trains and case.variant != "siblings":  # who share a launch where nothing drops
-        dropout = DropoutTables(ints(_SLOTS + 1), longs(_SLOTS), ints(_SLOTS), fp32(_SLOTS))
+        dropout = DropoutTables(longs(_SLOTS), ints(_SLOTS), fp32(_SLOTS))
     of_dx |= {"lora_bias_address": None, "dropout": dropout}
     shrink = {
         "s": fp32(planes, modules, m, 64),
@@ -312,7 +310,6 @@ def operands(case: Case) -> dict[str, Any]:
     own = {
         "mixed_rows_sort": {
             "ids": longs(m),
-            "slot_start": ints(_SLOTS + 1),
             "invalid": empty(1, dtype=torch.bool),
             "block_m": 16,
         },
@@ -340,7 +337,6 @@ def operands(case: Case) -> dict[str, Any]:
         "mixed_lora_grad_reduce": {
             "out": factor(_SLOTS * n),
             "planes": fp32(_PLANES, n, 64).transpose(1, 2).unsqueeze(1),
-            "slot_start": ints(_SLOTS + 1),
             "rank": ints(1, _SLOTS),
             "scaling": fp32(1, _SLOTS),
             "offset": longs(1, _SLOTS),
@@ -349,7 +345,8 @@ def operands(case: Case) -> dict[str, Any]:
             "by_column": True,
             "bias_planes": fp32(_PLANES, n),
             "bias_offset": longs(1, _SLOTS),
-            "ds": DsPlanes(empty(m, 64), fp32(32, m, 64), ints(m), ints(min(m, _SLOTS + 2))),
+            "ds": empty(m, 64),
+            "ds_planes": fp32(32, m, 64),
         },
     }
     given = common | own.get(stem, {})

@@ -262,15 +262,11 @@ class MixedProblem(Batch):
             config = choose(chip_of(self.x.device), stem, self.dtype, **known)
         launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
         names = ("lora_b_address", "lora_bias_address", "rank", "scaling")
-        order, segment_of, segment_slot = self.route
         operands = {
             "x": self.x,
             "weights": [self.weights[g]],
             "biases": [self.biases[g]],
-            "order": order,
-            "segment_of": segment_of,
-            "segment_slot": segment_slot,
-            "pieces": self.groups.pieces(config.block_m),
+            "rows": [*self.groups.tensors(), self.groups.pieces(config.block_m)],
             "lora_a_address": self.lora_a_address[g],
             **dict(zip(names, self.tables(g), strict=True)),
             "factor_dtype": self.factor_dtype,
