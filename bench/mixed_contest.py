@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 import fastlora
+from fastlora.bench.float64 import Float64
 from fastlora.bench.measure import interleaved_seconds, median_ratio
 from fastlora.validation import FastLoraError
 
@@ -309,28 +308,6 @@ def _best_and_worst(outputs: torch.Tensor) -> tuple[float, float]:
     """Returns the least and the largest root mean square of a row of ``[B, V]``; NaN for NaN."""
     rows = outputs.square().mean(-1).sqrt()
     return rows.amin().item(), rows.amax().item()
-
-
-class Float64(TorchFunctionMode):
-    """Within it torch computes in float64, whatever the dtypes of weights and casts."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Calls ``func`` with its floating-point operands, and dtypes asked for, in float64."""
-        if getattr(func, "__name__", "") == "__get__":  # an attribute: no arithmetic
-            return func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
-            func = torch.Tensor.double
-        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
 
 
 def twin(model: Any) -> Any:

@@ -19,13 +19,13 @@ pytest.importorskip("peft")
 
 
 from fastlora.bench import mixed_bench, mixed_contest, mixed_report
+from fastlora.bench.float64 import Float64
 from fastlora.bench.mixed_contest import (
     BASE,
     IN_TURN,
     OURS,
     PEFT,
     Contest,
-    Float64,
     WrongResultError,
 )
 from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
