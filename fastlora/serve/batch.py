@@ -138,7 +138,7 @@ class Batch:
             job.say(Piece(text, reason, len(job.tokens)))
         if reason is not None:
             job.ended = True
-            self._stats.finished += 1
+            self._stats.requests_finished += 1
             self._leave(job)
 
     # --------------------------------------------------------------------------------- leaving

@@ -81,7 +81,7 @@ class Engine:
             if self._closing:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) >= self._most_waiting:
-                self.stats.refused += 1
+                self.stats.requests_refused += 1
                 raise QueueFullError(
                     f"{len(self._waiting)} requests wait already; try again in a moment"
                 )
@@ -250,8 +250,8 @@ class Engine:
             return
         job.ended = True
         if error is None:
-            self.stats.cancelled += 1
+            self.stats.requests_cancelled += 1
             error = ClosedError("the request was ended")
         else:
-            self.stats.failed += 1
+            self.stats.requests_failed += 1
         job.say(Piece(error=error))

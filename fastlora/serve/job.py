@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastlora.pool import Lease
 from fastlora.serve.adapters import Version
@@ -97,19 +98,23 @@ class Job:
             self.cancelled = True
 
 
+def _counts(what: str, start: float = 0) -> Any:
+    return field(default=start, metadata={"what": what})
+
+
 @dataclass
 class EngineStats:
-    """What an engine has done, for metrics; seconds are of the wall."""
+    """What an engine has done, a field a counter of the metrics' page; seconds are the wall's."""
 
-    requests: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    forwards: int = 0
-    forward_rows: int = 0
-    forward_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    first_tokens: int = 0
+    requests: int = _counts("Requests that were taken.")
+    requests_finished: int = _counts("Requests that came to their end.")
+    requests_failed: int = _counts("Requests that failed.")
+    requests_cancelled: int = _counts("Requests that nobody listened to any more.")
+    requests_refused: int = _counts("Requests that the queue had no place for.")
+    prompt_tokens: int = _counts("Tokens of prompts that were read.")
+    answer_tokens: int = _counts("Tokens that were made.")
+    forwards: int = _counts("Forwards of the model.")
+    forward_rows: int = _counts("Requests in these forwards.")
+    forward_seconds: float = _counts("Seconds in these forwards.", 0.0)
+    first_tokens: int = _counts("Requests that had a first token.")
+    first_token_seconds: float = _counts("Seconds until those.", 0.0)

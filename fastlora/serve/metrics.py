@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
+from dataclasses import fields
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -43,18 +44,7 @@ class Metrics(Collector):
         """Yields the engine's and the pool's numbers."""
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
-            ("requests", "Requests that were taken.", done.requests),
-            ("requests_finished", "Requests that came to their end.", done.finished),
-            ("requests_failed", "Requests that failed.", done.failed),
-            ("requests_cancelled", "Requests that nobody listened to any more.", done.cancelled),
-            ("requests_refused", "Requests that the queue had no place for.", done.refused),
-            ("prompt_tokens", "Tokens of prompts that were read.", done.prompt_tokens),
-            ("answer_tokens", "Tokens that were made.", done.answer_tokens),
-            ("forwards", "Forwards of the model.", done.forwards),
-            ("forward_rows", "Requests in these forwards.", done.forward_rows),
-            ("forward_seconds", "Seconds in these forwards.", done.forward_seconds),
-            ("first_tokens", "Requests that had a first token.", done.first_tokens),
-            ("first_token_seconds", "Seconds until those.", done.first_token_seconds),
+            *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),
             ("adapter_loads", "Adapters that were read from disk.", pool.loads),
             ("adapter_evictions", "Adapters that left the device.", pool.evictions),
         ):

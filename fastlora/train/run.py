@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fastlora.train import base_model, checkpoint, log, prepare
 from fastlora.train.answers import answers
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Corpus, Row, collate, micro_batches, seed_of
-from fastlora.train.losses import AdapterLosses, causal_lm_losses
+from fastlora.train.losses import causal_lm_losses
 from fastlora.train.processes import RunProcesses, TrainError
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError
@@ -239,33 +239,12 @@ class Run:
 
     def _do_step(self) -> None:
         """Does one optimizer step; raises `NonFiniteError` where a loss or gradient is not."""
-        from accelerate.utils import set_seed
-
-        rows = self.schedule.order.rows(self.step)
-        drawn = {row.adapter for row in rows}
-        present = [name for name in self.corpora if name in drawn]
-        tokens = dict.fromkeys(present, 0)
-        for row in rows:
-            tokens[row.adapter] += self.corpora[row.adapter].counted(row.sample)
-        sums = dict.fromkeys(present, 0.0)
-        parts = micro_batches(rows, self.corpora, self.schedule.micro_batch_size)
-        for number, part in enumerate(parts):
-            # Drawn in every process, so that all count alike.
-            seeds = self.optimizers.draw_seeds([row.adapter for row in part])
-            if not self.processes.does(number):
-                continue
-            # What the base model draws (its own dropout) is a function of step and forward.
-            set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
-            losses = self._forward(part, self.corpora, seeds, tokens)
-            self.optimizers.backward(losses)
-            for name, value in losses.values.items():
-                sums[name] += value
-        values = self.processes.summed(sums)
+        values = self._losses(self.schedule.order.rows(self.step), self.corpora, trains=True)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise self._not_finite("loss", name, value, self.step + 1)
-        self.processes.sum_gradients(self._trained(present))
-        report = self.optimizers.step(present)
+        self.processes.sum_gradients(self._trained(values))
+        report = self.optimizers.step(values)
         self.optimizers.zero_grad()
         for name in report.skipped:
             scale, value = self.optimizers.loss_scale(name), report.grad_norms[name]
@@ -303,23 +282,41 @@ class Run:
                     self.step,
                 )
 
-    def _trained(self, names: Sequence[str]) -> list[nn.Parameter]:
+    def _trained(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Returns the parameters that these adapters train, each once."""
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
-    def _forward(
-        self,
-        rows: Sequence[Row],
-        corpora: Mapping[str, Corpus],
-        seeds: Mapping[str, int] | None = None,
-        tokens: Mapping[str, int] | None = None,
-    ) -> AdapterLosses:
-        """Returns the losses of some samples, as means over their own tokens or over ``tokens``."""
-        batch = collate(rows, corpora, self.pad, self.processes.device)
-        with adapters(self.model, batch.adapters, seeds=seeds):
-            logits = self.model(**batch.inputs, use_cache=False).logits
-        return causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
+    def _losses(
+        self, rows: Sequence[Row], corpora: Mapping[str, Corpus], *, trains: bool
+    ) -> dict[str, float]:
+        """Returns each adapter's mean loss over its tokens in some samples, over all processes.
+
+        Where it trains, each process's own forwards have left their gradients.
+        """
+        from accelerate.utils import set_seed
+
+        drawn = {row.adapter for row in rows}
+        tokens = {name: 0 for name in corpora if name in drawn}
+        for row in rows:
+            tokens[row.adapter] += corpora[row.adapter].counted(row.sample)
+        sums = dict.fromkeys(tokens, 0.0)
+        for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
+            # Drawn in every process, so that all count alike.
+            seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
+            if not self.processes.does(number):
+                continue
+            if trains:  # what the base model draws, too, is a function of step and forward
+                set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
+            batch = collate(part, corpora, self.pad, self.processes.device)
+            with adapters(self.model, batch.adapters, seeds=seeds):
+                logits = self.model(**batch.inputs, use_cache=False).logits
+            losses = causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
+            if trains:
+                self.optimizers.backward(losses)
+            for name, value in losses.values.items():
+                sums[name] += value
+        return self.processes.summed(sums)
 
     def _not_finite(
         self, what: str, name: str, value: float, step: int, how: str = ""
@@ -338,18 +335,9 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Returns the loss of each adapter on its evaluation data, over all of its tokens."""
         rows = [Row(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
-        sums = dict.fromkeys(self.held_out, 0.0)
         self.model.eval()
-        parts = micro_batches(rows, self.held_out, self.schedule.micro_batch_size)
-        for number, part in enumerate(parts):
-            if not self.processes.does(number):
-                continue
-            losses = self._forward(part, self.held_out)
-            for name, value in losses.values.items():
-                sums[name] += value * losses.tokens[name]
+        found = self._losses(rows, self.held_out, trains=False)
         self.model.train()
-        counted = {n: sum(c.counted(i) for i in range(len(c))) for n, c in self.held_out.items()}
-        found = {name: total / counted[name] for name, total in self.processes.summed(sums).items()}
         self._write_log({"step": self.step, "eval_loss": found})
         return found
 

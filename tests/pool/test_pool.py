@@ -268,6 +268,26 @@ def test_swaps_beyond_the_spare_columns_wait_in_the_cpu_tier(root: Path) -> None
     assert pool.stats().device_bytes == RANK2
 
 
+def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
+    """Adapters that nobody holds are swapped beside one of which leases hold every version."""
+    pool = make_pool(root, max_adapters=3)
+    leases = []
+    for seed in range(8):
+        pool.load("a0", root / f"a{seed}")
+        check_pool(pool)
+        if pool.slot_of("a0") is not None:
+            leases.append(pool.lease(["a0"]))
+        for name in ("a1", "a2", "a1"):
+            pool.load(name, root / "a7")
+            check_pool(pool)
+    assert len(leases) == 7  # three slots, four spare columns
+    for seed, lease in enumerate(leases):
+        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        lease.release()
+    with pool.lease(["a0", "a1"]) as lease:
+        assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
+
+
 def test_unloading_spares_the_leases(root: Path) -> None:
     pool = make_pool(root, max_adapters=1)
     with pool.lease(["a0"]) as lease:

@@ -94,7 +94,7 @@ def test_each_joins_and_leaves_on_its_own(start: Callable[..., Engine], alone: A
     heard = [ask(engine, text, name, Sampling(count, 0)) for text, name, count in cases]
     for (text, name, count), own in zip(cases, heard, strict=True):
         assert alone.says(own.text(), text, name, count)
-    assert engine.stats.finished == 9
+    assert engine.stats.requests_finished == 9
     assert engine.stats.forward_rows > engine.stats.forwards  # they did run together
 
 
@@ -190,7 +190,7 @@ def test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests(
     with pytest.raises(FailedError, match=r"failed at this request \(OutOfMemoryError\)"):
         ask(engine, "x", "b").text()
     assert other.text() == alone.text("x", "a", 20)
-    assert (engine.running, engine.waiting, engine.stats.failed) == (0, 0, 1)
+    assert (engine.running, engine.waiting, engine.stats.requests_failed) == (0, 0, 1)
 
 
 def test_who_does_not_listen_any_more_is_no_fault(
@@ -218,7 +218,7 @@ def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone
         with pytest.raises(ClosedError):
             own.text()
     assert ask(engine, "x", "c").text() == alone.text("x", "c", 6)
-    assert (engine.running, engine.waiting, engine.stats.cancelled) == (0, 0, 2)
+    assert (engine.running, engine.waiting, engine.stats.requests_cancelled) == (0, 0, 2)
     assert engine._adapters.pool.stats().leases == 0
 
 

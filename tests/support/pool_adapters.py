@@ -18,6 +18,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.ops.factors import PENDING
 from fastlora.pool import AdapterPool, Factors
 from fastlora.pool.image import Image
+from fastlora.pool.tables import NO_COLUMN
 from fastlora.pool.transfers import Transfers
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and
@@ -152,6 +153,12 @@ def check_pool(pool: AdapterPool) -> None:
     assert len(tiers.device) <= pool.max_adapters
     slots = [resident.slot for resident in tiers.device.values()]
     assert sorted(slots + tiers._free_slots) == list(range(pool.max_adapters))
+    for slot in tiers._free_slots:
+        assert tables.column_of[slot] == tables.plain_column_of[slot] == NO_COLUMN
+    for resident in tiers.device.values():
+        assert tables.column_of[resident.slot] == resident.column
+        plain = NO_COLUMN if resident.uses_dora else resident.column
+        assert tables.plain_column_of[resident.slot] == plain
     columns = [resident.column for resident in held]
     assert sorted(columns + tiers._free_columns) == list(range(tiers.columns + 1))
     assert not tables.rank[:, tiers._free_columns].any()
