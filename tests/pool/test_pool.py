@@ -304,8 +304,10 @@ def test_unloading_spares_the_leases(root: Path) -> None:
 def test_lease_resident_takes_what_is_there(root: Path) -> None:
     pool = make_pool(root, max_adapters=3)
     use(pool, "a0", "a1")
+    hits = pool.stats().hits
     with pool.lease_resident() as lease:
         assert [resident.name for resident in lease.residents] == ["a0", "a1"]
+    assert pool.stats().hits == hits + 2
 
 
 def test_a_name_may_repeat_and_a_batch_may_be_all_base(root: Path) -> None:
