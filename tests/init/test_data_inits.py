@@ -270,7 +270,7 @@ def eva(library: Any, settings: Any = None, **fields: Any) -> Any:
         ({"rho": 2.0}, {}),
         ({"rho": 1.0, "whiten": True}, {"target_modules": ["q_proj", "o_proj", "down_proj"]}),
         ({"rho": 2.0, "adjust_scaling_factors": False, "use_label_mask": False}, {"lora_alpha": 6}),
-        ({"rho": 1.5}, {"rank_pattern": {"q_proj": 2, "v_proj": 2}, "use_rslora": True}),
+        ({"rho": 1.5}, {"rank_pattern": {"q_proj": 2, "v_proj": 4}, "use_rslora": True}),
     ],
     ids=["redistributed", "whitened", "unadjusted", "patterns"],
 )

@@ -29,8 +29,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dropout": {"r": 4, "lora_alpha": 6, "lora_dropout": P},
 }
 # PEFT's DoRA over LLM.int8 loses the weight's scales in its first forward on a CPU.
-LLAMA = [(k, "llama", f) for k in KINDS for f in FEATURES if (k, f) != ("int8", "dora")]
-GPT2 = [(k, "gpt2", f) for k in BITSANDBYTES for f in ("lora", "dropout")]
+LLAMA = [(k, "llama", f) for k in KINDS for f in ("dora", "dropout") if (k, f) != ("int8", "dora")]
+# In evaluation dropout's adapters are plain ones.
+LLAMA += [("nf4 nested", "llama", "rslora"), ("torchao int8", "llama", "lora")]
+GPT2 = [(k, "gpt2", "dropout") for k in BITSANDBYTES]
 CURVES = [(k, "llama", "lora") for k in ("fp4", "int8", "torchao int4", "torchao float8")]
 CURVES += [("nf4 nested", "llama", "dora"), ("nf4 nested", "gpt2", "rslora")]
 NAMES = ["en", "fr", "de", "es"]

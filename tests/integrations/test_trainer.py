@@ -38,14 +38,14 @@ class Kill(TrainerCallback):
 
 def run(out, kill_at, resume):
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(0, 97, (12,), generator=generator) for _ in range(64)]
+    rows = [torch.randint(0, 97, (12,), generator=generator) for _ in range(24)]
     data = [{"input_ids": row, "labels": row} for row in rows]
     model = tiny_llama()
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1,
                         modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    arguments = TrainingArguments(out, max_steps=20, save_steps=10, per_device_train_batch_size=4,
+    arguments = TrainingArguments(out, max_steps=8, save_steps=4, per_device_train_batch_size=4,
                                   learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True,
                                   seed=7, gradient_checkpointing=True)
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Kill(kill_at)])
@@ -61,7 +61,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def run(*runs: tuple[str, int | None, str | None]) -> list[int]:
-    """Trains for 20 steps, or until a process kills itself; returns the exit codes.
+    """Trains for 8 steps, or until a process kills itself; returns the exit codes.
 
     Args:
         runs: The folder, the step to be killed at, the checkpoint to go on from.
@@ -83,10 +83,10 @@ def run(*runs: tuple[str, int | None, str | None]) -> list[int]:
 
 
 def test_checkpoint_kill_resume(tmp_path: Path) -> None:
-    """Killed at step 13, resumed from the checkpoint of step 10: the adapter of a whole run."""
+    """Killed at step 6, resumed from the checkpoint of step 4: the adapter of a whole run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    checkpoint = broken / "checkpoint-10"
-    runs = (whole, None, None), (broken, 13, None), (broken, None, checkpoint)
+    checkpoint = broken / "checkpoint-4"
+    runs = (whole, None, None), (broken, 6, None), (broken, None, checkpoint)
     as_text = [(str(out), at, source and str(source)) for out, at, source in runs]
     assert run(*as_text) == [0, -signal.SIGKILL, 0]
     files = {p.name for p in checkpoint.iterdir()}

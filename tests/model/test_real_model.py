@@ -27,11 +27,12 @@ RANKS = {"rank_pattern": {r"layers\.[0-1]\.mlp\.down_proj": 3, "v_proj": 16}}
 ALPHAS = {"alpha_pattern": {"q_proj": 64, r".*\.[1-2]\.mlp\..*": 1}}
 # A config, the base model's dtype, and options of `check_three_layers`.
 CASES: dict[str, tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = {
-    "r1": ({**SOME, "r": 1, "lora_alpha": 3}, FP32, {}),
-    "r64-rslora": ({**SOME, "r": 64, "lora_alpha": 16, "use_rslora": True}, FP32, {}),
-    "patterns": ({**SOME, **RANKS, **ALPHAS}, FP32, {}),
-    "lora_bias": ({**SOME, "r": 3, "lora_bias": True}, FP32, {}),
-    "modules_to_save": ({**SOME, "modules_to_save": ["lm_head"]}, FP32, {}),
+    "r1-patterns-lora_bias": ({**SOME, "r": 1, **RANKS, **ALPHAS, "lora_bias": True}, FP32, {}),
+    "r64-rslora-copy": (
+        {**SOME, "r": 64, "use_rslora": True, "modules_to_save": ["lm_head"]},
+        FP32,
+        {},
+    ),
     "dropout": ({**ALL, **DROPOUT}, FP32, {}),
     "dropout-patched": ({**ALL, **DROPOUT, **BIAS}, FP32, PATCHED),
     "dropout-bf16": ({**ALL, **DROPOUT, **BIAS}, BF16, {}),
