@@ -134,6 +134,7 @@ class _Gather:
         scaling: torch.Tensor | None,
     ) -> None:
         from fastlora.kernels import mixed_lora_expand
+        from fastlora.kernels.mixed_rows import RankRows
 
         config, slots = config_of("mixed_lora_expand", y, *y.shape, r=s.shape[-1]), len(self.slots)
         order = torch.arange(y.shape[0], dtype=torch.int32, device=y.device)
@@ -141,7 +142,6 @@ class _Gather:
         pieces = torch.ops.fastlora.rows_pieces(segment_of, slots, config.block_m)
         mixed_lora_expand.launch_mixed_lora_expand(
             *([y], s.unsqueeze(0), [order, segment_of, self.slots, order, pieces]),
-            *(address, bias_address, self.rank, scaling),
-            factor_dtype=self.factor_dtype,
+            RankRows(address, bias_address, self.rank, scaling, self.factor_dtype, self.r),
             config=config,
         )

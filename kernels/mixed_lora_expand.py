@@ -33,11 +33,11 @@ from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
     DropoutTables,
+    RankRows,
     factor_pointer,
     load_piece,
     round_up,
     row_arguments,
-    triton_dtype,
 )
 from fastlora.kernels.modules import are_aligned, module_of_tile, of_module
 from fastlora.kernels.philox import philox_keep_mask
@@ -225,15 +225,10 @@ def launch_mixed_lora_expand(
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
-    lora_b_address: torch.Tensor,
-    lora_bias_address: torch.Tensor | None,
-    rank: torch.Tensor,
-    scaling: torch.Tensor | None,
+    up: RankRows,
     *,
-    factor_dtype: torch.dtype,
     config: KernelConfig,
     pdl: bool = False,
-    by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
     """Adds each row's own adapter to each module's y in place; rows of invalid ids become NaN.
@@ -246,15 +241,9 @@ def launch_mixed_lora_expand(
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
             ``[splits, G, M, R]``.
         rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
-        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
-            or ``[N, rank]`` with ``by_column``.
-        lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
-        rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
-        scaling: fp32 ``[S]``; None for 1.
-        factor_dtype: Of lora_b and lora_bias; they are cast to the dtype of y at the load.
+        up: What is added.
         config: That of the launch.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
-        by_column: How lora_b lies.
         dropout: Of what is added, for the gradient of x; None for none.
     """
     m, sizes, count = ys[0].shape[0], [y.shape[1] for y in ys], len(ys)
@@ -267,25 +256,19 @@ def launch_mixed_lora_expand(
         **numbered("y{}_ptr", ys),
         s_ptr=s,
         **row_arguments(rows),
-        lora_b_address_ptr=lora_b_address,
-        lora_bias_address_ptr=lora_bias_address,
-        rank_ptr=rank,
-        scaling_ptr=scaling,
+        **up.arguments(),
         M=m,
         **numbered("N{}", sizes, 0),
         **strides("y", "mn", ys[0]),
         stride_sp=s.stride(0),
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
-        stride_table=rank.stride(0) if count > 1 else 0,
+        stride_table=up.rank.stride(0) if count > 1 else 0,
         SIBLINGS=count,
         ALIGNED=count > 1 and are_aligned(ys),
         PLANES=s.shape[0],
         **config.arguments("mnr"),
         ONE_BLOCK=s.shape[-1] <= config.block_r,
-        HAS_LORA_BIAS=lora_bias_address is not None,
-        FACTOR_DTYPE=triton_dtype(factor_dtype),
-        BY_COLUMN=by_column,
         **DropoutTables.arguments(dropout, rows),
         PDL=pdl,
         **({"launch_pdl": True} if pdl else {}),

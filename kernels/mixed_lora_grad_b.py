@@ -27,6 +27,7 @@ from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
+    RankRows,
     factor_pointer,
     load_piece,
     round_up,
@@ -155,12 +156,9 @@ def launch_mixed_lora_grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
-    lora_b_address: torch.Tensor,
-    rank: torch.Tensor,
+    up: RankRows,
     *,
     run: int,
-    max_rank: int,
-    factor_dtype: torch.dtype,
     config: KernelConfig,
 ) -> None:
     """Writes planes of ``dy @ lora_b`` and of ``dy.T @ s``, each row's own adapter.
@@ -174,17 +172,15 @@ def launch_mixed_lora_grad_b(
         dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
         s: ``[M, R]`` in dy's dtype over sorted positions, the last dimension contiguous.
         rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
-        lora_b_address: int64 ``[S]``: where each slot's lora_b ``[N, rank]`` lies.
-        rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
+        up: By column; scalings and lora_bias are not read.
         run: Positions of one run.
-        max_rank: No smaller than any rank.
-        factor_dtype: Of lora_b; it is cast to dy's dtype at the load.
         config: From `mixed_grad_b_config`.
     """
     m, n = dy.shape
     if m == 0 or n == 0:
         return
-    grid = ((rows[-1].shape[0] - 1) * cdiv(n, config.block_n), cdiv(max_rank, config.block_r))
+    columns, ranks = cdiv(n, config.block_n), cdiv(max(up.largest, 1), config.block_r)
+    grid = ((rows[-1].shape[0] - 1) * columns, ranks)
     launch(
         _mixed_lora_grad_b_kernel,
         grid,
@@ -194,8 +190,8 @@ def launch_mixed_lora_grad_b(
         dy_ptr=dy,
         s_ptr=s,
         **row_arguments(rows),
-        lora_b_address_ptr=lora_b_address,
-        rank_ptr=rank,
+        lora_b_address_ptr=up.address,
+        rank_ptr=up.rank,
         M=m,
         N=n,
         rows=run,
@@ -206,6 +202,6 @@ def launch_mixed_lora_grad_b(
         **config.arguments("mnr"),
         HAS_FACTORS=d_lora_b is not None,
         HAS_BIAS=d_bias is not None,
-        FACTOR_DTYPE=triton_dtype(factor_dtype),
+        FACTOR_DTYPE=triton_dtype(up.dtype),
         RANK_ROWS_FIRST=config.rank_rows_first,
     )

@@ -36,10 +36,10 @@ from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
     DropoutTables,
+    RankRows,
     add_rank_rows,
     drop_rows,
     row_arguments,
-    triton_dtype,
 )
 from fastlora.kernels.modules import (
     Weight,
@@ -254,15 +254,10 @@ def launch_mixed_lora_linear(
     biases: Sequence[torch.Tensor | None],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
-    lora_b_address: torch.Tensor,
-    lora_bias_address: torch.Tensor | None,
-    rank: torch.Tensor,
-    scaling: torch.Tensor | None,
+    up: RankRows,
     *,
-    factor_dtype: torch.dtype,
     config: KernelConfig,
     pdl: bool,
-    by_column: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
     """Writes ``x @ weight.T + bias``, plus each row's own adapter; NaN in rows of invalid ids.
@@ -278,15 +273,9 @@ def launch_mixed_lora_linear(
         s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
             ``[splits, G, M, R]``.
         rows: Sorted, as `row_arguments` takes them; pieces are not read.
-        lora_b_address: int64 ``[S]``: where each slot's lora_b lies, as rank rows ``[rank, N]``,
-            or ``[N, rank]`` with ``by_column``.
-        lora_bias_address: int64 ``[S]``, 0 for an adapter without one; None if none has.
-        rank: int32 ``[S]``, 0 where the adapter leaves the module alone.
-        scaling: fp32 ``[S]``; None for 1.
-        factor_dtype: Of lora_b and lora_bias; they are cast to x's dtype at the load.
+        up: What is added.
         config: From `mixed_linear_config`.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
-        by_column: How lora_b lies.
         dropout: Of the adapters' term, for the gradient of x; None for none.
     """
     weight, bias, (m, k) = weights[0], biases[0], x.shape
@@ -305,10 +294,7 @@ def launch_mixed_lora_linear(
         **numbered("bias{}_ptr", biases),
         s_ptr=s,
         **row_arguments(rows, pieces=False),
-        lora_b_address_ptr=lora_b_address,
-        lora_bias_address_ptr=lora_bias_address,
-        rank_ptr=rank,
-        scaling_ptr=scaling,
+        **up.arguments(),
         M=m,
         **numbered("N{}", sizes, 0),
         K=k,
@@ -319,7 +305,7 @@ def launch_mixed_lora_linear(
         stride_sp=s.stride(0),
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
-        stride_table=rank.stride(0) if count > 1 else 0,
+        stride_table=up.rank.stride(0) if count > 1 else 0,
         SIBLINGS=count,
         ALIGNED=count > 1 and are_aligned([*ys, *pointers_of(weights)]),
         **config.arguments("mnkr"),
@@ -328,9 +314,6 @@ def launch_mixed_lora_linear(
         **weight_arguments(weight),
         WEIGHT_POLICY="evict_first" if one_row_tile else "",
         HAS_BIAS=bias is not None,
-        HAS_LORA_BIAS=lora_bias_address is not None,
-        FACTOR_DTYPE=triton_dtype(factor_dtype),
-        BY_COLUMN=by_column,
         **DropoutTables.arguments(dropout, rows),
         PDL=pdl,
         BATCH_INVARIANT=config.batch_invariant,

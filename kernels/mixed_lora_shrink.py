@@ -25,6 +25,7 @@ from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
     DropoutTables,
+    RankRows,
     factor_pointer,
     load_piece,
     round_up,
@@ -190,10 +191,8 @@ def launch_mixed_lora_shrink(
     s: torch.Tensor,
     x: torch.Tensor,
     rows: Sequence[torch.Tensor],
-    lora_a_address: torch.Tensor,
-    rank: torch.Tensor,
+    down: RankRows,
     *,
-    factor_dtype: torch.dtype,
     config: KernelConfig,
     dropout: DropoutTables | None = None,
 ) -> None:
@@ -205,9 +204,7 @@ def launch_mixed_lora_shrink(
             has past R is not written.
         x: ``[M, K]``, any strides.
         rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
-        lora_a_address: int64 ``[G, S]``: where each slot's lora_a ``[rank, K]`` lies.
-        rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
-        factor_dtype: Of the factors; they are cast to x's dtype at the load.
+        down: Of the G modules, in tables ``[G, S]``.
         config: From `mixed_shrink_config` or `mixed_train_shrink_config`.
         dropout: Of the one module, ``G = 1``; None for none.
     """
@@ -221,20 +218,20 @@ def launch_mixed_lora_shrink(
         s_ptr=s,
         x_ptr=x,
         **row_arguments(rows),
-        lora_a_address_ptr=lora_a_address,
-        rank_ptr=rank,
+        lora_a_address_ptr=down.address,
+        rank_ptr=down.rank,
         M=m,
         K=k,
         R=s.shape[3],
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
         **strides("s", "pgm_", s),
         **strides("x", "mk", x),
-        stride_table=rank.stride(0),
-        G=rank.shape[0],
+        stride_table=down.rank.stride(0),
+        G=down.rank.shape[0],
         **config.arguments("mkr"),
         NARROW_R=config.narrow_r,
         EVEN_K=k % config.block_k == 0,
-        FACTOR_DTYPE=triton_dtype(factor_dtype),
+        FACTOR_DTYPE=triton_dtype(down.dtype),
         **DropoutTables.arguments(dropout, rows),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )

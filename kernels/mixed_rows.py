@@ -13,7 +13,7 @@ and what lies past its true rank is masked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -52,6 +52,43 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
+
+
+class RankRows(NamedTuple):
+    """Adapters' rank rows behind addresses: those of a shrink, or what adds them to rows of y.
+
+    Tables are ``[G, S]`` for G modules of one launch, else those of one module, ``[S]``. Blocks lie
+    at multiples of 16 bytes, contiguous.
+
+    Attributes:
+        address: int64, where lora_a ``[rank, K]`` lies, or lora_b.
+        bias_address: int64, where lora_bias lies, 0 for none; None if no adapter has one.
+        rank: int32, 0 where the adapter leaves the module alone.
+        scaling: fp32; None for 1.
+        dtype: Of what lies behind the addresses; it is cast to the dtype of the dots at the load.
+        largest: No adapter has a larger rank.
+        by_column: Whether lora_b lies as ``[N, rank]`` rather than as rank rows ``[rank, N]``.
+    """
+
+    address: torch.Tensor
+    bias_address: torch.Tensor | None
+    rank: torch.Tensor
+    scaling: torch.Tensor | None
+    dtype: torch.dtype
+    largest: int
+    by_column: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of a kernel that adds them."""
+        return {
+            "lora_b_address_ptr": self.address,
+            "lora_bias_address_ptr": self.bias_address,
+            "rank_ptr": self.rank,
+            "scaling_ptr": self.scaling,
+            "HAS_LORA_BIAS": self.bias_address is not None,
+            "FACTOR_DTYPE": triton_dtype(self.dtype),
+            "BY_COLUMN": self.by_column,
+        }
 
 
 class DropoutTables(NamedTuple):

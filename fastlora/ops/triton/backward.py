@@ -35,7 +35,7 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.many_adapters import add_rank_rows_, products_and_rank_rows
 from fastlora.ops.triton.one_adapter import products_of_codes
-from fastlora.ops.triton.tables import Drop, RankRows, max_columns_of
+from fastlora.ops.triton.tables import Drop, aligned_blocks, down_rows, max_columns_of, up_rows
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
@@ -76,7 +76,8 @@ def grad_x(
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one(dy, weight, ds, downs[0], seeds, p, plan)
-    (m, n), k, up = dy.shape, downs[0].shape[1], RankRows.of_lora_a(downs, dy.device)
+    downs = aligned_blocks(downs)
+    (m, n), k, up = dy.shape, downs[0].shape[1], down_rows(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
@@ -349,12 +350,11 @@ def _grad_b_listed(
     ds_planes = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
     b_planes = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
     bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
-    up = RankRows.of_lora_b(lora_b, (), scaling)
+    blocks = aligned_blocks(lora_b)
+    up = up_rows(blocks, (), scaling)
     mixed_lora_grad_b.launch_mixed_lora_grad_b(
-        *(ds_planes, b_planes, bias_planes, dy, s, rows, up.address, up.rank),
+        *(ds_planes, b_planes, bias_planes, dy, s, rows, up),
         run=run,
-        max_rank=max(1, up.largest),
-        factor_dtype=up.dtype,
         config=config,
     )
     reduce.launch_mixed_lora_grad_reduce(

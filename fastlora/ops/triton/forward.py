@@ -17,7 +17,7 @@ from fastlora.kernels.modules import Weight
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.triton import many_adapters, one_adapter
 from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.tables import Drop, RankRows
+from fastlora.ops.triton.tables import Drop, aligned_blocks, up_rows
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[Factor]
@@ -62,7 +62,8 @@ def linear(
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
         return one_adapter.linear_one(x, *tensors, dropout_p[0], plan)
     weights, biases, drop = [weight], [bias], Drop(seeds, dropout_p)
-    up = RankRows.of_lora_b(present(factors[1::3], 1), factors[2::3], scaling)
+    ups, lora_bias = aligned_blocks(present(factors[1::3], 1)), aligned_blocks(factors[2::3])
+    up = up_rows(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = many_adapters.base_products(stem, x, weights, biases, up, plan)
     if own is None:
@@ -88,7 +89,8 @@ def expand_(
     if not rows:
         one_adapter.expand_one_(y, s, ups[0], scaling)
         return
-    up = RankRows.of_lora_b(ups, lora_bias, scaling)
+    ups, biases = aligned_blocks(ups), aligned_blocks(lora_bias)
+    up = up_rows(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     many_adapters.add_rank_rows_([y], s.unsqueeze(0), rows, up, config=config)

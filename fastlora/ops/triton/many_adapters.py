@@ -19,6 +19,7 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.mixed_rows import RankRows
 from fastlora.kernels.modules import Weight
 from fastlora.kernels.tables import KernelConfig
 from fastlora.ops.factors import Tables, tables_of
@@ -26,7 +27,14 @@ from fastlora.ops.layout import columns_of, planes_shape
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
 from fastlora.ops.triton.one_adapter import products_of_codes, whole_rows
-from fastlora.ops.triton.tables import NO_DROP, Drop, RankRows, max_columns_of
+from fastlora.ops.triton.tables import (
+    NO_DROP,
+    Drop,
+    aligned_blocks,
+    down_rows,
+    max_columns_of,
+    up_rows_at,
+)
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -51,7 +59,7 @@ def linear_at(
     invariant = plan == "invariant"
     if invariant:
         x = whole_rows(x)
-    up, base = RankRows.of_tables(found, index), ([weight], [bias])
+    up, base = up_rows_at(found, index), ([weight], [bias])
     plan, ys = base_products("mixed_lora", x, *base, up, plan)
     planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
     # One kernel in the mode, whether siblings shared the shrink or not.
@@ -79,7 +87,7 @@ def siblings_at(
     """
     found = tables_of(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
-    up = RankRows.of_tables(found, own)
+    up = up_rows_at(found, own)
     plan, ys = base_products("mixed_lora", x, weights, biases, up, "auto")
     s = shrink_at(x, rows, found, own)
     return linears_mixed("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
@@ -100,7 +108,7 @@ def add_at_(
     s = shrink_at(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
-    up = RankRows.of_tables(found, index)
+    up = up_rows_at(found, index)
     add_rank_rows_([y], s[:, 0], rows, up, config=config, pdl=True)
 
 
@@ -144,7 +152,8 @@ def shrink_listed(
 ) -> tuple[torch.Tensor, bool]:
     """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
     (m, k), slots = x.shape, len(lora_a) // modules
-    down = RankRows.of_lora_a(lora_a, x.device, (modules, slots))
+    lora_a = aligned_blocks(lora_a)
+    down = down_rows(lora_a, x.device, (modules, slots))
     columns = max_columns_of(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = planes_shape(m, k, modules, max(down.largest, 1))[0]
@@ -169,8 +178,7 @@ def _shrink_mixed(
 ) -> None:
     """Writes every row's s, ``[splits, G, M, R]``; one launch."""
     mixed_lora_shrink.launch_mixed_lora_shrink(
-        *(planes, x, rows, down.address, down.rank),
-        factor_dtype=down.dtype,
+        *(planes, x, rows, down),
         config=config,
         dropout=drop.tables(),
     )
@@ -250,11 +258,9 @@ def add_rank_rows_(
     ``pdl`` says that the launch before is the shrink that made s.
     """
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(ys, s, rows, *up[:4]),
-        factor_dtype=up.dtype,
+        *(ys, s, rows, up),
         config=config,
         pdl=pdl and chip_of(s).has_pdl,
-        by_column=up.by_column,
         dropout=drop.tables(),
     )
 
@@ -277,11 +283,9 @@ def products_and_rank_rows(
     """
     ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(
-        *(ys, x, weights, biases, s, rows, *up[:4]),
-        factor_dtype=up.dtype,
+        *(ys, x, weights, biases, s, rows, up),
         config=config,
         pdl=pdl and chip_of(x).has_pdl,
-        by_column=up.by_column,
         dropout=drop.tables(),
     )
     return ys

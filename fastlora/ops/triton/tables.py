@@ -7,14 +7,14 @@ goes to the device without waiting for it: a CUDA graph needs a warm-up run befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.ops.factors import Tables, numbers_on
 
-if TYPE_CHECKING:  # imports Triton
-    from fastlora.kernels.mixed_rows import DropoutTables
+_Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 class Drop(NamedTuple):
@@ -27,8 +27,6 @@ class Drop(NamedTuple):
         """Returns what kernels for mixed batches read."""
         if self.seeds is None:
             return None
-        from fastlora.kernels.mixed_rows import DropoutTables
-
         thresholds = tuple(round(p * 65536) for p in self.p)
         inv_keep = tuple(1.0 / (1.0 - p) for p in self.p)
         device = self.seeds.device
@@ -42,68 +40,42 @@ class Drop(NamedTuple):
 NO_DROP = Drop(None, ())
 
 
-class RankRows(NamedTuple):
-    """Adapters' rank rows behind addresses: those of a shrink, or what adds them to rows of y.
+def down_rows(
+    lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
+) -> RankRows:
+    """Returns those of a shrink, in tables of a shape, or of a gradient of x, of aligned blocks."""
+    ranks = tuple(a.shape[0] for a in lora_a)
+    address, rank = addresses_of(lora_a, device), numbers_on(ranks, torch.int32, device)
+    own = address.view(shape), None, rank.view(shape), None
+    return RankRows(*own, lora_a[0].dtype, max(ranks))
 
-    Tables are ``[G, S]`` for G modules of one launch, else those of one module, ``[S]``.
 
-    Attributes:
-        address: int64, where lora_a lies, or lora_b.
-        bias_address: int64, where lora_bias lies, 0 for none; None if no adapter has one.
-        rank: int32.
-        scaling: fp32; None for 1.
-        dtype: Of what lies behind the addresses.
-        largest: No adapter has a larger rank.
-        by_column: Whether lora_b lies as ``[N, rank]`` rather than as rank rows.
-        kept: What must live until the launch.
+def up_rows(
+    lora_b: Sequence[torch.Tensor],
+    lora_bias: Sequence[torch.Tensor | None],
+    scaling: torch.Tensor,
+) -> RankRows:
+    """Returns those of a forward, of aligned blocks."""
+    device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
+    biased = any(bias is not None for bias in lora_bias)
+    bias_address = addresses_of(lora_bias, device) if biased else None
+    rank, address = numbers_on(ranks, torch.int32, device), addresses_of(lora_b, device)
+    own = address, bias_address, rank, scaling
+    return RankRows(*own, lora_b[0].dtype, max(ranks), by_column=True)
+
+
+def up_rows_at(tables: Tables, index: int | slice) -> RankRows:
+    """Returns those of a forward, of one module, or of neighbours in tables ``[G, S]``."""
+    bias = None if tables.bias_address is None else tables.bias_address[index]
+    own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
+    return RankRows(*own, tables.dtype, tables.max_rank)
+
+
+def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
+    """Returns factors as kernels read them: contiguous, and at a multiple of 16 bytes.
+
+    They must live until the launch, which knows their addresses alone.
     """
-
-    address: torch.Tensor
-    bias_address: torch.Tensor | None
-    rank: torch.Tensor
-    scaling: torch.Tensor | None
-    dtype: torch.dtype
-    largest: int
-    by_column: bool = False
-    kept: tuple[torch.Tensor | None, ...] = ()
-
-    @classmethod
-    def of_lora_a(
-        cls, lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
-    ) -> RankRows:
-        """Returns those of a shrink, in tables of a shape, or of a gradient of x."""
-        blocks, ranks = aligned_blocks(lora_a), tuple(a.shape[0] for a in lora_a)
-        address = addresses_of(blocks, device).view(shape)
-        rank, dtype = numbers_on(ranks, torch.int32, device).view(shape), lora_a[0].dtype
-        return cls(address, None, rank, None, dtype, max(ranks), False, tuple(blocks))
-
-    @classmethod
-    def of_lora_b(
-        cls,
-        lora_b: Sequence[torch.Tensor],
-        lora_bias: Sequence[torch.Tensor | None],
-        scaling: torch.Tensor,
-    ) -> RankRows:
-        """Returns those of a forward."""
-        device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
-        blocks, biases = aligned_blocks(lora_b), aligned_blocks(lora_bias)
-        bias_address = None
-        if any(bias is not None for bias in biases):
-            bias_address = addresses_of(biases, device)
-        rank, address = numbers_on(ranks, torch.int32, device), addresses_of(blocks, device)
-        own, kept = (address, bias_address, rank, scaling), (*blocks, *biases)
-        return cls(*own, lora_b[0].dtype, max(ranks), True, kept)
-
-    @classmethod
-    def of_tables(cls, tables: Tables, index: int | slice) -> RankRows:
-        """Returns those of a forward, of one module, or of neighbours in tables ``[G, S]``."""
-        bias = None if tables.bias_address is None else tables.bias_address[index]
-        own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
-        return cls(*own, tables.dtype, tables.max_rank)
-
-
-def aligned_blocks(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Returns factors as kernels read them: contiguous, and at a multiple of 16 bytes."""
     return [
         t
         if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0)

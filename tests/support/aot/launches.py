@@ -18,7 +18,7 @@ import torch
 
 from fastlora.coded_weight import Coded
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.mixed_rows import DropoutTables
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
 from fastlora.kernels.tables import MAX_SPLITS, kernel_of
 from tests.support.aot.shipped import Shipped, all_invariant_shipped, all_shipped
@@ -225,7 +225,6 @@ def operands(case: Case) -> dict[str, Any]:
     # What a name stands for where a launch has nothing of its own below.
     common = {
         "config": config,
-        "factor_dtype": factor_dtype,
         "x": empty(m, k),
         "weight": empty(n, k),
         "y": empty(m, n),
@@ -286,12 +285,7 @@ def operands(case: Case) -> dict[str, Any]:
     # order, segment_of, segment_slot, slot_start and pieces
     rows = [ints(m), ints(m), ints(min(m, _SLOTS + 2)), ints(_SLOTS + 1), ints(_SLOTS)]
     common |= {
-        "lora_a_address": address,
-        "lora_b_address": address,
-        "lora_bias_address": address if heavy else None,
         "scale_address": address,
-        "rank": ints(_SLOTS),
-        "scaling": fp32(_SLOTS),
         "run": _RUN,
         "rows": rows,
         "bias": bias,
@@ -301,11 +295,25 @@ def operands(case: Case) -> dict[str, Any]:
     dropout = None
     if trains and case.variant != "siblings":  # who share a launch where nothing drops
         dropout = DropoutTables(longs(_SLOTS), ints(_SLOTS), fp32(_SLOTS))
-    of_dx |= {"lora_bias_address": None, "dropout": dropout}
+    # Siblings in one grid have tables of their own; what a gradient of x adds has no scaling.
+    count = 3 if case.variant == "siblings" and stem in IN_ONE_GRID else 1
+    shape = (count, _SLOTS) if count > 1 else (_SLOTS,)
+    by_column = stem in ("mixed_lora_train_linear", "mixed_lora_train_expand", "mixed_lora_grad_b")
+    scaled = "grad_x" not in stem
+    common["up"] = RankRows(
+        longs(*shape),
+        longs(*shape) if heavy and scaled else None,
+        ints(*shape),
+        fp32(*shape) if scaled else None,
+        factor_dtype,
+        64,
+        by_column,
+    )
+    of_dx["dropout"] = dropout
+    tables = longs(modules, _SLOTS), None, ints(modules, _SLOTS), None
     shrink = {
         "s": fp32(planes, modules, m, 64),
-        "lora_a_address": longs(modules, _SLOTS),
-        "rank": ints(modules, _SLOTS),
+        "down": RankRows(*tables, factor_dtype, 64),
     }
     own = {
         "mixed_rows_sort": {
@@ -315,15 +323,13 @@ def operands(case: Case) -> dict[str, Any]:
         },
         "mixed_lora_shrink": shrink,
         "mixed_lora_train_shrink": {**shrink, "dropout": dropout},
-        "mixed_lora_train_linear": {"by_column": True},
         "mixed_lora_expand": {"s": fp32(4, m, r)},
-        "mixed_lora_train_expand": {"by_column": True, "s": empty(1, m, r)},
+        "mixed_lora_train_expand": {"s": empty(1, m, r)},
         "mixed_lora_grad_b": {
             "ds": fp32(32, m, 64),
             "d_lora_b": fp32(_PLANES, n, 64),
             "d_bias": fp32(_PLANES, n),
             "s": empty(m, 64),
-            "max_rank": 64,
         },
         "mixed_lora_grad_a": {
             "d_lora_a": fp32(_PLANES, modules, 64, k),
@@ -350,12 +356,7 @@ def operands(case: Case) -> dict[str, Any]:
         },
     }
     given = common | own.get(stem, {})
-    count = 3 if case.variant == "siblings" else 1
-    if stem in IN_ONE_GRID and count > 1:
-        tables = {name: given[name] for name in ("lora_b_address", "rank", "scaling")}
-        tables["lora_bias_address"] = address
-        given |= {name: table.expand(count, -1) for name, table in tables.items()}
-        given["rank"] = ints(count, _SLOTS)
+    if count > 1:
         given["s"] = fp32(planes, count, m, 64)
     lists = {"ys": "y", "weights": "weight", "biases": "bias"}
     return given | {plural: [given[name]] * count for plural, name in lists.items()}

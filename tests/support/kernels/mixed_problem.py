@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import choose
+from fastlora.kernels.mixed_rows import RankRows
 from fastlora.kernels.tables import KernelConfig
 from fastlora.ops import schema  # noqa: F401 - registers the operators
 from fastlora.ops.rows import sort_rows
@@ -204,6 +205,10 @@ class MixedProblem(Batch):
         biases = [] if self.lora_bias_address is None else [self.lora_bias_address]
         return [self.lora_a_address, self.lora_b_address, self.rank, self.scaling, *biases]
 
+    def up(self, *tables: torch.Tensor | None) -> RankRows:
+        """What expand and linear take of `tables`."""
+        return RankRows(*tables, self.factor_dtype, self.max_rank)
+
     def tables(self, g: int = 0) -> tuple[torch.Tensor | None, ...]:
         """What expand and linear take of module g's tables."""
         bias = self.lora_bias_address
@@ -261,15 +266,12 @@ class MixedProblem(Batch):
             known = {name: sizes[name] for name in CHOSEN_BY[stem]}
             config = choose(chip_of(self.x.device), stem, self.dtype, **known)
         launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
-        names = ("lora_b_address", "lora_bias_address", "rank", "scaling")
         operands = {
             "x": self.x,
             "weights": [self.weights[g]],
             "biases": [self.biases[g]],
             "rows": [*self.groups.tensors(), self.groups.pieces(config.block_m)],
-            "lora_a_address": self.lora_a_address[g],
-            **dict(zip(names, self.tables(g), strict=True)),
-            "factor_dtype": self.factor_dtype,
+            "up": self.up(*self.tables(g)),
             "config": config,
             "pdl": False,
             **given,
@@ -299,20 +301,16 @@ class MixedProblem(Batch):
         if kernel == "expand":
             pairs = zip(self.weights, self.biases, strict=True)
             ys = [F.linear(self.x, weight, bias) for weight, bias in pairs]
-        names = ("lora_b_address", "lora_bias_address", "rank", "scaling")
         each = zip(*(self.tables(g) for g in range(len(ys))), strict=True)
-        tables = {
-            name: None if own[0] is None else torch.stack(own)
-            for name, own in zip(names, each, strict=True)
-        }
-        given = {"ys": ys, "weights": self.weights, "biases": self.biases, **tables}
+        up = self.up(*(None if own[0] is None else torch.stack(own) for own in each))
+        given = {"ys": ys, "weights": self.weights, "biases": self.biases, "up": up}
         self.launch(f"mixed_lora_{kernel}", config, s=self.shrunk(splits), **given)
         return ys
 
     def shrink_into(self, s: torch.Tensor, config: KernelConfig | None = None) -> None:
         """Writes s ``[splits, G, M, R]``."""
-        every = {"lora_a_address": self.lora_a_address, "rank": self.rank}
-        self.launch("mixed_lora_shrink", config, s=s, **every)
+        down = self.up(self.lora_a_address, None, self.rank, None)
+        self.launch("mixed_lora_shrink", config, s=s, down=down)
 
     def check_shrunk(self, s: torch.Tensor) -> None:
         """Compares every row's sum of planes, in fours, and that nothing else was written."""
