@@ -74,7 +74,7 @@ def launch_lora_dropout(
         x: ``[M, K]``, any strides.
         seed: int64 device tensor of one element.
         dropout_p: Probability of dropping an element, a multiple of 2**-16 after rounding.
-        config: From `dropout_config`.
+        config: From `configs.choose`.
     """
     m, k = x.shape
     if m == 0 or k == 0:

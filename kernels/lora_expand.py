@@ -195,7 +195,7 @@ def launch_lora_expand(
             of the modules side by side.
         reads_y: Whether y is added to.
         s_out: ``[M, R]`` in y's dtype, which receives the sum of the planes, or None.
-        config: From `expand_config`, for the largest rank.
+        config: From `configs.choose`, for the largest rank.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of what is added, for the gradient of x.
     """

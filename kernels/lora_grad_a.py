@@ -153,7 +153,7 @@ def launch_lora_grad_a(
         seeds: int64 device tensor, one for each sibling, contiguous; None for no dropout.
         dropout_p: For each the probability of dropping an element of x, a multiple of 2**-16
             after rounding; read only with seeds.
-        config: From `grad_a_config`, for so many siblings.
+        config: From `configs.choose`, for so many siblings.
     """
     (m, k), count = x.shape, len(outs)
     if k == 0:

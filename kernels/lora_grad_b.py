@@ -163,7 +163,7 @@ def launch_lora_grad_b(
         s: ``[M, R]`` in dy's dtype, any strides.
         lora_b: ``[N, R]``, any strides, dy's dtype or one that is cast to it at the load.
         scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
-        config: From `grad_b_config`.
+        config: From `configs.choose`.
     """
     (m, n), r = dy.shape, lora_b.shape[1]
     if n == 0:

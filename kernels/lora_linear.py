@@ -288,7 +288,7 @@ def launch_lora_linear(
         s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum; the columns of the
             modules side by side.
         s_out: ``[M, R]`` in x's dtype, which receives the sum of the planes, or None.
-        config: From `linear_config`, for the largest rank.
+        config: From `configs.choose`, for the largest rank.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of one module's LoRA term, for the gradient

@@ -151,7 +151,7 @@ def launch_lora_shrink(
             at the load; any strides, the same for all. R is the sum of the ranks.
         seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
-        config: From `shrink_config`.
+        config: From `configs.choose`.
     """
     (m, k), count = x.shape, len(lora_a)
     *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)

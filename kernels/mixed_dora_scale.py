@@ -94,7 +94,7 @@ def launch_mixed_dora_scale(
         bias: ``[N]``, contiguous, of any float dtype, or None.
         rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
         scale_address: int64 ``[S]``: where each slot's g lies, fp32 ``[N]``; 0 for none.
-        config: From `mixed_dora_scale_config`.
+        config: From `configs.choose`.
     """
     m, n = y.shape
     if m == 0 or n == 0:

@@ -159,7 +159,7 @@ def launch_mixed_lora_grad_a(
         rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
         run: Positions of one run.
         max_columns: No smaller than any adapter's ranks of all modules together, each in fours.
-        config: From `mixed_grad_a_config`.
+        config: From `configs.choose`.
         dropout: Of the one module, ``G = 1``; None for none.
     """
     m, k = x.shape

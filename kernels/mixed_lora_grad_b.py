@@ -174,7 +174,7 @@ def launch_mixed_lora_grad_b(
         rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
         up: By column; scalings and lora_bias are not read.
         run: Positions of one run.
-        config: From `mixed_grad_b_config`.
+        config: From `configs.choose`.
     """
     m, n = dy.shape
     if m == 0 or n == 0:

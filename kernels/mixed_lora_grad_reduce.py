@@ -163,7 +163,7 @@ def launch_mixed_lora_grad_reduce(
         columns: L, the side of the factor that is no rank.
         run: Positions of one run, as there.
         by_column: A gradient lies as ``[L, rank]`` (lora_b), not as ``[rank, L]`` (lora_a).
-        config: From `mixed_grad_reduce_config`.
+        config: From `configs.choose`.
         bias_planes: fp32 ``[P, L]``, contiguous, for lora_bias; None for none.
         bias_offset: int64 ``[G, S]``, where each slot's gradient of lora_bias begins in ``out``,
             -1 for an adapter without one.

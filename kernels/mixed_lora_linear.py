@@ -274,7 +274,7 @@ def launch_mixed_lora_linear(
             ``[splits, G, M, R]``.
         rows: Sorted, as `row_arguments` takes them; pieces are not read.
         up: What is added.
-        config: From `mixed_linear_config`.
+        config: From `configs.choose`.
         pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
         dropout: Of the adapters' term, for the gradient of x; None for none.
     """

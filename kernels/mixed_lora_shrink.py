@@ -205,7 +205,7 @@ def launch_mixed_lora_shrink(
         x: ``[M, K]``, any strides.
         rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
         down: Of the G modules, in tables ``[G, S]``.
-        config: From `mixed_shrink_config` or `mixed_train_shrink_config`.
+        config: From `configs.choose`.
         dropout: Of the one module, ``G = 1``; None for none.
     """
     m, k = x.shape

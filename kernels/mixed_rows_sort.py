@@ -139,7 +139,7 @@ def launch_mixed_rows_sort(
             elements each has. Pieces are empty for ``block_m = 0``.
         invalid: bool ``[1]``.
         block_m: Rows of a tile.
-        config: From `fastlora.kernels.configs.choose`.
+        config: From `configs.choose`.
     """
     order, _, segment_slot, slot_start, pieces = rows
     b, m = ids.shape[0], order.shape[0]

@@ -83,7 +83,7 @@ def launch_plane_sums(
     Args:
         outs: 1 to `MAX_SIBLINGS` tensors, contiguous, any floating dtype.
         planes: For each an fp32 tensor ``[P, *out.shape]``, contiguous.
-        config: `plane_sums_config()`.
+        config: From `configs.choose`.
     """
     sizes = [out.numel() for out in outs]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
