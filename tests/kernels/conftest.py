@@ -9,6 +9,7 @@ arithmetic is wrong, so bf16 needs a GPU.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -23,6 +24,15 @@ from tests.support.kernels.lab import Lab, cap_warps, interpreted, native
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m pytest tests/kernels"
+
+
+class Launches(list[str]):
+    """Each launch's kernel, without "lora_", and of how many modules, as in "mixed_shrink 3"."""
+
+    def of(self, kernel: str) -> list[int]:
+        """The modules of each launch of a kernel."""
+        pairs = (launch.split() for launch in self)
+        return [int(modules) for name, modules in pairs if name == kernel]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -126,20 +136,19 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def launches(calls_of: Callable[..., None]) -> list[str]:
-    """Each launch of one adapter's kernels, and of how many modules."""
-    from fastlora.kernels import lora_expand, lora_grad_a, lora_grad_b, lora_linear, lora_shrink
+def launches(calls_of: Callable[..., None]) -> Launches:
+    """Launches of a step, as they come."""
+    seen = Launches()
+    for stem in ("shrink", "linear", "expand", "grad_b", "grad_a"):
+        for name in (stem, f"mixed_{stem}"):
+            module = importlib.import_module(
+                f"fastlora.kernels.{name.replace(stem, f'lora_{stem}')}"
+            )
 
-    seen: list[str] = []
-    noted: list[tuple[Any, Callable[..., str]]] = [
-        (lora_shrink, lambda out, x, lora_a, **_: f"shrink {len(lora_a)}"),
-        (lora_linear, lambda modules, *_, **__: f"linear {len(modules)}"),
-        (lora_expand, lambda modules, *_, **__: f"expand {len(modules)}"),
-        (lora_grad_b, lambda *_, **__: "grad_b 1"),
-        (lora_grad_a, lambda outs, *_, **__: f"grad_a {len(outs)}"),
-    ]
-    for module, note in noted:
-        calls_of(module, f"launch_{module.__name__.rpartition('.')[2]}", note, seen)
+            def noted(kernel: Any, grid: Any, *, name: str = name, **given: Any) -> str:
+                return f"{name} {given.get('SIBLINGS') or given.get('G') or 1}"
+
+            calls_of(module, "launch", noted, seen)
     return seen
 
 

@@ -15,7 +15,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fastlora
 from fastlora import adapters, fusion_report
 from fastlora.env import triton_interpreted
-from fastlora.kernels import mixed_lora_grad_a, mixed_lora_shrink
 from fastlora.model.inject import lora_layers
 from fastlora.ops import philox_reference
 from fastlora.ops.torch import reference
@@ -45,24 +44,6 @@ def kernel_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return keep.to(x.device, reference.INTEGERS[x.itemsize])
 
 
-@pytest.fixture
-def launches(calls_of: Any) -> list[int]:
-    """Modules of each launch of the shrink."""
-    seen: list[int] = []
-    name = "launch_mixed_lora_shrink"
-    calls_of(mixed_lora_shrink, name, lambda s, *_, **__: s.shape[1], seen)
-    return seen
-
-
-@pytest.fixture
-def backward_launches(calls_of: Any) -> list[int]:
-    """Modules of each launch for d_lora_a."""
-    seen: list[int] = []
-    name = "launch_mixed_lora_grad_a"
-    calls_of(mixed_lora_grad_a, name, lambda d_lora_a, x, ds, *_, **__: ds.shape[0], seen)
-    return seen
-
-
 def notes(model: Any) -> list[str]:
     """What the fusion report says of q, k, v and o."""
     return [row.siblings for row in fusion_report(model).rows]
@@ -87,7 +68,7 @@ def test_x_is_read_once_forward_and_once_backward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_backward_of_some_siblings_and_in_another_thread(launches: list[int]) -> None:
+def test_backward_of_some_siblings_and_in_another_thread(launches: Any) -> None:
     """Who takes no part gets no gradient, as apart; anomaly detection finds nothing unwritten."""
     model = trainable(3, torch.float32)
     layers = model.base_model.model
@@ -109,7 +90,7 @@ def test_backward_of_some_siblings_and_in_another_thread(launches: list[int]) ->
     layers.q(x.clone())
     launches.clear()
     shared = run()
-    assert launches == [3]
+    assert launches.of("mixed_shrink") == [3]
     exact = step_of_two(eager(model).double(), x.double(), names)
     assert set(shared) == set(apart) == set(exact)
     for name, gradient in shared.items():
@@ -124,7 +105,7 @@ def step_of_two(model: Any, x: torch.Tensor, names: Any) -> dict[str, torch.Tens
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_what_is_not_shared(launches: list[int]) -> None:
+def test_what_is_not_shared(launches: Any) -> None:
     """A written x, another batch, a written factor, dropout, hooks: each layer as if alone."""
     model = trainable(3, torch.float32, lora_dropout=0.5)
     layers = model.base_model.model
@@ -144,7 +125,7 @@ def test_what_is_not_shared(launches: list[int]) -> None:
         if others is not names:
             with adapters(model, others):
                 found = layers.k(own)
-        made = list(launches)
+        made = launches.of("mixed_shrink")
         with adapters(model, others):
             assert torch.equal(found, layers.k(own.clone()))
         return made
@@ -160,13 +141,13 @@ def test_what_is_not_shared(launches: list[int]) -> None:
     layers.k.train()
     launches.clear()
     step(model, x, names)
-    assert launches == [2, 1, 1]
+    assert launches.of("mixed_shrink") == [2, 1, 1]
     assert notes(model)[1] == "3, not shared: under dropout each of them masks x for itself"
     layers.q.impl = layers.k.impl = "eager"
     layers.k.eval()
     launches.clear()
     step(model, x, names)
-    assert launches == [1, 1]
+    assert launches.of("mixed_shrink") == [1, 1]
 
 
 def test_layers_that_threads_saw_beside_others() -> None:
@@ -204,7 +185,7 @@ def step_of_all(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> None:
+def test_checkpoints_share_nothing(use_reentrant: bool, launches: Any) -> None:
     """A repeated forward must save what the first one saved."""
     model = trainable(3, torch.float32)
     x, names = torch.randn(4, 64), ["a1", None, "a0", "a2"]
@@ -214,10 +195,10 @@ def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> 
     with adapters(model, names):
         y = torch.utils.checkpoint.checkpoint(model, leaf, use_reentrant=use_reentrant)
     # A reentrant one records nothing the first time, and shares as an evaluation does.
-    assert launches == ([3, 1] if use_reentrant else [1] * 4)
+    assert launches.of("mixed_shrink") == ([3, 1] if use_reentrant else [1] * 4)
     launches.clear()
     y.pow(2).sum().backward()
-    assert set(launches) == {1}
+    assert set(launches.of("mixed_shrink")) == {1}
     slow = eager(model)
     near, exact = step(slow, x, names), step(slow.double(), x.double(), names)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -225,7 +206,7 @@ def test_checkpoints_share_nothing(use_reentrant: bool, launches: list[int]) -> 
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_compiled(launches: list[int], backward_launches: list[int], autocast: bool) -> None:
+def test_compiled(launches: Any, autocast: bool) -> None:
     """One shrink and one pass for d_lora_a, one graph for any mix; a DoRA that drops beside."""
     torch._dynamo.reset()
     counters.clear()
@@ -258,19 +239,16 @@ def test_compiled(launches: list[int], backward_launches: list[int], autocast: b
         mixes: list[Any] = [["a1", "d", None, "a2", "a0"], ["a0"] * 5]
         for names in mixes[autocast:]:
             launches.clear()
-            backward_launches.clear()
             found = run(model, x, names, compiled)
-            assert launches == [3, 1]  # of q, k and v; of o
-            assert backward_launches == [1, 3]
+            assert launches.of("mixed_shrink") == [3, 1]  # of q, k and v; of o
+            assert launches.of("mixed_grad_a") == [1, 3]
             slow = eager(model)
             compare(found, run(slow, x, names), run(slow.double(), x.double(), names))
     assert counters["stats"]["unique_graphs"] == 1
     assert all(note.endswith("3 share x") for note in notes(model)[:3])
 
 
-def test_compiled_with_factors_of_several_dtypes(
-    launches: list[int], backward_launches: list[int]
-) -> None:
+def test_compiled_with_factors_of_several_dtypes(launches: Any) -> None:
     """They share all the same; a DoRA adapter whose dropout acts has no say in the dtype."""
     torch._dynamo.reset()
     model, x = trainable(2, torch.float16), torch.randn(3, 64).half()
@@ -288,10 +266,10 @@ def test_compiled_with_factors_of_several_dtypes(
                 layer.lora_B["a1"].float()
         step(model, x, ["a0", "a0", None])
         launches.clear()
-        backward_launches.clear()
         with adapters(model, ["a1", None, "a0"]):
             compiled(x).float().pow(2).sum().backward()
-        assert (launches, backward_launches) == ([3, 1], [1, 3])
+        assert launches.of("mixed_shrink") == [3, 1]
+        assert launches.of("mixed_grad_a") == [1, 3]
 
 
 def test_a_graph_that_nothing_traces_keeps_nothing() -> None:

@@ -23,21 +23,12 @@ if not ops.triton_status(DEVICE)[0]:
 
 # Only where there are kernels.
 from fastlora.kernels import chips, configs  # noqa: E402
-from fastlora.kernels import lora_expand as lora_expand_kernel  # noqa: E402
-from fastlora.kernels import lora_linear as lora_linear_kernel  # noqa: E402
 from tests.support.kernels.lab import Lab, put_rows  # noqa: E402
 from tests.support.kernels.mixed_problem import OPS  # noqa: E402
 from tests.support.kernels.one_adapter import Problem  # noqa: E402
 
-
-@pytest.fixture
-def launched(calls_of: Any) -> list[str]:
-    """Names of the ways that forwards take, as they take them."""
-    seen: list[str] = []
-    for module, what in ((lora_linear_kernel, "fused"), (lora_expand_kernel, "split")):
-        name = f"launch_{module.__name__.rpartition('.')[2]}"
-        calls_of(module, name, lambda *_, what=what, **__: what, seen)
-    return seen
+# What a plan's second launch is.
+WAYS = {"fused": "linear", "split": "expand"}
 
 
 def operands(m: int) -> list[torch.Tensor]:
@@ -47,10 +38,10 @@ def operands(m: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("m", "expected"), [(64, "fused"), (65, "split")])
-def test_the_default_is_the_designs(m: int, expected: str, launched: list[str]) -> None:
+def test_the_default_is_the_designs(m: int, expected: str, launches: Any) -> None:
     """On every chip, while nothing has been measured: fused up to 64 rows, split above."""
     lora_linear(*operands(m), 0.5, impl="triton")
-    assert launched == [expected]
+    assert launches[1:] == [f"{WAYS[expected]} 1"]
     h100 = chips.Chip("sm_90", 132)
     for launch in ("lora_linear", "lora_grad_x", "mixed_lora_linear", "mixed_lora_grad_x"):
         assert configs.plan_of(h100, launch, torch.bfloat16, m=m, n=40, k=48, r=16) == expected
@@ -70,7 +61,7 @@ def test_more_adapters_than_an_epilogue_takes_go_by_pieces(launch: str) -> None:
     assert [found(65, 1), found(8192, 1)] == ["split"] * 2
 
 
-def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launches: Any) -> None:
     """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
     chip, row = chips.chip_of(torch.device(DEVICE)), chips.Row
     rows = (
@@ -88,18 +79,18 @@ def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launched: lis
     assert found(31, 8, "lora_grad_x") == "fused"
     assert configs.plan_of(chip, "lora_linear", torch.float16, m=31, n=40, k=48, r=8) == "fused"
     lora_linear(*operands(30), 0.5, impl="triton")
-    assert launched == ["split"]
+    assert launches == ["shrink 1", "expand 1"]
 
 
 def test_the_call_goes_before_the_environment(
-    monkeypatch: pytest.MonkeyPatch, launched: list[str]
+    monkeypatch: pytest.MonkeyPatch, launches: Any
 ) -> None:
     """``plan=`` names it; else ``FASTLORA_PLAN``; a name that is none is refused."""
     tensors = operands(20)
     monkeypatch.setattr(plans, "_PLAN", "split")
     lora_linear(*tensors, 0.5, impl="triton")
     lora_linear(*tensors, 0.5, impl="triton", plan="fused")
-    assert launched == ["split", "fused"]
+    assert launches == ["shrink 1", "expand 1", "shrink 1", "linear 1"]
     for name in ("best", "dense", "augmented", "invariant"):
         monkeypatch.setattr(plans, "_PLAN", name)
         with pytest.raises(ValueError, match=f"FASTLORA_PLAN is '{name}', expected one of auto, f"):
