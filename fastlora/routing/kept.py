@@ -1,7 +1,7 @@
 """What is kept of mixed batches: of one block, and of one model between its blocks.
 
-A `Routing` is immutable and holds one `BlockKept`. A model's `Group` holds one `PackCache` and one
-`KnownRows`. Everything kept of factors ends with `PackCache.clear`.
+A `Routing` is immutable and holds one `BlockKept`, a model's `Group` one `PackCache`. Everything kept
+of factors ends with `PackCache.clear`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fastlora.ops.factors import Tables
-from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import LayerPack, is_for
 from fastlora.ops.torch.packed_choice import RowsKind
 from fastlora.routing.watch import Watch
@@ -29,30 +29,6 @@ _MOST_SETS = 2
 def stream_of(device: torch.device) -> int:
     """Returns the current stream of a device; 0 where it has none."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-class KnownRows:
-    """The rows of a model's last batches: the next step of a decode has the same ids again."""
-
-    _MOST, _MOST_IDS = 8, 4096
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Hashable, ...], Rows] = {}
-
-    def get(self, ids: torch.Tensor, m: int, slots: int, device: torch.device) -> Rows:
-        """Returns `sort_rows` of these, the known one for known ids on a CPU."""
-        # A CUDA graph reads rows where they lie, for longer than they are kept here.
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if ids.device.type != "cpu" or ids.numel() > self._MOST_IDS or captured:
-            return sort_rows(ids, m, slots, device)
-        key = (m, device, stream_of(device), slots, tuple(ids.tolist()))
-        rows = self._known.get(key)
-        if rows is None:
-            # A copy: rows read ids later too, when the caller may have written others there.
-            rows = sort_rows(ids.clone(), m, slots, device)
-            known = list(self._known.items())[1 - self._MOST :]
-            self._known = dict([*known, (key, rows)])  # a new one: other threads read the old one
-        return rows
 
 
 class RoutedLayer(Protocol):

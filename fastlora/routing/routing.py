@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.ops.rows import Rows
+from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.routing.ids import NO_ADAPTER, Unchecked
 from fastlora.routing.kept import (
     BlockKept,
-    KnownRows,
     PackCache,
     RoutedLayer,
     SetPack,
@@ -39,13 +38,11 @@ class Group(Kept):
 
     Attributes:
         packs: Sets of adapters that the model keeps packed.
-        rows: Of its last batches.
         unchecked: Batches whose ids the host has not seen yet.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
-        self.rows = KnownRows()
         self.unchecked = Unchecked()
 
 
@@ -102,8 +99,9 @@ class Routing:
                     f"a layer has {m} rows and the batch {count} adapter ids; expected as many "
                     "ids as samples, or as tokens"
                 )
-            slots = len(self.names)
-            known = kept.rows[key] = self.group.rows.get(self.ids, m, slots, device)
+            # A copy: rows read ids later too, when the caller may have written others there.
+            ids = self.ids if self.ids.is_cuda else self.ids.clone()
+            known = kept.rows[key] = sort_rows(ids, m, len(self.names), device)
         if host and not kept.is_checked:
             if self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())

@@ -333,15 +333,6 @@ def test_a_block_finds_its_factors_once() -> None:
         assert_within_budget(y, expected, expected.double())
 
 
-def test_only_the_last_batches_stay() -> None:
-    """Rows do not pile up with the number of different batches."""
-    model = build([8, 8])
-    batches = model.base_model.group.rows
-    for rows in range(1, 40):
-        steps(model, torch.randn(rows, 48), ["a0"] * rows)
-    assert len(batches._known) == batches._MOST
-
-
 def test_only_the_last_sets_stay() -> None:
     """Memory does not grow with the number of different batches."""
     model = build([8] * 6)
