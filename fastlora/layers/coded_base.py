@@ -8,7 +8,7 @@ plain linear's. Elsewhere the module is called as it is, and the fusion report s
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,13 @@ _CAPTURED = "a CUDA graph is being captured; run a forward before"
 _Found = tuple[Quantised | None, dict[torch.dtype, CodedWeight | str]]
 
 
+class Code(NamedTuple):
+    """A base layer's weight for kernels, and its kind."""
+
+    weight: CodedWeight
+    kind: Quantised
+
+
 class KeptCode(Kept):
     """What a layer keeps of its base layer's weight while that is the same and unwritten.
 
@@ -45,16 +52,10 @@ class KeptCode(Kept):
     layer starts without any.
 
     Attributes:
-        weight: For kernels, as found last; None where the module must be called.
-        why: Why it must.
-        found: The kind of the weight; None where there is none.
         dtype: Of x in the last forward.
         repacked: The product of evaluations on a CPU over a copy of the codes, once there was one.
     """
 
-    weight: CodedWeight | None
-    why: str
-    found: Quantised | None
     dtype: torch.dtype | None
     repacked: Repacked | None
     # Of which module and weight, and what was made of that: in one, for threads.
@@ -64,32 +65,50 @@ class KeptCode(Kept):
         self._captured: list[CodedWeight] = []
         self.forget()
 
-    def find(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | None:
-        """Returns the weight for a module that gets x in ``dtype``; None is what it computes in."""
+    def find(self, module: nn.Module, dtype: torch.dtype | None) -> Code | str:
+        """Returns the weight for a module that gets x in ``dtype``, or why it must be called.
+
+        ``dtype`` is None for what the module computes in.
+        """
         if dtype is not None:
             self.dtype = dtype
-        code = why_hooked(module) or self._code(module, dtype)
-        if isinstance(code, str):
-            self.weight, self.why = None, code
-            return None
-        self.weight, self.why = code, ""
-        return code
+        why = why_hooked(module)
+        if why:
+            return why
+        try:
+            kept = self._look(module)
+        except (UnsupportedLayerError, AttributeError) as error:
+            return str(error)
+        if kept is None:
+            return _UNCOUNTED
+        kind, made = kept
+        dtype = dtype or (kind and kind.computes_in()) or next(reversed(made), torch.float16)
+        weight = made.get(dtype)
+        if weight is None:
+            if kind is None:
+                weight = why_not_plain(module) or "its base layer is called as it is"
+            elif not may_keep(kind.codes().device):
+                return _CAPTURED
+            else:
+                with torch.inference_mode(False), torch.no_grad():  # for a backward one day
+                    weight = kind.coded(dtype)
+            made[dtype] = weight
+        return weight if isinstance(weight, str) or kind is None else Code(weight, kind)
 
-    def base(self) -> Base | None:
-        """Returns what stands for the module in a forward, or None."""
-        weight, found = self.weight, self.found  # once: another thread may find anew
-        return None if weight is None or found is None else self.base_of(weight, found)
+    def base_of(self, code: Code) -> Base:
+        """Returns what stands for the module in a forward.
 
-    def base_of(self, weight: CodedWeight, found: Quantised) -> Base:
-        """`base` of what was found; what a CUDA graph reads stays until `fastlora.refresh`."""
+        What a CUDA graph reads stays until `fastlora.refresh`.
+        """
+        weight, kind = code
         if is_captured(weight) and all(weight is not known for known in self._captured):
             self._captured.append(weight)
-        return Base(weight, found.bias_in(weight.dtype))
+        return Base(weight, kind.bias_in(weight.dtype))
 
     def forget(self, captured: bool = False) -> None:
         """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
-        self.weight = self.found = self.dtype = self.repacked = None
-        self.why, self._of = "", (None, None, None)
+        self.dtype = self.repacked = None
+        self._of = None, None, None
         if captured:
             self._captured.clear()
 
@@ -98,7 +117,7 @@ class KeptCode(Kept):
         try:
             if self._look(module) is None:
                 return None
-        except (UnsupportedLayerError, AttributeError):  # as in `_code`
+        except (UnsupportedLayerError, AttributeError):
             return None
         repacked = self.repacked
         if repacked is None:
@@ -109,42 +128,19 @@ class KeptCode(Kept):
         """Returns a module's kind, and what was made of its weight; None if nobody counts writes.
 
         What is of another weight, or was made before a write, is forgotten.
+
+        Raises:
+            UnsupportedLayerError: The weight is not quantised yet.
+            AttributeError: It is of another version of a library's.
         """
         known, before, kept = self._of
         stamp = _stamp_of(module, kept[0]) if kept is not None and known is module else None
         if kept is None or stamp is None or stamp != before:
-            self._of, self.found, self.repacked = (None, None, None), None, None
-            found = self.found = quantised(module)
-            stamp, kept = _stamp_of(module, found), (found, {})
+            self._of, self.repacked = (None, None, None), None
+            kind = quantised(module)
+            stamp, kept = _stamp_of(module, kind), (kind, {})
             self._of = module, stamp, kept
-        self.found = kept[0]
         return None if stamp is None else kept
-
-    def _code(self, module: nn.Module, dtype: torch.dtype | None) -> CodedWeight | str:
-        """Returns the weight for kernels, or why there is none."""
-        try:
-            kept = self._look(module)
-        except UnsupportedLayerError as error:  # not quantised yet
-            return str(error)
-        except AttributeError as error:  # another version of a library's
-            found = self.found
-            return str(error) if found is None else found.lacks(error)
-        if kept is None:
-            return _UNCOUNTED
-        found, made = kept
-        own = None if found is None else found.computes_in()
-        dtype = dtype or own or next(reversed(made), torch.float16)
-        code = made.get(dtype)
-        if code is None:
-            if found is None:
-                code = why_not_plain(module) or "its base layer is called as it is"
-            elif not may_keep(found.codes().device):
-                return _CAPTURED
-            else:
-                with torch.inference_mode(False), torch.no_grad():  # for a backward one day
-                    code = found.coded(dtype)
-            made[dtype] = code
-        return code
 
 
 def coded_base(call: LayerCall | MixedCall) -> Base | None:
@@ -155,12 +151,14 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
     if not runs or conditions.compiling or conditions.tracing:
         return None
     kept = _kept(call.layer)
-    weight, found = kept.find(call.layer.get_base_layer(), x.dtype), kept.found
-    if weight is None or found is None or weight.device != x.device:
+    code = kept.find(call.layer.get_base_layer(), x.dtype)
+    if isinstance(code, str) or code.weight.device != x.device:
         return None
-    if weight.shape[1] != x.shape[-1] or (x.dtype is not call.given.dtype and not found.casts):
+    if code.weight.shape[1] != x.shape[-1]:
         return None
-    return kept.base_of(weight, found)
+    if x.dtype is not call.given.dtype and not code.kind.casts:
+        return None
+    return kept.base_of(code)
 
 
 def call_base(
@@ -193,26 +191,27 @@ def call_base(
 def sibling_base(layer: CommonLayer) -> Base | None:
     """Returns what stands for a layer's base layer on kernels, in the dtype it computes in."""
     kept = _kept(layer)
-    kept.find(layer.get_base_layer(), None)
-    return kept.base()
+    code = kept.find(layer.get_base_layer(), None)
+    return None if isinstance(code, str) else kept.base_of(code)
 
 
 def why_called(layer: CommonLayer) -> str:
     """Returns why a base layer that is no plain linear is called on kernels; empty if it is not."""
     kept = _kept(layer)
-    kept.find(layer.get_base_layer(), kept.dtype)
-    return kept.why
+    code = kept.find(layer.get_base_layer(), kept.dtype)
+    return code if isinstance(code, str) else ""
 
 
-def reads_codes(layer: nn.Module) -> str:
+def reads_codes(layer: Any) -> str:
     """Returns what kernels read of a layer's base weight, and in which dtype they compute.
 
     Known once `why_called` was asked; empty where the weight is plain, or the base layer called.
     """
     kept: KeptCode | None = layer.__dict__.get("_coded")
-    if kept is None or kept.weight is None or kept.found is None:
+    code = "" if kept is None else kept.find(layer.get_base_layer(), kept.dtype)
+    if isinstance(code, str):
         return ""
-    return f"{kept.found.says}, {kept.weight.dtype}".replace("torch.", "")
+    return f"{code.kind.says}, {code.weight.dtype}".replace("torch.", "")
 
 
 def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch.Tensor:
@@ -237,11 +236,14 @@ def forget_weights(layer: object, captured: bool = False) -> None:
             own["_family"].at_once.clear()  # a sibling has them too
 
 
-def _stamp_of(module: nn.Module, found: Quantised | None) -> Hashable | None:
+def _stamp_of(module: nn.Module, kind: Quantised | None) -> Hashable | None:
     """Returns what differs once a module has another weight; None where nobody counts that."""
-    if found is None:
+    if kind is None:
         return id(module._parameters.get("weight"))
-    return found.stamp() if found.is_there() else None
+    try:
+        return kind.stamp() if kind.is_there() else None
+    except AttributeError as error:
+        raise AttributeError(kind.lacks(error)) from error
 
 
 def _kept(layer: CommonLayer) -> KeptCode:

@@ -1,7 +1,7 @@
 """What is kept of mixed batches: of one block, and of one model between its blocks.
 
-A `Routing` is immutable and holds one `BlockKept`, a model's `Group` one `PackCache`. Everything kept
-of factors ends with `PackCache.clear`.
+A `Routing` is immutable and holds one `BlockKept`, a model's `Group` one `PackCache`. Everything
+kept of factors ends with `PackCache.clear`.
 """
 
 from __future__ import annotations

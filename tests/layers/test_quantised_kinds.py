@@ -204,24 +204,27 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
     watch(type(quantised(module)), "coded")
     watch(coded_base, "why_not_plain")
-    kept, dtypes = KeptCode(), (torch.float16, torch.float32)
-    first = kept.find(module, torch.float16)
-    assert first is not None
+    kept = KeptCode()
+
+    def found(dtype: torch.dtype | None) -> Any:
+        code = kept.find(module, dtype)
+        return code if isinstance(code, str) else code.weight
+
+    first = found(torch.float16)
+    assert isinstance(first, CodedWeight)
     for _ in range(3):
-        assert [kept.find(module, dtype) for dtype in dtypes] == [first, None]
-        assert "computes in torch.float16, and gets x in torch.float32" in kept.why
-        assert kept.find(module, None) is first
+        assert found(torch.float16) is first is found(None)
+        assert "computes in torch.float16, and gets x in torch.float32" in found(torch.float32)
     assert seen == ["coded"] * 2
     module.weight.quant_state.absmax.mul_(2)
-    assert kept.find(module, torch.float16) is not first
+    assert found(torch.float16) is not first
     assert seen == ["coded"] * 3
 
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 128)
     for _ in range(3):
-        assert kept.find(conv, torch.float32) is None
-        assert kept.why == "its base layer is Conv1D, called as it is"
+        assert kept.find(conv, torch.float32) == "its base layer is Conv1D, called as it is"
     assert seen[3:] == ["why_not_plain"]
-    assert kept.find(module, torch.float16) is not None
+    assert isinstance(found(torch.float16), CodedWeight)
 
 
 def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +239,8 @@ def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(KeptCode, "_look", looks)
-        assert kept.find(module, torch.float16) is not None, kept.why
-    assert kept.find(module, torch.float16) is not None, kept.why
+        assert not isinstance(kept.find(module, torch.float16), str)
+    assert not isinstance(kept.find(module, torch.float16), str)
 
 
 def test_an_error_of_our_own_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

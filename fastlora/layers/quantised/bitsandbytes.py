@@ -24,7 +24,7 @@ from fastlora.layers.quantised.kind import (
     stamp_of,
 )
 from fastlora.layers.quantised.repacking import MODULES, is_repacked
-from fastlora.layers.stored import Fingerprint, sums_of_bits
+from fastlora.layers.stored import Fingerprint
 
 # Blocks that share a largest value of their largest values, in bytes. bitsandbytes knows no other.
 _NESTED_BLOCK = 256
@@ -286,8 +286,8 @@ class Bits8(Quantised):
         """That of what bitsandbytes dequantises to."""
         return torch.float32
 
-    def stamp(self) -> Hashable | None:
-        return stamp_of(self.weight, self.scales)
+    def parts(self) -> list[torch.Tensor]:
+        return [self.weight, self.scales]
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """As `Quantised`: nothing stands for its module, whose product is not that of a matrix."""
@@ -310,24 +310,14 @@ class Bits8(Quantised):
     def write(self, dense: torch.Tensor) -> None:
         """As `Stored`; from fp16, which is all that bitsandbytes takes."""
         quantise = _bitsandbytes().int8_vectorwise_quant
-        parts = [
-            quantise(rows.to(torch.float16)) for rows in map(dense.__getitem__, self.row_slices())
-        ]
-        self.restore((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
-
-    def keep(self) -> object:
-        return self.weight.data.clone(), self.scales.clone()
+        made = [quantise(dense[rows].to(torch.float16))[:2] for rows in self.row_slices()]
+        self.restore([torch.cat(values) for values in zip(*made, strict=True)])
 
     def restore(self, kept: object) -> None:
-        both: Any = kept
-        codes, scales = both
-        for place in (self.weight.data, self.weight.CB, self.base.state.CB):
-            if place is not None:
-                place.copy_(codes)
-        self.scales.copy_(scales)
-
-    def fingerprint(self) -> Fingerprint:
-        return (*sums_of_bits(self.weight.data), *sums_of_bits(self.scales))
+        super().restore(kept)
+        for codes in (self.weight.CB, self.base.state.CB):
+            if codes is not None:
+                codes.copy_(self.weight.data)
 
 
 def _bitsandbytes() -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.coded_weight import Coded, CodedWeight
-from fastlora.layers.stored import Stored
+from fastlora.layers.stored import Fingerprint, Stored, sums_of_bits
 from fastlora.validation import UnsupportedLayerError
 
 # Into so many pieces a weight is cut: on a CPU libraries make several copies of what they quantise.
@@ -91,7 +91,7 @@ class Quantised(Stored):
 
     def stamp(self) -> Hashable | None:
         """Returns what differs once the weight was written to; None where nobody counts that."""
-        return stamp_of(self.weight)
+        return stamp_of(*self.parts())
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """Returns what kernels read in the place of a matrix in ``dtype``, and what it points to.
@@ -147,10 +147,13 @@ class Quantised(Stored):
         coded = Coded("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
         return CodedWeight(coded, self.maker(self.dtype), self.dtype, (codes,))
 
+    def parts(self) -> list[torch.Tensor]:
+        """Returns the tensors that the weight is stored in, the codes first."""
+        return [self.weight]
+
     def codes(self) -> torch.Tensor:
         """Returns a tensor that lies where the weight does."""
-        weight: torch.Tensor = self.weight
-        return weight
+        return self.parts()[0]
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         """Returns what makes the matrix ``[N, K]`` that the weight is now, in ``dtype``."""
@@ -204,6 +207,17 @@ class Quantised(Stored):
         return total
 
     # ------------------------------------------------------------------------------- merging
+
+    def keep(self) -> object:
+        return [part.detach().clone() for part in self.parts()]
+
+    def restore(self, kept: object) -> None:
+        values: Any = kept
+        for part, value in zip(self.parts(), values, strict=True):
+            part.detach().copy_(value)
+
+    def fingerprint(self) -> Fingerprint:
+        return tuple(total for part in self.parts() for total in sums_of_bits(part))
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """As it is: ``fn`` may change the dtype, and `restore` moves to the device."""

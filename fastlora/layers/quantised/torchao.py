@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +18,7 @@ from fastlora.layers.quantised.kind import (
     check_decoding,
     check_part,
     register_quantised,
-    stamp_of,
 )
-from fastlora.layers.stored import Fingerprint, sums_of_bits
 from fastlora.validation import UnsupportedLayerError
 
 # The loader of each dtype that weights are stored in.
@@ -43,9 +41,6 @@ class TorchAO(Quantised):
     @classmethod
     def matches(cls, module: object) -> bool:
         return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
-
-    def stamp(self) -> Hashable | None:
-        return stamp_of(*self._parts())
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """As `Quantised`; values are ``code * scale`` of each row, or of the weight."""
@@ -91,10 +86,7 @@ class TorchAO(Quantised):
         weight = self.weight
         return lambda: weight.dequantize(dtype)
 
-    def codes(self) -> torch.Tensor:
-        return self._parts()[0]
-
-    def _parts(self) -> list[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor]:
         return _tensors(self.weight)
 
     def dense(self) -> torch.Tensor:
@@ -126,19 +118,8 @@ class TorchAO(Quantised):
             for rows in (self.row_slices() if by_row else [slice(None)])
         ]
         for rows, values in made:
-            for part, value in zip(self._parts(), values, strict=True):
+            for part, value in zip(self.parts(), values, strict=True):
                 (part[rows] if by_row else part).copy_(value)
-
-    def keep(self) -> object:
-        return [part.clone() for part in self._parts()]
-
-    def restore(self, kept: object) -> None:
-        values: Any = kept
-        for part, value in zip(self._parts(), values, strict=True):
-            part.copy_(value)
-
-    def fingerprint(self) -> Fingerprint:
-        return tuple(total for part in self._parts() for total in sums_of_bits(part))
 
 
 class _TorchaoWeight(Protocol):
