@@ -1,5 +1,6 @@
 """`BesideLora`: a LoRA layer over a module that is called as it is, without kernels of ours.
 
+`LoraOverModule` is what it has in common with one that kernels compute.
 `AddedLora` adds adapters one by one to what that module made; in a mixed batch each adapter gets
 its own samples.
 """
@@ -23,10 +24,8 @@ from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
 
 
-class BesideLora(LoraLayer):
-    """A LoRA layer over a module that is called as it is.
-
-    What it lacks is found on that module: models read the stride of a convolution.
+class LoraOverModule(LoraLayer):
+    """A LoRA layer that holds its base layer as a module.
 
     Args:
         base_layer: The module.
@@ -34,8 +33,6 @@ class BesideLora(LoraLayer):
     """
 
     base_layer: Any
-    is_linear = False
-    not_fused = "PyTorch's own operations compute it"
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -55,6 +52,24 @@ class BesideLora(LoraLayer):
         """The base layer's bias."""
         return getattr(self.base_layer, "bias", None)
 
+    def get_base_layer(self) -> nn.Module:
+        """Returns the wrapped module."""
+        return self.base_layer
+
+    def release(self) -> nn.Module:
+        """Returns the wrapped module, which the layer is no longer needed for."""
+        return self.base_layer
+
+
+class BesideLora(LoraOverModule):
+    """A LoRA layer over a module that is called as it is.
+
+    What it lacks is found on that module: models read the stride of a convolution.
+    """
+
+    is_linear = False
+    not_fused = "PyTorch's own operations compute it"
+
     def __getattr__(self, name: str) -> Any:
         """Finds what the layer lacks on the base layer."""
         try:
@@ -63,14 +78,6 @@ class BesideLora(LoraLayer):
             if "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._modules["base_layer"], name)
-
-    def get_base_layer(self) -> nn.Module:
-        """Returns the wrapped module."""
-        return self.base_layer
-
-    def release(self) -> nn.Module:
-        """Returns the wrapped module, which the layer is no longer needed for."""
-        return self.base_layer
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Not fused; says what computes it."""

@@ -75,7 +75,7 @@ class Mergeable(Adapted, CommonLayer):
         self._unmerged, self._merged_scales = kept, scales
         for name in names:
             self.merged_adapters.append(name)
-            self._add_to_bias(bias, self.merged_adapters, 1.0)
+            self._add_to_bias(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if kept is None else self._sums()
         forget_weights(self)
 
@@ -108,20 +108,15 @@ class Mergeable(Adapted, CommonLayer):
         if safe_merge:
             matrix = weight.wide().clone() if weight.in_place else weight.wide()
             new_bias = None if bias is None else bias.detach().clone()
-            before, scales = list(merged), self._merged_scales
-            self._merged_scales = scales | self._scales(names)
-            try:
-                for name in names:
-                    self._add_delta(matrix, name, 1.0, self._merged_scales.get(name))
-                    merged.append(name)
-                    self._add_to_bias(new_bias, merged, 1.0)
-                    if not self._all_agree(_is_finite(matrix, new_bias)):
-                        raise AdapterStateError(
-                            "NaNs detected in the merged weights. The adapter "
-                            f"{name} seems to be broken: the result is not finite"
-                        )
-            finally:
-                merged[:], self._merged_scales = before, scales
+            scales = self._merged_scales | self._scales(names)
+            for place, name in enumerate(names, 1):
+                self._add_delta(matrix, name, 1.0, scales.get(name))
+                self._add_to_bias(new_bias, [*merged, *names[:place]], 1.0, scales)
+                if not self._all_agree(_is_finite(matrix, new_bias)):
+                    raise AdapterStateError(
+                        "NaNs detected in the merged weights. The adapter "
+                        f"{name} seems to be broken: the result is not finite"
+                    )
         return names
 
     @torch.no_grad()
@@ -167,7 +162,7 @@ class Mergeable(Adapted, CommonLayer):
             name = merged[place]
             scale = self._merged_scales.get(name)
             self._add_delta(weight, name, -1.0, None if scale is None else 1.0 / scale)
-            self._add_to_bias(bias, merged[: place + 1], -1.0)
+            self._add_to_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Returns g ``[N]`` of those adapters that use DoRA."""
@@ -229,24 +224,28 @@ class Mergeable(Adapted, CommonLayer):
                 rows.copy_(wide)
 
     @torch.no_grad()
-    def _add_to_bias(self, bias: torch.Tensor | None, names: list[str], sign: float) -> None:
-        """Adds ``sign`` times what the last of some merged adapters changes in the bias."""
-        if bias is not None:
-            before, after = self._bias_change(names[:-1]), self._bias_change(names)
-            if after is not None:
-                bias.add_((after if before is None else after - before) * sign)
+    def _add_to_bias(
+        self,
+        bias: torch.Tensor | None,
+        names: list[str],
+        sign: float,
+        scales: dict[str, torch.Tensor],
+    ) -> None:
+        """Adds ``sign`` times what the last of some merged adapters changes in the bias.
 
-    def _bias_change(self, names: list[str]) -> torch.Tensor | None:
-        """Returns what merging these adds to the base bias, ``[N]``; None for nothing."""
+        ``scales`` has g ``[N]`` of those that use DoRA.
+        """
+        before: torch.Tensor | None = None
         change: torch.Tensor | None = None
-        for name in names:
-            lora_bias = self._factors(name)[2]
+        for name in names if bias is not None else ():
+            before, lora_bias = change, self._factors(name)[2]
             if lora_bias is not None:
                 own = lora_bias.detach() * self.scaling[name]
                 change = own if change is None else change + own
-            elif name in self._merged_scales and change is not None:
-                change = change * self._merged_scales[name]
-        return change
+            elif name in scales and change is not None:
+                change = change * scales[name]
+        if bias is not None and change is not None:
+            bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns lora_a ``[R, K]``, lora_b ``[N, R]`` and lora_bias ``[N]`` or None."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,12 +22,14 @@ class ModuleWrapper(Adapted, nn.Module):
         field: The config field that asks for it.
         owned: Names of the children that adapters own.
         owns: What an adapter has, for messages.
+        held: Name of the child that has the module that was there before.
         routed_by, routed_as: The model's group of layers, and this one's number in it.
     """
 
     field: ClassVar[str]
     owned: ClassVar[tuple[str, ...]] = ()
     owns: ClassVar[str]
+    held: ClassVar[str]
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -42,23 +45,47 @@ class ModuleWrapper(Adapted, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def adapter_names(self) -> list[str]:
-        """Names of the adapters that have a version."""
+    def versions(self) -> nn.ModuleDict | nn.ParameterDict:
+        """Adapter name to its version."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Returns the ends of an adapter's file keys, and of their names in ``state_dict()``."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
-    def _drop(self, adapter_name: str) -> None:
-        """Removes an adapter's version."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+    def current(self) -> nn.Module:
+        """Returns the module that this one stands for, and that is put here once it is to go."""
+        return self.get_base_layer()
+
+    # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
         """Returns the module to put here once the adapters are to go."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+        return self.current()
 
-    # ----------------------------------------------------------------------------- adapters
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that have a version."""
+        return list(self.versions)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yields the parameters of an adapter's version; nothing where it has none."""
+        if adapter_name in self.versions:
+            version = self.versions[adapter_name]
+            yield from (version,) if isinstance(version, nn.Parameter) else version.parameters()
+
+    def _drop(self, adapter_name: str) -> None:
+        """Removes an adapter's version."""
+        del self.versions[adapter_name]
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.held not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drops an adapter's version; raises `AdapterNotFoundError` where it has none."""

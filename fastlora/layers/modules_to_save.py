@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +36,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
     field: ClassVar[str] = "modules_to_save"
     owned: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     owns: ClassVar[str] = "copies"
+    held: ClassVar[str] = "original_module"
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__(original_module)
@@ -58,14 +58,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def adapter_names(self) -> list[str]:
-        """Names of the adapters that own a copy."""
-        return list(self.modules_to_save)
-
-    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yields the parameters of an adapter's copy; nothing where it has none."""
-        if adapter_name in self.modules_to_save:
-            yield from self.modules_to_save[adapter_name].parameters()
+    def versions(self) -> nn.ModuleDict:
+        """Adapter name to its copy."""
+        return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Returns the copy's own names, and those in ``state_dict()``."""
@@ -74,19 +69,12 @@ class ModulesToSaveWrapper(ModuleWrapper):
         owned = self.modules_to_save[adapter_name].state_dict()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in owned}
 
-    def _drop(self, adapter_name: str) -> None:
-        del self.modules_to_save[adapter_name]
-
     def get_base_layer(self) -> nn.Module:
         """Returns the original module."""
         return self.original_module
 
-    def release(self) -> nn.Module:
-        """Returns the active adapter's copy, or the original."""
-        return self.current()
-
     def current(self) -> nn.Module:
-        """Returns the module that the next forward runs."""
+        """Returns the active adapter's copy, or the original: what the next forward runs."""
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 
@@ -142,12 +130,3 @@ class ModulesToSaveWrapper(ModuleWrapper):
         for index, tensor in zip(indices, tensors, strict=True):
             result = result.index_copy(0, index, tensor)
         return result.view(*lead, *result.shape[1:])
-
-    def __getattr__(self, name: str) -> Any:
-        """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_modules" not in self.__dict__ or "original_module" not in self._modules:
-                raise
-            return getattr(self.current(), name)

@@ -9,7 +9,6 @@ Method: PEFT 0.21.2, ``tuners/trainable_tokens/layer.py``, which replaces rows i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -63,9 +62,16 @@ class TokenAdapter(nn.Module):
         trainable_tokens_delta: Adapter name to its rows, ``[n, D]``.
         token_indices: Adapter name to what rows of the weight they replace.
         tied_adapter: Whose rows these are, where the weight is tied to another module's; or None.
+        active_adapters: As the wrapper's.
+        together: All that have these rows.
+        tables: Indices of an adapter, or of several with their places, by device.
     """
 
     owned: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
+    trainable_tokens_delta: nn.ParameterDict
+    token_indices: dict[str, list[int]]
+    together: list[TokenAdapter]  # a list: they are no modules of this one
+    tables: dict[object, tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, base_layer: nn.Module, tied_adapter: TokenAdapter | None) -> None:
         super().__init__()
@@ -73,20 +79,14 @@ class TokenAdapter(nn.Module):
         self.base_layer = base_layer
         # In a tuple, so that it is no module of this one: its parameters have one name here.
         self._tied = () if tied_adapter is None else (tied_adapter,)
-        self.trainable_tokens_delta: nn.ParameterDict = (
-            nn.ParameterDict() if tied_adapter is None else tied_adapter.trainable_tokens_delta
-        )
-        self.token_indices: dict[str, list[int]] = (
-            {} if tied_adapter is None else tied_adapter.token_indices
-        )
-        self.active_adapters: list[str] = []  # as the wrapper's
-        # All that have these rows, in a list for the same reason.
-        self.together: list[TokenAdapter] = [] if tied_adapter is None else tied_adapter.together
+        self.active_adapters: list[str] = []
+        if tied_adapter is None:
+            self.trainable_tokens_delta, self.token_indices = nn.ParameterDict(), {}
+            self.together, self.tables = [], {}
+        else:
+            for name in ("trainable_tokens_delta", "token_indices", "together", "tables"):
+                setattr(self, name, getattr(tied_adapter, name))
         self.together.append(self)
-        # Indices of an adapter, or of several with their places, by device.
-        self.tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = (
-            {} if tied_adapter is None else tied_adapter.tables
-        )
 
     @property
     def active_adapter(self) -> list[str]:
@@ -113,6 +113,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     field: ClassVar[str] = "trainable_token_indices"
     owns: ClassVar[str] = "rows"
+    held: ClassVar[str] = "token_adapter"
     token_adapter: TokenAdapter
 
     def __init__(self, original: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
@@ -138,7 +139,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self.token_adapter.trainable_tokens_delta[adapter_name] = rows
+        self.versions[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -159,14 +160,9 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.token_indices
 
     @property
-    def adapter_names(self) -> list[str]:
-        """Names of the adapters that have rows."""
-        return list(self.token_adapter.token_indices)
-
-    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yields an adapter's rows; nothing where it has none."""
-        if adapter_name in self.token_indices:
-            yield self.token_adapter.trainable_tokens_delta[adapter_name]
+    def versions(self) -> nn.ParameterDict:
+        """Adapter name to its rows."""
+        return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Returns the key of an adapter's rows; none where they are another module's."""
@@ -191,17 +187,13 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     def _drop(self, adapter_name: str) -> None:
         if not self.is_tied:
-            del self.token_adapter.trainable_tokens_delta[adapter_name]
+            super()._drop(adapter_name)
             del self.token_indices[adapter_name]
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
         """Returns the embedding or linear."""
         return self.token_adapter.base_layer
-
-    def release(self) -> nn.Module:
-        """Returns the embedding or linear, with what is merged."""
-        return self.get_base_layer()
 
     # ------------------------------------------------------------------------------- forward
 
@@ -261,7 +253,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self.token_adapter.trainable_tokens_delta[name] for name in names]
+        deltas = [self.versions[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         if base.scale_grad_by_freq:  # ids without a row have one of their own, not to be counted
@@ -299,7 +291,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Returns y ``[..., V]`` of x ``[..., D]`` with an adapter's columns in place."""
         base: Any = self.get_base_layer()
         index, places = self._table([name], x.device)
-        delta = self.token_adapter.trainable_tokens_delta[name].to(base.weight.dtype)[places]
+        delta = self.versions[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -332,7 +324,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "too; expected adapters without a token in common"
                 )
             taken.update(known[name])
-            delta = self.token_adapter.trainable_tokens_delta[name]
+            delta = self.versions[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -348,7 +340,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             if not self._shares_weight():
                 index = self._index(name, weight.device)
                 self._before[name] = weight.detach()[index].clone()
-                delta = self.token_adapter.trainable_tokens_delta[name]
+                delta = self.versions[name]
                 weight.index_copy_(0, index, delta.to(weight))
             self.merged_adapters.append(name)
 
@@ -370,18 +362,13 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the base layer; ``weight`` has the rows in place."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_modules" not in self.__dict__ or "token_adapter" not in self._modules:
-                raise
-        base = self.get_base_layer()
+        found: Any = super().__getattr__(name)
         acting = self.acting() if name == "weight" and not self.merged else None
         if acting is None:
-            return getattr(base, name)
-        weight: Any = base.weight
-        delta = self.token_adapter.trainable_tokens_delta[acting].to(weight)
-        return weight.index_copy(0, self._index(acting, weight.device), delta)
+            return found
+        return found.index_copy(
+            0, self._index(acting, found.device), self.versions[acting].to(found)
+        )
 
 
 def _embeds(module: nn.Module) -> bool:
