@@ -23,7 +23,8 @@ from fastlora.autograd.dora_dropped import DoraDropped
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import MixedCall
 from fastlora.layers.factors import Scale
-from fastlora.layers.norms import magnitude_of, may_keep, stamp_of
+from fastlora.layers.norms import magnitude_of
+from fastlora.ops.factors import numbers_on
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.scale import scale_of, times
@@ -101,13 +102,11 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
         return y
     scales = scales[: len(scaled)]
     if rows is not None:
-        if (
-            routing.source.residents is not None
-        ):  # a later block may write other scales where these lie
+        if routing.source.residents is not None:
+            # A later block may write other scales where these lie.
             scales = [Scale(g.clone(), None) for g, _ in scales]
         return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
-    table, places = _kept_table(call, scaled, scales, y.device)
-    return _scale_by_id(y, bias, routing.ids, table, places, compiling)
+    return _scale_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
 
 
 def _wants_rows(
@@ -153,66 +152,31 @@ def _with_dropped(
 # -------------------------------------------------------------------------- without segments
 
 
-def _kept_table(
-    call: MixedCall,
-    slots: tuple[int, ...],
-    scales: Sequence[Scale],
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns g of some slots, and ones in the last row: ``[slots + 1, N]``; and each slot's row.
-
-    Rows of the routing's slots come first, then that of no slot. Kept with the routing: the steps
-    of a decode make it once.
-    """
-    routing, key = call.routing, (call.layer.routed_as, slots)
-    tensors = [tensor for scale in scales for tensor in scale if tensor is not None]
-    keeps = not call.conditions.compiling and may_keep(device)
-    stamps = [stamp_of(tensor) for tensor in tensors] if keeps else [None]
-    keeps = None not in stamps
-    kept = routing.kept.dora.get(key) if keeps else None
-    if kept is not None and kept[0] == stamps:
-        return kept[1]
-    found = [scale_of(*scale) for scale in scales]
-    table = torch.stack([*found, torch.ones_like(found[0])])
-    known = [
-        slots.index(slot) if slot in slots else len(slots) for slot in range(len(routing.names))
-    ]
-    made = table, torch.tensor([*known, len(slots)], device=device)
-    if keeps:
-        # With its sources alive no other tensors take their addresses.
-        routing.kept.dora[key] = stamps, made, tensors
-    return made
-
-
 def _scale_by_id(
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    ids: torch.Tensor,
-    table: torch.Tensor,
-    known: torch.Tensor,
-    traced: bool,
+    call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, Scale]
 ) -> torch.Tensor:
-    """Returns a new y ``[..., N]`` with rows scaled: without a graph of autograd, or traced.
+    """Returns a new y ``[..., N]`` with the rows of some slots scaled, bias ``[N]`` included.
 
-    On y's device, and without waiting for the ids.
-
-    Args:
-        y: Of all rows, bias included.
-        bias: ``[N]`` or None.
-        ids: Slot of each sample or token, ``[B]``; negative ones are none.
-        table, known: Of `_kept_table`.
-        traced: Whether a graph is being compiled.
+    Without a graph of autograd, or traced; on y's device, and without waiting for the ids.
     """
+    routing, traced = call.routing, call.conditions.compiling
+    magnitudes, squares = zip(*scales.values(), strict=True)
+    g = scale_of(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
+    # [slots + 1, N]: ones in the last row, for all that are not scaled.
+    table, last = torch.cat([g, torch.ones_like(g[:1])]), len(scales)
+    row_of = {slot: row for row, slot in enumerate(scales)}
+    rows = tuple(row_of.get(slot, last) for slot in range(len(routing.names))) + (last,)
+    device = y.device
+    known = torch.tensor(rows, device=device) if traced else numbers_on(rows, torch.int64, device)
     flat = y.reshape(-1, y.shape[-1])
-    each = flat.shape[0] // ids.shape[0]
-    places = known[ids.to(flat.device).clamp(min=-1)]  # -2 is an id that was out of range
+    each = flat.shape[0] // routing.ids.shape[0]
+    places = known[routing.ids.to(device).clamp(min=-1)]  # -2 is an id that was out of range
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)
     scaled = times(u, table.index_select(0, places), traced)
     if bias is not None:
         scaled += bias.to(flat.dtype)
-    plain = (places == table.shape[0] - 1).unsqueeze(1)
-    return torch.where(plain, flat, scaled).view(y.shape)
+    return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
 
 
 # ------------------------------------------------------------------------------ in segments

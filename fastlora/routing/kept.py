@@ -158,7 +158,6 @@ class BlockKept:
         decisions: By number of a layer, what was decided for it.
         plans: By rows, then by layout and bytes of an element, how to multiply packed factors.
         places: By number of a layer, where kernels find its factors.
-        dora: What `fastlora.layers.dora_rows` keeps of norms.
         rows: By number of rows, device and stream.
         seeds: By device and stream, the dropout seeds of layers by number.
         sets: What the model keeps of sets of adapters, by their keys.
@@ -168,7 +167,6 @@ class BlockKept:
     decisions: dict[int, Any] = field(default_factory=dict)
     plans: dict[Rows, dict[Any, Any]] = field(default_factory=dict)
     places: dict[int, Any] = field(default_factory=dict)
-    dora: dict[Any, Any] = field(default_factory=dict)
     rows: dict[tuple[int, torch.device, int], Rows] = field(default_factory=dict)
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], SetPack] = field(default_factory=dict)
