@@ -1,6 +1,5 @@
 """`BesideLora`: a LoRA layer over a module that is called as it is, without kernels of ours.
 
-`LoraOverModule` is what it has in common with one that kernels compute.
 `AddedLora` adds adapters one by one to what that module made; in a mixed batch each adapter gets
 its own samples.
 """
@@ -24,8 +23,10 @@ from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
 
 
-class LoraOverModule(LoraLayer):
-    """A LoRA layer that holds its base layer as a module.
+class BesideLora(LoraLayer):
+    """A LoRA layer over a module that is called as it is.
+
+    What it lacks is found on that module: models read the stride of a convolution.
 
     Args:
         base_layer: The module.
@@ -33,6 +34,8 @@ class LoraOverModule(LoraLayer):
     """
 
     base_layer: Any
+    is_linear = False
+    not_fused = "PyTorch's own operations compute it"
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -51,24 +54,6 @@ class LoraOverModule(LoraLayer):
     def bias(self) -> Any:
         """The base layer's bias."""
         return getattr(self.base_layer, "bias", None)
-
-    def get_base_layer(self) -> nn.Module:
-        """Returns the wrapped module."""
-        return self.base_layer
-
-    def release(self) -> nn.Module:
-        """Returns the wrapped module, which the layer is no longer needed for."""
-        return self.base_layer
-
-
-class BesideLora(LoraOverModule):
-    """A LoRA layer over a module that is called as it is.
-
-    What it lacks is found on that module: models read the stride of a convolution.
-    """
-
-    is_linear = False
-    not_fused = "PyTorch's own operations compute it"
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the layer lacks on the base layer."""

@@ -69,7 +69,7 @@ class LoraLayer(Mergeable):
 
     def release(self) -> nn.Module:
         """Returns the module to put where this layer is, once its adapters are to go."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+        return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
 _CAPTURED = "a CUDA graph is being captured; run a forward before"
-# A module's kind; and by dtype its weight for kernels, or why there is none.
-_Found = tuple[Quantised | None, dict[torch.dtype, CodedWeight | str]]
 
 
 class Code(NamedTuple):
@@ -43,6 +41,10 @@ class Code(NamedTuple):
 
     weight: CodedWeight
     kind: Quantised
+
+
+# A module's kind; and by dtype its weight for kernels, or why there is none.
+_Found = tuple[Quantised | None, dict[torch.dtype, Code | str]]
 
 
 class KeptCode(Kept):
@@ -83,17 +85,18 @@ class KeptCode(Kept):
             return _UNCOUNTED
         kind, made = kept
         dtype = dtype or (kind and kind.computes_in()) or next(reversed(made), torch.float16)
-        weight = made.get(dtype)
-        if weight is None:
+        code = made.get(dtype)
+        if code is None:
             if kind is None:
-                weight = why_not_plain(module) or "its base layer is called as it is"
+                code = why_not_plain(module) or "its base layer is called as it is"
             elif not may_keep(kind.codes().device):
                 return _CAPTURED
             else:
                 with torch.inference_mode(False), torch.no_grad():  # for a backward one day
                     weight = kind.coded(dtype)
-            made[dtype] = weight
-        return weight if isinstance(weight, str) or kind is None else Code(weight, kind)
+                code = weight if isinstance(weight, str) else Code(weight, kind)
+            made[dtype] = code
+        return code
 
     def base_of(self, code: Code) -> Base:
         """Returns what stands for the module in a forward.

@@ -43,7 +43,10 @@ class Mergeable(Adapted, CommonLayer):
 
     def get_base_layer(self) -> nn.Module:
         """Returns the module that the adapters modify."""
-        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+        base: nn.Module | None = self._modules.get("base_layer")
+        if base is None:
+            raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+        return base
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         """Returns the base weight and the bias, or raises."""

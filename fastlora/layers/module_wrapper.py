@@ -45,7 +45,7 @@ class ModuleWrapper(Adapted, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def versions(self) -> nn.ModuleDict | nn.ParameterDict:
+    def _versions(self) -> nn.ModuleDict | nn.ParameterDict:
         """Adapter name to its version."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -53,30 +53,26 @@ class ModuleWrapper(Adapted, nn.Module):
         """Returns the ends of an adapter's file keys, and of their names in ``state_dict()``."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
-    def current(self) -> nn.Module:
-        """Returns the module that this one stands for, and that is put here once it is to go."""
-        return self.get_base_layer()
-
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Returns the module to put here once the adapters are to go."""
-        return self.current()
+        """Returns the module that this stands for, to be put here once the adapters are to go."""
+        return self.get_base_layer()
 
     @property
     def adapter_names(self) -> list[str]:
         """Names of the adapters that have a version."""
-        return list(self.versions)
+        return list(self._versions)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yields the parameters of an adapter's version; nothing where it has none."""
-        if adapter_name in self.versions:
-            version = self.versions[adapter_name]
+        if adapter_name in self._versions:
+            version = self._versions[adapter_name]
             yield from (version,) if isinstance(version, nn.Parameter) else version.parameters()
 
     def _drop(self, adapter_name: str) -> None:
         """Removes an adapter's version."""
-        del self.versions[adapter_name]
+        del self._versions[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
@@ -85,7 +81,7 @@ class ModuleWrapper(Adapted, nn.Module):
         except AttributeError:
             if self.held not in self.__dict__.get("_modules", {}):
                 raise
-        return getattr(self.current(), name)
+        return getattr(self.release(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drops an adapter's version; raises `AdapterNotFoundError` where it has none."""

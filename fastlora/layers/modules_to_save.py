@@ -58,7 +58,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def versions(self) -> nn.ModuleDict:
+    def _versions(self) -> nn.ModuleDict:
         """Adapter name to its copy."""
         return self.modules_to_save
 
@@ -73,8 +73,12 @@ class ModulesToSaveWrapper(ModuleWrapper):
         """Returns the original module."""
         return self.original_module
 
+    def release(self) -> nn.Module:
+        """Returns the active adapter's copy, or the original."""
+        return self.current()
+
     def current(self) -> nn.Module:
-        """Returns the active adapter's copy, or the original: what the next forward runs."""
+        """Returns the module that the next forward runs."""
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 

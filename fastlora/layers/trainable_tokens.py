@@ -139,7 +139,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self.versions[adapter_name] = rows
+        self._versions[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -160,7 +160,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.token_indices
 
     @property
-    def versions(self) -> nn.ParameterDict:
+    def _versions(self) -> nn.ParameterDict:
         """Adapter name to its rows."""
         return self.token_adapter.trainable_tokens_delta
 
@@ -253,7 +253,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self.versions[name] for name in names]
+        deltas = [self._versions[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         if base.scale_grad_by_freq:  # ids without a row have one of their own, not to be counted
@@ -291,7 +291,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Returns y ``[..., V]`` of x ``[..., D]`` with an adapter's columns in place."""
         base: Any = self.get_base_layer()
         index, places = self._table([name], x.device)
-        delta = self.versions[name].to(base.weight.dtype)[places]
+        delta = self._versions[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -324,7 +324,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "too; expected adapters without a token in common"
                 )
             taken.update(known[name])
-            delta = self.versions[name]
+            delta = self._versions[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -340,7 +340,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             if not self._shares_weight():
                 index = self._index(name, weight.device)
                 self._before[name] = weight.detach()[index].clone()
-                delta = self.versions[name]
+                delta = self._versions[name]
                 weight.index_copy_(0, index, delta.to(weight))
             self.merged_adapters.append(name)
 
@@ -367,7 +367,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         if acting is None:
             return found
         return found.index_copy(
-            0, self._index(acting, found.device), self.versions[acting].to(found)
+            0, self._index(acting, found.device), self._versions[acting].to(found)
         )
 
 

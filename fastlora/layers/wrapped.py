@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.added import LoraOverModule
+from fastlora.layers.base import LoraLayer
 from fastlora.layers.bases import linear_features, makes_fresh_outputs, stored_weight
 from fastlora.layers.call import LayerCall
 from fastlora.layers.coded_base import as_called, call_base, coded_base, sibling_base, why_called
@@ -19,7 +19,7 @@ from fastlora.ops.factors import Base
 from fastlora.validation import UnsupportedLayerError
 
 
-class FastLoraWrapper(LoraOverModule):
+class FastLoraWrapper(LoraLayer):
     """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
     For base layers that are not plain `nn.Linear`: quantised, tensor parallel, offloaded by hooks,
@@ -34,13 +34,18 @@ class FastLoraWrapper(LoraOverModule):
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         features = linear_features(base_layer)
         if features is None:
             raise UnsupportedLayerError(
                 f"LoRA needs a layer with in_features and out_features, got "
                 f"{type(base_layer).__name__}"
             )
-        super().__init__(base_layer, *features)
+        self.in_features, self.out_features = features
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self._init_adapters()
+        base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
@@ -68,13 +73,23 @@ class FastLoraWrapper(LoraOverModule):
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
         return fusion(self, self._acting(), why_called(self), gathered)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
         shape = self.out_features, self.in_features
-        return stored_weight(self.base_layer, shape), self.bias
+        return stored_weight(self.base_layer, shape), getattr(self.base_layer, "bias", None)
 
     def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.t() if type(self.base_layer).__name__ == "Conv1D" else delta
