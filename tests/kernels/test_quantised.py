@@ -24,7 +24,7 @@ from fastlora.coded_weight import CodedWeight
 from fastlora.layers import coded_base
 from fastlora.layers.quantised import quantised
 from fastlora.testing import assert_within_budget, farthest
-from tests.support.quantised import CODED, dequantised, gated, layers_of, quantise
+from tests.support.quantised import CODED, dequantised, gated, kept_weight, layers_of, quantise
 from tests.support.tiny import randomise
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -116,7 +116,7 @@ def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
     truth, nears = step(exact, x.double()), [step(model, x) for model in near]
     for _ in range(2):  # siblings are known from the second on
         compared(step(ours, x), nears, truth)
-    assert all(isinstance(layer._coded.weight, CodedWeight) for layer in layers_of(ours))
+    assert all(isinstance(kept_weight(layer), CodedWeight) for layer in layers_of(ours))
     with torch.no_grad():
         compared([ours.eval()(x)], [near[0][:1] for near in nears], truth[:1])
 
@@ -299,9 +299,9 @@ def test_what_is_kept_is_never_stale(kind: str, change: str) -> None:
     """Whatever happens to the weight between two forwards, and what a forward has is used again."""
     ours, x = on_kernels(adapted(gated(kind))), inputs(5, torch.float32)
     first = step(ours, x)
-    kept = [layer._coded.weight for layer in layers_of(ours)]
+    kept = [kept_weight(layer) for layer in layers_of(ours)]
     step(ours, x)
-    assert all(layer._coded.weight is w for layer, w in zip(layers_of(ours), kept, strict=True))
+    assert all(kept_weight(layer) is w for layer, w in zip(layers_of(ours), kept, strict=True))
     CHANGES[change](ours, kind)
     now = check(ours, x)
     assert torch.allclose(now[0], first[0]) == (change not in ("write", "other weights"))
@@ -349,12 +349,12 @@ def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(coded_base, "is_captured", lambda tensor: True)
         step(ours, x)
-    read = [weakref.ref(layer._coded.weight.coded.parts) for layer in layers_of(ours)]
+    read = [weakref.ref(kept_weight(layer).coded.parts) for layer in layers_of(ours)]
     ours.eval().train().to("cpu")
     step(ours, x)
     assert all(parts() is not None for parts in read)
     assert all(
-        layer._coded.weight.coded.parts is not parts()
+        kept_weight(layer).coded.parts is not parts()
         for layer, parts in zip(layers_of(ours), read, strict=True)
     )
     fastlora.refresh(ours)
@@ -367,7 +367,7 @@ def test_copies_do_not_share_codes() -> None:
     ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32)
     expected = step(ours, x)
     twin = copy.deepcopy(ours)
-    assert not any(layer._coded.weight is not None for layer in layers_of(twin))
+    assert not any(kept_weight(layer) is not None for layer in layers_of(twin))
     CHANGES["write"](ours, "nf4")
     torch.testing.assert_close(step(twin, x), expected)
 

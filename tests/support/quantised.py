@@ -81,3 +81,10 @@ def dequantised(model: nn.Module) -> Any:
 def layers_of(model: nn.Module) -> list[Any]:
     """The LoRA layers of a model."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def kept_weight(layer: Any) -> Any:
+    """The weight for kernels that a layer made last and keeps, or None."""
+    _, _, found = layer._coded._of
+    codes = [] if found is None else [c for c in found[1].values() if not isinstance(c, str)]
+    return codes[-1].weight if codes else None
