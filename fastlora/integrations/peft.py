@@ -35,12 +35,7 @@ from fastlora.layers.coded_base import (
 from fastlora.layers.common import CommonLayer
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import begin, forward
-from fastlora.layers.quantised import (
-    Quantised,
-    keep_layout,
-    peft_layers,
-    quantised,
-)
+from fastlora.layers.quantised import Quantised, keep_layout, peft_layers, quantised
 from fastlora.layers.why import fusion
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds

@@ -22,14 +22,7 @@ from torch import nn
 
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.common import CommonLayer, forget_kept
-from fastlora.layers.ranks import (
-    blocks_of,
-    put_rows,
-    resized,
-    set_factors,
-    set_scaling,
-    tensors_of,
-)
+from fastlora.layers.ranks import blocks_of, put_rows, resized, set_factors, set_scaling, tensors_of
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.config import LoraConfig

@@ -13,12 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.init.data import progress
-from fastlora.layers import (
-    LoraLayer,
-    ModulesToSaveWrapper,
-    ModuleWrapper,
-    TrainableTokensWrapper,
-)
+from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.config import LoraConfig
@@ -27,11 +22,7 @@ from fastlora.model.plan import Plan, kind_for, settings_for
 from fastlora.model.replication import forget_replication
 from fastlora.model.tied import SharedWeights, input_embedding, note_untied
 from fastlora.model.walk import base_of, outer_modules
-from fastlora.validation import (
-    AdapterStateError,
-    ConfigError,
-    error_prefix,
-)
+from fastlora.validation import AdapterStateError, ConfigError, error_prefix
 
 
 @contextlib.contextmanager

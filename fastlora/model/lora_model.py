@@ -22,6 +22,7 @@ from fastlora.model.adapter_folder import (
     save_adapter_folder,
 )
 from fastlora.model.config import LoraConfig
+from fastlora.model.inject import to_meta
 from fastlora.model.peft_names import PeftNames
 from fastlora.model.plan import Plan, plan_for
 from fastlora.model.status import (
@@ -116,7 +117,7 @@ class LoraModel(PeftNames, nn.Module):
         plan = plan_for(model, adapter_name, peft_config)
         self._install(model, plan, adapter_name, autocast_adapter_dtype)
         if low_cpu_mem_usage:
-            self.base_model.to_meta(adapter_name)
+            to_meta(self.get_base_model(), adapter_name)
 
     def _install(
         self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
@@ -156,7 +157,7 @@ class LoraModel(PeftNames, nn.Module):
             adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         if low_cpu_mem_usage:
-            self.base_model.to_meta(adapter_name)
+            to_meta(self.get_base_model(), adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """See `LoraTuner.set_adapter`."""

@@ -11,12 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.layers import (
-    FastLoraLinear,
-    LoraLayer,
-    ModulesToSaveWrapper,
-    ModuleWrapper,
-)
+from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
 from fastlora.layers.bases import linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
@@ -28,12 +23,7 @@ from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
 from fastlora.model.walk import base_of
 from fastlora.routing.ids import check_adapter_name
-from fastlora.validation import (
-    AdapterStateError,
-    ConfigError,
-    UnsupportedLayerError,
-    error_prefix,
-)
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError, error_prefix
 
 
 @dataclass(frozen=True)
@@ -95,10 +85,7 @@ def plan_for(
         ties = tie_adapters(model, config)
         plan = plan_adapter(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
-        if config.lora_dropout and not loading:
-            warn_of_no_dropout(model, plan)
-        if config.peft_version and loading:
-            warn_of_peft(model, plan)
+        _warn_of_kinds(model, plan)
         config.target_modules = resolve_target_modules(model, config)
     if plan.modules_to_save and not config.modules_to_save:
         config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]
@@ -174,17 +161,23 @@ def plan_adapter(
     return plan
 
 
-def warn_of_no_dropout(model: nn.Module, plan: Plan) -> None:
-    """Warns where ``lora_dropout`` is set and a target is of a kind on which none acts."""
+def _warn_of_kinds(model: nn.Module, plan: Plan) -> None:
+    """Warns where a new adapter has no input to drop, or one of PEFT's computes otherwise."""
+    config = plan.config
     bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
-    without = [name for name, base in bases.items() if not kind_for(base, plan.config).drops]
-    if without:
+    kinds = {name: kind_for(base, config) for name, base in bases.items()}
+    without = [name for name, kind in kinds.items() if not kind.drops]
+    if without and config.lora_dropout and not plan.from_file:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
         warnings.warn(
-            f"lora_dropout={plan.config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
+            f"lora_dropout={config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
             f"PEFT: the adapter of a {type(bases[without[0]]).__name__} has no input to drop",
             stacklevel=4,
         )
+    if config.peft_version and plan.from_file:
+        for note, name in {kind.of_peft: name for name, kind in kinds.items()}.items():
+            if note:
+                warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
 
 
 def _check_tied_lora(
@@ -225,15 +218,6 @@ def _check_untied(model: nn.Module, plan: Plan) -> None:
                 f"module {name!r}, which {other!r} shares; leave it out (exclude_modules), or "
                 "untie the two first"
             )
-
-
-def warn_of_peft(model: nn.Module, plan: Plan) -> None:
-    """Warns where an adapter that PEFT has trained computes something else here."""
-    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
-    notes = {kind_for(base, plan.config).of_peft: name for name, base in bases.items()}
-    for note, name in notes.items():
-        if note:
-            warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
 
 
 def settings_for(name: str, config: LoraConfig) -> Settings:

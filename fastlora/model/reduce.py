@@ -21,12 +21,7 @@ from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import save_adapter_folder
-from fastlora.model.computed import (
-    Factors,
-    Made,
-    made,
-    pair_of,
-)
+from fastlora.model.computed import Factors, Made, made, pair_of
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
 from fastlora.model.walk import peft_function

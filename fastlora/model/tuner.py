@@ -300,11 +300,6 @@ class LoraTuner(nn.Module):
         for _, module in inject.routed_modules(self.model):
             module._disabled = disabled
 
-    def to_meta(self, adapter_name: str) -> None:
-        """Leaves an adapter without storage, on the meta device, to be loaded into."""
-        self.check_known(adapter_name)
-        inject.to_meta(self.model, adapter_name)
-
     @property
     def disabled(self) -> bool:
         """Whether the model is its base model now, on every layer."""

@@ -11,12 +11,7 @@ from torch import nn
 
 from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
-from fastlora.model.computed import (
-    Factors,
-    Made,
-    made,
-    pair_of,
-)
+from fastlora.model.computed import Factors, Made, made, pair_of
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names

@@ -12,11 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_, tensor_parallel
@@ -35,15 +31,7 @@ from tests.distributed.checks_tensor_parallel_dora import (  # noqa: F401  # run
     check_written_while_merged,
 )
 from tests.support.distributed import steps
-from tests.support.distributed.split_models import (
-    IDS,
-    LAYOUTS,
-    PLAN,
-    Pair,
-    assert_same,
-    mesh,
-    pair,
-)
+from tests.support.distributed.split_models import IDS, LAYOUTS, PLAN, Pair, assert_same, mesh, pair
 from tests.support.distributed.steps import raises
 
 

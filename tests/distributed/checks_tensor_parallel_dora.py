@@ -20,13 +20,7 @@ from fastlora.sharding import copy_whole_, whole
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError
 from tests.support.distributed import steps
-from tests.support.distributed.split_models import (
-    IDS,
-    LAYOUTS,
-    assert_same,
-    pair,
-    results,
-)
+from tests.support.distributed.split_models import IDS, LAYOUTS, assert_same, pair, results
 from tests.support.distributed.steps import raises
 
 BOTH = ("default", "b")

@@ -13,9 +13,7 @@ import fastlora
 from fastlora import FastLoraLinear, LoraConfig, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
-from fastlora.validation import (
-    UnsupportedLayerError,
-)
+from fastlora.validation import UnsupportedLayerError
 from tests.support.peft_twins import q_of, twins
 from tests.support.tiny import TwoLayers, randomise, tiny_llama
 

@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.optimizers import (
-    LoraFAOptimizer,
-    create_lorafa_optimizer,
-    create_loraplus_optimizer,
-)
+from fastlora.optimizers import LoraFAOptimizer, create_lorafa_optimizer, create_loraplus_optimizer
 from fastlora.validation import ConfigError
 from tests.support.peft_twins import peft
 from tests.support.tiny import TwoLayers, adapted, with_adapters
