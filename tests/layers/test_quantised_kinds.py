@@ -24,18 +24,9 @@ from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
 from tests.support.quantised import CODED, gated, quantise
-from tests.support.tiny import randomise, tiny_llama, trainable
+from tests.support.tiny import adapted, tiny_llama, trainable
 
 TARGETS = ["gate", "up", "down"]
-
-
-def adapted(base: nn.Module, library: Any = fastlora, **config: Any) -> Any:
-    """A model with a random adapter."""
-    torch.manual_seed(1)
-    fields = {"r": 4, "target_modules": TARGETS, **config}
-    model = library.get_peft_model(base, library.LoraConfig(**fields))
-    randomise(model)
-    return model
 
 
 def layer_over(module: nn.Module) -> Any:
@@ -292,7 +283,10 @@ def test_int8_with_outliers_in_training(threshold: float) -> None:
         base = gated("int8", torch.float32)
         for name in TARGETS:
             getattr(base, name).state.threshold = threshold
-        model, x = adapted(base, library), torch.randn(5, 64, generator=torch.manual_seed(2))
+        model, x = (
+            adapted(library, base=base, target_modules=TARGETS),
+            torch.randn(5, 64, generator=torch.manual_seed(2)),
+        )
         y = model.train()(x.requires_grad_())
         results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable(model)])])
     for mine, expected in zip(*results, strict=True):
@@ -316,7 +310,7 @@ def test_hqq() -> None:
     for options in ({}, {"use_dora": True}):
         results, x = [], torch.randn(3, 128)
         for library_ in (fastlora, peft, peft):
-            model = adapted(base(), library_, target_modules=["0"], **options)
+            model = adapted(library_, base=base(), target_modules=["0"], **options)
             if len(results) == 2:
                 assert not fastlora.patch(model).fused
             y = model(x)
@@ -410,7 +404,8 @@ def test_norms_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dropped_dora_saves_no_matrix() -> None:
     """Where the module is called too: only what the layer has is saved, or less."""
-    model, x = adapted(gated("nf4"), use_dora=True, lora_dropout=0.5).train(), torch.randn(5, 64)
+    options = {"target_modules": TARGETS, "use_dora": True, "lora_dropout": 0.5}
+    model, x = adapted(base=gated("nf4"), **options).train(), torch.randn(5, 64)
     saved: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -440,7 +435,7 @@ def test_prepared_by_peft_and_trained_by_bitsandbytes() -> None:
             layer.self_attn.q_proj = quantise(layer.self_attn.q_proj, "nf4 nested")
         model.is_loaded_in_4bit = True
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-        model = adapted(model, library, target_modules=["q_proj", "up_proj"]).train()
+        model = adapted(library, base=model, target_modules=["q_proj", "up_proj"]).train()
         steps = optimizers.PagedAdamW32bit(trainable(model), lr=1e-2)
         losses.append([])
         for _ in range(4):

@@ -15,8 +15,10 @@ import fastlora
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.quantised import quantised
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
+from tests.support import tiny
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
+from tests.support.quantised import loaded_as, quantise
 from tests.support.tiny import randomise, tiny_llama
 
 N, K = 64, 128
@@ -36,43 +38,18 @@ class One(nn.Module):
         return self.q(x)
 
 
-def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> nn.Module:
+def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> Any:
     """A model whose linear is quantised; the same one at every call."""
     torch.manual_seed(0)
     model = One(n, k).to(dtype)
-    if kind.startswith("torchao"):
-        library = pytest.importorskip("torchao.quantization")
-        configs = {
-            "torchao int8": library.Int8WeightOnlyConfig(version=2),
-            "torchao float8": library.Float8WeightOnlyConfig(),
-            "torchao intx": library.IntxWeightOnlyConfig(weight_dtype=torch.int4),
-        }
-        library.quantize_(model.q, configs[kind])
-        return model
-    library = pytest.importorskip("bitsandbytes").nn
-    if kind == "int8":
-        made: Any = library.Linear8bitLt(k, n, has_fp16_weights=False)
-    else:
-        made = library.Linear4bit(
-            k,
-            n,
-            compute_dtype=torch.float32,
-            quant_type=kind[:3],
-            compress_statistics="nested" in kind,
-        )
-    made.to(dtype).load_state_dict(model.q.state_dict())
-    model.q = made.to("cpu")
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"  # type: ignore[assignment]  # as transformers' loader sets them
-    return model
+    model.q = quantise(model.q, kind, torch.float32)
+    return loaded_as(kind, model)
 
 
 def adapted(kind: str, library: Any = fastlora, **config: Any) -> Any:
     """That model with a random adapter."""
-    torch.manual_seed(1)
-    config = {"r": 4, "lora_alpha": 1, "target_modules": ["q"], **config}
-    model = library.get_peft_model(one(kind), library.LoraConfig(**config))
-    randomise(model)
-    return model
+    options = {"lora_alpha": 1, "target_modules": ["q"], **config}
+    return tiny.adapted(library, base=one(kind), **options).train()
 
 
 def q_of(model: Any) -> Any:
@@ -242,7 +219,7 @@ def test_merged_into_a_plain_model(kind: str, options: dict[str, Any]) -> None:
 def test_a_plain_model_of_merged_and_bare_layers() -> None:
     """What was merged is taken out exactly first; layers without an adapter become plain too."""
     torch.manual_seed(0)
-    layers = [one("nf4 nested", K, K, torch.bfloat16).q for _ in range(3)]  # type: ignore[attr-defined]
+    layers = [one("nf4 nested", K, K, torch.bfloat16).q for _ in range(3)]
     before = [dense_weight(layer).double() for layer in layers]
     model = nn.Sequential(*layers, nn.LayerNorm(K).bfloat16())
     adapted = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules=["0", "1"]))
@@ -316,7 +293,7 @@ def test_merge_and_unload_goes_layer_by_layer(dtype: torch.dtype, options: Any) 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8", "torchao int8"])
 def test_quantised_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None:
     """So they do where weights are quantised again; or beside the bf16 ones that are made."""
-    layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(6)]  # type: ignore[attr-defined]
+    layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(6)]
     config = fastlora.LoraConfig(r=4, target_modules=["0", "1", "2", "3"])
     model = fastlora.get_peft_model(nn.Sequential(*layers, nn.LayerNorm(512).bfloat16()), config)
     randomise(model)
@@ -329,7 +306,7 @@ def test_quantised_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None
 def test_a_linear_of_two_names_is_dequantised_once() -> None:
     """Under both it is the same plain one."""
     model: Any = one("nf4")
-    model.other = nn.ModuleList([one("nf4").q] * 2)  # type: ignore[list-item]
+    model.other = nn.ModuleList([one("nf4").q] * 2)
     model = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules=["q"]))
     plain = model.merge_and_unload(dequantize=True)
     first, second = plain.other

@@ -28,6 +28,7 @@ def quantise(linear: nn.Linear, kind: str, compute_dtype: torch.dtype | None = N
     if kind.startswith("torchao"):
         library: Any = pytest.importorskip("torchao.quantization")
         configs = {
+            "torchao intx": lambda: library.IntxWeightOnlyConfig(weight_dtype=torch.int4),
             "torchao int8": lambda: library.Int8WeightOnlyConfig(version=2),
             "torchao float8": library.Float8WeightOnlyConfig,
             "torchao float8 tensor": library.Float8WeightOnlyConfig,
@@ -60,7 +61,12 @@ def gated(kind: str, dtype: torch.dtype = torch.float32, width: int = 64) -> Any
     model = Gated(width, 2 * width, called=False).to(dtype)
     for name in ("gate", "up", "down"):
         setattr(model, name, quantise(getattr(model, name), kind))
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind[:3] in ("nf4", "fp4")  # type: ignore[assignment]  # as transformers' loader sets them
+    return loaded_as(kind, model)
+
+
+def loaded_as(kind: str, model: Any) -> Any:
+    """The model with the marks that transformers' loader sets."""
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind[:3] in ("nf4", "fp4")
     return model
 
 
