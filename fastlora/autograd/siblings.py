@@ -24,10 +24,7 @@ from fastlora.ops.torch import products
 def run_siblings(x: torch.Tensor, siblings: Siblings, impl: str) -> Sequence[torch.Tensor]:
     """Returns y ``[..., N]`` of each of 1 to 4 layers, recorded where gradients are.
 
-    Args:
-        x: Their input, in the dtype of the products.
-        siblings: Their operands.
-        impl: Name of a backend that computes them at once.
+    ``impl`` is a backend that computes them at once, in x's dtype.
     """
     if torch.is_grad_enabled():
         parameters = siblings.operands[: 4 * len(siblings.dropout_p)]

@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 
 def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Returns y, which gives adapters of a layer that have no rows zeros as gradients.
+    """Returns y, of any shape, which gives adapters of a layer without rows zeros as gradients.
 
-    Args:
-        call: The layer's.
-        y: What it made, any shape.
-        waits: Whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
-            are added.
+    ``waits`` says whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
+    are added.
     """
     layer, routing = call.layer, call.routing
     present: set[str] = set()

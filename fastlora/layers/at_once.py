@@ -100,11 +100,7 @@ def output_at_once(
 ) -> torch.Tensor | None:
     """Returns a layer's output, which a sibling may have made; None where it is not one for this.
 
-    Args:
-        call: On kernels, of one adapter.
-        base: The layer's.
-        own: Its adapter.
-        family: The layer's.
+    For a call on kernels with one adapter, ``own``.
     """
     layer, x, records, conditions = call.layer, call.given, torch.is_grad_enabled(), call.conditions
     if base.weight is None or own.lora_bias is not None or own.magnitude is not None:

@@ -195,11 +195,9 @@ class LoraLayer(Mergeable):
         drop_data(self, init)
 
     def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
-        """Returns a function that undoes what the start of an adapter does to the base layer.
+        """Returns a function that undoes what an init is about to do to the base layer.
 
-        Args:
-            init: What the adapter is about to start with.
-            offload: Keep a weight that lies on an accelerator in the CPU's memory.
+        With ``offload`` a weight that lies on an accelerator is kept in the CPU's memory.
         """
         data = find_data(self, init)
         restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None

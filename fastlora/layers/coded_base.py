@@ -171,11 +171,6 @@ def call_base(
 
     In evaluation few rows on a CPU may take a product over a copy of 4-bit codes (`Repacked`). The
     copy goes with the next gradient, and with what ends codes for kernels.
-
-    Args:
-        call: The layer's.
-        module: Its base layer.
-        args, kwargs: What it gets beside x.
     """
     layer, x, conditions = call.layer, call.given, call.conditions
     made: torch.Tensor | None = None

@@ -82,12 +82,9 @@ def _acts(dropout: torch.nn.Module) -> bool:
 
 
 def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
-    """Returns ``y [..., N]`` with DoRA in its rows.
+    """Returns ``y [..., N]``, bias included, with DoRA in the rows of slots of `dora_slots`.
 
-    Args:
-        call: The layer's.
-        y: Bias included; rows of dropped slots are the base layer's.
-        slots: Of `dora_slots`.
+    Rows of dropped ones are the base layer's before.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._own_bias(), None

@@ -35,11 +35,9 @@ class InGraph(NamedTuple):
 
 
 def slots_of(call: MixedCall, layer: CommonLayer) -> InGraph | None:
-    """Returns a layer's slots; None where it cannot be in a graph.
+    """Returns the slots of a call's layer, or a sibling of its ``impl``; None if in no graph.
 
-    Args:
-        call: A layer's, with the routing's ``whole``.
-        layer: That one, or a sibling of the same ``impl``.
+    The call's routing is the batch's ``whole``.
     """
     x, batch, impl = call.x, call.routing, call.conditions.impl
     if layer.merged_adapters or call.conditions.invariant:

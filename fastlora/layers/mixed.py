@@ -86,13 +86,7 @@ def _run_listed(
 ) -> torch.Tensor:
     """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
 
-    Args:
-        call: The layer's.
-        base: The base layer.
-        slots: The adapters; of all slots for kernels.
-        rows: Of the batch.
-        which: Their slots, for PyTorch; None for all, and kernels.
-        s: The layer's, where a sibling made it.
+    ``slots`` are those of ``which``, for PyTorch; or all, for kernels, with s if a sibling made it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
     tensors: list[torch.Tensor | None] = []

@@ -119,12 +119,7 @@ def own_slots(
 ) -> torch.Tensor:
     """Returns the place in ``known`` of each row's adapter, int64 ``[x_rows]``; -1 for none.
 
-    Args:
-        ids: Slots of the batch's samples or tokens, ``[B]``.
-        names: Adapter of each slot.
-        known: Names to number.
-        x_rows: Rows, a multiple of B.
-        device: Where they are to lie.
+    ``ids [B]`` are slots of samples or tokens, ``names`` has the adapter of each slot.
 
     Raises:
         ValueError: There is no whole number of rows for each id.

@@ -108,14 +108,9 @@ def adapter_sums(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Returns `adapted_sums` of an adapter over this process's part of a layer, ``[N]``.
+    """Returns `adapted_sums` of ``lora_a [R, K]`` and ``lora_b [N, R]`` on a layer, ``[N]``.
 
-    Args:
-        layer: Has the base weight, ``[N, K]``.
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``.
-        scaling: A number, or a tensor without dimensions.
-        compiling: Whether a graph is being compiled.
+    Over this process's part of the base weight ``[N, K]``. A tensor of a scaling has no dimensions.
     """
     weight = layer._own_weight() if compiling else rows_of(layer)
     squares = base_squares(layer, weight, compiling)
@@ -129,11 +124,7 @@ def adapter_squares(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now.
-
-    Args:
-        layer, lora_a, lora_b, scaling, compiling: As in `adapter_sums`.
-    """
+    """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now."""
     return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling, compiling)])[0]
 
 

@@ -52,11 +52,8 @@ def widened(factor: Factor) -> Factor:
 def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:
     """Returns what a file calls an adapter's tensors, and their names in ``state_dict()``.
 
-    Both below the layer's own name: ``lora_A.weight``, and ``lora_A.default.weight``.
-
-    Args:
-        held: The adapter's factors and magnitude by the part that they belong to.
-        adapter_name: Its name.
+    Both below the layer's own name: ``lora_A.weight``, and ``lora_A.default.weight``. ``held`` has
+    its factors and magnitude by the part that they belong to.
     """
     names: dict[str, str] = {}
     for part, factor in held.items():

@@ -20,13 +20,7 @@ from fastlora.layers.starting import Starter
 
 @torch.no_grad()
 def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Returns an adapter's factors by part with a rank that is not smaller; changes nothing.
-
-    Args:
-        layer: Has the adapter.
-        adapter_name: Its name.
-        rank: At least the adapter's.
-    """
+    """Returns an adapter's factors by part with a rank that is not smaller; changes nothing."""
     held = layer._held_parts(adapter_name)
     lora_bias = layer._factors(adapter_name)[2] is not None
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
@@ -81,10 +75,7 @@ def blocks_of(layer: LoraLayer, part: str) -> int:
 def put_rows(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
     """Writes a factor into one of the same or a larger rank, in place; zeros behind its rows.
 
-    Args:
-        target: Of a rank that is not smaller.
-        source: The factor.
-        blocks: In how many blocks along the first dimension the rank rows are.
+    The rank rows are in so many blocks along the first dimension.
     """
     if target.shape == source.shape:
         target.copy_(source)

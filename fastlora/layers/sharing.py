@@ -59,10 +59,8 @@ _LAST = "no sibling that is called after it can share"
 def shared_shrink(call: LayerCall | MixedCall, own: Slots, family: Family | None) -> Shrunk | None:
     """Returns the layer's s from the pass over x that it shares, None where it has its own.
 
-    Args:
-        call: The layer's, on kernels.
-        own: Its adapters by slot; outside of a mixed batch the one that acts.
-        family: The layer's, as far as it is known; no matter in a graph that is being compiled.
+    On kernels. Outside of a mixed batch ``own`` is the adapter that acts; a graph that is being
+    compiled needs no family.
     """
     layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:

@@ -37,12 +37,9 @@ if TYPE_CHECKING:
 
 
 def row_of(layer: CommonLayer, number: int, tables: Tables) -> int | None:
-    """Returns a layer's row in the tables, or None where they were made before the layer was.
+    """Returns the row of a layer, of this number, or None where tables were made before it was.
 
-    Args:
-        layer: A pool's know their rows.
-        number: The layer's number in its model.
-        tables: The model's, or a pool's.
+    Layers of a pool know their rows.
     """
     if tables.rows is not None:
         return tables.rows.get(number)
@@ -128,12 +125,8 @@ def run(
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with every row's own adapter.
 
-    Args:
-        call: Of a layer that runs its base layer alone where the tables do not know it.
-        base: The base layer.
-        tables: Of `tables_of`.
-        plan: As in `fastlora.functional.lora_linear`.
-        impl: Name of the backend; other than kernels only for what the base layer made.
+    Of the base layer alone where the tables do not know the layer. ``impl`` is other than kernels
+    only for what the base layer made.
     """
     x, invariant = call.x, plan == "invariant"
     rows, found = call.rows(), None
@@ -190,14 +183,8 @@ def _at_once(
 ) -> torch.Tensor | None:
     """Returns y ``[M, N]`` where a layer is computed with its siblings; None where it is not.
 
-    Whoever is called first computes its neighbours in the tables too.
-
-    Args:
-        call: The layer's.
-        base: A weight.
-        x: The input, ``[M, K]``.
-        place: The layer's.
-        context: What all shares depend on.
+    Whoever is called first computes its neighbours in the tables too. ``x [M, K]`` is the input,
+    ``context`` what all shares depend on.
     """
     key = _key(base)
     if key is None or not place.group:

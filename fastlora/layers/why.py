@@ -30,11 +30,8 @@ def fusion(
 ) -> tuple[bool, str]:
     """Returns whether the base GEMM and the adapters that act are one call, and why not.
 
-    Args:
-        layer: Holds the adapters.
-        names: Of those that act.
-        why_not_base: Why the base layer is called as it is; empty where it is not.
-        gathered: Whether FSDP2 puts plain parameters in place of shards for the forward.
+    ``why_not_base`` is why the base layer is called as it is; empty where it is not. ``gathered``
+    says that FSDP2 puts plain parameters in place of shards for the forward.
     """
     why = why_not_base or why_not_fused(layer, names, gathered) or why_dora_not_fused(layer, names)
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]

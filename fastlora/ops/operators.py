@@ -259,14 +259,8 @@ def launched(
 ) -> torch.Tensor | Coded:
     """Returns what kernels read of a weight ``[N, K]``: of codes these, or a new dense matrix.
 
-    Up to how many rows they read codes is the plan of the launch in the table.
-
-    Args:
-        weight: A matrix, which comes back as it is, or a `CodedWeight` in x's dtype.
-        x: ``[M, K]``, or for a dx dy ``[M, N]``.
-        r: Largest rank.
-        plan: As in `fastlora.ops.plans.choose_plan`.
-        launch: The launch over codes that makes a base product.
+    Up to how many rows they read codes is the plan of the launch over codes in the table. A matrix
+    comes back as it is. ``x [M, K]`` is dy ``[M, N]`` for a dx, ``r`` the largest rank.
     """
     if not isinstance(weight, CodedWeight):
         return weight

@@ -45,12 +45,7 @@ def draw_seeds(
 
 
 def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Returns the seed of each layer and adapter, int64 ``[L, S]``.
-
-    Args:
-        seeds: Of the adapters, int64 ``[S]``.
-        layers: Numbers of the layers, L.
-    """
+    """Returns the seed of each of L layers, given by number, and S adapters, int64 ``[L, S]``."""
     steps = [_signed((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
     return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps, as 64-bit words do

@@ -97,12 +97,7 @@ def parameters_routing(
 ) -> Routing:
     """Returns the routing of a block to adapters that are parameters of a model's layers.
 
-    Args:
-        group: The model's.
-        layers: Its routed layers.
-        known: Names of its adapters; a slot is an index into them.
-        source: Makes the source of some of these.
-        ids, seeds, validate: As in `adapters`.
+    A slot is an index into ``known``, the model's adapters; ``source`` makes the source of some.
 
     Raises:
         AdapterStateError: An adapter is merged.

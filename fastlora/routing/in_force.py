@@ -92,10 +92,7 @@ def check_batch(
 ) -> None:
     """Raises unless a model's arguments fit the ids of the routing in force for it.
 
-    Args:
-        group: The model's.
-        args, kwargs: Its arguments.
-        per_sample: Ids of tokens will not do: the model will see other tokens than these.
+    If ``per_sample`` ids of tokens will not do: the model will see other tokens than these.
 
     Raises:
         ValueError: There are neither as many ids as samples nor as many as tokens.

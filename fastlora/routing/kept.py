@@ -114,11 +114,9 @@ class PackCache:
         self._lock = threading.Lock()  # threads that serve one model share its packs
 
     def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
-        """Returns the set of that key, a new one where it is unknown or its factors changed.
+        """Returns the set of adapters that a key names, a new one if unknown or if factors changed.
 
-        Args:
-            key: Names the adapters of the set, in order.
-            changes: Whether factors can change.
+        ``changes`` says that they can.
         """
         with self._lock:
             known = self._sets.get(key)

@@ -155,11 +155,8 @@ class Routing:
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     """Returns a number for each layer of a model: its name's CRC-32, or the next free number.
 
-    By name, so that a layer's dropout does not depend on which other modules are adapted.
-
-    Args:
-        names: Of the layers.
-        taken: Numbers of other layers of the model.
+    By name, so that a layer's dropout does not depend on which other modules are adapted. ``taken``
+    are the numbers of other layers of the model.
     """
     used, numbers = set(taken), []
     for name in names:

@@ -153,13 +153,10 @@ def siblings_of(layer: CommonLayer, x: torch.Tensor) -> list[Any]:
 def take_share(
     x: torch.Tensor, owner: int, context: tuple[object, ...], key: object = None
 ) -> Any | None:
-    """Returns what a sibling computed from this very tensor, unchanged since; or None.
+    """Returns what a sibling computed for an owner from this very tensor, unchanged since; or None.
 
-    Args:
-        x: What all were called with.
-        owner: Who takes.
-        context: What all shares depend on: the very same objects.
-        key: What this one depends on beside it, equal.
+    ``context`` is what all shares depend on, the very same objects; ``key`` what this one depends
+    on beside it, equal.
     """
     shares = _thread.shares
     if shares is None:

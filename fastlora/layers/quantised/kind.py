@@ -284,15 +284,9 @@ def check_part(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Returns a part of a library's weight, which is as kernels read it.
+    """Returns a part of a library's weight, a field's, which is as kernels read it.
 
-    Args:
-        name: Of the field.
-        part: What it holds.
-        like: Lies where it must lie.
-        dtypes: Those that it may have.
-        count: Its number of elements.
-        library: Its name and version.
+    Of one of these dtypes, with so many elements side by side, where ``like`` lies.
 
     Raises:
         NotCoded: It is not.
@@ -319,11 +313,7 @@ def addresses_of(*parts: torch.Tensor) -> torch.Tensor:
 
 
 def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str) -> None:
-    """Compares what codes mean to kernels with what a library makes of them.
-
-    Args:
-        decoded, rows: Some of the weight, in fp32.
-        library, what: Its name and version, and that of the weight's class.
+    """Compares what codes mean to kernels with what a library makes of them, both in fp32.
 
     Raises:
         NotCoded: They differ: the library has moved something.

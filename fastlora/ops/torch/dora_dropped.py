@@ -88,15 +88,10 @@ def forward_rows(
     adapter: Dropped,
     inplace: bool = False,
 ) -> Made:
-    """Runs an adapter on ``rows [M, K]`` without recording a graph.
+    """Runs an adapter on the rows ``[M, K]`` of x without recording a graph.
 
-    Args:
-        base: The base layer's output ``[M, N]``, or None to compute it from weight and bias.
-        rows: x.
-        weight: ``[N, K]``.
-        bias: ``[N]`` or None.
-        adapter: The adapter.
-        inplace: Whether base, contiguous then, may become y.
+    ``base [M, N]`` is the base layer's output, None to compute it from weight and bias; contiguous
+    if it may become y, ``inplace``.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
     weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
@@ -127,17 +122,11 @@ def gradients(
     *,
     own_base: bool,
 ) -> Found:
-    """Returns the gradients for ``dy [M, N]``.
+    """Returns the gradients for ``dy [M, N]`` in x's dtype.
 
-    Args:
-        dy: In x's dtype.
-        rows: x, ``[M, K]``; not read for the gradients of x, lora_b and magnitude.
-        weight: ``[N, K]``.
-        adapter: As in the forward.
-        s: Of the forward, where lora_b or the magnitude is wanted.
-        z: Of the forward, where the magnitude is.
-        wanted: What to find.
-        own_base: Whether the forward made the base layer's output, and its gradients count too.
+    x, ``rows``, is read for the gradients of weight and lora_a, s for those of lora_b and
+    magnitude, z for the magnitude's. ``own_base`` says that the forward made the base layer's
+    output, and its gradients count too.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None

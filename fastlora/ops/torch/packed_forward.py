@@ -88,14 +88,7 @@ Plan = Dense | Blocks | Samples
 def plan_for(
     rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
-    """Returns how to multiply; None where nothing packed is good.
-
-    Args:
-        rows: The batch's.
-        layout: Of the packed factors.
-        dtype: Of x.
-        known: The plans that were made for these rows and these adapters.
-    """
+    """Returns how to multiply, as ``known`` or made now; None where nothing packed is good."""
     key = (layout, dtype.itemsize)
     if key not in known:
         known[key] = _plan(rows, layout, dtype)

@@ -39,14 +39,7 @@ def scale_columns(
     *,
     traced: bool = False,
 ) -> torch.Tensor:
-    """Returns ``scale * u + bias`` without recording a graph, in u itself if ``inplace``.
-
-    Args:
-        u: ``[M, N]``; contiguous if ``inplace``.
-        bias: ``[N]`` or None.
-        scale: g, ``[N]``, of `scale_of`.
-        inplace: Whether u may be overwritten.
-    """
+    """Returns ``scale * u + bias`` without recording a graph, in a contiguous u if ``inplace``."""
     y = times(u, scale, traced, u if inplace else None)
     return y if bias is None else y.add_(bias)
 
