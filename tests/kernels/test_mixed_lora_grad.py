@@ -1,7 +1,6 @@
 """Gradients of mixed batches: values, masks, strides, rows kept apart, runs that repeat.
 
-Through the operators, so that configs are chosen as a layer's are; kernels on small runs of rows
-are `test_mixed_lora_grad_b` and `test_mixed_lora_grad_a`.
+Through the operators, so that configs are chosen as a layer's are.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from fastlora.kernels import (
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.configs import reads_twice
 from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module, Weight
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
 from fastlora.ops.factors import numbers_on, present
@@ -35,7 +36,13 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
 from fastlora.ops.triton.many_adapters import add_rank_rows_, products_and_rank_rows
 from fastlora.ops.triton.one_adapter import products_of_codes
-from fastlora.ops.triton.tables import Drop, aligned_blocks, down_rows, max_columns_of, up_rows
+from fastlora.ops.triton.tables import (
+    aligned_blocks,
+    down_rows,
+    dropout_tables,
+    max_columns_of,
+    up_rows,
+)
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
@@ -72,11 +79,11 @@ def grad_x(
     plan: str,
 ) -> torch.Tensor:
     """Returns dx ``[M, K]``; without a weight that of the adapters' term alone."""
-    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
+    downs = present(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one(dy, weight, ds, downs[0], seeds, p, plan)
-    downs = aligned_blocks(downs)
+    downs, dropout = aligned_blocks(downs), dropout_tables(seeds, dropout_p)
     (m, n), k, up = dy.shape, downs[0].shape[1], down_rows(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
@@ -86,11 +93,11 @@ def grad_x(
     elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", slots=slots) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         given = [weight.t()], [None], ds.unsqueeze(0), rows, up
-        return products_and_rank_rows(dy, *given, config=config, drop=drop)[0]
+        return products_and_rank_rows(dy, *given, config=config, dropout=dropout)[0]
     else:
         dx = products.mm(dy, weight)
     config = config_of("mixed_lora_grad_x_add", dy, *sizes)
-    add_rank_rows_([dx], ds.unsqueeze(0), rows, up, config=config, drop=drop)
+    add_rank_rows_([dx], ds.unsqueeze(0), rows, up, config=config, dropout=dropout)
     return dx
 
 
@@ -104,10 +111,10 @@ def grad_a(
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """Returns d_lora_a of each sibling of one slot, or one buffer of all modules and slots."""
-    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
+    downs = present(lora_a, 0)
     if not rows:
-        return _grad_a_one(x, ds, downs, drop)
-    return [_grad_a_listed(x, ds, rows, run, downs, drop)]
+        return _grad_a_one(x, ds, downs, seeds, dropout_p)
+    return [_grad_a_listed(x, ds, rows, run, downs, dropout_tables(seeds, dropout_p))]
 
 
 @kept
@@ -291,7 +298,11 @@ def _grad_x_of_adapter(
 
 
 def _grad_a_one(
-    x: torch.Tensor, ds: Sequence[torch.Tensor], lora_a: Sequence[torch.Tensor], drop: Drop
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    lora_a: Sequence[torch.Tensor],
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """One launch over x for each four siblings, and one that sums planes where rows are split."""
     if not x.numel():
@@ -299,10 +310,10 @@ def _grad_a_one(
     result: list[torch.Tensor] = []
     for start in range(0, len(ds), MAX_SIBLINGS):
         part = slice(start, start + MAX_SIBLINGS)
-        seeds = None if drop.seeds is None else drop.seeds[part].contiguous()
+        drawn = None if seeds is None else seeds[part].contiguous()
         inner = [tensor.contiguous() for tensor in ds[part]]
         dtypes = [factor.dtype for factor in lora_a[part]]
-        result += _grad_a_of_siblings(x, inner, dtypes, seeds, list(drop.p[part]))
+        result += _grad_a_of_siblings(x, inner, dtypes, drawn, list(dropout_p[part]))
     return result
 
 
@@ -381,7 +392,7 @@ def _grad_a_listed(
     rows: Sequence[torch.Tensor],
     run: int,
     lora_a: Sequence[torch.Tensor],
-    drop: Drop,
+    dropout: DropoutTables | None,
 ) -> torch.Tensor:
     """One launch over x for all modules, or under dropout one for each; and one that sums."""
     (m, k), modules, device = x.shape, len(ds), x.device
@@ -391,18 +402,17 @@ def _grad_a_listed(
     rank = numbers_on(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(modules, slots)
     count = -(-m // run) + slots
     planes = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
-    each = 1 if drop.seeds is not None else modules
+    each = modules if dropout is None else 1
     columns = max_columns_of(lora_a, slots, each)
     config = config_of("mixed_lora_grad_a", x, r=columns)
     for first in range(0, modules, each):
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)
-        own_drop = Drop(None if drop.seeds is None else drop.seeds[own], drop.p[own])
         mixed_lora_grad_a.launch_mixed_lora_grad_a(
             *(planes[:, some], x, joined[some], rows, rank[some]),
             run=run,
             max_columns=columns,
             config=config,
-            dropout=own_drop.tables(),
+            dropout=dropout and DropoutTables(*(table[own] for table in dropout)),
         )
     reduce.launch_mixed_lora_grad_reduce(
         *(packed, planes, rows, rank, None),

@@ -17,7 +17,7 @@ from fastlora.kernels.modules import Weight
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.triton import many_adapters, one_adapter
 from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.tables import Drop, aligned_blocks, up_rows
+from fastlora.ops.triton.tables import aligned_blocks, dropout_tables, up_rows
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[Factor]
@@ -36,9 +36,10 @@ def shrink(
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
     """Returns s: ``[M, R]`` of one slot's modules side by side, else ``[G, M, R]``."""
-    drop, downs = Drop(seeds, dropout_p), present(lora_a, 0)
+    downs = present(lora_a, 0)
     if rows:
-        return many_adapters.shrink_listed(x, rows, downs, modules, drop)[0]
+        drops = dropout_tables(seeds, dropout_p)
+        return many_adapters.shrink_listed(x, rows, downs, modules, drops)[0]
     return one_adapter.shrink_one(x, downs, seeds, dropout_p[0])
 
 
@@ -61,13 +62,14 @@ def linear(
             raise ValueError("one slot has all rows, and it has no factors")
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
         return one_adapter.linear_one(x, *tensors, dropout_p[0], plan)
-    weights, biases, drop = [weight], [bias], Drop(seeds, dropout_p)
+    weights, biases, drops = [weight], [bias], dropout_tables(seeds, dropout_p)
     ups, lora_bias = aligned_blocks(present(factors[1::3], 1)), aligned_blocks(factors[2::3])
     up = up_rows(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = many_adapters.base_products(stem, x, weights, biases, up, plan)
     if own is None:
-        made, after_shrink = many_adapters.shrink_listed(x, rows, present(factors[::3], 0), 1, drop)
+        downs = present(factors[::3], 0)
+        made, after_shrink = many_adapters.shrink_listed(x, rows, downs, 1, drops)
         own = made[0]
     planes = own.unsqueeze(0)
     ys = many_adapters.linears_mixed(

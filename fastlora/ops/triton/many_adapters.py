@@ -19,7 +19,7 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels.launch import empty, kept, product
-from fastlora.kernels.mixed_rows import RankRows
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Weight
 from fastlora.kernels.tables import KernelConfig
 from fastlora.ops.factors import Tables, tables_of
@@ -28,8 +28,6 @@ from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.configs import chip_of, config_of
 from fastlora.ops.triton.one_adapter import products_of_codes, whole_rows
 from fastlora.ops.triton.tables import (
-    NO_DROP,
-    Drop,
     aligned_blocks,
     down_rows,
     max_columns_of,
@@ -148,7 +146,7 @@ def shrink_at(
 
 
 def shrink_listed(
-    x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, drop: Drop
+    x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
     """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
     (m, k), slots = x.shape, len(lora_a) // modules
@@ -161,7 +159,7 @@ def shrink_listed(
     planes = s.unsqueeze(0)
     if splits > 1:
         planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
-    _shrink_mixed(planes, x, rows, down, config=config, drop=drop)
+    _shrink_mixed(planes, x, rows, down, config=config, dropout=dropout)
     if splits > 1:
         plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
     return s, splits == 1
@@ -174,13 +172,13 @@ def _shrink_mixed(
     down: RankRows,
     *,
     config: KernelConfig,
-    drop: Drop = NO_DROP,
+    dropout: DropoutTables | None = None,
 ) -> None:
     """Writes every row's s, ``[splits, G, M, R]``; one launch."""
     mixed_lora_shrink.launch_mixed_lora_shrink(
         *(planes, x, rows, down),
         config=config,
-        dropout=drop.tables(),
+        dropout=dropout,
     )
 
 
@@ -251,7 +249,7 @@ def add_rank_rows_(
     *,
     config: KernelConfig,
     pdl: bool = False,
-    drop: Drop = NO_DROP,
+    dropout: DropoutTables | None = None,
 ) -> None:
     """Adds every row's rank rows to y ``[M, N]`` of each module, s as in `linears_mixed`; a launch.
 
@@ -261,7 +259,7 @@ def add_rank_rows_(
         *(ys, s, rows, up),
         config=config,
         pdl=pdl and chip_of(s).has_pdl,
-        dropout=drop.tables(),
+        dropout=dropout,
     )
 
 
@@ -275,7 +273,7 @@ def products_and_rank_rows(
     *,
     config: KernelConfig,
     pdl: bool = False,
-    drop: Drop = NO_DROP,
+    dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
     """Returns each base's product with every row's rank rows in it, ``[M, N]``; one launch.
 
@@ -286,6 +284,6 @@ def products_and_rank_rows(
         *(ys, x, weights, biases, s, rows, up),
         config=config,
         pdl=pdl and chip_of(x).has_pdl,
-        dropout=drop.tables(),
+        dropout=dropout,
     )
     return ys

@@ -7,7 +7,7 @@ goes to the device without waiting for it: a CUDA graph needs a warm-up run befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,27 +17,18 @@ from fastlora.ops.factors import Tables, numbers_on
 _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
-class Drop(NamedTuple):
-    """Dropout of a launch: seeds int64 ``[S]`` on the device, None for none; of each slot its p."""
-
-    seeds: torch.Tensor | None
-    p: Sequence[float]
-
-    def tables(self) -> DropoutTables | None:
-        """Returns what kernels for mixed batches read."""
-        if self.seeds is None:
-            return None
-        thresholds = tuple(round(p * 65536) for p in self.p)
-        inv_keep = tuple(1.0 / (1.0 - p) for p in self.p)
-        device = self.seeds.device
-        return DropoutTables(
-            self.seeds,
-            numbers_on(thresholds, torch.int32, device),
-            numbers_on(inv_keep, torch.float32, device),
-        )
-
-
-NO_DROP = Drop(None, ())
+def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
+    """Returns the dropout of a launch, seeds int64 ``[S]`` on the device and each slot's p."""
+    if seeds is None:
+        return None
+    thresholds = tuple(round(p * 65536) for p in dropout_p)
+    inv_keep = tuple(1.0 / (1.0 - p) for p in dropout_p)
+    device = seeds.device
+    return DropoutTables(
+        seeds,
+        numbers_on(thresholds, torch.int32, device),
+        numbers_on(inv_keep, torch.float32, device),
+    )
 
 
 def down_rows(
