@@ -1,4 +1,4 @@
-"""Tied embeddings: `ensure_weight_tying` with copies, against PEFT; what merging does to them."""
+"""Tied embeddings: what is one tensor, beside other adapters, and what is said and refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import fastlora
-from fastlora import LoraModel, get_peft_model
+from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.tied import tied_with_embedding
 from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.tiny import tiny, tiny_llama
@@ -21,51 +20,28 @@ pytest.importorskip("transformers")
 IDS = torch.tensor([[1, 5, 9, 20, 1, 2], [3, 5, 4, 9, 2, 3]])
 
 
-def logits(model: Any) -> torch.Tensor:
-    """A model's output."""
-    return model(input_ids=IDS).logits
+def config(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields})
 
 
-def config(library: Any, **fields: Any) -> Any:
-    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
-    return library.LoraConfig(**settings)
+def tied_copies(saved: list[str]) -> Any:
+    return get_peft_model(tiny_llama(), config(modules_to_save=saved, ensure_weight_tying=True))
 
 
-def tied_copies(library: Any, saved: list[str]) -> Any:
-    torch.manual_seed(1)
-    settings = config(library, modules_to_save=saved, ensure_weight_tying=True)
-    model = library.get_peft_model(tiny_llama(), settings)
-    with torch.no_grad():
-        model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.mul_(1.5)
-    return model
-
-
-def tied_lora(library: Any, targets: Any) -> Any:
-    torch.manual_seed(1)
-    settings = config(library, target_modules=targets, ensure_weight_tying=True, lora_alpha=5)
-    model = library.get_peft_model(tiny_llama(), settings)
-    embedding = model.get_base_model().model.embed_tokens
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for factors in (embedding.lora_embedding_A, embedding.lora_embedding_B):
-            shape = factors["default"].shape
-            factors["default"].copy_(torch.randn(shape, generator=generator) / 4)
-        for name, parameter in model.named_parameters():
-            if "q_proj.lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
+def tied_lora(targets: Any) -> Any:
+    return get_peft_model(tiny_llama(), config(target_modules=targets, ensure_weight_tying=True))
 
 
 def test_what_is_tied_is_one_tensor(tmp_path: Path) -> None:
     """A copy, also once it is loaded; and LoRA, of which the head has views, merged in silence."""
-    model = tied_copies(fastlora, ["lm_head"])
+    model = tied_copies(["lm_head"])
     model.save_pretrained(tmp_path)
     for each in (model, LoraModel.from_pretrained(tiny_llama(), tmp_path)):
         base = each.get_base_model()
         copies = [m.modules_to_save["default"] for m in (base.model.embed_tokens, base.lm_head)]
         assert copies[0].weight is copies[1].weight
         assert (copies[1].in_features, copies[1].out_features) == (64, 97)
-    model = tied_lora(fastlora, ["lm_head", "q_proj"])
+    model = tied_lora(["lm_head", "q_proj"])
     head, embedding = model.get_base_model().lm_head, model.get_base_model().model.embed_tokens
     for mine, own in ((head.lora_A, "lora_embedding_B"), (head.lora_B, "lora_embedding_A")):
         assert mine["default"].weight.data_ptr() == getattr(embedding, own)["default"].data_ptr()
@@ -76,32 +52,30 @@ def test_what_is_tied_is_one_tensor(tmp_path: Path) -> None:
 
 def test_tied_lora_beside_other_adapters() -> None:
     """They agree, or are refused; a deleted one leaves both."""
-    model = tied_lora(fastlora, ["lm_head"])
-    model.add_adapter("b", config(fastlora, target_modules=["lm_head"], ensure_weight_tying=True))
-    model.add_adapter("c", config(fastlora))
+    model = tied_lora(["lm_head"])
+    model.add_adapter("b", config(target_modules=["lm_head"], ensure_weight_tying=True))
+    model.add_adapter("c", config())
     model = copy.deepcopy(model)
     model.set_adapter("b")
     assert sum(p.requires_grad for p in model.parameters()) == 2
     model.delete_adapter("default")
     assert list(model.get_base_model().lm_head.r) == ["b"]
     with pytest.raises(UnsupportedLayerError, match="has the input embedding's LoRA for other"):
-        model.add_adapter("d", config(fastlora, target_modules=["lm_head"]))
+        model.add_adapter("d", config(target_modules=["lm_head"]))
     with pytest.raises(ConfigError, match="needs use_dora=False"):
         model.add_adapter(
             "d",
-            config(fastlora, target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),
+            config(target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),
         )
-    other = get_peft_model(tiny_llama(), config(fastlora, target_modules=["lm_head"]), "a")
+    other = get_peft_model(tiny_llama(), config(target_modules=["lm_head"]), "a")
     with pytest.raises(UnsupportedLayerError, match="without LoRA of its own"):
-        other.add_adapter(
-            "b", config(fastlora, target_modules=["embed_tokens"], ensure_weight_tying=True)
-        )
+        other.add_adapter("b", config(target_modules=["embed_tokens"], ensure_weight_tying=True))
     assert list(other.peft_config) == ["a"]
 
 
 def test_two_adapters_and_copies_of_the_model() -> None:
-    model = tied_copies(fastlora, ["lm_head"])
-    model.add_adapter("b", config(fastlora, modules_to_save=["lm_head"], ensure_weight_tying=True))
+    model = tied_copies(["lm_head"])
+    model.add_adapter("b", config(modules_to_save=["lm_head"], ensure_weight_tying=True))
     model = copy.deepcopy(model)
     base = model.get_base_model()
     owned = [base.model.embed_tokens.modules_to_save, base.lm_head.modules_to_save]
@@ -120,20 +94,19 @@ def test_what_is_not_tied_is_said() -> None:
         ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, False, "no tied modules w"),
         ({"ensure_weight_tying": True}, True, "no tied modules are added"),
     ):
-        given = config(fastlora, **fields)
+        given = config(**fields)
         before = given.to_dict()
         with pytest.warns(UserWarning, match=words):
             get_peft_model(tiny_llama(tie_word_embeddings=tied), given)
         assert given.to_dict() == before
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        get_peft_model(tiny_llama(tie_word_embeddings=False), config(fastlora))
-        get_peft_model(tiny_llama(), config(fastlora))
+        get_peft_model(tiny_llama(tie_word_embeddings=False), config())
+        get_peft_model(tiny_llama(), config())
 
 
 def test_copy_and_target_at_once() -> None:
     settings = config(
-        fastlora,
         target_modules=["lm_head"],
         modules_to_save=["embed_tokens"],
         ensure_weight_tying=True,

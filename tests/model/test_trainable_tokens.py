@@ -1,4 +1,4 @@
-"""`trainable_token_indices` against PEFT: values, gradients, files, merging, mixed batches."""
+"""`trainable_token_indices`: several adapters, options of embeddings, files, and refusals."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def config(library: Any, tokens: Any, **fields: Any) -> Any:
+def config(tokens: Any, **fields: Any) -> LoraConfig:
     settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
-    return library.LoraConfig(trainable_token_indices=tokens, **settings)
+    return LoraConfig(trainable_token_indices=tokens, **settings)
 
 
 def train_rows(model: nn.Module, seed: int = 3) -> Any:
@@ -49,22 +49,12 @@ def train_rows(model: nn.Module, seed: int = 3) -> Any:
     return model
 
 
-def pair(tokens: Any, tied: bool = True, **fields: Any) -> tuple[Any, Any]:
-    """The same model of ours and of PEFT's, with the same values."""
-    models = []
-    for library in (fastlora, peft):
-        torch.manual_seed(1)
-        base = tiny_llama(tie_word_embeddings=tied)
-        models.append(train_rows(library.get_peft_model(base, config(library, tokens, **fields))))
-    return models[0], models[1]
-
-
 def test_several_adapters() -> None:
     """Each has its own rows, alone, switched, and in one batch, in training too."""
     base = tiny_llama()
-    model = get_peft_model(base, config(fastlora, [1, 5, 9]), "a")
-    model.add_adapter("b", config(fastlora, [9, 20]))
-    model.add_adapter("c", config(fastlora, None))
+    model = get_peft_model(base, config([1, 5, 9]), "a")
+    model.add_adapter("b", config([9, 20]))
+    model.add_adapter("c", config(None))
     train_rows(model)
     ids = IDS[:1].repeat(4, 1)
     alone, gradients = {}, {}
@@ -104,7 +94,7 @@ def test_several_adapters() -> None:
         assert torch.equal(y[0, 0], at["a"].base_layer.weight[1])
     model.delete_adapter("a")
     assert not any(".a" in name for name, _ in model.named_parameters())
-    model.add_adapter("a", config(fastlora, [2, 3]))  # other rows under the same name
+    model.add_adapter("a", config([2, 3]))  # other rows under the same name
     model.set_adapter("a")
     train_rows(model, seed=4)
     y = model.get_input_embeddings()(torch.tensor([1, 2]))
@@ -113,8 +103,8 @@ def test_several_adapters() -> None:
 
 
 def test_two_that_act_are_refused() -> None:
-    model = get_peft_model(tiny_llama(), config(fastlora, [1]), "a")
-    model.add_adapter("b", config(fastlora, [2]))
+    model = get_peft_model(tiny_llama(), config([1]), "a")
+    model.add_adapter("b", config([2]))
     with pytest.raises(AdapterStateError, match="own rows of one module"):
         model.set_adapter(["a", "b"])
     assert model.active_adapters == ["a"]
@@ -122,9 +112,9 @@ def test_two_that_act_are_refused() -> None:
 
 def test_merging_several() -> None:
     """Adapters without a token in common merge; others are refused, at once or one by one."""
-    model = get_peft_model(tiny_llama(), config(fastlora, [1, 2]), "a")
-    model.add_adapter("b", config(fastlora, [2, 3]))
-    model.add_adapter("c", config(fastlora, [4]))
+    model = get_peft_model(tiny_llama(), config([1, 2]), "a")
+    model.add_adapter("b", config([2, 3]))
+    model.add_adapter("c", config([4]))
     train_rows(model)
     weight = model.get_input_embeddings().token_adapter.base_layer.weight
     before = weight.detach().clone()
@@ -134,7 +124,7 @@ def test_merging_several() -> None:
     with pytest.raises(ValueError, match="'b' are already defined"):
         model.merge_adapter(adapter_names=["b"])
     model.merge_adapter(adapter_names=["c"])
-    model.add_adapter("d", config(fastlora, [1, 4, 6]))  # starts from the weight without merges
+    model.add_adapter("d", config([1, 4, 6]))  # starts from the weight without merges
     rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta
     assert torch.equal(rows["d"], before[[1, 4, 6]])
     assert torch.equal(weight[[1, 2, 4]], torch.cat((rows["a"], rows["c"])))
@@ -264,12 +254,12 @@ def test_scaled_embeddings_and_16_bits() -> None:
 def test_refusals(tokens: Any, fields: dict[str, Any], error: type, words: str) -> None:
     base = tiny_llama()
     with unchanged(base), pytest.raises(error, match=words):
-        get_peft_model(base, config(fastlora, tokens, **fields))
+        get_peft_model(base, config(tokens, **fields))
 
 
 def test_refusals_beside_other_adapters() -> None:
     """What another adapter has of the module, and what would tie it otherwise."""
-    model = get_peft_model(tiny_llama(), config(fastlora, [1]), "a")
+    model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)
     for tokens, fields, words in (
         ({"lm_head": [1], "embed_tokens": [2]}, {}, "all adapters of a model must agree"),
@@ -281,19 +271,17 @@ def test_refusals_beside_other_adapters() -> None:
         ),
     ):
         with unchanged(model), pytest.raises(UnsupportedLayerError, match=words):
-            model.add_adapter("b", config(fastlora, tokens, **fields))
-    other = get_peft_model(
-        tiny_llama(), config(fastlora, None, modules_to_save=["embed_tokens"]), "a"
-    )
+            model.add_adapter("b", config(tokens, **fields))
+    other = get_peft_model(tiny_llama(), config(None, modules_to_save=["embed_tokens"]), "a")
     with pytest.raises(UnsupportedLayerError, match=r"has a full copy \(modules_to_save\)"):
-        other.add_adapter("b", config(fastlora, [1]))
+        other.add_adapter("b", config([1]))
 
 
 def test_files(tmp_path: Path) -> None:
     """A resized embedding is saved along; other rows are no place for an adapter."""
     base = tiny_llama()
     base.resize_token_embeddings(99)
-    model = train_rows(get_peft_model(base, config(fastlora, [1, 98])))
+    model = train_rows(get_peft_model(base, config([1, 98])))
 
     def fresh() -> Any:
         resized = tiny_llama()
@@ -307,7 +295,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 98, and the module 97 rows"):
         LoraModel.from_pretrained(tiny_llama(), tmp_path / "saved0")
     model.load_adapter(tmp_path / "saved0", "default")
-    other = train_rows(get_peft_model(tiny_llama(), config(fastlora, [1, 2, 3])))
+    other = train_rows(get_peft_model(tiny_llama(), config([1, 2, 3])))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="load it under another name"):
         model.load_adapter(tmp_path / "other", "default")
@@ -317,7 +305,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_copies_stay_tied() -> None:
-    model = copy.deepcopy(pair([1, 5])[0])
+    model = copy.deepcopy(train_rows(get_peft_model(tiny_llama(), config([1, 5]))))
     base = model.get_base_model()
     assert base.lm_head.token_adapter.tied_adapter is base.model.embed_tokens.token_adapter
     expected = model(input_ids=IDS).logits
