@@ -1,16 +1,18 @@
 """The order of imports inside the package, and what it registers; ceilings that may only fall.
 
-A floor is one more than the highest floor of what is imported; what imports each other in a circle
-shares one. The files and folders directly in the package have floors, and the files of a folder
-among themselves. Imports inside functions count, those under TYPE_CHECKING do not.
+A floor is one more than the highest floor of what is imported. The files and folders directly in
+the package have floors, and the files of a folder among themselves. Imports inside functions count,
+those under TYPE_CHECKING do not.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.conformance_operators import import_everything, registered
@@ -18,8 +20,6 @@ from tests.support.conformance_operators import import_everything, registered
 ROOT = Path(__file__).parent.parent
 FLOORS = 9  # as in `ORDER`
 FLOORS_IN_A_FOLDER = 12  # of layers/
-CIRCLES = 0  # of modules
-CIRCLES_OF_FOLDERS = 0
 OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
 # Folders and files of the package from the ground up; an import may not go up.
@@ -108,40 +108,11 @@ def graph() -> dict[str, set[str]]:
     return {name: imports_of(name, path, known) for name, path in known.items()}
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, in groups, the lowest first (Tarjan); single ones too."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for target in sorted(edges[name]):
-            if target not in index:
-                visit(target)
-                low[name] = min(low[name], low[target])
-            elif target in stack:
-                low[name] = min(low[name], index[target])
-        if low[name] == index[name]:
-            group = []
-            while not group or group[-1] != name:
-                group.append(stack.pop())
-            found.append(sorted(group))
-
-    for name in sorted(edges):
-        if name not in index:
-            visit(name)
-    return found
-
-
 def floors(edges: dict[str, set[str]]) -> dict[str, int]:
-    """The floor of each module, from 1."""
+    """The floor of each module, from 1. A `CycleError` names modules that import each other."""
     found: dict[str, int] = {}
-    for group in circles(edges):
-        below = {target for name in group for target in edges[name]} - set(group)
-        found |= dict.fromkeys(group, 1 + max((found[target] for target in below), default=0))
+    for name in TopologicalSorter(edges).static_order():
+        found[name] = 1 + max((found[target] for target in edges[name]), default=0)
     return found
 
 
@@ -185,11 +156,9 @@ def test_floors() -> None:
         assert max(among, default=0) <= FLOORS_IN_A_FOLDER, folder
 
 
-def test_circles() -> None:
+def test_nothing_imports_itself_in_a_circle() -> None:
     edges = graph()
-    for found, ceiling in ((edges, CIRCLES), (units(edges), CIRCLES_OF_FOLDERS)):
-        groups = [group for group in circles(found) if len(group) > 1]
-        assert len(groups) <= ceiling, groups
+    assert floors(edges).keys() == edges.keys() and floors(units(edges))
 
 
 def test_imports_go_down() -> None:
@@ -220,8 +189,10 @@ def f():
     visitor = _Imports("p.q")
     visitor.visit(ast.parse(text))
     assert visitor.found == {"typing.TYPE_CHECKING", "p.c", "p.b.thing", "p.q.d"}
-    edges = {"p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.a", "p.c"}, "p.c": set()}
-    assert floors(edges) == {"p.c": 1, "p.a": 2, "p.b": 2, "p": 3}
+    edges = {"p": {"p.a"}, "p.a": {"p.b", "p.c"}, "p.b": {"p.c"}, "p.c": set()}
+    assert floors(edges) == {"p.c": 1, "p.b": 2, "p.a": 3, "p": 4}
+    with pytest.raises(CycleError, match="p.b"):
+        floors({**edges, "p.c": {"p.b"}})
     edges = {"p.q.d": {"p.a"}, "p.q.e": {"p.q.d"}, "p.a": set()}
     assert units(edges) == {"p.q": {"p.a"}, "p.a": set()}
     assert floors(inside(edges, "p.q")) == {"p.q.d": 1, "p.q.e": 2}

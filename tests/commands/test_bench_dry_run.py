@@ -42,9 +42,12 @@ def _by_contender(rows: list[dict[str, str]], layer: str, mode: str) -> dict[str
 
 
 def test_dry_run(tmp_path: Path, bench: Any) -> None:
+    """As on a machine that has what `gpu.sh` needs; PEFT's sides are timed in tests/bench."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['peft'] = None\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
         ["bash", str(SCRIPT), "--dry-run", "--out", str(tmp_path / "out")],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         cwd=tmp_path,
         capture_output=True,
         text=True,

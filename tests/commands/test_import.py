@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from pathlib import Path
 
@@ -62,32 +61,6 @@ print(*fastlora.__path__, sep="|")
 """
     for cwd in (ROOT, tmp_path):
         assert python(code, cwd, PYTHONPATH=str(ROOT)) == f"{ROOT / 'fastlora'}\n"
-
-
-def test_the_library_does_not_import_what_stands_on_it() -> None:
-    """Commands and benchmarks use the library, never the other way round."""
-    above = ("fastlora.bench.", "fastlora.commands.")
-    package = ROOT / "fastlora"
-    below = {
-        path
-        for path in (*package.rglob("*.py"), *ROOT.glob("kernels/*.py"))
-        if package / "commands" not in path.parents and path.name != "__main__.py"
-    }
-    assert {package / "functional.py", package / "train" / "run.py"} <= below
-    found = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in sorted(below)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        if any(f"{name}.".startswith(above) for name in imported(node))
-    ]
-    assert found == []
-
-
-def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Returns the full names that an import statement asks for."""
-    names = [alias.name for alias in node.names]
-    return names if isinstance(node, ast.Import) else [f"{node.module}.{name}" for name in names]
 
 
 def test_folders_of_a_checkout_are_ordinary_packages(tmp_path: Path) -> None:
