@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fastlora
 from fastlora.commands import cli
 from fastlora.commands.chat import Chat, adapter_folders
 from fastlora.validation import CheckpointError, ConfigError
-from tests.support import train_runs
+from tests.support import served
 from tests.support.programs import error_of
-from tests.support.tiny import randomise, tiny_llama
 
 pytest.importorskip("transformers", reason="chats with transformers' models")
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<bot>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model in ``base``, and adapters ``ship`` and ``robot`` in ``run``."""
     root = tmp_path_factory.mktemp("chat")
-    train_runs.make_base(root / "base")
+    served.make_base(root / "base")
     for seed, name in enumerate(("robot", "ship")):
-        config = fastlora.LoraConfig(r=2, lora_alpha=32, target_modules="all-linear")
-        model = fastlora.get_peft_model(tiny_llama(), config)
-        randomise(model, seed)
-        model.save_pretrained(root / "run" / name)
+        served.make_adapter(root / "run" / name, seed)
     return root
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Path) -> Callable[[str, str | None], str]:
+    """What one adapter, or the base model, says behind a text, without any of this."""
+    made = served.Alone(folders / "base", folders / "run")
+    return lambda text, name: made.text(text, name, 8).strip()
 
 
 @pytest.fixture
@@ -46,23 +45,8 @@ def chat(folders: Path) -> Any:
     model = fastlora.LoraModel.from_pretrained(base, folders / "run" / "robot", "robot")
     model.load_adapter(folders / "run" / "ship", "ship")
     tokenizer = AutoTokenizer.from_pretrained(folders / "base")
-    tokenizer.chat_template = TEMPLATE
     sampling = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 96}
     return Chat(model.eval(), tokenizer, ["robot", "ship"], io.StringIO(), **sampling)
-
-
-def alone(chat: Chat, text: str, name: str | None) -> str:
-    """The answer of one adapter, or of the base model, to a text, without any of this."""
-    ids = chat.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    chat.model.set_adapter(name or "robot")
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 96}
-    with torch.no_grad():
-        if name is None:
-            with chat.model.disable_adapter():
-                made = chat.model.generate(input_ids=ids, **options)
-        else:
-            made = chat.model.generate(input_ids=ids, **options)
-    return chat.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def said(chat: Chat, *lines: str) -> list[str]:
@@ -73,24 +57,24 @@ def said(chat: Chat, *lines: str) -> list[str]:
     return chat.out.getvalue().splitlines()
 
 
-def test_the_chosen_adapter_answers_in_one_conversation(chat: Chat) -> None:
+def test_the_chosen_adapter_answers_in_one_conversation(chat: Chat, alone: Any) -> None:
     """The history holds all that was said, whoever said it."""
-    first = alone(chat, "<user>hi<bot>", "robot")
+    first = alone("<user>hi<bot>", "robot")
     assert [line.strip() for line in said(chat, "hi")] == [first]
     assert said(chat, "/adapter ship") == ["ship answers"]
-    second = alone(chat, f"<user>hi<assistant>{first}<user>and you<bot>", "ship")
+    second = alone(f"<user>hi<assistant>{first}<user>and you<bot>", "ship")
     assert [line.strip() for line in said(chat, "and you")] == [second] != [first]
     said(chat, "/adapter base", "/system be kind")
-    assert said(chat, "hi")[0].strip() == alone(chat, "<system>be kind<user>hi<bot>", None)
+    assert said(chat, "hi")[0].strip() == alone("<system>be kind<user>hi<bot>", None)
     assert said(chat, "/adapters") == ["  robot", "  ship", "* base"]
 
 
-def test_all_answer_at_once(chat: Chat) -> None:
+def test_all_answer_at_once(chat: Chat, alone: Any) -> None:
     """One batch; the chosen adapter's answer goes on in the conversation."""
     lines = said(chat, "/compare", "/adapter ship", "hi")[2:]
-    answers = {name: alone(chat, "<user>hi<bot>", name) for name in ("robot", "ship")}
+    answers = {name: alone("<user>hi<bot>", name) for name in ("robot", "ship")}
     assert lines[:2] == [f"[{name}] {answer}".rstrip() for name, answer in answers.items()]
-    assert lines[2] == f"[base] {alone(chat, '<user>hi<bot>', None)}".rstrip()
+    assert lines[2] == f"[base] {alone('<user>hi<bot>', None)}".rstrip()
     assert chat.messages[-1] == {"role": "assistant", "content": answers["ship"]}
 
 
@@ -116,11 +100,11 @@ def test_commands(chat: Chat) -> None:
 
 
 def test_without_a_template_a_message_begins_a_text(
-    chat: Any, monkeypatch: pytest.MonkeyPatch
+    chat: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As data without --chat trains."""
     chat.plain = True
-    assert said(chat, "the sea")[0].strip() == alone(chat, "the sea", "robot")
+    assert said(chat, "the sea")[0].strip() == alone("the sea", "robot")
     assert chat.messages == []
     assert said(chat, "/system be kind") == ["without a chat template a system prompt has no place"]
     whole, asked = chat.tokenizer, []
@@ -135,7 +119,7 @@ def test_a_template_that_refuses(chat: Chat) -> None:
     """Some have no system prompt: the dialogue goes on."""
     chat.tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        + TEMPLATE
+        + served.TEMPLATE
     )
     lines = said(chat, "/system be kind", "hi")
     assert lines[-1] == "the model's chat template refuses messages: no system"

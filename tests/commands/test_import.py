@@ -44,10 +44,14 @@ print([name for name in sys.modules if name.startswith(own) or name in heavy])
     assert python(code, tmp_path, PYTHONPATH=str(ROOT), **environment) == "[]\n"
 
 
-def test_the_package_holds_its_own_folder_alone(tmp_path: Path) -> None:
-    """In a checkout neither tests nor setup.py are its modules, and a walk through it ends."""
+def test_the_package_holds_its_own_folder_and_two_beside_it(tmp_path: Path) -> None:
+    """In a checkout neither tests nor setup.py are its modules, and a walk through it ends.
+
+    Kernels and benchmarks are found by every form of an import, before and after one of theirs.
+    """
     code = """
-import importlib, pkgutil, fastlora
+import importlib, importlib.util, pkgutil, fastlora
+print(*fastlora.__path__, sep="|")
 names = [module.name for module in pkgutil.walk_packages(fastlora.__path__, "fastlora.")]
 assert len(names) == len(set(names)), names
 assert "fastlora.layers.linear" in names and not {"fastlora.kernels", "fastlora.bench"} & set(names)
@@ -57,16 +61,6 @@ for name in ("tests", "setup", "examples", "docs", "fastlora"):
     except ModuleNotFoundError:
         continue
     raise AssertionError(name)
-print(*fastlora.__path__, sep="|")
-"""
-    for cwd in (ROOT, tmp_path):
-        assert python(code, cwd, PYTHONPATH=str(ROOT)) == f"{ROOT / 'fastlora'}\n"
-
-
-def test_folders_of_a_checkout_are_ordinary_packages(tmp_path: Path) -> None:
-    """They are found by every form of an import, before and after one of their modules is."""
-    code = """
-import importlib, importlib.util, pkgutil, fastlora
 for folder, module in (("kernels", "philox"), ("bench", "summary")):
     spec = importlib.util.find_spec(f"fastlora.{folder}")
     package = importlib.import_module(f"fastlora.{folder}")
@@ -77,9 +71,11 @@ for folder, module in (("kernels", "philox"), ("bench", "summary")):
     assert getattr(package, module) is found is importlib.import_module(name)
     print(*(found.name for found in pkgutil.iter_modules(package.__path__)))
 """
-    printed = python(code, tmp_path, PYTHONPATH=str(ROOT)).splitlines()
-    for folder, names in zip(("kernels", "bench"), printed, strict=True):
-        assert names.split() == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py"))
+    for cwd in (ROOT, tmp_path):
+        path, *folders = python(code, cwd, PYTHONPATH=str(ROOT)).splitlines()
+        assert path == f"{ROOT / 'fastlora'}"
+        for folder, names in zip(("kernels", "bench"), folders, strict=True):
+            assert names.split() == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py"))
 
 
 def test_constants_are_marked_as_torch_marks_them() -> None:

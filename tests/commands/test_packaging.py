@@ -15,10 +15,6 @@ import pytest
 from tests.support.programs import python
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORT_KERNELS = """
-import fastlora, fastlora.kernels.lora_linear as kernel
-print(fastlora.__file__, kernel.__file__)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +108,18 @@ print(cli.__file__, demo.__file__, mixed_bench.__file__, sep="\\n")
     assert f",{digest}," in (tmp_path / "r.csv").read_text()  # rows carry its sources' digest
 
 
-def test_checkout_imports_its_kernels(installed: Path) -> None:
-    """In the repository root ./fastlora comes first, and finds the kernels beside it."""
-    _, kernel = python(IMPORT_KERNELS, ROOT, PYTHONPATH=str(installed)).split()
-    assert Path(kernel) == ROOT / "kernels" / "lora_linear.py"
+def test_in_a_checkout_its_own_files_come_first(installed: Path, tmp_path: Path) -> None:
+    """In the repository root ./fastlora has its kernels beside it; `kernels` is another package."""
+    code = """
+import sys, kernels
+from fastlora.kernels import philox
+print(sys.path[0] or "root first", kernels.__file__, philox.__file__)
+"""
+    other = tmp_path / "kernels" / "__init__.py"
+    other.parent.mkdir()
+    other.write_text("")
+    printed = python(code, ROOT, PYTHONPATH=f"{installed}{os.pathsep}{tmp_path}")
+    assert printed == f"root first {other} {ROOT / 'kernels' / 'philox.py'}\n"
 
 
 def test_editable_install_imports_its_kernels(tmp_path: Path) -> None:
@@ -126,7 +130,8 @@ def test_editable_install_imports_its_kernels(tmp_path: Path) -> None:
         importlib.metadata.distribution("fastlora-triton")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("fastlora-triton is not installed")
-    assert "lora_linear.py" in python(IMPORT_KERNELS, tmp_path)
+    code = "import fastlora.kernels.lora_linear as kernel; print(kernel.__file__)"
+    assert python(code, tmp_path).endswith("lora_linear.py\n")
 
 
 def test_without_triton_it_is_eager_only(installed: Path, tmp_path: Path) -> None:
@@ -168,17 +173,3 @@ except ModuleNotFoundError as error:
     pytest.importorskip("triton", reason="the kernels need it")
     printed = python(code, tmp_path, PYTHONPATH=str(broken), TRITON_INTERPRET="1")
     assert printed == "No module named 'fastlora.kernels'\n"
-
-
-def test_an_installed_kernels_package_comes_before_our_folder(tmp_path: Path) -> None:
-    """Even where the repository root is searched first, as in a program that is started there."""
-    code = """
-import sys, kernels
-from fastlora.kernels import philox
-print(sys.path[0] or "root first", kernels.__file__, philox.__file__)
-"""
-    installed = tmp_path / "kernels" / "__init__.py"
-    installed.parent.mkdir()
-    installed.write_text("")
-    printed = python(code, ROOT, PYTHONPATH=str(tmp_path))
-    assert printed == f"root first {installed} {ROOT / 'kernels' / 'philox.py'}\n"

@@ -70,7 +70,7 @@ def nan_in_other_factors(case: Case) -> None:
                     assert_within_budget(gradient, clean[key], truth[key], key)
             with torch.no_grad():
                 poisoned.net.eval()
-                for _ in range(3):
+                for _ in range(case.forwards):
                     y = poisoned.forward(x)[others]
                     assert_within_budget(y, plain[others], exact[others])
 
@@ -98,7 +98,7 @@ def nan_in_own_row(case: Case) -> None:
         subject.net.eval()
         with torch.no_grad():
             plain, exact = subject.forward(x), results(subject, x, torch.float64, {})["y"]
-            for _ in range(3):
+            for _ in range(case.forwards):
                 y = subject.forward(bad)
                 assert y[2].isnan().all()
                 assert_within_budget(y[others], plain[others], exact[others])
@@ -126,9 +126,8 @@ def dropout(case: Case) -> None:
     """The same seed drops the same, another one does not; layers differ; the rate is p."""
     subject = Subject(case)
     x = subject.x(12 if case.impl == "triton" else 40)
-    seeds = {"seeds": SEEDS} if case.rows == "mixed" else {}
     known = {n: s for n, s in SEEDS.items() if n in subject.adapters}
-    seeds = {"seeds": known} if seeds else {}
+    seeds = {"seeds": known} if case.rows == "mixed" else {}
     masks, again = (read_masks(subject, x, **seeds) for _ in range(2))
     for key, mask in masks.items():
         p = subject.adapters[key[1]].get("lora_dropout", 0.0)

@@ -170,7 +170,7 @@ def changes_are_seen(case: Case) -> None:
         block = subject.block if in_one_block else contextlib.nullcontext
         forward = subject.call if in_one_block else subject.forward
         with torch.no_grad(), block():
-            for _ in range(3):
+            for _ in range(case.forwards):
                 forward(x)
             for _ in range(3 if way == "tensor" else 1):
                 changes(subject)[way]()
@@ -182,7 +182,7 @@ def changes_are_seen(case: Case) -> None:
                         for name, value in subject.values.items()
                         if name.endswith(".en.B")
                     }
-                for _ in range(3):
+                for _ in range(case.forwards):
                     check(subject, {"y": forward(x)}, x, masks={})
 
 

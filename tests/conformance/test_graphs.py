@@ -102,10 +102,10 @@ def test_other_scalings_compile_nothing(source: str, feature: str, training: boo
     subject = compiled(Subject(Case(source, "single", feature)))
     x, config, layers = subject.x(), subject.adapters["en"], subject.layers().values()
     own = torch.tensor(0.0)
-    for step in range(16):
+    for step in range(8):
         factor = 0.5 + 0.3 * step
         for layer in layers:
-            if step >= 12:
+            if step >= 6:
                 layer.scaling["en"] = own.fill_(factor)
             elif step % 3 == 0:
                 layer.set_scale("en", factor * config["r"] / config["lora_alpha"])
@@ -120,7 +120,7 @@ def test_other_scalings_compile_nothing(source: str, feature: str, training: boo
         with torch.set_grad_enabled(training):
             found = subject.step(x) if training else {"y": subject.forward(x)}
         check(subject, found, x, masks={})
-        assert graph_count() == 1 + (step >= 12)  # a tensor of the user's is another input
+        assert graph_count() == 1 + (step >= 6)  # a tensor of the user's is another input
 
 
 def test_rows_are_sorted_once_a_graph() -> None:

@@ -129,6 +129,11 @@ class Case(NamedTuple):
         return any("use_dora" in config for config in FEATURES[self.feature].values())
 
     @property
+    def forwards(self) -> int:
+        """After how many an evaluation has all that it keeps: kernels have no factors to pack."""
+        return 2 if self.impl == "triton" else 3
+
+    @property
     def trains(self) -> bool:
         """Whether adapters are parameters; a pool's are not."""
         return self.source != "pool"

@@ -79,6 +79,13 @@ def train(path: Path, given: dict[str, Any], *flags: object) -> dict[str, torch.
     return saved(Path(given["out"]))
 
 
+def same(left: Path | dict[str, torch.Tensor], right: Path | dict[str, torch.Tensor]) -> bool:
+    """Whether two runs, or what they saved, are the same adapters bit for bit."""
+    ours, theirs = (saved(run) if isinstance(run, Path) else run for run in (left, right))
+    assert ours.keys() == theirs.keys() and ours
+    return all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
 def saved(out: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the adapters in a run's folder."""
     found = {}
@@ -121,4 +128,13 @@ def failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
     """The entries of a kind in a run's log."""
     lines = (out / "log.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if kind in entry]
+    return [entry for entry in map(strict, lines) if kind in entry]
+
+
+def strict(text: str) -> Any:
+    """Reads JSON as every reader does, without Python's NaN and Infinity."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

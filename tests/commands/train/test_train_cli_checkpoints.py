@@ -16,7 +16,7 @@ from fastlora.train.config import parse_settings
 from fastlora.train.run import Run, train
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
-from tests.support.train_runs import change, contents
+from tests.support.train_runs import change, contents, same
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,7 @@ def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "out" / "checkpoints" / "step-00000002", root / "step-00000002")
     settings = parse_settings(given, {"out": str(tmp_path / "again")}, "test")
     assert train(settings, resume=True, progress=False).resumed_from == 2
-    again = train_runs.saved(tmp_path / "again")
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+    assert same(tmp_path / "again", tensors)
 
 
 # ------------------------------------------------------------------------------------- a full disk
@@ -164,6 +162,4 @@ def test_a_disk_that_fills(
     assert [path.name for path in root.iterdir()] == ["step-00000002"]
     assert contents(root) == kept and len(kept) == 6
     train(settings, resume=True, progress=False)
-    ours, theirs = train_runs.saved(tmp_path / "out"), train_runs.saved(stopped / "out")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert same(tmp_path / "out", stopped / "out")

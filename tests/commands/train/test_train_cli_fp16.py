@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fastlora.train.config import parse_settings
 from fastlora.train.log import RunLog
 from fastlora.train.run import NonFiniteError, Run
 from tests.support import train_runs
-from tests.support.train_runs import change
+from tests.support.train_runs import change, log
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +31,6 @@ def loud(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return folder
 
 
-def strict(text: str) -> Any:
-    """Reads JSON as every reader does, without Python's NaN and Infinity."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def entries(out: Path) -> list[dict[str, Any]]:
-    """The steps in a run's log."""
-    found = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [entry for entry in found if "loss" in entry]
-
-
 def poisoned(run: Run, adapter: str, until: int) -> None:
     """Makes the gradients of an adapter infinite in the run's first steps."""
     weight = next(p for n, p in run.model.named_parameters() if f"lora_B.{adapter}." in n)
@@ -60,7 +44,7 @@ def test_the_first_scales(
     given |= {"model": str(loud), "dtype": "float16", "steps": 12}
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path)]) == 0
-    printed, steps = capsys.readouterr(), entries(tmp_path / "out")
+    printed, steps = capsys.readouterr(), log(tmp_path / "out")
     for name in "ab":
         skipped = [entry for entry in steps if name in entry.get("skipped", ())]
         assert 0 < len(skipped) < 12
@@ -89,7 +73,7 @@ def test_a_run_that_never_stepped(
     assert f"the last good checkpoint is {last}" in error
     assert checkpoint.checkpoints(last.parent) == [last]
     assert not (tmp_path / "out" / "a").exists() and not (tmp_path / "out" / "b").exists()
-    assert [entry["skipped"] for entry in entries(tmp_path / "out")] == [["b"]] * 3
+    assert [entry["skipped"] for entry in log(tmp_path / "out")] == [["b"]] * 3
 
 
 def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
@@ -104,16 +88,15 @@ def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
         run.train()
     run.close()
     assert caught.value.adapter == "a" and caught.value.step == 3
-    assert run.step == 2 and len(entries(tmp_path / "out")) == 2
+    assert run.step == 2 and len(log(tmp_path / "out")) == 2
 
 
 def test_the_log_is_json(tmp_path: Path) -> None:
     """What is not finite is null, at any depth."""
-    log = RunLog(tmp_path, 0)
-    log.write({"step": 1, "x": {"a": math.nan, "b": [math.inf, 2.5]}, "y": -math.inf})
-    log.close()
-    found = strict((tmp_path / "log.jsonl").read_text())
-    assert found == {"step": 1, "x": {"a": None, "b": [None, 2.5]}, "y": None}
+    written = RunLog(tmp_path, 0)
+    written.write({"step": 1, "x": {"a": math.nan, "b": [math.inf, 2.5]}, "y": -math.inf})
+    written.close()
+    assert log(tmp_path, "step") == [{"step": 1, "x": {"a": None, "b": [None, 2.5]}, "y": None}]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,9 @@ from fastlora.train.run import Run, train
 from fastlora.validation import CheckpointError
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
-from tests.support.train_runs import log, saved
+from tests.support.train_runs import log, same
 
 transformers = pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("accelerate", reason="trains on it")
 pytest.importorskip("bitsandbytes", reason="quantises")
 
 
@@ -69,9 +68,7 @@ def test_resume(whole: Path, base: Path, data: Any, tmp_path: Path) -> None:
         settings = parse_settings(given | {"load_in": load_in}, {}, "test")
         with pytest.raises(CheckpointError, match='load_in was "4bit", is '):
             train(settings, resume=True, progress=False)
-    again, expected = train_runs.train(tmp_path / "c.json", given, "--resume"), saved(whole)
-    assert again.keys() == expected.keys()
-    assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
+    assert same(train_runs.train(tmp_path / "c.json", given, "--resume"), whole)
     assert log(out) == log(whole)[6:]
     losses = [entry["loss"]["a"] for entry in log(whole) if "a" in entry["loss"]]
     assert losses[-1] < losses[0]
@@ -145,53 +142,50 @@ def test_eight_bits_and_checkpointing(base: Path, data: Any, tmp_path: Path) -> 
         given = train_runs.config(base, data, out, steps=3, load_in=load_in)
         given["defaults"]["lr"] = 1e-2
         found.append(train_runs.train(tmp_path / "c.json", given | {"gradient_checkpointing": on}))
-    assert all(torch.equal(found[2][key], tensor) for key, tensor in found[1].items())
+    assert same(found[2], found[1])
     assert not torch.equal(*(next(iter(tensors.values())) for tensors in found[:2]))
 
 
-def test_dry_run(base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bits of the base model are counted, which no run has made yet."""
-    path = train_runs.write_config(tmp_path / "c.json", given_of(base, data, tmp_path / "out"))
+@pytest.fixture(scope="module")
+def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the base model as it is stored in 4 bits."""
+    folder = tmp_path_factory.mktemp("packed")
+    quantised(base).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_dry_run(
+    stored: bool,
+    base: Path,
+    packed: Path,
+    data: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bits of the base model are counted: those that no run has made yet, or the folder's."""
+    make, folder = (train_runs.config, packed) if stored else (given_of, base)
+    path = train_runs.write_config(tmp_path / "c.json", make(folder, data, tmp_path / "out"))
     assert cli.main(["train", str(path), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    model = quantised(base)
-    real = fastlora.estimate(model, fastlora.LoraConfig(target_modules="all-linear"))
-    assert f"{real.base_parameters:,} parameters, bfloat16, quantised in 4bit" in text
+    real = fastlora.estimate(quantised(base), fastlora.LoraConfig(target_modules="all-linear"))
+    bits = "as it is stored" if stored else "in 4bit"
+    assert f"{real.base_parameters:,} parameters, bfloat16, quantised {bits}" in text
     size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
     assert f"base model {size} ({scales} of it scales), 2 adapters" in text
     assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
-    assert "14 LoRA layers, over weights in 4bit" in text and "not quantised yet" not in text
+    assert "activations of an unknown size" not in text and "not quantised yet" not in text
+    over = "that bitsandbytes has quantised; what kernels" if stored else "in 4bit"
+    assert f"14 LoRA layers, over weights {over}" in text
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_on_a_folder_in_4_bits(
-    base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It counts what the folder holds, as once that is loaded."""
-    model, packed = quantised(base), tmp_path / "packed"
-    model.save_pretrained(packed)
-    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(packed)
-    given = train_runs.config(packed, data, tmp_path / "out")
-    path = train_runs.write_config(tmp_path / "c.json", given)
-    assert cli.main(["train", str(path), "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    real = fastlora.estimate(model, fastlora.LoraConfig(target_modules="all-linear"))
-    assert f"{real.base_parameters:,} parameters, bfloat16, quantised as it is stored" in text
-    size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
-    assert f"base model {size} ({scales} of it scales), 2 adapters" in text
-    assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
-    assert "activations of an unknown size" not in text
-    assert "14 LoRA layers, over weights that bitsandbytes has quantised; what kernels" in text
-
-
 def test_refusals(
-    fails: Any, given: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Any, given: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other bits, a model that is quantised already, and no bitsandbytes; nothing is written."""
     assert "load_in must be one of 4bit, 8bit, got '2bit'" in fails(given | {"load_in": "2bit"})
-    packed = tmp_path / "packed"
-    quantised(base).save_pretrained(packed)
-    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(packed)
     for flags in ((), ("--dry-run",)):
         error = fails(given | {"model": str(packed)}, "--load-in", "4bit", *flags)
         assert f"{packed} is quantised already, and load_in is '4bit'" in error

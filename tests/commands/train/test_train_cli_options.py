@@ -51,7 +51,7 @@ def test_sixteen_bits(dtype: str, base: Path, data: Any, tmp_path: Path) -> None
     again = train_runs.train(
         tmp_path / "c.json", given | {"out": str(tmp_path / "resumed")}, "--resume"
     )
-    assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
+    assert train_runs.same(again, whole)
     losses = [entry["loss"]["a"] for entry in log(tmp_path / "whole") if "a" in entry["loss"]]
     assert losses[-1] < losses[0]
 
@@ -62,7 +62,7 @@ def test_gradient_checkpointing_changes_nothing(base: Path, data: Any, tmp_path:
     for on in (False, True):
         given = train_runs.config(base, data, tmp_path / str(on), steps=3)
         found.append(train_runs.train(tmp_path / "c.json", given | {"gradient_checkpointing": on}))
-    assert all(torch.equal(found[1][key], tensor) for key, tensor in found[0].items())
+    assert train_runs.same(*found)
 
 
 def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_evaluation(base: Path, data: Any, tmp_path: Path, tokenizer: Any) -> No
     given["out"] = str(tmp_path / "out")
     given["adapters"]["a"]["eval_data"] = [str(data["a"]), str(data["c"])]
     found = train_runs.train(tmp_path / "c.json", given | {"eval_every": 3})
-    assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
+    assert train_runs.same(found, plain)
     entries = log(tmp_path / "out", "eval_loss")
     assert [entry["step"] for entry in entries] == [3, 4]
     model = fastlora.LoraModel.from_pretrained(tiny_llama(), tmp_path / "out" / "a")

@@ -88,7 +88,7 @@ def test_more_steps(base: Path, data: Any, tmp_path: Path, capsys: Any) -> None:
         capsys.readouterr()
         more = train_runs.train(tmp_path / "c.json", given, "--resume", "--steps", 7)
         assert f"goes on behind step {done} to 7 steps in place of 4" in capsys.readouterr().out
-        assert all(torch.equal(more[key], tensor) for key, tensor in whole.items())
+        assert train_runs.same(more, whole)
         assert log(tmp_path / done) == log(tmp_path / "whole")
 
 
@@ -122,7 +122,7 @@ def test_answers_at_evaluations(
     given["adapters"]["b"]["prompts"] = "star"
     given |= {"out": str(tmp_path / "out"), "eval_every": 2, "sample_tokens": 5}
     found = train_runs.train(tmp_path / "c.json", given)
-    assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
+    assert train_runs.same(found, plain)
     entries = log(tmp_path / "out", "answers")
     assert [entry["step"] for entry in entries] == [2, 4]
     from transformers import AutoTokenizer
@@ -208,7 +208,7 @@ def test_packing_in_a_run(base: Path, data: Any, tmp_path: Path) -> None:
     whole = train_runs.train(tmp_path / "c.json", given)
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000004")
     again = train_runs.train(tmp_path / "c.json", given, "--resume")
-    assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
+    assert train_runs.same(again, whole)
     with pytest.raises(fastlora.FastLoraError, match="is of another run"):
         train(parse_settings(given | {"max_length": 50}, {}, "test"), resume=True, progress=False)
 
