@@ -149,14 +149,8 @@ def decompose(
 ) -> CordaEigens:
     """Returns the directions of a weight ``[N, K]`` that data with a covariance ``[K, K]`` uses.
 
-    Args:
-        weight: Of the layer.
-        covariance: Of its inputs.
-        rank: How many directions.
-        method: "ipm" for those used most, "kpm" for those used least.
-
-    Raises:
-        InitialisationError: Weight or covariance is not finite, or zero, or smaller than the rank.
+    ``method`` is "ipm" for those used most, "kpm" for those used least. Raises
+    `InitialisationError` where one of the two is not finite, or zero, or smaller than the rank.
     """
     weight, covariance = weight.float(), covariance.float()
     check_finite(weight, "the base weight")

@@ -153,11 +153,8 @@ def share_ranks(
 ) -> dict[str, int]:
     """Returns a rank for each layer: directions that explain more come first.
 
-    Args:
-        ratios: Layer with directions of its own to the share of variance of each.
-        source: Layer to the layer whose directions it has: itself, or one with the same inputs.
-        budget: Sum of the ranks.
-        limits: Layer to its highest rank.
+    ``ratios`` are the shares of variance along each direction of a layer that has its own; the rest
+    is as in `Search`.
     """
     owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
     values = torch.cat([ratios[of][: limits[of]].cpu() for of in source.values()])

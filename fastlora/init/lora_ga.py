@@ -93,14 +93,8 @@ def gradients(
     """Within the block only these modules' weights have gradients; behind it the dict has them.
 
     Each is the mean over the backward passes in the block. Afterwards the model trains what it did
-    before, and holds the gradients that it held.
-
-    Args:
-        model: All of it.
-        modules: Layers by name.
-
-    Raises:
-        InitialisationError: A weight got no gradient, or one that is not finite.
+    before, and holds the gradients that it held. Raises `InitialisationError` where a weight got no
+    gradient, or one that is not finite.
     """
     weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}

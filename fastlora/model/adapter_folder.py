@@ -136,10 +136,8 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
     """Returns a file whose modules have the names that a model has for them now.
 
-    Args:
-        file: The file.
-        mapping: Regular expression -> replacement, for keys without `KEY_PREFIX`; the first that
-            matches counts, as in PEFT. transformers' models have one for their old names.
+    ``mapping`` gives regular expressions for keys without `KEY_PREFIX` replacements; the first that
+    matches counts, as in PEFT. transformers' models have one for their old names.
     """
     if not mapping:
         return file

@@ -19,11 +19,7 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a base model's tensors by the keys of the model without adapters.
-
-    Args:
-        model: The model, with LoRA layers in it or not.
-    """
+    """Returns a base model's tensors by the keys of the model without adapters."""
     named = ((_bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
     return {bare: tensor for bare, tensor in named if bare is not None}
 
@@ -34,16 +30,8 @@ def load_base_state_dict(
 ) -> Any:
     """Copies tensors into a base model, by the keys of the model without adapters.
 
-    Args:
-        model: The model, with LoRA layers in it or not.
-        tensors: Key to tensor.
-        strict: Refuse keys that are missing or not known.
-
-    Returns:
-        The missing and the unexpected keys, as `nn.Module.load_state_dict`.
-
-    Raises:
-        RuntimeError: A key is missing or not known, or a shape differs; nothing has changed.
+    Returns the missing and the unexpected keys, as `nn.Module.load_state_dict`. Raises
+    `RuntimeError`, before any change, for such a key if ``strict``, and where a shape differs.
     """
     entries = base_state_dict(model)
     missing = [key for key in entries if key not in tensors]

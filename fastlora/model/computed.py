@@ -104,14 +104,8 @@ def made(
 ) -> Made:
     """Returns an adapter that is ready to be added, on the layers that it has factors for.
 
-    Args:
-        model: The base model, with adapters in it.
-        configs: Name of each adapter that it was computed from to its config.
-        factors: By layer.
-        config: The adapter's; None where its factors hold all scalings.
-
-    Raises:
-        AdapterStateError, ConfigError: See `LoraTuner.add_weighted_adapter`.
+    ``configs`` are those of the adapters that it was computed from; ``config`` is its own, or None
+    where its factors hold all scalings. Raises as `LoraTuner.add_weighted_adapter`.
     """
     copies = _copies_of(model, list(configs))
     if config is None:
@@ -155,13 +149,8 @@ def _config_for(
 ) -> LoraConfig:
     """Returns the config of an adapter whose factors hold all scalings: its alpha is its rank.
 
-    Args:
-        configs: Of the adapters that it is made of; the first one's other fields are taken.
-        ranks: By layer.
-        copies: From `_copies_of`.
-
-    Raises:
-        ConfigError: One of them means something only on base weights that its start changed.
+    Of the adapters that it is made of the first one's other fields are taken. Raises `ConfigError`
+    where one of them means something only on base weights that its start changed.
     """
     for each in configs:
         each.check_plain("an adapter computed from it")

@@ -52,13 +52,8 @@ def convert(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Returns config and tensors, by file key, of the plain adapter that does the same.
 
-    Args:
-        config: Of the trained adapter.
-        tensors: Its tensors by file key. All but factors stay as they are.
-        initial: The adapter before its training.
-
-    Raises:
-        CheckpointError: The two adapters do not have the same factors.
+    All tensors but factors stay as they are. Raises `CheckpointError` where the trained adapter and
+    the ``initial`` one do not have the same factors.
     """
     keys = check_tensors(config, tensors, "the adapter")
     made = dict(tensors)

@@ -66,13 +66,8 @@ def write_card(
 ) -> None:
     """Writes an adapter's model card, or adds to the one that is there; keys and tags are PEFT's.
 
-    Writes nothing where huggingface_hub, which knows the format, is not installed.
-
-    Args:
-        folder: Where ``README.md`` is, or is to be.
-        base_model: Name of the base model; None for one without a config.
-        tags: Tags to add.
-        pipeline: What the model is for, in the Hub's words, where that is known.
+    Writes nothing where huggingface_hub, which knows the format, is not installed. ``pipeline`` is
+    what the model is for, in the Hub's words.
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         return

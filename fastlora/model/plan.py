@@ -66,11 +66,7 @@ def plan_for(
 ) -> Plan:
     """Returns what an adapter will touch, with a copy of its config whose targets are resolved.
 
-    Args:
-        model: The base model, with or without adapters.
-        adapter_name: For which adapter.
-        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
-        loading: The adapter's weights come from a file.
+    ``peft_config`` may be PEFT's own; ``loading`` says that the weights come from a file.
 
     Raises:
         TargetNotFoundError: The config names no module of the model.
@@ -101,12 +97,6 @@ def plan_adapter(
     model: nn.Module, config: LoraConfig, from_file: bool = False, ties: Ties = NO_TIES
 ) -> Plan:
     """Finds what a config names and checks that LoRA can go there; changes nothing.
-
-    Args:
-        model: The base model, with or without adapters.
-        config: The adapter's.
-        from_file: Whether its weights exist already.
-        ties: From `tie_adapters`.
 
     Raises:
         TargetNotFoundError: Nothing matches.

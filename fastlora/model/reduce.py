@@ -231,11 +231,8 @@ def _without_intruders(
 ) -> tuple[low_rank.Pair, int] | None:
     """Returns factors with less of the intruders, and their number; None where there are none.
 
-    Args:
-        weight: Of the base layer, ``[N, K]``.
-        pair: The adapter's factors.
-        scaling: The adapter's.
-        how: top_k, threshold_epsilon and mitigation_lambda of `reduce_intruder_dimension`.
+    ``weight`` is ``[N, K]``; ``how`` is top_k, threshold_epsilon and mitigation_lambda of
+    `reduce_intruder_dimension`.
     """
     lora_a, lora_b = pair
     top, threshold, left = how

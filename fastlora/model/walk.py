@@ -111,14 +111,7 @@ def base_modules(
 
 
 def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:
-    """Returns a function of PEFT's for a model with layers of PEFT's own.
-
-    Args:
-        model: Any.
-        module: Of PEFT's.
-        name: Of the function there.
-        refusal: What is raised where the model has no such layer.
-    """
+    """Returns a function of PEFT's for a model with layers of PEFT's; raises ``refusal`` else."""
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer
     # Ours are PEFT's too, by registration.

@@ -39,17 +39,9 @@ def combined(
     weights: Sequence[float],
     how: Combination,
 ) -> Made:
-    """Computes the weighted sum of adapters; changes nothing.
+    """Computes the weighted sum of adapters of a base model, in order; changes nothing.
 
-    Args:
-        model: The base model, with the adapters in it.
-        configs: Name of each adapter, in order, to its config.
-        weights: A number for each.
-        how: The way to add them.
-
-    Raises:
-        ConfigError, AdapterStateError, UnsupportedLayerError: See
-            `LoraTuner.add_weighted_adapter`.
+    Raises as `LoraTuner.add_weighted_adapter`.
     """
     _check(configs, weights, how)
     if len(configs) == 1:
