@@ -146,8 +146,13 @@ def test_a_wrong_side_is_not_timed(side: str, monkeypatch: pytest.MonkeyPatch) -
     ("drawn", "found", "draws", "message"),
     [
         ([(0.1, 0.1)] * 20 + [(0.1, 3.0)], (0.1, 5.0), 21, ""),
-        ([(0.1, 0.1)], (0.1, 5.0), 32, "its worst sequence differ from float64 by 5.00e.00"),
-        ([(0.1, 9.0)], (5.0, 5.0), 16, "its best sequence differ from float64 by 5.00e.00"),
+        ([(0.1, 0.1)], (0.1, 5.0), 32, "its outputs differ from float64 by 3.54e.00"),
+        (
+            [(0.1, 9.0)],
+            (5.0, 5.0),
+            16,
+            "outputs of its best sequence differ from float64 by 5.00e.00",
+        ),
     ],
     ids=["as_far_in_another_draw", "far_in_none", "far_everywhere"],
 )
@@ -159,7 +164,7 @@ def test_roundings_that_a_model_carries_far(
     ids, mix = contest.random_ids(2, 1), contest.random_mix(2, 1)
     real, errors, made = Contest.plain, itertools.cycle(drawn), []
 
-    def plain(self: Contest, *given: Any, exact: bool = False) -> torch.Tensor:
+    def plain(self: Contest, *given: Any, exact: bool = False, **_: Any) -> torch.Tensor:
         right = real(self, *given, exact=True)
         if exact:
             return right
@@ -174,7 +179,7 @@ def test_roundings_that_a_model_carries_far(
         with pytest.raises(WrongResultError, match=message):
             contest.check(sides, mix, ids)
     else:
-        assert 6 <= contest.check(sides, mix, ids)[OURS].budget < 6.001
+        assert 4.24 < contest.check(sides, mix, ids)[OURS].budget < 4.25  # twice 3 / sqrt(2)
     assert len(made) == draws
 
 
