@@ -235,13 +235,10 @@ class Contest:
             while best <= most and error > budget and len(drawn) < _DRAWS:
                 drawn.append(_yardstick(self.plain(mix, ids, seed=len(drawn)), truth))
                 budget = max(budget, 2.0 * drawn[-1][1])
-            for which, found, limit in (
-                ("outputs of its best sequence", best, most),
-                ("its outputs", error, budget),
-            ):
+            for whose, found, limit in (("best sequence's ", best, most), ("", error, budget)):
                 if not found <= limit:  # also catches NaN
                     raise WrongResultError(
-                        f"{name} is wrong with {len(set(mix))} adapters: {which} differ "
+                        f"{name} is wrong with {len(set(mix))} adapters: its {whose}outputs differ "
                         f"from float64 by {found:.2e}, expected at most {limit:.2e}; nothing was "
                         "timed"
                     )

@@ -72,9 +72,9 @@ class Batch:
         """Returns whose prompts are next: a part of a long one, or several whole short ones."""
         first, *others = self.jobs[self._answering :]
         chosen, widest = [first], len(first.prompt)
-        for job in () if first.done or widest > PREFILL_TOKENS else others:
+        for job in others:
             widest = max(widest, len(job.prompt))
-            if job.done or widest * (len(chosen) + 1) > PREFILL_TOKENS:
+            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # as beside one that was read in part
                 break
             chosen.append(job)
         return chosen

@@ -151,7 +151,7 @@ def test_a_wrong_side_is_not_timed(side: str, monkeypatch: pytest.MonkeyPatch) -
             [(0.1, 9.0)],
             (5.0, 5.0),
             16,
-            "outputs of its best sequence differ from float64 by 5.00e.00",
+            "its best sequence's outputs differ from float64 by 5.00e.00",
         ),
     ],
     ids=["as_far_in_another_draw", "far_in_none", "far_everywhere"],
