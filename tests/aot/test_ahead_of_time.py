@@ -35,6 +35,17 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx9
 # The backward kernels that loop over a large dimension.
 GRADIENTS = ("lora_grad_b", "lora_grad_a", "lora_grad_x")
 OVER_CODES = ("coded_lora_linear", "coded_lora_grad_x", "coded_mixed_lora_linear")
+# Row tiles of launches in 16 bits, and the variant that all of them are compiled in.
+BUCKETS = {
+    **dict.fromkeys(("lora_shrink", "lora_linear", "lora_expand"), ("heavy", {16, 32, 64, 128})),
+    "mixed_lora_linear": ("heavy", {16, 32, 64, 128}),
+    **dict.fromkeys(
+        ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale"), ("heavy", {16, 64, 128})
+    ),
+    "mixed_lora_grad_x": ("training", {64, 128}),
+    "mixed_lora_grad_x_add": ("training", {64}),
+    "mixed_lora_train_expand": ("training", {64}),
+}
 Row = dict[str, str]
 
 
@@ -184,26 +195,15 @@ def test_the_batch_invariant_mode_has_one_instruction(rows: list[Row], arch: str
         assert shared["instructions"] == alone["instructions"]
 
 
-@pytest.mark.parametrize("kernel", ["lora_shrink", "lora_linear", "lora_expand"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_row_bucket_has_a_config(rows: list[Row], arch: str, kernel: str) -> None:
-    half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
-    assert {row["block_m"] for row in half} == {"16", "32", "64", "128"}
-    for block_m in ("16", "32", "64", "128"):
-        blocks_r = {int(row["block_r"]) for row in half if row["block_m"] == block_m}
-        assert {16, 32} <= blocks_r
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_row_bucket_has_a_config_for_mixed_batches(rows: list[Row], arch: str) -> None:
-    for kernel, expected in (
-        ("mixed_lora_shrink", {"16", "64", "128"}),
-        ("mixed_lora_linear", {"16", "32", "64", "128"}),
-        ("mixed_lora_expand", {"16", "64", "128"}),
-        ("mixed_dora_scale", {"16", "64", "128"}),
-    ):
-        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="heavy")
-        assert {row["block_m"] for row in half} == expected
+def test_every_row_bucket_has_a_config(rows: list[Row], arch: str) -> None:
+    for kernel, (variant, sizes) in BUCKETS.items():
+        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
+        assert {int(row["block_m"]) for row in half} == sizes, kernel
+        if kernel in ("lora_shrink", "lora_linear", "lora_expand"):
+            for size in sizes:
+                own = of(half, block_m=str(size))
+                assert {row["block_r"] for row in own} >= {"16", "32"}, kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -245,13 +245,6 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
             for v in ("training", "siblings")
         )
         assert shared == own
-    for kernel, expected in (
-        ("mixed_lora_grad_x", {"64", "128"}),
-        ("mixed_lora_grad_x_add", {"64"}),
-        ("mixed_lora_train_expand", {"64"}),
-    ):
-        half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant="training")
-        assert {row["block_m"] for row in half} == expected
 
 
 @pytest.mark.parametrize("arch", ARCHS)
