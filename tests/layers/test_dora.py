@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import FastLoraLinear
-from fastlora.layers import FastLoraWrapper
+from fastlora import FastLoraLinear, LoraConfig, adapters
+from fastlora.layers import FastLoraWrapper, dora_rows
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
 from tests.support.dora_truth import dora, layer_of, make_problem, parameters_of
-from tests.support.tiny import trainable
+from tests.support.tiny import trainable, with_adapters
 
 
 def gradients(
@@ -167,6 +167,27 @@ def test_small_changes_of_a_16_bit_magnitude_count() -> None:
         layer.lora_magnitude_vector["default"].weight.copy_(norms * (1 + 3 * 2**-9))
         ratio = (layer(x).double() * truth).sum() / truth.square().sum()
     assert abs(ratio - 1 - 3 * 2**-9) < 2**-11
+
+
+def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other adapters and of none, in a mixed batch over a bias."""
+    torch.manual_seed(0)
+    configs = {
+        name: LoraConfig(target_modules=["0"], use_dora=dora, init_lora_weights=False)
+        for name, dora in (("scaled", True), ("plain", False))
+    }
+    model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).eval()
+    nn.init.uniform_(model.base_model.model[0].lora_magnitude_vector["scaled"].weight)
+    given, run = list[torch.Tensor](), dora_rows.dora_rows
+    monkeypatch.setattr(
+        dora_rows,
+        "dora_rows",
+        lambda call, y, slots: run(call, given.append(y.clone()) or y, slots),
+    )
+    with torch.no_grad(), adapters(model, ["plain", "scaled", None, "plain"]):
+        y = model(torch.randn(4, 20))
+    assert torch.equal(y[[0, 2, 3]], given[0][[0, 2, 3]])
+    assert not torch.allclose(y[1], given[0][1])
 
 
 def test_what_is_refused() -> None:

@@ -34,19 +34,6 @@ def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     return products.linear(x, cast(lora_a, x.dtype))
 
 
-def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    s: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: torch.Tensor,
-) -> torch.Tensor:
-    """Returns ``y = x @ weight.T + bias + (scaling * s) @ lora_b.T``, shape ``[M, N]``."""
-    y = products.linear(x, weight, bias)
-    return lora_expand_(y, s, lora_b, scaling)
-
-
 def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
