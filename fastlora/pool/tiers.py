@@ -231,6 +231,8 @@ class Tiers:
         with self._transfers.ordered():
             uploaded = self._transfers.upload(image)
             self._tables.write(column, uploaded)
+            if old is not None:  # a captured graph that still runs may yet look the slot up
+                self._transfers.wait_for_reads(old.reads.values())
             self._tables.assign(slot, column)
         self._free_columns.pop()
         if old is None:
@@ -272,10 +274,10 @@ class Tiers:
         """Takes a name off the device, if it is there."""
         resident = self.device.pop(name, None)
         if resident is not None:
+            self._retire(resident)  # first: captured graphs that still run look its slot up
             with self._transfers.ordered():
                 self._tables.assign(resident.slot, NO_COLUMN)
             self._free_slots.append(resident.slot)
-            self._retire(resident)
 
     def _retire(self, resident: Resident) -> None:
         """Frees the memory of one that no name has any more, now or with the last lease on it."""

@@ -296,6 +296,31 @@ def test_memory_on_the_device_is_reused_behind_its_readers(
     check_pool(pool)
 
 
+def test_a_slot_changes_its_meaning_behind_its_readers(
+    root: Path, device: RecordingTransfers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays of a captured graph look slots up on the device, when the host is long past them."""
+    pool = make_pool(root, max_adapters=1)
+    assign = pool.tables.assign
+
+    def noted(slot: int, column: int) -> None:
+        device.log.append(("assign", column))
+        assign(slot, column)
+
+    monkeypatch.setattr(pool.tables, "assign", noted)
+    for change in (
+        lambda: pool.load("a0", root / "a5"),  # a swap
+        lambda: pool.lease(["a1"]).release(),  # an eviction
+        lambda: pool.unload("a0"),
+    ):
+        pool.lease(["a0"]).release()
+        device.log.clear()
+        change()
+        kinds = device.kinds()
+        assert "pool waits for" in kinds[: kinds.index("assign")]
+        check_pool(pool)
+
+
 def test_forwards_wait_only_for_copies_under_way(root: Path, device: RecordingTransfers) -> None:
     pool = make_pool(root)
     pool.lease(["a0"]).release()
