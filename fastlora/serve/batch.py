@@ -160,6 +160,7 @@ class Batch:
         self.jobs.pop()
         if job.lease is not None:
             job.lease.release()
+            job.lease = None  # who reads slowly keeps the job, and would keep an evicted adapter
         self._ended(job, error)
 
     def _move(self, source: int, target: int) -> None:

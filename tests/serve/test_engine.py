@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -220,6 +222,19 @@ def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone
     assert ask(engine, "x", "c").text() == alone.text("x", "c", 6)
     assert (engine.running, engine.waiting, engine.stats.requests_cancelled) == (0, 0, 2)
     assert engine._adapters.pool.stats().leases == 0
+
+
+def test_who_keeps_a_request_that_has_ended_keeps_no_adapter(start: Callable[..., Engine]) -> None:
+    """A client that reads slowly does: an adapter that is evicted meanwhile gives its memory up."""
+    engine = start(max_adapters=1)
+    heard = Heard()
+    job = engine.submit([1, 2, 3], "a", GREEDY, heard)
+    assert heard.first.wait(30)
+    (resident,) = map(weakref.ref, engine._adapters.pool._tiers.device.values())
+    heard.text()
+    ask(engine, "x", "b").text()
+    gc.collect()
+    assert job.ended and resident() is None
 
 
 def test_the_queue_is_bounded(start: Callable[..., Engine], alone: Alone) -> None:
