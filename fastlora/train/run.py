@@ -25,7 +25,7 @@ from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, log, prepare
 from fastlora.train.answers import answers
 from fastlora.train.config import TrainSettings
-from fastlora.train.data import Corpus, Row, collate, micro_batches, seed_of
+from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches, seed_of
 from fastlora.train.losses import causal_lm_losses
 from fastlora.train.processes import RunProcesses, TrainError
 from fastlora.train.solo import adapter_parameters
@@ -309,14 +309,19 @@ class Run:
             if trains:  # what the base model draws, too, is a function of step and forward
                 set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
             batch = collate(part, corpora, self.pad, self.processes.device)
-            with adapters(self.model, batch.adapters, seeds=seeds):
-                logits = self.model(**batch.inputs, use_cache=False).logits
-            losses = causal_lm_losses(logits, batch.labels, batch.adapters, tokens=tokens)
+            losses = causal_lm_losses(  # nothing here holds the logits any longer than that
+                self._logits(batch, seeds), batch.labels, batch.adapters, tokens=tokens
+            )
             if trains:
                 self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
         return self.processes.summed(sums)
+
+    def _logits(self, batch: Batch, seeds: Mapping[str, int] | None) -> torch.Tensor:
+        with adapters(self.model, batch.adapters, seeds=seeds):
+            logits: torch.Tensor = self.model(**batch.inputs, use_cache=False).logits
+        return logits
 
     def _not_finite(
         self, what: str, name: str, value: float, step: int, how: str = ""

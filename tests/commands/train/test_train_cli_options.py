@@ -6,7 +6,9 @@ import json
 import math
 import re
 import sys
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 
 import fastlora
 from fastlora.commands import cli
-from fastlora.train import causal_lm_losses, count_tokens
+from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens
+from fastlora.train import run as run_module
 from fastlora.train.config import AdapterSettings, parse_settings, read_settings
 from fastlora.train.data import Corpus, Order, Row, collate, encode, micro_batches
 from fastlora.train.prepare import rate
@@ -84,6 +87,34 @@ def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) 
         for name, value in found[0][kind].items():
             # Some thousand roundings of 2e-16; a sample left out changes the second digit.
             assert value == pytest.approx(found[1][kind][name], rel=1e-12)
+
+
+def test_logits_are_gone_before_the_backward_and_the_next_forward(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large vocabulary they are among a run's largest tensors."""
+    logits: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            alive.append(sum(each() is not None for each in logits))
+            return real(*args)
+
+        return counted
+
+    def losses(own: torch.Tensor, *args: Any, **options: Any) -> Any:
+        logits.append(weakref.ref(own))
+        return causal_lm_losses(own, *args, **options)
+
+    monkeypatch.setattr(run_module, "causal_lm_losses", losses)
+    monkeypatch.setattr(run_module, "collate", counting(run_module.collate))
+    monkeypatch.setattr(AdapterOptimizers, "backward", counting(AdapterOptimizers.backward))
+    for adapter in given["adapters"].values():
+        adapter["eval_data"] = adapter["data"]
+    train_runs.train(tmp_path / "c.json", {**given, "dtype": "bfloat16"})
+    assert len(alive) > len(logits) > 8  # 4 steps of 2 forwards with backwards, and evaluations
+    assert not any(alive)
 
 
 def test_evaluation(base: Path, data: Any, tmp_path: Path, tokenizer: Any) -> None:
