@@ -113,6 +113,7 @@ class Search:
         prepared = self.prepare_batch(batch)
 
         def watching(name: str) -> Callable[..., None]:
+            @torch.no_grad()  # whatever the call of the model does
             def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 rows = self.prepare_layer[name](inputs, prepared, name)
                 see(name, _gathered(rows) if self.gather and dist.is_initialized() else rows)

@@ -387,6 +387,25 @@ def test_eva_takes_any_loader_and_gives_layers_no_rank_at_all() -> None:
     torch.testing.assert_close(model(X), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_eva_keeps_no_graph_of_a_call_that_makes_one() -> None:
+    seen = []
+
+    def rows(inputs: Any, _: Any, __: str) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        return inputs[0]
+
+    def call(model: nn.Module, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            return model(x)
+
+    config = fastlora.LoraConfig(**FIELDS, init_lora_weights="eva")
+    model = fastlora.get_peft_model(two_layers(), config)
+    fastlora.get_eva_state_dict(
+        model, [torch.cat([X, X + 1])], None, call, None, rows, show_progress_bar=False
+    )
+    assert seen and not any(seen)
+
+
 def test_eva_refusals() -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = fastlora.get_peft_model(two_layers(), config)
