@@ -161,10 +161,7 @@ def freeze_base(model: nn.Module, configs: Collection[LoraConfig]) -> None:
     Only the first adapter does: what somebody has unfrozen since stays so.
     """
     modes = {config.bias for config in configs if not config.inference_mode}
-    found = [module for _, module in routed_modules(model)]
-    targets = (module for module in found if isinstance(module, LoraLayer))
-    copied = (module for module in found if isinstance(module, ModulesToSaveWrapper))
-    trained = set(map(id, trained_biases(model, modes, targets, copied)))
+    trained = set(map(id, trained_biases(model, modes, lora_layers(model).values())))
     for _, parameter in base_parameters(model):
         if len(configs) == 1 or id(parameter) in trained:
             parameter.requires_grad_(id(parameter) in trained)
@@ -174,14 +171,16 @@ def trained_biases(
     model: nn.Module,
     modes: Collection[str],
     targets: Iterable[nn.Module],
-    copied: Iterable[nn.Module],
+    copied: Iterable[nn.Module] = (),
 ) -> list[nn.Parameter]:
     """Returns the biases of the base model that train: all, or those of the targets, or none.
 
-    Each once, whatever number of names it has; none of what an adapter has a copy of.
+    Each once, whatever number of names it has; none of what an adapter has a copy of, or is to have
+    one of: ``copied``.
     """
+    wrappers = [m for _, m in routed_modules(model) if isinstance(m, ModulesToSaveWrapper)]
     at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
-    originals = {id(p) for module in copied for p in base_of(module).parameters()}
+    originals = {id(p) for module in (*wrappers, *copied) for p in base_of(module).parameters()}
     found = {
         id(parameter): parameter
         for name, parameter in base_parameters(model)

@@ -15,7 +15,7 @@ from fastlora.model.step_memory import step_memory
 from fastlora.train.quantised import quantise_empty
 from fastlora.validation import ConfigError, TargetNotFoundError
 from tests.support.peak_bytes import peak_bytes
-from tests.support.tiny import TwoLayers, tiny_llama
+from tests.support.tiny import TwoLayers, adapted, tiny_llama
 
 MIB = 1 << 20
 # Parameters, hidden size, layers, heads, width of the feed-forward, of the embeddings.
@@ -87,6 +87,13 @@ def test_it_counts_what_is_made(dtype: torch.dtype) -> None:
     # The same before the second adapter, of the model and of what it wraps.
     for each in (model, model.get_base_model()):
         assert fastlora.estimate(each, config) == found
+    # What the first one has a copy of trains no bias of the second one's either.
+    other = fastlora.LoraConfig(r=2, target_modules=["q"], bias="all")
+    model = adapted(target_modules=["q"], modules_to_save=["head"])
+    counted = fastlora.estimate(model, other).adapter_parameters
+    model.add_adapter("b", other)
+    model.set_adapter("b")
+    assert counted == model.get_nb_trainable_parameters()[0]
 
 
 def test_peft_config_and_optimizers() -> None:

@@ -105,6 +105,20 @@ def test_what_is_not_tied_is_said() -> None:
         get_peft_model(tiny_llama(), config())
 
 
+@pytest.mark.filterwarnings("ignore:.*not set to True")
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, r"lm_head shared .* has its own now"),
+        ({"modules_to_save": ["lm_head"]}, "no longer tied"),
+    ],
+)
+def test_what_merging_unties_is_said(fields: dict[str, Any], words: str) -> None:
+    model = get_peft_model(tiny_llama(), config(**fields))
+    with pytest.warns(UserWarning, match=words):
+        model.merge_and_unload()
+
+
 def test_copy_and_target_at_once() -> None:
     settings = config(
         target_modules=["lm_head"],
