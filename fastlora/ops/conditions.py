@@ -116,10 +116,10 @@ def sees_operators(x: torch.Tensor, within_node: bool = False) -> bool:
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Returns ``"triton"`` or ``"eager"`` for what the caller asked.
+    """Returns ``"triton"`` or ``"eager"`` where kernels may compute, as `conditions_of` knows.
 
     Args:
-        impl: What was asked for.
+        impl: ``"triton"``, or ``"auto"`` on a device of `KERNEL_DEVICES`.
         x: The input.
         dtype: That is computed in; None for x's.
 

@@ -621,6 +621,24 @@ def test_attention_in_a_transformer_layer_acts_in_evaluation() -> None:
         _close(model(x), expected)
 
 
+def test_an_encoder_makes_a_nested_tensor() -> None:
+    """Of a padded batch in evaluation; attention of PyTorch's takes none with gradients."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    fields = {"target_modules": ["self_attn", "linear1"], "init_lora_weights": False}
+    model = fastlora.get_peft_model(encoder, fastlora.LoraConfig(**fields)).eval()
+    x, padded = _tokens(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        y = model(x, src_key_padding_mask=padded)
+    with pytest.raises(AssertionError, match="NestedTensor"):
+        model(x, src_key_padding_mask=padded)
+    encoder.use_nested_tensor = False
+    expected = model(x, src_key_padding_mask=padded)
+    assert expected.requires_grad and not y[padded].any()  # what was in no sample is 0
+    _close(y[~padded], expected[~padded])
+
+
 def test_attention_shares_no_batch() -> None:
     case = KINDS["attention"]
     model = _model(fastlora, case)
