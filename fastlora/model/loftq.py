@@ -116,11 +116,15 @@ def _weights(
     place = Path(_folder_of(model) if path is None else path)
     place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
     index = place.with_name(f"{_WEIGHTS}.index.json")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if place.is_file():
         files = {place}
     elif index.is_file():
         parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {place.parent / part for part in parts.values()}
+        full = {f"{name}.weight" for name in layers}
+        keys = full | {key.removeprefix(prefix) for key in full}
+        # A part that no layer needs may be damaged, or not there.
+        files = {place.parent / part for key, part in parts.items() if key in keys}
     else:
         raise CheckpointError(
             f"Could not find file for {place}, ensure that there is a (sharded) safetensors "
@@ -131,7 +135,7 @@ def _weights(
         if file.is_file():
             holder = opened.enter_context(safe_open(file, framework="pt"))
             holders |= dict.fromkeys(holder.keys(), holder)
-    found, prefix = {}, f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
     for name, layer in layers.items():
         key = f"{name}.weight"
         key = key if key in holders else key.removeprefix(prefix)

@@ -184,8 +184,9 @@ def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -
     parts.mkdir()
     path.rename(parts / "one.safetensors")
     (parts / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"q.weight": "one.safetensors"}}'
+        '{"weight_map": {"q.weight": "one.safetensors", "other": "damaged.safetensors"}}'
     )
+    (parts / "damaged.safetensors").write_bytes(b"which no layer needs")
     fastlora.replace_lora_weights_loftq(ours, parts)
     product = mine["q"].lora_B["default"].weight @ mine["q"].lora_A["default"].weight
     torch.testing.assert_close(product, products[0], atol=1e-6, rtol=1e-6)
