@@ -14,7 +14,7 @@ class AnswerText:
     """Decodes an answer while it is made.
 
     Args:
-        tokenizer: For this thread alone.
+        tokenizer: For one thread alone, that which calls `add` and `end`.
         prompt: Tokens of the prompt.
         stop: Texts that end the answer.
 
