@@ -230,10 +230,15 @@ class Tiers:
         slot = self._free_slots[-1] if old is None else old.slot
         with self._transfers.ordered():
             uploaded = self._transfers.upload(image)
-            self._tables.write(column, uploaded)
-            if old is not None:  # a captured graph that still runs may yet look the slot up
-                self._transfers.wait_for_reads(old.reads.values())
-            self._tables.assign(slot, column)
+            try:
+                self._tables.write(column, uploaded)
+                if old is not None:  # a captured graph that still runs may yet look the slot up
+                    self._transfers.wait_for_reads(old.reads.values())
+                self._tables.assign(slot, column)
+            except BaseException:  # the slot may mean the column already, which stays free
+                self._tables.assign(slot, NO_COLUMN if old is None else old.column)
+                self._tables.clear(column)
+                raise
         self._free_columns.pop()
         if old is None:
             self._free_slots.pop()

@@ -313,6 +313,29 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
     check_pool(pool)
 
 
+@pytest.mark.parametrize("name", ["a0", "a1"], ids=["swap", "new"])
+def test_an_adapter_that_fails_last_leaves_the_slot(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No slot means a column that is free, which another adapter gets next."""
+    pool = make_pool(root, max_adapters=2)
+    pool.load("a0", root / "a0")
+    assign, calls = pool.tables.assign, []
+
+    def fail(slot: int, column: int) -> None:
+        assign(slot, column)
+        calls.append(slot)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool.tables, "assign", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pool.load(name, root / "a5")
+    check_pool(pool)
+    with pool.lease(["a0"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a0")
+
+
 def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
