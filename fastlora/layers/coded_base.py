@@ -200,7 +200,7 @@ def why_called(layer: CommonLayer) -> str:
     return code if isinstance(code, str) else ""
 
 
-def reads_codes(layer: Any) -> str:
+def reads_codes(layer: CommonLayer) -> str:
     """Returns what kernels read of a layer's base weight, and in which dtype they compute.
 
     Known once `why_called` was asked; empty where the weight is plain, or the base layer called.
