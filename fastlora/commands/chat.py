@@ -69,7 +69,7 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
         CheckpointError: A folder is missing, or neither it nor a subfolder of it is an adapter's.
         ConfigError: Two have the same name, or one is called as the base model is.
     """
-    from fastlora.model.config import CONFIG_NAME
+    from fastlora.model.adapter_files import CONFIG_NAME
 
     found: dict[str, Path] = {}
     for text in given:

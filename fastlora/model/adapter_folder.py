@@ -8,9 +8,10 @@ Method: PEFT 0.21.2, ``utils/save_and_load.py``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,19 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.model.config import CONFIG_NAME, LoraConfig
-from fastlora.model.targets import modules_to_save_entries
-from fastlora.model.tensor_file import (
-    TensorInfo,
-    flush_to_disk,
-    read_header,
-    read_tensors,
-    replacing,
-    write_tensors,
+from fastlora.model.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterFiles,
+    config_metadata,
+    open_adapter_files,
 )
+from fastlora.model.config import LoraConfig
+from fastlora.model.replace_files import flush_to_disk, locked, replacing_together
+from fastlora.model.targets import modules_to_save_entries
+from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 # End of the key of the rows of an embedding that an adapter trains.
 TOKENS_KEY = "token_adapter.trainable_tokens_delta"
@@ -120,17 +121,84 @@ class AdapterFile:
     tensors: dict[str, torch.Tensor]
 
 
+class OpenAdapter:
+    """An adapter folder with both files open: whatever happens to the folder, they belong together.
+
+    Attributes:
+        path: The folder.
+        config: Its config.
+    """
+
+    def __init__(self, path: Path, files: AdapterFiles) -> None:
+        self.path = path
+        self._weights = files.weights
+        try:
+            with error_prefix(path / CONFIG_NAME):
+                self.config = LoraConfig.from_dict(files.config, for_loading=True)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+    @property
+    def nbytes(self) -> int:
+        """Apparent size of the file of tensors."""
+        return self._weights.nbytes
+
+    def inspect(self) -> AdapterHeader:
+        """Returns the header, checked against the config; no tensor is read.
+
+        Raises `CheckpointError` if the header is damaged or contradicts the config.
+        """
+        infos = self._weights.infos
+        keys = check_tensors(self.config, infos, str(self._weights.path))
+        return AdapterHeader(self.path, self.config, infos, keys)
+
+    def load(self) -> AdapterFile:
+        """Returns the checked adapter with its tensors; raises as `inspect`."""
+        keys = self.inspect().keys
+        wanted = [key for key, parts in keys.items() if parts.kind != "duplicate"]
+        return AdapterFile(self.path, self.config, keys, self._weights.read(wanted))
+
+
+@contextlib.contextmanager
+def open_adapter_folder(
+    path: str | os.PathLike[str], root: Path | None = None
+) -> Iterator[OpenAdapter]:
+    """Opens a local adapter folder for the block; ids of the Hugging Face Hub are not downloaded.
+
+    If a save into the folder was cut off, the block sees the whole old or the whole new adapter.
+
+    Args:
+        path: The folder.
+        root: Folder that the adapter's files must be in after links are resolved; None follows
+            links anywhere.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or unsafe; the message names the file.
+    """
+    folder = Path(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            files = stack.enter_context(open_adapter_files(folder, root))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(_why_missing(folder, error)) from error
+        yield OpenAdapter(folder, files)
+
+
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
-    """Reads a local adapter folder; ids of the Hugging Face Hub are not downloaded.
+    """Reads a local adapter folder; links are followed.
 
     Raises:
         CheckpointError: A file is missing, damaged, unsafe, or contradicts the other; the message
             names file, tensor, what was found and what was expected.
     """
-    header = inspect_adapter_folder(path)
-    tensors = read_tensors(header.path / WEIGHTS_NAME, header.infos)
-    wanted = {key: tensors[key] for key, k in header.keys.items() if k.kind != "duplicate"}
-    return AdapterFile(header.path, header.config, header.keys, wanted)
+    with open_adapter_folder(path) as opened:
+        return opened.load()
+
+
+def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
+    """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
+    with open_adapter_folder(path) as opened:
+        return opened.inspect()
 
 
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
@@ -159,28 +227,6 @@ def _renamed(name: str, mapping: Mapping[str, str]) -> str:
     return name
 
 
-def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
-    config = read_adapter_config(path)
-    folder = Path(path)
-    weights = folder / WEIGHTS_NAME
-    infos = read_header(weights)
-    keys = check_tensors(config, infos, str(weights))
-    return AdapterHeader(folder, config, infos, keys)
-
-
-def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
-    """Returns the config of a local adapter folder that also has a file of tensors.
-
-    Raises `CheckpointError` as `load_adapter_folder`, as far as it does not depend on tensors.
-    """
-    _check_folder(Path(path))
-    try:
-        return LoraConfig.from_pretrained(path, for_loading=True)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def save_adapter_folder(
     path: str | os.PathLike[str],
     config: LoraConfig,
@@ -190,21 +236,27 @@ def save_adapter_folder(
 ) -> None:
     """Writes an adapter folder that PEFT and fastlora read, with ``inference_mode`` True.
 
-    Both files are complete on disk under other names before either takes its own, so a full disk
-    or a crash while writing leaves an adapter that was there as it was. Raises `CheckpointError`
-    where ``tensors``, by key on disk, do not fit the config or each other, or cannot be written.
+    Both files are complete on disk under temporary names before the weights and then the config
+    are renamed. A failure or a crash before leaves the old adapter. A crash between the renames
+    leaves the new adapter to fastlora, and new weights beside the old config to other readers.
+    Simultaneous saves into one folder wait for each other.
+
+    Raises:
+        CheckpointError: ``tensors``, by key on disk, do not fit the config or each other, or cannot
+            be written.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder")
     check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
-    text = config.to_json(inference_mode=True, auto_mapping=auto_mapping)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The weights take their name first: a `with` ends from right to left.
-    with replacing(folder / CONFIG_NAME) as new_config, replacing(folder / WEIGHTS_NAME) as weights:
-        write_tensors(weights, tensors)
-        new_config.write_text(text, encoding="utf-8")
-        flush_to_disk(new_config)
+    text = config.to_json(inference_mode=True, auto_mapping=auto_mapping).encode("utf-8")
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        flush_to_disk(folder.parent)
+    paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    with locked(folder), replacing_together(*paths) as (weights, new_config):
+        write_tensors(weights, tensors, config_metadata(folder, text))
+        new_config.write_bytes(text)
 
 
 def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
@@ -227,20 +279,21 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
         return keys
 
 
-def _check_folder(folder: Path) -> None:
+def _why_missing(folder: Path, error: OSError) -> str:
+    """Returns a message for an adapter folder that lacks a file."""
     if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file, expected the folder that holds {WEIGHTS_NAME}")
+        return f"{folder}: is a file, expected the folder that holds {WEIGHTS_NAME}"
     if not folder.is_dir():
-        raise CheckpointError(
+        return (
             f"{folder}: no such folder. Only local folders are read; for an adapter on the Hugging "
             "Face Hub, pass the folder that huggingface_hub.snapshot_download(repo_id) returns"
         )
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
-    if not missing:
-        return
+    if not missing:  # it has come meanwhile
+        return f"{folder}: {error.strerror}"
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles and WEIGHTS_NAME in missing:
-        raise CheckpointError(
+        return (
             f"{folder / pickles[0]}: a pickle can run any code when it is opened, so it is not "
             f"read; expected {WEIGHTS_NAME}. If you trust it, convert it: "
             "safetensors.torch.save_file(torch.load(bin_path, weights_only=True), "
@@ -248,7 +301,7 @@ def _check_folder(folder: Path) -> None:
         )
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
     hint = f"; there are adapters in its subfolders {', '.join(inside[:10])}: name one of them"
-    raise CheckpointError(f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}")
+    return f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}"
 
 
 def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:

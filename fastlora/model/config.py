@@ -20,8 +20,9 @@ from typing import Any, Literal, TypeVar
 from fastlora.init import Init, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
 from fastlora.model.config_checks import PeftType, TaskType, checked_fields
-from fastlora.model.config_methods import CONFIG_NAME, ConfigMethods, read_config_file
-from fastlora.model.tensor_file import replacing
+from fastlora.model.adapter_files import CONFIG_NAME, read_config
+from fastlora.model.config_methods import ConfigMethods
+from fastlora.model.replace_files import locked, replacing
 from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix
 
 # Field -> value that means "unset"; None stands for PEFT's default of None.
@@ -312,6 +313,8 @@ class LoraConfig(ConfigMethods):
             for_loading: The weights come from a file: how they were initialised matters only if
                 that changed the base weights, which raises `ConfigError`. The value is kept.
         """
+        if for_loading and data.get("peft_type", "LORA") is None:
+            raise ConfigError("peft_type is None, expected 'LORA'")
         return cls._build(data, "load" if for_loading else "new")
 
     @classmethod
@@ -378,7 +381,7 @@ class LoraConfig(ConfigMethods):
         auto_mapping = auto_mapping if auto_mapping is not None else auto_mapping_dict
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / CONFIG_NAME) as partial:
+        with locked(folder), replacing(folder / CONFIG_NAME) as partial:
             partial.write_text(self.to_json(auto_mapping=auto_mapping), encoding="utf-8")
 
     def to_json(self, **overrides: Any) -> str:
@@ -391,17 +394,18 @@ class LoraConfig(ConfigMethods):
     def from_pretrained(
         cls: type[_T], folder: str | os.PathLike[str], *, for_loading: bool = False
     ) -> _T:
-        """Reads ``adapter_config.json`` from a local folder; see `from_dict`.
+        """Returns the config of a local folder, from ``adapter_config.json``; see `from_dict`.
+
+        It is the config that belongs to the folder's weights: if a save was cut off after it had
+        replaced the weights and before it replaced ``adapter_config.json``, the config comes from
+        the weights' metadata. `from_json_file` returns the fields of the file itself.
 
         Raises:
             CheckpointError: The file is missing or is not a JSON object.
             ConfigError: A value in it is refused.
         """
-        path = Path(folder) / CONFIG_NAME
-        data = read_config_file(path)
-        with error_prefix(path):
-            if for_loading and data.get("peft_type", "LORA") is None:
-                raise ConfigError("peft_type is None, expected 'LORA'")
+        data = read_config(Path(folder))
+        with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fastlora.model.adapter_files import read_config_file
 from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.hub import push_to_hub
-from fastlora.validation import CheckpointError
 
-CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 16 << 20
 _T = TypeVar("_T", bound="ConfigMethods")
 
 
@@ -47,7 +44,7 @@ class ConfigMethods:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
-        """Returns the fields in an ``adapter_config.json``, unchecked.
+        """Returns the fields in an ``adapter_config.json``, unchecked, as the file has them.
 
         Raises:
             CheckpointError: The file is missing, too large, or not a JSON object.
@@ -71,24 +68,3 @@ class ConfigMethods:
         """Uploads ``adapter_config.json``; see `fastlora.model.hub.push_to_hub`."""
         save: Any = self.save_pretrained  # type: ignore[attr-defined]  # LoraConfig has it
         return push_to_hub(save, repo_id, **options)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Returns the fields in an ``adapter_config.json``, unchecked.
-
-    Raises:
-        CheckpointError: The file is missing, too large, or not a JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected an adapter's {CONFIG_NAME}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, expected at most {MAX_CONFIG_BYTES}"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data

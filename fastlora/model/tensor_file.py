@@ -6,13 +6,11 @@ data_offsets}}``, the data.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,41 +54,96 @@ class TensorInfo(NamedTuple):
         return self.stop - self.start
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Returns every tensor's dtype, shape and place, after checking them against the file's size.
+class TensorFile:
+    """An open safetensors file: the header and the tensors are read from one descriptor.
+
+    Use it as a context manager, which closes the file. Errors name ``path``, which is not opened
+    again.
 
     Raises:
-        CheckpointError: The file is truncated, or its header is too long, no JSON, or does not
-            describe the data exactly.
+        CheckpointError: The file is truncated, or its header is too long or not a JSON object.
+
+    Attributes:
+        path: As given.
+        metadata: The header's texts.
     """
-    with path.open("rb") as file, error_prefix(path):
-        return _parse_header(file)
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
+        self._file = file
+        self._state = self._stat()
+        try:
+            with error_prefix(path):
+                self._entries, self._start = _read_header(file)
+        except BaseException:
+            file.close()
+            raise
+        metadata = self._entries.pop(_METADATA, None)
+        pairs = metadata.items() if isinstance(metadata, dict) else ()
+        self.metadata = {key: text for key, text in pairs if isinstance(text, str)}
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Apparent size of the file."""
+        return self._state[0]
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor's dtype, shape and place, checked against the size of the file.
+
+        Raises `CheckpointError` if the header does not describe the data exactly.
+        """
+        with error_prefix(self.path):
+            found = {n: _tensor_info(n, entry, self._start) for n, entry in self._entries.items()}
+            _check_coverage(found, self._start, self.nbytes)
+        return found
+
+    def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Returns tensors on the CPU, each in memory of its own.
+
+        Args:
+            names: The tensors to read; None for all.
+
+        Raises:
+            CheckpointError: The file changed, or ends early.
+        """
+        tensors = {}
+        with error_prefix(self.path):
+            for name in self.infos if names is None else names:
+                info = self.infos[name]
+                # Not mapped: a mapped file that somebody truncates kills the process.
+                data = bytearray(info.nbytes)
+                self._file.seek(info.start)
+                if self._file.readinto(data) != info.nbytes:  # type: ignore[attr-defined]
+                    raise CheckpointError(f"tensor {name!r} ends early")
+                tensors[name] = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+            if self._stat() != self._state:
+                raise CheckpointError("changed while it was read")
+        return tensors
+
+    def _stat(self) -> tuple[int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns
 
 
-def read_tensors(path: Path, expected: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file, on the CPU, in memory of their own.
-
-    Raises `CheckpointError` where the file ends early, or its header is not ``expected``, which
-    `read_header` returned and the caller has checked.
-    """
-    tensors = {}
-    with path.open("rb") as file, error_prefix(path):
-        if _parse_header(file) != expected:
-            raise CheckpointError("changed while it was read")
-        for name, info in expected.items():
-            # Not mapped: a mapped file that somebody truncates kills the process.
-            data = bytearray(info.nbytes)
-            file.seek(info.start)
-            if file.readinto(data) != info.nbytes:
-                raise CheckpointError(f"tensor {name!r} ends early")
-            tensors[name] = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
-    return tensors
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file; see `TensorFile` for the errors."""
+    with TensorFile(path.open("rb"), path) as file:
+        return file.read()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a safetensors file that says ``{"format": "pt"}``, and waits until it is on disk.
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with ``{"format": "pt"}`` and ``metadata`` in its header.
 
-    Raises `CheckpointError` where it could not be written.
+    Equal arguments give equal bytes. Raises `CheckpointError` if the file cannot be written.
     """
     stored: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -99,52 +152,29 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         storage = own.untyped_storage().data_ptr()
         stored[name] = own.clone() if storage in seen else own  # the format forbids aliases
         seen.add(storage)
+    texts = {"format": "pt", **(metadata or {})}
     try:
-        save_file(stored, path, metadata={"format": "pt"})
+        save_file(stored, path, metadata=texts)
+        _order_metadata(path, texts)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: could not be written ({error})") from error
-    flush_to_disk(path)
 
 
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content is on disk, so that a rename cannot overtake it."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
+    """Writes the header's texts in the given order; safetensors writes them in a random one."""
+    start = f'{{"{_METADATA}":'.encode()
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        written, end = json.JSONDecoder().raw_decode(header.decode("utf-8"), len(start))
+        ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
+        if header.startswith(start) and written == texts and len(start) + len(ordered) == end:
+            file.seek(8)
+            file.write(start + ordered)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a name beside ``path`` to write to; the file takes its place when the block ends."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder beside ``path`` to fill; it takes that name when the block ends.
-
-    It is gone where the block fails. What has the name by then must be an empty folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _parse_header(file: BinaryIO) -> dict[str, TensorInfo]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Returns a header as it is, and where the data starts."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
@@ -162,10 +192,7 @@ def _parse_header(file: BinaryIO) -> dict[str, TensorInfo]:
         raise CheckpointError(f"the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"the header is {type(header).__name__}, expected an object")
-    header.pop(_METADATA, None)
-    infos = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
-    _check_coverage(infos, 8 + length, size)
-    return infos
+    return header, 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

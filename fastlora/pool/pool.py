@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.model.config import CONFIG_NAME
+from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.image import Packer
 from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease, Request, Residency
@@ -55,6 +55,8 @@ class AdapterPool:
         dtype: Of the stored factors; None for that of the base weights.
         max_rank: Largest rank that is accepted, or None for any.
         device: Where the factors go; None for the base weights' device.
+        root: Folder that every adapter's files must be in after links are resolved; a file outside
+            raises `CheckpointError`. None follows links anywhere.
 
     Attributes:
         modules: Name, K and N of each target module; a layer's ``table_row`` counts here.
@@ -80,6 +82,7 @@ class AdapterPool:
         dtype: torch.dtype | None = None,
         max_rank: int | None = None,
         device: torch.device | str | None = None,
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_limit("max_adapters", max_adapters, 1)
         for limit, value in (("device_bytes", device_bytes), ("cpu_bytes", cpu_bytes)):
@@ -110,7 +113,8 @@ class AdapterPool:
             raise
         self.modules, self.group = list(self._layers.targets), self._layers.group
         self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
-        self._reader = AdapterReader(model, packer, max_rank)
+        within = None if root is None else Path(root).resolve()
+        self._reader = AdapterReader(model, packer, max_rank, within)
         self._tiers = Tiers(self.tables, transfers, device_bytes, cpu_bytes)
         scales = ScaleMaker(self._layers.layers, self.tables, transfers)
         self._residency = Residency(self._reader, self._tiers, transfers, scales)

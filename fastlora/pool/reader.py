@@ -10,13 +10,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.bases import dense_weight
-from fastlora.model.adapter_folder import (
-    AdapterKey,
-    check_tensors,
-    load_adapter_folder,
-    read_adapter_config,
-)
-from fastlora.model.config import CONFIG_NAME, LoraConfig
+from fastlora.model.adapter_files import CONFIG_NAME
+from fastlora.model.adapter_folder import AdapterKey, check_tensors, open_adapter_folder
+from fastlora.model.config import LoraConfig
 from fastlora.model.targets import NO_TARGETS, find_targets
 from fastlora.model.walk import base_of
 from fastlora.pool.image import Image, Packer
@@ -52,10 +48,13 @@ class AdapterReader:
         model: The base model, with the pool's layers in it.
         packer: Packs what was read; its targets are the pool's.
         max_rank: Largest rank that is accepted, or None for any.
+        root: Folder that an adapter's files must be in after links are resolved, or None.
     """
 
-    def __init__(self, model: nn.Module, packer: Packer, max_rank: int | None) -> None:
-        self._model, self._packer, self._max_rank = model, packer, max_rank
+    def __init__(
+        self, model: nn.Module, packer: Packer, max_rank: int | None, root: Path | None = None
+    ) -> None:
+        self._model, self._packer, self._max_rank, self._root = model, packer, max_rank, root
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
         # What a config names in this model; adapters of one kind name the same.
         self._named: dict[str, list[str]] = {}
@@ -65,9 +64,9 @@ class AdapterReader:
 
         Raises `CheckpointError` where the folder holds no adapter that this pool can take.
         """
-        config = read_adapter_config(folder)
-        self._check_config(config, str(folder / CONFIG_NAME))
-        return config
+        with open_adapter_folder(folder, self._root) as opened:
+            self._check_config(opened.config, str(folder / CONFIG_NAME))
+            return opened.config
 
     def read_folder(self, folder: Path) -> Image:
         """Reads, checks and packs an adapter folder.
@@ -75,8 +74,9 @@ class AdapterReader:
         Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
         is damaged, holds what a pool cannot take, or does not fit the model.
         """
-        self.check_folder(folder)  # first, because it refuses more clearly
-        file = load_adapter_folder(folder)
+        with open_adapter_folder(folder, self._root) as opened:
+            self._check_config(opened.config, str(folder / CONFIG_NAME))  # refuses more clearly
+            file = opened.load()
         return self._pack(file.config, file.keys, file.tensors, str(folder))
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:

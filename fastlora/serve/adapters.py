@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastlora.model.config import CONFIG_NAME
+from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool import AdapterPool
 from fastlora.validation import (
     AdapterNotFoundError,

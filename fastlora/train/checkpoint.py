@@ -11,10 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +21,8 @@ import torch
 from torch import nn
 
 from fastlora.model.inject import base_parameters
-from fastlora.model.tensor_file import (
-    flush_to_disk,
-    new_folder,
-    read_header,
-    read_tensors,
-    write_tensors,
-)
+from fastlora.model.replace_files import new_folder, remove_abandoned, remove_folder
+from fastlora.model.tensor_file import read_tensors, write_tensors
 from fastlora.validation import CheckpointError
 
 FORMAT = 1
@@ -79,23 +71,18 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
         with new_folder(target) as partial:
             yield adapters_folder(partial)
             _write_state(partial, state)
-            for path, _, _ in os.walk(partial):
-                _flush_folder(Path(path))
-        _flush_folder(root)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{target}: could not be written ({error}); older checkpoints are as they were"
         ) from error
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
-            old.rename(root / f".{old.name}.{uuid.uuid4().hex}.tmp")
-    sweep(root)
+            remove_folder(old)
 
 
 def sweep(root: Path) -> None:
-    """Removes what killed runs left unfinished. Not while another run writes there."""
-    for leftover in root.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Removes the unfinished checkpoints that killed runs left."""
+    remove_abandoned(root)
 
 
 def read_checkpoint(path: Path) -> TrainState:
@@ -115,7 +102,7 @@ def read_checkpoint(path: Path) -> TrainState:
         raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
     tensors = path / _TENSORS
     try:
-        loaded = read_tensors(tensors, read_header(tensors))
+        loaded = read_tensors(tensors)
         return TrainState(step, identity, _joined(skeleton, loaded))
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{tensors}: does not fit {state_path.name} ({error!r})") from error
@@ -168,21 +155,7 @@ def _write_state(folder: Path, state: TrainState) -> None:
         "optimizers": _split(state.optimizers, "", tensors),
     }
     write_tensors(folder / _TENSORS, tensors)
-    path = folder / _STATE
-    path.write_text(json.dumps(data), encoding="utf-8")
-    flush_to_disk(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk, where the platform lets folders be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    (folder / _STATE).write_text(json.dumps(data), encoding="utf-8")
 
 
 def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:

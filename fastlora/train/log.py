@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlora.model.tensor_file import replacing
+from fastlora.model.replace_files import replacing
 from fastlora.train.processes import TrainError
 
 LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora.model import tensor_file
 from fastlora.model.adapter_folder import (
     WEIGHTS_NAME,
     inspect_adapter_folder,
     load_adapter_folder,
+    open_adapter_folder,
     save_adapter_folder,
 )
 from fastlora.model.config import LoraConfig
@@ -105,7 +106,22 @@ def test_every_truncation_is_refused(folder: Path) -> None:
 
 
 def test_file_swapped_between_check_and_read(folder: Path) -> None:
-    header = inspect_adapter_folder(folder)
-    save(folder, 3)
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        tensor_file.read_tensors(folder / WEIGHTS_NAME, header.infos)
+    """The header and the tensors come from one descriptor: a new file changes nothing."""
+    before = load_adapter_folder(folder)
+    with open_adapter_folder(folder) as opened:
+        assert opened.inspect().infos
+        save(folder, 3)
+        after = opened.load()
+    assert after.config == before.config
+    assert all(torch.equal(before.tensors[key], value) for key, value in after.tensors.items())
+
+
+def test_file_written_over_between_check_and_read(folder: Path) -> None:
+    with open_adapter_folder(folder) as opened:
+        assert opened.inspect().infos
+        with (folder / WEIGHTS_NAME).open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"1234")
+        os.utime(folder / WEIGHTS_NAME, ns=(1, 1))  # the clock of a file system is coarse
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            opened.load()

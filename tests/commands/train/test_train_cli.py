@@ -113,7 +113,7 @@ def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_pat
     root = out / "checkpoints"
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000003"]
     leftovers = list(root.glob(".step-*.tmp"))
-    assert len(leftovers) == 1 and (leftovers[0] / "adapters" / "a").is_dir()
+    assert len(leftovers) == 1 and (leftovers[0] / "new" / "adapters" / "a").is_dir()
     assert not (out / "a").exists()
 
     assert same(start("killed", "--resume"), whole)
