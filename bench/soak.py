@@ -32,8 +32,8 @@ from torch import nn
 
 import fastlora
 from fastlora.commands import smollm2
-from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.model.adapter_files import CONFIG_NAME
+from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.pool import AdapterPool
 from fastlora.testing import assert_within_budget, error_budget, summed_otherwise
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeVar
 
 from fastlora.init import Init, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
-from fastlora.model.config_checks import PeftType, TaskType, checked_fields
 from fastlora.model.adapter_files import CONFIG_NAME, read_config
+from fastlora.model.config_checks import PeftType, TaskType, checked_fields
 from fastlora.model.config_methods import ConfigMethods
 from fastlora.model.replace_files import locked, replacing
 from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.model.config_checks import PEFT_VERSION
+from fastlora.model.replace_files import replacing
 from fastlora.validation import ImplementationError
 
 CARD_NAME = "README.md"
@@ -91,7 +92,8 @@ def write_card(
         if heading not in card.text.splitlines():
             card.text = f"{card.text.rstrip()}\n\n{heading}\n"
         card.text = card.text.replace(heading, f"{heading}\n\n{version}", 1)
-    path.write_text(str(card), encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(str(card), encoding="utf-8")
 
 
 _CARD = """---
