@@ -107,14 +107,17 @@ def test_kills_at_fixed_calls(adapters: list[Saved], new: int, tmp_path: Path) -
     before, after = adapters[0], adapters[new]
     before.save(folder)
     after_save = partial(after.save, folder)
-    names = crash.changes(after_save, folder)
-    first, second = (names.index(f"os.rename new-{n} {n}") + 1 for n in (WEIGHTS_NAME, CONFIG_NAME))
+    calls = crash.changes(after_save, folder)
+    first, second = (
+        next(i for i, call in enumerate(calls, 1) if call.endswith(f" {name}"))
+        for name in (WEIGHTS_NAME, CONFIG_NAME)
+    )
     shutil.rmtree(folder)
-    for at in (names.index("middle .tmpCrash") + 1, first, second, second + 1):
+    for at in (calls.index("middle .tmpCrash") + 1, first, second, second + 1):
         before.save(folder)
         crash.kill(after_save, folder, at, seed=at)
         held = check(folder, before, after, before.config)
-        assert held is (before if at <= first else after), names[at - 1]
+        assert held is (before if at <= first else after), calls[at - 1]
     finish(folder, after)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastlora
+from fastlora.serve.adapters import ServedAdapters
 from tests.support.served import Alone, make_adapter, wait_for
+from tests.support.tiny import tiny_llama
 
 GREEDY: dict[str, Any] = {"prompt": "the sea", "temperature": 0, "max_tokens": 12}
 
@@ -200,6 +204,59 @@ def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
     assert "deep/broken" in error
     assert str(served.folder) not in error
     assert served.http.get("/v1/models/broken").status_code == 404
+
+
+def test_files_outside_the_folder_are_not_served(served: Any) -> None:
+    """E6: links out of the folder and FIFOs answer 422 and show nothing; links inside answer."""
+    outside = make_adapter(served.folder.parent / "elsewhere", 5)
+    secret = served.folder.parent / "secret.json"
+    secret.write_text('{"r": "hunter2"}')
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    targets = {"l1": (config, secret), "l2": (weights, outside / weights), "l3": (weights, None)}
+    targets["l4"] = (config, None)
+    for name, (file, target) in targets.items():
+        folder = shutil.copytree(served.folder / "ash", served.folder.parent / name)
+        (folder / file).unlink()
+        os.mkfifo(folder / file) if target is None else (folder / file).symlink_to(target)
+        folder.rename(served.folder / name)
+    inside = served.folder.parent / "l5"
+    inside.mkdir()
+    (inside / config).symlink_to(Path("..") / "birch" / config)
+    (inside / weights).symlink_to(served.folder / "birch" / weights)
+    inside.rename(served.folder / "l5")
+    wait_for(lambda: "l5" in names(served))
+    for name, (file, target) in targets.items():
+        answer = served.http.post("/v1/completions", json={"model": name, **GREEDY})
+        assert answer.status_code == 422, answer.text
+        why = "is not a regular file" if target is None else "leads out of the folder of adapters"
+        assert f"{name}/{file}: {why}" in answer.json()["error"]["message"]
+        assert "hunter2" not in answer.text and str(served.folder.parent) not in answer.text
+    assert not {*targets} & {*names(served)}
+    assert said(served, "l5") == served.alone.text("the sea", "birch", 12)
+    for name in (*targets, "l5"):
+        shutil.rmtree(served.folder / name)
+    wait_for(lambda: "l5" not in names(served))
+
+
+def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
+    """E6: what counts is what is opened when the adapter is read, not what was listed."""
+    outside = make_adapter(served.folder.parent / "elsewhere", 5)
+    folder = served.folder / "late"
+    pool = fastlora.AdapterPool(tiny_llama(), root=served.folder)
+    adapters = ServedAdapters(pool, served.folder, reserved=())
+    shutil.copytree(served.folder / "ash", served.folder.parent / "late").rename(folder)
+    adapters.scan()
+    assert "late" in adapters.names
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(outside / weights.name)
+    version = adapters.take("late")
+    read = threading.Event()
+    adapters.prepare(version, read.set)
+    assert read.wait(20)
+    assert version.error == f"late/{weights.name}: leads out of the folder of adapters"
+    pool.close()
+    shutil.rmtree(folder)
 
 
 def test_nothing_is_left_in_the_pool(served: Any) -> None:
