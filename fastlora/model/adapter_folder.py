@@ -143,14 +143,18 @@ class OpenAdapter:
         """Apparent size of the file of tensors."""
         return self._weights.nbytes
 
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Key on disk -> dtype, shape and place, not yet compared with the config."""
+        return self._weights.infos
+
     def inspect(self) -> AdapterHeader:
         """Returns the header, checked against the config; no tensor is read.
 
         Raises `CheckpointError` if the header is damaged or contradicts the config.
         """
-        infos = self._weights.infos
-        keys = check_tensors(self.config, infos, str(self._weights.path))
-        return AdapterHeader(self.path, self.config, infos, keys)
+        keys = check_tensors(self.config, self.infos, str(self._weights.path))
+        return AdapterHeader(self.path, self.config, self.infos, keys)
 
     def load(self) -> AdapterFile:
         """Returns the checked adapter with its tensors; raises as `inspect`."""

@@ -23,6 +23,7 @@ from fastlora.validation import CheckpointError, error_prefix
 # Two hundred bytes a tensor: enough for an adapter of 100,000 tensors.
 MAX_HEADER_BYTES = 32 << 20
 _METADATA = "__metadata__"
+_METADATA_START = f'{{"{_METADATA}":'
 
 _DTYPES = {
     "F64": torch.float64,
@@ -61,11 +62,11 @@ class TensorFile:
     again.
 
     Raises:
-        CheckpointError: The file is truncated, or its header is too long or not a JSON object.
+        CheckpointError: The file is truncated, or its header is too long or not UTF-8.
 
     Attributes:
         path: As given.
-        metadata: The header's texts.
+        metadata: The header's metadata if they come first, as safetensors writes them; else empty.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -74,13 +75,11 @@ class TensorFile:
         self._state = self._stat()
         try:
             with error_prefix(path):
-                self._entries, self._start = _read_header(file)
+                self._header, self._start = _read_header(file)
         except BaseException:
             file.close()
             raise
-        metadata = self._entries.pop(_METADATA, None)
-        pairs = metadata.items() if isinstance(metadata, dict) else ()
-        self.metadata = {key: text for key, text in pairs if isinstance(text, str)}
+        self.metadata = _metadata(self._header)[0]
 
     def __enter__(self) -> TensorFile:
         return self
@@ -97,10 +96,17 @@ class TensorFile:
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor's dtype, shape and place, checked against the size of the file.
 
-        Raises `CheckpointError` if the header does not describe the data exactly.
+        Raises `CheckpointError` if the header is not a JSON object that describes the data exactly.
         """
         with error_prefix(self.path):
-            found = {n: _tensor_info(n, entry, self._start) for n, entry in self._entries.items()}
+            try:
+                entries = json.loads(self._header, object_pairs_hook=_no_duplicates)
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"the header is not valid JSON ({error})") from error
+            if not isinstance(entries, dict):
+                raise CheckpointError(f"the header is {type(entries).__name__}, expected an object")
+            entries.pop(_METADATA, None)
+            found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
             _check_coverage(found, self._start, self.nbytes)
         return found
 
@@ -161,20 +167,29 @@ def write_tensors(
 
 
 def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Writes the header's texts in the given order; safetensors writes them in a random one."""
-    start = f'{{"{_METADATA}":'.encode()
+    """Writes the header's metadata in the given order; safetensors writes a random one."""
+    ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        written, end = json.JSONDecoder().raw_decode(header.decode("utf-8"), len(start))
-        ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
-        if header.startswith(start) and written == texts and len(start) + len(ordered) == end:
+        written, end = _metadata(_read_header(file)[0])
+        if written == texts and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
-            file.write(start + ordered)
+            file.write((_METADATA_START + ordered).encode())
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Returns a header as it is, and where the data starts."""
+def _metadata(header: str) -> tuple[dict[str, str], int]:
+    """Returns the metadata at the beginning of a header, and where they end."""
+    if not header.startswith(_METADATA_START):
+        return {}, 0
+    try:
+        found, end = json.JSONDecoder().raw_decode(header, len(_METADATA_START))
+    except (ValueError, RecursionError):
+        return {}, 0
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: text for key, text in pairs if isinstance(text, str)}, end
+
+
+def _read_header(file: BinaryIO) -> tuple[str, int]:
+    """Returns the text of a header, and where the data starts."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
@@ -187,12 +202,9 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     if length > size - 8:
         raise CheckpointError(f"truncated, the header claims {length} bytes and {size - 8} follow")
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        return file.read(length).decode("utf-8"), 8 + length
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"the header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"the header is {type(header).__name__}, expected an object")
-    return header, 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

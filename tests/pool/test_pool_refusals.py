@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlora import LoraConfig
-from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
-from fastlora.model.config import CONFIG_NAME
+from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder, save_adapter_folder
 from fastlora.pool import AdapterPool
 from fastlora.pool.image import Image
 from fastlora.pool.transfers import Transfers
@@ -155,6 +155,46 @@ def test_a_folder_that_is_an_adapter_itself(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither it nor a subfolder has an adapter_config"):
         other.register_folder(tmp_path / "empty")
+
+
+def test_files_outside_the_root(root: Path, tmp_path: Path) -> None:
+    """E6: with ``root``, links out of it are refused at every read; without, they are followed."""
+    model, outside = Blocks(), make_folder(tmp_path / "outside", 1)
+    (root / "linked").mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (root / "linked" / name).symlink_to(outside / name)
+    pool = AdapterPool(model, target_modules=["q", "v"], root=root)
+    for call in (pool.load, pool.register):
+        for folder in (root / "linked", outside):
+            with pytest.raises(CheckpointError, match="leads out of the folder of adapters"):
+                call("x", folder)
+    pool.register("a0", root / "a0")
+    (root / "a0" / WEIGHTS_NAME).unlink()
+    (root / "a0" / WEIGHTS_NAME).symlink_to(outside / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match="leads out of the folder of adapters"):
+        pool.lease(["a0"])
+    pool.close()
+    pool = AdapterPool(model, target_modules=["q", "v"])
+    pool.register("x", root / "linked")
+    with pool.lease(["x"]) as lease:
+        assert same_adapter(pool, lease.residents[0], outside)
+
+
+def test_a_save_that_was_cut_off(root: Path) -> None:
+    """R2: new weights beside the old config are read with the config that they were saved with."""
+    old = (root / "a0" / CONFIG_NAME).read_bytes()
+    file = load_adapter_folder(root / "a0")
+    config = dataclasses.replace(file.config, lora_alpha=32, inference_mode=False)
+    save_adapter_folder(root / "a0", config, file.tensors)
+    (root / "a0" / CONFIG_NAME).write_bytes(old)
+    pool = AdapterPool(Blocks(), target_modules=["q", "v"])
+    with pytest.warns(UserWarning, match="a save was interrupted"):
+        pool.register("a0", root / "a0")
+        with pool.lease(["a0"]) as lease:
+            scaling = {
+                factors.scaling for row in (0, 1) if (factors := lease.residents[0].factors(row))
+            }
+    assert scaling == {config.scaling_for("q")} != {file.config.scaling_for("q")}
 
 
 @pytest.mark.parametrize("damage", ["no weights", "full copies", "biases", "rank"])
