@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -38,6 +38,9 @@ lint: $(VENV)/.lint-installed ## ruff and mypy
 docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; every link is checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@$(BIN)/python docs/build_site.py site
+
+crash: $(VENV)/.installed ## kill saves at 100 random file-system calls, and check what is left (outside CI)
+	@FASTLORA_CRASH_KILLS=100 $(BIN)/python -m pytest -q tests/crash $(ARGS)
 
 soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)
 	@$(BIN)/python bench/soak.py $(ARGS)
