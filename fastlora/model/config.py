@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from fastlora.init import Init, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
-from fastlora.model.adapter_files import CONFIG_NAME, read_config
+from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, read_config
 from fastlora.model.config_checks import PeftType, TaskType, checked_fields
 from fastlora.model.config_methods import ConfigMethods
 from fastlora.model.replace_files import locked, replacing
@@ -385,10 +385,18 @@ class LoraConfig(ConfigMethods):
             partial.write_text(self.to_json(auto_mapping=auto_mapping), encoding="utf-8")
 
     def to_json(self, **overrides: Any) -> str:
-        """Returns the text of ``adapter_config.json``; an override of None is ignored."""
+        """Returns the text of ``adapter_config.json``; an override of None is ignored.
+
+        Raises `ConfigError` if the text is longer than a reader accepts.
+        """
         data = self.to_dict() | {key: v for key, v in overrides.items() if v is not None}
         # Only the fields are sorted. PEFT sorts the patterns too, which can change the first match.
-        return json.dumps({key: data[key] for key in sorted(data)}, indent=2)
+        text = json.dumps({key: data[key] for key in sorted(data)}, indent=2)
+        if len(text) > MAX_CONFIG_BYTES:  # ASCII
+            raise ConfigError(
+                f"{CONFIG_NAME} would have {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}"
+            )
+        return text
 
     @classmethod
     def from_pretrained(

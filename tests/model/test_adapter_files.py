@@ -28,13 +28,13 @@ from fastlora.model.adapter_folder import (
     save_adapter_folder,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.validation import CheckpointError
+from fastlora.validation import CheckpointError, ConfigError
 from tests.support import crash
 from tests.support.tiny import randomise, two_layers
 
 
 def save(folder: Path, r: int = 2, alpha: int = 8) -> AdapterFile:
-    """Saves an adapter of which each value is its alpha."""
+    """Saves an adapter with its alpha as every value."""
     tensors = {
         "base_model.model.q.lora_A.weight": torch.full((r, 16), float(alpha)),
         "base_model.model.q.lora_B.weight": torch.full((24, r), float(alpha)),
@@ -346,8 +346,13 @@ def test_files_that_are_not_regular(served: Path, name: str) -> None:
 
 
 def test_a_config_of_a_gigabyte_is_not_read(served: Path) -> None:
-    """E6: the size of a config is bounded, whatever the file says about it."""
+    """E6: the size of a config is bounded, and nothing longer is written."""
     with (served / "a" / CONFIG_NAME).open("wb") as file:
         file.truncate(1 << 30)  # a hole: costs no disk
     with pytest.raises(CheckpointError, match="1073741824 bytes, expected at most 4194304"):
         read_within(served / "a", served)
+    config = LoraConfig(r=2, target_modules=["q", "x" * adapter_files.MAX_CONFIG_BYTES])
+    tensors = load_adapter_folder(served / "b").tensors
+    with pytest.raises(ConfigError, match="expected at most 4194304"):
+        save_adapter_folder(served / "b", config, tensors)
+    assert alpha_of(served / "b") == 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -31,6 +32,14 @@ def said(served: Any, name: str, **options: Any) -> str:
 def names(served: Any) -> list[str]:
     """The adapters that are listed."""
     return [model["id"] for model in served.http.get("/v1/models").json()["data"]][1:]
+
+
+def loads(served: Any) -> float:
+    """How often the server has read an adapter."""
+    (line,) = re.findall(
+        r"^fastlora_adapter_loads_total (.+)$", served.http.get("/metrics").text, re.M
+    )
+    return float(line)
 
 
 def post(served: Any, what: str, status: int, **body: Any) -> str:
@@ -204,6 +213,23 @@ def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
     assert "deep/broken" in error
     assert str(served.folder) not in error
     assert served.http.get("/v1/models/broken").status_code == 404
+
+
+def test_a_save_that_was_cut_off_is_served_whole(served: Any, tmp_path: Path) -> None:
+    """R2: beside the old config, the watched folder's new weights answer with their own scaling."""
+    make_adapter(tmp_path / "torn", 31, r=3)
+    old = (tmp_path / "torn" / "adapter_config.json").read_bytes()
+    make_adapter(tmp_path / "torn", 32, r=3, use_rslora=True)
+    text = Alone(served.alone._base, tmp_path).text("the sea", "torn", 12)
+    shutil.copytree(tmp_path / "torn", served.folder.parent / "torn").rename(served.folder / "torn")
+    wait_for(lambda: "torn" in names(served))
+    assert said(served, "torn") == text
+    (served.folder / "torn" / "adapter_config.json").write_bytes(old)  # a change: it is read again
+    before = loads(served)
+    wait_for(lambda: bool(said(served, "torn")) and loads(served) > before)
+    assert said(served, "torn") == text
+    shutil.rmtree(served.folder / "torn")
+    wait_for(lambda: "torn" not in names(served))
 
 
 def test_files_outside_the_folder_are_not_served(served: Any) -> None:
