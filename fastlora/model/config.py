@@ -379,10 +379,11 @@ class LoraConfig(ConfigMethods):
             auto_mapping_dict: The same, as PEFT's models pass it.
         """
         auto_mapping = auto_mapping if auto_mapping is not None else auto_mapping_dict
+        text = self.to_json(auto_mapping=auto_mapping)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), replacing(folder / CONFIG_NAME) as partial:
-            partial.write_text(self.to_json(auto_mapping=auto_mapping), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
 
     def to_json(self, **overrides: Any) -> str:
         """Returns the text of ``adapter_config.json``; an override of None is ignored.

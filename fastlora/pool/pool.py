@@ -92,6 +92,7 @@ class AdapterPool:
             check_rank(max_rank)
         if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
             raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
+        within = None if root is None else Path(root).resolve()
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         self._layers = PoolLayers(model, targets, functools.partial(adapters, self))
         try:
@@ -113,7 +114,6 @@ class AdapterPool:
             raise
         self.modules, self.group = list(self._layers.targets), self._layers.group
         self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
-        within = None if root is None else Path(root).resolve()
         self._reader = AdapterReader(model, packer, max_rank, within)
         self._tiers = Tiers(self.tables, transfers, device_bytes, cpu_bytes)
         scales = ScaleMaker(self._layers.layers, self.tables, transfers)
