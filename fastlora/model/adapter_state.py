@@ -23,8 +23,9 @@ from fastlora.layers import (
 )
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
+from fastlora.model.base_state import bare_key, without_wrappers
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import routed_modules
+from fastlora.model.inject import adapter_biases, base_parameters, routed_modules
 from fastlora.model.plan import Plan, factor_shapes
 from fastlora.model.replication import in_place
 from fastlora.model.tied import input_embedding
@@ -40,30 +41,21 @@ def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -
     """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
 
     In a file the adapter's name is left out, a copied module has its own name, and the bias of an
-    adapted layer is its ``base_layer.bias``. Base biases are those that ``bias`` names: the
-    config's, unless another is given.
+    adapted layer is its ``base_layer.bias``. Base biases are those that the adapter trains under
+    ``bias``: the config's, unless another is given. All names are those of a model that has this
+    adapter alone.
     """
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
-    inside: list[str] = []
     for name, module in routed_modules(model):
-        name = plain_name(name)
-        at = f"{KEY_PREFIX}{name}."
-        inside.append(f"{name}.")
+        at = f"{KEY_PREFIX}{plain_name(name)}."
         if isinstance(module, ModuleWrapper) or adapter_name in module.r:
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
-        if isinstance(module, LoraLayer):
-            base_bias = getattr(module.get_base_layer(), "bias", None)
-            if base_bias is not None and bias != "none":
-                own = isinstance(module, FastLoraLinear)
-                keys[f"{at}base_layer.bias"] = f"{at}bias" if own else f"{at}base_layer.bias"
-    if bias == "all":
-        for name, _ in model.named_parameters():
-            name = plain_name(name)
-            if name.endswith("bias") and not name.startswith(tuple(inside)):
-                keys[f"{KEY_PREFIX}{name}"] = f"{KEY_PREFIX}{name}"
+    for name in adapter_biases(model, adapter_name, bias):
+        disk = plain_name(str(bare_key(model, name, adapter_name)))
+        keys[KEY_PREFIX + disk] = KEY_PREFIX + plain_name(name)
     return keys
 
 
@@ -83,11 +75,14 @@ def check_fit(
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with in_place(plan.replication):
         expected = _expected_shapes(model, plan)
-        shapes = _bias_shapes(model, plan) | _tied_shapes(model, expected, plan) | expected
+        shapes = _tied_shapes(model, expected, plan) | expected
+        biases = _base_biases(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
-            weight = _base_weight(model, parts.module) if parts.kind == "base" else None
-            if weight is not None:
-                shapes[key] = tuple(weight.shape)
+            found = _base_weight(model, parts.module) if parts.kind == "base" else None
+            if parts.kind == "bias":
+                _, found = biases.get(f"{without_wrappers(parts.module)}.bias", (key, None))
+            if found is not None:
+                shapes.setdefault(key, tuple(found.shape))
     missing = [key for key in expected if key not in tensors]
     if missing:
         raise CheckpointError(
@@ -180,20 +175,13 @@ def _tied_shapes(
     return shapes
 
 
-def _bias_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Trained biases: their place in a file depends on the config, and PEFT leaves some out."""
-    if plan.config.bias == "none":
-        return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in plan.targets:
-        bias = getattr(base_of(model.get_submodule(name)), "bias", None)
-        if isinstance(bias, torch.Tensor):
-            shapes[f"{KEY_PREFIX}{name}.base_layer.bias"] = tuple(bias.shape)
-    if plan.config.bias == "all":
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name.endswith("bias"):
-                shapes[f"{KEY_PREFIX}{name}"] = tuple(parameter.shape)
-    return shapes
+def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """Returns name and value of each base bias, by the name that a model without adapters has."""
+    return {
+        plain_name(str(bare_key(model, name))): (name, parameter)
+        for name, parameter in base_parameters(model)
+        if name.rpartition(".")[2] == "bias"
+    }
 
 
 def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
@@ -326,9 +314,16 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
     Returns the file keys of the adapter that are missing, and those that it has no place for, as
     `nn.Module.load_state_dict`. Raises `CheckpointError`, before any change, where a shape differs.
     """
-    lora_model.base_model.check_known(adapter_name)
+    tuner = lora_model.base_model
+    tuner.check_known(adapter_name)
     state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
-    keys = own | key_map(lora_model, adapter_name, "all")  # trained biases, as PEFT takes them
+    # Trained biases are loaded whatever the config asks for, as in PEFT.
+    keys = own | key_map(lora_model, adapter_name, "all")
+    biases = _base_biases(tuner.model)
+    for disk in tensors:
+        name = without_wrappers(disk.removeprefix(KEY_PREFIX))
+        if disk not in keys and name in biases:
+            keys[disk] = KEY_PREFIX + plain_name(biases[name][0])
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:

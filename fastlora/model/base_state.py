@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.layers import LoraLayer
+from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.module_wrapper import ModuleWrapper
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.sharding import copy_whole_
@@ -20,7 +20,7 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns a base model's tensors by the keys of the model without adapters."""
-    named = ((_bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
+    named = ((bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
     return {bare: tensor for bare, tensor in named if bare is not None}
 
 
@@ -53,8 +53,12 @@ def load_base_state_dict(
     return _IncompatibleKeys(missing, unexpected)
 
 
-def _bare_key(model: nn.Module, key: str) -> str | None:
-    """Returns a key as the model had it without adapters; None where it is an adapter's."""
+def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str | None:
+    """Returns a key of a model's state dict as the model without adapters has it.
+
+    With ``adapter_name``, returns it as PEFT has it in a model with that adapter alone. Returns
+    None where the tensor belongs to an adapter.
+    """
     module: nn.Module | None = model
     parts: list[str] = []
     for part in key.split("."):
@@ -62,10 +66,24 @@ def _bare_key(model: nn.Module, key: str) -> str | None:
             parts.append(part)
             continue
         adapted = isinstance(module, (LoraLayer, ModuleWrapper, TokenAdapter))
+        holds = adapted and adapter_name in _adapter_names(module)
         inside = part in module._modules
         if adapted and inside and part not in _INNER:
             return None
-        if not (adapted and part in _INNER):
+        if isinstance(module, FastLoraLinear) and holds:
+            parts.append("base_layer")
+        if not (adapted and part in _INNER) or holds:
             parts.append(part)
         module = module._modules.get(part)
     return ".".join(parts)
+
+
+def without_wrappers(module: str) -> str:
+    """Returns the name of a base module in an adapter file as the model without adapters has it."""
+    return ".".join(part for part in module.split(".") if part not in _INNER)
+
+
+def _adapter_names(module: Any) -> Collection[str]:
+    if isinstance(module, LoraLayer):
+        return module.r
+    return module.token_indices if isinstance(module, TokenAdapter) else module.adapter_names

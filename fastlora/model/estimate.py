@@ -207,7 +207,7 @@ def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[i
             yield len(tokens.indices) * weight.shape[1], itemsize
     targets = (model.get_submodule(name) for name in plan.targets)
     copied = (model.get_submodule(name) for name in plan.modules_to_save)
-    for parameter in inject.trained_biases(model, {config.bias}, targets, copied):
+    for parameter in inject.trained_biases(model, config.bias, targets, copied).values():
         yield parameter.numel(), parameter.itemsize
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from fastlora.init.data import progress
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
-from fastlora.model.config import LoraConfig
 from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
 from fastlora.model.plan import Plan, kind_for, settings_for
 from fastlora.model.replication import forget_replication
@@ -54,7 +53,10 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Adds an adapter to every module of its plan, inactive; on failure the model is as before."""
+    """Adds an adapter to every module of its plan, inactive.
+
+    Base parameters that train still train afterwards. On failure the model is as before.
+    """
     replaced: dict[str, tuple[nn.Module, nn.Module]] = {}
     undo: list[Callable[[], None]] = []
     init = plan.config.init
@@ -113,9 +115,10 @@ def add_adapter(
             model.set_submodule(name, module)
         if plan.replication is not None:
             plan.replication.undo()
+        raise
+    finally:  # a module that gets its first adapter freezes its own parameters
         for parameter in trained:
             parameter.requires_grad_(True)
-        raise
 
 
 def to_meta(model: nn.Module, adapter_name: str) -> None:
@@ -155,40 +158,44 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: m for name, m in routed_modules(model) if isinstance(m, LoraLayer)}
 
 
-def freeze_base(model: nn.Module, configs: Collection[LoraConfig]) -> None:
-    """Freezes the base model, all but the biases that a config trains; leaves adapters alone.
-
-    Only the first adapter does: what somebody has unfrozen since stays so.
-    """
-    modes = {config.bias for config in configs if not config.inference_mode}
-    trained = set(map(id, trained_biases(model, modes, lora_layers(model).values())))
+def freeze_base(model: nn.Module) -> None:
+    """Freezes the base model and leaves adapters alone."""
     for _, parameter in base_parameters(model):
-        if len(configs) == 1 or id(parameter) in trained:
-            parameter.requires_grad_(id(parameter) in trained)
+        parameter.requires_grad_(False)
+
+
+def adapter_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
+    """Returns the base biases that an adapter trains, by name; ``bias`` is its config's field."""
+    if bias == "none":
+        return {}
+    modules = [module for _, module in routed_modules(model) if present(module, [adapter_name])]
+    targets = [module for module in modules if isinstance(module, LoraLayer)]
+    copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
+    return trained_biases(model, bias, targets, copied)
 
 
 def trained_biases(
-    model: nn.Module,
-    modes: Collection[str],
-    targets: Iterable[nn.Module],
-    copied: Iterable[nn.Module] = (),
-) -> list[nn.Parameter]:
-    """Returns the biases of the base model that train: all, or those of the targets, or none.
+    model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
+) -> dict[str, nn.Parameter]:
+    """Returns the base biases that an adapter trains, by name.
 
-    Each once, whatever number of names it has; none of what an adapter has a copy of, or is to have
-    one of: ``copied``.
+    A bias that has several names comes once. The biases of a module that the adapter owns a copy of
+    are not among them.
+
+    Args:
+        model: The base model, with or without adapters.
+        bias: ``"none"``, ``"all"``, or ``"lora_only"`` for the biases of the targets.
+        targets: Modules that the adapter adapts with LoRA.
+        copied: Modules that the adapter owns a copy of.
     """
-    wrappers = [m for _, m in routed_modules(model) if isinstance(m, ModulesToSaveWrapper)]
     at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
-    originals = {id(p) for module in (*wrappers, *copied) for p in base_of(module).parameters()}
-    found = {
-        id(parameter): parameter
-        for name, parameter in base_parameters(model)
-        if name.rpartition(".")[2] == "bias"
-        and id(parameter) not in originals
-        and ("all" in modes or ("lora_only" in modes and id(parameter) in at_targets))
-    }
-    return list(found.values())
+    originals = {id(p) for module in copied for p in base_of(module).parameters()}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in base_parameters(model):
+        wanted = bias == "all" or (bias == "lora_only" and id(parameter) in at_targets)
+        if wanted and name.rpartition(".")[2] == "bias" and id(parameter) not in originals:
+            found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

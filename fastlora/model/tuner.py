@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class LoraTuner(nn.Module):
     def add_adapter(
         self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
-        """Adds an adapter, frozen and not active.
+        """Adds an adapter, frozen and not active; the first one freezes the base model.
 
         Args:
             adapter_name: A new name.
@@ -127,7 +127,8 @@ class LoraTuner(nn.Module):
                 module._active_adapters = list(self._active)
         if any(module.routed_by is not self.group for module in modules):
             self._find_routed()
-        inject.freeze_base(self.model, self.peft_config.values())
+        if len(self.peft_config) == 1:
+            inject.freeze_base(self.model)
         if not config.inference_mode and not self._keeps_layout:
             keep_layout(self.model)  # once: it walks over all modules
             self._keeps_layout = True
@@ -178,6 +179,8 @@ class LoraTuner(nn.Module):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes these adapters act, and of all adapters them alone trainable.
 
+        The base biases that an adapter's config asks for train exactly while its factors do.
+
         Args:
             adapter_name: One name, or several whose updates add up.
             inference_mode: Leave all of them frozen.
@@ -197,6 +200,9 @@ class LoraTuner(nn.Module):
         self._active, self._frozen = list(dict.fromkeys(names)), []
         for _, module in inject.routed_modules(self.model):
             module._activate(self._active, inference_mode)
+        for name in self.peft_config:
+            for bias in self._biases(name):
+                bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; where it was the only active one, another takes its place.
@@ -211,7 +217,10 @@ class LoraTuner(nn.Module):
                 f"Adapter {adapter_name} does not exist; loaded are {known}"
                 f"{near_names(adapter_name, known)}"
             )
+        biases = self._biases(adapter_name) if adapter_name in self._active else []
         inject.delete_adapter(self.model, adapter_name)
+        for bias in biases:
+            bias.requires_grad_(False)
         del self.peft_config[adapter_name]
         self._changed_base.pop(adapter_name, None)
         left = {n for n, m in inject.routed_modules(self.model) if getattr(m, "r", None)}
@@ -283,8 +292,7 @@ class LoraTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Undoes `disable_adapter_layers`."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        self._thaw(self._frozen)
         self._frozen = []
         self._set_disabled(False)
 
@@ -310,30 +318,51 @@ class LoraTuner(nn.Module):
     ) -> None:
         """Has adapters train, or freezes them, whether they act or not; leaves others alone.
 
+        Base biases follow an adapter that is active. They act in every forward, so those of an
+        inactive adapter stay frozen.
+
         Raises:
             AdapterNotFoundError: There is no such adapter.
         """
-        for name in self._known(adapter_names):
-            for _, module in inject.routed_modules(self.model):
-                for parameter in module.adapter_parameters(name):
-                    parameter.requires_grad_(requires_grad)
+        for parameter in self._trainable(self._known(adapter_names)):
+            parameter.requires_grad_(requires_grad)
+
+    def _biases(self, name: str) -> list[nn.Parameter]:
+        """Returns the base biases that an adapter's config asks for."""
+        found = inject.adapter_biases(self.model, name, self.peft_config[name].bias)
+        return list(found.values())
+
+    def _trainable(self, names: Collection[str]) -> list[nn.Parameter]:
+        """Returns what adapters can train now: what they own, and base biases of active ones."""
+        owned = [
+            parameter
+            for _, module in inject.routed_modules(self.model)
+            for name in names
+            for parameter in module.adapter_parameters(name)
+        ]
+        biases = [bias for name in names if name in self._active for bias in self._biases(name)]
+        return list({id(parameter): parameter for parameter in (*owned, *biases)}.values())
 
     def _freeze_adapters(self) -> list[nn.Parameter]:
-        """Freezes what trains of the adapters, and returns it."""
-        owned = {
-            id(parameter): parameter
-            for _, module in inject.routed_modules(self.model)
-            for name in self.peft_config
-            for parameter in module.adapter_parameters(name)
-            if parameter.requires_grad
-        }
-        for parameter in owned.values():
+        """Freezes what the adapters train, and returns it."""
+        trained = [p for p in self._trainable(self.peft_config) if p.requires_grad]
+        for parameter in trained:
             parameter.requires_grad_(False)
-        return list(owned.values())
+        return trained
+
+    def _thaw(self, frozen: Collection[nn.Parameter]) -> None:
+        """Has what `_freeze_adapters` returned train again, as far as adapters can train it now."""
+        trainable = {id(parameter) for parameter in self._trainable(self.peft_config)}
+        for parameter in frozen:
+            if id(parameter) in trainable:
+                parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is its base model, and none of its adapters train."""
+        """Within the block the model is its base model, and none of its adapters train.
+
+        Base biases keep the values that an adapter has given them, and are frozen with it.
+        """
         layers = inject.lora_layers(self.model).values()
         irregular = len({layer._disabled for layer in layers}) > 1
         if irregular:
@@ -352,8 +381,8 @@ class LoraTuner(nn.Module):
                 yield
             finally:
                 # Where other adapters were set active meanwhile, these are to train.
-                for parameter in frozen if self._active is active else ():
-                    parameter.requires_grad_(True)
+                if self._active is active:
+                    self._thaw(frozen)
 
     def routing(
         self,
