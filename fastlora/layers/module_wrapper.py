@@ -56,7 +56,11 @@ class ModuleWrapper(Adapted, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Returns the module that this stands for, to be put here once the adapters are to go."""
+        """Returns the module that takes this one's place when the adapters are taken out."""
+        return self.get_base_layer()
+
+    def current(self) -> nn.Module:
+        """Returns the module that answers for attributes that the wrapper lacks."""
         return self.get_base_layer()
 
     @property
@@ -81,7 +85,7 @@ class ModuleWrapper(Adapted, nn.Module):
         except AttributeError:
             if self.held not in self.__dict__.get("_modules", {}):
                 raise
-        return getattr(self.release(), name)
+        return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drops an adapter's version; raises `AdapterNotFoundError` where it has none."""

@@ -74,8 +74,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Returns the active adapter's copy, or the original."""
-        return self.current()
+        """Returns the active adapter's copy, or the original; disabled adapters count too."""
+        name = next(iter(self.active_adapters), None)
+        return self.original_module if name is None else self.modules_to_save[name]
 
     def current(self) -> nn.Module:
         """Returns the module that the next forward runs."""

@@ -224,6 +224,8 @@ def unload(
 ) -> nn.Module:
     """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
 
+    Adapters that are merged already stay merged, as in PEFT.
+
     With ``dequantize``, quantised linears become plain ones before adapters are merged into them.
 
     A module of ``modules_to_save`` becomes the active adapter's copy. Every check comes first, so a
@@ -248,8 +250,6 @@ def unload(
             if isinstance(module, LoraLayer):
                 module._unmerged = None
                 errors[name] = module.merge_error
-        elif module.merged:
-            module.unmerge()
         base = module.release()
         model.set_submodule(name, base.to(dtype) if merge and was_quantised else base)
     if dtype is not None:

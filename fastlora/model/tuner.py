@@ -487,7 +487,9 @@ class LoraTuner(nn.Module):
     def unload(self, *, dequantize: bool = False) -> nn.Module:
         """Takes the LoRA layers out and returns the bare model.
 
-        A module of ``modules_to_save`` is replaced by the active adapter's copy, as in PEFT.
+        Adapters that `merge_adapter` has merged stay in the weights, and a module of
+        ``modules_to_save`` is replaced by the active adapter's copy; both as in PEFT. For the
+        model as it was before, call `unmerge_adapter` first.
 
         Args:
             dequantize: As in `merge_and_unload`.

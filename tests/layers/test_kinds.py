@@ -142,6 +142,7 @@ def test_merging_is_exact_and_undone_bit_for_bit(case: KindCase, config: dict[st
     _close(model(x), expected)
     with pytest.raises(AdapterStateError, match="merged"), fastlora.adapters(model, ["one"] * 3):
         model(x)
+    _close(copy.deepcopy(model).unload()(x), expected)
     with model.disable_adapter():
         torch.manual_seed(0)
         _close(model(x), case.make().eval()(x))

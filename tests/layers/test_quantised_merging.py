@@ -92,6 +92,7 @@ def test_merged_weights_are_those_of_peft(kind: str, dora: bool) -> None:
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(3))
     y, expected = (model.train()(x).detach() for model in (ours, theirs))
     assert (y - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(ours.unload()(x), y)  # which keeps what is merged (R4)
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES + TORCHAO)

@@ -14,7 +14,7 @@ from fastlora import FastLoraLinear, LoraConfig, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
-from tests.support.peft_twins import q_of, twins
+from tests.support.peft_twins import peft, q_of, twins
 from tests.support.tiny import TwoLayers, randomise, tiny_llama
 
 pytest.importorskip("transformers", reason="uses a Llama")
@@ -92,6 +92,29 @@ def test_a_linear_with_more_than_a_weight_stays_as_it_is() -> None:
     bare = adapted.unload()
     assert bare.q is q
     assert bare.v is v
+
+
+@pytest.mark.parametrize("merges", [["default"], ["b"], ["default", "b"]], ids=str)
+@pytest.mark.parametrize("disabled", [False, True])
+def test_unloading_keeps_what_is_merged(merges: list[str], disabled: bool) -> None:
+    """`unload` leaves merged adapters in the weights and takes active copies, as in PEFT (R4)."""
+    bare = []
+    for library in (fastlora, peft):
+        torch.manual_seed(0)
+        model = library.get_peft_model(
+            TwoLayers(), library.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
+        )
+        model.add_adapter("b", library.LoraConfig(r=3, target_modules=["q", "v"]))
+        with torch.no_grad():
+            for name in ("head.modules_to_save.default.bias", "q.lora_B.b.weight"):
+                model.base_model.model.get_parameter(name).normal_()
+            model.base_model.model.q.lora_B["default"].weight.normal_()
+        model.merge_adapter(merges)
+        if disabled:  # PEFT takes merged adapters out in the next forward
+            model.base_model.disable_adapter_layers()
+            model(torch.zeros(1, 16))
+        bare.append(model.unload().state_dict())
+    torch.testing.assert_close(bare[0], bare[1])
 
 
 def test_wrapper_shows_the_weight() -> None:

@@ -298,6 +298,8 @@ def check_merging(feature: Feature, model: Any, expected: torch.Tensor) -> None:
         with model.disable_adapter():
             assert torch.equal(run(model), plain)
         assert_near(run(model), expected, "merged again")
+        # What is merged stays merged when the adapters are taken out (R4).
+        assert_near(run(copy.deepcopy(model).unload()), expected, "merged and unloaded")
         with pytest.raises(AdapterStateError, match="while they are merged"):
             model.delete_adapter("default")
         model.unmerge_adapter()
