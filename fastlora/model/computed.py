@@ -125,22 +125,35 @@ def made(
 
 
 def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
-    """Returns each module of which one of the adapters owns a copy, and which one.
+    """Returns each module that adapters own a copy of, and the one whose copy a new adapter takes.
 
-    Raises:
-        AdapterStateError: Two of them own a copy of the same module.
+    Raises as `check_one_copy`.
     """
-    found = {}
-    for name, module in routed_modules(model):
-        copies = getattr(module, "modules_to_save", None)
-        owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
+    check_one_copy(model, adapters)
+    return {name: owners[0] for name, owners in _owners_of_copies(model, adapters).items()}
+
+
+def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Raises `AdapterStateError` where a sum of adapters would have two copies of one module.
+
+    An adapter that comes twice has two, as in PEFT.
+    """
+    for name, owners in _owners_of_copies(model, adapters).items():
         if len(owners) > 1:
             raise AdapterStateError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save: "
                 f"adapters {owners} own copies of {name!r}"
             )
+
+
+def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
+    """Returns each module that adapters own copies of, and those adapters."""
+    found = {}
+    for name, module in routed_modules(model):
+        copies = getattr(module, "modules_to_save", None)
+        owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
         if owners:
-            found[name] = owners[0]
+            found[name] = owners
     return found
 
 

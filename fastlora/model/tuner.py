@@ -246,7 +246,8 @@ class LoraTuner(nn.Module):
         """Adds an adapter that is the weighted sum of others, frozen and not active.
 
         Args:
-            adapters: Names of the adapters to add; with one, ``"linear"`` is used.
+            adapters: Names of the adapters to add. A name may come more than once. For a list of
+                one name, ``"linear"`` is used.
             weights: A number for each, negative ones too.
             adapter_name: Name of the sum.
             combination_type: ``"svd"`` and ``"cat"`` add the updates ``lora_b @ lora_a``: the first
@@ -277,7 +278,7 @@ class LoraTuner(nn.Module):
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
         )
         configs = {name: self.peft_config[name] for name in names}
-        self.add_computed(adapter_name, combined(self.model, configs, weights, how))
+        self.add_computed(adapter_name, combined(self.model, configs, names, weights, how))
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
         """Adds an adapter with the factors that were computed for it, frozen and not active."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
-from fastlora.model.computed import Factors, Made, made, pair_of
+from fastlora.model.computed import Factors, Made, check_one_copy, made, pair_of
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
@@ -33,29 +33,44 @@ class Combination(NamedTuple):
         return self.combination_type.endswith("svd")
 
 
+class Summand(NamedTuple):
+    """An adapter in a sum, and its weight."""
+
+    adapter: str
+    weight: float
+
+
 def combined(
     model: nn.Module,
     configs: Mapping[str, LoraConfig],
+    adapters: Sequence[str],
     weights: Sequence[float],
     how: Combination,
 ) -> Made:
     """Computes the weighted sum of adapters of a base model, in order; changes nothing.
 
-    Raises as `LoraTuner.add_weighted_adapter`.
+    ``adapters`` may have a name more than once, and ``configs`` has the config of each name. Raises
+    as `LoraTuner.add_weighted_adapter`.
     """
-    _check(configs, weights, how)
-    if len(configs) == 1:
+    _check(configs, adapters, weights, how)
+    check_one_copy(model, adapters)
+    if len(adapters) == 1:
         how = how._replace(combination_type="linear")
-    chosen = dict(zip(configs, map(float, weights), strict=True))
+    chosen = [Summand(*each) for each in zip(adapters, map(float, weights), strict=True)]
     factors = {}
     for name, layer in lora_layers(model).items():
-        holders = {adapter: w for adapter, w in chosen.items() if adapter in layer.r}
+        holders = [summand for summand in chosen if summand.adapter in layer.r]
         if holders:
             factors[name] = _on_layer(name, layer, holders, how)
     return made(model, configs, factors)
 
 
-def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Combination) -> None:
+def _check(
+    configs: Mapping[str, LoraConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    how: Combination,
+) -> None:
     """Raises `ConfigError` for what cannot be asked, `AdapterStateError` for what has no sum."""
     kind = how.combination_type
     if kind not in combine.COMBINATIONS:
@@ -65,11 +80,11 @@ def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Com
         )
     if not configs:
         raise ConfigError("adapters is empty, expected the names of adapters to add")
-    if len(weights) != len(configs):
-        raise ConfigError(f"{len(configs)} different adapters need as many weights, got {weights}")
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters need as many weights, got {list(weights)}")
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}")
-    if len(configs) > 1:
+    if len(adapters) > 1:
         combine.check_density(kind, how.density)
     if how.svd_rank is not None:
         check_rank(how.svd_rank)
@@ -96,29 +111,31 @@ def _check(configs: Mapping[str, LoraConfig], weights: Sequence[float], how: Com
             )
 
 
-def _on_layer(name: str, layer: LoraLayer, holders: dict[str, float], how: Combination) -> Factors:
+def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Combination) -> Factors:
     """Computes the sum on one layer, of the adapters that it has."""
     multiplied = how.of_updates or how.combination_type == "cat"
-    pairs = [pair_of(name, layer, adapter, multiplied=multiplied) for adapter in holders]
-    ranks = [layer.r[adapter] for adapter in holders]
-    scalings = [float(layer.scaling[adapter]) for adapter in holders]
-    scales = [w * s for w, s in zip(holders.values(), scalings, strict=True)]
+    adapters = [summand.adapter for summand in holders]
+    weights = [summand.weight for summand in holders]
+    pairs = [pair_of(name, layer, adapter, multiplied=multiplied) for adapter in adapters]
+    ranks = {adapter: layer.r[adapter] for adapter in adapters}
+    scalings = [float(layer.scaling[adapter]) for adapter in adapters]
+    scales = [w * s for w, s in zip(weights, scalings, strict=True)]
     kind = how.combination_type
-    bias = _bias([layer._factors(adapter)[2] for adapter in holders], scales, how)
+    bias = _bias([layer._factors(adapter)[2] for adapter in adapters], scales, how)
     if kind == "cat":
         lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
         return Factors(lora_a, torch.cat([b for _, b in pairs], 1), bias)
     if how.of_updates:
-        lora_a, lora_b = _svd(pairs, scalings, list(holders.values()), how)
-        rank = max(ranks) if how.svd_rank is None else how.svd_rank
+        lora_a, lora_b = _svd(pairs, scalings, weights, how)
+        rank = max(ranks.values()) if how.svd_rank is None else how.svd_rank
         lora_a, lora_b = lora_a[:rank], lora_b[:, :rank]
         if how.svd_clamp is not None:
             lora_a, lora_b = low_rank.clamped(lora_a, lora_b, how.svd_clamp)
         return Factors(low_rank.padded(lora_a, rank, 0), low_rank.padded(lora_b, rank, 1), bias)
-    if len(set(ranks)) > 1:
+    if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"All adapters must have the same r value when using combination_type {kind!r}, got "
-            f"{dict(zip(holders, ranks, strict=True))} on {name!r}; expected 'cat', or a type "
+            f"{ranks} on {name!r}; expected 'cat', or a type "
             "that ends in 'svd'"
         )
     # A root of the scale on either factor, and its sign on one of them.

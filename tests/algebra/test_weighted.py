@@ -82,6 +82,25 @@ def test_updates_are_those_of_peft(kind: str, method: str, monkeypatch: pytest.M
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.5, 0.75, -2.0]], ids=str)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_name_may_come_more_than_once(
+    kind: str, weights: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list with repeats gives PEFT's sum, rank and output, one that cancels out too (R8)."""
+    fixed_masks(monkeypatch)
+    names, found = ["a", "b", "a"] if len(weights) == 3 else ["a", "a"], []
+    for library in (fastlora, peft):
+        model = filled(library, {"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 2})
+        model.add_weighted_adapter(names, weights, "sum", kind, density=0.5)
+        model.set_adapter("sum")
+        config = model.peft_config["sum"]
+        updates = [layer.get_delta_weight("sum").detach() for layer in layers_of(model)]
+        found.append([(config.r, config.lora_alpha), *updates, model(X).detach()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_exact_sums(kind: str, rslora: bool) -> None:
@@ -247,8 +266,9 @@ def test_refusals_change_nothing(
 def test_two_copies_of_one_module_are_refused() -> None:
     """There is no saying whose the sum would have."""
     model = filled(fastlora, *({"r": 2, "modules_to_save": ["head"]} for _ in range(2)))
-    with pytest.raises(AdapterStateError, match="own copies of 'head'"):
-        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+    for names in (["a", "b"], ["a", "a"]):
+        with pytest.raises(AdapterStateError, match="own copies of 'head'"):
+            model.add_weighted_adapter(names, [1.0, 1.0], "sum", "cat")
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties_svd"])
