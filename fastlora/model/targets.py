@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from fastlora.model.config import LoraConfig, pattern_key
 from fastlora.model.default_targets import DEFAULT_TARGETS
+from fastlora.model.experts import Stack, check_experts, routers, stacked_experts
 from fastlora.model.walk import (
     base_modules,
     holds_copies,
@@ -27,7 +28,6 @@ from fastlora.model.walk import (
     outer_modules,
 )
 from fastlora.validation import (
-    THE_PEFT_WAY,
     ConfigError,
     TargetNotFoundError,
     UnsupportedLayerError,
@@ -56,7 +56,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Returns the names of the modules to adapt, in the order of ``named_modules()``.
 
     A name may be that of a LoRA layer already in place (a second adapter); names inside such a
-    layer are never returned. Entries that match nothing while others match are named in a warning.
+    layer are never returned. Entries that match nothing while others match are named in a warning;
+    so are experts that the config names, whose weights are stacked in parameters.
     Where adapters own copies of a module (``modules_to_save``), ``"all-linear"`` leaves it out with
     all below it; linear layers that are left out so, other than the output head, are warned about.
 
@@ -64,7 +65,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         TargetNotFoundError: Nothing matches; the message lists close names.
         ConfigError: ``target_modules`` is None and the architecture has no default.
         UnsupportedLayerError: A target is one that its architecture never calls, or a module that
-            other adapters own copies of, or below one.
+            other adapters own copies of, or below one; or an entry names experts that PEFT adapts
+            (``target_parameters``) and matches no module.
     """
     targets = resolve_target_modules(model, config)
     if targets == NO_TARGETS:
@@ -74,6 +76,14 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     names = list(wrapped)
     excluded = {name for name in names if _is_excluded(name, config, saved)}
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
+    experts = _experts_meant(model, targets, config, saved)
+    of_experts = [
+        entry
+        for entry in _lost(names, targets)
+        if any(_matches_names(name, {entry}) for stack in experts for name in stack.names)
+    ]
+    shown = f"target_modules={_shown(config.target_modules)}"
+    check_experts(_model_type(model), of_experts, experts, shown=shown, adapts=bool(found))
     if not found:
         raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
     _check_bypassed(model, found)
@@ -83,11 +93,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"target module {name!r} {_of_copies(model, name)}; expected other targets, or "
                 "to leave it out with exclude_modules"
             )
-    unused = _unused(names, found, bool(excluded), targets, config)
+    unused = _unused(names, found, bool(excluded), targets, config, of_experts)
     if unused:
         warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
-    if _is_all_linear(config.target_modules):
-        _warn_of_experts(model)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
         left = [n for n, inside in _linears(model, config) if inside and n not in excluded]
         if left:
@@ -99,22 +107,21 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def _warn_of_experts(model: nn.Module) -> None:
-    """Says which weights ``"all-linear"`` leaves out: experts, stacked in one parameter."""
-    stacks = [
-        f"{name}.{leaf}"
-        for name, module, _ in base_modules(model)
-        if not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
-    ]
-    if stacks:
-        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
-        warnings.warn(
-            f"{ALL_LINEAR!r} leaves out {stacks[0]!r}{more}: stacked weights of experts are "
-            f"parameters, not linear layers. To adapt them (target_parameters): {THE_PEFT_WAY}",
-            stacklevel=4,
+def _experts_meant(
+    model: nn.Module, targets: set[str] | str, config: LoraConfig, saved: list[str]
+) -> list[Stack]:
+    """Returns the stacked weights of experts that a config names; ``"all-linear"`` names all."""
+    everything = _is_all_linear(config.target_modules)
+    stacks = [*stacked_experts(model), *(routers(model) if everything else ())]
+    return [
+        stack
+        for stack in stacks
+        if any(everything or _matches(name, targets, config) for name in stack.names)
+        and not any(
+            _is_excluded(name, config, saved)
+            for name in (*stack.names, stack.parameter.rpartition(".")[0])
         )
+    ]
 
 
 def check_every_target(model: nn.Module, config: LoraConfig) -> None:
@@ -363,7 +370,7 @@ def _nothing_found(
 ) -> str:
     """Says why there is no target."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
-    shown = f"target_modules={targets if isinstance(targets, str) else entries!r}"
+    shown = f"target_modules={_shown(targets)}"
     before = [name for name in names if name in excluded and _matches(name, targets, config)]
     if before:
         return (
@@ -381,6 +388,10 @@ def _nothing_found(
     return f"{shown} matches no module{_near(entries, names)}"
 
 
+def _shown(targets: Collection[str] | str | None) -> str:
+    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
+
+
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
     """Returns the entries of a list of targets that match no name."""
     if isinstance(targets, str):
@@ -390,10 +401,15 @@ def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
 
 
 def _unused(
-    names: list[str], found: list[str], excludes: bool, targets: set[str] | str, config: LoraConfig
+    names: list[str],
+    found: list[str],
+    excludes: bool,
+    targets: set[str] | str,
+    config: LoraConfig,
+    of_experts: Collection[str],
 ) -> list[str]:
-    """Returns what of a config matches no module, for a warning."""
-    lost = _lost(names, targets)
+    """Returns what of a config matches no module and no expert, for a warning."""
+    lost = [entry for entry in _lost(names, targets) if entry not in of_experts]
     unused = [f"target_modules entries {lost}"] if lost else []
     if config.exclude_modules and not excludes:
         unused.append(f"exclude_modules={config.exclude_modules!r}")
