@@ -104,10 +104,13 @@ def check_fit(
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
-def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Path) -> None:
+def check_same_adapter(
+    model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: Plan, path: Path
+) -> None:
     """Raises `CheckpointError` unless a file can overwrite a loaded adapter in place.
 
-    That takes the same modules, and on each the same rank and scaling.
+    That takes the same modules, and on each the same rank and the same scaling in both configs. A
+    scaling that `set_scale` has set since stays, as in PEFT.
     """
     config = plan.config
     layers = {
@@ -140,7 +143,7 @@ def check_same_adapter(model: nn.Module, adapter_name: str, plan: Plan, path: Pa
         )
     for name in plan.targets:
         found = (config.rank_for(name), config.scaling_for(name))
-        loaded = (layers[name].r[adapter_name], layers[name].scaling[adapter_name])
+        loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))
         if found != loaded:
             raise CheckpointError(
                 f"{path}: rank and scaling on {name} are {found}, where the loaded adapter "

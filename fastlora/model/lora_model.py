@@ -248,6 +248,8 @@ class LoraModel(PeftNames, nn.Module):
     ) -> Any:
         """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
 
+        Over one in place, a scaling that `set_scale` has set stays.
+
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
                 unused: As in `from_pretrained`.
@@ -269,7 +271,8 @@ class LoraModel(PeftNames, nn.Module):
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
-            adapter_state.check_same_adapter(model, adapter_name, plan, file.path)
+            loaded = self.peft_config[adapter_name]
+            adapter_state.check_same_adapter(model, adapter_name, loaded, plan, file.path)
             self.base_model.check_replaces(adapter_name, plan.config)
         else:
             self.base_model.add_adapter(

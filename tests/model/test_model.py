@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastlora
 from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
 from fastlora.layers import FastLoraLinear
 from fastlora.validation import (
@@ -77,6 +79,26 @@ def test_load_over_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
     other = adapted(lora_alpha=32)
     with pytest.raises(CheckpointError, match="rank and scaling on q are"):
         other.load_adapter(tmp_path, "default")
+
+
+def test_own_files_load_over_an_adapter_that_was_scaled(tmp_path: Path) -> None:
+    """An adapter's own files load over it after `set_scale`, and the scale stays; as in PEFT."""
+    pytest.importorskip("peft")
+    found, x = [], torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    for library in (fastlora, importlib.import_module("peft")):
+        torch.manual_seed(0)
+        config = library.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+        model = library.get_peft_model(TwoLayers(), config).eval()
+        model.save_pretrained(tmp_path)
+        for layer in (model.base_model.model.q, model.base_model.model.v):
+            layer.set_scale("default", 3.0)
+            torch.nn.init.zeros_(layer.lora_B["default"].weight)
+        model.load_adapter(tmp_path, "default")
+        found.append(model(x))
+        model.save_pretrained(tmp_path)  # what it saves then loads as well
+        model.load_adapter(tmp_path, "default")
+        assert torch.equal(model(x), found[-1])
+    torch.testing.assert_close(*found)
 
 
 def test_a_resized_embedding_is_loaded(tmp_path: Path) -> None:
