@@ -64,6 +64,7 @@ class TokenAdapter(nn.Module):
         tied_adapter: Whose rows these are, where the weight is tied to another module's; or None.
         active_adapters: As the wrapper's.
         together: All that have these rows.
+        before: Merged adapter to the weight's rows that it has replaced, ``[n, D]``.
         tables: Indices of an adapter, or of several with their places, by device.
     """
 
@@ -86,6 +87,7 @@ class TokenAdapter(nn.Module):
         else:
             for name in ("trainable_tokens_delta", "token_indices", "together", "tables"):
                 setattr(self, name, getattr(tied_adapter, name))
+        self.before: dict[str, torch.Tensor] = {}
         self.together.append(self)
 
     @property
@@ -122,8 +124,6 @@ class TrainableTokensWrapper(ModuleWrapper):
             original, None if tied_to is None else tied_to.token_adapter
         )
         original.requires_grad_(False)
-        # The weight's rows that a merge has replaced.
-        self._before: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
@@ -147,11 +147,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Returns a copy of rows of the weight as they are without a merge, ``[n, D]``."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
-        for name in reversed(self.merged_adapters):
+        for name, before in reversed(self._replaced().items()):
             merged = {token: i for i, token in enumerate(self.token_indices[name])}
             for i, token in enumerate(indices):
                 if token in merged:
-                    rows[i] = self._before[name][merged[token]]
+                    rows[i] = before[merged[token]]
         return rows
 
     @property
@@ -183,6 +183,11 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     def _activate(self, names: list[str], inference_mode: bool = False) -> None:
         super()._activate(names, inference_mode)
+        self._act_as(names)
+
+    def _act_as(self, names: list[str]) -> None:
+        """Has the rows of these adapters act, whether or not they train."""
+        self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
     def _drop(self, adapter_name: str) -> None:
@@ -336,29 +341,30 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge(self, names: list[str], keep_base: bool) -> None:
         """Writes adapters' rows into the weight; what was there is kept until `unmerge`."""
         weight: Any = self.get_base_layer().weight
+        replaced = self._replaced()
         for name in names:
-            if not self._shares_weight():
+            if name not in replaced:
                 index = self._index(name, weight.device)
-                self._before[name] = weight.detach()[index].clone()
-                delta = self._versions[name]
-                weight.index_copy_(0, index, delta.to(weight))
+                replaced[name] = weight.detach()[index].clone()
+                weight.index_copy_(0, index, self._versions[name].to(weight))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts back the rows that were there."""
         weight: Any = self.get_base_layer().weight
+        replaced = self._replaced()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            before = self._before.pop(name, None)
+            before = replaced.pop(name, None)
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
-    def _shares_weight(self) -> bool:
-        """Whether the weight is that of the module whose rows these are, which merges them."""
-        tied = self.token_adapter.tied_adapter
-        mine: Any = self.get_base_layer().weight
-        return tied is not None and tied.base_layer.weight is mine
+    def _replaced(self) -> dict[str, torch.Tensor]:
+        """Returns what merges have replaced in the weight; modules that share it have one dict."""
+        own, tied = self.token_adapter, self.token_adapter.tied_adapter
+        shares = tied is not None and tied.base_layer.weight is own.base_layer.weight
+        return tied.before if tied is not None and shares else own.before
 
     def __getattr__(self, name: str) -> Any:
         """Finds what the wrapper lacks on the base layer; ``weight`` has the rows in place."""

@@ -55,7 +55,9 @@ def add_adapter(
 ) -> None:
     """Adds an adapter to every module of its plan, inactive.
 
-    Base parameters that train still train afterwards. On failure the model is as before.
+    Base parameters that train still train afterwards. On failure the model is as before. As in
+    PEFT, one adapter acts and trains at once: the first one with trained tokens, on modules that
+    share the input embedding's weight.
     """
     replaced: dict[str, tuple[nn.Module, nn.Module]] = {}
     undo: list[Callable[[], None]] = []
@@ -105,6 +107,9 @@ def add_adapter(
                 rows = holder(name, TrainableTokensWrapper, make)
                 if adapter_name not in rows.adapter_names:
                     rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
+                if tied and name in replaced:
+                    # PEFT 0.21.2 activates the first adapter of a tied module at once.
+                    rows._activate([adapter_name], plan.config.inference_mode)
     except BaseException:
         delete_adapter(model, adapter_name)
         for put_back in undo:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import Init
-from fastlora.layers import ModuleWrapper
+from fastlora.layers import ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.factors import Parameters
 from fastlora.layers.quantised import keep_layout
 from fastlora.model import inject
@@ -112,9 +112,13 @@ class LoraTuner(nn.Module):
                     f"bias={config.bias!r}: adapter {name!r} trains the base model's biases "
                     "already, which all adapters share; expected bias='none'"
                 )
+        before = self.routed if self.peft_config else []
         inject.add_adapter(
             self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
+        for module in before:
+            if isinstance(module, TrainableTokensWrapper):
+                module._act_as(self._active)  # what an earlier call has activated at once
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastlora.validation import (
     UnsupportedLayerError,
 )
 from tests.support.peft_twins import assert_files_cross, assert_same_training, peft
-from tests.support.tiny import randomise, tiny_llama, trainable, unchanged
+from tests.support.tiny import randomise, tiny, tiny_llama, trainable, unchanged
 
 pytest.importorskip("transformers")
 
@@ -100,6 +101,60 @@ def test_several_adapters() -> None:
     y = model.get_input_embeddings()(torch.tensor([1, 2]))
     weight = model.get_input_embeddings().token_adapter.base_layer.weight
     assert torch.equal(y[0], weight[1]) and not torch.equal(y[1], weight[2])
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "encoder-decoder": lambda: tiny("T5ForConditionalGeneration", decoder_start_token_id=0),
+    "decoder-only": tiny_llama,
+    "untied": lambda: tiny_llama(tie_word_embeddings=False),
+}
+
+
+def life(library: Any, base: str, first: list[int] | None, folder: Path) -> list[Any]:
+    """Returns logits and the rows that train, after each step of several adapters' lives."""
+    found: list[Any] = []
+
+    def record(model: Any) -> None:
+        more = {"decoder_input_ids": IDS} if base == "encoder-decoder" else {}
+        rows = {n for n, p in model.named_parameters() if "_delta" in n and p.requires_grad}
+        with torch.no_grad():
+            found.append((model(input_ids=IDS, **more).logits, rows))
+
+    def made(tokens: list[int] | None) -> Any:
+        target = "q" if base == "encoder-decoder" else "q_proj"
+        return library.LoraConfig(r=2, target_modules=[target], trainable_token_indices=tokens)
+
+    model = library.get_peft_model(BASES[base](), made(first)).eval()
+    for adapter, tokens in (("b", [5, 9]), ("c", [2])):
+        model.add_adapter(adapter, made(tokens))
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"_delta.{adapter}"):
+                generator = torch.Generator().manual_seed(ord(adapter))
+                torch.nn.init.normal_(parameter, generator=generator)
+        record(model)
+        model.merge_adapter()
+        record(model)
+        model.unmerge_adapter()
+    for adapter in ("default", "b", "c"):
+        model.set_adapter(adapter)
+        record(model)
+    model.save_pretrained(folder, selected_adapters=["b"])
+    loaded = library.get_peft_model(BASES[base](), made(None)).eval()
+    loaded.load_adapter(folder / "b", "b")
+    record(loaded)
+    loaded.set_adapter("default")
+    record(loaded)
+    return found
+
+
+@pytest.mark.parametrize("first", [None, [1, 5]], ids=["no rows", "rows"])
+@pytest.mark.parametrize("base", BASES)
+def test_an_adapter_that_was_added_acts_as_in_peft(base: str, first: Any, tmp_path: Path) -> None:
+    """`trainable_token_indices` acts as in PEFT, before an adapter is set and afterwards."""
+    lives = (life(library, base, first, tmp_path) for library in (fastlora, peft))
+    for (ours, trains), (theirs, expected) in zip(*lives, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert trains == expected
 
 
 def test_two_that_act_are_refused() -> None:
