@@ -8,6 +8,7 @@ import json
 import platform
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ _TOKENIZER_FILES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for an error, 2 for wrong usage.
 
+    A command that a signal interrupts returns 128 and the signal's number.
+
     Args:
         argv: The arguments; None for those of the process.
     """
@@ -102,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 message = f"{arguments[0]} needs {error.name}; install it with: {install}"
             print(f"fastlora: error: {message}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fastlora: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"fastlora: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastlora",
         description="Low-rank adapters in PEFT's format: look at them, merge them, try them.",
         epilog="`fastlora COMMAND --help` describes a command. Exit codes: 0 done, 1 error, "
-        "2 wrong usage.",
+        "2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM.",
     )
     own = f"fastlora {version('fastlora-triton') or '(not installed)'}"
     parser.add_argument("--version", action="version", version=own)

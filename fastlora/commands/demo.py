@@ -6,11 +6,12 @@ Every number that the demo prints was measured in the run that prints it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from fastlora.integrations.transformers import quiet_transformers
 from fastlora.train.command import summary
 from fastlora.train.config import parse_settings
 from fastlora.train.data import DataError, collate, read_samples
-from fastlora.train.run import Run
+from fastlora.train.lock import folder_lock
+from fastlora.train.run import Run, open_run
 from fastlora.validation import ConfigError
 
 # Each style its own rank, alpha and target modules: they train in one batch all the same.
@@ -96,11 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
     with quiet_transformers():
         _heading(f"1  {len(adapters)} adapters fine-tuned at once, in mixed batches")
-        trained = training(folder, adapters, args.out, args.steps)
-        clock = time.monotonic()
-        _say(summary(trained.train()))
-        seconds = time.monotonic() - clock
-        trained.close()
+        with training(folder, adapters, args.out, args.steps) as trained:
+            clock = time.monotonic()
+            _say(summary(trained.train()))
+            seconds = time.monotonic() - clock
         _say(f"{args.steps} steps of {BATCH} samples, adapters at random, in {seconds:.1f} s")
         model = trained.model
         batch = collate(trained.schedule.order.rows(0), trained.corpora, trained.pad, device)
@@ -159,17 +160,19 @@ def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Run:
-    """Returns a run of `fastlora train` that writes into ``out``, in place of an earlier one."""
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Iterator[Run]:
+    """Gives a run of `fastlora train` that writes into ``out``, in place of an earlier one."""
     template = out / "chat_template.jinja"
-    template.write_text(smollm2.TEMPLATE, encoding="utf-8")
+    with folder_lock(out):
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        template.write_text(smollm2.TEMPLATE, encoding="utf-8")
     given = {"model": folder, "out": out, "steps": steps, "batch_size": BATCH, "dtype": "float32"}
     given |= {"chat": True, "chat_template": template, "save_every": 0, "defaults": DEFAULTS}
     given |= {"deterministic": False}  # what is timed afterwards would be slower on a GPU
     settings = parse_settings(given | {"adapters": dict(adapters)}, {}, "the demo")
-    return Run(settings, None, progress=True, say=_say)
+    with open_run(settings, say=_say) as run:
+        yield run
 
 
 @torch.no_grad()

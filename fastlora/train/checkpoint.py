@@ -59,6 +59,11 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Returns the folder that a checkpoint after ``step`` steps has."""
+    return root / f"step-{step:08d}"
+
+
 @contextlib.contextmanager
 def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
     """Gives a folder to write the adapters into; after the block it is the newest of ``keep``.
@@ -66,22 +71,33 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
     Raises `CheckpointError` where something cannot be written, for instance on a full disk. The
     older checkpoints are all there and whole then, and nothing of the new one is left.
     """
-    target = root / f"step-{state.step:08d}"
+    target = checkpoint_folder(root, state.step)
+    with writing(target, "; older checkpoints are as they were"), new_folder(target) as partial:
+        yield adapters_folder(partial)
+        _write_state(partial, state)
+    sweep(root, keep)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, consequence: str = "") -> Iterator[None]:
+    """Makes a failure to write a file below ``folder`` one `CheckpointError` about ``folder``."""
     try:
-        with new_folder(target) as partial:
-            yield adapters_folder(partial)
-            _write_state(partial, state)
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(
-            f"{target}: could not be written ({error}); older checkpoints are as they were"
-        ) from error
+        yield
+        return
+    except OSError as error:
+        reason: BaseException = error
+    except CheckpointError as error:
+        if error.__cause__ is None:  # what was to be written is wrong
+            raise
+        reason = error.__cause__
+    raise CheckpointError(f"{folder}: could not be written ({reason}){consequence}") from reason
+
+
+def sweep(root: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
             remove_folder(old)
-
-
-def sweep(root: Path) -> None:
-    """Removes the unfinished checkpoints that killed runs left."""
     remove_abandoned(root)
 
 

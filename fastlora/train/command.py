@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -35,6 +36,7 @@ from fastlora.train.kinds import SWITCH, TEXTS
 from fastlora.train.processes import check_trackers, launched
 from fastlora.train.quantised import dtype_of
 from fastlora.train.run import TrainResult, train
+from fastlora.train.signals import RunInterrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and trains; returns the exit code 0, or raises as `train`."""
+    """Parses ``argv`` and trains; returns the exit code, or raises as `train`.
+
+    The code is 0, or 128 and the number of the signal that interrupted the run.
+    """
     parser = argparse.ArgumentParser(
         prog="fastlora train",
         description=(__doc__ or "").replace("``", ""),
@@ -120,13 +125,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     settings = read_settings(args.config, _flags(args, parser))
-    if args.dry_run:
-        text = dry_run(settings, resume=args.resume)
-    else:
-        text = summary(train(settings, resume=args.resume, progress=not args.quiet, say=_say))
-    if os.environ.get("RANK", "0") == "0":
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        if args.dry_run:
+            text = dry_run(settings, resume=args.resume)
+        else:
+            text = summary(train(settings, resume=args.resume, progress=not args.quiet, say=_say))
+    except RunInterrupted as interrupted:
+        if not main_process:
+            return 0  # torchrun would end the main process while it reports
+        report = f"fastlora: {interrupted}\n"
+        if interrupted.checkpoint is not None:
+            report += f"resume with: {_resuming(sys.argv[1:] if argv is None else argv)}\n"
+        sys.stderr.write(report)
+        return 128 + interrupted.signal
+    if main_process:
         _say(text)
     return 0
+
+
+def _resuming(given: Sequence[str]) -> str:
+    """Returns the command that resumes the run that was started with these arguments."""
+    program, processes = ["fastlora"], launched()
+    if processes > 1:
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(processes):
+            return "the same torchrun command on each machine, with --resume"
+        program = ["torchrun", "--nproc-per-node", str(processes), "-m", "fastlora"]
+    resume = [] if "--resume" in given else ["--resume"]
+    return shlex.join([*program, "train", *given, *resume])
 
 
 def _say(text: str) -> None:
@@ -185,7 +211,8 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
 
     ``resume`` says that the run would go on from a checkpoint.
     """
-    found = prepare.check_folders(settings, resume=resume)
+    prepare.check_folders(settings)
+    found = prepare.checkpoint_to_resume(settings, resume=resume)
     check_trackers(settings.track)
     base = base_model.empty_base(settings, as_stored=True)
     advice = recommend(base)

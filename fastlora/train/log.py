@@ -23,6 +23,9 @@ class RunLog:
 
     Entries behind ``step``, from which the run goes on, are of one that was killed, and go. Raises
     `TrainError`, here and in every call, where the file cannot be written.
+
+    Attributes:
+        was_evaluated: Whether the log already has an evaluation, or answers, after ``step``.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -33,8 +36,10 @@ class RunLog:
             if self.path.is_file():
                 # The last line of a killed run may be torn; it is of no step then.
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            last = [json.loads(line) for line in kept if _step_of(line) == step]
+            self.was_evaluated = any("eval_loss" in e or "answers" in e for e in last)
             with replacing(self.path) as partial:
-                kept = (line for line in lines if _step_of(line) <= step)
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
 

@@ -49,12 +49,8 @@ class Schedule:
     own_steps: dict[str, int]
 
 
-def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Returns the checkpoint to go on from, or None.
-
-    Raises `CheckpointError` where the base model is no local folder, and `TrainError` where ``out``
-    is a file, or has checkpoints and is not to be resumed.
-    """
+def check_folders(settings: TrainSettings) -> None:
+    """Raises `CheckpointError` if the model is no local folder, `TrainError` if out is a file."""
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: no model folder (it has no config.json); only local folders are "
@@ -62,6 +58,13 @@ def check_folders(settings: TrainSettings, *, resume: bool) -> Path | None:
         )
     if settings.out.exists() and not settings.out.is_dir():
         raise TrainError(f"{settings.out}: is a file, expected a folder")
+
+
+def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
+    """Returns the checkpoint to go on from, or None.
+
+    Raises `TrainError` where there is one and the run is not to be resumed.
+    """
     found = checkpoints(settings.out / "checkpoints")
     if found and not resume:
         raise TrainError(

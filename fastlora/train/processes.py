@@ -19,6 +19,8 @@ from fastlora.validation import ConfigError, FastLoraError, near_names
 T = TypeVar("T")
 
 INSTALL = "pip install 'fastlora-triton[train]'"
+# Beside adapters' names, none of which has a slash.
+_STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
@@ -144,10 +146,11 @@ class RunProcesses:
         """Returns whether the part of that number of a step's work is for this process."""
         return number % self.count == self._accelerator.process_index
 
-    def summed(self, values: dict[str, float]) -> dict[str, float]:
-        """Returns the sum over all processes of each value."""
-        (total,) = BatchGroup("auto", list(values), self.device).total(values)
-        return total
+    def summed(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
+        """Returns the sum over all processes of each value, and whether any of them is to stop."""
+        sent = {**values, _STOP: float(stop)}
+        (total,) = BatchGroup("auto", list(sent), self.device).total(sent)
+        return total, total.pop(_STOP) > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums gradients over all processes, in one transfer for each dtype.

@@ -8,9 +8,11 @@ of seed, step and forward, so a resumed run repeats bit for bit what the killed 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from fastlora.train import base_model, checkpoint, log, prepare
 from fastlora.train.answers import answers
 from fastlora.train.config import TrainSettings
 from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches, seed_of
+from fastlora.train.lock import folder_lock
 from fastlora.train.losses import causal_lm_losses
-from fastlora.train.processes import RunProcesses, TrainError
+from fastlora.train.processes import RunProcesses, TrainError, launched
+from fastlora.train.signals import RunInterrupted, StopSignals
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError
 
@@ -84,6 +88,10 @@ def train(
 ) -> TrainResult:
     """Trains adapters and writes them, in PEFT's format, into folders of their names.
 
+    Holds a lock on ``settings.out``. In the main thread, where Python's own handlers of SIGINT and
+    SIGTERM are installed, the first signal ends the run after its step: the adapters are saved,
+    then a checkpoint. The second signal acts as it does without a run.
+
     Reseeds the global generators of Python, NumPy and torch at every forward.
 
     Args:
@@ -96,20 +104,44 @@ def train(
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
         CheckpointError, TrainError: Something does not fit; before the first step, and nothing has
             been written.
+        TrainError: Another run holds the lock of ``settings.out``.
+        RunInterrupted: A signal ended the run.
         NonFiniteError: A loss, gradient or weight is not finite; or, in fp16, where a step that is
             not finite is skipped, no scale of an adapter's loss helps, or it never took a step.
             Checkpoints are as they were.
-        CheckpointError: A checkpoint cannot be written; the older ones are as they were.
+        CheckpointError: An adapter or a checkpoint cannot be written. The message names the
+            adapters that were saved; the older checkpoints are as they were.
     """
-    found = prepare.check_folders(settings, resume=resume)
-    # All adapters are tried on the base model without weights, before data or weights are read.
-    empty = base_model.empty_base(settings)
-    prepare.add_adapters(empty, settings, recommend(empty))
-    run = Run(settings, found, progress, say)
-    try:
+    with open_run(settings, resume=resume, progress=progress, say=say) as run:
         return run.train()
-    finally:
-        run.close()
+
+
+@contextlib.contextmanager
+def open_run(
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> Iterator[Run]:
+    """Gives a run that is set up; arguments and errors as of `train`.
+
+    The block holds the lock of the run's folder and handles signals.
+    """
+    prepare.check_folders(settings)
+    with contextlib.ExitStack() as stack:
+        main_say = say if os.environ.get("RANK", "0") == "0" else None
+        signals = stack.enter_context(StopSignals(launched(), main_say))
+        processes = RunProcesses(settings.cpu, settings.track, settings.out)
+        stack.callback(processes.end)
+        processes.in_main(lambda: stack.enter_context(folder_lock(settings.out)))
+        found = prepare.checkpoint_to_resume(settings, resume=resume)
+        # All adapters are tried on the base model without weights, before data or weights are read.
+        empty = base_model.empty_base(settings)
+        prepare.add_adapters(empty, settings, recommend(empty))
+        run = Run(settings, found, processes, signals, progress, say)
+        stack.callback(run.close)
+        yield run
 
 
 class Run:
@@ -119,12 +151,17 @@ class Run:
         self,
         settings: TrainSettings,
         resumed: Path | None,
+        processes: RunProcesses,
+        signals: StopSignals,
         progress: bool,
         say: Callable[[str], object] | None = None,
     ) -> None:
         state = None if resumed is None else checkpoint.read_checkpoint(resumed)
-        self.processes = RunProcesses(settings.cpu, settings.track, settings.out)
+        self.processes = processes
         self.settings = settings
+        self._signals = signals
+        # Whether a signal reached any of several processes by the last sum over them.
+        self._stop_agreed = False
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
         self.step = 0
@@ -187,55 +224,101 @@ class Run:
             self._say(f"goes on behind step {self.step} to {steps} steps in place of {before}")
 
     def train(self) -> TrainResult:
-        """Does all steps that are left, and writes the adapters."""
+        """Does all steps that are left, and writes the adapters.
+
+        Raises `RunInterrupted` where a signal came; what was trained is saved by then.
+        """
         settings, steps = self.settings, self.schedule.steps
-        if self.processes.main:
-            checkpoint.sweep(self.root)
-            self._log = log.RunLog(settings.out, self.step)
+        was_evaluated = self.processes.in_main(self._open_log)
         self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log({"step": self.step, **where})
-        evaluated: dict[str, float] = {}
+        saved = None
+        self._signals.defer()
+        # A run that was interrupted after this step did not evaluate.
+        evaluated = {} if was_evaluated or not self.step else self._evaluate_if_due()
         with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
         ) as bar:
-            while self.step < steps:
+            while self.step < steps and not self._stops():
                 self._do_step()
                 bar.set_postfix_str(self._shown_losses(), refresh=False)
                 bar.update()
                 if self.step == steps:
                     self._check_stepped()
-                if self._is_due(settings.eval_every):
-                    evaluated = self.evaluate() if self.held_out else {}
-                    self.answer()
+                evaluated = self._evaluate_if_due()
                 if self._is_due(settings.save_every):
                     self.save()
-        if self.held_out and not evaluated:
+                    saved = self.step
+        if self.step < steps and self.step == self.resumed_from:
+            raise self._interrupted("before the first step: nothing was trained")
+        if saved != self.step:
+            self.save()
+        if self.step == steps and self.held_out and not evaluated and not self._stops():
             evaluated = self.evaluate()
-        folders = {a.name: settings.out / a.name for a in settings.adapters}
+        if self.step < steps:
+            raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
 
         def write() -> tuple[dict[str, float], tuple[Path, ...]]:
-            for name, folder in folders.items():
-                save_adapter(self.model, name, folder)
             logged = log.read_losses(settings.out)
             files = log.write_table(settings.out, logged), log.write_picture(settings.out, logged)
             return log.mean_losses(logged), tuple(path for path in files if path is not None)
 
         means, files = self.processes.in_main(write)
+        if self._signals.received is not None or self._stops():
+            raise self._interrupted(f"after its last step, {steps}", saved=True)
         losses, skipped = dict(self.losses), self._skipped()
+        folders = self._folders()
         return TrainResult(
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
         )
+
+    def _open_log(self) -> bool:
+        """Opens the log, and returns whether an earlier run has evaluated after this step."""
+        checkpoint.sweep(self.root, self.settings.keep)
+        self._log = log.RunLog(self.settings.out, self.step)
+        return self._log.was_evaluated
+
+    def _stops(self) -> bool:
+        """Whether a signal ends the run after this step: the same in all processes.
+
+        One process looks at once; several agree with the sum of their losses.
+        """
+        if self.processes.count > 1:
+            return self._stop_agreed
+        return self._signals.received is not None
+
+    def _interrupted(self, when: str, *, saved: bool = False) -> RunInterrupted:
+        number = self._signals.received or signal.SIGTERM  # of another process
+        text = f"interrupted by {number.name} {when}"
+        if not saved:
+            return RunInterrupted(text, number)
+        folder = checkpoint.checkpoint_folder(self.root, self.step)
+        adapters = ", ".join(map(str, self._folders().values()))
+        return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
+
+    def _folders(self) -> dict[str, Path]:
+        """Returns the folders of the adapters that took a step."""
+        counts = self.optimizers.counts
+        return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
+
+    def _evaluate_if_due(self) -> dict[str, float]:
+        """Evaluates and answers where that is due; a signal leaves it to the resumed run."""
+        if self._stops() or not self._is_due(self.settings.eval_every):
+            return {}
+        evaluated = self.evaluate() if self.held_out else {}
+        if not self._stops():
+            self.answer()
+        return evaluated
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every so many steps, and at the end, is to be done now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
-        """Ends the log and the process group."""
+        """Ends the log."""
         if self._log is not None:
             self._log.close()
-        self.processes.end()
 
     def _do_step(self) -> None:
         """Does one optimizer step; raises `NonFiniteError` where a loss or gradient is not."""
@@ -292,7 +375,8 @@ class Run:
     ) -> dict[str, float]:
         """Returns each adapter's mean loss over its tokens in some samples, over all processes.
 
-        Where it trains, each process's own forwards have left their gradients.
+        Where it trains, each process's own forwards have left their gradients. A signal ends an
+        evaluation early; its losses mean nothing then.
         """
         from accelerate.utils import set_seed
 
@@ -304,6 +388,8 @@ class Run:
         for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
             # Drawn in every process, so that all count alike.
             seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
+            if not trains and self._signals.received is not None:
+                break
             if not self.processes.does(number):
                 continue
             if trains:  # what the base model draws, too, is a function of step and forward
@@ -316,7 +402,9 @@ class Run:
                 self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
-        return self.processes.summed(sums)
+        stop = self._signals.received is not None
+        found, self._stop_agreed = self.processes.summed(sums, stop=stop)
+        return found
 
     def _logits(self, batch: Batch, seeds: Mapping[str, int] | None) -> torch.Tensor:
         with adapters(self.model, batch.adapters, seeds=seeds):
@@ -343,6 +431,8 @@ class Run:
         self.model.eval()
         found = self._losses(rows, self.held_out, trains=False)
         self.model.train()
+        if self._stops():
+            return {}
         self._write_log({"step": self.step, "eval_loss": found})
         return found
 
@@ -369,7 +459,10 @@ class Run:
                 self.processes.track({f"answers/{name}/{number}": entry["answer"]}, self.step)
 
     def save(self) -> None:
-        """Writes a checkpoint; raises `CheckpointError` where it cannot, and changes no older one.
+        """Writes the adapters and then, if there is none of this step, a checkpoint.
+
+        Raises `CheckpointError` where it cannot, and changes no older checkpoint. Adapters are
+        smaller than a checkpoint: each that still fits on a full disk is saved.
 
         Raises `NonFiniteError` where a weight is not finite: the last update, not its loss, went
         out of range, and the checkpoint would be no good one.
@@ -382,11 +475,36 @@ class Run:
         state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
-            with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
-                for adapter in self.settings.adapters:
-                    save_adapter(self.model, adapter.name, folder / adapter.name)
+            self._save_adapters()
+            if checkpoint.checkpoint_folder(self.root, self.step).exists():
+                return
+            try:
+                with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
+                    for adapter in self.settings.adapters:
+                        save_adapter(self.model, adapter.name, folder / adapter.name)
+            except CheckpointError as error:
+                raise self._partly_saved(error, self._folders()) from error
 
         self.processes.in_main(write)
+
+    def _save_adapters(self) -> None:
+        """Writes each adapter that took a step; raises `CheckpointError` if one cannot be written.
+
+        The others are written even so.
+        """
+        saved, failures = [], []
+        for name, folder in self._folders().items():
+            try:
+                save_adapter(self.model, name, folder)
+                saved.append(name)
+            except CheckpointError as error:
+                failures.append(error)
+        if failures:
+            raise self._partly_saved(failures[0], saved) from failures[0]
+
+    def _partly_saved(self, error: CheckpointError, names: Iterable[str]) -> CheckpointError:
+        saved = ", ".join(str(self.settings.out / name) for name in names)
+        return CheckpointError(f"{error}; adapters saved after step {self.step}: {saved or 'none'}")
 
     def _write_log(self, entry: dict[str, Any]) -> None:
         if self._log is not None:
@@ -407,10 +525,8 @@ class Run:
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
     """Writes one adapter into a folder, in PEFT's format; see `save_adapter_folder`."""
     tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
-    try:
+    with checkpoint.writing(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: could not be written ({error})") from error
 
 
 def _first(items: Sequence[str], count: int, separator: str) -> str:

@@ -72,9 +72,8 @@ def test_each_adapter_learns_its_own_style(
     adapters = demo.of_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
     (tmp_path / "out" / "checkpoints" / "step-00000012").mkdir(parents=True)  # of an earlier run
     (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").touch()
-    run = demo.training(short, adapters, tmp_path / "out", 12)
-    run.train()
-    run.close()
+    with demo.training(short, adapters, tmp_path / "out", 12) as run:
+        run.train()
     for name in adapters:
         losses = [e.loss for e in read_losses(tmp_path / "out") if e.adapter == name]
         assert len(losses) == 12 and losses[-1] < losses[0] / 10, losses

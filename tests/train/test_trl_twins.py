@@ -15,7 +15,7 @@ from fastlora.train.config import parse_settings
 from fastlora.train.data import Reading, encode
 from fastlora.train.data.formats import alpaca_prompt
 from fastlora.train.data.packing import pack
-from fastlora.train.run import Run
+from fastlora.train.run import open_run
 from tests.support.tiny import randomise, tiny_llama
 
 trl = pytest.importorskip("trl", reason="compares with its trainer")
@@ -203,29 +203,28 @@ def test_tokens_labels_and_losses(case: str, base: Path, tmp_path: Path) -> None
     expected = trainer.train_dataset
     given = {"model": str(base), "out": str(tmp_path / "out"), "cpu": True, "steps": 2, **settings}
     given |= {"batch_size": len(expected), "adapters": {"a": adapter}}
-    run = Run(parse_settings(given, {}, "test"), None, progress=False)
-    corpus = run.corpora["a"]
-    assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected["input_ids"]
-    # A first label is of no use to TRL's loss either, in a packed document too.
-    starts = [
-        {sum(lengths[:n]) for n in range(len(lengths))}
-        for lengths in (corpus.documents or [[corpus.length(i)] for i in range(len(corpus))])
-    ]
-    labels = [
-        [-100 if i in firsts else label for i, label in enumerate(own)]
-        for own, firsts in zip(expected["labels"], starts, strict=True)
-    ]
-    assert [corpus.labels(i, -100).tolist() for i in range(len(corpus))] == labels
-    assert any(label != -100 for own in labels for label in own)
-    if corpus.documents is not None:
-        assert corpus.documents == expected["seq_lengths"]
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found = []
-    for _ in range(2):
-        run._do_step()
-        found.append(run.losses["a"])
-    run.close()
+    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        corpus = run.corpora["a"]
+        assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected["input_ids"]
+        # A first label is of no use to TRL's loss either, in a packed document too.
+        starts = [
+            {sum(lengths[:n]) for n in range(len(lengths))}
+            for lengths in (corpus.documents or [[corpus.length(i)] for i in range(len(corpus))])
+        ]
+        labels = [
+            [-100 if i in firsts else label for i, label in enumerate(own)]
+            for own, firsts in zip(expected["labels"], starts, strict=True)
+        ]
+        assert [corpus.labels(i, -100).tolist() for i in range(len(corpus))] == labels
+        assert any(label != -100 for own in labels for label in own)
+        if corpus.documents is not None:
+            assert corpus.documents == expected["seq_lengths"]
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found = []
+        for _ in range(2):
+            run._do_step()
+            found.append(run.losses["a"])
     # The second step shows the gradients: the loss has moved, and equally.
     assert found == pytest.approx(losses, rel=2e-5) and abs(found[1] - found[0]) > 1e-3
 
@@ -260,10 +259,9 @@ def test_packed_documents_are_kept_apart(base: Path, tmp_path: Path) -> None:
         adapter = {"data": str(path), "init_from": str(base / "adapter")}
         settings |= {"max_length": 64, "batch_size": 8, "micro_batch_size": 2}
         settings |= {"adapters": {"a": adapter}} | ({"packing": packing} if packing else {})
-        run = Run(parse_settings(settings, {}, "test"), None, progress=False)
-        run.schedule.order.batch_size = len(run.corpora["a"])  # all of them, each once
-        run._do_step()
-        losses[packing] = run.losses["a"]
-        run.close()
+        with open_run(parse_settings(settings, {}, "test"), progress=False) as run:
+            run.schedule.order.batch_size = len(run.corpora["a"])  # all of them, each once
+            run._do_step()
+            losses[packing] = run.losses["a"]
     assert losses["bfd"] == pytest.approx(losses[None], rel=1e-6)
     assert abs(losses["wrapped"] - losses[None]) > 1e-3

@@ -14,9 +14,10 @@ from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
 from fastlora.train.prepare import check_dropout_dtype
-from fastlora.train.run import NonFiniteError, Run
+from fastlora.train.run import NonFiniteError, open_run
 from fastlora.validation import ConfigError
 from tests.support import train_runs
+from tests.support.train_runs import same
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -189,15 +190,14 @@ def test_dropout_and_the_base_models_dtype() -> None:
 
 def test_a_frozen_adapter(given: Any) -> None:
     """One that something froze behind the optimizers' back stops the step; nothing has moved."""
-    run = Run(parse_settings(given, {}, "test"), None, progress=False)
-    for name, parameter in run.model.named_parameters():
-        if ".b." in name:
-            parameter.requires_grad_(False)
-    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    with pytest.raises(fastlora.FastLoraError, match="adapter 'b' is frozen"):
-        run._do_step()
-    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    run.close()
+    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        for name, parameter in run.model.named_parameters():
+            if ".b." in name:
+                parameter.requires_grad_(False)
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        with pytest.raises(fastlora.FastLoraError, match="adapter 'b' is frozen"):
+            run._do_step()
+        assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------- not finite
@@ -213,35 +213,35 @@ def test_a_loss_that_is_not_finite(fails: Any, given: Any, tmp_path: Path) -> No
     assert f"{tmp_path / 'data' / 'b.jsonl'}, line " in error
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000001"]
     assert checkpoint.read_checkpoint(root / "step-00000001").step == 1
-    assert not (tmp_path / "out" / "a").exists()
+    assert same(tmp_path / "out", root / "step-00000001" / "adapters")
 
 
 def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
-    """An update out of range after a good loss: neither a checkpoint holds it nor an adapter."""
-    run = Run(parse_settings(given, {}, "test"), None, progress=False)
-    weight = next(p for n, p in run.model.named_parameters() if "lora_B.b." in n)
+    """An update out of range after a good loss: no checkpoint and no saved adapter holds it."""
+    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        weight = next(p for n, p in run.model.named_parameters() if "lora_B.b." in n)
 
-    def spoil(*_: Any) -> None:
-        if run.step == 3:  # the last one
-            with torch.no_grad():
-                weight[0, 0] = -torch.inf
+        def spoil(*_: Any) -> None:
+            if run.step == 3:  # the last one
+                with torch.no_grad():
+                    weight[0, 0] = -torch.inf
 
-    run.optimizers.by_adapter["b"].register_step_post_hook(spoil)
-    with pytest.raises(NonFiniteError, match="step 4: the largest weight of adapter 'b' is inf"):
-        run.train()
-    run.close()
+        run.optimizers.by_adapter["b"].register_step_post_hook(spoil)
+        with pytest.raises(
+            NonFiniteError, match="step 4: the largest weight of adapter 'b' is inf"
+        ):
+            run.train()
     root = tmp_path / "out" / "checkpoints"
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000002"]
-    assert not (tmp_path / "out" / "b").exists()
+    assert same(tmp_path / "out", root / "step-00000002" / "adapters")
 
 
 def test_a_gradient_that_is_not_finite(given: Any) -> None:
     """The error says what, where and when, to a caller too."""
-    run = Run(parse_settings(given, {}, "test"), None, progress=False)
-    poisoned = [p for n, p in run.model.named_parameters() if "lora_B.a." in n][0]
-    poisoned.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
-        run._do_step()
-    assert (caught.value.step, caught.value.adapter) == (1, "a")
-    assert "there is no checkpoint yet" in str(caught.value)
-    run.close()
+    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        poisoned = [p for n, p in run.model.named_parameters() if "lora_B.a." in n][0]
+        poisoned.register_hook(lambda gradient: gradient * float("inf"))
+        with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
+            run._do_step()
+        assert (caught.value.step, caught.value.adapter) == (1, "a")
+        assert "there is no checkpoint yet" in str(caught.value)

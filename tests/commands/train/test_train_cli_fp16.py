@@ -13,7 +13,7 @@ from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.config import parse_settings
 from fastlora.train.log import RunLog
-from fastlora.train.run import NonFiniteError, Run
+from fastlora.train.run import NonFiniteError, Run, open_run
 from tests.support import train_runs
 from tests.support.train_runs import change, log
 
@@ -56,7 +56,7 @@ def test_the_first_scales(
 def test_a_run_that_never_stepped(
     fails: Any, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No success: the adapter is named, no adapter is written, and the checkpoint stays."""
+    """The error names the adapter, which is not written, and the checkpoint stays."""
     given |= {"dtype": "float16", "steps": 3}
     start = Run._make_model
 
@@ -72,21 +72,20 @@ def test_a_run_that_never_stepped(
     last = tmp_path / "out" / "checkpoints" / "step-00000002"
     assert f"the last good checkpoint is {last}" in error
     assert checkpoint.checkpoints(last.parent) == [last]
-    assert not (tmp_path / "out" / "a").exists() and not (tmp_path / "out" / "b").exists()
+    assert {key[0] for key in train_runs.saved(tmp_path / "out")} == {"a"}
     assert [entry["skipped"] for entry in log(tmp_path / "out")] == [["b"]] * 3
 
 
 def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
     """No scale makes an infinite gradient finite: the run stops long before its last step."""
     given |= {"dtype": "float16", "steps": 50}
-    run = Run(parse_settings(given, {}, "test"), None, progress=False)
-    poisoned(run, "a", until=99)
-    run.optimizers._adapters["a"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
-    with pytest.raises(
-        NonFiniteError, match="gradient of adapter 'a' is .* scale down to 3.05"
-    ) as caught:
-        run.train()
-    run.close()
+    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        poisoned(run, "a", until=99)
+        run.optimizers._adapters["a"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
+        with pytest.raises(
+            NonFiniteError, match="gradient of adapter 'a' is .* scale down to 3.05"
+        ) as caught:
+            run.train()
     assert caught.value.adapter == "a" and caught.value.step == 3
     assert run.step == 2 and len(log(tmp_path / "out")) == 2
 

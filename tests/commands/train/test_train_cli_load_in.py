@@ -17,7 +17,7 @@ from fastlora.model.estimate import human_bytes
 from fastlora.train.config import parse_settings
 from fastlora.train.data import collate
 from fastlora.train.losses import causal_lm_losses
-from fastlora.train.run import Run, train
+from fastlora.train.run import open_run, train
 from fastlora.validation import CheckpointError
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
@@ -84,36 +84,39 @@ def test_losses_are_those_of_pefts_qlora(base: Path, data: Any, tmp_path: Path) 
     del given["adapters"]["b"]
     given["adapters"]["a"] |= {"weight_decay": 0.1, "r": 4}
     given["defaults"]["dropout"] = 0.0
-    run = Run(parse_settings(given | {"dtype": "float32"}, {}, "test"), None, progress=False)
-    assert run.model.get_base_model().lm_head.weight.dtype == torch.float32
-    theirs: Any = peft.prepare_model_for_kbit_training(
-        quantised(base, torch.float32), use_gradient_checkpointing=False
-    )
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(theirs, config, "a").train()
-    mine = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-    other = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
-    assert mine.keys() == other.keys() and mine
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            other[name].copy_(parameter)
-    optimizer = torch.optim.AdamW(other.values(), lr=1e-2, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (step + 1) / 3 if step < 3 else 1 - (step - 3) / 7
-    )
-    expected = []
-    for step in range(10):
-        batch = collate(run.schedule.order.rows(step), run.corpora, run.pad, torch.device("cpu"))
-        logits = theirs(**batch.inputs, use_cache=False).logits
-        losses = causal_lm_losses(logits, batch.labels, batch.adapters)
-        losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(other.values(), 0.5)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        expected.append(losses.values["a"])
-    run.train()
-    run.close()
+    with open_run(parse_settings(given | {"dtype": "float32"}, {}, "test"), progress=False) as run:
+        assert run.model.get_base_model().lm_head.weight.dtype == torch.float32
+        theirs: Any = peft.prepare_model_for_kbit_training(
+            quantised(base, torch.float32), use_gradient_checkpointing=False
+        )
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        theirs = peft.get_peft_model(theirs, config, "a").train()
+        mine = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+        other = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+        assert mine.keys() == other.keys() and mine
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                other[name].copy_(parameter)
+        optimizer = torch.optim.AdamW(other.values(), lr=1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (step + 1) / 3 if step < 3 else 1 - (step - 3) / 7
+        )
+        expected = []
+        for step in range(10):
+            batch = collate(
+                run.schedule.order.rows(step), run.corpora, run.pad, torch.device("cpu")
+            )
+            logits = theirs(**batch.inputs, use_cache=False).logits
+            losses = causal_lm_losses(logits, batch.labels, batch.adapters)
+            losses.total.backward()
+            torch.nn.utils.clip_grad_norm_(other.values(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            expected.append(losses.values["a"])
+        run.train()
     found = [entry["loss"]["a"] for entry in log(tmp_path / "out")]
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[-1] < 0.95 * found[0]

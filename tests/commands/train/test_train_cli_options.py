@@ -22,7 +22,7 @@ from fastlora.train import run as run_module
 from fastlora.train.config import AdapterSettings, parse_settings, read_settings
 from fastlora.train.data import Corpus, Order, Row, collate, encode, micro_batches
 from fastlora.train.prepare import rate
-from fastlora.train.run import Run
+from fastlora.train.run import open_run
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
@@ -74,14 +74,13 @@ def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) 
     for size in (1, 4):
         given = train_runs.config(base, data, tmp_path / "out", micro_batch_size=size)
         given["defaults"]["dropout"] = 0.0
-        run = Run(parse_settings(given, {}, "test"), None, progress=False)
-        run.model.double()
-        entries: list[dict[str, Any]] = []
-        run._write_log = entries.append  # type: ignore[method-assign]
-        run._do_step()
-        run._do_step()
-        found.append(entries[-1])
-        run.close()
+        with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+            run.model.double()
+            entries: list[dict[str, Any]] = []
+            run._write_log = entries.append  # type: ignore[method-assign]
+            run._do_step()
+            run._do_step()
+            found.append(entries[-1])
     for kind in ("loss", "grad_norm"):
         assert found[0][kind].keys() == found[1][kind].keys() == {"a", "b"}
         for name, value in found[0][kind].items():

@@ -1,0 +1,106 @@
+"""What SIGINT (Ctrl-C) and SIGTERM do to a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
+# torchrun sends each process the signal that the terminal has already sent to all of them.
+_SAME_SIGNAL_SECONDS = 2.0
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended a training run; the message says what was saved.
+
+    It is a `KeyboardInterrupt`, which ``except Exception`` does not catch.
+
+    Attributes:
+        signal: The signal.
+        checkpoint: The checkpoint of the last step; None if the run did no step.
+    """
+
+    def __init__(
+        self, message: str, number: signal.Signals, checkpoint: Path | None = None
+    ) -> None:
+        super().__init__(message)
+        self.signal = number
+        self.checkpoint = checkpoint
+
+
+class StopSignals:
+    """Handles SIGINT and SIGTERM within a ``with`` block.
+
+    A signal raises `RunInterrupted` at once until `defer` is called. From then on, the first signal
+    only sets `received`. The next signal does what it did before the block: by default, SIGINT
+    raises `KeyboardInterrupt` and SIGTERM ends the process.
+
+    Only the main thread can handle signals, so the block does nothing in another thread. It keeps
+    a handler that the program installed itself.
+
+    Args:
+        processes: How many processes train together.
+        say: Called with a line about the first signal.
+    """
+
+    def __init__(self, processes: int = 1, say: Callable[[str], object] | None = None) -> None:
+        self.received: signal.Signals | None = None
+        self._repeats = _SAME_SIGNAL_SECONDS if processes > 1 else 0.0
+        self._say = say
+        self._deferred = False
+        self._received_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _HANDLED:
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, signal.default_int_handler):
+                    signal.signal(number, self._handle)
+                    self._before[number] = before
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def defer(self) -> None:
+        """Lets the run finish its step from now on when a signal comes."""
+        self._deferred = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a forked process, which does not train
+            self._restore()
+            signal.raise_signal(number)
+        elif self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+            name = self.received.name
+            if not self._deferred:
+                self._restore()
+                raise RunInterrupted(
+                    f"interrupted by {name} before the first step: nothing was trained",
+                    self.received,
+                )
+            if self._say is not None:
+                # Python refuses a write inside a write that the signal interrupted.
+                with contextlib.suppress(RuntimeError):
+                    self._say(
+                        f"{name}: the run ends after this step and saves its adapters and a "
+                        "checkpoint; a second signal ends it at once"
+                    )
+        elif time.monotonic() - self._received_at >= self._repeats:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        while self._before:
+            number, before = self._before.popitem()
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, before)

@@ -1,0 +1,287 @@
+"""SIGINT and SIGTERM in `fastlora train`, and a disk that fills while it saves."""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.commands import cli
+from fastlora.train import checkpoint, prepare, run
+from fastlora.train.config import parse_settings
+from fastlora.train.run import Run, train
+from fastlora.train.signals import RunInterrupted
+from tests.support import train_runs
+from tests.support.train_runs import log, same
+
+STEPS = 6
+
+
+def config_of(base: Path, data: dict[str, Path], out: Path) -> dict[str, Any]:
+    """A run of 6 steps in 2 forwards each, with evaluations after 2, 4 and 6, checkpoints at 5."""
+    given = train_runs.config(base, data, out, steps=STEPS, save_every=5, eval_every=2)
+    given["adapters"]["a"] |= {"eval_data": str(data["a"])}
+    return given
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that no signal interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_runs.train(folder / "c.json", config_of(base, data, folder / "out"))
+    return folder / "out"
+
+
+def signal_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, *numbers: signal.Signals
+) -> None:
+    """Sends signals to this process at the given call of a function."""
+    real, calls = getattr(owner, name), [0]
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            for number in numbers:
+                signal.raise_signal(number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Any:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "number", "step"),
+    [
+        (run, "causal_lm_losses", 3, signal.SIGINT, 2),  # the first of two forwards of step 2
+        (torch.optim.AdamW, "step", 5, signal.SIGTERM, 3),
+        (run, "causal_lm_losses", 5, signal.SIGINT, 2),  # an evaluation
+        (checkpoint, "_write_state", 1, signal.SIGTERM, 5),
+        (run, "causal_lm_losses", 9 + 4 + 4, signal.SIGINT, 4),
+        (Run, "evaluate", 3, signal.SIGTERM, STEPS),  # the last one
+    ],
+)
+def test_the_first_signal_saves(
+    owner: Any,
+    name: str,
+    call: int,
+    number: signal.Signals,
+    step: int,
+    base: Path,
+    data: dict[str, Path],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """E20: the run ends its step, saves adapters and a checkpoint, and says how to go on.
+
+    The command that it prints resumes the run, which ends with the adapters and the log of a run
+    that no signal interrupted.
+    """
+    out, path = tmp_path / "out", tmp_path / "c d.json"
+    train_runs.write_config(path, config_of(base, data, out))
+    with monkeypatch.context() as patched:
+        signal_at(patched, owner, name, call, number)
+        assert cli.main(["train", str(path), "--quiet"]) == 128 + number
+    printed = capsys.readouterr()
+    folder = checkpoint.checkpoint_folder(out / "checkpoints", step)
+    when = f"after step {step} of {STEPS}" if step < STEPS else f"after its last step, {STEPS}"
+    *_, report, resume = printed.err.splitlines()
+    assert report == (
+        f"fastlora: interrupted by {number.name} {when}; saved: {out / 'a'}, {out / 'b'} and "
+        f"{folder}"
+    )
+    assert f"{number.name}: the run ends after this step and saves its adapters" in printed.out
+    assert same(out, folder / "adapters")
+    assert len(log(out)) == step
+    program, *arguments = shlex.split(resume.removeprefix("resume with: "))
+    assert program == "fastlora" and arguments == ["train", str(path), "--quiet", "--resume"]
+    assert cli.main(arguments) == 0
+    assert same(out, whole)
+    for kind in ("loss", "eval_loss"):
+        assert log(out, kind) == log(whole, kind)
+
+
+def test_adapters_are_saved_first(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run that is killed while it writes its checkpoint has saved its adapters."""
+    found: list[dict[str, torch.Tensor]] = []
+    signal_at(monkeypatch, run, "causal_lm_losses", 1, signal.SIGINT)
+    monkeypatch.setattr(
+        checkpoint, "_write_state", lambda *_: found.append(train_runs.saved(tmp_path / "out"))
+    )
+    with pytest.raises(RunInterrupted, match="by SIGINT after step 1 of 4") as caught:
+        train(parse_settings(given, {}, "test"), progress=False)
+    assert caught.value.signal == signal.SIGINT
+    assert caught.value.checkpoint == tmp_path / "out" / "checkpoints" / "step-00000001"
+    assert found and found[0].keys() == train_runs.saved(tmp_path / "out").keys()
+
+
+def test_the_second_signal_ends_the_run(
+    given: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """E20: nothing more is saved. After a second SIGTERM, the system ends the process."""
+    from tests.support.forked_runs import ForkedRun, SignalInStep
+
+    path, out = train_runs.write_config(tmp_path / "c.json", given), tmp_path / "out"
+    killed = ForkedRun(
+        ["train", path, "--quiet"],
+        tmp_path / "printed.txt",
+        SignalInStep(2, signal.SIGINT, signal.SIGTERM),
+    )
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        given_here = train_runs.write_config(tmp_path / "d.json", given | {"out": "here"})
+        signal_at(patched, run, "causal_lm_losses", 3, signal.SIGTERM, signal.SIGINT)
+        assert cli.main(["train", str(given_here), "--quiet"]) == 130
+    assert capsys.readouterr().err.endswith("fastlora: interrupted\n")
+    assert {entry.name for entry in (tmp_path / "here").iterdir()} == {"log.jsonl"}
+    assert killed.wait() == -signal.SIGTERM
+    assert {entry.name for entry in out.iterdir()} == {"log.jsonl", ".run.lock"}
+    train_runs.train(path, given, "--resume")
+    assert len(log(out)) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step(
+    given: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    """While data or weights are read, a signal ends the run at once; nothing is written."""
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    for owner, name in ((prepare, "read_data"), (Run, "_make_model")):
+        with monkeypatch.context() as patched:
+            signal_at(patched, owner, name, 1, number)
+            assert cli.main(["train", str(path), "--quiet"]) == 128 + number
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"fastlora: interrupted by {number.name} before the first step: nothing was trained"
+        )
+        assert not (tmp_path / "out").exists()
+
+
+def test_handlers_of_the_program_stay(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run leaves signals alone that the program handles, and all of them in another thread."""
+    settings = parse_settings(given, {}, "test")
+    seen: list[Any] = []
+    signal_at(monkeypatch, run, "causal_lm_losses", 3, signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        assert train(settings, progress=False).steps == 4
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+    do_step = Run._do_step
+
+    def looking(run: Run) -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+        do_step(run)
+
+    monkeypatch.setattr(Run, "_do_step", looking)
+    other = parse_settings(given, {"out": str(tmp_path / "other")}, "test")
+    thread = threading.Thread(target=train, args=(other,), kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert seen[1:] == [signal.default_int_handler] * 4
+    assert same(tmp_path / "out", tmp_path / "other")
+
+
+def test_all_processes_end_the_same_step(
+    base: Path, data: dict[str, Path], whole: Path, tmp_path: Path
+) -> None:
+    """E20: a signal reaches one of two processes; both end that step, and the first one saves."""
+    from tests.support.forked_runs import SignalInStep, processes
+
+    out = tmp_path / "out"
+    path = train_runs.write_config(tmp_path / "c.json", config_of(base, data, out))
+    arguments = ["train", path, "--quiet"]
+    # torchrun sends a second one: it counts as the same.
+    twice = SignalInStep(3, signal.SIGTERM, signal.SIGTERM)
+    runs = processes(2, arguments, tmp_path, {1: twice})
+    assert [each.wait() for each in runs] == [128 + signal.SIGTERM, 0]
+    printed = runs[0].printed()
+    assert f"interrupted by SIGTERM after step 3 of {STEPS}; saved: {out / 'a'}, " in printed
+    resume = f"torchrun --nproc-per-node 2 -m fastlora train {path} --quiet --resume"
+    assert f"resume with: {resume}\n" in printed
+    assert "Traceback" not in printed + runs[1].printed()
+    assert len(log(out)) == 3
+    runs = processes(2, [*arguments, "--resume"], tmp_path)
+    assert [each.wait() for each in runs] == [0, 0]
+    assert same(out, whole) and log(out) == log(whole)
+
+
+# ------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``fill(limit)`` lets no file grow over so many bytes in the last save of a run."""
+    save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def start(limit: int) -> None:
+        def limited(run: Run) -> None:
+            if run.step < run.schedule.steps:
+                return save(run)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            try:
+                return save(run)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        monkeypatch.setattr(Run, "save", limited)
+
+    return start
+
+
+def test_adapters_that_fit_on_a_full_disk(
+    given: Any, tmp_path: Path, fill: Callable[[int], None]
+) -> None:
+    """E20: each adapter that fits is saved, and the message says each thing once."""
+    whole = train_runs.train(tmp_path / "c.json", given | {"out": str(tmp_path / "whole")})
+    out, sizes = tmp_path / "out", {}
+    for name in "ab":
+        folder = tmp_path / "whole" / name
+        sizes[name] = max(file.stat().st_size for file in folder.iterdir())
+    assert sizes["a"] != sizes["b"]
+    small, large = sorted(sizes, key=lambda name: sizes[name])
+    cases = (
+        (sizes[small], f"{out / large}: could not be written (", [small]),
+        (sizes[large], "step-00000004: could not be written (", ["a", "b"]),
+    )
+    for limit, start, kept in cases:
+        fill(limit)
+        with pytest.raises(fastlora.FastLoraError) as caught:
+            train(parse_settings(given, {}, "test"), resume=True, progress=False)
+        error = str(caught.value)
+        assert start in error and error.count("could not be written") == 1
+        names = ", ".join(str(out / name) for name in kept)
+        assert error.endswith(f"; adapters saved after step 4: {names}")
+        found = train_runs.saved(out)
+        for key, tensor in whole.items():
+            assert (key[0] in kept) == torch.equal(tensor, found[key]), key
+        assert [path.name for path in checkpoint.checkpoints(out / "checkpoints")] == [
+            "step-00000002"
+        ]
