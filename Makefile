@@ -39,7 +39,7 @@ docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; every li
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@$(BIN)/python docs/build_site.py site
 
-crash: $(VENV)/.installed ## kill saves at 100 random file-system calls, and check what is left (outside CI)
+crash: $(VENV)/.installed ## kill saves and training runs 100 times each, and resume them (outside CI)
 	@FASTLORA_CRASH_KILLS=100 $(BIN)/python -m pytest -q tests/crash $(ARGS)
 
 soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (outside CI)

@@ -71,7 +71,7 @@ class Outcome:
         ]
 
 
-PROGRAMS = ("tests/commands", "tests/distributed")
+PROGRAMS = ("tests/commands", "tests/crash", "tests/distributed")
 LANES = (
     Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", *PROGRAMS)),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),

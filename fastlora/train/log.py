@@ -21,14 +21,15 @@ LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"
 class RunLog:
     """Appends to ``log.jsonl`` in a run's folder: a JSON object a line, by step or evaluation.
 
-    Entries behind ``step``, from which the run goes on, are of one that was killed, and go. Raises
+    Entries behind ``step``, from which the run goes on, are of one that was killed, and go. With
+    ``evaluates``, so do evaluations and answers after ``step``, which the run repeats. Raises
     `TrainError`, here and in every call, where the file cannot be written.
 
     Attributes:
-        was_evaluated: Whether the log already has an evaluation, or answers, after ``step``.
+        was_evaluated: Whether the log has an evaluation, or answers, after ``step``.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, *, evaluates: bool = False) -> None:
         self.path = folder / LOG
         with typed(self.path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,8 +38,10 @@ class RunLog:
                 # The last line of a killed run may be torn; it is of no step then.
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            last = [json.loads(line) for line in kept if _step_of(line) == step]
-            self.was_evaluated = any("eval_loss" in e or "answers" in e for e in last)
+            last = [line for line in kept if _step_of(line) == step and _is_evaluation(line)]
+            if evaluates:
+                kept = [line for line in kept if line not in last]
+            self.was_evaluated = bool(last) and not evaluates
             with replacing(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
@@ -152,6 +155,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_evaluation(line: str) -> bool:
+    return not {"eval_loss", "answers"}.isdisjoint(json.loads(line))
 
 
 def _step_of(line: str) -> float:

@@ -235,7 +235,7 @@ class Run:
         self._write_log({"step": self.step, **where})
         saved = None
         self._signals.defer()
-        # A run that was interrupted after this step did not evaluate.
+        # A run that was interrupted after this step did not evaluate; one that ended does it again.
         evaluated = {} if was_evaluated or not self.step else self._evaluate_if_due()
         with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
@@ -254,8 +254,6 @@ class Run:
             raise self._interrupted("before the first step: nothing was trained")
         if saved != self.step:
             self.save()
-        if self.step == steps and self.held_out and not evaluated and not self._stops():
-            evaluated = self.evaluate()
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
 
@@ -276,7 +274,8 @@ class Run:
     def _open_log(self) -> bool:
         """Opens the log, and returns whether an earlier run has evaluated after this step."""
         checkpoint.sweep(self.root, self.settings.keep)
-        self._log = log.RunLog(self.settings.out, self.step)
+        ended = self.step == self.schedule.steps
+        self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
     def _stops(self) -> bool:

@@ -157,6 +157,8 @@ def _fork(
 
 
 def _absolute(path: Any, folder: int | None) -> Path:
+    if isinstance(path, int):  # a descriptor
+        return Path(os.readlink(f"/proc/self/fd/{path}"))
     at = Path.cwd() if folder in (None, -1) else Path(os.readlink(f"/proc/self/fd/{folder}"))
     return Path(os.path.normpath(at / os.fsdecode(path)))
 

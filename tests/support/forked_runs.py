@@ -6,9 +6,11 @@ milliseconds. `multiprocessing`'s fork server does the imports of this file.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -17,13 +19,15 @@ from typing import Any
 
 # Imported before the fork.
 import accelerate  # noqa: F401
-import matplotlib.backends.backend_agg  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from fastlora.commands import cli
-from fastlora.train import command  # noqa: F401
+from fastlora.train import checkpoint, command  # noqa: F401
 from fastlora.train.run import Run
+
+with contextlib.suppress(ImportError):
+    import matplotlib.backends.backend_agg  # noqa: F401
 
 SECONDS = 120
 
@@ -127,12 +131,28 @@ class WaitInStep:
         Run._do_step = waiting  # type: ignore[method-assign]
 
 
+class KillInState:
+    """Kills the process of a run in the middle of a checkpoint's ``state.json``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        write_state = checkpoint._write_state
+
+        def killed(folder: Path, state: checkpoint.TrainState) -> None:
+            if state.step == self.step:
+                (folder / "state.json").write_text('{"format": 1, "st')
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_state(folder, state)
+
+        checkpoint._write_state = killed
+
+
 def processes(
     count: int, arguments: Sequence[object], folder: Path, prepare: Mapping[int, Any] | None = None
 ) -> list[ForkedRun]:
     """Starts a run in several processes, as torchrun does; ``prepare`` is by rank."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

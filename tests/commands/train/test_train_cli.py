@@ -85,31 +85,15 @@ def test_peft_reads_the_result(whole: Path, base: Path) -> None:
 
 # ----------------------------------------------------------------------------- killed and resumed
 
-KILLED = """
-import os, signal, sys
-from fastlora.commands import cli
-from fastlora.train import checkpoint
-
-write = checkpoint._write_state
-
-def killed(folder, state):
-    if state.step == 6:
-        with open(folder / "state.json", "w") as file:
-            file.write('{"format": 1, "st')
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(folder, state)
-
-checkpoint._write_state = killed
-cli.main(sys.argv[1:])
-"""
-
 
 def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_path: Path) -> None:
-    """Killed -9 in the middle of saving a checkpoint: resumed, it ends as if it had not been."""
+    """A run that is killed while it saves a checkpoint, and resumed, ends as the whole run."""
+    from tests.support.forked_runs import ForkedRun, KillInState
+
     out = tmp_path / "killed"
     config = train_runs.write_config(tmp_path / "killed.json", train_runs.config(base, data, out))
-    done = programs.run("-c", KILLED, "train", config, "--quiet")
-    assert done.returncode == -9, done.stderr[-3000:]
+    run = ForkedRun(["train", config, "--quiet"], tmp_path / "printed.txt", KillInState(6))
+    assert run.wait() == -9, run.printed()
     root = out / "checkpoints"
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000003"]
     leftovers = list(root.glob(".step-*.tmp"))
