@@ -6,11 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+_SECRETS = ("FASTLORA_API_KEY", "FASTLORA_ADMIN_KEY")
 _VARIABLES = (
     *("FASTLORA_BATCH_INVARIANT", "FASTLORA_PLAN", "FASTLORA_MEASURED"),
-    *("TRITON_INTERPRET", "XDG_CACHE_HOME", "FASTLORA_API_KEY"),
+    *("TRITON_INTERPRET", "XDG_CACHE_HOME", *_SECRETS),
 )
-_SECRETS = ("FASTLORA_API_KEY",)
 
 
 def triton_interpreted() -> bool:
@@ -47,8 +47,13 @@ def cache_dir() -> Path:
 
 
 def api_key() -> str | None:
-    """Returns the key that clients of ``fastlora serve`` must send (``FASTLORA_API_KEY``)."""
-    return os.environ.get("FASTLORA_API_KEY") or None
+    """Returns the key that clients of ``fastlora serve`` must send; it may be an empty string."""
+    return os.environ.get("FASTLORA_API_KEY")
+
+
+def admin_key() -> str | None:
+    """Returns the key that changes the adapters of ``fastlora serve``, as `api_key` does."""
+    return os.environ.get("FASTLORA_ADMIN_KEY")
 
 
 def sets_allocator() -> bool:

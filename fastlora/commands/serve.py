@@ -25,6 +25,7 @@ from fastlora import env
 from fastlora.commands import models
 from fastlora.commands.models import CommandError, step
 from fastlora.commands.options import Option, parse
+from fastlora.serve.keys import Keys, read_key
 from fastlora.validation import ConfigError
 
 # glibc's numbers of mallopt's parameters, and what a server gives them.
@@ -47,9 +48,17 @@ OPTIONS = (
     Option("--port", "port; 0 takes a free one", 8000),
     Option(
         "--api-key",
-        "what clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
+        "key that clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
         metavar="KEY",
     ),
+    Option("--api-key-file", "file that holds the API key", type=Path, metavar="FILE"),
+    Option(
+        "--admin-key",
+        "key that may also load and unload adapters over HTTP; without an admin key nobody may "
+        "(default: $FASTLORA_ADMIN_KEY, or none)",
+        metavar="KEY",
+    ),
+    Option("--admin-key-file", "file that holds the admin key", type=Path, metavar="FILE"),
     Option(
         "--max-adapters",
         "adapters on the device, and so of one batch; others wait in CPU memory or on disk",
@@ -95,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"[{host}]" if ":" in host else host
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         step(f"serving {args.name} with {len(names)} adapters" + (f": {listed}" if names else ""))
-        if not _is_local(args.host) and not args.api_key:
+        if not _is_local(args.host) and args.keys.client is None:
             step(f"anybody who reaches {args.host} may use it; --api-key asks for a key")
         step(f"ready at http://{where}:{port}/v1")
         config = uvicorn.Config(
@@ -154,7 +163,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
         length=args.max_length,
         most_waiting=args.max_queue,
     )
-    settings = Settings(args.name, args.api_key, args.max_body, args.watch)
+    settings = Settings(args.name, args.keys, args.max_body, args.watch)
     vocabulary = model.get_input_embeddings().num_embeddings
     server = Server(engine, adapters, Prompts(tokenizer, vocabulary), settings)
     return server.app, adapters.names
@@ -169,7 +178,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.adapters is not None and not args.adapters.is_dir():
         raise CommandError(f"{args.adapters}: no such folder, expected one that holds adapters")
     args.name = args.name or Path(args.model).expanduser().resolve().name
-    args.api_key = args.api_key or env.api_key()
+    api = ("--api-key", args.api_key, args.api_key_file, "FASTLORA_API_KEY", env.api_key())
+    admin = ("--admin-key", args.admin_key, args.admin_key_file)
+    args.keys = Keys(read_key(*api), read_key(*admin, "FASTLORA_ADMIN_KEY", env.admin_key()))
     return args
 
 

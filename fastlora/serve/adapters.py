@@ -91,10 +91,7 @@ class ServedAdapters:
         with self._lock:
             version = self._versions.get(name)
             if version is None:
-                known = [*self._reserved, *self._versions]
-                raise AdapterNotFoundError(
-                    f"the model {name!r} does not exist{near_names(name, known)}"
-                )
+                raise AdapterNotFoundError(f"the model {name!r} does not exist")
             if version.error is not None:
                 raise CheckpointError(f"adapter {name!r} cannot be used: {version.error}")
             version._users += 1

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
 from fastlora.serve.adapters import ServedAdapters
@@ -24,6 +24,7 @@ from fastlora.serve.answers import (
 )
 from fastlora.serve.engine import Engine
 from fastlora.serve.gate import Gate
+from fastlora.serve.keys import AdminKeyError, Caller, Keys
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.prompts import Prompts
 from fastlora.serve.protocol import (
@@ -36,7 +37,7 @@ from fastlora.serve.protocol import (
 )
 from fastlora.serve.refusals import JSON, add_handlers
 from fastlora.serve.sampling import Sampling
-from fastlora.validation import AdapterNotFoundError, CheckpointError, ConfigError
+from fastlora.validation import AdapterNotFoundError, CheckpointError, ConfigError, near_names
 
 _log = logging.getLogger("fastlora.serve")
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion names none
@@ -49,13 +50,13 @@ class Settings:
 
     Attributes:
         base: The base model's name; clients may say ``base`` too.
-        api_key: What clients must send; None for a server that asks for none.
+        keys: What clients must send.
         most_bytes: Of a request's body.
         watch_seconds: Between two looks into the folder of adapters; 0 for none.
     """
 
     base: str
-    api_key: str | None = None
+    keys: Keys = Keys()
     most_bytes: int = 1 << 20
     watch_seconds: float = 2.0
 
@@ -80,7 +81,7 @@ class Server:
         add_handlers(app)
         app.add_middleware(
             Gate,
-            api_key=settings.api_key,
+            keys=settings.keys,
             most_bytes=settings.most_bytes,
             metrics=self.metrics,
         )
@@ -91,10 +92,17 @@ class Server:
             ("GET", "/v1/models/{name}", self.one_model),
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
-            ("POST", "/v1/load_lora_adapter", self.load),
-            ("POST", "/v1/unload_lora_adapter", self.unload),
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
+        if settings.keys.admin is not None:  # else these are unknown paths
+            for path, call in (
+                ("/v1/load_lora_adapter", self.load),
+                ("/v1/unload_lora_adapter", self.unload),
+            ):
+                by_admin = [Depends(_check_admin)]
+                app.add_api_route(
+                    path, call, methods=["POST"], response_model=None, dependencies=by_admin
+                )
         self.app = app
 
     @contextlib.asynccontextmanager
@@ -203,7 +211,13 @@ class Server:
         if body.stream_options is not None and not body.stream:
             raise ConfigError("stream_options is only for stream=true")
         adapter = None if self._is_base(body.model) else body.model
-        answer = Answer(self.engine, tokens, adapter, sampling)
+        try:
+            answer = Answer(self.engine, tokens, adapter, sampling)
+        except AdapterNotFoundError as error:
+            if request.state.caller is not Caller.ADMIN:
+                raise
+            close = near_names(body.model, [self.settings.base, *self.adapters.names])
+            raise AdapterNotFoundError(f"{error}{close}") from error
         shape = form(body.model, len(tokens))
         ended = False
         try:
@@ -227,3 +241,9 @@ class Server:
         finally:
             if not ended:
                 answer.cancel()
+
+
+async def _check_admin(request: Request) -> None:
+    """Raises `AdminKeyError` unless the request has the admin key."""
+    if request.state.caller is not Caller.ADMIN:
+        raise AdminKeyError("this path needs the admin key")

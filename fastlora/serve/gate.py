@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hmac
-
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastlora.serve.keys import Caller, Keys
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.refusals import JSON, error_body
 
-_OPEN = ("/health",)  # without the key
+_OPEN = ("/health",)  # without a key
 
 
 class Gate:
-    """Stands before an application; `Settings` in `app` says what its arguments are."""
+    """Stands before an application; `Settings` in `app` says what its arguments are.
 
-    def __init__(
-        self, app: ASGIApp, api_key: str | None, most_bytes: int, metrics: Metrics
-    ) -> None:
-        self._app, self._key = app, api_key
+    It leaves in ``request.state.caller`` who sent a request.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, most_bytes: int, metrics: Metrics) -> None:
+        self._app, self._keys = app, keys
         self._most_bytes, self._metrics = most_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,8 +43,10 @@ class Gate:
                 self._metrics.answered(scope, message["status"])
             await send(message)
 
+        caller = self._keys.caller(headers.get(b"authorization", b""))
+        scope.setdefault("state", {})["caller"] = caller
         length = headers.get(b"content-length", b"0")
-        if not self._may(scope, headers.get(b"authorization", b"")):
+        if caller is Caller.STRANGER and scope["path"] not in _OPEN:
             message = "wrong or missing API key; send Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, noted)
@@ -53,8 +55,3 @@ class Gate:
             await JSON(body, 413, {"Connection": "close"})(scope, receive, noted)
         else:
             await self._app(scope, counted, noted)
-
-    def _may(self, scope: Scope, given: bytes) -> bool:
-        if self._key is None or scope["path"] in _OPEN:
-            return True
-        return hmac.compare_digest(given, f"Bearer {self._key}".encode())

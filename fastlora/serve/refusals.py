@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fastlora.serve.job import ClosedError, QueueFullError
+from fastlora.serve.keys import AdminKeyError
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -24,6 +25,7 @@ _RETRY_SECONDS = 1
 # The status, OpenAI's type and the code of what the engine refuses.
 _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClosedError, 503, "server_error", "shutting_down"),
     (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),

@@ -11,14 +11,19 @@ import pytest
 from tests.support.served import LENGTH, Alone, make_adapter, make_base, serving
 
 NAMES = ("ash", "birch", "cedar", "dogwood")
+ADMIN_KEY = "adm1n"
 
 
 class Served(NamedTuple):
-    """A server: its URL, its clients, its folder, and what adapters say alone."""
+    """A server: its URL, its clients, its folder, and what adapters say alone.
+
+    ``admin`` sends the admin key, ``http`` and ``client`` do not.
+    """
 
     url: str
     client: Any
     http: Any
+    admin: Any
     folder: Path
     alone: Alone
 
@@ -34,8 +39,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for seed, name in enumerate(NAMES):
         make_adapter(folder / name, seed, r=2 + seed % 2)
     options = ("--adapters", folder, "--max-adapters", 2, "--max-batch", 6, "--max-length", LENGTH)
-    options += ("--max-queue", 40, "--max-body", 20_000, "--watch", 0.05)
+    options += ("--admin-key", ADMIN_KEY, "--max-queue", 40, "--max-body", 20_000, "--watch", 0.05)
     with serving(base, *map(str, options)) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        with httpx.Client(base_url=url, timeout=30) as http:
-            yield Served(url, client, http, folder, Alone(base, folder))
+        admin_headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        with (
+            httpx.Client(base_url=url, timeout=30) as http,
+            httpx.Client(base_url=url, timeout=30, headers=admin_headers) as admin,
+        ):
+            yield Served(url, client, http, admin, folder, Alone(base, folder))

@@ -45,7 +45,9 @@ def loads(served: Any) -> float:
 def post(served: Any, what: str, status: int, **body: Any) -> str:
     """Loads or unloads; returns what the server says."""
     headers = {"Content-Type": "application/json"}
-    answer = served.http.post(f"/v1/{what}_lora_adapter", content=json.dumps(body), headers=headers)
+    answer = served.admin.post(
+        f"/v1/{what}_lora_adapter", content=json.dumps(body), headers=headers
+    )
     assert answer.status_code == status, answer.text
     return str(answer.text)
 

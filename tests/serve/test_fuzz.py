@@ -25,6 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]
     root = tmp_path_factory.mktemp("fuzz")
     make_adapter(root / "adapters" / "ash", 0)
     options = ("--adapters", str(root / "adapters"), "--max-length", "32", "--watch", "0.1")
+    options += ("--admin-key", "adm1n")
     with serving(make_base(root / "tiny"), *options) as found:
         yield found
 
@@ -55,7 +56,7 @@ def test_no_status_of_500_or_more(server: tuple[str, Any], path: str, mode: str)
             case.body |= {"model": "ash", "lora_name": "b", "lora_path": "ash"}
             for name in set(case.body) - known if mode == "positive" else ():
                 del case.body[name]
-        answer = case.call()
+        answer = case.call(headers={"Authorization": "Bearer adm1n"})
         statuses.add(answer.status_code)
         assert answer.status_code < 500, answer.text
 

@@ -20,7 +20,7 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
             body = json.dumps({"messages": HI} | json.loads(body) | {"prompt": None})
             body = json.dumps({k: v for k, v in json.loads(body).items() if k != "prompt"})
     options.setdefault("headers", {"Content-Type": "application/json"})
-    answer = served.http.post(path, content=body, **options)
+    answer = served.admin.post(path, content=body, **options)
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
