@@ -56,6 +56,7 @@ PROMPTS = (
     "physics. The first of them was about",
 )
 MOST_TOKENS = 24
+ADMIN_KEY = "soak"  # loads, swaps and unloads adapters
 LEAST = 2.0  # times the tokens a second of one after another
 RATES = ("tokens_per_cpu_second", "tokens_per_second")
 GROWTH = 1.03  # of the last quarter's median memory over the second's
@@ -203,7 +204,11 @@ async def traffic(
                 ("load", swapped),
                 *([("unload", {"lora_name": extra})] if chance.random() < 0.5 else []),
             ):
-                answer = await http.post(f"/v1/{path}_lora_adapter", json=content)
+                answer = await http.post(
+                    f"/v1/{path}_lora_adapter",
+                    json=content,
+                    headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+                )
                 changes += 1
                 if answer.status_code != 200:
                     failed.append(answer.text)
@@ -241,6 +246,7 @@ def soak(
     command = [sys.executable, "-m", "fastlora", "serve", str(folder), "--adapters", str(root)]
     command += ["--port", "0", "--max-adapters", str(args.slots), "--dtype", "float32", "--cpu"]
     command += ["--max-batch", str(args.clients), "--max-length", "256", "--watch", "1"]
+    command += ["--admin-key", ADMIN_KEY]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     url = ""

@@ -208,7 +208,8 @@ class Server:
         sampling: Sampling,
         form: type[Form],
     ) -> Response:
-        if body.stream_options is not None and not body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        if usage and not body.stream:
             raise ConfigError("stream_options is only for stream=true")
         adapter = None if self._is_base(body.model) else body.model
         try:
@@ -226,7 +227,6 @@ class Server:
             if first is None:
                 return Response(status_code=_CLOSED_BY_CLIENT)
             if body.stream:
-                usage = body.stream_options is not None and body.stream_options.include_usage
                 response = EventStream(answer, shape.stream(answer, first, usage))
                 ended = True  # by the stream from here on
                 return response

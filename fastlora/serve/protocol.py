@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fastlora.serve.sampling import MOST_STOPS, Sampling
 from fastlora.validation import ConfigError
 
-# What clients send though it asks for nothing; any other value is refused like an unknown field.
+# Values that clients send though they request nothing. Any other value but null is refused like an
+# unknown field.
 _ASKS_NOTHING: Mapping[str, object] = {
     "n": 1,
     "best_of": 1,
@@ -19,12 +20,16 @@ _ASKS_NOTHING: Mapping[str, object] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "logit_bias": {},
+    "metadata": {},
+    "modalities": ["text"],
     "parallel_tool_calls": True,
     "response_format": {"type": "text"},
+    "service_tier": "auto",
     "store": False,
     "suffix": "",
     "tool_choice": "none",
     "tools": [],
+    "top_logprobs": 0,
 }
 _INT64 = 2**63
 _T = TypeVar("_T")
@@ -39,12 +44,15 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_one_unknown(cls, data: Any) -> Any:
-        """Drops what asks for nothing, and all unknown fields but the first, which is refused."""
+        """Drops nulls, values that request nothing, and all unknown fields but the first.
+
+        The first unknown field is refused. A null field is an absent field, whatever its name.
+        """
         if not isinstance(data, dict):
             return data
         kept, unknown = {}, None
         for name, value in data.items():
-            if name in cls.asks_nothing and value in (None, cls.asks_nothing[name]):
+            if value is None or (name in cls.asks_nothing and value == cls.asks_nothing[name]):
                 continue
             if name not in cls.model_fields:
                 unknown = name if unknown is None else unknown
@@ -56,6 +64,8 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     """Of a stream: whether a last chunk has the counts of tokens."""
+
+    asks_nothing = {"include_obfuscation": False}
 
     include_usage: bool = False
 
@@ -109,16 +119,28 @@ class CompletionBody(GenerationBody):
 class TextPart(_Body):
     """A part of a message; this server takes text only."""
 
+    asks_nothing = {"annotations": []}
+
     type: Literal["text"]
     text: str
 
 
 class Message(_Body):
-    """A message of a conversation."""
+    """A message of a conversation; an answer's own message is one, as clients dump it."""
+
+    asks_nothing = {"annotations": [], "tool_calls": []}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | _List[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_content(cls, data: Any) -> Any:
+        """Gives an assistant's message without content an empty one; other roles need theirs."""
+        if isinstance(data, dict) and data.get("role") == "assistant":
+            return data if data.get("content") is not None else {**data, "content": ""}
+        return data
 
     def as_dict(self) -> dict[str, str]:
         """Returns it as chat templates take it."""
@@ -152,5 +174,7 @@ class UnloadBody(_Body):
 
 def check_text(name: str, text: str) -> None:
     """Raises `ConfigError` for half a surrogate pair, which JSON can hold and no encoding."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{name} holds half a surrogate pair, which is no character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} holds half a surrogate pair, which is no character") from None

@@ -47,6 +47,19 @@ def test_chat_uses_the_template(served: Any) -> None:
     assert answer.usage.prompt_tokens == len(text)
 
 
+def test_a_conversation_goes_on_with_the_answer_itself(served: Any) -> None:
+    """E7: ``messages.append(answer.choices[0].message.model_dump())``, nulls and all."""
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    first = served.client.chat.completions.create(model="birch", messages=messages, **GREEDY)
+    said = first.choices[0].message
+    for own in (said.model_dump(), said, said.model_dump() | {"content": None, "tool_calls": []}):
+        more = [*messages, own, {"role": "user", "content": "and?"}]
+        answer = served.client.chat.completions.create(model="birch", messages=more, **GREEDY)
+        content = (own["content"] or "") if isinstance(own, dict) else own.content
+        text = f"<user>hi<assistant>{content}<user>and?<bot>"
+        assert answer.choices[0].message.content == served.alone.text(text, "birch", 12)
+
+
 def test_streams_have_the_same_text(served: Any) -> None:
     options = {**GREEDY, "stream": True, "stream_options": {"include_usage": True}}
     chunks = list(served.client.completions.create(model="cedar", prompt="a", **options))

@@ -51,6 +51,10 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
         ({"presence_penalty": 1}, "presence_penalty: is not supported"),
         ({"tools": [{}]}, "tools: is not supported"),
         ({"no_such_thing": 1}, "no_such_thing: is not supported"),
+        ({"metadata": {"a": "b"}}, "metadata: is not supported"),
+        ({"service_tier": "flex"}, "service_tier: is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs: is not supported"),
+        ({"model": None}, "model"),
         ({"stream_options": {"include_usage": True}}, "stream_options is only for stream=true"),
         ({"stream": "yes"}, "stream"),
         ({"model": 7}, "model"),
@@ -89,6 +93,9 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ("hi", "messages"),
         ([{"role": "wizard", "content": "hi"}], "messages.0.role"),
         ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls: is not supported"),
+        ([*HI, {"role": "assistant", "refusal": "no"}], "messages.1.refusal: is not supported"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
         ([*HI, {"role": "system", "content": "late"}], "chat template refuses messages: system fi"),
         ([{"role": "user", "content": "\ud812"}], "content holds half a surrogate pair"),
@@ -170,10 +177,17 @@ def test_paths_and_methods_that_are_none(served: Any) -> None:
     assert served.http.get("/v1/models/axe").status_code == 404
 
 
-def test_what_clients_send_though_it_asks_for_nothing(served: Any) -> None:
-    options = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "logprobs": False}
-    options |= {"user": "me", "logit_bias": {}, "stop": None, "temperature": None, "seed": None}
-    answer = served.client.chat.completions.create(
-        model="ash", messages=HI, max_completion_tokens=3, **options
-    )
-    assert answer.usage.completion_tokens == 3
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_fields_that_request_nothing(served: Any, path: str) -> None:
+    """E7: a null is an absent field, whatever its name, and so is a value that requests nothing."""
+    options: dict[str, Any] = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0}
+    options |= {"logprobs": False, "user": "me", "logit_bias": {}, "metadata": {}, "tools": []}
+    options |= {"service_tier": "auto", "modalities": ["text"], "top_logprobs": 0}
+    nothing = ("stop", "temperature", "seed", "tool_choice", "top_logprobs", "reasoning_effort")
+    options |= {"stream_options": {"include_usage": False, "include_obfuscation": None}}
+    body = {"model": "ash", "max_tokens": 3, "stream": None}
+    body |= {"prompt": "hi", "messages": None} if path == COMPLETIONS else {"messages": HI}
+    for more in (options, dict.fromkeys((*nothing, "of a later version"))):
+        answer = served.http.post(path, json=body | more)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 3
