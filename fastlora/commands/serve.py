@@ -12,7 +12,6 @@ import copy
 import ctypes
 import gc
 import ipaddress
-import logging
 import platform
 import signal
 import socket
@@ -26,6 +25,7 @@ from fastlora.commands import models
 from fastlora.commands.models import CommandError, step
 from fastlora.commands.options import Option, parse
 from fastlora.serve.keys import Keys, read_key
+from fastlora.serve.log import log_to_stderr
 from fastlora.validation import ConfigError
 
 # glibc's numbers of mallopt's parameters, and what a server gives them.
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from fastlora.serve import app as _  # noqa: F401 - before the model takes its time
 
-    logging.basicConfig(format="fastlora: %(message)s", level=logging.WARNING)
+    log_to_stderr()
     _keep_memory_level()
     with _bound(args.host, args.port) as listening:
         app, names = build(args)
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         step(f"ready at http://{where}:{port}/v1")
         config = uvicorn.Config(
             app,
+            log_config=None,  # its lines are lines of `log_to_stderr`
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=max(1, round(args.drain)),

@@ -127,7 +127,7 @@ class ServedAdapters:
                 version.ready = True
             else:
                 version.error = self._without_root(error)
-                _log.warning("adapter %s cannot be used: %s", version.name, error)
+                _log.warning("adapter %r cannot be used: %s", version.name, error)
                 if not isinstance(error, CheckpointError):  # the next look may find it well
                     version.mark = ()
             waiting, version._then = version._then, []
@@ -152,7 +152,7 @@ class ServedAdapters:
                 self._check_name(entry.name)
                 self._inside(entry)
             except ConfigError as error:
-                self._say_once((entry.name, *mark), f"{entry} is left out: {error}")
+                self._say_once((entry.name, *mark), f"{str(entry)!r} is left out: {error}")
                 continue
             found[entry.name] = entry, mark
         with self._lock:
@@ -168,7 +168,7 @@ class ServedAdapters:
                     try:
                         self._put(name, folder, mark)
                     except CheckpointError as error:
-                        _log.warning("adapter %s cannot be used: %s", name, error)
+                        _log.warning("adapter %r cannot be used: %s", name, error)
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Gives an adapter of the folder a name.

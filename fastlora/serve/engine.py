@@ -210,7 +210,7 @@ class Engine:
                     job.lease = self._leased(version)
                 except Exception as error:  # out of memory, say; others may have room
                     if not isinstance(error, FastLoraError):
-                        _log.exception("adapter %s could not be brought in", version.name)
+                        _log.exception("adapter %r could not be brought in", version.name)
                     with self._changed:
                         self._waiting.remove(job)
                     self._end(job, told(error))
