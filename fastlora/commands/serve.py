@@ -18,7 +18,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlora import env
 from fastlora.commands import models
@@ -27,6 +27,11 @@ from fastlora.commands.options import Option, parse
 from fastlora.serve.keys import Keys, read_key
 from fastlora.serve.log import log_to_stderr
 from fastlora.validation import ConfigError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from fastlora.serve.connections import Limits
 
 # glibc's numbers of mallopt's parameters, and what a server gives them.
 _MALLOPT = {
@@ -70,6 +75,19 @@ OPTIONS = (
         "tokens of a prompt and its answer together (default: the model's, at most 2048)",
         *(None, 2, int),
     ),
+    Option(
+        "--max-connections",
+        "connections that may be open at once; one more closes the one that has waited longest for "
+        "its client (default: 1024, or as many as the limit of open files allows)",
+        *(None, 1, int),
+    ),
+    Option("--header-timeout", "time to send a request's headers", 10.0, 0.01, metavar="SECONDS"),
+    Option("--body-timeout", "time to send a request's body", 60.0, 0.01, metavar="SECONDS"),
+    Option(
+        "--idle-timeout",
+        "time that a connection stays open without a request, or with a client that does not read",
+        *(60.0, 0.01, float, "SECONDS"),
+    ),
     Option("--max-queue", "requests that may wait; further ones get status 429", 128, 1),
     Option("--max-body", "the most bytes of a request", 1 << 20, 1, metavar="BYTES"),
     Option(
@@ -89,11 +107,13 @@ OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and serves until a signal ends it."""
     args = parsed(argv)
-    import uvicorn
+    import uvicorn  # noqa: F401 - a missing extra is said before the model takes its time
 
-    from fastlora.serve import app as _  # noqa: F401 - before the model takes its time
+    from fastlora.serve import app as _  # noqa: F401 - as above
+    from fastlora.serve.connections import raise_descriptor_limit
 
     log_to_stderr()
+    limits = limits_of(args, raise_descriptor_limit())
     _keep_memory_level()
     with _bound(args.host, args.port) as listening:
         app, names = build(args)
@@ -107,16 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_local(args.host) and args.keys.client is None:
             step(f"anybody who reaches {args.host} may use it; --api-key asks for a key")
         step(f"ready at http://{where}:{port}/v1")
-        config = uvicorn.Config(
-            app,
-            log_config=None,  # its lines are lines of `log_to_stderr`
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=max(1, round(args.drain)),
-            server_header=False,
-        )
         with _signals_end():
-            uvicorn.Server(config).run([listening])
+            server_of(app, args, limits).run([listening])
         gc.unfreeze()  # a library would take what is frozen at the end for leaks
     step("all requests have ended")
     return 0
@@ -137,6 +149,40 @@ def _keep_memory_level() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for number, value in _MALLOPT.items():
         mallopt(number, value)
+
+
+def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
+    """Returns the limits of connections that options ask for, within a limit of open files."""
+    from fastlora.serve.connections import limits_within
+
+    return limits_within(
+        descriptors,
+        args.max_connections,
+        header_seconds=args.header_timeout,
+        body_seconds=args.body_timeout,
+        idle_seconds=args.idle_timeout,
+    )
+
+
+def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Server:
+    """Returns uvicorn's server for an application."""
+    import uvicorn
+
+    from fastlora.serve.connections import Connections, ConnectionServer
+
+    config = uvicorn.Config(
+        app,
+        http=Connections(limits).protocol,  # type: ignore[arg-type] # it is called like a class
+        ws="none",  # an upgraded connection would have no deadline
+        backlog=limits.backlog,
+        timeout_keep_alive=max(1, round(limits.idle_seconds)),
+        log_config=None,  # its lines are lines of `log_to_stderr`
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(args.drain)),
+        server_header=False,
+    )
+    return ConnectionServer(config)
 
 
 def build(args: argparse.Namespace) -> tuple[Any, list[str]]:

@@ -95,14 +95,12 @@ class Server:
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
         if settings.keys.admin is not None:  # else these are unknown paths
-            for path, call in (
-                ("/v1/load_lora_adapter", self.load),
-                ("/v1/unload_lora_adapter", self.unload),
-            ):
-                by_admin = [Depends(_check_admin)]
-                app.add_api_route(
-                    path, call, methods=["POST"], response_model=None, dependencies=by_admin
-                )
+            admin: dict[str, Any] = {
+                "response_model": None,
+                "dependencies": [Depends(_check_admin)],
+            }
+            app.add_api_route("/v1/load_lora_adapter", self.load, methods=["POST"], **admin)
+            app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"], **admin)
         self.app = app
 
     @contextlib.asynccontextmanager

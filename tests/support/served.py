@@ -114,13 +114,12 @@ class Alone:
 @contextlib.contextmanager
 def serving(base: Path, *options: str) -> Iterator[tuple[str, Any]]:
     """Serves in a thread of this process; yields the URL and the application."""
-    import uvicorn
-
     from fastlora.commands import serve
 
-    app, _ = serve.build(serve.parsed([str(base), "--cpu", *options]))
+    args = serve.parsed([str(base), "--cpu", *options])
+    app, _ = serve.build(args)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    server = serve.server_of(app, args, serve.limits_of(args, None))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
