@@ -212,7 +212,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
     )
     settings = Settings(args.name, args.keys, args.max_body, args.watch)
     vocabulary = model.get_input_embeddings().num_embeddings
-    server = Server(engine, adapters, Prompts(tokenizer, vocabulary), settings)
+    server = Server(engine, adapters, Prompts(tokenizer, vocabulary, engine.length), settings)
     return server.app, adapters.names
 
 

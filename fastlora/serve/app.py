@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
@@ -42,6 +43,8 @@ from fastlora.validation import AdapterNotFoundError, CheckpointError, ConfigErr
 _log = logging.getLogger("fastlora.serve")
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion names none
 _CLOSED_BY_CLIENT = 499
+_SHORT_PROMPT = 1 << 14  # characters, which are tokens in some 10 ms
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Server:
         self.settings = settings
         self.metrics = Metrics(engine, adapters)
         self.since = int(time.time())
+        # asyncio has more threads than there are cores, so short prompts always find one.
+        self._long_prompts = asyncio.Semaphore(max(1, (os.cpu_count() or 1) - 1))
         app = FastAPI(
             title="fastlora serve",
             docs_url=None,  # the page would load scripts from elsewhere
@@ -184,7 +189,7 @@ class Server:
         given = body.one_prompt()
         if isinstance(given, str):
             check_text("prompt", given)
-            tokens = await asyncio.to_thread(self.prompts.of_text, given)
+            tokens = await self._tokens(len(given), self.prompts.of_text, given)
         else:
             tokens = self.prompts.of_tokens(given)
         return await self._answer(body, request, tokens, sampling, Completion)
@@ -195,8 +200,16 @@ class Server:
             raise ConfigError("max_tokens and max_completion_tokens are one setting; send one")
         sampling = body.sampling(body.max_tokens or body.max_completion_tokens)
         messages = [message.as_dict() for message in body.messages]
-        tokens = await asyncio.to_thread(self.prompts.of_messages, messages)
+        size = sum(len(message["content"]) for message in messages)
+        tokens = await self._tokens(size, self.prompts.of_messages, messages)
         return await self._answer(body, request, tokens, sampling, ChatCompletion)
+
+    async def _tokens(self, size: int, tokenize: Callable[[_T], list[int]], given: _T) -> list[int]:
+        """Tokenizes in a thread; long prompts wait for each other, and short ones for none."""
+        if size <= _SHORT_PROMPT:
+            return await asyncio.to_thread(tokenize, given)
+        async with self._long_prompts:
+            return await asyncio.to_thread(tokenize, given)
 
     async def _answer(
         self,

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+from fastlora.serve.character_bound import CharacterBound
 from fastlora.validation import ConfigError
 
 
 class Prompts:
-    """Makes tokens of texts and of conversations; ``vocabulary`` is how many a model knows."""
+    """Makes tokens of texts and of conversations.
 
-    def __init__(self, tokenizer: Any, vocabulary: int = 0) -> None:
-        self._tokenizer, self._vocabulary = tokenizer, vocabulary
-        self._lock = threading.Lock()  # a fast tokenizer is borrowed while it works
+    Threads share the tokenizer without a lock: it is used in one way only, which the first call
+    sets.
+
+    Args:
+        tokenizer: transformers' tokenizer, which nobody else may use in another way.
+        vocabulary: How many tokens the model knows.
+        length: The most tokens of a prompt and its answer; longer texts are refused, far too long
+            ones before they are tokenized. None for any length.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int = 0, length: int | None = None) -> None:
+        self._tokenizer, self._vocabulary, self._length = tokenizer, vocabulary, length
+        self._bound = CharacterBound(tokenizer)
+        self._tokens("", special=False)  # ends truncation and padding, which a file may set
 
     def of_text(self, text: str) -> list[int]:
         """Returns the tokens of a text that is to go on: with a beginning, without an end."""
@@ -24,7 +35,12 @@ class Prompts:
         return ids
 
     def of_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Returns tokens that a client made; raises `ConfigError` for those that do not exist."""
+        """Returns tokens that a client made; raises `ConfigError` for those that do not exist.
+
+        Of too many it looks at none: the engine refuses them.
+        """
+        if self._length is not None and len(tokens) > self._length:
+            return list(tokens)
         odd = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
         if odd is not None:
             raise ConfigError(
@@ -41,10 +57,9 @@ class Prompts:
         if not getattr(self._tokenizer, "chat_template", None):
             raise ConfigError("the model has no chat template; use /v1/completions")
         try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
-                )
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # of jinja, whose templates refuse roles by raising
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
@@ -52,6 +67,13 @@ class Prompts:
         return self._tokens(text, special=False)  # the template has them
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        with self._lock:
-            ids = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-        return list(ids)
+        if self._length is not None and self._bound.exceeded(text, self._length):
+            raise ConfigError(
+                f"the prompt has {len(text)} characters: more than {self._length} tokens; "
+                f"prompt and answer together may have {self._length}"
+            )
+        # A list, since the tokenizer then lets other threads run.
+        ids = self._tokenizer(
+            [text], add_special_tokens=special, return_attention_mask=False, verbose=False
+        ).input_ids
+        return list(ids[0])

@@ -1,0 +1,125 @@
+"""Whether a text is too long for a number of tokens, without tokenizing it.
+
+This needs two facts of the tokenizer: how many characters a token can stand for, and which
+characters can disappear. Where a tokenizer can replace any number of characters by one token (an
+unknown word, say), nothing is known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# A character of a composed text stands for at most four of the text: NFD of one has at most four.
+_COMPOSED = 4
+_PART = 1 << 16  # characters that are looked at before the bound is known to be exceeded
+_ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
+
+
+class CharacterBound:
+    """Compares texts with the most characters of tokens, for tokenizers of ``tokenizers``.
+
+    The bound exists for BPE over bytes, and for BPE with byte tokens for unknown characters.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        facts = None if backend is None else _facts(json.loads(backend.to_str()))
+        self._characters, self._vanishing = facts or (None, None)
+
+    def exceeded(self, text: str, tokens: int) -> bool:
+        """Returns whether ``text`` has more than ``tokens`` tokens for certain."""
+        if self._characters is None or len(text) <= tokens * self._characters:
+            return False
+        if self._vanishing is None:
+            return True
+        left = tokens * self._characters
+        for start in range(0, len(text), _PART):
+            left -= len(self._vanishing.sub("", text[start : start + _PART]))
+            if left < 0:
+                return True
+        return False
+
+
+def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
+    """Returns the most characters of a token and what matches those that can disappear, or None.
+
+    Args:
+        parts: The tokenizer as JSON.
+    """
+    model, added = parts["model"], parts["added_tokens"]
+    vocabulary = model.get("vocab")
+    if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
+        return None
+    normalizers = list(_steps(parts["normalizer"], "normalizers"))
+    splits = list(_steps(parts["pre_tokenizer"], "pretokenizers"))
+    if not all(_KEEPS.get(str(step["type"]), _never)(step) for step in (*normalizers, *splits)):
+        return None
+    vanishing = ""
+    if any(step["type"] == "ByteLevel" for step in (*normalizers, *splits)):
+        lacking = {byte for byte, letter in _byte_letters() if letter not in vocabulary}
+        if any(0x80 <= byte < 0xC0 for byte in lacking):  # these are in all other characters
+            return None
+        characters = {chr(byte) for byte in lacking if byte < 0x80}
+        if not characters <= _ASCII_CONTROLS:  # others may be composed with an accent
+            return None
+        vanishing = re.escape("".join(sorted(characters)))
+    elif not (model.get("byte_fallback") and _byte_tokens() <= vocabulary.keys()):
+        return None
+    if any(token["lstrip"] or token["rstrip"] for token in added):
+        vanishing += r"\s"
+    longest = max(map(len, (*vocabulary, *(token["content"] for token in added))))
+    composed = any(step["type"] in ("NFC", "NFKC") for step in normalizers)
+    pattern = re.compile(f"[{vanishing}]+") if vanishing else None
+    return longest * (_COMPOSED if composed else 1), pattern
+
+
+def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the steps of a part, those of sequences one by one."""
+    if part is not None and part["type"] == "Sequence":
+        for own in part[inner]:
+            yield from _steps(own, inner)
+    elif part is not None:
+        yield part
+
+
+def _byte_letters() -> Iterator[tuple[int, str]]:
+    """Yields each byte, and the letter that stands for it in a vocabulary over bytes."""
+    from tokenizers import pre_tokenizers
+
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for number in range(0x80):
+        yield number, split.pre_tokenize_str(chr(number))[0][0]
+    for number in range(0x80, 0xC0):  # with a byte before it
+        yield number, split.pre_tokenize_str(chr(number))[0][0][1]
+
+
+def _byte_tokens() -> set[str]:
+    return {f"<0x{number:02X}>" for number in range(256)}
+
+
+def _always(step: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _never(step: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _replaces_by_as_many(step: Mapping[str, Any]) -> bool:
+    pattern = step["pattern"].get("String")
+    return bool(pattern) and len(step["content"]) >= len(pattern)
+
+
+# Steps after which a text has no fewer characters, but for composed ones.
+_KEEPS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend"), _always),
+    **dict.fromkeys(("ByteLevel", "Metaspace", "Digits", "UnicodeScripts"), _always),
+    "Replace": _replaces_by_as_many,
+    **dict.fromkeys(("Split", "Punctuation"), lambda step: step["behavior"] != "Removed"),
+}
