@@ -190,4 +190,4 @@ def test_fields_that_request_nothing(served: Any, path: str) -> None:
     for more in (options, dict.fromkeys((*nothing, "of a later version"))):
         answer = served.http.post(path, json=body | more)
         assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] == 3
+        assert 1 <= answer.json()["usage"]["completion_tokens"] <= 3
