@@ -14,6 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint docs recipes crash soak soak-serve clean
+.PHONY: help install demo test lint docs recipes soak soak-serve attack clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -48,6 +49,9 @@ soak: $(VENV)/.installed ## 10 minutes of random traffic over 2,000 adapters (ou
 soak-serve: $(VENV)/.installed ## 32 clients at fastlora serve for 3 minutes, and its tokens a second beside others (outside CI)
 	@FASTLORA_FUZZ_EXAMPLES=300 $(BIN)/python -m pytest -q tests/serve/test_fuzz.py
 	@$(BIN)/python bench/soak_serve.py $(ARGS)
+
+attack: $(VENV)/.installed ## attacks on fastlora serve in their full length, 12 minutes (outside CI)
+	@FASTLORA_ATTACK=1 $(BIN)/python -m pytest -q tests/serve/test_attacks.py $(ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote (the converted model in ~/.cache stays)
 	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

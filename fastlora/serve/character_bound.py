@@ -29,18 +29,18 @@ class CharacterBound:
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        facts = None if backend is None else _facts(json.loads(backend.to_str()))
-        self._characters, self._vanishing = facts or (None, None)
+        self._facts = None if backend is None else _facts(json.loads(backend.to_str()))
 
     def exceeded(self, text: str, tokens: int) -> bool:
         """Returns whether ``text`` has more than ``tokens`` tokens for certain."""
-        if self._characters is None or len(text) <= tokens * self._characters:
+        if self._facts is None:
             return False
-        if self._vanishing is None:
-            return True
-        left = tokens * self._characters
+        characters, vanishing = self._facts
+        left = tokens * characters
+        if len(text) <= left or vanishing is None:
+            return len(text) > left
         for start in range(0, len(text), _PART):
-            left -= len(self._vanishing.sub("", text[start : start + _PART]))
+            left -= len(vanishing.sub("", text[start : start + _PART]))
             if left < 0:
                 return True
         return False

@@ -28,11 +28,11 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Lengt
 
 
 class Waiting(enum.Enum):
-    """What a connection waits for; those above lose their place first."""
+    """What a connection waits for."""
 
-    HEADERS = enum.auto()  # of a request
-    REQUEST = enum.auto()  # the next one
+    HEADERS = enum.auto()  # of the first request, or the rest of those of a later one
     BODY = enum.auto()
+    REQUEST = enum.auto()  # the next one
     READER = enum.auto()  # the client is to read what was sent
 
 
@@ -62,23 +62,43 @@ class Limits:
 
 
 class Connections:
-    """The open connections of a server, by what they wait for, in the order of their waiting."""
+    """The open connections of a server, and which one has to make room.
+
+    Attributes:
+        waiting: Connections in the order of their waiting, by what they wait for.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.open = 0
-        self.waiting: dict[Waiting, dict[Connection, None]] = {kind: {} for kind in Waiting}
+        self._unfinished: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+        self._unread: dict[Connection, None] = {}
+        self.waiting = {
+            Waiting.HEADERS: self._unfinished,
+            Waiting.BODY: self._unfinished,
+            Waiting.REQUEST: self._idle,
+            Waiting.READER: self._unread,
+        }
 
     def protocol(self, **given: Any) -> Connection:
         """Returns the protocol of a new connection, for uvicorn's ``http``."""
         return Connection(self, **given)
 
     def make_room(self) -> bool:
-        """Closes a connection if no other one fits; returns whether one fits now."""
+        """Closes a connection if no other one fits; returns whether one fits now.
+
+        Unfinished requests go before idle connections, since a client with an idle connection has
+        been served. A quarter of the connections is left to unfinished requests, so that
+        idle connections do not keep new clients out.
+        """
         if self.open < self.limits.most:
             return True
         _log.warning("%d connections are open; new ones close those that wait", self.limits.most)
-        longest = next((next(iter(own)) for own in self.waiting.values() if own), None)
+        queues = [self._unfinished, self._idle, self._unread]
+        if len(self._unfinished) <= self.limits.most // 4:
+            queues = [self._idle, self._unfinished, self._unread]
+        longest = next((next(iter(queue)) for queue in queues if queue), None)
         if longest is not None:
             longest.end()
         return longest is not None

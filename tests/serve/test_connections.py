@@ -162,6 +162,30 @@ def test_idle_connections_make_room() -> None:
         assert b"event" in busy.recv(1 << 16)
 
 
+def test_unfinished_requests_and_idle_connections_make_room_for_each_other() -> None:
+    """E1: neither slow bodies nor connections that were served once keep a new client out."""
+    limits = replace(SHORT, most=12, body_seconds=30, idle_seconds=30)
+    with listening(limits) as address, contextlib.ExitStack() as stack:
+        own = stack.enter_context(socket.create_connection(address))
+        assert b"hi" in answer(own)
+        for _ in range(20):
+            slow = stack.enter_context(socket.create_connection(address))
+            slow.sendall(HEAD % (b"x", 1000))
+            time.sleep(0.02)
+        assert b"hi" in answer(own)
+        for _ in range(20):
+            served = stack.enter_context(socket.create_connection(address))
+            assert b"hi" in answer(served)
+        for _ in range(3):
+            half = stack.enter_context(socket.create_connection(address))
+            half.sendall(HEAD % (b"x", 4) + b"hi")
+            others = [stack.enter_context(socket.create_connection(address)) for _ in range(2)]
+            time.sleep(0.05)
+            half.sendall(b"hi")
+            assert b"hihi" in half.recv(1 << 16) + half.recv(1 << 16)
+            assert len(others) == 2
+
+
 def test_a_full_server_says_so() -> None:
     """E1: where every connection has an answer under way, a new one gets status 503."""
     with listening(replace(SHORT, most=2)) as address, contextlib.ExitStack() as stack:

@@ -41,6 +41,21 @@ def make_base(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def make_byte_base(folder: Path) -> Path:
+    """Saves a base model with a token for each byte, as tokenizers of today's models have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny_llama(vocab_size=260).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    return folder
+
+
 def make_adapter(folder: Path, seed: int, r: int = 2, **changes: Any) -> Path:
     """Saves an adapter that changes what the model says."""
     config = fastlora.LoraConfig(r=r, lora_alpha=4 * r, target_modules="all-linear", **changes)
