@@ -7,7 +7,7 @@ plain linear's. Elsewhere the module is called as it is, and the fusion report s
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from fastlora.layers.quantised import (
 from fastlora.ops.factors import Base
 from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import Kept
+from fastlora.weight_marks import Kept, Stamp, stamp_of
 
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
@@ -61,7 +61,7 @@ class KeptCode(Kept):
     dtype: torch.dtype | None
     repacked: Repacked | None
     # Of which module and weight, and what was made of that: in one, for threads.
-    _of: tuple[nn.Module | None, Hashable, _Found | None]
+    _of: tuple[nn.Module | None, Stamp | None, _Found | None]
 
     def __init__(self) -> None:
         self._captured: list[CodedWeight] = []
@@ -136,13 +136,16 @@ class KeptCode(Kept):
             UnsupportedLayerError: The weight is not quantised yet.
             AttributeError: It is of another version of a library's.
         """
-        known, before, kept = self._of
-        stamp = _stamp_of(module, kept[0]) if kept is not None and known is module else None
-        if kept is None or stamp is None or stamp != before:
-            self._of, self.repacked = (None, None, None), None
-            kind = quantised(module)
-            stamp, kept = _stamp_of(module, kind), (kind, {})
-            self._of = module, stamp, kept
+        known, stamp, kept = self._of
+        if kept is not None and stamp is not None and known is module:
+            watched = _watched(module, kept[0])
+            if watched is not None and stamp.holds(*watched):
+                return kept
+        self._of, self.repacked = (None, None, None), None
+        kind = quantised(module)
+        watched = _watched(module, kind)
+        stamp, kept = None if watched is None else stamp_of(*watched), (kind, {})
+        self._of = module, stamp, kept
         return None if stamp is None else kept
 
 
@@ -234,12 +237,16 @@ def forget_weights(layer: object, captured: bool = False) -> None:
             own["_family"].at_once.clear()  # a sibling has them too
 
 
-def _stamp_of(module: nn.Module, kind: Quantised | None) -> Hashable | None:
-    """Returns what differs once a module has another weight; None where nobody counts that."""
+def _watched(
+    module: nn.Module, kind: Quantised | None
+) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
+    """Returns what a stamp of a module's weight is made of; None where the weight was replaced."""
     if kind is None:
-        return id(module._parameters.get("weight"))
+        weight = module._parameters.get("weight")
+        identity: tuple[Hashable, ...] = id(weight), type(weight)
+        return (), identity
     try:
-        return kind.stamp() if kind.is_there() else None
+        return (kind.watched(), (kind.settings(),)) if kind.is_there() else None
     except AttributeError as error:
         raise AttributeError(kind.lacks(error)) from error
 

@@ -159,6 +159,7 @@ class CommonLayer(nn.Module):
         return None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        forget_kept(self)  # caches keep no memory that the model has left
         super()._apply(fn, recurse)
         self._fit_scalings(self.scaling)
         return self

@@ -289,7 +289,6 @@ class Mergeable(Adapted, CommonLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        forget_weights(self)
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
         unwritten = self._unmerged is not None and self._is_as_merged()
         if self._unmerged is not None:

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastlora.ops.torch.norms import InRows, adapted_sums, square_norms
-from fastlora.sharding import gathers_parameters, local
-from fastlora.weight_marks import Kept, Mark, marks
+from fastlora.sharding import gathers_parameters, is_sharded, local
+from fastlora.weight_marks import Kept, Stamp, marks, stamp_of
 
 if TYPE_CHECKING:
     from fastlora.layers.common import CommonLayer
 
-Stamp = tuple[int, int, int, Mark]
+# Tensors and their context: what a `Stamp` is made of.
+_Watched = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class NormCache(Kept):
     """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
 
-    They are looked up by mark, address and version of what they come from. Writes through ``.data``
-    move none of them: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process
-    that uses it nothing is kept. A copied layer starts with an empty cache.
+    Each is kept with a `Stamp` of what it was made from. In-place writes through ``.data`` change
+    no stamp: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
+    nothing is kept. A copied layer starts with an empty cache.
 
     Attributes:
-        kept: By adapter what its sums were computed from, and they; under None the base's squares.
+        base: The stamp of the base weight.
+        kept: By adapter, its stamp and sums; under None, those of the base weight's squares.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str | None, tuple[Hashable, torch.Tensor]] = {}
+        self.base: Stamp | None = None
+        self.kept: dict[str | None, tuple[Stamp, torch.Tensor]] = {}
 
 
 def magnitude_of(layer: CommonLayer, name: str) -> torch.Tensor:
@@ -39,38 +42,24 @@ def magnitude_of(layer: CommonLayer, name: str) -> torch.Tensor:
     return magnitude
 
 
-def stamp_of(tensor: torch.Tensor, base: bool = False) -> Stamp | None:
-    """Returns what changes when a tensor's contents do, or None where nothing tells.
-
-    ``base`` says that it is a layer's base weight.
-    """
-    own = local(tensor)
-    if type(own) not in (nn.Parameter, torch.Tensor):
-        return None
-    if own.is_inference() or tensor.is_inference():
-        return None
-    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
-        return None
-    mark = marks.of_base(tensor) if base else marks.of_trained()
-    return id(tensor), own.data_ptr(), version_of(tensor), mark
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written in place. It must not be an inference tensor."""
-    own = local(tensor)
-    # What writes into a DTensor moves its version, or that of the part.
-    return own._version if own is tensor else own._version + tensor._version
-
-
 def may_keep(device: torch.device) -> bool:
     """Whether tensors made now may serve a later forward: not those of a graph being captured."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_stamp(layer: CommonLayer) -> tuple[Hashable, NormCache] | None:
-    """Returns what changes when a layer's base weight does, or is said to (`forget_weights`)."""
-    stamp = _stamp_of_base(layer)
-    return None if stamp is None else (stamp, _cache(layer))
+def base_stamp(layer: CommonLayer) -> Stamp | None:
+    """Returns the stamp of a layer's base weight; None where a stamp cannot detect changes.
+
+    The same object until the weight changes, or is said to (`forget_weights`).
+    """
+    watched = _watched_base(layer)
+    if watched is None:
+        return None
+    cache = _cache(layer)
+    known = cache.base
+    if known is None or not known.holds(*watched):
+        known = cache.base = stamp_of(*watched)
+    return known
 
 
 def rows_of(layer: CommonLayer) -> torch.Tensor | InRows:
@@ -90,15 +79,16 @@ def base_squares(
     """
     if compiling:
         return square_norms(weight, at_once=True)
-    stamp = None
+    base = None
     if may_keep(weight.device):
         trains = not isinstance(weight, InRows) and weight.requires_grad
         if trains and torch.is_grad_enabled():
             # It trains: written to soon, and not every optimizer moves versions.
             _cache(layer).kept.pop(None, None)
         else:
-            stamp = _stamp_of_base(layer)
-    return _kept(layer, None, stamp, lambda: square_norms(weight))
+            base = base_stamp(layer)
+    watched = None if base is None else ((), (base,))
+    return _kept(layer, None, watched, lambda: square_norms(weight))
 
 
 def adapter_sums(
@@ -137,37 +127,65 @@ def kept_sums(
     all of them move versions.
     """
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    key = None
+    watched = None
     keeps = not compiling and may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if keeps and not torch.is_grad_enabled():
-        stamps = _stamp_of_base(layer), stamp_of(lora_a), stamp_of(lora_b)
-        key = None if None in stamps else (*stamps, scaling)
+        base = base_stamp(layer)
+        if base is not None:
+            watched = _watched((lora_a, lora_b), marks.of_trained(), base, scaling)
     own = local(lora_a), local(lora_b)
-    return _kept(layer, name, key, lambda: adapter_sums(layer, *own, scaling, compiling))
+    return _kept(layer, name, watched, lambda: adapter_sums(layer, *own, scaling, compiling))
 
 
-def _stamp_of_base(layer: CommonLayer) -> Hashable | None:
+def _watched_base(layer: CommonLayer) -> _Watched | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
     found = layer._own_quantised()
     if found is None:
-        return stamp_of(weight, base=True)
-    written = found.stamp()
-    return None if written is None else (written, marks.of_base(weight))
+        watched = _watched((weight,))
+        return None if watched is None else (watched[0], (*watched[1], marks.of_base(weight)))
+    return found.watched(), (found.settings(), marks.of_base(weight))
+
+
+def _watched(tensors: Sequence[torch.Tensor], *context: Hashable) -> _Watched | None:
+    """Returns what a stamp of tensors is made of; None where a stamp cannot detect changes."""
+    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
+        return None
+    parts: list[torch.Tensor] = []
+    for tensor in tensors:
+        part = tensor
+        if is_sharded(tensor) and not tensor.is_inference():
+            with torch.no_grad():
+                part = local(tensor)
+            # What writes into a DTensor moves its version, or that of the part.
+            context = (*context, id(tensor), tensor._version)
+        if type(part) not in (nn.Parameter, torch.Tensor):
+            return None
+        parts.append(part)
+    return parts, context
 
 
 def _kept(
-    layer: CommonLayer, name: str | None, key: Hashable, make: Callable[[], torch.Tensor]
+    layer: CommonLayer,
+    name: str | None,
+    watched: _Watched | None,
+    make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Returns what a layer keeps under a name with this key, or makes it; None keeps nothing."""
-    if key is None:
+    """Returns what a layer keeps under a name while its stamp holds, or makes it.
+
+    None for ``watched`` keeps nothing.
+    """
+    if watched is None:
         return make()
     kept = _cache(layer).kept
     known = kept.get(name)
-    if known is None or known[0] != key:
+    if known is None or not known[0].holds(*watched):
+        stamp = stamp_of(*watched)
+        if stamp is None:
+            return make()
         with torch.inference_mode(False), torch.no_grad():  # for a backward one day
-            known = kept[name] = key, make()
+            known = kept[name] = stamp, make()
     return known[1]
 
 

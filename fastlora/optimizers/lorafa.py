@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastlora.sharding import local
 from fastlora.validation import ConfigError
+from fastlora.weight_marks import Stamp, stamp_of
 
 # lora_A's place in a parameter's name, and lora_B's.
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
@@ -56,9 +58,9 @@ class LoraFAOptimizer(Optimizer):
             raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
         if eps < 0.0:
             raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
-        # lora_A by the lora_B it belongs to, and the inverse of its square by version.
+        # lora_A by the lora_B it belongs to, and the inverse of its square with its stamp.
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
-        self._inverses: dict[nn.Parameter, tuple[int, torch.Tensor]] = {}
+        self._inverses: dict[nn.Parameter, tuple[Stamp | None, torch.Tensor]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -115,12 +117,14 @@ class LoraFAOptimizer(Optimizer):
 
     def _inverse(self, lora_a: nn.Parameter) -> torch.Tensor:
         """Returns the inverse of ``lora_a @ lora_a.T``, ``[R, R]``; kept while lora_a stays."""
+        watched = (local(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
-        if known is None or known[0] != lora_a._version or known[1].device != lora_a.device:
+        if known is None or known[0] is None or not known[0].holds(*watched):
+            stamp = stamp_of(*watched)
             wide = lora_a.detach().to(torch.promote_types(lora_a.dtype, torch.float32))
             square = wide @ wide.t()
             ridge = _RIDGE * torch.eye(len(square), dtype=square.dtype, device=square.device)
-            known = self._inverses[lora_a] = lora_a._version, torch.linalg.pinv(square + ridge)
+            known = self._inverses[lora_a] = stamp, torch.linalg.pinv(square + ridge)
         return known[1]
 
     def _adamw(

@@ -121,6 +121,9 @@ class PackCache:
         with self._lock:
             known = self._sets.get(key)
             if known is None or not known.holds():
+                if known is not None:  # other sets may keep memory of replaced factors too
+                    held = [(other, each) for other, each in self._sets.items() if each.holds()]
+                    self._sets = OrderedDict(held)
                 known = self._sets[key] = SetPack(changes)
             self._sets.move_to_end(key)
             while len(self._sets) > _MOST_SETS:

@@ -6,7 +6,7 @@ Nothing else in the package, nor in the tests' support, knows of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,7 +37,6 @@ from fastlora.layers.quantised import (
     addresses_of,
     class_name,
     register_quantised,
-    stamp_of,
 )
 from fastlora.layers.stored import Fingerprint, sums_of_bits
 from fastlora.testing import assert_within_budget
@@ -109,8 +108,8 @@ class TwoBitWeight(Quantised):
     def computes_in(self) -> None:
         return None
 
-    def stamp(self) -> Hashable | None:
-        return stamp_of(self.base.codes, self.base.bits)
+    def watched(self) -> Sequence[torch.Tensor]:
+        return self.base.codes, self.base.bits
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         n, k = self.shape

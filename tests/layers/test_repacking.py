@@ -291,18 +291,19 @@ def test_scales_that_were_written() -> None:
 
 
 @pytest.mark.usefixtures("repacks")
-def test_weights_that_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_follow_each_other() -> None:
     """A later one may have the address that an earlier one had, and as many writes."""
     model = alone(quantise(nn.Linear(64, 96, bias=False), "nf4"))
-    monkeypatch.setattr(type(quantised(base_of(model))), "stamp", lambda _: 0)
     base = base_of(model)
     with model.disable_adapter():
-        before = evaluated(model)
-        base.weight = quantise(nn.Linear(64, 96, bias=False), "nf4").weight
-        now = evaluated(model)
-        assert not torch.allclose(now, before, atol=0.1)
-        with torch.no_grad():
-            torch.testing.assert_close(now, model.train()(rows(5, model)), rtol=0.02, atol=0.02)
+        for _ in range(3):
+            before = evaluated(model)
+            for _ in range(2):
+                base.weight = quantise(nn.Linear(64, 96, bias=False), "nf4").weight
+            now = evaluated(model)
+            assert not torch.allclose(now, before, atol=0.1)
+            with torch.no_grad():
+                torch.testing.assert_close(now, model.train()(rows(5, model)), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.usefixtures("repacks")

@@ -151,6 +151,20 @@ def test_lorafa_sees_a_lora_a_that_was_written_to() -> None:
     torch.testing.assert_close(optimizer._inverse(lora_a), first / 4)
 
 
+def test_lorafa_sees_a_lora_a_that_was_replaced_twice() -> None:
+    """It may get its first address again, with as many writes (R5)."""
+    model = adapted(fastlora)
+    optimizer = create_lorafa_optimizer(model, 4, 8, lr=1e-2)
+    lora_a, reused = model.base_model.model.q.lora_A["default"].weight, 0
+    for _ in range(5):
+        before, first = lora_a.data_ptr(), optimizer._inverse(lora_a)
+        for _ in range(2):
+            lora_a.data = lora_a.data * 2
+        reused += lora_a.data_ptr() == before
+        torch.testing.assert_close(optimizer._inverse(lora_a), first / 16)
+    assert reused > 0
+
+
 def test_refusals() -> None:
     """Wrong numbers, flags that contradict the config, and nothing that trains."""
     model = adapted(fastlora)

@@ -75,6 +75,22 @@ def test_they_follow_their_adapter_and_the_base(root: Path) -> None:
         assert lease.residents[1].scales is None
 
 
+def test_they_follow_base_weights_that_are_replaced_twice(root: Path) -> None:
+    """A base weight may get its first address again, with as many writes (R5)."""
+    pool = make_pool(root)
+    weight, saved = pool._model.layers[0].q.weight, saved_factors(root / "a", "layers.0.q")
+    reused = 0
+    for _ in range(5):
+        before = weight.data_ptr()
+        found = scales_of(pool, "a")[0]
+        norm = (weight + 4 * saved["lora_B.weight"] @ saved["lora_A.weight"]).norm(dim=1)
+        torch.testing.assert_close(found, (saved["lora_magnitude_vector"] / norm).detach())
+        weight.data = weight.data * 2
+        weight.data = weight.data * 2
+        reused += weight.data_ptr() == before
+    assert reused > 0
+
+
 def test_a_pool_knows_of_dora_from_its_registration_on(root: Path) -> None:
     """So that graphs that are compiled before such an adapter is there have scales already."""
     pool = make_pool(root)

@@ -19,7 +19,6 @@ from fastlora.layers.quantised.kind import (
     peft_layers,
     quantised,
     register_quantised,
-    stamp_of,
 )
 from fastlora.layers.quantised.repacking import (
     Repacked,
@@ -40,6 +39,5 @@ __all__ = [
     "peft_layers",
     "quantised",
     "register_quantised",
-    "stamp_of",
     "warn_of_repacked",
 ]

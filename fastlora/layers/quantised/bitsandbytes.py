@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Callable, Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from fastlora.layers.quantised.kind import (
     check_part,
     not_quantised_yet,
     register_quantised,
-    stamp_of,
 )
 from fastlora.layers.quantised.repacking import MODULES, is_repacked
 from fastlora.layers.stored import Fingerprint
@@ -73,16 +73,16 @@ class Bits4(Quantised):
         found: torch.dtype | None = self.base.compute_dtype
         return found
 
-    def stamp(self) -> Hashable | None:
-        base, state = self.base, self.weight.quant_state
+    def watched(self) -> Sequence[torch.Tensor]:
+        state = self.weight.quant_state
         inner = getattr(state, "state2", None)  # not once it is repacked
-        tensors = [self.weight, state.absmax, state.code]
-        if inner is not None:
-            tensors += inner.absmax, inner.code, state.offset
-        own = stamp_of(*tensors)
-        if own is None:
-            return None
-        return own, id(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
+        nested = [] if inner is None else [inner.absmax, inner.code, state.offset]
+        return [self.weight, state.absmax, state.code, *nested]
+
+    def settings(self) -> Hashable:
+        base, state = self.base, self.weight.quant_state
+        # By a weak reference: another object may get the `id` of one that is gone.
+        return weakref.ref(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """As `Quantised`; values are ``table[code] * largest``, in blocks along K."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class Hqq(Quantised):
         """That of HQQ's product."""
         found: torch.dtype = self.base.compute_dtype
         return found
+
+    def watched(self) -> Sequence[torch.Tensor]:
+        meta: dict[str, object] = getattr(self.base, "meta", None) or {}
+        return [self.weight, *(part for part in meta.values() if isinstance(part, torch.Tensor))]
 
     def dense(self) -> torch.Tensor:
         made: torch.Tensor = self.base.dequantize()

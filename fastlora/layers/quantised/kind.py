@@ -89,9 +89,13 @@ class Quantised(Stored):
         """Returns whether the module still has the very weight that this was made for."""
         return self.weight_of(self.base) is self.weight
 
-    def stamp(self) -> Hashable | None:
-        """Returns what differs once the weight was written to; None where nobody counts that."""
-        return stamp_of(*self.parts())
+    def watched(self) -> Sequence[torch.Tensor]:
+        """Returns the tensors that the weight depends on: a cache of it ends when one changes."""
+        return self.parts()
+
+    def settings(self) -> Hashable:
+        """Returns what else the weight depends on, to be compared by ``==``."""
+        return None
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """Returns what kernels read in the place of a matrix in ``dtype``, and what it points to.
@@ -261,19 +265,6 @@ def quantised(module: object) -> Quantised | None:
         if kind.matches(module):
             return kind(module)
     return None
-
-
-def stamp_of(*tensors: torch.Tensor) -> Hashable | None:
-    """Returns of each tensor what differs once it is another one, or was written to.
-
-    None where one is an inference tensor, of which nobody counts writes.
-    """
-    try:
-        # bitsandbytes' parameters have one in Python: microseconds each.
-        with torch._C.DisableTorchFunctionSubclass():
-            return tuple([(id(t), t.data_ptr(), t._version) for t in tensors])
-    except RuntimeError:
-        return None
 
 
 def check_part(

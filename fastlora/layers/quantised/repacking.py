@@ -89,8 +89,6 @@ class Repacked:
         module: Any = base
         self._module, self._few, self._k = module, _few_rows(module), int(module.in_features)
         self._dtype: torch.dtype | None = module.compute_dtype
-        # What tells that it is still the same has its address, which no later one may get.
-        self._absmax = getattr(getattr(module.weight, "quant_state", None), "absmax", None)
         self._copied: tuple[Any, ...] | None = None
 
     def takes(self, x: torch.Tensor) -> bool:
