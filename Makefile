@@ -13,8 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash soak soak-serve clean
-.PHONY: help install demo test lint docs recipes soak soak-serve attack clean
+.PHONY: help install demo test lint docs recipes crash attack soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
