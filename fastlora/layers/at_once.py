@@ -39,6 +39,8 @@ _Key = tuple[Any, ...]
 # In one call for many tensors.
 _version_of, _dtype_of = attrgetter("_version"), attrgetter("dtype")
 _trains, _device_of = attrgetter("requires_grad"), torch.Tensor.get_device
+# A key holds the memory until the share is taken: no other tensor can get it.
+_memory_of = torch.Tensor.untyped_storage
 
 
 class _Launch(NamedTuple):
@@ -279,7 +281,8 @@ def _key(
 ) -> _Key | None:
     """Returns what an output depends on beside x, unchanged since; None where nobody counts."""
     trains = map(_trains, tensors) if records else ()
+    ids, memory = map(id, tensors), map(_memory_of, tensors)
     try:
-        return (stream, dropout_p, *map(id, tensors), *map(_version_of, tensors), *trains)
+        return (stream, dropout_p, *ids, *map(_version_of, tensors), *memory, *trains)
     except RuntimeError:  # an inference tensor's writes are not counted
         return None

@@ -243,7 +243,7 @@ def _watched(
     """Returns what a stamp of a module's weight is made of; None where the weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
-        identity: tuple[Hashable, ...] = id(weight), type(weight)
+        identity: tuple[Any, ...] = id(weight), type(weight)
         return (), identity
     try:
         return (kind.watched(), (kind.settings(),)) if kind.is_there() else None

@@ -92,10 +92,10 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     sets = routing.set_of(routing.identities(rows))
     pack, due = sets.get(number, x.dtype, kind)
     if due:
+        if sets.watch is not None:  # first: another thread may replace a factor meanwhile
+            sets.watch.add(layer, [routing.names[slot] for slot in rows.present])
         slots = _slots(layer, call, rows)
         pack = None if slots is None else pack_layer(slots, x.dtype, kind)
-        if sets.watch is not None:
-            sets.watch.add(layer, [routing.names[slot] for slot in rows.present])
         sets.put(number, x.dtype, kind, pack)
     if pack is None:
         return None

@@ -98,7 +98,8 @@ def _key(slots: Slots) -> tuple[Any, ...]:
         if factors is None:
             key.append(None)
         else:
-            key += id(factors.lora_a), factors.lora_a._version, factors.dropout_p
+            lora_a = factors.lora_a
+            key += id(lora_a), lora_a._version, lora_a.untyped_storage(), factors.dropout_p
     return tuple(key)
 
 

@@ -232,13 +232,13 @@ def _fits(x: torch.Tensor, base: Base) -> bool:
     )
 
 
-def _key(base: Base) -> tuple[int, ...] | None:
+def _key(base: Base) -> tuple[object, ...] | None:
     """Returns what tells a base layer, unchanged since; None where nobody counts."""
     weight, bias = base.weight, base.bias
     if weight is None or weight.is_inference() or (bias is not None and bias.is_inference()):
         return None
-    own = id(weight), weight._version
-    return own if bias is None else (*own, id(bias), bias._version)
+    own = id(weight), weight._version, weight.untyped_storage()
+    return own if bias is None else (*own, id(bias), bias._version, bias.untyped_storage())
 
 
 class Place(NamedTuple):

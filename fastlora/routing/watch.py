@@ -25,8 +25,8 @@ class Watch:
     there are marks (`fastlora.weight_marks`), which are checked within a block too.
 
     It keeps the memory of the factors, so that no other tensor can get their addresses, and an
-    address and a version identify the contents. A `Stamp` keeps no memory, but takes twice as long
-    to compare. Lists are flat, and compared without a loop in Python: 64 adapters on SmolLM2 have
+    address and a version identify the contents. A `Stamp` keeps no memory, but takes longer to
+    compare. Lists are flat, and compared without a loop in Python: 64 adapters on SmolLM2 have
     13,440 pairs of factors, and every block pays for the look at each of them.
     """
 

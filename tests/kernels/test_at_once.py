@@ -79,6 +79,12 @@ def test_inference_mode_with_a_write_between(launches: list[str]) -> None:
     check(model, before.clone(), y.clone())
 
 
+def replace(parameter: torch.Tensor) -> None:
+    """Replaces a parameter's memory twice: the second may be where the first was."""
+    for _ in range(2):
+        parameter.data = parameter.data * 2.0
+
+
 CHANGES: dict[str, Callable[[Any, torch.Tensor], object]] = {
     "another tensor": lambda m, x: x * 2.0,
     "a write into x": lambda m, x: x.add_(1.0),
@@ -86,6 +92,9 @@ CHANGES: dict[str, Callable[[Any, torch.Tensor], object]] = {
     "a write into a bias": lambda m, x: m.v.bias.add_(1.0),
     "a write into lora_A": lambda m, x: m.k.lora_A["default"].weight.mul_(2.0),
     "a write into lora_B": lambda m, x: m.v.lora_B["default"].weight.mul_(2.0),
+    "other memory of a weight": lambda m, x: replace(m.k.weight),
+    "other memory of a bias": lambda m, x: replace(m.v.bias),
+    "other memory of lora_A": lambda m, x: replace(m.k.lora_A["default"].weight),
     "a new weight": lambda m, x: setattr(
         m.k, "weight", nn.Parameter(torch.randn(16, 32), requires_grad=False)
     ),
@@ -212,7 +221,10 @@ def test_a_mixed_batch_in_one_launch(
     assert_within_budget(y, *results)
 
 
-@pytest.mark.parametrize("change", ["a write into a weight", "a new weight", "another tensor"])
+@pytest.mark.parametrize(
+    "change",
+    ["a write into a weight", "other memory of a weight", "a new weight", "another tensor"],
+)
 def test_a_change_between_the_calls_of_a_mixed_batch(change: str) -> None:
     model, x = model_of(), torch.randn(6, 32)
     attention, ids = model.base_model.model, ["default", "other"] * 3
