@@ -143,6 +143,12 @@ class Connection(H11Protocol):
         super().resume_writing()
         self._look()
 
+    def shutdown(self) -> None:
+        if self._waits is Waiting.BODY:  # no request yet that could end
+            self.end()
+        else:
+            super().shutdown()
+
     def end(self) -> None:
         """Closes the connection without waiting for the client to read."""
         self._leave()

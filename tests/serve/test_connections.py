@@ -46,10 +46,10 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening(limits: Limits) -> Iterator[tuple[str, int]]:
+def listening(limits: Limits, drain: int = 1) -> Iterator[tuple[str, int]]:
     """Serves `app` as the program does; yields its address."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = serve.server_of(app, serve.parsed(["tiny", "--drain", "1"]), limits)
+    server = serve.server_of(app, serve.parsed(["tiny", "--drain", str(drain)]), limits)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
@@ -197,6 +197,22 @@ def test_a_full_server_says_so() -> None:
             new.settimeout(5)
             assert new.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
             assert new.recv(1) == b""
+
+
+def test_unfinished_requests_do_not_delay_the_end() -> None:
+    """E1: a body that never ends is no request that the server waits for; an answer is one."""
+    limits = replace(SHORT, body_seconds=30, header_seconds=30)
+    with contextlib.ExitStack() as stack:
+        with listening(limits, drain=20) as address:
+            busy = stack.enter_context(socket.create_connection(address))
+            busy.sendall(HEAD % (b"stream", 0))
+            for sent in (b"", b"POST /x", HEAD % (b"x", 1000)):
+                stack.enter_context(socket.create_connection(address)).sendall(sent)
+            assert b"200" in busy.recv(1 << 16)
+            start = time.monotonic()
+        assert time.monotonic() - start < 10
+        busy.settimeout(5)
+        assert b"".join(iter(lambda: busy.recv(1 << 16), b"")).endswith(b"0\r\n\r\n")
 
 
 def test_limits_leave_descriptors() -> None:
