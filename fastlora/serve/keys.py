@@ -84,9 +84,7 @@ def read_key(
     if not key:
         raise ConfigError(f"{source} is empty, expected a key; leave it out for a server without")
     if key != key.strip() or not key.isprintable():
-        raise ConfigError(
-            f"{source} has spaces around the key or characters that are not printable"
-        )
+        raise ConfigError(f"{source} has spaces around the key or unprintable characters")
     return key
 
 
