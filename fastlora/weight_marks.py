@@ -45,7 +45,8 @@ class Stamp:
     identity of the storage, and holds a weak reference to it. The weak reference keeps none of the
     memory alive, but as long as it exists no other storage gets the same identity.
 
-    A stamp does not detect writes that move no version. Marks do, as part of the ``context``.
+    A stamp does not detect writes that move no version. Marks do, as part of the ``context``. Nor
+    does it compare the tensors as objects: the ``context`` has the ``id`` of those that matter.
 
     Args:
         tensors: Tensors that count their versions.
@@ -66,7 +67,7 @@ class Stamp:
             self._states = _states_of(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Whether these are the same tensors in the same state, with an equal context."""
+        """Whether these tensors have the same memory and versions, with an equal context."""
         if context != self._context:
             return False
         try:
@@ -80,8 +81,7 @@ class Stamp:
 
 def _states_of(tensors: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
     return [
-        (id(t), t._version, t.untyped_storage()._cdata, t.data_ptr(), t.shape, t.stride())
-        for t in tensors
+        (t._version, t.untyped_storage()._cdata, t.data_ptr(), t.shape, t.stride()) for t in tensors
     ]
 
 

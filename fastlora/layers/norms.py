@@ -126,8 +126,9 @@ def kept_sums(
     With gradients they are computed in every forward: an optimizer may be about to step, and not
     all of them move versions.
     """
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    watched = None
+    modules, watched = layer._modules, None
+    lora_a = modules["lora_A"]._modules[name].weight
+    lora_b = modules["lora_B"]._modules[name].weight
     keeps = not compiling and may_keep(lora_a.device) and not isinstance(scaling, torch.Tensor)
     if keeps and not torch.is_grad_enabled():
         base = base_stamp(layer)
@@ -153,13 +154,14 @@ def _watched(tensors: Sequence[torch.Tensor], *context: Hashable) -> _Watched | 
     if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
         return None
     parts: list[torch.Tensor] = []
+    # Another parameter over the same memory has a version of its own.
+    context = (*context, *map(id, tensors))
     for tensor in tensors:
         part = tensor
         if is_sharded(tensor) and not tensor.is_inference():
-            with torch.no_grad():
-                part = local(tensor)
+            part = local(tensor)
             # What writes into a DTensor moves its version, or that of the part.
-            context = (*context, id(tensor), tensor._version)
+            context = (*context, tensor._version)
         if type(part) not in (nn.Parameter, torch.Tensor):
             return None
         parts.append(part)
