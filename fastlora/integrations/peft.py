@@ -197,8 +197,33 @@ class FastPeftLoraModel(PeftLoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, maybe with layers."""
+        self._check_closed("delete_adapter")
         super().delete_adapter(adapter_name)
         self._find_again()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merges adapters into the base weights."""
+        self._check_closed("merge_adapter")
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merges adapters and takes the LoRA layers out."""
+        self._check_closed("merge_and_unload")
+        return super().merge_and_unload(*args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """Takes the LoRA layers out."""
+        self._check_closed("unload")
+        return super().unload()
+
+    def _check_closed(self, operation: str) -> None:
+        """Raises `AdapterStateError` while a mixed batch of the model runs.
+
+        `disable_adapter_layers` is not refused: PEFT's context manager `disable_adapter` calls it.
+        """
+        kept = self.__dict__.get("_fastlora_routed")
+        if kept is not None:
+            kept.group.check_closed(operation)
 
     def _find_again(self) -> None:
         """Looks for the layers of mixed batches anew, where there has been such a batch."""

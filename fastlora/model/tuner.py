@@ -213,8 +213,9 @@ class LoraTuner(nn.Module):
 
         Raises:
             AdapterNotFoundError: There is no such adapter.
-            AdapterStateError: It is merged.
+            AdapterStateError: It is merged, or a `fastlora.adapters` block of the model is open.
         """
+        self.group.check_closed("delete_adapter")
         if adapter_name not in self.peft_config:
             known = list(self.peft_config)
             raise AdapterNotFoundError(
@@ -302,7 +303,12 @@ class LoraTuner(nn.Module):
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
-        """Makes the model its base model; merged adapters are unmerged."""
+        """Makes the model its base model; merged adapters are unmerged.
+
+        Raises:
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
+        """
+        self.group.check_closed("disable_adapter_layers")
         if any(module.merged for _, module in inject.routed_modules(self.model)):
             self.unmerge_adapter()
         if not self._frozen:
@@ -430,8 +436,10 @@ class LoraTuner(nn.Module):
         """Merges adapters into the base weights until `unmerge_adapter`; see `LoraLayer.merge`.
 
         Raises:
-            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
+            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed. A
+                `fastlora.adapters` block of the model that is open is an `AdapterStateError`.
         """
+        self.group.check_closed("merge_adapter")
         wanted = None if adapter_names is None else self._known(adapter_names)
         layers = dict(inject.routed_modules(self.model))
         shared = SharedWeights(self.model)
@@ -478,8 +486,10 @@ class LoraTuner(nn.Module):
                 is not quantised; layer by layer.
 
         Raises:
-            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed.
+            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed. A
+                `fastlora.adapters` block of the model that is open is an `AdapterStateError`.
         """
+        self.group.check_closed("merge_and_unload")
         return inject.unload(
             self.model,
             merge=True,
@@ -498,7 +508,11 @@ class LoraTuner(nn.Module):
 
         Args:
             dequantize: As in `merge_and_unload`.
+
+        Raises:
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
         """
+        self.group.check_closed("unload")
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:

@@ -53,12 +53,13 @@ def routed(routing: Routing) -> Iterator[None]:
         RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
             interleaved coroutines in one thread do. This one is closed all the same.
     """
-    _put_in_force((*_thread.open, routing))
-    try:
-        yield
-    finally:
-        innermost = bool(_thread.open) and _thread.open[-1] is routing
-        _put_in_force(tuple(other for other in _thread.open if other is not routing))
+    with routing.group.opened():
+        _put_in_force((*_thread.open, routing))
+        try:
+            yield
+        finally:
+            innermost = bool(_thread.open) and _thread.open[-1] is routing
+            _put_in_force(tuple(other for other in _thread.open if other is not routing))
     if not innermost:
         raise RuntimeError(
             "blocks of adapters() must end in the reverse order of their beginning; interleaved "

@@ -7,8 +7,10 @@ are per sample or per token, and a layer with M rows and B ids gives each id M /
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from fastlora.routing.kept import (
     SetPack,
     stream_of,
 )
-from fastlora.validation import AdapterNotFoundError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from fastlora.weight_marks import Kept
 
 if TYPE_CHECKING:
@@ -44,6 +46,32 @@ class Group(Kept):
     def __init__(self) -> None:
         self.packs = PackCache()
         self.unchecked = Unchecked()
+        self._open = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Counts a block of the model as open, in whatever thread, until the block ends."""
+        with self._lock:
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    def check_closed(self, operation: str) -> None:
+        """Raises `AdapterStateError` while a block of the model is open in any thread.
+
+        Args:
+            operation: The method that would change what the rows of the block use.
+        """
+        if self._open:
+            raise AdapterStateError(
+                f"{operation}() while {self._open} fastlora.adapters() or adapter_names= blocks of "
+                "this model are open, in this thread or another: their rows would lose their "
+                "adapters; call it after the blocks have ended"
+            )
 
 
 @dataclass(frozen=True, eq=False)

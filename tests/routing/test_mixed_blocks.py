@@ -159,12 +159,13 @@ def test_a_merge_within_a_block() -> None:
     """It would count twice."""
     model = build()
     x = torch.randn(2, 16, dtype=torch.float64)
+    layer = model.base_model.model.q
     with adapters(model, ["b", "c"]):
         rows_of(model, x)
-        model.merge_adapter(["b"])
+        layer.merge(adapter_names=["b"])
         with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
             model(x)
-        model.unmerge_adapter()
+        layer.unmerge()
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig, adapters
-from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
-from tests.support.tiny import tiny_llama
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
+from tests.support.tiny import tiny_llama, unchanged
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
 MIX = ["a", "b", None, "b"]
@@ -89,10 +90,83 @@ def test_an_adapter_that_cannot_be_routed_within_a_block() -> None:
         model.add_adapter("c", type(model.peft_config["a"])(**config("q", modules_to_save=["h"])))
         with pytest.raises(UnsupportedLayerError), adapters(model, MIX):
             pass
-        model.delete_adapter("c")
         add(model, "d", "k")
         model.base_model.set_adapter("d")
         torch.testing.assert_close(model(X), before)
+
+
+OPERATIONS = {
+    "delete_adapter": lambda model: model.delete_adapter("b"),
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "unload": lambda model: model.unload(),
+    "disable_adapter_layers": lambda model: model.base_model.disable_adapter_layers(),
+}
+
+
+def refused(model: Any, operation: str) -> None:
+    """An operation raises and names itself, and changes nothing."""
+    with unchanged(model), pytest.raises(AdapterStateError, match=rf"{operation}\(\) while"):
+        OPERATIONS[operation](model)
+
+
+# PEFT's context manager `disable_adapter` calls `disable_adapter_layers` and is allowed in a block.
+REFUSED = [
+    (make, operation)
+    for make in (ours, patched)
+    for operation in OPERATIONS
+    if make is ours or operation != "disable_adapter_layers"
+]
+
+
+@pytest.mark.parametrize(("make", "operation"), REFUSED)
+def test_operations_that_would_change_an_open_block_raise(make: Any, operation: str) -> None:
+    """Rows must not lose their adapters while a block of the model is open in any thread (R7)."""
+    model, other = make("q", "v"), make("q", "v")
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        refused(model, operation)
+        with adapters(model, ["a"] * 4):
+            refused(model, operation)
+        refused(model, operation)
+        torch.testing.assert_close(model(X), before)
+        OPERATIONS[operation](other)  # another model has no open block
+        thread = ThreadPoolExecutor(1)
+        thread.submit(refused, model, operation).result(60)
+    with pytest.raises(KeyError), adapters(model, MIX):
+        raise KeyError
+    OPERATIONS[operation](model)
+
+
+@pytest.mark.parametrize("make", [ours, patched])
+def test_operations_within_a_call_with_names_raise(make: Any) -> None:
+    """`adapter_names=` opens a block for its call (R7)."""
+    model, seen = make("q", "v"), []
+    model.base_model.model.v.register_forward_hook(lambda *_: refused_here())
+
+    def refused_here() -> None:
+        for operation in ("delete_adapter", "merge_adapter", "unload"):
+            with pytest.raises(AdapterStateError, match="adapter_names= blocks"):
+                OPERATIONS[operation](model)
+            seen.append(operation)
+
+    with torch.no_grad():
+        model(X, adapter_names=["a", "b", "__base__", "b"])
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("make", [ours, patched])
+def test_the_base_model_within_a_block(make: Any) -> None:
+    """The context manager `disable_adapter` is allowed in a block, and ends with itself."""
+    model = make("q", "v")
+    with torch.no_grad(), model.disable_adapter():
+        base = model(X)
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(X), base)
+        torch.testing.assert_close(model(X), before)
+    assert not torch.allclose(before, base)
 
 
 def test_another_thread_adds_an_adapter_and_serves_it() -> None:
