@@ -53,6 +53,14 @@ def plain_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if type(weight) is nn.Parameter else None
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether a linear that nothing has hooked into has a plain tensor in place of its weight."""
+    if type(module) is not nn.Linear or is_hooked(module):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and not isinstance(weight, nn.Parameter)
+
+
 def factors_of(
     layer: CommonLayer,
     name: str,
@@ -111,6 +119,11 @@ def why_not_fused(layer: CommonLayer, names: list[str], gathered: bool = False) 
                 if gathered and not any(map(is_hooked, modules)):
                     continue
                 return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
+            if any(map(_is_replaced, modules)):
+                return (
+                    f"adapter {name!r} has a factor that was replaced by a plain tensor, as "
+                    "torch.func.functional_call does where it is not given nn.Parameter objects"
+                )
             return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
         dropout = layer.lora_dropout[name]
         if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
@@ -211,7 +224,10 @@ class Parameters:
             return None
         found = layer._own_factors(name, call)
         if found is None:
-            raise UnsupportedLayerError(why_not_fused(layer, [name]) + ", which rows cannot share")
+            raise UnsupportedLayerError(
+                f"{why_not_fused(layer, [name])}, which rows cannot share; run this adapter outside "
+                "of fastlora.adapters, or make its factors plain parameters again"
+            )
         return found
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:

@@ -14,7 +14,7 @@ from fastlora import adapters
 from fastlora.routing.ids import Unchecked, _Pending
 from fastlora.routing.in_force import open_routings
 from fastlora.routing.routing import number_layers
-from fastlora.validation import AdapterNotFoundError, AdapterStateError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 from tests.support.tiny import TwoLayers, randomise, tiny_llama, with_adapters
 
 
@@ -204,6 +204,18 @@ def test_gradients_within_a_block_without(use_reentrant: bool) -> None:
             grad = x.grad
         grads.append(grad)
     torch.testing.assert_close(*grads)
+
+
+def test_factors_that_functional_call_replaced() -> None:
+    """The message names `functional_call`; with parameters in place of plain tensors it works."""
+    model, x = build(), torch.randn(2, 16, dtype=torch.float64)
+    with torch.no_grad(), adapters(model, ["b", "c"]):
+        expected = model(x)
+        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        with pytest.raises(UnsupportedLayerError, match=r"'b'.* plain tensor.*functional_call"):
+            torch.func.functional_call(model, state, (x,))
+        state = {name: nn.Parameter(tensor) for name, tensor in state.items()}
+        torch.testing.assert_close(torch.func.functional_call(model, state, (x,)), expected)
 
 
 # ------------------------------------------------------------------------------- layers, pools
