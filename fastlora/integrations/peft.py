@@ -310,7 +310,7 @@ class RoutedPeftModel:
                 layers.append((name, module))
             elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
-        join_group(self.group, layers)  # whatever the others are: blocks may be open
+        join_group(self.group, self.tuner, layers)  # whatever the others are: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
@@ -387,6 +387,7 @@ _OWN_ATTRIBUTES = (
     "_compiled_alone",
     "routed_by",
     "routed_as",
+    "sees_part",
 )
 
 

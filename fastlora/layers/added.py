@@ -6,6 +6,7 @@ its own samples.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ class AddedLora(BesideLora):
             return y
         conditions = self._begin(x)
         if routing is not None:
-            return self._mixed(routing, x, y, conditions)
+            routing.check_rows(self, x, conditions.compiling)
+            with contextlib.nullcontext() if conditions.compiling else routing.resting():
+                return self._mixed(routing, x, y, conditions)
         made = y
         for name in names:
             made = self._plus(name, x, made, conditions)

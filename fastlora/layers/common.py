@@ -51,6 +51,7 @@ class CommonLayer(nn.Module):
         is_linear: Whether it is a linear, whose adapters kernels and packs may hold.
         routed_by: The model's group of layers, once the layer is in a model.
         routed_as: Its number there.
+        sees_part: Whether the layer raises in a mixed batch, since it may see a part of the rows.
         table_row: Its row in a pool's tables.
         _disabled: Whether the layer is its base layer, whatever is active or in force.
         _family: The layer and its siblings, once a forward has shown them.
@@ -71,6 +72,7 @@ class CommonLayer(nn.Module):
     is_linear = True
     routed_by: Group | None = None
     routed_as = 0
+    sees_part = False
     table_row = 0
     _disabled: bool
     _family: Family

@@ -225,8 +225,8 @@ class Parameters:
         found = layer._own_factors(name, call)
         if found is None:
             raise UnsupportedLayerError(
-                f"{why_not_fused(layer, [name])}, which rows cannot share; run this adapter outside "
-                "of fastlora.adapters, or make its factors plain parameters again"
+                f"{why_not_fused(layer, [name])}, which rows cannot share; run this adapter "
+                "outside of fastlora.adapters, or make its factors plain parameters again"
             )
         return found
 

@@ -46,13 +46,18 @@ def begin(layer: CommonLayer, x: torch.Tensor) -> LayerCall | MixedCall:
         x = x.to(autocast)
     if routing is None:
         return LayerCall(layer, given, x, conditions, names)
+    if layer.sees_part or (not conditions.compiling and routing.kept.followed is not None):
+        routing.check_rows(layer, given, conditions.compiling)
     return MixedCall(layer, given, x, conditions, routing)
 
 
 def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer and the adapters that act."""
     if isinstance(call, MixedCall):
-        return mixed.run(call, base)
+        if call.conditions.compiling or call.routing.kept.followed is None:
+            return mixed.run(call, base)
+        with call.routing.resting():
+            return mixed.run(call, base)
     magnitudes = call.layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules or not uses_dora(call.layer, call.names):
         return _run_together(call, base, call.names)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastlora.layers.adapted import Adapted
-from fastlora.routing.routing import Group
+from fastlora.ops.conditions import conditions_of
+from fastlora.routing.routing import Group, Routing
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
@@ -24,6 +26,7 @@ class ModuleWrapper(Adapted, nn.Module):
         owns: What an adapter has, for messages.
         held: Name of the child that has the module that was there before.
         routed_by, routed_as: The model's group of layers, and this one's number in it.
+        sees_part: As of a `fastlora.layers.common.CommonLayer`.
     """
 
     field: ClassVar[str]
@@ -36,7 +39,7 @@ class ModuleWrapper(Adapted, nn.Module):
         self.training = original.training
         self._init_adapted()
         self.routed_by: Group | None = None
-        self.routed_as = 0
+        self.routed_as, self.sees_part = 0, False
 
     # ------------------------------------------------------------------ what subclasses provide
 
@@ -52,6 +55,14 @@ class ModuleWrapper(Adapted, nn.Module):
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Returns the ends of an adapter's file keys, and of their names in ``state_dict()``."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+
+    # ------------------------------------------------------------------------ mixed batches
+
+    def _checked(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
+        """Checks that x has all rows of a batch; returns what to compute them within."""
+        compiling = conditions_of(x, "eager").compiling
+        routing.check_rows(self, x, compiling)
+        return nullcontext() if compiling else routing.resting()
 
     # ----------------------------------------------------------------------------- adapters
 

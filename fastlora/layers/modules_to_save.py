@@ -88,7 +88,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         routing = routing_of(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
-        return self._mixed(routing, *args, **kwargs)
+        return self._in_batch(routing, *args, **kwargs)
+
+    def _in_batch(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._checked(routing, x):
+            return self._mixed(routing, x, *args, **kwargs)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the copy of each adapter on its own rows along x's first dimension.

@@ -223,8 +223,9 @@ class TrainableTokensWrapper(ModuleWrapper):
                 return y
             return self._embedded(x, y, [name]) if _embeds(base) else self._of_rows(x, y, name)
         if routing.whole is not None and conditions_of(x, "eager").compiling:
-            routing = routing.whole
-        return self._mixed(routing, x, y)
+            return self._mixed(routing.whole, x, y)
+        with self._checked(routing, x):
+            return self._mixed(routing, x, y)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Returns y with every row's own adapter; base rows where it has none here."""

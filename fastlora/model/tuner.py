@@ -410,11 +410,13 @@ class LoraTuner(nn.Module):
     @property
     def routed(self) -> list[Any]:
         """The modules whose adapters a mixed batch chooses by row."""
-        return self._find_routed() if self._routed is None else self._routed
+        found = self._routed
+        # A copied model has no banks yet.
+        return self._find_routed() if found is None or self.group.banks is None else found
 
     def _find_routed(self) -> list[nn.Module]:
         found = inject.routed_modules(self.model)
-        join_group(self.group, found)
+        join_group(self.group, self.model, found)
         self._routed = [module for _, module in found]
         return self._routed
 

@@ -99,6 +99,11 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
+def is_compiled() -> bool:
+    """Whether `torch.compile` traces the code that asks."""
+    return torch.compiler.is_compiling()
+
+
 def sees_operators(x: torch.Tensor, within_node: bool = False) -> bool:
     """Whether something sees the operators called on x: tracing, modes, autograd, a profiler.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from fastlora.ops.conditions import is_compiled
 from fastlora.routing.kept import RoutedLayer
 from fastlora.routing.routing import Group, Routing
 
@@ -53,7 +54,9 @@ def routed(routing: Routing) -> Iterator[None]:
         RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
             interleaved coroutines in one thread do. This one is closed all the same.
     """
-    with routing.group.opened():
+    banks = routing.group.banks
+    followed = routing.kept.followed = None if banks is None else banks.followed()
+    with routing.group.opened(), followed or contextlib.nullcontext():
         _put_in_force((*_thread.open, routing))
         try:
             yield
@@ -102,6 +105,8 @@ def check_batch(
     if routing is None or _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
+    if not is_compiled() and routing.kept.followed is not None:
+        routing.kept.followed.begin((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
         return

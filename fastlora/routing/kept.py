@@ -18,6 +18,7 @@ from fastlora.ops.factors import Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import LayerPack, is_for
 from fastlora.ops.torch.packed_choice import RowsKind
+from fastlora.routing.banks import FollowedRows
 from fastlora.routing.watch import Watch
 from fastlora.weight_marks import marks
 
@@ -38,11 +39,13 @@ class RoutedLayer(Protocol):
         routed_by: What the layers of its model have in common; None outside of a model.
         routed_as: The layer's number in its model.
         training: Whether dropout can act.
+        sees_part: Whether the layer raises in a block that does not follow rows.
     """
 
     routed_by: Any
     routed_as: int
     training: bool
+    sees_part: bool
 
 
 class SetPack:
@@ -163,6 +166,7 @@ class BlockKept:
         seeds: By device and stream, the dropout seeds of layers by number.
         sets: What the model keeps of sets of adapters, by their keys.
         is_checked: Whether the host has looked at the ids.
+        followed: What follows the rows of the block; None where no layer can see a part of them.
     """
 
     decisions: dict[int, Any] = field(default_factory=dict)
@@ -172,3 +176,4 @@ class BlockKept:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], SetPack] = field(default_factory=dict)
     is_checked: bool = False
+    followed: FollowedRows | None = None

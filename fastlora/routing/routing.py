@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
+from fastlora.routing.banks import Banks, refuse_part
 from fastlora.routing.ids import NO_ADAPTER, Unchecked
 from fastlora.routing.kept import (
     BlockKept,
@@ -41,11 +43,13 @@ class Group(Kept):
     Attributes:
         packs: Sets of adapters that the model keeps packed.
         unchecked: Batches whose ids the host has not seen yet.
+        banks: Layers that may see only a part of a batch's rows; None until they are looked for.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
         self.unchecked = Unchecked()
+        self.banks: Banks | None = None
         self._open = 0
         self._lock = threading.Lock()
 
@@ -136,6 +140,25 @@ class Routing:
             kept.is_checked = True
         return known
 
+    def check_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
+        """Raises where a layer gets only some rows of the batch, or may in compiled code.
+
+        Raises:
+            UnsupportedLayerError: It does; the error names the layer.
+        """
+        followed = None if compiling else self.kept.followed
+        if followed is not None:
+            followed.check(layer, x)
+        elif layer.sees_part:
+            refuse_part(layer)
+
+    def resting(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block rows are not followed: layers sort them, and put them back."""
+        followed = self.kept.followed
+        if followed is None or followed.order is None:
+            return contextlib.nullcontext()
+        return followed.order.resting()
+
     def seeds_of(self, number: int, device: torch.device) -> torch.Tensor:
         """Returns the dropout seeds of layer ``number``, int64 ``[S]``, on a device.
 
@@ -196,11 +219,12 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     return numbers
 
 
-def join_group(group: Group, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
-    """Makes layers, given with their names, a model's; those that are keep their numbers."""
+def join_group(group: Group, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
+    """Makes layers, given with their names in it, a model's; those that are keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
     if new:
         taken = [layer.routed_as for _, layer in layers if layer.routed_by is group]
         numbers = number_layers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routed_by, layer.routed_as = group, number
+    group.banks = Banks(root, layers)

@@ -1,0 +1,574 @@
+"""Layers that get only some rows of a mixed batch are refused by name; all others are not.
+
+Their rows cannot be given to adapters by position: where the number of rows happened to be a
+multiple of the number of ids, they got another adapter's update without an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import LoraConfig, adapters
+from fastlora.validation import UnsupportedLayerError
+from tests.support.tiny import randomise, tiny, with_adapters
+
+D = 8
+X = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1))
+# Which expert each of the 8 tokens goes to: 4 tokens to each of 2.
+CHOICE = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0])
+# Both experts get every token, in an order that the router chose.
+BOTH = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+IDS = ["a", "b"]
+REFUSED = r"layer '{}' gets only some rows of the batch"
+
+
+class Mlp(nn.Module):
+    """Two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(D, 12), nn.Linear(12, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[M, D]`` to ``[M, D]``."""
+        return self.w2(self.w1(x).relu())
+
+
+class InList(nn.Module):
+    """Experts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Mlp(), Mlp()])
+
+    def all(self) -> list[nn.Module]:
+        """Returns the experts."""
+        return list(self.experts)
+
+
+class InDict(nn.Module):
+    """Experts in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"x": Mlp(), "y": Mlp()})
+
+    def all(self) -> list[nn.Module]:
+        """Returns the experts."""
+        return list(self.parts.values())
+
+
+class AsAttributes(nn.Module):
+    """Experts under names that do not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Mlp(), Mlp()
+
+    def all(self) -> list[nn.Module]:
+        """Returns the experts."""
+        return [self.left, self.right]
+
+
+class AsLinears(nn.Module):
+    """Experts of one linear each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(D, D), nn.Linear(D, D)
+
+    def all(self) -> list[nn.Module]:
+        """Returns the experts."""
+        return [self.w1, self.w2]
+
+
+HOLDERS = {
+    "list": (InList, "0.experts.0.w1"),
+    "dict": (InDict, "0.parts.x.w1"),
+    "attributes": (AsAttributes, "0.left.w1"),
+    "linears": (AsLinears, "0.w1"),
+}
+
+Experts = list[nn.Module]
+
+
+def by_index(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Each expert gets tokens by their numbers, and adds to them."""
+    out = torch.zeros_like(x)
+    for number, expert in enumerate(experts):
+        index = (number == CHOICE).nonzero().flatten()
+        out.index_add_(0, index, expert(x[index]))
+    return out
+
+
+def by_mask(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Each expert gets tokens by a mask."""
+    out = torch.empty_like(x)
+    for number, expert in enumerate(experts):
+        out[number == CHOICE] = expert(x[number == CHOICE])
+    return out
+
+
+def by_new_dimension(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """As transformers 4 did in Mixtral."""
+    out = torch.zeros_like(x)
+    for number, expert in enumerate(experts):
+        index = torch.where(number == CHOICE)[0]
+        out.index_add_(0, index, expert(x[None, index].reshape(-1, D)))
+    return out
+
+
+def by_index_select(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """With noise of the rows' shape, and all rows in another order: both of the top 2."""
+    parts = []
+    for expert in experts:
+        own = x.index_select(0, BOTH)
+        parts.append(expert(own + torch.zeros(own.shape))[BOTH.argsort()])
+    return parts[0] + parts[1]
+
+
+def by_gather(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Each expert chooses tokens; one that two choose gets both."""
+    out = torch.zeros_like(x)
+    for expert, index in zip(experts, (BOTH[:4], BOTH[4:]), strict=True):
+        index = index.unsqueeze(1).expand(-1, D)
+        out.scatter_add_(0, index, expert(x.gather(0, index)))
+    return out
+
+
+def by_sorting(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens are sorted by expert, and each expert gets a part of them."""
+    order = CHOICE.argsort()
+    parts = x[order].split(4)
+    made = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    return made[order.argsort()]
+
+
+def by_buffer(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens are written into the places of their experts."""
+    places = CHOICE.argsort().argsort()
+    buffer = torch.zeros_like(x).index_copy_(0, places, x)
+    parts = zip(experts, buffer.view(2, 4, D), strict=True)
+    return torch.stack([expert(part) for expert, part in parts]).view(8, D)[places]
+
+
+def by_product(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens are dispatched by a product, as in GShard."""
+    places = CHOICE.argsort().argsort()
+    dispatch = nn.functional.one_hot(places, 8).to(x.dtype).view(8, 2, 4)
+    parts = torch.einsum("tec,td->ecd", dispatch, x)
+    made = torch.stack([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    return torch.einsum("tec,ecd->td", dispatch, made)
+
+
+WAYS = [
+    *(by_index, by_mask, by_new_dimension, by_index_select, by_gather, by_sorting, by_buffer),
+    by_product,
+]
+
+
+def moe(holder: type, way: Callable[[Experts, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A model of a mixture over experts in one place, and a head."""
+
+    class Moe(holder):  # type: ignore[misc, valid-type]  # made for a test
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.reshape(-1, D)
+            return way(self.all(), flat).view_as(x)
+
+    torch.manual_seed(0)
+    return nn.Sequential(Moe(), nn.Linear(D, 3))
+
+
+def ours(base: nn.Module, targets: Any = ("w1", "w2")) -> Any:
+    """Our model with random adapters a and b, in evaluation."""
+    torch.manual_seed(0)
+    targets = targets if isinstance(targets, str) else list(targets)
+    made = LoraConfig(r=2, target_modules=targets)
+    model = with_adapters(base, dict.fromkeys(IDS, made))
+    randomise(model)
+    return model.eval()
+
+
+def patched(base: nn.Module) -> Any:
+    """PEFT's model with adapters a and b, patched."""
+    peft = pytest.importorskip("peft", reason="patches PEFT's models")
+    made = peft.LoraConfig(r=2, target_modules=["w1", "w2"], init_lora_weights=False)
+    model = with_adapters(base, dict.fromkeys(IDS, made), peft).eval()
+    fastlora.patch(model)
+    return model
+
+
+def refuses(model: Any, name: str, x: torch.Tensor = X, target: Any = None) -> None:
+    """A mixed batch raises for a layer, in each block anew."""
+    for _ in range(2):
+        with (
+            torch.no_grad(),
+            pytest.raises(UnsupportedLayerError, match=REFUSED.format(name)),
+            adapters(model if target is None else target, IDS),
+        ):
+            model(x)
+
+
+def routed(model: Any, x: torch.Tensor = X, names: Any = ("a", "b")) -> None:
+    """A mixed batch gives each sample what its adapter alone gives, in three blocks."""
+    model.eval()
+    with torch.no_grad():
+        expected = []
+        for name, row in zip(names, x, strict=True):
+            model.set_adapter(name)
+            expected.append(model(row[None])[0])
+        for _ in range(3):
+            with adapters(model, list(names)):
+                torch.testing.assert_close(model(x), torch.stack(expected))
+
+
+# ------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_experts_are_refused_wherever_they_are(holder: str) -> None:
+    """2 samples of 4 tokens, 4 rows for each of 2 experts: rows went to the wrong adapter."""
+    made, name = HOLDERS[holder]
+    model = ours(moe(made, by_index))
+    refuses(model, name)
+    model.train()
+    with pytest.raises(UnsupportedLayerError, match=REFUSED.format(name)), adapters(model, IDS):
+        model(X)
+    model.set_adapter("a")
+    model(X)  # one adapter at a time
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_are_refused_however_they_get_their_rows(way: Any) -> None:
+    refuses(ours(moe(AsAttributes, way)), "0.left.w1")
+
+
+def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
+    base = moe(AsAttributes, by_index).eval()
+    with fastlora.AdapterPool(base, target_modules=["w1", "w2"]) as pool:
+        for name in IDS:
+            state = {}
+            for layer in ("left.w1", "right.w1"):
+                prefix = f"base_model.model.0.{layer}."
+                state[prefix + "lora_A.weight"] = torch.randn(2, D)
+                state[prefix + "lora_B.weight"] = torch.randn(12, 2)
+            pool.load(name, state, config={"r": 2, "target_modules": ["w1"]})
+        refuses(base, "0.left.w1", target=pool)
+        assert pool.stats().leases == 0
+    model = patched(moe(InList, by_index))
+    refuses(model, "model.0.experts.0.w1")
+    with pytest.raises(UnsupportedLayerError, match="gets only some rows"):
+        model(X, adapter_names=IDS)
+
+
+def test_per_expert_linears_of_a_transformers_model_are_refused() -> None:
+    pytest.importorskip("transformers")
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    model = ours(tiny("SwitchTransformersForConditionalGeneration", **ids, **sizes), "all-linear")
+    tokens = torch.randint(3, 31, (2, 4))
+    match = r"experts\.expert_\d\.wi' gets only some rows"
+    with pytest.raises(UnsupportedLayerError, match=match), adapters(model, IDS):
+        model(input_ids=tokens, decoder_input_ids=tokens)
+
+
+def test_an_expert_behind_a_checkpoint_is_refused() -> None:
+    base = moe(AsAttributes, by_index)
+    inner = base[0].forward
+    base[0].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    model = ours(base)
+    with pytest.raises(UnsupportedLayerError, match="'0.left.w1'"), adapters(model, IDS):
+        model(X.clone().requires_grad_())
+
+
+def test_experts_that_run_late_are_refused() -> None:
+    """They may be idle in the first blocks, or run in training alone."""
+    sparse = [False]
+
+    def late(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        return by_index(experts, x) if sparse[0] else x
+
+    model = ours(nn.Sequential(Mlp(), moe(AsAttributes, late)))
+    for _ in range(3):
+        with adapters(model, IDS):
+            model(X)
+    sparse[0] = True
+    refuses(model, "1.0.left.w1")
+
+    def trained(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        return by_index(experts, x) if model.training else experts[0](x) + experts[1](x)
+
+    model = ours(moe(AsAttributes, trained))
+    routed(model)
+    model.train()
+    with pytest.raises(UnsupportedLayerError, match="'0.left.w1'"), adapters(model, IDS):
+        model(X)
+
+
+def test_a_copy_of_a_model_refuses_its_experts() -> None:
+    import copy
+
+    model = ours(moe(AsAttributes, by_index))
+    refuses(copy.deepcopy(model), "0.left.w1")
+    refuses(model, "0.left.w1")
+
+
+def test_two_threads_refuse() -> None:
+    """Rows are followed in each thread by itself."""
+    model, seen = ours(moe(AsAttributes, by_index)), []
+
+    def run() -> None:
+        refuses(model, "0.left.w1")
+        seen.append(True)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True, True]
+
+
+# -------------------------------------------------------------------------------------- allowed
+
+
+def soft(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Every expert sees all rows, and their sum is weighted."""
+    weights = x[:, :2].softmax(-1)
+    return sum(expert(x) * weights[:, n, None] for n, expert in enumerate(experts))
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_experts_that_see_all_rows_share_a_batch(holder: str) -> None:
+    routed(ours(moe(HOLDERS[holder][0], soft)))
+
+
+def test_layers_behind_experts_share_a_batch() -> None:
+    """Rows that are put back are in order again; an adapter may be on what comes behind."""
+
+    class Behind(nn.Module):
+        def __init__(self, way: Any) -> None:
+            super().__init__()
+            self.moe, self.w1, self.w2 = moe(InList, way)[0], nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w2(self.w1(self.moe(x)))
+
+    for way in (by_index, by_mask, by_index_select, by_gather, by_sorting):
+        model = ours(Behind(way), r"w1|w2")
+        for _ in range(2):
+            with torch.no_grad(), adapters(model, IDS):
+                mixed = model(X)
+            with torch.no_grad(), adapters(model, ["b", "b"]):
+                torch.testing.assert_close(model(X)[1], mixed[1])
+
+
+def test_pooled_rows_are_one_for_each_sample() -> None:
+    """CLIP takes a token of each sample, by `torch.arange` and a number, before a projection."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2 = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            at = x[..., 0].argmax(-1)
+            return self.w2(self.w1(x)[torch.arange(x.shape[0]), at])
+
+    routed(ours(Pooled()))
+
+
+def test_slots_of_tokens_are_followed_too() -> None:
+    model = ours(moe(AsAttributes, soft))
+    slots = torch.tensor([0, 1, -1, 0, 1, 1, 0, -1])
+    with torch.no_grad(), adapters(model, slots):
+        mixed = model(X).view(8, -1)
+    for slot, name in enumerate(IDS):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[slots == slot], model(X).view(8, -1)[slots == slot])
+    model = ours(moe(AsAttributes, by_index))
+    with pytest.raises(UnsupportedLayerError), adapters(model, slots):
+        model(X)
+
+
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+_TOKENS = torch.randint(3, 31, (4, 5), generator=torch.Generator().manual_seed(2))
+_DECODED = {"input_ids": _TOKENS, "decoder_input_ids": _TOKENS[:, :3]}
+ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    "BertForSequenceClassification": ({"num_labels": 16}, {"input_ids": _TOKENS}),
+    "T5ForConditionalGeneration": (_IDS, _DECODED),
+    "WhisperForConditionalGeneration": (
+        {**_IDS, "max_source_positions": 6, "max_target_positions": 8, "num_mel_bins": 4},
+        {"input_features": torch.randn(4, 4, 12), "decoder_input_ids": _TOKENS[:, :3]},
+    ),
+    "CLIPModel": (
+        {
+            "text_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+            | {"num_attention_heads": 2, "vocab_size": 31, "eos_token_id": 2},
+            "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+            | {"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+            "projection_dim": 16,
+        },
+        {"input_ids": _TOKENS, "pixel_values": torch.randn(4, 3, 8, 8)},
+    ),
+    "Qwen3MoeForCausalLM": ({**_EXPERTS, "moe_intermediate_size": 8}, {"input_ids": _TOKENS}),
+    "MixtralForCausalLM": ({**_EXPERTS, "num_hidden_layers": 2}, {"input_ids": _TOKENS}),
+    "Qwen2MoeForCausalLM": (
+        {**_EXPERTS, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+        {"input_ids": _TOKENS},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_models_of_transformers_share_a_batch(kind: str) -> None:
+    """Heads, poolers, cross-attention, projections and shared experts are not experts."""
+    pytest.importorskip("transformers")
+    changes, batch = ARCHITECTURES[kind]
+    model, names = ours(tiny(kind, **changes), "all-linear"), ["a", "__base__", "b", "a"]
+
+    def values(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        made = model(**batch)
+        return made.logits if hasattr(made, "logits") else torch.cat(made[2:4], -1)
+
+    with torch.no_grad():
+        found = []
+        for _ in range(2):
+            with adapters(model, names):
+                found.append(values(batch))
+        for row, name in enumerate(names):
+            with adapters(model, [name]):
+                alone = values({key: value[row : row + 1] for key, value in batch.items()})
+            for each in found:
+                torch.testing.assert_close(each[row], alone[0], rtol=1e-4, atol=1e-5)
+    banks = model.base_model.group.banks
+    assert banks is not None and banks.followed() is None  # later blocks cost nothing
+
+
+def test_a_beam_search_shares_a_batch() -> None:
+    pytest.importorskip("transformers")
+    model = ours(tiny("T5ForConditionalGeneration", **_IDS), "all-linear")
+    more = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    names = ["a", None, "b", "a"]
+    with adapters(model, names):
+        first = model.generate(input_ids=_TOKENS, **more)
+    with adapters(model, names):
+        assert torch.equal(model.generate(input_ids=_TOKENS, **more), first)
+
+
+def test_the_users_own_choice_of_samples_is_a_batch() -> None:
+    """What a model is called with is in the order of the ids, whoever chose it."""
+    model, data = ours(nn.Sequential(Mlp(), Mlp())), torch.randn(6, D)
+    with torch.no_grad(), adapters(model, IDS):
+        model(data[torch.tensor([4, 1])])
+
+
+# ------------------------------------------------------------------------------------- compiled
+
+
+class Layers(nn.Module):
+    """Two alike layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Mlp(), Mlp()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., D]`` to ``[..., D]``."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_following_compiles_nothing_anew() -> None:
+    """The first block follows rows, later ones do not, and one graph serves all of them."""
+    model, graphs = ours(Layers()), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            with adapters(model, IDS):
+                found = compiled(X)
+        with adapters(model, IDS):
+            torch.testing.assert_close(model(X), found)
+        with adapters(model, IDS):
+            torch.testing.assert_close(compiled(X), found)
+    assert len(graphs) == 1
+
+
+def test_compiled_experts_are_refused_until_a_block_has_shown_that_they_see_all_rows() -> None:
+    torch._dynamo.reset()
+    model = ours(moe(InList, soft))
+    compiled = torch.compile(model, backend="eager")
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedLayerError, match="'0.experts.0.w1' looks like an expert"),
+        adapters(model, IDS),
+    ):
+        compiled(X)
+    with torch.no_grad(), adapters(model, IDS):
+        expected = model(X)
+    with torch.no_grad(), adapters(model, IDS):
+        torch.testing.assert_close(compiled(X), expected)
+
+
+def test_a_router_beside_alike_modules_makes_them_experts() -> None:
+    """So compiled code refuses them whatever their names are."""
+
+    class Routed(AsLinears):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(D, 2, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights = self.gate(x).softmax(-1)
+            return self.w1(x) * weights[..., :1] + self.w2(x) * weights[..., 1:]
+
+    torch._dynamo.reset()
+    model = ours(nn.Sequential(Routed(), nn.Linear(D, 3)))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedLayerError, match="'0.w1' looks like"), adapters(model, IDS):
+        compiled(X)
+
+
+# --------------------------------------------------------------------------------- idle layers
+
+
+def test_a_part_of_the_model_that_is_idle_ends_the_following() -> None:
+    """Blocks cost nothing more then, and the part is followed once it has run."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.image, self.uses_image = Layers(), Layers(), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.image if self.uses_image else self.text)(x)
+
+    base = Towers()
+    model = ours(base)
+    for _ in range(12):
+        with torch.no_grad(), adapters(model, IDS):
+            model(X)
+    banks = model.base_model.group.banks
+    followed = banks.followed()
+    assert followed is not None and followed.order is None
+    base.uses_image = True
+    for _ in range(2):
+        with torch.no_grad(), adapters(model, IDS):
+            model(X)
+    assert banks.followed() is None
