@@ -18,6 +18,7 @@ from fastlora.layers.norms import adapter_squares
 from fastlora.layers.scalings import Scalings
 from fastlora.ops.conditions import Conditions, conditions_of
 from fastlora.ops.torch.scale import scale_of
+from fastlora.routing.ids import fits
 from fastlora.routing.in_force import is_captured, routing_of
 from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError, UnsupportedLayerError
@@ -142,7 +143,7 @@ class AddedLora(BesideLora):
         check_unmerged(self)
         m, dims = self._samples(x)
         count = routing.ids.shape[0]
-        if m != count and (x.shape[0] if dims else 1) % count:
+        if m != count and not fits(x.shape[0] if dims else 1, count):
             raise ValueError(
                 f"{type(self).__name__} over {type(self.base_layer).__name__} got {tuple(x.shape)} "
                 f"in a batch with {count} adapter ids; expected as many samples in the first "
@@ -186,7 +187,7 @@ class AddedLora(BesideLora):
 
         Nothing that depends on the mix is read but as a tensor.
         """
-        each = x.shape[0] // routing.ids.shape[0]
+        each = x.shape[0] // max(routing.ids.shape[0], 1)
         ids = routing.ids.to(x.device).unsqueeze(1).expand(-1, each).reshape(-1)
         ids = ids.view(-1, *(1,) * (y.dim() - 1))
         made = y

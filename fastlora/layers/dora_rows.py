@@ -166,7 +166,7 @@ def _scale_by_id(
     device = y.device
     known = torch.tensor(rows, device=device) if traced else numbers_on(rows, torch.int64, device)
     flat = y.reshape(-1, y.shape[-1])
-    each = flat.shape[0] // routing.ids.shape[0]
+    each = flat.shape[0] // max(routing.ids.shape[0], 1)
     places = known[routing.ids.to(device).clamp(min=-1)]  # -2 is an id that was out of range
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.layers.adapted import Adapted
 from fastlora.ops.conditions import conditions_of
+from fastlora.routing.ids import fits
 from fastlora.routing.routing import Group, Routing
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
@@ -140,11 +141,11 @@ def own_slots(
         ValueError: There is no whole number of rows for each id.
     """
     count = ids.numel()
-    if not count or x_rows % count:
+    if not fits(x_rows, count):
         raise ValueError(
             f"a module has {x_rows} rows and the batch {count} adapter ids; expected as many ids "
             "as samples, or as tokens"
         )
     place = {name: index for index, name in enumerate(known)}
     table = torch.tensor([*(place.get(name, -1) for name in names), -1], device=device)
-    return table[ids.to(device)].repeat_interleave(x_rows // count)
+    return table[ids.to(device)].repeat_interleave(x_rows // max(count, 1))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastlora.layers.module_wrapper import ModuleWrapper, own_slots
+from fastlora.routing.ids import fits
 from fastlora.routing.in_force import routing_of
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
@@ -101,7 +102,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         structure of tensors whose first dimension is that of its rows.
         """
         lead = x.shape[:1]
-        if x.shape[0] % routing.ids.numel():
+        if not fits(x.shape[0], routing.ids.numel()):
             lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         known, count = list(self.modules_to_save), x.shape[0]
         own = own_slots(routing.ids, routing.names, known, count, x.device)

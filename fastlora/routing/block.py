@@ -54,7 +54,8 @@ def adapters(
             consequence here.
         ids: For each sample a name, or None (or ``"__base__"``) for the base model alone; or an int
             tensor of slots for each sample or token, -1 for none. A slot is an index into
-            ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`.
+            ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`. No ids are those of a
+            batch without rows.
         seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
             same elements whatever else is in the batch. Those not given are drawn, in training.
         validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose

@@ -43,7 +43,6 @@ def named_ids(
     Raises:
         AdapterNotFoundError: A name that is not there.
         TypeError: ``ids`` is one string.
-        ValueError: ``ids`` is empty.
     """
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
@@ -52,8 +51,6 @@ def named_ids(
     if odd is not None:
         raise TypeError(f"ids holds {odd!r}, expected names, None, or a tensor of slots")
     wanted = [None if name == BASE else name for name in ids]
-    if not wanted:
-        raise ValueError("ids is empty, expected one for each sample or token")
     present = {name for name in wanted if name is not None}
     if known is None:
         names = tuple(sorted(present))
@@ -80,7 +77,7 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
     Raises:
         AdapterNotFoundError: A slot that is not there or empty.
-        ValueError, TypeError: ``ids`` is empty, has other dimensions, or is not of integers.
+        ValueError, TypeError: ``ids`` has other dimensions, or is not of integers.
     """
     check_slot_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)
@@ -96,13 +93,16 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
 
 def check_slot_ids(ids: torch.Tensor) -> None:
-    """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``, B at least 1."""
+    """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
-    if not ids.numel():
-        raise ValueError("ids is empty, expected one for each sample or token")
+
+
+def fits(rows: int, ids: int) -> bool:
+    """Whether so many rows are a whole number for each of so many ids; no ids are for no rows."""
+    return not rows % ids if ids else not rows
 
 
 class _Pending(NamedTuple):

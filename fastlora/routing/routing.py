@@ -20,7 +20,7 @@ from torch import nn
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
 from fastlora.routing.banks import Banks, refuse_part
-from fastlora.routing.ids import NO_ADAPTER, Unchecked
+from fastlora.routing.ids import NO_ADAPTER, Unchecked, fits
 from fastlora.routing.kept import (
     BlockKept,
     PackCache,
@@ -126,7 +126,7 @@ class Routing:
         known = kept.rows.get(key)
         if known is None:
             count = self.ids.numel()
-            if not count or m % count:
+            if not fits(m, count):
                 raise ValueError(
                     f"a layer has {m} rows and the batch {count} adapter ids; expected as many "
                     "ids as samples, or as tokens"
@@ -135,7 +135,7 @@ class Routing:
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
             known = kept.rows[key] = sort_rows(ids, m, len(self.names), device)
         if host and not kept.is_checked:
-            if self.ids.min() < NO_ADAPTER:
+            if self.ids.numel() and self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())
             kept.is_checked = True
         return known

@@ -252,7 +252,7 @@ def wrong_ids(case: Case) -> None:
         (["en", "frr"] * 3, AdapterNotFoundError, "'frr'"),
         (torch.tensor([0, 99] * 3), AdapterNotFoundError, "slot 99"),
         (torch.tensor([0, -2] * 3), AdapterNotFoundError, "slot -2"),
-        ([], ValueError, "ids is empty"),
+        ([], ValueError, "0 adapter ids"),
         (["en"] * 5, ValueError, "5 adapter ids"),
         ("en", TypeError, "is the string 'en'"),
         (["en", 3] * 3, TypeError, "holds 3, expected names"),

@@ -45,6 +45,22 @@ def test_a_plan_reaches_forward_and_dx(
         launches.clear()
 
 
+def test_a_batch_of_no_rows(lab: Any) -> None:
+    """It gives an empty result and empty gradients, in serving and in training."""
+    model, trained = build(lab, 2, torch.float32), trainable(2, torch.float32)
+    for shape in ((0, 64), (0, 3, 64)):
+        for ids in ([], torch.empty(0, dtype=torch.int64)):
+            assert run(model, torch.empty(shape), ids).shape[:-1] == shape[:-1]
+            x = torch.empty(shape, requires_grad=True)
+            with adapters(trained, ids):
+                trained(x).sum().backward()
+            assert x.grad is not None and x.grad.shape == shape
+    grads = [p.grad for p in trained.parameters() if p.grad is not None]
+    assert not any(grad.any() for grad in grads)
+    with pytest.raises(ValueError, match="0 adapter ids"):
+        run(model, torch.zeros(2, 64), [])
+
+
 def launches_of(model: Any, x: torch.Tensor, ids: Any) -> Counter[str]:
     """Launches of each kernel in one forward, once siblings are known."""
     for _ in range(2):

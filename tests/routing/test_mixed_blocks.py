@@ -82,6 +82,63 @@ def test_ids_of_a_pool_fit_its_batch() -> None:
             adapters(target, [None]).__enter__()
 
 
+NO_IDS: tuple[Any, ...] = ([], torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32))
+EMPTY = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "dora and dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "a copy of the head": {"modules_to_save": ["head"]},
+}
+
+
+def gives_nothing(model: Any, shape: tuple[int, ...], target: Any = None) -> None:
+    """A batch without rows gives an empty result and empty gradients, as PyTorch's linear does."""
+    plain = nn.Linear(shape[-1], 5, dtype=torch.float64)
+    for ids in NO_IDS:
+        for _ in range(3):
+            x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+            with adapters(model if target is None else target, ids):
+                y = model(x)
+            y.sum().backward()
+            assert y.shape == plain(x).shape and x.grad is not None and x.grad.shape == shape
+            with torch.no_grad(), adapters(model if target is None else target, ids):
+                assert model(x).shape == y.shape
+    for parameter in model.parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+    with adapters(model if target is None else target, []):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="0 adapter ids"):
+                model(torch.zeros(2, 3, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("feature", EMPTY)
+def test_a_batch_of_no_rows(feature: str, train: bool) -> None:
+    """An empty last batch of a data-parallel job; with rows, no ids are still refused."""
+    model = build(**EMPTY[feature]).train(train)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in ("lora_", ".a.")))
+    for shape in ((0, 16), (0, 3, 16), (2, 0, 16)):
+        if shape[0] and "copy" in feature:
+            continue
+        gives_nothing(model, shape)
+
+
+def test_a_batch_of_no_rows_in_a_pool_and_a_patched_model() -> None:
+    base = TwoLayers().double().eval()
+    with fastlora.AdapterPool(base, target_modules=["q"]) as pool:
+        pool.load("a", state(), config=CONFIG)
+        gives_nothing(base, (0, 3, 16), target=pool)
+        assert pool.stats().leases == 0
+    peft = pytest.importorskip("peft", reason="patches a PEFT model")
+    model = peft.get_peft_model(TwoLayers().double(), peft.LoraConfig(**CONFIG), "a")
+    fastlora.patch(model)
+    gives_nothing(model, (0, 16))
+    model.eval()
+    assert model(torch.empty(0, 16, dtype=torch.float64), adapter_names=[]).shape == (0, 5)
+
+
 class Arrival:
     """An event of a GPU that has come so far when a test says so."""
 
