@@ -12,6 +12,7 @@ cannot be followed: there, structure decides until a block without compilation h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,6 +216,7 @@ class _Alike:
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
         self._numbers: dict[Any, int] = {}
+        self._counts: dict[int, Counter[int]] = {}
 
     def place(self, root: nn.Module, name: str, layer: Any) -> tuple[str, bool]:
         """Returns a layer's name with a star for each module that has alike siblings.
@@ -229,9 +231,7 @@ class _Alike:
             child = holder._modules.get(part)
             if child is None:
                 break
-            wanted = self._number(child)
-            others = [m for m in holder._modules.values() if m is not None]
-            count = sum(self._number(module) == wanted for module in others)
+            count = self._count(holder)[self._number(child)]
             if count > 1:
                 words = [part, _class_name(child)]
                 if child is not layer or isinstance(holder, _LISTS):
@@ -241,6 +241,14 @@ class _Alike:
                 parts[depth] = "*"
             holder, above = child, holder
         return ".".join(parts), is_expert
+
+    def _count(self, holder: nn.Module) -> Counter[int]:
+        """Returns how many children of a module have each number."""
+        known = self._counts.get(id(holder))
+        if known is None:
+            children = [child for child in holder._modules.values() if child is not None]
+            known = self._counts[id(holder)] = Counter(map(self._number, children))
+        return known
 
     def _number(self, module: nn.Module) -> int:
         """Returns a number that a module has in common with those that are alike."""

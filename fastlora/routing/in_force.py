@@ -56,13 +56,17 @@ def routed(routing: Routing) -> Iterator[None]:
     """
     banks = routing.group.banks
     followed = routing.kept.followed = None if banks is None else banks.followed()
-    with routing.group.opened(), followed or contextlib.nullcontext():
-        _put_in_force((*_thread.open, routing))
-        try:
-            yield
-        finally:
-            innermost = bool(_thread.open) and _thread.open[-1] is routing
-            _put_in_force(tuple(other for other in _thread.open if other is not routing))
+    routing.group.count_block(1)
+    try:
+        with followed or contextlib.nullcontext():
+            _put_in_force((*_thread.open, routing))
+            try:
+                yield
+            finally:
+                innermost = bool(_thread.open) and _thread.open[-1] is routing
+                _put_in_force(tuple(other for other in _thread.open if other is not routing))
+    finally:
+        routing.group.count_block(-1)
     if not innermost:
         raise RuntimeError(
             "blocks of adapters() must end in the reverse order of their beginning; interleaved "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,10 @@ class Group(Kept):
         self._open = 0
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Counts a block of the model as open, in whatever thread, until the block ends."""
+    def count_block(self, change: int) -> None:
+        """Counts a block of the model that opens (1) or closes (-1), in any thread."""
         with self._lock:
-            self._open += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open -= 1
+            self._open += change
 
     def check_closed(self, operation: str) -> None:
         """Raises `AdapterStateError` while a block of the model is open in any thread.

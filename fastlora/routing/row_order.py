@@ -155,6 +155,8 @@ class RowOrder(TorchDispatchMode):
                 own = Kind.ROWS  # an index or a mask, not what a layer gets
                 origin = None
             key = _key(tensor)
+            if not key:
+                continue
             if own is Kind.ROWS and origin is None and inverse is None:
                 self._marks.pop(key, None)
                 continue
@@ -210,7 +212,8 @@ class RowOrder(TorchDispatchMode):
         if kind in _TABLES:
             tables = index is None or self._kind(index) in _TABLES
             return (Kind.TABLE if tables else Kind.ROWS,)
-        if not first or index is None or self._kind(index) is Kind.COUNTED:
+        counted = index is not None and self._kind(index) is Kind.COUNTED
+        if not first or index is None or (counted and index.shape[:1] == source.shape[:1]):
             return kind, None if mark is None else mark.origin
         own = self._mark(index)
         chosen = mark.origin if mark is not None and kind is Kind.CHOSEN else None
@@ -242,8 +245,11 @@ class RowOrder(TorchDispatchMode):
 
 
 def _key(tensor: torch.Tensor) -> int:
-    """Returns what names a tensor's storage."""
-    return tensor.untyped_storage()._cdata
+    """Returns what names a tensor's storage; 0 for a tensor without one, as a sparse tensor."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return 0
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
