@@ -89,7 +89,7 @@ class Banks:
             return None
         (_, layer), *_ = self._all[0].layers.values()
         mode = bool(layer.training)
-        pending = self._pending[mode]
+        pending = tuple(self._pending[mode])  # other threads may decide about some meanwhile
         if not pending:
             return None
         return FollowedRows(self, any(bank.idle[mode] < _MOST_IDLE for bank in pending))
@@ -103,6 +103,8 @@ class Banks:
         modes = set()
         for layer in ran:
             bank, mode = self._of[layer.routed_as], bool(layer.training)
+            if bank.is_refused:
+                continue
             bank.ran[mode].add(layer.routed_as)
             bank.decide(False)
             modes.add(mode)
@@ -155,6 +157,12 @@ class FollowedRows:
         """Takes what a model is called with to be in the order of the batch."""
         if self.order is not None:
             self.order.in_order(inputs)
+
+    def abandon(self) -> None:
+        """Follows nothing from now on, and shows nothing of the layers that ran."""
+        self._ran.clear()
+        if self.order is not None:
+            self.order.blind()
 
     def check(self, layer: Any, x: torch.Tensor) -> None:
         """Raises `UnsupportedLayerError` for a layer whose input has rows that the data chose."""

@@ -65,6 +65,9 @@ def routed(routing: Routing) -> Iterator[None]:
             finally:
                 innermost = bool(_thread.open) and _thread.open[-1] is routing
                 _put_in_force(tuple(other for other in _thread.open if other is not routing))
+                for other in () if innermost else _thread.open:
+                    if other.kept.followed is not None:  # its mode ends with this block
+                        other.kept.followed.abandon()
     finally:
         routing.group.count_block(-1)
     if not innermost:

@@ -149,7 +149,7 @@ class Routing:
     def resting(self) -> contextlib.AbstractContextManager[None]:
         """Within the block rows are not followed: layers sort them, and put them back."""
         followed = self.kept.followed
-        if followed is None or followed.order is None:
+        if followed is None or followed.order is None or not followed.order.sees:
             return contextlib.nullcontext()
         return followed.order.resting()
 

@@ -90,6 +90,10 @@ class RowOrder(TorchDispatchMode):
         self._thread = 0
         super().__exit__(*error)
 
+    def blind(self) -> None:
+        """Has `sees` be false from now on, where the mode may be on or not."""
+        self._thread = 0
+
     @property
     def sees(self) -> bool:
         """Whether the mode is on in this thread."""
@@ -180,7 +184,7 @@ class RowOrder(TorchDispatchMode):
         if len(operands) == 1:
             (operand,) = operands
             kind = self._kind(operand)
-            if kind is Kind.COUNTED and func.overloadpacket not in _COPIES:
+            if kind is Kind.COUNTED and getattr(func, "overloadpacket", None) not in _COPIES:
                 kind = Kind.TABLE
             mark = self._mark(operand)
             if mark is not None:

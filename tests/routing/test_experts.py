@@ -343,6 +343,18 @@ def test_two_threads_refuse() -> None:
     assert seen == [True, True]
 
 
+def test_blocks_that_end_out_of_order_show_nothing() -> None:
+    """What follows the rows of one block ends with the other one; a later block follows anew."""
+    model = ours(moe(AsAttributes, by_index))
+    first, second = adapters(model, IDS), adapters(model, IDS)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="reverse order"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    refuses(model, "0.left.w1")
+
+
 # -------------------------------------------------------------------------------------- allowed
 
 
