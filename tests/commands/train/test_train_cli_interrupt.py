@@ -119,17 +119,22 @@ def test_the_first_signal_saves(
 def test_adapters_are_saved_first(
     given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted run that is killed while it writes its checkpoint has saved its adapters."""
+    """When an interrupted run begins its checkpoint, it has saved the adapters that took a step."""
     found: list[dict[str, torch.Tensor]] = []
+    write_state = checkpoint._write_state
+
+    def looking(folder: Path, state: checkpoint.TrainState) -> None:
+        found.append(train_runs.saved(tmp_path / "out"))
+        write_state(folder, state)
+
     signal_at(monkeypatch, run, "causal_lm_losses", 1, signal.SIGINT)
-    monkeypatch.setattr(
-        checkpoint, "_write_state", lambda *_: found.append(train_runs.saved(tmp_path / "out"))
-    )
+    monkeypatch.setattr(checkpoint, "_write_state", looking)
     with pytest.raises(RunInterrupted, match="by SIGINT after step 1 of 4") as caught:
         train(parse_settings(given, {}, "test"), progress=False)
     assert caught.value.signal == signal.SIGINT
     assert caught.value.checkpoint == tmp_path / "out" / "checkpoints" / "step-00000001"
-    assert found and found[0].keys() == train_runs.saved(tmp_path / "out").keys()
+    (early,) = found
+    assert same(early, caught.value.checkpoint / "adapters")
 
 
 def test_the_second_signal_ends_the_run(
