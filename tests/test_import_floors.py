@@ -24,7 +24,7 @@ OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("env", "validation", "weight_marks", "sharding", "coded_weight", "kernels"),
+    ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
     ("ops", "init"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),

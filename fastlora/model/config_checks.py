@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastlora.init import find_init
+from fastlora.patterns import check_pattern
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
 
@@ -210,9 +210,4 @@ def _check_names(name: str, values: Any) -> None:
 def _check_regex(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise ConfigError(f"{name} must hold strings, got {value!r}")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ConfigError(
-            f"{name} must hold valid regular expressions, got {value!r} ({error})"
-        ) from error
+    check_pattern(name, value)

@@ -10,12 +10,12 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch.nn as nn
 
-from fastlora.model.config import LoraConfig, pattern_key
+from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.experts import Stack, check_experts, routers, stacked_experts
 from fastlora.model.walk import (
@@ -26,6 +26,12 @@ from fastlora.model.walk import (
     is_wrapper,
     original_of,
     outer_modules,
+)
+from fastlora.patterns import (
+    layer_index,
+    matches_components,
+    matches_end,
+    matches_whole,
 )
 from fastlora.validation import (
     ConfigError,
@@ -50,6 +56,8 @@ _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_BYPASSED = ("out_proj", "conv1d")
 # From this many names on, PEFT stores the shortest suffixes that mean the same.
 _MINIMISE_FROM = 20
+# Names in a message. A config may hold any number of them.
+_MOST_SHOWN = 10
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -77,11 +85,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     excluded = {name for name in names if _is_excluded(name, config, saved)}
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
     experts = _experts_meant(model, targets, config, saved)
-    of_experts = [
-        entry
-        for entry in _lost(names, targets)
-        if any(_matches_names(name, {entry}) for stack in experts for name in stack.names)
-    ]
+    # Linear in both numbers: a config may hold any number of entries.
+    expert_names = {suffix for s in experts for name in s.names for suffix in _suffixes(name)}
+    of_experts = [entry for entry in _lost(names, targets) if entry in expert_names]
     shown = f"target_modules={_shown(config.target_modules)}"
     check_experts(_model_type(model), of_experts, experts, shown=shown, adapts=bool(found))
     if not found:
@@ -133,7 +139,7 @@ def check_every_target(model: nn.Module, config: LoraConfig) -> None:
     lost = _lost(names, config.target_modules or ())
     if lost:
         raise TargetNotFoundError(
-            f"target_modules entries {lost} match no module{_near(lost, names)}"
+            f"target_modules entries {_shown(lost)} match no module{_near(lost, names)}"
         )
 
 
@@ -158,7 +164,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
     if lost:
-        message = f"modules_to_save entries {lost} match no module{_near(lost, names)}"
+        message = f"modules_to_save entries {_shown(lost)} match no module{_near(lost, names)}"
         if lost == named:
             raise TargetNotFoundError(message)
         warnings.warn(message, stacklevel=2)
@@ -311,18 +317,18 @@ def _matches_names(name: str, entries: Collection[str]) -> bool:
 def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
     exclude = config.exclude_modules
     if isinstance(exclude, str):
-        if exclude and re.fullmatch(exclude, name):
+        if exclude and matches_whole("exclude_modules", exclude, name):
             return True
     elif exclude and _matches_names(name, exclude):
         return True
     # Whole path components here, and everything below them, although find_modules_to_save takes any
     # suffix: both are PEFT's rules.
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)
+    return any(matches_components("modules_to_save", entry, name) for entry in saved)
 
 
 def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matches_whole("target_modules", targets, name)
     if name in targets:
         return True  # a full name is exempt from the layer filter
     return _matches_names(name, targets) and _in_layers(name, config)
@@ -335,13 +341,13 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # The first numbered part of the name counts: further ones may be experts.
-    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-        match = re.match(expression, name)
-        if match:
-            index = int(match["idx"])
-            return index in layers if isinstance(layers, list) else index == layers
-    return False
+    if patterns:
+        found = (layer_index("layers_pattern", pattern, name) for pattern in patterns)
+        index = next((i for i in found if i is not None), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        index = None if match is None else int(match[1])
+    return index in layers if isinstance(layers, list) else index == layers
 
 
 def _check_bypassed(model: nn.Module, found: list[str]) -> None:
@@ -354,8 +360,8 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
         )
 
 
-def _near(entries: Iterable[str], names: list[str]) -> str:
-    for entry in entries:
+def _near(entries: Sequence[str], names: list[str]) -> str:
+    for entry in entries[:_MOST_SHOWN]:
         # As many parts as the entry has: `attn.q_proj` is close to `self_attn.q_proj`.
         depth = entry.count(".")
         candidates = sorted({s for n in names for s in _suffixes(n)[depth : depth + 1]})
@@ -388,8 +394,12 @@ def _nothing_found(
     return f"{shown} matches no module{_near(entries, names)}"
 
 
-def _shown(targets: Collection[str] | str | None) -> str:
-    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
+def _shown(entries: Collection[str] | str | None) -> str:
+    """Returns the value of a field for a message: a pattern, or the first entries of a list."""
+    if entries is None or isinstance(entries, str):
+        return repr(entries)
+    more = len(entries) - _MOST_SHOWN
+    return f"{sorted(entries)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")
 
 
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
@@ -410,11 +420,11 @@ def _unused(
 ) -> list[str]:
     """Returns what of a config matches no module and no expert, for a warning."""
     lost = [entry for entry in _lost(names, targets) if entry not in of_experts]
-    unused = [f"target_modules entries {lost}"] if lost else []
+    unused = [f"target_modules entries {_shown(lost)}"] if lost else []
     if config.exclude_modules and not excludes:
-        unused.append(f"exclude_modules={config.exclude_modules!r}")
+        unused.append(f"exclude_modules={_shown(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field)
-        lost = sorted(k for k in keys if all(pattern_key((k,), n) is None for n in found))
-        unused += [f"{field} keys {lost}"] if lost else []
+        lost = sorted(k for k in keys if not any(matches_end(field, k, n) for n in found))
+        unused += [f"{field} keys {_shown(lost)}"] if lost else []
     return unused

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from fastlora.model.walk import base_modules, base_of
+from fastlora.patterns import matches_components, matches_whole
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -89,7 +90,7 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
         known += [embedding, embedding.rpartition(".")[2]]
     copied = any(name.rpartition(".")[2] in known for name in config.modules_to_save or ())
     if isinstance(targets, str):
-        targeted = any(re.fullmatch(targets, name) for name in known)
+        targeted = any(matches_whole("target_modules", targets, name) for name in known)
     else:
         targeted = any(name.rpartition(".")[2] in known for name in targets or ())
     if not config.ensure_weight_tying and not copied and not targeted:
@@ -129,7 +130,7 @@ def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
     """Returns entries with the embedding's name, and without those of what is tied to it."""
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
-        matching = (e for e in renamed if re.match(rf"(^|.*\.){e}($|\..*)", name))
+        matching = (e for e in renamed if matches_components("modules_to_save", e, name))
         gone = next(matching, None)
         renamed = [entry for entry in renamed if entry != gone]
     return renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from fastlora.model.adapter_folder import AdapterKey, check_tensors, open_adapte
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import NO_TARGETS, find_targets
 from fastlora.model.walk import base_of
+from fastlora.patterns import bounded_matching
 from fastlora.pool.image import Image, Packer
 from fastlora.validation import (
     CheckpointError,
     ConfigError,
     TargetNotFoundError,
     UnsupportedLayerError,
+    error_prefix,
     near_names,
 )
 
+# How many kinds of adapters, by what their configs name, are remembered.
+_MOST_KINDS = 256
 _BLOCK_OF = {
     "lora_A": "lora_a",
     "lora_B": "lora_b",
@@ -56,15 +61,15 @@ class AdapterReader:
     ) -> None:
         self._model, self._packer, self._max_rank, self._root = model, packer, max_rank, root
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
-        # What a config names in this model; adapters of one kind name the same.
-        self._named: dict[str, list[str]] = {}
+        # What a config names in this model, by digest. Adapters of one kind name the same modules.
+        self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
         """Returns a folder's config, checked as far as can be without reading tensors.
 
         Raises `CheckpointError` where the folder holds no adapter that this pool can take.
         """
-        with open_adapter_folder(folder, self._root) as opened:
+        with bounded_matching(), open_adapter_folder(folder, self._root) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
             return opened.config
 
@@ -74,10 +79,10 @@ class AdapterReader:
         Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
         is damaged, holds what a pool cannot take, or does not fit the model.
         """
-        with open_adapter_folder(folder, self._root) as opened:
+        with bounded_matching(), open_adapter_folder(folder, self._root) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))  # refuses more clearly
             file = opened.load()
-        return self._pack(file.config, file.keys, file.tensors, str(folder))
+            return self._pack(file.config, file.keys, file.tensors, str(folder))
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
         """Checks and packs a state dict with PEFT's keys; raises as `read_folder`.
@@ -141,13 +146,14 @@ class AdapterReader:
                 raise CheckpointError(f"{source}: {key!r}: {self._why_no_place(module)}")
             self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
             blocks.setdefault(index, {})[_BLOCK_OF[kind]] = tensors[key]
-        self._check_complete(config, {names[i] for i in blocks}, source)
+        with error_prefix(source):
+            self._check_complete(config, {names[i] for i in blocks})
+            scaling = {i: config.scaling_for(names[i]) for i in blocks}
         for i in blocks if config.use_dora else ():  # its norm needs the weight
             try:
                 dense_weight(base_of(self._model.get_submodule(names[i])))
             except UnsupportedLayerError as error:
                 raise CheckpointError(f"{source}: {names[i]!r}: {error}") from error
-        scaling = {i: config.scaling_for(names[i]) for i in blocks}
         return self._packer.pack(blocks, scaling, source)
 
     def _why_no_place(self, module: str) -> str:
@@ -177,23 +183,28 @@ class AdapterReader:
                 f"max_rank={self._max_rank}"
             )
 
-    def _check_complete(self, config: LoraConfig, found: set[str], source: str) -> None:
+    def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
         """Refuses an adapter that lacks a module which its config names: it is of another base."""
         if config.target_modules is None or config.target_modules == NO_TARGETS:
             return
         fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         values = [getattr(config, name) for name in fields]
-        key = repr([sorted(v) if isinstance(v, set) else v for v in values])
+        text = repr([sorted(v) if isinstance(v, set) else v for v in values])
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         named = self._named.get(key)
         if named is None:
             try:
                 named = find_targets(self._model, config)
             except TargetNotFoundError as error:
-                raise CheckpointError(f"{source}: made for another base model: {error}") from error
+                raise CheckpointError(f"made for another base model: {error}") from error
+            except (ConfigError, UnsupportedLayerError) as error:
+                raise CheckpointError(str(error)) from error
+            if len(self._named) >= _MOST_KINDS:  # a folder can be rewritten without end
+                self._named.clear()
             self._named[key] = named
         missing = [name for name in named if name not in found]
         if missing:
             raise CheckpointError(
-                f"{source} lacks factors for {len(missing)} of the {len(named)} modules that its "
+                f"lacks factors for {len(missing)} of the {len(named)} modules that its "
                 f"config names in this model, the first {missing[0]!r}; made for another base?"
             )

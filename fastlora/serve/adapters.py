@@ -179,15 +179,16 @@ class ServedAdapters:
             replace: Take the place of an adapter of that name; requests that run keep the old one.
 
         Raises:
-            ConfigError: The name cannot be an adapter's, or the path leads out of the folder.
+            ConfigError: The name cannot be an adapter's, the path leads out of the folder, or there
+                is no adapter.
             AdapterStateError: The name exists.
-            CheckpointError: There is no adapter, or it is damaged or made for another model.
+            CheckpointError: The adapter is damaged, too large, or made for another model.
         """
         self._check_name(name)
         folder = self._inside(Path(path) if self.root is None else self.root / path)
         mark = _mark(folder)
         if mark is None:
-            raise CheckpointError(f"{path!r}: no adapter there; expected {CONFIG_NAME} in it")
+            raise ConfigError(f"{path!r}: no adapter there; expected {CONFIG_NAME} in it")
         with self._lock:
             known = self._versions.get(name)
             if known is not None and known.error is None and not replace:

@@ -38,7 +38,7 @@ from fastlora.serve.protocol import (
 )
 from fastlora.serve.refusals import JSON, add_handlers
 from fastlora.serve.sampling import Sampling
-from fastlora.validation import AdapterNotFoundError, CheckpointError, ConfigError, near_names
+from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
 _log = logging.getLogger("fastlora.serve")
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion names none
@@ -168,12 +168,9 @@ class Server:
         """Loads an adapter from below the server's folder."""
         check_text("lora_name", body.lora_name)
         check_text("lora_path", body.lora_path)
-        try:
-            await asyncio.to_thread(
-                self.adapters.load, body.lora_name, body.lora_path, replace=body.load_inplace
-            )
-        except CheckpointError as error:
-            raise ConfigError(str(error)) from error
+        await asyncio.to_thread(
+            self.adapters.load, body.lora_name, body.lora_path, replace=body.load_inplace
+        )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadBody) -> Response:

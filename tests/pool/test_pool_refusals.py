@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from fastlora import LoraConfig
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder, save_adapter_folder
+from fastlora.patterns import MATCHING_SECONDS
 from fastlora.pool import AdapterPool
 from fastlora.pool.image import Image
 from fastlora.pool.transfers import Transfers
@@ -28,6 +30,7 @@ from fastlora.validation import (
 )
 from tests.support.pool_adapters import (
     RANK2,
+    SLOW_FIELDS,
     Blocks,
     check_pool,
     make_folder,
@@ -195,6 +198,45 @@ def test_a_save_that_was_cut_off(root: Path) -> None:
                 factors.scaling for row in (0, 1) if (factors := lease.residents[0].factors(row))
             }
     assert scaling == {config.scaling_for("q")} != {file.config.scaling_for("q")}
+
+
+@pytest.mark.parametrize("field", SLOW_FIELDS)
+def test_a_pattern_that_backtracks_is_refused_within_a_bound(root: Path, field: str) -> None:
+    """E2: a folder's pattern, in any field, cannot occupy the process."""
+    pool = make_pool(root)
+    use(pool, "a0")
+    edit_config(root / "a5", **SLOW_FIELDS[field])
+    before, start = state(pool), time.thread_time()
+    for call in (
+        lambda: pool.load("new", root / "a5"),
+        lambda: pool.load("a0", root / "a5"),
+        lambda: pool.lease(["a5"]),
+    ):
+        with pytest.raises(CheckpointError, match=f"a5.*{field}"):
+            call()
+    assert time.thread_time() - start < 3 * MATCHING_SECONDS
+    assert state(pool) == before
+
+
+def test_patterns_in_a_pool_mean_what_they_mean_in_peft(root: Path) -> None:
+    """Ranks, alphas, targets and layers by expressions, lookahead included."""
+    peft = pytest.importorskip("peft")
+    fields = {
+        "target_modules": r"^layers\.\d\.(?!v)[qv]$|.*\.1\.v",
+        "rank_pattern": {r"(?:0|2)\.q": 3, "layers.1.v": 1},
+        "alpha_pattern": {r".*\.q": 24, "v": 5},
+    }
+    theirs = peft.get_peft_model(Blocks(), peft.LoraConfig(r=2, lora_alpha=4, **fields))
+    theirs.save_pretrained(root / "expressions")
+    pool = make_pool(root)
+    with pool.lease(["expressions"]) as lease:
+        for index, module in enumerate(pool.modules):
+            layer = theirs.base_model.model.get_submodule(module.name)
+            found = lease.residents[0].factors(index)
+            assert (found is None) == (not hasattr(layer, "scaling")), module.name
+            if found is not None:
+                assert torch.equal(found.lora_a, layer.lora_A["default"].weight)
+                assert found.scaling == layer.scaling["default"]
 
 
 @pytest.mark.parametrize("damage", ["no weights", "full copies", "biases", "rank"])

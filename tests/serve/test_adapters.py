@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.serve.adapters import ServedAdapters
+from tests.support.pool_adapters import SLOW_FIELDS
 from tests.support.served import Alone, make_adapter, wait_for
 from tests.support.tiny import tiny_llama
 
@@ -111,6 +112,30 @@ def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
     assert said(served, "cut") == said(served, "odd") == ash
     for folder in ("cut", "odd", "other"):
         shutil.rmtree(served.folder / folder)
+
+
+@pytest.mark.parametrize("field", SLOW_FIELDS)
+def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None:
+    """E2: its own requests get status 422 within a second. The server answers others meanwhile."""
+    folder = served.folder.parent / field
+    shutil.copytree(served.folder / "ash", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = [name.rpartition(".")[2] for name in config["target_modules"]]
+    (folder / "adapter_config.json").write_text(json.dumps(config | SLOW_FIELDS[field]))
+    folder.rename(served.folder / field)
+    body = {"model": field, **GREEDY}
+    wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
+    answer = served.http.post("/v1/completions", json=body)
+    assert answer.status_code == 422, answer.text
+    assert field in answer.json()["error"]["message"]
+    seconds = []
+    for _ in range(3):  # each reads the folder anew; the machine may be busy at some
+        start = time.monotonic()
+        assert field in post(served, "load", 422, lora_name="slow", lora_path=field)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+    assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
+    shutil.rmtree(served.folder / field)
 
 
 def test_numbers_that_are_not_finite_stay_in_their_own_row(served: Any) -> None:
@@ -211,7 +236,7 @@ def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
     folder = served.folder / "deep" / "broken"
     shutil.copytree(served.folder / "ash", folder)
     (folder / "adapter_model.safetensors").write_bytes(b"x" * 50)
-    error = post(served, "load", 400, lora_name="broken", lora_path="deep/broken")
+    error = post(served, "load", 422, lora_name="broken", lora_path="deep/broken")
     assert "deep/broken" in error
     assert str(served.folder) not in error
     assert served.http.get("/v1/models/broken").status_code == 404

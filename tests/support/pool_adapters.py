@@ -25,6 +25,18 @@ from fastlora.pool.transfers import Transfers
 # 2 x 14 elements, which are whole multiples of 16 bytes.
 RANK2 = 3 * 2 * 2 * (10 + 14) * 4
 
+# Takes ``re`` longer than any test may take, on names of ten characters already.
+SLOW_PATTERN = r"(\w|\w|\w|.|.|.|..)*[!?]"
+# Every field of a config that can hold a pattern, with that one in it.
+SLOW_FIELDS: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": SLOW_PATTERN},
+    "exclude_modules": {"exclude_modules": SLOW_PATTERN},
+    "rank_pattern": {"rank_pattern": {SLOW_PATTERN: 3}},
+    "alpha_pattern": {"alpha_pattern": {SLOW_PATTERN: 3}},
+    "layers_pattern": {"layers_pattern": [SLOW_PATTERN], "layers_to_transform": [0]},
+    "modules_to_save": {"modules_to_save": [SLOW_PATTERN]},
+}
+
 
 class Block(nn.Module):
     """Two linears of unequal widths, none a multiple of 16 bytes in 16 bits."""
