@@ -45,6 +45,18 @@ class CheckpointError(FastLoraError, ValueError):
     """An adapter folder is missing, damaged, unsafe, or does not fit the model."""
 
 
+class AdapterTooLargeError(CheckpointError):
+    """An adapter exceeds a limit of its pool.
+
+    Attributes:
+        argument: The argument of `AdapterPool` that sets the limit.
+    """
+
+    def __init__(self, message: str, argument: str = "") -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
 # What does, with PEFT, what is not ours; ends a message that names what was asked for.
 THE_PEFT_WAY = (
     "that is PEFT's to do: model = peft.get_peft_model(model, peft_config), then "

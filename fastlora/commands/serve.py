@@ -91,6 +91,21 @@ OPTIONS = (
     Option("--max-queue", "requests that may wait; further ones get status 429", 128, 1),
     Option("--max-body", "the most bytes of a request", 1 << 20, 1, metavar="BYTES"),
     Option(
+        "--max-rank",
+        "largest rank of an adapter; adapters above it get status 422 before they are read",
+        *(256, 1),
+    ),
+    Option(
+        "--max-adapter-mib",
+        "largest file of an adapter's tensors; larger ones get status 422 before they are read",
+        *(1024, 1),
+    ),
+    Option(
+        "--device-mib",
+        "memory for adapters on the device (default: as much as --max-adapters take)",
+        *(None, 1, int),
+    ),
+    Option(
         "--cpu-mib",
         "memory for adapters that are not on the device (default: as much as they take)",
         *(None, 0, int),
@@ -197,6 +212,9 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
     pool = fastlora.AdapterPool(
         model,
         max_adapters=args.max_adapters,
+        max_rank=args.max_rank,
+        max_adapter_bytes=args.max_adapter_mib << 20,
+        device_bytes=None if args.device_mib is None else args.device_mib << 20,
         cpu_bytes=None if args.cpu_mib is None else args.cpu_mib << 20,
         root=args.adapters,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastlora.model.tensor_file import TensorFile
+from fastlora.model.tensor_file import MAX_HEADER_BYTES, TensorFile
 from fastlora.validation import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -30,6 +30,19 @@ MAX_CONFIG_BYTES = 4 << 20
 # replaces. Without the second, it replaces none, or the same one.
 _CONFIG, _REPLACES = "fastlora.config", "fastlora.replaces"
 _TRIES = 10
+
+
+@dataclass(frozen=True)
+class FileLimits:
+    """How many bytes of an adapter folder are parsed.
+
+    Attributes:
+        config: Largest config, in its file or in the weights' metadata.
+        header: Largest header of the file of tensors, with its metadata.
+    """
+
+    config: int = MAX_CONFIG_BYTES
+    header: int = MAX_HEADER_BYTES
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,15 @@ class AdapterFiles:
 
 
 @contextlib.contextmanager
-def open_adapter_files(folder: Path, root: Path | None = None) -> Iterator[AdapterFiles]:
+def open_adapter_files(
+    folder: Path, root: Path | None = None, limits: FileLimits | None = None
+) -> Iterator[AdapterFiles]:
     """Opens an adapter folder's files for the block; nothing is written.
 
     Args:
         folder: The adapter folder.
         root: Folder that both files must be in after links are resolved; None for anywhere.
+        limits: Largest config and header that are parsed; None for those of any adapter.
 
     Raises:
         CheckpointError: A file is not a regular file, lies outside ``root``, is too large, or is
@@ -59,13 +75,14 @@ def open_adapter_files(folder: Path, root: Path | None = None) -> Iterator[Adapt
         OSError: A file is missing or cannot be opened.
     """
     path = folder / CONFIG_NAME
+    limits = limits or FileLimits()
     for _ in range(_TRIES):
-        text = _read_config(path, root)
+        text = _read_config(path, root, limits.config)
         file = open_regular(folder / WEIGHTS_NAME, root)
-        with TensorFile(file, folder / WEIGHTS_NAME) as weights:
-            own = _config_of(text, weights.metadata, path)
+        with TensorFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
+            own = _config_of(text, weights.metadata, path, limits.config)
             # A save that ran meanwhile may have replaced both files.
-            if own is None and _read_config(path, root) != text:
+            if own is None and _read_config(path, root, limits.config) != text:
                 continue
             yield AdapterFiles(_fields(text if own is None else own, path), weights)
             return
@@ -90,7 +107,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, too large, or not a JSON object.
     """
     try:
-        return _fields(_read_config(path, None), path)
+        return _fields(_read_config(path), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path}: no such file; expected an adapter's {CONFIG_NAME}"
@@ -101,7 +118,7 @@ def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
     """Returns the metadata of weights that are saved into a folder with the config ``text``."""
     metadata = {_CONFIG: text.decode("utf-8")}
     with contextlib.suppress(OSError, CheckpointError):
-        replaced = _read_config(folder / CONFIG_NAME, None)
+        replaced = _read_config(folder / CONFIG_NAME)
         if replaced != text:
             metadata[_REPLACES] = hashlib.sha256(replaced).hexdigest()
     return metadata
@@ -153,29 +170,36 @@ def _open_in(root: Path, path: Path, flags: int) -> int:
         os.close(at)
 
 
-def _read_config(path: Path, root: Path | None) -> bytes:
+def _read_config(path: Path, root: Path | None = None, most: int = MAX_CONFIG_BYTES) -> bytes:
     with open_regular(path, root) as file:
-        text = file.read(MAX_CONFIG_BYTES + 1)
-        if len(text) > MAX_CONFIG_BYTES:
+        text = file.read(most + 1)
+        if len(text) > most:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path}: {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+            raise CheckpointError(f"{path}: {size} bytes, expected at most {most}")
         return text
 
 
-def _config_of(text: bytes, metadata: Mapping[str, str], path: Path) -> bytes | None:
+def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) -> bytes | None:
     """Returns the config that belongs to weights, or None for the config file's ``text``.
 
     The config file counts if it is the one that the weights were saved with. It does not count if
     it is the one that their save was about to replace: that save was cut off, or still runs.
     Otherwise somebody has edited the config since, or the weights are not fastlora's: None.
+
+    Raises `CheckpointError` if the config that belongs to the weights has more than ``most`` bytes.
     """
     saved = metadata.get(_CONFIG, "").encode("utf-8", "surrogatepass")
-    if not saved or len(saved) > MAX_CONFIG_BYTES:
+    if not saved:
         return None
     if saved == text:
         return text
     if hashlib.sha256(text).hexdigest() != metadata.get(_REPLACES):
         return None
+    if len(saved) > most:
+        raise CheckpointError(
+            f"{path.with_name(WEIGHTS_NAME)}: stores a config of {len(saved)} bytes, expected at "
+            f"most {most}"
+        )
     warnings.warn(
         f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is running; the "
         "config that is stored in the weights is used. Saving the adapter again replaces the file",

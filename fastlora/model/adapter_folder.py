@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from fastlora.model.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterFiles,
+    FileLimits,
     config_metadata,
     open_adapter_files,
 )
@@ -143,29 +145,26 @@ class OpenAdapter:
         """Apparent size of the file of tensors."""
         return self._weights.nbytes
 
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Key on disk -> dtype, shape and place, not yet compared with the config."""
-        return self._weights.infos
-
-    def inspect(self) -> AdapterHeader:
-        """Returns the header, checked against the config; no tensor is read.
+    @cached_property
+    def header(self) -> AdapterHeader:
+        """The header, checked against the config; no tensor is read.
 
         Raises `CheckpointError` if the header is damaged or contradicts the config.
         """
-        keys = check_tensors(self.config, self.infos, str(self._weights.path))
-        return AdapterHeader(self.path, self.config, self.infos, keys)
+        infos = self._weights.infos
+        keys = check_tensors(self.config, infos, str(self._weights.path))
+        return AdapterHeader(self.path, self.config, infos, keys)
 
     def load(self) -> AdapterFile:
-        """Returns the checked adapter with its tensors; raises as `inspect`."""
-        keys = self.inspect().keys
+        """Returns the checked adapter with its tensors; raises as `header`."""
+        keys = self.header.keys
         wanted = [key for key, parts in keys.items() if parts.kind != "duplicate"]
         return AdapterFile(self.path, self.config, keys, self._weights.read(wanted))
 
 
 @contextlib.contextmanager
 def open_adapter_folder(
-    path: str | os.PathLike[str], root: Path | None = None
+    path: str | os.PathLike[str], root: Path | None = None, limits: FileLimits | None = None
 ) -> Iterator[OpenAdapter]:
     """Opens a local adapter folder for the block; ids of the Hugging Face Hub are not downloaded.
 
@@ -175,6 +174,7 @@ def open_adapter_folder(
         path: The folder.
         root: Folder that the adapter's files must be in after links are resolved; None follows
             links anywhere.
+        limits: Largest config and header that are parsed; None for those of any adapter.
 
     Raises:
         CheckpointError: A file is missing, damaged or unsafe; the message names the file.
@@ -182,7 +182,7 @@ def open_adapter_folder(
     folder = Path(path)
     with contextlib.ExitStack() as stack:
         try:
-            files = stack.enter_context(open_adapter_files(folder, root))
+            files = stack.enter_context(open_adapter_files(folder, root, limits))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(_why_missing(folder, error)) from error
         yield OpenAdapter(folder, files)
@@ -202,7 +202,7 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
     """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
     with open_adapter_folder(path) as opened:
-        return opened.inspect()
+        return opened.header
 
 
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:

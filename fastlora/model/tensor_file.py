@@ -6,6 +6,7 @@ data_offsets}}``, the data.
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -22,6 +23,8 @@ from fastlora.validation import CheckpointError, error_prefix
 
 # Two hundred bytes a tensor: enough for an adapter of 100,000 tensors.
 MAX_HEADER_BYTES = 32 << 20
+# Time to take a name apart grows with the square of its length.
+MAX_NAME_LENGTH = 1024
 _METADATA = "__metadata__"
 _METADATA_START = f'{{"{_METADATA}":'
 
@@ -69,13 +72,15 @@ class TensorFile:
         metadata: The header's metadata if they come first, as safetensors writes them; else empty.
     """
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(
+        self, file: BinaryIO, path: Path, max_header_bytes: int = MAX_HEADER_BYTES
+    ) -> None:
         self.path = path
         self._file = file
         self._state = self._stat()
         try:
             with error_prefix(path):
-                self._header, self._start = _read_header(file)
+                self._header, self._start = _read_header(file, max_header_bytes)
         except BaseException:
             file.close()
             raise
@@ -188,15 +193,15 @@ def _metadata(header: str) -> tuple[dict[str, str], int]:
     return {key: text for key, text in pairs if isinstance(text, str)}, end
 
 
-def _read_header(file: BinaryIO) -> tuple[str, int]:
-    """Returns the text of a header, and where the data starts."""
+def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int]:
+    """Returns the text of a header of at most ``most`` bytes, and where the data starts."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
     length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER_BYTES:
+    if length > most:
         raise CheckpointError(
-            f"the header claims {length} bytes, expected at most {MAX_HEADER_BYTES}; "
+            f"the header claims {length} bytes, expected at most {most}; "
             "this is no safetensors file of an adapter"
         )
     if length > size - 8:
@@ -210,12 +215,16 @@ def _read_header(file: BinaryIO) -> tuple[str, int]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)!r}")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicate name {counts.most_common(1)[0][0]!r}")
     return entries
 
 
 def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME_LENGTH:
+        raise CheckpointError(
+            f"a tensor's name has {len(name)} characters, expected at most {MAX_NAME_LENGTH}"
+        )
     if not isinstance(entry, dict):
         raise CheckpointError(f"tensor {name!r} is described by {entry!r}")
     dtype = _DTYPES.get(str(entry.get("dtype")))

@@ -53,7 +53,9 @@ class AdapterPool:
         device_bytes: Bytes of factors on the device, without DoRA's scales; None for no limit.
         cpu_bytes: Bytes of factors in CPU memory behind it, or None for no limit.
         dtype: Of the stored factors; None for that of the base weights.
-        max_rank: Largest rank that is accepted, or None for any.
+        max_rank: Largest rank that is accepted, or None for any. CUDA graphs need it.
+        max_adapter_bytes: Largest adapter that is accepted, in bytes of its file of tensors, or
+            None for any. This limit and ``max_rank`` are checked before a tensor is read.
         device: Where the factors go; None for the base weights' device.
         root: Folder that every adapter's files must be in after links are resolved; a file outside
             raises `CheckpointError`. None follows links anywhere.
@@ -81,11 +83,16 @@ class AdapterPool:
         cpu_bytes: int | None = None,
         dtype: torch.dtype | None = None,
         max_rank: int | None = None,
+        max_adapter_bytes: int | None = None,
         device: torch.device | str | None = None,
         root: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_limit("max_adapters", max_adapters, 1)
-        for limit, value in (("device_bytes", device_bytes), ("cpu_bytes", cpu_bytes)):
+        for limit, value in (
+            ("device_bytes", device_bytes),
+            ("cpu_bytes", cpu_bytes),
+            ("max_adapter_bytes", max_adapter_bytes),
+        ):
             if value is not None:
                 _check_limit(limit, value, 0)
         if max_rank is not None:
@@ -114,7 +121,9 @@ class AdapterPool:
             raise
         self.modules, self.group = list(self._layers.targets), self._layers.group
         self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
-        self._reader = AdapterReader(model, packer, max_rank, within)
+        self._reader = AdapterReader(
+            model, packer, max_rank=max_rank, max_bytes=max_adapter_bytes, root=within
+        )
         self._tiers = Tiers(self.tables, transfers, device_bytes, cpu_bytes)
         scales = ScaleMaker(self._layers.layers, self.tables, transfers)
         self._residency = Residency(self._reader, self._tiers, transfers, scales)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ import torch
 from torch import nn
 
 from fastlora.layers.bases import dense_weight
-from fastlora.model.adapter_files import CONFIG_NAME
-from fastlora.model.adapter_folder import AdapterKey, check_tensors, open_adapter_folder
+from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, FileLimits
+from fastlora.model.adapter_folder import (
+    AdapterKey,
+    OpenAdapter,
+    Tensors,
+    check_tensors,
+    open_adapter_folder,
+)
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import NO_TARGETS, find_targets
+from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.model.walk import base_of
 from fastlora.patterns import bounded_matching
 from fastlora.pool.image import Image, Packer
 from fastlora.validation import (
+    AdapterTooLargeError,
     CheckpointError,
     ConfigError,
     TargetNotFoundError,
@@ -29,6 +38,14 @@ from fastlora.validation import (
 
 # How many kinds of adapters, by what their configs name, are remembered.
 _MOST_KINDS = 256
+# Bytes of a config and of a header's metadata that depend on no module.
+_CONFIG_BYTES, _METADATA_BYTES = 256 << 10, 1 << 20
+# A config names a module up to three times, and a header has up to four tensors of it. These are
+# the bytes beside the name.
+_NAMED_BYTES, _TENSOR_BYTES = 64, 160
+# Number of a module, and the kind of block.
+Place = tuple[int, str]
+
 _BLOCK_OF = {
     "lora_A": "lora_a",
     "lora_B": "lora_b",
@@ -53,13 +70,22 @@ class AdapterReader:
         model: The base model, with the pool's layers in it.
         packer: Packs what was read; its targets are the pool's.
         max_rank: Largest rank that is accepted, or None for any.
+        max_bytes: Largest adapter that is accepted, in bytes of its tensors' file, or None for any.
         root: Folder that an adapter's files must be in after links are resolved, or None.
     """
 
     def __init__(
-        self, model: nn.Module, packer: Packer, max_rank: int | None, root: Path | None = None
+        self,
+        model: nn.Module,
+        packer: Packer,
+        *,
+        max_rank: int | None,
+        max_bytes: int | None,
+        root: Path | None,
     ) -> None:
-        self._model, self._packer, self._max_rank, self._root = model, packer, max_rank, root
+        self._model, self._packer, self._root = model, packer, root
+        self._max_rank, self._max_bytes = max_rank, max_bytes
+        self._limits = _limits_for([target.name for target in packer.targets])
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
         # What a config names in this model, by digest. Adapters of one kind name the same modules.
         self._named: dict[bytes, list[str]] = {}
@@ -69,8 +95,7 @@ class AdapterReader:
 
         Raises `CheckpointError` where the folder holds no adapter that this pool can take.
         """
-        with bounded_matching(), open_adapter_folder(folder, self._root) as opened:
-            self._check_config(opened.config, str(folder / CONFIG_NAME))
+        with self._opened(folder) as opened:
             return opened.config
 
     def read_folder(self, folder: Path) -> Image:
@@ -79,10 +104,19 @@ class AdapterReader:
         Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
         is damaged, holds what a pool cannot take, or does not fit the model.
         """
-        with bounded_matching(), open_adapter_folder(folder, self._root) as opened:
-            self._check_config(opened.config, str(folder / CONFIG_NAME))  # refuses more clearly
-            file = opened.load()
-            return self._pack(file.config, file.keys, file.tensors, str(folder))
+        with self._opened(folder) as opened:
+            places = self._places(
+                opened.config, opened.header.keys, opened.header.infos, str(folder)
+            )
+            return self._pack(opened.config, places, opened.load().tensors, str(folder))
+
+    @contextlib.contextmanager
+    def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
+        """Opens a folder, bounds the matching in the block, and checks the config and the size."""
+        with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
+            self._check_config(opened.config, str(folder / CONFIG_NAME))
+            self._check_bytes(opened.nbytes, str(folder))
+            yield opened
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
         """Checks and packs a state dict with PEFT's keys; raises as `read_folder`.
@@ -103,7 +137,23 @@ class AdapterReader:
                 raise CheckpointError(f"{source}: {key!r} is {kind}, expected a dense tensor")
         tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
-        return self._pack(config, check_tensors(config, tensors, source), tensors, source)
+        self._check_bytes(sum(tensor.nbytes for tensor in tensors.values()), source)
+        places = self._places(config, check_tensors(config, tensors, source), tensors, source)
+        return self._pack(config, places, tensors, source)
+
+    def _check_bytes(self, nbytes: int, source: str) -> None:
+        if self._max_bytes is not None and nbytes > self._max_bytes:
+            raise AdapterTooLargeError(
+                f"{source}: the tensors take {nbytes} bytes, which exceeds the pool's "
+                f"max_adapter_bytes={self._max_bytes}",
+                "max_adapter_bytes",
+            )
+
+    def _check_rank(self, what: str, rank: int) -> None:
+        if self._max_rank is not None and rank > self._max_rank:
+            raise AdapterTooLargeError(
+                f"{what} exceeds the pool's max_rank={self._max_rank}", "max_rank"
+            )
 
     def _check_config(self, config: LoraConfig, source: str) -> None:
         try:
@@ -121,19 +171,14 @@ class AdapterReader:
                 "a batch share the base model's biases; expected bias='none'"
             )
         # Where a pattern changes ranks, the factors tell.
-        if self._max_rank is not None and config.r > self._max_rank and not config.rank_pattern:
-            raise CheckpointError(
-                f"{source}: r={config.r} exceeds the pool's max_rank={self._max_rank}"
-            )
+        if not config.rank_pattern:
+            self._check_rank(f"{source}: r={config.r}", config.r)
 
-    def _pack(
-        self,
-        config: LoraConfig,
-        keys: Mapping[str, AdapterKey],
-        tensors: Mapping[str, torch.Tensor],
-        source: str,
-    ) -> Image:
-        blocks: dict[int, dict[str, torch.Tensor]] = {}
+    def _places(
+        self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
+    ) -> dict[str, Place]:
+        """Returns where each tensor goes; raises `CheckpointError` unless all fit the pool."""
+        places: dict[str, Place] = {}
         names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():
             if kind in _REFUSED:
@@ -145,15 +190,29 @@ class AdapterReader:
             if index is None:
                 raise CheckpointError(f"{source}: {key!r}: {self._why_no_place(module)}")
             self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
-            blocks.setdefault(index, {})[_BLOCK_OF[kind]] = tensors[key]
+            places[key] = index, _BLOCK_OF[kind]
+        found = {index for index, _ in places.values()}
         with error_prefix(source):
-            self._check_complete(config, {names[i] for i in blocks})
-            scaling = {i: config.scaling_for(names[i]) for i in blocks}
-        for i in blocks if config.use_dora else ():  # its norm needs the weight
+            self._check_complete(config, {names[i] for i in found})
+        for i in found if config.use_dora else ():  # its norm needs the weight
             try:
                 dense_weight(base_of(self._model.get_submodule(names[i])))
             except UnsupportedLayerError as error:
                 raise CheckpointError(f"{source}: {names[i]!r}: {error}") from error
+        return places
+
+    def _pack(
+        self,
+        config: LoraConfig,
+        places: Mapping[str, Place],
+        tensors: Mapping[str, torch.Tensor],
+        source: str,
+    ) -> Image:
+        blocks: dict[int, dict[str, torch.Tensor]] = {}
+        for key, (index, kind) in places.items():
+            blocks.setdefault(index, {})[kind] = tensors[key]
+        with error_prefix(source):
+            scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
         return self._packer.pack(blocks, scaling, source)
 
     def _why_no_place(self, module: str) -> str:
@@ -177,11 +236,8 @@ class AdapterReader:
                 f"{source}: {key!r} has shape {shape} {axis}, this model expects "
                 f"{expected} in place of {found}"
             )
-        if kind == "lora_A" and self._max_rank is not None and shape[0] > self._max_rank:
-            raise CheckpointError(
-                f"{source}: {key!r} has rank {shape[0]}, which exceeds the pool's "
-                f"max_rank={self._max_rank}"
-            )
+        if kind == "lora_A":
+            self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
     def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
         """Refuses an adapter that lacks a module which its config names: it is of another base."""
@@ -208,3 +264,18 @@ class AdapterReader:
                 f"lacks factors for {len(missing)} of the {len(named)} modules that its "
                 f"config names in this model, the first {missing[0]!r}; made for another base?"
             )
+
+
+def _limits_for(modules: list[str]) -> FileLimits:
+    """Returns the limits of files that adapt these modules.
+
+    Parsing holds the interpreter's lock, and takes 25 times the memory of the text. The metadata of
+    a header may repeat the config, where an escaped character has two bytes.
+    """
+    length, count = sum(map(len, modules)), len(modules)
+    names = 3 * (length + count * _NAMED_BYTES)
+    tensors = 4 * (length + count * _TENSOR_BYTES)
+    return FileLimits(
+        config=min(_CONFIG_BYTES + names, MAX_CONFIG_BYTES),
+        header=min(_METADATA_BYTES + 2 * names + tensors, MAX_HEADER_BYTES),
+    )

@@ -31,6 +31,7 @@ def pool_routing(
     if not isinstance(ids, torch.Tensor):
         names, places = named_ids(None, ids)
         lease = held.enter_context(pool.lease(names))
+        max_rank = lease.max_rank
         columns = torch.tensor([resident.column for resident in lease.residents])
         columns = looked_up(columns.to(torch.int64), places)
     elif is_captured(ids):
@@ -38,6 +39,8 @@ def pool_routing(
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
+        # A block by slots may warm up for a CUDA graph, which has the buffers of the largest rank.
+        max_rank = pool.max_rank or lease.max_rank
         # From the pool's slots to columns.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
@@ -51,7 +54,7 @@ def pool_routing(
     for resident in lease.residents:
         residents[resident.column] = resident
     by_column = tuple("" if resident is None else resident.name for resident in residents)
-    source = Pool(tuple(residents), pool.tables.found(pool.max_rank or lease.max_rank, pool.dtype))
+    source = Pool(tuple(residents), pool.tables.found(max_rank, pool.dtype))
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
     # A copy: if it were a tensor that the routing has elsewhere too, graphs would be guarded by it.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, source)

@@ -24,6 +24,8 @@ from fastlora.validation import (
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FILES = (CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
+# Argument of the pool -> the option that sets it.
+_OPTIONS = {"max_rank": "--max-rank", "max_adapter_bytes": "--max-adapter-mib"}
 _log = logging.getLogger("fastlora.serve")
 
 
@@ -273,8 +275,10 @@ class ServedAdapters:
         return real
 
     def _without_root(self, error: BaseException) -> str:
-        """Returns a message for clients, whom the server's own path does not concern."""
-        return str(error).replace(f"{self.root}{os.sep}", "")
+        """Returns a message for clients: without the server's own path, with its option's name."""
+        option = _OPTIONS.get(getattr(error, "argument", ""))
+        text = str(error).replace(f"{self.root}{os.sep}", "")
+        return text if option is None else f"{text} (the server's {option})"
 
     def _say_once(self, key: tuple[object, ...], text: str) -> None:
         if key not in self._said:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -24,6 +25,7 @@ from fastlora.pool.transfers import Transfers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
+    AdapterTooLargeError,
     CheckpointError,
     ConfigError,
     PoolFullError,
@@ -35,7 +37,9 @@ from tests.support.pool_adapters import (
     check_pool,
     make_folder,
     make_pool,
+    make_sparse_folder,
     make_tensors,
+    peak_memory,
     same_adapter,
     state,
     use,
@@ -218,6 +222,86 @@ def test_a_pattern_that_backtracks_is_refused_within_a_bound(root: Path, field: 
     assert state(pool) == before
 
 
+@pytest.mark.parametrize(
+    ("argument", "fields"),
+    [
+        ("max_rank", {"r": 1_000_000}),
+        ("max_rank", {"rank_pattern": {"q": 1_000_000, "v": 1_000_000}}),
+        ("max_adapter_bytes", {"r": 1_000_000}),
+        ("max_adapter_bytes", {"width": 10_000_000}),
+    ],
+    ids=["rank", "rank by pattern", "bytes", "bytes of wide factors"],
+)
+def test_limits_are_checked_before_a_tensor_is_read(
+    root: Path, argument: str, fields: dict[str, Any]
+) -> None:
+    """E4: a file of 4 KB on disk has tensors of hundreds of MB."""
+    limit = {"max_rank": 256, "max_adapter_bytes": 100 << 20}[argument]
+    pool = make_pool(root, **{argument: limit})
+    use(pool, "a0")
+    rank = 2 if "width" in fields else 1_000_000
+    folder = make_sparse_folder(root.parent / "sparse", root / "a0", rank, **fields)
+    size = (folder / WEIGHTS_NAME).stat()
+    assert size.st_size > 450_000_000 and size.st_blocks * 512 < 20_000
+    before = state(pool)
+    for name in ("new", "a0"):
+        with (
+            peak_memory(20 << 20),
+            pytest.raises(AdapterTooLargeError, match=f"{argument}={limit}") as caught,
+        ):
+            pool.load(name, folder)
+        assert caught.value.argument == argument
+    assert state(pool) == before
+
+
+def test_state_dicts_have_the_same_limits(root: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q"])
+    tensors = make_tensors(config, 0, [f"layers.{i}.q" for i in range(3)])
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    for argument, limit in (("max_rank", 3), ("max_adapter_bytes", nbytes - 1)):
+        pool = AdapterPool(Blocks(), target_modules=["q"], **{argument: limit})
+        with pytest.raises(AdapterTooLargeError, match=f"{argument}={limit}"):
+            pool.load("a", tensors, config=config)
+        assert pool.names == []
+    AdapterPool(Blocks(), target_modules=["q"], max_adapter_bytes=nbytes, max_rank=4).load(
+        "a", tensors, config=config
+    )
+
+
+@pytest.mark.parametrize("what", ["tensors", "nested", "twice", "long name"])
+def test_a_large_header_takes_little_memory_and_time(root: Path, what: str) -> None:
+    """E4: a header is read before its tensors are, and bounded by what the pool's modules need."""
+    pool = make_pool(root)
+    entry = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}
+    if what == "tensors":
+        text = json.dumps(
+            {f"base_model.model.layers.{i}.q.lora_A.weight": entry for i in range(100_000)}
+        )
+    elif what == "nested":
+        text = '{"__metadata__": [' + ",".join(["[]"] * 10_000_000) + "]}"
+    elif what == "twice":
+        text = "{" + ", ".join(f'"{i}": 1' for i in range(60_000)) + ', "59999": 1}'
+    else:
+        text = json.dumps({KEY_PREFIX + "." * 900_000 + "weight": entry})
+    data = len(text).to_bytes(8, "little") + text.encode() + bytes(4)
+    (root / "a5" / WEIGHTS_NAME).write_bytes(data)
+    edit_config(root / "a5", task_type="SEQ_CLS")
+    start = time.thread_time()
+    with peak_memory(50 << 20), pytest.raises(CheckpointError, match="header|duplicate|characters"):
+        pool.load("new", root / "a5")
+    assert time.thread_time() - start < 2
+
+
+def test_blocks_by_name_plan_for_the_ranks_that_they_use(root: Path) -> None:
+    """A high limit makes no small adapter slower. Slots may be captured, so they plan for it."""
+    pool = make_pool(root, max_rank=200)
+    use(pool, "a0", "a1")
+    for ids, planned in ((["a0", "a1"], 2), (torch.tensor([0, 1]), 200)):
+        with contextlib.ExitStack() as held:
+            source: Any = pool.routing(ids, None, False, held).source
+            assert source.tables.max_rank == planned
+
+
 def test_patterns_in_a_pool_mean_what_they_mean_in_peft(root: Path) -> None:
     """Ranks, alphas, targets and layers by expressions, lookahead included."""
     peft = pytest.importorskip("peft")
@@ -343,6 +427,7 @@ def test_limits_are_checked() -> None:
         ({"max_adapters": 0}, "max_adapters"),
         ({"device_bytes": -1}, "device_bytes"),
         ({"cpu_bytes": 1.5}, "cpu_bytes"),
+        ({"max_adapter_bytes": -1}, "max_adapter_bytes"),
         ({"max_rank": 0}, "r must be"),
         ({"dtype": torch.int8}, "int8"),
     ]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.serve.adapters import ServedAdapters
-from tests.support.pool_adapters import SLOW_FIELDS
+from tests.support.pool_adapters import SLOW_FIELDS, make_sparse_folder, peak_memory
 from tests.support.served import Alone, make_adapter, wait_for
 from tests.support.tiny import tiny_llama
 
@@ -136,6 +136,31 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
     assert min(seconds) < 1
     assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
     shutil.rmtree(served.folder / field)
+
+
+@pytest.mark.parametrize("option", ["--max-rank", "--max-adapter-mib"])
+def test_an_adapter_over_a_limit_is_refused_unread(served: Any, option: str) -> None:
+    """E4: a file that is sparse claims gigabytes. Neither the request nor the load reads it."""
+    name = option.strip("-")
+    size = (
+        {"rank": 1_000_000, "r": 1_000_000} if "rank" in name else {"rank": 2, "width": 50_000_000}
+    )
+    folder = make_sparse_folder(served.folder.parent / name, served.folder / "ash", **size)
+    assert (folder / "adapter_model.safetensors").stat().st_size > 1_500_000_000
+    body = {"model": name, **GREEDY}
+    with peak_memory(50 << 20):
+        folder.rename(served.folder / name)
+        wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
+        answer = served.http.post("/v1/completions", json=body)
+        assert answer.status_code == 422, answer.text
+        assert option in answer.json()["error"]["message"]
+        seconds = []
+        for _ in range(3):  # each reads the folder anew; the machine may be busy at some
+            start = time.monotonic()
+            assert option in post(served, "load", 422, lora_name="large", lora_path=name)
+            seconds.append(time.monotonic() - start)
+        assert min(seconds) < 1
+    shutil.rmtree(served.folder / name)
 
 
 def test_numbers_that_are_not_finite_stay_in_their_own_row(served: Any) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import json
 import threading
-from collections.abc import Iterable
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME, save_adapter_folder
-from fastlora.model.config import LoraConfig
+from fastlora.model.config import CONFIG_NAME, LoraConfig
 from fastlora.ops.factors import PENDING
 from fastlora.pool import AdapterPool, Factors
 from fastlora.pool.image import Image
@@ -94,6 +97,42 @@ def make_folder(path: Path, seed: int, **fields: Any) -> Path:
     modules = [f"layers.{i}.{end}" for i in range(3) for end in sorted(ends)]
     save_adapter_folder(path, config, make_tensors(config, seed, modules))
     return path
+
+
+def make_sparse_folder(
+    path: Path, like: Path, rank: int, width: int | None = None, **fields: Any
+) -> Path:
+    """Writes the folder of an adapter of any size, whose tensors take no room on disk.
+
+    It has the modules of the adapter in ``like``, with another rank and, where it is given, with
+    another width of lora_A.
+    """
+    path.mkdir(parents=True)
+    config = json.loads((like / CONFIG_NAME).read_text()) | fields
+    (path / CONFIG_NAME).write_text(json.dumps(config))
+    header, end = {}, 0
+    for key, tensor in load_file(like / WEIGHTS_NAME).items():
+        is_a = key.endswith("lora_A.weight")
+        shape = (rank, width or tensor.shape[1]) if is_a else (tensor.shape[0], rank)
+        start, end = end, end + 4 * shape[0] * shape[1]
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    with (path / WEIGHTS_NAME).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@contextlib.contextmanager
+def peak_memory(most: int) -> Iterator[None]:
+    """Asserts that the block never holds more than ``most`` bytes of Python's memory at once."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        yield
+        assert tracemalloc.get_traced_memory()[1] - before <= most
+    finally:
+        tracemalloc.stop()
 
 
 def make_pool(root: Path, **limits: Any) -> AdapterPool:
